@@ -1,0 +1,125 @@
+"""Synthetic checkpoints and adapters of a real model's shapes, without transformers.
+
+    python synthetic.py FOLDER [--layers 16] [--shards 5] [--rank 16]
+
+Writes FOLDER/base, a Llama of 1.24 B parameters in bf16 by default, and PEFT adapters beside it: FOLDER/dora and
+FOLDER/lora on all linear layers, FOLDER/qv on q_proj and v_proj. Magnitudes are the rows' norms, perturbed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+HIDDEN, INTERMEDIATE, KEY_VALUE, VOCABULARY = 2048, 8192, 512, 128256
+LINEAR = {
+    "self_attn.q_proj": (HIDDEN, HIDDEN),
+    "self_attn.k_proj": (KEY_VALUE, HIDDEN),
+    "self_attn.v_proj": (KEY_VALUE, HIDDEN),
+    "self_attn.o_proj": (HIDDEN, HIDDEN),
+    "mlp.gate_proj": (INTERMEDIATE, HIDDEN),
+    "mlp.up_proj": (INTERMEDIATE, HIDDEN),
+    "mlp.down_proj": (HIDDEN, INTERMEDIATE),
+}
+DEVIATION = 0.02
+
+
+def shapes(layers: int) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the model, in the order of its file."""
+    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}"
+        found |= {f"{prefix}.{name}.weight": shape for name, shape in LINEAR.items()}
+        found |= {
+            f"{prefix}.{name}.weight": (HIDDEN,) for name in ("input_layernorm", "post_attention_layernorm")
+        }
+    return found | {"model.norm.weight": (HIDDEN,)}
+
+
+def write_base(folder: Path, layers: int, shards: int) -> None:
+    """The base, cut into shards of about equal size."""
+    folder.mkdir(parents=True, exist_ok=True)
+    table, todo = {}, shapes(layers)
+    share = sum(math.prod(shape) for shape in todo.values()) / shards
+    groups: list[list[str]] = [[]]
+    filled = 0.0
+    for name, shape in todo.items():
+        if filled >= share and len(groups) < shards:
+            groups.append([])
+            filled = 0.0
+        groups[-1].append(name)
+        filled += math.prod(shape)
+    for number, names in enumerate(groups, 1):
+        file = "model.safetensors" if shards == 1 else f"model-{number:05d}-of-{shards:05d}.safetensors"
+        tensors = {name: torch.randn(todo[name]).mul_(DEVIATION).bfloat16() for name in names}
+        save_file(tensors, folder / file, {"format": "pt"})
+        table |= dict.fromkeys(names, file)
+    total = 2 * sum(math.prod(shape) for shape in todo.values())
+    if shards > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": table}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "dtype": "bfloat16",
+        "hidden_size": HIDDEN,
+        "intermediate_size": INTERMEDIATE,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "vocab_size": VOCABULARY,
+        "tie_word_embeddings": True,
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def write_adapter(folder: Path, layers: int, rank: int, targets: list[str], *, dora: bool) -> None:
+    """A PEFT adapter on some linear layers, in float32."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for layer in range(layers):
+        for name in targets:
+            out, inputs = LINEAR[name]
+            prefix = f"base_model.model.model.layers.{layer}.{name}"
+            tensors[f"{prefix}.lora_A.weight"] = torch.randn(rank, inputs) / math.sqrt(inputs)
+            tensors[f"{prefix}.lora_B.weight"] = torch.randn(out, rank) * DEVIATION / 10
+            if dora:
+                norm = DEVIATION * math.sqrt(inputs)
+                tensors[f"{prefix}.lora_magnitude_vector"] = norm * (1 + 0.05 * torch.randn(out))
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": "base",
+        "r": rank,
+        "lora_alpha": 2 * rank,
+        "use_dora": dora,
+        "target_modules": sorted({name.rpartition(".")[2] for name in targets}),
+        "bias": "none",
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--shards", type=int, default=5)
+    parser.add_argument("--rank", type=int, default=16)
+    chosen = parser.parse_args()
+    torch.manual_seed(0)
+    write_base(chosen.folder / "base", chosen.layers, chosen.shards)
+    everything, some = list(LINEAR), ["self_attn.q_proj", "self_attn.v_proj"]
+    write_adapter(chosen.folder / "dora", chosen.layers, chosen.rank, everything, dora=True)
+    write_adapter(chosen.folder / "lora", chosen.layers, chosen.rank, everything, dora=False)
+    write_adapter(chosen.folder / "qv", chosen.layers, chosen.rank, some, dora=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Move between base + adapter and checkpoint: LoRA and DoRA, streaming, exact.
+
+    >>> import dora_convert
+    >>> report = dora_convert.merge("org/base", "org/adapter", "merged")  # doctest: +SKIP
+
+The functions here are the verbs of the command line. torch is imported when one runs, not before.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .errors import (
+        DoraConvertError,
+        HubError,
+        MalformedError,
+        NumericalError,
+        OutputError,
+        PlanError,
+        RefError,
+        UnsupportedError,
+        UsageError,
+        VerificationError,
+    )
+    from .operations import merge
+    from .report import DryRunReport, MergeReport
+
+__all__ = [
+    "DoraConvertError",
+    "DryRunReport",
+    "HubError",
+    "MalformedError",
+    "MergeReport",
+    "NumericalError",
+    "OutputError",
+    "PlanError",
+    "RefError",
+    "UnsupportedError",
+    "UsageError",
+    "VerificationError",
+    "__version__",
+    "merge",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import errors, operations, report
+
+    for module in (errors, operations, report):
+        if hasattr(module, name):
+            return getattr(module, name)
+    raise AttributeError(name)  # pragma: no cover - __all__ is tested

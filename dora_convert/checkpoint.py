@@ -1,0 +1,212 @@
+"""A base checkpoint as headers: which file holds which tensor, and what lies beside the weights.
+
+Nothing here reads a weight. The index decides which shards count; a single `model.safetensors` wins over an index, as
+in transformers' loader.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from .errors import Fault, MalformedError, RefError, UnsupportedError
+from .refs import Source
+from .stored import Header, Stored, read_header
+
+INDEX_SUFFIX = ".safetensors.index.json"
+RECORD = "dora_convert"
+"""The sub-folder of an output that holds the receipt and the undo record."""
+
+WEIGHT_SUFFIXES = (
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".onnx_data",
+    ".ot", ".tflite", ".mlmodel", ".npz", ".nemo", ".pdparams", ".index.json",
+)  # fmt: skip
+"""Files that hold weights, or say where they are: stale beside merged ones, so never copied."""
+
+WEIGHT_FOLDERS = ("original", "onnx", "openvino", "coreml", "metal", "gguf")
+NOT_COPIED = ("README.md", "adapter_config.json")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One weight file: its name, header metadata, and the tensors that count, in the order of their bytes."""
+
+    filename: str
+    metadata: Mapping[str, str]
+    tensors: tuple[Stored, ...]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A base checkpoint, as far as its headers and small files tell."""
+
+    source: Source
+    shards: tuple[Shard, ...]
+    index_name: str | None
+    config: Mapping[str, Any] | None = None
+    side_files: tuple[str, ...] = ()
+    left_behind: tuple[str, ...] = ()
+    notes: tuple[str, ...] = field(default=())
+
+    @cached_property
+    def tensors(self) -> Mapping[str, Stored]:
+        """All tensors by name."""
+        return {tensor.name: tensor for shard in self.shards for tensor in shard.tensors}
+
+    @cached_property
+    def model_types(self) -> frozenset[str]:
+        """Every `model_type` in the config, nested ones too."""
+        return frozenset(found for found in _values(self.config, "model_type") if isinstance(found, str))
+
+
+def _values(tree: Any, key: str) -> Iterator[Any]:
+    if isinstance(tree, Mapping):
+        if key in tree:
+            yield tree[key]
+        for value in tree.values():
+            yield from _values(value, key)
+
+
+def open_checkpoint(source: Source) -> Checkpoint:
+    """Read the headers of a checkpoint folder.
+
+    Raises RefError when there are no weights, MalformedError when files contradict each other, UnsupportedError for
+    weights in a format that is not read yet.
+    """
+    root = source.path
+    if root.is_file():
+        raise UnsupportedError(
+            f"BASE {source.name} is a single file; name the folder it lies in.", hint=str(root.parent)
+        )
+    name = weight_entry([entry.name for entry in root.iterdir()], source.name)
+    notes: list[str] = []
+    if name.endswith(".json"):
+        shards = _sharded(root, weight_map(root / name), notes)
+    else:
+        header = read_header(root / name)
+        shards = (Shard(name, header.metadata, tuple(header.tensors.values())),)
+    side_files, left_behind = _survey(root, {name, *(shard.filename for shard in shards)})
+    return Checkpoint(
+        source,
+        shards,
+        name if name.endswith(".json") else None,
+        read_config(root),
+        side_files,
+        left_behind,
+        tuple(notes),
+    )
+
+
+def weight_entry(names: list[str], where: str) -> str:
+    """The file that a loader would start from: `model.safetensors`, else an index, else the only safetensors file."""
+    if "model.safetensors" in names:
+        return "model.safetensors"
+    for suffix in (INDEX_SUFFIX, ".safetensors"):
+        found = sorted(
+            name for name in names if name.endswith(suffix) and not name.startswith("adapter_model")
+        )
+        if f"model{suffix}" in found:
+            return f"model{suffix}"
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise RefError(f"{where} holds several models and no model.safetensors: {', '.join(found)}.")
+    raise _no_weights(names, where)
+
+
+def _no_weights(names: list[str], where: str) -> Exception:
+    other = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".gguf")))
+    if other:
+        return UnsupportedError(
+            f"{where} has no safetensors weights, only {', '.join(other[:3])}: not read yet.",
+            hint="save the model as safetensors, or name a revision that has them",
+        )
+    return RefError(f"{where} holds no safetensors weights.")
+
+
+def weight_map(path: Path) -> dict[str, str]:
+    """The index: tensor name to the plain name of a file in the same folder."""
+    index = read_json(path)
+    table = index.get("weight_map")
+    if not isinstance(table, dict) or not all(isinstance(value, str) for value in table.values()):
+        raise MalformedError(f"{path}: weight_map must map tensor names to file names.")
+    for filename in sorted(set(table.values())):
+        if PurePosixPath(filename).name != filename or filename in ("", ".", "..") or "\\" in filename:
+            raise MalformedError(f"{path}: {filename!r} is not a plain file name.")
+    return table
+
+
+def _sharded(root: Path, table: Mapping[str, str], notes: list[str]) -> tuple[Shard, ...]:
+    """The shards an index names; tensors it does not list count only if no other shard has them."""
+    filenames = sorted(set(table.values()))
+    if missing := [name for name in filenames if not (root / name).exists()]:
+        raise RefError(
+            f"The index of {root.name} names {len(missing)} files that are not there.",
+            faults=[Fault(name, "missing") for name in missing],
+        )
+    headers = {name: read_header(root / name) for name in filenames}
+    absent = [
+        Fault(name, f"not in {file}") for name, file in table.items() if name not in headers[file].tensors
+    ]
+    if absent:
+        raise MalformedError(f"The index of {root.name} is wrong about {len(absent)} tensors.", faults=absent)
+    owner = dict(table)
+    for filename, header in headers.items():
+        unlisted = [name for name in header.tensors if owner.setdefault(name, filename) == filename]
+        notes += [
+            f"{name} is in {filename} but not in the index; it is kept"
+            for name in unlisted
+            if name not in table
+        ]
+    return tuple(_owned(filename, header, owner) for filename, header in headers.items())
+
+
+def _owned(filename: str, header: Header, owner: Mapping[str, str]) -> Shard:
+    tensors = tuple(tensor for tensor in header.tensors.values() if owner[tensor.name] == filename)
+    return Shard(filename, header.metadata, tensors)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; MalformedError when it is anything else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise MalformedError(f"{path} cannot be read as JSON ({error}).") from error
+    if not isinstance(value, dict):
+        raise MalformedError(f"{path} must hold a JSON object.")
+    return value
+
+
+def read_config(root: Path) -> dict[str, Any] | None:
+    """config.json, or None where a base has none."""
+    path = root / "config.json"
+    return read_json(path) if path.exists() else None
+
+
+def is_weight_file(name: str) -> bool:
+    """Whether a file, by its path inside the folder, holds weights or an index of them."""
+    path = PurePosixPath(name)
+    return path.name.endswith(WEIGHT_SUFFIXES) or path.parts[0] in WEIGHT_FOLDERS
+
+
+def is_side_file(name: str) -> bool:
+    """Whether a file, by its path inside the folder, belongs in a copy of the model beside its weights."""
+    parts = PurePosixPath(name).parts
+    hidden = any(part in (".cache", "__pycache__") or part.startswith(".git") for part in parts)
+    return not (hidden or parts[0] == RECORD or name in NOT_COPIED or is_weight_file(name))
+
+
+def list_files(root: Path) -> list[str]:
+    """Every file below a folder as a posix path, sorted; symbolic links are followed."""
+    return sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+
+
+def _survey(root: Path, used: set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What lies beside the weights: files to copy, and other weights to leave behind."""
+    names = [name for name in list_files(root) if name not in used]
+    visible = [name for name in names if not name.startswith((".", RECORD + "/"))]
+    return tuple(filter(is_side_file, names)), tuple(filter(is_weight_file, visible))

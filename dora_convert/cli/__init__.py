@@ -1,0 +1,111 @@
+"""The command line: a Click group whose commands are imported when they are called.
+
+Commands gather options, call the library, and hand the report to a sink. They never compute and never print.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+import click
+
+from .. import __version__
+from ..errors import DoraConvertError, InterruptedRunError, UsageError
+from .sink import show_error
+
+COMMANDS = {"merge": "fold adapters into a base checkpoint"}
+
+
+class Lazy(click.Group):
+    """A group that knows its commands by name and imports one when it is asked for."""
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        self.commands = dict.fromkeys(COMMANDS)  # type: ignore[assignment] # names: for "did you mean"
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        """All verbs, in the order of a typical session."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        """The command of a verb, from the module of the same name."""
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = import_module(f".{cmd_name}", __name__).command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        """List the verbs from the table: help imports none of them."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+def colour() -> bool | None:
+    """NO_COLOR and FORCE_COLOR, which Click does not read; None leaves it to the terminal."""
+    if os.environ.get("NO_COLOR"):
+        return False
+    return True if os.environ.get("FORCE_COLOR") else None
+
+
+@click.group(cls=Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, message="%(prog)s %(version)s")
+@click.pass_context
+def group(ctx: click.Context) -> None:
+    r"""Move between base + adapter and checkpoint: LoRA and DoRA, streaming, exact.
+
+    \b
+    Example:
+      dora-convert merge org/base ./adapter ./merged
+    """
+    ctx.color = colour()
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line; leaves by SystemExit, with the code that docs/cli.md gives."""
+    words = list(sys.argv[1:] if args is None else args)
+    try:
+        code = group.main(words, prog_name="dora-convert", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        code = error.exit_code
+    except (Exception, KeyboardInterrupt) as error:
+        if os.environ.get("DORA_CONVERT_DEBUG"):
+            raise
+        code = fail(error, as_json="--json" in words)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def fail(error: BaseException, *, as_json: bool) -> int:
+    """Say what went wrong, on stderr; the exit code."""
+    if isinstance(error, click.ClickException) and not as_json:
+        error.show()
+        return error.exit_code
+    known = _in_words(error)
+    show_error(known, as_json=as_json, colour=colour())
+    return known.exit_code
+
+
+def _in_words(error: BaseException) -> DoraConvertError:
+    match error:
+        case DoraConvertError():
+            return error
+        case click.ClickException():
+            return UsageError(error.format_message())
+        case KeyboardInterrupt() | click.Abort():
+            return InterruptedRunError(
+                "Interrupted.", hint="what is done is kept; the same command continues it"
+            )
+        case OSError():
+            return DoraConvertError(f"{error.filename or 'the system'}: {error.strerror or error}.")
+        case MemoryError():
+            return DoraConvertError(
+                "This machine has too little memory.", hint="a smaller --max-memory may help"
+            )
+    return DoraConvertError(
+        f"{type(error).__name__}: {error}",
+        hint="this is a bug; DORA_CONVERT_DEBUG=1 shows where, please report it",
+    )

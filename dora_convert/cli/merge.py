@@ -1,0 +1,70 @@
+"""dora-convert merge."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from . import options
+from .sink import Sink
+
+
+@click.command("merge")
+@click.argument("refs", nargs=-1, metavar="[BASE] ADAPTER... OUT", required=True)
+@click.option(
+    "--weight", type=float, multiple=True, metavar="W", help="Strength, one per ADAPTER in their order."
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
+    default="auto",
+    help="Of every floating tensor written; auto keeps each one's own.",
+)
+@click.option(
+    "--max-shard-size", metavar="SIZE", help="Such as 5GB or 4GiB; default the base's own sharding."
+)
+@options.compute
+@options.select
+@click.option(
+    "--undo",
+    type=click.Choice(["norms", "none"]),
+    default="norms",
+    show_default=True,
+    help="What to keep so that the merge can be undone.",
+)
+@click.option("--verify/--no-verify", default=True, help="Check a sample of the output before publishing it.")
+@click.option(
+    "--allow-unmatched", is_flag=True, help="Warn about adapter tensors without a place in the base."
+)
+@click.option(
+    "--base-model", metavar="ID", help="The base's repo id for the model card, where BASE is a path."
+)
+@options.writing
+@options.hub
+@options.talk
+def command(refs: tuple[str, ...], *, as_json: bool, quiet: bool, verbose: bool, **chosen: Any) -> None:
+    r"""Fold LoRA and DoRA adapters into a base checkpoint.
+
+    BASE and ADAPTER are folders or Hub repos (org/name[@revision]). Without BASE, the base that the adapter names is
+    used. OUT is a new folder with the base's files, its weights merged, and a record of what was done in
+    OUT/dora_convert.
+
+    \b
+    Examples:
+      dora-convert merge ./base ./adapter ./merged
+      dora-convert merge ./adapter ./merged --dry-run
+      dora-convert merge org/base ./style ./facts ./merged --weight 0.5 --weight 1
+    """
+    if len(refs) < 2:
+        raise click.UsageError("merge needs an ADAPTER and OUT, and mostly a BASE before them.")
+    from ..operations import merge
+
+    *inputs, out = refs
+    base, adapters = (inputs[0], inputs[1:]) if len(inputs) > 1 else (None, inputs)
+    sink = Sink(as_json=as_json, quiet=quiet, verbose=verbose)
+    try:
+        report = merge(base, adapters, out, on_progress=sink.progress, on_notice=sink.notice, **chosen)
+    finally:
+        sink.close()
+    sink.result(report)

@@ -1,0 +1,57 @@
+"""Options that several verbs share, declared once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def stack(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Several options as one decorator, listed in this order in the help."""
+
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+compute = stack(
+    click.option("--device", default="auto", metavar="auto|cpu|cuda[:N]|mps", help="Where to compute."),
+    click.option(
+        "--compute-dtype",
+        type=click.Choice(["auto", "float64", "float32"]),
+        default="auto",
+        help="Arithmetic, rounded once at the end; auto is float64.",
+    ),
+    click.option(
+        "--max-memory", default="160MiB", metavar="SIZE", show_default=True,
+        help="Bytes held at once, beyond Python and torch themselves.",
+    ),
+    click.option("--workers", type=click.IntRange(1), metavar="N", help="Threads; default one per processor."),
+)  # fmt: skip
+
+select = stack(
+    click.option("--include", multiple=True, metavar="GLOB", help="Only modules of this name; repeatable."),
+    click.option("--exclude", multiple=True, metavar="GLOB", help="No modules of this name; repeatable."),
+)
+
+hub = stack(
+    click.option("--token", metavar="TOKEN", help="Hub token; better is HF_TOKEN or hf auth login."),
+)
+
+writing = stack(
+    click.option("--dry-run", is_flag=True, help="Print the plan and write nothing."),
+    click.option("--overwrite", is_flag=True, help="Replace an OUT that exists."),
+)
+
+talk = stack(
+    click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout."),
+    click.option("-q", "--quiet", is_flag=True, help="Only the result's path on stdout."),
+    click.option("-v", "--verbose", is_flag=True, help="Every adapter tensor, not only their kinds."),
+)

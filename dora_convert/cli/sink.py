@@ -1,0 +1,138 @@
+"""The only place that prints: the answer on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import DoraConvertError
+from ..sizes import format_size
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from tqdm import tqdm
+
+    from ..report import DryRunReport, MergeReport
+
+
+class Sink:
+    """One command's output in one of three modes: a table, one JSON document, or the result's path alone."""
+
+    def __init__(self, *, as_json: bool, quiet: bool, verbose: bool) -> None:
+        self._json, self._quiet, self._verbose = as_json, quiet, verbose
+        self._bar: tqdm[Any] | None = None
+
+    def notice(self, text: str) -> None:
+        """A choice or a warning, on stderr."""
+        if not self._quiet:
+            click.echo(text, err=True)
+
+    def progress(self, done: int, total: int) -> None:
+        """Move the one progress bar; it is silent off a terminal."""
+        if self._bar is None:
+            from tqdm import tqdm
+
+            off = True if self._quiet or os.environ.get("TQDM_DISABLE") else None
+            self._bar = tqdm(total=total, unit="B", unit_scale=True, disable=off)
+        self._bar.update(done - self._bar.n)
+
+    def close(self) -> None:
+        """Take the bar down."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def result(self, report: MergeReport | DryRunReport) -> None:
+        """The answer."""
+        if self._json:
+            click.echo(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
+        elif self._quiet:
+            click.echo(report.out)
+        else:
+            self._print(report)
+
+    def _print(self, report: MergeReport | DryRunReport) -> None:
+        from rich.console import Console
+
+        console = Console(highlight=False)
+        console.print(ledger_table(report, every=self._verbose))
+        for line in summary(report):
+            console.print(line, markup=False)
+
+
+def ledger_table(report: MergeReport | DryRunReport, *, every: bool) -> Table:
+    """The ledger by kind of weight, layers counted together; `every` lists each one."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("module", overflow="fold")
+    table.add_column("n", justify="right")
+    table.add_column("fate", overflow="fold")
+    groups: dict[tuple[str, str], set[str]] = {}
+    for entry in report.ledger:
+        name = entry["into"][0].removesuffix(".weight") if entry["into"] else entry["tensor"]
+        groups.setdefault((name if every else _kind(name), f"{entry['fate']}: {entry['why']}"), set()).add(
+            name
+        )
+    for (kind, fate), names in groups.items():
+        table.add_row(kind, str(len(names)), fate)
+    return table
+
+
+def _kind(name: str) -> str:
+    """A tensor's name with its layer numbers and PEFT's prefix taken out."""
+    return re.sub(r"\.\d+\.", ".*.", name.removeprefix("base_model.model."))
+
+
+def summary(report: MergeReport | DryRunReport) -> list[str]:
+    """What happened, or would, in a few lines."""
+    counts = report.tensors
+    tensors = f"{counts['total']} tensors: {counts['merged']} merged, {counts['replaced']} replaced, {counts['copied']} copied"
+    fates = Counter(entry["fate"] for entry in report.ledger)
+    ledger = f"{len(report.ledger)} adapter tensors: " + ", ".join(f"{n} {fate}" for fate, n in fates.items())
+    values = report.to_dict()
+    if "plan" in values:
+        return [ledger, f"{tensors}; nothing was written", _planned(values["plan"]), f"out: {report.out}"]
+    lines = [
+        ledger,
+        f"{tensors}; {format_size(values['bytes_written'])} in {report.seconds:.1f} s, {_memory(values)}",
+    ]
+    if checked := values["verified"]:
+        lines.append(
+            f"checked: {checked['wrong_elements']} of {checked['checked']:,} elements wrong, "
+            f"at most {checked['max_ulp']} ulp from the exact result{_lost(values['lost'])}"
+        )
+    return [*lines, f"out: {report.out}"]
+
+
+def _planned(plan: Mapping[str, int]) -> str:
+    return (
+        f"would write {format_size(plan['bytes_out'])} in {plan['shards']} files and an undo record of at most "
+        f"{format_size(plan['undo_bytes'])}, holding {format_size(plan['memory'])} in memory"
+    )
+
+
+def _memory(values: Mapping[str, Any]) -> str:
+    peak = values["peak_memory_bytes"]
+    return f"peak memory {format_size(peak)}" if peak else "peak memory unknown"
+
+
+def _lost(share: float | None) -> str:
+    return "" if share is None else f"; rounding took {share:.2%} of the change"
+
+
+def show_error(error: DoraConvertError, *, as_json: bool, colour: bool | None) -> None:
+    """An error on stderr: one JSON document, or text for people."""
+    if as_json:
+        click.echo(json.dumps(error.to_dict(), ensure_ascii=False), err=True)
+        return
+    click.echo(f"{click.style('Error:', fg='red', bold=True)} {error.text()}", err=True, color=colour)
+    click.echo(error.outcome, err=True)
+    if error.hint:
+        click.echo(f"Hint: {error.hint}", err=True)

@@ -1,0 +1,132 @@
+"""Everything that can go wrong, as one tree.
+
+    DoraConvertError            exit code 2
+    ├── UsageError              options that contradict each other or the input
+    ├── RefError                a BASE, ADAPTER or OUT that is not there, or not what it should be
+    ├── MalformedError          a file that breaks its own format
+    ├── UnsupportedError        understood, and refused: says which part and what to do instead
+    ├── PlanError               base and adapter do not fit; carries every fault
+    ├── NumericalError          NaN, Inf or overflow: names the tensor and whose fault it is
+    ├── OutputError             OUT exists, is locked, or cannot be written
+    ├── HubError                the Hub said no, or nothing
+    ├── VerificationError       the output is not what was computed; exit code 1
+    └── InterruptedRunError     Ctrl-C on the command line; exit code 130
+
+Catch `DoraConvertError` for all of them:
+
+    try:
+        dora_convert.merge(base, adapter, out)
+    except dora_convert.DoraConvertError as error:
+        print(error, error.hint)
+
+A new class is added when a caller would handle it differently, not when a message differs. Keep them picklable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar, NamedTuple
+
+
+class Fault(NamedTuple):
+    """One thing that is wrong: which tensor, file or field, and why."""
+
+    what: str
+    why: str
+
+
+class DoraConvertError(Exception):
+    """The root: a message (what, where), optional faults, and an optional hint (what to type next)."""
+
+    kind: ClassVar[str] = "error"
+    exit_code: ClassVar[int] = 2
+    outcome: ClassVar[str] = "Nothing was written."
+
+    def __init__(self, message: str, *, hint: str | None = None, faults: Sequence[Fault] = ()) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.faults = tuple(faults)
+
+    def text(self, limit: int = 10) -> str:
+        """The message and its faults, one a line, at most `limit` of them."""
+        shown = self.faults[:limit]
+        width = min(60, max((len(fault.what) for fault in shown), default=0))
+        lines, last = [self.message], None
+        for what, why in shown:
+            lines.append(f"  {what:{width}}  {'the same' if why == last and len(why) > 20 else why}")
+            last = why
+        if len(self.faults) > limit:
+            lines.append(f"  … and {len(self.faults) - limit} more")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, object]:
+        """The error as `--json` prints it, with all faults."""
+        body: dict[str, object] = {"kind": self.kind, "message": self.message, "hint": self.hint}
+        if self.faults:
+            body["faults"] = [fault._asdict() for fault in self.faults]
+        return {"error": body}
+
+
+class UsageError(DoraConvertError, ValueError):
+    """Options that contradict each other or the input."""
+
+    kind = "usage"
+
+
+class RefError(DoraConvertError, ValueError):
+    """A BASE, ADAPTER or OUT that is not there, or not what it should be."""
+
+    kind = "reference"
+
+
+class MalformedError(DoraConvertError, ValueError):
+    """A file that breaks its own format."""
+
+    kind = "malformed"
+
+
+class UnsupportedError(DoraConvertError, NotImplementedError):
+    """Recognised and refused, by name, with the way out."""
+
+    kind = "unsupported"
+
+
+class PlanError(DoraConvertError, ValueError):
+    """Base and adapter do not fit together; `faults` lists every reason."""
+
+    kind = "plan"
+
+
+class NumericalError(DoraConvertError, ArithmeticError):
+    """NaN, Inf or overflow in a named tensor."""
+
+    kind = "numerical"
+
+
+class OutputError(DoraConvertError):
+    """OUT exists, is in use, or cannot be written."""
+
+    kind = "output"
+
+
+class HubError(DoraConvertError):
+    """The Hugging Face Hub refused or could not be reached."""
+
+    kind = "hub"
+
+
+class VerificationError(DoraConvertError):
+    """What was written is not what should have been; nothing is published."""
+
+    kind = "verification"
+    exit_code = 1
+    outcome = "Nothing was published."
+
+
+class InterruptedRunError(DoraConvertError):
+    """Ctrl-C; only the command line raises it."""
+
+    kind = "interrupted"
+    exit_code = 130
+    outcome = "Nothing was published."

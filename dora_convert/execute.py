@@ -1,0 +1,192 @@
+"""Run a plan: workers that each take a tensor from read to write, block by block, within a byte budget.
+
+The only file with threads. One thread makes a tensor, with one torch thread, in blocks that the tensor's shape alone
+decides: its bytes do not depend on how many workers there are, in which order they run, or what they may hold.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+
+import torch
+
+from .journal import Journal, Record
+from .lane import Lane
+from .make import make
+from .plan import Item, Plan, cost
+from .precision import Choice, exact_arithmetic
+from .stored import Reader
+from .undo import Part, Segment, Spool
+from .verify import Checker, Verdict
+from .writer import Copy, ShardFiles
+
+
+class StoppedError(Exception):
+    """Another worker failed, or the user interrupted: this one stops between two blocks."""
+
+
+class Budget:
+    """Bytes that all workers together may hold."""
+
+    def __init__(self, total: int) -> None:
+        self._free = total
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def holding(self, nbytes: int) -> Iterator[None]:
+        """Wait until so many bytes are free, and hold them."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= nbytes)
+            self._free -= nbytes
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += nbytes
+                self._changed.notify_all()
+
+
+@dataclass(frozen=True)
+class Done:
+    """What is known of a tensor once it is written: xxh3-128 of its old and new bytes, undo parts, the self-check."""
+
+    base_hash: str
+    written_hash: str
+    parts: tuple[Part, ...]
+    verdict: Verdict | None
+
+
+@dataclass
+class Progress:
+    """What is finished so far, by this run and by one that it continues."""
+
+    done: dict[str, Done] = field(default_factory=dict)
+    copied: set[tuple[str, int, int]] = field(default_factory=set)
+
+    @classmethod
+    def of(cls, records: Iterable[Record]) -> Progress:
+        """Read back what `copy_record` and `done_record` have written."""
+        progress = cls()
+        for record in records:
+            if "copied" in record:
+                shard, target, length = record["copied"]
+                progress.copied.add((shard, target, length))
+            else:
+                parts = tuple(
+                    Part(name, dtype, tuple(shape), tuple(Segment(*segment) for segment in segments))
+                    for name, dtype, shape, segments in record["parts"]
+                )
+                verdict = Verdict(**record["verdict"]) if record["verdict"] else None
+                base_hash, written_hash = record["hashes"]
+                progress.done[record["made"]] = Done(base_hash, written_hash, parts, verdict)
+        return progress
+
+    @property
+    def spooled(self) -> int:
+        """How much of the spool they use."""
+        return max((part.end for done in self.done.values() for part in done.parts), default=0)
+
+
+def copy_record(copy: Copy) -> Record:
+    """A finished copy as a line of the journal."""
+    return {"copied": copy[2:]}
+
+
+def done_record(name: str, done: Done) -> Record:
+    """A finished tensor as a line of the journal."""
+    return {
+        "made": name,
+        "hashes": [done.base_hash, done.written_hash],
+        "parts": done.parts,
+        "verdict": asdict(done.verdict) if done.verdict else None,
+    }
+
+
+@dataclass
+class Run:
+    """One execution of a plan."""
+
+    plan: Plan
+    shards: ShardFiles
+    reader: Reader
+    spool: Spool
+    journal: Journal
+    choice: Choice
+    budget: Budget
+    checker: Checker | None
+    on_progress: Callable[[int, int], None] | None
+    progress: Progress
+    written: int = 0
+    _skipped: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _stop: threading.Event = field(default_factory=threading.Event)
+    _local: threading.local = field(default_factory=threading.local)
+
+    def execute(self, workers: int) -> None:
+        """Make every output tensor that is not finished yet.
+
+        Copies come first: they need no arithmetic, and the disk can start on them.
+        """
+        copies = [copy for copy in self.shards.copies(self.plan) if copy[2:] not in self.progress.copied]
+        items = [item for item in self.plan.items if item.fate != "copied" and not self._finished(item)]
+        self._skipped = self.plan.bytes_out - sum(
+            [*(copy.length for copy in copies), *(item.nbytes for item in items)]
+        )
+        with exact_arithmetic(), ThreadPoolExecutor(workers, initializer=self._start) as pool:
+            self._finish(
+                [
+                    *(pool.submit(self._copy, copy) for copy in copies),
+                    *(pool.submit(self._make, item) for item in items),
+                ]
+            )
+
+    def _finished(self, item: Item) -> bool:
+        done = self.progress.done.get(item.name)
+        return done is not None and not (self.checker and done.verdict is None)
+
+    def _finish(self, futures: Sequence[Future[None]]) -> None:
+        """Wait for all; on the first failure or an interrupt, stop the others and raise it."""
+        try:
+            finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            errors = [future.exception() for future in finished]
+            if found := [error for error in errors if error and not isinstance(error, StoppedError)]:
+                raise found[0]
+        finally:
+            self._stop.set()
+            for future in futures:
+                future.cancel()
+
+    def _start(self) -> None:
+        torch.set_num_threads(1)
+        self._local.lane = Lane(self.choice, self.reader)
+
+    def _copy(self, copy: Copy) -> None:
+        self.advance(0)
+        self.shards.copy(copy, self.reader)
+        self.journal.add(copy_record(copy), [self.shards.descriptor(copy.shard)])
+        self.advance(copy.length)
+
+    def _make(self, item: Item) -> None:
+        lane: Lane = self._local.lane
+        with self.budget.holding(cost(item, self.plan.options)):
+            with lane.working():
+                made = make(item, lane, self.shards, self.spool, self.plan.options, self.advance)
+            verdict = self.checker.check(item) if self.checker else None
+        done = Done(made.base_hash, made.written_hash, made.parts, verdict)
+        self.progress.done[item.name] = done
+        if not (verdict and verdict.wrong):
+            files = [self.shards.descriptor(self.shards.shard_of(item)), self.spool.descriptor]
+            self.journal.add(done_record(item.name, done), files)
+
+    def advance(self, nbytes: int) -> None:
+        """Count bytes written, and stop here if another worker has failed."""
+        if self._stop.is_set():
+            raise StoppedError
+        with self._lock:
+            self.written += nbytes
+            if self.on_progress:
+                self.on_progress(self._skipped + self.written, self.plan.bytes_out)

@@ -1,0 +1,112 @@
+"""From what a caller names to open headers: adapters, and the base they belong to."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from .adapter import Adapter, open_adapter
+from .checkpoint import Checkpoint, open_checkpoint
+from .errors import RefError, UsageError
+from .hub import fetch, wanted_of_adapter, wanted_of_base
+from .refs import HubRef, Source, parse_ref
+
+Notice = Callable[[str], None]
+QUANTISED_NAME = re.compile(r"(?i)[-_.](unsloth-)?(bnb|gptq|awq|gguf|[48]-?bits?|int[48]|fp8|nf4)\b.*$")
+
+
+def gather(
+    base: str | None, adapters: Sequence[str], out: str, token: str | None, notice: Notice
+) -> tuple[Checkpoint, list[Adapter]]:
+    """Open the adapters, then the base: the one named, or the one that the first adapter names.
+
+    Raises RefError and its siblings for what is not there, UsageError when BASE and ADAPTER are exchanged.
+    """
+    if base is not None:
+        _refuse_swapped(base, adapters, out)
+    opened = [open_adapter(fetch(ref, "ADAPTER", wanted_of_adapter, token=token)) for ref in adapters]
+    if base is None:
+        source = _base_of(opened[0], adapters[0], out, token)
+        notice(f"base: {source.title}, as {opened[0].source.name} says")
+    else:
+        source = fetch(base, "BASE", wanted_of_base, token=token)
+    return open_checkpoint(source), opened
+
+
+def _refuse_swapped(base: str, adapters: Sequence[str], out: str) -> None:
+    """BASE is an adapter and an ADAPTER is a model: say so, with the command that was meant."""
+    for adapter in adapters:
+        if (
+            _is_adapter(base)
+            and not _has_weights(base)
+            and not _is_adapter(adapter)
+            and _has_weights(adapter)
+        ):
+            exchanged = [base if ref == adapter else ref for ref in adapters]
+            raise UsageError(
+                f"BASE and ADAPTER are swapped: {base} is an adapter, {adapter} is a model.",
+                hint=shlex.join(["dora-convert", "merge", adapter, *exchanged, out]),
+            )
+
+
+def _is_adapter(ref: str) -> bool:
+    return (Path(ref).expanduser() / "adapter_config.json").is_file()
+
+
+def _has_weights(ref: str) -> bool:
+    folder = Path(ref).expanduser()
+    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    return any(
+        name.endswith((".safetensors", ".index.json")) and not name.startswith("adapter") for name in names
+    )
+
+
+def _base_of(adapter: Adapter, ref: str, out: str, token: str | None) -> Source:
+    """The base an adapter was trained on, at the revision it names."""
+    again = f"name it: dora-convert merge BASE {shlex.quote(ref)} {shlex.quote(out)}"
+    if not adapter.base:
+        raise RefError(
+            f"The adapter {adapter.source.name} does not say which base it was trained on.", hint=again
+        )
+    if match := QUANTISED_NAME.search(adapter.base):
+        raise UsageError(
+            f"The adapter {adapter.source.name} was trained on {adapter.base}, a quantised copy. "
+            "Name the full-precision model it was made from.",
+            hint=f"perhaps {adapter.base[: match.start()]}: {again}",
+        )
+    name = adapter.base if "/" in adapter.base or Path(adapter.base).exists() else f"hf://{adapter.base}"
+    try:
+        return fetch(name, "BASE", wanted_of_base, revision=adapter.revision, token=token)
+    except RefError as error:
+        raise RefError(f"The adapter's base, {adapter.base!r}, is not here.", hint=again) from error
+
+
+def doubts(base: Checkpoint, adapters: Sequence[Adapter]) -> Iterator[str]:
+    """Warnings that need no tensor: another base than the adapter names, and files that are not used."""
+    for adapter in adapters:
+        if adapter.base and not _same_model(adapter.base, base):
+            yield (
+                f"{adapter.source.name} was trained on {adapter.base}; "
+                f"BASE is {base.source.repo or base.source.name}"
+            )
+    yield from base.notes
+    if base.left_behind:
+        shown = ", ".join(base.left_behind[:5]) + (" …" if len(base.left_behind) > 5 else "")
+        yield f"not copied, stale beside merged weights: {shown}"
+
+
+def _same_model(name: str, base: Checkpoint) -> bool:
+    """Whether the name an adapter has for its base can mean this one."""
+    if base.source.repo:
+        return name.lower() == base.source.repo.lower()
+    try:
+        parsed = parse_ref(name)
+    except RefError:
+        parsed = HubRef(name)
+    if isinstance(parsed, Path):
+        return parsed.resolve() == base.source.path.resolve()
+    known = {base.source.name, str((base.config or {}).get("_name_or_path", ""))}
+    last = name.rstrip("/").rpartition("/")[2].lower()
+    return any(last == other.rstrip("/").rpartition("/")[2].lower() for other in known)

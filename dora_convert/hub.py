@@ -1,0 +1,126 @@
+"""REF → a local folder: the files of a Hub repo that a verb needs, at one commit.
+
+Downloads go through huggingface_hub and its cache. Tokens are handed to it and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from .checkpoint import INDEX_SUFFIX, is_weight_file, weight_entry, weight_map
+from .errors import HubError
+from .refs import HubRef, Source, local_source, parse_ref
+
+
+def fetch(
+    ref: str,
+    what: str,
+    wanted: Callable[[Sequence[str]], Sequence[str]],
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+) -> Source:
+    """A REF as local files; for a Hub repo, those names of the repo's that `wanted` picks.
+
+    Raises RefError when the REF is nothing, HubError when the Hub refuses or cannot be reached.
+    """
+    parsed = parse_ref(ref, what)
+    if isinstance(parsed, Path):
+        return local_source(parsed)
+    if revision and not parsed.revision:
+        parsed = HubRef(parsed.repo, revision, parsed.subfolder)
+    return _download(parsed, what, wanted, token)
+
+
+def _download(
+    ref: HubRef, what: str, wanted: Callable[[Sequence[str]], Sequence[str]], token: str | None
+) -> Source:
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    prefix = f"{ref.subfolder}/" if ref.subfolder else ""
+    with _explained(ref, what):
+        try:
+            info = HfApi(token=token).model_info(ref.repo, revision=ref.revision)
+        except HfHubHTTPError:
+            raise
+        except _unreachable() as error:
+            return _cached(ref, prefix, what, error)
+        names = [sibling.rfilename for sibling in info.siblings or ()]
+
+        def get(chosen: Sequence[str]) -> Path:
+            patterns = [_escaped(prefix + name) for name in chosen]
+            snapshot = snapshot_download(ref.repo, revision=info.sha, allow_patterns=patterns, token=token)
+            return Path(snapshot) / ref.subfolder
+
+        chosen = wanted([name.removeprefix(prefix) for name in names if name.startswith(prefix)])
+        folder = get(chosen)
+        if index := next((name for name in chosen if name.endswith(INDEX_SUFFIX)), None):
+            get(sorted(set(weight_map(folder / index).values())))
+    return Source(folder, ref.repo, ref.repo, info.sha)
+
+
+def _cached(ref: HubRef, prefix: str, what: str, error: Exception) -> Source:
+    """The cache's copy of a repo when there is no connection, perhaps a partial one: opening it will tell."""
+    from huggingface_hub import try_to_load_from_cache
+
+    for name in ("adapter_config.json", "config.json", "model.safetensors"):
+        found = try_to_load_from_cache(ref.repo, prefix + name, revision=ref.revision)
+        if isinstance(found, str):
+            commit = Path(found.removesuffix(prefix + name)).name
+            return Source(Path(found).parent, ref.repo, ref.repo, commit)
+    raise HubError(
+        f"{what} {ref} is no local path, the Hub cannot be reached, and the cache has no copy.",
+        hint="check the spelling and the connection",
+    ) from error
+
+
+def _escaped(name: str) -> str:
+    """A file name as a pattern that matches only itself."""
+    return "".join(f"[{char}]" if char in "*?[" else char for char in name)
+
+
+def wanted_of_base(names: Sequence[str]) -> list[str]:
+    """What a merge needs of a base: the weights that count (an index brings its shards) and every other small file."""
+    entry = weight_entry(list(names), "the repo")
+    return [entry, *(name for name in names if not is_weight_file(name))]
+
+
+def wanted_of_adapter(names: Sequence[str]) -> list[str]:
+    """What a merge needs of an adapter: its config and tensors, and tokenizer files; not the trainer's checkpoints."""
+    return [name for name in names if "/" not in name and not name.endswith((".pt", ".pth"))]
+
+
+def _unreachable() -> tuple[type[Exception], ...]:
+    """What huggingface_hub lets through when there is no connection: the root of its HTTP library, under any name."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    roots: list[type[Exception]] = [
+        base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception) and base is not OSError
+    ]
+    return (ConnectionError, TimeoutError, *roots)
+
+
+@contextmanager
+def _explained(ref: HubRef, what: str) -> Iterator[None]:
+    """Turn huggingface_hub's exceptions into ours."""
+    from huggingface_hub import errors
+
+    other: tuple[type[Exception], ...] = (errors.HfHubHTTPError, *_unreachable())
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise HubError(
+            f"{what} {ref} is gated.", hint="ask for access on its page, then hf auth login"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise HubError(
+            f"{what} {ref} is neither a local path nor a repo on the Hub that you may see.",
+            hint="check the spelling; for a private repo, hf auth login",
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise HubError(f"{what} {ref}: the repo has no revision {ref.revision}.") from error
+    except other as error:
+        raise HubError(f"{what} {ref}: the Hub answered: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,100 @@
+"""One worker's way from file to device and back: reused buffers, and one stream where there is a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from . import maths
+from .precision import TORCH, Choice
+from .stored import Reader, Stored
+
+
+class Lane:
+    """Reads rows of stored tensors as matrices on the device, and brings results back as bytes.
+
+    On a GPU the host buffers are pinned and everything runs on the lane's own stream, so that one lane's transfers
+    overlap another's arithmetic. Two calls of `rows` share a buffer: the first result's bytes are gone after the
+    second, its matrix is too on the CPU.
+    """
+
+    def __init__(self, choice: Choice, reader: Reader) -> None:
+        self.choice = choice
+        self._reader = reader
+        self._cuda = choice.device.type == "cuda"
+        self._stream = torch.cuda.Stream(choice.device) if self._cuda else None  # type: ignore[no-untyped-call]
+        self._buffers: dict[str, Tensor] = {}
+
+    def working(self) -> AbstractContextManager[object]:
+        """The context in which this lane's tensors may be used."""
+        return torch.cuda.stream(self._stream) if self._stream else nullcontext()
+
+    def raw(self, stored: Stored, start: int, stop: int, buffer: str = "in") -> Tensor:
+        """Rows of a stored tensor as they are on disk: (rows, columns), in host memory."""
+        columns = stored.matrix[1]
+        host = self._scratch(buffer, (stop - start, columns), TORCH[stored.dtype], on_host=True)
+        self._reader.read(stored.path, stored.start + start * columns * stored.itemsize, as_bytes(host))
+        return host
+
+    def lift(self, raw: Tensor) -> Tensor:
+        """Raw rows in the compute dtype, on the device."""
+        on_device = raw.to(self.choice.device, non_blocking=self._cuda)
+        return self._scratch("work", raw.shape, self.choice.compute).copy_(on_device)
+
+    def land(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """A result rounded to a dtype, in host memory; the device has finished with all buffers when this returns."""
+        single = self._scratch("single", x.shape, torch.float32)
+        rounded = maths.round_to(x, self._scratch("rounded", x.shape, dtype), single)
+        if self.choice.device.type == "cpu":
+            return rounded
+        host = self._scratch("out", x.shape, dtype, on_host=True).copy_(rounded, non_blocking=self._cuda)
+        if self._stream:
+            self._stream.synchronize()
+        return host
+
+    def whole(self, stored: Stored) -> Tensor:
+        """A small stored tensor as a matrix in the compute dtype, on the device, in memory of its own."""
+        return self._load(self.raw(stored, 0, stored.matrix[0], "factor"))
+
+    def rows(self, stored: Stored, start: int, stop: int) -> Tensor:
+        """Some rows of a small stored tensor."""
+        return self._load(self.raw(stored, start, stop, "factor"))
+
+    def columns(self, stored: Stored, start: int, stop: int) -> Tensor:
+        """Some columns of a small stored tensor."""
+        rows, columns = stored.matrix
+        host = self._scratch("factor", (rows, stop - start), TORCH[stored.dtype], on_host=True)
+        for row in range(rows):
+            offset = stored.start + (row * columns + start) * stored.itemsize
+            self._reader.read(stored.path, offset, as_bytes(host[row]))
+        return self._load(host)
+
+    def _load(self, raw: Tensor) -> Tensor:
+        return raw.to(self.choice.device).to(self.choice.compute, copy=True)
+
+    def _scratch(
+        self, name: str, shape: Sequence[int], dtype: torch.dtype, *, on_host: bool = False
+    ) -> Tensor:
+        """Memory that the next call of the same name uses again: fresh pages cost more than the arithmetic."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.numel() < nbytes:
+            self._buffers.pop(name, None)
+            device = torch.device("cpu") if on_host else self.choice.device
+            pinned = on_host and self._cuda
+            buffer = torch.empty(nbytes, dtype=torch.uint8, device=device, pin_memory=pinned)
+            self._buffers[name] = buffer
+        return buffer[:nbytes].view(dtype).view(tuple(shape))
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, without a copy; they keep the tensor alive."""
+    nbytes = tensor.numel() * tensor.element_size()
+    array = (ctypes.c_ubyte * nbytes).from_address(tensor.data_ptr())
+    array.owner = tensor  # type: ignore[attr-defined]
+    return memoryview(array).cast("B")

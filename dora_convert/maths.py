@@ -1,0 +1,89 @@
+"""The equations, in the order of docs/mathematics.md: tensors in, tensors out.
+
+W is (out, in), A is (r, in), B is (out, r), m and n are (out,), s is the scaling. Blocks of rows of W with the same
+rows of B, m and n obey the same equations. Nothing here knows names, files or storage: it computes in the dtype that
+it is given, which is float64 unless asked otherwise, and `round_to` rounds once at the end.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LOW_BITS = (1 << 29) - 1  # the bits of a float64's fraction that a float32 has not
+RUN = 512  # elements that are rounded again together where one of them needs it
+
+
+def add_low_rank_(
+    W: Tensor,  # (out, in), changed in place
+    B: Tensor,  # (out, r)
+    A: Tensor,  # (r, in)
+    s: float,
+) -> Tensor:
+    """V = W + s·BA (1), LoRA's merged weight: equation 3 of arXiv:2106.09685."""
+    W.addmm_(B, A, alpha=s)
+    return W
+
+
+def norms(V: Tensor, axis: int) -> Tensor:
+    """n = ‖V‖ (2), one per row for axis 1 and one per column for axis 0."""
+    n: Tensor = torch.linalg.vector_norm(V, dim=axis)
+    return n
+
+
+def rescale_(
+    V: Tensor,  # (out, in), changed in place
+    m: Tensor,  # (out,)
+    n: Tensor,  # (out,)
+    axis: int,
+) -> Tensor:
+    """W' = m·V/n (3), DoRA's merged weight: equation 5 of arXiv:2402.09353, whose W is the transpose of torch's."""
+    return V.mul_((m / n).unsqueeze(axis))
+
+
+def round_to(
+    x: Tensor,
+    out: Tensor,  # as x, in the dtype to round to
+    single: Tensor | None = None,  # as x, float32: scratch space
+) -> Tensor:
+    """x rounded once into `out`, to nearest and ties to even.
+
+    torch takes float64 to half precision by way of float32. Where that first rounding lands on a tie of the second,
+    the result is off by one unit in the last place: about once in 130,000 elements for bfloat16 and once in 16,000 for
+    float16. Rounding to odd first makes the second rounding right.
+    """
+    if x.dtype != torch.float64 or out.dtype not in (torch.bfloat16, torch.float16) or x.numel() == 0:
+        return out.copy_(x)
+    y = torch.empty_like(x, dtype=torch.float32) if single is None else single
+    if out.dtype == torch.float16:
+        return out.copy_(y.copy_(_to_odd(x)))
+    y.copy_(x)
+    width = RUN if x.numel() % RUN == 0 else x.numel()
+    runs, exact = y.view(-1, width), x.view(-1, width)
+    # A tie of bfloat16 is a float32 whose low half is 0x8000, the least value an int16 can have.
+    least = runs.view(torch.int16).amin(dim=1)
+    ties = (least == torch.iinfo(torch.int16).min).nonzero().squeeze(1)
+    if len(ties):
+        runs[ties] = _to_odd(_on_grid(exact[ties])).to(torch.float32)
+    return out.copy_(y)
+
+
+def _to_odd(x: Tensor) -> Tensor:
+    """x cut off to float32's precision, with the last bit set where anything was lost (Boldo and Melquiond, 2008)."""
+    bits = x.view(torch.int64)
+    odd = bits & LOW_BITS
+    odd += LOW_BITS  # carries into the last bit that stays
+    odd |= bits
+    odd &= ~LOW_BITS
+    return odd.view(torch.float64)
+
+
+def _on_grid(x: Tensor) -> Tensor:
+    """x rounded to multiples of 2⁻¹³³, bfloat16's smallest number, where float32 has no normal numbers any more."""
+    grid = 1.5 * 2.0 ** (52 - 133)
+    return torch.where(x.abs() < torch.finfo(torch.float32).tiny, (x + grid) - grid, x)
+
+
+def all_finite(x: Tensor) -> bool:
+    """Whether no element is NaN or infinite. A finite sum proves it; another may just have overflowed."""
+    return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())

@@ -1,0 +1,74 @@
+"""What a merge leaves behind so that it can be audited and undone: `OUT/dora_convert/receipt.json`.
+
+A function of the inputs: no dates, no paths, no name of the output, so that two runs leave the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from . import __version__
+from .execute import Done
+from .plan import Plan
+from .precision import Choice
+from .refs import Source
+from .sidefiles import SideFile
+
+NAME = "receipt.json"
+SCHEMA = 1
+
+
+def receipt_bytes(
+    plan: Plan,
+    done: Mapping[str, Done],
+    hashes: Sequence[Mapping[str, str]],
+    files: Sequence[SideFile],
+    choice: Choice,
+) -> bytes:
+    """The receipt of a finished merge.
+
+    `hashes` holds for each adapter the xxh3-128 of its files, `files` what lies beside the weights.
+    """
+    import torch
+
+    options = plan.options
+    receipt: dict[str, Any] = {
+        "schema": SCHEMA,
+        "verb": "merge",
+        "versions": {"dora_convert": __version__, "torch": torch.__version__.partition("+")[0]},
+        "base": _source(plan.base.source),
+        "adapters": [
+            {
+                **_source(adapter.source),
+                "format": adapter.format,
+                "kind": adapter.kind,
+                "weight": weight,
+                "files": files,
+            }
+            for adapter, weight, files in zip(plan.adapters, plan.weights, hashes, strict=True)
+        ],
+        "options": {
+            "device": choice.device.type,
+            "compute_dtype": choice.compute_name,
+            "dtype": options.dtype,
+            "undo": options.undo,
+            "include": list(options.include),
+            "exclude": list(options.exclude),
+        },
+        "tensors": {item.name: _tensor(item.fate, done[item.name]) for item in plan.items if item.changed},
+        "side_files": {file.name: file.fate for file in files},
+        "ledger": [entry.to_dict() for entry in plan.ledger],
+    }
+    return (json.dumps(receipt, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def _source(source: Source) -> dict[str, str | None]:
+    return {"name": source.name, "repo": source.repo, "commit": source.commit}
+
+
+def _tensor(fate: str, done: Done) -> dict[str, Any]:
+    """Hashes are xxh3-128 of the tensor's bytes, before and after."""
+    undo = [part.name for part in done.parts]
+    return {"fate": fate, "base": done.base_hash, "written": done.written_hash, "undo": undo}

@@ -1,0 +1,76 @@
+"""REF, the one syntax for "where is it": what BASE, ADAPTER and the others may be.
+
+./folder                              a local directory; a local path wins over a repo id
+org/name, org/name@revision           a repo on the Hugging Face Hub
+hf://org/name[@revision][/subfolder]  the same, never taken for a local path
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import RefError
+
+_REPO = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[^/\s]+(?:/[^/\s]+)*?))?")
+_HF_URI = re.compile(
+    r"hf://(?:models/)?(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^/\s]+))?(?:/(?P<subfolder>\S+))?"
+)
+
+
+@dataclass(frozen=True)
+class HubRef:
+    """A repo on the Hub, perhaps at a revision, perhaps a folder inside it."""
+
+    repo: str
+    revision: str | None = None
+    subfolder: str = ""
+
+    def __str__(self) -> str:
+        at = f"@{self.revision}" if self.revision else ""
+        return f"{self.repo}{at}{'/' + self.subfolder if self.subfolder else ''}"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A REF made local: the folder, its name for people, and for a Hub repo its id and commit."""
+
+    path: Path
+    name: str
+    repo: str | None = None
+    commit: str | None = None
+
+    @property
+    def title(self) -> str:
+        """How receipts and cards call it: never a path."""
+        return f"{self.repo}@{self.commit}" if self.repo else self.name
+
+
+def parse_ref(ref: str, what: str = "REF") -> Path | HubRef:
+    """A REF as an existing local path or a Hub repo; RefError when it can be neither."""
+    if match := _HF_URI.fullmatch(ref):
+        return HubRef(match["repo"], match["revision"], (match["subfolder"] or "").strip("/"))
+    path = Path(ref).expanduser()
+    if path.exists():
+        return path
+    if (match := _REPO.fullmatch(ref)) and not ref.startswith((".", "~")):
+        return HubRef(match["repo"], match["revision"])
+    raise RefError(f"{what} {ref!r} does not exist.", hint=_similar(path) or "a Hub repo is written org/name")
+
+
+def _similar(path: Path) -> str | None:
+    """A hint naming the entries of the parent folder that look like a missing path."""
+    parent = path.parent
+    if not parent.is_dir():
+        while not parent.parent.is_dir():
+            parent = parent.parent
+        return f"{parent} does not exist either"
+    close = difflib.get_close_matches(path.name, [entry.name for entry in parent.iterdir()])
+    return f"did you mean {', '.join(str(parent / name) for name in close)}?" if close else None
+
+
+def local_source(path: Path) -> Source:
+    """A local folder or file as a Source, named by its last component."""
+    return Source(path, path.resolve().name)

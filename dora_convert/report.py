@@ -1,0 +1,129 @@
+"""What a verb returns, and what `--json` prints of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import __version__
+from .plan import Plan
+from .settings import Settings
+from .sizes import peak_memory
+
+if TYPE_CHECKING:  # these import torch, which a dry run does without
+    from .precision import Choice
+    from .verify import Verdict
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What every verb that merges reports, whether it ran or only planned."""
+
+    command: str
+    base: str
+    adapters: tuple[str, ...]
+    out: str
+    tensors: Mapping[str, int]
+    ledger: tuple[Mapping[str, Any], ...]
+    undo: str
+    warnings: tuple[str, ...]
+    left_behind: tuple[str, ...]
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as `--json` prints it."""
+        return {"schema": SCHEMA, "version": __version__, **asdict(self)}
+
+
+def _common(plan: Plan, settings: Settings, out: Path) -> dict[str, Any]:
+    return {
+        "command": "merge",
+        "base": _place(plan.base.source),
+        "adapters": tuple(_place(adapter.source) for adapter in plan.adapters),
+        "out": str(out),
+        "tensors": plan.counts(),
+        "ledger": tuple(entry.to_dict() for entry in plan.ledger),
+        "undo": plan.options.undo,
+        "warnings": tuple(settings.warnings),
+        "left_behind": plan.base.left_behind,
+        "seconds": round(time.monotonic() - settings.started, 3),
+    }
+
+
+def _place(source: Any) -> str:
+    return source.title if source.repo else str(source.path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verified:
+    """The self-check: elements compared, how many lie outside the bound, and the largest distance in ulps."""
+
+    checked: int
+    wrong_elements: int
+    max_ulp: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeReport(Report):
+    """What a merge did."""
+
+    device: str
+    compute_dtype: str
+    bytes_written: int
+    peak_memory_bytes: int | None
+    resumed: bool
+    verified: Verified | None
+    lost: float | None
+
+    @classmethod
+    def of(
+        cls,
+        plan: Plan,
+        settings: Settings,
+        out: Path,
+        choice: Choice,
+        verdict: Verdict | None,
+        *,
+        written: int,
+        resumed: bool,
+    ) -> MergeReport:
+        """The report of a finished merge; `lost` is the share of the change that rounding took, on the sample."""
+        found = None
+        if verdict:
+            found = Verified(checked=verdict.checked, wrong_elements=verdict.wrong, max_ulp=verdict.max_ulp)
+        return cls(
+            **_common(plan, settings, out),
+            device=str(choice.device),
+            compute_dtype=choice.compute_name,
+            bytes_written=written,
+            peak_memory_bytes=peak_memory(),
+            resumed=resumed,
+            verified=found,
+            lost=verdict.lost if verdict else None,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DryRunReport(Report):
+    """What a merge would do: tensors and shards, their bytes, the undo record's, and the memory held."""
+
+    plan: Mapping[str, int]
+    dry_run: bool = True
+
+    @classmethod
+    def of(cls, plan: Plan, settings: Settings, out: Path) -> DryRunReport:
+        """The report of a plan."""
+        numbers = {
+            "tensors": len(plan.items),
+            "shards": len(plan.shards),
+            "bytes_out": plan.bytes_out,
+            "undo_bytes": plan.undo_bytes,
+            "memory": min(settings.max_memory, settings.workers * plan.memory),
+            "least_memory": plan.memory,
+        }
+        return cls(**_common(plan, settings, out), plan=numbers)

@@ -1,0 +1,105 @@
+"""Everything in OUT beside weights: the base's files as they are, the few that must change, and what is our own.
+
+Files are copied byte for byte: re-saving them through transformers rewrites tokenizers. Of an adapter's folder only
+tokenizer, processor and chat-template files count, and they win over the base's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from . import card
+from .adapter import Adapter
+from .checkpoint import RECORD, Checkpoint, list_files
+from .layout import index_bytes
+from .plan import Plan
+from .stored import CONFIG_DTYPES
+
+FROM_ADAPTER = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
+    "spiece.model", "sentencepiece*.model", "chat_template*", "additional_chat_templates/*", "*processor_config.json",
+    "preprocessor_config.json",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SideFile:
+    """One file of OUT: copied from a path, or made of bytes."""
+
+    name: str
+    source: Path | bytes
+    fate: str = "copied"  # copied | edited | from the adapter | written
+    original: Path | None = None
+    """The base's file that it takes the place of, where that has other bytes."""
+
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
+        return len(self.source) if isinstance(self.source, bytes) else self.source.stat().st_size
+
+
+def side_files(plan: Plan, base_model: str | None) -> list[SideFile]:
+    """All files of OUT but the weights and our own record, by name."""
+    base, root = plan.base, plan.base.source.path
+    found = {name: SideFile(name, root / name) for name in base.side_files}
+
+    def put(name: str, source: Path | bytes, fate: str) -> None:
+        before = root / name
+        new = source if isinstance(source, bytes) else source.read_bytes()
+        differs = before.is_file() and before.read_bytes() != new
+        found[name] = SideFile(name, source, fate, before if differs else None)
+
+    for adapter in plan.adapters:
+        for name in _tokenizer_files(adapter):
+            put(name, adapter.source.path / name, "from the adapter")
+    if (config := edited_config(base, plan.options.dtype)) is not None:
+        put("config.json", _json_bytes(config), "edited")
+    if plan.index_name:
+        put(plan.index_name, index_bytes(plan), "written")
+    put(card.NAME, card.card_bytes(plan, base_model), "written")
+    for path in _earlier_record(base):
+        name = f"{RECORD}/previous/{path.relative_to(root / RECORD).as_posix()}"
+        found[name] = SideFile(name, path)
+    return [found[name] for name in sorted(found)]
+
+
+def _tokenizer_files(adapter: Adapter) -> Sequence[str]:
+    names = list_files(adapter.source.path)
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in FROM_ADAPTER)]
+
+
+def _earlier_record(base: Checkpoint) -> list[Path]:
+    """The record of the merge that made the base, if one did: ours is stacked on it."""
+    folder = base.source.path / RECORD
+    return [folder / name for name in list_files(folder)] if folder.is_dir() else []
+
+
+def edited_config(base: Checkpoint, dtype: str | None) -> dict[str, Any] | None:
+    """The base's config with the output's dtype, or None where nothing must change."""
+    if base.config is None or dtype is None:
+        return None
+    edited = _with_dtype(base.config, CONFIG_DTYPES[dtype])
+    if not {"dtype", "torch_dtype"} & edited.keys():
+        edited["dtype"] = CONFIG_DTYPES[dtype]
+    return edited if edited != base.config else None
+
+
+def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """A config where every dtype key that names one dtype names this one, nested configs included."""
+    return {
+        key: dtype
+        if key in ("dtype", "torch_dtype") and isinstance(value, str)
+        else _with_dtype(value, dtype)
+        if isinstance(value, Mapping)
+        else value
+        for key, value in config.items()
+    }
+
+
+def _json_bytes(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
