@@ -93,6 +93,11 @@ def write_adapter(folder: Path, layers: int, rank: int, targets: list[str], *, d
                 norm = DEVIATION * math.sqrt(inputs)
                 tensors[f"{prefix}.lora_magnitude_vector"] = norm * (1 + 0.05 * torch.randn(out))
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    write_config(folder, rank, dora=dora)
+
+
+def write_config(folder: Path, rank: int, *, dora: bool) -> None:
+    """The adapter's adapter_config.json."""
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -100,8 +105,8 @@ def write_adapter(folder: Path, layers: int, rank: int, targets: list[str], *, d
         "r": rank,
         "lora_alpha": 2 * rank,
         "use_dora": dora,
-        "target_modules": sorted({name.rpartition(".")[2] for name in targets}),
         "bias": "none",
+        "target_modules": "all-linear",
     }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
 

@@ -7,7 +7,7 @@ in transformers' loader.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -56,6 +56,15 @@ class Checkpoint:
     def tensors(self) -> Mapping[str, Stored]:
         """All tensors by name."""
         return {tensor.name: tensor for shard in self.shards for tensor in shard.tensors}
+
+    @cached_property
+    def modules(self) -> Mapping[str, Sequence[str]]:
+        """Every module that owns a tensor, sorted by name under the name of its parent."""
+        found: dict[str, set[str]] = {}
+        for name in self.tensors:
+            module = name.rpartition(".")[0]
+            found.setdefault(module.rpartition(".")[0], set()).add(module)
+        return {parent: sorted(modules) for parent, modules in found.items()}
 
     @cached_property
     def model_types(self) -> frozenset[str]:

@@ -18,7 +18,7 @@ from .precision import TORCH, Choice
 from .stored import FLOATS, Reader, Stored
 from .updates import Decomposed
 
-CHUNK_BYTES = 8 << 20
+CHUNK_BYTES = 1 << 20
 SAMPLED_ROWS = 16
 SAMPLED_FOR_COLUMNS = 256
 OTHER_BASE = 0.5

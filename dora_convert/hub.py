@@ -13,6 +13,9 @@ from .checkpoint import INDEX_SUFFIX, is_weight_file, weight_entry, weight_map
 from .errors import HubError
 from .refs import HubRef, Source, local_source, parse_ref
 
+ANCHORS = ("adapter_config.json", "config.json", "model.safetensors")
+"""Files that tell whether a repo is in the cache."""
+
 
 def fetch(
     ref: str,
@@ -37,7 +40,7 @@ def fetch(
 def _download(
     ref: HubRef, what: str, wanted: Callable[[Sequence[str]], Sequence[str]], token: str | None
 ) -> Source:
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
     prefix = f"{ref.subfolder}/" if ref.subfolder else ""
@@ -49,13 +52,17 @@ def _download(
         except _unreachable() as error:
             return _cached(ref, prefix, what, error)
         names = [sibling.rfilename for sibling in info.siblings or ()]
+        inside = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+        if anchor := next((name for name in ANCHORS if name in inside), None):
+            # by the revision's own name, so that the cache knows what it stands for when there is no connection
+            hf_hub_download(ref.repo, prefix + anchor, revision=ref.revision, token=token)
 
         def get(chosen: Sequence[str]) -> Path:
             patterns = [_escaped(prefix + name) for name in chosen]
             snapshot = snapshot_download(ref.repo, revision=info.sha, allow_patterns=patterns, token=token)
             return Path(snapshot) / ref.subfolder
 
-        chosen = wanted([name.removeprefix(prefix) for name in names if name.startswith(prefix)])
+        chosen = wanted(inside)
         folder = get(chosen)
         if index := next((name for name in chosen if name.endswith(INDEX_SUFFIX)), None):
             get(sorted(set(weight_map(folder / index).values())))
@@ -66,7 +73,7 @@ def _cached(ref: HubRef, prefix: str, what: str, error: Exception) -> Source:
     """The cache's copy of a repo when there is no connection, perhaps a partial one: opening it will tell."""
     from huggingface_hub import try_to_load_from_cache
 
-    for name in ("adapter_config.json", "config.json", "model.safetensors"):
+    for name in ANCHORS:
         found = try_to_load_from_cache(ref.repo, prefix + name, revision=ref.revision)
         if isinstance(found, str):
             commit = Path(found.removesuffix(prefix + name)).name
@@ -94,13 +101,16 @@ def wanted_of_adapter(names: Sequence[str]) -> list[str]:
 
 
 def _unreachable() -> tuple[type[Exception], ...]:
-    """What huggingface_hub lets through when there is no connection: the root of its HTTP library, under any name."""
+    """What huggingface_hub lets through when there is no connection: its HTTP library's errors, whichever that is."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    roots: list[type[Exception]] = [
-        base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception) and base is not OSError
+    foreign: list[type[Exception]] = [
+        base
+        for base in HfHubHTTPError.__mro__
+        if issubclass(base, Exception)
+        and base.__module__.partition(".")[0] not in ("builtins", "huggingface_hub")
     ]
-    return (ConnectionError, TimeoutError, *roots)
+    return (ConnectionError, TimeoutError, *foreign)
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -10,9 +9,12 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from . import maths
+from . import maths, memory
+from .memory import as_bytes
 from .precision import TORCH, Choice
 from .stored import Reader, Stored
+
+FACTOR_ELEMENTS = 1 << 18
 
 
 class Lane:
@@ -58,8 +60,14 @@ class Lane:
         return host
 
     def whole(self, stored: Stored) -> Tensor:
-        """A small stored tensor as a matrix in the compute dtype, on the device, in memory of its own."""
-        return self._load(self.raw(stored, 0, stored.matrix[0], "factor"))
+        """A stored tensor as a matrix in the compute dtype, on the device, in memory of its own."""
+        rows, columns = stored.matrix
+        matrix = self._empty((rows, columns), self.choice.compute, self.choice.device)
+        height = max(1, FACTOR_ELEMENTS // max(1, columns))
+        for start in range(0, rows, height):
+            part = matrix[start : start + height]
+            part.copy_(self.raw(stored, start, start + len(part), "factor"))
+        return matrix
 
     def rows(self, stored: Stored, start: int, stop: int) -> Tensor:
         """Some rows of a small stored tensor."""
@@ -86,15 +94,11 @@ class Lane:
         if buffer is None or buffer.numel() < nbytes:
             self._buffers.pop(name, None)
             device = torch.device("cpu") if on_host else self.choice.device
-            pinned = on_host and self._cuda
-            buffer = torch.empty(nbytes, dtype=torch.uint8, device=device, pin_memory=pinned)
-            self._buffers[name] = buffer
+            buffer = self._buffers[name] = self._empty((nbytes,), torch.uint8, device)
         return buffer[:nbytes].view(dtype).view(tuple(shape))
 
-
-def as_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, without a copy; they keep the tensor alive."""
-    nbytes = tensor.numel() * tensor.element_size()
-    array = (ctypes.c_ubyte * nbytes).from_address(tensor.data_ptr())
-    array.owner = tensor  # type: ignore[attr-defined]
-    return memoryview(array).cast("B")
+    def _empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """An uninitialised tensor; on the host of a GPU it is pinned."""
+        if device.type == "cpu" and not self._cuda:
+            return memory.empty(shape, dtype)
+        return torch.empty(tuple(shape), dtype=dtype, device=device, pin_memory=device.type == "cpu")

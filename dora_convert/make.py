@@ -12,7 +12,8 @@ from torch import Tensor
 from . import maths
 from .blocks import spans
 from .errors import NumericalError
-from .lane import Lane, as_bytes
+from .lane import Lane
+from .memory import as_bytes
 from .plan import Edit, Item, Options
 from .precision import TORCH
 from .undo import Part, ReplacedRows, Spool

@@ -81,7 +81,7 @@ def _to_odd(x: Tensor) -> Tensor:
 def _on_grid(x: Tensor) -> Tensor:
     """x rounded to multiples of 2⁻¹³³, bfloat16's smallest number, where float32 has no normal numbers any more."""
     grid = 1.5 * 2.0 ** (52 - 133)
-    return torch.where(x.abs() < torch.finfo(torch.float32).tiny, (x + grid) - grid, x)
+    return torch.where(x.abs() < torch.finfo(torch.float32).tiny, ((x + grid) - grid).copysign(x), x)
 
 
 def all_finite(x: Tensor) -> bool:

@@ -7,13 +7,14 @@ Names on disk are taken to be the module names, which holds for most models; fam
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .adapter import Change
 from .checkpoint import Checkpoint
 from .slots import Slot
 from .stored import FLOATS, Stored
+from .ties import HEADS, is_embedding, is_tied
 from .updates import Decomposed, Full, LowRank, low_rank
 
 RENAMED = frozenset(
@@ -35,6 +36,10 @@ CONV1D_MODULES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
 """Where transformers uses its Conv1D, whose weight is (in, out): needed for square weights, which do not tell."""
 
 
+FEW = 5000
+"""Modules to look for similar names among: the search takes milliseconds a thousand."""
+
+
 @dataclass(frozen=True)
 class Misfit:
     """Why an update has no slot; `unmatched` when there is no tensor of that name at all."""
@@ -48,18 +53,15 @@ def place(change: Change, base: Checkpoint) -> Slot | Misfit:
     tensor = base.tensors.get(change.target)
     if tensor is None:
         return Misfit(explain_missing(change.target, base), unmatched=True)
+    if is_embedding(change.target) and is_tied(base):
+        return Misfit(
+            f"{change.target} is tied to the output head; adapters on tied weights are not merged yet"
+        )
     if tensor.dtype not in FLOATS:
         return Misfit(f"{change.target} is stored as {tensor.dtype}; quantised weights are not merged yet")
-    match change.update:
-        case Full(value):
-            return _place_full(value, tensor)
-        case LowRank() as update:
-            return _place_low_rank(update, tensor, base)
-        case Decomposed(inner, m):
-            slot = _place_low_rank(inner, tensor, base)
-            if isinstance(slot, Slot) and m.numel != inner.B.shape[0]:
-                return Misfit(f"its magnitude has {m.numel} elements for {inner.B.shape[0]} outputs")
-            return slot
+    if isinstance(change.update, Full):
+        return _place_full(change.update.value, tensor)
+    return _place_low_rank(change.update, tensor, base)
 
 
 def _place_full(value: Stored, tensor: Stored) -> Slot | Misfit:
@@ -74,13 +76,16 @@ def _place_full(value: Stored, tensor: Stored) -> Slot | Misfit:
     return Misfit(f"has shape {value.shape}; {tensor.name} has {tensor.shape}")
 
 
-def _place_low_rank(update: LowRank, tensor: Stored, base: Checkpoint) -> Slot | Misfit:
+def _place_low_rank(update: LowRank | Decomposed, tensor: Stored, base: Checkpoint) -> Slot | Misfit:
     """Match factor shapes to the stored weight; square weights are told apart by the model's type."""
-    A, B, shape = update.A.shape, update.B.shape, tensor.shape
+    low = low_rank(update)
+    A, B, shape = low.A.shape, low.B.shape, tensor.shape
+    if isinstance(update, Decomposed) and update.m.numel != B[0]:
+        return Misfit(f"its magnitude has {update.m.numel} elements for {B[0]} outputs")
     straight = shape == (B[0], *A[1:]) and B[2:] == (1,) * (len(A) - 2)
     turned = len(A) == len(B) == 2 and shape == (A[1], B[0])
-    if update.transposed is not None:
-        straight, turned = straight and not update.transposed, turned and update.transposed
+    if low.transposed is not None:
+        straight, turned = straight and not low.transposed, turned and low.transposed
     if straight and turned:
         turned = is_conv1d(tensor.name, base)
         straight = not turned
@@ -99,31 +104,21 @@ def explain_missing(target: str, base: Checkpoint) -> str:
     module, _, leaf = target.rpartition(".")
     if f"{module}.in_proj_weight" in base.tensors:
         return "is a MultiheadAttention, which is not merged yet"
-    if module.endswith("lm_head") and _ties(base.config):
+    if module.endswith(HEADS) and is_tied(base):
         return f"the base ties {target} to its embedding; adapters on tied weights are not merged yet"
     if found := sorted(base.model_types & RENAMED):
         return f"{found[0]} checkpoints name tensors otherwise than modules; not matched yet"
-    if module in {name.rpartition(".")[0] for name in base.tensors}:
+    siblings = base.modules.get(module.rpartition(".")[0], ())
+    if module in siblings:
         return f"the base's {module} has no {leaf}"
-    return f"no such module; closest: {', '.join(closest(module, base.tensors)) or 'none'}"
+    return f"no such module; closest: {', '.join(closest(module, siblings, base)) or 'none'}"
 
 
-def _ties(config: Mapping[str, object] | None) -> bool:
-    return bool(config and config.get("tie_word_embeddings", False))
-
-
-def closest(module: str, tensors: Mapping[str, Stored]) -> list[str]:
+def closest(module: str, siblings: Sequence[str], base: Checkpoint) -> list[str]:
     """Up to three module names like a missing one: its siblings first, else the most similar."""
-    parent, _, _ = module.rpartition(".")
-    modules = sorted({name.rpartition(".")[0] for name in tensors})
-    siblings = [name for name in modules if name.rpartition(".")[0] == parent]
-    if parent and siblings:
+    leaf = module.rpartition(".")[2]
+    if leaf != module and siblings:
         leaves = [name.rpartition(".")[2] for name in siblings]
-        best = difflib.get_close_matches(module.rpartition(".")[2], leaves, 3, 0) or leaves[:3]
-        return [f"…{leaf}" for leaf in best]
-    return difflib.get_close_matches(module, modules, 3, 0.5)
-
-
-def rank_of(update: LowRank | Decomposed) -> int:
-    """r of an update."""
-    return low_rank(update).rank
+        return [f"…{name}" for name in difflib.get_close_matches(leaf, leaves, 3, 0)]
+    modules = [name for found in base.modules.values() for name in found]
+    return difflib.get_close_matches(module, modules[:FEW], 3, 0.5)

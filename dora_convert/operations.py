@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import gc
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import UsageError
 from .folder import OutputFolder
 from .gather import doubts, gather
-from .plan import Options
+from .plan import Options, Plan
 from .planner import make_plan
 from .report import DryRunReport, MergeReport
-from .settings import COMPUTE_DTYPES, DTYPES, UNDO, Settings, chosen, default_workers
-from .sizes import parse_size
+from .settings import Settings, parse_options, parse_weights
 
 PathLike = str | os.PathLike[str]
 
@@ -53,43 +50,38 @@ def merge(
 
     Raises DoraConvertError, and then leaves nothing under `out`.
     """
-    started = time.monotonic()
-    refs = [os.fspath(ref) for ref in ([adapters] if isinstance(adapters, (str, os.PathLike)) else adapters)]
-    options = Options(
-        dtype=chosen(dtype, DTYPES, "--dtype"),
-        compute_dtype=chosen(compute_dtype, COMPUTE_DTYPES, "--compute-dtype"),
-        max_shard_size=parse_size(max_shard_size, "--max-shard-size") if max_shard_size else None,
-        undo=chosen(undo, UNDO, "--undo"),
-        include=tuple(include),
-        exclude=tuple(exclude),
-        allow_unmatched=allow_unmatched,
+    options = parse_options(dtype, compute_dtype, max_shard_size, undo, include, exclude, allow_unmatched)
+    settings = Settings.parse(
+        device, compute_dtype, max_memory, workers, verify, base_model, on_progress, on_notice
     )
-    settings = Settings(
-        device=device,
-        compute_dtype=compute_dtype,
-        max_memory=parse_size(max_memory, "--max-memory"),
-        workers=workers or default_workers(),
-        verify=verify,
-        base_model=base_model,
-        on_progress=on_progress,
-        on_notice=on_notice,
-        started=started,
-    )
-    weights = _weights(weight, len(refs))
+    inputs = [adapters] if isinstance(adapters, (str, os.PathLike)) else adapters
     folder = OutputFolder(Path(out), overwrite=overwrite)
     folder.check()
-    checkpoint, opened = gather(
-        None if base is None else os.fspath(base), refs, str(out), token, settings.notify
-    )
-    folder.refuse_inside([checkpoint.source.path, *(adapter.source.path for adapter in opened)])
-    plan = make_plan(checkpoint, opened, weights, options)
-    for doubt in doubts(checkpoint, opened):
-        settings.warn(doubt)
+    plan = _plan(base, [os.fspath(ref) for ref in inputs], weight, options, settings, folder, token)
     if dry_run:
         return DryRunReport.of(plan, settings, folder.out)
     with without_collections():
         from .produce import produce
     return produce(plan, folder, settings)
+
+
+def _plan(
+    base: PathLike | None,
+    adapters: Sequence[str],
+    weight: Sequence[float],
+    options: Options,
+    settings: Settings,
+    folder: OutputFolder,
+    token: str | None,
+) -> Plan:
+    """Gather the inputs and decide every output tensor; what looks odd is warned of."""
+    weights = parse_weights(weight, len(adapters))
+    named = None if base is None else os.fspath(base)
+    checkpoint, opened = gather(named, adapters, str(folder.out), token, settings.notify)
+    folder.refuse_inside([checkpoint.source.path, *(adapter.source.path for adapter in opened)])
+    for doubt in doubts(checkpoint, opened):
+        settings.warn(doubt)
+    return make_plan(checkpoint, opened, weights, options)
 
 
 @contextmanager
@@ -103,9 +95,3 @@ def without_collections() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-def _weights(given: Sequence[float], count: int) -> tuple[float, ...]:
-    if given and len(given) != count:
-        raise UsageError(f"{len(given)} --weight for {count} adapters.", hint="give one per ADAPTER, or none")
-    return tuple(given) or (1.0,) * count

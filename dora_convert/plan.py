@@ -203,7 +203,7 @@ def cost(item: Item, options: Options) -> int:
         outputs, inputs = low.B.numel // low.rank, low.A.numel // low.rank
         whole, sliced = (outputs, inputs) if edit.slot.transposed else (inputs, outputs)
         height = min(block_height(item.source), sliced)
-        total += low.rank * (whole * (width + low.A.itemsize) + height * (width + low.B.itemsize))
+        total += low.rank * (whole * width + height * (width + low.B.itemsize))
         if isinstance(edit.update, Decomposed):
             total += outputs * (3 * width + 4)
     return total

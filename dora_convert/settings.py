@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Mapping
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from .errors import UsageError
+from .plan import Options
+from .sizes import parse_size
 from .stored import CONFIG_DTYPES
 
 DTYPES = {"auto": None} | {name: dtype for dtype, name in CONFIG_DTYPES.items()}
@@ -30,8 +35,18 @@ class Settings:
     base_model: str | None
     on_progress: Callable[[int, int], None] | None
     on_notice: Callable[[str], None] | None
-    started: float
+    started: float = field(default_factory=time.monotonic)
     warnings: list[str] = field(default_factory=list)
+
+    @classmethod
+    def parse(
+        cls, device: str, compute_dtype: str, max_memory: str | int, workers: int | None, *others: Any
+    ) -> Settings:
+        """Check what a caller has chosen; `others` are the remaining fields, in their order."""
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
+            raise UsageError(f"--device {device!r} is not one of auto, cpu, cuda, cuda:N, mps.")
+        held = parse_size(max_memory, "--max-memory")
+        return cls(device, compute_dtype, held, workers or default_workers(), *others)
 
     def notify(self, text: str) -> None:
         """Tell the caller something."""
@@ -49,6 +64,36 @@ def chosen(name: str, choices: Mapping[str, Value], option: str) -> Value:
     if name not in choices:
         raise UsageError(f"{option} {name!r} is not one of {', '.join(choices)}.")
     return choices[name]
+
+
+def parse_options(
+    dtype: str,
+    compute_dtype: str,
+    max_shard_size: str | int | None,
+    undo: str,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    allow_unmatched: bool,  # noqa: FBT001 - in the order of the command line
+) -> Options:
+    """Options as a plan has them, from their names and sizes as people write them."""
+    return Options(
+        dtype=chosen(dtype, DTYPES, "--dtype"),
+        compute_dtype=chosen(compute_dtype, COMPUTE_DTYPES, "--compute-dtype"),
+        max_shard_size=None if max_shard_size is None else parse_size(max_shard_size, "--max-shard-size"),
+        undo=chosen(undo, UNDO, "--undo"),
+        include=tuple(include),
+        exclude=tuple(exclude),
+        allow_unmatched=allow_unmatched,
+    )
+
+
+def parse_weights(given: Sequence[float], count: int) -> tuple[float, ...]:
+    """One finite weight for each adapter; none at all means one each."""
+    if given and len(given) != count:
+        raise UsageError(f"{len(given)} --weight for {count} adapters.", hint="give one per ADAPTER, or none")
+    if not all(map(math.isfinite, given)):
+        raise UsageError("--weight must be a finite number.")
+    return tuple(given) or (1.0,) * count
 
 
 def default_workers() -> int:

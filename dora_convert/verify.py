@@ -17,9 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from . import memory
 from .blocks import spans
+from .errors import VerificationError
 from .plan import Edit, Item, Plan
 from .precision import TORCH
 from .stored import Reader, Stored, read_header
@@ -69,11 +72,11 @@ class Checker:
     def __init__(self, folder: Path, plan: Plan, reader: Reader) -> None:
         self._reader = reader
         self._seed = plan.fingerprint
-        self._written = {
-            name: tensor
-            for shard in plan.shards
-            for name, tensor in read_header(folder / shard.filename).tensors.items()
-        }
+        self._written: dict[str, Stored] = {}
+        for shard in plan.shards:
+            path = folder / shard.filename
+            self._written |= read_header(path).tensors
+            _refuse_unreadable(path, {item.name for item in shard.items})
 
     def check(self, item: Item) -> Verdict:
         """Compare a sample of an item's rows: both ends of every block, and some at random."""
@@ -82,6 +85,19 @@ class Checker:
             return Verdict(written.numel, written.numel)
         rows = sample_rows(item.source, f"{self._seed}/{item.name}")
         return compare(written, Expected(item, self._reader), rows, self._reader)
+
+
+def _refuse_unreadable(path: Path, names: set[str]) -> None:
+    """What loaders will read a shard with must see in it what the plan put there."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = set(file.keys())
+    except SafetensorError as error:
+        raise VerificationError(
+            f"{path.name}: safetensors cannot read what was written ({error})."
+        ) from error
+    if found != names:
+        raise VerificationError(f"{path.name}: safetensors finds other tensors than were written.")
 
 
 def sample_rows(tensor: Stored, seed: str) -> list[int]:
@@ -212,7 +228,14 @@ class Expected:
         return self._load(low.B).T if edit.slot.transposed else self._load(low.A)
 
     def _load(self, tensor: Stored, rows: Sequence[int] | None = None) -> Tensor:
-        return _rows(self._reader, tensor, range(tensor.matrix[0]) if rows is None else rows).double()
+        """Rows of a stored tensor's matrix, or all of them, in float64."""
+        chosen = range(tensor.matrix[0]) if rows is None else rows
+        loaded = memory.empty((len(chosen), tensor.matrix[1]), torch.float64)
+        filled = 0
+        for chunk in _chunks(chosen, tensor.matrix[1]):
+            loaded[filled : filled + len(chunk)] = _rows(self._reader, tensor, chunk)
+            filled += len(chunk)
+        return loaded
 
 
 def half_ulp(x: Tensor, dtype: str) -> Tensor:

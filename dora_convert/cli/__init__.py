@@ -55,7 +55,7 @@ def colour() -> bool | None:
 @click.version_option(__version__, message="%(prog)s %(version)s")
 @click.pass_context
 def group(ctx: click.Context) -> None:
-    r"""Move between base + adapter and checkpoint: LoRA and DoRA, streaming, exact.
+    """Move between base + adapter and checkpoint: LoRA and DoRA, streaming, exact.
 
     \b
     Example:

@@ -44,7 +44,7 @@ from .sink import Sink
 @options.hub
 @options.talk
 def command(refs: tuple[str, ...], *, as_json: bool, quiet: bool, verbose: bool, **chosen: Any) -> None:
-    r"""Fold LoRA and DoRA adapters into a base checkpoint.
+    """Fold LoRA and DoRA adapters into a base checkpoint.
 
     BASE and ADAPTER are folders or Hub repos (org/name[@revision]). Without BASE, the base that the adapter names is
     used. OUT is a new folder with the base's files, its weights merged, and a record of what was done in

@@ -62,7 +62,7 @@ class Sink:
         console = Console(highlight=False)
         console.print(ledger_table(report, every=self._verbose))
         for line in summary(report):
-            console.print(line, markup=False)
+            click.echo(line)
 
 
 def ledger_table(report: MergeReport | DryRunReport, *, every: bool) -> Table:

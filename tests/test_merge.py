@@ -1,0 +1,526 @@
+"""merge, end to end on toy checkpoints, against float64 and the bytes on disk."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import dora_convert
+from dora_convert import blocks
+from dora_convert.errors import NumericalError, OutputError, PlanError, UsageError, VerificationError
+
+from .toy import (
+    ALPHA,
+    RANK,
+    contents,
+    exact,
+    load,
+    make_adapter,
+    make_base,
+    rounded,
+    write_json,
+    write_shards,
+)  # fmt: skip
+
+HALVES = [torch.bfloat16, torch.float16]
+
+
+def same(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+    assert got.keys() == want.keys()
+    for name, x in want.items():
+        assert got[name].dtype == dtype
+        assert torch.equal(got[name], rounded(x, dtype)), name
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32, torch.float64])
+@pytest.mark.parametrize("dora", [True, False])
+def test_every_element_is_the_rounded_float64_result(tmp_path, dtype, dora):
+    """In any floating dtype, merged tensors are rounded once and all others are untouched."""
+    base = make_base(tmp_path / "base", dtype)
+    adapter = make_adapter(tmp_path / "adapter", base, dora=dora)
+    report = dora_convert.merge(base.path, adapter, tmp_path / "out")
+    if dtype == torch.float64:
+        for name, x in exact(base, adapter).items():
+            torch.testing.assert_close(load(tmp_path / "out")[name], x, rtol=1e-14, atol=1e-15)
+    else:
+        same(load(tmp_path / "out"), exact(base, adapter), dtype)
+        assert report.verified.max_ulp == 0
+    assert report.verified.wrong_elements == 0
+    assert report.verified.checked > 0
+
+
+def test_the_base_is_not_touched(tmp_path, base, adapter):
+    """Merging reads the base and the adapter and writes neither."""
+    before = contents(base.path), contents(adapter)
+    dora_convert.merge(base.path, adapter, tmp_path / "out")
+    assert (contents(base.path), contents(adapter)) == before
+
+
+def test_rounding_is_not_double(tmp_path):
+    """Elements whose float32 value is a tie of bfloat16 are rounded from float64, not twice."""
+    path = tmp_path / "base"
+    path.mkdir()
+    weight = torch.ones(32, 48, dtype=torch.bfloat16)
+    save_file({"w.weight": weight}, path / "model.safetensors")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    half_ulp, tiny = 2.0**-8, 2.0**-40
+    save_file(
+        {
+            "base_model.model.w.lora_A.weight": torch.stack(
+                [torch.full((48,), half_ulp), torch.full((48,), tiny)]
+            ),
+            "base_model.model.w.lora_B.weight": torch.ones(32, 2),
+        },
+        adapter / "adapter_model.safetensors",
+    )
+    write_json(adapter / "adapter_config.json", {"peft_type": "LORA", "r": 2, "lora_alpha": 2})
+    dora_convert.merge(path, adapter, tmp_path / "out")
+    merged = load(tmp_path / "out")["w.weight"]
+    assert (
+        merged == 1 + 2.0**-7
+    ).all()  # just above the tie; by way of float32 it would be the tie, and then 1
+    assert (merged != (weight.double() + half_ulp + tiny).bfloat16()).all()
+
+
+def test_output_bytes_do_not_depend_on_resources(tmp_path, monkeypatch):
+    """Any number of workers and any budget give the same files, receipt and undo record included."""
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 1 << 10)
+    base = make_base(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", base, dora=True)
+    found = []
+    for number, limits in enumerate(
+        ({}, {"workers": 1}, {"workers": 7}, {"max_memory": "60KB", "workers": 3}, {"verify": False})
+    ):
+        out = tmp_path / f"out{number}"
+        dora_convert.merge(base.path, adapter, out, **limits)
+        found.append(contents(out))
+    assert all(other == found[0] for other in found[1:])
+
+
+def test_blocks_smaller_than_the_tensor(tmp_path, monkeypatch):
+    """Tensors of several blocks, with a remainder, come out like those of one."""
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 1 << 10)
+    base = make_base(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", base, dora=True)
+    assert len(list(blocks.spans(_stored(base, "mlp.up_proj")))) > 2
+    dora_convert.merge(base.path, adapter, tmp_path / "out")
+    same(load(tmp_path / "out"), exact(base, adapter), torch.bfloat16)
+
+
+def _stored(base, name):
+    from dora_convert.checkpoint import open_checkpoint
+    from dora_convert.refs import local_source
+
+    return open_checkpoint(local_source(base.path)).tensors[f"model.layers.0.{name}.weight"]
+
+
+def test_sharding_and_metadata_are_the_bases(tmp_path, base, adapter):
+    """Same files, same tensors in each, same header metadata; the index counts bytes and parameters."""
+    dora_convert.merge(base.path, adapter, tmp_path / "out")
+    for file in base.path.glob("*.safetensors"):
+        with safe_open(file, "pt") as old, safe_open(tmp_path / "out" / file.name, "pt") as new:
+            assert list(old.keys()) == list(new.keys())
+            assert old.metadata() == new.metadata()
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    tensors = load(tmp_path / "out")
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
+    assert index["metadata"]["total_parameters"] == sum(tensor.numel() for tensor in tensors.values())
+
+
+def test_single_file_stays_single(tmp_path):
+    """A base of one file gives an output of one file, without an index."""
+    base = make_base(tmp_path / "base", shards=1)
+    adapter = make_adapter(tmp_path / "adapter", base, dora=False)
+    dora_convert.merge(base.path, adapter, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").glob("model*.safetensors*")] == ["model.safetensors"]
+    same(load(tmp_path / "out"), exact(base, adapter), torch.bfloat16)
+
+
+@pytest.mark.parametrize(("size", "limit"), [("20KB", 20_000), ("8KiB", 8192), (9000, 9000), ("1MB", 10**6)])
+def test_max_shard_size(tmp_path, base, adapter, size, limit):
+    """Shards are filled up to the size; a tensor larger than it gets a shard of its own; one shard needs no index."""
+    dora_convert.merge(base.path, adapter, tmp_path / "out", max_shard_size=size)
+    shards = sorted((tmp_path / "out").glob("*.safetensors"))
+    sizes = [[tensor.nbytes for tensor in load_file(path).values()] for path in shards]
+    assert all(sum(found) <= limit or len(found) == 1 for found in sizes)
+    assert (len(shards) == 1) == (limit == 10**6)
+    assert (tmp_path / "out/model.safetensors.index.json").exists() == (len(shards) > 1)
+    same(load(tmp_path / "out"), exact(base, adapter), torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", ["float32", "float16", "bfloat16"])
+def test_dtype_converts_every_floating_tensor(tmp_path, adapter, base, name):
+    """Copied tensors are converted, merged ones rounded into the new dtype, integers left alone, the config follows."""
+    dtype = getattr(torch, name)
+    tensors = base.tensors | {"ids": torch.arange(5), "mask": torch.tensor([[True, False]])}
+    write_shards(base.path, tensors, 2)
+    dora_convert.merge(base.path, adapter, tmp_path / "out", dtype=name)
+    got = load(tmp_path / "out")
+    assert torch.equal(got.pop("ids"), tensors["ids"])
+    assert torch.equal(got.pop("mask"), tensors["mask"])
+    same(got, exact(base, adapter), dtype)
+    assert json.loads((tmp_path / "out/config.json").read_text())["torch_dtype"] == name
+
+
+def test_dtype_of_the_base_leaves_the_config_alone(tmp_path, base, adapter):
+    """Asking for the dtype that is there already changes no byte of the config."""
+    dora_convert.merge(base.path, adapter, tmp_path / "out", dtype="bfloat16")
+    assert (tmp_path / "out/config.json").read_bytes() == (base.path / "config.json").read_bytes()
+
+
+def test_side_files(tmp_path, base, adapter):
+    """Side files are copied, tokenizer files of the adapter win, other weights and hidden files stay behind."""
+    for name in ("pytorch_model.bin", "original/consolidated.00.pth", "model.gguf", "adapter_config.json"):
+        (base.path / name).parent.mkdir(exist_ok=True)
+        (base.path / name).write_bytes(b"stale")
+    (base.path / ".git").mkdir()
+    (base.path / ".git/config").write_text("x")
+    (base.path / "1_Pooling").mkdir()
+    (base.path / "1_Pooling/config.json").write_text("{}")
+    (adapter / "tokenizer_config.json").write_text('{"new": 1}')
+    (adapter / "chat_template.jinja").write_text("{{ x }}")
+    (adapter / "training_args.bin").write_bytes(b"no")
+    report = dora_convert.merge(base.path, adapter, tmp_path / "out")
+    names = set(contents(tmp_path / "out"))
+    assert names == {
+        "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json",
+        "config.json", "tokenizer_config.json", "modeling_toy.py", "1_Pooling/config.json", "chat_template.jinja",
+        "README.md", "dora_convert/receipt.json", "dora_convert/undo.safetensors",
+    }  # fmt: skip
+    assert (tmp_path / "out/tokenizer_config.json").read_text() == '{"new": 1}'
+    assert set(report.left_behind) == {"pytorch_model.bin", "original/consolidated.00.pth", "model.gguf"}
+
+
+def test_side_files_may_be_links(tmp_path, base, adapter):
+    """A Hub cache is made of symbolic links; what they point to is copied."""
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for path in base.path.iterdir():
+        (linked / path.name).symlink_to(path)
+    dora_convert.merge(linked, adapter, tmp_path / "out")
+    same(load(tmp_path / "out"), exact(base, adapter), torch.bfloat16)
+    assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
+
+
+def test_receipt(tmp_path, base, adapter):
+    """The receipt lists changed tensors with hashes of their old and new bytes, and names no path, date or OUT."""
+    import xxhash
+
+    dora_convert.merge(base.path, adapter, tmp_path / "some-output")
+    text = (tmp_path / "some-output/dora_convert/receipt.json").read_text()
+    receipt = json.loads(text)
+    merged = load(tmp_path / "some-output")
+    assert len(receipt["tensors"]) == 6
+    for name, entry in receipt["tensors"].items():
+        for key, tensor in (("base", base.tensors[name]), ("written", merged[name])):
+            data = tensor.contiguous().view(torch.uint8).numpy().tobytes()
+            assert entry[key] == xxhash.xxh3_128_hexdigest(data)
+    assert str(tmp_path) not in text
+    assert "some-output" not in text
+    weights = (adapter / "adapter_model.safetensors").read_bytes()
+    assert receipt["adapters"][0]["files"]["adapter_model.safetensors"] == xxhash.xxh3_128_hexdigest(weights)
+
+
+def test_undo_norms(tmp_path, base, adapter):
+    """The undo record holds ‖W + sBA‖ of every row in float32, and the README that ours replaces."""
+    dora_convert.merge(base.path, adapter, tmp_path / "out")
+    record = load_file(tmp_path / "out/dora_convert/undo.safetensors")
+    lora = tmp_path / "lora"
+    shutil.copytree(adapter, lora)
+    save_file(
+        {k: v for k, v in load_file(adapter / "adapter_model.safetensors").items() if "magnitude" not in k},
+        lora / "adapter_model.safetensors",
+    )
+    for name, V in exact(base, lora).items():
+        if f"norm/0/{name}" in record:
+            assert torch.equal(record.pop(f"norm/0/{name}"), V.norm(dim=1).float())
+    assert bytes(record.pop("file/README.md").numpy()) == b"# the base\n"
+    assert set(record) == {"file/model.safetensors.index.json"}
+
+
+def test_undo_none_leaves_no_record(tmp_path, base, adapter):
+    """--undo none writes the receipt and nothing to undo with."""
+    report = dora_convert.merge(base.path, adapter, tmp_path / "out", undo="none")
+    assert [path.name for path in (tmp_path / "out/dora_convert").iterdir()] == ["receipt.json"]
+    assert report.undo == "none"
+
+
+def test_merging_a_merged_base_stacks_the_record(tmp_path, base, adapter):
+    """The first merge's record is kept under the second's."""
+    second = make_adapter(tmp_path / "second", base, dora=False, seed=9)
+    dora_convert.merge(base.path, adapter, tmp_path / "one")
+    dora_convert.merge(tmp_path / "one", second, tmp_path / "two")
+    assert contents(tmp_path / "two/dora_convert/previous") == contents(tmp_path / "one/dora_convert")
+
+
+def test_modules_to_save_replace(tmp_path, base):
+    """A module saved whole replaces the base's; the rows that differ are kept for undo."""
+    head = base.tensors["lm_head.weight"].float()
+    head[5] += 1
+    head[60] *= 2
+    adapter = make_adapter(
+        tmp_path / "adapter", base, dora=False, modules_to_save=["lm_head"],
+        extra={"base_model.model.lm_head.weight": head},
+    )  # fmt: skip
+    report = dora_convert.merge(base.path, adapter, tmp_path / "out")
+    assert torch.equal(load(tmp_path / "out")["lm_head.weight"], head.bfloat16())
+    record = load_file(tmp_path / "out/dora_convert/undo.safetensors")
+    assert record["index/lm_head.weight"].tolist() == [5, 60]
+    assert torch.equal(record["rows/lm_head.weight"], base.tensors["lm_head.weight"][[5, 60]])
+    assert report.tensors["replaced"] == 1
+
+
+def test_base_layer_is_replaced_then_added_to(tmp_path, base):
+    """PEFT saves an adapted head's own weight beside its factors: that weight first, then the delta."""
+    saved = torch.randn(base.tensors["lm_head.weight"].shape)
+    adapter = make_adapter(
+        tmp_path / "adapter", base, dora=False, targets=("lm_head",),
+        extra={"base_model.model.lm_head.base_layer.weight": saved},
+    )  # fmt: skip
+    dora_convert.merge(base.path, adapter, tmp_path / "out")
+    base.tensors["lm_head.weight"] = saved
+    same(load(tmp_path / "out"), exact(base, adapter), torch.bfloat16)
+
+
+def test_several_adapters_add_up(tmp_path, base):
+    """W' = W + Σ wᵢ·(applyᵢ(W) − W), each DoRA's norm on the unmerged base, whatever the order."""
+    paths = [make_adapter(tmp_path / f"a{k}", base, dora=k > 0, seed=k + 5) for k in range(3)]
+    weights = [0.5, 1.0, -0.25]
+    want = {name: tensor.double() for name, tensor in base.tensors.items()}
+    for path, weight in zip(paths, weights, strict=True):
+        for name, x in exact(base, path).items():
+            want[name] = want[name] + weight * (x - base.tensors[name].double())
+    dora_convert.merge(base.path, paths, tmp_path / "out", weight=weights)
+    same(load(tmp_path / "out"), want, torch.bfloat16)
+    dora_convert.merge(base.path, paths[::-1], tmp_path / "turned", weight=weights[::-1])
+    same(load(tmp_path / "turned"), want, torch.bfloat16)
+
+
+def test_weight_of_a_replacement_is_refused(tmp_path, base):
+    """A replaced tensor has no half strength, and two adapters cannot both replace it."""
+    extra = {"base_model.model.lm_head.weight": torch.randn(base.tensors["lm_head.weight"].shape)}
+    paths = [
+        make_adapter(tmp_path / f"a{k}", base, dora=False, modules_to_save=["lm_head"], extra=extra)
+        for k in range(2)
+    ]
+    with pytest.raises(PlanError) as caught:
+        dora_convert.merge(base.path, paths, tmp_path / "out", weight=[0.5, 1])
+    assert "weight of 0.5" in caught.value.text()
+    assert "another adapter replaces" in caught.value.text()
+    with pytest.raises(UsageError, match="1 --weight for 2 adapters"):
+        dora_convert.merge(base.path, paths, tmp_path / "out", weight=[1])
+
+
+def test_include_and_exclude(tmp_path, base, adapter):
+    """Modules chosen by name; the ledger says which tensors were left out."""
+    report = dora_convert.merge(base.path, adapter, tmp_path / "out", include=["*mlp*"], exclude=["*.1.*"])
+    want = {name: tensor.double() for name, tensor in base.tensors.items()}
+    want |= {name: x for name, x in exact(base, adapter).items() if "layers.0.mlp" in name}
+    same(load(tmp_path / "out"), want, torch.bfloat16)
+    assert {entry["fate"] for entry in report.ledger} == {"merged", "ignored"}
+    assert len(report.ledger) == 18
+
+
+def test_ledger_accounts_for_every_tensor(tmp_path, base, adapter):
+    """Each adapter tensor is in the ledger once, with the output tensor it went into."""
+    report = dora_convert.merge(base.path, adapter, tmp_path / "out")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    assert sorted(entry["tensor"] for entry in report.ledger) == sorted(tensors)
+    for entry in report.ledger:
+        assert entry["fate"] == "merged"
+        assert entry["into"][0].removesuffix(".weight") in entry["tensor"]
+
+
+def test_dry_run_reads_headers_and_writes_nothing(tmp_path, base, adapter):
+    """A dry run reports the plan; it needs no tensor, so even a damaged adapter passes."""
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    next(iter(tensors.values())).fill_(float("nan"))
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    report = dora_convert.merge(base.path, adapter, tmp_path / "out", dry_run=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+    assert report.plan["tensors"] == len(base.tensors)
+    assert report.plan["shards"] == 2
+    assert report.plan["bytes_out"] == sum(tensor.nbytes for tensor in base.tensors.values())
+    assert report.plan["undo_bytes"] > 0
+    assert 0 < report.plan["least_memory"] <= report.plan["memory"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_damaged_adapter(tmp_path, base, adapter, value):
+    """NaN and Inf in the adapter are found before the first byte is written, by name."""
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    name = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
+    tensors[name][3, 1] = value
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    with pytest.raises(NumericalError) as caught:
+        dora_convert.merge(base.path, adapter, tmp_path / "out")
+    assert [fault.what for fault in caught.value.faults] == [name]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+def test_damaged_base(tmp_path, base, adapter):
+    """NaN in a base tensor that is merged is the base's fault; in one that is copied it stays as it is."""
+    base.tensors["model.norm.weight"][0] = float("nan")
+    write_shards(base.path, base.tensors, 2)
+    dora_convert.merge(base.path, adapter, tmp_path / "out")
+    base.tensors["model.layers.0.mlp.up_proj.weight"][2, 2] = float("nan")
+    write_shards(base.path, base.tensors, 2)
+    with pytest.raises(NumericalError, match=r"BASE's tensor model.layers.0.mlp.up_proj.weight holds NaN"):
+        dora_convert.merge(base.path, adapter, tmp_path / "out2")
+    assert not list(tmp_path.glob("out2*"))
+
+
+def test_overflow(tmp_path, base, adapter):
+    """A result that the dtype cannot hold is an error that names the tensor, also where a tensor is only converted."""
+    base.tensors["model.norm.weight"][0] = 1e5
+    write_shards(base.path, base.tensors, 2)
+    with pytest.raises(NumericalError, match=r"model\.norm\.weight overflows F16"):
+        dora_convert.merge(base.path, adapter, tmp_path / "out", dtype="float16")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_infinity_survives_a_conversion(tmp_path, base, adapter):
+    """A mask of -inf in the base is not an overflow."""
+    base.tensors["mask"] = torch.full((3, 3), float("-inf"), dtype=torch.bfloat16)
+    write_shards(base.path, base.tensors, 2)
+    dora_convert.merge(base.path, adapter, tmp_path / "out", dtype="float16")
+    assert (load(tmp_path / "out")["mask"] == float("-inf")).all()
+
+
+def test_zero_norm(tmp_path, base, adapter):
+    """A row that is zero has no direction: m/‖V‖ is undefined, and said to be."""
+    base.tensors["model.layers.0.mlp.up_proj.weight"][7] = 0
+    write_shards(base.path, base.tensors, 2)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    tensors["base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"][7] = 0
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    with pytest.raises(NumericalError, match="weights are all zero"):
+        dora_convert.merge(base.path, adapter, tmp_path / "out")
+
+
+def test_another_base_is_doubted(tmp_path, base, adapter):
+    """Magnitudes far from the base's norms are a warning, and only then."""
+    report = dora_convert.merge(base.path, adapter, tmp_path / "out")
+    assert not any("another base" in text for text in report.warnings)
+    for name in base.tensors:
+        base.tensors[name] = base.tensors[name] * 3
+    write_shards(base.path, base.tensors, 2)
+    notices = []
+    report = dora_convert.merge(base.path, adapter, tmp_path / "out2", on_notice=notices.append)
+    assert any("another base" in text for text in report.warnings)
+    assert any("another base" in text for text in notices)
+
+
+def test_existing_out(tmp_path, base, adapter):
+    """An existing OUT is refused before any work; --overwrite replaces a model and nothing else."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious.txt").write_text("mine")
+    with pytest.raises(OutputError) as caught:
+        dora_convert.merge(base.path, adapter, out)
+    assert "--overwrite" in caught.value.hint
+    with pytest.raises(OutputError, match="does not look like a model"):
+        dora_convert.merge(base.path, adapter, out, overwrite=True)
+    (out / "config.json").write_text("{}")
+    dora_convert.merge(base.path, adapter, out, overwrite=True)
+    same(load(out), exact(base, adapter), torch.bfloat16)
+    assert not (out / "precious.txt").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "out"]
+
+
+@pytest.mark.parametrize("where", ["base", "base/inside", "adapter/inside", "."])
+def test_out_may_not_overlap_an_input(tmp_path, base, adapter, where):
+    """OUT is neither an input, nor inside one, nor around one."""
+    before = contents(tmp_path)
+    with pytest.raises(OutputError):
+        dora_convert.merge(base.path, adapter, tmp_path / where, overwrite=True)
+    assert contents(tmp_path) == before
+
+
+def test_self_check_finds_a_wrong_byte(tmp_path, base, adapter, monkeypatch):
+    """What lies on the disk is compared: one flipped bit in a sampled row fails the merge, and nothing is published."""
+    from dora_convert.writer import ShardFiles
+
+    write = ShardFiles.write
+
+    def flip(self, item, offset, data):
+        if item.name == "model.layers.1.mlp.down_proj.weight" and offset == 0:
+            data = bytearray(data)
+            data[1] ^= 0x10
+            data = memoryview(data)
+        write(self, item, offset, data)
+
+    monkeypatch.setattr(ShardFiles, "write", flip)
+    with pytest.raises(VerificationError) as caught:
+        dora_convert.merge(base.path, adapter, tmp_path / "out")
+    assert [fault.what for fault in caught.value.faults] == ["model.layers.1.mlp.down_proj.weight"]
+    assert caught.value.exit_code == 1
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(ShardFiles, "write", write)
+    report = dora_convert.merge(base.path, adapter, tmp_path / "out")
+    assert report.resumed
+    same(load(tmp_path / "out"), exact(base, adapter), torch.bfloat16)
+
+
+def test_no_verify_checks_nothing(tmp_path, base, adapter):
+    """--no-verify reports that nothing was verified."""
+    report = dora_convert.merge(base.path, adapter, tmp_path / "out", verify=False)
+    assert report.verified is None
+    assert report.lost is None
+
+
+def test_float32_arithmetic_stays_within_the_bound(tmp_path, base, adapter):
+    """--compute-dtype float32 is close to float64 and passes the self-check."""
+    report = dora_convert.merge(base.path, adapter, tmp_path / "out", compute_dtype="float32")
+    assert report.compute_dtype == "float32"
+    assert report.verified.wrong_elements == 0
+    got, want = load(tmp_path / "out"), exact(base, adapter)
+    off = sum((got[name] != rounded(x, torch.bfloat16)).sum().item() for name, x in want.items())
+    assert off / sum(x.numel() for x in want.values()) < 1e-3
+
+
+def test_too_little_memory_names_the_least(tmp_path, base, adapter):
+    """A budget too small for one block is refused with the least that works, and that works."""
+    with pytest.raises(UsageError) as caught:
+        dora_convert.merge(base.path, adapter, tmp_path / "out", max_memory="10KB")
+    least = caught.value.hint.split()[1]
+    dora_convert.merge(base.path, adapter, tmp_path / "out", max_memory=least)
+
+
+def test_callers_settings_survive(tmp_path, base, adapter):
+    """Thread count, default dtype, random state and matmul precision are as they were."""
+    torch.set_num_threads(2)
+    state, precision = torch.random.get_rng_state(), torch.get_float32_matmul_precision()
+    dora_convert.merge(base.path, adapter, tmp_path / "out")
+    assert torch.get_num_threads() == 2
+    assert torch.get_default_dtype() == torch.float32
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.get_float32_matmul_precision() == precision
+
+
+def test_progress_counts_every_byte(tmp_path, base, adapter):
+    """on_progress ends at the number of bytes written, and never goes back."""
+    seen = []
+    report = dora_convert.merge(base.path, adapter, tmp_path / "out", on_progress=lambda *at: seen.append(at))
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert seen[-1] == (report.bytes_written, report.bytes_written)
+
+
+def test_rslora_and_patterns(tmp_path, base):
+    """alpha/√r, and the first pattern in the order of the file."""
+    adapter = make_adapter(
+        tmp_path / "adapter", base, dora=True, use_rslora=True,
+        alpha_pattern={"layers.1.mlp.up_proj": 3, "up_proj": 12, "layers.0.mlp.up_proj": 99},
+    )  # fmt: skip
+    dora_convert.merge(base.path, adapter, tmp_path / "out")
+    got = load(tmp_path / "out")
+    for pattern, alpha in (("0.mlp.up_proj", 12), ("1.mlp.up_proj", 3), ("0.mlp.down_proj", ALPHA)):
+        name = f"model.layers.{pattern}.weight"
+        want = exact(base, adapter, scale=alpha / RANK**0.5)[name]
+        assert torch.equal(got[name], rounded(want, torch.bfloat16))

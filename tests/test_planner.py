@@ -1,0 +1,239 @@
+"""Plans: every adapter tensor has a place or a reason, and all faults come at once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import dora_convert
+from dora_convert.checkpoint import open_checkpoint
+from dora_convert.errors import DoraConvertError, MalformedError, PlanError
+from dora_convert.gather import gather
+from dora_convert.plan import Options
+from dora_convert.planner import make_plan
+from dora_convert.refs import local_source
+
+from .toy import edit_json, make_adapter
+
+PREFIX = "base_model.model.model.layers.0"
+
+
+def plan_of(base, *adapters, **options):
+    checkpoint, opened = gather(str(base.path), [str(path) for path in adapters], "out", None, lambda _: None)
+    return make_plan(checkpoint, opened, [1.0] * len(opened), Options(**options))
+
+
+def change(adapter, **tensors):
+    """Add, replace or (with None) remove tensors of an adapter file; names relative to layer 0."""
+    path = adapter / "adapter_model.safetensors"
+    found = load_file(path)
+    for name, tensor in tensors.items():
+        found.pop(f"{PREFIX}.{name}", None)
+        if tensor is not None:
+            found[f"{PREFIX}.{name}"] = tensor
+    save_file(found, path)
+
+
+def faults_of(base, adapter):
+    with pytest.raises(DoraConvertError) as caught:
+        plan_of(base, adapter)
+    return caught.value
+
+
+def test_a_plan_is_pure(base, adapter):
+    """Equal inputs give equal plans and fingerprints; another option gives another."""
+    first, second = plan_of(base, adapter), plan_of(base, adapter)
+    assert first == second
+    assert first.fingerprint == second.fingerprint
+    assert plan_of(base, adapter, dtype="F32").fingerprint != first.fingerprint
+    assert plan_of(base, adapter, undo="none").fingerprint != first.fingerprint
+
+
+def test_every_base_tensor_is_made_once(base, adapter):
+    """The plan's items are the base's tensors, each in one shard."""
+    names = [item.name for item in plan_of(base, adapter).items]
+    assert sorted(names) == sorted(base.tensors)
+
+
+def test_all_faults_in_one_error(base, adapter):
+    """An unknown module, a wrong shape and a tensor of the wrong length are reported together."""
+    change(
+        adapter,
+        **{
+            "self_attn.qkv_proj.lora_A.weight": torch.ones(4, 40),
+            "self_attn.qkv_proj.lora_B.weight": torch.ones(96, 4),
+            "self_attn.qkv_proj.lora_magnitude_vector": torch.ones(96),
+            "mlp.up_proj.lora_A.weight": torch.ones(4, 41),
+            "mlp.down_proj.lora_magnitude_vector": torch.ones(41),
+        },
+    )
+    error = faults_of(base, adapter)
+    assert isinstance(error, PlanError)
+    text = error.text(limit=20)
+    assert len(error.faults) == 9
+    assert "closest: …q_proj, …k_proj" in text
+    assert "lora_A (4, 41)" in text
+    assert "magnitude has 41 elements for 40 outputs" in text
+
+
+def test_ten_faults_are_shown_and_all_are_kept(base, tmp_path):
+    """The text stops at ten; the JSON has every one."""
+    adapter = make_adapter(tmp_path / "many", base, dora=False)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    save_file(
+        {k.replace("layers", "blocks"): v for k, v in tensors.items()}, adapter / "adapter_model.safetensors"
+    )
+    error = faults_of(base, adapter)
+    assert "… and 2 more" in error.text()
+    assert len(error.to_dict()["error"]["faults"]) == 12
+    assert error.text().splitlines()[0] == "12 adapter tensors have no place in the base."
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"mlp.up_proj.lora_A.weight": None}, "has no lora_A"),
+        ({"mlp.up_proj.lora_B.weight": None}, "has no lora_B"),
+        ({"mlp.up_proj.lora_magnitude_vector": None}, "there is no lora_magnitude_vector"),
+        ({"mlp.up_proj.lora_A.weight": torch.ones(5, 40)}, "the config says rank 4"),
+        ({"mlp.up_proj.lora_B.weight": torch.ones(96, 5)}, "the config says rank 4"),
+        ({"mlp.up_proj.lora_B.bias": torch.ones(96)}, "neither a LoRA tensor"),
+        ({"mlp.up_proj.lora_A": torch.ones(4, 40)}, "neither a LoRA tensor"),
+        ({"mlp.gate.weight": torch.ones(4, 40)}, "neither a LoRA tensor"),
+        (
+            {
+                "mlp.base_layer.up.lora_A.weight": torch.ones(4, 4),
+                "mlp.base_layer.up.lora_B.weight": torch.ones(4, 4),
+            },
+            "wrapped",
+        ),
+    ],
+)
+def test_adapters_that_contradict_themselves(base, adapter, tensors, message):
+    """Half pairs, wrong ranks, missing magnitudes and unknown tensors are errors that name the tensor."""
+    change(adapter, **tensors)
+    error = faults_of(base, adapter)
+    assert message in error.text()
+    assert "mlp" in error.text()
+
+
+def test_magnitudes_without_use_dora(base, adapter):
+    """Silently ignoring them would merge another function than was trained."""
+    edit_json(adapter / "adapter_config.json", use_dora=False)
+    assert "but use_dora is not set" in faults_of(base, adapter).text()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"r": 0}, {"r": "4"}, {"r": 4.0}, {"r": True}, {"lora_alpha": 0}, {"lora_alpha": -1}, {"lora_alpha": "8"},
+        {"use_rslora": "yes"}, {"use_dora": 1}, {"rank_pattern": []}, {"rank_pattern": {"(": 4}},
+        {"alpha_pattern": {"x": 0}}, {"modules_to_save": "head"}, {"modules_to_save": [3]},
+        {"base_model_name_or_path": 3},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_config_values_of_wrong_types(base, adapter, fields):
+    """Each field that counts is checked, and named."""
+    edit_json(adapter / "adapter_config.json", **fields)
+    error = faults_of(base, adapter)
+    assert isinstance(error, MalformedError)
+    assert next(iter(fields)) in str(error)
+
+
+def test_old_magnitude_names(base, adapter):
+    """`.lora_magnitude_vector.weight`, as some versions write it, is the same tensor."""
+    want = plan_of(base, adapter)
+    path = adapter / "adapter_model.safetensors"
+    tensors = {k + ".weight" * k.endswith("vector"): v for k, v in load_file(path).items()}
+    save_file(tensors, path)
+    assert [item.edits and item.name for item in plan_of(base, adapter).items] == [
+        item.edits and item.name for item in want.items
+    ]
+
+
+def test_unmatched_tensors_may_be_allowed(base, adapter, tmp_path):
+    """--allow-unmatched keeps them in the ledger, with the reason; other faults stay errors."""
+    extra = {
+        "self_attn.qkv.lora_A.weight": torch.ones(4, 40),
+        "self_attn.qkv.lora_B.weight": torch.ones(9, 4),
+    }
+    change(adapter, **extra, **{"self_attn.qkv.lora_magnitude_vector": torch.ones(9)})
+    report = dora_convert.merge(base.path, adapter, tmp_path / "out", allow_unmatched=True)
+    unmatched = [entry for entry in report.ledger if entry["fate"] == "unmatched"]
+    assert len(unmatched) == 3
+    assert "closest" in unmatched[0]["why"]
+    change(adapter, **{"mlp.up_proj.lora_A.weight": torch.ones(4, 41)})
+    with pytest.raises(PlanError, match="3 adapter tensors"):
+        dora_convert.merge(base.path, adapter, tmp_path / "out2", allow_unmatched=True)
+
+
+def test_nothing_to_merge(base, adapter):
+    """A merge that applies no tensor is an error, not a copy."""
+    with pytest.raises(PlanError, match="Nothing to merge"):
+        plan_of(base, adapter, exclude=("*",))
+
+
+@pytest.mark.parametrize("flag", [True, None])
+def test_tied_embeddings_are_refused(base, tmp_path, flag):
+    """An adapter on one side of a tie would change the other: not merged yet, said so."""
+    import json
+
+    from .toy import write_shards
+
+    del base.tensors["lm_head.weight"]
+    write_shards(base.path, base.tensors, 2)
+    config = json.loads((base.path / "config.json").read_text())
+    config.pop("tie_word_embeddings")
+    (base.path / "config.json").write_text(
+        json.dumps(config | ({"tie_word_embeddings": True} if flag else {}))
+    )
+    head = {
+        "base_model.model.lm_head.lora_A.weight": torch.ones(4, 40),
+        "base_model.model.lm_head.lora_B.weight": torch.ones(72, 4),
+    }
+    embed = {
+        "base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(4, 72),
+        "base_model.model.model.embed_tokens.lora_embedding_B": torch.ones(40, 4),
+    }
+    saved = {"base_model.model.model.embed_tokens.weight": torch.ones(72, 40)}
+    for number, extra in enumerate((head, embed, saved)):
+        adapter = make_adapter(tmp_path / f"a{number}", base, dora=False, extra=extra)
+        assert "tie" in faults_of(base, adapter).text()
+
+
+def test_renamed_layouts_are_refused_in_one_sentence(base, adapter):
+    """Where disk names are not module names, the family is named."""
+    edit_json(base.path / "config.json", model_type="qwen2_vl")
+    path = adapter / "adapter_model.safetensors"
+    save_file(
+        {k.replace("model.model", "model.model.language_model"): v for k, v in load_file(path).items()}, path
+    )
+    text = faults_of(base, adapter).text()
+    assert "qwen2_vl checkpoints name tensors otherwise than modules" in text
+
+
+def test_multihead_attention_is_refused_by_name(base, tmp_path):
+    """Its projection has another name on disk."""
+    from .toy import write_shards
+
+    write_shards(base.path, base.tensors | {"attn.in_proj_weight": torch.ones(9, 3)}, 2)
+    extra = {
+        "base_model.model.attn.lora_A.weight": torch.ones(4, 3),
+        "base_model.model.attn.lora_B.weight": torch.ones(9, 4),
+    }
+    adapter = make_adapter(tmp_path / "mha", base, dora=False, extra=extra)
+    assert "MultiheadAttention" in faults_of(base, adapter).text()
+
+
+def test_conv1d_needs_the_model_type(base):
+    """Which square weights are Conv1D depends on the model's type and the module's name."""
+    from dora_convert.names import is_conv1d
+
+    checkpoint = open_checkpoint(local_source(base.path))
+    assert not is_conv1d("h.0.attn.c_proj.weight", checkpoint)
+    edit_json(base.path / "config.json", model_type="gpt2")
+    checkpoint = open_checkpoint(local_source(base.path))
+    assert is_conv1d("h.0.attn.c_proj.weight", checkpoint)
+    assert not is_conv1d("score.weight", checkpoint)
