@@ -1,0 +1,101 @@
+"""The documentation says what is: its commands and code run, its links lead somewhere, its reference is current."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dora_convert.cli import COMMANDS, main
+
+from .toy import edit_json, make_adapter, make_base
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with `base` and `adapter`, as the documentation calls them."""
+    base = make_base(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", base, dora=True)
+    edit_json(adapter / "adapter_config.json", base_model_name_or_path="base")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_python_runs(page, place):
+    """Every Python block runs as it stands."""
+    for code in blocks(page, "python"):
+        exec(compile(code, page.name, "exec"), {})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_commands_run(page, place):
+    """Every command of a console block succeeds."""
+    for block in blocks(page, "console"):
+        for line in block.splitlines():
+            if line.startswith("dora-convert "):
+                with pytest.raises(SystemExit) as left:
+                    main(shlex.split(line)[1:])
+                assert left.value.code == 0, line
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_links_lead_somewhere(page):
+    """Every relative link names a file."""
+    for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target
+
+
+def test_reference_is_current():
+    """docs/cli-reference.md is what --help prints; `make format` writes it."""
+    done = subprocess.run([sys.executable, ROOT / "docs/generate.py", "--check"], check=False)
+    assert done.returncode == 0
+
+
+def test_every_command_is_documented():
+    """In the README's table and with a section of its own in docs/cli.md."""
+    for name in COMMANDS:
+        assert f"`dora-convert {name} " in (ROOT / "README.md").read_text(encoding="utf-8")
+        assert f"\n## {name}\n" in (ROOT / "docs/cli.md").read_text(encoding="utf-8")
+        assert f"\n## {name}\n" in (ROOT / "docs/python.md").read_text(encoding="utf-8")
+
+
+def test_every_option_is_in_the_reference():
+    """Nothing can be asked for that is not documented."""
+    reference = (ROOT / "docs/cli-reference.md").read_text(encoding="utf-8")
+    for option in ("--weight", "--device", "--max-memory", "--undo", "--json", "--allow-unmatched"):
+        assert option in reference
+
+
+def test_readme_is_short():
+    """Six hundred words, the first command before line 25."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.split()) <= 600
+    assert "$ dora-convert merge" in "\n".join(text.splitlines()[:25])
+
+
+def test_every_page_is_in_the_index():
+    """docs/index.md leads to every page."""
+    index = (ROOT / "docs/index.md").read_text(encoding="utf-8")
+    for page in (ROOT / "docs").glob("*.md"):
+        assert page.name == "index.md" or f"({page.name})" in index
+
+
+def test_equations_are_in_order():
+    """docs/mathematics.md numbers what maths.py numbers."""
+    numbered = re.findall(r"\((\d)\),", (ROOT / "dora_convert/maths.py").read_text(encoding="utf-8"))
+    assert numbered == sorted(numbered)
+    page = (ROOT / "docs/mathematics.md").read_text(encoding="utf-8")
+    assert all(f"**({number})" in page for number in numbered)
