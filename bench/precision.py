@@ -26,8 +26,10 @@ from tests.toy import rounded
 def exact(base: str, adapter: str) -> dict[str, torch.Tensor]:
     """PEFT's merge of a float64 model."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
-    merged = PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False).double().merge_and_unload()
-    return {name: weight for name, weight in merged.state_dict().items() if weight.dim() == 2}  # noqa: PLR2004
+    merged = (
+        PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False).double().merge_and_unload()
+    )
+    return {name: weight for name, weight in merged.state_dict().items() if weight.dim() == 2}
 
 
 def by_peft(base: str, adapter: str, *, safe: bool, half: bool) -> dict[str, torch.Tensor]:

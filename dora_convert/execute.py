@@ -7,7 +7,7 @@ decides: its bytes do not depend on how many workers there are, in which order t
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -91,6 +91,14 @@ class Progress:
         return max((part.end for done in self.done.values() for part in done.parts), default=0)
 
 
+def raise_first(futures: Iterable[Future[None]]) -> None:
+    """Raise what went wrong in the first future that failed by itself."""
+    for future in futures:
+        error = future.exception()
+        if error and not isinstance(error, StoppedError):
+            raise error
+
+
 def copy_record(copy: Copy) -> Record:
     """A finished copy as a line of the journal."""
     return {"copied": copy[2:]}
@@ -137,28 +145,17 @@ class Run:
             [*(copy.length for copy in copies), *(item.nbytes for item in items)]
         )
         with exact_arithmetic(), ThreadPoolExecutor(workers, initializer=self._start) as pool:
-            self._finish(
-                [
-                    *(pool.submit(self._copy, copy) for copy in copies),
-                    *(pool.submit(self._make, item) for item in items),
-                ]
-            )
+            try:
+                futures = [pool.submit(self._copy, copy) for copy in copies]
+                futures += [pool.submit(self._make, item) for item in items]
+                raise_first(wait(futures, return_when=FIRST_EXCEPTION).done)
+            finally:
+                self._stop.set()
+                pool.shutdown(wait=True, cancel_futures=True)
 
     def _finished(self, item: Item) -> bool:
         done = self.progress.done.get(item.name)
         return done is not None and not (self.checker and done.verdict is None)
-
-    def _finish(self, futures: Sequence[Future[None]]) -> None:
-        """Wait for all; on the first failure or an interrupt, stop the others and raise it."""
-        try:
-            finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
-            errors = [future.exception() for future in finished]
-            if found := [error for error in errors if error and not isinstance(error, StoppedError)]:
-                raise found[0]
-        finally:
-            self._stop.set()
-            for future in futures:
-                future.cancel()
 
     def _start(self) -> None:
         torch.set_num_threads(1)

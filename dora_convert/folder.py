@@ -134,8 +134,9 @@ class OutputFolder:
     def publish(self) -> None:
         """Make OUT.partial OUT. Everything in it is synced before, its name after."""
         self.sync()
-        replaced = self.out.exists()
+        replaced = os.path.lexists(self.out)
         if replaced:
+            self.check()  # it may have come into being since
             (self.out / MARKER).touch()
             self.out.rename(self.old)
         (self.record / JOURNAL).unlink()

@@ -25,7 +25,7 @@ from .sizes import format_size
 from .stored import Reader
 from .undo import Part, Spool
 from .verify import Checker, Verdict
-from .writer import ShardFiles
+from .writer import ShardFiles, shards_exist
 
 Hashes = Sequence[Mapping[str, str]]
 
@@ -42,12 +42,12 @@ def produce(plan: Plan, folder: OutputFolder, settings: Settings) -> MergeReport
     if doubt := doubt_base(plan):
         settings.warn(doubt)
     files = side_files(plan, settings.base_model)
-    folder.check_space(plan.bytes_out + plan.undo_bytes + sum(file.nbytes for file in files))
+    folder.check_space(plan.bytes_out + 2 * plan.undo_bytes + sum(file.nbytes for file in files))
     with _entered(folder):
         key = _key(plan, hashes, choice)
         earlier = _earlier(folder, plan, key)
         run = _run(plan, folder, settings, choice, key, earlier)
-        verdict = _judge(run.progress.done) if settings.verify else None
+        verdict = _judge(plan, run.progress.done) if settings.verify else None
         _write_files(plan, folder, run, files, hashes)
         folder.publish()
     return MergeReport.of(
@@ -121,10 +121,10 @@ def _identity(base: Checkpoint) -> list[list[Any]]:
 def _earlier(folder: OutputFolder, plan: Plan, key: Record) -> Earlier | None:
     """The journal of an unfinished run of the same key; OUT.partial is then ready to go on, else empty."""
     earlier = read_journal(folder.record / JOURNAL)
-    if earlier and earlier.key == key:
+    if earlier and earlier.key == key and shards_exist(folder.partial, plan):
         folder.clear(keep=[RECORD, *(shard.filename for shard in plan.shards)])
         return earlier
-    if earlier and not folder.overwrite:
+    if earlier and earlier.key != key and not folder.overwrite:
         raise OutputError(
             f"{folder.partial} holds an unfinished merge of something else.",
             hint="--overwrite starts over; what is there is lost",
@@ -153,21 +153,22 @@ def _run(
     return run
 
 
-def _judge(done: Mapping[str, Done]) -> Verdict:
+def _judge(plan: Plan, done: Mapping[str, Done]) -> Verdict:
     """The sum of all checks; VerificationError naming every tensor that is wrong."""
-    verdicts = {name: found.verdict for name, found in done.items() if found.verdict}
-    faults = [
-        Fault(name, f"{found.wrong} of {found.checked} elements, up to {found.max_ulp} ulp")
-        for name, found in verdicts.items()
-        if found.wrong
-    ]
+    total, faults = Verdict(), []
+    for item in plan.items:
+        if item.name in done and (found := done[item.name].verdict):
+            total += found
+            if found.wrong:
+                why = f"{found.wrong} of {found.checked} elements, up to {found.max_ulp} ulp"
+                faults.append(Fault(item.name, why))
     if faults:
         raise VerificationError(
             f"The self-check failed: {len(faults)} tensors on disk are not what was computed.",
             faults=faults,
             hint="the disk or the memory may be faulty; the same command makes these tensors again",
         )
-    return sum(verdicts.values(), Verdict())
+    return total
 
 
 def _write_files(

@@ -188,9 +188,12 @@ class Reader:
 
     def read(self, path: Path, offset: int, buffer: memoryview) -> None:
         """Fill the buffer from `offset`; MalformedError when the file ends first."""
-        descriptor, done = self.descriptor(path), 0
+        done = 0
         while done < len(buffer):
-            got = self._read_some(descriptor, buffer[done:], offset + done)
+            try:
+                got = self._read_some(self.descriptor(path), buffer[done:], offset + done)
+            except OSError as error:
+                raise MalformedError(f"{path} cannot be read: {error.strerror}.") from error
             if got == 0:
                 raise MalformedError(f"{path} became shorter while it was read.")
             done += got

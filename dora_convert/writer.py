@@ -40,6 +40,16 @@ class Copy(NamedTuple):
             yield Copy(self.path, self.source + done, self.shard, self.target + done, length)
 
 
+def shards_exist(folder: Path, plan: Plan) -> bool:
+    """Whether every shard of a plan is in a folder, at its full size."""
+    return all(
+        (folder / shard.filename).is_file()
+        and (folder / shard.filename).stat().st_size
+        == len(header_bytes(shard)) + sum(item.nbytes for item in shard.items)
+        for shard in plan.shards
+    )
+
+
 class ShardFiles:
     """The open shards of a plan, in a folder."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 
@@ -106,7 +107,7 @@ def test_adapters_whose_base_will_not_do(run, tmp_path, adapter, name, message):
     code, out, err = run("merge", adapter, tmp_path / "out")
     assert (code, out) == (2, "")
     assert message in err
-    assert f"dora-convert merge BASE {adapter} {tmp_path / 'out'}" in err
+    assert f"dora-convert merge BASE {shlex.quote(str(adapter))} {shlex.quote(str(tmp_path / 'out'))}" in err
 
 
 def test_another_base_than_named_is_a_warning(run, tmp_path, base, adapter):
@@ -121,7 +122,10 @@ def test_swapped(run, tmp_path, base, adapter):
     """BASE and ADAPTER exchanged: the command that was meant."""
     code, _, err = run("merge", adapter, base.path, tmp_path / "out")
     assert code == 2
-    assert f"Hint: dora-convert merge {base.path} {adapter} {tmp_path / 'out'}" in err
+    assert (
+        "Hint: " + shlex.join(["dora-convert", "merge", *map(str, (base.path, adapter, tmp_path / "out"))])
+        in err
+    )
 
 
 def test_adapter_in_a_subfolder(run, tmp_path, base, adapter):

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -524,3 +528,32 @@ def test_rslora_and_patterns(tmp_path, base):
         name = f"model.layers.{pattern}.weight"
         want = exact(base, adapter, scale=alpha / RANK**0.5)[name]
         assert torch.equal(got[name], rounded(want, torch.bfloat16))
+
+
+def test_systems_without_positional_io(tmp_path, base, adapter):
+    """Windows has neither preadv nor pwrite, macOS no copy_file_range: the same bytes by plainer calls."""
+    code = """
+import os, sys
+for name in ("preadv", "pwrite", "copy_file_range", "posix_fallocate", "sched_getaffinity"):
+    if hasattr(os, name):
+        delattr(os, name)
+import dora_convert
+dora_convert.merge(*sys.argv[1:])
+"""
+    command = [sys.executable, "-c", code, str(base.path), str(adapter), str(tmp_path / "plain")]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    dora_convert.merge(base.path, adapter, tmp_path / "out")
+    assert contents(tmp_path / "plain") == contents(tmp_path / "out")
+
+
+def test_copying_outside_the_kernel(tmp_path, base, adapter, monkeypatch):
+    """Where the kernel cannot copy between two file systems, bytes are read and written."""
+
+    def refuses(*_):
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    if hasattr(os, "copy_file_range"):
+        monkeypatch.setattr(os, "copy_file_range", refuses)
+    dora_convert.merge(base.path, adapter, tmp_path / "out")
+    same(load(tmp_path / "out"), exact(base, adapter), torch.bfloat16)

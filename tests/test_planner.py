@@ -99,6 +99,9 @@ def test_ten_faults_are_shown_and_all_are_kept(base, tmp_path):
         ({"mlp.up_proj.lora_A.weight": torch.ones(5, 40)}, "the config says rank 4"),
         ({"mlp.up_proj.lora_B.weight": torch.ones(96, 5)}, "the config says rank 4"),
         ({"mlp.up_proj.lora_B.bias": torch.ones(96)}, "neither a LoRA tensor"),
+        ({"mlp.up_proj.lora_magnitude_vector.weight": torch.ones(96)}, "says already"),
+        ({"mlp.up_proj.lora_B.weight": torch.ones(96, 4, dtype=torch.int8)}, "is stored as I8"),
+        ({"mlp.up_proj.lora_A.weight": torch.ones(4, 40).to(torch.float8_e4m3fn)}, "is stored as F8_E4M3"),
         ({"mlp.up_proj.lora_A": torch.ones(4, 40)}, "neither a LoRA tensor"),
         ({"mlp.gate.weight": torch.ones(4, 40)}, "neither a LoRA tensor"),
         (

@@ -28,7 +28,7 @@ from ..adapter import Adapter, Change
 from ..checkpoint import read_json
 from ..errors import Fault, MalformedError, PlanError, UnsupportedError
 from ..refs import Source
-from ..stored import Stored, read_header
+from ..stored import FLOATS, Stored, read_header
 from ..updates import Decomposed, Full, LowRank
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -249,7 +249,10 @@ def _changes(tensors: Mapping[str, Stored], config: _Config) -> tuple[list[Chang
         target = name.removeprefix(PREFIX)
         suffix = next((suffix for suffix in _PARTS if target.endswith(suffix)), None)
         if suffix:
-            modules.setdefault(target.removesuffix(suffix), {})[_PARTS[suffix]] = tensor
+            parts = modules.setdefault(target.removesuffix(suffix), {})
+            if _PARTS[suffix] in parts:
+                faults.append(Fault(name, f"says what {parts[_PARTS[suffix]].name} says already"))
+            parts[_PARTS[suffix]] = tensor
         elif target.endswith(".base_layer.weight"):
             changes.append(Change(target.replace(".base_layer.weight", ".weight"), Full(tensor)))
         elif config.saves(target):
@@ -267,27 +270,31 @@ def _changes(tensors: Mapping[str, Stored], config: _Config) -> tuple[list[Chang
 
 def _update(module: str, parts: Mapping[str, Stored], config: _Config) -> LowRank | Decomposed | Fault:
     """One module's update, or what is wrong with it."""
-    if missing := {"A", "B"} - parts.keys():
-        return Fault(module, f"has no lora_{missing.pop()}")
-    if ".base_layer" in module:
-        return Fault(
-            module, "an adapter inside a wrapped layer (MultiheadAttention, experts) is not merged yet"
-        )
-    A, B, m = parts["A"], parts["B"], parts.get("m")
-    if (m is None) == config.use_dora:
-        return Fault(
-            module,
-            "use_dora is set, but there is no lora_magnitude_vector"
-            if m is None
-            else "there is a lora_magnitude_vector, but use_dora is not set",
-        )
-    rank = config.rank(module)
-    if len(A.shape) > 2 and len(B.shape) > 1 and B.shape[1] < rank == A.shape[0]:
-        return Fault(module, "a grouped convolution; not merged yet")
-    if len(A.shape) < 2 or len(B.shape) < 2 or not A.shape[0] == B.shape[1] == rank:
-        return Fault(module, f"the config says rank {rank}; lora_A is {A.shape} and lora_B is {B.shape}")
-    update = LowRank(A, B, config.scaling(module), _orientation(A))
+    if why := _contradiction(module, parts, config):
+        return Fault(module, why)
+    A, m = parts["A"], parts.get("m")
+    update = LowRank(A, parts["B"], config.scaling(module), _orientation(A))
     return Decomposed(update, m) if m else update
+
+
+def _contradiction(module: str, parts: Mapping[str, Stored], config: _Config) -> str | None:
+    """Why a module's tensors make no update, or None where they do."""
+    if missing := sorted({"A", "B"} - parts.keys()):
+        return f"has no lora_{missing[0]}"
+    if odd := [part for part in parts.values() if part.dtype not in FLOATS]:
+        return f"is stored as {odd[0].dtype}; adapters of that dtype are not merged"
+    if ".base_layer" in module:
+        return "an adapter inside a wrapped layer (MultiheadAttention, experts) is not merged yet"
+    if ("m" in parts) != config.use_dora:
+        if config.use_dora:
+            return "use_dora is set, but there is no lora_magnitude_vector"
+        return "there is a lora_magnitude_vector, but use_dora is not set"
+    A, B, rank = parts["A"].shape, parts["B"].shape, config.rank(module)
+    if len(A) > 2 and len(B) > 1 and B[1] < rank == A[0]:
+        return "a grouped convolution; not merged yet"
+    if len(A) < 2 or len(B) < 2 or not A[0] == B[1] == rank:
+        return f"the config says rank {rank}; lora_A is {A} and lora_B is {B}"
+    return None
 
 
 def _orientation(A: Stored) -> bool | None:
