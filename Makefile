@@ -39,9 +39,10 @@ demo/work/SmolLM2-135M-Instruct: $(VENV)/ready
 	mv demo/work/unpacked $@
 
 demo: demo/work/SmolLM2-135M-Instruct
-	rm -rf demo/work/merged
+	rm -rf demo/work/merged demo/work/exact
 	$(BIN)/dora-convert merge demo/work/SmolLM2-135M-Instruct demo/pirate demo/work/merged
-	$(BIN)/python demo/compare.py demo/work/SmolLM2-135M-Instruct demo/pirate demo/work/merged
+	$(BIN)/dora-convert merge demo/work/SmolLM2-135M-Instruct demo/pirate demo/work/exact --dtype float32 --quiet
+	$(BIN)/python demo/compare.py demo/work/SmolLM2-135M-Instruct demo/pirate demo/work/merged demo/work/exact
 
 bench: $(VENV)/ready
 	$(BIN)/python bench/merge.py

