@@ -27,6 +27,7 @@ class OutputFolder:
     """OUT while it is being made."""
 
     def __init__(self, out: Path, *, overwrite: bool) -> None:
+        self.given = str(out)
         out = Path(os.path.abspath(out))  # noqa: PTH100 - a link stays a link
         if not out.name:
             raise OutputError(f"OUT {out} is no name for a folder.")

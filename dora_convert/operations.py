@@ -59,7 +59,7 @@ def merge(
     folder.check()
     plan = _plan(base, [os.fspath(ref) for ref in inputs], weight, options, settings, folder, token)
     if dry_run:
-        return DryRunReport.of(plan, settings, folder.out)
+        return DryRunReport.of(plan, settings, folder.given)
     with without_collections():
         from .produce import produce
     return produce(plan, folder, settings)
@@ -77,7 +77,7 @@ def _plan(
     """Gather the inputs and decide every output tensor; what looks odd is warned of."""
     weights = parse_weights(weight, len(adapters))
     named = None if base is None else os.fspath(base)
-    checkpoint, opened = gather(named, adapters, str(folder.out), token, settings.notify)
+    checkpoint, opened = gather(named, adapters, folder.given, token, settings.notify)
     folder.refuse_inside([checkpoint.source.path, *(adapter.source.path for adapter in opened)])
     for doubt in doubts(checkpoint, opened):
         settings.warn(doubt)

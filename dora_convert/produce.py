@@ -53,7 +53,7 @@ def produce(plan: Plan, folder: OutputFolder, settings: Settings) -> MergeReport
     return MergeReport.of(
         plan,
         settings,
-        folder.out,
+        folder.given,
         choice,
         verdict,
         written=run.written,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
@@ -40,12 +39,12 @@ class Report:
         return {"schema": SCHEMA, "version": __version__, **asdict(self)}
 
 
-def _common(plan: Plan, settings: Settings, out: Path) -> dict[str, Any]:
+def _common(plan: Plan, settings: Settings, out: str) -> dict[str, Any]:
     return {
         "command": "merge",
         "base": _place(plan.base.source),
         "adapters": tuple(_place(adapter.source) for adapter in plan.adapters),
-        "out": str(out),
+        "out": out,
         "tensors": plan.counts(),
         "ledger": tuple(entry.to_dict() for entry in plan.ledger),
         "undo": plan.options.undo,
@@ -85,7 +84,7 @@ class MergeReport(Report):
         cls,
         plan: Plan,
         settings: Settings,
-        out: Path,
+        out: str,
         choice: Choice,
         verdict: Verdict | None,
         *,
@@ -116,7 +115,7 @@ class DryRunReport(Report):
     dry_run: bool = True
 
     @classmethod
-    def of(cls, plan: Plan, settings: Settings, out: Path) -> DryRunReport:
+    def of(cls, plan: Plan, settings: Settings, out: str) -> DryRunReport:
         """The report of a plan."""
         numbers = {
             "tensors": len(plan.items),

@@ -70,7 +70,7 @@ def ledger_table(report: MergeReport | DryRunReport, *, every: bool) -> Table:
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     table.add_column("module", overflow="fold")
     table.add_column("n", justify="right")
     table.add_column("fate", overflow="fold")
