@@ -17,7 +17,7 @@ def card_bytes(plan: Plan, base_model: str | None) -> bytes:
     base = plan.base.source
     kinds = sorted({adapter.kind for adapter in plan.adapters})
     repo = base_model or base.repo
-    lines = ["---", "library_name: transformers"]
+    lines = ["---", *(["library_name: transformers"] if plan.base.model_types else [])]
     if repo:
         lines += [f"base_model: {repo}", "base_model_relation: finetune"]
     lines += ["tags:", *(f"- {tag}" for tag in (*map(str.lower, kinds), "merged", "dora-convert")), "---", ""]

@@ -9,6 +9,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import xxhash
+
 from . import __version__
 from .execute import Done
 from .plan import Plan
@@ -38,7 +40,7 @@ def receipt_bytes(
         "schema": SCHEMA,
         "verb": "merge",
         "versions": {"dora_convert": __version__, "torch": torch.__version__.partition("+")[0]},
-        "base": _source(plan.base.source),
+        "base": {**_source(plan.base.source), "hash": _base_hash(plan, done)},
         "adapters": [
             {
                 **_source(adapter.source),
@@ -62,6 +64,15 @@ def receipt_bytes(
         "ledger": [entry.to_dict() for entry in plan.ledger],
     }
     return (json.dumps(receipt, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def _base_hash(plan: Plan, done: Mapping[str, Done]) -> str:
+    """What identifies the base as far as it was read: xxh3-128 over all headers and the contents that changed."""
+    lines = [
+        [tensor.name, tensor.dtype, tensor.shape, done[name].base_hash if name in done else None]
+        for name, tensor in sorted(plan.base.tensors.items())
+    ]
+    return xxhash.xxh3_128_hexdigest(json.dumps(lines).encode())
 
 
 def _source(source: Source) -> dict[str, str | None]:
