@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,7 +26,7 @@ class Adapter:
 
     source: Source
     format: str  # "peft"
-    kind: str  # "LoRA" or "DoRA"
+    kind: str  # "LoRA", "DoRA", "AdaLoRA", …
     changes: tuple[Change, ...]
     tensors: Mapping[str, Stored]
     files: tuple[Path, ...]
@@ -36,10 +36,16 @@ class Adapter:
     revision: str | None = None
     ignored: Mapping[str, str] = field(default_factory=dict)
     """Tensors that take no part in a merge, with the reason."""
+    keeps_ties: bool = False
+    """Whether embedding and head were trained as one weight."""
+    layers: tuple[int, ...] = ()
+    """The base's layers in the order of the trained model, where some were repeated or left out."""
+    task: str | None = None
+    """The class of model it was trained in, such as LlamaForSequenceClassification, or how that ends."""
 
 
-def open_adapter(source: Source) -> Adapter:
-    """Recognise the format of an adapter folder and read its headers.
+def open_adapter(source: Source, accepted: Collection[str] = ()) -> Adapter:
+    """Recognise the format of an adapter folder and read its headers; `accepted` config fields are not refused.
 
     Raises RefError where no format recognises the folder, and what the format raises.
     """
@@ -47,7 +53,7 @@ def open_adapter(source: Source) -> Adapter:
 
     for known in FORMATS:
         if known.recognises(source.path):
-            return known.read(source)
+            return known.read(source, accepted)
     raise _not_an_adapter(source)
 
 

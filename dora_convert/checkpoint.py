@@ -7,6 +7,7 @@ in transformers' loader.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -50,7 +51,13 @@ class Checkpoint:
     config: Mapping[str, Any] | None = None
     side_files: tuple[str, ...] = ()
     left_behind: tuple[str, ...] = ()
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """What tensors are called on disk, where that is something else."""
+
+    def origin(self, name: str) -> str:
+        """What a tensor is called on disk."""
+        return self.renamed.get(name, name)
 
     @cached_property
     def tensors(self) -> Mapping[str, Stored]:
@@ -65,6 +72,12 @@ class Checkpoint:
             module = name.rpartition(".")[0]
             found.setdefault(module.rpartition(".")[0], set()).add(module)
         return {parent: sorted(modules) for parent, modules in found.items()}
+
+    @cached_property
+    def module_kinds(self) -> tuple[str, ...]:
+        """Every module's name with its numbers taken out, once each."""
+        found = {re.sub(r"\d+", "*", module) for modules in self.modules.values() for module in modules}
+        return tuple(sorted(found))
 
     @cached_property
     def model_types(self) -> frozenset[str]:

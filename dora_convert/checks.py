@@ -13,7 +13,8 @@ from . import maths
 from .adapter import Adapter
 from .errors import Fault, NumericalError
 from .lane import Lane
-from .plan import Edit, Plan
+from .items import Edit
+from .plan import Plan
 from .precision import TORCH, Choice
 from .stored import FLOATS, Reader, Stored
 from .updates import Decomposed

@@ -17,7 +17,8 @@ import torch
 from .journal import Journal, Record
 from .lane import Lane
 from .make import make
-from .plan import Item, Plan, cost
+from .items import Item
+from .plan import Plan
 from .precision import Choice, exact_arithmetic
 from .stored import Reader
 from .undo import Part, Segment, Spool
@@ -54,7 +55,7 @@ class Budget:
 class Done:
     """What is known of a tensor once it is written: xxh3-128 of its old and new bytes, undo parts, the self-check."""
 
-    base_hash: str
+    base_hash: str | None
     written_hash: str
     parts: tuple[Part, ...]
     verdict: Verdict | None
@@ -140,7 +141,7 @@ class Run:
         Copies come first: they need no arithmetic, and the disk can start on them.
         """
         copies = [copy for copy in self.shards.copies(self.plan) if copy[2:] not in self.progress.copied]
-        items = [item for item in self.plan.items if item.fate != "copied" and not self._finished(item)]
+        items = [item for item in self.plan.items if not item.verbatim and not self._finished(item)]
         self._skipped = self.plan.bytes_out - sum(
             [*(copy.length for copy in copies), *(item.nbytes for item in items)]
         )
@@ -169,7 +170,7 @@ class Run:
 
     def _make(self, item: Item) -> None:
         lane: Lane = self._local.lane
-        with self.budget.holding(cost(item, self.plan.options)):
+        with self.budget.holding(item.cost(self.plan.options.width)):
             with lane.working():
                 made = make(item, lane, self.shards, self.spool, self.plan.options, self.advance)
             verdict = self.checker.check(item) if self.checker else None

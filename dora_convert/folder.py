@@ -6,6 +6,7 @@ name is complete; an OUT that is to be overwritten is moved aside first and dele
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Collection, Iterable
@@ -16,8 +17,14 @@ from filelock import FileLock, Timeout
 from .checkpoint import RECORD
 from .errors import OutputError
 from .journal import NAME as JOURNAL
+from .journal import sync_path
 from .sizes import format_size
 from .undo import SPOOL
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 LOCK = ".lock"
 MARKER = ".dora-convert-replaced"
@@ -37,6 +44,7 @@ class OutputFolder:
         self.old = out.with_name(out.name + ".old")
         self.overwrite = overwrite
         self._lock = FileLock(self.partial / LOCK)
+        self._held: int | None = None
 
     def check(self) -> None:
         """Refuse what publishing would refuse, before any work: OUT exists, or is no folder that may be replaced."""
@@ -58,13 +66,13 @@ class OutputFolder:
 
     def _repair(self) -> None:
         """Finish what an earlier run was killed in the middle of: OUT had been moved aside to be replaced."""
-        if not (self.old / MARKER).exists():
-            return
-        if self.out.exists():
-            shutil.rmtree(self.old)
-        else:
-            (self.old / MARKER).unlink()
-            self.old.rename(self.out)
+        if (self.old / MARKER).exists():
+            if self.out.exists():
+                _remove_marked(self.old)
+            else:
+                self.old.rename(self.out)
+        if (self.out / MARKER).exists():
+            (self.out / MARKER).unlink()
 
     def refuse_inside(self, inputs: Iterable[Path]) -> None:
         """Refuse to write into, over or around an input's folder."""
@@ -90,25 +98,55 @@ class OutputFolder:
         """Create OUT.partial, or enter the one of an unfinished run, and lock it."""
         try:
             self._refuse_foreign()
-            self.partial.mkdir(parents=True, exist_ok=True)
+            _make_folder(self.partial)
+            self._hold()
             self._lock.acquire(timeout=0)
-        except Timeout as error:
+        except (Timeout, BlockingIOError) as error:
+            self.leave()
             raise OutputError(
                 f"Another run is writing {self.out}.", hint="wait for it, or choose another OUT"
             ) from error
         except OSError as error:
+            self.leave()
             raise OutputError(f"{self.partial} cannot be written: {error.strerror or error}.") from error
+        self._check_again()
 
     def _refuse_foreign(self) -> None:
-        if self.partial.exists():
-            names = {entry.name for entry in self.partial.iterdir()}
-            if names and not names & {LOCK, RECORD}:
-                raise OutputError(
-                    f"{self.partial} exists and is not an unfinished output.", hint="move it away"
-                )
+        names = {entry.name for entry in self.partial.iterdir()} if self.partial.is_dir() else set()
+        odd = self.partial.is_symlink() or (self.partial.exists() and not self.partial.is_dir())
+        if odd or (names and not names & {LOCK, RECORD}):
+            raise OutputError(f"{self.partial} exists and is not an unfinished output.", hint="move it away")
+
+    def _hold(self) -> None:
+        """Lock the folder itself, besides the file in it: that lock lasts until the folder has its final name."""
+        if fcntl is None:
+            return
+        self._held = os.open(self.partial, os.O_RDONLY)
+        try:
+            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:  # a file system without such locks
+            return
+        if not self.partial.exists() or not os.path.samestat(os.fstat(self._held), self.partial.stat()):
+            raise BlockingIOError(errno.EWOULDBLOCK, "published at this moment")
+
+    def _check_again(self) -> None:
+        """Another run may have published OUT since this one began."""
+        try:
+            self.check()
+        except OutputError:
+            self.leave() if (self.record / JOURNAL).exists() else self.discard()
+            raise
 
     def clear(self, keep: Collection[str] = ()) -> None:
-        """Remove what an unfinished run has left, but for the names to keep."""
+        """Remove what an unfinished run has left, but for the names to keep.
+
+        The journal goes first and for good: it must not be found beside files made later.
+        """
+        if RECORD not in keep and self.record.is_dir():
+            (self.record / JOURNAL).unlink(missing_ok=True)
+            sync_path(self.record)
         for entry in self.partial.iterdir():
             if entry.name in (LOCK, *keep):
                 continue
@@ -129,8 +167,8 @@ class OutputFolder:
 
     def sync(self) -> None:
         """Bring names and small files to the disk."""
-        for path in (self.partial, *self.partial.rglob("*")):
-            _sync(path)
+        for path in (self.partial.parent, self.partial, *self.partial.rglob("*")):
+            sync_path(path)
 
     def publish(self) -> None:
         """Make OUT.partial OUT. Everything in it is synced before, its name after."""
@@ -139,38 +177,60 @@ class OutputFolder:
         if replaced:
             self.check()  # it may have come into being since
             (self.out / MARKER).touch()
+            sync_path(self.out)
+        self._strip()
+        if replaced:
             self.out.rename(self.old)
+        self.partial.rename(self.out)
+        sync_path(self.out.parent)
+        self.leave()
+        if replaced:
+            _remove_marked(self.old)
+
+    def _strip(self) -> None:
+        """Remove what is not part of OUT; the journal first, since it speaks of the others."""
         (self.record / JOURNAL).unlink()
+        sync_path(self.record)
         (self.record / SPOOL).unlink()
         self._unlock()
-        self.partial.rename(self.out)
-        _sync(self.out.parent)
-        if replaced:
-            shutil.rmtree(self.old)
+        sync_path(self.record)
+        sync_path(self.partial)
 
     def leave(self) -> None:
         """Leave OUT.partial as it is, for the same command to continue."""
         self._lock.release()
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
 
     def discard(self) -> None:
         """Remove OUT.partial: nothing in it is worth continuing."""
         self._unlock()
         shutil.rmtree(self.partial, ignore_errors=True)
+        self.leave()
 
     def _unlock(self) -> None:
         self._lock.release()
         (self.partial / LOCK).unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
-    """fsync a file or a folder; Windows cannot open folders."""
-    if os.name == "nt" and path.is_dir():
-        return
-    descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _make_folder(path: Path) -> None:
+    """Create a folder and those above it, and bring their names to the disk."""
+    if not path.is_dir():
+        _make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        sync_path(path.parent)
+
+
+def _remove_marked(folder: Path) -> None:
+    """Remove a folder with a marker in it; the marker last, so that the rest is known for what it is."""
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif entry.name != MARKER:
+            entry.unlink()
+    (folder / MARKER).unlink()
+    folder.rmdir()
 
 
 def _taken(path: Path) -> int:

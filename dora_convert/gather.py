@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 from .adapter import Adapter, open_adapter
@@ -18,7 +18,12 @@ QUANTISED_NAME = re.compile(r"(?i)[-_.](unsloth-)?(bnb|gptq|awq|gguf|[48]-?bits?
 
 
 def gather(
-    base: str | None, adapters: Sequence[str], out: str, token: str | None, notice: Notice
+    base: str | None,
+    adapters: Sequence[str],
+    out: str,
+    token: str | None,
+    notice: Notice,
+    accepted: Collection[str] = (),
 ) -> tuple[Checkpoint, list[Adapter]]:
     """Open the adapters, then the base: the one named, or the one that the first adapter names.
 
@@ -26,7 +31,9 @@ def gather(
     """
     if base is not None:
         _refuse_swapped(base, adapters, out)
-    opened = [open_adapter(fetch(ref, "ADAPTER", wanted_of_adapter, token=token)) for ref in adapters]
+    opened = [
+        open_adapter(fetch(ref, "ADAPTER", wanted_of_adapter, token=token), accepted) for ref in adapters
+    ]
     if base is None:
         source = _base_of(opened[0], adapters[0], out, token)
         notice(f"base: {source.title}, as {opened[0].source.name} says")

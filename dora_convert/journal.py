@@ -11,6 +11,7 @@ versions, device and compute dtype. A journal under another key is never continu
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import threading
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 
 NAME = "journal.jsonl"
 BATCH_SECONDS = 0.1
+_NO_FOLDER_SYNC = {errno.EACCES, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
 
 Record = dict[str, Any]
 
@@ -41,9 +43,28 @@ def read_journal(path: Path) -> Earlier | None:
         for line in path.read_bytes().splitlines(keepends=True):
             if not line.endswith(b"\n"):
                 break
-            records.append(json.loads(line))
+            record = json.loads(line)
+            if not isinstance(record, dict):
+                break
+            records.append(record)
             end += len(line)
     return Earlier(records[0], records[1:], end) if records else None
+
+
+def sync_path(path: Path) -> None:
+    """fsync a file or a folder. Not every system opens folders, and not every file system syncs them."""
+    folder = path.is_dir()
+    if folder and os.name == "nt":
+        return
+    try:
+        descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if not folder or error.errno not in _NO_FOLDER_SYNC:
+            raise
 
 
 class Journal:
@@ -55,8 +76,8 @@ class Journal:
         self._file = path.open("r+b" if earlier else "w+b")
         self._file.truncate(end)
         self._file.seek(end)
-        if not earlier:
-            self._append([key])
+        self._append([] if earlier else [key])  # even of nothing: what was cut off must not come back
+        sync_path(path.parent)
         self._pending: list[tuple[Record, Collection[int]]] = []
         self._changed = threading.Condition()
         self._closing = False

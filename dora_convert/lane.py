@@ -69,9 +69,20 @@ class Lane:
             part.copy_(self.raw(stored, start, start + len(part), "factor"))
         return matrix
 
+    def stored(self, stored: Stored) -> Tensor:
+        """A stored tensor as a matrix in its own dtype, in host memory of its own."""
+        rows, columns = stored.matrix
+        host = memory.empty((rows, columns), TORCH[stored.dtype])
+        self._reader.read(stored.path, stored.start, as_bytes(host))
+        return host
+
+    def computed(self, host: Tensor) -> Tensor:
+        """A copy of a host tensor in the compute dtype, on the device."""
+        return host.to(self.choice.device).to(self.choice.compute, copy=True)
+
     def rows(self, stored: Stored, start: int, stop: int) -> Tensor:
         """Some rows of a small stored tensor."""
-        return self._load(self.raw(stored, start, stop, "factor"))
+        return self.computed(self.raw(stored, start, stop, "factor"))
 
     def columns(self, stored: Stored, start: int, stop: int) -> Tensor:
         """Some columns of a small stored tensor."""
@@ -80,10 +91,7 @@ class Lane:
         for row in range(rows):
             offset = stored.start + (row * columns + start) * stored.itemsize
             self._reader.read(stored.path, offset, as_bytes(host[row]))
-        return self._load(host)
-
-    def _load(self, raw: Tensor) -> Tensor:
-        return raw.to(self.choice.device).to(self.choice.compute, copy=True)
+        return self.computed(host)
 
     def _scratch(
         self, name: str, shape: Sequence[int], dtype: torch.dtype, *, on_host: bool = False

@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from .checkpoint import INDEX_SUFFIX, Checkpoint
-from .plan import Item, OutputShard, Plan
+from .items import Item
+from .plan import OutputShard, Plan
 from .stored import BITS
+
+
+SWOLLEN = 1.5
+"""A shard that additions make larger than this many times the base's largest is cut again."""
 
 
 def lay_out(
@@ -17,17 +22,20 @@ def lay_out(
 ) -> tuple[tuple[OutputShard, ...], str | None]:
     """Output shards and the index's name: the base's own sharding, or shards of at most a size in bytes.
 
-    A tensor larger than the limit gets a shard of its own.
+    An added tensor joins the shard of the one it derives from, else the last. A tensor larger than the limit gets a
+    shard of its own.
     """
+    groups = _as_base(base, items)
+    largest = max(sum(tensor.nbytes for tensor in shard.tensors) for shard in base.shards)
+    swollen = any(sum(item.source.nbytes for item in group) > SWOLLEN * largest for group in groups)
+    if max_shard_size is None and swollen and base.index_name:
+        max_shard_size = largest
     if max_shard_size is None:
         return tuple(
-            OutputShard(
-                shard.filename, shard.metadata, _aligned(items[tensor.name] for tensor in shard.tensors)
-            )
-            for shard in base.shards
-        ), base.index_name
-    ordered = [items[tensor.name] for shard in base.shards for tensor in shard.tensors]
-    groups = _cut(ordered, max_shard_size)
+            OutputShard(converted(shard.filename), shard.metadata, _aligned(group))
+            for shard, group in zip(base.shards, groups, strict=True)
+        ), base.index_name and converted(base.index_name)
+    groups = _cut([item for group in groups for item in group], max_shard_size)
     stem, metadata = _stem(base), base.shards[0].metadata
     if len(groups) == 1:
         return (OutputShard(f"{stem}.safetensors", metadata, _aligned(groups[0])),), None
@@ -37,12 +45,29 @@ def lay_out(
     ), stem + INDEX_SUFFIX
 
 
-def _aligned(items: Iterable[Item]) -> tuple[Item, ...]:
-    """The base's order; where dtypes change, by falling element size, so that every tensor stays aligned to its own."""
-    found = tuple(items)
-    if all(item.dtype == item.base.dtype for item in found):
-        return found
-    return tuple(sorted(found, key=lambda item: -BITS[item.dtype]))
+def _as_base(base: Checkpoint, items: Mapping[str, Item]) -> list[list[Item]]:
+    """The items shard by shard, in the base's order."""
+    owner = {tensor.name: number for number, shard in enumerate(base.shards) for tensor in shard.tensors}
+    groups: list[list[Item]] = [[] for _ in base.shards]
+    for name in owner:
+        groups[owner[name]].append(items[name])
+    for item in items.values():
+        if item.name not in owner:
+            groups[owner[item.base.name] if item.base else -1].append(item)
+    return groups
+
+
+def _aligned(items: Sequence[Item]) -> tuple[Item, ...]:
+    """The order given; where dtypes change, by falling element size, so that every tensor stays aligned to its own."""
+    if all(item.base and item.dtype == item.base.dtype for item in items):
+        return tuple(items)
+    return tuple(sorted(items, key=lambda item: -BITS[item.dtype]))
+
+
+def converted(filename: str) -> str:
+    """What a weight file or an index is called once it is safetensors."""
+    name = re.sub(r"^pytorch_model(?=[-.])", "model", filename)
+    return re.sub(r"\.(bin|pt|pth)(?=$|\.index\.json$)", ".safetensors", name)
 
 
 def _cut(items: Sequence[Item], limit: int) -> list[list[Item]]:
@@ -60,7 +85,7 @@ def _cut(items: Sequence[Item], limit: int) -> list[list[Item]]:
 
 def _stem(base: Checkpoint) -> str:
     """What the base calls its weight files, without numbers: `model`, usually."""
-    name = base.index_name or base.shards[0].filename
+    name = converted(base.index_name or base.shards[0].filename)
     return re.sub(r"-\d{5}-of-\d{5}$", "", name.removesuffix(INDEX_SUFFIX).removesuffix(".safetensors"))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import xxhash
@@ -12,12 +12,13 @@ from torch import Tensor
 from . import maths
 from .blocks import spans
 from .errors import NumericalError
+from .items import Item
 from .lane import Lane
 from .memory import as_bytes
-from .plan import Edit, Item, Options
+from .operands import Operand
+from .plan import Options
 from .precision import TORCH
 from .undo import Part, ReplacedRows, Spool
-from .updates import Decomposed, low_rank
 from .writer import ShardFiles
 
 
@@ -25,51 +26,38 @@ from .writer import ShardFiles
 class Made:
     """What is known of a tensor once it is written: xxh3-128 of its old and new bytes, and its undo parts."""
 
-    base_hash: str
+    base_hash: str | None
+    """None where the base has no such tensor."""
     written_hash: str
     parts: tuple[Part, ...] = ()
 
 
-@dataclass
-class Operand:
-    """An edit with its tensors at hand, the way round that the weight is stored: V = W + s·left·right."""
+class Values:
+    """Where an item's values start: rows of a stored tensor, with what an adapter puts in their place."""
 
-    edit: Edit
-    lane: Lane
-    right: Tensor
-    m: Tensor | None
-    n: list[Tensor] = field(default_factory=list)
-    """Norms: one tensor per block, or one for all blocks where they run along the columns."""
+    def __init__(self, item: Item, lane: Lane) -> None:
+        self._item, self._lane = item, lane
+        self._whole = self._without_start() if item.start else None
+        self._rows = {row: (rows.value, place) for rows in item.rows for place, row in enumerate(rows.index)}
 
-    @classmethod
-    def load(cls, edit: Edit, lane: Lane) -> Operand:
-        """Read what is needed for every block."""
-        low = low_rank(edit.update)
-        right = lane.whole(low.B).T if edit.slot.transposed else lane.whole(low.A)
-        m = lane.whole(edit.update.m).flatten() if isinstance(edit.update, Decomposed) else None
-        return cls(edit, lane, right, m)
+    def _without_start(self) -> Tensor:
+        """The whole matrix as training began with it, rounded as PEFT rounds it when it loads the adapter."""
+        low, edit = self._item.start, self._item.edits[0]
+        assert low
+        assert low.start
+        W = self._lane.stored(self._item.source).float()
+        left = maths.without_start(W.T if edit.transposed else W, low.start.value, low.rank, low.scale)
+        rounded = left.T if edit.transposed else left
+        return rounded.to(TORCH[self._item.source.dtype]).contiguous()
 
-    def left(self, start: int, stop: int) -> Tensor:
-        """The factor's rows for some rows of the stored weight."""
-        low = low_rank(self.edit.update)
-        if self.edit.slot.transposed:
-            return self.lane.columns(low.A, start, stop).T
-        return self.lane.rows(low.B, start, stop)
-
-    def add_(self, W: Tensor, start: int, stop: int, weight: float = 1.0) -> Tensor:
-        """W + w·s·BA, in place."""
-        return maths.add_low_rank_(
-            W, self.left(start, stop), self.right, weight * low_rank(self.edit.update).scale
-        )
-
-    def decompose_(self, W: Tensor, start: int, stop: int) -> Tensor:
-        """m·V/‖V‖, in place."""
-        assert self.m is not None
-        V = self.add_(W, start, stop)
-        if self.edit.two_passes:
-            return maths.rescale_(V, self.m, self.n[0], axis=0)
-        self.n.append(maths.norms(V, axis=1))
-        return maths.rescale_(V, self.m[start:stop], self.n[-1], axis=1)
+    def block(self, raw: Tensor, start: int, stop: int) -> Tensor:
+        """A block in the compute dtype, on the device, from its raw rows."""
+        W = self._lane.lift(raw if self._whole is None else self._whole[start:stop])
+        for row in range(start, stop) if self._rows else ():
+            if row in self._rows:
+                value, place = self._rows[row]
+                W[row - start] = self._lane.rows(value, place, place + 1)[0]
+        return W
 
 
 def make(
@@ -80,39 +68,77 @@ def make(
     Raises NumericalError when a result is NaN, Inf, or too large for the output's dtype.
     """
     operands = [Operand.load(edit, lane) for edit in item.edits]
-    measure(item, operands, lane)
-    before, after = xxhash.xxh3_128(), xxhash.xxh3_128()
-    replaced = ReplacedRows(spool)
+    values = Values(item, lane)
+    measure(item, operands, values, lane)
+    before, after = Before(item, lane, spool, options), xxhash.xxh3_128()
     row_bytes = item.nbytes // max(1, item.source.matrix[0])
-    for start, stop in spans(item.source):
+    for start, stop in item.spans():
         raw = lane.raw(item.source, start, stop)
-        base = lane.raw(item.base, start, stop, "base") if item.replaced else raw
-        before.update(as_bytes(base))
-        if item.replaced and options.undo != "none":
-            keep_rows(replaced, start, base, maths.round_to(raw.double(), torch.empty_like(base)))
-        result = lane.land(apply(lane.lift(raw), operands, start, stop), TORCH[item.dtype])
+        W = values.block(raw, start, stop)
+        before.see(raw, W, start, stop)
+        result = lane.land(apply(W, operands, start, stop), TORCH[item.dtype])
         if not maths.all_finite(result):
             blame(item, raw, result)
         data = as_bytes(result)
         after.update(data)
         shards.write(item, start * row_bytes, data)
         advance(len(data))
-    parts = replaced.parts(item.name, item.base.dtype, item.base.matrix[1])
+    parts = before.finish()
     if options.undo != "none":
         parts += norm_parts(item, operands, spool)
-    return Made(before.hexdigest(), after.hexdigest(), tuple(parts))
+    return Made(before.hash, after.hexdigest(), tuple(parts))
 
 
-def measure(item: Item, operands: Iterable[Operand], lane: Lane) -> None:
+class Before:
+    """The base's tensor while another is made of it: its hash, and the rows that a replacement changes."""
+
+    def __init__(self, item: Item, lane: Lane, spool: Spool, options: Options) -> None:
+        self._base, self._source, self._name, self._lane = item.base, item.source, item.name, lane
+        self._keeps = item.replaced and not item.added and options.undo != "none"
+        self._digest, self._kept = xxhash.xxh3_128(), ReplacedRows(spool)
+
+    def see(self, raw: Tensor, W: Tensor, start: int, stop: int) -> None:
+        """One block: what is read for it, and its values before the edits."""
+        if not self._base or start >= (rows := self._base.matrix[0]):
+            return
+        stop = min(stop, rows)
+        base = raw if self._source is self._base else self._lane.raw(self._base, start, stop, "base")
+        self._digest.update(as_bytes(base))
+        if self._keeps:
+            new = W[: stop - start].to("cpu", torch.float64)
+            keep_rows(self._kept, start, base, maths.round_to(new, torch.empty_like(base)))
+
+    def finish(self) -> list[Part]:
+        """Rows that the output has no place for, and the undo parts of all that were kept."""
+        if not self._base:
+            return []
+        rows, columns = self._base.matrix
+        for start, stop in spans(rows, columns):
+            if stop > self._source.matrix[0]:
+                first = max(start, self._source.matrix[0])
+                base = self._lane.raw(self._base, first, stop, "base")
+                self._digest.update(as_bytes(base))
+                if self._keeps:
+                    self._kept.add(range(first, stop), bytes(as_bytes(base)))
+        return self._kept.parts(self._name, self._base.dtype, columns)
+
+    @property
+    def hash(self) -> str | None:
+        """xxh3-128 of the base's bytes."""
+        return self._digest.hexdigest() if self._base else None
+
+
+def measure(item: Item, operands: Iterable[Operand], values: Values, lane: Lane) -> None:
     """The first of two passes: norms along the columns, their squares added block after block."""
     pending = [operand for operand in operands if operand.edit.two_passes]
     if not pending:
         return
     squares: list[Tensor | float] = [0.0] * len(pending)
-    for start, stop in spans(item.source):
+    for start, stop in item.spans():
         raw = lane.raw(item.source, start, stop)
         for k, operand in enumerate(pending):
-            squares[k] += maths.norms(operand.add_(lane.lift(raw), start, stop), axis=0).square_()
+            V = operand.add_(values.block(raw, start, stop), start, stop)
+            squares[k] += maths.norms(V, axis=0).square_()
     for total, operand in zip(squares, pending, strict=True):
         operand.n.append(torch.as_tensor(total).sqrt())
 
@@ -154,7 +180,7 @@ def blame(item: Item, raw: Tensor, result: Tensor) -> None:
     if not item.changed and torch.equal(torch.isfinite(result), torch.isfinite(raw)):
         return
     if not torch.isfinite(raw).all():
-        owner = "The adapter's" if item.replaced else "BASE's"
+        owner = "BASE's" if item.source is item.base else "The adapter's"
         raise NumericalError(
             f"{owner} tensor {item.source.name} holds NaN or Inf.", hint="the file is damaged"
         )

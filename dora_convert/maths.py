@@ -41,6 +41,44 @@ def rescale_(
     return V.mul_((m / n).unsqueeze(axis))
 
 
+def block_diagonal(
+    stacked: Tensor,  # rows of (rows, columns/blocks), the blocks one below the other
+    blocks: int,
+    start: int,
+    rows: int | None = None,
+) -> Tensor:  # as many rows of (rows, columns)
+    """Rows of a block-diagonal matrix from its blocks; `start` is the first one's number among all `rows`."""
+    if blocks == 1:
+        return stacked
+    height, width = (rows or len(stacked)) // blocks, stacked.shape[1]
+    dense = stacked.new_zeros(len(stacked), width * blocks)
+    for block in range(blocks):
+        first, last = max(0, block * height - start), min(len(stacked), (block + 1) * height - start)
+        if first < last:
+            dense[first:last, block * width : (block + 1) * width] = stacked[first:last]
+    return dense
+
+
+def without_start(
+    W: Tensor,  # (out, in), float32
+    kind: str,
+    r: int,
+    s: float,
+) -> Tensor:
+    """What PiSSA, OLoRA and KaSA leave of W before training; the same operations as PEFT, so the same bits."""
+    if kind == "OLoRA":
+        Q, R = torch.linalg.qr(W)
+        taken: Tensor = s * Q[:, :r] @ R[:r]
+        return W - taken
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    if kind == "KaSA":
+        left: Tensor = (U[:, :-r] * S[:-r]) @ Vh[:-r]
+        return left
+    root = torch.diag(torch.sqrt(S[:r] / s))
+    top: Tensor = s * (U[:, :r] @ root) @ (root @ Vh[:r])
+    return W - top
+
+
 def round_to(
     x: Tensor,
     out: Tensor,  # as x, in the dtype to round to

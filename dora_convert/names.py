@@ -1,4 +1,4 @@
-"""From adapter module names to slots: which stored tensor an update means, and which way round it lies.
+"""From an adapter's names to the base's: wrappers, prefixes, and what to say of a name that is not there.
 
 Names on disk are taken to be the module names, which holds for most models; families where it does not are listed in
 `RENAMED` and refused as soon as a name fails to match.
@@ -7,15 +7,14 @@ Names on disk are taken to be the module names, which holds for most models; fam
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
-from .adapter import Change
 from .checkpoint import Checkpoint
-from .slots import Slot
-from .stored import FLOATS, Stored
-from .ties import HEADS, is_embedding, is_tied
-from .updates import Decomposed, Full, LowRank, low_rank
+from .stored import Stored
+from .ties import is_head
 
 RENAMED = frozenset(
     {
@@ -26,88 +25,90 @@ RENAMED = frozenset(
         "granitemoehybrid", "qwen3_vl_moe", "qwen2_vl", "qwen2_5_vl", "qwen2_5_omni", "llava", "llava_next",
         "llava_next_video", "llava_onevision", "gemma3", "mistral3", "paligemma", "internvl", "aya_vision", "aria",
         "got_ocr2", "vipllava", "mllama", "fuyu", "video_llava", "emu3", "gemma3n", "gemma3n_text", "qwen3_5_text",
-        "gpt_neox", "gpt2", "bloom",
+        "gpt_neox",
     }
 )  # fmt: skip
 """Model types whose tensors may be called something else on disk than in the running model (transformers 5)."""
 
-CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
-CONV1D_MODULES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
-"""Where transformers uses its Conv1D, whose weight is (in, out): needed for square weights, which do not tell."""
-
-
-FEW = 5000
-"""Modules to look for similar names among: the search takes milliseconds a thousand."""
+WRAPPER = "module"
+"""What DistributedDataParallel calls the model inside it; other wrappers' names never mean anything else."""
 
 
 @dataclass(frozen=True)
-class Misfit:
-    """Why an update has no slot; `unmatched` when there is no tensor of that name at all."""
+class Prefix:
+    """What an adapter's names begin with and the base's do not, and the other way round."""
 
-    why: str
-    unmatched: bool = False
+    drop: str = ""  # with its last dot
+    add: str = ""
+
+    def apply(self, name: str) -> str:
+        """The base's name of a tensor, as far as the prefix decides it."""
+        return self.add + name.removeprefix(self.drop) if name.startswith(self.drop) else name
 
 
-def place(change: Change, base: Checkpoint) -> Slot | Misfit:
-    """The slot of one change in a base, or why it has none."""
-    tensor = base.tensors.get(change.target)
-    if tensor is None:
-        return Misfit(explain_missing(change.target, base), unmatched=True)
-    if is_embedding(change.target) and is_tied(base):
-        return Misfit(
-            f"{change.target} is tied to the output head; adapters on tied weights are not merged yet"
+class Names:
+    """How one adapter's names of weights become the base's.
+
+    They are the base's own; or all of them differ by one prefix, the only one that leads each of them to a tensor: such
+    adapters were trained on a model without its head, or on one that was wrapped.
+    """
+
+    def __init__(self, tensors: Mapping[str, Stored], targets: Sequence[str]) -> None:
+        self._tensors = tensors
+        self.prefix = Prefix()
+        self.ambiguous: tuple[Prefix, ...] = ()
+        if targets and not any(self.find(target) for target in targets):
+            found = self._prefixes([unwrapped(target) for target in targets])
+            if len(found) == 1:
+                self.prefix = found[0]
+            self.ambiguous = found[1:] and found
+
+    def find(self, target: str) -> str | None:
+        """The base's name of a target; None where it has no such tensor."""
+        for name in (self.prefix.apply(target), self.prefix.apply(unwrapped(target))):
+            if name in self._tensors:
+                return name
+            module, _, leaf = name.rpartition(".")
+            if leaf == "weight" and f"{module}.in_proj_weight" in self._tensors:
+                return f"{module}.in_proj_weight"  # MultiheadAttention
+        return None
+
+    def _prefixes(self, targets: Sequence[str]) -> tuple[Prefix, ...]:
+        """Every prefix that leads all targets to tensors, of those that drop least; none reaches into a stack of layers."""
+        parts = max(targets, key=lambda target: target.count(".")).split(".")
+        for dropped in range(len(parts) - 1):
+            if any(part.isdigit() for part in parts[: dropped + 1]):
+                break
+            drop, rest = "".join(f"{part}." for part in parts[:dropped]), ".".join(parts[dropped:])
+            adds = {name.removesuffix(rest) for name in self._tensors if f".{name}".endswith(f".{rest}")}
+            fitting = tuple(Prefix(drop, add) for add in sorted(adds) if self._fits(drop, add, targets))
+            if fitting:
+                return fitting
+        return ()
+
+    def _fits(self, drop: str, add: str, targets: Sequence[str]) -> bool:
+        """Whether a prefix leads every target to a tensor."""
+        inside = any(part.isdigit() for part in add.split("."))
+        return not inside and all(
+            target.startswith(drop) and add + target.removeprefix(drop) in self._tensors for target in targets
         )
-    if tensor.dtype not in FLOATS:
-        return Misfit(f"{change.target} is stored as {tensor.dtype}; quantised weights are not merged yet")
-    if isinstance(change.update, Full):
-        return _place_full(change.update.value, tensor)
-    return _place_low_rank(change.update, tensor, base)
 
 
-def _place_full(value: Stored, tensor: Stored) -> Slot | Misfit:
-    if value.dtype not in FLOATS:
-        return Misfit(f"is saved as {value.dtype}, but {tensor.name} is {tensor.dtype}")
-    if value.shape == tensor.shape:
-        return Slot(tensor)
-    if value.shape[1:] == tensor.shape[1:]:
-        return Misfit(
-            f"has {value.shape[0]} rows for the base's {tensor.shape[0]}: resized tensors are not merged yet"
-        )
-    return Misfit(f"has shape {value.shape}; {tensor.name} has {tensor.shape}")
+def unwrapped(name: str) -> str:
+    """A name without the part that a data-parallel wrapper puts in."""
+    return ".".join(part for part in name.split(".") if part != WRAPPER)
 
 
-def _place_low_rank(update: LowRank | Decomposed, tensor: Stored, base: Checkpoint) -> Slot | Misfit:
-    """Match factor shapes to the stored weight; square weights are told apart by the model's type."""
-    low = low_rank(update)
-    A, B, shape = low.A.shape, low.B.shape, tensor.shape
-    if isinstance(update, Decomposed) and update.m.numel != B[0]:
-        return Misfit(f"its magnitude has {update.m.numel} elements for {B[0]} outputs")
-    straight = shape == (B[0], *A[1:]) and B[2:] == (1,) * (len(A) - 2)
-    turned = len(A) == len(B) == 2 and shape == (A[1], B[0])
-    if low.transposed is not None:
-        straight, turned = straight and not low.transposed, turned and low.transposed
-    if straight and turned:
-        turned = is_conv1d(tensor.name, base)
-        straight = not turned
-    if straight or turned:
-        return Slot(tensor, transposed=turned)
-    return Misfit(f"lora_A {A} and lora_B {B} do not make its weight of shape {shape}")
-
-
-def is_conv1d(tensor: str, base: Checkpoint) -> bool:
-    """Whether transformers keeps a weight as Conv1D, by the model's type and the module's name."""
-    return bool(base.model_types & CONV1D_MODELS) and tensor.split(".")[-2] in CONV1D_MODULES
-
-
-def explain_missing(target: str, base: Checkpoint) -> str:
-    """Why the base has no tensor of that name: another layout, a tied head, or a typo with its nearest names."""
-    module, _, leaf = target.rpartition(".")
-    if f"{module}.in_proj_weight" in base.tensors:
-        return "is a MultiheadAttention, which is not merged yet"
-    if module.endswith(HEADS) and is_tied(base):
-        return f"the base ties {target} to its embedding; adapters on tied weights are not merged yet"
+def explain_missing(target: str, names: Names, base: Checkpoint) -> str:
+    """Why the base has no tensor of that name: another layout, a missing bias, or a typo with its nearest names."""
+    if names.ambiguous:
+        shown = ", ".join(prefix.apply(target) for prefix in names.ambiguous[:3])
+        return f"could be any of {shown}"
+    module, _, leaf = names.prefix.apply(target).rpartition(".")
     if found := sorted(base.model_types & RENAMED):
         return f"{found[0]} checkpoints name tensors otherwise than modules; not matched yet"
+    if is_head(target):
+        return f"the base has no {target}, and its config does not tie it to the embedding"
     siblings = base.modules.get(module.rpartition(".")[0], ())
     if module in siblings:
         return f"the base's {module} has no {leaf}"
@@ -120,5 +121,18 @@ def closest(module: str, siblings: Sequence[str], base: Checkpoint) -> list[str]
     if leaf != module and siblings:
         leaves = [name.rpartition(".")[2] for name in siblings]
         return [f"…{name}" for name in difflib.get_close_matches(leaf, leaves, 3, 0)]
-    modules = [name for found in base.modules.values() for name in found]
-    return difflib.get_close_matches(module, modules[:FEW], 3, 0.5)
+    numbers = iter(re.findall(r"\d+", module))
+    return [
+        re.sub(r"\*", lambda star: next(numbers, star[0]), kind)
+        for kind in _similar(_kind(module), base.module_kinds)
+    ]
+
+
+def _kind(module: str) -> str:
+    return re.sub(r"\d+", "*", module)
+
+
+@lru_cache
+def _similar(kind: str, kinds: Sequence[str]) -> list[str]:
+    """Kinds like one; a model has few, however many layers and experts it has."""
+    return difflib.get_close_matches(kind, kinds, 3, 0.5)

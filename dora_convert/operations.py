@@ -34,6 +34,7 @@ def merge(
     exclude: Sequence[str] = (),
     undo: str = "norms",
     allow_unmatched: bool = False,
+    ignore_field: Sequence[str] = (),
     verify: bool = True,
     base_model: str | None = None,
     token: str | None = None,
@@ -52,12 +53,21 @@ def merge(
     """
     options = parse_options(dtype, compute_dtype, max_shard_size, undo, include, exclude, allow_unmatched)
     settings = Settings.parse(
-        device, compute_dtype, max_memory, workers, verify, base_model, on_progress, on_notice
+        device,
+        compute_dtype,
+        max_memory,
+        workers,
+        verify,
+        base_model,
+        on_progress,
+        on_notice,
+        ignore_field,
+        token,
     )
     inputs = [adapters] if isinstance(adapters, (str, os.PathLike)) else adapters
     folder = OutputFolder(Path(out), overwrite=overwrite)
     folder.check()
-    plan = _plan(base, [os.fspath(ref) for ref in inputs], weight, options, settings, folder, token)
+    plan = _plan(base, [os.fspath(ref) for ref in inputs], weight, options, settings, folder)
     if dry_run:
         return DryRunReport.of(plan, settings, folder.given)
     with without_collections():
@@ -72,12 +82,13 @@ def _plan(
     options: Options,
     settings: Settings,
     folder: OutputFolder,
-    token: str | None,
 ) -> Plan:
     """Gather the inputs and decide every output tensor; what looks odd is warned of."""
     weights = parse_weights(weight, len(adapters))
     named = None if base is None else os.fspath(base)
-    checkpoint, opened = gather(named, adapters, folder.given, token, settings.notify)
+    checkpoint, opened = gather(
+        named, adapters, folder.given, settings.token, settings.notify, settings.accepted
+    )
     folder.refuse_inside([checkpoint.source.path, *(adapter.source.path for adapter in opened)])
     for doubt in doubts(checkpoint, opened):
         settings.warn(doubt)

@@ -1,24 +1,28 @@
 """From base and adapter headers to a plan, or to one error with everything that does not fit.
 
-Pure: reads nothing but its arguments, prints and writes nothing. Here, and only here, the three axes meet: adapter
-format, tensor names, and how the base stores its weights.
+Prints and writes nothing, and reads nothing but headers: only where an adapter brings both sides of a tied embedding
+are the two compared. Here, and only here, the three axes meet: adapter format, tensor names, and how the base stores
+its weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
+from . import configs
 from .adapter import Adapter, Change
 from .checkpoint import Checkpoint
+from .draft import Draft
 from .errors import Fault, PlanError, UnsupportedError
+from .items import Item
 from .layout import lay_out
-from .names import Misfit, place
-from .plan import Edit, Entry, Item, Options, Plan
-from .slots import Slot
-from .stored import FLOATS, Stored
-from .updates import Decomposed, Full, low_rank, tensors_of
+from .names import Names
+from .plan import Options, Plan
+from .replicas import prefixed, replicate
+from .ties import is_embedding, is_head
+from .updates import Full, Rows
 
 
 def make_plan(
@@ -30,93 +34,126 @@ def make_plan(
     with every fault of every adapter otherwise.
     """
     _refuse_quantised(base)
-    draft = _Draft(base, options)
-    for adapter, weight in zip(adapters, weights, strict=True):
-        draft.add(adapter, weight)
-    draft.check(adapters)
-    items = {name: draft.item(tensor) for name, tensor in base.tensors.items()}
-    shards, index_name = lay_out(base, items, options.max_shard_size)
-    return Plan(base, tuple(adapters), tuple(weights), options, shards, index_name, tuple(draft.ledger))
+    tree = _with_layers(base, adapters)
+    names = [Names(tree.tensors, _targets(adapter, options)) for adapter in adapters]
+    tree, names = _with_prefix(tree, adapters, names, options)
+    draft = Draft(tree, options)
+    for adapter, known, weight in zip(adapters, names, weights, strict=True):
+        draft.add(adapter, known, weight, lambda change: _chosen(change, options))
+    draft.settle_ties()
+    items = draft.items()
+    draft.faults += _resized_alone(items)
+    _check(draft, adapters)
+    config = _config(draft, items, adapters)
+    shards, index_name = lay_out(tree, items, options.max_shard_size)
+    changed = config if config != base.config else None
+    return Plan(
+        base, tuple(adapters), tuple(weights), options, shards, index_name, tuple(draft.ledger), changed
+    )
 
 
-@dataclass
-class _Draft:
-    """A plan while adapters are being added to it."""
+def _with_layers(base: Checkpoint, adapters: Sequence[Adapter]) -> Checkpoint:
+    """The base as the adapters' models had its layers."""
+    orders = {adapter.layers for adapter in adapters}
+    if len(orders) > 1:
+        raise PlanError("The adapters were trained on different orders of layers (layer_replication).")
+    layers = orders.pop()
+    return replicate(base, layers) if layers else base
 
-    base: Checkpoint
-    options: Options
-    replaced: dict[str, Stored] = field(default_factory=dict)
-    edits: dict[str, list[Edit]] = field(default_factory=dict)
-    ledger: list[Entry] = field(default_factory=list)
-    faults: list[Fault] = field(default_factory=list)
 
-    def add(self, adapter: Adapter, weight: float) -> None:
-        """Place every change of an adapter."""
-        self.ledger += [Entry(name, "ignored", (), why) for name, why in adapter.ignored.items()]
-        for change in adapter.changes:
-            names = [tensor.name for tensor in tensors_of(change.update)]
-            if not self._chosen(change):
-                self.ledger += [Entry(name, "ignored", (), "left out by name") for name in names]
-                continue
-            match place(change, self.base):
-                case Slot() as slot:
-                    self._apply(change, slot, weight)
-                case Misfit(why, unmatched=True) if self.options.allow_unmatched:
-                    self.ledger += [Entry(name, "unmatched", (), why) for name in names]
-                case Misfit(why):
-                    self.faults += [Fault(name, why) for name in names]
+def _with_prefix(
+    tree: Checkpoint, adapters: Sequence[Adapter], names: Sequence[Names], options: Options
+) -> tuple[Checkpoint, list[Names]]:
+    """A base that is the bare model, called by the names it has inside the model with the head that an adapter adds."""
+    prefixes = {
+        known.prefix.drop
+        for adapter, known in zip(adapters, names, strict=True)
+        if known.prefix.drop and not known.prefix.add and _brings_head(adapter, known, options)
+    }
+    if len(prefixes) != 1:
+        return tree, list(names)
+    tree = prefixed(tree, prefixes.pop())
+    return tree, [Names(tree.tensors, _targets(adapter, options)) for adapter in adapters]
 
-    def _chosen(self, change: Change) -> bool:
-        module = change.target.rpartition(".")[0]
-        wanted = not self.options.include or _matches(module, self.options.include)
-        return wanted and not _matches(module, self.options.exclude)
 
-    def _apply(self, change: Change, slot: Slot, weight: float) -> None:
-        target, update = change.target, change.update
-        if not isinstance(update, Full):
-            self.edits.setdefault(target, []).append(Edit(update, slot, weight))
-            self.ledger += [
-                Entry(tensor.name, "merged", (target,), _how(change)) for tensor in tensors_of(update)
-            ]
-            return
-        if target in self.replaced:
-            self.faults.append(Fault(update.value.name, f"another adapter replaces {target}, too"))
-        if weight != 1:
-            self.faults.append(
-                Fault(update.value.name, f"replaces {target}, which has no weight of {weight:g}")
-            )
-        self.replaced[target] = update.value
-        self.ledger.append(Entry(update.value.name, "replaced", (target,), "saved whole by the adapter"))
+def _brings_head(adapter: Adapter, names: Names, options: Options) -> bool:
+    return any(
+        isinstance(change.update, Full) and change.update.may_add and not names.find(change.target)
+        for change in adapter.changes
+        if _chosen(change, options)
+    )
 
-    def check(self, adapters: Sequence[Adapter]) -> None:
-        """Raise all faults at once."""
-        if self.faults:
-            raise PlanError(
-                f"{len(self.faults)} adapter tensors have no place in the base.",
-                faults=self.faults,
-                hint="is this the base that the adapter was trained on?",
-            )
-        if not self.edits and not self.replaced:
-            names = ", ".join(adapter.source.name for adapter in adapters)
-            raise PlanError(f"Nothing to merge: no tensor of {names} is left to apply.")
 
-    def item(self, tensor: Stored) -> Item:
-        """The output tensor made from one of the base's."""
-        dtype = self.options.dtype if self.options.dtype and tensor.dtype in FLOATS else tensor.dtype
-        source = self.replaced.get(tensor.name, tensor)
-        edits = tuple(self.edits.get(tensor.name, ()))
-        return Item(tensor.name, dtype, tensor.shape, tensor, source, edits)
+def _targets(adapter: Adapter, options: Options) -> list[str]:
+    """The targets that must be in the base, whatever they are called there."""
+    inner = [change for change in adapter.changes if _chosen(change, options) and not is_head(change.target)]
+    sure = [change.target for change in inner if not isinstance(change.update, Full | Rows)]
+    return sure or [change.target for change in inner]
+
+
+def _chosen(change: Change, options: Options) -> bool:
+    module = change.target.rpartition(".")[0]
+    wanted = not options.include or _matches(module, options.include)
+    return wanted and not _matches(module, options.exclude)
 
 
 def _matches(module: str, globs: Sequence[str]) -> bool:
     return any(fnmatchcase(module, glob) for glob in globs)
 
 
-def _how(change: Change) -> str:
-    assert not isinstance(change.update, Full)
-    low = low_rank(change.update)
-    kind = "DoRA" if isinstance(change.update, Decomposed) else "LoRA"
-    return f"{kind}, rank {low.rank}, scaling {low.scale:g}"
+def _check(draft: Draft, adapters: Sequence[Adapter]) -> None:
+    """Raise all faults at once."""
+    if draft.faults:
+        raise PlanError(
+            f"{len(draft.faults)} adapter tensors have no place in the base.",
+            faults=draft.faults,
+            hint="is this the base that the adapter was trained on?",
+        )
+    if not any(target.touched for target in draft.targets.values()):
+        names = ", ".join(adapter.source.name for adapter in adapters)
+        raise PlanError(f"Nothing to merge: no tensor of {names} is left to apply.")
+
+
+def _resized(items: Mapping[str, Item]) -> dict[str, tuple[int, int]]:
+    """Embeddings and heads that have another number of rows than the base's: old and new."""
+    return {
+        name: (item.base.shape[0], item.shape[0])
+        for name, item in items.items()
+        if item.base
+        and (is_embedding(name) or is_head(name))
+        and item.base.shape[:1] != item.source.shape[:1]
+    }
+
+
+def _resized_alone(items: Mapping[str, Item]) -> Iterator[Fault]:
+    """What had to be resized along with an embedding or a head, and was not."""
+    if not (resized := _resized(items)):
+        return
+    old, new = next(iter(resized.values()))
+    for name, item in items.items():
+        module = name.rpartition(".")[0]
+        partner = is_embedding(name) or is_head(name) or is_head(f"{module}.weight")
+        if partner and item.shape[:1] == (old,) != (new,):
+            why = f"has {old} rows, but {', '.join(resized)} {'has' if len(resized) == 1 else 'have'} {new}"
+            yield Fault(name, f"{why}: the adapter must bring both")
+
+
+def _config(draft: Draft, items: Mapping[str, Item], adapters: Sequence[Adapter]) -> Mapping[str, Any] | None:
+    """The output's config."""
+    config = draft.base.config
+    if config is None:
+        return None
+    if draft.options.dtype:
+        config = configs.with_dtype(config, draft.options.dtype)
+    if draft.untied:
+        config = configs.untied(config)
+    for old, new in list(_resized(items).values())[:1]:
+        config = configs.with_vocabulary(config, old, new)
+    added = {name: item.shape for name, item in items.items() if item.added and item.base is None}
+    if added:
+        task = next((adapter.task for adapter in adapters if adapter.task), None)
+        config = configs.with_head(config, task, added)
+    return config
 
 
 def _refuse_quantised(base: Checkpoint) -> None:

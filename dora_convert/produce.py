@@ -180,7 +180,10 @@ def _write_files(
     with closing(Spool(folder.record / undo.SPOOL, run.progress.spooled)) as spool:
         if plan.options.undo != "none":
             made = [
-                part for item in plan.items if item.changed for part in run.progress.done[item.name].parts
+                part
+                for item in plan.items
+                if item.changed and not item.verbatim
+                for part in run.progress.done[item.name].parts
             ]
             spool.lay_out([*made, *_originals(files, spool)], folder.record / undo.NAME)
     folder.put(

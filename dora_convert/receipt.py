@@ -13,6 +13,7 @@ import xxhash
 
 from . import __version__
 from .execute import Done
+from .items import Item
 from .plan import Plan
 from .precision import Choice
 from .refs import Source
@@ -59,7 +60,7 @@ def receipt_bytes(
             "include": list(options.include),
             "exclude": list(options.exclude),
         },
-        "tensors": {item.name: _tensor(item.fate, done[item.name]) for item in plan.items if item.changed},
+        "tensors": {item.name: _tensor(item, done) for item in plan.items if _noted(item)},
         "side_files": {file.name: file.fate for file in files},
         "ledger": [entry.to_dict() for entry in plan.ledger],
     }
@@ -79,7 +80,17 @@ def _source(source: Source) -> dict[str, str | None]:
     return {"name": source.name, "repo": source.repo, "commit": source.commit}
 
 
-def _tensor(fate: str, done: Done) -> dict[str, Any]:
-    """Hashes are xxh3-128 of the tensor's bytes, before and after."""
-    undo = [part.name for part in done.parts]
-    return {"fate": fate, "base": done.base_hash, "written": done.written_hash, "undo": undo}
+def _noted(item: Item) -> bool:
+    """Whether the base does not have the tensor as it is, under the same name."""
+    return item.changed or item.added or item.origin != item.name
+
+
+def _tensor(item: Item, done: Mapping[str, Done]) -> dict[str, Any]:
+    """Hashes are xxh3-128 of the tensor's bytes, before and after; what is copied has none."""
+    noted: dict[str, Any] = {"fate": item.fate}
+    if item.origin != item.name:
+        noted["of"] = item.origin
+    if made := done.get(item.name):
+        undo = [part.name for part in made.parts]
+        noted |= {"base": made.base_hash, "written": made.written_hash, "undo": undo}
+    return noted

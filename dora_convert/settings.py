@@ -35,6 +35,9 @@ class Settings:
     base_model: str | None
     on_progress: Callable[[int, int], None] | None
     on_notice: Callable[[str], None] | None
+    accepted: Sequence[str] = ()
+    """Config fields of adapters that are not to be refused."""
+    token: str | None = field(default=None, repr=False)
     started: float = field(default_factory=time.monotonic)
     warnings: list[str] = field(default_factory=list)
 

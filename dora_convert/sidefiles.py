@@ -18,7 +18,6 @@ from .adapter import Adapter
 from .checkpoint import RECORD, Checkpoint, list_files
 from .layout import index_bytes
 from .plan import Plan
-from .stored import CONFIG_DTYPES
 
 FROM_ADAPTER = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
@@ -57,8 +56,8 @@ def side_files(plan: Plan, base_model: str | None) -> list[SideFile]:
     for adapter in plan.adapters:
         for name in _tokenizer_files(adapter):
             put(name, adapter.source.path / name, "from the adapter")
-    if (config := edited_config(base, plan.options.dtype)) is not None:
-        put("config.json", _json_bytes(config), "edited")
+    if plan.config is not None:
+        put("config.json", _json_bytes(plan.config), "edited")
     if plan.index_name:
         put(plan.index_name, index_bytes(plan), "written")
     put(card.NAME, card.card_bytes(plan, base_model), "written")
@@ -77,28 +76,6 @@ def _earlier_record(base: Checkpoint) -> list[Path]:
     """The record of the merge that made the base, if one did: ours is stacked on it."""
     folder = base.source.path / RECORD
     return [folder / name for name in list_files(folder)] if folder.is_dir() else []
-
-
-def edited_config(base: Checkpoint, dtype: str | None) -> dict[str, Any] | None:
-    """The base's config with the output's dtype, or None where nothing must change."""
-    if base.config is None or dtype is None:
-        return None
-    edited = _with_dtype(base.config, CONFIG_DTYPES[dtype])
-    if not {"dtype", "torch_dtype"} & edited.keys():
-        edited["dtype"] = CONFIG_DTYPES[dtype]
-    return edited if edited != base.config else None
-
-
-def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """A config where every dtype key that names one dtype names this one, nested configs included."""
-    return {
-        key: dtype
-        if key in ("dtype", "torch_dtype") and isinstance(value, str)
-        else _with_dtype(value, dtype)
-        if isinstance(value, Mapping)
-        else value
-        for key, value in config.items()
-    }
 
 
 def _json_bytes(value: Mapping[str, Any]) -> bytes:

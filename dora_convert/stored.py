@@ -34,6 +34,7 @@ FLOATS = ("BF16", "F16", "F32", "F64")
 CONFIG_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 """What configs and command lines call the dtypes an output may be converted to."""
 
+CHUNK = 1 << 20
 MAX_HEADER = 100_000_000
 LFS_POINTER = b"version https://git-lfs"
 
@@ -62,6 +63,16 @@ class Stored:
     def itemsize(self) -> int:
         """Bytes per element, for dtypes of whole bytes."""
         return BITS[self.dtype] // 8
+
+    def same_bytes(self, other: Stored) -> bool:
+        """Whether another tensor has the same dtype, shape and contents; reads both."""
+        if (self.dtype, self.shape) != (other.dtype, other.shape):
+            return False
+        with self.path.open("rb") as mine, other.path.open("rb") as theirs:
+            mine.seek(self.start)
+            theirs.seek(other.start)
+            sizes = [min(CHUNK, self.nbytes - done) for done in range(0, self.nbytes, CHUNK)]
+            return all(mine.read(size) == theirs.read(size) for size in sizes)
 
     @property
     def matrix(self) -> tuple[int, int]:

@@ -1,33 +1,68 @@
-"""Tied embeddings: one stored tensor that serves as input embedding and as output head."""
+"""Tied embeddings: one weight that serves as input embedding and as output head.
+
+An adapter that changes one side only makes two weights of it: the model was trained with the other side as it was.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from .checkpoint import Checkpoint
 
 EMBEDDINGS = frozenset({"embed_tokens", "wte", "word_embeddings", "shared", "embed_in", "tok_embeddings"})
 """What modules call their input embedding."""
-HEADS = ("lm_head", "embed_out", "proj_out", "cls.predictions.decoder", "lm_head.decoder", "output")
+HEADS = ("lm_head", "embed_out", "proj_out", "cls.predictions.decoder", "lm_head.decoder", "vocab_projector")
 """What models call the head that may be tied to it."""
 HEADLESS = ("Model", "Classification", "QuestionAnswering", "MultipleChoice", "Regression", "Detection")
 """How the names of architectures without such a head end."""
+OTHER_HEADS = {
+    "bert": "cls.predictions.decoder", "roberta": "lm_head.decoder", "xlm-roberta": "lm_head.decoder",
+    "camembert": "lm_head.decoder", "distilbert": "vocab_projector", "whisper": "proj_out",
+}  # fmt: skip
+"""What the head is called where it is not `lm_head`, by model type."""
+SCALED = frozenset({"t5", "mt5", "umt5", "longt5", "switch_transformers", "pix2struct"})
+"""Model types that compute otherwise where the head is tied, so that untying it changes more than weights."""
 
 
-def is_tied(base: Checkpoint) -> bool:
-    """Whether the base's head is its input embedding.
+@dataclass(frozen=True)
+class Tie:
+    """The tensors at both ends, and why an adapter on them cannot be merged, if so."""
 
-    A config that says nothing means yes, which is transformers' default, for architectures that have a head.
+    embedding: str
+    head: str
+    stored: bool = False
+    """Whether the head is on disk, too."""
+    refusal: str | None = None
+
+
+def find_tie(base: Checkpoint) -> Tie | None:
+    """How a base's head is tied to its input embedding, or None where it is not.
+
+    A config that says nothing means tied, which is transformers' default, for architectures that have a head and
+    checkpoints that have none.
     """
-    if base.config is None or any(name.endswith(f"{head}.weight") for head in HEADS for name in base.tensors):
-        return False
-    flags = [found for found in _flags(base.config) if isinstance(found, bool)]
-    architectures = base.config.get("architectures") or []
-    headless = any(
-        str(name).endswith(HEADLESS) and not str(name).endswith("HeadModel") for name in architectures
-    )
-    return (flags[0] if flags else bool(architectures)) and not headless
+    heads = [name for name in base.tensors if is_head(name)]
+    embeddings = [name for name in base.tensors if is_embedding(name)]
+    if not (base.config and embeddings and _says_tied(base.config, default=not heads)):
+        return None
+    embedding = min(embeddings, key=len)
+    head = heads[0] if heads else _head_of(embedding, base)
+    refusal = None
+    if base.model_types & SCALED or embedding.endswith("shared.weight"):
+        refusal = f"{embedding} is tied to more than the output head; adapters on it are not merged"
+    elif len(embeddings) > 1 or len(heads) > 1:
+        refusal = "the base has several embeddings or heads that may be tied; adapters on them are not merged"
+    return Tie(embedding, head, bool(heads), refusal)
+
+
+def _says_tied(config: Mapping[str, Any], *, default: bool) -> bool:
+    flags = [found for found in _flags(config) if isinstance(found, bool)]
+    architectures = config.get("architectures")
+    names = [str(name) for name in architectures] if isinstance(architectures, list) else []
+    headless = any(name.endswith(HEADLESS) and not name.endswith("HeadModel") for name in names)
+    return (flags[0] if flags else default and bool(names)) and not headless
 
 
 def _flags(config: Mapping[str, Any]) -> list[Any]:
@@ -37,6 +72,19 @@ def _flags(config: Mapping[str, Any]) -> list[Any]:
     return own + [flag for value in nested for flag in _flags(value)]
 
 
+def _head_of(embedding: str, base: Checkpoint) -> str:
+    """The name that a head has which is not on disk."""
+    known = [module for kind, module in OTHER_HEADS.items() if kind in base.model_types]
+    prefix, nested, _ = embedding.partition("language_model.model.")
+    return f"{prefix}language_model.lm_head.weight" if nested else f"{[*known, 'lm_head'][0]}.weight"
+
+
 def is_embedding(tensor: str) -> bool:
     """Whether a tensor is an input embedding, by its module's name."""
-    return tensor.rpartition(".")[0].rpartition(".")[2] in EMBEDDINGS
+    module, _, leaf = tensor.rpartition(".")
+    return leaf == "weight" and module.rpartition(".")[2] in EMBEDDINGS
+
+
+def is_head(tensor: str) -> bool:
+    """Whether a tensor is an output head's weight, by its module's name."""
+    return f".{tensor}".endswith(tuple(f".{head}.weight" for head in HEADS))

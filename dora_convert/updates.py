@@ -8,25 +8,54 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import Enum
 
 from .stored import Stored
 
 
+class Start(Enum):
+    """What training made of the base before its first step: a low-rank part of W itself was moved or taken out."""
+
+    PISSA = "PiSSA"  # W − top r of its SVD (arXiv:2404.02948)
+    OLORA = "OLoRA"  # W − s·QR, the first r of its QR factors (arXiv:2406.01775)
+    KASA = "KaSA"  # W − the last r of its SVD (arXiv:2412.06071)
+
+
 @dataclass(frozen=True)
 class LowRank:
-    """W' = W + s·BA (LoRA, equation 3 of arXiv:2106.09685)."""
+    """W' = W + s·B·diag(d)·A (LoRA, equation 3 of arXiv:2106.09685, which has no d)."""
 
     A: Stored  # (r, in, …)
     B: Stored  # (out, r, …)
     scale: float  # s
     transposed: bool | None = None
     """Whether W is stored as (in, out): True for embeddings, False for convolutions, None where only the base can
-    tell (torch's Linear or GPT-2's Conv1D)."""
+    tell (torch's Linear or GPT-2's Conv1D, and experts)."""
+    d: Stored | None = None  # r elements: AdaLoRA (arXiv:2303.10512), KaSA
+    blocks: tuple[int, int] = (1, 1)
+    """How many blocks A and B have on their diagonals (BD-LoRA): A is then stored as (r, in/blocks), B as
+    (out, r/blocks), the blocks one below the other."""
+    experts: int = 0
+    """Where W is (experts, …): A is stored as (experts·r, in), expert after expert; B as (out, r·experts), the expert
+    varying fastest (PEFT's ParamWrapper)."""
+    square: tuple[bool, bool] = (False, False)
+    """Whether square experts lie as (in, out): in models that say so of themselves, and in others."""
+    start: Start | None = None
 
     @property
     def rank(self) -> int:
-        """r, the number of rows of A."""
-        return self.A.shape[0]
+        """r."""
+        return self.A.shape[0] // (self.experts or 1)
+
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        """The shape of one row of A as a factor: (in, …)."""
+        return (self.A.shape[1] * self.blocks[0], *self.A.shape[2:])
+
+    @property
+    def outputs(self) -> int:
+        """The number of rows of B."""
+        return self.B.shape[0]
 
 
 @dataclass(frozen=True)
@@ -38,13 +67,31 @@ class Decomposed:
 
 
 @dataclass(frozen=True)
-class Full:
-    """W' = value: a module saved whole."""
+class Delta:
+    """W' = W + s·value: what LoRA adds to a bias."""
 
     value: Stored
+    scale: float  # s
 
 
-Update = LowRank | Decomposed | Full
+@dataclass(frozen=True)
+class Full:
+    """W' = value: a module or a bias saved whole."""
+
+    value: Stored
+    may_add: bool = False
+    """Whether the base may lack it, as it does a new classifier."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """W'[index] = value: single tokens trained."""
+
+    value: Stored  # (len(index), columns)
+    index: tuple[int, ...]
+
+
+Update = LowRank | Decomposed | Delta | Full | Rows
 
 
 def tensors_of(update: Update) -> Iterator[Stored]:
@@ -52,9 +99,11 @@ def tensors_of(update: Update) -> Iterator[Stored]:
     match update:
         case LowRank(A, B):
             yield from (A, B)
+            if update.d:
+                yield update.d
         case Decomposed(inner, m):
-            yield from (inner.A, inner.B, m)
-        case Full(value):
+            yield from (*tensors_of(inner), m)
+        case Delta(value) | Full(value) | Rows(value):
             yield value
 
 

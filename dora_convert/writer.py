@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .layout import header_bytes
-from .plan import Item, Plan
+from .items import Item
+from .plan import Plan
 from .stored import Reader
 
 COPY_BYTES = 64 << 20
@@ -104,7 +105,7 @@ class ShardFiles:
         """What to copy as bytes; neighbours are joined, long runs cut into pieces."""
         run: Copy | None = None
         for item in plan.items:
-            if item.fate != "copied" or not item.nbytes:
+            if not item.verbatim or not item.nbytes:
                 continue
             copy = Copy(item.source.path, item.source.start, *self._start[item.name], item.nbytes)
             if run and run.reaches(copy):

@@ -37,6 +37,7 @@ from .sink import Sink
 @click.option(
     "--allow-unmatched", is_flag=True, help="Warn about adapter tensors without a place in the base."
 )
+@options.reading
 @click.option(
     "--base-model", metavar="ID", help="The base's repo id for the model card, where BASE is a path."
 )

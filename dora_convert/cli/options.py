@@ -41,6 +41,13 @@ select = stack(
     click.option("--exclude", multiple=True, metavar="GLOB", help="No modules of this name; repeatable."),
 )
 
+reading = stack(
+    click.option(
+        "--ignore-field", multiple=True, metavar="NAME",
+        help="Accept a field of adapter_config.json that this version refuses; repeatable.",
+    ),
+)  # fmt: skip
+
 hub = stack(
     click.option("--token", metavar="TOKEN", help="Hub token; better is HF_TOKEN or hf auth login."),
 )

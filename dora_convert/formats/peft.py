@@ -1,13 +1,17 @@
-r"""PEFT's adapter folders: `adapter_config.json` beside `adapter_model.safetensors`.
+r"""PEFT's adapter folders: `adapter_config.json` beside `adapter_model.safetensors` (or `.bin`).
 
 Tensor names are `base_model.model.<module>` and a suffix, shapes for a weight of (out, in):
 
-    .lora_A.weight  (r, in)      .lora_B.weight  (out, r)      Linear, and GPT-2's Conv1D
+    .lora_A.weight  (r, in)      .lora_B.weight  (out, r)      Linear, GPT-2's Conv1D, MultiheadAttention
     .lora_A.weight  (r, in, *k)  .lora_B.weight  (out, r, 1…)  convolutions
+    .lora_A.weight  (E·r, in)    .lora_B.weight  (out, r·E)    `target_parameters` on E experts
+    .lora_A  (r, in)  .lora_B  (out, r)  .lora_E  (r, 1)       AdaLoRA
     .lora_embedding_A  (r, rows) .lora_embedding_B  (dim, r)   embeddings, whose weight is (rows, dim)
     .lora_magnitude_vector       (out), (dim) or (1, out, 1…)  DoRA; some versions append `.weight`
-    .base_layer.weight                                         the base's own tensor, saved beside its adapter
-    <module>.<key>                                             a module of `modules_to_save`, absolute values
+    .lora_B.bias (out)  .lora_diag (r)                         `lora_bias`; KaSA
+    .token_adapter.trainable_tokens_delta  (n, dim)            new rows, in spite of the name
+    .base_layer.weight  .base_layer.bias                       the base's own tensor, saved beside its adapter
+    <module>.<key>                                             `modules_to_save` and `bias`, absolute values
 
 The scaling is alpha/r, or alpha/√r with `use_rslora`, where `rank_pattern` and `alpha_pattern` may change r and alpha
 per module: the first key in the order of the file that matches `(.*\.)?(key)$` counts.
@@ -17,28 +21,35 @@ What a config can say beyond that is refused by name, never merged wrongly: see 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..adapter import Adapter, Change
 from ..checkpoint import read_json
-from ..errors import Fault, MalformedError, PlanError, UnsupportedError
+from ..errors import Fault, MalformedError, PlanError
+from ..pickled import read_pickle
 from ..refs import Source
-from ..stored import FLOATS, Stored, read_header
-from ..updates import Decomposed, Full, LowRank
-from .peft_config import Config, refuse_unsupported
+from ..stored import Stored, read_header
+from ..updates import Full, Rows
+from .peft_config import Config, is_saved_embedding, refuse_unsupported
+from .peft_modules import updates_of
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."
+WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+"""What torch.compile, FSDP and activation checkpointing put into names."""
+DEFAULT = re.compile(r"\.(modules_to_save\.)?default(?=\.|$)")
+"""The adapter's name, which PEFT takes out when it saves and other savers leave in."""
 
 _PARTS = {
-    ".lora_A.weight": "A",
-    ".lora_B.weight": "B",
-    ".lora_embedding_A": "A",
-    ".lora_embedding_B": "B",
-    ".lora_magnitude_vector": "m",
-    ".lora_magnitude_vector.weight": "m",
-}
+    ".lora_A.weight": "A", ".lora_A": "A", ".lora_B.weight": "B", ".lora_B": "B", ".lora_embedding_A": "A",
+    ".lora_embedding_B": "B", ".lora_magnitude_vector": "m", ".lora_magnitude_vector.weight": "m", ".lora_E": "d",
+    ".lora_diag": "d", ".lora_B.bias": "b",
+}  # fmt: skip
+_TOKENS = (".token_adapter.trainable_tokens_delta", ".trainable_tokens_delta")
+_OF_TRAINING = re.compile(r"\.(lora_velora_embed|lora_monteclora_sampler)\b")
 
 
 def recognises(path: Path) -> bool:
@@ -46,103 +57,105 @@ def recognises(path: Path) -> bool:
     return (path / CONFIG).is_file()
 
 
-def read(source: Source) -> Adapter:
-    """Read a PEFT adapter's config and headers.
+def read(source: Source, accepted: Collection[str] = ()) -> Adapter:
+    """Read a PEFT adapter's config and headers; `accepted` names config fields not to refuse.
 
     Raises MalformedError for values of a wrong type, UnsupportedError for what is recognised and refused, PlanError
     when tensors and config contradict each other.
     """
     raw = read_json(source.path / CONFIG)
-    refuse_unsupported(raw, source.name)
+    refuse_unsupported(raw, source.name, accepted)
     config = Config.parse(raw, source.path / CONFIG)
-    tensors = read_header(_weights(source)).tensors
-    changes, faults = _changes(tensors, config)
-    if faults:
+    weights = _weights(source)
+    tensors = (read_pickle if weights.suffix == ".bin" else read_header)(weights).tensors
+    found = _Found(config)
+    for name, tensor in tensors.items():
+        found.sort(name, tensor)
+    found.finish()
+    if found.faults:
         raise PlanError(
-            f"The adapter {source.name} contradicts itself in {len(faults)} places.", faults=faults
+            f"The adapter {source.name} contradicts itself in {len(found.faults)} places.",
+            faults=found.faults,
         )
     return Adapter(
         source=source,
         format="peft",
-        kind="DoRA" if config.use_dora else "LoRA",
-        changes=tuple(changes),
+        kind=config.kind,
+        changes=tuple(found.changes),
         tensors=tensors,
-        files=(source.path / CONFIG, source.path / WEIGHTS),
+        files=(source.path / CONFIG, weights),
         base=config.base,
         revision=config.revision,
+        ignored=found.ignored,
+        keeps_ties=config.keeps_ties,
+        layers=config.layers,
+        task=config.task,
     )
 
 
 def _weights(source: Source) -> Path:
-    path = source.path / WEIGHTS
-    if path.exists():
-        return path
-    if (source.path / "adapter_model.bin").exists():
-        raise UnsupportedError(
-            f"The adapter {source.name} is a pickle (adapter_model.bin), which is not read yet.",
-            hint="load it with PEFT and save it again: it writes safetensors",
-        )
-    raise MalformedError(f"The adapter {source.name} has {CONFIG} but no {WEIGHTS}.")
+    for name in WEIGHTS:
+        if (source.path / name).exists():
+            return source.path / name
+    raise MalformedError(f"The adapter {source.name} has {CONFIG} but no {WEIGHTS[0]}.")
 
 
-def _changes(tensors: Mapping[str, Stored], config: Config) -> tuple[list[Change], list[Fault]]:
-    """Sort tensors into updates by their names."""
-    changes: list[Change] = []
-    faults: list[Fault] = []
-    modules: dict[str, dict[str, Stored]] = {}
-    for name, tensor in tensors.items():
-        target = name.removeprefix(PREFIX)
-        suffix = next((suffix for suffix in _PARTS if target.endswith(suffix)), None)
-        if suffix:
-            parts = modules.setdefault(target.removesuffix(suffix), {})
-            if _PARTS[suffix] in parts:
-                faults.append(Fault(name, f"says what {parts[_PARTS[suffix]].name} says already"))
-            parts[_PARTS[suffix]] = tensor
-        elif target.endswith(".base_layer.weight"):
-            changes.append(Change(target.replace(".base_layer.weight", ".weight"), Full(tensor)))
-        elif config.saves(target):
-            changes.append(Change(target, Full(tensor)))
+@dataclass
+class _Found:
+    """What an adapter's tensors are, sorted by their names."""
+
+    config: Config
+    changes: list[Change] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
+    ignored: dict[str, str] = field(default_factory=dict)
+    modules: dict[str, dict[str, Stored]] = field(default_factory=dict)
+
+    def sort(self, name: str, tensor: Stored) -> None:
+        """Put one tensor where it belongs."""
+        target = _plain(name)
+        if suffix := next((suffix for suffix in _PARTS if target.endswith(suffix)), None):
+            self._keep(target.removesuffix(suffix), _PARTS[suffix], tensor)
+        elif suffix := next((suffix for suffix in _TOKENS if target.endswith(suffix)), None):
+            self._rows(target.removesuffix(suffix), tensor)
+        elif _OF_TRAINING.search(target):
+            self.ignored[name] = "used in training only"
+        elif ".base_layer." in target or is_saved_embedding(target):
+            self.changes.append(Change(target.replace(".base_layer.", "."), Full(tensor)))
+        elif self.config.saves(target):
+            self.changes.append(Change(target, Full(tensor, may_add=True)))
+        elif self.config.biases and target.endswith(".bias"):
+            self.changes.append(Change(target, Full(tensor)))
         else:
-            faults.append(Fault(name, "neither a LoRA tensor nor part of modules_to_save"))
-    for module, parts in modules.items():
-        found = _update(module, parts, config)
-        if isinstance(found, Fault):
-            faults.append(found)
+            self.faults.append(Fault(name, "neither a LoRA tensor nor part of modules_to_save"))
+
+    def _keep(self, module: str, part: str, tensor: Stored) -> None:
+        parts = self.modules.setdefault(module, {})
+        if part in parts:
+            self.faults.append(Fault(tensor.name, f"says what {parts[part].name} says already"))
+        parts[part] = tensor
+
+    def _rows(self, module: str, tensor: Stored) -> None:
+        index = self.config.index(module)
+        if len(set(index)) != len(index) or tensor.shape[:1] != (len(index),):
+            why = f"has shape {tensor.shape}; trainable_token_indices lists {len(set(index))} tokens for it"
+            self.faults.append(Fault(tensor.name, why))
         else:
-            changes.append(Change(f"{module}.weight", found))
-    return changes, faults
+            self.changes.append(Change(f"{module}.weight", Rows(tensor, index)))
+
+    def finish(self) -> None:
+        """Make updates of what belongs together."""
+        for found in updates_of(self.modules, self.config):
+            if isinstance(found, Fault):
+                self.faults.append(found)
+            elif isinstance(found, Change):
+                self.changes.append(found)
+            else:
+                self.ignored |= found
 
 
-def _update(module: str, parts: Mapping[str, Stored], config: Config) -> LowRank | Decomposed | Fault:
-    """One module's update, or what is wrong with it."""
-    if why := _contradiction(module, parts, config):
-        return Fault(module, why)
-    A, m = parts["A"], parts.get("m")
-    update = LowRank(A, parts["B"], config.scaling(module), _orientation(A))
-    return Decomposed(update, m) if m else update
-
-
-def _contradiction(module: str, parts: Mapping[str, Stored], config: Config) -> str | None:
-    """Why a module's tensors make no update, or None where they do."""
-    if missing := sorted({"A", "B"} - parts.keys()):
-        return f"has no lora_{missing[0]}"
-    if odd := [part for part in parts.values() if part.dtype not in FLOATS]:
-        return f"is stored as {odd[0].dtype}; adapters of that dtype are not merged"
-    if ".base_layer" in module:
-        return "an adapter inside a wrapped layer (MultiheadAttention, experts) is not merged yet"
-    if ("m" in parts) != config.use_dora:
-        if config.use_dora:
-            return "use_dora is set, but there is no lora_magnitude_vector"
-        return "there is a lora_magnitude_vector, but use_dora is not set"
-    A, B, rank = parts["A"].shape, parts["B"].shape, config.rank(module)
-    if len(A) > 2 and len(B) > 1 and B[1] < rank == A[0]:
-        return "a grouped convolution; not merged yet"
-    if len(A) < 2 or len(B) < 2 or not A[0] == B[1] == rank:
-        return f"the config says rank {rank}; lora_A is {A} and lora_B is {B}"
-    return None
-
-
-def _orientation(A: Stored) -> bool | None:
-    if A.name.endswith(".lora_embedding_A"):
-        return True
-    return None if len(A.shape) == 2 else False
+def _plain(name: str) -> str:
+    """A tensor's name without what PEFT and others wrap models in."""
+    target = DEFAULT.sub("", WRAPPERS.sub("", name))
+    while target.startswith(PREFIX):
+        target = target.removeprefix(PREFIX)
+    return target

@@ -4,69 +4,86 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import Fault, MalformedError, UnsupportedError
+from ..updates import Start
 
 _EMBEDDINGS = ("embed_tokens", "lm_head")
 """Modules that PEFT saves whole of its own accord (its EMBEDDING_LAYER_NAMES)."""
 
 _USED = {
     "peft_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "use_rslora", "rank_pattern",
-    "alpha_pattern", "use_dora", "modules_to_save", "init_lora_weights",
+    "alpha_pattern", "use_dora", "modules_to_save", "init_lora_weights", "bias", "lora_bias", "layer_replication",
+    "target_parameters", "trainable_token_indices", "ensure_weight_tying", "use_bdlora", "kasa_config", "peft_version",
+    "task_type", "auto_mapping", "target_modules", "init_r",
 }  # fmt: skip
 _HARMLESS = {
     # what was trained, and how: the tensors on disk already tell
-    "task_type", "auto_mapping", "peft_version", "inference_mode", "target_modules", "exclude_modules",
-    "lora_dropout", "layers_to_transform", "layers_pattern", "runtime_config", "megatron_config", "megatron_core",
+    "inference_mode", "exclude_modules", "lora_dropout", "layers_to_transform", "layers_pattern", "runtime_config",
+    "megatron_config", "megatron_core", "velora_config", "monteclora_config", "lora_velora_embed",
     # starting points of training, which count only where init_lora_weights names them
     "loftq_config", "eva_config", "corda_config", "lora_ga_config",
     # saved as the last layer had it, so the shapes decide; and a flag that only GPTQ layers read
     "fan_in_fan_out", "use_qalora", "qalora_group_size",
+    # AdaLoRA's schedule
+    "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step",
 }  # fmt: skip
 _REFUSED = {
-    "bias": "trained biases are not merged yet",
-    "lora_bias": "biases on lora_B are not merged yet",
-    "layer_replication": "replicated layers are not written out yet",
-    "target_parameters": "adapters on bare parameters (fused experts) are not merged yet",
-    "trainable_token_indices": "single trained token rows are not merged yet",
-    "ensure_weight_tying": "adapters on tied weights are not merged yet",
     "alora_invocation_tokens": "an activated LoRA applies to some tokens only, so no single weight equals it",
     "arrow_config": "an Arrow router chooses among adapters per token, so no single weight equals it",
-    "use_bdlora": "block-diagonal LoRA is not merged yet",
-    "velora_config": "VeLoRA is not merged yet",
-    "monteclora_config": "MonteCLoRA is not merged yet",
-    "kasa_config": "KaSA is not merged yet",
 }
-Number = TypeVar("Number", int, float)
-
+_PER_INPUT = {
+    "XLORA", "POLY", "LILY", "SHADOW", "CARTRIDGE", "ADAPTION_PROMPT", "PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING",
+    "MULTITASK_PROMPT_TUNING", "CPT",
+}  # fmt: skip
+"""Methods that depend on the input or add to it, so that no single weight equals them."""
 _PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica")
 """Values of init_lora_weights that leave the base as it is."""
+_RESIDUAL = "merge it into the residual base saved at training, with --ignore-field init_lora_weights"
+_LOST_STARTS = {
+    "pissa_niter": f"training began with a random approximation of the base's SVD, which nobody can repeat: {_RESIDUAL}",
+    "corda": f"training moved the base by statistics that are not in the adapter: {_RESIDUAL}",
+    "loftq": f"training began with a quantised base: {_RESIDUAL}",
+    "lora_ga": f"training moved the base by gradients that are not in the adapter: {_RESIDUAL}",
+}
+STARTS = {"pissa": Start.PISSA, "olora": Start.OLORA}
+Number = TypeVar("Number", int, float)
 
 
-def refuse_unsupported(raw: Mapping[str, Any], name: str) -> None:
-    """Refuse by name whatever this reader does not apply."""
-    if (kind := raw.get("peft_type")) != "LORA":
-        raise UnsupportedError(
-            f"The adapter {name} is of peft_type {kind!r}; only LORA (with DoRA) is merged yet."
-        )
-    faults = []
-    for field, value in raw.items():
-        if field == "init_lora_weights" and isinstance(value, str) and value not in _PLAIN_STARTS:
-            faults.append(
-                Fault(f"{field}={value!r}", "this start changes the base weights; not reproduced yet")
-            )
-        elif field in _USED | _HARMLESS or not value or value == "none":
-            continue
-        elif field in _REFUSED:
-            faults.append(Fault(f"{field}={value!r}"[:60], _REFUSED[field]))
-        else:
-            faults.append(Fault(f"{field}={value!r}"[:60], "a field this version does not know"))
+def refuse_unsupported(raw: Mapping[str, Any], name: str, accepted: Collection[str]) -> None:
+    """Refuse by name whatever this reader does not apply; `accepted` fields have been looked at by the user."""
+    kind = raw.get("peft_type")
+    if not isinstance(kind, str) or kind.upper() not in ("LORA", "ADALORA"):
+        reason = "no single weight equals it" if kind in _PER_INPUT else "only LORA and ADALORA are merged yet"
+        raise UnsupportedError(f"The adapter {name} is of peft_type {kind!r}: {reason}.")
+    faults = [
+        Fault(f"{field}={value!r}"[:60], why)
+        for field, value in raw.items()
+        if field not in accepted and value and value != "none" and (why := _objection(field, value))
+    ]
     if faults:
-        raise UnsupportedError(f"The adapter {name} uses what this version does not merge.", faults=faults)
+        raise UnsupportedError(
+            f"The adapter {name} uses what this version does not merge.",
+            faults=faults,
+            hint="--ignore-field NAME accepts a field that you know to change nothing",
+        )
+
+
+def _objection(field: str, value: Any) -> str | None:
+    """Why a field that is set stops a merge."""
+    if field == "init_lora_weights" and isinstance(value, str):
+        start = value.lower()
+        if start in _PLAIN_STARTS or start in STARTS:
+            return None
+        known = (why for begins, why in _LOST_STARTS.items() if start.startswith(begins))
+        return next(known, "a start of training that this version does not know")
+    if field in _USED | _HARMLESS:
+        return None
+    return _REFUSED.get(field, "a field this version does not know")
 
 
 @dataclass(frozen=True)
@@ -80,8 +97,20 @@ class Config:
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
     modules_to_save: tuple[str, ...]
+    biases: bool
     base: str | None
     revision: str | None
+    start: Start | None
+    keeps_ties: bool
+    layers: tuple[int, ...]
+    parameters: tuple[str, ...]
+    modules: tuple[str, ...]
+    tokens: Mapping[str, tuple[int, ...]]
+    block_diagonal: Mapping[str, Any]
+    version: tuple[int, ...]
+    task: str | None
+    adalora: int | None
+    """AdaLoRA's first rank, which its scaling is divided by; None for LoRA."""
 
     @classmethod
     def parse(cls, raw: Mapping[str, Any], path: Path) -> Config:
@@ -97,28 +126,56 @@ class Config:
         def text(field: str) -> str | None:
             return get(field, "", lambda value: isinstance(value, str), "a string") or None
 
+        kind = str(raw.get("peft_type")).upper()
         return cls(
             r=get("r", 8, _is_rank, "a positive integer"),
             alpha=get("lora_alpha", 8, _is_alpha, "a positive number: otherwise a merge changes nothing"),
             use_rslora=get("use_rslora", False, _is_bool, "true or false"),
             use_dora=get("use_dora", False, _is_bool, "true or false"),
-            rank_pattern=get(
-                "rank_pattern", {}, lambda v: _is_pattern(v, _is_rank), "regexes to positive integers"
-            ),
+            rank_pattern={}
+            if kind == "ADALORA"  # there it holds masks
+            else get("rank_pattern", {}, lambda v: _is_pattern(v, _is_rank), "regexes to positive integers"),
             alpha_pattern=get(
                 "alpha_pattern", {}, lambda v: _is_pattern(v, _is_alpha), "regexes to positive numbers"
             ),
             modules_to_save=tuple(get("modules_to_save", [], _is_names, "a list of module names")),
+            biases=get("bias", "none", lambda v: v in ("none", "all", "lora_only"), "none, all or lora_only")
+            != "none",
             base=text("base_model_name_or_path"),
             revision=text("revision"),
+            start=_start(raw),
+            keeps_ties=get("ensure_weight_tying", False, _is_bool, "true or false"),
+            layers=tuple(
+                layer
+                for first, last in get("layer_replication", [], _is_ranges, "a list of [start, end]")
+                for layer in range(first, last)
+            ),
+            parameters=tuple(get("target_parameters", [], _is_names, "a list of parameter names")),
+            modules=tuple(names if isinstance(names := raw.get("target_modules"), list) else []),
+            tokens=_tokens(
+                get("trainable_token_indices", {}, _is_tokens, "token numbers, or names to those")
+            ),
+            block_diagonal=get("use_bdlora", {}, _is_block_diagonal, "an object with nblocks and patterns"),
+            version=_version(text("peft_version")),
+            task=_task(raw),
+            adalora=get("init_r", 12, _is_rank, "a positive integer") if kind == "ADALORA" else None,
         )
+
+    @property
+    def kind(self) -> str:
+        """What people call it."""
+        if self.adalora:
+            return "AdaLoRA"
+        return "DoRA" if self.use_dora else self.start.value if self.start else "LoRA"
 
     def rank(self, module: str) -> int:
         """r of a module."""
         return _first_match(self.rank_pattern, module, self.r)
 
     def scaling(self, module: str) -> float:
-        """s of a module: alpha/r, or alpha/√r (rsLoRA, arXiv:2312.03732)."""
+        """s of a module: alpha/r, or alpha/√r (rsLoRA, arXiv:2312.03732); AdaLoRA's has its own divisor."""
+        if self.adalora:
+            return self.alpha / (self.adalora + 1e-5)
         rank = self.rank(module)
         alpha = _first_match(self.alpha_pattern, module, self.alpha)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
@@ -127,9 +184,66 @@ class Config:
         """Whether a tensor belongs to a module that PEFT saves whole; as there, a suffix match without a dot."""
         parts = tensor.split(".")
         modules = [".".join(parts[:n]) for n in range(1, len(parts))]
-        if any(module.endswith(saved) for module in modules for saved in self.modules_to_save):
-            return True
-        return len(parts) > 1 and parts[-2] in _EMBEDDINGS and parts[-1] == "weight"
+        return any(module.endswith(saved) for module in modules for saved in self.modules_to_save)
+
+    def index(self, module: str) -> tuple[int, ...]:
+        """The rows of an embedding that were trained; a list in the config is for the input embedding."""
+        named = (rows for name, rows in self.tokens.items() if f".{module}".endswith(f".{name}"))
+        return next(named, self.tokens.get("", ()))
+
+    def blocks(self, module: str) -> tuple[int, int]:
+        """How many diagonal blocks A and B of a module have (BD-LoRA)."""
+        count = self.block_diagonal.get("nblocks", 1)
+        on_A, on_B = (
+            any(pattern in module for pattern in self.block_diagonal.get(f"target_modules_bd_{side}") or ())
+            for side in "ab"
+        )
+        return (count if on_A else 1, count if on_B else 1)
+
+    def square_experts(self) -> tuple[bool, bool]:
+        """Whether square experts were trained as (in, out): in models that keep them so, and in others.
+
+        PEFT before 0.19 always did, 0.19.0 had it the wrong way round.
+        """
+        if self.version < (0, 19):
+            return (True, True)
+        return (False, True) if self.version == (0, 19, 0) else (True, False)
+
+
+def is_saved_embedding(tensor: str) -> bool:
+    """Whether a tensor is one that PEFT saves whole of its own accord, with an adapter or with new tokens."""
+    parts = tensor.split(".")
+    return len(parts) > 1 and parts[-2] in _EMBEDDINGS and parts[-1] == "weight"
+
+
+def _start(raw: Mapping[str, Any]) -> Start | None:
+    if raw.get("kasa_config"):
+        return Start.KASA
+    return STARTS.get(str(raw.get("init_lora_weights")).lower())
+
+
+def _tokens(value: Any) -> dict[str, tuple[int, ...]]:
+    return (
+        {name: tuple(rows) for name, rows in value.items()} if isinstance(value, dict) else {"": tuple(value)}
+    )
+
+
+def _version(text: str | None) -> tuple[int, ...]:
+    """PEFT's version as numbers; files that do not say are older than 0.18."""
+    return tuple(int(part) for part in re.findall(r"\d+", text or "0")[:3])
+
+
+def _task(raw: Mapping[str, Any]) -> str | None:
+    """The class of the model that was trained, or how its name ends."""
+    mapping = raw.get("auto_mapping")
+    if isinstance(mapping, dict) and isinstance(name := mapping.get("base_model_class"), str):
+        return name
+    endings = {
+        "SEQ_CLS": "ForSequenceClassification",
+        "TOKEN_CLS": "ForTokenClassification",
+        "QUESTION_ANS": "ForQuestionAnswering",
+    }
+    return endings.get(str(raw.get("task_type")))
 
 
 def _first_match(pattern: Mapping[str, Number], module: str, default: Number) -> Number:
@@ -147,6 +261,24 @@ def _is_rank(value: Any) -> bool:
 
 def _is_alpha(value: Any) -> bool:
     return type(value) in (int, float) and value > 0 and math.isfinite(value)
+
+
+def _is_rows(value: Any) -> bool:
+    return isinstance(value, list) and all(type(row) is int and row >= 0 for row in value)
+
+
+def _is_tokens(value: Any) -> bool:
+    return _is_rows(value) or (isinstance(value, dict) and all(map(_is_rows, value.values())))
+
+
+def _is_ranges(value: Any) -> bool:
+    return isinstance(value, list) and all(_is_rows(pair) and len(pair) == 2 for pair in value)
+
+
+def _is_block_diagonal(value: Any) -> bool:
+    if not isinstance(value, dict) or not _is_rank(value.get("nblocks", 1)):
+        return False
+    return all(_is_names(value.get(f"target_modules_bd_{side}") or []) for side in "ab")
 
 
 def _is_names(value: Any) -> bool:

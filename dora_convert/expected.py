@@ -1,0 +1,262 @@
+"""What an output tensor must hold: any rows of it in float64, and how far from them an honest result may be.
+
+Shares no code with the streaming arithmetic of make.py: this is what that is checked against.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import memory
+from .items import Edit, Item
+from .precision import TORCH
+from .stored import Reader, Stored
+from .updates import Decomposed, Delta, LowRank, Start
+
+CHUNK_ELEMENTS = 1 << 16
+EPSILON = 2.0**-24
+GRID = {"BF16": (8, -126), "F16": (11, -14), "F32": (24, -126), "F64": (53, -1022)}
+"""Precision in bits and the least exponent of each dtype."""
+
+
+class Part(NamedTuple):
+    """One edit's share of some rows."""
+
+    delta: Tensor  # s·BA
+    f: Tensor  # m/n, which broadcasts over the rows; 1 for LoRA
+    size: Tensor  # |s|·|B||A|, what the products are made of
+    terms: int  # how many products are added up
+
+
+class Expected:
+    """The float64 result x of an item, any rows of it, and what its bound is made of."""
+
+    def __init__(self, item: Item, reader: Reader) -> None:
+        self.item, self._reader = item, reader
+        self._start = self._without_start() if item.start else None
+        self._pairs = [self._pair(edit.low, edit) if edit.low else None for edit in item.edits]
+        self._m = [
+            self._load(edit.update.m).flatten() if isinstance(edit.update, Decomposed) else None
+            for edit in item.edits
+        ]
+        self._column_norms = [
+            self._measure(number) if edit.two_passes else None for number, edit in enumerate(item.edits)
+        ]
+
+    def chunks(self, rows: Sequence[int]) -> Iterator[Sequence[int]]:
+        """The rows in pieces of bounded size; none holds rows of two experts."""
+        total, columns = self.item.source.matrix
+        height, part = max(1, CHUNK_ELEMENTS // max(1, columns)), max(1, total // self.item.experts)
+        first = 0
+        while first < len(rows):
+            last = min(first + height, len(rows))
+            while rows[last - 1] // part != rows[first] // part:
+                last -= 1
+            yield rows[first:last]
+            first = last
+
+    def rows(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """x = W + Σ wᵢ·(fᵢ·(W + Δᵢ) − W), and what the adapter is merged into: the base's weight where it has one."""
+        W = self._before(rows)
+        base = self.item.base
+        original = self._load(base, rows) if base and base.shape == self.item.source.shape else W
+        parts = self._parts(W, rows)
+        if len(parts) == 1 and self.item.edits[0].weight == 1:
+            return (W + parts[0].delta) * parts[0].f, original
+        x = W.clone()
+        for edit, part in zip(self.item.edits, parts, strict=True):
+            x += edit.weight * ((W + part.delta) * part.f - W)
+        return x, original
+
+    def bound(self, rows: Sequence[int], x: Tensor, *, rounded_once: bool) -> Tensor:
+        """How far from x an honest result may be."""
+        W, dtype = self._before(rows), self.item.dtype
+        tolerance = half_ulp(x, dtype) + (math.sqrt(W.shape[1]) + 6) * EPSILON * x.abs()
+        for edit, part in zip(self.item.edits, self._parts(W, rows), strict=True):
+            slack = (part.terms + 2) * EPSILON * (part.size + W.abs())
+            if not rounded_once:
+                slack = slack + half_ulp(part.delta, dtype)
+            if self._start is not None:  # rounded before, after products of the whole matrix in float32
+                slack = (
+                    slack + 2 * half_ulp(W, self.item.source.dtype) + 64 * EPSILON * self._start.abs().max()
+                )
+            tolerance += abs(edit.weight) * part.f.abs() * slack
+        return tolerance
+
+    def _before(self, rows: Sequence[int]) -> Tensor:
+        """The weight before any edit: as stored, less what training began without, with the rows that were set."""
+        W = self._load(self.item.source, rows) if self._start is None else self._start[list(rows)].double()
+        for trained in self.item.rows:
+            places = {row: place for place, row in enumerate(trained.index)}
+            for k, row in enumerate(rows):
+                if row in places:
+                    W[k] = self._load(trained.value, [places[row]])[0]
+        return W
+
+    def _without_start(self) -> Tensor:
+        """What PiSSA, OLoRA and KaSA begin with, the whole of it, in the stored dtype."""
+        low, edit = self.item.start, self.item.edits[0]
+        assert low
+        W = self._load(self.item.source).float()
+        W = W.T if edit.transposed else W
+        r = low.rank
+        if low.start is Start.OLORA:
+            Q, R = torch.linalg.qr(W)
+            taken = low.scale * torch.einsum("or,ri->oi", Q[:, :r], R[:r])
+        else:
+            U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+            gone = slice(len(S) - r, None) if low.start is Start.KASA else slice(0, r)
+            taken = torch.einsum("or,r,ri->oi", U[:, gone], S[gone], Vh[gone])
+        left = W - taken
+        return (left.T if edit.transposed else left).contiguous().to(TORCH[self.item.source.dtype])
+
+    def _parts(self, W: Tensor, rows: Sequence[int]) -> list[Part]:
+        """Every edit's share of some rows."""
+        return [self._part(number, W, rows) for number in range(len(self.item.edits))]
+
+    def _part(self, number: int, W: Tensor, rows: Sequence[int]) -> Part:
+        edit, m, n = self.item.edits[number], self._m[number], self._column_norms[number]
+        one = torch.ones((), dtype=torch.float64)
+        if isinstance(edit.update, Delta):
+            delta = edit.update.scale * self._load(edit.update.value)
+            return Part(delta, one, delta.abs(), 1)
+        low = edit.low
+        assert low
+        left, right = self._factors(number, low, edit, rows)
+        delta = low.scale * torch.einsum("kr,rc->kc", left, right)
+        size = abs(low.scale) * (left.abs() @ right.abs())
+        if m is None:
+            return Part(delta, one, size, low.rank)
+        if n is not None:
+            return Part(delta, m / n, size, low.rank)
+        V = W + delta
+        return Part(delta, (m[list(rows)] / torch.einsum("kc,kc->k", V, V).sqrt())[:, None], size, low.rank)
+
+    def _measure(self, number: int) -> Tensor:
+        """‖W + sBA‖ along the columns, which takes the whole tensor."""
+        edit = self.item.edits[number]
+        low = edit.low
+        assert low
+        squares = torch.zeros(self.item.source.matrix[1], dtype=torch.float64)
+        for chunk in self.chunks(range(self.item.source.matrix[0])):
+            left, right = self._factors(number, low, edit, chunk)
+            V = self._before(chunk) + low.scale * torch.einsum("kr,rc->kc", left, right)
+            squares += torch.einsum("kc,kc->c", V, V)
+        return squares.sqrt()
+
+    def _pair(self, low: LowRank, edit: Edit) -> tuple[Tensor | None, Tensor | None]:
+        """A and B where they are held: both for experts, else the one that has the stored matrix's columns."""
+        if low.experts:
+            return _all(self._reader, low.A), _all(self._reader, low.B)
+        held = _dense(
+            self._load(low.B if edit.transposed else low.A), low.blocks[1 if edit.transposed else 0]
+        )
+        if low.d:
+            d = self._load(low.d).flatten()
+            held = held * d if edit.transposed else held * d[:, None]
+        return (None, held) if edit.transposed else (held, None)
+
+    def _factors(self, number: int, low: LowRank, edit: Edit, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The factors of some rows of the stored matrix: (rows, r) and (r, columns)."""
+        pair = self._pairs[number]
+        assert pair
+        A, B = pair
+        if low.experts:
+            assert A is not None
+            assert B is not None
+            height = low.inputs[0] if edit.transposed else low.outputs
+            expert, inside = rows[0] // height, [row % height for row in rows]
+            A_e = A[expert * low.rank : (expert + 1) * low.rank].double()
+            B_e = B[:, expert :: low.experts].double()
+            return (A_e.T[inside], B_e.T) if edit.transposed else (B_e[inside], A_e)
+        if A is not None:  # not transposed
+            if low.blocks[1] > 1:
+                return _dense(self._load(low.B), low.blocks[1])[list(rows)], A
+            return self._load(low.B, rows), A
+        assert B is not None
+        if low.blocks[0] > 1:
+            return _dense(self._load(low.A), low.blocks[0])[:, list(rows)].T, B.T
+        return _columns(self._reader, low.A, rows).double().T, B.T
+
+    def _load(self, tensor: Stored, rows: Sequence[int] | None = None) -> Tensor:
+        """Rows of a stored tensor's matrix, or all of them, in float64."""
+        chosen = range(tensor.matrix[0]) if rows is None else rows
+        loaded = memory.empty((len(chosen), tensor.matrix[1]), torch.float64)
+        height, filled = max(1, CHUNK_ELEMENTS // max(1, tensor.matrix[1])), 0
+        for start in range(0, len(chosen), height):
+            part = read_rows(self._reader, tensor, chosen[start : start + height])
+            loaded[filled : filled + len(part)] = part
+            filled += len(part)
+        return loaded
+
+
+def _dense(stacked: Tensor, blocks: int) -> Tensor:
+    """A block-diagonal matrix from its blocks, which lie one below the other."""
+    if blocks == 1:
+        return stacked
+    dense: Tensor = torch.block_diag(*stacked.chunk(blocks))  # type: ignore[no-untyped-call]
+    return dense
+
+
+def _all(reader: Reader, tensor: Stored) -> Tensor:
+    """A whole stored matrix, in its own dtype."""
+    return read_rows(reader, tensor, range(tensor.matrix[0]))
+
+
+def half_ulp(x: Tensor, dtype: str) -> Tensor:
+    """Half the distance between neighbours of x in a dtype."""
+    precision, least = GRID[dtype]
+    exponent = (x.view(torch.int64) >> 52 & 0x7FF).clamp_(min=least + 1023)  # biased, as float64 stores it
+    return (exponent.sub_(precision) << 52).view(torch.float64)
+
+
+def nearest(x: Tensor, dtype: str) -> Tensor:
+    """x rounded to the nearest value of a dtype, ties to even, still in float64: a quotient and an integer rounding."""
+    if dtype == "F64":
+        return x
+    unit = 2 * half_ulp(x, dtype)
+    return torch.round(x / unit).mul_(unit)
+
+
+def read_rows(reader: Reader, tensor: Stored, rows: Sequence[int]) -> Tensor:
+    """Some rows of a stored tensor's matrix, in its own dtype."""
+    width = tensor.matrix[1]
+    runs = [(start * width, count * width) for start, count in _runs(rows)]
+    return _gather(reader, tensor, runs).view(len(rows), width)
+
+
+def _columns(reader: Reader, tensor: Stored, columns: Sequence[int]) -> Tensor:
+    """Some columns of a stored tensor's matrix, in its own dtype."""
+    height, width = tensor.matrix
+    runs = [(row * width + start, count) for row in range(height) for start, count in _runs(columns)]
+    return _gather(reader, tensor, runs).view(height, len(columns))
+
+
+def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """(start, count) of each run of neighbours."""
+    if isinstance(numbers, range):
+        return [(numbers.start, len(numbers))]
+    runs: list[tuple[int, int]] = []
+    for number in numbers:
+        if runs and sum(runs[-1]) == number:
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+        else:
+            runs.append((number, 1))
+    return runs
+
+
+def _gather(reader: Reader, tensor: Stored, runs: Sequence[tuple[int, int]]) -> Tensor:
+    """Runs of elements, given by (first, count), one after another."""
+    size = tensor.itemsize
+    data = bytearray(size * sum(count for _, count in runs))
+    view, position = memoryview(data), 0
+    for first, count in runs:
+        reader.read(tensor.path, tensor.start + first * size, view[position : position + count * size])
+        position += count * size
+    dtype = TORCH[tensor.dtype]
+    return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
