@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .errors import RefError
+from .errors import Fault, RefError
 from .refs import Source
 from .stored import Stored
 from .updates import Update
@@ -18,6 +18,8 @@ class Change:
 
     target: str
     update: Update
+    among: tuple[str, ...] = ()
+    """All the weights that it may be for, where only shapes can tell: `target` is one of them."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class Adapter:
     revision: str | None = None
     ignored: Mapping[str, str] = field(default_factory=dict)
     """Tensors that take no part in a merge, with the reason."""
+    faults: tuple[Fault, ...] = ()
+    """What contradicts itself in it, for the plan to report with all that does not fit."""
     keeps_ties: bool = False
     """Whether embedding and head were trained as one weight."""
     layers: tuple[int, ...] = ()

@@ -15,10 +15,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .errors import Fault, MalformedError, RefError, UnsupportedError
+from .pickled import read_pickle
 from .refs import Source
 from .stored import Header, Stored, read_header
 
 INDEX_SUFFIX = ".safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth")
+OF_TRAINING = re.compile(r"adapter_model|training_args|optimizer|scheduler|rng_state|scaler")
+"""How the names of files begin that lie beside weights and are none."""
 RECORD = "dora_convert"
 """The sub-folder of an output that holds the receipt and the undo record."""
 
@@ -54,6 +58,16 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     renamed: Mapping[str, str] = field(default_factory=dict)
     """What tensors are called on disk, where that is something else."""
+
+    @property
+    def root(self) -> Path:
+        """The folder that its files lie in."""
+        return self.source.path.parent if self.is_file else self.source.path
+
+    @property
+    def is_file(self) -> bool:
+        """Whether it is a single weight file, and what lies beside it is none of our business."""
+        return self.source.path.is_file()
 
     def origin(self, name: str) -> str:
         """What a tensor is called on disk."""
@@ -94,28 +108,23 @@ def _values(tree: Any, key: str) -> Iterator[Any]:
 
 
 def open_checkpoint(source: Source) -> Checkpoint:
-    """Read the headers of a checkpoint folder.
+    """Read the headers of a checkpoint: a folder, or a single weight file.
 
     Raises RefError when there are no weights, MalformedError when files contradict each other, UnsupportedError for
-    weights in a format that is not read yet.
+    weights in a format that is not read.
     """
     root = source.path
     if root.is_file():
-        raise UnsupportedError(
-            f"BASE {source.name} is a single file; name the folder it lies in.", hint=str(root.parent)
-        )
+        return Checkpoint(source, (_shard(root),), None, read_config(root.parent))
     name = weight_entry([entry.name for entry in root.iterdir()], source.name)
     notes: list[str] = []
-    if name.endswith(".json"):
-        shards = _sharded(root, weight_map(root / name), notes)
-    else:
-        header = read_header(root / name)
-        shards = (Shard(name, header.metadata, tuple(header.tensors.values())),)
+    sharded = name.endswith(".json")
+    shards = _sharded(root, weight_map(root / name), notes) if sharded else (_shard(root / name),)
     side_files, left_behind = _survey(root, {name, *(shard.filename for shard in shards)})
     return Checkpoint(
         source,
         shards,
-        name if name.endswith(".json") else None,
+        name if sharded else None,
         read_config(root),
         side_files,
         left_behind,
@@ -123,31 +132,48 @@ def open_checkpoint(source: Source) -> Checkpoint:
     )
 
 
-def weight_entry(names: list[str], where: str) -> str:
-    """The file that a loader would start from: `model.safetensors`, else an index, else the only safetensors file."""
-    if "model.safetensors" in names:
-        return "model.safetensors"
-    for suffix in (INDEX_SUFFIX, ".safetensors"):
-        found = sorted(
-            name for name in names if name.endswith(suffix) and not name.startswith("adapter_model")
+def _shard(path: Path) -> Shard:
+    header = read_weights(path)
+    return Shard(path.name, header.metadata, tuple(header.tensors.values()))
+
+
+def read_weights(path: Path) -> Header:
+    """The header of a weight file, by its name's ending."""
+    if path.suffix in PICKLES:
+        return Header(read_pickle(path).tensors, {"format": "pt"})
+    if path.suffix != ".safetensors":
+        raise UnsupportedError(
+            f"{path} is no weight file that is read.", hint="those end in .safetensors, .bin, .pt or .pth"
         )
-        if f"model{suffix}" in found:
-            return f"model{suffix}"
+    return read_header(path)
+
+
+def weight_entry(names: Sequence[str], where: str) -> str:
+    """The file that a loader would start from: safetensors before pickles, one file before an index.
+
+    Where neither has its usual name, a lone file of the kind will do.
+    """
+    for stem, kinds in (("model", (".safetensors",)), ("pytorch_model", PICKLES)):
+        for suffix in (kinds[0], f"{kinds[0]}.index.json"):
+            if f"{stem}{suffix}" in names:
+                return f"{stem}{suffix}"
+        indexes = sorted(name for name in names if name.endswith(f"{kinds[0]}.index.json"))
+        found = indexes or sorted(
+            name for name in names if name.endswith(kinds) and not OF_TRAINING.match(name)
+        )
         if len(found) == 1:
             return found[0]
         if found:
-            raise RefError(f"{where} holds several models and no model.safetensors: {', '.join(found)}.")
-    raise _no_weights(names, where)
-
-
-def _no_weights(names: list[str], where: str) -> Exception:
-    other = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".gguf")))
-    if other:
-        return UnsupportedError(
+            raise RefError(
+                f"{where} holds several models and no {stem}{kinds[0]}: {', '.join(found)}.",
+                hint="name one file",
+            )
+    if other := sorted(name for name in names if name.endswith((".gguf", ".h5", ".msgpack"))):
+        raise UnsupportedError(
             f"{where} has no safetensors weights, only {', '.join(other[:3])}: not read yet.",
             hint="save the model as safetensors, or name a revision that has them",
         )
-    return RefError(f"{where} holds no safetensors weights.")
+    raise RefError(f"{where} holds no safetensors weights.")
 
 
 def weight_map(path: Path) -> dict[str, str]:
@@ -170,7 +196,7 @@ def _sharded(root: Path, table: Mapping[str, str], notes: list[str]) -> tuple[Sh
             f"The index of {root.name} names {len(missing)} files that are not there.",
             faults=[Fault(name, "missing") for name in missing],
         )
-    headers = {name: read_header(root / name) for name in filenames}
+    headers = {name: read_weights(root / name) for name in filenames}
     absent = [
         Fault(name, f"not in {file}") for name, file in table.items() if name not in headers[file].tensors
     ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -31,34 +30,34 @@ def scan_adapter(adapter: Adapter) -> dict[str, str]:
 
     Raises NumericalError, naming every tensor that holds NaN or Inf.
     """
-    hashes, faults = {}, []
-    for path in adapter.files:
-        tensors = [tensor for tensor in adapter.tensors.values() if tensor.path == path]
-        digest = xxhash.xxh3_128()
-        for name, chunk in _chunks(path, tensors):
-            digest.update(chunk)
-            if name and not _finite(chunk, adapter.tensors[name].dtype):
-                faults.append(Fault(name, "holds NaN or Inf"))
-        hashes[path.name] = digest.hexdigest()
-    if faults:
+    hashes = {path.name: _hash(path) for path in adapter.files}
+    with closing(Reader()) as reader:
+        damaged = [tensor for tensor in adapter.tensors.values() if not _finite(tensor, reader)]
+    if damaged:
         raise NumericalError(
-            f"The adapter {adapter.source.name} is damaged.", faults=list(dict.fromkeys(faults))
+            f"The adapter {adapter.source.name} is damaged.",
+            faults=[Fault(tensor.name, "holds NaN or Inf") for tensor in damaged],
         )
     return hashes
 
 
-def _chunks(path: Path, tensors: Sequence[Stored]) -> Iterator[tuple[str, bytearray]]:
-    """A file from end to end in pieces that each lie in one tensor, named, or in none."""
+def _hash(path: Path) -> str:
+    digest, buffer = xxhash.xxh3_128(), bytearray(CHUNK_BYTES)
     with path.open("rb") as file:
-        ends = [("", min((tensor.start for tensor in tensors), default=path.stat().st_size))]
-        ends += [(tensor.name, tensor.start + tensor.nbytes) for tensor in tensors]
-        for name, end in ends:
-            while (left := end - file.tell()) > 0:
-                yield name, bytearray(file.read(min(left, CHUNK_BYTES)))
+        while count := file.readinto(buffer):
+            digest.update(memoryview(buffer)[:count])
+    return digest.hexdigest()
 
 
-def _finite(chunk: bytearray, dtype: str) -> bool:
-    return dtype not in FLOATS or maths.all_finite(torch.frombuffer(chunk, dtype=TORCH[dtype]))
+def _finite(tensor: Stored, reader: Reader) -> bool:
+    if tensor.dtype not in FLOATS:
+        return True
+    for start in range(0, tensor.nbytes, CHUNK_BYTES):
+        chunk = bytearray(min(CHUNK_BYTES, tensor.nbytes - start))
+        reader.read(tensor.path, tensor.start + start, memoryview(chunk))
+        if not maths.all_finite(torch.frombuffer(chunk, dtype=TORCH[tensor.dtype])):
+            return False
+    return True
 
 
 def doubt_base(plan: Plan) -> str | None:

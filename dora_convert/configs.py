@@ -59,7 +59,7 @@ def with_head(config: Config, task: str | None, shapes: Mapping[str, tuple[int, 
     `task` is a class of transformers or how its name ends; `shapes` holds what was added.
     """
     changed: dict[str, Any] = dict(config)
-    if task:
+    if task and task != "ForCausalLM":  # whose class has other names in some families
         changed["architectures"] = [_class_of(config, task)]
     weights = [
         shape for name, shape in shapes.items() if name.partition(".")[2] in OUTPUT_LAYERS and len(shape) == 2

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import permutations
 
 from .adapter import Adapter, Change
 from .checkpoint import Checkpoint
@@ -45,14 +46,14 @@ class Touch:
 class Draft:
     """Collects what adapters do to the tensors of a base, and everything that does not fit."""
 
-    def __init__(self, base: Checkpoint, options: Options) -> None:
+    def __init__(self, base: Checkpoint, tasks: Collection[str], options: Options) -> None:
         self.base, self.options = base, options
         self.targets: dict[str, Target] = {}
         seen: set[str] = set()
         for name, tensor in base.tensors.items():
             self.targets[name] = Target(tensor, tensor, added=base.origin(name) in seen)
             seen.add(base.origin(name))
-        self.tie: Tie | None = find_tie(base)
+        self.tie: Tie | None = find_tie(base, tasks)
         self.untied = False
         self.ledger: list[Entry] = []
         self.faults: list[Fault] = []
@@ -62,13 +63,16 @@ class Draft:
     def add(self, adapter: Adapter, names: Names, weight: float, chosen: Callable[[Change], bool]) -> None:
         """Place every change of an adapter; what it replaces comes before what it adds."""
         self.ledger += [Entry(name, "ignored", (), why) for name, why in adapter.ignored.items()]
-        for change in sorted(adapter.changes, key=_turn):
+        self.faults += adapter.faults
+        for change in sorted(self._told_apart(adapter.changes, names), key=_turn):
             if not chosen(change):
                 self._enter(change.update, "ignored", (), "left out by name")
                 continue
             name = names.find(change.target)
             if self.tie and (name in (self.tie.embedding, self.tie.head) or is_head(change.target)):
                 self._touch(change, name, adapter, weight)
+            elif adapter.layers and (refusal := _begins_elsewhere(change.update)):
+                self._fault(change.update, refusal)
             elif name:
                 self._apply(change.update, name, weight)
             elif isinstance(change.update, Full) and change.update.may_add and self._is_new(change.target):
@@ -80,14 +84,43 @@ class Draft:
             else:
                 self._fault(change.update, explain_missing(change.target, names, self.base))
 
+    def _told_apart(self, changes: Sequence[Change], names: Names) -> Iterator[Change]:
+        """Changes with their targets; those of one module that only shapes can tell apart get the one way that fits."""
+        groups: dict[tuple[str, ...], list[Change]] = {}
+        for change in changes:
+            if change.among:
+                groups.setdefault(change.among, []).append(change)
+            else:
+                yield change
+        for targets, group in groups.items():
+            ways = [
+                [replace(change, target=target, among=()) for change, target in zip(group, way, strict=True)]
+                for way in permutations(targets)
+            ]
+            fitting = [way for way in ways if all(self._fits(change, names) for change in way)]
+            if len(fitting) == 1:
+                yield from fitting[0]
+            else:
+                for change in group:
+                    self._fault(change.update, f"may be for any of {', '.join(targets)}: shapes do not tell")
+
+    def _fits(self, change: Change, names: Names) -> bool:
+        name = names.find(change.target)
+        tensor = name and self.targets[name].source
+        return bool(
+            name
+            and tensor
+            and isinstance(fit(change.update, name, tensor.shape, tensor.dtype, self.base.model_types), Fit)
+        )
+
     def _is_new(self, target: str) -> bool:
         return target not in self.targets and target.rpartition(".")[0] not in self._modules
 
     def _touch(self, change: Change, name: str | None, adapter: Adapter, weight: float) -> None:
         """Decide which sides of the tie a change is for."""
         assert self.tie
-        if self.tie.refusal:
-            self._fault(change.update, self.tie.refusal)
+        if refusal := self.tie.refusal or _begins_elsewhere(change.update):
+            self._fault(change.update, refusal)
             return
         both: tuple[str, ...] = (self.tie.embedding, self.tie.head)
         side = self.tie.embedding if name == self.tie.embedding else self.tie.head
@@ -167,6 +200,8 @@ class Draft:
 
     def _replace(self, update: Full, name: str, weight: float) -> None:
         target = self.targets[name]
+        if _from_one_file(target.source, update.value) and target.source.same_bytes(update.value):
+            return  # one weight saved under two names
         if target.source is not target.base:
             self._fault(update, f"another adapter replaces {name}, too")
         if weight != 1:
@@ -208,6 +243,17 @@ class Draft:
 def _turn(change: Change) -> int:
     """What is replaced comes before what is added to it."""
     return 0 if isinstance(change.update, Full) else 1 if isinstance(change.update, Rows) else 2
+
+
+def _begins_elsewhere(update: Update) -> str | None:
+    """Why an update of one side of a tie, or of one of several copies, cannot be merged."""
+    if isinstance(update, LowRank | Decomposed) and (start := low_rank(update).start):
+        return f"{start.value} changed a weight that serves twice: what training began with is not known"
+    return None
+
+
+def _from_one_file(one: Stored, other: Stored) -> bool:
+    return one.path == other.path
 
 
 def _stacked(tensor: Stored, edits: Sequence[Edit]) -> Stored:

@@ -35,6 +35,13 @@ class Fault(NamedTuple):
     why: str
 
 
+def _line(text: str, longest: int) -> str:
+    """One line for a terminal: names may hold anything, so what cannot be printed is escaped, and the middle left out."""
+    text = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+    half = longest // 2
+    return text if len(text) <= longest else f"{text[:half]} … {text[-half:]}"
+
+
 class DoraConvertError(Exception):
     """The root: a message (what, where), optional faults, and an optional hint (what to type next)."""
 
@@ -50,9 +57,9 @@ class DoraConvertError(Exception):
 
     def text(self, limit: int = 10) -> str:
         """The message and its faults, one a line, at most `limit` of them."""
-        shown = self.faults[:limit]
+        shown = [Fault(_line(what, 150), _line(why, 300)) for what, why in self.faults[:limit]]
         width = min(60, max((len(fault.what) for fault in shown), default=0))
-        lines, last = [self.message], None
+        lines, last = [_line(self.message, 600)], None
         for what, why in shown:
             lines.append(f"  {what:{width}}  {'the same' if why == last and len(why) > 20 else why}")
             last = why

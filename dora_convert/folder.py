@@ -36,8 +36,8 @@ class OutputFolder:
     def __init__(self, out: Path, *, overwrite: bool) -> None:
         self.given = str(out)
         out = Path(os.path.abspath(out))  # noqa: PTH100 - a link stays a link
-        if not out.name:
-            raise OutputError(f"OUT {out} is no name for a folder.")
+        if not out.name or "\0" in self.given:
+            raise OutputError(f"OUT {self.given!r} is no name for a folder.")
         self.out = out
         self.partial = out.with_name(out.name + ".partial")
         self.record = self.partial / RECORD
@@ -49,6 +49,9 @@ class OutputFolder:
     def check(self) -> None:
         """Refuse what publishing would refuse, before any work: OUT exists, or is no folder that may be replaced."""
         self._repair()
+        place = next(parent for parent in self.out.parents if os.path.lexists(parent))
+        if not place.is_dir():
+            raise OutputError(f"OUT {self.out} cannot be made: {place} is no folder.")
         if not os.path.lexists(self.out):
             return
         if not self.overwrite:
@@ -108,7 +111,10 @@ class OutputFolder:
             ) from error
         except OSError as error:
             self.leave()
-            raise OutputError(f"{self.partial} cannot be written: {error.strerror or error}.") from error
+            where = f"{error.filename}: " if error.filename not in (None, str(self.partial)) else ""
+            raise OutputError(
+                f"{self.partial} cannot be written: {where}{error.strerror or error}."
+            ) from error
         self._check_again()
 
     def _refuse_foreign(self) -> None:

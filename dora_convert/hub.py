@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from .checkpoint import INDEX_SUFFIX, is_weight_file, weight_entry, weight_map
-from .errors import HubError
+from .checkpoint import is_weight_file, weight_entry, weight_map
+from .errors import HubError, RefError
 from .refs import HubRef, Source, local_source, parse_ref
 
 ANCHORS = ("adapter_config.json", "config.json", "model.safetensors")
@@ -64,7 +64,7 @@ def _download(
 
         chosen = wanted(inside)
         folder = get(chosen)
-        if index := next((name for name in chosen if name.endswith(INDEX_SUFFIX)), None):
+        if index := next((name for name in chosen if name.endswith(".index.json")), None):
             get(sorted(set(weight_map(folder / index).values())))
     return Source(folder, ref.repo, ref.repo, info.sha)
 
@@ -121,6 +121,10 @@ def _explained(ref: HubRef, what: str) -> Iterator[None]:
     other: tuple[type[Exception], ...] = (errors.HfHubHTTPError, *_unreachable())
     try:
         yield
+    except errors.HFValidationError as error:
+        raise RefError(
+            f"{what} {ref} is no name of a repo.", hint="a Hub repo is written org/name"
+        ) from error
     except errors.GatedRepoError as error:
         raise HubError(
             f"{what} {ref} is gated.", hint="ask for access on its page, then hf auth login"

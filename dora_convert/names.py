@@ -71,6 +71,10 @@ class Names:
             module, _, leaf = name.rpartition(".")
             if leaf == "weight" and f"{module}.in_proj_weight" in self._tensors:
                 return f"{module}.in_proj_weight"  # MultiheadAttention
+            if leaf == "bias" and f"{module.removesuffix('.decoder')}.bias" in self._tensors:
+                return (
+                    f"{module.removesuffix('.decoder')}.bias"  # BERT's head, whose decoder's bias is its own
+                )
         return None
 
     def _prefixes(self, targets: Sequence[str]) -> tuple[Prefix, ...]:

@@ -14,6 +14,7 @@ a memo is given, and lets the last of two equal keys win. `_Machine` knows the o
 
 from __future__ import annotations
 
+import io
 import math
 import pickletools
 import struct
@@ -109,7 +110,8 @@ class _Machine:
             if opcode.name not in _OPCODES:
                 raise MalformedError(f"{self.path}: pickle opcode {opcode.name} is refused.", hint=INSTEAD)
             _OPCODES[opcode.name](self, argument)
-        return self.stack.pop()
+        [value] = self.stack + self.marks  # nothing else may be left
+        return value
 
     def last(self, count: int) -> list[Any]:
         """The last `count` values, off the stack."""
@@ -245,28 +247,26 @@ def _read_legacy(path: Path, size: int, file: IO[bytes]) -> tuple[Any, dict[str,
     tree, keys, starts = (machine := _Machine(path)).run(file), _Machine(path).run(file), {}
     if sorted(keys) != sorted(machine.storages):
         raise MalformedError(f"{path} lists other storages than its tensors use.")
-    position = file.tell()
     for key in keys:
-        file.seek(position)
         if file.read(8) != machine.storages[key].numel.to_bytes(8, "little"):
             raise MalformedError(f"{path}: storage {_shown(key)} is missing or too short.", hint=AGAIN)
-        starts[key] = position + 8
-        position += 8 + machine.storages[key].nbytes
-    if position != size:
-        raise MalformedError(f"{path} is {size} bytes long, its storages end at {position}.", hint=AGAIN)
+        starts[key] = file.tell()
+        file.seek(machine.storages[key].nbytes, io.SEEK_CUR)
+    if file.tell() != size:
+        raise MalformedError(f"{path} is {size} bytes long, its storages end at {file.tell()}.", hint=AGAIN)
     return tree, starts
 
 
 def _entries(path: Path, tree: Any) -> dict[str, _Tensor]:
     if type(tree) is not dict or not all(type(name) is str for name in tree):
-        raise UnsupportedError(f"{path} holds no dict of names and tensors, but a {_kind(tree)}.")
+        raise UnsupportedError(f"{path} does not hold a dict of names and tensors.")
     for name, value in tree.items():
         if type(value) is dict and any(isinstance(item, _Tensor) for item in value.values()):
             hint = f"Load it where you trust it, and save what is under {_shown(name)} on its own."
             raise UnsupportedError(f"{path} keeps its tensors under the key {_shown(name)}.", hint=hint)
     for name, value in tree.items():
         if not isinstance(value, _Tensor):
-            raise UnsupportedError(f"{path}: {_shown(name)} is not a tensor but a {_kind(value)}.")
+            raise UnsupportedError(f"{path}: {_shown(name)} is not a tensor ({_kind(value)}).")
     return tree
 
 

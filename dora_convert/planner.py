@@ -21,7 +21,7 @@ from .layout import lay_out
 from .names import Names
 from .plan import Options, Plan
 from .replicas import prefixed, replicate
-from .ties import is_embedding, is_head
+from .ties import Tie, find_tie, is_embedding, is_head
 from .updates import Full, Rows
 
 
@@ -36,8 +36,9 @@ def make_plan(
     _refuse_quantised(base)
     tree = _with_layers(base, adapters)
     names = [Names(tree.tensors, _targets(adapter, options)) for adapter in adapters]
-    tree, names = _with_prefix(tree, adapters, names, options)
-    draft = Draft(tree, options)
+    tasks = [adapter.task for adapter in adapters if adapter.task]
+    tree, names = _with_prefix(tree, adapters, names, tasks, options)
+    draft = Draft(tree, tasks, options)
     for adapter, known, weight in zip(adapters, names, weights, strict=True):
         draft.add(adapter, known, weight, lambda change: _chosen(change, options))
     draft.settle_ties()
@@ -47,6 +48,11 @@ def make_plan(
     config = _config(draft, items, adapters)
     shards, index_name = lay_out(tree, items, options.max_shard_size)
     changed = config if config != base.config else None
+    if changed and base.is_file:
+        raise UnsupportedError(
+            f"This merge changes config.json, too, and BASE {base.source.name} is a single file.",
+            hint=f"name its folder: {base.root}",
+        )
     return Plan(
         base, tuple(adapters), tuple(weights), options, shards, index_name, tuple(draft.ledger), changed
     )
@@ -62,13 +68,18 @@ def _with_layers(base: Checkpoint, adapters: Sequence[Adapter]) -> Checkpoint:
 
 
 def _with_prefix(
-    tree: Checkpoint, adapters: Sequence[Adapter], names: Sequence[Names], options: Options
+    tree: Checkpoint,
+    adapters: Sequence[Adapter],
+    names: Sequence[Names],
+    tasks: Sequence[str],
+    options: Options,
 ) -> tuple[Checkpoint, list[Names]]:
-    """A base that is the bare model, called by the names it has inside the model with the head that an adapter adds."""
+    """A base that is the bare model, called by the names it has inside the model with the head that is added."""
+    tie = find_tie(tree, tasks)
     prefixes = {
         known.prefix.drop
         for adapter, known in zip(adapters, names, strict=True)
-        if known.prefix.drop and not known.prefix.add and _brings_head(adapter, known, options)
+        if known.prefix.drop and not known.prefix.add and _needs_head(adapter, known, tie, options)
     }
     if len(prefixes) != 1:
         return tree, list(names)
@@ -76,12 +87,15 @@ def _with_prefix(
     return tree, [Names(tree.tensors, _targets(adapter, options)) for adapter in adapters]
 
 
-def _brings_head(adapter: Adapter, names: Names, options: Options) -> bool:
-    return any(
-        isinstance(change.update, Full) and change.update.may_add and not names.find(change.target)
-        for change in adapter.changes
-        if _chosen(change, options)
-    )
+def _needs_head(adapter: Adapter, names: Names, tie: Tie | None, options: Options) -> bool:
+    """Whether an adapter brings a head that the base lacks, or makes one of the embedding."""
+    for change in adapter.changes:
+        name = names.find(change.target)
+        brings = isinstance(change.update, Full) and change.update.may_add and not name
+        unties = tie and not tie.stored and name == tie.embedding and not isinstance(change.update, Rows)
+        if (brings or unties) and _chosen(change, options):
+            return True
+    return False
 
 
 def _targets(adapter: Adapter, options: Options) -> list[str]:
@@ -104,8 +118,9 @@ def _matches(module: str, globs: Sequence[str]) -> bool:
 def _check(draft: Draft, adapters: Sequence[Adapter]) -> None:
     """Raise all faults at once."""
     if draft.faults:
+        wrong = "contradict themselves, or " if any(adapter.faults for adapter in adapters) else ""
         raise PlanError(
-            f"{len(draft.faults)} adapter tensors have no place in the base.",
+            f"{len(draft.faults)} adapter tensors {wrong}have no place in the base.",
             faults=draft.faults,
             hint="is this the base that the adapter was trained on?",
         )
@@ -150,9 +165,9 @@ def _config(draft: Draft, items: Mapping[str, Item], adapters: Sequence[Adapter]
     for old, new in list(_resized(items).values())[:1]:
         config = configs.with_vocabulary(config, old, new)
     added = {name: item.shape for name, item in items.items() if item.added and item.base is None}
-    if added:
-        task = next((adapter.task for adapter in adapters if adapter.task), None)
-        config = configs.with_head(config, task, added)
+    tasks = [adapter.task for adapter in adapters if adapter.task]
+    if added or (draft.untied and draft.base.renamed):
+        config = configs.with_head(config, next(iter(tasks), None), added)
     return config
 
 

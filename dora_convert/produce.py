@@ -112,7 +112,7 @@ def _identity(base: Checkpoint) -> list[list[Any]]:
         return [[str(base.source.repo), base.source.commit]]
     found: list[list[Any]] = []
     for shard in base.shards:
-        path = (base.source.path / shard.filename).resolve()
+        path = (base.root / shard.filename).resolve()
         stat = path.stat()
         found.append([str(path), stat.st_size, stat.st_mtime_ns])
     return found

@@ -52,12 +52,28 @@ def parse_ref(ref: str, what: str = "REF") -> Path | HubRef:
     """A REF as an existing local path or a Hub repo; RefError when it can be neither."""
     if match := _HF_URI.fullmatch(ref):
         return HubRef(match["repo"], match["revision"], (match["subfolder"] or "").strip("/"))
-    path = Path(ref).expanduser()
-    if path.exists():
+    path = _local(ref, what)
+    if path.is_dir() or path.is_file():
         return path
+    if path.exists() or path.is_symlink():
+        kind = "neither a folder nor a file" if path.exists() else "a link that leads nowhere"
+        raise RefError(f"{what} {ref!r} is {kind}.")
     if (match := _REPO.fullmatch(ref)) and not ref.startswith((".", "~")):
         return HubRef(match["repo"], match["revision"])
     raise RefError(f"{what} {ref!r} does not exist.", hint=_similar(path) or "a Hub repo is written org/name")
+
+
+def _local(ref: str, what: str) -> Path:
+    """A REF as a path, which need not be there."""
+    if not ref:
+        raise RefError(f"{what} is empty.")
+    try:
+        path = Path(ref).expanduser()
+        path.exists()
+    except (OSError, RuntimeError) as error:  # names that are too long, homes of nobody
+        why = error.strerror if isinstance(error, OSError) else error
+        raise RefError(f"{what} {ref!r} cannot be looked for: {why}.") from error
+    return path
 
 
 def _similar(path: Path) -> str | None:

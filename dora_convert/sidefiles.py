@@ -43,9 +43,11 @@ class SideFile:
 
 
 def side_files(plan: Plan, base_model: str | None) -> list[SideFile]:
-    """All files of OUT but the weights and our own record, by name."""
-    base, root = plan.base, plan.base.source.path
+    """All files of OUT but the weights and our own record, by name; none where the base is a single file."""
+    base, root = plan.base, plan.base.root
     found = {name: SideFile(name, root / name) for name in base.side_files}
+    if base.is_file:
+        return []
 
     def put(name: str, source: Path | bytes, fate: str) -> None:
         before = root / name

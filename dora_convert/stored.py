@@ -13,11 +13,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, BinaryIO, TypeGuard
 
 from .errors import MalformedError
 
@@ -36,6 +38,8 @@ CONFIG_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 CHUNK = 1 << 20
 MAX_HEADER = 100_000_000
+MAX_DIGITS = 19
+MAX_ELEMENTS = 2**60
 LFS_POINTER = b"version https://git-lfs"
 
 
@@ -95,27 +99,43 @@ def read_header(path: Path) -> Header:
 
     Raises MalformedError when anything is off: a plausible header over the wrong bytes is how models break silently.
     """
+    with open_file(path) as file:
+        return _parse(path, os.fstat(file.fileno()).st_size, file)
+
+
+@contextmanager
+def open_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to read from its start.
+
+    Raises MalformedError where it cannot be read, for Git LFS pointers, and for folders and pipes, on which a reader
+    would wait forever.
+    """
     try:
-        size = path.stat().st_size
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise MalformedError(
+                f"{path} is a {'folder' if path.is_dir() else 'pipe or device'}, not a file."
+            )
         with path.open("rb") as file:
-            return _parse(path, size, file.read(8), file)
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise MalformedError(
+                    f"{path} is a Git LFS pointer, not the file itself.",
+                    hint="git lfs pull, or download it again",
+                )
+            file.seek(0)
+            yield file
     except OSError as error:
-        raise MalformedError(f"{path} cannot be read: {error.strerror}.") from error
+        raise MalformedError(f"{path} cannot be read: {error.strerror or error}.") from error
 
 
-def _parse(path: Path, size: int, prefix: bytes, file: Any) -> Header:
-    if LFS_POINTER.startswith(prefix) and len(prefix) == 8:
-        raise MalformedError(
-            f"{path} is a Git LFS pointer, not the file itself.", hint="git lfs pull, or download it again"
-        )
-    length = int.from_bytes(prefix, "little")
+def _parse(path: Path, size: int, file: BinaryIO) -> Header:
+    length = int.from_bytes(file.read(8), "little")
     if size < 8 or length > min(MAX_HEADER, size - 8):
         raise MalformedError(
             f"{path} is not a safetensors file: {size} bytes cannot hold a header of {length} bytes.",
             hint="It may be truncated; download it again.",
         )
     entries = _load_json(path, file.read(length))
-    metadata = entries.pop("__metadata__", {})
+    metadata = entries.pop("__metadata__", None) or {}
     if not _is_string_map(metadata):
         raise MalformedError(f"{path}: __metadata__ must map strings to strings.")
     found = [_entry(path, 8 + length, name, entry) for name, entry in entries.items()]
@@ -125,14 +145,26 @@ def _parse(path: Path, size: int, prefix: bytes, file: Any) -> Header:
 
 
 def _load_json(path: Path, raw: bytes) -> dict[str, Any]:
+    """The header's JSON. All its numbers are counts; Python's reader alone would take much that is no JSON."""
+
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made = dict(pairs)
         if len(made) != len(pairs):
             raise ValueError("a key occurs twice")
         return made
 
+    def count(digits: str) -> int:
+        if not digits.isdecimal() or len(digits) > MAX_DIGITS:
+            raise ValueError(f"{digits[:30]} is no number of elements or bytes")
+        return int(digits)
+
     try:
-        header = json.loads(raw, object_pairs_hook=unique)
+        text = raw.decode()
+        header = json.loads(
+            text, object_pairs_hook=unique, parse_int=count, parse_float=count, parse_constant=count
+        )
+        if "\\u" in text:  # half a surrogate pair is no character
+            json.dumps(header, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise MalformedError(f"{path}: the header is not valid JSON ({error}).") from error
     if not isinstance(header, dict):
@@ -145,19 +177,29 @@ def _is_string_map(value: object) -> bool:
 
 
 def _is_counts(value: object) -> TypeGuard[list[int]]:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+    return isinstance(value, list) and all(type(item) is int for item in value)
+
+
+def _is_endless(shape: list[int]) -> bool:
+    """Whether the dimensions, without empty ones, multiply to more than any file holds; many are not all multiplied."""
+    product = 1
+    for dimension in shape:
+        product *= max(1, dimension)
+        if product > MAX_ELEMENTS:
+            return True
+    return False
 
 
 def _entry(path: Path, body: int, name: str, entry: Any) -> Stored:
     """One header entry, checked against its own dtype and shape."""
-    fields: dict[str, Any] = entry if isinstance(entry, dict) else {}
+    fields: dict[str, Any] = entry if isinstance(entry, dict) and len(entry) == 3 else {}
     shape, offsets, dtype = fields.get("shape"), fields.get("data_offsets"), fields.get("dtype")
     if not (_is_counts(shape) and _is_counts(offsets) and len(offsets) == 2 and isinstance(dtype, str)):
         raise MalformedError(f"{path}: the header entry of {name} is malformed.")
     if dtype not in BITS:
         raise MalformedError(f"{path}: {name} has the unknown dtype {dtype}.")
     tensor = Stored(name, dtype, tuple(shape), path, body + offsets[0])
-    if tensor.numel * BITS[dtype] != 8 * (offsets[1] - offsets[0]):
+    if _is_endless(shape) or tensor.numel * BITS[dtype] != 8 * (offsets[1] - offsets[0]):
         raise MalformedError(
             f"{path}: {name} is declared as {dtype} {list(shape)}, which is not {offsets[1] - offsets[0]} bytes."
         )

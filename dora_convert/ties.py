@@ -5,11 +5,12 @@ An adapter that changes one side only makes two weights of it: the model was tra
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from .checkpoint import Checkpoint
+from .stored import Stored
 
 EMBEDDINGS = frozenset({"embed_tokens", "wte", "word_embeddings", "shared", "embed_in", "tok_embeddings"})
 """What modules call their input embedding."""
@@ -37,17 +38,23 @@ class Tie:
     refusal: str | None = None
 
 
-def find_tie(base: Checkpoint) -> Tie | None:
+def find_tie(base: Checkpoint, tasks: Collection[str] = ()) -> Tie | None:
     """How a base's head is tied to its input embedding, or None where it is not.
 
+    `tasks` are the classes of models, or the ends of their names, that the base was trained inside: bare models have no
+    head of their own.
+
     A config that says nothing means tied, which is transformers' default, for architectures that have a head and
-    checkpoints that have none.
+    checkpoints that have none, or the same bytes under both names.
     """
     heads = [name for name in base.tensors if is_head(name)]
     embeddings = [name for name in base.tensors if is_embedding(name)]
-    if not (base.config and embeddings and _says_tied(base.config, default=not heads)):
+    if not (base.config and embeddings):
         return None
     embedding = min(embeddings, key=len)
+    shared = any(_same_place(base.tensors[embedding], base.tensors[head]) for head in heads)
+    if not _says_tied(base.config, tasks, default=shared or not heads):
+        return None
     head = heads[0] if heads else _head_of(embedding, base)
     refusal = None
     if base.model_types & SCALED or embedding.endswith("shared.weight"):
@@ -57,12 +64,23 @@ def find_tie(base: Checkpoint) -> Tie | None:
     return Tie(embedding, head, bool(heads), refusal)
 
 
-def _says_tied(config: Mapping[str, Any], *, default: bool) -> bool:
+def _same_place(one: Stored, other: Stored) -> bool:
+    """Whether two names are for the same bytes, as in files that torch.save wrote."""
+    return (one.path, one.start) == (other.path, other.start)
+
+
+def _says_tied(config: Mapping[str, Any], tasks: Collection[str], *, default: bool) -> bool:
     flags = [found for found in _flags(config) if isinstance(found, bool)]
     architectures = config.get("architectures")
     names = [str(name) for name in architectures] if isinstance(architectures, list) else []
-    headless = any(name.endswith(HEADLESS) and not name.endswith("HeadModel") for name in names)
-    return (flags[0] if flags else default and bool(names)) and not headless
+    if any(map(_has_head, tasks)):
+        names = [name for name in names if _has_head(name)] or list(tasks)
+    return (flags[0] if flags else default and bool(names)) and all(map(_has_head, names))
+
+
+def _has_head(name: str) -> bool:
+    """Whether models of a class predict tokens."""
+    return name.endswith("HeadModel") or not name.endswith(HEADLESS)
 
 
 def _flags(config: Mapping[str, Any]) -> list[Any]:

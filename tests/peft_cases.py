@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import transformers
 from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -33,9 +32,9 @@ class Case:
     opened: str = ""  # the transformers class that trains, where it is not the one that was saved
     labels: int | None = None
     inputs: dict[str, torch.Tensor] = field(default_factory=lambda: IDS)
-    before: Callable[[Any], object] = lambda model: None  # done to the base in memory before it is wrapped
-    after: Callable[[Any], object] = lambda model: None  # done to the trained adapter in memory before it is saved
-    edit: Callable[[Path], object] = lambda folder: None  # done to the saved adapter
+    before: Callable[[Any], object] = lambda _: None  # done to the base in memory before it is wrapped
+    after: Callable[[Any], object] = lambda _: None  # done to the trained adapter before it is saved
+    edit: Callable[[Path], object] = lambda _: None  # done to the saved adapter
     says: dict[str, Any] = field(default_factory=dict)  # what OUT/config.json says that the base's does not
     left: tuple[str, ...] = ()  # prefixes of base tensors that the trained class does not have
     dtypes: tuple[str, ...] = ("float32",)
@@ -79,8 +78,8 @@ def bert(kind: str) -> Tiny:
 
 
 def gpt2(kind: str = "GPT2LMHeadModel") -> Tiny:
-    ends = {"bos_token_id": 1, "eos_token_id": 1, "n_positions": 16}
-    return Tiny(kind, {"vocab_size": 70, "n_layer": 2, "n_embd": 24, "n_head": 2, "initializer_range": 0.1, **ends})
+    ends = {"bos_token_id": 1, "eos_token_id": 1, "vocab_size": 70, "initializer_range": 0.1}
+    return Tiny(kind, {"n_layer": 2, "n_embd": 24, "n_head": 2, "n_positions": 16, **ends})
 
 
 def gpt_oss(intermediate: int) -> Tiny:
@@ -88,9 +87,7 @@ def gpt_oss(intermediate: int) -> Tiny:
     return Tiny("GptOssForCausalLM", LLAMA | experts | {"intermediate_size": intermediate})
 
 
-qwen3_moe = llama(
-    "Qwen3MoeForCausalLM", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=20, head_dim=8
-)
+qwen3_moe = llama("Qwen3MoeForCausalLM", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=20, head_dim=8)  # fmt: skip
 t5 = Tiny("T5ForConditionalGeneration", {"vocab_size": 70, "d_model": 24, "d_kv": 8, "d_ff": 40, "num_layers": 2, "num_heads": 3, "decoder_start_token_id": 0, "pad_token_id": 0})  # fmt: skip
 resnet = Tiny("ResNetForImageClassification", {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic", "num_labels": 3})  # fmt: skip
 qwen3_vl = Tiny("Qwen3VLForConditionalGeneration", {
@@ -126,7 +123,7 @@ class Matrix(nn.Module):
         self.matrix = nn.Parameter(torch.randn(10, 24) / 5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.matrix)
+        return nn.functional.linear(x, self.matrix)
 
 
 class Plain(nn.Module):
@@ -134,7 +131,11 @@ class Plain(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv1, self.conv2, self.linear = nn.Conv1d(7, 24, 3), nn.Conv2d(24, 32, (1, 2)), nn.Linear(32, 32)
+        self.conv1, self.conv2, self.linear = (
+            nn.Conv1d(7, 24, 3),
+            nn.Conv2d(24, 32, (1, 2)),
+            nn.Linear(32, 32),
+        )
         self.attn = nn.MultiheadAttention(32, 4, batch_first=True)
         self.router, self.experts, self.last = nn.Linear(32, 3), Experts(), Matrix()
 
@@ -157,11 +158,13 @@ def grouped() -> nn.Module:
 
 
 def lora(**fields: Any) -> Callable[[], PeftConfig]:
-    return lambda: LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj", "down_proj"], **fields})
+    return lambda: LoraConfig(
+        **{"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj", "down_proj"], **fields}
+    )
 
 
 def adalora(**fields: Any) -> Callable[[], PeftConfig]:
-    sizes = {"init_r": 6, "target_r": 4, "tinit": 1, "tfinal": 1, "total_step": 9, "lora_alpha": 8}
+    sizes = {"init_r": 6, "target_r": 4, "tinit": 1, "tfinal": 1, "total_step": 9, "lora_alpha": 60}
     return lambda: AdaLoraConfig(**sizes, **fields)
 
 

@@ -102,7 +102,8 @@ def test_index_that_names_absent_tensors(base):
     [
         ([], RefError, "no safetensors weights"),
         (["config.json"], RefError, "no safetensors weights"),
-        (["pytorch_model.bin"], UnsupportedError, "only pytorch_model.bin"),
+        (["pytorch_model.bin"], MalformedError, "pytorch_model.bin"),
+        (["training_args.bin"], RefError, "no safetensors weights"),
         (["model.gguf"], UnsupportedError, "only model.gguf"),
         (["a.safetensors", "b.safetensors"], RefError, "several models"),
     ],
@@ -113,13 +114,6 @@ def test_folders_without_a_model(tmp_path, files, error, message):
         (tmp_path / name).write_bytes(b"{}")
     with pytest.raises(error, match=message):
         opened(tmp_path)
-
-
-def test_a_file_is_not_a_folder(base):
-    """A weight file named as BASE: its folder is what is wanted."""
-    with pytest.raises(UnsupportedError) as caught:
-        opened(base.path / "model-00001-of-00002.safetensors")
-    assert caught.value.hint == str(base.path)
 
 
 @pytest.mark.parametrize("config", ["[]", "{", "3", "\x00"])

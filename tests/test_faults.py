@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
-import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,25 +18,22 @@ from safetensors.torch import load_file, save_file
 
 from dora_convert.cli import main
 
-from .toy import edit_json
+from .toy import Base, contents, edit_json, make_adapter, make_base, write_shards
 
 SHARD, OTHER = "base/model-00001-of-00002.safetensors", "base/model-00002-of-00002.safetensors"
 INDEX, CONFIG = "base/model.safetensors.index.json", "base/config.json"
 TENSORS, SETTINGS = "adapter/adapter_model.safetensors", "adapter/adapter_config.json"
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab\nsize 12345\n"
 UP = "base_model.model.model.layers.0.mlp.up_proj"
+BOTH = "{root}/base", "{root}/adapter"
 SECONDS = 20
 """More than any of this takes: a command that waits for a pipe is stopped then."""
 
 
 def put(name, data):
-    """A file of other bytes."""
-    return lambda root: (root / name).write_bytes(data)
-
-
-def value(name, value):
-    """A file of another JSON value."""
-    return put(name, json.dumps(value).encode())
+    """A file of other bytes, or of another JSON value."""
+    raw = data if isinstance(data, bytes) else json.dumps(data).encode()
+    return lambda root: (root / name).write_bytes(raw)
 
 
 def fields(name, **changed):
@@ -45,13 +46,8 @@ def cut(name, length):
     return lambda root: (root / name).write_bytes((root / name).read_bytes()[:length])
 
 
-def add(name, data):
-    """A file with bytes behind it."""
-    return lambda root: (root / name).write_bytes((root / name).read_bytes() + data)
-
-
 def header(name, change):
-    """A safetensors file with another header: `change` gets its entries, and returns them or the raw JSON."""
+    """A safetensors file with another header: `change` gets its entries, and returns others or raw JSON."""
 
     def act(root):
         raw = (root / name).read_bytes()
@@ -63,83 +59,55 @@ def header(name, change):
     return act
 
 
-def entry(name, **changed):
-    """A safetensors file where the first tensor is declared otherwise."""
+def entry(**changed):
+    """A shard where the first tensor is declared otherwise; `shift` moves the last one."""
+    by = changed.pop("shift", 0)
 
     def change(entries):
-        first = next(key for key in entries if key != "__metadata__")
-        return entries | {first: entries[first] | changed}
+        place = {key: value["data_offsets"] for key, value in entries.items() if key != "__metadata__"}
+        key = max(place, key=place.get) if by else min(place, key=place.get)
+        moved = {"data_offsets": [each + by for each in place[key]]} if by else {}
+        return entries | {key: entries[key] | moved | changed}
 
-    return header(name, change)
-
-
-def shift(name, by):
-    """A safetensors file where the last tensor is said to lie elsewhere."""
-
-    def change(entries):
-        last = max((key for key in entries if key != "__metadata__"), key=lambda key: entries[key]["data_offsets"])
-        offsets = [each + by for each in entries[last]["data_offsets"]]
-        return entries | {last: entries[last] | {"data_offsets": offsets}}
-
-    return header(name, change)
+    return header(SHARD, change)
 
 
-def tensors(name, change):
-    """A safetensors file with other tensors: `change` gets all of them and may return others."""
+def tensors(change, name=TENSORS):
+    """A safetensors file with other tensors: `change` gets all of them, and changes them or returns others."""
 
     def act(root):
         found = load_file(root / name)
         made = change(found)
-        save_file(found if made is None else made, root / name, {"format": "pt"})
+        save_file(made if isinstance(made, dict) else found, root / name, {"format": "pt"})
 
     return act
 
 
-def index(change):
-    """Another weight_map: `change` gets it."""
+def parts(**changed):
+    """An adapter where one module's tensors A, B and m are others, or None for gone."""
+    suffixes = {"A": "lora_A.weight", "B": "lora_B.weight", "m": "lora_magnitude_vector"}
+    found = {f"{UP}.{suffixes[part]}": tensor for part, tensor in changed.items()}
+    return tensors(lambda all_: {k: v for k, v in (all_ | found).items() if v is not None})
+
+
+def file_of(filename, tensor=None):
+    """An index whose first tensor, or another, lies in a file of that name."""
 
     def act(root):
         table = json.loads((root / INDEX).read_text())["weight_map"]
-        change(table)
-        edit_json(root / INDEX, weight_map=table)
+        edit_json(root / INDEX, weight_map=table | {tensor or min(table): filename.format(root=root)})
 
     return act
-
-
-def names(filename):
-    """An index whose first tensor lies in a file of that name."""
-    return index(lambda table: table.update({min(table): filename}))
 
 
 def instead(name, make):
     """Something else in the place of a file: `make` gets its path."""
 
     def act(root):
-        (root / name).rename(root / "moved")
+        (root / name).unlink(missing_ok=True)
         make(root / name)
 
     return act
-
-
-def words(*chosen):
-    """Another command line; `act` may prepare something."""
-    return lambda root: [word.format(root=root) for word in chosen]
-
-
-def after(make, *chosen):
-    """Prepare something, then another command line."""
-
-    def act(root):
-        make(root)
-        return words(*chosen)(root)
-
-    return act
-
-
-def escaping(root):
-    """A real file outside the base's folder, of the right contents."""
-    shutil.move(root / SHARD, root / "x.safetensors")
-    index(lambda table: table.update({key: f"../x.safetensors" for key, file in table.items() if file in SHARD}))(root)
 
 
 def loop(path):
@@ -150,204 +118,280 @@ def dangling(path):
     path.symlink_to("nowhere")
 
 
-SAME = "{root}/base", "{root}/adapter"
+def words(*chosen, first=lambda _: None):
+    """Another command line, perhaps with something prepared."""
+
+    def act(root):
+        first(root)
+        return [word.format(root=root) for word in chosen]
+
+    return act
+
+
+def made(name, make):
+    """Something that is there besides: `make` gets its path."""
+    return lambda root: make(root / name)
+
+
+def escaping(root):
+    """An index that names a file outside of the folder, which is there and would do."""
+    shutil.move(root / SHARD, root / "x.safetensors")
+    table = json.loads((root / INDEX).read_text())["weight_map"]
+    edit_json(root / INDEX, weight_map={k: "../x.safetensors" if v in SHARD else v for k, v in table.items()})
+
+
+def huge(digits):
+    return b'{"a": {"dtype": "F32", "shape": [1%s], "data_offsets": [0, 4]}}' % (b"0" * digits)
+
 
 ROWS = {
-    # a base's weight files
-    "empty shard": (put(SHARD, b""), "x"),
-    "seven bytes": (put(SHARD, b"1234567"), "x"),
-    "only a length": (put(SHARD, bytes(8)), "x"),
-    "truncated header": (cut(SHARD, 100), "x"),
-    "truncated body": (cut(SHARD, -10), "x"),
-    "truncated other shard": (cut(OTHER, -1), "x"),
-    "trailing bytes": (add(SHARD, b"\0" * 8), "x"),
-    "huge length": (put(SHARD, b"\xff" * 8 + b"{}"), "x"),
-    "length of 100 MB": (put(SHARD, (10**8).to_bytes(8, "little") + b"{}"), "x"),
-    "overlap": (shift(SHARD, -4), "x"),
-    "gap": (shift(SHARD, 4), "x"),
-    "wrong dtype": (entry(SHARD, dtype="F64"), "x"),
-    "unknown dtype": (entry(SHARD, dtype="F31"), "x"),
-    "dtype no string": (entry(SHARD, dtype=["F32"]), "x"),
-    "wrong shape": (entry(SHARD, shape=[3, 5]), "x"),
-    "negative shape": (entry(SHARD, shape=[-72, -40]), "x"),
-    "float shape": (entry(SHARD, shape=[72.0, 40]), "x"),
-    "bool shape": (entry(SHARD, shape=[True, 2880]), "x"),
-    "string shape": (entry(SHARD, shape="72x40"), "x"),
-    "huge shape": (entry(SHARD, shape=[2**63, 2**63]), "x"),
-    "shape of many dimensions": (entry(SHARD, shape=[10**18] * 20000), "x"),
-    "shape of ten thousand digits": (header(SHARD, lambda _: b'{"a": {"dtype": "F32", "shape": [1' + b"0" * 10000 + b'], "data_offsets": [0, 4]}}'), "x"),
-    "shape of four thousand digits": (header(SHARD, lambda _: b'{"a": {"dtype": "F32", "shape": [1' + b"0" * 4000 + b'], "data_offsets": [0, 4]}}'), "x"),
-    "offsets reversed": (entry(SHARD, data_offsets=[5760, 0]), "x"),
-    "one offset": (entry(SHARD, data_offsets=[0]), "x"),
-    "offsets null": (entry(SHARD, data_offsets=None), "x"),
-    "offsets beyond the file": (entry(SHARD, data_offsets=[10**15, 10**15 + 5760]), "x"),
-    "NaN in the header": (header(SHARD, lambda _: b'{"a": {"dtype": "F32", "shape": [NaN], "data_offsets": [0, 4]}}'), "x"),
-    "deep nesting": (header(SHARD, lambda _: b"[" * 100_000), "x"),
-    "deep nesting of objects": (header(SHARD, lambda _: b'{"a":' * 100_000), "x"),
-    "duplicate keys": (header(SHARD, lambda _: b'{"a": 1, "a": 2}'), "x"),
-    "not UTF-8": (header(SHARD, lambda _: b'{"\xff\xfe": 1}'), "x"),
-    "surrogate": (header(SHARD, lambda _: b'{"\\ud800": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}}'), "x"),
-    "UTF-16": (header(SHARD, lambda e: json.dumps(e).encode("utf-16")), "x"),
-    "BOM": (header(SHARD, lambda e: json.dumps(e).encode("utf-8-sig")), "x"),
-    "leading space": (header(SHARD, lambda e: b"  " + json.dumps(e).encode()), "x"),
-    "metadata of numbers": (header(SHARD, lambda e: e | {"__metadata__": {"format": 1}}), "x"),
-    "header a list": (header(SHARD, lambda e: [e]), "x"),
-    "header null": (header(SHARD, lambda _: b"null"), "x"),
-    "header a number": (header(SHARD, lambda _: b"1e999"), "x"),
-    "weights a Git LFS pointer": (put(SHARD, POINTER), "x"),
-    "weights a web page": (put(SHARD, b"<!DOCTYPE html><html><body>404</body></html>"), "x"),
-    "weights a zip": (put(SHARD, b"PK\3\4" + bytes(100)), "x"),
-    "shard a folder": (instead(SHARD, lambda p: p.mkdir()), "x"),
-    "shard a pipe": (instead(SHARD, os.mkfifo), "x"),
-    "shard a loop": (instead(SHARD, loop), "x"),
-    "shard a dangling link": (instead(SHARD, dangling), "x"),
-    "shard missing": (lambda root: (root / SHARD).unlink(), "x"),
-    "same tensor twice": (lambda root: shutil.copy(root / SHARD, root / OTHER), "x"),
+    # a base's weights
+    "empty": (put(SHARD, b""), "not a safetensors file"),
+    "seven bytes": (put(SHARD, b"1234567"), "not a safetensors file"),
+    "only a length": (put(SHARD, bytes(8)), "not valid JSON"),
+    "truncated header": (cut(SHARD, 100), "truncated"),
+    "truncated body": (cut(OTHER, -1), "truncated"),
+    "trailing bytes": (lambda root: (root / SHARD).open("ab").write(b"\0"), "trailing"),
+    "length bomb": (put(SHARD, b"\xff" * 8 + b"{}"), "cannot hold a header"),
+    "overlap": (entry(shift=-4), "does not start where"),
+    "gap": (entry(shift=4), "does not start where"),
+    "wrong dtype": (entry(dtype="F64"), "which is not"),
+    "unknown dtype": (entry(dtype="F31"), "unknown dtype"),
+    "dtype in a list": (entry(dtype=["F32"]), "malformed"),
+    "wrong shape": (entry(shape=[3, 5]), "which is not"),
+    "negative shape": (entry(shape=[-72, -40]), "not valid JSON"),
+    "float shape": (entry(shape=[72.0, 40]), "not valid JSON"),
+    "bool shape": (entry(shape=[True, 2880]), "malformed"),
+    "text shape": (entry(shape="72x40"), "malformed"),
+    "huge shape": (entry(shape=[2**62, 2**62]), "which is not"),
+    "huge and empty shape": (entry(shape=[2**62, 2**62, 0], data_offsets=[0, 0]), "which is not"),
+    "shape bomb": (entry(shape=[10**18] * 20_000), "which is not"),
+    "number bomb": (header(SHARD, lambda _: huge(4000)), "not valid JSON"),
+    "larger number bomb": (header(SHARD, lambda _: huge(1_000_000)), "not valid JSON"),
+    "offsets reversed": (entry(data_offsets=[5760, 0]), "which is not"),
+    "one offset": (entry(data_offsets=[0]), "malformed"),
+    "no offsets": (entry(data_offsets=None), "malformed"),
+    "offsets beyond the file": (entry(data_offsets=[10**15, 10**15 + 5760]), "does not start where"),
+    "a field too many": (entry(strides=[1, 2]), "malformed"),
+    "NaN as a number": (entry(shape=[float("nan")]), "not valid JSON"),
+    "deep nesting": (header(SHARD, lambda _: b"[" * 100_000), "not valid JSON"),
+    "deep objects": (header(SHARD, lambda _: b'{"a":' * 100_000), "not valid JSON"),
+    "a name twice": (header(SHARD, lambda _: b'{"a": 1, "a": 2}'), "twice"),
+    "not UTF-8": (header(SHARD, lambda _: b'{"\xff\xfe": 1}'), "not valid JSON"),
+    "UTF-16": (header(SHARD, lambda entries: json.dumps(entries).encode("utf-16")), "not valid JSON"),
+    "byte order mark": (header(SHARD, lambda entries: json.dumps(entries).encode("utf-8-sig")), "not valid JSON"),
+    "half a surrogate": (header(SHARD, lambda _: b'{"\\ud800": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}}'), "not valid JSON"),
+    "metadata of numbers": (header(SHARD, lambda entries: entries | {"__metadata__": {"format": 1}}), "__metadata__"),
+    "header of a list": (header(SHARD, lambda entries: [entries]), "not a JSON object"),
+    "header of null": (header(SHARD, lambda _: b"null"), "not a JSON object"),
+    "weights by LFS": (put(SHARD, POINTER), "Git LFS pointer"),
+    "a web page": (put(SHARD, b"<!DOCTYPE html><html><body>404</body></html>"), "not a safetensors file"),
+    "a shard is a folder": (instead(SHARD, Path.mkdir), "is a folder"),
+    "a shard is a pipe": (instead(SHARD, os.mkfifo), "is a pipe"),
+    "a shard is a loop": (instead(SHARD, loop), "missing"),
+    "a shard leads nowhere": (instead(SHARD, dangling), "missing"),
+    "a shard twice": (lambda root: shutil.copy(root / SHARD, root / OTHER), "not in model-00002"),
+    "NaN in the base": (tensors(lambda all_: {k: v * float("nan") for k, v in all_.items()}, SHARD), "holds NaN or Inf"),
     # its index
-    "index escapes": (escaping, "x"),
-    "index absolute": (lambda root: names(str(root / SHARD))(root), "x"),
-    "index with a backslash": (names("..\\model.safetensors"), "x"),
-    "index with NUL": (names("a\0b.safetensors"), "x"),
-    "index empty name": (names(""), "x"),
-    "index dot": (names("."), "x"),
-    "index a folder": (lambda root: ((root / "base/sub").mkdir(), names("sub")(root))[1], "x"),
-    "index sub/name": (names("sub/x.safetensors"), "x"),
-    "index missing": (names("gone.safetensors"), "x"),
-    "index very long": (names("x" * 5000), "x"),
-    "index newline": (names("a\nb.safetensors"), "x"),
-    "index surrogate": (put(INDEX, b'{"weight_map": {"a": "\\ud800.safetensors"}}'), "x"),
-    "index number": (names(5), "x"),
-    "index list": (fields(INDEX, weight_map=["a"]), "x"),
-    "index no map": (value(INDEX, {"metadata": {}}), "x"),
-    "index empty map": (value(INDEX, {"weight_map": {}}), "x"),
-    "index a config": (names("config.json"), "x"),
-    "index a list": (value(INDEX, []), "x"),
-    "index truncated": (cut(INDEX, 100), "x"),
-    "index pointer": (put(INDEX, POINTER), "x"),
-    "index empty": (put(INDEX, b""), "x"),
-    "index pipe": (instead(INDEX, os.mkfifo), "x"),
-    "index a folder itself": (instead(INDEX, lambda p: p.mkdir()), "x"),
-    "index names tensors that are not there": (index(lambda t: t.update({"model.ghost.weight": SHARD[5:]})), "x"),
-    "index mixes up files": (index(lambda t: t.update({min(t): "model-00002-of-00002.safetensors" if t[min(t)].startswith("model-00001") else "model-00001-of-00002.safetensors"})), "x"),
-    # config.json
-    **{f"config {text[:20]!r}": (put(CONFIG, text), "x") for text in (
-        b"", b"[]", b'"llama"', b"5", b"null", b"{", b"\xff\xfe\x00", b"\x80\x04\x95", b"{}x", b"[" * 100_000, b'{"a":' * 100_000, b"NaN", POINTER, b"1" * 10_000, b'{"hidden_size": 1' + b"0" * 10_000 + b"}",
-    )},
-    **{f"config {key}={val!r}": (fields(CONFIG, **{key: val}), "x") for key, val in (
-        ("architectures", 5), ("architectures", "LlamaForCausalLM"), ("architectures", [5]), ("model_type", []), ("model_type", 5), ("tie_word_embeddings", "yes"), ("text_config", []), ("text_config", "x"),
-        ("vocab_size", "many"), ("torch_dtype", 5), ("dtype", []), ("quantization_config", 5), ("quantization_config", []), ("quantization_config", {}), ("quantization_config", {"quant_method": "fp8"}),
-        ("hidden_size", -1), ("num_hidden_layers", "two"), ("layer_types", 5), ("_name_or_path", 5), ("transformers_version", []),
-    )},
-    "config a folder": (instead(CONFIG, lambda p: p.mkdir()), "x"),
-    "config a pipe": (instead(CONFIG, os.mkfifo), "x"),
-    "config a loop": (instead(CONFIG, loop), "x"),
-    "config dangling": (instead(CONFIG, dangling), "x"),
-    "side file a pipe": (lambda root: os.mkfifo(root / "base/vocab.json"), "x"),
-    "side folder a loop": (lambda root: loop(root / "base/loop"), "x"),
-    "side folder .. loop": (lambda root: (root / "base/loop").symlink_to("."), "x"),
-    "adapter tokenizer pipe": (lambda root: os.mkfifo(root / "adapter/tokenizer.json"), "x"),
-    # adapter_config.json
-    **{f"adapter config {text[:20]!r}": (put(SETTINGS, text), "x") for text in (
-        b"", b"[]", b'"lora"', b"5", b"null", b"{}", b"{", b"\xff\xfe\x00", b"[" * 100_000, POINTER,
-    )},
-    **{f"adapter {key}={val!r}": (fields(SETTINGS, **{key: val}), "x") for key, val in (
-        ("r", 0), ("r", -1), ("r", 1.5), ("r", True), ("r", "8"), ("r", []), ("r", 10**30), ("r", 5), ("lora_alpha", float("nan")), ("lora_alpha", float("inf")), ("lora_alpha", 0), ("lora_alpha", -4), ("lora_alpha", "16"),
-        ("lora_alpha", True), ("lora_alpha", 10**400), ("lora_alpha", 1e308), ("lora_alpha", 1e-320), ("rank_pattern", []), ("rank_pattern", "up_proj"), ("rank_pattern", {"up_proj": "4"}), ("rank_pattern", {"up_proj": 0}), ("rank_pattern", {"(": 4}),
-        ("rank_pattern", {"(a+)+$": 4}), ("rank_pattern", {"((m|o|d|e|l|.)*)*x": 4}), ("rank_pattern", {"up_proj": 10**30}), ("alpha_pattern", {"up_proj": None}), ("alpha_pattern", {"up_proj": float("nan")}), ("alpha_pattern", 5), ("modules_to_save", "lm_head"), ("modules_to_save", [5]), ("modules_to_save", {"a": 1}),
-        ("peft_type", None), ("peft_type", "lora"), ("peft_type", ["LORA"]), ("peft_type", 5), ("peft_type", "PREFIX_TUNING"), ("base_model_name_or_path", 5), ("base_model_name_or_path", ["a"]), ("use_dora", "yes"), ("use_dora", 1), ("use_rslora", "no"),
-        ("use_dora", False), ("target_modules", 5), ("bias", 5), ("bias", "some"), ("init_lora_weights", 5), ("init_lora_weights", {}), ("init_lora_weights", "magic"), ("layer_replication", 5), ("layer_replication", [[0, 99]]), ("fan_in_fan_out", "x"), ("megatron_config", 5),
-        ("trainable_token_indices", "x"), ("trainable_token_indices", {"a": "b"}), ("target_parameters", 5), ("target_parameters", [5]), ("lora_bias", "x"), ("a_new_field", 1), ("revision", 5), ("revision", []), ("peft_version", 5), ("task_type", 5), ("auto_mapping", 5), ("auto_mapping", {"base_model_class": 5}),
-        ("x\ny", "z"), ("exclude_modules", 5), ("layers_to_transform", "x"), ("loftq_config", 5),
-    )},
-    "adapter config a pipe": (instead(SETTINGS, os.mkfifo), "x"),
-    "adapter config a folder": (instead(SETTINGS, lambda p: p.mkdir()), "x"),
-    "adapter config dangling": (instead(SETTINGS, dangling), "x"),
-    "adapter config a loop": (instead(SETTINGS, loop), "x"),
-    # its tensors
-    "adapter pointer": (put(TENSORS, POINTER), "x"),
-    "adapter empty": (put(TENSORS, b""), "x"),
-    "adapter truncated": (cut(TENSORS, -3), "x"),
-    "adapter no tensors": (tensors(TENSORS, lambda t: {}), "x"),
-    "adapter a folder": (instead(TENSORS, lambda p: p.mkdir()), "x"),
-    "adapter a pipe": (instead(TENSORS, os.mkfifo), "x"),
-    "adapter dangling": (instead(TENSORS, dangling), "x"),
-    "adapter loop": (instead(TENSORS, loop), "x"),
-    "adapter missing": (lambda root: (root / TENSORS).unlink(), "x"),
-    "half A": (tensors(TENSORS, lambda t: t.pop(f"{UP}.lora_B.weight").numel() and None), "x"),
-    "half B": (tensors(TENSORS, lambda t: t.pop(f"{UP}.lora_A.weight").numel() and None), "x"),
-    "no m": (tensors(TENSORS, lambda t: t.pop(f"{UP}.lora_magnitude_vector").numel() and None), "x"),
-    "only m": (tensors(TENSORS, lambda t: {k: v for k, v in t.items() if not k.startswith(UP) or "magn" in k}), "x"),
-    "NaN": (tensors(TENSORS, lambda t: t.update({f"{UP}.lora_A.weight": torch.full((4, 40), float("nan"))})), "x"),
-    "Inf": (tensors(TENSORS, lambda t: t.update({f"{UP}.lora_B.weight": t[f"{UP}.lora_B.weight"] / 0}) ), "x"),
-    "wrong shape A": (tensors(TENSORS, lambda t: t.update({f"{UP}.lora_A.weight": torch.ones(4, 41)})), "x"),
-    "wrong shape B": (tensors(TENSORS, lambda t: t.update({f"{UP}.lora_B.weight": torch.ones(95, 4)})), "x"),
-    "transposed B": (tensors(TENSORS, lambda t: t.update({f"{UP}.lora_B.weight": torch.ones(4, 96)})), "x"),
-    "wrong shape m": (tensors(TENSORS, lambda t: t.update({f"{UP}.lora_magnitude_vector": torch.ones(40)})), "x"),
-    "m a matrix": (tensors(TENSORS, lambda t: t.update({f"{UP}.lora_magnitude_vector": torch.ones(96, 2)})), "x"),
-    "m a scalar": (tensors(TENSORS, lambda t: t.update({f"{UP}.lora_magnitude_vector": torch.tensor(1.0)})), "x"),
-    "vector A": (tensors(TENSORS, lambda t: t.update({f"{UP}.lora_A.weight": torch.ones(160)})), "x"),
-    "rank 0": (tensors(TENSORS, lambda t: t.update({f"{UP}.lora_A.weight": torch.ones(0, 40), f"{UP}.lora_B.weight": torch.ones(96, 0)})), "x"),
-    "another rank": (tensors(TENSORS, lambda t: t.update({f"{UP}.lora_A.weight": torch.ones(5, 40), f"{UP}.lora_B.weight": torch.ones(96, 5)})), "x"),
-    "integers": (tensors(TENSORS, lambda t: t.update({f"{UP}.lora_A.weight": torch.ones(4, 40).int()})), "x"),
-    "fp8": (tensors(TENSORS, lambda t: t.update({f"{UP}.lora_A.weight": torch.ones(4, 40).to(torch.float8_e4m3fn)})), "x"),
-    "zero m": (tensors(TENSORS, lambda t: t.update({f"{UP}.lora_magnitude_vector": torch.zeros(96)})), "x"),
-    "negative m": (tensors(TENSORS, lambda t: t.update({f"{UP}.lora_magnitude_vector": -torch.ones(96)})), "x"),
-    "huge overflow": (tensors(TENSORS, lambda t: t.update({f"{UP}.lora_magnitude_vector": torch.full((96,), 3e38), f"{UP}.lora_A.weight": torch.full((4, 40), 1e30), f"{UP}.lora_B.weight": torch.full((96, 4), 1e30)})), "x"),
-    "unknown module": (tensors(TENSORS, lambda t: {k.replace("up_proj", "upp_proj"): v for k, v in t.items()}), "x"),
-    "stray": (tensors(TENSORS, lambda t: t.update({"stray": torch.ones(3)})), "x"),
-    "empty name": (tensors(TENSORS, lambda t: t.update({"": torch.ones(3)})), "x"),
-    "newline name": (tensors(TENSORS, lambda t: t.update({"a\nb": torch.ones(3)})), "x"),
-    "long name": (tensors(TENSORS, lambda t: t.update({"a" * 50_000: torch.ones(3)})), "x"),
-    "many strays": (tensors(TENSORS, lambda t: t.update({f"stray.{n}": torch.ones(3) for n in range(1000)})), "x"),
-    "lora twice": (tensors(TENSORS, lambda t: t.update({f"{UP.removeprefix('base_model.model.')}.lora_A.weight": torch.ones(4, 40)})), "x"),
+    "index leaves the folder": (escaping, "not a plain file name"),
+    "index is absolute": (file_of("{root}/" + SHARD), "not a plain file name"),
+    "index into a sub-folder": (file_of("sub/x.safetensors"), "not a plain file name"),
+    "index with a backslash": (file_of("..\\model.safetensors"), "not a plain file name"),
+    "index of nothing": (file_of(""), "not a plain file name"),
+    "index of .": (file_of("."), "not a plain file name"),
+    "index of ..": (file_of(".."), "not a plain file name"),
+    "index with NUL": (file_of("a\0b.safetensors"), "a\\x00b.safetensors"),
+    "index with a line break": (file_of("a\nb.safetensors"), "a\\nb.safetensors"),
+    "index of half a surrogate": (put(INDEX, b'{"weight_map": {"a": "\\ud800.safetensors"}}'), "\\ud800.safetensors"),
+    "index with a long name": (file_of("x" * 5000 + ".safetensors"), "xxx.safetensors"),
+    "index of a missing file": (file_of("gone.safetensors"), "gone.safetensors"),
+    "index of a folder": (lambda root: ((root / "base/x.safetensors").mkdir(), file_of("x.safetensors")(root)), "is a folder"),
+    "index of another kind of file": (file_of("config.json"), "config.json"),
+    "index of the wrong file": (file_of("model-00002-of-00002.safetensors", "model.embed_tokens.weight"), "not in model-00002"),
+    "index of a missing tensor": (file_of("model-00001-of-00002.safetensors", "ghost.weight"), "not in model-00001"),
+    "index of numbers": (put(INDEX, {"weight_map": {"a": 5}}), "must map tensor names to file names"),
+    "index of a list": (put(INDEX, {"weight_map": ["a"]}), "must map tensor names to file names"),
+    "index without a map": (put(INDEX, {"metadata": {}}), "must map tensor names to file names"),
+    "index of no tensors": (put(INDEX, {"weight_map": {}}), "tensor"),
+    "index is a list": (put(INDEX, []), "must hold a JSON object"),
+    "index truncated": (cut(INDEX, 100), "cannot be read as JSON"),
+    "index empty": (put(INDEX, b""), "cannot be read as JSON"),
+    "index by LFS": (put(INDEX, POINTER), "Git LFS pointer"),
+    "index is a pipe": (instead(INDEX, os.mkfifo), "is a pipe"),
+    "index is a folder": (instead(INDEX, Path.mkdir), "folder"),
+    # config.json and adapter_config.json, alike
+    **{
+        f"{name} of {what}": (put(name, data), message)
+        for name in (CONFIG, SETTINGS)
+        for what, data, message in (
+            ("nothing", b"", "cannot be read as JSON"),
+            ("a list", [], "must hold a JSON object"),
+            ("text", "llama", "must hold a JSON object"),
+            ("a number", 5, "must hold a JSON object"),
+            ("null", None, "must hold a JSON object"),
+            ("half", b'{"a": 1', "cannot be read as JSON"),
+            ("two", b"{}{}", "cannot be read as JSON"),
+            ("bytes", b"\x80\x04\x95", "cannot be read as JSON"),
+            ("depth", b'{"a":' * 100_000, "cannot be read as JSON"),
+            ("digits", b'{"r": 1%s}' % (b"0" * 10_000), "cannot be read as JSON"),
+            ("LFS", POINTER, "Git LFS pointer"),
+        )
+    },
+    "config is a pipe": (instead(CONFIG, os.mkfifo), "is a pipe"),
+    "config is a folder": (instead(CONFIG, Path.mkdir), "folder"),
+    "config is a loop": (instead(CONFIG, loop), "config.json"),
+    "config leads nowhere": (instead(CONFIG, dangling), "config.json"),
+    **{
+        f"{key} {value!r}": (fields(CONFIG, **{key: value}), key)
+        for key, value in (
+            ("architectures", 5), ("architectures", "LlamaForCausalLM"), ("model_type", []), ("vocab_size", "many"),
+            ("tie_word_embeddings", "yes"), ("text_config", []), ("torch_dtype", 5), ("quantization_config", "fp8"),
+        )
+    },
+    "adapter config is a pipe": (instead(SETTINGS, os.mkfifo), "adapter_config.json"),
+    "adapter config leads nowhere": (instead(SETTINGS, dangling), "adapter_config.json"),
+    **{
+        f"{key} {str(value)[:20]}": (fields(SETTINGS, **{key: value}), key)
+        for key, value in (
+            ("r", 0), ("r", -1), ("r", 1.5), ("r", True), ("r", "8"), ("r", []), ("use_dora", "yes"), ("use_dora", 1),
+            ("lora_alpha", float("nan")), ("lora_alpha", float("inf")), ("lora_alpha", 0), ("lora_alpha", -4),
+            ("lora_alpha", "16"), ("lora_alpha", True), ("lora_alpha", 10**400), ("use_rslora", "no"),
+            ("rank_pattern", []), ("rank_pattern", {"up_proj": "4"}), ("rank_pattern", {"up_proj": 0}),
+            ("rank_pattern", {"(": 4}), ("alpha_pattern", 5), ("alpha_pattern", {"up_proj": float("nan")}),
+            ("modules_to_save", "lm_head"), ("modules_to_save", [5]), ("base_model_name_or_path", 5), ("revision", 5),
+            ("peft_type", None), ("peft_type", ["LORA"]), ("peft_type", 5), ("peft_type", "PREFIX_TUNING"),
+            ("bias", 5), ("bias", "some"), ("init_lora_weights", "magic"), ("layer_replication", 5),
+            ("layer_replication", [[0, 10**12]]), ("trainable_token_indices", {"a": "b"}), ("target_parameters", [5]),
+            ("peft_version", "9" * 5000), ("a_new_field", 1),
+        )
+    },
+    "another rank": (fields(SETTINGS, r=5), "the config says rank 5"),
+    "a huge rank": (fields(SETTINGS, rank_pattern={"up_proj": 10**30}), "the config says rank"),
+    "overflow of alpha": (fields(SETTINGS, lora_alpha=1e308), "overflow"),
+    # an adapter's tensors
+    "adapter by LFS": (put(TENSORS, POINTER), "Git LFS pointer"),
+    "adapter truncated": (cut(TENSORS, -3), "truncated"),
+    "adapter missing": (made(TENSORS, Path.unlink), "no adapter_model"),
+    "adapter without tensors": (tensors(lambda _: {}), "Nothing to merge"),
+    "adapter is a folder": (instead(TENSORS, Path.mkdir), "is a folder"),
+    "adapter is a pipe": (instead(TENSORS, os.mkfifo), "is a pipe"),
+    "adapter leads nowhere": (instead(TENSORS, dangling), "adapter_model"),
+    "no A": (parts(A=None), "has no lora_A"),
+    "no B": (parts(B=None), "has no lora_B"),
+    "no m": (parts(m=None), "no lora_magnitude_vector"),
+    "m without use_dora": (fields(SETTINGS, use_dora=False), "use_dora is not set"),
+    "only m": (parts(A=None, B=None), "has no lora_A"),
+    "NaN": (parts(A=torch.full((4, 40), float("nan"))), f"{UP}.lora_A.weight"),
+    "Inf": (parts(B=torch.full((96, 4), float("inf"))), f"{UP}.lora_B.weight"),
+    "A of another width": (parts(A=torch.ones(4, 41)), f"{UP}.lora_A.weight"),
+    "B of another height": (parts(B=torch.ones(95, 4)), f"{UP}.lora_B.weight"),
+    "B transposed": (parts(B=torch.ones(4, 96)), "lora_B is (4, 96)"),
+    "m of another length": (parts(m=torch.ones(40)), "magnitude"),
+    "m a matrix": (parts(m=torch.ones(96, 2)), "magnitude"),
+    "m a scalar": (parts(m=torch.tensor(1.0)), "magnitude"),
+    "A a vector": (parts(A=torch.ones(160)), "lora_A is (160,)"),
+    "rank zero": (parts(A=torch.ones(0, 40), B=torch.ones(96, 0)), "lora_A is (0, 40)"),
+    "integers": (parts(A=torch.ones(4, 40, dtype=torch.int32)), "I32"),
+    "fp8": (parts(A=torch.ones(4, 40).to(torch.float8_e4m3fn)), "F8_E4M3"),
+    "a module of no base": (tensors(lambda all_: {k.replace("up_proj", "upp"): v for k, v in all_.items()}), "no such module"),
+    "a stray tensor": (tensors(lambda all_: all_ | {"stray": torch.ones(3)}), "stray"),
+    "a tensor without a name": (tensors(lambda all_: all_ | {"": torch.ones(3)}), "1 "),
+    "a line break in a name": (tensors(lambda all_: all_ | {"a\nb": torch.ones(3)}), "a\\nb"),
+    "a long name": (tensors(lambda all_: all_ | {"a" * 50_000: torch.ones(3)}), "aaa"),
+    "many strays": (tensors(lambda all_: all_ | {f"stray.{n}": torch.ones(3) for n in range(1000)}), "990 more"),
     # places
-    "swapped": (words("{root}/adapter", "{root}/base", "{root}/out"), "x"),
-    "base twice": (words("{root}/base", "{root}/base", "{root}/out"), "x"),
-    "adapter twice": (words("{root}/adapter", "{root}/adapter", "{root}/out"), "x"),
-    "out is base": (words(*SAME, "{root}/base"), "x"),
-    "out is adapter": (words(*SAME, "{root}/adapter"), "x"),
-    "out is base, overwrite": (words(*SAME, "{root}/base", "--overwrite"), "x"),
-    "out is adapter, overwrite": (words(*SAME, "{root}/adapter", "--overwrite"), "x"),
-    "out is base by ..": (words(*SAME, "{root}/adapter/../base", "--overwrite"), "x"),
-    "out in base": (words(*SAME, "{root}/base/out"), "x"),
-    "out in adapter": (words(*SAME, "{root}/adapter/out"), "x"),
-    "out around base": (words(*SAME, "{root}", "--overwrite"), "x"),
-    "out a file": (after(put("f", b"x"), *SAME, "{root}/f"), "x"),
-    "out a file, overwrite": (after(put("f", b"x"), *SAME, "{root}/f", "--overwrite"), "x"),
-    "out dangling": (after(lambda root: dangling(root / "l"), *SAME, "{root}/l"), "x"),
-    "out dangling, overwrite": (after(lambda root: dangling(root / "l"), *SAME, "{root}/l", "--overwrite"), "x"),
-    "out a loop": (after(lambda root: loop(root / "l"), *SAME, "{root}/l"), "x"),
-    "out a link to base": (after(lambda root: (root / "l").symlink_to("base"), *SAME, "{root}/l", "--overwrite"), "x"),
-    "out under a link to base": (after(lambda root: (root / "l").symlink_to("base"), *SAME, "{root}/l/out"), "x"),
-    "out exists": (after(lambda root: (root / "o").mkdir(), *SAME, "{root}/o"), "x"),
-    "out exists, of the user": (after(lambda root: ((root / "o").mkdir(), put("o/thesis.txt", b"x")(root)), *SAME, "{root}/o", "--overwrite"), "x"),
-    "parent a file": (after(put("f", b"x"), *SAME, "{root}/f/out"), "x"),
-    "parent a pipe": (after(lambda root: os.mkfifo(root / "f"), *SAME, "{root}/f/out"), "x"),
-    "parent a dangling link": (after(lambda root: dangling(root / "l"), *SAME, "{root}/l/out"), "x"),
-    "partial a file": (after(put("out.partial", b"x"), *SAME, "{root}/out"), "x"),
-    "partial a dangling link": (after(lambda root: dangling(root / "out.partial"), *SAME, "{root}/out"), "x"),
-    "out empty": (words(*SAME, ""), "x"),
-    "base empty": (words("", "{root}/adapter", "{root}/out"), "x"),
-    "adapter empty name": (words("{root}/base", "", "{root}/out"), "x"),
-    "out root": (words(*SAME, "/"), "x"),
-    "out .": (words(*SAME, "."), "x"),
-    "out ..": (words(*SAME, ".."), "x"),
-    "out long": (words(*SAME, "{root}/" + "x" * 300), "x"),
-    "out long with .partial": (words(*SAME, "{root}/" + "x" * 250), "x"),
-    "out NUL": (words(*SAME, "{root}/a\0b"), "x"),
-    "base NUL": (words("a\0b", "{root}/adapter", "{root}/out"), "x"),
-    "base long": (words("x" * 5000, "{root}/adapter", "{root}/out"), "x"),
-    "base newline": (words("a\nb", "{root}/adapter", "{root}/out"), "x"),
-    "out tilde": (words(*SAME, "~nobody-such/x"), "x"),
-    "base tilde": (words("~nobody-such/x", "{root}/adapter", "{root}/out"), "x"),
-    "base a file": (words("{root}/base/config.json", "{root}/adapter", "{root}/out"), "x"),
-    "base a pipe": (after(lambda root: os.mkfifo(root / "f"), "{root}/f", "{root}/adapter", "{root}/out"), "x"),
-    "adapter a pipe itself": (after(lambda root: os.mkfifo(root / "f"), "{root}/base", "{root}/f", "{root}/out"), "x"),
-    "base a loop": (after(lambda root: loop(root / "l"), "{root}/l", "{root}/adapter", "{root}/out"), "x"),
-    "base an empty folder": (after(lambda root: (root / "l").mkdir(), "{root}/l", "{root}/adapter", "{root}/out"), "x"),
-    "adapter an empty folder": (after(lambda root: (root / "l").mkdir(), "{root}/base", "{root}/l", "{root}/out"), "x"),
-    "hub offline": (words("org/name", "{root}/adapter", "{root}/out"), "x"),
-    "hub odd": (words("hf://", "{root}/adapter", "{root}/out"), "x"),
-    "hub odd 2": (words("hf://../..", "{root}/adapter", "{root}/out"), "x"),
-    "hub odd 3": (words("--/--", "{root}/adapter", "{root}/out"), "x"),
+    "swapped": (words("{root}/adapter", "{root}/base", "{root}/out"), "are swapped"),
+    "BASE for both": (words("{root}/base", "{root}/base", "{root}/out"), "is a model, not an adapter"),
+    "ADAPTER for both": (words("{root}/adapter", "{root}/adapter", "{root}/out"), "adapter"),
+    "OUT is BASE": (words(*BOTH, "{root}/base"), "exists"),
+    "OUT over BASE": (words(*BOTH, "{root}/base", "--overwrite"), "overlaps"),
+    "OUT over ADAPTER": (words(*BOTH, "{root}/adapter", "--overwrite"), "overlaps"),
+    "OUT over BASE by a detour": (words(*BOTH, "{root}/adapter/../base", "--overwrite"), "overlaps"),
+    "OUT in BASE": (words(*BOTH, "{root}/base/out"), "overlaps"),
+    "OUT in ADAPTER": (words(*BOTH, "{root}/adapter/sub/out"), "overlaps"),
+    "OUT around both": (words(*BOTH, "{root}", "--overwrite"), "not replaced"),
+    "OUT is a link to BASE": (words(*BOTH, "{root}/l", "--overwrite", first=made("l", lambda path: path.symlink_to("base"))), "not a folder"),
+    "OUT in a link to BASE": (words(*BOTH, "{root}/l/out", first=made("l", lambda path: path.symlink_to("base"))), "overlaps"),
+    "OUT exists": (words(*BOTH, "{root}/o", first=made("o", Path.mkdir)), "--overwrite"),
+    "OUT is a thesis": (words(*BOTH, "{root}/o", "--overwrite", first=lambda root: ((root / "o").mkdir(), put("o/thesis.txt", b"x")(root))), "does not look like a model"),
+    "OUT is a file": (words(*BOTH, "{root}/f", "--overwrite", first=put("f", b"")), "not a folder"),
+    "OUT is a pipe": (words(*BOTH, "{root}/f", "--overwrite", first=made("f", os.mkfifo)), "not a folder"),
+    "OUT leads nowhere": (words(*BOTH, "{root}/l", "--overwrite", first=made("l", dangling)), "not a folder"),
+    "OUT is a loop": (words(*BOTH, "{root}/l", first=made("l", loop)), "exists"),
+    "OUT in a file": (words(*BOTH, "{root}/f/out", first=put("f", b"")), "is no folder"),
+    "OUT in a loop": (words(*BOTH, "{root}/l/a/out", first=made("l", loop)), "is no folder"),
+    "OUT.partial is a file": (words(*BOTH, "{root}/o", first=put("o.partial", b"")), "not an unfinished output"),
+    "OUT.partial leads nowhere": (words(*BOTH, "{root}/o", first=made("o.partial", dangling)), "not an unfinished output"),
+    "OUT is nothing": (words(*BOTH, ""), "OUT"),
+    "OUT is the root": (words(*BOTH, "/"), "no name for a folder"),
+    "OUT with NUL": (words(*BOTH, "{root}/a\0b"), "no name for a folder"),
+    "OUT is long": (words(*BOTH, "{root}/" + "x" * 252), "too long"),
+    "BASE is nothing": (words("", "{root}/adapter", "{root}/out"), "BASE is empty"),
+    "ADAPTER is nothing": (words("{root}/base", "", "{root}/out"), "ADAPTER is empty"),
+    "BASE with NUL": (words("a\0b", "{root}/adapter", "{root}/out"), "does not exist"),
+    "BASE with a line break": (words("a\nb", "{root}/adapter", "{root}/out"), "does not exist"),
+    "BASE is long": (words("x" * 5000, "{root}/adapter", "{root}/out"), "too long"),
+    "BASE of nobody": (words("~nobody-such/x", "{root}/adapter", "{root}/out"), "~nobody-such/x"),
+    "BASE is a config": (words("{root}/base/config.json", "{root}/adapter", "{root}/out"), "config.json"),
+    "BASE is a pipe": (words("{root}/f", "{root}/adapter", "{root}/out", first=made("f", os.mkfifo)), "neither a folder nor a file"),
+    "ADAPTER is a pipe": (words("{root}/base", "{root}/f", "{root}/out", first=made("f", os.mkfifo)), "neither a folder nor a file"),
+    "BASE leads nowhere": (words("{root}/l", "{root}/adapter", "{root}/out", first=made("l", dangling)), "leads nowhere"),
+    "BASE has nothing": (words("{root}/o", "{root}/adapter", "{root}/out", first=made("o", Path.mkdir)), "no safetensors weights"),
+    "ADAPTER has nothing": (words("{root}/base", "{root}/o", "{root}/out", first=made("o", Path.mkdir)), "no adapter_config.json"),
+    "BASE is no name": (words("hf://../..", "{root}/adapter", "{root}/out"), "no name of a repo"),
+    "BASE is not to be had": (words("org/name", "{root}/adapter", "{root}/out"), "cannot be reached"),
 }  # fmt: skip
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A folder with a base and an adapter."""
+    make_adapter(tmp_path / "adapter", make_base(tmp_path / "base"), dora=True)
+    return tmp_path
+
+
+def run(capsys, root, command):
+    """A merge, by default of the two: (exit code, stdout, stderr); one that hangs is stopped, as a bug."""
+
+    def hung(*_):
+        raise AssertionError("it hangs")
+
+    before = signal.signal(signal.SIGALRM, hung)
+    signal.alarm(SECONDS)
+    try:
+        with pytest.raises(SystemExit) as left:
+            main(["merge", *(command or [str(root / name) for name in ("base", "adapter", "out")])])
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    return left.value.code, *capsys.readouterr()
+
+
+def everything(root):
+    """All there is below a folder: bytes of files, targets of links, and that others are there."""
+    return {
+        path: os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else None
+        for path in root.rglob("*")
+    }
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="nothing would stop a command that hangs")
+@pytest.mark.parametrize("name", ROWS)
+def test_refused(capsys, root, name):
+    """Exit code 2, a message of a few lines that names what is wrong, and everything as it was; as JSON, too."""
+    act, message = ROWS[name]
+    command = found if isinstance(found := act(root), list) else None
+    before = everything(root)
+    code, out, err = run(capsys, root, command)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert "Traceback" not in err
+    assert "this is a bug" not in err
+    assert len(err.splitlines()) <= 16
+    assert max(map(len, err.splitlines())) < 1000
+    assert everything(root) == before
+    command = command or [str(root / name) for name in ("base", "adapter", "out")]
+    code, out, err = run(capsys, root, [*command, "--json"])
+    assert (code, out) == (2, "")
+    assert {"kind", "message", "hint"} <= json.loads(err.splitlines()[-1])["error"].keys()
+    assert everything(root) == before

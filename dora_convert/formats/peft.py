@@ -28,7 +28,7 @@ from pathlib import Path
 
 from ..adapter import Adapter, Change
 from ..checkpoint import read_json
-from ..errors import Fault, MalformedError, PlanError
+from ..errors import Fault, MalformedError
 from ..pickled import read_pickle
 from ..refs import Source
 from ..stored import Stored, read_header
@@ -40,7 +40,7 @@ CONFIG, WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_
 PREFIX = "base_model.model."
 WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 """What torch.compile, FSDP and activation checkpointing put into names."""
-DEFAULT = re.compile(r"\.(modules_to_save\.)?default(?=\.|$)")
+DEFAULT = re.compile(r"\.modules_to_save(\.default)?(?=\.)|\.default(?=\.|$)")
 """The adapter's name, which PEFT takes out when it saves and other savers leave in."""
 
 _PARTS = {
@@ -60,8 +60,7 @@ def recognises(path: Path) -> bool:
 def read(source: Source, accepted: Collection[str] = ()) -> Adapter:
     """Read a PEFT adapter's config and headers; `accepted` names config fields not to refuse.
 
-    Raises MalformedError for values of a wrong type, UnsupportedError for what is recognised and refused, PlanError
-    when tensors and config contradict each other.
+    Raises MalformedError for values of a wrong type, UnsupportedError for what is recognised and refused.
     """
     raw = read_json(source.path / CONFIG)
     refuse_unsupported(raw, source.name, accepted)
@@ -72,11 +71,6 @@ def read(source: Source, accepted: Collection[str] = ()) -> Adapter:
     for name, tensor in tensors.items():
         found.sort(name, tensor)
     found.finish()
-    if found.faults:
-        raise PlanError(
-            f"The adapter {source.name} contradicts itself in {len(found.faults)} places.",
-            faults=found.faults,
-        )
     return Adapter(
         source=source,
         format="peft",
@@ -87,6 +81,7 @@ def read(source: Source, accepted: Collection[str] = ()) -> Adapter:
         base=config.base,
         revision=config.revision,
         ignored=found.ignored,
+        faults=tuple(found.faults),
         keeps_ties=config.keeps_ties,
         layers=config.layers,
         task=config.task,
@@ -119,6 +114,8 @@ class _Found:
             self._rows(target.removesuffix(suffix), tensor)
         elif _OF_TRAINING.search(target):
             self.ignored[name] = "used in training only"
+        elif ".original_module." in target:
+            self.ignored[name] = "what the base had there"
         elif ".base_layer." in target or is_saved_embedding(target):
             self.changes.append(Change(target.replace(".base_layer.", "."), Full(tensor)))
         elif self.config.saves(target):
@@ -144,7 +141,8 @@ class _Found:
 
     def finish(self) -> None:
         """Make updates of what belongs together."""
-        for found in updates_of(self.modules, self.config):
+        saved = {change.target for change in self.changes}
+        for found in updates_of(self.modules, saved, self.config):
             if isinstance(found, Fault):
                 self.faults.append(found)
             elif isinstance(found, Change):

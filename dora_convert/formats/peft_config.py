@@ -58,7 +58,9 @@ def refuse_unsupported(raw: Mapping[str, Any], name: str, accepted: Collection[s
     """Refuse by name whatever this reader does not apply; `accepted` fields have been looked at by the user."""
     kind = raw.get("peft_type")
     if not isinstance(kind, str) or kind.upper() not in ("LORA", "ADALORA"):
-        reason = "no single weight equals it" if kind in _PER_INPUT else "only LORA and ADALORA are merged yet"
+        reason = (
+            "no single weight equals it" if kind in _PER_INPUT else "only LORA and ADALORA are merged yet"
+        )
         raise UnsupportedError(f"The adapter {name} is of peft_type {kind!r}: {reason}.")
     faults = [
         Fault(f"{field}={value!r}"[:60], why)
@@ -242,6 +244,7 @@ def _task(raw: Mapping[str, Any]) -> str | None:
         "SEQ_CLS": "ForSequenceClassification",
         "TOKEN_CLS": "ForTokenClassification",
         "QUESTION_ANS": "ForQuestionAnswering",
+        "CAUSAL_LM": "ForCausalLM",
     }
     return endings.get(str(raw.get("task_type")))
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from typing import NamedTuple
 
 from ..adapter import Change
 from ..errors import Fault
@@ -19,21 +20,38 @@ TWICE_UNTIL = (0, 21, 2)
 """PEFT up to this version added MultiheadAttention's out_proj twice, in training too."""
 
 
-def updates_of(modules: Mapping[str, Parts], config: Config) -> Iterator[Change | Fault | dict[str, str]]:
-    """Every module's changes, faults, or tensors to ignore with the reason."""
+class _Place(NamedTuple):
+    """Which weight a module's tensors are for."""
+
+    key: str  # what rank_pattern and alpha_pattern match
+    target: str
+    times: int = 1  # how often training added them
+    among: tuple[
+        str, ...
+    ] = ()  # the targets of all tensors of this module, where only shapes can tell which is which
+
+
+def updates_of(
+    modules: Mapping[str, Parts], saved: Collection[str], config: Config
+) -> Iterator[Change | Fault | dict[str, str]]:
+    """Every module's changes, faults, or tensors to ignore with the reason.
+
+    `saved` weights come whole with the adapter, as training began with them.
+    """
     depths = _depths(modules)
     for module, parts in modules.items():
         place = _place(module, depths, config)
         if isinstance(place, Fault):
             yield place
             continue
-        key, target, times = place
+        key, target = place.key, place.target
         if config.adalora and all(0 in part.shape for part in parts.values()):
             yield {part.name: "AdaLoRA pruned it to rank 0" for part in parts.values()}
         elif why := _contradiction(key, parts, config):
             yield Fault(module, why)
         else:
-            yield Change(target, _update(key, parts, config, times))
+            start = None if target in saved else config.start
+            yield Change(target, _update(key, parts, config, place.times, start), place.among)
             if bias := parts.get("b"):
                 yield Change(f"{target.rpartition('.')[0]}.bias", Delta(bias, config.scaling(key)))
 
@@ -47,21 +65,25 @@ def _depths(modules: Mapping[str, Parts]) -> dict[str, list[int]]:
     return depths
 
 
-def _place(module: str, depths: Mapping[str, list[int]], config: Config) -> tuple[str, str, int] | Fault:
-    """The name that patterns match, the tensor that is meant, and how often it is added."""
+def _place(module: str, depths: Mapping[str, list[int]], config: Config) -> _Place | Fault:
+    """Which weight a module's tensors are for."""
     plain = re.sub(r"(\.base_layer)+$", "", module)
     if ".base_layer." in plain:  # MultiheadAttention wraps its out_proj, whose rank and alpha are its own
         outer, _, inner = plain.rpartition(".base_layer.")
-        return outer, f"{outer}.{inner}.weight", 2 if config.version <= TWICE_UNTIL else 1
+        return _Place(outer, f"{outer}.{inner}.weight", 2 if config.version <= TWICE_UNTIL else 1)
     leaves = _parameters(plain, config)
     if not leaves:
-        return plain, f"{plain}.weight", 1
+        return _Place(plain, f"{plain}.weight")
     depth = (len(module) - len(plain)) // len(".base_layer")
-    if len(depths[plain]) != len(leaves) or (len(leaves) > 1 and not set(leaves) <= set(REGISTERED)):
-        why = f"which of target_parameters it is for cannot be told: {', '.join(leaves)}"
-        return Fault(module, why)
-    leaf = (sorted(leaves, key=REGISTERED.index) if len(leaves) > 1 else leaves)[-1 - depth]
-    return f"{plain}.{leaf}", f"{plain}.{leaf}", 1
+    if len(depths[plain]) != len(leaves):
+        return Fault(module, f"is wrapped {len(depths[plain])} times for {', '.join(leaves)}")
+    known = len(leaves) == 1 or set(leaves) <= set(REGISTERED)
+    leaf = (sorted(leaves, key=REGISTERED.index) if known and len(leaves) > 1 else leaves)[-1 - depth]
+    return _Place(
+        f"{plain}.{leaf}",
+        f"{plain}.{leaf}",
+        among=() if known else tuple(f"{plain}.{name}" for name in leaves),
+    )
 
 
 def _parameters(module: str, config: Config) -> list[str]:
@@ -76,7 +98,7 @@ def _parameters(module: str, config: Config) -> list[str]:
     return found
 
 
-def _update(key: str, parts: Parts, config: Config, times: int) -> Update:
+def _update(key: str, parts: Parts, config: Config, times: int, start: Start | None) -> Update:
     A = parts["A"]
     rank = config.rank(key)
     experts = A.shape[0] // rank if config.parameters and A.shape[0] != rank else 0
@@ -89,7 +111,7 @@ def _update(key: str, parts: Parts, config: Config, times: int) -> Update:
         blocks=config.blocks(key),
         experts=experts,
         square=config.square_experts(),
-        start=config.start,
+        start=start if A.name.endswith(".lora_A.weight") and len(A.shape) == 2 else None,
     )
     return Decomposed(update, parts["m"]) if "m" in parts else update
 
