@@ -247,7 +247,9 @@ def _turn(change: Change) -> int:
 
 def _begins_elsewhere(update: Update) -> str | None:
     """Why an update of one side of a tie, or of one of several copies, cannot be merged."""
-    if isinstance(update, LowRank | Decomposed) and (start := low_rank(update).start):
+    if isinstance(update, LowRank | Decomposed):
+        update = low_rank(update)
+    if isinstance(update, LowRank | Full) and (start := update.start):
         return f"{start.value} changed a weight that serves twice: what training began with is not known"
     return None
 

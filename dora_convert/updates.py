@@ -81,6 +81,8 @@ class Full:
     value: Stored
     may_add: bool = False
     """Whether the base may lack it, as it does a new classifier."""
+    start: Start | None = None
+    """What made it of the base's weight, before training went on with it."""
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,8 @@ class _Found:
         elif ".original_module." in target:
             self.ignored[name] = "what the base had there"
         elif ".base_layer." in target or is_saved_embedding(target):
-            self.changes.append(Change(target.replace(".base_layer.", "."), Full(tensor)))
+            start = self.config.start if ".base_layer." in target else None
+            self.changes.append(Change(target.replace(".base_layer.", "."), Full(tensor, start=start)))
         elif self.config.saves(target):
             self.changes.append(Change(target, Full(tensor, may_add=True)))
         elif self.config.biases and target.endswith(".bias"):
