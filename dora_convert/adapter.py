@@ -20,6 +20,8 @@ class Change:
     update: Update
     among: tuple[str, ...] = ()
     """All the weights that it may be for, where only shapes can tell: `target` is one of them."""
+    rule: str = ""
+    """How its scaling came about, such as "alpha 16 / rank 8"."""
 
 
 @dataclass(frozen=True)

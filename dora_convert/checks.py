@@ -11,8 +11,8 @@ import xxhash
 from . import maths
 from .adapter import Adapter
 from .errors import Fault, NumericalError
-from .lane import Lane
 from .items import Edit
+from .lane import Lane
 from .plan import Plan
 from .precision import TORCH, Choice
 from .stored import FLOATS, Reader, Stored

@@ -35,6 +35,11 @@ class Fault(NamedTuple):
     why: str
 
 
+def _text(text: str) -> str:
+    """Text that any encoding takes: halves of surrogate pairs, from names that are no text, are escaped."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def _line(text: str, longest: int) -> str:
     """One line for a terminal: names may hold anything, so what cannot be printed is escaped, and the middle left out."""
     text = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
@@ -69,9 +74,10 @@ class DoraConvertError(Exception):
 
     def to_dict(self) -> dict[str, object]:
         """The error as `--json` prints it, with all faults."""
-        body: dict[str, object] = {"kind": self.kind, "message": self.message, "hint": self.hint}
+        hint = _text(self.hint) if self.hint else None
+        body: dict[str, object] = {"kind": self.kind, "message": _text(self.message), "hint": hint}
         if self.faults:
-            body["faults"] = [fault._asdict() for fault in self.faults]
+            body["faults"] = [{"what": _text(what), "why": _text(why)} for what, why in self.faults]
         return {"error": body}
 
 

@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
+from .items import Item
 from .journal import Journal, Record
 from .lane import Lane
 from .make import make
-from .items import Item
 from .plan import Plan
 from .precision import Choice, exact_arithmetic
 from .stored import Reader

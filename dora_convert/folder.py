@@ -15,7 +15,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from .checkpoint import RECORD
-from .errors import OutputError
+from .errors import MalformedError, OutputError
 from .journal import NAME as JOURNAL
 from .journal import sync_path
 from .sizes import format_size
@@ -38,6 +38,8 @@ class OutputFolder:
         out = Path(os.path.abspath(out))  # noqa: PTH100 - a link stays a link
         if not out.name or "\0" in self.given:
             raise OutputError(f"OUT {self.given!r} is no name for a folder.")
+        if not _is_text(out):
+            raise OutputError(f"OUT {self.given!r} is no name in UTF-8; safetensors opens no others.")
         self.out = out
         self.partial = out.with_name(out.name + ".partial")
         self.record = self.partial / RECORD
@@ -169,6 +171,10 @@ class OutputFolder:
         if isinstance(source, bytes):
             path.write_bytes(source)
         else:
+            try:
+                source.open("rb").close()
+            except OSError as error:  # the input's fault, not OUT's
+                raise MalformedError(f"{source} cannot be read: {error.strerror or error}.") from error
             shutil.copyfile(source, path)
 
     def sync(self) -> None:
@@ -218,6 +224,13 @@ class OutputFolder:
     def _unlock(self) -> None:
         self._lock.release()
         (self.partial / LOCK).unlink(missing_ok=True)
+
+
+def _is_text(path: Path) -> bool:
+    try:
+        return bool(str(path).encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _make_folder(path: Path) -> None:

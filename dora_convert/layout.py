@@ -12,7 +12,6 @@ from .items import Item
 from .plan import OutputShard, Plan
 from .stored import BITS
 
-
 SWOLLEN = 1.5
 """A shard that additions make larger than this many times the base's largest is cut again."""
 

@@ -51,18 +51,11 @@ def merge(
 
     Raises DoraConvertError, and then leaves nothing under `out`.
     """
-    options = parse_options(dtype, compute_dtype, max_shard_size, undo, include, exclude, allow_unmatched)
+    options = parse_options(
+        dtype, compute_dtype, max_shard_size, undo, include, exclude, allow_unmatched, ignore_field
+    )
     settings = Settings.parse(
-        device,
-        compute_dtype,
-        max_memory,
-        workers,
-        verify,
-        base_model,
-        on_progress,
-        on_notice,
-        ignore_field,
-        token,
+        device, compute_dtype, max_memory, workers, verify, base_model, on_progress, on_notice, token
     )
     inputs = [adapters] if isinstance(adapters, (str, os.PathLike)) else adapters
     folder = OutputFolder(Path(out), overwrite=overwrite)
@@ -87,7 +80,7 @@ def _plan(
     weights = parse_weights(weight, len(adapters))
     named = None if base is None else os.fspath(base)
     checkpoint, opened = gather(
-        named, adapters, folder.given, settings.token, settings.notify, settings.accepted
+        named, adapters, folder.given, settings.token, settings.notify, options.ignore_field
     )
     folder.refuse_inside([checkpoint.source.path, *(adapter.source.path for adapter in opened)])
     for doubt in doubts(checkpoint, opened):

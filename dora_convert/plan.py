@@ -32,6 +32,8 @@ class Options:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     allow_unmatched: bool = False
+    ignore_field: tuple[str, ...] = ()
+    """Fields of adapters' configs that are not to be refused."""
 
     @property
     def width(self) -> int:

@@ -59,6 +59,7 @@ def receipt_bytes(
             "undo": options.undo,
             "include": list(options.include),
             "exclude": list(options.exclude),
+            "ignore_field": list(options.ignore_field),
         },
         "tensors": {item.name: _tensor(item, done) for item in plan.items if _noted(item)},
         "side_files": {file.name: file.fate for file in files},

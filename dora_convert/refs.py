@@ -88,5 +88,5 @@ def _similar(path: Path) -> str | None:
 
 
 def local_source(path: Path) -> Source:
-    """A local folder or file as a Source, named by its last component."""
-    return Source(path, path.resolve().name)
+    """A local folder or file as a Source, named by its last component; what is no text in that is escaped."""
+    return Source(path, path.resolve().name.encode(errors="backslashreplace").decode())

@@ -35,8 +35,6 @@ class Settings:
     base_model: str | None
     on_progress: Callable[[int, int], None] | None
     on_notice: Callable[[str], None] | None
-    accepted: Sequence[str] = ()
-    """Config fields of adapters that are not to be refused."""
     token: str | None = field(default=None, repr=False)
     started: float = field(default_factory=time.monotonic)
     warnings: list[str] = field(default_factory=list)
@@ -77,6 +75,7 @@ def parse_options(
     include: Sequence[str],
     exclude: Sequence[str],
     allow_unmatched: bool,  # noqa: FBT001 - in the order of the command line
+    ignore_field: Sequence[str],
 ) -> Options:
     """Options as a plan has them, from their names and sizes as people write them."""
     return Options(
@@ -87,6 +86,7 @@ def parse_options(
         include=tuple(include),
         exclude=tuple(exclude),
         allow_unmatched=allow_unmatched,
+        ignore_field=tuple(ignore_field),
     )
 
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from .layout import header_bytes
 from .items import Item
+from .layout import header_bytes
 from .plan import Plan
 from .stored import Reader
 

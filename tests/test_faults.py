@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -25,8 +26,9 @@ INDEX, CONFIG = "base/model.safetensors.index.json", "base/config.json"
 TENSORS, SETTINGS = "adapter/adapter_model.safetensors", "adapter/adapter_config.json"
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab\nsize 12345\n"
 UP = "base_model.model.model.layers.0.mlp.up_proj"
+COMMAND = [Path(sys.executable).with_name("dora-convert"), "merge"]
 BOTH = "{root}/base", "{root}/adapter"
-SECONDS = 20
+SECONDS = 5
 """More than any of this takes: a command that waits for a pipe is stopped then."""
 
 
@@ -41,9 +43,9 @@ def fields(name, **changed):
     return lambda root: edit_json(root / name, **changed)
 
 
-def cut(name, length):
-    """A file's first bytes, or all but some of its last."""
-    return lambda root: (root / name).write_bytes((root / name).read_bytes()[:length])
+def cut(name, length, more=b""):
+    """A file's first bytes, or all but some of its last, and perhaps others."""
+    return lambda root: (root / name).write_bytes((root / name).read_bytes()[:length] + more)
 
 
 def header(name, change):
@@ -151,7 +153,7 @@ ROWS = {
     "only a length": (put(SHARD, bytes(8)), "not valid JSON"),
     "truncated header": (cut(SHARD, 100), "truncated"),
     "truncated body": (cut(OTHER, -1), "truncated"),
-    "trailing bytes": (lambda root: (root / SHARD).open("ab").write(b"\0"), "trailing"),
+    "trailing bytes": (cut(SHARD, None, b"\0"), "trailing"),
     "length bomb": (put(SHARD, b"\xff" * 8 + b"{}"), "cannot hold a header"),
     "overlap": (entry(shift=-4), "does not start where"),
     "gap": (entry(shift=4), "does not start where"),
@@ -237,6 +239,7 @@ ROWS = {
             ("LFS", POINTER, "Git LFS pointer"),
         )
     },
+    "side file whose name is no text": (lambda root: (root / "base" / os.fsdecode(b"\xff.txt")).touch(), "\\udcff.txt"),
     "config is a pipe": (instead(CONFIG, os.mkfifo), "is a pipe"),
     "config is a folder": (instead(CONFIG, Path.mkdir), "folder"),
     "config is a loop": (instead(CONFIG, loop), "config.json"),
@@ -370,7 +373,7 @@ def run(capsys, root, command):
 def everything(root):
     """All there is below a folder: bytes of files, targets of links, and that others are there."""
     return {
-        path: os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else None
+        path: path.readlink() if path.is_symlink() else path.read_bytes() if path.is_file() else None
         for path in root.rglob("*")
     }
 
@@ -395,3 +398,146 @@ def test_refused(capsys, root, name):
     assert (code, out) == (2, "")
     assert {"kind", "message", "hint"} <= json.loads(err.splitlines()[-1])["error"].keys()
     assert everything(root) == before
+
+
+def test_odd_things_beside_the_weights_do_not_matter(capsys, root):
+    """Pipes, loops and links to nowhere that a merge has no use for are passed over, and not waited for."""
+    os.mkfifo(root / "base/notes")
+    os.mkfifo(root / "adapter/tokenizer.json")
+    loop(root / "base/loop")
+    dangling(root / "base/gone.txt")
+    (root / "base/again").symlink_to(".")
+    code, _, err = run(capsys, root, None)
+    assert code == 0, err
+    assert not {"notes", "loop", "gone.txt"} & {path.name for path in (root / "out").iterdir()}
+
+
+def test_odd_names(capsys, root):
+    """Names of folders may hold anything that the system takes."""
+    base, adapter, out = root / "größe 漢字", root / "a\nb 'c' \"d\" $e", root / ("ü" * 100)
+    (root / "base").rename(base)
+    (root / "adapter").rename(adapter)
+    code, _, err = run(capsys, root, [str(base), str(adapter), str(out)])
+    assert code == 0, err
+    assert (out / "config.json").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere, names are text")
+def test_names_that_are_no_text(capsys, root):
+    """In another encoding than the system's: BASE may be called so; OUT may not, where safetensors would not find it."""
+    odd = root / os.fsdecode(b"\xff")
+    (root / "base").rename(odd)
+    code, _, err = run(capsys, root, [str(odd), str(root / "adapter"), str(odd / "../out\udcff")])
+    assert code == 2
+    assert "UTF-8" in err
+    done = subprocess.run([*COMMAND, odd, root / "adapter", root / "out"], check=False, capture_output=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "name", [SHARD, INDEX, CONFIG, TENSORS, SETTINGS, "base", "adapter", "base/tokenizer_config.json"]
+)
+def test_unreadable(capsys, root, name):
+    """What may not be read is named."""
+    (root / name).chmod(0)
+    try:
+        if os.access(root / name, os.R_OK):
+            pytest.skip("this user may read everything")
+        code, out, err = run(capsys, root, None)
+    finally:
+        (root / name).chmod(stat.S_IRWXU)
+    assert (code, out) == (2, "")
+    assert Path(name).name in err
+    assert "this is a bug" not in err
+    assert not (root / "out").exists()
+
+
+@pytest.mark.parametrize("place", [".", "old"])
+def test_not_writable(capsys, root, place):
+    """A folder that may not be written into, or an OUT in one that is to be replaced."""
+    (root / "place").mkdir()
+    out = root / "place/out"
+    if place == "old":
+        make_base(out)
+    (root / "place").chmod(stat.S_IRUSR | stat.S_IXUSR)
+    try:
+        if os.access(root / "place", os.W_OK):
+            pytest.skip("this user may write everywhere")
+        code, _, err = run(capsys, root, [str(root / "base"), str(root / "adapter"), str(out), "--overwrite"])
+    finally:
+        (root / "place").chmod(stat.S_IRWXU)
+    assert code == 2
+    assert "cannot be written" in err
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A base of some tens of megabytes, an adapter on it, and their merge."""
+    root = tmp_path_factory.mktemp("large")
+    torch.manual_seed(5)
+    (root / "base").mkdir()
+    weights = {
+        f"model.layers.{layer}.mlp.{name}.weight": torch.randn(shape).bfloat16()
+        for layer in range(900)
+        for name, shape in (("up_proj", (160, 80)), ("gate_proj", (160, 80)))
+    }
+    write_shards(root / "base", weights, 3)
+    make_adapter(root / "adapter", Base(root / "base", weights), dora=True)
+    words = [*COMMAND, root / "base", root / "adapter", "--workers", "1"]
+    done = subprocess.run([*words, root / "whole", "--json"], check=True, capture_output=True)
+    return words, contents(root / "whole"), json.loads(done.stdout)["bytes_written"]
+
+
+def begin(words, out):
+    """A merge that has begun to write: wait until its journal has grown."""
+    journal = out.with_name(out.name + ".partial") / "dora_convert/journal.jsonl"
+    before = journal.stat().st_size if journal.exists() else 1000
+    process = subprocess.Popen(
+        [*words, out, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while not (journal.exists() and journal.stat().st_size > before):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.002)
+    return process
+
+
+def test_killed_again_and_again(large, tmp_path):
+    """kill -9 four times in a row, wherever it strikes; then the same command goes on to the same bytes."""
+    words, whole, total = large
+    out, chance = tmp_path / "out", random.Random(7)
+    for _ in range(4):
+        process = begin(words, out)
+        time.sleep(chance.uniform(0, 0.1))
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+    done = subprocess.run([*words, out, "--json"], check=False, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["resumed"] is True
+    assert report["bytes_written"] < total
+    assert contents(out) == whole
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_interrupted_while_another_waits(large, tmp_path):
+    """A second run is refused and harms nothing; Ctrl-C in the first is exit code 130, and the same command goes on."""
+    words, whole, _ = large
+    out = tmp_path / "out"
+    first = begin(words, out)
+    first.send_signal(signal.SIGSTOP)
+    second = subprocess.run([*words, out, "--overwrite"], check=False, capture_output=True, text=True)
+    assert second.returncode == 2
+    assert "Another run is writing" in second.stderr
+    first.send_signal(signal.SIGINT)
+    first.send_signal(signal.SIGCONT)
+    _, err = first.communicate()
+    assert first.returncode == 130, err
+    error = json.loads(err.splitlines()[-1])["error"]
+    assert "the same command continues it" in error["hint"]
+    assert "Traceback" not in err
+    assert not out.exists()
+    done = subprocess.run([*words, out, "--json"], check=False, capture_output=True)
+    assert json.loads(done.stdout)["resumed"] is True
+    assert contents(out) == whole

@@ -134,6 +134,6 @@ def test_a_base_without_config(tmp_path, base, adapter):
     (base.path / "config.json").unlink()
     dora_convert.merge(base.path, adapter, tmp_path / "out")
     assert not (tmp_path / "out/config.json").exists()
+    edit_json(adapter / "adapter_config.json", arrow_config={"top_k": 1})
     with pytest.raises(UnsupportedError):
-        edit_json(adapter / "adapter_config.json", arrow_config={"top_k": 1})
         dora_convert.merge(base.path, adapter, tmp_path / "again")

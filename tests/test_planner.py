@@ -7,12 +7,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import dora_convert
-from dora_convert.checkpoint import open_checkpoint
 from dora_convert.errors import DoraConvertError, MalformedError, PlanError
 from dora_convert.gather import gather
 from dora_convert.plan import Options
 from dora_convert.planner import make_plan
-from dora_convert.refs import local_source
 
 from .toy import edit_json, make_adapter
 

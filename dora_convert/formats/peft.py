@@ -16,13 +16,13 @@ Tensor names are `base_model.model.<module>` and a suffix, shapes for a weight o
 The scaling is alpha/r, or alpha/√r with `use_rslora`, where `rank_pattern` and `alpha_pattern` may change r and alpha
 per module: the first key in the order of the file that matches `(.*\.)?(key)$` counts.
 
-What a config can say beyond that is refused by name, never merged wrongly: see `peft_config.py`.
+What a config can say beyond that is refused by name, never merged wrongly: see `peft_fields.py`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,7 +33,8 @@ from ..pickled import read_pickle
 from ..refs import Source
 from ..stored import Stored, read_header
 from ..updates import Full, Rows
-from .peft_config import Config, is_saved_embedding, refuse_unsupported
+from .peft_config import Config, is_saved_embedding
+from .peft_fields import refuse_unsupported
 from .peft_modules import updates_of
 
 CONFIG, WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")

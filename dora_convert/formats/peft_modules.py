@@ -51,7 +51,8 @@ def updates_of(
             yield Fault(module, why)
         else:
             start = None if target in saved else config.start
-            yield Change(target, _update(key, parts, config, place.times, start), place.among)
+            rule = config.rule(key) + (", twice" if place.times == 2 else "")
+            yield Change(target, _update(key, parts, config, place.times, start), place.among, rule)
             if bias := parts.get("b"):
                 yield Change(f"{target.rpartition('.')[0]}.bias", Delta(bias, config.scaling(key)))
 
