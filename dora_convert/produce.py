@@ -48,6 +48,8 @@ def produce(plan: Plan, folder: OutputFolder, settings: Settings) -> MergeReport
         earlier = _earlier(folder, plan, key)
         run = _run(plan, folder, settings, choice, key, earlier)
         verdict = _judge(plan, run.progress.done) if settings.verify else None
+        if _same(plan, run.progress.done):
+            settings.warn("the adapter changes nothing: every element is as it was in the base")
         _write_files(plan, folder, run, files, hashes)
         folder.publish()
     return MergeReport.of(
@@ -169,6 +171,17 @@ def _judge(plan: Plan, done: Mapping[str, Done]) -> Verdict:
             hint="the disk or the memory may be faulty; the same command makes these tensors again",
         )
     return total
+
+
+def _same(plan: Plan, done: Mapping[str, Done]) -> bool:
+    """Whether every tensor that adapters had a part in holds the base's bytes."""
+    return all(
+        item.dtype == item.base.dtype and done[item.name].base_hash == done[item.name].written_hash
+        if item.base and item.name in done and not item.added
+        else False
+        for item in plan.items
+        if item.changed
+    )
 
 
 def _write_files(

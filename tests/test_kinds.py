@@ -1,0 +1,424 @@
+"""What PEFT's own tests do not reach: the record, the self-check and the errors of every kind of update."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import dora_convert
+from dora_convert.errors import DoraConvertError, PlanError, UsageError, VerificationError
+from dora_convert.writer import ShardFiles
+
+from .toy import (
+    HIDDEN,
+    VOCABULARY,
+    edit_json,
+    load,
+    make_adapter,
+    make_base,
+    rounded,
+    write_json,
+    write_shards,
+)
+
+EMBEDDING = "model.embed_tokens.weight"
+E, D1, D2, RANK = 3, 20, 12, 4
+
+
+@pytest.fixture
+def tied(tmp_path):
+    """A base whose head is its embedding."""
+    base = make_base(tmp_path / "tied")
+    del base.tensors["lm_head.weight"]
+    write_shards(base.path, base.tensors, 2)
+    edit_json(base.path / "config.json", tie_word_embeddings=True, vocab_size=VOCABULARY)
+    return base
+
+
+def tokens(tmp_path, base, rows, name="tokens", **config):
+    """An adapter that trains some rows of the embedding, and one linear layer."""
+    key = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+    config = {"trainable_token_indices": rows} | config
+    extra = {key: torch.randn(len(rows), HIDDEN)}
+    return make_adapter(tmp_path / name, base, dora=False, targets=("k_proj",), extra=extra, **config)
+
+
+def test_trained_rows(tmp_path, base):
+    """Set as they are, and the base's own rows kept in the record."""
+    adapter = tokens(tmp_path, base, [5, 71, 0])
+    value = load_file(adapter / "adapter_model.safetensors")
+    dora_convert.merge(base.path, adapter, tmp_path / "out")
+    want = base.tensors[EMBEDDING].clone()
+    want[[5, 71, 0]] = value[
+        "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+    ].bfloat16()
+    assert torch.equal(load(tmp_path / "out")[EMBEDDING], want)
+    record = load_file(tmp_path / "out/dora_convert/undo.safetensors")
+    assert record[f"index/{EMBEDDING}"].tolist() == [0, 5, 71]
+    assert torch.equal(record[f"rows/{EMBEDDING}"], base.tensors[EMBEDDING][[0, 5, 71]])
+
+
+def test_rows_of_two_adapters(tmp_path, base):
+    """Different rows go together; the same row twice, and a row at half strength, are errors."""
+    first, second = tokens(tmp_path, base, [1, 2], "first"), tokens(tmp_path, base, [3], "second")
+    dora_convert.merge(base.path, [first, second], tmp_path / "out")
+    with pytest.raises(PlanError) as caught:
+        dora_convert.merge(base.path, [first, tokens(tmp_path, base, [2], "third")], tmp_path / "again")
+    assert "row 2" in caught.value.text()
+    with pytest.raises(PlanError) as caught:
+        dora_convert.merge(base.path, first, tmp_path / "again", weight=[0.5])
+    assert "no weight of 0.5" in caught.value.text()
+
+
+@pytest.mark.parametrize("rows", [[1, VOCABULARY], [1, 1]])
+def test_rows_that_are_not_there(tmp_path, base, rows):
+    """Beyond the vocabulary, or named twice."""
+    with pytest.raises(PlanError):
+        dora_convert.merge(base.path, tokens(tmp_path, base, rows), tmp_path / "out")
+
+
+def head(rank=4):
+    """LoRA on the output head."""
+    return {
+        "base_model.model.lm_head.lora_A.weight": torch.randn(rank, HIDDEN),
+        "base_model.model.lm_head.lora_B.weight": torch.randn(VOCABULARY, rank),
+    }
+
+
+def test_a_tie_that_an_adapter_ends(tmp_path, tied):
+    """The head is added beside the embedding it was; receipt and counts say so."""
+    adapter = make_adapter(tmp_path / "head", tied, dora=False, extra=head())
+    report = dora_convert.merge(tied.path, adapter, tmp_path / "out")
+    assert report.tensors["added"] == 1
+    assert report.verified.wrong_elements == 0
+    merged = load(tmp_path / "out")
+    assert torch.equal(merged[EMBEDDING], tied.tensors[EMBEDDING])
+    value = load_file(adapter / "adapter_model.safetensors")
+    delta = 1.5 * (
+        value["base_model.model.lm_head.lora_B.weight"].double()
+        @ value["base_model.model.lm_head.lora_A.weight"].double()
+    )
+    assert torch.equal(merged["lm_head.weight"], rounded(tied.tensors[EMBEDDING] + delta, torch.bfloat16))
+    receipt = json.loads((tmp_path / "out/dora_convert/receipt.json").read_text())
+    assert receipt["tensors"]["lm_head.weight"]["of"] == EMBEDDING
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())["weight_map"]
+    assert index["lm_head.weight"] == index[EMBEDDING]
+    assert (tmp_path / "out/config.json").read_text() != (tied.path / "config.json").read_text()
+
+
+def test_rows_keep_a_tie(tmp_path, tied):
+    """New tokens are read and predicted by the same weight."""
+    dora_convert.merge(tied.path, tokens(tmp_path, tied, [4]), tmp_path / "out")
+    assert "lm_head.weight" not in load(tmp_path / "out")
+    assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is True
+
+
+def test_an_adapter_that_keeps_a_tie_beside_one_that_ends_it(tmp_path, tied):
+    """What was for both sides goes to both, what was for one to that one."""
+    both = tokens(tmp_path, tied, [4])
+    dora_convert.merge(
+        tied.path, [both, make_adapter(tmp_path / "h", tied, dora=False, extra=head())], tmp_path / "out"
+    )
+    merged = load(tmp_path / "out")
+    assert not torch.equal(merged[EMBEDDING][4], tied.tensors[EMBEDDING][4])
+    assert torch.equal(merged[EMBEDDING][5], tied.tensors[EMBEDDING][5])
+    assert not torch.equal(merged["lm_head.weight"][5], tied.tensors[EMBEDDING][5])
+
+
+def test_scaled_ties_are_refused(tmp_path, tied):
+    """T5 divides by √d where the head is tied: untying would change more than weights."""
+    edit_json(tied.path / "config.json", model_type="t5")
+    adapter = make_adapter(tmp_path / "head", tied, dora=False, extra=head())
+    with pytest.raises(PlanError) as caught:
+        dora_convert.merge(tied.path, adapter, tmp_path / "out")
+    assert "tied to more than the output head" in caught.value.text()
+
+
+@pytest.mark.parametrize("rows", [VOCABULARY + 9, VOCABULARY - 9])
+def test_another_vocabulary(tmp_path, tied, rows):
+    """More tokens or fewer: the config follows, and the record keeps what the output has no place for."""
+    value = torch.randn(rows, HIDDEN).bfloat16()
+    kept = min(rows, VOCABULARY) - 3
+    value[:kept] = tied.tensors[EMBEDDING][:kept]
+    extra = {"base_model.model.model.embed_tokens.weight": value}
+    adapter = make_adapter(tmp_path / "grown", tied, dora=False, targets=("k_proj",), extra=extra)
+    dora_convert.merge(tied.path, adapter, tmp_path / "out")
+    assert torch.equal(load(tmp_path / "out")[EMBEDDING], value)
+    assert json.loads((tmp_path / "out/config.json").read_text())["vocab_size"] == rows
+    record = load_file(tmp_path / "out/dora_convert/undo.safetensors")
+    assert record[f"index/{EMBEDDING}"].tolist() == list(range(kept, VOCABULARY))
+    assert torch.equal(record[f"rows/{EMBEDDING}"], tied.tensors[EMBEDDING][kept:])
+
+
+def test_a_vocabulary_of_one_side(tmp_path, base):
+    """An embedding that grew and a head that did not make no model."""
+    extra = {"base_model.model.model.embed_tokens.weight": torch.randn(VOCABULARY + 1, HIDDEN)}
+    adapter = make_adapter(tmp_path / "grown", base, dora=False, extra=extra)
+    with pytest.raises(PlanError) as caught:
+        dora_convert.merge(base.path, adapter, tmp_path / "out")
+    assert "must bring both" in caught.value.text()
+
+
+@pytest.fixture
+def experts(tmp_path):
+    """A base with experts in one tensor, and an adapter on them."""
+    base = make_base(tmp_path / "moe")
+    weight = torch.randn(E, D1, D2).bfloat16()
+    base.tensors["model.layers.0.mlp.experts.down_proj"] = weight
+    write_shards(base.path, base.tensors, 2)
+    extra = {
+        "base_model.model.model.layers.0.mlp.experts.lora_A.weight": torch.randn(E * RANK, D2),
+        "base_model.model.model.layers.0.mlp.experts.lora_B.weight": torch.randn(D1, RANK * E),
+    }
+    config = {"target_parameters": ["experts.down_proj"], "peft_version": "0.21.2"}
+    adapter = make_adapter(tmp_path / "experts", base, dora=False, targets=("k_proj",), extra=extra, **config)
+    return base, adapter, weight, extra
+
+
+def test_experts(tmp_path, experts, monkeypatch):
+    """A lies expert after expert, B with the expert varying fastest; no block holds rows of two."""
+    from dora_convert import blocks
+
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 1 << 7)
+    base, adapter, weight, extra = experts
+    A, B = (tensor.double() for tensor in extra.values())
+    report = dora_convert.merge(base.path, adapter, tmp_path / "out")
+    assert report.verified.wrong_elements == 0
+    merged = load(tmp_path / "out")["model.layers.0.mlp.experts.down_proj"]
+    for e in range(E):
+        delta = 1.5 * B[:, e::E] @ A[e * RANK : (e + 1) * RANK]
+        assert torch.equal(merged[e], rounded(weight[e] + delta, torch.bfloat16)), e
+
+
+def wrong_byte(monkeypatch, tensor):
+    """A disk that changes one element of a tensor."""
+    write = ShardFiles.write
+
+    def writes(self, item, offset, data):
+        if item.name == tensor and offset == 0:
+            data = memoryview(bytearray(data))
+            data[1] ^= 0x40
+        write(self, item, offset, data)
+
+    monkeypatch.setattr(ShardFiles, "write", writes)
+
+
+def test_the_self_check_sees_experts(tmp_path, experts, monkeypatch):
+    """One wrong element is found."""
+    base, adapter, *_ = experts
+    wrong_byte(monkeypatch, "model.layers.0.mlp.experts.down_proj")
+    with pytest.raises(VerificationError):
+        dora_convert.merge(base.path, adapter, tmp_path / "out")
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora", "kasa"])
+def test_the_self_check_sees_starts(tmp_path, base, monkeypatch, start):
+    """Also where the base was changed before training."""
+    adapter = make_adapter(tmp_path / "started", base, dora=False, targets=("mlp.down_proj",))
+    if start == "kasa":
+        path = adapter / "adapter_model.safetensors"
+        tensors = load_file(path)
+        diagonal = {
+            name.replace("lora_A.weight", "lora_diag"): torch.randn(4) for name in tensors if "lora_A" in name
+        }
+        save_file(tensors | diagonal, path)
+        edit_json(adapter / "adapter_config.json", kasa_config={})
+        edit_json(adapter / "adapter_config.json", kasa_config={"beta": 1})
+    else:
+        edit_json(adapter / "adapter_config.json", init_lora_weights=start)
+    assert dora_convert.merge(base.path, adapter, tmp_path / "good").verified.wrong_elements == 0
+    wrong_byte(monkeypatch, "model.layers.1.mlp.down_proj.weight")
+    with pytest.raises(VerificationError):
+        dora_convert.merge(base.path, adapter, tmp_path / "out")
+
+
+def test_starts_need_the_whole_matrix(tmp_path, base):
+    """More than the budget holds is refused, with the least that would do."""
+    adapter = make_adapter(tmp_path / "a", base, dora=False, init_lora_weights="pissa")
+    plain = dora_convert.merge(
+        base.path, make_adapter(tmp_path / "b", base, dora=False), tmp_path / "x", dry_run=True
+    )
+    least = dora_convert.merge(base.path, adapter, tmp_path / "x", dry_run=True).plan["least_memory"]
+    assert least > plain.plan["least_memory"]
+    with pytest.raises(UsageError, match="does not hold"):
+        dora_convert.merge(base.path, adapter, tmp_path / "x", max_memory=least - 1)
+
+
+def test_a_start_has_no_strength(tmp_path, base):
+    """Half of PiSSA is nothing anybody trained; nor is it with another adapter on the same weight."""
+    adapter = make_adapter(tmp_path / "a", base, dora=False, init_lora_weights="pissa")
+    other = make_adapter(tmp_path / "b", base, dora=False)
+    for adapters, weight in (([adapter], [0.5]), ([adapter, other], [])):
+        with pytest.raises(PlanError) as caught:
+            dora_convert.merge(base.path, adapters, tmp_path / "out", weight=weight)
+        assert "merged alone and at weight 1" in caught.value.text()
+
+
+def attention(tmp_path, base, version):
+    """MultiheadAttention, adapted by some version of PEFT."""
+    torch.manual_seed(5)
+    base.tensors |= {
+        "attn.in_proj_weight": torch.randn(36, 12).bfloat16(),
+        "attn.out_proj.weight": torch.randn(12, 12).bfloat16(),
+    }
+    write_shards(base.path, base.tensors, 2)
+    prefix = "base_model.model.attn"
+    extra = {
+        f"{prefix}.lora_A.weight": torch.randn(4, 12),
+        f"{prefix}.lora_B.weight": torch.randn(36, 4),
+        f"{prefix}.base_layer.out_proj.lora_A.weight": torch.randn(4, 12),
+        f"{prefix}.base_layer.out_proj.lora_B.weight": torch.randn(12, 4),
+    }
+    config = {"peft_version": version} if version else {}
+    path = make_adapter(tmp_path / "mha", base, dora=False, targets=("none",), extra=extra, **config)
+    return path, [tensor.double() for tensor in extra.values()]
+
+
+@pytest.mark.parametrize(("version", "times"), [(None, 2), ("0.15.1", 2), ("0.21.2", 2), ("0.22.0", 1)])
+def test_multihead_attention_by_version(tmp_path, base, version, times):
+    """PEFT added the output projection twice until it was mended: what was trained counts."""
+    adapter, (A, B, A_out, B_out) = attention(tmp_path, base, version)
+    dora_convert.merge(base.path, adapter, tmp_path / "out")
+    merged = load(tmp_path / "out")
+    want = base.tensors["attn.in_proj_weight"] + 1.5 * B @ A
+    assert torch.equal(merged["attn.in_proj_weight"], rounded(want, torch.bfloat16))
+    want = base.tensors["attn.out_proj.weight"] + times * 1.5 * B_out @ A_out
+    assert torch.equal(merged["attn.out_proj.weight"], rounded(want, torch.bfloat16))
+
+
+def test_ignored_fields(tmp_path, base, adapter):
+    """A field that the user has looked at stops nothing; others still do."""
+    edit_json(adapter / "adapter_config.json", use_quantum=True, use_magic={"a": 1})
+    for fields in ((), ("use_quantum",)):
+        with pytest.raises(DoraConvertError, match="does not merge"):
+            dora_convert.merge(base.path, adapter, tmp_path / "out", ignore_field=fields)
+    dora_convert.merge(base.path, adapter, tmp_path / "out", ignore_field=("use_quantum", "use_magic"))
+
+
+def test_a_merge_that_changes_nothing_is_said_so(tmp_path, base):
+    """An untrained adapter, or one that rounding swallows."""
+    adapter = make_adapter(tmp_path / "a", base, dora=False)
+    path = adapter / "adapter_model.safetensors"
+    save_file({k: v * ("lora_A" in k) for k, v in load_file(path).items()}, path)
+    report = dora_convert.merge(base.path, adapter, tmp_path / "out")
+    assert "changes nothing" in report.warnings[0]
+
+
+def test_other_dtypes_are_passed_through(tmp_path, base, adapter):
+    """fp8, integers, scalars and empty tensors come out as they went in."""
+    odd = {
+        "odd.fp8": torch.randn(6, 5).to(torch.float8_e4m3fn),
+        "odd.long": torch.arange(7),
+        "odd.bool": torch.tensor([True, False]),
+        "odd.scalar": torch.tensor(2.5),
+        "odd.empty": torch.empty(0, 4),
+        "odd.double": torch.randn(3, 2, dtype=torch.float64),
+    }
+    write_shards(base.path, base.tensors | odd, 2)
+    dora_convert.merge(base.path, adapter, tmp_path / "out")
+    merged = load(tmp_path / "out")
+    for name, tensor in odd.items():
+        assert merged[name].dtype == tensor.dtype, name
+        assert torch.equal(merged[name].view(torch.uint8), tensor.view(torch.uint8)) if tensor.dim() else True
+    dora_convert.merge(base.path, adapter, tmp_path / "float", dtype="float32")
+    merged = load(tmp_path / "float")
+    assert merged["odd.fp8"].dtype == torch.float8_e4m3fn
+    assert merged["odd.double"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("infix", ["_orig_mod.", "_fsdp_wrapped_module.", "module."])
+def test_wrapped_names(tmp_path, base, adapter, infix):
+    """torch.compile, FSDP and DataParallel leave their names; the same bytes come out."""
+    dora_convert.merge(base.path, adapter, tmp_path / "plain")
+    path = adapter / "adapter_model.safetensors"
+    tensors = {
+        k.replace("base_model.model.", f"base_model.model.{infix}"): v for k, v in load_file(path).items()
+    }
+    save_file(tensors, path)
+    dora_convert.merge(base.path, adapter, tmp_path / "wrapped")
+    plain, wrapped = load(tmp_path / "plain"), load(tmp_path / "wrapped")
+    assert all(torch.equal(plain[name], wrapped[name]) for name in plain)
+
+
+def test_a_prefix_that_could_be_two(tmp_path):
+    """Two towers with the same names: the adapter does not say which, so neither is taken."""
+    base = make_base(tmp_path / "base")
+    towers = {
+        name.replace("model.", f"{tower}.model."): tensor.clone()
+        for tower in ("left", "right")
+        for name, tensor in base.tensors.items()
+    }
+    adapter = make_adapter(tmp_path / "adapter", base, dora=False)
+    write_shards(base.path, towers, 2)
+    with pytest.raises(PlanError) as caught:
+        dora_convert.merge(base.path, adapter, tmp_path / "out")
+    assert "could be any of left.model.layers" in caught.value.text()
+
+
+def test_layers_written_out(tmp_path, base):
+    """Each replica gets its own adapter; lists that have an entry a layer follow, and the order is the adapter's."""
+    edit_json(base.path / "config.json", num_hidden_layers=2, layer_types=["full", "sliding"])
+    replicated = make_base(tmp_path / "three", layers=3)
+    adapter = make_adapter(
+        tmp_path / "adapter", replicated, dora=True, layer_replication=[[0, 2], [0, 1]], targets=("up_proj",)
+    )
+    dora_convert.merge(base.path, adapter, tmp_path / "out")
+    merged = load(tmp_path / "out")
+    norm = "model.layers.{}.input_layernorm.weight"
+    assert torch.equal(merged[norm.format(2)], base.tensors[norm.format(0)])
+    up = "model.layers.{}.mlp.up_proj.weight"
+    assert not torch.equal(merged[up.format(2)], merged[up.format(0)])
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["num_hidden_layers"] == 3
+    assert config["layer_types"] == ["full", "sliding", "full"]
+    receipt = json.loads((tmp_path / "out/dora_convert/receipt.json").read_text())
+    assert receipt["tensors"][up.format(2)]["of"] == up.format(0)
+
+
+def test_a_new_head(tmp_path, base):
+    """A classifier that the base lacks is added, with the class and the labels it needs."""
+    extra = {"base_model.model.score.weight": torch.randn(5, HIDDEN)}
+    adapter = make_adapter(
+        tmp_path / "a", base, dora=False, extra=extra, modules_to_save=["score"], task_type="SEQ_CLS"
+    )
+    report = dora_convert.merge(base.path, adapter, tmp_path / "out")
+    assert report.tensors["added"] == 1
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["architectures"] == ["LlamaForSequenceClassification"]
+    assert len(config["id2label"]) == len(config["label2id"]) == 5
+    assert torch.equal(load(tmp_path / "out")["score.weight"], extra["base_model.model.score.weight"])
+
+
+def test_saved_modules_of_a_raw_dump(tmp_path, base):
+    """Savers other than PEFT's leave its wrappers in the names."""
+    value = torch.randn(HIDDEN)
+    extra = {
+        "base_model.model.model.norm.modules_to_save.default.weight": value,
+        "base_model.model.model.norm.original_module.weight": torch.randn(HIDDEN),
+    }
+    adapter = make_adapter(tmp_path / "a", base, dora=False, extra=extra, modules_to_save=["norm"])
+    report = dora_convert.merge(base.path, adapter, tmp_path / "out")
+    assert torch.equal(load(tmp_path / "out")["model.norm.weight"], value.bfloat16())
+    fates = {entry["tensor"]: entry["fate"] for entry in report.ledger}
+    assert fates["base_model.model.model.norm.original_module.weight"] == "ignored"
+
+
+def test_a_swollen_shard_is_cut_again(tmp_path, tied):
+    """A head that would make a shard much larger than the base's largest gets its place by another cut."""
+    tied.tensors = {name: tensor for name, tensor in tied.tensors.items() if "mlp" not in name}
+    adapter = make_adapter(tmp_path / "head", tied, dora=False, targets=("k_proj",), extra=head())
+    names = list(tied.tensors)
+    table = {name: f"model-{n + 1:05d}-of-{len(names):05d}.safetensors" for n, name in enumerate(names)}
+    for path in tied.path.glob("*.safetensors"):
+        path.unlink()
+    for name, file in table.items():
+        save_file({name: tied.tensors[name]}, tied.path / file)
+    write_json(tied.path / "model.safetensors.index.json", {"metadata": {}, "weight_map": table})
+    dora_convert.merge(tied.path, adapter, tmp_path / "out")
+    shards = [load_file(path) for path in (tmp_path / "out").glob("*.safetensors")]
+    largest = tied.tensors[EMBEDDING].nbytes
+    assert max(sum(tensor.nbytes for tensor in shard.values()) for shard in shards) == largest
+    assert load(tmp_path / "out").keys() == {*tied.tensors, "lm_head.weight"}
