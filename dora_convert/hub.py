@@ -44,7 +44,7 @@ def _download(
     from huggingface_hub.errors import HfHubHTTPError
 
     prefix = f"{ref.subfolder}/" if ref.subfolder else ""
-    with _explained(ref, what):
+    with explained(ref, what):
         try:
             info = HfApi(token=token).model_info(ref.repo, revision=ref.revision)
         except HfHubHTTPError:
@@ -53,7 +53,8 @@ def _download(
             return _cached(ref, prefix, what, error)
         names = [sibling.rfilename for sibling in info.siblings or ()]
         inside = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
-        if anchor := next((name for name in ANCHORS if name in inside), None):
+        chosen = wanted(inside)
+        if anchor := next((name for name in ANCHORS if name in chosen), None):
             # by the revision's own name, so that the cache knows what it stands for when there is no connection
             hf_hub_download(ref.repo, prefix + anchor, revision=ref.revision, token=token)
 
@@ -62,7 +63,6 @@ def _download(
             snapshot = snapshot_download(ref.repo, revision=info.sha, allow_patterns=patterns, token=token)
             return Path(snapshot) / ref.subfolder
 
-        chosen = wanted(inside)
         folder = get(chosen)
         if index := next((name for name in chosen if name.endswith(".index.json")), None):
             get(sorted(set(weight_map(folder / index).values())))
@@ -114,7 +114,7 @@ def _unreachable() -> tuple[type[Exception], ...]:
 
 
 @contextmanager
-def _explained(ref: HubRef, what: str) -> Iterator[None]:
+def explained(ref: HubRef, what: str) -> Iterator[None]:
     """Turn huggingface_hub's exceptions into ours."""
     from huggingface_hub import errors
 
