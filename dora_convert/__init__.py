@@ -25,10 +25,13 @@ if TYPE_CHECKING:
         UsageError,
         VerificationError,
     )
-    from .operations import merge
+    from .inspected import AdapterReport, CheckpointReport
+    from .operations import inspect, merge
     from .report import DryRunReport, MergeReport
 
 __all__ = [
+    "AdapterReport",
+    "CheckpointReport",
     "DoraConvertError",
     "DryRunReport",
     "HubError",
@@ -42,6 +45,7 @@ __all__ = [
     "UsageError",
     "VerificationError",
     "__version__",
+    "inspect",
     "merge",
 ]
 
@@ -49,9 +53,9 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import errors, operations, report
+    from . import errors, inspected, operations, report
 
-    for module in (errors, operations, report):
+    for module in (errors, operations, report, inspected):
         if hasattr(module, name):
             return getattr(module, name)
     raise AttributeError(name)  # pragma: no cover - __all__ is tested

@@ -203,7 +203,7 @@ class Draft:
         if _from_one_file(target.source, update.value) and target.source.same_bytes(update.value):
             return  # one weight saved under two names
         if target.source is not target.base:
-            self._fault(update, f"another adapter replaces {name}, too")
+            self._fault(update, f"{name} is replaced already")
         if weight != 1:
             self._fault(update, f"replaces {name}, which has no weight of {weight:g}")
         target.source = update.value

@@ -125,11 +125,14 @@ def closest(module: str, siblings: Sequence[str], base: Checkpoint) -> list[str]
     if leaf != module and siblings:
         leaves = [name.rpartition(".")[2] for name in siblings]
         return [f"…{name}" for name in difflib.get_close_matches(leaf, leaves, 3, 0)]
-    numbers = iter(re.findall(r"\d+", module))
-    return [
-        re.sub(r"\*", lambda star: next(numbers, star[0]), kind)
-        for kind in _similar(_kind(module), base.module_kinds)
-    ]
+    numbers = re.findall(r"\d+", module)
+    return [_numbered(kind, numbers) for kind in _similar(_kind(module), base.module_kinds)]
+
+
+def _numbered(kind: str, numbers: Sequence[str]) -> str:
+    """A kind with its stars replaced by numbers, as far as there are some."""
+    left = iter(numbers)
+    return re.sub(r"\*", lambda star: next(left, star[0]), kind)
 
 
 def _kind(module: str) -> str:

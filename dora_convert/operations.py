@@ -10,6 +10,8 @@ from pathlib import Path
 
 from .folder import OutputFolder
 from .gather import doubts, gather
+from .inspected import AdapterReport, CheckpointReport
+from .inspection import inspect_ref
 from .plan import Options, Plan
 from .planner import make_plan
 from .report import DryRunReport, MergeReport
@@ -66,6 +68,23 @@ def merge(
     with without_collections():
         from .produce import produce
     return produce(plan, folder, settings)
+
+
+def inspect(
+    ref: PathLike,
+    base: PathLike | None = None,
+    *,
+    ignore_field: Sequence[str] = (),
+    token: str | None = None,
+) -> AdapterReport | CheckpointReport:
+    """What is this? Told from headers and small files alone; of a model on the Hub no weights are downloaded.
+
+    `ref` is an adapter or a checkpoint. With `base`, the report of an adapter says where each of its tensors would land
+    in it, or everything that does not fit.
+
+    Raises DoraConvertError for what cannot be read, or is neither.
+    """
+    return inspect_ref(os.fspath(ref), None if base is None else os.fspath(base), ignore_field, token)
 
 
 def _plan(

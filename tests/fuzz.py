@@ -5,6 +5,8 @@ nothing may take long, and what we take for a safetensors file or a pickle of te
 failure prints the seed and the iteration that make it again, and the exit code is 1.
 """
 
+# ruff: noqa: T201
+
 from __future__ import annotations
 
 import argparse
@@ -184,6 +186,14 @@ TARGETS: list[tuple[str, Change, Callable[[Path], object]]] = [
 """The file that is changed, how, and who reads it."""
 
 
+def check_message(error: dora_convert.DoraConvertError) -> None:
+    """Few lines, in any encoding."""
+    lines = error.text().splitlines()
+    assert len(lines) <= 12, "a message of many lines"
+    assert max(map(len, lines)) < 700, "a message of a long line"
+    json.dumps(error.to_dict(), ensure_ascii=False).encode()
+
+
 def attempt(root: Path, seed: int, iteration: int) -> str:
     """One iteration: "taken" or "refused"; whatever else escapes is a failure."""
     chance = random.Random(f"{seed}:{iteration}")
@@ -194,8 +204,7 @@ def attempt(root: Path, seed: int, iteration: int) -> str:
     try:
         read(root)
     except dora_convert.DoraConvertError as error:
-        assert len(error.text().splitlines()) <= 13, "the message is long"
-        json.dumps(error.to_dict(), ensure_ascii=False).encode()
+        check_message(error)
         return "refused"
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -218,20 +227,35 @@ def main() -> int:
     warnings.simplefilter("ignore")
     signal.signal(signal.SIGALRM, too_long)
     counts: collections.Counter[str] = collections.Counter()
+    failures: set[str] = set()
     with tempfile.TemporaryDirectory() as folder:
         make_seeds(root := Path(folder))
         end, iteration = time.monotonic() + chosen.seconds, chosen.start
         while time.monotonic() < end:
             try:
                 counts[attempt(root, chosen.seed, iteration)] += 1
-            except Exception:  # noqa: BLE001 - which is what is looked for
-                traceback.print_exc()
-                print(f"the file begins with {(root / 'last').read_bytes()[:2000]!r}")
-                print(f"again: python tests/fuzz.py --seed {chosen.seed} --start {iteration} --seconds 1")
-                return 1
+            except Exception as error:  # noqa: BLE001 - which is what is looked for
+                counts["failed"] += 1
+                if (place := where(error)) not in failures:
+                    failures.add(place)
+                    traceback.print_exc(limit=-3)
+                    print(f"the file begins with {(root / 'last').read_bytes()[:1000]!r}")
+                    print(
+                        f"again: python tests/fuzz.py --seed {chosen.seed} --start {iteration} --seconds 1\n"
+                    )
             iteration += 1
-    print(f"fuzz: {iteration - chosen.start} files, {dict(counts)}, seed {chosen.seed}: nothing escaped")
-    return 0
+    print(
+        f"fuzz: {iteration - chosen.start} files, {dict(counts)}, seed {chosen.seed}, {len(failures)} failures"
+    )
+    return 1 if failures else 0
+
+
+def where(error: Exception) -> str:
+    """What a failure is told from others by: its type, and the last line of ours on the way there."""
+    frames = [
+        frame for frame in traceback.extract_tb(error.__traceback__) if "dora_convert" in frame.filename
+    ]
+    return f"{type(error).__name__} {frames[-1].filename}:{frames[-1].lineno}" if frames else repr(error)
 
 
 if __name__ == "__main__":

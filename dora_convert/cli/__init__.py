@@ -17,7 +17,10 @@ from .. import __version__
 from ..errors import DoraConvertError, InterruptedRunError, UsageError
 from .sink import show_error
 
-COMMANDS = {"merge": "fold adapters into a base checkpoint"}
+COMMANDS = {
+    "merge": "fold adapters into a base checkpoint",
+    "inspect": "what is this? headers only, local or remote",
+}
 
 
 class Lazy(click.Group):

@@ -6,8 +6,8 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
@@ -19,6 +19,13 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
     from ..report import DryRunReport, MergeReport
+
+
+class Answer(Protocol):
+    """What every verb's report can do."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as `--json` prints it."""
 
 
 class Sink:
@@ -55,6 +62,25 @@ class Sink:
             click.echo(report.out)
         else:
             self._print(report)
+
+    def show(self, report: Answer, short: str, parts: Callable[[bool], Iterable[Table | str]]) -> None:
+        """An answer made of tables and lines: `parts` makes them, of every detail or not; --quiet has `short` alone."""
+        if self._json:
+            click.echo(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
+        elif self._quiet:
+            click.echo(short)
+        else:
+            self._draw(parts(self._verbose))
+
+    def _draw(self, parts: Iterable[Table | str]) -> None:
+        from rich.console import Console
+
+        console = Console(highlight=False)
+        for part in parts:
+            if isinstance(part, str):
+                click.echo(part)
+            else:
+                console.print(part)
 
     def _print(self, report: MergeReport | DryRunReport) -> None:
         from rich.console import Console

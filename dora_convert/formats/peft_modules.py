@@ -112,9 +112,14 @@ def _update(key: str, parts: Parts, config: Config, times: int, start: Start | N
         blocks=config.blocks(key),
         experts=experts,
         square=config.square_experts(),
-        start=start if A.name.endswith(".lora_A.weight") and len(A.shape) == 2 else None,
+        start=start if _is_linear(A) else None,
     )
     return Decomposed(update, parts["m"]) if "m" in parts else update
+
+
+def _is_linear(A: Stored) -> bool:
+    """Whether PEFT's other starts apply: embeddings and convolutions begin as usual."""
+    return len(A.shape) == 2 and not re.search(r"\.lora_embedding_A\b", A.name)
 
 
 def _orientation(A: Stored) -> bool | None:

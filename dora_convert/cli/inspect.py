@@ -1,0 +1,235 @@
+"""dora-convert inspect."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..sizes import format_size
+from . import options
+from .sink import Sink
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ..inspected import AdapterReport, CheckpointReport, Landing, Module
+
+SHOWN = 10
+"""How many of a list are shown without --verbose."""
+
+
+@click.command("inspect")
+@click.argument("ref")
+@click.option("--base", metavar="REF", help="Show where each adapter tensor would land in this base.")
+@options.reading
+@options.hub
+@options.talk
+def command(ref: str, *, as_json: bool, quiet: bool, verbose: bool, **chosen: Any) -> None:
+    """What is this? Told from headers, never from weights.
+
+    REF is an adapter or a checkpoint: a folder, a single weight file or a Hub repo (org/name[@revision]). Of a model on
+    the Hub, only the headers of its weight files are fetched.
+
+    \b
+    Examples:
+      dora-convert inspect ./adapter
+      dora-convert inspect ./adapter --base org/base
+      dora-convert inspect org/base --json
+    """
+    from ..operations import inspect
+
+    sink = Sink(as_json=as_json, quiet=quiet, verbose=verbose)
+    report = inspect(ref, **chosen)
+    sink.show(report, f"{report.kind} {report.title}", lambda every: parts(report, every=every))
+
+
+def parts(report: AdapterReport | CheckpointReport, *, every: bool) -> Iterator[Table | str]:
+    """The report for people: tables first, then what it comes to in a few lines."""
+    from ..inspected import AdapterReport
+
+    if isinstance(report, AdapterReport):
+        if report.modules:
+            yield modules_table(report.modules, every=every)
+        else:
+            yield weights_table(report.weights)
+        if report.landing and report.landing.ledger:
+            yield landing_table(report.landing, every=every)
+        lines = about_adapter(report, every=every)
+    else:
+        yield weights_table(report.weights)
+        lines = about_checkpoint(report, every=every)
+    yield from map(printable, lines)
+
+
+def printable(text: str) -> str:
+    """One line for a terminal: names may hold anything, so what cannot be printed is escaped."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
+    """A table; columns that begin with > hold numbers."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for column in columns:
+        table.add_column(
+            column.removeprefix(">"), justify="right" if column[0] == ">" else "left", overflow="fold"
+        )
+    for row in rows:
+        table.add_row(*(Text(printable(str(cell))) for cell in row))
+    return table
+
+
+def modules_table(modules: Iterable[Module], *, every: bool) -> Table:
+    """What an adapter has for which kind of weight, layers counted together; `every` lists each one."""
+    groups: dict[tuple[str, ...], list[Module]] = {}
+    for module in modules:
+        scaling = "" if module.scaling is None else f"{module.scaling:g}"
+        name = (module.target if every else module.kind).removesuffix(".weight")
+        groups.setdefault((name, _method(module), scaling, module.rule or ""), []).append(module)
+    rows = [
+        (name, len(group), method, _numbers(group), scaling, rule)
+        for (name, method, scaling, rule), group in groups.items()
+    ]
+    return _table(("module", ">n", "method", ">rank", ">scaling", "rule"), rows)
+
+
+def _method(module: Module) -> str:
+    if module.rows is not None:
+        return f"{module.rows} trained rows"
+    if module.method == "whole":
+        return f"saved whole, {_shape(module.shape or ())}"
+    return f"{module.method}, {module.experts} experts" if module.experts else module.method
+
+
+def _numbers(modules: Sequence[Module]) -> str:
+    return ", ".join(map(str, sorted({module.rank for module in modules if module.rank is not None})))
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return " × ".join(map(str, shape)) or "scalar"
+
+
+def weights_table(weights: Iterable[Mapping[str, Any]]) -> Table:
+    """Tensors by kind, layers counted together."""
+    rows = [(found["kind"], found["tensors"], found["dtype"], _shape(found["shape"])) for found in weights]
+    return _table(("tensor", ">n", "dtype", "shape"), rows)
+
+
+def landing_table(landing: Landing, *, every: bool) -> Table:
+    """Where adapter tensors would go, layers counted together; `every` lists each one."""
+    from ..census import fold
+
+    shown = (lambda name: name) if every else fold
+    groups = Counter(
+        (shown(entry["tensor"]), ", ".join(map(shown, entry["into"])), f"{entry['fate']}: {entry['why']}")
+        for entry in landing.ledger
+    )
+    rows = [(tensor, count, into, fate) for (tensor, into, fate), count in groups.items()]
+    return _table(("adapter tensor", ">n", "into", "fate"), rows)
+
+
+def about_adapter(report: AdapterReport, *, every: bool) -> Iterator[str]:
+    """What an adapter is, in a few lines."""
+    yield f"adapter: {report.title}, {report.method} in the {report.format} format"
+    base = (
+        f"{report.base}{f' at {report.revision}' if report.revision else ''}" if report.base else "not said"
+    )
+    yield f"trained on: {base}{f', as {report.task}' if report.task else ''}"
+    if report.layers:
+        yield f"layers of the base, in this order: {', '.join(map(str, report.layers))}"
+    yield _totals(report)
+    reasons: dict[str, list[str]] = {}
+    for name, why in report.ignored.items():
+        reasons.setdefault(why, []).append(name)
+    for why, names in reasons.items():
+        yield f"ignored: {len(names)} tensors, {why}{': ' + ', '.join(names) if every else ''}"
+    if report.refused:
+        yield f"would not be merged: {report.refused['message']}"
+        yield from _listed(report.refused["faults"], every=every)
+    if report.faults:
+        yield f"would not be merged: {len(report.faults)} faults"
+        yield from _listed(report.faults, every=every)
+    yield from (f"note: {note}" for note in report.notes)
+    if report.landing:
+        yield from about_landing(report.landing, every=every)
+
+
+def about_landing(landing: Landing, *, every: bool) -> Iterator[str]:
+    """Whether an adapter fits a base."""
+    yield from (f"warning: {warning}" for warning in landing.warnings)
+    if landing.fits:
+        counts = ", ".join(
+            f"{landing.tensors[fate]} {fate}" for fate in ("merged", "replaced", "added", "copied")
+        )
+        yield f"fits {landing.base}: {landing.tensors['total']} tensors, {counts}"
+        return
+    yield f"does not fit {landing.base}: {landing.message}"
+    yield from _listed(landing.faults, every=every)
+    if landing.hint:
+        yield f"hint: {landing.hint}"
+
+
+def _listed(faults: Sequence[Mapping[str, str]], *, every: bool) -> Iterator[str]:
+    shown = len(faults) if every else SHOWN
+    yield from (f"  {fault['what']}  {fault['why']}" for fault in faults[:shown])
+    if len(faults) > shown:
+        yield f"  … and {len(faults) - shown} more"
+
+
+def about_checkpoint(report: CheckpointReport, *, every: bool) -> Iterator[str]:
+    """What a checkpoint is, in a few lines."""
+    what = ", ".join(report.architectures) or "model"
+    yield f"checkpoint: {report.title}, {what}{f' ({report.model_type})' if report.model_type else ''}"
+    files = report.index or report.shards[0]["file"]
+    yield f"stored as {report.format}: {files}{f', {len(report.shards)} shards' if report.index else ''}"
+    if every:
+        yield from (
+            f"  {shard['file']}  {shard['tensors']} tensors, {format_size(shard['bytes'])}"
+            for shard in report.shards
+        )
+    yield _totals(report)
+    if report.tied:
+        where = "stored under both names" if report.tied["head_stored"] else "stored once"
+        yield f"tied: {report.tied['head']} is {report.tied['embedding']}, {where}"
+    if report.quantised:
+        bits = f", {report.quantised['bits']} bits" if report.quantised["bits"] else ""
+        yield f"quantised: {report.quantised['method']}{bits}"
+    yield from map(about_merge, report.merges)
+    for label, names in (
+        ("beside the weights", report.side_files),
+        ("not part of the model", report.left_behind),
+    ):
+        if names:
+            shown = len(names) if every else SHOWN
+            yield f"{label}: {', '.join(names[:shown])}{' …' if len(names) > shown else ''}"
+    yield from (f"note: {note}" for note in report.notes)
+
+
+def about_merge(merge: Mapping[str, Any]) -> str:
+    """What an earlier merge's receipt says, in a line."""
+    if "error" in merge:
+        return f"note: {merge['error']}"
+    adapters = ", ".join(map(_merged, merge["adapters"]))
+    version = merge["versions"].get("dora_convert", "of an unknown version")
+    return (
+        f"made by {merge['verb']} with dora-convert {version}: {adapters} into "
+        f"{merge['base'].get('name')}; undo {merge['undo']}"
+    )
+
+
+def _merged(adapter: Mapping[str, Any]) -> str:
+    weight = "" if adapter["weight"] in (None, 1) else f", weight {adapter['weight']}"
+    return f"{adapter['name']} ({adapter['kind']}{weight})"
+
+
+def _totals(report: AdapterReport | CheckpointReport) -> str:
+    dtypes = ", ".join(f"{found['tensors']} {name}" for name, found in report.dtypes.items())
+    return (
+        f"{report.tensors} tensors ({dtypes}), {report.parameters:,} parameters, {format_size(report.bytes)}"
+    )
