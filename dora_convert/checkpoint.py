@@ -7,6 +7,7 @@ in transformers' loader.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from typing import Any
 from .errors import Fault, MalformedError, RefError, UnsupportedError
 from .pickled import read_pickle
 from .refs import Source
-from .stored import Header, Stored, read_header
+from .stored import Header, Stored, open_file, read_header
 
 INDEX_SUFFIX = ".safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth")
@@ -33,6 +34,11 @@ WEIGHT_SUFFIXES = (
 """Files that hold weights, or say where they are: stale beside merged ones, so never copied."""
 
 WEIGHT_FOLDERS = ("original", "onnx", "openvino", "coreml", "metal", "gguf")
+CONFIG_TYPES = {
+    "architectures": list, "model_type": str, "vocab_size": int, "tie_word_embeddings": bool, "torch_dtype": str,
+    "text_config": dict, "quantization_config": dict, "num_hidden_layers": int,
+}  # fmt: skip
+CALLED = {list: "a list", str: "a string", int: "a whole number", bool: "true or false", dict: "an object"}
 NOT_COPIED = ("README.md", "adapter_config.json")
 
 
@@ -221,8 +227,9 @@ def _owned(filename: str, header: Header, owner: Mapping[str, str]) -> Shard:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; MalformedError when it is anything else."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
+        with open_file(path) as file:
+            value = json.loads(file.read().decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise MalformedError(f"{path} cannot be read as JSON ({error}).") from error
     if not isinstance(value, dict):
         raise MalformedError(f"{path} must hold a JSON object.")
@@ -232,7 +239,23 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_config(root: Path) -> dict[str, Any] | None:
     """config.json, or None where a base has none."""
     path = root / "config.json"
-    return read_json(path) if path.exists() else None
+    if not os.path.lexists(path):
+        return None
+    config = read_json(path)
+    _check_types(config, path)
+    return config
+
+
+def _check_types(config: Mapping[str, Any], path: Path) -> None:
+    """MalformedError where a field that a merge looks at is of a wrong type, in nested configs, too."""
+    for field, value in config.items():
+        wanted = CONFIG_TYPES.get(field)
+        if wanted and value is not None and type(value) is not wanted:
+            raise MalformedError(f"{path}: {field} must be {CALLED[wanted]}, not {value!r}.")
+        if field == "architectures" and value and not all(isinstance(name, str) for name in value):
+            raise MalformedError(f"{path}: architectures must be a list of names, not {value!r}.")
+        if isinstance(value, dict):
+            _check_types(value, path)
 
 
 def is_weight_file(name: str) -> bool:
@@ -253,8 +276,18 @@ def list_files(root: Path) -> list[str]:
     return sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
 
 
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _survey(root: Path, used: set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """What lies beside the weights: files to copy, and other weights to leave behind."""
     names = [name for name in list_files(root) if name not in used]
+    if odd := [name for name in names if not _is_text(name)]:
+        raise MalformedError(f"{root} holds a file whose name is not UTF-8: {odd[0]!r}.", hint="rename it")
     visible = [name for name in names if not name.startswith((".", RECORD + "/"))]
     return tuple(filter(is_side_file, names)), tuple(filter(is_weight_file, visible))

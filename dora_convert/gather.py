@@ -11,7 +11,7 @@ from .adapter import Adapter, open_adapter
 from .checkpoint import Checkpoint, open_checkpoint
 from .errors import RefError, UsageError
 from .hub import fetch, wanted_of_adapter, wanted_of_base
-from .refs import HubRef, Source, parse_ref
+from .refs import HubRef, Source, local_path, parse_ref
 
 Notice = Callable[[str], None]
 QUANTISED_NAME = re.compile(r"(?i)[-_.](unsloth-)?(bnb|gptq|awq|gguf|[48]-?bits?|int[48]|fp8|nf4)\b.*$")
@@ -59,11 +59,11 @@ def _refuse_swapped(base: str, adapters: Sequence[str], out: str) -> None:
 
 
 def _is_adapter(ref: str) -> bool:
-    return (Path(ref).expanduser() / "adapter_config.json").is_file()
+    return (local_path(ref, "REF") / "adapter_config.json").is_file()
 
 
 def _has_weights(ref: str) -> bool:
-    folder = Path(ref).expanduser()
+    folder = local_path(ref, "REF")
     names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
     return any(
         name.endswith((".safetensors", ".index.json")) and not name.startswith("adapter") for name in names

@@ -77,7 +77,7 @@ def make(
         W = values.block(raw, start, stop)
         before.see(raw, W, start, stop)
         result = lane.land(apply(W, operands, start, stop), TORCH[item.dtype])
-        if not maths.all_finite(result):
+        if not maths.all_finite(result) or not all(operand.is_finite() for operand in operands):
             blame(item, raw, result)
         data = as_bytes(result)
         after.update(data)

@@ -105,6 +105,10 @@ class Operand:
         m = lane.whole(edit.update.m).flatten() if isinstance(edit.update, Decomposed) else None
         return cls(edit, kind(low, lane, transposed=edit.transposed), m=m)
 
+    def is_finite(self) -> bool:
+        """Whether the last norm is; dividing by an infinite one hides what overflowed."""
+        return not self.n or maths.all_finite(self.n[-1])
+
     def add_(self, W: Tensor, start: int, stop: int, weight: float = 1.0) -> Tensor:
         """W + w·s·BA, in place; for a bias W + w·s·b."""
         if self.shift is not None and isinstance(self.edit.update, Delta):

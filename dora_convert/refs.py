@@ -52,7 +52,7 @@ def parse_ref(ref: str, what: str = "REF") -> Path | HubRef:
     """A REF as an existing local path or a Hub repo; RefError when it can be neither."""
     if match := _HF_URI.fullmatch(ref):
         return HubRef(match["repo"], match["revision"], (match["subfolder"] or "").strip("/"))
-    path = _local(ref, what)
+    path = local_path(ref, what)
     if path.is_dir() or path.is_file():
         return path
     if path.exists() or path.is_symlink():
@@ -63,7 +63,7 @@ def parse_ref(ref: str, what: str = "REF") -> Path | HubRef:
     raise RefError(f"{what} {ref!r} does not exist.", hint=_similar(path) or "a Hub repo is written org/name")
 
 
-def _local(ref: str, what: str) -> Path:
+def local_path(ref: str, what: str) -> Path:
     """A REF as a path, which need not be there."""
     if not ref:
         raise RefError(f"{what} is empty.")

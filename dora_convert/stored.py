@@ -135,7 +135,8 @@ def _parse(path: Path, size: int, file: BinaryIO) -> Header:
             hint="It may be truncated; download it again.",
         )
     entries = _load_json(path, file.read(length))
-    metadata = entries.pop("__metadata__", None) or {}
+    metadata = entries.pop("__metadata__", {})
+    metadata = {} if metadata is None else metadata
     if not _is_string_map(metadata):
         raise MalformedError(f"{path}: __metadata__ must map strings to strings.")
     found = [_entry(path, 8 + length, name, entry) for name, entry in entries.items()]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import collections
 import json
+import os
 import pickle
 import random
 import shutil
@@ -24,6 +25,8 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub reads it
 
 import torch
 from safetensors import safe_open
@@ -150,12 +153,35 @@ def dry_run(root: Path) -> None:
     dora_convert.merge(root / "base", root / "adapter", root / "out", dry_run=True)
 
 
+def dry_run_alone(root: Path) -> None:
+    """The same where the adapter says which base it is for."""
+    dora_convert.merge(None, root / "adapter", root / "out", dry_run=True)
+
+
+def merge(root: Path) -> None:
+    """The whole way to a merged model, which a loader reads."""
+    out = root / "out"
+    try:
+        dora_convert.merge(root / "base", root / "adapter", out)
+        for path in out.glob("*.safetensors"):
+            read_as_both(path)
+        json.loads((out / "config.json").read_bytes())
+    except dora_convert.VerificationError as error:
+        raise AssertionError("the self-check finds our own result wrong") from error
+    finally:
+        left = [path for path in root.glob("out*") if path.name != "out"]
+        for path in (out, *left):
+            shutil.rmtree(path, ignore_errors=True)
+    assert not left, "something is left behind"
+
+
 def make_seeds(root: Path) -> None:
     """Good files of every kind."""
     base = make_base(root / "base")
     make_adapter(root / "adapter", base, dora=True)
     config = json.loads((root / "adapter/adapter_config.json").read_text())
     config |= {
+        "base_model_name_or_path": str(root / "base"),
         "rank_pattern": {"k_proj": 4}, "alpha_pattern": {"up_proj": 3.5}, "modules_to_save": None, "revision": None,
         "layer_replication": None, "init_lora_weights": True, "use_rslora": True, "peft_version": "0.18.1",
         "trainable_token_indices": None, "target_parameters": None, "auto_mapping": None, "layers_pattern": None,
@@ -181,6 +207,10 @@ TARGETS: list[tuple[str, Change, Callable[[Path], object]]] = [
     ("old.bin", change_bytes, lambda root: unpickle_as_both(root / "old.bin")),
     *((name, change, dry_run) for name, change in (
         (SHARD, change_header), (INDEX, change_json), (CONFIG, change_json), (SETTINGS, change_json), (TENSORS, change_header),
+    )),
+    (SETTINGS, change_json, dry_run_alone),
+    *((name, change, merge) for name, change in (
+        (SHARD, change_header), (CONFIG, change_json), (SETTINGS, change_json), (TENSORS, change_header),
     )),
 ]  # fmt: skip
 """The file that is changed, how, and who reads it."""

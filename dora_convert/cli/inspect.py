@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from ..sizes import format_size
 from . import options
-from .sink import Sink
+from .sink import Sink, ledger_table, printable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -19,6 +18,8 @@ if TYPE_CHECKING:
 
 SHOWN = 10
 """How many of a list are shown without --verbose."""
+LONGEST_NAME = 40
+"""Characters of a name that is not broken into lines."""
 
 
 @click.command("inspect")
@@ -56,7 +57,7 @@ def parts(report: AdapterReport | CheckpointReport, *, every: bool) -> Iterator[
         else:
             yield weights_table(report.weights)
         if report.landing and report.landing.ledger:
-            yield landing_table(report.landing, every=every)
+            yield ledger_table(report.landing, every=every)
         lines = about_adapter(report, every=every)
     else:
         yield weights_table(report.weights)
@@ -64,24 +65,20 @@ def parts(report: AdapterReport | CheckpointReport, *, every: bool) -> Iterator[
     yield from map(printable, lines)
 
 
-def printable(text: str) -> str:
-    """One line for a terminal: names may hold anything, so what cannot be printed is escaped."""
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
-
-
 def _table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
-    """A table; columns that begin with > hold numbers."""
+    """A table; columns that begin with > hold numbers, the first one names."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for column in columns:
-        table.add_column(
-            column.removeprefix(">"), justify="right" if column[0] == ">" else "left", overflow="fold"
-        )
-    for row in rows:
-        table.add_row(*(Text(printable(str(cell))) for cell in row))
+    cells = [[Text(printable(str(cell))) for cell in row] for row in rows]
+    whole = max((len(row[0]) for row in cells), default=0) <= LONGEST_NAME
+    for place, column in enumerate(columns):
+        side: Literal["left", "right"] = "right" if column[0] == ">" else "left"
+        table.add_column(column.removeprefix(">"), justify=side, overflow="fold", no_wrap=whole and not place)
+    for row in cells:
+        table.add_row(*row)
     return table
 
 
@@ -119,19 +116,6 @@ def weights_table(weights: Iterable[Mapping[str, Any]]) -> Table:
     """Tensors by kind, layers counted together."""
     rows = [(found["kind"], found["tensors"], found["dtype"], _shape(found["shape"])) for found in weights]
     return _table(("tensor", ">n", "dtype", "shape"), rows)
-
-
-def landing_table(landing: Landing, *, every: bool) -> Table:
-    """Where adapter tensors would go, layers counted together; `every` lists each one."""
-    from ..census import fold
-
-    shown = (lambda name: name) if every else fold
-    groups = Counter(
-        (shown(entry["tensor"]), ", ".join(map(shown, entry["into"])), f"{entry['fate']}: {entry['why']}")
-        for entry in landing.ledger
-    )
-    rows = [(tensor, count, into, fate) for (tensor, into, fate), count in groups.items()]
-    return _table(("adapter tensor", ">n", "into", "fate"), rows)
 
 
 def about_adapter(report: AdapterReport, *, every: bool) -> Iterator[str]:

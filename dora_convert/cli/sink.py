@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from tqdm import tqdm
 
+    from ..inspected import Landing
     from ..report import DryRunReport, MergeReport
 
 
@@ -75,7 +76,7 @@ class Sink:
     def _draw(self, parts: Iterable[Table | str]) -> None:
         from rich.console import Console
 
-        console = Console(highlight=False)
+        console = Console(highlight=False, markup=False)
         for part in parts:
             if isinstance(part, str):
                 click.echo(part)
@@ -85,13 +86,18 @@ class Sink:
     def _print(self, report: MergeReport | DryRunReport) -> None:
         from rich.console import Console
 
-        console = Console(highlight=False)
+        console = Console(highlight=False, markup=False)
         console.print(ledger_table(report, every=self._verbose))
         for line in summary(report):
             click.echo(line)
 
 
-def ledger_table(report: MergeReport | DryRunReport, *, every: bool) -> Table:
+def printable(text: str) -> str:
+    """One line for a terminal: names may hold anything, so what cannot be printed is escaped."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def ledger_table(report: MergeReport | DryRunReport | Landing, *, every: bool) -> Table:
     """The ledger by kind of weight, layers counted together; `every` lists each one."""
     from rich import box
     from rich.table import Table
@@ -107,7 +113,7 @@ def ledger_table(report: MergeReport | DryRunReport, *, every: bool) -> Table:
             name
         )
     for (kind, fate), names in groups.items():
-        table.add_row(kind, str(len(names)), fate)
+        table.add_row(printable(kind), str(len(names)), printable(fate))
     return table
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from .peft_fields import STARTS
 _EMBEDDINGS = ("embed_tokens", "lm_head")
 """Modules that PEFT saves whole of its own accord (its EMBEDDING_LAYER_NAMES)."""
 
+MOST_LAYERS = 10_000
 Number = TypeVar("Number", int, float)
 
 
@@ -80,7 +82,12 @@ class Config:
             keeps_ties=get("ensure_weight_tying", False, _is_bool, "true or false"),
             layers=tuple(
                 layer
-                for first, last in get("layer_replication", [], _is_ranges, "a list of [start, end]")
+                for first, last in get(
+                    "layer_replication",
+                    [],
+                    _is_ranges,
+                    "a list of [start, end], no more than thousands of layers",
+                )
                 for layer in range(first, last)
             ),
             parameters=tuple(get("target_parameters", [], _is_names, "a list of parameter names")),
@@ -89,7 +96,7 @@ class Config:
                 get("trainable_token_indices", {}, _is_tokens, "token numbers, or names to those")
             ),
             block_diagonal=get("use_bdlora", {}, _is_block_diagonal, "an object with nblocks and patterns"),
-            version=_version(text("peft_version")),
+            version=_version(get("peft_version", "0", _is_version, "a version")),
             task=_task(raw),
             adalora=get("init_r", 12, _is_rank, "a positive integer") if kind == "ADALORA" else None,
         )
@@ -173,9 +180,9 @@ def _tokens(value: Any) -> dict[str, tuple[int, ...]]:
     )
 
 
-def _version(text: str | None) -> tuple[int, ...]:
+def _version(text: str) -> tuple[int, ...]:
     """PEFT's version as numbers; files that do not say are older than 0.18."""
-    return tuple(int(part) for part in re.findall(r"\d+", text or "0")[:3])
+    return tuple(int(part) for part in re.findall(r"\d+", text)[:3])
 
 
 def _task(raw: Mapping[str, Any]) -> str | None:
@@ -211,7 +218,7 @@ def _is_rank(value: Any) -> bool:
 
 
 def _is_alpha(value: Any) -> bool:
-    return type(value) in (int, float) and value > 0 and math.isfinite(value)
+    return type(value) in (int, float) and 0 < value <= sys.float_info.max
 
 
 def _is_rows(value: Any) -> bool:
@@ -223,13 +230,18 @@ def _is_tokens(value: Any) -> bool:
 
 
 def _is_ranges(value: Any) -> bool:
-    return isinstance(value, list) and all(_is_rows(pair) and len(pair) == 2 for pair in value)
+    ranges = isinstance(value, list) and all(_is_rows(pair) and len(pair) == 2 for pair in value)
+    return ranges and sum(last - first for first, last in value) <= MOST_LAYERS
 
 
 def _is_block_diagonal(value: Any) -> bool:
     if not isinstance(value, dict) or not _is_rank(value.get("nblocks", 1)):
         return False
     return all(_is_names(value.get(f"target_modules_bd_{side}") or []) for side in "ab")
+
+
+def _is_version(value: Any) -> bool:
+    return isinstance(value, str) and re.match(r"\d{1,4}(\.\d{1,4})*(?!\d)", value) is not None
 
 
 def _is_names(value: Any) -> bool:
