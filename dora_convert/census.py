@@ -25,14 +25,16 @@ _NUMBER = re.compile(r"(?:^|(?<=\.))\d+(?=\.|$)")
 
 def census(base: Checkpoint, started: float) -> CheckpointReport:
     """What a checkpoint's headers, config and receipts tell; `started` is when the looking began."""
-    config = base.config or {}
+    config, entry = base.config or {}, base.index_name or base.shards[0].filename
     named = config.get("architectures")
     model_type = config.get("model_type")
     quantised, merges = _quantised(base), list(_merges(base.root))
     notes = [*base.notes, *_doubts(base, quantised)]
     return CheckpointReport(
         kind="checkpoint",
-        format="safetensors" if base.shards[0].filename.endswith(".safetensors") else "torch pickle",
+        format="safetensors"
+        if entry.removesuffix(".index.json").endswith(".safetensors")
+        else "torch pickle",
         architectures=tuple(map(str, named)) if isinstance(named, list) else (),
         model_type=model_type if isinstance(model_type, str) else None,
         shards=tuple(

@@ -200,10 +200,13 @@ class Draft:
 
     def _replace(self, update: Full, name: str, weight: float) -> None:
         target = self.targets[name]
-        if _from_one_file(target.source, update.value) and target.source.same_bytes(update.value):
+        once_more = _from_one_file(target.source, update.value)
+        if once_more and target.source.same_bytes(update.value):
             return  # one weight saved under two names
         if target.source is not target.base:
-            self._fault(update, f"{name} is replaced already")
+            self._fault(
+                update, f"{'it' if once_more else 'another adapter'} replaces {name}, too, with other values"
+            )
         if weight != 1:
             self._fault(update, f"replaces {name}, which has no weight of {weight:g}")
         target.source = update.value

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 from .adapter import Adapter, open_adapter
-from .checkpoint import Checkpoint, open_checkpoint
+from .checkpoint import OF_TRAINING, Checkpoint, is_weight_file, open_checkpoint
 from .errors import RefError, UsageError
 from .hub import fetch, wanted_of_adapter, wanted_of_base
 from .refs import HubRef, Source, local_path, parse_ref
@@ -44,13 +44,10 @@ def gather(
 
 def _refuse_swapped(base: str, adapters: Sequence[str], out: str) -> None:
     """BASE is an adapter and an ADAPTER is a model: say so, with the command that was meant."""
+    first = local_path(base, "BASE")
     for adapter in adapters:
-        if (
-            _is_adapter(base)
-            and not _has_weights(base)
-            and not _is_adapter(adapter)
-            and _has_weights(adapter)
-        ):
+        second = local_path(adapter, "ADAPTER")
+        if _only_adapter(first) and not _is_adapter(second) and _has_weights(second):
             exchanged = [base if ref == adapter else ref for ref in adapters]
             raise UsageError(
                 f"BASE and ADAPTER are swapped: {base} is an adapter, {adapter} is a model.",
@@ -58,16 +55,17 @@ def _refuse_swapped(base: str, adapters: Sequence[str], out: str) -> None:
             )
 
 
-def _is_adapter(ref: str) -> bool:
-    return (local_path(ref, "REF") / "adapter_config.json").is_file()
+def _only_adapter(path: Path) -> bool:
+    return _is_adapter(path) and not _has_weights(path)
 
 
-def _has_weights(ref: str) -> bool:
-    folder = local_path(ref, "REF")
-    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
-    return any(
-        name.endswith((".safetensors", ".index.json")) and not name.startswith("adapter") for name in names
-    )
+def _is_adapter(path: Path) -> bool:
+    return (path / "adapter_config.json").is_file()
+
+
+def _has_weights(path: Path) -> bool:
+    names = [entry.name for entry in path.iterdir()] if path.is_dir() else []
+    return any(is_weight_file(name) and not OF_TRAINING.match(name) for name in names)
 
 
 def _base_of(adapter: Adapter, ref: str, out: str, token: str | None) -> Source:

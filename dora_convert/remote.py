@@ -86,7 +86,7 @@ def _open_remote(
     with explained(ref, what):
         if index:
             table = weight_map(_small_file(ref, source, index, token))
-        files = sorted(set(table.values())) if table else [entry]
+        files = [entry] if table is None else sorted(set(table.values()))
         if missing := [Fault(name, "missing") for name in files if name not in names]:
             raise RefError(
                 f"The index of {source.name} names {len(missing)} files that are not there.", faults=missing

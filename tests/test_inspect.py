@@ -20,7 +20,6 @@ from dora_convert.cli import main
 from .test_hub import COMMIT, Hub, _Handler
 from .toy import (
     HIDDEN,
-    RANK,
     VOCABULARY,
     contents,
     edit_json,
@@ -334,6 +333,14 @@ def test_bases_without_config(base):
     report = dora_convert.inspect(base.path)
     assert (report.architectures, report.model_type) == ((), None)
     assert "no config.json" in report.notes[0]
+
+
+def test_an_empty_index(run, base):
+    """An index that names nothing makes a checkpoint of nothing."""
+    write_json(base.path / "model.safetensors.index.json", {"weight_map": {}})
+    code, out, _ = run(base.path)
+    assert code == 0
+    assert "0 tensors" in out
 
 
 def test_a_lone_adapter_file(tmp_path, adapter):

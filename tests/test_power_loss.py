@@ -100,33 +100,38 @@ class Disk:
         """Files and, as None, folders by their paths, as they are found after a loss."""
         node = self.nodes[self.root if number is None else number]
         if isinstance(node, File):
-            return {prefix: loss(node)}
+            return {prefix: loss(node, prefix)}
         below = {prefix: None} if prefix else {}
-        for name, child in loss(node).items():
+        for name, child in loss(node, prefix).items():
             below |= self.found(loss, child, f"{prefix}/{name}" if prefix else name)
         return below
 
 
-def nothing_lost(node):
+def nothing_lost(node, _path):
     """Killed, and the power stays on."""
     return node.now if isinstance(node, Folder) else bytes(node.now)
 
 
-def all_unsynced_lost(node):
+def all_unsynced_lost(node, _path):
     """Nothing reached the disk that was not told to: neither bytes nor sizes nor names."""
     return node.safe
 
 
-def bytes_lost(node):
+def bytes_lost(node, _path):
     """Names and sizes reached the disk, bytes did not: what file systems with delayed allocation do."""
     return node.now if isinstance(node, Folder) else node.safe.ljust(len(node.now), b"\0")[: len(node.now)]
+
+
+def all_below_lost(node, path):
+    """Folders beside OUT have their new names, and nothing else reached the disk."""
+    return node.safe if path else node.now
 
 
 def some_lost(seed: int):
     """Any folder may be old or new, any file's size, and any of its sectors."""
     chance = random.Random(seed)
 
-    def loss(node):
+    def loss(node, _path):
         if isinstance(node, Folder):
             return chance.choice((node.safe, node.now))
         found = bytearray(chance.choice((len(node.safe), len(node.now))))
@@ -140,7 +145,7 @@ def some_lost(seed: int):
     return loss
 
 
-LOSSES = (nothing_lost, all_unsynced_lost, bytes_lost, some_lost)
+LOSSES = (nothing_lost, all_unsynced_lost, bytes_lost, all_below_lost, some_lost)
 
 
 def read_log(path: Path) -> list[tuple[str, list[int], list[str], bytes]]:
@@ -210,6 +215,7 @@ def record(shim, pair, root, *words):
         disk.play(*operation)
     seen = {path: data for path, data in disk.found(nothing_lost).items() if data is not None}
     assert seen == contents(root), "the shim does not see everything"
+    assert {path: data for path, data in disk.found(all_unsynced_lost).items() if path in seen} == seen
     shutil.rmtree(root)
     return before, log
 
@@ -275,6 +281,8 @@ def test_every_moment(recording, pair, tmp_path):
     assert not wrong
     assert tried > 100
     assert resumed > tried / 2
+    _, resumed, _ = finish_all(*copy.deepcopy(recording), tmp_path / "root", pair, [all_unsynced_lost])
+    assert resumed > 5
 
 
 def test_it_notices_when_bytes_are_not_synced_before_the_journal_speaks_of_them(recording, pair, tmp_path):

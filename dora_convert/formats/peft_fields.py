@@ -51,7 +51,9 @@ def refuse_unsupported(raw: Mapping[str, Any], name: str, accepted: Collection[s
     kind = raw.get("peft_type")
     if not isinstance(kind, str) or kind.upper() not in ("LORA", "ADALORA"):
         reason = (
-            "no single weight equals it" if str(kind) in _PER_INPUT else "only LORA and ADALORA are merged yet"
+            "no single weight equals it"
+            if str(kind) in _PER_INPUT
+            else "only LORA and ADALORA are merged yet"
         )
         raise UnsupportedError(f"The adapter {name} is of peft_type {kind!r}: {reason}.")
     faults = [
