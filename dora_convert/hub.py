@@ -91,13 +91,17 @@ def _escaped(name: str) -> str:
 
 def wanted_of_base(names: Sequence[str]) -> list[str]:
     """What a merge needs of a base: the weights that count (an index brings its shards) and every other small file."""
-    entry = weight_entry(list(names), "the repo")
+    entry = weight_entry([name for name in names if "/" not in name], "the repo")
     return [entry, *(name for name in names if not is_weight_file(name))]
 
 
 def wanted_of_adapter(names: Sequence[str]) -> list[str]:
-    """What a merge needs of an adapter: its config and tensors, and tokenizer files; not the trainer's checkpoints."""
-    return [name for name in names if "/" not in name and not name.endswith((".pt", ".pth"))]
+    """What a merge needs of an adapter: its config and tensors, and tokenizer files; not a model beside them."""
+    return [
+        name
+        for name in names
+        if "/" not in name and (name.startswith("adapter_") or not is_weight_file(name))
+    ]
 
 
 def _unreachable() -> tuple[type[Exception], ...]:

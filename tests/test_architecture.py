@@ -15,9 +15,9 @@ ORDER = [
     "errors", "sizes", "stored", "pickled", "refs", "updates", "blocks", "items", "checkpoint", "ties", "adapter",
     "formats/peft_fields", "formats/peft_config", "formats/peft_modules", "formats/peft", "formats/__init__",
     "names", "placing", "plan", "layout", "replicas", "configs", "draft", "planner", "settings", "journal", "undo", "hub",
-    "gather", "card", "sidefiles", "folder", "writer", "maths", "memory", "precision", "lane", "operands", "checks", "make",
-    "expected", "verify", "execute", "receipt", "report", "produce", "operations", "__init__", "cli/sink", "cli/options",
-    "cli/merge", "cli/__init__", "__main__",
+    "remote", "gather", "card", "sidefiles", "folder", "writer", "maths", "memory", "precision", "lane", "operands", "checks", "make",
+    "expected", "verify", "execute", "receipt", "report", "inspected", "census", "inspection", "produce", "operations", "__init__", "cli/sink", "cli/options",
+    "cli/merge", "cli/inspect", "cli/__init__", "__main__",
 ]  # fmt: skip
 """Every module comes after all that it imports."""
 
