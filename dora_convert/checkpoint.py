@@ -248,11 +248,11 @@ def read_config(root: Path) -> dict[str, Any] | None:
 
 def _check_types(config: Mapping[str, Any], path: Path) -> None:
     """MalformedError where a field that a merge looks at is of a wrong type, in nested configs, too."""
-    for field, value in config.items():
-        wanted = CONFIG_TYPES.get(field)
+    for key, value in config.items():
+        wanted = CONFIG_TYPES.get(key)
         if wanted and value is not None and type(value) is not wanted:
-            raise MalformedError(f"{path}: {field} must be {CALLED[wanted]}, not {value!r}.")
-        if field == "architectures" and value and not all(isinstance(name, str) for name in value):
+            raise MalformedError(f"{path}: {key} must be {CALLED[wanted]}, not {value!r}.")
+        if key == "architectures" and value and not all(isinstance(name, str) for name in value):
             raise MalformedError(f"{path}: architectures must be a list of names, not {value!r}.")
         if isinstance(value, dict):
             _check_types(value, path)

@@ -13,7 +13,7 @@ TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
 
 ORDER = [
     "errors", "sizes", "stored", "pickled", "refs", "updates", "blocks", "items", "checkpoint", "ties", "adapter",
-    "formats/peft_fields", "formats/peft_config", "formats/peft_modules", "formats/peft", "formats/__init__",
+    "formats/peft_fields", "formats/peft_types", "formats/peft_config", "formats/peft_modules", "formats/peft", "formats/__init__",
     "names", "placing", "plan", "layout", "replicas", "configs", "draft", "planner", "settings", "journal", "undo", "hub",
     "remote", "gather", "card", "sidefiles", "folder", "writer", "maths", "memory", "precision", "lane", "operands", "checks", "make",
     "expected", "verify", "execute", "receipt", "report", "inspected", "census", "inspection", "produce", "operations", "__init__", "cli/sink", "cli/options",

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import math
 import re
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..errors import MalformedError
 from ..updates import Start
 from .peft_fields import STARTS
+from .peft_types import checked
 
 _EMBEDDINGS = ("embed_tokens", "lm_head")
 """Modules that PEFT saves whole of its own accord (its EMBEDDING_LAYER_NAMES)."""
 
-MOST_LAYERS = 10_000
 Number = TypeVar("Number", int, float)
 
 
@@ -50,55 +48,29 @@ class Config:
     @classmethod
     def parse(cls, raw: Mapping[str, Any], path: Path) -> Config:
         """Check types; PEFT's defaults stand in for absent fields."""
-
-        def get(field: str, default: Any, check: Callable[[Any], bool], wants: str) -> Any:
-            value = raw.get(field)
-            value = default if value is None else value
-            if not check(value):
-                raise MalformedError(f"{path}: {field} must be {wants}, not {value!r}.")
-            return value
-
-        def text(field: str) -> str | None:
-            return get(field, "", lambda value: isinstance(value, str), "a string") or None
-
-        kind = str(raw.get("peft_type")).upper()
+        fields = checked(raw, path)
+        adalora = fields["peft_type"].upper() == "ADALORA"
         return cls(
-            r=get("r", 8, _is_rank, "a positive integer"),
-            alpha=get("lora_alpha", 8, _is_alpha, "a positive number: otherwise a merge changes nothing"),
-            use_rslora=get("use_rslora", False, _is_bool, "true or false"),
-            use_dora=get("use_dora", False, _is_bool, "true or false"),
-            rank_pattern={}
-            if kind == "ADALORA"  # there it holds masks
-            else get("rank_pattern", {}, lambda v: _is_pattern(v, _is_rank), "regexes to positive integers"),
-            alpha_pattern=get(
-                "alpha_pattern", {}, lambda v: _is_pattern(v, _is_alpha), "regexes to positive numbers"
-            ),
-            modules_to_save=tuple(get("modules_to_save", [], _is_names, "a list of module names")),
-            biases=get("bias", "none", lambda v: v in ("none", "all", "lora_only"), "none, all or lora_only")
-            != "none",
-            base=text("base_model_name_or_path"),
-            revision=text("revision"),
+            r=fields["r"],
+            alpha=fields["lora_alpha"],
+            use_rslora=fields["use_rslora"],
+            use_dora=fields["use_dora"],
+            rank_pattern=fields["rank_pattern"],
+            alpha_pattern=fields["alpha_pattern"],
+            modules_to_save=tuple(fields["modules_to_save"]),
+            biases=fields["bias"] != "none",
+            base=fields["base_model_name_or_path"] or None,
+            revision=fields["revision"] or None,
             start=_start(raw),
-            keeps_ties=get("ensure_weight_tying", False, _is_bool, "true or false"),
-            layers=tuple(
-                layer
-                for first, last in get(
-                    "layer_replication",
-                    [],
-                    _is_ranges,
-                    "a list of [start, end], no more than thousands of layers",
-                )
-                for layer in range(first, last)
-            ),
-            parameters=tuple(get("target_parameters", [], _is_names, "a list of parameter names")),
+            keeps_ties=fields["ensure_weight_tying"],
+            layers=tuple(layer for pair in fields["layer_replication"] for layer in range(*pair)),
+            parameters=tuple(fields["target_parameters"]),
             modules=tuple(names if isinstance(names := raw.get("target_modules"), list) else []),
-            tokens=_tokens(
-                get("trainable_token_indices", {}, _is_tokens, "token numbers, or names to those")
-            ),
-            block_diagonal=get("use_bdlora", {}, _is_block_diagonal, "an object with nblocks and patterns"),
-            version=_version(get("peft_version", "0", _is_version, "a version")),
+            tokens=_tokens(fields["trainable_token_indices"]),
+            block_diagonal=fields["use_bdlora"],
+            version=_version(fields["peft_version"]),
             task=_task(raw),
-            adalora=get("init_r", 12, _is_rank, "a positive integer") if kind == "ADALORA" else None,
+            adalora=fields["init_r"] if adalora else None,
         )
 
     @property
@@ -207,54 +179,3 @@ def _first_match(pattern: Mapping[str, Number], module: str, default: Number) ->
 
 def _first_key(pattern: Mapping[str, Number], module: str) -> str | None:
     return next((key for key in pattern if re.match(rf"(.*\.)?({key})$", module)), None)
-
-
-def _is_bool(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
-def _is_rank(value: Any) -> bool:
-    return type(value) is int and value > 0
-
-
-def _is_alpha(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value <= sys.float_info.max
-
-
-def _is_rows(value: Any) -> bool:
-    return isinstance(value, list) and all(type(row) is int and row >= 0 for row in value)
-
-
-def _is_tokens(value: Any) -> bool:
-    return _is_rows(value) or (isinstance(value, dict) and all(map(_is_rows, value.values())))
-
-
-def _is_ranges(value: Any) -> bool:
-    ranges = isinstance(value, list) and all(_is_rows(pair) and len(pair) == 2 for pair in value)
-    return ranges and sum(last - first for first, last in value) <= MOST_LAYERS
-
-
-def _is_block_diagonal(value: Any) -> bool:
-    if not isinstance(value, dict) or not _is_rank(value.get("nblocks", 1)):
-        return False
-    return all(_is_names(value.get(f"target_modules_bd_{side}") or []) for side in "ab")
-
-
-def _is_version(value: Any) -> bool:
-    return isinstance(value, str) and re.match(r"\d{1,4}(\.\d{1,4})*(?!\d)", value) is not None
-
-
-def _is_names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) and item for item in value)
-
-
-def _is_pattern(value: Any, check: Callable[[Any], bool]) -> bool:
-    return isinstance(value, dict) and all(check(item) and _is_regex(key) for key, item in value.items())
-
-
-def _is_regex(key: str) -> bool:
-    try:
-        re.compile(key)
-    except re.error:
-        return False
-    return True
