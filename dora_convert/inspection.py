@@ -6,7 +6,6 @@ import shlex
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from .adapter import Adapter, Change, open_adapter
@@ -19,7 +18,7 @@ from .gather import doubts
 from .inspected import AdapterReport, CheckpointReport, Landing, Module
 from .plan import Options, Plan
 from .planner import make_plan
-from .refs import Source, local_source
+from .refs import Source, local_path, local_source
 from .remote import ADAPTER, Look, look
 from .updates import Decomposed, Delta, Full, LowRank, Rows, low_rank, tensors_of
 
@@ -39,7 +38,7 @@ def inspect_ref(
         return _of_adapter(source, seen.names, against, accepted, started)
     checkpoint = _open(seen)
     if base is not None:
-        swapped = (Path(base).expanduser() / ADAPTER).is_file()
+        swapped = (local_path(base, "BASE") / ADAPTER).is_file()
         hint = shlex.join(["dora-convert", "inspect", base, "--base", ref])
         raise UsageError(f"REF {ref} is a model; --base is for adapters.", hint=hint if swapped else None)
     return census(checkpoint, started)

@@ -24,7 +24,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any, NamedTuple, TypeGuard
 
-from .errors import DoraConvertError, MalformedError, UnsupportedError
+from .errors import DoraConvertError, MalformedError, UnsupportedError, shown
 from .stored import BITS, LFS_POINTER, Header, Stored
 
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
@@ -127,13 +127,13 @@ class _Machine:
             if type(key) not in {str, int}:  # a tuple, nested deeply enough, crashes Python when it is hashed
                 raise UnsupportedError(f"{self.path}: a {_kind(key)} as a key is refused.", hint=INSTEAD)
             if key in self.stack[-1]:
-                raise MalformedError(f"{self.path}: {_shown(key)} occurs twice.")
+                raise MalformedError(f"{self.path}: {shown(key)} occurs twice.")
             dict.__setitem__(self.stack[-1], key, value)
 
     def find(self, name: str) -> None:
         """A global, if it is one of ours."""
         if name not in _GLOBALS:
-            raise MalformedError(f"{self.path} asks for {_shown(name.replace(' ', '.'))}.", hint=INSTEAD)
+            raise MalformedError(f"{self.path} asks for {shown(name.replace(' ', '.'))}.", hint=INSTEAD)
         self.stack.append(_GLOBALS[name])
 
     def storage(self) -> None:
@@ -144,7 +144,7 @@ class _Machine:
             raise TypeError("not a storage")
         found = _Storage(dtype.name, key, numel, numel * BITS[dtype.name] // 8)
         if self.storages.setdefault(key, found) != found:
-            raise MalformedError(f"{self.path} describes its storage {_shown(key)} in two ways.")
+            raise MalformedError(f"{self.path} describes its storage {shown(key)} in two ways.")
         self.stack.append(found)
 
 
@@ -223,19 +223,19 @@ def _read_zip(path: Path, file: IO[bytes]) -> tuple[Any, dict[str, int]]:
     for key, storage in machine.storages.items():
         starts[key], length = places.get(f"{roots[0]}data/{key}", (0, -1))
         if length < storage.nbytes:
-            raise MalformedError(f"{path}: storage {_shown(key)} is missing or too short.", hint=AGAIN)
+            raise MalformedError(f"{path}: storage {shown(key)} is missing or too short.", hint=AGAIN)
     return tree, starts
 
 
 def _place(path: Path, file: IO[bytes], archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[int, int]:
     """Where a record's bytes start, and how many there are."""
     if info.compress_type != zipfile.ZIP_STORED:
-        raise UnsupportedError(f"{path}: its record {_shown(info.filename)} is compressed.")
+        raise UnsupportedError(f"{path}: its record {shown(info.filename)} is compressed.")
     archive.open(info).close()  # raises unless the record's own header bears its name
     file.seek(info.header_offset + 26)
     start = info.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
     if start + info.file_size > archive.start_dir:
-        raise MalformedError(f"{path} ends before its record {_shown(info.filename)} does.", hint=AGAIN)
+        raise MalformedError(f"{path} ends before its record {shown(info.filename)} does.", hint=AGAIN)
     return start, info.file_size
 
 
@@ -249,7 +249,7 @@ def _read_legacy(path: Path, size: int, file: IO[bytes]) -> tuple[Any, dict[str,
         raise MalformedError(f"{path} lists other storages than its tensors use.")
     for key in keys:
         if file.read(8) != machine.storages[key].numel.to_bytes(8, "little"):
-            raise MalformedError(f"{path}: storage {_shown(key)} is missing or too short.", hint=AGAIN)
+            raise MalformedError(f"{path}: storage {shown(key)} is missing or too short.", hint=AGAIN)
         starts[key] = file.tell()
         file.seek(machine.storages[key].nbytes, io.SEEK_CUR)
     if file.tell() != size:
@@ -262,11 +262,11 @@ def _entries(path: Path, tree: Any) -> dict[str, _Tensor]:
         raise UnsupportedError(f"{path} does not hold a dict of names and tensors.")
     for name, value in tree.items():
         if type(value) is dict and any(isinstance(item, _Tensor) for item in value.values()):
-            hint = f"Load it where you trust it, and save what is under {_shown(name)} on its own."
-            raise UnsupportedError(f"{path} keeps its tensors under the key {_shown(name)}.", hint=hint)
+            hint = f"Load it where you trust it, and save what is under {shown(name)} on its own."
+            raise UnsupportedError(f"{path} keeps its tensors under the key {shown(name)}.", hint=hint)
     for name, value in tree.items():
         if not isinstance(value, _Tensor):
-            raise UnsupportedError(f"{path}: {_shown(name)} is not a tensor ({_kind(value)}).")
+            raise UnsupportedError(f"{path}: {shown(name)} is not a tensor ({_kind(value)}).")
     return tree
 
 
@@ -274,17 +274,17 @@ def _stored(path: Path, name: str, tensor: _Tensor, starts: Mapping[str, int]) -
     storage, offset, shape, stride, *_, view, dtype = tensor
     counts = all(map(_are_counts, ((offset,), shape, stride))) and len(shape) == len(stride) <= 64
     if not counts or not isinstance(storage, _Storage) or not isinstance(dtype, _Dtype | None):
-        raise MalformedError(f"{path}: {_shown(name)} is not described as a tensor should be.")
+        raise MalformedError(f"{path}: {shown(name)} is not described as a tensor should be.")
     steps = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
     contiguous = 0 in shape or all(n == 1 or a == b for n, a, b in zip(shape, stride, steps, strict=True))
     if view or not contiguous:
         hint = "Save it again with .resolve_conj().resolve_neg().contiguous()."
-        raise UnsupportedError(f"{path}: {_shown(name)} is a transposed, strided or lazy view.", hint=hint)
+        raise UnsupportedError(f"{path}: {shown(name)} is a transposed, strided or lazy view.", hint=hint)
     kind = dtype.name if dtype else storage.dtype
     first = 0 if 0 in shape else offset * BITS[kind] // 8
     found = Stored(name, kind, shape, path, starts[storage.key] + first)
     if first + found.nbytes > storage.nbytes:
-        raise MalformedError(f"{path}: {_shown(name)} is larger than its storage.")
+        raise MalformedError(f"{path}: {shown(name)} is larger than its storage.")
     return found
 
 
@@ -294,7 +294,3 @@ def _are_counts(value: object) -> TypeGuard[tuple[int, ...]]:
 
 def _kind(value: object) -> str:
     return type(value).__name__.strip("_").lower()
-
-
-def _shown(name: object) -> str:
-    return repr(name)[:200]  # on one line, and not for ever

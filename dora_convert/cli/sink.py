@@ -125,7 +125,11 @@ def _kind(name: str) -> str:
 def summary(report: MergeReport | DryRunReport) -> list[str]:
     """What happened, or would, in a few lines."""
     counts = report.tensors
-    tensors = f"{counts['total']} tensors: {counts['merged']} merged, {counts['replaced']} replaced, {counts['copied']} copied"
+    added = f"{counts['added']} added, " if counts["added"] else ""
+    tensors = (
+        f"{counts['total']} tensors: {counts['merged']} merged, {counts['replaced']} replaced, {added}"
+        f"{counts['copied']} copied"
+    )
     fates = Counter(entry["fate"] for entry in report.ledger)
     ledger = f"{len(report.ledger)} adapter tensors: " + ", ".join(f"{n} {fate}" for fate, n in fates.items())
     values = report.to_dict()

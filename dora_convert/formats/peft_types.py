@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import MalformedError
+from ..errors import MalformedError, shown
 
 MOST_LAYERS = 10_000
 
@@ -22,7 +22,7 @@ def checked(raw: Mapping[str, Any], path: Path) -> dict[str, Any]:
             value = None  # there it holds masks
         found[field] = default if value is None else value
         if not check(found[field]):
-            raise MalformedError(f"{path}: {field} must be {wants}, not {value!r}.")
+            raise MalformedError(f"{path}: {field} must be {wants}, not {shown(value)}.")
     return found
 
 
