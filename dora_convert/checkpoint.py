@@ -39,7 +39,7 @@ CONFIG_TYPES = {
     "text_config": dict, "quantization_config": dict, "num_hidden_layers": int,
 }  # fmt: skip
 CALLED = {list: "a list", str: "a string", int: "a whole number", bool: "true or false", dict: "an object"}
-NOT_COPIED = ("README.md", "adapter_config.json")
+NOT_COPIED = ("README.md", "adapter_config.json", ".lock")
 
 
 @dataclass(frozen=True)

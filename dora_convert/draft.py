@@ -76,13 +76,18 @@ class Draft:
             elif name:
                 self._apply(change.update, name, weight)
             elif isinstance(change.update, Full) and change.update.may_add and self._is_new(change.target):
-                self.targets[change.target] = Target(change.update.value, None, added=True)
-                self._enter(change.update, "added", (change.target,), "the base has no such module")
+                self._add(change.update, change.target, weight)
             elif self.options.allow_unmatched:
                 why = explain_missing(change.target, names, self.base)
                 self._enter(change.update, "unmatched", (), why)
             else:
                 self._fault(change.update, explain_missing(change.target, names, self.base))
+
+    def _add(self, update: Full, name: str, weight: float) -> None:
+        if weight != 1:
+            self._fault(update, f"adds {name}, which has no weight of {weight:g}")
+        self.targets[name] = Target(update.value, None, added=True)
+        self._enter(update, "added", (name,), "the base has no such module")
 
     def _told_apart(self, changes: Sequence[Change], names: Names) -> Iterator[Change]:
         """Changes with their targets; those of one module that only shapes can tell apart get the one way that fits."""

@@ -33,6 +33,7 @@ def lay_out(
         return tuple(
             OutputShard(converted(shard.filename), shard.metadata, _aligned(group))
             for shard, group in zip(base.shards, groups, strict=True)
+            if group or len(groups) == 1
         ), base.index_name and converted(base.index_name)
     groups = _cut([item for group in groups for item in group], max_shard_size)
     stem, metadata = _stem(base), base.shards[0].metadata

@@ -105,7 +105,7 @@ class Before:
         base = raw if self._source is self._base else self._lane.raw(self._base, start, stop, "base")
         self._digest.update(as_bytes(base))
         if self._keeps:
-            new = W[: stop - start].to("cpu", torch.float64)
+            new = W[: stop - start].cpu().double()  # in this order: mps has no float64
             keep_rows(self._kept, start, base, maths.round_to(new, torch.empty_like(base)))
 
     def finish(self) -> list[Part]:

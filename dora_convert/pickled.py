@@ -25,7 +25,7 @@ from types import SimpleNamespace
 from typing import IO, Any, NamedTuple, TypeGuard
 
 from .errors import DoraConvertError, MalformedError, UnsupportedError, shown
-from .stored import BITS, LFS_POINTER, Header, Stored
+from .stored import BITS, Header, Stored, open_file
 
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 
@@ -184,13 +184,11 @@ def read_pickle(path: Path) -> Header:
     Raises MalformedError or UnsupportedError for all but a flat dict of names and contiguous tensors.
     """
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             tree, starts = _read(path, path.stat().st_size, file)
         found = [_stored(path, name, value, starts) for name, value in _entries(path, tree).items()]
     except DoraConvertError:
         raise
-    except OSError as error:
-        raise MalformedError(f"{path} cannot be read: {error.strerror or error}.") from error
     except _DAMAGE as error:
         raise MalformedError(f"{path} is damaged, or torch.save did not write it.", hint=AGAIN) from error
     return Header({tensor.name: tensor for tensor in sorted(found, key=lambda it: (it.start, it.nbytes))}, {})
@@ -202,9 +200,6 @@ def _read(path: Path, size: int, file: IO[bytes]) -> tuple[Any, dict[str, int]]:
     file.seek(0)
     if head.startswith((b"PK\x03\x04", b"\x80")):
         return _read_zip(path, file) if head.startswith(b"PK") else _read_legacy(path, size, file)
-    if head.startswith(LFS_POINTER):
-        hint = "git lfs pull, or download it again"
-        raise MalformedError(f"{path} is a Git LFS pointer, not the file itself.", hint=hint)
     hint = "It is a safetensors file: rename it to .safetensors." if head[8:9] == b"{" else AGAIN
     raise MalformedError(f"{path} ({size} bytes) is not a file that torch.save wrote.", hint=hint)
 

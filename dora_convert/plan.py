@@ -83,7 +83,7 @@ class Plan:
         """Every output tensor, shard after shard."""
         return tuple(item for shard in self.shards for item in shard.items)
 
-    @property
+    @cached_property
     def bytes_out(self) -> int:
         """Bytes of all output tensors."""
         return sum(item.nbytes for item in self.items)

@@ -18,6 +18,7 @@ from .adapter import Adapter
 from .checkpoint import RECORD, Checkpoint, list_files
 from .layout import index_bytes
 from .plan import Plan
+from .stored import open_file
 
 FROM_ADAPTER = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
@@ -45,9 +46,9 @@ class SideFile:
 def side_files(plan: Plan, base_model: str | None) -> list[SideFile]:
     """All files of OUT but the weights and our own record, by name; none where the base is a single file."""
     base, root = plan.base, plan.base.root
-    found = {name: SideFile(name, root / name) for name in base.side_files}
     if base.is_file:
         return []
+    found = {name: SideFile(name, _readable(root / name)) for name in base.side_files}
 
     def put(name: str, source: Path | bytes, fate: str) -> None:
         before = root / name
@@ -67,6 +68,12 @@ def side_files(plan: Plan, base_model: str | None) -> list[SideFile]:
         name = f"{RECORD}/previous/{path.relative_to(root / RECORD).as_posix()}"
         found[name] = SideFile(name, path)
     return [found[name] for name in sorted(found)]
+
+
+def _readable(path: Path) -> Path:
+    """A file that can be copied; said before the merge, not after it."""
+    with open_file(path):
+        return path
 
 
 def _tokenizer_files(adapter: Adapter) -> Sequence[str]:

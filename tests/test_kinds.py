@@ -378,6 +378,25 @@ def test_layers_written_out(tmp_path, base):
     assert receipt["tensors"][up.format(2)]["of"] == up.format(0)
 
 
+def test_layers_left_out(tmp_path, base):
+    """A shard that held nothing but such layers is not written."""
+    names = sorted(base.tensors, key=lambda name: ".1." in name)
+    inside = [name for name in names if ".1." in name]
+    for path in base.path.glob("*.safetensors"):
+        path.unlink()
+    files = {"model-00001-of-00002.safetensors": [n for n in names if n not in inside]}
+    files["model-00002-of-00002.safetensors"] = inside
+    for file, mine in files.items():
+        save_file({name: base.tensors[name] for name in mine}, base.path / file)
+    table = {name: file for file, mine in files.items() for name in mine}
+    write_json(base.path / "model.safetensors.index.json", {"metadata": {}, "weight_map": table})
+    one = make_base(tmp_path / "one", layers=1)
+    adapter = make_adapter(tmp_path / "a", one, dora=True, layer_replication=[[0, 1]])
+    dora_convert.merge(base.path, adapter, tmp_path / "out")
+    assert not any(".1." in name for name in load(tmp_path / "out"))
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == 1
+
+
 def test_a_new_head(tmp_path, base):
     """A classifier that the base lacks is added, with the class and the labels it needs."""
     extra = {"base_model.model.score.weight": torch.randn(5, HIDDEN)}
