@@ -20,9 +20,9 @@ from .lane import Lane
 from .make import make
 from .plan import Plan
 from .precision import Choice, exact_arithmetic
+from .selfcheck import Checker, Verdict
 from .stored import Reader
 from .undo import Part, Segment, Spool
-from .verify import Checker, Verdict
 from .writer import Copy, ShardFiles
 
 

@@ -19,12 +19,12 @@ from .journal import Earlier, Journal, Record, read_journal
 from .plan import Plan
 from .precision import Choice, choose
 from .report import MergeReport
+from .selfcheck import Checker, Verdict
 from .settings import Settings
 from .sidefiles import SideFile, side_files
 from .sizes import format_size
 from .stored import Reader
 from .undo import Part, Spool
-from .verify import Checker, Verdict
 from .writer import ShardFiles, shards_exist
 
 Hashes = Sequence[Mapping[str, str]]

@@ -14,7 +14,7 @@ from .sizes import peak_memory
 
 if TYPE_CHECKING:  # these import torch, which a dry run does without
     from .precision import Choice
-    from .verify import Verdict
+    from .selfcheck import Verdict
 
 SCHEMA = 1
 

@@ -16,7 +16,7 @@ ORDER = [
     "formats/peft_fields", "formats/peft_types", "formats/peft_config", "formats/peft_modules", "formats/peft", "formats/__init__",
     "names", "placing", "plan", "layout", "replicas", "configs", "draft", "planner", "settings", "journal", "undo", "hub",
     "remote", "gather", "card", "sidefiles", "folder", "writer", "maths", "memory", "precision", "lane", "operands", "checks", "make",
-    "expected", "verify", "execute", "receipt", "report", "inspected", "census", "inspection", "produce", "operations", "__init__", "cli/sink", "cli/options",
+    "expected", "selfcheck", "execute", "receipt", "report", "inspected", "census", "inspection", "produce", "operations", "__init__", "cli/sink", "cli/options",
     "cli/merge", "cli/inspect", "cli/__init__", "__main__",
 ]  # fmt: skip
 """Every module comes after all that it imports."""
@@ -30,7 +30,7 @@ COMPUTES = {
     "checks",
     "make",
     "expected",
-    "verify",
+    "selfcheck",
     "execute",
     "receipt",
     "produce",
@@ -125,7 +125,7 @@ def test_only_the_command_line_talks(name):
         ("plan", {"formats/peft", "names", "execute", "writer"}),
         ("writer", {"adapter", "updates", "names", "formats/peft"}),
         ("execute", {"formats/peft", "names", "adapter"}),
-        ("verify", {"make", "operands", "lane", "maths", "writer"}),
+        ("selfcheck", {"make", "operands", "lane", "maths", "writer"}),
         ("expected", {"make", "operands", "lane", "maths", "writer"}),
     ],
 )
