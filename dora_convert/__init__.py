@@ -26,8 +26,9 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from .inspected import AdapterReport, CheckpointReport
-    from .operations import inspect, merge
+    from .operations import inspect, merge, verify
     from .report import DryRunReport, MergeReport
+    from .verified import VerifyReport
 
 __all__ = [
     "AdapterReport",
@@ -44,18 +45,20 @@ __all__ = [
     "UnsupportedError",
     "UsageError",
     "VerificationError",
+    "VerifyReport",
     "__version__",
     "inspect",
     "merge",
+    "verify",
 ]
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import errors, inspected, operations, report
+    from . import errors, inspected, operations, report, verified
 
-    for module in (errors, operations, report, inspected):
+    for module in (errors, operations, report, inspected, verified):
         if hasattr(module, name):
             return getattr(module, name)
     raise AttributeError(name)  # pragma: no cover - __all__ is tested

@@ -16,12 +16,11 @@ from . import memory
 from .items import Edit, Item
 from .precision import TORCH
 from .stored import Reader, Stored
+from .ulps import half_ulp
 from .updates import Decomposed, Delta, LowRank, Start
 
 CHUNK_ELEMENTS = 1 << 16
 EPSILON = 2.0**-24
-GRID = {"BF16": (8, -126), "F16": (11, -14), "F32": (24, -126), "F64": (53, -1022)}
-"""Precision in bits and the least exponent of each dtype."""
 
 
 class Part(NamedTuple):
@@ -31,6 +30,15 @@ class Part(NamedTuple):
     f: Tensor  # m/n, which broadcasts over the rows; 1 for LoRA
     size: Tensor  # |s|·|B||A|, what the products are made of
     terms: int  # how many products are added up
+    n: Tensor | None = None  # the norms, which broadcast over the rows
+
+
+class Block(NamedTuple):
+    """Some rows of an item."""
+
+    W: Tensor  # before any edit
+    parts: list[Part]
+    x: Tensor  # after all of them
 
 
 class Expected:
@@ -60,27 +68,50 @@ class Expected:
             yield rows[first:last]
             first = last
 
-    def rows(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """x = W + Σ wᵢ·(fᵢ·(W + Δᵢ) − W), and what the adapter is merged into: the base's weight where it has one."""
-        W = self._before(rows)
-        base = self.item.base
-        original = self._load(base, rows) if base and base.shape == self.item.source.shape else W
+    def block(self, rows: Sequence[int]) -> Block:
+        """Some rows: before, each edit's share, and x = W + Σ wᵢ·(fᵢ·(W + Δᵢ) − W)."""
+        W = self.before(rows)
         parts = self._parts(W, rows)
         if len(parts) == 1 and self.item.edits[0].weight == 1:
-            return (W + parts[0].delta) * parts[0].f, original
+            part = parts[0]
+            return Block(W, parts, (W + part.delta) * part.f if part.f.dim() else W + part.delta)
         x = W.clone()
         for edit, part in zip(self.item.edits, parts, strict=True):
             x += edit.weight * ((W + part.delta) * part.f - W)
-        return x, original
+        return Block(W, parts, x)
+
+    def rows(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """x, and what the adapter is merged into: the base's weight where it has one."""
+        W, _, x = self.block(rows)
+        base = self.item.base
+        return x, self._load(base, rows) if base and base.shape == self.item.source.shape else W
+
+    def forward(self, rows: Sequence[int], block: Block, x: Tensor, *, by_columns: bool) -> Tensor:
+        """The adapter's own outputs for inputs x: Wx + s·B(Ax), times m/n, without the product BA.
+
+        For a weight stored as (in, out), `by_columns`, what these rows of it add to all outputs.
+        """
+        before = (block.W.T if by_columns else block.W) @ x
+        y = before.clone()
+        for number, (edit, part) in enumerate(zip(self.item.edits, block.parts, strict=True)):
+            low = edit.low
+            assert low
+            left, right = self._factors(number, low, edit, rows)
+            change = low.scale * (right.T @ (left.T @ x) if by_columns else left @ (right @ x))
+            f = part.f.view(-1, 1) if part.f.dim() else part.f
+            y += edit.weight * ((before + change) * f - before)
+        return y
 
     def bound(self, rows: Sequence[int], x: Tensor, *, rounded_once: bool) -> Tensor:
         """How far from x an honest result may be."""
-        W, dtype = self._before(rows), self.item.dtype
+        W, dtype = self.before(rows), self.item.dtype
         tolerance = half_ulp(x, dtype) + (math.sqrt(W.shape[1]) + 6) * EPSILON * x.abs()
         for edit, part in zip(self.item.edits, self._parts(W, rows), strict=True):
             slack = (part.terms + 2) * EPSILON * (part.size + W.abs())
             if not rounded_once:
                 slack = slack + half_ulp(part.delta, dtype)
+                if part.n is not None:  # a rounded delta has another norm, too
+                    tolerance += abs(edit.weight) * x.abs() * self._drift(edit, part, dtype)
             if self._start is not None:  # rounded before, after products of the whole matrix in float32
                 slack = (
                     slack + 2 * half_ulp(W, self.item.source.dtype) + 64 * EPSILON * self._start.abs().max()
@@ -88,7 +119,7 @@ class Expected:
             tolerance += abs(edit.weight) * part.f.abs() * slack
         return tolerance
 
-    def _before(self, rows: Sequence[int]) -> Tensor:
+    def before(self, rows: Sequence[int]) -> Tensor:
         """The weight before any edit: as stored, less what training began without, with the rows that were set."""
         W = self._load(self.item.source, rows) if self._start is None else self._start[list(rows)].double()
         for trained in self.item.rows:
@@ -115,6 +146,22 @@ class Expected:
         left = W - taken
         return (left.T if edit.transposed else left).contiguous().to(TORCH[self.item.source.dtype])
 
+    def _drift(self, edit: Edit, part: Part, dtype: str) -> Tensor:
+        """How much a norm may change, relatively, where the delta was rounded by itself."""
+        assert part.n is not None
+        moved = half_ulp(part.delta, dtype).square().sum(dim=edit.axis, keepdim=True)
+        seen = part.delta.shape[edit.axis]
+        whole = self.item.source.matrix[edit.axis]  # of columns only some rows are at hand
+        return (moved * (2 * whole / seen if seen < whole else 1)).sqrt() / part.n
+
+    def part(self, number: int, rows: Sequence[int]) -> Part:
+        """One edit's share of some rows."""
+        return self._part(number, self.before(rows), rows)
+
+    def magnitude(self, number: int) -> Tensor | None:
+        """The magnitudes that one edit sets; None for LoRA."""
+        return self._m[number]
+
     def _parts(self, W: Tensor, rows: Sequence[int]) -> list[Part]:
         """Every edit's share of some rows."""
         return [self._part(number, W, rows) for number in range(len(self.item.edits))]
@@ -133,9 +180,10 @@ class Expected:
         if m is None:
             return Part(delta, one, size, low.rank)
         if n is not None:
-            return Part(delta, m / n, size, low.rank)
+            return Part(delta, m / n, size, low.rank, n)
         V = W + delta
-        return Part(delta, (m[list(rows)] / torch.einsum("kc,kc->k", V, V).sqrt())[:, None], size, low.rank)
+        n = torch.einsum("kc,kc->k", V, V).sqrt()[:, None]
+        return Part(delta, m[list(rows), None] / n, size, low.rank, n)
 
     def _measure(self, number: int) -> Tensor:
         """‖W + sBA‖ along the columns, which takes the whole tensor."""
@@ -145,7 +193,7 @@ class Expected:
         squares = torch.zeros(self.item.source.matrix[1], dtype=torch.float64)
         for chunk in self.chunks(range(self.item.source.matrix[0])):
             left, right = self._factors(number, low, edit, chunk)
-            V = self._before(chunk) + low.scale * torch.einsum("kr,rc->kc", left, right)
+            V = self.before(chunk) + low.scale * torch.einsum("kr,rc->kc", left, right)
             squares += torch.einsum("kc,kc->c", V, V)
         return squares.sqrt()
 
@@ -206,21 +254,6 @@ def _dense(stacked: Tensor, blocks: int) -> Tensor:
 def _all(reader: Reader, tensor: Stored) -> Tensor:
     """A whole stored matrix, in its own dtype."""
     return read_rows(reader, tensor, range(tensor.matrix[0]))
-
-
-def half_ulp(x: Tensor, dtype: str) -> Tensor:
-    """Half the distance between neighbours of x in a dtype."""
-    precision, least = GRID[dtype]
-    exponent = (x.view(torch.int64) >> 52 & 0x7FF).clamp_(min=least + 1023)  # biased, as float64 stores it
-    return (exponent.sub_(precision) << 52).view(torch.float64)
-
-
-def nearest(x: Tensor, dtype: str) -> Tensor:
-    """x rounded to the nearest value of a dtype, ties to even, still in float64: a quotient and an integer rounding."""
-    if dtype == "F64":
-        return x
-    unit = 2 * half_ulp(x, dtype)
-    return torch.round(x / unit).mul_(unit)
 
 
 def read_rows(reader: Reader, tensor: Stored, rows: Sequence[int]) -> Tensor:

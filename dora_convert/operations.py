@@ -10,14 +10,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from .checkpoint import open_checkpoint
 from .folder import OutputFolder
 from .gather import doubts, gather
+from .hub import fetch, wanted_of_base
 from .inspected import AdapterReport, CheckpointReport
 from .inspection import inspect_ref
 from .plan import Options, Plan
 from .planner import make_plan
 from .report import DryRunReport, MergeReport
 from .settings import Settings, parse_options, parse_weights
+from .verified import VerifyReport
 
 PathLike = str | os.PathLike[str]
 
@@ -107,6 +110,53 @@ def _plan(
     for doubt in doubts(checkpoint, opened):
         settings.warn(doubt)
     return make_plan(checkpoint, opened, weights, options)
+
+
+def verify(
+    base: PathLike | None,
+    adapters: PathLike | Sequence[PathLike],
+    merged: PathLike,
+    *,
+    weight: Sequence[float] = (),
+    samples: int = 8,
+    max_memory: str | int = "160MiB",
+    workers: int | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    allow_unmatched: bool = False,
+    ignore_field: Sequence[str] = (),
+    token: str | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+    on_notice: Callable[[str], None] | None = None,
+) -> VerifyReport:
+    """Does `merged` do what base and adapters do? Every element is compared with the float64 result.
+
+    `samples` is the number of random inputs whose outputs are compared, too. The report's `verdict` is "agree" or
+    "differ"; where that cannot be decided, because something is missing or malformed, DoraConvertError is raised.
+    """
+    options = parse_options("auto", "auto", None, "none", include, exclude, allow_unmatched, ignore_field)
+    settings = Settings.parse(
+        "cpu",
+        "auto",
+        max_memory,
+        workers,
+        True,
+        None,
+        on_progress,
+        on_notice,
+        token,
+    )
+    inputs = [adapters] if isinstance(adapters, (str, os.PathLike)) else adapters
+    refs = [os.fspath(ref) for ref in inputs]
+    weights = parse_weights(weight, len(refs))
+    named = None if base is None else os.fspath(base)
+    where = os.fspath(merged)
+    checkpoint, opened = gather(named, refs, where, token, settings.notify, options.ignore_field)
+    made = open_checkpoint(fetch(where, "MERGED", wanted_of_base, token=token))
+    plan = make_plan(checkpoint, opened, weights, options)
+    with without_collections():
+        from .verification import verify_weights
+    return verify_weights(plan, made, settings, samples)
 
 
 @contextmanager

@@ -21,11 +21,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .errors import VerificationError
-from .expected import Expected, nearest, read_rows
+from .expected import Expected, read_rows
 from .items import Item
 from .plan import Plan
-from .precision import TORCH
 from .stored import Reader, Stored, read_header
+from .ulps import nearest, ordinal
 
 RANDOM_ROWS = 16
 ROUNDED_ONCE = 0.01
@@ -122,7 +122,8 @@ def compare(written: Stored, expected: Expected, rows: Sequence[int], reader: Re
             suspects.append((chunk, got))
             off += int((got != rounded).sum())
     for chunk, got in suspects:
-        total += _distance(got, expected, chunk, rounded_once=off < ROUNDED_ONCE * total.checked)
+        wrong, ulp = distance(got, expected, chunk, rounded_once=off < ROUNDED_ONCE * total.checked)
+        total += Verdict(wrong=int(wrong.sum()), max_ulp=ulp)
     return total
 
 
@@ -130,18 +131,12 @@ def _square(x: Tensor) -> float:
     return float(torch.linalg.vector_norm(x).square())
 
 
-def _distance(got: Tensor, expected: Expected, rows: Sequence[int], *, rounded_once: bool) -> Verdict:
-    """How many elements of some rows lie outside the bound, and how many ulps the farthest one is off."""
+def distance(
+    got: Tensor, expected: Expected, rows: Sequence[int], *, rounded_once: bool
+) -> tuple[Tensor, int]:
+    """Which elements of some rows lie outside the bound, and how many ulps the farthest one is off."""
     dtype = expected.item.dtype
     x, _ = expected.rows(rows)
     rounded = nearest(x, dtype)
-    outside = ~((got - x).abs() <= expected.bound(rows, x, rounded_once=rounded_once))
-    wrong = int((outside & (got != rounded)).sum())
-    return Verdict(wrong=wrong, max_ulp=int((_ordinal(got, dtype) - _ordinal(rounded, dtype)).abs().max()))
-
-
-def _ordinal(x: Tensor, dtype: str) -> Tensor:
-    """Each value's place among the representable numbers of a dtype."""
-    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[TORCH[dtype].itemsize]
-    bits = x.to(TORCH[dtype]).view(kind).long()
-    return torch.where(bits < 0, -(bits & torch.iinfo(kind).max), bits)
+    outside = ~((got - x).abs() <= expected.bound(rows, x, rounded_once=rounded_once)) & (got != rounded)
+    return outside, int((ordinal(got, dtype) - ordinal(rounded, dtype)).abs().max())

@@ -16,8 +16,9 @@ ORDER = [
     "formats/peft_fields", "formats/peft_types", "formats/peft_config", "formats/peft_modules", "formats/peft", "formats/__init__",
     "names", "placing", "plan", "layout", "replicas", "configs", "draft", "planner", "settings", "journal", "undo", "hub",
     "remote", "gather", "card", "sidefiles", "folder", "writer", "maths", "memory", "precision", "lane", "operands", "checks", "make",
-    "expected", "selfcheck", "execute", "receipt", "report", "inspected", "census", "inspection", "produce", "operations", "__init__", "cli/sink", "cli/options",
-    "cli/merge", "cli/inspect", "cli/__init__", "__main__",
+    "ulps", "expected", "selfcheck", "execute", "receipt", "report", "inspected", "census", "inspection", "produce", "parity",
+    "causes", "differences", "verified", "verification", "operations", "__init__", "cli/sink", "cli/options",
+    "cli/merge", "cli/inspect", "cli/verify", "cli/__init__", "__main__",
 ]  # fmt: skip
 """Every module comes after all that it imports."""
 
@@ -29,8 +30,12 @@ COMPUTES = {
     "operands",
     "checks",
     "make",
+    "ulps",
     "expected",
     "selfcheck",
+    "parity",
+    "causes",
+    "verification",
     "execute",
     "receipt",
     "produce",
@@ -126,6 +131,8 @@ def test_only_the_command_line_talks(name):
         ("writer", {"adapter", "updates", "names", "formats/peft"}),
         ("execute", {"formats/peft", "names", "adapter"}),
         ("selfcheck", {"make", "operands", "lane", "maths", "writer"}),
+        ("parity", {"make", "operands", "lane", "maths", "writer"}),
+        ("causes", {"make", "operands", "lane", "maths", "writer"}),
         ("expected", {"make", "operands", "lane", "maths", "writer"}),
     ],
 )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..sizes import format_size
 from . import options
-from .sink import Sink, ledger_table, printable
+from .sink import Sink, ledger_table, printable, table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
 SHOWN = 10
 """How many of a list are shown without --verbose."""
-LONGEST_NAME = 40
-"""Characters of a name that is not broken into lines."""
 
 
 @click.command("inspect")
@@ -65,23 +63,6 @@ def parts(report: AdapterReport | CheckpointReport, *, every: bool) -> Iterator[
     yield from map(printable, lines)
 
 
-def _table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
-    """A table; columns that begin with > hold numbers, the first one names."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    cells = [[Text(printable(str(cell))) for cell in row] for row in rows]
-    whole = max((len(row[0]) for row in cells), default=0) <= LONGEST_NAME
-    for place, column in enumerate(columns):
-        side: Literal["left", "right"] = "right" if column[0] == ">" else "left"
-        table.add_column(column.removeprefix(">"), justify=side, overflow="fold", no_wrap=whole and not place)
-    for row in cells:
-        table.add_row(*row)
-    return table
-
-
 def modules_table(modules: Iterable[Module], *, every: bool) -> Table:
     """What an adapter has for which kind of weight, layers counted together; `every` lists each one."""
     groups: dict[tuple[str, ...], list[Module]] = {}
@@ -93,7 +74,7 @@ def modules_table(modules: Iterable[Module], *, every: bool) -> Table:
         (name, len(group), method, _numbers(group), scaling, rule)
         for (name, method, scaling, rule), group in groups.items()
     ]
-    return _table(("module", ">n", "method", ">rank", ">scaling", "rule"), rows)
+    return table(("module", ">n", "method", ">rank", ">scaling", "rule"), rows)
 
 
 def _method(module: Module) -> str:
@@ -115,7 +96,7 @@ def _shape(shape: Sequence[int]) -> str:
 def weights_table(weights: Iterable[Mapping[str, Any]]) -> Table:
     """Tensors by kind, layers counted together."""
     rows = [(found["kind"], found["tensors"], found["dtype"], _shape(found["shape"])) for found in weights]
-    return _table(("tensor", ">n", "dtype", "shape"), rows)
+    return table(("tensor", ">n", "dtype", "shape"), rows)
 
 
 def about_adapter(report: AdapterReport, *, every: bool) -> Iterator[str]:

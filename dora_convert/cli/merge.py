@@ -12,9 +12,7 @@ from .sink import Sink
 
 @click.command("merge")
 @click.argument("refs", nargs=-1, metavar="[BASE] ADAPTER... OUT", required=True)
-@click.option(
-    "--weight", type=float, multiple=True, metavar="W", help="Strength, one per ADAPTER in their order."
-)
+@options.strength
 @click.option(
     "--dtype",
     type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
@@ -34,9 +32,7 @@ from .sink import Sink
     help="What to keep so that the merge can be undone.",
 )
 @click.option("--verify/--no-verify", default=True, help="Check a sample of the output before publishing it.")
-@click.option(
-    "--allow-unmatched", is_flag=True, help="Warn about adapter tensors without a place in the base."
-)
+@options.matching
 @options.reading
 @click.option(
     "--base-model", metavar="ID", help="The base's repo id for the model card, where BASE is a path."

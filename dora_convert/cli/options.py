@@ -21,6 +21,20 @@ def stack(*options: Callable[[Command], Command]) -> Callable[[Command], Command
     return decorate
 
 
+strength = stack(
+    click.option(
+        "--weight", type=float, multiple=True, metavar="W", help="Strength, one per ADAPTER in their order."
+    ),
+)
+
+held = stack(
+    click.option(
+        "--max-memory", default="160MiB", metavar="SIZE", show_default=True,
+        help="Bytes held at once, beyond Python and torch themselves.",
+    ),
+    click.option("--workers", type=click.IntRange(1), metavar="N", help="Threads; default one per processor."),
+)  # fmt: skip
+
 compute = stack(
     click.option("--device", default="auto", metavar="auto|cpu|cuda[:N]|mps", help="Where to compute."),
     click.option(
@@ -29,12 +43,14 @@ compute = stack(
         default="auto",
         help="Arithmetic, rounded once at the end; auto is float64.",
     ),
+    held,
+)
+
+matching = stack(
     click.option(
-        "--max-memory", default="160MiB", metavar="SIZE", show_default=True,
-        help="Bytes held at once, beyond Python and torch themselves.",
+        "--allow-unmatched", is_flag=True, help="Warn about adapter tensors without a place in the base."
     ),
-    click.option("--workers", type=click.IntRange(1), metavar="N", help="Threads; default one per processor."),
-)  # fmt: skip
+)
 
 select = stack(
     click.option("--include", multiple=True, metavar="GLOB", help="Only modules of this name; repeatable."),

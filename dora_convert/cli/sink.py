@@ -6,8 +6,8 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import click
 
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
     from ..inspected import Landing
     from ..report import DryRunReport, MergeReport
+
+
+LONGEST_NAME = 40
+"""Characters of a name that is not broken into lines."""
 
 
 class Answer(Protocol):
@@ -95,6 +99,23 @@ class Sink:
 def printable(text: str) -> str:
     """One line for a terminal: names may hold anything, so what cannot be printed is escaped."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
+    """A table; columns that begin with > hold numbers, the first one names."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    cells = [[Text(printable(str(cell))) for cell in row] for row in rows]
+    whole = max((len(row[0]) for row in cells), default=0) <= LONGEST_NAME
+    for place, column in enumerate(columns):
+        side: Literal["left", "right"] = "right" if column[0] == ">" else "left"
+        table.add_column(column.removeprefix(">"), justify=side, overflow="fold", no_wrap=whole and not place)
+    for row in cells:
+        table.add_row(*row)
+    return table
 
 
 def ledger_table(report: MergeReport | DryRunReport | Landing, *, every: bool) -> Table:

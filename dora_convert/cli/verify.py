@@ -1,0 +1,110 @@
+"""dora-convert verify."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from . import options
+from .sink import Sink, printable, table
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ..verified import CheckedModule, VerifyReport
+
+SHOWN = 10
+"""How many modules and problems are shown without --verbose."""
+
+
+@click.command("verify")
+@click.argument("refs", nargs=-1, metavar="BASE ADAPTER... MERGED", required=True)
+@options.strength
+@click.option(
+    "--samples",
+    type=click.IntRange(0),
+    default=8,
+    show_default=True,
+    metavar="N",
+    help="Random inputs whose outputs are compared, for each module.",
+)
+@options.held
+@options.select
+@options.matching
+@options.reading
+@options.hub
+@options.talk
+def command(refs: tuple[str, ...], *, as_json: bool, quiet: bool, verbose: bool, **chosen: Any) -> int:
+    """Whether MERGED does what BASE and ADAPTER do.
+
+    Every element is compared with the float64 result, whoever made MERGED, and every module's outputs with the
+    adapter's own. Rounding is told from mistakes, and known mistakes are called by their names. The exit code is 0 where
+    they agree, 1 where they differ, 2 where that cannot be decided.
+
+    \b
+    Examples:
+      dora-convert verify ./base ./adapter ./merged
+      dora-convert verify ./base ./style ./facts ./merged --weight 0.5 --weight 1
+    """
+    if len(refs) < 3:
+        raise click.UsageError("verify needs BASE, ADAPTER and MERGED.")
+    from ..operations import verify
+
+    base, *adapters, merged = refs
+    sink = Sink(as_json=as_json, quiet=quiet, verbose=verbose)
+    try:
+        report = verify(base, adapters, merged, on_progress=sink.progress, on_notice=sink.notice, **chosen)
+    finally:
+        sink.close()
+    sink.show(report, report.verdict, lambda every: parts(report, every=every))
+    return 0 if report.verdict == "agree" else 1
+
+
+def parts(report: VerifyReport, *, every: bool) -> Iterator[Table | str]:
+    """The report for people: the worst modules, then what it comes to."""
+    worst = sorted(report.modules, key=_badness, reverse=True)
+    if worst:
+        yield modules_table(worst if every else worst[:SHOWN])
+    if len(worst) > SHOWN and not every:
+        yield f"… and {len(worst) - SHOWN} modules more (--verbose)"
+    yield from map(printable, about(report, every=every))
+
+
+def _badness(module: CheckedModule) -> tuple[int, float]:
+    return module.wrong_elements, module.output_error or 0.0
+
+
+def modules_table(modules: Sequence[CheckedModule]) -> Table:
+    """What was found in each module; an output's error means something next to what rounding alone leaves."""
+    rows = [
+        (
+            module.name.removesuffix(".weight"),
+            f"{module.wrong_elements:,}",
+            module.max_ulp,
+            _share(module.output_error),
+            _share(module.output_floor),
+        )
+        for module in modules
+    ]
+    return table(("module", ">wrong", ">max ulp", ">output error", ">rounding alone"), rows)
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1e}"
+
+
+def about(report: VerifyReport, *, every: bool) -> Iterator[str]:
+    """The verdict and its reasons, in a few lines."""
+    untouched = report.untouched
+    elements = sum(module.elements for module in report.modules)
+    wrong = sum(module.wrong_elements for module in report.modules)
+    yield f"{len(report.modules)} modules: {wrong:,} of {elements:,} elements wrong"
+    yield f"{untouched.tensors} untouched tensors: {untouched.identical} identical"
+    shown = report.problems if every else report.problems[:SHOWN]
+    yield from (f"problem: {problem}" for problem in shown)
+    if len(report.problems) > len(shown):
+        yield f"… and {len(report.problems) - len(shown)} problems more (--verbose)"
+    yield from (f"note: {note}" for note in report.notes[: None if every else SHOWN])
+    yield f"verdict: {report.verdict}"
