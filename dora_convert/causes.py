@@ -59,7 +59,7 @@ def _guesses(expected: Expected, rows: Sequence[int], got: Tensor) -> Iterator[G
             V = x + delta
             m = torch.linalg.vector_norm(x, dim=1, keepdim=True)
             yield Guess("merged twice", V * m / torch.linalg.vector_norm(V, dim=1, keepdim=True))
-            yield from _scaled_dora(expected, rows)
+            yield from _scaled_dora(expected, rows, got)
     elif factor := _fitted(got - W, delta):
         what = "merged twice" if abs(factor - 2) < FACTOR else _scaling(factor, expected)
         yield Guess(what, W + factor * delta)
@@ -97,13 +97,21 @@ def _scaling(factor: float, expected: Expected) -> str:
     return f"the scaling is off by a factor of {factor:.4g}" + (f": {name}" if name else "")
 
 
-def _scaled_dora(expected: Expected, rows: Sequence[int]) -> Iterator[Guess]:
-    W, part = expected.before(rows), expected.part(0, rows)
-    x = (W + part.delta) * part.f
+def _scaled_dora(expected: Expected, rows: Sequence[int], got: Tensor) -> Iterator[Guess]:
+    """A factor that the scaling was off by before the rows got their lengths."""
+    W, delta, x = expected.before(rows), expected.part(0, rows).delta, expected.rows(rows)[0]
     m = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    for factor in set(_factors(expected).values()) - {1.0}:
-        V = W + factor * part.delta
+    factor = _direction(got, W, delta)
+    if math.isfinite(factor):
+        V = W + factor * delta
         yield Guess(_scaling(factor, expected), V * m / torch.linalg.vector_norm(V, dim=1, keepdim=True))
+
+
+def _direction(got: Tensor, W: Tensor, delta: Tensor) -> float:
+    """The k for which rows point along W + k·Δ: the median of their least squares."""
+    a, b, c = (W * W).sum(1), (W * delta).sum(1), (delta * delta).sum(1)
+    p, q = (W * got).sum(1), (delta * got).sum(1)
+    return float(((a * q - b * p) / (c * p - b * q)).nanmedian())
 
 
 def _turned(expected: Expected, rows: Sequence[int], W: Tensor) -> Iterator[Guess]:

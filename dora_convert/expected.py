@@ -110,8 +110,11 @@ class Expected:
             slack = (part.terms + 2) * EPSILON * (part.size + W.abs())
             if not rounded_once:
                 slack = slack + half_ulp(part.delta, dtype)
-                if part.n is not None:  # a rounded delta has another norm, too
+                if (
+                    part.n is not None
+                ):  # a rounded delta has another norm; or the change was rounded, then added
                     tolerance += abs(edit.weight) * x.abs() * self._drift(edit, part, dtype)
+                    tolerance += half_ulp(x - W, dtype) + half_ulp(x, dtype)
             if self._start is not None:  # rounded before, after products of the whole matrix in float32
                 slack = (
                     slack + 2 * half_ulp(W, self.item.source.dtype) + 64 * EPSILON * self._start.abs().max()
