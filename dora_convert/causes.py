@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .expected import Expected, read_rows
+from .expected import Expected
 from .items import Item
+from .rows import read_rows
 from .stored import Reader, Stored
 from .ulps import nearest
 
@@ -31,7 +33,7 @@ def find_cause(item: Item, written: Stored, rows: Sequence[int], reader: Reader)
     """The mistake that explains some wrong rows, in words; None where no known one does."""
     if len(item.edits) != 1 or not (low := item.edits[0].low) or item.replaced or low.start:
         return None
-    expected = Expected(item, reader)
+    expected, written = Expected(item, reader), replace(written, shape=item.source.shape)
     rows = next(expected.chunks(sorted(rows)))
     got = read_rows(reader, written, rows).double()
     for guess in _guesses(expected, rows, got):

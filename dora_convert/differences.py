@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .checkpoint import Checkpoint
@@ -44,7 +44,8 @@ def pair(plan: Plan, merged: Checkpoint) -> Pairing:
             continue
         taken.add(name)
         written = merged.tensors[name]
-        if written.shape != item.shape or (written.dtype in FLOATS) != (item.dtype in FLOATS):
+        converted = written.dtype != item.dtype and not {written.dtype, item.dtype} <= set(FLOATS)
+        if written.shape != item.shape or converted:
             found.problems.append(
                 f"{name} is {written.dtype} {list(written.shape)}; it should be {item.dtype} {list(item.shape)}"
             )
@@ -68,12 +69,13 @@ def _compare_ties(plan: Plan, merged: Checkpoint, taken: set[str], found: Pairin
     before, after = find_tie(plan.base), find_tie(merged)
     if before is None or merged.config is None:
         return
-    untied = bool(config and config.get("tie_word_embeddings") is False and plan.config is not None)
+    wanted = find_tie(replace(plan.base, config=config))
+    untied = not wanted and bool(config and config.get("tie_word_embeddings") is False)
     if untied and after:
         found.problems.append(
             f"config.json ties {after.head} to {after.embedding}; the adapter made two weights of them"
         )
-    elif not untied and not after and before.head not in merged.tensors:
+    elif wanted and not after and before.head not in merged.tensors:
         found.problems.append(
             f"config.json does not tie {before.head} to {before.embedding}, and MERGED has no {before.head}"
         )

@@ -15,9 +15,10 @@ from torch import Tensor
 from . import memory
 from .items import Edit, Item
 from .precision import TORCH
+from .rows import read_columns, read_rows
 from .stored import Reader, Stored
-from .ulps import half_ulp
-from .updates import Decomposed, Delta, LowRank, Start
+from .ulps import GRID, half_ulp
+from .updates import Decomposed, Delta, LowRank, Start, tensors_of
 
 CHUNK_ELEMENTS = 1 << 16
 EPSILON = 2.0**-24
@@ -109,12 +110,9 @@ class Expected:
         for edit, part in zip(self.item.edits, self._parts(W, rows), strict=True):
             slack = (part.terms + 2) * EPSILON * (part.size + W.abs())
             if not rounded_once:
-                slack = slack + half_ulp(part.delta, dtype)
-                if (
-                    part.n is not None
-                ):  # a rounded delta has another norm; or the change was rounded, then added
-                    tolerance += abs(edit.weight) * x.abs() * self._drift(edit, part, dtype)
-                    tolerance += half_ulp(x - W, dtype) + half_ulp(x, dtype)
+                slack = slack + half_ulp(part.delta, _coarser(edit, dtype))
+                if part.n is not None:
+                    tolerance += abs(edit.weight) * self._several_roundings(edit, part, W, x)
             if self._start is not None:  # rounded before, after products of the whole matrix in float32
                 slack = (
                     slack + 2 * half_ulp(W, self.item.source.dtype) + 64 * EPSILON * self._start.abs().max()
@@ -149,13 +147,17 @@ class Expected:
         left = W - taken
         return (left.T if edit.transposed else left).contiguous().to(TORCH[self.item.source.dtype])
 
-    def _drift(self, edit: Edit, part: Part, dtype: str) -> Tensor:
-        """How much a norm may change, relatively, where the delta was rounded by itself."""
+    def _several_roundings(self, edit: Edit, part: Part, W: Tensor, x: Tensor) -> Tensor:
+        """What else a DoRA may be off by whose steps were rounded: V, m/n, the norm of a rounded delta, or the change."""
+        dtype = _coarser(edit, self.item.dtype)
         assert part.n is not None
         moved = half_ulp(part.delta, dtype).square().sum(dim=edit.axis, keepdim=True)
-        seen = part.delta.shape[edit.axis]
-        whole = self.item.source.matrix[edit.axis]  # of columns only some rows are at hand
-        return (moved * (2 * whole / seen if seen < whole else 1)).sqrt() / part.n
+        seen, whole = part.delta.shape[edit.axis], self.item.source.matrix[edit.axis]
+        # of columns only some rows are at hand
+        drift = (moved * (2 * whole / seen if seen < whole else 1)).sqrt() / part.n
+        relative = drift + 3 * 2.0 ** -GRID[dtype][0]
+        granted: Tensor = x.abs() * relative + part.f.abs() * half_ulp(W + part.delta, dtype)
+        return granted + half_ulp(x - W, dtype) + half_ulp(x, dtype)
 
     def part(self, number: int, rows: Sequence[int]) -> Part:
         """One edit's share of some rows."""
@@ -232,7 +234,7 @@ class Expected:
         assert B is not None
         if low.blocks[0] > 1:
             return _dense(self._load(low.A), low.blocks[0])[:, list(rows)].T, B.T
-        return _columns(self._reader, low.A, rows).double().T, B.T
+        return read_columns(self._reader, low.A, rows).double().T, B.T
 
     def _load(self, tensor: Stored, rows: Sequence[int] | None = None) -> Tensor:
         """Rows of a stored tensor's matrix, or all of them, in float64."""
@@ -246,6 +248,12 @@ class Expected:
         return loaded
 
 
+def _coarser(edit: Edit, dtype: str) -> str:
+    """The dtype that a tool may have rounded a delta to: the weight's, or a coarser one of the adapter's."""
+    found = [tensor.dtype for tensor in tensors_of(edit.update) if tensor.dtype in ("BF16", "F16")]
+    return min([dtype, *found], key=lambda name: GRID[name][0])
+
+
 def _dense(stacked: Tensor, blocks: int) -> Tensor:
     """A block-diagonal matrix from its blocks, which lie one below the other."""
     if blocks == 1:
@@ -257,42 +265,3 @@ def _dense(stacked: Tensor, blocks: int) -> Tensor:
 def _all(reader: Reader, tensor: Stored) -> Tensor:
     """A whole stored matrix, in its own dtype."""
     return read_rows(reader, tensor, range(tensor.matrix[0]))
-
-
-def read_rows(reader: Reader, tensor: Stored, rows: Sequence[int]) -> Tensor:
-    """Some rows of a stored tensor's matrix, in its own dtype."""
-    width = tensor.matrix[1]
-    runs = [(start * width, count * width) for start, count in _runs(rows)]
-    return _gather(reader, tensor, runs).view(len(rows), width)
-
-
-def _columns(reader: Reader, tensor: Stored, columns: Sequence[int]) -> Tensor:
-    """Some columns of a stored tensor's matrix, in its own dtype."""
-    height, width = tensor.matrix
-    runs = [(row * width + start, count) for row in range(height) for start, count in _runs(columns)]
-    return _gather(reader, tensor, runs).view(height, len(columns))
-
-
-def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
-    """(start, count) of each run of neighbours."""
-    if isinstance(numbers, range):
-        return [(numbers.start, len(numbers))]
-    runs: list[tuple[int, int]] = []
-    for number in numbers:
-        if runs and sum(runs[-1]) == number:
-            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
-        else:
-            runs.append((number, 1))
-    return runs
-
-
-def _gather(reader: Reader, tensor: Stored, runs: Sequence[tuple[int, int]]) -> Tensor:
-    """Runs of elements, given by (first, count), one after another."""
-    size = tensor.itemsize
-    data = bytearray(size * sum(count for _, count in runs))
-    view, position = memoryview(data), 0
-    for first, count in runs:
-        reader.read(tensor.path, tensor.start + first * size, view[position : position + count * size])
-        position += count * size
-    dtype = TORCH[tensor.dtype]
-    return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)

@@ -16,6 +16,7 @@ from .gather import doubts, gather
 from .hub import fetch, wanted_of_base
 from .inspected import AdapterReport, CheckpointReport
 from .inspection import inspect_ref
+from .page import check_page, write_page
 from .plan import Options, Plan
 from .planner import make_plan
 from .report import DryRunReport, MergeReport
@@ -126,6 +127,7 @@ def verify(
     allow_unmatched: bool = False,
     ignore_field: Sequence[str] = (),
     token: str | None = None,
+    report: PathLike | None = None,
     on_progress: Callable[[int, int], None] | None = None,
     on_notice: Callable[[str], None] | None = None,
 ) -> VerifyReport:
@@ -133,19 +135,12 @@ def verify(
 
     `samples` is the number of random inputs whose outputs are compared, too. The report's `verdict` is "agree" or
     "differ"; where that cannot be decided, because something is missing or malformed, DoraConvertError is raised.
+    `report` is a path for an HTML page of it; a file there is replaced.
     """
     options = parse_options("auto", "auto", None, "none", include, exclude, allow_unmatched, ignore_field)
-    settings = Settings.parse(
-        "cpu",
-        "auto",
-        max_memory,
-        workers,
-        True,
-        None,
-        on_progress,
-        on_notice,
-        token,
-    )
+    settings = Settings.parse("cpu", "auto", max_memory, workers, True, None, on_progress, on_notice, token)
+    if report is not None:
+        check_page(report)
     inputs = [adapters] if isinstance(adapters, (str, os.PathLike)) else adapters
     refs = [os.fspath(ref) for ref in inputs]
     weights = parse_weights(weight, len(refs))
@@ -156,7 +151,10 @@ def verify(
     plan = make_plan(checkpoint, opened, weights, options)
     with without_collections():
         from .verification import verify_weights
-    return verify_weights(plan, made, settings, samples)
+    found = verify_weights(plan, made, settings, samples)
+    if report is not None:
+        write_page(found, report)
+    return found
 
 
 @contextmanager

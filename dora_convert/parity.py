@@ -12,10 +12,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from .expected import Block, Expected, read_rows
+from .expected import Block, Expected
 from .items import Item
 from .precision import TORCH
-from .selfcheck import ROUNDED_ONCE, distance
+from .rows import read_rows
+from .selfcheck import distance, rounded_once
 from .stored import Reader, Stored
 from .ulps import nearest
 
@@ -82,13 +83,11 @@ class Parity:
         return (self.outputs.floor / self.outputs.size) ** 0.5 if self.outputs.size else None
 
 
-def as_stored(item: Item, written: Stored) -> tuple[Item, Stored]:
-    """An item in the dtype that the merged tensor has, and that tensor in the shape that the item is computed in."""
-    return replace(item, dtype=written.dtype), replace(written, shape=item.source.shape)
-
-
 def compare_all(item: Item, written: Stored, reader: Reader, samples: int) -> Parity:
-    """Compare every element of a tensor, and its outputs for some random inputs."""
+    """Compare every element of a tensor, in the dtype it is stored in, and its outputs for some random inputs."""
+    item = replace(item, dtype=written.dtype)
+    written = replace(written, shape=item.source.shape)  # as it is computed: experts one below the other
+    samples = samples if item.changed and len(item.shape) > 1 else 0
     expected = Expected(item, reader)
     found = Parity(item, outputs=Outputs(samples))
     x = _inputs(item, samples)
@@ -100,12 +99,12 @@ def compare_all(item: Item, written: Stored, reader: Reader, samples: int) -> Pa
         if off:
             differing.append(rows)
             found.off += off
-        if samples and item.changed and len(item.shape) > 1:
+        if samples:
             got = raw.double()
             rounded = nearest(block.x, item.dtype) if off else got
             _add_outputs(found.outputs, expected, rows, block, got, rounded, x)
     found.outputs.finish()
-    once = found.off < ROUNDED_ONCE * found.elements
+    once = rounded_once(found.off, found.elements)
     for suspicious in differing:
         got = read_rows(reader, written, suspicious).double()
         wrong, ulp = distance(got, expected, suspicious, rounded_once=once)
@@ -129,7 +128,7 @@ def chunks(item: Item) -> Iterator[range]:
 def _inputs(item: Item, samples: int) -> Tensor:
     """Random inputs of a layer: (in, samples). Rows of a weight stored as (in, out) are inputs, too."""
     generator = torch.Generator().manual_seed(0)
-    size = max(item.source.matrix)
+    size = max(item.source.matrix) if samples else 0
     return torch.randn(size, samples, generator=generator, dtype=torch.float64)
 
 

@@ -15,7 +15,7 @@ from .checks import scan_adapter
 from .differences import Pairing, config_problems, pair
 from .execute import Budget
 from .items import Item
-from .parity import Parity, as_stored, compare_all
+from .parity import Parity, compare_all
 from .plan import Plan
 from .precision import exact_arithmetic
 from .settings import Settings
@@ -61,36 +61,30 @@ def verify_weights(plan: Plan, merged: Checkpoint, settings: Settings, samples: 
 def _compare(
     found: Pairing, settings: Settings, samples: int
 ) -> tuple[list[tuple[Parity, Stored]], set[str]]:
-    """Every merged tensor compared, and the names of untouched ones that are identical."""
+    """Every tensor with an adapter's part in it compared, and the names of the others that are as they should be."""
     budget, done, total = Budget(settings.max_memory), [0], sum(w.nbytes for _, w in found.pairs)
 
-    def one(item: Item, written: Stored) -> tuple[Parity, Stored] | str | None:
+    def one(item: Item, written: Stored) -> Parity | bool:
         if item.verbatim and item.source.dtype == written.dtype:
-            result = item.name if item.source.same_bytes(written) else None
+            result: Parity | bool = item.source.same_bytes(written)
         else:
-            item, written = as_stored(item, written)
             with budget.holding(min(settings.max_memory, item.cost(8))):
-                parity = compare_all(item, written, reader, samples if item.changed else 0)
-            exact = item.changed or parity.wrong
-            result = (parity, written) if exact else item.name  # type: ignore[assignment]
+                parity = compare_all(item, written, reader, samples)
+            result = parity if item.changed else not parity.wrong
         done[0] += written.nbytes
         if settings.on_progress:
             settings.on_progress(done[0], total)
         return result
 
-    compared: list[tuple[Parity, Stored]] = []
-    identical: set[str] = set()
     with (
         closing(Reader()) as reader,
         exact_arithmetic(),
         ThreadPoolExecutor(settings.workers, initializer=_one_thread) as pool,
     ):
-        for result in pool.map(lambda both: one(*both), found.pairs):
-            if isinstance(result, str):
-                identical.add(result)
-            elif result:
-                compared.append(result)
-    return compared, identical
+        results = list(pool.map(lambda both: one(*both), found.pairs))
+    both = list(zip(found.pairs, results, strict=True))
+    compared = [(parity, written) for (_, written), parity in both if isinstance(parity, Parity)]
+    return compared, {item.name for (item, _), right in both if right is True}
 
 
 def _one_thread() -> None:
@@ -100,6 +94,7 @@ def _one_thread() -> None:
 
 
 def _module(parity: Parity, written: Stored, reader: Reader) -> CheckedModule:
+    """One module's part of the report; what went wrong is looked for where something did."""
     cause = find_cause(parity.item, written, parity.suspects, reader) if parity.wrong else None
     return CheckedModule(
         name=parity.item.name,

@@ -16,8 +16,8 @@ ORDER = [
     "formats/peft_fields", "formats/peft_types", "formats/peft_config", "formats/peft_modules", "formats/peft", "formats/__init__",
     "names", "placing", "plan", "layout", "replicas", "configs", "draft", "planner", "settings", "journal", "undo", "hub",
     "remote", "gather", "card", "sidefiles", "folder", "writer", "maths", "memory", "precision", "lane", "operands", "checks", "make",
-    "ulps", "expected", "selfcheck", "execute", "receipt", "report", "inspected", "census", "inspection", "produce", "parity",
-    "causes", "differences", "verified", "verification", "operations", "__init__", "cli/sink", "cli/options",
+    "ulps", "rows", "expected", "selfcheck", "execute", "receipt", "report", "inspected", "census", "inspection", "produce", "parity",
+    "causes", "differences", "verified", "page", "verification", "operations", "__init__", "cli/sink", "cli/options",
     "cli/merge", "cli/inspect", "cli/verify", "cli/__init__", "__main__",
 ]  # fmt: skip
 """Every module comes after all that it imports."""
@@ -31,6 +31,7 @@ COMPUTES = {
     "checks",
     "make",
     "ulps",
+    "rows",
     "expected",
     "selfcheck",
     "parity",

@@ -193,6 +193,22 @@ def test_experts(tmp_path, experts, monkeypatch):
         assert torch.equal(merged[e], rounded(weight[e] + delta, torch.bfloat16)), e
 
 
+def test_experts_are_verified(tmp_path, experts):
+    """What is wrong with one expert is found, and why."""
+    base, adapter, weight, _ = experts
+    dora_convert.merge(base.path, adapter, tmp_path / "out")
+    assert dora_convert.verify(base.path, adapter, tmp_path / "out").verdict == "agree"
+    name = "model.layers.0.mlp.experts.down_proj"
+    for path in (tmp_path / "out").glob("*.safetensors"):
+        tensors = load_file(path)
+        if name in tensors:
+            tensors[name][1] = weight[1]
+            save_file(tensors, path)
+    report = dora_convert.verify(base.path, adapter, tmp_path / "out")
+    assert report.verdict == "differ"
+    assert "not merged" in report.problems[0]
+
+
 def wrong_byte(monkeypatch, tensor):
     """A disk that changes one element of a tensor."""
     write = ShardFiles.write

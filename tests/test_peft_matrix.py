@@ -238,6 +238,10 @@ def test_merged_is_what_peft_computes(tmp_path, name, dtype):
     written = load_file(tmp_path / "out/model.safetensors").values()
     assert {x.dtype for x in written if x.is_floating_point()} == {getattr(torch, dtype)}
     check_config(case, tmp_path)
+    found = dora_convert.verify(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", samples=2)
+    assert found.problems == ()
+    for module in found.modules:
+        assert (module.output_error or 0) <= 1.1 * (module.output_floor or 0) + 2e-6
 
 
 def check_config(case: Case, tmp_path: Path) -> None:

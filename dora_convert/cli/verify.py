@@ -30,6 +30,12 @@ SHOWN = 10
     metavar="N",
     help="Random inputs whose outputs are compared, for each module.",
 )
+@click.option(
+    "--report",
+    type=click.Path(),
+    metavar="FILE.html",
+    help="Write a self-contained page of what was found, too.",
+)
 @options.held
 @options.select
 @options.matching
