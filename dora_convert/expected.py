@@ -6,7 +6,8 @@ Shares no code with the streaming arithmetic of make.py: this is what that is ch
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -29,7 +30,7 @@ class Part(NamedTuple):
 
     delta: Tensor  # s·BA
     f: Tensor  # m/n, which broadcasts over the rows; 1 for LoRA
-    size: Tensor  # |s|·|B||A|, what the products are made of
+    size: Callable[[], Tensor]  # |s|·|B||A|, what the products are made of; only a bound needs it
     terms: int  # how many products are added up
     n: Tensor | None = None  # the norms, which broadcast over the rows
 
@@ -108,7 +109,7 @@ class Expected:
         W, dtype = self.before(rows), self.item.dtype
         tolerance = half_ulp(x, dtype) + (math.sqrt(W.shape[1]) + 6) * EPSILON * x.abs()
         for edit, part in zip(self.item.edits, self._parts(W, rows), strict=True):
-            slack = (part.terms + 2) * EPSILON * (part.size + W.abs())
+            slack = (part.terms + 2) * EPSILON * (part.size() + W.abs())
             if not rounded_once:
                 slack = slack + half_ulp(part.delta, _coarser(edit, dtype))
                 if part.n is not None:
@@ -176,12 +177,12 @@ class Expected:
         one = torch.ones((), dtype=torch.float64)
         if isinstance(edit.update, Delta):
             delta = edit.update.scale * self._load(edit.update.value)
-            return Part(delta, one, delta.abs(), 1)
+            return Part(delta, one, delta.abs, 1)
         low = edit.low
         assert low
         left, right = self._factors(number, low, edit, rows)
         delta = low.scale * torch.einsum("kr,rc->kc", left, right)
-        size = abs(low.scale) * (left.abs() @ right.abs())
+        size = partial(_size, left, right, low.scale)
         if m is None:
             return Part(delta, one, size, low.rank)
         if n is not None:
@@ -240,12 +241,16 @@ class Expected:
         """Rows of a stored tensor's matrix, or all of them, in float64."""
         chosen = range(tensor.matrix[0]) if rows is None else rows
         loaded = memory.empty((len(chosen), tensor.matrix[1]), torch.float64)
-        height, filled = max(1, CHUNK_ELEMENTS // max(1, tensor.matrix[1])), 0
+        height, filled = max(1, 4 * CHUNK_ELEMENTS // max(1, tensor.matrix[1])), 0
         for start in range(0, len(chosen), height):
             part = read_rows(self._reader, tensor, chosen[start : start + height])
             loaded[filled : filled + len(part)] = part
             filled += len(part)
         return loaded
+
+
+def _size(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    return abs(scale) * (left.abs() @ right.abs())
 
 
 def _coarser(edit: Edit, dtype: str) -> str:

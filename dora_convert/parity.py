@@ -20,7 +20,7 @@ from .selfcheck import distance, rounded_once
 from .stored import Reader, Stored
 from .ulps import nearest
 
-ROWS_ELEMENTS = 1 << 18
+ROWS_ELEMENTS = 3 << 15
 SUSPECTS = 256
 """Rows that are kept to find out what went wrong."""
 
