@@ -20,7 +20,7 @@ from .page import check_page, write_page
 from .plan import Options, Plan
 from .planner import make_plan
 from .report import DryRunReport, MergeReport
-from .settings import Settings, parse_options, parse_weights
+from .settings import Settings, chosen, parse_options, parse_weights
 from .verified import VerifyReport
 
 PathLike = str | os.PathLike[str]
@@ -118,6 +118,7 @@ def verify(
     adapters: PathLike | Sequence[PathLike],
     merged: PathLike,
     *,
+    level: str = "weights",
     weight: Sequence[float] = (),
     samples: int = 8,
     max_memory: str | int = "160MiB",
@@ -137,6 +138,7 @@ def verify(
     "differ"; where that cannot be decided, because something is missing or malformed, DoraConvertError is raised.
     `report` is a path for an HTML page of it; a file there is replaced.
     """
+    chosen(level, {"weights": level}, "--level")
     options = parse_options("auto", "auto", None, "none", include, exclude, allow_unmatched, ignore_field)
     settings = Settings.parse("cpu", "auto", max_memory, workers, True, None, on_progress, on_notice, token)
     if report is not None:

@@ -21,6 +21,13 @@ SHOWN = 10
 
 @click.command("verify")
 @click.argument("refs", nargs=-1, metavar="BASE ADAPTER... MERGED", required=True)
+@click.option(
+    "--level",
+    type=click.Choice(["weights"]),
+    default="weights",
+    show_default=True,
+    help="What is compared.",
+)
 @options.strength
 @click.option(
     "--samples",
