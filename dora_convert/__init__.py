@@ -8,6 +8,7 @@ The functions here are the verbs of the command line. torch is imported when one
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -26,9 +27,26 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from .inspected import AdapterReport, CheckpointReport
-    from .operations import inspect, merge, verify
     from .report import DryRunReport, MergeReport
+    from .verbs.inspect import inspect
+    from .verbs.merge import merge
+    from .verbs.verify import verify
     from .verified import VerifyReport
+
+_MODULES = {
+    "errors": (
+        "DoraConvertError", "HubError", "MalformedError", "NumericalError", "OutputError", "PlanError", "RefError",
+        "UnsupportedError", "UsageError", "VerificationError",
+    ),
+    "inspected": ("AdapterReport", "CheckpointReport"),
+    "report": ("DryRunReport", "MergeReport"),
+    "verbs.inspect": ("inspect",),
+    "verbs.merge": ("merge",),
+    "verbs.verify": ("verify",),
+    "verified": ("VerifyReport",),
+}  # fmt: skip
+"""Where each public name is defined."""
+_OWNER = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "AdapterReport",
@@ -54,11 +72,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in _OWNER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import errors, inspected, operations, report, verified
-
-    for module in (errors, operations, report, inspected, verified):
-        if hasattr(module, name):
-            return getattr(module, name)
-    raise AttributeError(name)  # pragma: no cover - __all__ is tested
+    return getattr(import_module(f".{_OWNER[name]}", __name__), name)

@@ -79,5 +79,5 @@ def _not_an_adapter(source: Source) -> RefError:
             hint=f"name one of them, such as {below[-1]}",
         )
     if (root / "config.json").exists():
-        return RefError(f"ADAPTER {source.name} is a model, not an adapter: it has config.json only.")
+        return RefError(f"ADAPTER {source.name} is a model, not an adapter: it has no adapter_config.json.")
     return RefError(f"ADAPTER {source.name} has no adapter_config.json.")

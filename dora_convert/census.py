@@ -9,9 +9,10 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import RECORD, Checkpoint, read_json
+from .checkpoint import RECORD, Checkpoint
 from .errors import MalformedError
 from .inspected import CheckpointReport
+from .json_files import read_json
 from .refs import Source
 from .stored import Stored
 from .ties import Tie, find_tie
@@ -69,7 +70,7 @@ def _doubts(base: Checkpoint, quantised: Mapping[str, Any] | None) -> Iterator[s
 
 def _quantised(base: Checkpoint) -> dict[str, Any] | None:
     """How the config says that weights are quantised, or else the first tensor that looks so."""
-    for config in _configs(base.config):
+    for config in base.configs:
         for key in QUANTISED:
             if isinstance(found := config.get(key), Mapping):
                 return {
@@ -88,14 +89,6 @@ def _bits(found: Mapping[str, Any]) -> int | None:
     by_flag = {"load_in_4bit": 4, "load_in_8bit": 8}
     bits = bits or next((number for flag, number in by_flag.items() if found.get(flag) is True), None)
     return bits if type(bits) is int else 8 if found.get("quant_method") == "fp8" else None
-
-
-def _configs(config: object) -> Iterator[Mapping[str, Any]]:
-    """A config and every config nested in it."""
-    if isinstance(config, Mapping):
-        yield config
-        for value in config.values():
-            yield from _configs(value)
 
 
 def _merges(root: Path) -> Iterator[dict[str, Any]]:

@@ -6,8 +6,6 @@ in transformers' loader.
 
 from __future__ import annotations
 
-import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,9 +14,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .errors import Fault, MalformedError, RefError, UnsupportedError, shown
+from .json_files import read_config, read_json
 from .pickled import read_pickle
 from .refs import Source
-from .stored import Header, Stored, open_file, read_header
+from .stored import Header, Stored, read_header
 
 INDEX_SUFFIX = ".safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth")
@@ -34,11 +33,6 @@ WEIGHT_SUFFIXES = (
 """Files that hold weights, or say where they are: stale beside merged ones, so never copied."""
 
 WEIGHT_FOLDERS = ("original", "onnx", "openvino", "coreml", "metal", "gguf")
-CONFIG_TYPES = {
-    "architectures": list, "model_type": str, "vocab_size": int, "tie_word_embeddings": bool, "torch_dtype": str,
-    "text_config": dict, "quantization_config": dict, "num_hidden_layers": int,
-}  # fmt: skip
-CALLED = {list: "a list", str: "a string", int: "a whole number", bool: "true or false", dict: "an object"}
 NOT_COPIED = ("README.md", "adapter_config.json", ".lock")
 
 
@@ -102,15 +96,20 @@ class Checkpoint:
     @cached_property
     def model_types(self) -> frozenset[str]:
         """Every `model_type` in the config, nested ones too."""
-        return frozenset(found for found in _values(self.config, "model_type") if isinstance(found, str))
+        found = (config.get("model_type") for config in self.configs)
+        return frozenset(name for name in found if isinstance(name, str))
+
+    @property
+    def configs(self) -> Iterator[Mapping[str, Any]]:
+        """The config and those nested in it, the outermost first."""
+        return _nested(self.config)
 
 
-def _values(tree: Any, key: str) -> Iterator[Any]:
-    if isinstance(tree, Mapping):
-        if key in tree:
-            yield tree[key]
-        for value in tree.values():
-            yield from _values(value, key)
+def _nested(config: object) -> Iterator[Mapping[str, Any]]:
+    if isinstance(config, Mapping):
+        yield config
+        for value in config.values():
+            yield from _nested(value)
 
 
 def open_checkpoint(source: Source) -> Checkpoint:
@@ -228,40 +227,6 @@ def _sharded(root: Path, table: Mapping[str, str], notes: list[str]) -> tuple[Sh
 def _owned(filename: str, header: Header, owner: Mapping[str, str]) -> Shard:
     tensors = tuple(tensor for tensor in header.tensors.values() if owner[tensor.name] == filename)
     return Shard(filename, header.metadata, tensors)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; MalformedError when it is anything else."""
-    try:
-        with open_file(path) as file:
-            value = json.loads(file.read().decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise MalformedError(f"{path} cannot be read as JSON ({error}).") from error
-    if not isinstance(value, dict):
-        raise MalformedError(f"{path} must hold a JSON object.")
-    return value
-
-
-def read_config(root: Path) -> dict[str, Any] | None:
-    """config.json, or None where a base has none."""
-    path = root / "config.json"
-    if not os.path.lexists(path):
-        return None
-    config = read_json(path)
-    _check_types(config, path)
-    return config
-
-
-def _check_types(config: Mapping[str, Any], path: Path) -> None:
-    """MalformedError where a field that a merge looks at is of a wrong type, in nested configs, too."""
-    for key, value in config.items():
-        wanted = CONFIG_TYPES.get(key)
-        if wanted and value is not None and type(value) is not wanted:
-            raise MalformedError(f"{path}: {key} must be {CALLED[wanted]}, not {shown(value)}.")
-        if key == "architectures" and value and not all(isinstance(name, str) for name in value):
-            raise MalformedError(f"{path}: architectures must be a list of names, not {shown(value)}.")
-        if isinstance(value, dict):
-            _check_types(value, path)
 
 
 def is_weight_file(name: str) -> bool:

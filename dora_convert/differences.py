@@ -65,7 +65,7 @@ def _miss(item: Item, found: Pairing) -> None:
 
 def _compare_ties(plan: Plan, merged: Checkpoint, taken: set[str], found: Pairing) -> None:
     """Whether embedding and head are one weight where they should be."""
-    config = plan.config if plan.config is not None else plan.base.config
+    config = plan.output_config
     before, after = find_tie(plan.base), find_tie(merged)
     if before is None or merged.config is None:
         return
@@ -91,8 +91,7 @@ def _compare_ties(plan: Plan, merged: Checkpoint, taken: set[str], found: Pairin
 
 def config_problems(plan: Plan, merged: Checkpoint) -> Iterator[str]:
     """Fields of config.json that differ and change loading or computing."""
-    base = plan.base.config
-    wanted = plan.config if plan.config is not None else base
+    base, wanted = plan.base.config, plan.output_config
     if wanted is None or merged.is_file:
         return
     if merged.config is None:

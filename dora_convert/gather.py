@@ -24,13 +24,16 @@ def gather(
     token: str | None,
     notice: Notice,
     accepted: Collection[str] = (),
+    verb: str = "merge",
 ) -> tuple[Checkpoint, list[Adapter]]:
     """Open the adapters, then the base: the one named, or the one that the first adapter names.
+
+    `out` and `verb` are what the command line has, for the command that a hint names.
 
     Raises RefError and its siblings for what is not there, UsageError when BASE and ADAPTER are exchanged.
     """
     if base is not None:
-        _refuse_swapped(base, adapters, out)
+        _refuse_swapped(base, adapters, out, verb)
     opened = [
         open_adapter(fetch(ref, "ADAPTER", wanted_of_adapter, token=token), accepted) for ref in adapters
     ]
@@ -42,7 +45,7 @@ def gather(
     return open_checkpoint(source), opened
 
 
-def _refuse_swapped(base: str, adapters: Sequence[str], out: str) -> None:
+def _refuse_swapped(base: str, adapters: Sequence[str], out: str, verb: str) -> None:
     """BASE is an adapter and an ADAPTER is a model: say so, with the command that was meant."""
     first = local_path(base, "BASE")
     for adapter in adapters:
@@ -51,7 +54,7 @@ def _refuse_swapped(base: str, adapters: Sequence[str], out: str) -> None:
             exchanged = [base if ref == adapter else ref for ref in adapters]
             raise UsageError(
                 f"BASE and ADAPTER are swapped: {base} is an adapter, {adapter} is a model.",
-                hint=shlex.join(["dora-convert", "merge", adapter, *exchanged, out]),
+                hint=shlex.join(["dora-convert", verb, adapter, *exchanged, out]),
             )
 
 

@@ -10,12 +10,13 @@ from typing import Any
 
 from .adapter import Adapter, Change, open_adapter
 from .census import census, common, fold, place
-from .checkpoint import OF_TRAINING, Checkpoint, is_weight_file, read_json, read_weights
+from .checkpoint import OF_TRAINING, Checkpoint, is_weight_file, read_weights
 from .draft import describe
 from .errors import DoraConvertError, Fault, MalformedError, PlanError, RefError, UnsupportedError, UsageError
 from .formats import FORMATS
 from .gather import doubts
 from .inspected import AdapterReport, CheckpointReport, Landing, Module
+from .json_files import read_json
 from .plan import Options, Plan
 from .planner import make_plan
 from .refs import Source, local_path, local_source

@@ -16,10 +16,9 @@ TURNED_EXPERTS = frozenset({"gpt_oss", "openai_privacy_filter", "aria"})
 
 @dataclass(frozen=True)
 class Misfit:
-    """Why an update has no place; `unmatched` when there is no tensor of that name at all."""
+    """Why an update does not go with a tensor."""
 
     why: str
-    unmatched: bool = False
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,11 @@ class Plan:
             "converted": fates.count("converted"),
         }
 
+    @property
+    def output_config(self) -> Mapping[str, Any] | None:
+        """What config.json holds in the output; None where there is none."""
+        return self.base.config if self.config is None else self.config
+
     @cached_property
     def fingerprint(self) -> str:
         """xxh3-128 of the plan's description."""

@@ -172,18 +172,10 @@ def _config(draft: Draft, items: Mapping[str, Item], adapters: Sequence[Adapter]
 
 
 def _refuse_quantised(base: Checkpoint) -> None:
-    for config in _configs(base.config):
+    for config in base.configs:
         if isinstance(method := config.get("quantization_config"), Mapping):
             raise UnsupportedError(
                 f"BASE {base.source.name} is quantised ({method.get('quant_method', 'unknown method')}); "
                 "merging into quantised weights is not done yet.",
                 hint="name the full-precision checkpoint that it was made from",
             )
-
-
-def _configs(config: object) -> Iterator[Mapping[str, object]]:
-    """A config and every config nested in it."""
-    if isinstance(config, Mapping):
-        yield config
-        for value in config.values():
-            yield from _configs(value)

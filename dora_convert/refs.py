@@ -8,11 +8,15 @@ hf://org/name[@revision][/subfolder]  the same, never taken for a local path
 from __future__ import annotations
 
 import difflib
+import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import RefError
+
+PathLike = str | os.PathLike[str]
 
 _REPO = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[^/\s]+(?:/[^/\s]+)*?))?")
 _HF_URI = re.compile(
@@ -90,3 +94,8 @@ def _similar(path: Path) -> str | None:
 def local_source(path: Path) -> Source:
     """A local folder or file as a Source, named by its last component; what is no text in that is escaped."""
     return Source(path, path.resolve().name.encode(errors="backslashreplace").decode())
+
+
+def listed(refs: PathLike | Sequence[PathLike]) -> list[str]:
+    """One REF or several, as a list of texts."""
+    return [os.fspath(ref) for ref in ([refs] if isinstance(refs, (str, os.PathLike)) else refs)]

@@ -21,12 +21,12 @@ from .checkpoint import (
     is_side_file,
     is_weight_file,
     open_checkpoint,
-    read_config,
     weight_entry,
     weight_map,
 )
 from .errors import Fault, MalformedError, RefError, UnsupportedError
 from .hub import explained, fetch
+from .json_files import read_config
 from .refs import HubRef, Source, parse_ref
 from .stored import BITS, Stored
 

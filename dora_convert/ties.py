@@ -5,9 +5,8 @@ An adapter that changes one side only makes two weights of it: the model was tra
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
 
 from .checkpoint import Checkpoint
 from .stored import Stored
@@ -53,7 +52,7 @@ def find_tie(base: Checkpoint, tasks: Collection[str] = ()) -> Tie | None:
         return None
     embedding = min(embeddings, key=len)
     shared = any(_same_place(base.tensors[embedding], base.tensors[head]) for head in heads)
-    if not _says_tied(base.config, tasks, default=shared or not heads):
+    if not _says_tied(base, tasks, default=shared or not heads):
         return None
     head = heads[0] if heads else _head_of(embedding, base)
     refusal = None
@@ -69,9 +68,10 @@ def _same_place(one: Stored, other: Stored) -> bool:
     return (one.path, one.start) == (other.path, other.start)
 
 
-def _says_tied(config: Mapping[str, Any], tasks: Collection[str], *, default: bool) -> bool:
-    flags = [found for found in _flags(config) if isinstance(found, bool)]
-    architectures = config.get("architectures")
+def _says_tied(base: Checkpoint, tasks: Collection[str], *, default: bool) -> bool:
+    found = (config.get("tie_word_embeddings") for config in base.configs)
+    flags = [flag for flag in found if isinstance(flag, bool)]
+    architectures = (base.config or {}).get("architectures")
     names = [str(name) for name in architectures] if isinstance(architectures, list) else []
     if any(map(_has_head, tasks)):
         names = [name for name in names if _has_head(name)] or list(tasks)
@@ -81,13 +81,6 @@ def _says_tied(config: Mapping[str, Any], tasks: Collection[str], *, default: bo
 def _has_head(name: str) -> bool:
     """Whether models of a class predict tokens."""
     return name.endswith("HeadModel") or not name.endswith(HEADLESS)
-
-
-def _flags(config: Mapping[str, Any]) -> list[Any]:
-    """Every `tie_word_embeddings`, the outermost first."""
-    nested = [value for value in config.values() if isinstance(value, Mapping)]
-    own = [config["tie_word_embeddings"]] if "tie_word_embeddings" in config else []
-    return own + [flag for value in nested for flag in _flags(value)]
 
 
 def _head_of(embedding: str, base: Checkpoint) -> str:

@@ -136,11 +136,6 @@ class ShardFiles:
             self._write(descriptor, target, chunk)
             source, target, length = source + len(chunk), target + len(chunk), length - len(chunk)
 
-    def sync(self) -> None:
-        """Bring every shard's bytes to the disk."""
-        for descriptor in self._files.values():
-            os.fsync(descriptor)
-
     def close(self) -> None:
         """Close every shard."""
         while self._files:

@@ -33,8 +33,9 @@ from safetensors import safe_open
 from toy import make_adapter, make_base
 
 import dora_convert
-from dora_convert.checkpoint import open_checkpoint, read_json, weight_map
+from dora_convert.checkpoint import open_checkpoint, weight_map
 from dora_convert.formats import peft
+from dora_convert.json_files import read_json
 from dora_convert.pickled import read_pickle
 from dora_convert.refs import Source
 from dora_convert.stored import read_header

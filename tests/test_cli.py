@@ -128,6 +128,14 @@ def test_swapped(run, tmp_path, base, adapter):
     )
 
 
+def test_swapped_in_verify(run, tmp_path, base, adapter):
+    """The hint has the verb that was typed, and a verb that only reads does not say that nothing was written."""
+    code, _, err = run("verify", adapter, base.path, tmp_path / "merged")
+    assert code == 2
+    assert f"dora-convert verify {base.path} {adapter} {tmp_path / 'merged'}" in err
+    assert "Nothing was written" not in err
+
+
 def test_adapter_in_a_subfolder(run, tmp_path, base, adapter):
     """A folder of adapters: the ones inside are listed."""
     many = tmp_path / "many"

@@ -22,6 +22,8 @@ COMMANDS = {
     "verify": "does a merged checkpoint do what base + adapter do?",
     "inspect": "what is this? headers only, local or remote",
 }
+READING = frozenset({"verify", "inspect"})
+"""Verbs that write nothing anyway."""
 
 
 class Lazy(click.Group):
@@ -39,7 +41,7 @@ class Lazy(click.Group):
         """The command of a verb, from the module of the same name."""
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = import_module(f".{cmd_name}", __name__).command
+        command: click.Command = import_module(f".{cmd_name.replace('-', '_')}", __name__).command
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
@@ -79,17 +81,17 @@ def main(args: Sequence[str] | None = None) -> None:
     except (Exception, KeyboardInterrupt) as error:
         if os.environ.get("DORA_CONVERT_DEBUG"):
             raise
-        code = fail(error, as_json="--json" in words)
+        code = fail(error, as_json="--json" in words, reads=bool(READING.intersection(words[:1])))
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def fail(error: BaseException, *, as_json: bool) -> int:
-    """Say what went wrong, on stderr; the exit code."""
+def fail(error: BaseException, *, as_json: bool, reads: bool = False) -> int:
+    """Say what went wrong, on stderr; the exit code. Of verbs that only read, what was written goes without saying."""
     if isinstance(error, click.ClickException) and not as_json:
         error.show()
         return error.exit_code
     known = _in_words(error)
-    show_error(known, as_json=as_json, colour=colour())
+    show_error(known, as_json=as_json, colour=colour(), outcome=not reads)
     return known.exit_code
 
 

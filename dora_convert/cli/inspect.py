@@ -38,7 +38,7 @@ def command(ref: str, *, as_json: bool, quiet: bool, verbose: bool, **chosen: An
       dora-convert inspect ./adapter --base org/base
       dora-convert inspect org/base --json
     """
-    from ..operations import inspect
+    from ..verbs.inspect import inspect
 
     sink = Sink(as_json=as_json, quiet=quiet, verbose=verbose)
     report = inspect(ref, **chosen)

@@ -55,7 +55,7 @@ def command(refs: tuple[str, ...], *, as_json: bool, quiet: bool, verbose: bool,
     """
     if len(refs) < 2:
         raise click.UsageError("merge needs an ADAPTER and OUT, and mostly a BASE before them.")
-    from ..operations import merge
+    from ..verbs.merge import merge
 
     *inputs, out = refs
     base, adapters = (inputs[0], inputs[1:]) if len(inputs) > 1 else (None, inputs)

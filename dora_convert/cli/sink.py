@@ -184,12 +184,13 @@ def _lost(share: float | None) -> str:
     return "" if share is None else f"; rounding took {share:.2%} of the change"
 
 
-def show_error(error: DoraConvertError, *, as_json: bool, colour: bool | None) -> None:
+def show_error(error: DoraConvertError, *, as_json: bool, colour: bool | None, outcome: bool = True) -> None:
     """An error on stderr: one JSON document, or text for people."""
     if as_json:
         click.echo(json.dumps(error.to_dict(), ensure_ascii=False), err=True)
         return
     click.echo(f"{click.style('Error:', fg='red', bold=True)} {error.text()}", err=True, color=colour)
-    click.echo(error.outcome, err=True)
+    if outcome:
+        click.echo(error.outcome, err=True)
     if error.hint:
         click.echo(f"Hint: {error.hint}", err=True)

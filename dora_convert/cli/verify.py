@@ -63,7 +63,7 @@ def command(refs: tuple[str, ...], *, as_json: bool, quiet: bool, verbose: bool,
     """
     if len(refs) < 3:
         raise click.UsageError("verify needs BASE, ADAPTER and MERGED.")
-    from ..operations import verify
+    from ..verbs.verify import verify
 
     base, *adapters, merged = refs
     sink = Sink(as_json=as_json, quiet=quiet, verbose=verbose)

@@ -27,8 +27,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..adapter import Adapter, Change
-from ..checkpoint import read_json
 from ..errors import Fault, MalformedError
+from ..json_files import read_json
 from ..pickled import read_pickle
 from ..refs import Source
 from ..stored import Stored, read_header

@@ -17,7 +17,7 @@ _USED = {
 _HARMLESS = {
     # what was trained, and how: the tensors on disk already tell
     "inference_mode", "exclude_modules", "lora_dropout", "layers_to_transform", "layers_pattern", "runtime_config",
-    "megatron_config", "megatron_core", "velora_config", "monteclora_config", "lora_velora_embed",
+    "megatron_config", "megatron_core", "velora_config", "monteclora_config",
     # starting points of training, which count only where init_lora_weights names them
     "loftq_config", "eva_config", "corda_config", "lora_ga_config",
     # saved as the last layer had it, so the shapes decide; and a flag that only GPTQ layers read

@@ -21,14 +21,12 @@ TWICE_UNTIL = (0, 21, 2)
 
 
 class _Place(NamedTuple):
-    """Which weight a module's tensors are for."""
+    """Which weight a module's tensors are for; `among` which ones, where only shapes can tell."""
 
     key: str  # what rank_pattern and alpha_pattern match
     target: str
     times: int = 1  # how often training added them
-    among: tuple[
-        str, ...
-    ] = ()  # the targets of all tensors of this module, where only shapes can tell which is which
+    among: tuple[str, ...] = ()
 
 
 def updates_of(
@@ -54,7 +52,8 @@ def updates_of(
             rule = config.rule(key) + (", twice" if place.times == 2 else "")
             yield Change(target, _update(key, parts, config, place.times, start), place.among, rule)
             if bias := parts.get("b"):
-                yield Change(f"{target.rpartition('.')[0]}.bias", Delta(bias, config.scaling(key)))
+                target = f"{target.rpartition('.')[0]}.bias"
+                yield Change(target, Delta(bias, config.scaling(key)), rule=rule)
 
 
 def _depths(modules: Mapping[str, Parts]) -> dict[str, list[int]]:

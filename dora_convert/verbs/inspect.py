@@ -1,0 +1,27 @@
+"""inspect: what a checkpoint or an adapter is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from ..inspected import AdapterReport, CheckpointReport
+from ..inspection import inspect_ref
+from ..refs import PathLike
+
+
+def inspect(
+    ref: PathLike,
+    base: PathLike | None = None,
+    *,
+    ignore_field: Sequence[str] = (),
+    token: str | None = None,
+) -> AdapterReport | CheckpointReport:
+    """What is this? Told from headers and small files alone; of a model on the Hub no weights are downloaded.
+
+    `ref` is an adapter or a checkpoint. With `base`, the report of an adapter says where each of its tensors would land
+    in it, or everything that does not fit.
+
+    Raises DoraConvertError for what cannot be read, or is neither.
+    """
+    return inspect_ref(os.fspath(ref), None if base is None else os.fspath(base), ignore_field, token)
