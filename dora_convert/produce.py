@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
-from typing import Any
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
 
-import torch
-
-from . import __version__, receipt, undo
-from .checkpoint import RECORD, Checkpoint
+from . import receipt, undo
+from .checkpoint import RECORD
 from .checks import doubt_base, scan_adapter
-from .errors import Fault, NumericalError, OutputError, UsageError, VerificationError
+from .errors import Fault, VerificationError
 from .execute import Budget, Done, Progress, Run
 from .folder import OutputFolder
 from .journal import NAME as JOURNAL
-from .journal import Earlier, Journal, Record, read_journal
+from .journal import Earlier, Journal, Record
 from .plan import Plan
-from .precision import Choice, choose
+from .precision import Choice
 from .report import MergeReport
 from .selfcheck import Checker, Verdict
 from .settings import Settings
 from .sidefiles import SideFile, side_files
-from .sizes import format_size
 from .stored import Reader
 from .undo import Part, Spool
+from .workspace import earlier_run, entered, journal_key, settle
 from .writer import ShardFiles, shards_exist
 
 Hashes = Sequence[Mapping[str, str]]
@@ -37,15 +34,16 @@ def produce(plan: Plan, folder: OutputFolder, settings: Settings) -> MergeReport
     OutputError for a disk that does not take the result, VerificationError when the self-check fails. OUT does not
     exist then.
     """
-    choice = _settle(plan, settings)
+    choice = settle(plan.memory, settings)
     hashes = [scan_adapter(adapter) for adapter in plan.adapters]
     if doubt := doubt_base(plan):
         settings.warn(doubt)
     files = side_files(plan, settings.base_model)
     folder.check_space(plan.bytes_out + 2 * plan.undo_bytes + sum(file.nbytes for file in files))
-    with _entered(folder):
+    with entered(folder):
         key = _key(plan, hashes, choice)
-        earlier = _earlier(folder, plan, key)
+        names = [shard.filename for shard in plan.shards]
+        earlier = earlier_run(folder, key, names, lambda: shards_exist(folder.partial, plan))
         run = _run(plan, folder, settings, choice, key, earlier)
         verdict = _judge(plan, run.progress.done) if settings.verify else None
         if _same(plan, run.progress.done):
@@ -63,76 +61,10 @@ def produce(plan: Plan, folder: OutputFolder, settings: Settings) -> MergeReport
     )
 
 
-def _settle(plan: Plan, settings: Settings) -> Choice:
-    """Device and dtype, announced; and a memory budget that can hold at least one block."""
-    if plan.memory > settings.max_memory:
-        raise UsageError(
-            f"--max-memory {format_size(settings.max_memory)} does not hold one block of the largest module.",
-            hint=f"--max-memory {-(-plan.memory // 2**20)}MiB is the least",
-        )
-    choice = choose(settings.device, settings.compute_dtype)
-    settings.notify(f"device: {choice}")
-    return choice
-
-
-@contextmanager
-def _entered(folder: OutputFolder) -> Iterator[None]:
-    """OUT.partial, locked. What is done there stays for the same command to continue, unless it would fail again."""
-    folder.open()
-    try:
-        yield
-    except NumericalError:
-        folder.discard()
-        raise
-    except OSError as error:
-        kept = (folder.record / JOURNAL).exists()
-        folder.leave() if kept else folder.discard()
-        raise OutputError(
-            f"{folder.out} cannot be written: {error.strerror or error}.",
-            hint=f"what is done stays in {folder.partial}; the same command continues it" if kept else None,
-        ) from error
-    except BaseException:
-        folder.leave()
-        raise
-
-
 def _key(plan: Plan, hashes: Hashes, choice: Choice) -> Record:
     """Everything that decides the output's bytes."""
-    return {
-        "plan": plan.fingerprint,
-        "adapters": [dict(found) for found in hashes],
-        "base": _identity(plan.base),
-        "versions": [__version__, torch.__version__],
-        "device": choice.device.type,
-        "compute": choice.compute_name,
-    }
-
-
-def _identity(base: Checkpoint) -> list[list[Any]]:
-    """What tells a base from another with the same headers, without reading it."""
-    if base.source.commit:
-        return [[str(base.source.repo), base.source.commit]]
-    found: list[list[Any]] = []
-    for shard in base.shards:
-        path = (base.root / shard.filename).resolve()
-        stat = path.stat()
-        found.append([str(path), stat.st_size, stat.st_mtime_ns])
-    return found
-
-
-def _earlier(folder: OutputFolder, plan: Plan, key: Record) -> Earlier | None:
-    """The journal of an unfinished run of the same key; OUT.partial is then ready to go on, else empty."""
-    earlier = read_journal(folder.record / JOURNAL)
-    if earlier and earlier.key == key and shards_exist(folder.partial, plan):
-        folder.clear(keep=[RECORD, *(shard.filename for shard in plan.shards)])
-        return earlier
-    if earlier and earlier.key != key and not folder.overwrite:
-        raise OutputError(
-            f"{folder.partial} holds an unfinished merge of something else.",
-            hint="--overwrite starts over; what is there is lost",
-        )
-    folder.clear()
-    return None
+    adapters = [dict(found) for found in hashes]
+    return journal_key(choice, [plan.base], plan=plan.fingerprint, adapters=adapters)
 
 
 def _run(

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from . import card
-from .adapter import Adapter
 from .checkpoint import RECORD, Checkpoint, list_files
 from .layout import index_bytes
 from .plan import Plan
@@ -57,7 +56,7 @@ def side_files(plan: Plan, base_model: str | None) -> list[SideFile]:
         found[name] = SideFile(name, source, fate, before if differs else None)
 
     for adapter in plan.adapters:
-        for name in _tokenizer_files(adapter):
+        for name in tokenizer_files(adapter.source.path):
             put(name, adapter.source.path / name, "from the adapter")
     if plan.config is not None:
         put("config.json", _json_bytes(plan.config), "edited")
@@ -76,8 +75,9 @@ def _readable(path: Path) -> Path:
         return path
 
 
-def _tokenizer_files(adapter: Adapter) -> Sequence[str]:
-    names = list_files(adapter.source.path)
+def tokenizer_files(folder: Path) -> list[str]:
+    """The tokenizer, processor and chat-template files of a folder, by name."""
+    names = list_files(folder)
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in FROM_ADAPTER)]
 
 

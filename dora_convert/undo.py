@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import struct
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -73,9 +73,11 @@ class Spool:
             self._end += len(data)
         return segment
 
-    def lay_out(self, parts: Sequence[Part], path: Path) -> None:
+    def lay_out(
+        self, parts: Sequence[Part], path: Path, metadata: Mapping[str, str] | None = None
+    ) -> None:
         """Write the parts as a safetensors file, in the order given."""
-        entries: dict[str, object] = {}
+        entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
         position = 0
         for part in parts:
             length = sum(segment.length for segment in part.segments)

@@ -114,7 +114,7 @@ def test_a_retrained_adapter_is_not_mixed_in(tmp_path, base, adapter, monkeypatc
     next(iter(tensors.values())).mul_(2)
     save_file(tensors, adapter / "adapter_model.safetensors")
     before = contents(tmp_path / "out.partial")
-    with pytest.raises(OutputError, match="unfinished merge of something else"):
+    with pytest.raises(OutputError, match="unfinished run of something else"):
         dora_convert.merge(base.path, adapter, out)
     assert contents(tmp_path / "out.partial") == before
     report = dora_convert.merge(base.path, adapter, out, overwrite=True)

@@ -1,7 +1,8 @@
 """Adapter file formats, one module each, tried in this order.
 
-A format is a module with two functions: `recognises(path) -> bool` by names alone, and `read(source, accepted) -> Adapter` from
-headers. Adding one is a file and a line here.
+A format is a module with a NAME and four functions: `recognises(path) -> bool` by names alone, `read(source, accepted) ->
+Adapter` from headers, `save(outgoing) -> Files`, and `objection(change, tensor, like) -> str | None` where it cannot hold a
+LoRA as a DoRA. Adding one is a file and a line here.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Protocol
 
-from ..adapter import Adapter
+from ..adapter import Adapter, Change
+from ..outgoing import Files, Outgoing
 from ..refs import Source
 from . import peft
 
@@ -18,11 +20,20 @@ from . import peft
 class Format(Protocol):
     """What a format module provides."""
 
+    NAME: str
+    """What `--format` and reports call it."""
+
     def recognises(self, path: Path) -> bool:
         """Whether the folder looks like this format."""
 
     def read(self, source: Source, accepted: Collection[str] = ()) -> Adapter:
         """The adapter, from headers; `accepted` names config fields that are not to be refused."""
+
+    def save(self, made: Outgoing) -> Files:
+        """The files of an adapter, from headers: tensors by their names, and what lies beside them."""
+
+    def objection(self, change: Change, tensor: str, like: Adapter) -> str | None:
+        """Why an adapter's LoRA on a weight cannot be a DoRA in this format; None where it can."""
 
 
 FORMATS: tuple[Format, ...] = (peft,)

@@ -36,20 +36,13 @@ from ..updates import Full, Rows
 from .peft_config import Config, is_saved_embedding
 from .peft_fields import refuse_unsupported
 from .peft_modules import updates_of
+from .peft_names import CONFIG, PARTS, TOKENS, WEIGHTS, plain
+from .peft_save import objection, save
 
-CONFIG, WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
-PREFIX = "base_model.model."
-WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-"""What torch.compile, FSDP and activation checkpointing put into names."""
-DEFAULT = re.compile(r"\.modules_to_save(\.default)?(?=\.)|\.default(?=\.|$)")
-"""The adapter's name, which PEFT takes out when it saves and other savers leave in."""
+__all__ = ["NAME", "objection", "read", "recognises", "save"]
 
-_PARTS = {
-    ".lora_A.weight": "A", ".lora_A": "A", ".lora_B.weight": "B", ".lora_B": "B", ".lora_embedding_A": "A",
-    ".lora_embedding_B": "B", ".lora_magnitude_vector": "m", ".lora_magnitude_vector.weight": "m", ".lora_E": "d",
-    ".lora_diag": "d", ".lora_B.bias": "b",
-}  # fmt: skip
-_TOKENS = (".token_adapter.trainable_tokens_delta", ".trainable_tokens_delta")
+NAME = "peft"
+
 _OF_TRAINING = re.compile(r"\.(lora_velora_embed|lora_monteclora_sampler)\b")
 
 
@@ -74,7 +67,7 @@ def read(source: Source, accepted: Collection[str] = ()) -> Adapter:
     found.finish()
     return Adapter(
         source=source,
-        format="peft",
+        format=NAME,
         kind=config.kind,
         changes=tuple(found.changes),
         tensors=tensors,
@@ -108,10 +101,10 @@ class _Found:
 
     def sort(self, name: str, tensor: Stored) -> None:
         """Put one tensor where it belongs."""
-        target = _plain(name)
-        if suffix := next((suffix for suffix in _PARTS if target.endswith(suffix)), None):
-            self._keep(target.removesuffix(suffix), _PARTS[suffix], tensor)
-        elif suffix := next((suffix for suffix in _TOKENS if target.endswith(suffix)), None):
+        target = plain(name)
+        if suffix := next((suffix for suffix in PARTS if target.endswith(suffix)), None):
+            self._keep(target.removesuffix(suffix), PARTS[suffix], tensor)
+        elif suffix := next((suffix for suffix in TOKENS if target.endswith(suffix)), None):
             self._rows(target.removesuffix(suffix), tensor)
         elif _OF_TRAINING.search(target):
             self.ignored[name] = "used in training only"
@@ -151,11 +144,3 @@ class _Found:
                 self.changes.append(found)
             else:
                 self.ignored |= found
-
-
-def _plain(name: str) -> str:
-    """A tensor's name without what PEFT and others wrap models in."""
-    target = DEFAULT.sub("", WRAPPERS.sub("", name))
-    while target.startswith(PREFIX):
-        target = target.removeprefix(PREFIX)
-    return target

@@ -1,0 +1,99 @@
+"""What every verb that writes a folder goes through: a device, a budget, OUT.partial, and what an unfinished run left there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from . import __version__
+from .checkpoint import RECORD, Checkpoint
+from .errors import NumericalError, OutputError, UsageError
+from .folder import OutputFolder
+from .journal import NAME as JOURNAL
+from .journal import Earlier, Record, read_journal
+from .precision import Choice, choose
+from .settings import Settings
+from .sizes import format_size
+
+
+def settle(least: int, settings: Settings, *, single: bool = False) -> Choice:
+    """Device and dtype, announced; and a memory budget that holds the costliest piece of work.
+
+    `single` makes single precision the default. Raises UsageError naming the least budget that will do.
+    """
+    if least > settings.max_memory:
+        raise UsageError(
+            f"--max-memory {format_size(settings.max_memory)} does not hold one block of the largest module.",
+            hint=f"--max-memory {-(-least // 2**20)}MiB is the least",
+        )
+    wanted = settings.compute_dtype
+    choice = choose(settings.device, "float32" if single and wanted == "auto" else wanted)
+    settings.notify(f"device: {choice}")
+    return choice
+
+
+@contextmanager
+def entered(folder: OutputFolder) -> Iterator[None]:
+    """OUT.partial, locked. What is done there stays for the same command to continue, unless it would fail again."""
+    folder.open()
+    try:
+        yield
+    except NumericalError:
+        folder.discard()
+        raise
+    except OSError as error:
+        kept = (folder.record / JOURNAL).exists()
+        folder.leave() if kept else folder.discard()
+        raise OutputError(
+            f"{folder.out} cannot be written: {error.strerror or error}.",
+            hint=f"what is done stays in {folder.partial}; the same command continues it" if kept else None,
+        ) from error
+    except BaseException:
+        folder.leave()
+        raise
+
+
+def journal_key(choice: Choice, bases: list[Checkpoint], **inputs: Any) -> Record:
+    """Everything that decides the output's bytes; `inputs` besides the base, the versions and the device."""
+    return {
+        **inputs,
+        "base": [line for base in bases for line in _identity(base)],
+        "versions": [__version__, torch.__version__],
+        "device": choice.device.type,
+        "compute": choice.compute_name,
+    }
+
+
+def _identity(base: Checkpoint) -> list[list[Any]]:
+    """What tells a base from another with the same headers, without reading it."""
+    if base.source.commit:
+        return [[str(base.source.repo), base.source.commit]]
+    found: list[list[Any]] = []
+    for shard in base.shards:
+        path = (base.root / shard.filename).resolve()
+        stat = path.stat()
+        found.append([str(path), stat.st_size, stat.st_mtime_ns])
+    return found
+
+
+def earlier_run(
+    folder: OutputFolder, key: Record, keep: list[str], whole: Callable[[], bool]
+) -> Earlier | None:
+    """The journal of an unfinished run of the same key; OUT.partial is then ready to go on, else empty.
+
+    `keep` names the files that go on, `whole` says whether all of them are there.
+    """
+    earlier = read_journal(folder.record / JOURNAL)
+    if earlier and earlier.key == key and whole():
+        folder.clear(keep=[RECORD, *keep])
+        return earlier
+    if earlier and earlier.key != key and not folder.overwrite:
+        raise OutputError(
+            f"{folder.partial} holds an unfinished run of something else.",
+            hint="--overwrite starts over; what is there is lost",
+        )
+    folder.clear()
+    return None
