@@ -13,18 +13,20 @@ TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
 
 ORDER = [
     "errors", "sizes", "stored", "json_files", "pickled", "refs", "updates", "blocks", "items", "checkpoint", "ties", "adapter",
-    "formats/peft_fields", "formats/peft_types", "formats/peft_config", "formats/peft_modules", "formats/peft", "formats/__init__",
-    "names", "placing", "plan", "layout", "replicas", "configs", "draft", "planner", "settings", "journal", "undo", "hub",
-    "remote", "gather", "card", "sidefiles", "folder", "writer", "maths", "memory", "precision", "lane", "operands", "checks", "make",
-    "ulps", "rows", "expected", "selfcheck", "execute", "receipt", "report", "inspected", "census", "inspection", "produce", "parity",
+    "outgoing", "formats/peft_fields", "formats/peft_types", "formats/peft_config", "formats/peft_modules",
+    "formats/peft_names", "formats/peft_save", "formats/peft", "formats/__init__",
+    "names", "placing", "plan", "layout", "replicas", "configs", "draft", "planner", "orders", "settings", "journal", "undo", "hub",
+    "remote", "gather", "card", "sidefiles", "folder", "writer", "maths", "factoring", "factoring", "memory", "precision", "lane", "operands", "checks", "make",
+    "ulps", "rows", "expected", "selfcheck", "execute", "receipt", "report", "inspected", "census", "inspection", "made", "workspace", "produce", "craft", "magnitudes", "parity",
     "causes", "differences", "verified", "page", "verification", "heavy", "verbs/__init__", "verbs/merge",
-    "verbs/inspect", "verbs/verify", "__init__", "cli/sink", "cli/options",
-    "cli/merge", "cli/inspect", "cli/verify", "cli/__init__", "__main__",
+    "verbs/inspect", "verbs/verify", "verbs/from_lora", "__init__", "cli/sink", "cli/options",
+    "cli/merge", "cli/made", "cli/from_lora", "cli/inspect", "cli/verify", "cli/__init__", "__main__",
 ]  # fmt: skip
 """Every module comes after all that it imports."""
 
 COMPUTES = {
     "maths",
+    "factoring",
     "memory",
     "precision",
     "lane",
@@ -40,7 +42,10 @@ COMPUTES = {
     "verification",
     "execute",
     "receipt",
+    "workspace",
     "produce",
+    "craft",
+    "magnitudes",
 }
 """The only modules that import torch when they are imported; a plan is made without any of them."""
 

@@ -1,0 +1,218 @@
+"""Low-rank factors of a matrix: the truncated SVD, and LoRAs of another rank. Tensors in, tensors out.
+
+D is (out, in), B is (out, r), A is (r, in). The singular values are split evenly, B = U√S and A = √S·Vᵀ. All of it is
+computed in the dtype and on the device of what is given; random numbers come from a generator of its own, so that the
+same input gives the same bits. How good the factors are is always measured against D, block by block.
+
+Large matrices are factored by subspace iteration from a random start: Halko, Martinsson and Tropp, arXiv:0909.4061,
+algorithms 4.4 and 5.1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+EXACT_UP_TO = 512  # rows or columns, whichever are fewer: LAPACK takes about a tenth of a second
+OVERSAMPLE = 10  # columns more than the rank: they speed convergence up, and are cut off at the end
+ITERATIONS = 64  # at most; a handful are usual
+SETTLED = 3e-4  # stop when a round improves the squared error by less than this share of it
+FIRST = 32  # the first rank tried where an error is asked for and not a rank
+BLOCK = 1 << 21  # elements that are compared at once
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Low-rank factors, and how good they are."""
+
+    B: Tensor
+    """(out, rank)"""
+    A: Tensor
+    """(rank, in)"""
+    error: float
+    """‖D − BA‖/‖D‖, Frobenius, measured; 0 where D is zero"""
+    S: Tensor
+    """the singular values that were computed, float64, falling: all of D's, or more than the rank"""
+    errors: Tensor
+    """(len(S) + 1,), float64: the relative error that rank 0, 1, … leaves"""
+    exact: bool
+    """whether S has all singular values that are not zero"""
+
+    @property
+    def rank(self) -> int:
+        """The columns of B: at most what was asked for, 0 where D is zero."""
+        return self.B.shape[1]
+
+    def rank_for(self, error: float) -> int | None:
+        """The least rank with at most that error, or None: more than `len(S)`."""
+        enough = (self.errors <= error).nonzero()
+        return int(enough[0]) if len(enough) else None
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What factors are to reach: a rank, or an error."""
+
+    rank: int | None
+    error: float
+
+    @classmethod
+    def of(cls, rank: int | None = None, energy: float | None = None, max_error: float | None = None) -> Goal:
+        """From a rank, the share of squared singular values to keep, or the largest relative error: exactly one.
+
+        Raises ValueError for none, for several, and for values that nothing can have.
+        """
+        if sum(value is not None for value in (rank, energy, max_error)) != 1:
+            raise ValueError("one of rank, energy and max_error is needed, and only one")
+        if rank is not None and rank < 1:
+            raise ValueError(f"rank {rank}: a rank is 1 or more")
+        for name, share in (("energy", energy), ("max_error", max_error)):
+            if share is not None and not 0 <= share <= 1:
+                raise ValueError(f"{name} {share}: a share lies between 0 and 1")
+        return cls(rank, (1 - energy) ** 0.5 if energy is not None else max_error or 0.0)
+
+
+def truncated_svd(
+    D: Tensor,  # (out, in)
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    max_error: float | None = None,
+    exact: bool = False,
+    noise: float | None = None,
+) -> Factors:
+    """The best factors of D of a given rank, or of the least rank that keeps an energy or an error.
+
+    The rank is never above min(out, in), nor above D's numerical rank: the least that leaves a relative error of
+    `noise`, by default 1.5·√min(out, in) units of the dtype's precision. A zero D has factors of rank 0.
+    An error below what the dtype can show gives the numerical rank, and `error` says what that reaches.
+    """
+    goal, least = Goal.of(rank, energy, max_error), min(D.shape)
+    noise = noise_of(D) if noise is None else noise
+    if exact or least <= EXACT_UP_TO:
+        return _exactly(D, goal, noise)
+    width = goal.rank or FIRST
+    start: Tensor | None = None
+    while width + OVERSAMPLE <= least // 4:
+        U, Q, R = _subspace(D, width, goal, start)
+        found = _cut(D, U, Q, R, goal, noise)
+        if goal.rank or found.rank <= width:
+            return found
+        width, start = 2 * width, Q
+    return _exactly(D, goal, noise)
+
+
+def resize(
+    B: Tensor,  # (out, r)
+    A: Tensor,  # (r, in)
+    s: float = 1.0,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    max_error: float | None = None,
+    noise: float | None = None,
+) -> Factors:
+    """The best factors of s·BA, whose scaling is then 1, by QR of B and Aᵀ and an SVD of (r, r); exact.
+
+    Computed in float64 where the device has it, and returned in the dtype of B.
+    """
+    goal, noise = Goal.of(rank, energy, max_error), noise_of(B) if noise is None else noise
+    wide = torch.float32 if B.device.type == "mps" else torch.float64
+    left, right = s * B.to(wide), A.to(wide)
+    (QB, RB), (QA, RA) = torch.linalg.qr(left), torch.linalg.qr(right.T)
+    U, S, Vh = torch.linalg.svd(RB @ RA.T, full_matrices=False)
+    return _split(QB @ U, S, Vh @ QA.T, 0.0, goal, noise, B.dtype, lambda rows: left[rows] @ right)
+
+
+def noise_of(D: Tensor) -> float:
+    """The relative error below which a rest of D's size is taken for rounding."""
+    return 1.5 * math.sqrt(min(D.shape)) * torch.finfo(D.dtype).eps
+
+
+def relative_error(
+    rows: Callable[[slice], Tensor],
+    B: Tensor,  # (out, r)
+    A: Tensor,  # (r, in)
+) -> float:
+    """‖D − BA‖/‖D‖ of the D whose rows `rows` gives, block by block, summed in float64; 0 for a zero D."""
+    rest, total = _compared(rows, B, A)
+    return (rest / total) ** 0.5 if total else 0.0
+
+
+def squared(x: Tensor) -> float:
+    """‖x‖², summed in float64 where the device has it."""
+    wide = None if x.device.type == "mps" else torch.float64
+    return float(torch.linalg.vector_norm(x, dtype=wide)) ** 2
+
+
+def _compared(rows: Callable[[slice], Tensor], B: Tensor, A: Tensor) -> tuple[float, float]:
+    """‖D − BA‖² and ‖D‖²."""
+    rest = total = 0.0
+    height = max(1, BLOCK // max(1, A.shape[1]))
+    for start in range(0, len(B), height):
+        block = slice(start, start + height)
+        D = rows(block)
+        total += squared(D)
+        rest += squared(D - (B[block] @ A).to(D.dtype))
+    return rest, total
+
+
+def _exactly(D: Tensor, goal: Goal, noise: float) -> Factors:
+    """By LAPACK's SVD."""
+    U, S, Vh = torch.linalg.svd(D, full_matrices=False)
+    return _split(U, S, Vh, 0.0, goal, noise, D.dtype, lambda rows: D[rows])
+
+
+def _subspace(D: Tensor, width: int, goal: Goal, start: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """U (out, k), Q (in, k), R (k, k): U(QR)ᵀ is D's projection on about its first `width` left singular vectors."""
+    generator = torch.Generator().manual_seed(0)
+    new = width + OVERSAMPLE - (0 if start is None else start.shape[1])
+    Q = torch.randn(D.shape[1], new, generator=generator).to(D)
+    Q = torch.linalg.qr(Q if start is None else torch.cat((start, Q), dim=1)).Q
+    total, before = squared(D), float("inf")
+    for round_ in range(ITERATIONS):
+        U = torch.linalg.qr(D @ Q).Q
+        Q, R = torch.linalg.qr(D.T @ U)
+        rest = max(total - squared(torch.linalg.svdvals(R)[:width]), 0.0)
+        hopeless = goal.rank is None and round_ == 2 and rest > 2 * goal.error**2 * total
+        if hopeless or before - rest <= max(SETTLED * rest, torch.finfo(D.dtype).eps * total):
+            break
+        before = rest
+    return U, Q, R
+
+
+def _cut(D: Tensor, U: Tensor, Q: Tensor, R: Tensor, goal: Goal, noise: float) -> Factors:
+    """Factors from D's projection U(QR)ᵀ."""
+    left, S, right = torch.linalg.svd(R.T)
+    beyond, _ = _compared(lambda rows: D[rows], U, (Q @ R).T)
+    return _split(U @ left, S, right @ Q.T, beyond, goal, noise, D.dtype, lambda rows: D[rows])
+
+
+def _split(
+    U: Tensor,  # (out, k), its columns orthonormal
+    S: Tensor,  # (k,), falling
+    Vh: Tensor,  # (k, in)
+    beyond: float,  # ‖D − USVᵀ‖²
+    goal: Goal,
+    noise: float,
+    dtype: torch.dtype,
+    rows: Callable[[slice], Tensor],
+) -> Factors:
+    """The least rank that reaches the goal, as measured, and its factors."""
+    values = S.cpu().double()
+    tails = torch.cat((values.square().flip(0).cumsum(0).flip(0), torch.zeros(1))) + beyond
+    errors = (tails / tails[0].clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
+    fits = (errors <= max(goal.error, noise)).nonzero()
+    most = min(len(S), goal.rank or len(S))
+    least = min(int(fits[0]), most) if len(fits) else most
+    for rank in range(least, most + 1):
+        root = S[:rank].sqrt()
+        B, A = (U[:, :rank] * root).to(dtype), (root[:, None] * Vh[:rank]).to(dtype)
+        error = relative_error(rows, B, A)
+        if error <= goal.error or goal.rank or goal.error <= noise:
+            break
+    return Factors(B, A, error, values, errors, exact=beyond == 0)
