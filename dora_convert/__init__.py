@@ -27,7 +27,9 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from .inspected import AdapterReport, CheckpointReport
+    from .made import MadeDryRun, MadeReport
     from .report import DryRunReport, MergeReport
+    from .verbs.from_lora import from_lora
     from .verbs.inspect import inspect
     from .verbs.merge import merge
     from .verbs.verify import verify
@@ -39,7 +41,9 @@ _MODULES = {
         "UnsupportedError", "UsageError", "VerificationError",
     ),
     "inspected": ("AdapterReport", "CheckpointReport"),
+    "made": ("MadeDryRun", "MadeReport"),
     "report": ("DryRunReport", "MergeReport"),
+    "verbs.from_lora": ("from_lora",),
     "verbs.inspect": ("inspect",),
     "verbs.merge": ("merge",),
     "verbs.verify": ("verify",),
@@ -54,6 +58,8 @@ __all__ = [
     "DoraConvertError",
     "DryRunReport",
     "HubError",
+    "MadeDryRun",
+    "MadeReport",
     "MalformedError",
     "MergeReport",
     "NumericalError",
@@ -65,6 +71,7 @@ __all__ = [
     "VerificationError",
     "VerifyReport",
     "__version__",
+    "from_lora",
     "inspect",
     "merge",
     "verify",

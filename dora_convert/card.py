@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 
 from . import __version__
+from .orders import Order
 from .plan import Plan
 from .refs import Source
 from .stored import CONFIG_DTYPES
@@ -40,6 +41,32 @@ def card_bytes(plan: Plan, base_model: str | None) -> bytes:
         "```",
         "",
         "`dora_convert/receipt.json` lists every tensor that changed with its hashes.",
+        "",
+    ]
+    return "\n".join(lines).encode()
+
+
+def adapter_card_bytes(order: Order, base_model: str | None) -> bytes:
+    """README.md for an adapter that was made of others, or of two checkpoints; a path is never written."""
+    base = order.bases[0].source
+    repo = base_model or base.repo
+    roles = ("base", *(["tuned"] if len(order.bases) > 1 else []), *(["adapter"] if order.like else []))
+    lines = ["---", "library_name: peft"]
+    if repo:
+        lines += [f"base_model: {repo}", "base_model_relation: adapter"]
+    lines += ["tags:", "- dora" if order.makes_dora else "- lora", "- dora-convert", "---", ""]
+    lines += [
+        f"# {'DoRA' if order.makes_dora else 'LoRA'} of {order.sources[-1].name}",
+        "",
+        f"An adapter for {base.name}, made by `{order.command}` of dora-convert {__version__}:",
+        "",
+        "```bash",
+        shlex.join(["dora-convert", order.command, *order.words]),
+        "```",
+        "",
+        "| | name | commit |",
+        "|---|---|---|",
+        *(_row(role, source) for role, source in zip(roles, order.sources, strict=True)),
         "",
     ]
     return "\n".join(lines).encode()

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 
 import torch
 
@@ -115,6 +116,36 @@ def done_record(name: str, done: Done) -> Record:
     }
 
 
+class Crew:
+    """Workers with a lane each, who take tasks until one fails; they use one torch thread each."""
+
+    def __init__(self, choice: Choice, reader: Reader) -> None:
+        self._choice, self._reader = choice, reader
+        self._stop, self._local = threading.Event(), threading.local()
+
+    def run(self, workers: int, tasks: Iterable[Callable[[Lane], None]]) -> None:
+        """Run all tasks; when this returns, or raises what the first of them did, no worker runs any more."""
+        with exact_arithmetic(), ThreadPoolExecutor(workers, initializer=self._start) as pool:
+            try:
+                futures = [pool.submit(self._one, task) for task in tasks]
+                raise_first(wait(futures, return_when=FIRST_EXCEPTION).done)
+            finally:
+                self._stop.set()
+                pool.shutdown(wait=True, cancel_futures=True)
+
+    def _start(self) -> None:
+        torch.set_num_threads(1)
+        self._local.lane = Lane(self._choice, self._reader)
+
+    def _one(self, task: Callable[[Lane], None]) -> None:
+        task(self._local.lane)
+
+    def check(self) -> None:
+        """Stop the worker that asks, if another has failed."""
+        if self._stop.is_set():
+            raise StoppedError
+
+
 @dataclass
 class Run:
     """One execution of a plan."""
@@ -132,8 +163,10 @@ class Run:
     written: int = 0
     _skipped: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    _stop: threading.Event = field(default_factory=threading.Event)
-    _local: threading.local = field(default_factory=threading.local)
+    _crew: Crew = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._crew = Crew(self.choice, self.reader)
 
     def execute(self, workers: int) -> None:
         """Make every output tensor that is not finished yet.
@@ -145,31 +178,20 @@ class Run:
         self._skipped = self.plan.bytes_out - sum(
             [*(copy.length for copy in copies), *(item.nbytes for item in items)]
         )
-        with exact_arithmetic(), ThreadPoolExecutor(workers, initializer=self._start) as pool:
-            try:
-                futures = [pool.submit(self._copy, copy) for copy in copies]
-                futures += [pool.submit(self._make, item) for item in items]
-                raise_first(wait(futures, return_when=FIRST_EXCEPTION).done)
-            finally:
-                self._stop.set()
-                pool.shutdown(wait=True, cancel_futures=True)
+        tasks = [partial(self._copy, copy) for copy in copies] + [partial(self._make, item) for item in items]
+        self._crew.run(workers, tasks)
 
     def _finished(self, item: Item) -> bool:
         done = self.progress.done.get(item.name)
         return done is not None and not (self.checker and done.verdict is None)
 
-    def _start(self) -> None:
-        torch.set_num_threads(1)
-        self._local.lane = Lane(self.choice, self.reader)
-
-    def _copy(self, copy: Copy) -> None:
+    def _copy(self, copy: Copy, lane: Lane) -> None:  # noqa: ARG002 - needs none
         self.advance(0)
         self.shards.copy(copy, self.reader)
         self.journal.add(copy_record(copy), [self.shards.descriptor(copy.shard)])
         self.advance(copy.length)
 
-    def _make(self, item: Item) -> None:
-        lane: Lane = self._local.lane
+    def _make(self, item: Item, lane: Lane) -> None:
         with self.budget.holding(item.cost(self.plan.options.width)):
             with lane.working():
                 made = make(item, lane, self.shards, self.spool, self.plan.options, self.advance)
@@ -182,8 +204,7 @@ class Run:
 
     def advance(self, nbytes: int) -> None:
         """Count bytes written, and stop here if another worker has failed."""
-        if self._stop.is_set():
-            raise StoppedError
+        self._crew.check()
         with self._lock:
             self.written += nbytes
             if self.on_progress:

@@ -23,7 +23,7 @@ class Outgoing:
     task: str | None = None
     """The class of model that it is for, where `like` does not say."""
     targets: tuple[str, ...] | None = None
-    """The modules that have factors, by name or by its end; None where they are those of `like`."""
+    """The modules that have factors, by name or by its end; () for all their names, None for what `like` says."""
     keeps_ties: bool = False
     """Whether embedding and head stay one weight."""
 

@@ -40,7 +40,7 @@ def make_plan(
     tree, names = _with_prefix(tree, adapters, names, tasks, options)
     draft = Draft(tree, tasks, options)
     for adapter, known, weight in zip(adapters, names, weights, strict=True):
-        draft.add(adapter, known, weight, lambda change: _chosen(change, options))
+        draft.add(adapter, known, weight, lambda change: is_chosen(change, options))
     draft.settle_ties()
     items = draft.items()
     draft.faults += _resized_alone(items)
@@ -93,19 +93,22 @@ def _needs_head(adapter: Adapter, names: Names, tie: Tie | None, options: Option
         name = names.find(change.target)
         brings = isinstance(change.update, Full) and change.update.may_add and not name
         unties = tie and not tie.stored and name == tie.embedding and not isinstance(change.update, Rows)
-        if (brings or unties) and _chosen(change, options):
+        if (brings or unties) and is_chosen(change, options):
             return True
     return False
 
 
 def _targets(adapter: Adapter, options: Options) -> list[str]:
     """The targets that must be in the base, whatever they are called there."""
-    inner = [change for change in adapter.changes if _chosen(change, options) and not is_head(change.target)]
+    inner = [
+        change for change in adapter.changes if is_chosen(change, options) and not is_head(change.target)
+    ]
     sure = [change.target for change in inner if not isinstance(change.update, Full | Rows)]
     return sure or [change.target for change in inner]
 
 
-def _chosen(change: Change, options: Options) -> bool:
+def is_chosen(change: Change, options: Options) -> bool:
+    """Whether --include and --exclude leave a change in."""
     module = change.target.rpartition(".")[0]
     wanted = not options.include or _matches(module, options.include)
     return wanted and not _matches(module, options.exclude)

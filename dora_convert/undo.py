@@ -67,15 +67,14 @@ class Spool:
     def add(self, data: bytes | memoryview) -> Segment:
         """Append bytes and say where they are."""
         with self._lock:
+            self._file.seek(self._end)
             self._file.write(data)
             self._file.flush()
             segment = Segment(self._end, len(data))
             self._end += len(data)
         return segment
 
-    def lay_out(
-        self, parts: Sequence[Part], path: Path, metadata: Mapping[str, str] | None = None
-    ) -> None:
+    def lay_out(self, parts: Sequence[Part], path: Path, metadata: Mapping[str, str] | None = None) -> None:
         """Write the parts as a safetensors file, in the order given."""
         entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
         position = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -58,13 +59,15 @@ def entered(folder: OutputFolder) -> Iterator[None]:
 
 def journal_key(choice: Choice, bases: list[Checkpoint], **inputs: Any) -> Record:
     """Everything that decides the output's bytes; `inputs` besides the base, the versions and the device."""
-    return {
+    key = {
         **inputs,
         "base": [line for base in bases for line in _identity(base)],
         "versions": [__version__, torch.__version__],
         "device": choice.device.type,
         "compute": choice.compute_name,
     }
+    found: Record = json.loads(json.dumps(key))  # as it will be read back
+    return found
 
 
 def _identity(base: Checkpoint) -> list[list[Any]]:

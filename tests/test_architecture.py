@@ -16,9 +16,9 @@ ORDER = [
     "outgoing", "formats/peft_fields", "formats/peft_types", "formats/peft_config", "formats/peft_modules",
     "formats/peft_names", "formats/peft_save", "formats/peft", "formats/__init__",
     "names", "placing", "plan", "layout", "replicas", "configs", "draft", "planner", "orders", "settings", "journal", "undo", "hub",
-    "remote", "gather", "card", "sidefiles", "folder", "writer", "maths", "factoring", "factoring", "memory", "precision", "lane", "operands", "checks", "make",
-    "ulps", "rows", "expected", "selfcheck", "execute", "receipt", "report", "inspected", "census", "inspection", "made", "workspace", "produce", "craft", "magnitudes", "parity",
-    "causes", "differences", "verified", "page", "verification", "heavy", "verbs/__init__", "verbs/merge",
+    "remote", "gather", "card", "sidefiles", "folder", "writer", "maths", "factoring", "memory", "precision", "lane", "operands", "checks", "make",
+    "ulps", "rows", "expected", "selfcheck", "execute", "receipt", "report", "inspected", "census", "inspection", "workspace", "produce", "craft", "made", "magnitudes", "parity",
+    "causes", "differences", "verified", "page", "verification", "heavy", "making", "verbs/__init__", "verbs/merge",
     "verbs/inspect", "verbs/verify", "verbs/from_lora", "__init__", "cli/sink", "cli/options",
     "cli/merge", "cli/made", "cli/from_lora", "cli/inspect", "cli/verify", "cli/__init__", "__main__",
 ]  # fmt: skip

@@ -68,6 +68,17 @@ hub = stack(
     click.option("--token", metavar="TOKEN", help="Hub token; better is HF_TOKEN or hf auth login."),
 )
 
+adapters_out = stack(
+    click.option("--format", default="peft", show_default=True, metavar="NAME", help="Format of the adapter that is written."),
+    click.option(
+        "--dtype",
+        type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
+        default="auto",
+        help="Of the tensors written, magnitudes excepted; auto keeps each one's own, float32 for computed ones.",
+    ),
+    click.option("--base-model", metavar="ID", help="The base's repo id for config and card, where BASE is a path."),
+)  # fmt: skip
+
 writing = stack(
     click.option("--dry-run", is_flag=True, help="Print the plan and write nothing."),
     click.option("--overwrite", is_flag=True, help="Replace an OUT that exists."),

@@ -130,15 +130,15 @@ def ledger_table(report: MergeReport | DryRunReport | Landing, *, every: bool) -
     groups: dict[tuple[str, str], set[str]] = {}
     for entry in report.ledger:
         name = entry["into"][0].removesuffix(".weight") if entry["into"] else entry["tensor"]
-        groups.setdefault((name if every else _kind(name), f"{entry['fate']}: {entry['why']}"), set()).add(
-            name
-        )
+        groups.setdefault(
+            (name if every else fold_name(name), f"{entry['fate']}: {entry['why']}"), set()
+        ).add(name)
     for (kind, fate), names in groups.items():
         table.add_row(printable(kind), str(len(names)), printable(fate))
     return table
 
 
-def _kind(name: str) -> str:
+def fold_name(name: str) -> str:
     """A tensor's name with its layer numbers and PEFT's prefix taken out."""
     return re.sub(r"\.\d+\.", ".*.", name.removeprefix("base_model.model."))
 

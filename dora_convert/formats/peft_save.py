@@ -189,7 +189,8 @@ def _targets(made: Outgoing, config: Config | None) -> dict[str, Any]:
     every = {"layers_to_transform": None, "layers_pattern": None, "exclude_modules": None}
     parameters = [change for change, _ in made.low_ranks if config and _is_parameter(change.target, config)]
     named = {} if parameters or not config or not config.parameters else {"target_parameters": None}
-    return {"target_modules": sorted(made.targets), **(every if config else {}), **named}
+    modules = {_key(change, low, config) for change, low in made.low_ranks if change not in parameters}
+    return {"target_modules": sorted(made.targets or modules), **(every if config else {}), **named}
 
 
 def _whole(made: Outgoing, config: Config | None) -> dict[str, Any]:
