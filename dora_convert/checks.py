@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import torch
 import xxhash
@@ -30,7 +32,7 @@ def scan_adapter(adapter: Adapter) -> dict[str, str]:
 
     Raises NumericalError, naming every tensor that holds NaN or Inf.
     """
-    hashes = {path.name: _hash(path) for path in adapter.files}
+    hashes = {path.name: _hash(path, xxhash.xxh3_128()) for path in adapter.files}
     with closing(Reader()) as reader:
         damaged = [tensor for tensor in adapter.tensors.values() if not _finite(tensor, reader)]
     if damaged:
@@ -41,12 +43,17 @@ def scan_adapter(adapter: Adapter) -> dict[str, str]:
     return hashes
 
 
-def _hash(path: Path) -> str:
-    digest, buffer = xxhash.xxh3_128(), bytearray(CHUNK_BYTES)
+def sha256(path: Path) -> str:
+    """The sha256 of a file."""
+    return _hash(path, hashlib.sha256())
+
+
+def _hash(path: Path, digest: Any) -> str:
+    buffer = bytearray(CHUNK_BYTES)
     with path.open("rb") as file:
         while count := file.readinto(buffer):
             digest.update(memoryview(buffer)[:count])
-    return digest.hexdigest()
+    return str(digest.hexdigest())
 
 
 def _finite(tensor: Stored, reader: Reader) -> bool:

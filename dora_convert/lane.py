@@ -31,6 +31,16 @@ class Lane:
         self._cuda = choice.device.type == "cuda"
         self._stream = torch.cuda.Stream(choice.device) if self._cuda else None  # type: ignore[no-untyped-call]
         self._buffers: dict[str, Tensor] = {}
+        self._exact: Lane | None = None
+
+    def exact(self) -> Lane:
+        """Another lane beside this one, on the same stream: in float64, and on the host where the device has none."""
+        if self._exact is None:
+            mps = self.choice.device.type == "mps"
+            device = torch.device("cpu") if mps else self.choice.device
+            self._exact = Lane(Choice(device, torch.float64, "exact"), self._reader)
+            self._exact._stream = self._stream
+        return self._exact
 
     def working(self) -> AbstractContextManager[object]:
         """The context in which this lane's tensors may be used."""

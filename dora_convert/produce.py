@@ -10,9 +10,9 @@ import torch
 
 from . import __version__, receipt, undo
 from .checkpoint import RECORD, Checkpoint
-from .checks import doubt_base, scan_adapter
+from .checks import doubt_base, scan_adapter, sha256
 from .errors import Fault, NumericalError, OutputError, UsageError, VerificationError
-from .execute import Budget, Done, Progress, Run
+from .execute import Budget, Done, Progress, Run, kept_name
 from .folder import OutputFolder
 from .journal import NAME as JOURNAL
 from .journal import Earlier, Journal, Record, read_journal
@@ -21,7 +21,7 @@ from .precision import Choice, choose
 from .report import MergeReport
 from .selfcheck import Checker, Verdict
 from .settings import Settings
-from .sidefiles import SideFile, side_files
+from .sidefiles import SideFile, base_files, originals, side_files
 from .sizes import format_size
 from .stored import Reader
 from .undo import Part, Spool
@@ -190,25 +190,24 @@ def _write_files(
     """Everything beside the weights: side files, the undo record, the receipt."""
     for file in files:
         folder.put(file.name, file.source)
-    with closing(Spool(folder.record / undo.SPOOL, run.progress.spooled)) as spool:
-        if plan.options.undo != "none":
-            made = [
-                part
-                for item in plan.items
-                if item.changed and not item.verbatim
-                for part in run.progress.done[item.name].parts
-            ]
-            spool.lay_out([*made, *_originals(files, spool)], folder.record / undo.NAME)
-    folder.put(
-        f"{RECORD}/{receipt.NAME}", receipt.receipt_bytes(plan, run.progress.done, hashes, files, run.choice)
-    )
+    if plan.options.undo != "none":
+        with closing(Spool(folder.record / undo.SPOOL, run.progress.spooled)) as spool:
+            spool.lay_out([*_kept(plan, run), *_originals(plan, files, spool)], folder.record / undo.NAME)
+    proofs = {name: sha256(path) for name, path in base_files(plan.base).items()}
+    written = receipt.receipt_bytes(plan, run.progress.done, hashes, files, proofs, run.choice)
+    folder.put(f"{RECORD}/{receipt.NAME}", written)
 
 
-def _originals(files: Sequence[SideFile], spool: Spool) -> list[Part]:
+def _kept(plan: Plan, run: Run) -> list[Part]:
+    """What workers have spooled, in the plan's order."""
+    names = [item.name for item in plan.items if not item.verbatim] + [kept_name(tensor) for tensor in plan.lost]
+    return [part for name in names for part in run.progress.done[name].parts]
+
+
+def _originals(plan: Plan, files: Sequence[SideFile], spool: Spool) -> list[Part]:
     """The base's side files that OUT does not hold as they were, as parts of the undo record."""
     parts = []
-    for file in files:
-        if file.original:
-            data = file.original.read_bytes()
-            parts.append(Part(f"file/{file.name}", "U8", (len(data),), (spool.add(data),)))
+    for name, path in originals(plan.base, files).items():
+        data = path.read_bytes()
+        parts.append(Part(f"file/{name}", "U8", (len(data),), (spool.add(data),)))
     return parts

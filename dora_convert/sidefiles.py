@@ -27,6 +27,10 @@ FROM_ADAPTER = (
 )  # fmt: skip
 
 
+PICKLED_INDEX = ".bin.index.json"
+"""Names shards that a recovered base does not have: it is written as safetensors."""
+
+
 @dataclass(frozen=True)
 class SideFile:
     """One file of OUT: copied from a path, or made of bytes."""
@@ -68,6 +72,25 @@ def side_files(plan: Plan, base_model: str | None) -> list[SideFile]:
         name = f"{RECORD}/previous/{path.relative_to(root / RECORD).as_posix()}"
         found[name] = SideFile(name, path)
     return [found[name] for name in sorted(found)]
+
+
+def base_files(base: Checkpoint) -> dict[str, Path]:
+    """Every file beside the base's weights that undoing a merge gives back; its index, where it has one, too."""
+    if base.is_file:
+        return {}
+    names = [*base.side_files, card.NAME, *([base.index_name] if base.index_name else [])]
+    found = {name: base.root / name for name in names if (base.root / name).is_file()}
+    return {name: path for name, path in sorted(found.items()) if not name.endswith(PICKLED_INDEX)}
+
+
+def originals(base: Checkpoint, files: Sequence[SideFile]) -> dict[str, Path]:
+    """Those of them that an output has otherwise, or not at all."""
+    out = {file.name: file for file in files}
+    return {
+        name: path
+        for name, path in base_files(base).items()
+        if name not in out or out[name].original
+    }
 
 
 def _readable(path: Path) -> Path:
