@@ -27,9 +27,10 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from .inspected import AdapterReport, CheckpointReport
-    from .report import DryRunReport, MergeReport
+    from .report import DryRunReport, MergeReport, Recovered, UnmergeReport
     from .verbs.inspect import inspect
     from .verbs.merge import merge
+    from .verbs.unmerge import unmerge
     from .verbs.verify import verify
     from .verified import VerifyReport
 
@@ -39,9 +40,10 @@ _MODULES = {
         "UnsupportedError", "UsageError", "VerificationError",
     ),
     "inspected": ("AdapterReport", "CheckpointReport"),
-    "report": ("DryRunReport", "MergeReport"),
+    "report": ("DryRunReport", "MergeReport", "Recovered", "UnmergeReport"),
     "verbs.inspect": ("inspect",),
     "verbs.merge": ("merge",),
+    "verbs.unmerge": ("unmerge",),
     "verbs.verify": ("verify",),
     "verified": ("VerifyReport",),
 }  # fmt: skip
@@ -59,7 +61,9 @@ __all__ = [
     "NumericalError",
     "OutputError",
     "PlanError",
+    "Recovered",
     "RefError",
+    "UnmergeReport",
     "UnsupportedError",
     "UsageError",
     "VerificationError",
@@ -67,6 +71,7 @@ __all__ = [
     "__version__",
     "inspect",
     "merge",
+    "unmerge",
     "verify",
 ]
 

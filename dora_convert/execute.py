@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
+from .digests import Digest
 from .items import Item
 from .journal import Journal, Record
-from .keeping import Digest
 from .lane import Lane
 from .make import make
 from .plan import Plan
@@ -25,7 +25,6 @@ from .selfcheck import Checker, Verdict
 from .stored import Reader, Stored
 from .undo import Part, Segment, Spool
 from .writer import Copy, ShardFiles
-
 
 KEEP_BYTES = 1 << 20
 
@@ -92,7 +91,9 @@ class Progress:
                     for name, dtype, shape, segments in record["parts"]
                 )
                 verdict = Verdict(**record["verdict"]) if record["verdict"] else None
-                progress.done[record["made"]] = Done(*record["hashes"], parts, verdict, record["ambiguous"])
+                base_hash, written_hash, proof = record["hashes"]
+                done = Done(base_hash, written_hash, proof, parts, verdict, record["ambiguous"])
+                progress.done[record["made"]] = done
         return progress
 
     @property

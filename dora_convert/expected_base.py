@@ -61,7 +61,7 @@ class ExpectedBase(Expected):
         """1 + Σ wᵢ·(fᵢ − 1): what is left of W in W'."""
         total = torch.ones((), dtype=torch.float64)
         for edit, part in zip(self.item.edits, self._parts(self.before(rows), rows), strict=True):
-            total = total + edit.weight * (part.f - 1)
+            total = torch.add(total, part.f - 1, alpha=edit.weight)
         return total
 
     def _without_start(self) -> None:

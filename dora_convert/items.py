@@ -54,6 +54,12 @@ class Undo:
     ulps: Stored | None = None
     """What rounding lost, packed."""
 
+    @property
+    def tensors(self) -> tuple[Stored, ...]:
+        """All of them that are there."""
+        found = (*self.norms, *(self.taken or ()), *(self.kept or ()), self.ulps)
+        return tuple(stored for stored in found if stored)
+
 
 @dataclass(frozen=True)
 class Item:
@@ -106,6 +112,11 @@ class Item:
     def changed(self) -> bool:
         """Whether an adapter has a part in it."""
         return bool(self.edits) or self.replaced
+
+    @property
+    def noted(self) -> bool:
+        """Whether the base does not have the tensor as it is, under the same name: receipts list those."""
+        return self.changed or self.added or self.origin != self.name or not self.verbatim
 
     @property
     def beyond_recovery(self) -> bool:

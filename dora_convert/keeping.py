@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-import xxhash
 from torch import Tensor
 
 from . import maths
 from .blocks import spans
+from .digests import Digest
 from .inverse import Inverse, recorded
 from .items import Item
 from .lane import Lane
@@ -21,29 +20,6 @@ from .packing import pack
 from .plan import Plan
 from .precision import TORCH
 from .undo import Part, ReplacedRows, Segment, Spool
-
-
-class Digest:
-    """xxh3-128 of a tensor's bytes as they pass, and sha256 where a proof is asked for."""
-
-    def __init__(self, *, proof: bool) -> None:
-        self._fast, self._proof = xxhash.xxh3_128(), hashlib.sha256() if proof else None
-
-    def update(self, data: memoryview) -> None:
-        """The next bytes."""
-        self._fast.update(data)
-        if self._proof:
-            self._proof.update(data)
-
-    @property
-    def fast(self) -> str:
-        """xxh3-128."""
-        return self._fast.hexdigest()
-
-    @property
-    def proof(self) -> str | None:
-        """sha256, where it was asked for."""
-        return self._proof.hexdigest() if self._proof else None
 
 
 class Keeper:
@@ -133,8 +109,9 @@ class Loss:
 
     def __post_init__(self) -> None:
         self._exact = self.lane.exact()
-        taken = self.taken and tuple(self._exact.computed(factor.float()) for factor in self.taken)
-        self._inverse = Inverse(self.item, self._exact, exact=True, taken=taken and (taken[0], taken[1]))
+        computed = self._exact.computed
+        taken = (computed(self.taken[0]), computed(self.taken[1])) if self.taken else None
+        self._inverse = Inverse(self.item, self._exact, exact=True, taken=taken)
         self._rows = sorted({row for rows in self.item.rows for row in rows.index})
 
     def see(self, raw: Tensor, result: Tensor, start: int, stop: int, norms: Sequence[Tensor | None]) -> None:

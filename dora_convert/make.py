@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from . import maths
+from .digests import Digest
 from .errors import NumericalError
 from .items import Item
-from .keeping import Digest, Keeper
+from .keeping import Keeper
 from .lane import Lane
 from .memory import as_bytes
 from .operands import Operand
@@ -44,7 +45,13 @@ class Blocks(Protocol):
 
 
 def make(
-    item: Item, lane: Lane, shards: ShardFiles, spool: Spool, plan: Plan, reader: Reader, advance: Callable[[int], None]
+    item: Item,
+    lane: Lane,
+    shards: ShardFiles,
+    spool: Spool,
+    plan: Plan,
+    reader: Reader,
+    advance: Callable[[int], None],
 ) -> Made:
     """Write one tensor that is not a plain copy.
 

@@ -47,7 +47,11 @@ def unpack(body: memoryview, dtype: torch.dtype) -> Tensor:
     decompressor, streams, position = zstandard.ZstdDecompressor(), [], 9 + 4 * number
     for length in lengths:
         data = decompressor.decompress(body[position : position + length], max_output_size=8 * count + 64)
-        streams.append(torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8))
+        streams.append(
+            torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            if data
+            else torch.empty(0, dtype=torch.uint8)
+        )
         position += length
     values = torch.zeros(count, dtype=dtype)
     if kept == ALL:

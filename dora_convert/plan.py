@@ -162,7 +162,18 @@ class Plan:
 def _describe(item: Item) -> list[Any]:
     rows = [[rows.value.name, rows.index] for rows in item.rows]
     edits = [[type(edit.update).__name__, edit.transposed, edit.weight, *_terms(edit)] for edit in item.edits]
-    return [item.name, item.dtype, item.shape, item.origin, item.source.name, item.replaced, rows, edits]
+    undo = [[stored.name for stored in item.undo.tensors]] if item.undo else []
+    return [
+        item.name,
+        item.dtype,
+        item.shape,
+        item.origin,
+        item.source.name,
+        item.replaced,
+        rows,
+        edits,
+        *undo,
+    ]
 
 
 def _terms(edit: Edit) -> list[Any]:

@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
-from typing import Any
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 
-import torch
-
-from . import __version__, receipt, undo
-from .checkpoint import RECORD, Checkpoint
-from .checks import doubt_base, scan_adapter, sha256
-from .errors import Fault, NumericalError, OutputError, UsageError, VerificationError
-from .execute import Budget, Done, Progress, Run, kept_name
+from . import receipt, undo
+from .checkpoint import RECORD
+from .checks import doubt_base, scan_adapter
+from .digests import sha256
+from .execute import Done, Run, kept_name
 from .folder import OutputFolder
-from .journal import NAME as JOURNAL
-from .journal import Earlier, Journal, Record, read_journal
 from .plan import Plan
-from .precision import Choice, choose
 from .report import MergeReport
-from .selfcheck import Checker, Verdict
+from .running import Hashes, earlier, entered, judge, run, run_key, settle
 from .settings import Settings
 from .sidefiles import SideFile, base_files, originals, side_files
-from .sizes import format_size
-from .stored import Reader
 from .undo import Part, Spool
-from .writer import ShardFiles, shards_exist
-
-Hashes = Sequence[Mapping[str, str]]
 
 
 def produce(plan: Plan, folder: OutputFolder, settings: Settings) -> MergeReport:
@@ -37,20 +26,20 @@ def produce(plan: Plan, folder: OutputFolder, settings: Settings) -> MergeReport
     OutputError for a disk that does not take the result, VerificationError when the self-check fails. OUT does not
     exist then.
     """
-    choice = _settle(plan, settings)
+    choice = settle(plan, settings)
     hashes = [scan_adapter(adapter) for adapter in plan.adapters]
     if doubt := doubt_base(plan):
         settings.warn(doubt)
     files = side_files(plan, settings.base_model)
     folder.check_space(plan.bytes_out + 2 * plan.undo_bytes + sum(file.nbytes for file in files))
-    with _entered(folder):
-        key = _key(plan, hashes, choice)
-        earlier = _earlier(folder, plan, key)
-        run = _run(plan, folder, settings, choice, key, earlier)
-        verdict = _judge(plan, run.progress.done) if settings.verify else None
-        if _same(plan, run.progress.done):
+    with entered(folder):
+        key = run_key(plan, hashes, choice)
+        before = earlier(folder, plan, key)
+        done = run(plan, folder, settings, choice, key, before)
+        verdict = judge(plan, done.progress.done) if settings.verify else None
+        if _same(plan, done.progress.done):
             settings.warn("the adapter changes nothing: every element is as it was in the base")
-        _write_files(plan, folder, run, files, hashes)
+        _write_files(plan, folder, done, files, hashes)
         folder.publish()
     return MergeReport.of(
         plan,
@@ -58,119 +47,9 @@ def produce(plan: Plan, folder: OutputFolder, settings: Settings) -> MergeReport
         folder.given,
         choice,
         verdict,
-        written=run.written,
-        resumed=bool(earlier and earlier.records),
+        written=done.written,
+        resumed=bool(before and before.records),
     )
-
-
-def _settle(plan: Plan, settings: Settings) -> Choice:
-    """Device and dtype, announced; and a memory budget that can hold at least one block."""
-    if plan.memory > settings.max_memory:
-        raise UsageError(
-            f"--max-memory {format_size(settings.max_memory)} does not hold one block of the largest module.",
-            hint=f"--max-memory {-(-plan.memory // 2**20)}MiB is the least",
-        )
-    choice = choose(settings.device, settings.compute_dtype)
-    settings.notify(f"device: {choice}")
-    return choice
-
-
-@contextmanager
-def _entered(folder: OutputFolder) -> Iterator[None]:
-    """OUT.partial, locked. What is done there stays for the same command to continue, unless it would fail again."""
-    folder.open()
-    try:
-        yield
-    except NumericalError:
-        folder.discard()
-        raise
-    except OSError as error:
-        kept = (folder.record / JOURNAL).exists()
-        folder.leave() if kept else folder.discard()
-        raise OutputError(
-            f"{folder.out} cannot be written: {error.strerror or error}.",
-            hint=f"what is done stays in {folder.partial}; the same command continues it" if kept else None,
-        ) from error
-    except BaseException:
-        folder.leave()
-        raise
-
-
-def _key(plan: Plan, hashes: Hashes, choice: Choice) -> Record:
-    """Everything that decides the output's bytes."""
-    return {
-        "plan": plan.fingerprint,
-        "adapters": [dict(found) for found in hashes],
-        "base": _identity(plan.base),
-        "versions": [__version__, torch.__version__],
-        "device": choice.device.type,
-        "compute": choice.compute_name,
-    }
-
-
-def _identity(base: Checkpoint) -> list[list[Any]]:
-    """What tells a base from another with the same headers, without reading it."""
-    if base.source.commit:
-        return [[str(base.source.repo), base.source.commit]]
-    found: list[list[Any]] = []
-    for shard in base.shards:
-        path = (base.root / shard.filename).resolve()
-        stat = path.stat()
-        found.append([str(path), stat.st_size, stat.st_mtime_ns])
-    return found
-
-
-def _earlier(folder: OutputFolder, plan: Plan, key: Record) -> Earlier | None:
-    """The journal of an unfinished run of the same key; OUT.partial is then ready to go on, else empty."""
-    earlier = read_journal(folder.record / JOURNAL)
-    if earlier and earlier.key == key and shards_exist(folder.partial, plan):
-        folder.clear(keep=[RECORD, *(shard.filename for shard in plan.shards)])
-        return earlier
-    if earlier and earlier.key != key and not folder.overwrite:
-        raise OutputError(
-            f"{folder.partial} holds an unfinished merge of something else.",
-            hint="--overwrite starts over; what is there is lost",
-        )
-    folder.clear()
-    return None
-
-
-def _run(
-    plan: Plan, folder: OutputFolder, settings: Settings, choice: Choice, key: Record, earlier: Earlier | None
-) -> Run:
-    """Make every tensor that is not made yet; when this returns, all bytes and the journal are synced."""
-    progress = Progress.of(earlier.records if earlier else ())
-    with ExitStack() as stack:
-        reader = stack.enter_context(closing(Reader()))
-        spool = stack.enter_context(closing(Spool(folder.record / undo.SPOOL, progress.spooled)))
-        shards = stack.enter_context(closing(ShardFiles(folder.partial, plan, create=earlier is None)))
-        folder.sync()
-        journal = stack.enter_context(closing(Journal(folder.record / JOURNAL, key, earlier)))
-        checker = Checker(folder.partial, plan, reader) if settings.verify else None
-        budget = Budget(settings.max_memory)
-        run = Run(
-            plan, shards, reader, spool, journal, choice, budget, checker, settings.on_progress, progress
-        )
-        run.execute(settings.workers)
-    return run
-
-
-def _judge(plan: Plan, done: Mapping[str, Done]) -> Verdict:
-    """The sum of all checks; VerificationError naming every tensor that is wrong."""
-    total, faults = Verdict(), []
-    for item in plan.items:
-        if item.name in done and (found := done[item.name].verdict):
-            total += found
-            if found.wrong:
-                why = f"{found.wrong} of {found.checked} elements, up to {found.max_ulp} ulp"
-                faults.append(Fault(item.name, why))
-    if faults:
-        raise VerificationError(
-            f"The self-check failed: {len(faults)} tensors on disk are not what was computed.",
-            faults=faults,
-            hint="the disk or the memory may be faulty; the same command makes these tensors again",
-        )
-    return total
 
 
 def _same(plan: Plan, done: Mapping[str, Done]) -> bool:
@@ -200,7 +79,9 @@ def _write_files(
 
 def _kept(plan: Plan, run: Run) -> list[Part]:
     """What workers have spooled, in the plan's order."""
-    names = [item.name for item in plan.items if not item.verbatim] + [kept_name(tensor) for tensor in plan.lost]
+    names = [item.name for item in plan.items if not item.verbatim] + [
+        kept_name(tensor) for tensor in plan.lost
+    ]
     return [part for name in names for part in run.progress.done[name].parts]
 
 

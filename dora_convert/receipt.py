@@ -64,8 +64,10 @@ def receipt_bytes(
             "exclude": list(options.exclude),
             "ignore_field": list(options.ignore_field),
         },
-        "tensors": {item.name: _tensor(item, done) for item in plan.items if _noted(item)},
-        "kept": {tensor.name: _kept(done[kept_name(tensor)]) for tensor in plan.lost if kept_name(tensor) in done},
+        "tensors": {item.name: _tensor(item, done) for item in plan.items if item.noted},
+        "kept": {
+            tensor.name: _kept(done[kept_name(tensor)]) for tensor in plan.lost if kept_name(tensor) in done
+        },
         "layout": _layout(plan),
         "side_files": {file.name: file.fate for file in files},
         "base_files": base_files,
@@ -85,11 +87,6 @@ def _base_hash(plan: Plan, done: Mapping[str, Done]) -> str:
 
 def _source(source: Source) -> dict[str, str | None]:
     return {"name": source.name, "repo": source.repo, "commit": source.commit}
-
-
-def _noted(item: Item) -> bool:
-    """Whether the base does not have the tensor as it is, under the same name."""
-    return item.changed or item.added or item.origin != item.name
 
 
 def _tensor(item: Item, done: Mapping[str, Done]) -> dict[str, Any]:

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from . import maths
+from .digests import Digest
 from .inverse import Inverse, as_rows
 from .items import Item
-from .keeping import Digest
 from .lane import Lane
 from .memory import as_bytes
 from .packing import Unpacker
@@ -28,7 +28,7 @@ class Recovering:
         taken = item.undo.taken
         held = (self._lane.whole(taken[0]), self._lane.whole(taken[1])) if taken else None
         self._inverse = Inverse(item, self._lane, exact=item.undo.ulps is not None, taken=held)
-        self._norms = [stored and self._lane.whole(stored).flatten() for stored in item.undo.norms]
+        self._norms = [self._lane.whole(stored).flatten() if stored else None for stored in item.undo.norms]
         self._ulps = Unpacker(item.undo.ulps, reader) if item.undo.ulps else None
         self._rows = replaced_rows(item, reader)
         self.digest = Digest(proof=False)

@@ -6,14 +6,11 @@ import struct
 from collections.abc import Sequence
 
 import torch
-import xxhash
 from torch import Tensor
 
 from .items import Item
 from .precision import TORCH
 from .stored import Reader, Stored
-
-CHUNK_BYTES = 1 << 20
 
 
 def read_rows(reader: Reader, tensor: Stored, rows: Sequence[int]) -> Tensor:
@@ -28,16 +25,6 @@ def read_columns(reader: Reader, tensor: Stored, columns: Sequence[int]) -> Tens
     height, width = tensor.matrix
     runs = [(row * width + start, count) for row in range(height) for start, count in _runs(columns)]
     return _gather(reader, tensor, runs).view(height, len(columns))
-
-
-def stored_hash(tensor: Stored, reader: Reader) -> str:
-    """xxh3-128 of a stored tensor's bytes."""
-    digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(min(CHUNK_BYTES, tensor.nbytes)))
-    for start in range(0, tensor.nbytes, CHUNK_BYTES):
-        chunk = buffer[: tensor.nbytes - start]
-        reader.read(tensor.path, tensor.start + start, chunk)
-        digest.update(chunk)
-    return digest.hexdigest()
 
 
 def replaced_rows(item: Item, reader: Reader) -> dict[int, tuple[Stored, int]]:

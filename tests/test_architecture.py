@@ -12,14 +12,14 @@ FILES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in 
 TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
 
 ORDER = [
-    "errors", "sizes", "stored", "json_files", "pickled", "refs", "updates", "blocks", "items", "checkpoint", "ties", "adapter",
+    "errors", "sizes", "stored", "digests", "json_files", "pickled", "refs", "updates", "blocks", "items", "checkpoint", "ties", "adapter",
     "formats/peft_fields", "formats/peft_types", "formats/peft_config", "formats/peft_modules", "formats/peft", "formats/__init__",
-    "names", "placing", "plan", "layout", "replicas", "configs", "draft", "planner", "settings", "journal", "undo", "hub",
-    "remote", "gather", "card", "sidefiles", "folder", "writer", "maths", "memory", "precision", "lane", "operands", "checks", "make",
-    "ulps", "rows", "expected", "selfcheck", "execute", "receipt", "report", "inspected", "census", "inspection", "produce", "parity",
+    "names", "placing", "plan", "layout", "replicas", "configs", "draft", "planner", "settings", "journal", "undo", "record", "unmerging", "hub",
+    "remote", "gather", "card", "sidefiles", "folder", "writer", "maths", "memory", "precision", "lane", "operands", "checks", "ulps",
+    "packing", "inverse", "rows", "keeping", "recover", "make", "expected", "expected_base", "selfcheck", "execute", "receipt", "report", "inspected", "census", "inspection", "running", "produce", "restoring", "parity",
     "causes", "differences", "verified", "page", "verification", "heavy", "verbs/__init__", "verbs/merge",
-    "verbs/inspect", "verbs/verify", "__init__", "cli/sink", "cli/options",
-    "cli/merge", "cli/inspect", "cli/verify", "cli/__init__", "__main__",
+    "verbs/unmerge", "verbs/inspect", "verbs/verify", "__init__", "cli/sink", "cli/options",
+    "cli/merge", "cli/unmerge", "cli/inspect", "cli/verify", "cli/__init__", "__main__",
 ]  # fmt: skip
 """Every module comes after all that it imports."""
 
@@ -40,7 +40,14 @@ COMPUTES = {
     "verification",
     "execute",
     "receipt",
+    "running",
     "produce",
+    "restoring",
+    "packing",
+    "inverse",
+    "keeping",
+    "recover",
+    "expected_base",
 }
 """The only modules that import torch when they are imported; a plan is made without any of them."""
 

@@ -1,0 +1,137 @@
+"""A run of a plan from settling its device to checking what was written; merges and their undoing alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from typing import Any
+
+import torch
+
+from . import __version__, undo
+from .checkpoint import RECORD, Checkpoint
+from .errors import Fault, NumericalError, OutputError, UsageError, VerificationError
+from .execute import Budget, Done, Progress, Run
+from .folder import OutputFolder
+from .journal import NAME as JOURNAL
+from .journal import Earlier, Journal, Record, read_journal
+from .plan import Plan
+from .precision import Choice, choose
+from .selfcheck import Checker, Verdict
+from .settings import Settings
+from .sizes import format_size
+from .stored import Reader
+from .undo import Spool
+from .writer import ShardFiles, shards_exist
+
+Hashes = Sequence[Mapping[str, str]]
+
+
+def settle(plan: Plan, settings: Settings) -> Choice:
+    """Device and dtype, announced; and a memory budget that can hold at least one block."""
+    if plan.memory > settings.max_memory:
+        raise UsageError(
+            f"--max-memory {format_size(settings.max_memory)} does not hold one block of the largest module.",
+            hint=f"--max-memory {-(-plan.memory // 2**20)}MiB is the least",
+        )
+    choice = choose(settings.device, settings.compute_dtype)
+    settings.notify(f"device: {choice}")
+    return choice
+
+
+@contextmanager
+def entered(folder: OutputFolder) -> Iterator[None]:
+    """OUT.partial, locked. What is done there stays for the same command to continue, unless it would fail again."""
+    folder.open()
+    try:
+        yield
+    except NumericalError:
+        folder.discard()
+        raise
+    except OSError as error:
+        kept = (folder.record / JOURNAL).exists()
+        folder.leave() if kept else folder.discard()
+        raise OutputError(
+            f"{folder.out} cannot be written: {error.strerror or error}.",
+            hint=f"what is done stays in {folder.partial}; the same command continues it" if kept else None,
+        ) from error
+    except BaseException:
+        folder.leave()
+        raise
+
+
+def run_key(plan: Plan, hashes: Hashes, choice: Choice) -> Record:
+    """Everything that decides the output's bytes."""
+    return {
+        "plan": plan.fingerprint,
+        "adapters": [dict(found) for found in hashes],
+        "base": _identity(plan.base),
+        "versions": [__version__, torch.__version__],
+        "device": choice.device.type,
+        "compute": choice.compute_name,
+    }
+
+
+def _identity(base: Checkpoint) -> list[list[Any]]:
+    """What tells a base from another with the same headers, without reading it."""
+    if base.source.commit:
+        return [[str(base.source.repo), base.source.commit]]
+    found: list[list[Any]] = []
+    for shard in base.shards:
+        path = (base.root / shard.filename).resolve()
+        stat = path.stat()
+        found.append([str(path), stat.st_size, stat.st_mtime_ns])
+    return found
+
+
+def earlier(folder: OutputFolder, plan: Plan, key: Record) -> Earlier | None:
+    """The journal of an unfinished run of the same key; OUT.partial is then ready to go on, else empty."""
+    earlier = read_journal(folder.record / JOURNAL)
+    if earlier and earlier.key == key and shards_exist(folder.partial, plan):
+        folder.clear(keep=[RECORD, *(shard.filename for shard in plan.shards)])
+        return earlier
+    if earlier and earlier.key != key and not folder.overwrite:
+        raise OutputError(
+            f"{folder.partial} holds an unfinished merge of something else.",
+            hint="--overwrite starts over; what is there is lost",
+        )
+    folder.clear()
+    return None
+
+
+def run(
+    plan: Plan, folder: OutputFolder, settings: Settings, choice: Choice, key: Record, earlier: Earlier | None
+) -> Run:
+    """Make every tensor that is not made yet; when this returns, all bytes and the journal are synced."""
+    progress = Progress.of(earlier.records if earlier else ())
+    with ExitStack() as stack:
+        reader = stack.enter_context(closing(Reader()))
+        spool = stack.enter_context(closing(Spool(folder.record / undo.SPOOL, progress.spooled)))
+        shards = stack.enter_context(closing(ShardFiles(folder.partial, plan, create=earlier is None)))
+        folder.sync()
+        journal = stack.enter_context(closing(Journal(folder.record / JOURNAL, key, earlier)))
+        checker = Checker(folder.partial, plan, reader) if settings.verify else None
+        budget = Budget(settings.max_memory)
+        running = Run(
+            plan, shards, reader, spool, journal, choice, budget, checker, settings.on_progress, progress
+        )
+        running.execute(settings.workers)
+    return running
+
+
+def judge(plan: Plan, done: Mapping[str, Done]) -> Verdict:
+    """The sum of all checks; VerificationError naming every tensor that is wrong."""
+    total, faults = Verdict(), []
+    for item in plan.items:
+        if item.name in done and (found := done[item.name].verdict):
+            total += found
+            if found.wrong:
+                why = f"{found.wrong} of {found.checked} elements, up to {found.max_ulp} ulp"
+                faults.append(Fault(item.name, why))
+    if faults:
+        raise VerificationError(
+            f"The self-check failed: {len(faults)} tensors on disk are not what was computed.",
+            faults=faults,
+            hint="the disk or the memory may be faulty; the same command makes these tensors again",
+        )
+    return total
