@@ -28,10 +28,11 @@ if TYPE_CHECKING:
     )
     from .inspected import AdapterReport, CheckpointReport
     from .made import MadeDryRun, MadeReport
-    from .report import DryRunReport, MergeReport
+    from .report import DryRunReport, MergeReport, Recovered, UnmergeReport
     from .verbs.from_lora import from_lora
     from .verbs.inspect import inspect
     from .verbs.merge import merge
+    from .verbs.unmerge import unmerge
     from .verbs.verify import verify
     from .verified import VerifyReport
 
@@ -42,10 +43,11 @@ _MODULES = {
     ),
     "inspected": ("AdapterReport", "CheckpointReport"),
     "made": ("MadeDryRun", "MadeReport"),
-    "report": ("DryRunReport", "MergeReport"),
+    "report": ("DryRunReport", "MergeReport", "Recovered", "UnmergeReport"),
     "verbs.from_lora": ("from_lora",),
     "verbs.inspect": ("inspect",),
     "verbs.merge": ("merge",),
+    "verbs.unmerge": ("unmerge",),
     "verbs.verify": ("verify",),
     "verified": ("VerifyReport",),
 }  # fmt: skip
@@ -65,7 +67,9 @@ __all__ = [
     "NumericalError",
     "OutputError",
     "PlanError",
+    "Recovered",
     "RefError",
+    "UnmergeReport",
     "UnsupportedError",
     "UsageError",
     "VerificationError",
@@ -74,6 +78,7 @@ __all__ = [
     "from_lora",
     "inspect",
     "merge",
+    "unmerge",
     "verify",
 ]
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from contextlib import closing
-from pathlib import Path
 
 import torch
-import xxhash
 
 from . import maths
 from .adapter import Adapter
+from .digests import CHUNK_BYTES, xxh3
 from .errors import Fault, NumericalError
 from .items import Edit
 from .lane import Lane
@@ -18,7 +17,6 @@ from .precision import TORCH, Choice
 from .stored import FLOATS, Reader, Stored
 from .updates import Decomposed
 
-CHUNK_BYTES = 1 << 20
 SAMPLED_ROWS = 16
 SAMPLED_FOR_COLUMNS = 256
 OTHER_BASE = 0.5
@@ -30,7 +28,7 @@ def scan_adapter(adapter: Adapter) -> dict[str, str]:
 
     Raises NumericalError, naming every tensor that holds NaN or Inf.
     """
-    hashes = {path.name: _hash(path) for path in adapter.files}
+    hashes = {path.name: xxh3(path) for path in adapter.files}
     with closing(Reader()) as reader:
         damaged = [tensor for tensor in adapter.tensors.values() if not _finite(tensor, reader)]
     if damaged:
@@ -39,14 +37,6 @@ def scan_adapter(adapter: Adapter) -> dict[str, str]:
             faults=[Fault(tensor.name, "holds NaN or Inf") for tensor in damaged],
         )
     return hashes
-
-
-def _hash(path: Path) -> str:
-    digest, buffer = xxhash.xxh3_128(), bytearray(CHUNK_BYTES)
-    with path.open("rb") as file:
-        while count := file.readinto(buffer):
-            digest.update(memoryview(buffer)[:count])
-    return digest.hexdigest()
 
 
 def _finite(tensor: Stored, reader: Reader) -> bool:

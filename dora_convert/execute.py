@@ -15,6 +15,7 @@ from functools import partial
 
 import torch
 
+from .digests import Digest
 from .items import Item
 from .journal import Journal, Record
 from .lane import Lane
@@ -22,9 +23,11 @@ from .make import make
 from .plan import Plan
 from .precision import Choice, exact_arithmetic
 from .selfcheck import Checker, Verdict
-from .stored import Reader
+from .stored import Reader, Stored
 from .undo import Part, Segment, Spool
 from .writer import Copy, ShardFiles
+
+KEEP_BYTES = 1 << 20
 
 
 class StoppedError(Exception):
@@ -54,12 +57,18 @@ class Budget:
 
 @dataclass(frozen=True)
 class Done:
-    """What is known of a tensor once it is written: xxh3-128 of its old and new bytes, undo parts, the self-check."""
+    """What is known of a tensor once it is written: hashes of its old and new bytes, undo parts, the self-check."""
 
     base_hash: str | None
+    """xxh3-128 of what was read: the base's bytes, or the merged ones where those are recovered."""
     written_hash: str
-    parts: tuple[Part, ...]
-    verdict: Verdict | None
+    """xxh3-128."""
+    proof: str | None
+    """sha256 of the base's bytes, read or recovered, where it was asked for."""
+    parts: tuple[Part, ...] = ()
+    verdict: Verdict | None = None
+    ambiguous: int = 0
+    """Elements of a recovered tensor that several values of the base would have been merged to."""
 
 
 @dataclass
@@ -83,8 +92,9 @@ class Progress:
                     for name, dtype, shape, segments in record["parts"]
                 )
                 verdict = Verdict(**record["verdict"]) if record["verdict"] else None
-                base_hash, written_hash = record["hashes"]
-                progress.done[record["made"]] = Done(base_hash, written_hash, parts, verdict)
+                base_hash, written_hash, proof = record["hashes"]
+                done = Done(base_hash, written_hash, proof, parts, verdict, record["ambiguous"])
+                progress.done[record["made"]] = done
         return progress
 
     @property
@@ -101,6 +111,11 @@ def raise_first(futures: Iterable[Future[None]]) -> None:
             raise error
 
 
+def kept_name(tensor: Stored) -> str:
+    """What the record calls a tensor of the base that it holds whole."""
+    return f"whole/{tensor.name}"
+
+
 def copy_record(copy: Copy) -> Record:
     """A finished copy as a line of the journal."""
     return {"copied": copy[2:]}
@@ -110,8 +125,9 @@ def done_record(name: str, done: Done) -> Record:
     """A finished tensor as a line of the journal."""
     return {
         "made": name,
-        "hashes": [done.base_hash, done.written_hash],
+        "hashes": [done.base_hash, done.written_hash, done.proof],
         "parts": done.parts,
+        "ambiguous": done.ambiguous,
         "verdict": asdict(done.verdict) if done.verdict else None,
     }
 
@@ -179,6 +195,7 @@ class Run:
             [*(copy.length for copy in copies), *(item.nbytes for item in items)]
         )
         tasks = [partial(self._copy, copy) for copy in copies] + [partial(self._make, item) for item in items]
+        tasks += [partial(self._keep, tensor) for tensor in self._unkept()]
         self._crew.run(workers, tasks)
 
     def _finished(self, item: Item) -> bool:
@@ -192,15 +209,36 @@ class Run:
         self.advance(copy.length)
 
     def _make(self, item: Item, lane: Lane) -> None:
-        with self.budget.holding(item.cost(self.plan.options.width)):
+        with self.budget.holding(self.plan.cost(item)):
             with lane.working():
-                made = make(item, lane, self.shards, self.spool, self.plan.options, self.advance)
-            verdict = self.checker.check(item) if self.checker else None
-        done = Done(made.base_hash, made.written_hash, made.parts, verdict)
+                made = make(item, lane, self.shards, self.spool, self.plan, self.reader, self.advance)
+            verdict = self.checker.check(item, made.written.fast) if self.checker else None
+        read = made.read.fast if item.base else None
+        proof = made.written.proof if item.undo else made.read.proof if item.base else None
+        done = Done(read, made.written.fast, proof, made.parts, verdict, made.ambiguous)
         self.progress.done[item.name] = done
         if not (verdict and verdict.wrong):
             files = [self.shards.descriptor(self.shards.shard_of(item)), self.spool.descriptor]
             self.journal.add(done_record(item.name, done), files)
+
+    def _unkept(self) -> list[Stored]:
+        """The base's tensors of which nothing is in the output, as far as they are not in the record yet."""
+        lost = () if self.plan.options.undo == "none" else self.plan.lost
+        return [tensor for tensor in lost if kept_name(tensor) not in self.progress.done]
+
+    def _keep(self, tensor: Stored, lane: Lane) -> None:  # noqa: ARG002 - needs none
+        """Bring a whole tensor of the base into the record."""
+        digest, segments = Digest(proof=self.plan.options.exact), []
+        for start in range(0, tensor.nbytes, KEEP_BYTES):
+            chunk = memoryview(bytearray(min(KEEP_BYTES, tensor.nbytes - start)))
+            self.reader.read(tensor.path, tensor.start + start, chunk)
+            digest.update(chunk)
+            segments.append(self.spool.add(chunk))
+            self.advance(0)
+        name = kept_name(tensor)
+        part = Part(name, tensor.dtype, tensor.shape, tuple(segments))
+        self.progress.done[name] = done = Done(digest.fast, digest.fast, digest.proof, (part,))
+        self.journal.add(done_record(name, done), [self.spool.descriptor])
 
     def advance(self, nbytes: int) -> None:
         """Count bytes written, and stop here if another worker has failed."""

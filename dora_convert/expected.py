@@ -48,7 +48,7 @@ class Expected:
 
     def __init__(self, item: Item, reader: Reader) -> None:
         self.item, self._reader = item, reader
-        self._start = self._without_start() if item.start else None
+        self._start = self._without_start()
         self._pairs = [self._pair(edit.low, edit) if edit.low else None for edit in item.edits]
         self._m = [
             self._load(edit.update.m).flatten() if isinstance(edit.update, Decomposed) else None
@@ -131,10 +131,11 @@ class Expected:
                     W[k] = self._load(trained.value, [places[row]])[0]
         return W
 
-    def _without_start(self) -> Tensor:
-        """What PiSSA, OLoRA and KaSA begin with, the whole of it, in the stored dtype."""
-        low, edit = self.item.start, self.item.edits[0]
-        assert low
+    def _without_start(self) -> Tensor | None:
+        """What PiSSA, OLoRA and KaSA begin with, the whole of it, in the stored dtype; None for other updates."""
+        if not (low := self.item.start):
+            return None
+        edit = self.item.edits[0]
         W = self._load(self.item.source).float()
         W = W.T if edit.transposed else W
         r = low.rank
@@ -187,9 +188,12 @@ class Expected:
             return Part(delta, one, size, low.rank)
         if n is not None:
             return Part(delta, m / n, size, low.rank, n)
-        V = W + delta
-        n = torch.einsum("kc,kc->k", V, V).sqrt()[:, None]
+        n = self._row_norms(number, W + delta, rows)[:, None]
         return Part(delta, m[list(rows), None] / n, size, low.rank, n)
+
+    def _row_norms(self, number: int, V: Tensor, rows: Sequence[int]) -> Tensor:  # noqa: ARG002
+        """‖V‖ of some rows, for one edit."""
+        return torch.einsum("kc,kc->k", V, V).sqrt()
 
     def _measure(self, number: int) -> Tensor:
         """‖W + sBA‖ along the columns, which takes the whole tensor."""

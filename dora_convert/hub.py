@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from .checkpoint import is_weight_file, weight_entry, weight_map
+from .checkpoint import RECORD, is_weight_file, weight_entry, weight_map
 from .errors import HubError, RefError
 from .refs import HubRef, Source, local_source, parse_ref
 
@@ -90,9 +90,12 @@ def _escaped(name: str) -> str:
 
 
 def wanted_of_base(names: Sequence[str]) -> list[str]:
-    """What a merge needs of a base: the weights that count (an index brings its shards) and every other small file."""
+    """What a merge needs of a base: the weights that count, the record of the merge that made it, all other small files.
+
+    An index brings its shards.
+    """
     entry = weight_entry([name for name in names if "/" not in name], "the repo")
-    return [entry, *(name for name in names if not is_weight_file(name))]
+    return [entry, *(name for name in names if name.startswith(f"{RECORD}/") or not is_weight_file(name))]
 
 
 def wanted_of_adapter(names: Sequence[str]) -> list[str]:

@@ -42,6 +42,26 @@ class Edit:
 
 
 @dataclass(frozen=True)
+class Undo:
+    """What an undo record holds of one tensor: with it, the edits are taken out again instead of applied."""
+
+    norms: tuple[Stored | None, ...] = ()
+    """For each edit, ‖W + sBA‖ as it was; None where it sets no magnitudes."""
+    taken: tuple[Stored, Stored] | None = None
+    """What training began without, as (rows, r) and (r, columns)."""
+    kept: tuple[Stored, Stored] | None = None
+    """The base's rows that were replaced, and which they are."""
+    ulps: Stored | None = None
+    """What rounding lost, packed."""
+
+    @property
+    def tensors(self) -> tuple[Stored, ...]:
+        """All of them that are there."""
+        found = (*self.norms, *(self.taken or ()), *(self.kept or ()), self.ulps)
+        return tuple(stored for stored in found if stored)
+
+
+@dataclass(frozen=True)
 class Item:
     """One output tensor and what it is made from."""
 
@@ -58,6 +78,8 @@ class Item:
     """Whether the base has no such tensor, or one less of it."""
     origin: str = ""
     """What the base calls the tensor on disk that it derives from."""
+    undo: Undo | None = None
+    """Where set, `source` is merged, or what replaced the base's; `edits` and `rows` are what was done to it."""
 
     @property
     def nbytes(self) -> int:
@@ -67,13 +89,13 @@ class Item:
     @property
     def replaced(self) -> bool:
         """Whether values come from the adapter as they are: all of them, or some rows."""
-        return self.source is not self.base or bool(self.rows)
+        return not self.undo and (self.source is not self.base or bool(self.rows))
 
     @property
     def verbatim(self) -> bool:
         """Whether bytes on disk are the output's: the base's, or counters and the like that an adapter brings."""
         copied = not self.replaced or self.source.dtype not in FLOATS
-        return not self.edits and copied and self.dtype == self.source.dtype
+        return not self.edits and copied and self.dtype == self.source.dtype and not self.undo
 
     @property
     def fate(self) -> str:
@@ -82,7 +104,7 @@ class Item:
             return "added"
         if self.edits:
             return "merged"
-        if self.replaced:
+        if self.replaced or (self.undo and self.undo.kept):
             return "replaced"
         return "copied" if self.verbatim else "converted"
 
@@ -90,6 +112,18 @@ class Item:
     def changed(self) -> bool:
         """Whether an adapter has a part in it."""
         return bool(self.edits) or self.replaced
+
+    @property
+    def noted(self) -> bool:
+        """Whether the base does not have the tensor as it is, under the same name: receipts list those."""
+        return self.changed or self.added or self.origin != self.name or not self.verbatim
+
+    @property
+    def beyond_recovery(self) -> bool:
+        """Whether nothing of the base's tensor is left in it: counters that were replaced, rows that were cut off."""
+        if not self.base or not self.replaced:
+            return False
+        return self.verbatim or self.source.matrix[0] < self.base.matrix[0]
 
     @cached_property
     def low_ranks(self) -> tuple[LowRank, ...]:
@@ -111,13 +145,15 @@ class Item:
         rows, columns = self.source.matrix
         return spans(rows, columns, self.experts)
 
-    def cost(self, width: int) -> int:
+    def cost(self, width: int, *, exact: bool = False) -> int:
         """Bytes a worker holds to make it, with so many bytes an element: a block's buffers, and the factors.
 
-        Copies need no buffer worth counting.
+        Copies need no buffer worth counting. `exact`: the base is predicted from what is written, too.
         """
         if self.verbatim:
             return 0
+        if self.undo:
+            return self.inverse_cost()
         rows, columns = self.source.matrix
         height = block_height(rows // self.experts, columns)
         block = height * columns
@@ -129,15 +165,31 @@ class Item:
             total += 2 * block * width
         if self.start:
             total += 24 * rows * columns  # the matrix, its factors, and LAPACK's work, in float32
+        if exact and self.source is self.base:
+            total += self.inverse_cost()
         return total + sum(edit_cost(edit, height, width) for edit in self.edits)
 
-    def undo_bytes(self) -> int:
-        """The most that undoing it can need: a norm per DoRA row, the base's rows where it was replaced."""
-        norms = sum(4 * edit.low.outputs for edit in self.edits if edit.low and edit.decomposed)
-        if not (self.base and self.replaced and not self.added):
-            return norms
-        kept = self.base.matrix[0] if self.source is not self.base else sum(len(r.index) for r in self.rows)
-        return norms + kept * (self.base.nbytes // max(1, self.base.matrix[0]) + 8)
+    def inverse_cost(self) -> int:
+        """Bytes held to take the edits out of a block again, in float64."""
+        rows, columns = self.source.matrix
+        height = block_height(rows // self.experts, columns)
+        wide = self.base.itemsize if self.base else 8
+        block = height * columns * (self.source.itemsize + 8 + 8 + 4 + 5 * wide)
+        factors = sum(2 * edit_cost(edit, height, 8) for edit in self.edits)
+        return block + factors + (24 * self.start.rank * (rows + columns) if self.start else 0)
+
+    def undo_bytes(self, *, exact: bool = False) -> int:
+        """What undoing it may need: norms of DoRA rows, the base's rows where it was replaced, an eighth for `exact`."""
+        total = sum(4 * edit.low.outputs for edit in self.edits if edit.low and edit.decomposed)
+        if self.start:
+            total += 4 * self.start.rank * sum(self.source.matrix)
+        if self.base and self.replaced and not self.added:
+            whole = self.source is not self.base
+            kept = self.base.matrix[0] if whole else sum(len(rows.index) for rows in self.rows)
+            total += kept * (self.base.nbytes // max(1, self.base.matrix[0]) + 8)
+        if exact and self.base and not self.verbatim and self.source is self.base:
+            total += self.base.nbytes // 8 if BITS[self.dtype] >= BITS[self.base.dtype] else self.base.nbytes
+        return total
 
 
 def edit_cost(edit: Edit, height: int, width: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,12 +26,23 @@ class Lane:
     second, its matrix is too on the CPU.
     """
 
-    def __init__(self, choice: Choice, reader: Reader) -> None:
+    def __init__(self, choice: Choice, reader: Reader, stream: Any = None) -> None:
         self.choice = choice
         self._reader = reader
         self._cuda = choice.device.type == "cuda"
-        self._stream = torch.cuda.Stream(choice.device) if self._cuda else None  # type: ignore[no-untyped-call]
+        if self._cuda and stream is None:
+            stream = torch.cuda.Stream(choice.device)  # type: ignore[no-untyped-call]
+        self._stream = stream
         self._buffers: dict[str, Tensor] = {}
+        self._exact: Lane | None = None
+
+    def exact(self) -> Lane:
+        """Another lane beside this one, on the same stream: in float64, and on the host where the device has none."""
+        if self._exact is None:
+            mps = self.choice.device.type == "mps"
+            device = torch.device("cpu") if mps else self.choice.device
+            self._exact = Lane(Choice(device, torch.float64, "exact"), self._reader, self._stream)
+        return self._exact
 
     def working(self) -> AbstractContextManager[object]:
         """The context in which this lane's tensors may be used."""

@@ -1,35 +1,103 @@
-"""Make one output tensor: read a block of rows, apply the edits, round once, write it where it belongs."""
+"""Make one output tensor: read a block of rows, apply the edits or take them out, round once, write it where it belongs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
-import xxhash
 from torch import Tensor
 
 from . import maths
-from .blocks import spans
+from .digests import Digest
 from .errors import NumericalError
 from .items import Item
+from .keeping import Keeper
 from .lane import Lane
 from .memory import as_bytes
 from .operands import Operand
-from .plan import Options
+from .plan import Plan
 from .precision import TORCH
-from .undo import Part, ReplacedRows, Spool
+from .recover import Recovering
+from .stored import Reader
+from .undo import Part, Spool
 from .writer import ShardFiles
 
 
 @dataclass(frozen=True)
 class Made:
-    """What is known of a tensor once it is written: xxh3-128 of its old and new bytes, and its undo parts."""
+    """What is known of a tensor once it is written: hashes of what was read and written, and its undo parts."""
 
-    base_hash: str | None
-    """None where the base has no such tensor."""
-    written_hash: str
+    read: Digest
+    """Of the base's bytes, where there are any; of the merged ones where those are recovered."""
+    written: Digest
     parts: tuple[Part, ...] = ()
+    ambiguous: int = 0
+    """Elements of a recovered tensor that several values of the base would have been merged to."""
+
+
+class Blocks(Protocol):
+    """Turns blocks of a source into blocks of an output."""
+
+    def block(self, raw: Tensor, start: int, stop: int) -> Tensor:
+        """Rows of the output, on the host, from those of the source."""
+
+
+def make(
+    item: Item,
+    lane: Lane,
+    shards: ShardFiles,
+    spool: Spool,
+    plan: Plan,
+    reader: Reader,
+    advance: Callable[[int], None],
+) -> Made:
+    """Write one tensor that is not a plain copy.
+
+    Raises NumericalError when a result is NaN, Inf, or too large for the output's dtype.
+    """
+    if item.undo:
+        recovering = Recovering(item, lane, reader)
+        written = _write(item, recovering, lane, shards, advance, proof=True)
+        return Made(recovering.digest, written, (), recovering.ambiguous)
+    merging = Merging(item, lane, spool, plan)
+    written = _write(item, merging, lane, shards, advance, proof=False)
+    merging.keeper.finish()
+    return Made(merging.keeper.digest, written, merging.keeper.parts())
+
+
+def _write(
+    item: Item, blocks: Blocks, lane: Lane, shards: ShardFiles, advance: Callable[[int], None], *, proof: bool
+) -> Digest:
+    digest, row_bytes = Digest(proof=proof), item.nbytes // max(1, item.source.matrix[0])
+    for start, stop in item.spans():
+        data = as_bytes(blocks.block(lane.raw(item.source, start, stop), start, stop))
+        digest.update(data)
+        shards.write(item, start * row_bytes, data)
+        advance(len(data))
+    return digest
+
+
+class Merging:
+    """Blocks of an output tensor: the base's, or what an adapter has in its place, with all edits applied."""
+
+    def __init__(self, item: Item, lane: Lane, spool: Spool, plan: Plan) -> None:
+        self._item, self._lane = item, lane
+        self._operands = [Operand.load(edit, lane) for edit in item.edits]
+        self._values = Values(item, lane)
+        measure(item, self._operands, self._values, lane)
+        self.keeper = Keeper(item, self._operands, self._values.taken, lane, spool, plan)
+
+    def block(self, raw: Tensor, start: int, stop: int) -> Tensor:
+        """Rows of the output from those of the source."""
+        W = self._values.block(raw, start, stop)
+        self.keeper.see(raw, W, start, stop)
+        result = self._lane.land(apply(W, self._operands, start, stop), TORCH[self._item.dtype])
+        if not maths.all_finite(result) or not all(operand.is_finite() for operand in self._operands):
+            blame(self._item, raw, result)
+        self.keeper.compare(raw, result, start, stop)
+        return result
 
 
 class Values:
@@ -37,6 +105,8 @@ class Values:
 
     def __init__(self, item: Item, lane: Lane) -> None:
         self._item, self._lane = item, lane
+        self.taken: tuple[Tensor, Tensor] | None = None
+        """Factors of what training began without, the way round that the tensor is stored."""
         self._whole = self._without_start() if item.start else None
         self._rows = {row: (rows.value, place) for rows in item.rows for place, row in enumerate(rows.index)}
 
@@ -46,8 +116,10 @@ class Values:
         assert low
         assert low.start
         W = self._lane.stored(self._item.source).float()
-        left = maths.without_start(W.T if edit.transposed else W, low.start.value, low.rank, low.scale)
-        rounded = left.T if edit.transposed else left
+        turned = edit.transposed
+        rest, left, right = maths.without_start(W.T if turned else W, low.start.value, low.rank, low.scale)
+        self.taken = (right.T, left.T) if turned else (left, right)
+        rounded = rest.T if turned else rest
         return rounded.to(TORCH[self._item.source.dtype]).contiguous()
 
     def block(self, raw: Tensor, start: int, stop: int) -> Tensor:
@@ -58,74 +130,6 @@ class Values:
                 value, place = self._rows[row]
                 W[row - start] = self._lane.rows(value, place, place + 1)[0]
         return W
-
-
-def make(
-    item: Item, lane: Lane, shards: ShardFiles, spool: Spool, options: Options, advance: Callable[[int], None]
-) -> Made:
-    """Write one tensor that is not a plain copy.
-
-    Raises NumericalError when a result is NaN, Inf, or too large for the output's dtype.
-    """
-    operands = [Operand.load(edit, lane) for edit in item.edits]
-    values = Values(item, lane)
-    measure(item, operands, values, lane)
-    before, after = Before(item, lane, spool, options), xxhash.xxh3_128()
-    row_bytes = item.nbytes // max(1, item.source.matrix[0])
-    for start, stop in item.spans():
-        raw = lane.raw(item.source, start, stop)
-        W = values.block(raw, start, stop)
-        before.see(raw, W, start, stop)
-        result = lane.land(apply(W, operands, start, stop), TORCH[item.dtype])
-        if not maths.all_finite(result) or not all(operand.is_finite() for operand in operands):
-            blame(item, raw, result)
-        data = as_bytes(result)
-        after.update(data)
-        shards.write(item, start * row_bytes, data)
-        advance(len(data))
-    parts = before.finish()
-    if options.undo != "none":
-        parts += norm_parts(item, operands, spool)
-    return Made(before.hash, after.hexdigest(), tuple(parts))
-
-
-class Before:
-    """The base's tensor while another is made of it: its hash, and the rows that a replacement changes."""
-
-    def __init__(self, item: Item, lane: Lane, spool: Spool, options: Options) -> None:
-        self._base, self._source, self._name, self._lane = item.base, item.source, item.name, lane
-        self._keeps = item.replaced and not item.added and options.undo != "none"
-        self._digest, self._kept = xxhash.xxh3_128(), ReplacedRows(spool)
-
-    def see(self, raw: Tensor, W: Tensor, start: int, stop: int) -> None:
-        """One block: what is read for it, and its values before the edits."""
-        if not self._base or start >= (rows := self._base.matrix[0]):
-            return
-        stop = min(stop, rows)
-        base = raw if self._source is self._base else self._lane.raw(self._base, start, stop, "base")
-        self._digest.update(as_bytes(base))
-        if self._keeps:
-            new = W[: stop - start].cpu().double()  # in this order: mps has no float64
-            keep_rows(self._kept, start, base, maths.round_to(new, torch.empty_like(base)))
-
-    def finish(self) -> list[Part]:
-        """Rows that the output has no place for, and the undo parts of all that were kept."""
-        if not self._base:
-            return []
-        rows, columns = self._base.matrix
-        for start, stop in spans(rows, columns):
-            if stop > self._source.matrix[0]:
-                first = max(start, self._source.matrix[0])
-                base = self._lane.raw(self._base, first, stop, "base")
-                self._digest.update(as_bytes(base))
-                if self._keeps:
-                    self._kept.add(range(first, stop), bytes(as_bytes(base)))
-        return self._kept.parts(self._name, self._base.dtype, columns)
-
-    @property
-    def hash(self) -> str | None:
-        """xxh3-128 of the base's bytes."""
-        return self._digest.hexdigest() if self._base else None
 
 
 def measure(item: Item, operands: Iterable[Operand], values: Values, lane: Lane) -> None:
@@ -155,24 +159,6 @@ def apply(W: Tensor, operands: list[Operand], start: int, stop: int) -> Tensor:
             change = operand.decompose_(unmerged.clone(), start, stop) - unmerged
             W.add_(change, alpha=operand.edit.weight)
     return W
-
-
-def keep_rows(kept: ReplacedRows, start: int, base: Tensor, new: Tensor) -> None:
-    """Keep the base's rows that a replacement changes."""
-    size = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[base.element_size()]
-    rows = (base.view(size) != new.view(size)).any(dim=1).nonzero().flatten()
-    if len(rows):
-        kept.add((rows + start).tolist(), bytes(as_bytes(base[rows])))
-
-
-def norm_parts(item: Item, operands: Iterable[Operand], spool: Spool) -> list[Part]:
-    """The norms of every decomposed edit, in float32, as parts of the undo record."""
-    parts = []
-    for number, operand in enumerate(operands):
-        if operand.m is not None:
-            n = torch.cat(operand.n).to("cpu", torch.float32)
-            parts.append(Part(f"norm/{number}/{item.name}", "F32", tuple(n.shape), (spool.add(as_bytes(n)),)))
-    return parts
 
 
 def blame(item: Item, raw: Tensor, result: Tensor) -> None:

@@ -7,10 +7,13 @@ it is given, which is float64 unless asked otherwise, and `round_to` rounds once
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 LOW_BITS = (1 << 29) - 1  # the bits of a float64's fraction that a float32 has not
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 RUN = 512  # elements that are rounded again together where one of them needs it
 
 
@@ -64,19 +67,72 @@ def without_start(
     kind: str,
     r: int,
     s: float,
-) -> Tensor:
-    """What PiSSA, OLoRA and KaSA leave of W before training; the same operations as PEFT, so the same bits."""
+) -> tuple[Tensor, Tensor, Tensor]:  # (out, in), (out, r), (r, in)
+    """What PiSSA, OLoRA and KaSA leave of W before training, and the factors of what they take.
+
+    The same operations as PEFT, so the same bits.
+    """
     if kind == "OLoRA":
         Q, R = torch.linalg.qr(W)
-        taken: Tensor = s * Q[:, :r] @ R[:r]
-        return W - taken
+        left, right = s * Q[:, :r], R[:r]
+        return W - left @ right, left, right
     U, S, Vh = torch.linalg.svd(W, full_matrices=False)
     if kind == "KaSA":
-        left: Tensor = (U[:, :-r] * S[:-r]) @ Vh[:-r]
-        return left
+        return (U[:, :-r] * S[:-r]) @ Vh[:-r], U[:, -r:] * S[-r:], Vh[-r:]
     root = torch.diag(torch.sqrt(S[:r] / s))
-    top: Tensor = s * (U[:, :r] @ root) @ (root @ Vh[:r])
-    return W - top
+    left, right = s * (U[:, :r] @ root), root @ Vh[:r]
+    return W - left @ right, left, right
+
+
+def coefficients(
+    f: list[Tensor | None],  # m/n of each edit, which broadcasts over (out, in); None is 1
+    weights: list[float],
+) -> tuple[Tensor | None, list[Tensor | float]]:
+    """g and c of W = g·W' − Σ cᵢ·Δᵢ (7), the inverse of (4); zeros where it has none."""
+    if all(each is None for each in f):
+        return None, list(weights)
+    if len(f) == 1 and f[0] is not None and weights == [1]:
+        g = _where_finite(1 / f[0])
+        return g, [(g != 0).to(g.dtype)]
+    total = 1.0 + sum(w * (each - 1) for each, w in zip(f, weights, strict=True) if each is not None)
+    g = _where_finite(1 / torch.as_tensor(total))
+    return g, [
+        _where_finite(w * g if each is None else w * each * g) for each, w in zip(f, weights, strict=True)
+    ]
+
+
+def _where_finite(x: Tensor) -> Tensor:
+    return x.nan_to_num(0.0, 0.0, 0.0)
+
+
+def to_fixed_(
+    x: Tensor,  # changed in place
+    largest: float,  # |x| is at most this
+    terms: int,
+) -> Tensor:
+    """x on a grid so coarse that sums of so many products of two such factors are exact in float64, in any order.
+
+    With b = ⌊(53 − ⌈log₂ r⌉)/2⌋ bits each, r products add up to at most 2⁵³ units.
+    """
+    bits = (53 - max(0, terms - 1).bit_length()) // 2
+    unit = math.ldexp(1.0, math.frexp(largest)[1] - bits)
+    return x.div_(unit).round_().mul_(unit)
+
+
+def ordinals(x: Tensor) -> Tensor:
+    """Each value's place among all of its dtype, as integers of its size: a bijection, with −0 right below +0."""
+    return _folded(x.view(INTEGERS[x.element_size()]))
+
+
+def at_ordinals(places: Tensor, dtype: torch.dtype) -> Tensor:
+    """The values at such places."""
+    return _folded(places).view(dtype)
+
+
+def _folded(bits: Tensor) -> Tensor:
+    """Negative numbers the other way round: its own inverse."""
+    top = 8 * bits.element_size() - 1
+    return bits ^ ((bits >> top) & torch.iinfo(bits.dtype).max)
 
 
 def round_to(

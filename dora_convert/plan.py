@@ -16,7 +16,7 @@ import xxhash
 from .adapter import Adapter
 from .checkpoint import Checkpoint
 from .items import Edit, Item
-from .stored import BITS
+from .stored import BITS, Stored
 from .updates import Delta, tensors_of
 
 
@@ -34,6 +34,11 @@ class Options:
     allow_unmatched: bool = False
     ignore_field: tuple[str, ...] = ()
     """Fields of adapters' configs that are not to be refused."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether what rounding loses is kept, too."""
+        return self.undo == "exact"
 
     @property
     def width(self) -> int:
@@ -91,12 +96,37 @@ class Plan:
     @cached_property
     def memory(self) -> int:
         """Bytes that the costliest item holds at once: the least a memory budget can be."""
-        return max(item.cost(self.options.width) for item in self.items)
+        return max(map(self.cost, self.items))
+
+    def cost(self, item: Item) -> int:
+        """Bytes that a worker holds to make an item."""
+        return item.cost(self.options.width, exact=self.options.exact and self.remembers(item))
 
     @property
     def undo_bytes(self) -> int:
-        """The most that the undo record's tensors can take."""
-        return 0 if self.options.undo == "none" else sum(item.undo_bytes() for item in self.items)
+        """About the most that the undo record's tensors take."""
+        if self.options.undo == "none":
+            return 0
+        made = sum(item.undo_bytes(exact=self.options.exact and self.remembers(item)) for item in self.items)
+        return made + sum(tensor.nbytes for tensor in self.lost)
+
+    @cached_property
+    def remains(self) -> Mapping[str, Item]:
+        """The output tensor that each of the base's can be recovered from, by the base's name on disk."""
+        found: dict[str, Item] = {}
+        for item in sorted(self.items, key=lambda item: (not item.verbatim, item.added)):
+            if item.base and not item.beyond_recovery:
+                found.setdefault(item.origin, item)
+        return found
+
+    @cached_property
+    def lost(self) -> tuple[Stored, ...]:
+        """The base's tensors of which the output holds nothing: layers left out, counters replaced, rows cut off."""
+        return tuple(tensor for name, tensor in self.base.tensors.items() if name not in self.remains)
+
+    def remembers(self, item: Item) -> bool:
+        """Whether the undo record keeps what recovers a tensor of the base from this one."""
+        return self.options.undo != "none" and self.remains.get(item.origin) is item
 
     def counts(self) -> dict[str, int]:
         """How many tensors met which fate; converted ones count as copied, too."""
@@ -132,7 +162,18 @@ class Plan:
 def _describe(item: Item) -> list[Any]:
     rows = [[rows.value.name, rows.index] for rows in item.rows]
     edits = [[type(edit.update).__name__, edit.transposed, edit.weight, *_terms(edit)] for edit in item.edits]
-    return [item.name, item.dtype, item.shape, item.origin, item.source.name, item.replaced, rows, edits]
+    undo = [[stored.name for stored in item.undo.tensors]] if item.undo else []
+    return [
+        item.name,
+        item.dtype,
+        item.shape,
+        item.origin,
+        item.source.name,
+        item.replaced,
+        rows,
+        edits,
+        *undo,
+    ]
 
 
 def _terms(edit: Edit) -> list[Any]:

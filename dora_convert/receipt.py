@@ -12,8 +12,9 @@ from typing import Any
 import xxhash
 
 from . import __version__
-from .execute import Done
+from .execute import Done, kept_name
 from .items import Item
+from .layout import converted
 from .plan import Plan
 from .precision import Choice
 from .refs import Source
@@ -28,11 +29,13 @@ def receipt_bytes(
     done: Mapping[str, Done],
     hashes: Sequence[Mapping[str, str]],
     files: Sequence[SideFile],
+    base_files: Mapping[str, str],
     choice: Choice,
 ) -> bytes:
     """The receipt of a finished merge.
 
-    `hashes` holds for each adapter the xxh3-128 of its files, `files` what lies beside the weights.
+    `hashes` holds for each adapter the xxh3-128 of its files, `files` what lies beside the weights, and
+    `base_files` the sha256 of all that lay beside the base's.
     """
     import torch
 
@@ -61,8 +64,13 @@ def receipt_bytes(
             "exclude": list(options.exclude),
             "ignore_field": list(options.ignore_field),
         },
-        "tensors": {item.name: _tensor(item, done) for item in plan.items if _noted(item)},
+        "tensors": {item.name: _tensor(item, done) for item in plan.items if item.noted},
+        "kept": {
+            tensor.name: _kept(done[kept_name(tensor)]) for tensor in plan.lost if kept_name(tensor) in done
+        },
+        "layout": _layout(plan),
         "side_files": {file.name: file.fate for file in files},
+        "base_files": base_files,
         "ledger": [entry.to_dict() for entry in plan.ledger],
     }
     return (json.dumps(receipt, indent=1, ensure_ascii=False) + "\n").encode()
@@ -81,11 +89,6 @@ def _source(source: Source) -> dict[str, str | None]:
     return {"name": source.name, "repo": source.repo, "commit": source.commit}
 
 
-def _noted(item: Item) -> bool:
-    """Whether the base does not have the tensor as it is, under the same name."""
-    return item.changed or item.added or item.origin != item.name
-
-
 def _tensor(item: Item, done: Mapping[str, Done]) -> dict[str, Any]:
     """Hashes are xxh3-128 of the tensor's bytes, before and after; what is copied has none."""
     noted: dict[str, Any] = {"fate": item.fate}
@@ -94,4 +97,31 @@ def _tensor(item: Item, done: Mapping[str, Done]) -> dict[str, Any]:
     if made := done.get(item.name):
         undo = [part.name for part in made.parts]
         noted |= {"base": made.base_hash, "written": made.written_hash, "undo": undo}
+        if made.proof:
+            noted["base_sha256"] = made.proof
     return noted
+
+
+def _kept(done: Done) -> dict[str, Any]:
+    """Hashes of a tensor that the undo record holds whole."""
+    return {"base": done.base_hash} | ({"base_sha256": done.proof} if done.proof else {})
+
+
+def _layout(plan: Plan) -> dict[str, Any]:
+    """The base's files and headers, as far as the output's differ: file by file its metadata and tensors."""
+    base = plan.base
+    mine = {shard.filename: shard for shard in plan.shards}
+    shared = len({(tensor.path, tensor.start) for tensor in base.tensors.values()}) < len(base.tensors)
+    layout: dict[str, Any] = {"index": base.index_name and converted(base.index_name), "shards": []}
+    for shard in base.shards:
+        name, noted = converted(shard.filename), [[t.name, t.dtype, list(t.shape)] for t in shard.tensors]
+        same = mine.get(name)
+        if same and noted == [[item.name, item.dtype, list(item.shape)] for item in same.items]:
+            layout["shards"].append({"name": name})
+        else:
+            layout["shards"].append({"name": name, "metadata": dict(shard.metadata), "tensors": noted})
+    if shared:  # as in files that torch.save wrote: names for the same bytes
+        layout["starts"] = {tensor.name: tensor.start for tensor in base.tensors.values()}
+    if base.is_file and base.config:
+        layout["file"], layout["config"] = True, base.config
+    return layout

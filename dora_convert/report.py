@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from .sizes import peak_memory
 if TYPE_CHECKING:  # these import torch, which a dry run does without
     from .precision import Choice
     from .selfcheck import Verdict
+    from .unmerging import Reversal
 
 SCHEMA = 1
 
@@ -107,6 +108,51 @@ class MergeReport(Report):
         )
 
 
+@dataclass(frozen=True)
+class Recovered:
+    """One tensor that a merge had changed, as it came back."""
+
+    name: str
+    bit_exact: bool
+    """Whether its hash proves that it is the base's."""
+    lost: int
+    """Elements for which the base may have held one of several values: all of them were merged to the same."""
+    elements: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnmergeReport(MergeReport):
+    """What an unmerging did; `exact` counts the tensors that the merge had changed, and those proven by hash."""
+
+    merged: str
+    exact: Mapping[str, int]
+    modules: tuple[Recovered, ...]
+
+    @classmethod
+    def undone(
+        cls,
+        reversal: Reversal,
+        settings: Settings,
+        out: str,
+        choice: Choice,
+        verdict: Verdict | None,
+        modules: Sequence[Recovered],
+        *,
+        written: int,
+        resumed: bool,
+    ) -> UnmergeReport:
+        """The report of a finished unmerging."""
+        merge = MergeReport.of(
+            reversal.plan, settings, out, choice, verdict, written=written, resumed=resumed
+        )
+        base = reversal.record.receipt["base"]
+        fields = {name: getattr(merge, name) for name in merge.__dataclass_fields__}
+        fields |= {"command": "unmerge", "base": base["repo"] or base["name"], "merged": merge.base}
+        fields["undo"] = reversal.record.options.undo
+        exact = sum(module.bit_exact for module in modules)
+        return cls(**fields, exact={"tensors": len(modules), "bit_exact": exact}, modules=tuple(modules))
+
+
 @dataclass(frozen=True, kw_only=True)
 class DryRunReport(Report):
     """What a merge would do: tensors and shards, their bytes, the undo record's, and the memory held."""
@@ -115,7 +161,7 @@ class DryRunReport(Report):
     dry_run: bool = True
 
     @classmethod
-    def of(cls, plan: Plan, settings: Settings, out: str) -> DryRunReport:
+    def of(cls, plan: Plan, settings: Settings, out: str, command: str = "merge") -> DryRunReport:
         """The report of a plan."""
         numbers = {
             "tensors": len(plan.items),
@@ -125,4 +171,4 @@ class DryRunReport(Report):
             "memory": min(settings.max_memory, settings.workers * plan.memory),
             "least_memory": plan.memory,
         }
-        return cls(**_common(plan, settings, out), plan=numbers)
+        return cls(**(_common(plan, settings, out) | {"command": command}), plan=numbers)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from .items import Item
 from .precision import TORCH
 from .stored import Reader, Stored
 
@@ -23,6 +25,18 @@ def read_columns(reader: Reader, tensor: Stored, columns: Sequence[int]) -> Tens
     height, width = tensor.matrix
     runs = [(row * width + start, count) for row in range(height) for start, count in _runs(columns)]
     return _gather(reader, tensor, runs).view(height, len(columns))
+
+
+def replaced_rows(item: Item, reader: Reader) -> dict[int, tuple[Stored, int]]:
+    """Where the base's rows are found that were replaced: in the record where they differ, else in the adapter."""
+    found = {row: (rows.value, place) for rows in item.rows for place, row in enumerate(rows.index)}
+    if item.undo and item.undo.kept:
+        values, index = item.undo.kept
+        data = bytearray(index.nbytes)
+        reader.read(index.path, index.start, memoryview(data))
+        numbers = struct.unpack(f"<{index.numel}q", data)
+        found |= {row: (values, place) for place, row in enumerate(numbers)}
+    return found
 
 
 def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:

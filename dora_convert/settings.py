@@ -17,7 +17,7 @@ from .stored import CONFIG_DTYPES
 
 DTYPES = {"auto": None} | {name: dtype for dtype, name in CONFIG_DTYPES.items()}
 COMPUTE_DTYPES = {"auto": "F64", "float64": "F64", "float32": "F32"}
-UNDO = {"norms": "norms", "none": "none"}
+UNDO = {"norms": "norms", "exact": "exact", "none": "none"}
 MOST_WORKERS = 8
 
 Value = TypeVar("Value")

@@ -6,6 +6,7 @@ tokenizer, processor and chat-template files count, and they win over the base's
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,9 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from . import card
-from .checkpoint import RECORD, Checkpoint, list_files
+from .checkpoint import INDEX_SUFFIX, RECORD, Checkpoint, list_files
+from .digests import sha256
+from .errors import Fault, RefError
 from .layout import index_bytes
 from .plan import Plan
+from .record import Record
 from .stored import open_file
 
 FROM_ADAPTER = (
@@ -24,6 +28,12 @@ FROM_ADAPTER = (
     "spiece.model", "sentencepiece*.model", "chat_template*", "additional_chat_templates/*", "*processor_config.json",
     "preprocessor_config.json",
 )  # fmt: skip
+
+
+PREVIOUS = "previous"
+"""The folder inside a record that holds the one before."""
+PICKLED_INDEX = ".bin.index.json"
+"""Names shards that a recovered base does not have: it is written as safetensors."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +74,51 @@ def side_files(plan: Plan, base_model: str | None) -> list[SideFile]:
         put(plan.index_name, index_bytes(plan), "written")
     put(card.NAME, card.card_bytes(plan, base_model), "written")
     for path in _earlier_record(base):
-        name = f"{RECORD}/previous/{path.relative_to(root / RECORD).as_posix()}"
+        name = f"{RECORD}/{PREVIOUS}/{path.relative_to(root / RECORD).as_posix()}"
         found[name] = SideFile(name, path)
     return [found[name] for name in sorted(found)]
+
+
+def base_files(base: Checkpoint) -> dict[str, Path]:
+    """Every file beside the base's weights that undoing a merge gives back; its index, where it has one, too."""
+    if base.is_file:
+        return {}
+    names = [*base.side_files, card.NAME, *([base.index_name] if base.index_name else [])]
+    found = {name: base.root / name for name in names if (base.root / name).is_file()}
+    return {name: path for name, path in sorted(found.items()) if not name.endswith(PICKLED_INDEX)}
+
+
+def originals(base: Checkpoint, files: Sequence[SideFile]) -> dict[str, Path]:
+    """Those of them that an output has otherwise, or not at all."""
+    out = {file.name: file for file in files}
+    return {name: path for name, path in base_files(base).items() if name not in out or out[name].original}
+
+
+def restored_files(merged: Checkpoint, record: Record, plan: Plan) -> list[SideFile]:
+    """The base's side files, from the record or from MERGED; and the record of the merge before, where there was one.
+
+    Raises RefError where one is not as it was any more.
+    """
+    found, faults = [], []
+    for name, proof in record.receipt["base_files"].items():
+        data, path = record.file(name), merged.root / name
+        if data is None and not path.is_file():
+            faults.append(Fault(name, "is missing"))
+        elif proof != (sha256(path) if data is None else hashlib.sha256(data).hexdigest()):
+            faults.append(Fault(name, "was changed since"))
+        elif plan.options.max_shard_size is None or not name.endswith(INDEX_SUFFIX):
+            found.append(
+                SideFile(name, path if data is None else data, "copied" if data is None else "restored")
+            )
+    if faults:
+        raise RefError(
+            f"MERGED {merged.source.name} is not what was written: {len(faults)} files.", faults=faults
+        )
+    if plan.index_name and plan.index_name not in {file.name for file in found}:
+        found.append(SideFile(plan.index_name, index_bytes(plan), "written"))
+    before = merged.root / RECORD / PREVIOUS
+    earlier = list_files(before) if before.is_dir() else []
+    return [*found, *(SideFile(f"{RECORD}/{name}", before / name, "restored") for name in earlier)]
 
 
 def _readable(path: Path) -> Path:

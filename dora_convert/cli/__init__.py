@@ -19,6 +19,7 @@ from .sink import show_error
 
 COMMANDS = {
     "merge": "fold adapters into a base checkpoint",
+    "unmerge": "take adapters out of a merged checkpoint again",
     "from-lora": "LoRA to DoRA, outputs preserved",
     "verify": "does a merged checkpoint do what base + adapter do?",
     "inspect": "what is this? headers only, local or remote",

@@ -26,10 +26,10 @@ from .sink import Sink
 @options.select
 @click.option(
     "--undo",
-    type=click.Choice(["norms", "none"]),
+    type=click.Choice(["norms", "exact", "none"]),
     default="norms",
     show_default=True,
-    help="What to keep so that the merge can be undone.",
+    help="What to keep so that the merge can be undone: up to rounding, or bit for bit.",
 )
 @click.option("--verify/--no-verify", default=True, help="Check a sample of the output before publishing it.")
 @options.matching

@@ -1,0 +1,75 @@
+"""Make one of the base's tensors from the merged one and the undo record: the inverse of what `make` does."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import maths
+from .digests import Digest
+from .inverse import Inverse, as_rows
+from .items import Item
+from .lane import Lane
+from .memory import as_bytes
+from .packing import Unpacker
+from .precision import TORCH
+from .rows import replaced_rows
+from .stored import Reader, Stored
+from .ulps import half_ulp
+
+
+class Recovering:
+    """Blocks of the base's tensor: predicted, corrected by what the record holds of them."""
+
+    def __init__(self, item: Item, lane: Lane, reader: Reader) -> None:
+        assert item.undo
+        self._item, self._lane = item, lane.exact()
+        self._undo = item.undo
+        taken = item.undo.taken
+        held = (self._lane.whole(taken[0]), self._lane.whole(taken[1])) if taken else None
+        self._inverse = Inverse(item, self._lane, exact=item.undo.ulps is not None, taken=held)
+        self._norms = [self._lane.whole(stored).flatten() if stored else None for stored in item.undo.norms]
+        self._ulps = Unpacker(item.undo.ulps, reader) if item.undo.ulps else None
+        self._rows = replaced_rows(item, reader)
+        self.digest = Digest(proof=False)
+        self.ambiguous = 0
+
+    def block(self, raw: Tensor, start: int, stop: int) -> Tensor:
+        """Rows of the base, from those of the merged tensor."""
+        self.digest.update(as_bytes(raw))
+        x = self._lane.lift(raw)
+        if self._item.edits:
+            norms = [
+                None if n is None else as_rows(n, start, stop, edit.axis)
+                for n, edit in zip(self._norms, self._item.edits, strict=True)
+            ]
+            half = self._halves(x, norms, start, stop)
+            x = self._inverse.predict_(x, start, stop, norms)
+            self.ambiguous += 0 if half is None else several(x, half, self._item.dtype)
+        result = self._lane.land(x, TORCH[self._item.dtype])
+        if self._ulps:
+            lost = self._ulps.next(result.numel(), maths.INTEGERS[result.element_size()]).view(result.shape)
+            result = maths.at_ordinals(maths.ordinals(result) + lost, result.dtype)
+        for row in range(start, stop) if self._rows else ():
+            if row in self._rows:
+                result[row - start] = self._own(*self._rows[row])
+        return result
+
+    def _halves(self, x: Tensor, norms: list[Tensor | None], start: int, stop: int) -> Tensor | None:
+        """How far W may lie from its prediction: half an ulp of W', through the inverse. Of no use where ulps are kept."""
+        if self._ulps:
+            return None
+        half = half_ulp(x, self._item.source.dtype)
+        g = self._inverse.gain(norms, start, stop)
+        return half if g is None else half.mul_(g.abs())
+
+    def _own(self, stored: Stored, place: int) -> Tensor:
+        """One row that was replaced: the base's, or the adapter's where that is the same once rounded."""
+        row = self._lane.rows(stored, place, place + 1).cpu()
+        return maths.round_to(row, torch.empty(row.shape, dtype=TORCH[self._item.dtype]))[0]
+
+
+def several(x: Tensor, half: Tensor, dtype: str) -> int:
+    """How many elements are ambiguous: more than one value of a dtype lies within half a cell of x."""
+    unit = 2 * half_ulp(x, dtype)
+    return int((torch.floor((x + half) / unit) > torch.ceil((x - half) / unit)).sum())

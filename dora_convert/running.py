@@ -1,0 +1,73 @@
+"""A run of a plan, from what an unfinished one has left to the check of what was written; merges and their undoing alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
+
+from . import undo
+from .errors import Fault, VerificationError
+from .execute import Budget, Done, Progress, Run
+from .folder import OutputFolder
+from .journal import NAME as JOURNAL
+from .journal import Earlier, Journal, Record
+from .plan import Plan
+from .precision import Choice
+from .selfcheck import Checker, Verdict
+from .settings import Settings
+from .stored import Reader
+from .undo import Spool
+from .workspace import earlier_run, journal_key
+from .writer import ShardFiles, shards_exist
+
+Hashes = Sequence[Mapping[str, str]]
+
+
+def run_key(plan: Plan, hashes: Hashes, choice: Choice) -> Record:
+    """Everything that decides the output's bytes."""
+    adapters = [dict(found) for found in hashes]
+    return journal_key(choice, [plan.base], plan=plan.fingerprint, adapters=adapters)
+
+
+def earlier(folder: OutputFolder, plan: Plan, key: Record) -> Earlier | None:
+    """The journal of an unfinished run of the same key; OUT.partial is then ready to go on, else empty."""
+    names = [shard.filename for shard in plan.shards]
+    return earlier_run(folder, key, names, lambda: shards_exist(folder.partial, plan))
+
+
+def run(
+    plan: Plan, folder: OutputFolder, settings: Settings, choice: Choice, key: Record, earlier: Earlier | None
+) -> Run:
+    """Make every tensor that is not made yet; when this returns, all bytes and the journal are synced."""
+    progress = Progress.of(earlier.records if earlier else ())
+    with ExitStack() as stack:
+        reader = stack.enter_context(closing(Reader()))
+        spool = stack.enter_context(closing(Spool(folder.record / undo.SPOOL, progress.spooled)))
+        shards = stack.enter_context(closing(ShardFiles(folder.partial, plan, create=earlier is None)))
+        folder.sync()
+        journal = stack.enter_context(closing(Journal(folder.record / JOURNAL, key, earlier)))
+        checker = Checker(folder.partial, plan, reader) if settings.verify else None
+        budget = Budget(settings.max_memory)
+        running = Run(
+            plan, shards, reader, spool, journal, choice, budget, checker, settings.on_progress, progress
+        )
+        running.execute(settings.workers)
+    return running
+
+
+def judge(plan: Plan, done: Mapping[str, Done]) -> Verdict:
+    """The sum of all checks; VerificationError naming every tensor that is wrong."""
+    total, faults = Verdict(), []
+    for item in plan.items:
+        if item.name in done and (found := done[item.name].verdict):
+            total += found
+            if found.wrong:
+                why = f"{found.wrong} of {found.checked} elements, up to {found.max_ulp} ulp"
+                faults.append(Fault(item.name, why))
+    if faults:
+        raise VerificationError(
+            f"The self-check failed: {len(faults)} tensors on disk are not what was computed.",
+            faults=faults,
+            hint="the disk or the memory may be faulty; the same command makes these tensors again",
+        )
+    return total
