@@ -27,9 +27,11 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from .inspected import AdapterReport, CheckpointReport
+    from .pushed import PushReport
     from .report import DryRunReport, MergeReport
     from .verbs.inspect import inspect
     from .verbs.merge import merge
+    from .verbs.push import push
     from .verbs.verify import verify
     from .verified import VerifyReport
 
@@ -39,9 +41,11 @@ _MODULES = {
         "UnsupportedError", "UsageError", "VerificationError",
     ),
     "inspected": ("AdapterReport", "CheckpointReport"),
+    "pushed": ("PushReport",),
     "report": ("DryRunReport", "MergeReport"),
     "verbs.inspect": ("inspect",),
     "verbs.merge": ("merge",),
+    "verbs.push": ("push",),
     "verbs.verify": ("verify",),
     "verified": ("VerifyReport",),
 }  # fmt: skip
@@ -59,6 +63,7 @@ __all__ = [
     "NumericalError",
     "OutputError",
     "PlanError",
+    "PushReport",
     "RefError",
     "UnsupportedError",
     "UsageError",
@@ -67,6 +72,7 @@ __all__ = [
     "__version__",
     "inspect",
     "merge",
+    "push",
     "verify",
 ]
 

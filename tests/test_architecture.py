@@ -14,12 +14,13 @@ TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
 ORDER = [
     "errors", "sizes", "stored", "json_files", "pickled", "refs", "updates", "blocks", "items", "checkpoint", "ties", "adapter",
     "formats/peft_fields", "formats/peft_types", "formats/peft_config", "formats/peft_modules", "formats/peft", "formats/__init__",
-    "names", "placing", "plan", "layout", "replicas", "configs", "draft", "planner", "settings", "journal", "undo", "hub",
+    "names", "placing", "plan", "layout", "replicas", "configs", "draft", "planner", "settings", "journal", "undo", "answers", "hub",
     "remote", "gather", "card", "sidefiles", "folder", "writer", "maths", "memory", "precision", "lane", "operands", "checks", "make",
-    "ulps", "rows", "expected", "selfcheck", "execute", "receipt", "report", "inspected", "census", "inspection", "produce", "parity",
+    "ulps", "rows", "expected", "selfcheck", "execute", "receipt", "report", "inspected", "census", "inspection", "pushed",
+    "upload", "parcel", "pushing", "produce", "parity",
     "causes", "differences", "verified", "page", "verification", "heavy", "verbs/__init__", "verbs/merge",
-    "verbs/inspect", "verbs/verify", "__init__", "cli/sink", "cli/options",
-    "cli/merge", "cli/inspect", "cli/verify", "cli/__init__", "__main__",
+    "verbs/inspect", "verbs/verify", "verbs/push", "__init__", "cli/sink", "cli/options",
+    "cli/merge", "cli/inspect", "cli/verify", "cli/push", "cli/__init__", "__main__",
 ]  # fmt: skip
 """Every module comes after all that it imports."""
 

@@ -21,6 +21,7 @@ COMMANDS = {
     "merge": "fold adapters into a base checkpoint",
     "verify": "does a merged checkpoint do what base + adapter do?",
     "inspect": "what is this? headers only, local or remote",
+    "push": "upload a checkpoint or an adapter, with a model card",
 }
 READING = frozenset({"verify", "inspect"})
 """Verbs that write nothing anyway."""

@@ -68,6 +68,20 @@ hub = stack(
     click.option("--token", metavar="TOKEN", help="Hub token; better is HF_TOKEN or hf auth login."),
 )
 
+repo = stack(
+    click.option("--private", is_flag=True, help="Create the repo private; default as the account has it."),
+    click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing."),
+    click.option("--commit-message", metavar="TEXT", help="Of the commit or the pull request."),
+)
+
+base_model = stack(
+    click.option(
+        "--base-model",
+        metavar="ID",
+        help="The base's repo id for the model card, where only a path is known.",
+    ),
+)
+
 writing = stack(
     click.option("--dry-run", is_flag=True, help="Print the plan and write nothing."),
     click.option("--overwrite", is_flag=True, help="Replace an OUT that exists."),
