@@ -27,8 +27,7 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from .inspected import AdapterReport, CheckpointReport
-    from .pushed import PushReport
-    from .report import DryRunReport, MergeReport
+    from .report import DryRunReport, MergeReport, PushReport
     from .verbs.inspect import inspect
     from .verbs.merge import merge
     from .verbs.push import push
@@ -41,8 +40,7 @@ _MODULES = {
         "UnsupportedError", "UsageError", "VerificationError",
     ),
     "inspected": ("AdapterReport", "CheckpointReport"),
-    "pushed": ("PushReport",),
-    "report": ("DryRunReport", "MergeReport"),
+    "report": ("DryRunReport", "MergeReport", "PushReport"),
     "verbs.inspect": ("inspect",),
     "verbs.merge": ("merge",),
     "verbs.push": ("push",),

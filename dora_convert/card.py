@@ -11,18 +11,14 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import xxhash
 
 from . import __version__
-from .errors import UsageError
 from .plan import Plan
 from .refs import Source
 from .stored import CONFIG_DTYPES
-
-if TYPE_CHECKING:  # it imports torch
-    from .selfcheck import Verdict
 
 NAME = "README.md"
 INHERITED = ("license", "license_name", "license_link", "language")
@@ -35,7 +31,6 @@ PIPELINES = {
 """What models of a class are for, by how its name ends."""
 
 _MARK = re.compile(rb"<!-- dora-convert card ([0-9a-f]{32}) -->\n?\Z")
-_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,12 +109,6 @@ def is_unedited(card: bytes) -> bool:
     return match is not None and xxhash.xxh3_128_hexdigest(card[: match.start()]).encode() == match[1]
 
 
-def check_base_model(given: str | None) -> None:
-    """UsageError where --base-model is no repo id."""
-    if given is not None and not _ID.fullmatch(given):
-        raise UsageError(f"--base-model {given!r} is no repo id.", hint="it is written org/name")
-
-
 def metadata_of(readme: Path) -> dict[str, Any]:
     """The front matter of a README; nothing where it has none, or none that can be read."""
     from huggingface_hub import ModelCard
@@ -146,8 +135,8 @@ def pipeline_of(config: Mapping[str, Any] | None, metadata: Mapping[str, Any]) -
     return tag if isinstance(tag, str) else None
 
 
-def card_bytes(plan: Plan, base_model: str | None, verdict: Verdict | None = None) -> bytes:
-    """README.md for a merge's OUT; `verdict` is what its self-check found, once there is one."""
+def card_bytes(plan: Plan, base_model: str | None, checks: Sequence[tuple[str, str]] = ()) -> bytes:
+    """README.md for a merge's OUT; `checks` is what its self-check found, once there is one."""
     base, counts, names = plan.base, plan.counts(), [adapter.source for adapter in plan.adapters]
     metadata = {} if base.is_file else metadata_of(base.root / NAME)
     kinds = tuple(sorted({adapter.kind for adapter in plan.adapters}))
@@ -165,7 +154,7 @@ def card_bytes(plan: Plan, base_model: str | None, verdict: Verdict | None = Non
         sources=(_row("base", base.source), *(_row("adapter", source) for source in names)),
         made_by=f"dora-convert {__version__}",
         command=tuple(command(plan)),
-        checks=tuple(_checks(verdict)) if verdict else (),
+        checks=tuple(checks),
         unmerge=undo,
         record=True,
     )
@@ -174,14 +163,6 @@ def card_bytes(plan: Plan, base_model: str | None, verdict: Verdict | None = Non
 
 def _unmerge(adapters: Sequence[str]) -> tuple[str, ...]:
     return ("dora-convert", "unmerge", "MERGED", *adapters, "OUT")
-
-
-def _checks(verdict: Verdict) -> Iterator[tuple[str, str]]:
-    yield "elements compared", f"{verdict.checked:,}"
-    yield "wrong", f"{verdict.wrong:,}"
-    yield "largest distance from the rounded result", f"{verdict.max_ulp} ulp"
-    if verdict.lost is not None:
-        yield "share of the change lost to rounding", f"{verdict.lost:.2%}"
 
 
 def command(plan: Plan) -> list[str]:

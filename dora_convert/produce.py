@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
@@ -20,8 +20,9 @@ from .plan import Plan
 from .precision import Choice, choose
 from .report import MergeReport
 from .selfcheck import Checker, Verdict
+from .sending import Output
 from .settings import Settings
-from .sidefiles import SideFile, side_files
+from .sidefiles import SideFile, card_of, side_files, with_checks
 from .sizes import format_size
 from .stored import Reader
 from .undo import Part, Spool
@@ -30,8 +31,10 @@ from .writer import ShardFiles, shards_exist
 Hashes = Sequence[Mapping[str, str]]
 
 
-def produce(plan: Plan, folder: OutputFolder, settings: Settings) -> MergeReport:
-    """Run a merge's plan and publish the result.
+def produce(
+    plan: Plan, folder: OutputFolder, settings: Settings, upload: Output | None = None
+) -> MergeReport:
+    """Run a merge's plan and publish the result, on the Hub, too, where `upload` is given.
 
     Raises UsageError for a device or a memory budget that will not do, NumericalError for NaN, Inf and overflow,
     OutputError for a disk that does not take the result, VerificationError when the self-check fails. OUT does not
@@ -46,11 +49,17 @@ def produce(plan: Plan, folder: OutputFolder, settings: Settings) -> MergeReport
     with _entered(folder):
         key = _key(plan, hashes, choice)
         earlier = _earlier(folder, plan, key)
-        run = _run(plan, folder, settings, choice, key, earlier)
+        on_shard = upload.start(folder.partial) if upload else None
+        run = _run(plan, folder, settings, choice, key, earlier, on_shard)
         verdict = _judge(plan, run.progress.done) if settings.verify else None
         if _same(plan, run.progress.done):
             settings.warn("the adapter changes nothing: every element is as it was in the base")
+        if verdict:
+            files = with_checks(files, plan, settings.base_model, verdict.rows())
         _write_files(plan, folder, run, files, hashes)
+        pushed = (
+            upload.finish(card_of(files, plan), f"Merge with dora-convert {__version__}") if upload else None
+        )
         folder.publish()
     return MergeReport.of(
         plan,
@@ -60,6 +69,7 @@ def produce(plan: Plan, folder: OutputFolder, settings: Settings) -> MergeReport
         verdict,
         written=run.written,
         resumed=bool(earlier and earlier.records),
+        pushed=pushed,
     )
 
 
@@ -136,7 +146,13 @@ def _earlier(folder: OutputFolder, plan: Plan, key: Record) -> Earlier | None:
 
 
 def _run(
-    plan: Plan, folder: OutputFolder, settings: Settings, choice: Choice, key: Record, earlier: Earlier | None
+    plan: Plan,
+    folder: OutputFolder,
+    settings: Settings,
+    choice: Choice,
+    key: Record,
+    earlier: Earlier | None,
+    on_shard: Callable[[str], None] | None,
 ) -> Run:
     """Make every tensor that is not made yet; when this returns, all bytes and the journal are synced."""
     progress = Progress.of(earlier.records if earlier else ())
@@ -149,7 +165,17 @@ def _run(
         checker = Checker(folder.partial, plan, reader) if settings.verify else None
         budget = Budget(settings.max_memory)
         run = Run(
-            plan, shards, reader, spool, journal, choice, budget, checker, settings.on_progress, progress
+            plan,
+            shards,
+            reader,
+            spool,
+            journal,
+            choice,
+            budget,
+            checker,
+            settings.on_progress,
+            progress,
+            on_shard,
         )
         run.execute(settings.workers)
     return run

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
-from . import __version__
 from .errors import UsageError
-from .report import SCHEMA
 
 
 @dataclass(frozen=True)
@@ -24,9 +21,8 @@ class Target:
     def parse(
         cls,
         repo: str | None,
-        *,
-        private: bool,
-        create_pr: bool,
+        private: bool,  # noqa: FBT001 - in the order of the command line
+        create_pr: bool,  # noqa: FBT001
         commit_message: str | None,
         token: str | None,
     ) -> Target | None:
@@ -62,18 +58,3 @@ class Pushed:
     files: tuple[Sent, ...]
     deleted: tuple[str, ...]
     bytes_uploaded: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class PushReport(Pushed):
-    """What was pushed, or would be: the `state` of a file is uploaded, unchanged, or planned."""
-
-    kind: str  # checkpoint | adapter
-    left_behind: tuple[str, ...]
-    dry_run: bool
-    seconds: float
-    command: str = "push"
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as `--json` prints it."""
-        return {"schema": SCHEMA, "version": __version__, **asdict(self)}

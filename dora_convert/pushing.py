@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,15 @@ from filelock import FileLock, Timeout
 
 from . import __version__, card
 from .answers import patiently
-from .checkpoint import OF_TRAINING, is_weight_file
 from .errors import HubError
 from .json_files import read_config
 from .parcel import Parcel, check_receipt, pack
-from .pushed import Pushed, PushReport, Sent, Target
+from .pushed import Pushed, Sent, Target
 from .refs import parse_ref
-from .upload import LARGE, Upload
+from .report import PushReport
+from .sending import commit, is_large
+from .settings import Settings
+from .upload import Upload
 
 Notice = Callable[[str], None]
 
@@ -53,7 +56,7 @@ class Pushing:
         upload.open()
         with contextlib.closing(upload), _remembering(upload, parcel.source.path):
             self._send_large(parcel, upload)
-            made = commit_rest(upload, parcel, self._card(parcel), self._message(parcel))
+            made = commit(upload, parcel.source.path, parcel.names, self._card(parcel), self._message(parcel))
         return self._report(parcel, made)
 
     def _send_large(self, parcel: Parcel, upload: Upload) -> None:
@@ -127,46 +130,6 @@ class Pushing:
         )
 
 
-def is_large(name: str, size: int) -> bool:
-    """Whether a file goes up by itself, before the commit."""
-    return size >= LARGE or (is_weight_file(name) and not name.endswith(".json"))
-
-
-def commit_rest(upload: Upload, parcel: Parcel, readme: bytes, message: str) -> Pushed:
-    """Commit what was sent, with the small files and a card, in place of stale weights.
-
-    A card that is in the repo already, and is not one of ours or was edited, is not replaced by one that nobody has
-    edited.
-    """
-    small: dict[str, Path | bytes] = {
-        name: parcel.path(name)
-        for name in parcel.names
-        if not is_large(name, parcel.path(name).stat().st_size) and name != card.NAME
-    }
-    if not (card.is_unedited(readme) and _has_own_card(upload)):
-        small[card.NAME] = readme
-    return upload.commit(small, stale_weights(upload.there, parcel.names), message)
-
-
-def _has_own_card(upload: Upload) -> bool:
-    """Whether the repo has a README that somebody has written."""
-    there = upload.read(card.NAME)
-    return there is not None and bool(there.strip()) and not card.is_unedited(there)
-
-
-def stale_weights(there: Collection[str], names: Collection[str]) -> list[str]:
-    """Weights in the repo's top folder that a loader would take for part of the model that is pushed."""
-    return sorted(
-        name
-        for name in there
-        if name not in names
-        and "/" not in name
-        and name.startswith(("model", "pytorch_model", "adapter_model"))
-        and name.endswith((".safetensors", ".bin", ".index.json"))
-        and (name.startswith("adapter_model") or not OF_TRAINING.match(name))
-    )
-
-
 @contextlib.contextmanager
 def _remembering(upload: Upload, folder: Path) -> Iterator[None]:
     """The journal of this folder's push to this repo, in the user's cache; without a cache there is none."""
@@ -217,3 +180,17 @@ def _is_on_hub(name: str, token: str | None) -> bool:
         )
     except Exception:  # noqa: BLE001 - then nobody knows, and the card does without
         return False
+
+
+def push_output(out: str, target: Target | None, settings: Settings) -> PushReport | None:
+    """Push what a verb has just published under its final name, if it was asked to.
+
+    Raises HubError with a hint at `push`: OUT is complete whatever the Hub says.
+    """
+    if target is None:
+        return None
+    try:
+        return Pushing(out, target, settings.base_model, None, settings.on_notice).run(dry_run=False)
+    except HubError as error:
+        error.hint = f"{out} is complete; dora-convert push {shlex.quote(out)} {target.repo} goes on"
+        raise

@@ -90,9 +90,9 @@ class Upload:
         self._up = {record["name"]: record for record in earlier.records} if earlier else {}
         self._journal, self._path = Journal(path, key, earlier), path
 
-    def knows(self, name: str) -> bool:
-        """Whether the server has a file of this name from before, so that it need not be here."""
-        return name in self._up
+    def has(self, name: str) -> bool:
+        """Whether a file was sent in this run."""
+        return name in self._files
 
     def send(self, name: str, path: Path) -> None:
         """Upload a file now, unless the server has it; it may be removed afterwards.

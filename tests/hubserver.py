@@ -4,6 +4,7 @@ A repo is a folder. Reading serves its files as they are at that moment, under w
 it. Weights go through the LFS routes, everything else comes inside commits, as on the Hub.
 """
 
+# ruff: noqa: N815, RET502, RET503 - a route ends with its reply
 from __future__ import annotations
 
 import base64
@@ -53,21 +54,21 @@ class Repo:
 
 
 class Hub(ThreadingHTTPServer):
-    """The server. `requests` lists method, path and token of each request; `sent` counts the bytes of bodies."""
+    """The server. `requests` lists method, path and token of each request; `sent` the files read, and how many bytes."""
 
     daemon_threads = True
 
     def __init__(self, repos: dict[str, Path], root: Path):
         super().__init__(("127.0.0.1", 0), Handler)
         self.repos = dict(repos)
-        self.state = {name: Repo(folder) for name, folder in repos.items()}
+        self.state: dict[str, Repo] = {}
         self.root, self.requests, self.gated = root, [], set()
         self.blobs: dict[str, bytes] = {}
         self.uploads: list[str] = []
         self.created: list[dict] = []
         self.messages: list[str] = []
         self.faults: list[Fault] = []
-        self.sent = 0
+        self.sent: list[tuple[str, int]] = []
         self.taken: set[str] = set()
         self.lock = threading.Lock()
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -151,7 +152,6 @@ class Handler(BaseHTTPRequestHandler):
                 self.wfile.write(body[: len(body) // 2])
                 return self.hang_up()
             self.wfile.write(body)
-            self.server.sent += len(body)
         return None
 
     def refuse(self, status, code, message=None):
@@ -160,12 +160,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def repo(self, name) -> Repo | None:
         """A repo that may be seen; else the refusal is sent."""
-        if name not in self.server.state:
+        if name not in self.server.repos:
             self.refuse(404, "RepoNotFound", "Repository not found")
         elif name in self.server.gated:
             self.refuse(403, "GatedRepo")
         else:
-            return self.server.state[name]
+            return self.server.state.setdefault(name, Repo(self.server.repos[name]))
         return None
 
     # reading
@@ -179,7 +179,14 @@ class Handler(BaseHTTPRequestHandler):
         if not (commit := repo.commit_of(revision or "main")):
             return self.refuse(404, "RevisionNotFound")
         siblings = [{"rfilename": file} for file in repo.files()]
-        body = {"_id": "1", "id": name, "sha": commit, "siblings": siblings, "private": repo.private, "tags": []}
+        body = {
+            "_id": "1",
+            "id": name,
+            "sha": commit,
+            "siblings": siblings,
+            "private": repo.private,
+            "tags": [],
+        }
         self.reply(200, body)
 
     def tree(self, name, _revision):
@@ -202,16 +209,24 @@ class Handler(BaseHTTPRequestHandler):
         if wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or ""):
             start, stop = int(wanted[1]), min(int(wanted[2] or len(data) - 1), len(data) - 1)
             headers["Content_Range"] = f"bytes {start}-{stop}/{len(data)}"
+            self.count(f"{name}/{file}", len(data[start : stop + 1]))
             return self.reply(206, data[start : stop + 1], **headers)
+        self.count(f"{name}/{file}", len(data))
         self.reply(200, data, Content_Length=len(data), **headers)
+
+    def count(self, name, nbytes):
+        if self.command == "GET":
+            self.server.sent.append((name, nbytes))
 
     # writing
 
     def create(self):
         asked = json.loads(self.body)
         name = f"{asked.get('organization') or 'me'}/{asked['name']}"
-        if name in self.server.state or name in self.server.taken:
-            return self.reply(409, {"error": f"You already created {name}", "url": f"{self.server.url}/{name}"})
+        if name in self.server.repos or name in self.server.taken:
+            return self.reply(
+                409, {"error": f"You already created {name}", "url": f"{self.server.url}/{name}"}
+            )
         folder = self.server.root / "created" / name
         folder.mkdir(parents=True)
         self.server.created.append(asked)
@@ -279,7 +294,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def content(self, line):
         value = line["value"]
-        return base64.b64decode(value["content"]) if line["key"] == "file" else self.server.blobs[value["oid"]]
+        return (
+            base64.b64decode(value["content"]) if line["key"] == "file" else self.server.blobs[value["oid"]]
+        )
 
 
 def entry(name, path):

@@ -12,6 +12,7 @@ import pytest
 from .hubserver import COMMIT, Hub
 from .toy import contents, edit_json, make_adapter, make_base
 
+
 @pytest.fixture
 def hub(tmp_path):
     """A Hub with a base, whose repo also has weights in other formats, and an adapter for it."""

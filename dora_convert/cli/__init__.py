@@ -23,8 +23,8 @@ COMMANDS = {
     "inspect": "what is this? headers only, local or remote",
     "push": "upload a checkpoint or an adapter, with a model card",
 }
-READING = frozenset({"verify", "inspect"})
-"""Verbs that write nothing anyway."""
+READING = frozenset({"verify", "inspect", "push"})
+"""Verbs that write nothing here anyway."""
 
 
 class Lazy(click.Group):

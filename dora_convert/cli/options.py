@@ -74,6 +74,11 @@ repo = stack(
     click.option("--commit-message", metavar="TEXT", help="Of the commit or the pull request."),
 )
 
+pushing = stack(
+    click.option("--push-to-hub", metavar="REPO_ID", help="Upload the result, too, as it is made."),
+    repo,
+)
+
 base_model = stack(
     click.option(
         "--base-model",

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-from ..card import check_base_model
 from ..errors import RefError
-from ..pushed import PushReport, Target
+from ..pushed import Target
 from ..pushing import Pushing
 from ..refs import PathLike
+from ..report import PushReport
+from ..settings import check_base_model
 
 
 def push(
