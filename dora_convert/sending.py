@@ -12,13 +12,12 @@ from . import card
 from .checkpoint import OF_TRAINING, RECORD, is_weight_file, list_files
 from .folder import LOCK
 from .journal import NAME as JOURNAL
+from .journal import UPLOADS
 from .pushed import Pushed, Target
 from .undo import SPOOL
 from .upload import LARGE, Upload
 
-UPLOADS = f"{RECORD}/uploads.jsonl"
-"""The journal of an upload from OUT.partial."""
-NOT_OF_OUT = {LOCK, UPLOADS, f"{RECORD}/{JOURNAL}", f"{RECORD}/{SPOOL}"}
+NOT_OF_OUT = {LOCK, *(f"{RECORD}/{name}" for name in (JOURNAL, UPLOADS, SPOOL))}
 """Files of OUT.partial that OUT does not have."""
 
 
@@ -112,7 +111,7 @@ class Output:
     def start(self, folder: Path) -> Callable[[str], None]:
         """Begin with OUT.partial, or go on from where an earlier run was cut off; what to call with each shard."""
         self._folder = folder
-        self._upload.remember(folder / UPLOADS)
+        self._upload.remember(folder / RECORD / UPLOADS)
         self._shards = Shards(self._upload, folder)
         return self._shards.add
 

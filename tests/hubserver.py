@@ -10,7 +10,10 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -24,7 +27,7 @@ LFS = (".safetensors", ".bin", ".gguf")
 
 @dataclass
 class Fault:
-    """What goes wrong with the next few requests that match: a status, a broken connection, or wrong bytes."""
+    """What goes wrong with the next few requests that match: a status, a broken connection, wrong bytes, or a wait."""
 
     pattern: str
     times: int
@@ -33,6 +36,9 @@ class Fault:
     message: str = "because the test says so"
     cut: bool = False
     corrupt: bool = False
+    hold: bool = False
+    reached: threading.Event = field(default_factory=threading.Event)
+    released: threading.Event = field(default_factory=threading.Event)
 
 
 @dataclass
@@ -77,9 +83,10 @@ class Hub(ThreadingHTTPServer):
     def url(self):
         return f"http://127.0.0.1:{self.server_port}"
 
-    def fail(self, pattern: str, status: int = 0, *, times: int = 1, **how) -> None:
+    def fail(self, pattern: str, status: int = 0, *, times: int = 1, **how) -> Fault:
         """Let the next requests whose "METHOD /path" matches go wrong."""
         self.faults.append(Fault(pattern, times, status, **how))
+        return self.faults[-1]
 
     def fault_of(self, request: str) -> Fault | None:
         with self.lock:
@@ -112,6 +119,10 @@ class Handler(BaseHTTPRequestHandler):
         request = f"{self.command} {path}"
         self.server.requests.append((self.command, path, self.headers.get("Authorization")))
         self.fault = self.server.fault_of(request)
+        if self.fault and self.fault.hold:
+            self.fault.reached.set()
+            self.fault.released.wait(60)
+            return self.hang_up()
         if self.fault and self.fault.cut and self.command in ("PUT", "POST"):
             return self.hang_up()
         self.body = self.read_body()
@@ -326,3 +337,27 @@ ROUTES = [
     (r"PUT /lfs/([0-9a-f]{64})", Handler.put),
     (r"POST /api/models/([^/]+/[^/]+)/commit/(.+)", Handler.commit),
 ]
+
+
+def run(hub, home, *words, **environment):
+    """The command in a process of its own: huggingface_hub reads its environment once."""
+    done = subprocess.run(
+        command(*words), check=False, capture_output=True, text=True, env=settings(hub, home, **environment)
+    )
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def command(*words):
+    return [sys.executable, "-m", "dora_convert", *map(str, words)]
+
+
+def settings(hub, home, **environment):
+    """The environment in which huggingface_hub talks to this server over LFS."""
+    env = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
+    return env | {
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_ETAG_TIMEOUT": "2",
+        "HF_TOKEN": "hf_secret",
+        **environment,
+    }

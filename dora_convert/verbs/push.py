@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable
 
 from ..errors import RefError
@@ -36,9 +37,9 @@ def push(
     receipt says, HubError for what the Hub refuses.
     """
     check_base_model(base_model)
-    if "/" not in os.path.normpath(repo_id) and os.path.isdir(repo_id) and not os.path.isdir(folder):  # noqa: PTH112
-        raise RefError(
-            f"DIR and REPO_ID are swapped: {repo_id} is a folder.", hint=f"push {repo_id} {folder}"
-        )
+    given = os.fspath(folder)
+    if not os.path.isdir(given) and os.path.isdir(repo_id):  # noqa: PTH112
+        hint = shlex.join(["dora-convert", "push", repo_id, given])
+        raise RefError(f"DIR and REPO_ID are swapped: {repo_id} is a folder.", hint=hint)
     target = Target(repo_id, private, create_pr, commit_message, token)
-    return Pushing(os.fspath(folder), target, base_model, on_progress, on_notice).run(dry_run=dry_run)
+    return Pushing(given, target, base_model, on_progress, on_notice).run(dry_run=dry_run)
