@@ -28,10 +28,11 @@ if TYPE_CHECKING:
     )
     from .inspected import AdapterReport, CheckpointReport
     from .made import MadeDryRun, MadeReport
-    from .report import DryRunReport, MergeReport, Recovered, UnmergeReport
+    from .report import DryRunReport, MergeReport, PushReport, Recovered, UnmergeReport
     from .verbs.from_lora import from_lora
     from .verbs.inspect import inspect
     from .verbs.merge import merge
+    from .verbs.push import push
     from .verbs.unmerge import unmerge
     from .verbs.verify import verify
     from .verified import VerifyReport
@@ -43,10 +44,11 @@ _MODULES = {
     ),
     "inspected": ("AdapterReport", "CheckpointReport"),
     "made": ("MadeDryRun", "MadeReport"),
-    "report": ("DryRunReport", "MergeReport", "Recovered", "UnmergeReport"),
+    "report": ("DryRunReport", "MergeReport", "PushReport", "Recovered", "UnmergeReport"),
     "verbs.from_lora": ("from_lora",),
     "verbs.inspect": ("inspect",),
     "verbs.merge": ("merge",),
+    "verbs.push": ("push",),
     "verbs.unmerge": ("unmerge",),
     "verbs.verify": ("verify",),
     "verified": ("VerifyReport",),
@@ -67,6 +69,7 @@ __all__ = [
     "NumericalError",
     "OutputError",
     "PlanError",
+    "PushReport",
     "Recovered",
     "RefError",
     "UnmergeReport",
@@ -78,6 +81,7 @@ __all__ = [
     "from_lora",
     "inspect",
     "merge",
+    "push",
     "unmerge",
     "verify",
 ]

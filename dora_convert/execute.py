@@ -7,6 +7,7 @@ decides: its bytes do not depend on how many workers there are, in which order t
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -176,8 +177,11 @@ class Run:
     checker: Checker | None
     on_progress: Callable[[int, int], None] | None
     progress: Progress
+    on_shard: Callable[[str], None] | None = None
+    """Called with the name of each shard once all of it is written and, if it is checked, right; by workers."""
     written: int = 0
     _skipped: int = 0
+    _waiting: Counter[str] = field(default_factory=Counter)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _crew: Crew = field(init=False)
 
@@ -194,6 +198,10 @@ class Run:
         self._skipped = self.plan.bytes_out - sum(
             [*(copy.length for copy in copies), *(item.nbytes for item in items)]
         )
+        self._waiting.update([*(copy.shard for copy in copies), *map(self.shards.shard_of, items)])
+        for shard in self.plan.shards:
+            if not self._waiting[shard.filename]:
+                self._finish(shard.filename)
         tasks = [partial(self._copy, copy) for copy in copies] + [partial(self._make, item) for item in items]
         tasks += [partial(self._keep, tensor) for tensor in self._unkept()]
         self._crew.run(workers, tasks)
@@ -207,6 +215,7 @@ class Run:
         self.shards.copy(copy, self.reader)
         self.journal.add(copy_record(copy), [self.shards.descriptor(copy.shard)])
         self.advance(copy.length)
+        self._finish(copy.shard)
 
     def _make(self, item: Item, lane: Lane) -> None:
         with self.budget.holding(self.plan.cost(item)):
@@ -220,6 +229,15 @@ class Run:
         if not (verdict and verdict.wrong):
             files = [self.shards.descriptor(self.shards.shard_of(item)), self.spool.descriptor]
             self.journal.add(done_record(item.name, done), files)
+            self._finish(self.shards.shard_of(item))
+
+    def _finish(self, shard: str) -> None:
+        """Count a part of a shard as done; the last one makes it ready."""
+        with self._lock:
+            self._waiting[shard] -= 1
+            ready = self._waiting[shard] <= 0
+        if ready and self.on_shard:
+            self.on_shard(shard)
 
     def _unkept(self) -> list[Stored]:
         """The base's tensors of which nothing is in the output, as far as they are not in the record yet."""

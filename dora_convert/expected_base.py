@@ -48,7 +48,7 @@ class ExpectedBase(Expected):
     def bound(self, rows: Sequence[int], x: Tensor, *, rounded_once: bool) -> Tensor:  # noqa: ARG002 - always is
         """How far from x an honest result may be: the arithmetic of one rounding, through the inverse."""
         merged, share = self.before(rows), self._share(rows)
-        slack = (x.shape[1] ** 0.5 + 6) * EPSILON * (x.abs() + (merged / share).abs())
+        slack: Tensor = (x.shape[1] ** 0.5 + 6) * EPSILON * (x.abs() + (merged / share).abs())
         for edit, part in zip(self.item.edits, self._parts(merged, rows), strict=True):
             slack += (edit.weight * part.f / share).abs() * (part.terms + 2) * EPSILON * part.size()
         return half_ulp(x, self.item.dtype) + slack.nan_to_num(0.0, 0.0, 0.0)

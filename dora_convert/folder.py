@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from .checkpoint import RECORD
 from .errors import MalformedError, OutputError
 from .journal import NAME as JOURNAL
-from .journal import sync_path
+from .journal import UPLOADS, sync_path
 from .sizes import format_size
 from .undo import SPOOL
 
@@ -204,6 +204,7 @@ class OutputFolder:
         (self.record / JOURNAL).unlink()
         sync_path(self.record)
         (self.record / SPOOL).unlink()
+        (self.record / UPLOADS).unlink(missing_ok=True)
         self._unlock()
         sync_path(self.record)
         if not any(self.record.iterdir()):  # an adapter has no record

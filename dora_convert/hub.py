@@ -5,12 +5,12 @@ Downloads go through huggingface_hub and its cache. Tokens are handed to it and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from .answers import explained, patiently, unreachable
 from .checkpoint import RECORD, is_weight_file, weight_entry, weight_map
-from .errors import HubError, RefError
+from .errors import HubError
 from .refs import HubRef, Source, local_source, parse_ref
 
 ANCHORS = ("adapter_config.json", "config.json", "model.safetensors")
@@ -46,10 +46,10 @@ def _download(
     prefix = f"{ref.subfolder}/" if ref.subfolder else ""
     with explained(ref, what):
         try:
-            info = HfApi(token=token).model_info(ref.repo, revision=ref.revision)
+            info = patiently(lambda: HfApi(token=token).model_info(ref.repo, revision=ref.revision))
         except HfHubHTTPError:
             raise
-        except _unreachable() as error:
+        except unreachable() as error:
             return _cached(ref, prefix, what, error)
         names = [sibling.rfilename for sibling in info.siblings or ()]
         inside = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
@@ -66,7 +66,7 @@ def _download(
         folder = get(chosen)
         if index := next((name for name in chosen if name.endswith(".index.json")), None):
             get(sorted(set(weight_map(folder / index).values())))
-    return Source(folder, ref.repo, ref.repo, info.sha)
+    return Source(folder, ref.repo, ref.repo, info.sha, ref.subfolder)
 
 
 def _cached(ref: HubRef, prefix: str, what: str, error: Exception) -> Source:
@@ -77,7 +77,7 @@ def _cached(ref: HubRef, prefix: str, what: str, error: Exception) -> Source:
         found = try_to_load_from_cache(ref.repo, prefix + name, revision=ref.revision)
         if isinstance(found, str):
             commit = Path(found.removesuffix(prefix + name)).name
-            return Source(Path(found).parent, ref.repo, ref.repo, commit)
+            return Source(Path(found).parent, ref.repo, ref.repo, commit, ref.subfolder)
     raise HubError(
         f"{what} {ref} is no local path, the Hub cannot be reached, and the cache has no copy.",
         hint="check the spelling and the connection",
@@ -105,43 +105,3 @@ def wanted_of_adapter(names: Sequence[str]) -> list[str]:
         for name in names
         if "/" not in name and (name.startswith("adapter_") or not is_weight_file(name))
     ]
-
-
-def _unreachable() -> tuple[type[Exception], ...]:
-    """What huggingface_hub lets through when there is no connection: its HTTP library's errors, whichever that is."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    foreign: list[type[Exception]] = [
-        base
-        for base in HfHubHTTPError.__mro__
-        if issubclass(base, Exception)
-        and base.__module__.partition(".")[0] not in ("builtins", "huggingface_hub")
-    ]
-    return (ConnectionError, TimeoutError, *foreign)
-
-
-@contextmanager
-def explained(ref: HubRef, what: str) -> Iterator[None]:
-    """Turn huggingface_hub's exceptions into ours."""
-    from huggingface_hub import errors
-
-    other: tuple[type[Exception], ...] = (errors.HfHubHTTPError, *_unreachable())
-    try:
-        yield
-    except errors.HFValidationError as error:
-        raise RefError(
-            f"{what} {ref} is no name of a repo.", hint="a Hub repo is written org/name"
-        ) from error
-    except errors.GatedRepoError as error:
-        raise HubError(
-            f"{what} {ref} is gated.", hint="ask for access on its page, then hf auth login"
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise HubError(
-            f"{what} {ref} is neither a local path nor a repo on the Hub that you may see.",
-            hint="check the spelling; for a private repo, hf auth login",
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise HubError(f"{what} {ref}: the repo has no revision {ref.revision}.") from error
-    except other as error:
-        raise HubError(f"{what} {ref}: the Hub answered: {str(error).splitlines()[0]}") from error

@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 NAME = "journal.jsonl"
+UPLOADS = "uploads.jsonl"
+"""Beside it, in the same form: what of OUT.partial is on the Hub already."""
 BATCH_SECONDS = 0.1
 _NO_FOLDER_SYNC = {errno.EACCES, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 
-from . import receipt, undo
+from . import __version__, receipt, undo
 from .checkpoint import RECORD
 from .checks import doubt_base, scan_adapter
 from .digests import sha256
@@ -14,14 +14,17 @@ from .folder import OutputFolder
 from .plan import Plan
 from .report import MergeReport
 from .running import Hashes, earlier, judge, run, run_key
+from .sending import Output
 from .settings import Settings
-from .sidefiles import SideFile, base_files, originals, side_files
+from .sidefiles import SideFile, base_files, card_of, originals, side_files, with_checks
 from .undo import Part, Spool
 from .workspace import entered, settle
 
 
-def produce(plan: Plan, folder: OutputFolder, settings: Settings) -> MergeReport:
-    """Run a merge's plan and publish the result.
+def produce(
+    plan: Plan, folder: OutputFolder, settings: Settings, upload: Output | None = None
+) -> MergeReport:
+    """Run a merge's plan and publish the result, on the Hub, too, where `upload` is given.
 
     Raises UsageError for a device or a memory budget that will not do, NumericalError for NaN, Inf and overflow,
     OutputError for a disk that does not take the result, VerificationError when the self-check fails. OUT does not
@@ -36,11 +39,17 @@ def produce(plan: Plan, folder: OutputFolder, settings: Settings) -> MergeReport
     with entered(folder):
         key = run_key(plan, hashes, choice)
         before = earlier(folder, plan, key)
-        done = run(plan, folder, settings, choice, key, before)
+        on_shard = upload.start(folder.partial) if upload else None
+        done = run(plan, folder, settings, choice, key, before, on_shard)
         verdict = judge(plan, done.progress.done) if settings.verify else None
         if _same(plan, done.progress.done):
             settings.warn("the adapter changes nothing: every element is as it was in the base")
+        if verdict:
+            files = with_checks(files, plan, settings.base_model, verdict.rows())
         _write_files(plan, folder, done, files, hashes)
+        pushed = (
+            upload.finish(card_of(files, plan), f"Merge with dora-convert {__version__}") if upload else None
+        )
         folder.publish()
     return MergeReport.of(
         plan,
@@ -50,6 +59,7 @@ def produce(plan: Plan, folder: OutputFolder, settings: Settings) -> MergeReport
         verdict,
         written=done.written,
         resumed=bool(before and before.records),
+        pushed=pushed,
     )
 
 

@@ -45,11 +45,15 @@ class Source:
     name: str
     repo: str | None = None
     commit: str | None = None
+    subfolder: str = ""
 
     @property
     def title(self) -> str:
-        """How receipts and cards call it: never a path."""
-        return f"{self.repo}@{self.commit}" if self.repo else self.name
+        """How receipts and cards call it, as a REF: never a path."""
+        if not self.repo:
+            return self.name
+        pinned = f"{self.repo}@{self.commit}"
+        return f"hf://{pinned}/{self.subfolder}" if self.subfolder else pinned
 
 
 def parse_ref(ref: str, what: str = "REF") -> Path | HubRef:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .answers import explained
 from .checkpoint import (
     PICKLES,
     RECORD,
@@ -25,7 +26,7 @@ from .checkpoint import (
     weight_map,
 )
 from .errors import Fault, MalformedError, RefError, UnsupportedError
-from .hub import explained, fetch
+from .hub import fetch
 from .json_files import read_config
 from .refs import HubRef, Source, parse_ref
 from .stored import BITS, Stored

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .plan import Plan
+from .pushed import Pushed
 from .settings import Settings
 from .sizes import peak_memory
 
@@ -79,6 +80,7 @@ class MergeReport(Report):
     resumed: bool
     verified: Verified | None
     lost: float | None
+    pushed: Pushed | None = None
 
     @classmethod
     def of(
@@ -91,6 +93,7 @@ class MergeReport(Report):
         *,
         written: int,
         resumed: bool,
+        pushed: Pushed | None = None,
     ) -> MergeReport:
         """The report of a finished merge; `lost` is the share of the change that rounding took, on the sample."""
         found = None
@@ -105,6 +108,7 @@ class MergeReport(Report):
             resumed=resumed,
             verified=found,
             lost=verdict.lost if verdict else None,
+            pushed=pushed,
         )
 
 
@@ -172,3 +176,18 @@ class DryRunReport(Report):
             "least_memory": plan.memory,
         }
         return cls(**(_common(plan, settings, out) | {"command": command}), plan=numbers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushReport(Pushed):
+    """What was pushed, or would be: the `state` of a file is uploaded, unchanged, or planned."""
+
+    kind: str  # checkpoint | adapter
+    left_behind: tuple[str, ...]
+    dry_run: bool
+    seconds: float
+    command: str = "push"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as `--json` prints it."""
+        return {"schema": SCHEMA, "version": __version__, **asdict(self)}

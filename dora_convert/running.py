@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 
 from . import undo
@@ -36,7 +36,13 @@ def earlier(folder: OutputFolder, plan: Plan, key: Record) -> Earlier | None:
 
 
 def run(
-    plan: Plan, folder: OutputFolder, settings: Settings, choice: Choice, key: Record, earlier: Earlier | None
+    plan: Plan,
+    folder: OutputFolder,
+    settings: Settings,
+    choice: Choice,
+    key: Record,
+    earlier: Earlier | None,
+    on_shard: Callable[[str], None] | None = None,
 ) -> Run:
     """Make every tensor that is not made yet; when this returns, all bytes and the journal are synced."""
     progress = Progress.of(earlier.records if earlier else ())
@@ -49,7 +55,17 @@ def run(
         checker = Checker(folder.partial, plan, reader) if settings.verify else None
         budget = Budget(settings.max_memory)
         running = Run(
-            plan, shards, reader, spool, journal, choice, budget, checker, settings.on_progress, progress
+            plan,
+            shards,
+            reader,
+            spool,
+            journal,
+            choice,
+            budget,
+            checker,
+            settings.on_progress,
+            progress,
+            on_shard,
         )
         running.execute(settings.workers)
     return running

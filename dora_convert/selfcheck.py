@@ -66,6 +66,16 @@ class Verdict:
         """Share of the change's norm lost to rounding; None where nothing changes."""
         return math.sqrt(self.rounding / self.change) if self.change else None
 
+    def rows(self) -> list[tuple[str, str]]:
+        """What was found, as a model card tells it."""
+        lost = [] if self.lost is None else [("share of the change lost to rounding", f"{self.lost:.2%}")]
+        return [
+            ("elements compared", f"{self.checked:,}"),
+            ("wrong", f"{self.wrong:,}"),
+            ("largest distance from the rounded result", f"{self.max_ulp} ulp"),
+            *lost,
+        ]
+
 
 class Checker:
     """Compares tensors of a written folder, whose headers it reads back from the disk, with what they should be."""

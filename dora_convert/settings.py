@@ -19,6 +19,7 @@ DTYPES = {"auto": None} | {name: dtype for dtype, name in CONFIG_DTYPES.items()}
 COMPUTE_DTYPES = {"auto": "F64", "float64": "F64", "float32": "F32"}
 UNDO = {"norms": "norms", "exact": "exact", "none": "none"}
 MOST_WORKERS = 8
+REPO_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 Value = TypeVar("Value")
 
@@ -39,6 +40,10 @@ class Settings:
     started: float = field(default_factory=time.monotonic)
     warnings: list[str] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        """UsageError where --base-model is no repo id."""
+        check_base_model(self.base_model)
+
     @classmethod
     def parse(
         cls, device: str, compute_dtype: str, max_memory: str | int, workers: int | None, *others: Any
@@ -58,6 +63,12 @@ class Settings:
         """Tell the caller something that the report repeats."""
         self.warnings.append(text)
         self.notify(f"warning: {text}")
+
+
+def check_base_model(given: str | None) -> None:
+    """UsageError where --base-model is no repo id: cards name no paths."""
+    if given is not None and not REPO_ID.fullmatch(given):
+        raise UsageError(f"--base-model {given!r} is no repo id.", hint="it is written org/name")
 
 
 def chosen(name: str, choices: Mapping[str, Value], option: str) -> Value:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -119,6 +119,22 @@ def restored_files(merged: Checkpoint, record: Record, plan: Plan) -> list[SideF
     before = merged.root / RECORD / PREVIOUS
     earlier = list_files(before) if before.is_dir() else []
     return [*found, *(SideFile(f"{RECORD}/{name}", before / name, "restored") for name in earlier)]
+
+
+def with_checks(
+    files: Sequence[SideFile], plan: Plan, base_model: str | None, checks: Sequence[tuple[str, str]]
+) -> list[SideFile]:
+    """The same files, the card with what the self-check has found."""
+    made = card.card_bytes(plan, base_model, checks)
+    return [replace(file, source=made) if file.name == card.NAME else file for file in files]
+
+
+def card_of(files: Sequence[SideFile], plan: Plan) -> bytes:
+    """The card among the files; of a base that is a single file, whose OUT has none, a new one."""
+    for file in files:
+        if file.name == card.NAME and isinstance(file.source, bytes):
+            return file.source
+    return card.card_bytes(plan, None)
 
 
 def _readable(path: Path) -> Path:

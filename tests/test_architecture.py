@@ -16,14 +16,15 @@ ORDER = [
     "ties", "adapter", "outgoing", "formats/peft_fields", "formats/peft_types", "formats/peft_config",
     "formats/peft_modules", "formats/peft_names", "formats/peft_save", "formats/peft", "formats/__init__",
     "names", "placing", "plan", "layout", "replicas", "configs", "draft", "planner", "orders", "settings",
-    "journal", "undo", "hub", "remote", "gather", "card", "digests", "record", "sidefiles", "folder",
-    "writer", "maths", "factoring", "memory", "precision", "lane", "operands", "checks", "packing",
+    "journal", "undo", "answers", "hub", "remote", "gather", "card", "digests", "record", "sidefiles",
+    "folder", "writer", "maths", "factoring", "memory", "precision", "lane", "operands", "checks", "packing",
     "inverse", "keeping", "ulps", "rows", "recover", "make", "expected", "expected_base", "selfcheck",
-    "execute", "receipt", "unmerging", "report", "inspected", "census", "inspection", "workspace", "running",
-    "produce", "craft", "made", "magnitudes", "parity", "causes", "differences", "verified", "page",
-    "verification", "heavy", "making", "verbs/__init__", "verbs/merge", "verbs/inspect", "verbs/verify",
-    "verbs/from_lora", "restoring", "verbs/unmerge", "__init__", "cli/sink", "cli/options", "cli/merge",
-    "cli/made", "cli/from_lora", "cli/inspect", "cli/verify", "cli/__init__", "cli/unmerge", "__main__",
+    "execute", "receipt", "unmerging", "pushed", "report", "inspected", "census", "inspection", "workspace",
+    "running", "upload", "sending", "produce", "craft", "made", "magnitudes", "parity", "causes",
+    "differences", "verified", "page", "verification", "heavy", "making", "verbs/__init__", "verbs/merge",
+    "verbs/inspect", "verbs/verify", "verbs/from_lora", "restoring", "verbs/unmerge", "parcel", "pushing",
+    "verbs/push", "__init__", "cli/sink", "cli/options", "cli/merge", "cli/made", "cli/from_lora",
+    "cli/inspect", "cli/verify", "cli/__init__", "cli/unmerge", "cli/push", "__main__",
 ]  # fmt: skip
 """Every module comes after all that it imports."""
 

@@ -2,104 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 import pytest
 
+from .hubserver import COMMIT, Hub
 from .toy import contents, edit_json, make_adapter, make_base
-
-COMMIT = {"main": "a" * 40, "v2": "b" * 40}
-
-
-class Hub(ThreadingHTTPServer):
-    """A read-only Hub: repos are folders, every revision serves the same files under a commit of its own."""
-
-    def __init__(self, repos: dict[str, Path]):
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.repos, self.requests, self.gated = repos, [], set()
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.server_port}"
-
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: Hub
-
-    def log_message(self, *_):
-        pass
-
-    def reply(self, status, body=b"", **headers):
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), str(value))
-        if "Content_Length" not in headers:
-            self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def refuse(self, status, code):
-        self.reply(status, json.dumps({"error": code}).encode(), X_Error_Code=code, X_Error_Message=code)
-
-    def do_GET(self):
-        path = unquote(urlsplit(self.path).path)
-        self.server.requests.append((self.command, path, self.headers.get("Authorization")))
-        words = path.strip("/").split("/")
-        if words[:2] == ["api", "models"]:
-            return self.model("/".join(words[2:4]), words[4:])
-        if len(words) > 4 and words[2] == "resolve":
-            return self.file("/".join(words[:2]), words[3], "/".join(words[4:]))
-        return self.refuse(404, "NotFound")
-
-    do_HEAD = do_GET  # noqa: N815
-
-    def files(self, repo):
-        root = self.server.repos[repo]
-        return {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*")) if path.is_file()}
-
-    def model(self, repo, rest):
-        revision = rest[1] if rest else "main"
-        if repo not in self.server.repos:
-            return self.refuse(404, "RepoNotFound")
-        if repo in self.server.gated:
-            return self.refuse(403, "GatedRepo")
-        if revision not in {*COMMIT, *COMMIT.values()}:
-            return self.refuse(404, "RevisionNotFound")
-        commit = COMMIT.get(revision, revision)
-        if rest[:1] == ["tree"]:
-            entries = [
-                {"type": "file", "path": name, "size": path.stat().st_size, "oid": _oid(path)}
-                for name, path in self.files(repo).items()
-            ]
-            return self.reply(200, json.dumps(entries).encode(), Content_Type="application/json")
-        siblings = [{"rfilename": name} for name in self.files(repo)]
-        body = {"_id": "1", "id": repo, "sha": commit, "siblings": siblings, "private": False, "tags": []}
-        return self.reply(200, json.dumps(body).encode(), Content_Type="application/json")
-
-    def file(self, repo, revision, name):
-        if repo not in self.server.repos or name not in self.files(repo):
-            return self.refuse(404, "EntryNotFound")
-        data = self.files(repo)[name].read_bytes()
-        headers = {
-            "X_Repo_Commit": COMMIT.get(revision, revision),
-            "ETag": f'"{_oid(self.files(repo)[name])}"',
-        }
-        return self.reply(200, data, Content_Length=len(data), **headers)
-
-
-def _oid(path):
-    return hashlib.sha1(path.read_bytes()).hexdigest()
 
 
 @pytest.fixture
@@ -118,7 +29,7 @@ def hub(tmp_path):
     make_adapter(root / "many", base, dora=False).rename(root / "many-x")
     (root / "many").mkdir()
     (root / "many-x").rename(root / "many" / "style")
-    server = Hub({"org/base": base.path, "me/adapter": adapter, "me/many": root / "many"})
+    server = Hub({"org/base": base.path, "me/adapter": adapter, "me/many": root / "many"}, root)
     yield server
     server.shutdown()
     server.server_close()

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import dora_convert
 from dora_convert.cli import main
 
-from .test_hub import COMMIT, Hub, _Handler
+from .hubserver import COMMIT, Hub
 from .toy import (
     HIDDEN,
     VOCABULARY,
@@ -486,24 +486,6 @@ MOST = 100_001
 """Bytes that huggingface_hub asks for of a weight file, as most headers are shorter."""
 
 
-class _Ranges(_Handler):
-    """Files in ranges, and how many bytes of each were sent."""
-
-    def file(self, repo, revision, name):
-        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("range", ""))
-        if self.command == "GET":
-            size = len(self.files(repo)[name].read_bytes()) if name in self.files(repo) else 0
-            sent = min(size, int(wanted[2]) + 1 - int(wanted[1])) if wanted else size
-            self.server.sent.append((f"{repo}/{name}", sent))
-        if not wanted or name not in self.files(repo):
-            return super().file(repo, revision, name)
-        data = self.files(repo)[name].read_bytes()
-        part = data[int(wanted[1]) : int(wanted[2]) + 1]
-        return self.reply(
-            206, part, Content_Range=f"bytes {wanted[1]}-{int(wanted[1]) + len(part) - 1}/{len(data)}"
-        )
-
-
 @pytest.fixture
 def hub(tmp_path):
     """A Hub with a base in shards that are larger than their headers, its merged copy, and adapters."""
@@ -528,8 +510,7 @@ def hub(tmp_path):
     write_json(old / "config.json", {"model_type": "llama"})
     repos = {"org/base": base.path, "me/adapter": adapter, "me/many": root / "many", "org/old": old,
              "org/single": single.path}  # fmt: skip
-    server = Hub(repos)
-    server.RequestHandlerClass, server.sent = _Ranges, []
+    server = Hub(repos, root)
     yield server
     server.shutdown()
     server.server_close()
@@ -626,7 +607,7 @@ def test_remote_subfolders(hub, remote):
     assert "Hint: name one of them, such as hf://me/many/style" in err
     assert weights_sent(hub) == {}
     code, out, err = remote("inspect", "hf://me/many/style", "-q")
-    assert (code, out) == (0, f"adapter me/many@{COMMIT['main']}\n"), err
+    assert (code, out) == (0, f"adapter hf://me/many@{COMMIT['main']}/style\n"), err
 
 
 def test_remote_pickles(hub, remote, tmp_path):

@@ -23,9 +23,10 @@ COMMANDS = {
     "from-lora": "LoRA to DoRA, outputs preserved",
     "verify": "does a merged checkpoint do what base + adapter do?",
     "inspect": "what is this? headers only, local or remote",
+    "push": "upload a checkpoint or an adapter, with a model card",
 }
-READING = frozenset({"verify", "inspect"})
-"""Verbs that write nothing anyway."""
+READING = frozenset({"verify", "inspect", "push"})
+"""Verbs that write nothing here anyway."""
 
 
 class Lazy(click.Group):

@@ -34,9 +34,8 @@ from .sink import Sink
 @click.option("--verify/--no-verify", default=True, help="Check a sample of the output before publishing it.")
 @options.matching
 @options.reading
-@click.option(
-    "--base-model", metavar="ID", help="The base's repo id for the model card, where BASE is a path."
-)
+@options.base_model
+@options.pushing
 @options.writing
 @options.hub
 @options.talk

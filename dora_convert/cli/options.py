@@ -68,6 +68,24 @@ hub = stack(
     click.option("--token", metavar="TOKEN", help="Hub token; better is HF_TOKEN or hf auth login."),
 )
 
+repo = stack(
+    click.option("--private", is_flag=True, help="Create the repo private; default as the account has it."),
+    click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing."),
+    click.option("--commit-message", metavar="TEXT", help="Of the commit or the pull request."),
+)
+
+pushing = stack(
+    click.option("--push-to-hub", metavar="REPO_ID", help="Upload the result, too, as it is made."),
+    repo,
+)
+
+base_model = stack(
+    click.option(
+        "--base-model",
+        metavar="ID",
+        help="The base's repo id for card and config, where only a path is known.",
+    ),
+)
 adapters_out = stack(
     click.option("--format", default="peft", show_default=True, metavar="NAME", help="Format of the adapter that is written."),
     click.option(
@@ -76,7 +94,7 @@ adapters_out = stack(
         default="auto",
         help="Of the tensors written, magnitudes excepted; auto keeps each one's own, float32 for computed ones.",
     ),
-    click.option("--base-model", metavar="ID", help="The base's repo id for config and card, where BASE is a path."),
+    base_model,
 )  # fmt: skip
 
 writing = stack(

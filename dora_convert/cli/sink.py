@@ -165,6 +165,8 @@ def summary(report: MergeReport | DryRunReport) -> list[str]:
             f"checked: {checked['wrong_elements']} of {checked['checked']:,} elements wrong, "
             f"at most {checked['max_ulp']} ulp from the exact result{_lost(values['lost'])}"
         )
+    if pushed := values["pushed"]:
+        lines.append(f"pushed: {pushed['url']}, {format_size(pushed['bytes_uploaded'])}")
     return [*lines, f"out: {report.out}"]
 
 

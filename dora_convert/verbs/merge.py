@@ -11,8 +11,10 @@ from ..gather import doubts, gather
 from ..heavy import without_collections
 from ..plan import Options, Plan
 from ..planner import make_plan
+from ..pushed import Target
 from ..refs import PathLike, listed
 from ..report import DryRunReport, MergeReport
+from ..sending import uploading
 from ..settings import Settings, parse_options, parse_weights
 
 
@@ -35,6 +37,10 @@ def merge(
     ignore_field: Sequence[str] = (),
     verify: bool = True,
     base_model: str | None = None,
+    push_to_hub: str | None = None,
+    private: bool = False,
+    create_pr: bool = False,
+    commit_message: str | None = None,
     token: str | None = None,
     dry_run: bool = False,
     overwrite: bool = False,
@@ -45,24 +51,28 @@ def merge(
 
     `base` and each of `adapters` is a folder or a Hub repo (`org/name[@revision]`); a base of None is the one that the
     first adapter names. `out` must not exist unless `overwrite` is set. `on_progress` is called with bytes done and
-    bytes in all, from worker threads; `on_notice` with each warning and choice as it comes up.
+    bytes in all, from worker threads; `on_notice` with each warning and choice as it comes up. With `push_to_hub`, a
+    repo id, shards are uploaded as they are finished, and one commit is made before `out` gets its name.
 
     Raises DoraConvertError, and then leaves nothing under `out`.
     """
-    options = parse_options(
-        dtype, compute_dtype, max_shard_size, undo, include, exclude, allow_unmatched, ignore_field
-    )
-    settings = Settings.parse(
-        device, compute_dtype, max_memory, workers, verify, base_model, on_progress, on_notice, token
-    )
+    limits = (dtype, compute_dtype, max_shard_size, undo)
+    options = parse_options(*limits, include, exclude, allow_unmatched, ignore_field)
+    others = (verify, base_model, on_progress, on_notice, token)
+    settings = Settings.parse(device, compute_dtype, max_memory, workers, *others)
+    target = Target.parse(push_to_hub, private, create_pr, commit_message, token)
     folder = OutputFolder(Path(out), overwrite=overwrite)
     folder.check()
     plan = _plan(base, listed(adapters), weight, options, settings, folder)
-    if dry_run:
-        return DryRunReport.of(plan, settings, folder.given)
+    return DryRunReport.of(plan, settings, folder.given) if dry_run else _run(plan, folder, settings, target)
+
+
+def _run(plan: Plan, folder: OutputFolder, settings: Settings, target: Target | None) -> MergeReport:
+    """Carry the plan out, and push what comes of it where there is a target."""
     with without_collections():
         from ..produce import produce
-    return produce(plan, folder, settings)
+    with uploading(target, settings.notify) as upload:
+        return produce(plan, folder, settings, upload)
 
 
 def _plan(
