@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .verbs.from_lora import from_lora
     from .verbs.inspect import inspect
     from .verbs.merge import merge
+    from .verbs.to_lora import to_lora
     from .verbs.verify import verify
     from .verified import VerifyReport
 
@@ -46,6 +47,7 @@ _MODULES = {
     "verbs.from_lora": ("from_lora",),
     "verbs.inspect": ("inspect",),
     "verbs.merge": ("merge",),
+    "verbs.to_lora": ("to_lora",),
     "verbs.verify": ("verify",),
     "verified": ("VerifyReport",),
 }  # fmt: skip
@@ -74,6 +76,7 @@ __all__ = [
     "from_lora",
     "inspect",
     "merge",
+    "to_lora",
     "verify",
 ]
 
