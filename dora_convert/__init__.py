@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .verbs.inspect import inspect
     from .verbs.merge import merge
     from .verbs.push import push
+    from .verbs.to_lora import to_lora
     from .verbs.unmerge import unmerge
     from .verbs.verify import verify
     from .verified import VerifyReport
@@ -50,6 +51,7 @@ _MODULES = {
     "verbs.merge": ("merge",),
     "verbs.push": ("push",),
     "verbs.unmerge": ("unmerge",),
+    "verbs.to_lora": ("to_lora",),
     "verbs.verify": ("verify",),
     "verified": ("VerifyReport",),
 }  # fmt: skip
@@ -82,6 +84,7 @@ __all__ = [
     "inspect",
     "merge",
     "push",
+    "to_lora",
     "unmerge",
     "verify",
 ]

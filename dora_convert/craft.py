@@ -69,7 +69,7 @@ def craft(
     Raises UsageError for a device or a budget that will not do, NumericalError for NaN, Inf and overflow, OutputError
     for a disk that does not take the result. OUT does not exist then.
     """
-    choice = settle(order.memory, settings, single=order.single)
+    choice = settle(order.memory, settings)
     settings.notify(
         f"memory: at most {format_size(settings.max_memory)}; one module takes {format_size(order.memory)}"
     )

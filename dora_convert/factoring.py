@@ -98,7 +98,7 @@ def truncated_svd(
     width = goal.rank or FIRST
     start: Tensor | None = None
     while width + OVERSAMPLE <= least // 4:
-        U, Q, R = _subspace(D, width, goal, start)
+        U, Q, R = subspace(D, width, goal, start)
         found = _cut(D, U, Q, R, goal, noise)
         if goal.rank or found.rank <= width:
             return found
@@ -139,7 +139,7 @@ def relative_error(
     A: Tensor,  # (r, in)
 ) -> float:
     """‖D − BA‖/‖D‖ of the D whose rows `rows` gives, block by block, summed in float64; 0 for a zero D."""
-    rest, total = _compared(rows, B, A)
+    rest, total = compared(rows, B, A)
     return (rest / total) ** 0.5 if total else 0.0
 
 
@@ -149,7 +149,7 @@ def squared(x: Tensor) -> float:
     return float(torch.linalg.vector_norm(x, dtype=wide)) ** 2
 
 
-def _compared(rows: Callable[[slice], Tensor], B: Tensor, A: Tensor) -> tuple[float, float]:
+def compared(rows: Callable[[slice], Tensor], B: Tensor, A: Tensor) -> tuple[float, float]:
     """‖D − BA‖² and ‖D‖²."""
     rest = total = 0.0
     height = max(1, BLOCK // max(1, A.shape[1]))
@@ -167,11 +167,15 @@ def _exactly(D: Tensor, goal: Goal, noise: float) -> Factors:
     return _split(U, S, Vh, 0.0, goal, noise, D.dtype, lambda rows: D[rows])
 
 
-def _subspace(D: Tensor, width: int, goal: Goal, start: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """U (out, k), Q (in, k), R (k, k): U(QR)ᵀ is D's projection on about its first `width` left singular vectors."""
+def subspace(D: Tensor, width: int, goal: Goal, start: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """U (out, k), Q (in, k), R (k, k): U(QR)ᵀ is D's projection on about its first `width` left singular vectors.
+
+    k is `width` and OVERSAMPLE more; `start` holds the columns of an earlier Q. A goal of an error is given up early
+    where the width is far from enough.
+    """
     generator = torch.Generator().manual_seed(0)
     new = width + OVERSAMPLE - (0 if start is None else start.shape[1])
-    Q = torch.randn(D.shape[1], new, generator=generator).to(D)
+    Q = torch.randn(D.shape[1], new, generator=generator, dtype=torch.float32).to(D)
     Q = torch.linalg.qr(Q if start is None else torch.cat((start, Q), dim=1)).Q
     total, before = squared(D), float("inf")
     for round_ in range(ITERATIONS):
@@ -188,7 +192,7 @@ def _subspace(D: Tensor, width: int, goal: Goal, start: Tensor | None) -> tuple[
 def _cut(D: Tensor, U: Tensor, Q: Tensor, R: Tensor, goal: Goal, noise: float) -> Factors:
     """Factors from D's projection U(QR)ᵀ."""
     left, S, right = torch.linalg.svd(R.T)
-    beyond, _ = _compared(lambda rows: D[rows], U, (Q @ R).T)
+    beyond, _ = compared(lambda rows: D[rows], U, (Q @ R).T)
     return _split(U @ left, S, right @ Q.T, beyond, goal, noise, D.dtype, lambda rows: D[rows])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,13 @@ from .formats import Format
 from .gather import doubts, gather
 from .heavy import without_collections
 from .made import Describe, MadeDryRun, MadeReport, dry_run_of, report_of
-from .orders import Assemble, Order, find_format
+from .orders import Assemble, Order, Result, find_format
 from .plan import Options, Plan
 from .planner import make_plan
 from .refs import PathLike
 from .settings import Settings, parse_options
 
+DEFAULT = "160MiB"
 Work = Callable[[], Callable[[Any, Any], Any]]
 """Imports and returns what makes a job's tensors (`craft.Made`) of a job and a lane: planning does without torch."""
 
@@ -33,6 +34,8 @@ class Making:
     settings: Settings
     saves: Format
     folder: OutputFolder
+    grows: bool = False
+    """Whether the budget may grow to what the largest module needs."""
 
     @classmethod
     def begin(
@@ -56,10 +59,13 @@ class Making:
     ) -> Making:
         """Check everything that can be checked before an input is opened."""
         options = parse_options(dtype, compute_dtype, None, "none", include, exclude, False, ignore_field)
+        grows = max_memory == "auto"
+        held = DEFAULT if grows else max_memory
         settings = Settings.parse(
-            device, compute_dtype, max_memory, workers, False, base_model, on_progress, on_notice, token
+            device, compute_dtype, held, workers, False, base_model, on_progress, on_notice, token
         )
-        making = cls(options, settings, find_format(format), OutputFolder(Path(out), overwrite=overwrite))
+        folder = OutputFolder(Path(out), overwrite=overwrite)
+        making = cls(options, settings, find_format(format), folder, grows)
         making.folder.check()
         return making
 
@@ -92,9 +98,12 @@ class Making:
         describe: Describe,
         *,
         dry_run: bool,
+        conclude: Callable[[Mapping[str, Result]], Mapping[str, Any]] = lambda _: {},
         **details: Any,
     ) -> MadeReport | MadeDryRun:
-        """Carry an order out, or say what it is; `details` are what only this verb reports."""
+        """Carry an order out, or say what it is; `details` and what is concluded are what only this verb reports."""
+        if self.grows:
+            self.settings.max_memory = max(self.settings.max_memory, order.memory)
         if dry_run:
             return dry_run_of(order, self.settings, self.folder.given, **details)
         with without_collections():
@@ -102,4 +111,5 @@ class Making:
 
             make = work()
         run = craft(order, self.folder, self.settings, make, assemble)
+        details |= conclude(run.results)
         return report_of(order, self.settings, self.folder.given, run, describe, **details)

@@ -64,8 +64,6 @@ class Order:
     makes_dora: bool = False
     like: Adapter | None = None
     dtype: str | None = None
-    single: bool = False
-    """Whether arithmetic is in float32 unless asked otherwise."""
 
     @property
     def memory(self) -> int:
@@ -105,6 +103,24 @@ def find_format(name: str) -> Format:
         if name == known.NAME:
             return known
     raise UsageError(f"--format {name!r} is not one of {', '.join(known.NAME for known in FORMATS)}.")
+
+
+def goal_of(rank: int | None, energy: float | None, max_error: float | None) -> dict[str, Any]:
+    """The one of the three that is given, under its name; UsageError for none, several, or what nothing can have."""
+    goals = {"rank": rank, "energy": energy, "max_error": max_error}
+    given = {name: value for name, value in goals.items() if value is not None}
+    if len(given) != 1:
+        count = "None" if not given else "More than one"
+        raise UsageError(
+            f"{count} of --rank, --energy and --max-error is given; exactly one is needed.",
+            hint="such as --rank 32, --energy 0.99 or --max-error 0.01",
+        )
+    if rank is not None and rank < 1:
+        raise UsageError(f"--rank {rank}: a rank is 1 or more.")
+    for name, value in (("energy", energy), ("max-error", max_error)):
+        if value is not None and not 0 < value < 1:
+            raise UsageError(f"--{name} {value:g}: a share lies between 0 and 1.")
+    return given
 
 
 def place_changes(

@@ -20,18 +20,17 @@ from .settings import Settings
 from .sizes import format_size
 
 
-def settle(least: int, settings: Settings, *, single: bool = False) -> Choice:
+def settle(least: int, settings: Settings) -> Choice:
     """Device and dtype, announced; and a memory budget that holds the costliest piece of work.
 
-    `single` makes single precision the default. Raises UsageError naming the least budget that will do.
+    Raises UsageError naming the least budget that will do.
     """
     if least > settings.max_memory:
         raise UsageError(
             f"--max-memory {format_size(settings.max_memory)} does not hold one block of the largest module.",
             hint=f"--max-memory {-(-least // 2**20)}MiB is the least",
         )
-    wanted = settings.compute_dtype
-    choice = choose(settings.device, "float32" if single and wanted == "auto" else wanted)
+    choice = choose(settings.device, settings.compute_dtype)
     settings.notify(f"device: {choice}")
     return choice
 

@@ -23,8 +23,9 @@ ORDER = [
     "running", "upload", "sending", "produce", "craft", "made", "magnitudes", "parity", "causes",
     "differences", "verified", "page", "verification", "heavy", "making", "verbs/__init__", "verbs/merge",
     "verbs/inspect", "verbs/verify", "verbs/from_lora", "restoring", "verbs/unmerge", "parcel", "pushing",
-    "verbs/push", "__init__", "cli/sink", "cli/options", "cli/merge", "cli/made", "cli/from_lora",
-    "cli/inspect", "cli/verify", "cli/__init__", "cli/unmerge", "cli/push", "__main__",
+    "verbs/push", "factoring_scales", "factoring_dora", "compress", "verbs/to_lora", "__init__", "cli/sink",
+    "cli/options", "cli/merge", "cli/made", "cli/from_lora", "cli/inspect", "cli/verify", "cli/__init__",
+    "cli/unmerge", "cli/push", "cli/to_lora", "__main__",
 ]  # fmt: skip
 """Every module comes after all that it imports."""
 
@@ -57,6 +58,9 @@ COMPUTES = {
     "causes",
     "verification",
     "restoring",
+    "factoring_scales",
+    "factoring_dora",
+    "compress",
 }
 """The only modules that import torch when they are imported; a plan is made without any of them."""
 

@@ -27,15 +27,20 @@ strength = stack(
     ),
 )
 
-held = stack(
-    click.option(
-        "--max-memory", default="160MiB", metavar="SIZE", show_default=True,
-        help="Bytes held at once, beyond Python and torch themselves.",
-    ),
-    click.option("--workers", type=click.IntRange(1), metavar="N", help="Threads; default one per processor."),
-)  # fmt: skip
 
-compute = stack(
+def held_by(default: str, explained: str) -> Callable[[Command], Command]:
+    """A memory budget and a number of threads."""
+    return stack(
+        click.option("--max-memory", default=default, metavar="SIZE", show_default=True, help=explained),
+        click.option(
+            "--workers", type=click.IntRange(1), metavar="N", help="Threads; default one per processor."
+        ),
+    )
+
+
+held = held_by("160MiB", "Bytes held at once, beyond Python and torch themselves.")
+
+arithmetic = stack(
     click.option("--device", default="auto", metavar="auto|cpu|cuda[:N]|mps", help="Where to compute."),
     click.option(
         "--compute-dtype",
@@ -43,7 +48,23 @@ compute = stack(
         default="auto",
         help="Arithmetic, rounded once at the end; auto is float64.",
     ),
-    held,
+)
+
+compute = stack(arithmetic, held)
+
+factoring = stack(
+    click.option(
+        "--rank", type=click.IntRange(1), metavar="N", help="The rank, lowered where a module needs less."
+    ),
+    click.option(
+        "--energy", type=float, metavar="F", help="Or the share of squared singular values to keep."
+    ),
+    click.option(
+        "--max-error", type=float, metavar="F", help="Or the largest relative error of each module."
+    ),
+    click.option("--exact-svd", is_flag=True, help="Never the randomised SVD, which large matrices get."),
+    arithmetic,
+    held_by("auto", "Bytes held at once; auto grows to what the largest module needs."),
 )
 
 matching = stack(

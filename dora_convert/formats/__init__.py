@@ -1,8 +1,6 @@
 """Adapter file formats, one module each, tried in this order.
 
-A format is a module with a NAME and four functions: `recognises(path) -> bool` by names alone, `read(source, accepted) ->
-Adapter` from headers, `save(outgoing) -> Files`, and `objection(change, tensor, like) -> str | None` where it cannot hold a
-LoRA as a DoRA. Adding one is a file and a line here.
+A format is a module with a NAME and the functions of `Format`. Adding one is a file and a line here.
 """
 
 from __future__ import annotations
@@ -34,6 +32,9 @@ class Format(Protocol):
 
     def objection(self, change: Change, tensor: str, like: Adapter) -> str | None:
         """Why an adapter's LoRA on a weight cannot be a DoRA in this format; None where it can."""
+
+    def shares_rank(self, change: Change, tensor: str, like: Adapter) -> str | None:
+        """Why an adapter's factors for a weight must keep their rank in this format; None where they need not."""
 
 
 FORMATS: tuple[Format, ...] = (peft,)

@@ -37,9 +37,9 @@ from .peft_config import Config, is_saved_embedding
 from .peft_fields import refuse_unsupported
 from .peft_modules import updates_of
 from .peft_names import CONFIG, PARTS, TOKENS, WEIGHTS, plain
-from .peft_save import objection, save
+from .peft_save import objection, save, shares_rank
 
-__all__ = ["NAME", "objection", "read", "recognises", "save"]
+__all__ = ["NAME", "objection", "read", "recognises", "save", "shares_rank"]
 
 NAME = "peft"
 

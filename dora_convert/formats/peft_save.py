@@ -48,15 +48,23 @@ def save(made: Outgoing) -> Files:
     return Files(WEIGHTS[0], dict(sorted(tensors.items())), {CONFIG: config.encode()}, keep=keep)
 
 
+def shares_rank(change: Change, tensor: str, like: Adapter) -> str | None:
+    """Why a weight's factors must stay as they are: PEFT has one rank for several weights; None where it has not."""
+    low, (_, config) = low_rank(change.update), _of(like)  # type: ignore[arg-type] # has factors
+    if tensor.endswith("in_proj_weight") or ".base_layer." in low.A.name:
+        return "a part of MultiheadAttention"
+    if low.experts or (config and _is_parameter(change.target, config)):
+        return "a parameter that is no layer's weight (target_parameters)"
+    return None
+
+
 def objection(change: Change, tensor: str, like: Adapter) -> str | None:
     """Why PEFT cannot load a LoRA as a DoRA, given its change and the base's name of the weight; None where it can."""
     low, (raw, config) = low_rank(change.update), _of(like)  # type: ignore[arg-type] # has factors
     if config and config.adalora:
         return "AdaLoRA has no DoRA: to-lora makes a LoRA of it first"
-    if tensor.endswith("in_proj_weight") or ".base_layer." in low.A.name:
-        return "a part of MultiheadAttention"
-    if low.experts or (config and _is_parameter(change.target, config)):
-        return "a parameter that is no layer's weight (target_parameters)"
+    if why := shares_rank(change, tensor, like):
+        return why
     if low.blocks != (1, 1):
         return "block-diagonal (use_bdlora): to-lora makes a LoRA of it first"
     if low.start is Start.KASA:
