@@ -206,6 +206,8 @@ class OutputFolder:
         (self.record / SPOOL).unlink()
         self._unlock()
         sync_path(self.record)
+        if not any(self.record.iterdir()):  # a base that no merge had made
+            self.record.rmdir()
         sync_path(self.partial)
 
     def leave(self) -> None:
