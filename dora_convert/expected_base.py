@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ class ExpectedBase(Expected):
         assert item.undo
         self._undo = item.undo
         self._replaced = replaced_rows(item, reader)
+        own = item.undo.original
+        self._original = Expected(replace(item, source=own, base=own, undo=None), reader) if own else None
         super().__init__(item, reader)
 
     def block(self, rows: Sequence[int]) -> Block:
@@ -61,16 +64,23 @@ class ExpectedBase(Expected):
         """1 + Σ wᵢ·(fᵢ − 1): what is left of W in W'."""
         total = torch.ones((), dtype=torch.float64)
         for edit, part in zip(self.item.edits, self._parts(self.before(rows), rows), strict=True):
-            total = torch.add(total, part.f - 1, alpha=edit.weight)
+            share: Tensor = edit.weight * (part.f - 1)
+            total = total + share
         return total
 
     def _without_start(self) -> None:
         return None
 
     def _row_norms(self, number: int, V: Tensor, rows: Sequence[int]) -> Tensor:  # noqa: ARG002
+        if self._original:
+            n = self._original.part(number, rows).n
+            assert n is not None
+            return n.flatten()
         return self._recorded(number)[list(rows)]
 
     def _measure(self, number: int) -> Tensor:
+        if self._original:
+            return self._original._measure(number)  # noqa: SLF001 - one of its own kind
         return self._recorded(number)
 
     def _recorded(self, number: int) -> Tensor:

@@ -207,7 +207,7 @@ class OutputFolder:
         (self.record / UPLOADS).unlink(missing_ok=True)
         self._unlock()
         sync_path(self.record)
-        if not any(self.record.iterdir()):  # an adapter has no record
+        if not any(self.record.iterdir()):  # an adapter has none, nor has a base that no merge had made
             self.record.rmdir()
         sync_path(self.partial)
 

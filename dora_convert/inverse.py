@@ -61,13 +61,13 @@ class Inverse:
     def __init__(self, item: Item, lane: Lane, *, exact: bool, taken: tuple[Tensor, Tensor] | None) -> None:
         """`taken` are the factors of what training began without; `exact` asks for the same bits everywhere."""
         self._edits = item.edits
-        self._operands = [Operand.load(edit, lane) for edit in item.edits]
-        self._factors: list[Factors | None] = [operand.factors for operand in self._operands]
+        self.operands = [Operand.load(edit, lane) for edit in item.edits]
+        self._factors: list[Factors | None] = [operand.factors for operand in self.operands]
         self._taken: Factors | None = Held(*taken) if taken else None
         if exact:
             self._factors = [
                 _fixed(operand, edit.low, lane) if edit.low else None
-                for operand, edit in zip(self._operands, self._edits, strict=True)
+                for operand, edit in zip(self.operands, self._edits, strict=True)
             ]
             if taken:
                 sizes = float(taken[0].abs().max()), float(taken[1].abs().max())
@@ -96,14 +96,14 @@ class Inverse:
 
     def _f(self, number: int, n: Tensor | None, start: int, stop: int) -> Tensor | None:
         """m/n of one edit, as it broadcasts over the block."""
-        m, edit = self._operands[number].m, self._edits[number]
+        m, edit = self.operands[number].m, self._edits[number]
         if m is None or n is None:
             return None
         return (m / n)[None, :] if edit.axis == 0 else (m[start:stop] / n)[:, None]
 
     def _delta(self, number: int, c: Tensor | float, start: int, stop: int) -> Tensor:
         """c·sBA of one edit, or what it adds to a bias."""
-        operand, edit = self._operands[number], self._edits[number]
+        operand, edit = self.operands[number], self._edits[number]
         if isinstance(edit.update, Delta):
             assert operand.shift is not None
             return operand.shift * (c * edit.update.scale)

@@ -53,11 +53,13 @@ class Undo:
     """The base's rows that were replaced, and which they are."""
     ulps: Stored | None = None
     """What rounding lost, packed."""
+    original: Stored | None = None
+    """The base's own tensor, where norms must be taken from it."""
 
     @property
     def tensors(self) -> tuple[Stored, ...]:
         """All of them that are there."""
-        found = (*self.norms, *(self.taken or ()), *(self.kept or ()), self.ulps)
+        found = (*self.norms, *(self.taken or ()), *(self.kept or ()), self.ulps, self.original)
         return tuple(stored for stored in found if stored)
 
 

@@ -11,6 +11,7 @@ from .adapter import Adapter
 from .checkpoint import RECORD, Checkpoint, Shard
 from .errors import Fault, MalformedError, RefError, UsageError
 from .json_files import read_json
+from .layout import converted
 from .plan import Options
 from .refs import Source
 from .stored import BITS, Stored, read_header
@@ -40,17 +41,18 @@ class Record:
         found = self.receipt["options"]
         include, exclude, ignored = (tuple(found[name]) for name in ("include", "exclude", "ignore_field"))
         compute = "F32" if found["compute_dtype"] == "float32" else "F64"
-        return Options(found["dtype"], compute, None, found["undo"], include, exclude, True, ignored)
+        known = not self.assumed
+        return Options(found["dtype"], compute, None, found["undo"], include, exclude, known, ignored)
+
+    @property
+    def assumed(self) -> bool:
+        """Whether nothing is known: no merge has left a record."""
+        return bool(self.receipt.get("assumed"))
 
     @property
     def weights(self) -> tuple[float, ...]:
         """The adapters' weights."""
         return tuple(adapter["weight"] for adapter in self.receipt["adapters"])
-
-    def hashes(self, name: str) -> Mapping[str, Any]:
-        """What the receipt says of an output tensor, or of one of the base's that is kept whole."""
-        found: Mapping[str, Any] = self.receipt["tensors"].get(name) or self.receipt["kept"].get(name) or {}
-        return found
 
     def file(self, name: str) -> bytes | None:
         """A file of the base's that the output does not have as it was."""
@@ -83,6 +85,34 @@ def read_record(merged: Checkpoint) -> Record | None:
     except (KeyError, TypeError) as error:
         raise MalformedError(f"{folder / RECEIPT} is damaged: {error!r}.") from error
     return record
+
+
+def no_record(merged: Checkpoint, adapters: int, ignore_field: Sequence[str], files: Sequence[str]) -> Record:
+    """What must be assumed where a merge left no record: weights of 1, and a base with the same headers and files."""
+    shards = [
+        {
+            "name": converted(shard.filename),
+            "metadata": dict(shard.metadata),
+            "tensors": [[tensor.name, tensor.dtype, tensor.shape] for tensor in shard.tensors],
+        }
+        for shard in merged.shards
+    ]
+    layout = {"index": merged.index_name and converted(merged.index_name), "shards": shards}
+    options: dict[str, Any] = {"dtype": None, "compute_dtype": "float64", "undo": "none"}
+    options |= {"include": [], "exclude": [], "ignore_field": list(ignore_field)}
+    receipt = {
+        "assumed": True,
+        "versions": {},
+        "base": {"name": merged.source.name, "repo": None, "commit": None},
+        "adapters": [{"weight": 1.0}] * adapters,
+        "options": options,
+        "tensors": {},
+        "kept": {},
+        "layout": {**layout, "file": merged.is_file, "config": merged.config},
+        "base_files": dict.fromkeys(files),
+        "ledger": [],
+    }
+    return Record(receipt)
 
 
 def rebuilt(record: Record, merged: Checkpoint) -> Checkpoint:

@@ -28,7 +28,7 @@ class Recovering:
         taken = item.undo.taken
         held = (self._lane.whole(taken[0]), self._lane.whole(taken[1])) if taken else None
         self._inverse = Inverse(item, self._lane, exact=item.undo.ulps is not None, taken=held)
-        self._norms = [self._lane.whole(stored).flatten() if stored else None for stored in item.undo.norms]
+        self._norms = self._recorded() if item.undo.original is None else self._measured(item.undo.original)
         self._ulps = Unpacker(item.undo.ulps, reader) if item.undo.ulps else None
         self._rows = replaced_rows(item, reader)
         self.digest = Digest(proof=False)
@@ -55,6 +55,23 @@ class Recovering:
                 result[row - start] = self._own(*self._rows[row])
         return result
 
+    def _recorded(self) -> list[Tensor | None]:
+        return [self._lane.whole(stored).flatten() if stored else None for stored in self._undo.norms]
+
+    def _measured(self, original: Stored) -> list[Tensor | None]:
+        """The norms of every edit that has some, from the base's own tensor."""
+        found: list[list[Tensor]] = [[] for _ in self._item.edits]
+        for start, stop in self._item.spans():
+            raw = self._lane.raw(original, start, stop)
+            for edit, operand, norms in zip(self._item.edits, self._inverse.operands, found, strict=True):
+                if edit.decomposed:
+                    n = maths.norms(operand.add_(self._lane.lift(raw), start, stop), edit.axis)
+                    norms.append(n if edit.axis else n.square_())
+        return [
+            None if not norms else torch.cat(norms) if edit.axis else torch.stack(norms).sum(0).sqrt()
+            for edit, norms in zip(self._item.edits, found, strict=True)
+        ]
+
     def _halves(self, x: Tensor, norms: list[Tensor | None], start: int, stop: int) -> Tensor | None:
         """How far W may lie from its prediction: half an ulp of W', through the inverse. Of no use where ulps are kept."""
         if self._ulps:
@@ -70,6 +87,7 @@ class Recovering:
 
 
 def several(x: Tensor, half: Tensor, dtype: str) -> int:
-    """How many elements are ambiguous: more than one value of a dtype lies within half a cell of x."""
-    unit = 2 * half_ulp(x, dtype)
-    return int((torch.floor((x + half) / unit) > torch.ceil((x - half) / unit)).sum())
+    """How many elements are ambiguous: more than one value of a dtype lies within `half` of x."""
+    unit = half_ulp(x, dtype).mul_(2)
+    most = torch.add(x, half).div_(unit).floor_()
+    return int((most > torch.sub(x, half, out=half).div_(unit).ceil_()).sum())

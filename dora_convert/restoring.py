@@ -98,7 +98,7 @@ def _discarding(folder: OutputFolder) -> Iterator[None]:
 def _prove(reversal: Reversal, done: Mapping[str, Done], copied: Proofs) -> list[Recovered]:
     """What was read and what came out of it, against the receipt."""
     undone = [item.name for item in reversal.plan.items if item.undo]
-    changed = [name for name in undone if _other(reversal.known[name].written, done[name].base_hash)]
+    changed = [name for name in undone if _other(_known(reversal, name).written, done[name].base_hash)]
     _refuse_changed(changed, reversal)
     modules = list(_recovered(reversal, done, copied))
     if wrong := [module.name for module in modules if not module.bit_exact and _promised(reversal, module)]:
@@ -112,24 +112,28 @@ def _prove(reversal: Reversal, done: Mapping[str, Done], copied: Proofs) -> list
 
 def _promised(reversal: Reversal, module: Recovered) -> bool:
     """Whether a tensor must be the base's: every one that the merge left a proof of."""
-    return reversal.known[module.name].proof is not None
+    return _known(reversal, module.name).proof is not None
+
+
+def _known(reversal: Reversal, name: str) -> Known:
+    return reversal.known.get(name, Known())
 
 
 def _recovered(reversal: Reversal, done: Mapping[str, Done], copied: Proofs) -> Iterator[Recovered]:
     """Every tensor that the merge had changed, and whether it is the base's by hash."""
     for item in reversal.plan.items:
-        known = reversal.known.get(item.name)
+        known = _known(reversal, item.name)
         if item.undo and (made := done.get(item.name)):
             exact = _is_base(known, made.written_hash, made.proof)
             yield Recovered(item.name, exact, 0 if exact else made.ambiguous, item.source.numel)
-        elif known and item.name in copied:
+        elif item.name in copied:
             digest = copied[item.name]
             yield Recovered(item.name, _is_base(known, digest.fast, digest.proof), 0, item.source.numel)
 
 
-def _is_base(known: Known | None, fast: str, proof: str | None) -> bool:
+def _is_base(known: Known, fast: str, proof: str | None) -> bool:
     """Whether hashes are those of the base; sha256 counts where there is one."""
-    if not known or not (known.base or known.proof):
+    if not (known.base or known.proof):
         return False
     return proof == known.proof if known.proof else fast == known.base
 

@@ -104,7 +104,7 @@ def restored_files(merged: Checkpoint, record: Record, plan: Plan) -> list[SideF
         data, path = record.file(name), merged.root / name
         if data is None and not path.is_file():
             faults.append(Fault(name, "is missing"))
-        elif proof != (sha256(path) if data is None else hashlib.sha256(data).hexdigest()):
+        elif proof and proof != (sha256(path) if data is None else hashlib.sha256(data).hexdigest()):
             faults.append(Fault(name, "was changed since"))
         elif plan.options.max_shard_size is None or not name.endswith(INDEX_SUFFIX):
             found.append(

@@ -13,7 +13,7 @@ from .adapter import Adapter
 from .checkpoint import Checkpoint
 from .errors import Fault, MalformedError, RefError, UnsupportedError
 from .items import Item, Undo
-from .layout import lay_out
+from .layout import converted, lay_out
 from .plan import Options, OutputShard, Plan
 from .planner import make_plan
 from .record import Record, rebuilt
@@ -47,17 +47,23 @@ class Reversal:
 
 
 def plan_unmerge(
-    merged: Checkpoint, record: Record, adapters: Sequence[Adapter], options: Options
+    merged: Checkpoint,
+    record: Record,
+    adapters: Sequence[Adapter],
+    options: Options,
+    original: Checkpoint | None = None,
 ) -> Reversal:
     """Decide every tensor of the base, from all adapters of a merge in their order.
 
-    `options` are those of the recovery: compute dtype and shard size. Raises RefError where MERGED has other tensors
+    `original` is the base itself, for what no record holds. `options` are those of the recovery: compute dtype and shard size. Raises RefError where MERGED has other tensors
     than were written, UnsupportedError where something is gone for good, and what `make_plan` raises.
     """
-    base = rebuilt(record, merged)
+    base = original if original and record.assumed else rebuilt(record, merged)
     merge = make_plan(base, adapters, record.weights, record.options)
     _compare(merge, merged, record)
-    found = {name: _recovered(tensor, merge, merged, record) for name, tensor in base.tensors.items()}
+    found = {
+        name: _recovered(tensor, merge, merged, record, original) for name, tensor in base.tensors.items()
+    }
     if faults := [fault for fault in found.values() if isinstance(fault, Fault)]:
         raise UnsupportedError(
             f"{len(faults)} tensors of the base cannot be told from {merged.source.name} and the adapter alone.",
@@ -92,17 +98,20 @@ def _laid_out(
     if max_shard_size is not None:
         return lay_out(base, items, max_shard_size)
     shards = tuple(
-        OutputShard(shard.filename, shard.metadata, tuple(items[tensor.name] for tensor in shard.tensors))
+        OutputShard(
+            converted(shard.filename), shard.metadata, tuple(items[tensor.name] for tensor in shard.tensors)
+        )
         for shard in base.shards
     )
-    return shards, base.index_name
+    return shards, base.index_name and converted(base.index_name)
 
 
 def _compare(merge: Plan, merged: Checkpoint, record: Record) -> None:
     """What was planned once more must be what the receipt says was done, and MERGED must have the tensors that it made."""
     fates = {item.name: item.fate for item in merge.items if item.noted}
     noted = {name: entry.get("fate") for name, entry in record.receipt["tensors"].items()}
-    if fates != noted or [entry.to_dict() for entry in merge.ledger] != record.receipt["ledger"]:
+    ledger = [entry.to_dict() for entry in merge.ledger]
+    if not record.assumed and (fates, ledger) != (noted, record.receipt["ledger"]):
         version = record.receipt["versions"].get("dora_convert")
         raise MalformedError(
             f"The receipt of {merged.source.name} tells of another merge than this version would make of it.",
@@ -127,32 +136,37 @@ def _difference(item: Item, stored: Stored | None) -> str:
     return ""
 
 
-def _recovered(tensor: Stored, merge: Plan, merged: Checkpoint, record: Record) -> Item | Fault:
+def _recovered(
+    tensor: Stored, merge: Plan, merged: Checkpoint, record: Record, original: Checkpoint | None
+) -> Item | Fault:
     """How one of the base's tensors comes back, or why it cannot."""
     name, item = tensor.name, merge.remains.get(tensor.name)
-    if not item:
-        whole = record.find("whole", name)
-        return _copy(tensor, whole) if whole else Fault(name, "is not in the output, and no record holds it")
-    if item.verbatim:
+    own = original and original.tensors.get(name)
+    if item and item.verbatim:
         return _copy(tensor, merged.tensors[item.name])
-    if item.replaced and merge.options.undo == "none":
-        return Fault(name, "was replaced, and no record holds what it was")
+    if whole := record.find("whole", name):
+        return _copy(tensor, whole)
+    if not item or (item.replaced and merge.options.undo == "none"):
+        return _copy(tensor, own) if own else Fault(name, "was replaced or left out, and no record holds it")
     if item.source is not item.base:
-        rows = tensor.shape[:1] if len(tensor.shape) > 1 else tensor.shape
-        source, undo = (
-            replace(item.source, shape=(*rows, *tensor.shape[1:])),
-            Undo(kept=_kept(tensor, record)),
-        )
-        return _inverse(replace(item, edits=(), rows=()), tensor, source, undo)
+        shape = (*tensor.shape[:1], *item.source.shape[1:])  # the adapter's may have more rows
+        undo = Undo(kept=_kept(tensor, record))
+        return _inverse(replace(item, edits=(), rows=()), tensor, replace(item.source, shape=shape), undo)
+    source = replace(merged.tensors[item.name], shape=item.source.shape)
     norms = tuple(record.find(f"norm/{n}", name) if e.decomposed else None for n, e in enumerate(item.edits))
-    if any(edit.decomposed and not n for edit, n in zip(item.edits, norms, strict=True)):
-        return Fault(name, "a merged DoRA has lost ‖W + sBA‖, and no record holds it")
     left, right = record.find("start/left", name), record.find("start/right", name)
     if item.start and not (left and right):
-        return Fault(name, f"no record holds what {item.start.start} took from it")
+        return (
+            _copy(tensor, own)
+            if own
+            else Fault(name, f"no record holds what {item.start.start} took from it")
+        )
     taken = (left, right) if left and right else None
-    source = replace(merged.tensors[item.name], shape=item.source.shape)
     undo = Undo(norms, taken, _kept(tensor, record), record.find("ulps", name))
+    if any(edit.decomposed and not n for edit, n in zip(item.edits, norms, strict=True)):
+        if not own:
+            return Fault(name, "a merged DoRA has lost ‖W + sBA‖, and no record holds it")
+        undo = Undo(norms, original=replace(own, shape=item.source.shape))
     return _inverse(item, tensor, source, undo)
 
 

@@ -280,14 +280,20 @@ def check_every_part_matters(model: Any, inputs: dict[str, torch.Tensor], before
             before = after
 
 
-def oracle(case: Case, dtype: str, tmp_path: Path) -> torch.Tensor:
-    """Write BASE and ADAPTER; return what PEFT computes with them unmerged, in memory and reloaded alike."""
+def prepared(case: Case, dtype: str, tmp_path: Path) -> Any:
+    """Write BASE and ADAPTER, as PEFT saves it; return the trained model."""
     torch.manual_seed(3)
     save(case.base().to(getattr(torch, dtype)), tmp_path / "base")
     trained = get_peft_model(start(case, tmp_path / "base"), case.config())
     train(trained)
     case.after(trained)
     trained.eval().save_pretrained(tmp_path / "adapter")
+    return trained
+
+
+def oracle(case: Case, dtype: str, tmp_path: Path) -> torch.Tensor:
+    """Write BASE and ADAPTER; return what PEFT computes with them unmerged, in memory and reloaded alike."""
+    trained = prepared(case, dtype, tmp_path)
     want = outputs(trained, case.inputs)
     again = PeftModel.from_pretrained(start(case, tmp_path / "base"), tmp_path / "adapter")
     assert distance(outputs(again, case.inputs), want) < 1e-6, "PEFT's own file is not what was trained"

@@ -22,10 +22,16 @@ SHOWN = 10
 @click.command("unmerge")
 @click.argument("refs", nargs=-1, metavar="MERGED ADAPTER... OUT", required=True)
 @click.option(
+    "--base",
+    metavar="REF",
+    help="The base itself, for what no record holds: DoRA's norms, what was replaced.",
+)
+@click.option(
     "--max-shard-size", metavar="SIZE", help="Such as 5GB or 4GiB; default the base's own sharding."
 )
 @options.compute
 @click.option("--verify/--no-verify", default=True, help="Check the output before publishing it.")
+@options.reading
 @options.writing
 @options.hub
 @options.talk

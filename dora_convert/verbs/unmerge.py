@@ -7,16 +7,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..adapter import Adapter, open_adapter
-from ..checkpoint import open_checkpoint
+from ..checkpoint import Checkpoint, open_checkpoint
 from ..digests import xxh3
+from ..errors import UsageError
 from ..folder import OutputFolder
 from ..heavy import without_collections
 from ..hub import fetch, wanted_of_adapter, wanted_of_base
-from ..record import Record, in_order, read_record
+from ..record import Record, in_order, no_record, read_record
 from ..refs import PathLike, listed
 from ..report import DryRunReport, UnmergeReport
 from ..settings import Settings, parse_options
-from ..sidefiles import restored_files
+from ..sidefiles import base_files, restored_files
 from ..unmerging import plan_unmerge
 
 
@@ -25,11 +26,13 @@ def unmerge(
     adapters: PathLike | Sequence[PathLike],
     out: PathLike,
     *,
+    base: PathLike | None = None,
     device: str = "auto",
     compute_dtype: str = "auto",
     max_shard_size: str | int | None = None,
     max_memory: str | int = "160MiB",
     workers: int | None = None,
+    ignore_field: Sequence[str] = (),
     verify: bool = True,
     token: str | None = None,
     dry_run: bool = False,
@@ -39,7 +42,7 @@ def unmerge(
 ) -> UnmergeReport | DryRunReport:
     """Take adapters out of what `merge` made of a base: bit for bit where its undo record is exact, else up to rounding.
 
-    `adapters` are the very ones that were merged. The report's `exact` says how many tensors are proven to be the
+    `adapters` are the very ones that were merged. `base` is the base itself, where no record holds what is needed. The report's `exact` says how many tensors are proven to be the
     base's by their hashes.
 
     Raises DoraConvertError, and then leaves nothing under `out`.
@@ -51,11 +54,15 @@ def unmerge(
     folder = OutputFolder(Path(out), overwrite=overwrite)
     folder.check()
     checkpoint = open_checkpoint(fetch(os.fspath(merged), "MERGED", wanted_of_base, token=token))
-    record = read_record(checkpoint)
-    assert record
-    opened = _adapters(listed(adapters), record, settings)
-    folder.refuse_inside([checkpoint.source.path, *(adapter.source.path for adapter in opened)])
-    reversal = plan_unmerge(checkpoint, record, opened, options)
+    original = base and open_checkpoint(fetch(os.fspath(base), "BASE", wanted_of_base, token=token))
+    record, opened = _record(checkpoint, listed(adapters), settings, ignore_field)
+    sources = [checkpoint.source, *(adapter.source for adapter in opened)]
+    folder.refuse_inside([source.path for source in (*sources, *([original.source] if original else []))])
+    if original and record.options.undo != "none":
+        settings.notify("the record holds all that is needed: --base is not read")
+    elif original:
+        settings.warn("norms are taken from BASE: copying BASE is simpler")
+    reversal = plan_unmerge(checkpoint, record, opened, options, original or None)
     files = restored_files(checkpoint, record, reversal.plan)
     if dry_run:
         return DryRunReport.of(reversal.plan, settings, folder.given, "unmerge")
@@ -64,11 +71,25 @@ def unmerge(
     return restore(reversal, files, folder, settings)
 
 
-def _adapters(refs: Sequence[str], record: Record, settings: Settings) -> list[Adapter]:
-    """The adapters, which must be those that were merged, in the order of the merge."""
-    accepted = record.options.ignore_field
+def _record(
+    merged: Checkpoint, refs: Sequence[str], settings: Settings, ignore_field: Sequence[str]
+) -> tuple[Record, list[Adapter]]:
+    """What is known of the merge, and its adapters in their order."""
+    record = read_record(merged)
+    accepted = record.options.ignore_field if record else ignore_field
     opened = [
         open_adapter(fetch(ref, "ADAPTER", wanted_of_adapter, token=settings.token), accepted) for ref in refs
     ]
+    if not record:
+        settings.warn(
+            f"{merged.source.name} has no record of a merge: weights of 1 are assumed, and what rounding took is lost"
+        )
+        return no_record(merged, len(opened), accepted, list(base_files(merged))), opened
     hashes = [{path.name: xxh3(path) for path in adapter.files} for adapter in opened]
-    return in_order(record, opened, hashes)[0]
+    found, places = in_order(record, opened, hashes)
+    if len(places) < len(record.weights):
+        missing = [str(each["name"]) for n, each in enumerate(record.receipt["adapters"]) if n not in places]
+        raise UsageError(
+            f"{merged.source.name} was merged with {', '.join(missing)}, too.", hint="name all adapters"
+        )
+    return record, found
