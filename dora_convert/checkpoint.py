@@ -207,12 +207,18 @@ def _sharded(root: Path, table: Mapping[str, str], notes: list[str]) -> tuple[Sh
             f"The index of {root.name} names {len(missing)} files that are not there.",
             faults=[Fault(name, "missing") for name in missing],
         )
-    headers = {name: read_weights(root / name) for name in filenames}
+    return assemble(root.name, {name: read_weights(root / name) for name in filenames}, table, notes)
+
+
+def assemble(
+    where: str, headers: Mapping[str, Header], table: Mapping[str, str], notes: list[str]
+) -> tuple[Shard, ...]:
+    """Headers by file name as shards; MalformedError where the index is wrong about them."""
     absent = [
         Fault(name, f"not in {file}") for name, file in table.items() if name not in headers[file].tensors
     ]
     if absent:
-        raise MalformedError(f"The index of {root.name} is wrong about {len(absent)} tensors.", faults=absent)
+        raise MalformedError(f"The index of {where} is wrong about {len(absent)} tensors.", faults=absent)
     owner = dict(table)
     for filename, header in headers.items():
         unlisted = [name for name in header.tensors if owner.setdefault(name, filename) == filename]

@@ -5,16 +5,23 @@ Downloads go through huggingface_hub and its cache. Tokens are handed to it and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from .answers import explained, patiently, unreachable
 from .checkpoint import RECORD, is_weight_file, weight_entry, weight_map
 from .errors import HubError
 from .refs import HubRef, Source, local_source, parse_ref
+from .stored import CHUNK
 
 ANCHORS = ("adapter_config.json", "config.json", "model.safetensors")
 """Files that tell whether a repo is in the cache."""
+CONNECTIONS = 8
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+"""What the cache calls large files, by their etag."""
 
 
 def fetch(
@@ -40,7 +47,7 @@ def fetch(
 def _download(
     ref: HubRef, what: str, wanted: Callable[[Sequence[str]], Sequence[str]], token: str | None
 ) -> Source:
-    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+    from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
     prefix = f"{ref.subfolder}/" if ref.subfolder else ""
@@ -52,21 +59,64 @@ def _download(
         except unreachable() as error:
             return _cached(ref, prefix, what, error)
         names = [sibling.rfilename for sibling in info.siblings or ()]
-        inside = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
-        chosen = wanted(inside)
+        chosen = wanted([name.removeprefix(prefix) for name in names if name.startswith(prefix)])
         if anchor := next((name for name in ANCHORS if name in chosen), None):
             # by the revision's own name, so that the cache knows what it stands for when there is no connection
-            hf_hub_download(ref.repo, prefix + anchor, revision=ref.revision, token=token)
-
-        def get(chosen: Sequence[str]) -> Path:
-            patterns = [_escaped(prefix + name) for name in chosen]
-            snapshot = snapshot_download(ref.repo, revision=info.sha, allow_patterns=patterns, token=token)
-            return Path(snapshot) / ref.subfolder
-
-        folder = get(chosen)
+            download(ref.repo, prefix + anchor, ref.revision or "main", token)
+        folder = snapshot_folder(ref.repo, str(info.sha)) / ref.subfolder
+        source = Source(folder, ref.repo, ref.repo, info.sha, ref.subfolder)
+        download_all(source, chosen, token)
         if index := next((name for name in chosen if name.endswith(".index.json")), None):
-            get(sorted(set(weight_map(folder / index).values())))
-    return Source(folder, ref.repo, ref.repo, info.sha, ref.subfolder)
+            download_all(source, sorted(set(weight_map(folder / index).values())), token)
+    return source
+
+
+def download_all(source: Source, names: Iterable[str], token: str | None) -> None:
+    """Files of a repo into the cache, several at a time; what was cut off is continued."""
+    prefix = f"{source.subfolder}/" if source.subfolder else ""
+    with ThreadPoolExecutor(CONNECTIONS) as pool:
+        list(
+            pool.map(lambda name: download(str(source.repo), prefix + name, str(source.commit), token), names)
+        )
+
+
+def download(repo: str, name: str, revision: str, token: str | None, folder: Path | None = None) -> Path:
+    """One file into the cache, or into a folder; large ones that are new here are compared with the Hub's hash.
+
+    Raises HubError where the bytes are others; they are removed then.
+    """
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    here = not folder and isinstance(try_to_load_from_cache(repo, name, revision=revision), str)
+    path = Path(
+        patiently(lambda: hf_hub_download(repo, name, revision=revision, token=token, local_dir=folder))
+    )
+    blob = path.resolve()
+    if not here and _SHA256.fullmatch(blob.name) and _sha256(blob) != blob.name:
+        path.unlink()
+        blob.unlink()
+        raise HubError(
+            f"{name} of {repo} arrived damaged: its sha256 is not the one that the Hub names.",
+            hint="the same command downloads it again",
+        )
+    return path
+
+
+def snapshot_folder(repo: str, commit: str) -> Path:
+    """Where the cache keeps the files of a commit."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    cache = Path(constants.HF_HUB_CACHE)
+    return cache / repo_folder_name(repo_id=repo, repo_type="model") / "snapshots" / commit
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _cached(ref: HubRef, prefix: str, what: str, error: Exception) -> Source:
@@ -82,11 +132,6 @@ def _cached(ref: HubRef, prefix: str, what: str, error: Exception) -> Source:
         f"{what} {ref} is no local path, the Hub cannot be reached, and the cache has no copy.",
         hint="check the spelling and the connection",
     ) from error
-
-
-def _escaped(name: str) -> str:
-    """A file name as a pattern that matches only itself."""
-    return "".join(f"[{char}]" if char in "*?[" else char for char in name)
 
 
 def wanted_of_base(names: Sequence[str]) -> list[str]:

@@ -1,24 +1,26 @@
 """REF → headers: what a REF is, without the weights of checkpoints. Those of a Hub repo stay there.
 
-The head of each weight file comes by a range request through huggingface_hub, 100 kB or the header's length, whichever
-is more. Configs, indexes, receipts and adapters are small and go through its cache, as in `hub`.
+The head of each weight file comes by a range request through huggingface_hub's connection, as long as the index lets
+expect, and what is missing by another. Configs, indexes, receipts and adapters are small and go through its cache, as in
+`hub`.
 """
 
 from __future__ import annotations
 
-import struct
+import io
+import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .answers import explained
+from .answers import explained, patiently
 from .checkpoint import (
     PICKLES,
     RECORD,
     Checkpoint,
-    Shard,
+    assemble,
     is_side_file,
     is_weight_file,
     open_checkpoint,
@@ -26,15 +28,17 @@ from .checkpoint import (
     weight_map,
 )
 from .errors import Fault, MalformedError, RefError, UnsupportedError
-from .hub import fetch
+from .hub import CONNECTIONS, fetch
 from .json_files import read_config
 from .refs import HubRef, Source, parse_ref
-from .stored import BITS, Stored
+from .stored import MAX_HEADER, Header, parse_header
 
 ADAPTER = "adapter_config.json"
-CONNECTIONS = 8
-_DAMAGE = (ValueError, TypeError, LookupError, AttributeError, RecursionError, struct.error)
-"""What huggingface_hub makes of headers that are none, beside its own error."""
+FIRST = 8192
+"""Bytes to ask for of a weight file of which no index tells more."""
+EMPTY, ENTRY = 128, 110
+"""Bytes of a header without tensors, and of what it says of one beside its name: most are shorter."""
+EMPTY_RANGE = 416
 
 
 @dataclass(frozen=True)
@@ -50,15 +54,18 @@ class Look:
         return self.remote or open_checkpoint(self.source)
 
 
-def look(ref: str, what: str, *, token: str | None = None) -> Look:
+def look(ref: str, what: str, *, token: str | None = None, whole: bool = False) -> Look:
     """Find what a REF names; adapters come whole, of a checkpoint on the Hub only headers and small files.
 
-    Without a connection, the cache's copy is taken, as by `fetch`.
+    Small files are the config and receipts, or with `whole` all that are no weights. Without a connection, the cache's
+    copy is taken, as by `fetch`.
     """
     listings: list[Sequence[str]] = []
 
     def wanted(names: Sequence[str]) -> list[str]:
         listings.append(names)
+        if whole and ADAPTER not in names:
+            return [name for name in names if not is_weight_file(name) or name.startswith(f"{RECORD}/")]
         return [name for name in names if _is_small(name, names)]
 
     source = fetch(ref, what, wanted, token=token)
@@ -92,12 +99,13 @@ def _open_remote(
             raise RefError(
                 f"The index of {source.name} names {len(missing)} files that are not there.", faults=missing
             )
-        shards = _shards(ref, source, files, table or {}, token)
-    _check_index(source, shards, table or {})
+        headers = _headers(source, files, table or {}, token)
+    notes: list[str] = []
+    shards = assemble(source.name, headers, table or {}, notes)
     others = [name for name in names if name not in {entry, *files}]
     visible = [name for name in others if not name.startswith((".", f"{RECORD}/"))]
     sides, left = tuple(filter(is_side_file, others)), tuple(filter(is_weight_file, visible))
-    return Checkpoint(source, shards, index, read_config(source.path), sides, left)
+    return Checkpoint(source, shards, index, read_config(source.path), sides, left, tuple(notes))
 
 
 def _entry(ref: HubRef, source: Source, names: Sequence[str]) -> str:
@@ -133,42 +141,52 @@ def _small_file(ref: HubRef, source: Source, name: str, token: str | None) -> Pa
     return Path(hf_hub_download(ref.repo, path, revision=source.commit, token=token))
 
 
-def _shards(
-    ref: HubRef, source: Source, files: Sequence[str], table: Mapping[str, str], token: str | None
-) -> tuple[Shard, ...]:
-    """The weight files with the tensors that count, as huggingface_hub reads their headers by range requests."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import SafetensorsParsingError
+def _headers(
+    source: Source, files: Sequence[str], table: Mapping[str, str], token: str | None
+) -> dict[str, Header]:
+    """The header of each weight file. How long one is, is guessed from the names that the index has for it."""
+    prefix = f"{source.subfolder}/" if source.subfolder else ""
+    guess = dict.fromkeys(files, FIRST if not table else EMPTY)
+    for name, file in table.items():
+        guess[file] += len(name.encode()) + ENTRY
 
-    api, prefix = HfApi(token=token), f"{ref.subfolder}/" if ref.subfolder else ""
-
-    def shard(name: str) -> Shard:
+    def header(file: str) -> Header:
+        url = (str(source.repo), prefix + file, str(source.commit))
+        head, size = read_range(*url, 0, guess[file], token)
+        length = 8 + int.from_bytes(head[:8], "little")
+        if len(head) < min(length, size, 8 + MAX_HEADER):
+            head += read_range(*url, len(head), min(length, size), token)[0]
         try:
-            head = api.parse_safetensors_file_metadata(ref.repo, prefix + name, revision=source.commit)
-            mine = {key: info for key, info in head.tensors.items() if table.get(key, name) == name}
-            tensors = [_stored(source.path / name, key, info) for key, info in mine.items()]
-            return Shard(name, dict(head.metadata or {}), tuple(sorted(tensors, key=lambda it: it.start)))
-        except (SafetensorsParsingError, *_DAMAGE) as error:
-            raise MalformedError(f"{source.name}: the header of {name} is damaged.") from error
+            return parse_header(source.path / file, size, io.BytesIO(head))
+        except MalformedError as error:
+            raise MalformedError(
+                f"{source.name}: the header of {file} is damaged: {error.message}"
+            ) from error
 
     with ThreadPoolExecutor(CONNECTIONS) as pool:
-        return tuple(pool.map(shard, files))
+        return dict(zip(files, pool.map(header, files), strict=True))
 
 
-def _stored(path: Path, name: str, info: Any) -> Stored:
-    """A tensor whose bytes are elsewhere: `path` is where they would be, `start` counts from the header's end."""
-    start, end = info.data_offsets
-    tensor = Stored(name, info.dtype, tuple(info.shape), path, start)
-    counts = all(type(size) is int and size >= 0 for size in (start, *tensor.shape))
-    if not counts or tensor.numel * BITS[tensor.dtype] != 8 * (end - start):
-        raise ValueError(name)
-    return tensor
+def read_range(
+    repo: str, path: str, revision: str, start: int, stop: int, token: str | None
+) -> tuple[bytes, int]:
+    """Bytes of a file on the Hub, as far as it has them, and how many it has in all."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils._headers import build_hf_headers
+    from huggingface_hub.utils._http import get_session, hf_raise_for_status
 
+    headers = {**build_hf_headers(token=token), "Range": f"bytes={start}-{stop - 1}"}
+    url = hf_hub_url(repo, path, revision=revision)
 
-def _check_index(source: Source, shards: Sequence[Shard], table: Mapping[str, str]) -> None:
-    """Every tensor that the index names must be where it says."""
-    found = {(tensor.name, shard.filename) for shard in shards for tensor in shard.tensors}
-    if absent := [Fault(name, f"not in {file}") for name, file in table.items() if (name, file) not in found]:
-        raise MalformedError(
-            f"The index of {source.name} is wrong about {len(absent)} tensors.", faults=absent
-        )
+    def get() -> Any:
+        answer = get_session().get(url, headers=headers)
+        if answer.status_code != EMPTY_RANGE:
+            hf_raise_for_status(answer)
+        return answer
+
+    answer = patiently(get)
+    if answer.status_code == EMPTY_RANGE:
+        return b"", 0
+    if found := re.fullmatch(r"bytes \d+-\d+/(\d+)", answer.headers.get("Content-Range") or ""):
+        return answer.content, int(found[1])
+    return answer.content[start:stop], len(answer.content)  # a server that knows no ranges

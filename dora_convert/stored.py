@@ -100,7 +100,7 @@ def read_header(path: Path) -> Header:
     Raises MalformedError when anything is off: a plausible header over the wrong bytes is how models break silently.
     """
     with open_file(path) as file:
-        return _parse(path, os.fstat(file.fileno()).st_size, file)
+        return parse_header(path, os.fstat(file.fileno()).st_size, file)
 
 
 @contextmanager
@@ -127,7 +127,8 @@ def open_file(path: Path) -> Iterator[BinaryIO]:
         raise MalformedError(f"{path} cannot be read: {error.strerror or error}.") from error
 
 
-def _parse(path: Path, size: int, file: BinaryIO) -> Header:
+def parse_header(path: Path, size: int, file: BinaryIO) -> Header:
+    """Parse and check the head of a file of so many bytes, of which no more than the header need be there."""
     length = int.from_bytes(file.read(8), "little")
     if size < 8 or length > min(MAX_HEADER, size - 8):
         raise MalformedError(

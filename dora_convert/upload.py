@@ -9,13 +9,15 @@ knows.
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from .answers import explained_writing, patiently, status_of, without_bars
 from .errors import HubError
-from .journal import Journal, Record, read_journal
+from .journal import Record, read_journal
 from .pushed import Pushed, Sent, Target
 from .stored import CHUNK
 
@@ -39,7 +41,7 @@ class Upload:
         self._operations: dict[str, CommitOperationAdd] = {}
         self._files: dict[str, Sent] = {}
         self._up: dict[str, Record] = {}
-        self._journal: Journal | None = None
+        self._journal: BinaryIO | None = None
         self._path: Path | None = None
         self._bytes = 0
 
@@ -88,7 +90,11 @@ class Upload:
             earlier = None
         path.parent.mkdir(parents=True, exist_ok=True)
         self._up = {record["name"]: record for record in earlier.records} if earlier else {}
-        self._journal, self._path = Journal(path, key, earlier), path
+        self._journal, self._path = path.open("r+b" if earlier else "w+b"), path
+        self._journal.truncate(earlier.end if earlier else 0)
+        self._journal.seek(0, os.SEEK_END)
+        if not earlier:
+            self._write(key)
 
     def has(self, name: str) -> bool:
         """Whether a file was sent in this run."""
@@ -140,7 +146,14 @@ class Upload:
 
     def _enter(self, name: str, nbytes: int, mtime: int, sha256: str) -> None:
         if self._journal:
-            self._journal.add({"name": name, "bytes": nbytes, "mtime": mtime, "sha256": sha256}, ())
+            self._write({"name": name, "bytes": nbytes, "mtime": mtime, "sha256": sha256})
+
+    def _write(self, record: Record) -> None:
+        """One line of the journal, on the disk when this returns: the file may be gone the next moment."""
+        assert self._journal
+        self._journal.write(json.dumps(record).encode() + b"\n")
+        self._journal.flush()
+        os.fsync(self._journal.fileno())
 
     def read(self, name: str) -> bytes | None:
         """A small file of the repo, as it was when `open` looked."""
