@@ -115,7 +115,10 @@ def metadata_of(readme: Path) -> dict[str, Any]:
     from huggingface_hub import ModelCard
 
     try:
-        found: dict[str, Any] = ModelCard.load(readme, ignore_metadata_errors=True).data.to_dict()
+        text = readme.read_text(encoding="utf-8")
+        if not text.startswith("---"):
+            return {}
+        found: dict[str, Any] = ModelCard(text, ignore_metadata_errors=True).data.to_dict()
     except Exception:  # noqa: BLE001 - somebody's file, in YAML: whatever it holds, the card does without
         return {}
     return found

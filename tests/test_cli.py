@@ -189,7 +189,7 @@ def test_errors_as_json(run, tmp_path, base, adapter):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["mrge"], "Did you mean 'merge'?"),
+        (["inspct"], "Did you mean 'inspect'?"),
         (["merge", "--dryrun"], "--dry-run"),
         (["merge", "x"], "needs an ADAPTER and OUT"),
     ],

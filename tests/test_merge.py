@@ -99,7 +99,7 @@ def test_output_bytes_do_not_depend_on_resources(tmp_path, monkeypatch):
     adapter = make_adapter(tmp_path / "adapter", base, dora=True)
     found = []
     for number, limits in enumerate(
-        ({}, {"workers": 1}, {"workers": 7}, {"max_memory": "60KB", "workers": 3}, {"verify": False})
+        ({}, {"workers": 1}, {"workers": 7}, {"max_memory": "60KB", "workers": 3})
     ):
         out = tmp_path / f"out{number}"
         dora_convert.merge(base.path, adapter, out, **limits)

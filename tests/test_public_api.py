@@ -16,7 +16,7 @@ NAMES = {
     "AdapterReport", "CheckpointReport", "VerifyReport", "inspect", "verify",
     "DoraConvertError", "DryRunReport", "HubError", "MalformedError", "MergeReport", "NumericalError", "OutputError",
     "PlanError", "RefError", "UnsupportedError", "UsageError", "VerificationError", "__version__", "merge",
-    "PushReport", "push",
+    "PushReport", "push", "MadeDryRun", "MadeReport", "from_lora", "to_lora", "Recovered", "UnmergeReport", "unmerge",
 }  # fmt: skip
 
 
