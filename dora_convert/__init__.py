@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from .verbs.inspect import inspect
     from .verbs.merge import merge
     from .verbs.verify import verify
-    from .verified import VerifyReport
+    from .verified import OutputsReport, VerifyReport
 
 _MODULES = {
     "errors": (
@@ -43,7 +43,7 @@ _MODULES = {
     "verbs.inspect": ("inspect",),
     "verbs.merge": ("merge",),
     "verbs.verify": ("verify",),
-    "verified": ("VerifyReport",),
+    "verified": ("OutputsReport", "VerifyReport"),
 }  # fmt: skip
 """Where each public name is defined."""
 _OWNER = {name: module for module, names in _MODULES.items() for name in names}
@@ -58,6 +58,7 @@ __all__ = [
     "MergeReport",
     "NumericalError",
     "OutputError",
+    "OutputsReport",
     "PlanError",
     "RefError",
     "UnsupportedError",

@@ -30,7 +30,7 @@ def scan_adapter(adapter: Adapter) -> dict[str, str]:
 
     Raises NumericalError, naming every tensor that holds NaN or Inf.
     """
-    hashes = {path.name: _hash(path) for path in adapter.files}
+    hashes = {path.name: file_hash(path) for path in adapter.files}
     with closing(Reader()) as reader:
         damaged = [tensor for tensor in adapter.tensors.values() if not _finite(tensor, reader)]
     if damaged:
@@ -41,7 +41,8 @@ def scan_adapter(adapter: Adapter) -> dict[str, str]:
     return hashes
 
 
-def _hash(path: Path) -> str:
+def file_hash(path: Path) -> str:
+    """The xxh3-128 of a file, in hexadecimal."""
     digest, buffer = xxhash.xxh3_128(), bytearray(CHUNK_BYTES)
     with path.open("rb") as file:
         while count := file.readinto(buffer):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
 import torch
 
 from . import __version__, receipt, undo
-from .checkpoint import RECORD, Checkpoint
+from .checkpoint import RECEIPT, RECORD, Checkpoint, open_checkpoint
 from .checks import doubt_base, scan_adapter
 from .errors import Fault, NumericalError, OutputError, UsageError, VerificationError
 from .execute import Budget, Done, Progress, Run
@@ -18,6 +18,7 @@ from .journal import NAME as JOURNAL
 from .journal import Earlier, Journal, Record, read_journal
 from .plan import Plan
 from .precision import Choice, choose
+from .refs import local_source
 from .report import MergeReport
 from .selfcheck import Checker, Verdict
 from .settings import Settings
@@ -25,13 +26,20 @@ from .sidefiles import SideFile, side_files
 from .sizes import format_size
 from .stored import Reader
 from .undo import Part, Spool
+from .verified import OutputsReport
 from .writer import ShardFiles, shards_exist
 
 Hashes = Sequence[Mapping[str, str]]
 
 
-def produce(plan: Plan, folder: OutputFolder, settings: Settings) -> MergeReport:
-    """Run a merge's plan and publish the result.
+Examine = Callable[[Checkpoint], OutputsReport]
+"""Runs what was written, and compares it with base and adapters."""
+
+
+def produce(
+    plan: Plan, folder: OutputFolder, settings: Settings, examine: Examine | None = None
+) -> MergeReport:
+    """Run a merge's plan and publish the result, if `examine` finds no difference.
 
     Raises UsageError for a device or a memory budget that will not do, NumericalError for NaN, Inf and overflow,
     OutputError for a disk that does not take the result, VerificationError when the self-check fails. OUT does not
@@ -51,6 +59,7 @@ def produce(plan: Plan, folder: OutputFolder, settings: Settings) -> MergeReport
         if _same(plan, run.progress.done):
             settings.warn("the adapter changes nothing: every element is as it was in the base")
         _write_files(plan, folder, run, files, hashes)
+        outputs = _examined(folder, examine) if examine else None
         folder.publish()
     return MergeReport.of(
         plan,
@@ -60,6 +69,7 @@ def produce(plan: Plan, folder: OutputFolder, settings: Settings) -> MergeReport
         verdict,
         written=run.written,
         resumed=bool(earlier and earlier.records),
+        outputs=outputs.to_dict() if outputs else None,
     )
 
 
@@ -173,6 +183,18 @@ def _judge(plan: Plan, done: Mapping[str, Done]) -> Verdict:
     return total
 
 
+def _examined(folder: OutputFolder, examine: Examine) -> OutputsReport:
+    """What running the output says; VerificationError where that differs, which leaves OUT.partial as it is."""
+    found = examine(open_checkpoint(local_source(folder.partial)))
+    if found.verdict != "agree":
+        raise VerificationError(
+            "The merged model's outputs are not those of base and adapter.",
+            faults=[Fault("outputs", problem) for problem in found.problems],
+            hint=f"what was written is in {folder.partial}; the same command compares it again",
+        )
+    return found
+
+
 def _same(plan: Plan, done: Mapping[str, Done]) -> bool:
     """Whether every tensor that adapters had a part in holds the base's bytes."""
     return all(
@@ -200,7 +222,7 @@ def _write_files(
             ]
             spool.lay_out([*made, *_originals(files, spool)], folder.record / undo.NAME)
     folder.put(
-        f"{RECORD}/{receipt.NAME}", receipt.receipt_bytes(plan, run.progress.done, hashes, files, run.choice)
+        f"{RECORD}/{RECEIPT}", receipt.receipt_bytes(plan, run.progress.done, hashes, files, run.choice)
     )
 
 

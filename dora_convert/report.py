@@ -78,6 +78,8 @@ class MergeReport(Report):
     resumed: bool
     verified: Verified | None
     lost: float | None
+    outputs: Mapping[str, Any] | None
+    """What running the merged model found, as `verify --level outputs` reports it; None where it was not run."""
 
     @classmethod
     def of(
@@ -90,6 +92,7 @@ class MergeReport(Report):
         *,
         written: int,
         resumed: bool,
+        outputs: Mapping[str, Any] | None = None,
     ) -> MergeReport:
         """The report of a finished merge; `lost` is the share of the change that rounding took, on the sample."""
         found = None
@@ -104,6 +107,7 @@ class MergeReport(Report):
             resumed=resumed,
             verified=found,
             lost=verdict.lost if verdict else None,
+            outputs=outputs,
         )
 
 

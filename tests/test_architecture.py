@@ -12,12 +12,13 @@ FILES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in 
 TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
 
 ORDER = [
-    "errors", "sizes", "stored", "json_files", "pickled", "refs", "updates", "blocks", "items", "checkpoint", "ties", "adapter",
+    "errors", "heavy", "sizes", "stored", "json_files", "pickled", "refs", "updates", "blocks", "items", "checkpoint", "ties", "adapter",
     "formats/peft_fields", "formats/peft_types", "formats/peft_config", "formats/peft_modules", "formats/peft", "formats/__init__",
-    "names", "placing", "plan", "layout", "replicas", "configs", "draft", "planner", "settings", "journal", "undo", "hub",
+    "extras", "prompts", "names", "placing", "plan", "layout", "replicas", "configs", "draft", "planner", "settings", "journal", "undo", "hub",
     "remote", "gather", "card", "sidefiles", "folder", "writer", "maths", "memory", "precision", "lane", "operands", "checks", "make",
-    "ulps", "rows", "expected", "selfcheck", "execute", "receipt", "report", "inspected", "census", "inspection", "produce", "parity",
-    "causes", "differences", "verified", "page", "verification", "heavy", "verbs/__init__", "verbs/merge",
+    "ulps", "rows", "expected", "selfcheck", "execute", "receipt", "report", "inspected", "census", "inspection", "verified", "figures", "page",
+    "produce", "parity", "causes", "differences", "verification", "recorded", "difference", "kept", "halfulp", "sizing", "offload",
+    "passes", "samples", "models", "outputs", "verbs/__init__", "verbs/merge",
     "verbs/inspect", "verbs/verify", "__init__", "cli/sink", "cli/options",
     "cli/merge", "cli/inspect", "cli/verify", "cli/__init__", "__main__",
 ]  # fmt: skip
@@ -41,6 +42,16 @@ COMPUTES = {
     "execute",
     "receipt",
     "produce",
+    "recorded",
+    "difference",
+    "kept",
+    "halfulp",
+    "sizing",
+    "offload",
+    "passes",
+    "samples",
+    "models",
+    "outputs",
 }
 """The only modules that import torch when they are imported; a plan is made without any of them."""
 

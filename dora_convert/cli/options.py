@@ -27,16 +27,26 @@ strength = stack(
     ),
 )
 
+workers = stack(
+    click.option(
+        "--workers", type=click.IntRange(1), metavar="N", help="Threads; default one per processor."
+    ),
+)
+
 held = stack(
     click.option(
         "--max-memory", default="160MiB", metavar="SIZE", show_default=True,
         help="Bytes held at once, beyond Python and torch themselves.",
     ),
-    click.option("--workers", type=click.IntRange(1), metavar="N", help="Threads; default one per processor."),
+    workers,
 )  # fmt: skip
 
-compute = stack(
+device = stack(
     click.option("--device", default="auto", metavar="auto|cpu|cuda[:N]|mps", help="Where to compute."),
+)
+
+compute = stack(
+    device,
     click.option(
         "--compute-dtype",
         type=click.Choice(["auto", "float64", "float32"]),

@@ -165,6 +165,11 @@ def summary(report: MergeReport | DryRunReport) -> list[str]:
             f"checked: {checked['wrong_elements']} of {checked['checked']:,} elements wrong, "
             f"at most {checked['max_ulp']} ulp from the exact result{_lost(values['lost'])}"
         )
+    if outputs := values["outputs"]:
+        lines.append(
+            f"outputs: {outputs['verdict']}, {outputs['max_abs_logit_error']:.2g} apart at most; "
+            f"rounding alone leaves {outputs['rounding_floor']:.2g}"
+        )
     return [*lines, f"out: {report.out}"]
 
 

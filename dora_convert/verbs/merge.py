@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ..extras import need
 from ..folder import OutputFolder
 from ..gather import doubts, gather
 from ..heavy import without_collections
@@ -34,6 +35,7 @@ def merge(
     allow_unmatched: bool = False,
     ignore_field: Sequence[str] = (),
     verify: bool = True,
+    verify_outputs: bool = False,
     base_model: str | None = None,
     token: str | None = None,
     dry_run: bool = False,
@@ -44,7 +46,8 @@ def merge(
     """Fold adapters into a base checkpoint: W' = W + Σ wᵢ·(applyᵢ(W) − W), each element rounded once.
 
     `base` and each of `adapters` is a folder or a Hub repo (`org/name[@revision]`); a base of None is the one that the
-    first adapter names. `out` must not exist unless `overwrite` is set. `on_progress` is called with bytes done and
+    first adapter names. `out` must not exist unless `overwrite` is set. With `verify_outputs`, base and adapters, as PEFT
+    runs them, and the merged model are run on sample prompts before it is published. `on_progress` is called with bytes done and
     bytes in all, from worker threads; `on_notice` with each warning and choice as it comes up.
 
     Raises DoraConvertError, and then leaves nothing under `out`.
@@ -57,12 +60,24 @@ def merge(
     )
     folder = OutputFolder(Path(out), overwrite=overwrite)
     folder.check()
+    if verify_outputs:
+        need("verify", "--verify-outputs")
     plan = _plan(base, listed(adapters), weight, options, settings, folder)
     if dry_run:
         return DryRunReport.of(plan, settings, folder.given)
+    return _carry_out(plan, folder, settings, verify_outputs=verify_outputs)
+
+
+def _carry_out(plan: Plan, folder: OutputFolder, settings: Settings, *, verify_outputs: bool) -> MergeReport:
+    """Make the output; with `verify_outputs`, what it takes to run it is found out before."""
     with without_collections():
         from ..produce import produce
-    return produce(plan, folder, settings)
+    if not verify_outputs:
+        return produce(plan, folder, settings)
+    from ..outputs import prepared
+
+    with prepared(plan, settings, (), None) as comparison:
+        return produce(plan, folder, settings, comparison.against)
 
 
 def _plan(
