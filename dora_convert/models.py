@@ -19,6 +19,7 @@ from torch import nn
 from .adapter import Adapter
 from .checkpoint import Checkpoint
 from .errors import MalformedError, UnsupportedError
+from .halfulp import plain_name
 from .offload import attach, stand_in, weights_on_disk
 from .passes import Runner
 
@@ -210,14 +211,9 @@ def _generates(model: Any) -> bool:
 
 
 def _saved_whole(adapters: Sequence[Adapter]) -> Callable[[str], bool]:
-    """Whether a weight is one of those that an adapter has saved whole, by its name."""
-    names: set[str] = set()
-    for adapter in adapters:
-        config = json.loads((adapter.source.path / "adapter_config.json").read_text(encoding="utf-8-sig"))
-        names |= set(config.get("modules_to_save") or ())
-    names |= {"classifier", "score", "qa_outputs"}  # which PEFT adds by itself
-
-    return lambda weight: bool(names & set(weight.split("."))) or weight.rpartition(".")[2] == "bias"
+    """Whether an adapter's files hold a weight as it is, by its name in the model: PEFT writes it over the base's."""
+    names = {plain_name(name) for adapter in adapters for name in adapter.tensors if ".lora_" not in name}
+    return names.__contains__
 
 
 def _wrap(model: Any, adapters: Sequence[Adapter]) -> Any:
