@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from .verbs.to_lora import to_lora
     from .verbs.unmerge import unmerge
     from .verbs.verify import verify
-    from .verified import VerifyReport
+    from .verified import OutputsReport, VerifyReport
 
 _MODULES = {
     "errors": (
@@ -53,7 +53,7 @@ _MODULES = {
     "verbs.unmerge": ("unmerge",),
     "verbs.to_lora": ("to_lora",),
     "verbs.verify": ("verify",),
-    "verified": ("VerifyReport",),
+    "verified": ("OutputsReport", "VerifyReport"),
 }  # fmt: skip
 """Where each public name is defined."""
 _OWNER = {name: module for module, names in _MODULES.items() for name in names}
@@ -70,6 +70,7 @@ __all__ = [
     "MergeReport",
     "NumericalError",
     "OutputError",
+    "OutputsReport",
     "PlanError",
     "PushReport",
     "Recovered",

@@ -118,7 +118,8 @@ def metadata_of(readme: Path) -> dict[str, Any]:
         text = readme.read_text(encoding="utf-8")
         if not text.startswith("---"):
             return {}
-        found: dict[str, Any] = ModelCard(text, ignore_metadata_errors=True).data.to_dict()
+        data = ModelCard(text, ignore_metadata_errors=True).data
+        found: dict[str, Any] = data.to_dict()  # type: ignore[no-untyped-call]
     except Exception:  # noqa: BLE001 - somebody's file, in YAML: whatever it holds, the card does without
         return {}
     return found

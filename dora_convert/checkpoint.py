@@ -25,6 +25,8 @@ OF_TRAINING = re.compile(r"adapter_model|training_args|optimizer|scheduler|rng_s
 """How the names of files begin that lie beside weights and are none."""
 RECORD = "dora_convert"
 """The sub-folder of an output that holds the receipt and the undo record."""
+RECEIPT = "receipt.json"
+"""What a merge leaves there so that it can be audited."""
 
 WEIGHT_SUFFIXES = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".onnx_data",

@@ -11,7 +11,8 @@ from html import escape
 from pathlib import Path
 
 from .errors import OutputError
-from .verified import CheckedModule, VerifyReport
+from .figures import figures
+from .verified import CheckedModule, OutputsReport, VerifyReport
 
 WIDTH, HEIGHT, LEFT, BELOW, EDGE = 720, 420, 70, 50, 15
 """Of the chart, in its own units; the last three are its margins."""
@@ -58,7 +59,7 @@ def check_page(path: str | os.PathLike[str]) -> None:
         )
 
 
-def write_page(report: VerifyReport, path: str | os.PathLike[str]) -> None:
+def write_page(report: VerifyReport | OutputsReport, path: str | os.PathLike[str]) -> None:
     """Write the page whole or not at all; a file of that name is replaced.
 
     Raises OutputError.
@@ -81,7 +82,7 @@ def _refused(where: Path, error: OSError | ValueError) -> OutputError:
     return OutputError(f"cannot write the report {where}: {why}")
 
 
-def lines(report: VerifyReport) -> Iterator[str]:
+def lines(report: VerifyReport | OutputsReport) -> Iterator[str]:
     """The page, from its title to its table."""
     verdict = _text(report.verdict)
     yield '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">'
@@ -89,13 +90,15 @@ def lines(report: VerifyReport) -> Iterator[str]:
     yield f"<title>{verdict}: {_text(report.merged)}</title>\n<style>{STYLE}</style>\n</head>\n<body>"
     yield f'<h1>Verdict: <span class="{verdict}">{verdict}</span></h1>'
     yield from _summary(report)
+    if isinstance(report, OutputsReport):
+        yield from _figures(report)
     texts = {"Problems": report.problems, "Notes": report.notes, "Warnings": report.warnings}
     for title, found in texts.items():
         if found:
             yield f'<h2>{title}</h2>\n<ul class="{title.lower()}">'
             yield from (f"<li>{_text(text)}</li>" for text in found)
             yield "</ul>"
-    if report.modules:
+    if isinstance(report, VerifyReport) and report.modules:
         yield from _chart(report.modules)
         yield from _table(report.modules)
     yield "</body>\n</html>\n"
@@ -106,23 +109,44 @@ def _text(text: str) -> str:
     return escape("".join(char if char.isprintable() else ascii(char)[1:-1] for char in text))
 
 
-def _summary(report: VerifyReport) -> Iterator[str]:
-    modules, untouched = report.modules, report.untouched
-    wrong = sum(module.wrong_elements for module in modules)
+def _summary(report: VerifyReport | OutputsReport) -> Iterator[str]:
     rows = [
         ("base", report.base),
         *(("adapter", adapter) for adapter in report.adapters),
         ("merged", report.merged),
-        (
-            "modules",
-            f"{len(modules):,}, {sum(bool(module.wrong_elements) for module in modules):,} of them wrong",
-        ),
-        ("elements", f"{sum(module.elements for module in modules):,}, {wrong:,} of them wrong"),
-        ("untouched tensors", f"{untouched.tensors:,}, {untouched.identical:,} of them identical"),
     ]
+    rows += _ran(report) if isinstance(report, OutputsReport) else _compared(report)
     yield "<dl>"
     yield from (f"<dt>{name}</dt><dd>{_text(value)}</dd>" for name, value in rows)
     yield "</dl>"
+
+
+def _compared(report: VerifyReport) -> list[tuple[str, str]]:
+    modules, untouched = report.modules, report.untouched
+    wrong = sum(module.wrong_elements for module in modules)
+    of_them = sum(bool(module.wrong_elements) for module in modules)
+    return [
+        ("modules", f"{len(modules):,}, {of_them:,} of them wrong"),
+        ("elements", f"{sum(module.elements for module in modules):,}, {wrong:,} of them wrong"),
+        ("untouched tensors", f"{untouched.tensors:,}, {untouched.identical:,} of them identical"),
+    ]
+
+
+def _ran(report: OutputsReport) -> list[tuple[str, str]]:
+    return [
+        ("model", f"{report.architecture} on {report.device}"),
+        ("prompts", f"{report.prompts:,}, {report.positions:,} positions"),
+    ]
+
+
+def _figures(report: OutputsReport) -> Iterator[str]:
+    """What two models said, compared."""
+    yield '<h2>Outputs</h2>\n<div class="wide">\n<table>\n<thead><tr>'
+    heads = "", "difference", "rounding alone", "passes up to"
+    yield "".join(f'<th scope="col">{head}</th>' for head in heads) + "</tr></thead>\n<tbody>"
+    for row in figures(report):
+        yield "<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>"
+    yield "</tbody>\n</table>\n</div>"
 
 
 def _decades(values: Iterable[float]) -> tuple[int, int]:

@@ -67,16 +67,26 @@ def _device(name: str) -> tuple[torch.device, str]:
 
 
 @contextmanager
-def exact_arithmetic() -> Iterator[None]:
-    """Full-precision products while the block runs, and the caller's settings and thread count afterwards.
-
-    Workers use one torch thread each: a product split over threads has other bits.
-    """
-    threads, matmul = torch.get_num_threads(), torch.get_float32_matmul_precision()
+def full_precision() -> Iterator[None]:
+    """Products of float32 matrices in float32 while the block runs, and the caller's setting afterwards."""
+    matmul = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
-    torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(matmul)
+
+
+@contextmanager
+def exact_arithmetic() -> Iterator[None]:
+    """Full-precision products, one torch thread each, while the block runs, and the caller's thread count afterwards.
+
+    A product split over threads has other bits.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with full_precision():
+            yield
+    finally:
+        torch.set_num_threads(threads)

@@ -2,33 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 
 from . import __version__, receipt, undo
-from .checkpoint import RECORD
+from .checkpoint import RECEIPT, RECORD, Checkpoint, open_checkpoint
 from .checks import doubt_base, scan_adapter
 from .digests import sha256
+from .errors import Fault, VerificationError
 from .execute import Done, Run, kept_name
 from .folder import OutputFolder
 from .plan import Plan
+from .refs import local_source
 from .report import MergeReport
 from .running import Hashes, earlier, judge, run, run_key
 from .sending import Output
 from .settings import Settings
 from .sidefiles import SideFile, base_files, card_of, originals, side_files, with_checks
 from .undo import Part, Spool
+from .verified import OutputsReport
 from .workspace import entered, settle
+
+Examine = Callable[[Checkpoint], OutputsReport]
+"""Runs what was written, and compares it with base and adapters."""
 
 
 def produce(
-    plan: Plan, folder: OutputFolder, settings: Settings, upload: Output | None = None
+    plan: Plan,
+    folder: OutputFolder,
+    settings: Settings,
+    upload: Output | None = None,
+    examine: Examine | None = None,
 ) -> MergeReport:
-    """Run a merge's plan and publish the result, on the Hub, too, where `upload` is given.
+    """Run a merge's plan and publish the result if `examine` finds no difference; on the Hub, too, with `upload`.
 
     Raises UsageError for a device or a memory budget that will not do, NumericalError for NaN, Inf and overflow,
-    OutputError for a disk that does not take the result, VerificationError when the self-check fails. OUT does not
-    exist then.
+    OutputError for a disk that does not take the result, VerificationError when a check fails. OUT does not exist then.
     """
     choice = settle(plan.memory, settings)
     hashes = [scan_adapter(adapter) for adapter in plan.adapters]
@@ -47,6 +56,7 @@ def produce(
         if verdict:
             files = with_checks(files, plan, settings.base_model, verdict.rows())
         _write_files(plan, folder, done, files, hashes)
+        outputs = _examined(folder, examine) if examine else None
         pushed = (
             upload.finish(card_of(files, plan), f"Merge with dora-convert {__version__}") if upload else None
         )
@@ -60,7 +70,20 @@ def produce(
         written=done.written,
         resumed=bool(before and before.records),
         pushed=pushed,
+        outputs=outputs.to_dict() if outputs else None,
     )
+
+
+def _examined(folder: OutputFolder, examine: Examine) -> OutputsReport:
+    """What running the output says; VerificationError where that differs, which leaves OUT.partial as it is."""
+    found = examine(open_checkpoint(local_source(folder.partial)))
+    if found.verdict != "agree":
+        raise VerificationError(
+            "The merged model's outputs are not those of base and adapter.",
+            faults=[Fault("outputs", problem) for problem in found.problems],
+            hint=f"what was written is in {folder.partial}; the same command compares it again",
+        )
+    return found
 
 
 def _same(plan: Plan, done: Mapping[str, Done]) -> bool:
@@ -85,7 +108,7 @@ def _write_files(
             spool.lay_out([*_kept(plan, run), *_originals(plan, files, spool)], folder.record / undo.NAME)
     proofs = {name: sha256(path) for name, path in base_files(plan.base).items()}
     written = receipt.receipt_bytes(plan, run.progress.done, hashes, files, proofs, run.choice)
-    folder.put(f"{RECORD}/{receipt.NAME}", written)
+    folder.put(f"{RECORD}/{RECEIPT}", written)
 
 
 def _kept(plan: Plan, run: Run) -> list[Part]:

@@ -20,7 +20,6 @@ from .precision import Choice
 from .refs import Source
 from .sidefiles import SideFile
 
-NAME = "receipt.json"
 SCHEMA = 1
 
 

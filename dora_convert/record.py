@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .adapter import Adapter
-from .checkpoint import RECORD, Checkpoint, Shard
+from .checkpoint import RECEIPT, RECORD, Checkpoint, Shard
 from .errors import Fault, MalformedError, RefError, UsageError
 from .json_files import read_json
 from .layout import converted
@@ -17,7 +17,6 @@ from .refs import Source
 from .stored import BITS, Stored, read_header
 from .undo import NAME as UNDO
 
-RECEIPT = "receipt.json"
 FIELDS = {
     "versions": dict, "base": dict, "adapters": list, "options": dict, "tensors": dict, "kept": dict, "layout": dict,
     "side_files": dict, "base_files": dict, "ledger": list,

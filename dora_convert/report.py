@@ -81,6 +81,8 @@ class MergeReport(Report):
     verified: Verified | None
     lost: float | None
     pushed: Pushed | None = None
+    outputs: Mapping[str, Any] | None = None
+    """What running the merged model found, as `verify --level outputs` reports it; None where it was not run."""
 
     @classmethod
     def of(
@@ -94,6 +96,7 @@ class MergeReport(Report):
         written: int,
         resumed: bool,
         pushed: Pushed | None = None,
+        outputs: Mapping[str, Any] | None = None,
     ) -> MergeReport:
         """The report of a finished merge; `lost` is the share of the change that rounding took, on the sample."""
         found = None
@@ -109,6 +112,7 @@ class MergeReport(Report):
             verified=found,
             lost=verdict.lost if verdict else None,
             pushed=pushed,
+            outputs=outputs,
         )
 
 

@@ -19,6 +19,8 @@ DTYPES = {"auto": None} | {name: dtype for dtype, name in CONFIG_DTYPES.items()}
 COMPUTE_DTYPES = {"auto": "F64", "float64": "F64", "float32": "F32"}
 UNDO = {"norms": "norms", "exact": "exact", "none": "none"}
 MOST_WORKERS = 8
+MAX_MEMORY = "160MiB"
+"""What verbs that stream hold at once, unless they are told otherwise."""
 REPO_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 Value = TypeVar("Value")

@@ -32,6 +32,11 @@ from .sink import Sink
     help="What to keep so that the merge can be undone: up to rounding, or bit for bit.",
 )
 @click.option("--verify/--no-verify", default=True, help="Check a sample of the output before publishing it.")
+@click.option(
+    "--verify-outputs",
+    is_flag=True,
+    help="Run base + adapter and the output on sample prompts before publishing it.",
+)
 @options.matching
 @options.reading
 @options.base_model

@@ -27,21 +27,29 @@ strength = stack(
     ),
 )
 
+workers = stack(
+    click.option(
+        "--workers", type=click.IntRange(1), metavar="N", help="Threads; default one per processor."
+    ),
+)
+
 
 def held_by(default: str, explained: str) -> Callable[[Command], Command]:
     """A memory budget and a number of threads."""
     return stack(
         click.option("--max-memory", default=default, metavar="SIZE", show_default=True, help=explained),
-        click.option(
-            "--workers", type=click.IntRange(1), metavar="N", help="Threads; default one per processor."
-        ),
+        workers,
     )
 
 
 held = held_by("160MiB", "Bytes held at once, beyond Python and torch themselves.")
 
-arithmetic = stack(
+device = stack(
     click.option("--device", default="auto", metavar="auto|cpu|cuda[:N]|mps", help="Where to compute."),
+)
+
+arithmetic = stack(
+    device,
     click.option(
         "--compute-dtype",
         type=click.Choice(["auto", "float64", "float32"]),

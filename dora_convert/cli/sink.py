@@ -167,6 +167,11 @@ def summary(report: MergeReport | DryRunReport) -> list[str]:
         )
     if pushed := values["pushed"]:
         lines.append(f"pushed: {pushed['url']}, {format_size(pushed['bytes_uploaded'])}")
+    if outputs := values["outputs"]:
+        lines.append(
+            f"outputs: {outputs['verdict']}, {outputs['max_abs_logit_error']:.2g} apart at most; "
+            f"rounding alone leaves {outputs['rounding_floor']:.2g}"
+        )
     return [*lines, f"out: {report.out}"]
 
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
+from ..figures import figures
 from . import options
 from .sink import Sink, printable, table
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..verified import CheckedModule, VerifyReport
+    from ..verified import CheckedModule, OutputsReport, VerifyReport
 
 SHOWN = 10
 """How many modules and problems are shown without --verbose."""
@@ -23,10 +24,10 @@ SHOWN = 10
 @click.argument("refs", nargs=-1, metavar="BASE ADAPTER... MERGED", required=True)
 @click.option(
     "--level",
-    type=click.Choice(["weights"]),
+    type=click.Choice(["weights", "outputs"]),
     default="weights",
     show_default=True,
-    help="What is compared.",
+    help="What is compared: every element, or what the models say.",
 )
 @options.strength
 @click.option(
@@ -37,13 +38,21 @@ SHOWN = 10
     metavar="N",
     help="Random inputs whose outputs are compared, for each module.",
 )
+@click.option("--prompt", multiple=True, metavar="TEXT", help="What outputs are compared on; repeatable.")
+@click.option("--prompts", type=click.Path(), metavar="FILE", help="More of them, one a line; UTF-8.")
 @click.option(
     "--report",
     type=click.Path(),
     metavar="FILE.html",
     help="Write a self-contained page of what was found, too.",
 )
-@options.held
+@options.device
+@click.option(
+    "--max-memory",
+    metavar="SIZE",
+    help="Bytes held at once, beyond Python and torch; default 160MiB for weights, what is free for outputs.",
+)
+@options.workers
 @options.select
 @options.matching
 @options.reading
@@ -56,10 +65,14 @@ def command(refs: tuple[str, ...], *, as_json: bool, quiet: bool, verbose: bool,
     adapter's own. Rounding is told from mistakes, and known mistakes are called by their names. The exit code is 0 where
     they agree, 1 where they differ, 2 where that cannot be decided.
 
+    With --level outputs, base + adapter as PEFT runs them and MERGED are run on prompts, and what they say is compared.
+    That needs pip install 'dora-convert[verify]'.
+
     \b
     Examples:
       dora-convert verify ./base ./adapter ./merged
       dora-convert verify ./base ./style ./facts ./merged --weight 0.5 --weight 1
+      dora-convert verify ./base ./adapter ./merged --level outputs --prompt "Once upon a time"
     """
     if len(refs) < 3:
         raise click.UsageError("verify needs BASE, ADAPTER and MERGED.")
@@ -75,14 +88,27 @@ def command(refs: tuple[str, ...], *, as_json: bool, quiet: bool, verbose: bool,
     return 0 if report.verdict == "agree" else 1
 
 
-def parts(report: VerifyReport, *, every: bool) -> Iterator[Table | str]:
-    """The report for people: the worst modules, then what it comes to."""
+def parts(report: VerifyReport | OutputsReport, *, every: bool) -> Iterator[Table | str]:
+    """The report for people: figures, the worst modules first, then what they come to."""
+    if report.level == "outputs":
+        yield from _outputs(cast("OutputsReport", report))
+        return
+    report = cast("VerifyReport", report)
     worst = sorted(report.modules, key=_badness, reverse=True)
     if worst:
         yield modules_table(worst if every else worst[:SHOWN])
     if len(worst) > SHOWN and not every:
         yield f"… and {len(worst) - SHOWN} modules more (--verbose)"
     yield from map(printable, about(report, every=every))
+
+
+def _outputs(report: OutputsReport) -> Iterator[Table | str]:
+    """What two models said, and how far that is apart."""
+    yield table(("outputs", ">difference", ">rounding alone", ">passes up to"), figures(report))
+    yield f"{report.prompts} prompts, {report.positions:,} positions of {report.architecture} on {report.device}"
+    yield from (printable(f"problem: {problem}") for problem in report.problems)
+    yield from (printable(f"note: {note}") for note in report.notes)
+    yield f"verdict: {report.verdict}"
 
 
 def _badness(module: CheckedModule) -> tuple[int, float]:

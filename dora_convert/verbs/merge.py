@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ..extras import need
 from ..folder import OutputFolder
 from ..gather import doubts, gather
 from ..heavy import without_collections
@@ -36,6 +37,7 @@ def merge(
     allow_unmatched: bool = False,
     ignore_field: Sequence[str] = (),
     verify: bool = True,
+    verify_outputs: bool = False,
     base_model: str | None = None,
     push_to_hub: str | None = None,
     private: bool = False,
@@ -50,9 +52,10 @@ def merge(
     """Fold adapters into a base checkpoint: W' = W + Σ wᵢ·(applyᵢ(W) − W), each element rounded once.
 
     `base` and each of `adapters` is a folder or a Hub repo (`org/name[@revision]`); a base of None is the one that the
-    first adapter names. `out` must not exist unless `overwrite` is set. `on_progress` is called with bytes done and
-    bytes in all, from worker threads; `on_notice` with each warning and choice as it comes up. With `push_to_hub`, a
-    repo id, shards are uploaded as they are finished, and one commit is made before `out` gets its name.
+    first adapter names. `out` must not exist unless `overwrite` is set. With `verify_outputs`, base and adapters, as PEFT
+    runs them, and the merged model are run on sample prompts before it is published. With `push_to_hub`, a repo id, shards
+    are uploaded as they are finished, and one commit is made before `out` gets its name. `on_progress` is called with
+    bytes done and bytes in all, from worker threads; `on_notice` with each warning and choice as it comes up.
 
     Raises DoraConvertError, and then leaves nothing under `out`.
     """
@@ -63,16 +66,27 @@ def merge(
     target = Target.parse(push_to_hub, private, create_pr, commit_message, token)
     folder = OutputFolder(Path(out), overwrite=overwrite)
     folder.check()
+    if verify_outputs:
+        need("verify", "--verify-outputs")
     plan = _plan(base, listed(adapters), weight, options, settings, folder)
-    return DryRunReport.of(plan, settings, folder.given) if dry_run else _run(plan, folder, settings, target)
+    if dry_run:
+        return DryRunReport.of(plan, settings, folder.given)
+    return _run(plan, folder, settings, target, verify_outputs=verify_outputs)
 
 
-def _run(plan: Plan, folder: OutputFolder, settings: Settings, target: Target | None) -> MergeReport:
-    """Carry the plan out, and push what comes of it where there is a target."""
+def _run(
+    plan: Plan, folder: OutputFolder, settings: Settings, target: Target | None, *, verify_outputs: bool
+) -> MergeReport:
+    """Carry the plan out, and push what comes of it where there is a target; run it first where that is asked for."""
     with without_collections():
         from ..produce import produce
     with uploading(target, settings.notify) as upload:
-        return produce(plan, folder, settings, upload)
+        if not verify_outputs:
+            return produce(plan, folder, settings, upload)
+        from ..outputs import prepared
+
+        with prepared(plan, settings, (), None) as comparison:
+            return produce(plan, folder, settings, upload, comparison.against)
 
 
 def _plan(

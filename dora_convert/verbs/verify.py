@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from ..checkpoint import open_checkpoint
+from ..checkpoint import RECEIPT, RECORD, Checkpoint, open_checkpoint
+from ..errors import DoraConvertError, UsageError
+from ..extras import need
 from ..gather import gather
 from ..heavy import without_collections
-from ..hub import fetch, wanted_of_base
+from ..hub import fetch, wanted_of_adapter, wanted_of_base
 from ..page import check_page, write_page
+from ..plan import Options, Plan
 from ..planner import make_plan
+from ..prompts import gather_prompts
 from ..refs import PathLike, listed
-from ..settings import Settings, chosen, parse_options, parse_weights
-from ..verified import VerifyReport
+from ..settings import MAX_MEMORY, Settings, chosen, parse_options, parse_weights
+from ..verified import OutputsReport, VerifyReport
+
+if TYPE_CHECKING:
+    from ..recorded import Recorded
+
+LEVELS = "weights", "outputs"
 
 
 def verify(
@@ -24,7 +35,10 @@ def verify(
     level: str = "weights",
     weight: Sequence[float] = (),
     samples: int = 8,
-    max_memory: str | int = "160MiB",
+    prompt: Sequence[str] = (),
+    prompts: PathLike | None = None,
+    device: str = "auto",
+    max_memory: str | int | None = None,
     workers: int | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -34,28 +48,110 @@ def verify(
     report: PathLike | None = None,
     on_progress: Callable[[int, int], None] | None = None,
     on_notice: Callable[[str], None] | None = None,
-) -> VerifyReport:
-    """Does `merged` do what base and adapters do? Every element is compared with the float64 result.
+) -> VerifyReport | OutputsReport:
+    """Whether `merged` does what base and adapters do.
 
-    `samples` is the number of random inputs whose outputs are compared, too. The report's `verdict` is "agree" or
-    "differ"; where that cannot be decided, because something is missing or malformed, DoraConvertError is raised.
-    `report` is a path for an HTML page of it; a file there is replaced.
+    At the level of weights, every element is compared with the float64 result; `samples` is the number of random inputs
+    whose outputs are compared for each module, too. At the level of outputs, base and adapters, as PEFT runs them, and
+    `merged` are run on texts: each of `prompt`, the lines of the file `prompts`, or built-in ones.
+
+    The report's `verdict` is "agree" or "differ"; DoraConvertError is raised where that cannot be decided. Weights and
+    options that are not given are those that a receipt in `merged` has. `max_memory` is 160MiB for weights, and for
+    outputs what the machine has. `report` is a path for an HTML page; a file there is replaced.
     """
-    chosen(level, {"weights": level}, "--level")
+    chosen(level, dict.fromkeys(LEVELS), "--level")
+    texts = _texts(level, prompt, prompts)
     options = parse_options("auto", "auto", None, "none", include, exclude, allow_unmatched, ignore_field)
-    settings = Settings.parse("cpu", "auto", max_memory, workers, True, None, on_progress, on_notice, token)
+    settings = Settings.parse(
+        _device(level, device), "auto", MAX_MEMORY if max_memory is None else max_memory, workers, True, None,
+        on_progress, on_notice, token,
+    )  # fmt: skip
     if report is not None:
         check_page(report)
-    refs = listed(adapters)
-    weights = parse_weights(weight, len(refs))
     named = None if base is None else os.fspath(base)
-    where = os.fspath(merged)
-    checkpoint, opened = gather(named, refs, where, token, settings.notify, options.ignore_field, "verify")
-    made = open_checkpoint(fetch(where, "MERGED", wanted_of_base, token=token))
-    plan = make_plan(checkpoint, opened, weights, options)
-    with without_collections():
-        from ..verification import verify_weights
-    found = verify_weights(plan, made, settings, samples)
+    plan, made = _gather(named, listed(adapters), os.fspath(merged), weight, options, settings)
+    limit = None if max_memory is None else settings.max_memory
+    found = _compared(plan, made, settings, samples, None if level == "weights" else (texts, limit))
     if report is not None:
         write_page(found, report)
     return found
+
+
+def _gather(
+    base: str | None,
+    refs: Sequence[str],
+    where: str,
+    weight: Sequence[float],
+    options: Options,
+    settings: Settings,
+) -> tuple[Plan, Checkpoint]:
+    """What a merge would make, of what a receipt in MERGED says where the caller does not; and MERGED."""
+    weights = parse_weights(weight, len(refs))
+    if noted := _recorded(where, refs, settings.token):
+        options = replace(
+            options,
+            ignore_field=(*options.ignore_field, *noted.ignore_field),
+            allow_unmatched=options.allow_unmatched or noted.allow_unmatched,
+        )
+        if not (weight or options.include or options.exclude):
+            weights, options = noted.weight, replace(options, include=noted.include, exclude=noted.exclude)
+            if str(noted):
+                settings.notify(f"as the receipt of MERGED says: {noted}")
+    accepted = options.ignore_field
+    checkpoint, opened = gather(base, refs, where, settings.token, settings.notify, accepted, "verify")
+    made = open_checkpoint(fetch(where, "MERGED", wanted_of_base, token=settings.token))
+    return make_plan(checkpoint, opened, weights, options), made
+
+
+def _texts(level: str, prompt: Sequence[str], prompts: PathLike | None) -> tuple[str, ...]:
+    """A caller's prompts, where they are of use; and whether models can be run at all."""
+    if level == "outputs":
+        need("verify", "--level outputs")
+        return gather_prompts([prompt] if isinstance(prompt, str) else prompt, prompts)
+    if prompt or prompts is not None:
+        raise UsageError("--prompt and --prompts are of use with --level outputs only.")
+    return ()
+
+
+def _device(level: str, device: str) -> str:
+    """Where to compute; weights are compared on the CPU, in float64."""
+    if level == "outputs":
+        return device
+    if device not in ("auto", "cpu"):
+        raise UsageError(
+            f"--device {device}: weights are compared on the CPU.", hint="--level outputs runs there"
+        )
+    return "cpu"
+
+
+def _recorded(where: str, refs: Sequence[str], token: str | None) -> Recorded | None:
+    """What a receipt in MERGED says, if these adapters were merged. What is missing is complained about later."""
+    try:
+        folder = fetch(where, "MERGED", wanted_of_base, token=token).path
+        if not (folder / RECORD / RECEIPT).is_file():
+            return None
+        paths = [fetch(ref, "ADAPTER", wanted_of_adapter, token=token).path for ref in refs]
+    except DoraConvertError:
+        return None
+    with without_collections():
+        from ..recorded import read_recorded
+    return read_recorded(folder, paths)
+
+
+def _compared(
+    plan: Plan,
+    made: Checkpoint,
+    settings: Settings,
+    samples: int,
+    running: tuple[Sequence[str], int | None] | None,
+) -> VerifyReport | OutputsReport:
+    """Weights compared; or what models say, where `running` holds prompts and a limit of memory."""
+    with without_collections():
+        from ..verification import verify_weights
+
+        if running:
+            from ..outputs import prepared
+    if not running:
+        return verify_weights(plan, made, settings, samples)
+    with prepared(plan, settings, *running) as comparison:
+        return comparison.against(made)
