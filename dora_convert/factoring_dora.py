@@ -18,6 +18,7 @@ from .factoring_scales import Found, dots, find_scales
 
 SMALL = 1 << 20  # elements: matrices up to that are computed in float64
 FIRST, LAST = 4, 128  # the ranks at which scales are searched for where an error is asked for
+USEFUL = 0.9  # of a LoRA's distance at the same rank: scales that leave more are not searched for again
 NO_SCALE = 1e-4  # of ‖w'‖/‖w‖: a smaller |d| would make B huge
 
 
@@ -69,10 +70,7 @@ def extract_dora(
         return DoraFactors(B, A, dots(W, W).sqrt().to(dtype), 0.0, 0.0, converged=True, steps=0)
     rounding = torch.finfo(dtype).eps * size
     allowed = max(goal.error * change, rounding)
-    if goal.rank:
-        found = find_scales(W, tuned, goal.rank, rounding)
-    else:
-        found = _least(W, tuned, allowed, rounding)
+    found = find_scales(W, tuned, goal.rank, rounding) if goal.rank else _least(W, tuned, allowed, rounding)
     B, A = _factors(W, tuned, found.d, goal.rank, allowed, exact=exact)
     B, A = B.to(dtype), A.to(dtype)
     m, distance = _magnitudes(W, tuned, B, A, dtype)
@@ -81,10 +79,15 @@ def extract_dora(
 
 
 def _least(W: Tensor, tuned: Tensor, allowed: float, rounding: float) -> Found:
-    """The scales of about the least rank whose distance is allowed; those of rank LAST where that is not enough."""
+    """The scales of about the least rank whose distance is allowed.
+
+    Those of a smaller rank where that is above LAST, or where scales are of little use: other ranks need the same.
+    """
     low, rank = 0, min(FIRST, *W.shape)
     found = find_scales(W, tuned, rank, rounding)
-    while found.distance > allowed and rank < min(LAST, *W.shape):
+    while (
+        found.distance > allowed and found.distance < USEFUL * found.unscaled and rank < min(LAST, *W.shape)
+    ):
         low, rank = rank, min(2 * rank, LAST, *W.shape)
         found = find_scales(W, tuned, rank, rounding)
     while rank - low > 1 and found.distance <= allowed:
