@@ -7,7 +7,7 @@ tokenizer, processor and chat-template files count, and they win over the base's
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path

@@ -15,14 +15,14 @@ ORDER = [
     "errors", "sizes", "stored", "json_files", "pickled", "refs", "updates", "blocks", "items", "checkpoint", "ties", "adapter",
     "outgoing", "formats/peft_fields", "formats/peft_types", "formats/peft_config", "formats/peft_modules",
     "formats/peft_names", "formats/peft_save", "formats/peft", "formats/__init__",
-    "names", "placing", "plan", "layout", "replicas", "configs", "draft", "planner", "orders", "settings", "journal", "undo", "hub",
+    "names", "placing", "plan", "layout", "replicas", "configs", "draft", "planner", "pairs", "orders", "settings", "journal", "undo", "hub",
     "remote", "gather", "card", "sidefiles", "folder", "writer", "maths", "factoring", "factoring_scales", "factoring_dora",
     "memory", "precision", "lane", "operands", "checks", "make",
     "ulps", "rows", "expected", "selfcheck", "execute", "receipt", "report", "inspected", "census", "inspection", "workspace",
-    "produce", "craft", "made", "magnitudes", "compress", "parity",
+    "produce", "craft", "made", "magnitudes", "compress", "extraction", "parity",
     "causes", "differences", "verified", "page", "verification", "heavy", "making", "verbs/__init__", "verbs/merge",
-    "verbs/inspect", "verbs/verify", "verbs/from_lora", "verbs/to_lora", "__init__", "cli/sink", "cli/options",
-    "cli/merge", "cli/made", "cli/from_lora", "cli/to_lora", "cli/inspect", "cli/verify", "cli/__init__", "__main__",
+    "verbs/inspect", "verbs/verify", "verbs/from_lora", "verbs/to_lora", "verbs/extract", "__init__", "cli/sink", "cli/options",
+    "cli/merge", "cli/made", "cli/from_lora", "cli/to_lora", "cli/extract", "cli/inspect", "cli/verify", "cli/__init__", "__main__",
 ]  # fmt: skip
 """Every module comes after all that it imports."""
 
@@ -51,6 +51,7 @@ COMPUTES = {
     "craft",
     "magnitudes",
     "compress",
+    "extraction",
 }
 """The only modules that import torch when they are imported; a plan is made without any of them."""
 

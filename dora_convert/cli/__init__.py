@@ -21,6 +21,7 @@ COMMANDS = {
     "merge": "fold adapters into a base checkpoint",
     "from-lora": "LoRA to DoRA, outputs preserved",
     "to-lora": "DoRA, or any adapter, to LoRA by SVD; LoRA to another rank",
+    "extract": "fine-tuned checkpoint to adapter",
     "verify": "does a merged checkpoint do what base + adapter do?",
     "inspect": "what is this? headers only, local or remote",
 }
