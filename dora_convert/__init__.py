@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .inspected import AdapterReport, CheckpointReport
     from .made import MadeDryRun, MadeReport
     from .report import DryRunReport, MergeReport, PushReport, Recovered, UnmergeReport
+    from .verbs.extract import extract
     from .verbs.from_lora import from_lora
     from .verbs.inspect import inspect
     from .verbs.merge import merge
@@ -46,6 +47,7 @@ _MODULES = {
     "inspected": ("AdapterReport", "CheckpointReport"),
     "made": ("MadeDryRun", "MadeReport"),
     "report": ("DryRunReport", "MergeReport", "PushReport", "Recovered", "UnmergeReport"),
+    "verbs.extract": ("extract",),
     "verbs.from_lora": ("from_lora",),
     "verbs.inspect": ("inspect",),
     "verbs.merge": ("merge",),
@@ -81,6 +83,7 @@ __all__ = [
     "VerificationError",
     "VerifyReport",
     "__version__",
+    "extract",
     "from_lora",
     "inspect",
     "merge",

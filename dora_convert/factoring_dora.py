@@ -18,6 +18,7 @@ from .factoring_scales import Found, dots, find_scales
 
 SMALL = 1 << 20  # elements: matrices up to that are computed in float64
 FIRST, LAST = 4, 128  # the ranks at which scales are searched for where an error is asked for
+USEFUL = 0.9  # of a LoRA's distance at the same rank: scales that leave more are not searched for again
 NO_SCALE = 1e-4  # of ‖w'‖/‖w‖: a smaller |d| would make B huge
 
 
@@ -54,27 +55,22 @@ def extract_dora(
     energy: float | None = None,
     max_error: float | None = None,
     exact: bool = False,
-    noise: float | None = None,
 ) -> DoraFactors:
     """The DoRA nearest to W' of a given rank, or of about the least rank that keeps an energy or an error of W' − W.
 
-    `noise` is the rounding in W and W' relative to ‖W'‖, by default a unit of the dtype's precision: what is smaller is
-    not pursued. The rank is 0 where W' is W; elsewhere it is at least 1, and lowered where less gives the same.
+    The rank is 0 where W' is W, and at least 1 elsewhere. A distance of a unit of the dtype's precision, relative to ‖W'‖,
+    is taken for rounding and not pursued. Matrices of up to SMALL elements are computed in float64.
     """
     goal, dtype = Goal.of(rank, energy, max_error), W.dtype
-    noise = torch.finfo(dtype).eps if noise is None else noise
     if W.numel() <= SMALL and W.device.type != "mps":
         W, tuned = W.double(), tuned.double()
     change, size = sum(squared(w - t) for w, t in _blocks(W, tuned)) ** 0.5, squared(tuned) ** 0.5
     if change == 0:
         B, A = W.new_zeros(len(W), 0, dtype=dtype), W.new_zeros(0, W.shape[1], dtype=dtype)
         return DoraFactors(B, A, dots(W, W).sqrt().to(dtype), 0.0, 0.0, converged=True, steps=0)
-    allowed = max(goal.error * change, noise * size)
-    found = (
-        find_scales(W, tuned, goal.rank, noise * size)
-        if goal.rank
-        else _least(W, tuned, allowed, noise * size)
-    )
+    rounding = torch.finfo(dtype).eps * size
+    allowed = max(goal.error * change, rounding)
+    found = find_scales(W, tuned, goal.rank, rounding) if goal.rank else _least(W, tuned, allowed, rounding)
     B, A = _factors(W, tuned, found.d, goal.rank, allowed, exact=exact)
     B, A = B.to(dtype), A.to(dtype)
     m, distance = _magnitudes(W, tuned, B, A, dtype)
@@ -83,10 +79,15 @@ def extract_dora(
 
 
 def _least(W: Tensor, tuned: Tensor, allowed: float, rounding: float) -> Found:
-    """The scales of about the least rank whose distance is allowed; those of rank LAST where that is not enough."""
+    """The scales of about the least rank whose distance is allowed.
+
+    Those of a smaller rank where that is above LAST, or where scales are of little use: other ranks need the same.
+    """
     low, rank = 0, min(FIRST, *W.shape)
     found = find_scales(W, tuned, rank, rounding)
-    while found.distance > allowed and rank < min(LAST, *W.shape):
+    while (
+        found.distance > allowed and found.distance < USEFUL * found.unscaled and rank < min(LAST, *W.shape)
+    ):
         low, rank = rank, min(2 * rank, LAST, *W.shape)
         found = find_scales(W, tuned, rank, rounding)
     while rank - low > 1 and found.distance <= allowed:
@@ -115,7 +116,7 @@ def _factors(
     if not Z.rank:
         return W.new_zeros(len(W), 1), W.new_zeros(1, W.shape[1])
     B = Z.B / torch.where(d == 0, 1.0, d)[:, None].to(W)
-    B[(new == 0).to(B.device)] = 0
+    B[new == 0] = 0
     even = resize(B, Z.A, rank=Z.rank, noise=0.0)
     # PEFT divides by ‖V‖, so V must not be zero where W and W' are.
     even.B[(old == 0) & (new == 0)] = even.B.abs().mean()

@@ -38,6 +38,8 @@ class Found:
     """(out,), float64"""
     distance: float
     """‖W' − diag(d)·W − Z‖"""
+    unscaled: float
+    """the same for d = 1: a LoRA's"""
     steps: int
     """Gauss–Newton steps from all starts"""
     converged: bool
@@ -57,8 +59,8 @@ def find_scales(
     """
     search = _Search(W, tuned, min(rank, *W.shape))
     ratio = search.ratio()
-    first = min((search.fit(d) for d in (ratio, torch.ones_like(ratio))), key=lambda fit: fit.loss)
-    best, steps, converged = search.run(first)
+    plain, scaled = search.fit(torch.ones_like(ratio)), search.fit(ratio)
+    best, steps, converged = search.run(scaled if scaled.loss < plain.loss else plain)
     for d in _others(search, ratio):
         if best.loss <= rounding**2:
             break
@@ -66,7 +68,7 @@ def find_scales(
         steps += more
         if fit.loss < best.loss:
             best, converged = fit, ended
-    return Found(best.d, best.loss**0.5, steps, converged)
+    return Found(best.d, best.loss**0.5, plain.loss**0.5, steps, converged)
 
 
 def dots(x: Tensor, y: Tensor) -> Tensor:

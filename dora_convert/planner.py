@@ -33,7 +33,7 @@ def make_plan(
     Raises UnsupportedError for bases refused as a whole, UsageError for weights that cannot be applied, and PlanError
     with every fault of every adapter otherwise.
     """
-    _refuse_quantised(base)
+    refuse_quantised(base)
     tree = _with_layers(base, adapters)
     names = [Names(tree.tensors, _targets(adapter, options)) for adapter in adapters]
     tasks = [adapter.task for adapter in adapters if adapter.task]
@@ -109,7 +109,11 @@ def _targets(adapter: Adapter, options: Options) -> list[str]:
 
 def is_chosen(change: Change, options: Options) -> bool:
     """Whether --include and --exclude leave a change in."""
-    module = change.target.rpartition(".")[0]
+    return is_named(change.target.rpartition(".")[0], options)
+
+
+def is_named(module: str, options: Options) -> bool:
+    """Whether --include and --exclude leave a module in."""
     wanted = not options.include or _matches(module, options.include)
     return wanted and not _matches(module, options.exclude)
 
@@ -174,11 +178,12 @@ def _config(draft: Draft, items: Mapping[str, Item], adapters: Sequence[Adapter]
     return config
 
 
-def _refuse_quantised(base: Checkpoint) -> None:
+def refuse_quantised(base: Checkpoint) -> None:
+    """Raise UnsupportedError for quantised weights."""
     for config in base.configs:
         if isinstance(method := config.get("quantization_config"), Mapping):
             raise UnsupportedError(
-                f"BASE {base.source.name} is quantised ({method.get('quant_method', 'unknown method')}); "
+                f"{base.source.name} is quantised ({method.get('quant_method', 'unknown method')}); "
                 "merging into quantised weights is not done yet.",
                 hint="name the full-precision checkpoint that it was made from",
             )

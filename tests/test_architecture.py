@@ -25,8 +25,9 @@ ORDER = [
     "difference", "kept", "halfulp", "sizing", "passes", "prompts", "samples", "offload", "models",
     "outputs", "verbs/merge", "verbs/inspect", "recorded", "verbs/verify", "verbs/from_lora", "restoring",
     "verbs/unmerge", "parcel", "pushing", "verbs/push", "factoring_scales", "factoring_dora", "compress",
-    "verbs/to_lora", "__init__", "cli/sink", "cli/options", "cli/merge", "cli/made", "cli/from_lora",
-    "cli/inspect", "cli/verify", "cli/__init__", "cli/unmerge", "cli/push", "cli/to_lora", "__main__",
+    "verbs/to_lora", "pairs", "extraction", "verbs/extract", "__init__", "cli/sink", "cli/options",
+    "cli/merge", "cli/made", "cli/from_lora", "cli/inspect", "cli/verify", "cli/__init__", "cli/unmerge",
+    "cli/push", "cli/to_lora", "cli/extract", "__main__",
 ]  # fmt: skip
 """Every module comes after all that it imports."""
 
@@ -71,6 +72,7 @@ COMPUTES = {
     "factoring_scales",
     "factoring_dora",
     "compress",
+    "extraction",
 }
 """The only modules that import torch when they are imported; a plan is made without any of them."""
 

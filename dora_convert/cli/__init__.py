@@ -22,6 +22,7 @@ COMMANDS = {
     "unmerge": "take adapters out of a merged checkpoint again",
     "from-lora": "LoRA to DoRA, outputs preserved",
     "to-lora": "DoRA, or any adapter, to LoRA by SVD; LoRA to another rank",
+    "extract": "fine-tuned checkpoint to adapter",
     "verify": "does a merged checkpoint do what base + adapter do?",
     "inspect": "what is this? headers only, local or remote",
     "push": "upload a checkpoint or an adapter, with a model card",

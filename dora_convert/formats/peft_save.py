@@ -207,6 +207,7 @@ def _whole(made: Outgoing, config: Config | None) -> dict[str, Any]:
     if config:
         return {} if targets else {"modules_to_save": None, "bias": "none"}
     adapted = {change.target.rpartition(".")[0] for change, _ in made.low_ranks}
-    modules = {target.rpartition(".")[0] for target in targets}
-    alone = {target for target in targets if target.rpartition(".")[0] in adapted}
-    return {"modules_to_save": sorted(modules - adapted) or None, "bias": "lora_only" if alone else "none"}
+    modules = {target.rpartition(".")[0] for target in targets if not target.endswith(".bias")} - adapted
+    alone = {module for target in targets if (module := target.rpartition(".")[0]) not in modules}
+    bias = "none" if not alone else "lora_only" if alone <= adapted else "all"
+    return {"modules_to_save": sorted(modules) or None, "bias": bias}
