@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 
 import torch
 
 from .digests import Digest
+from .in_place import InPlace
 from .items import Item
 from .journal import Journal, Record
 from .lane import Lane
@@ -145,6 +147,7 @@ class Run:
     checker: Checker | None
     on_progress: Callable[[int, int], None] | None
     progress: Progress
+    place: InPlace | None = None
     written: int = 0
     _skipped: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -187,6 +190,8 @@ class Run:
 
     def _make(self, item: Item) -> None:
         lane: Lane = self._local.lane
+        if self.place:
+            item = self.place.saved(item, self.reader)
         with self.budget.holding(self.plan.cost(item)):
             with lane.working():
                 made = make(item, lane, self.shards, self.spool, self.plan, self.reader, self.advance)
@@ -197,7 +202,8 @@ class Run:
         self.progress.done[item.name] = done
         if not (verdict and verdict.wrong):
             files = [self.shards.descriptor(self.shards.shard_of(item)), self.spool.descriptor]
-            self.journal.add(done_record(item.name, done), files)
+            forget = partial(self.place.forget, item) if self.place else None
+            self.journal.add(done_record(item.name, done), files, forget)
 
     def _unkept(self) -> list[Stored]:
         """The base's tensors of which nothing is in the output, as far as they are not in the record yet."""

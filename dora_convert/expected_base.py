@@ -51,7 +51,7 @@ class ExpectedBase(Expected):
     def bound(self, rows: Sequence[int], x: Tensor, *, rounded_once: bool) -> Tensor:  # noqa: ARG002 - always is
         """How far from x an honest result may be: the arithmetic of one rounding, through the inverse."""
         merged, share = self.before(rows), self._share(rows)
-        slack = (x.shape[1] ** 0.5 + 6) * EPSILON * (x.abs() + (merged / share).abs())
+        slack: Tensor = (x.shape[1] ** 0.5 + 6) * EPSILON * (x.abs() + (merged / share).abs())
         for edit, part in zip(self.item.edits, self._parts(merged, rows), strict=True):
             slack += (edit.weight * part.f / share).abs() * (part.terms + 2) * EPSILON * part.size()
         return half_ulp(x, self.item.dtype) + slack.nan_to_num(0.0, 0.0, 0.0)
@@ -65,7 +65,7 @@ class ExpectedBase(Expected):
         total = torch.ones((), dtype=torch.float64)
         for edit, part in zip(self.item.edits, self._parts(self.before(rows), rows), strict=True):
             share: Tensor = edit.weight * (part.f - 1)
-            total = total + share
+            total = torch.add(total, share)
         return total
 
     def _without_start(self) -> None:
@@ -80,7 +80,9 @@ class ExpectedBase(Expected):
 
     def _measure(self, number: int) -> Tensor:
         if self._original:
-            return self._original._measure(number)  # noqa: SLF001 - one of its own kind
+            n = self._original.part(number, [0]).n
+            assert n is not None
+            return n
         return self._recorded(number)
 
     def _recorded(self, number: int) -> Tensor:

@@ -10,16 +10,17 @@ from .checkpoint import RECORD
 from .checks import doubt_base, scan_adapter
 from .digests import sha256
 from .execute import Done, Run, kept_name
-from .folder import OutputFolder
+from .in_place import InPlace
 from .plan import Plan
+from .rehearsal import rehearse
 from .report import MergeReport
-from .running import Hashes, earlier, entered, judge, run, run_key, settle
+from .running import Folder, Hashes, earlier, entered, judge, run, run_key, settle
 from .settings import Settings
 from .sidefiles import SideFile, base_files, originals, side_files
 from .undo import Part, Spool
 
 
-def produce(plan: Plan, folder: OutputFolder, settings: Settings) -> MergeReport:
+def produce(plan: Plan, folder: Folder, settings: Settings) -> MergeReport:
     """Run a merge's plan and publish the result.
 
     Raises UsageError for a device or a memory budget that will not do, NumericalError for NaN, Inf and overflow,
@@ -31,25 +32,23 @@ def produce(plan: Plan, folder: OutputFolder, settings: Settings) -> MergeReport
     if doubt := doubt_base(plan):
         settings.warn(doubt)
     files = side_files(plan, settings.base_model)
-    folder.check_space(plan.bytes_out + 2 * plan.undo_bytes + sum(file.nbytes for file in files))
+    folder.check_space(folder.room(plan) + 2 * plan.undo_bytes + sum(file.nbytes for file in files))
     with entered(folder):
-        key = run_key(plan, hashes, choice)
+        key = run_key(plan, folder, hashes, choice)
         before = earlier(folder, plan, key)
+        if isinstance(folder, InPlace) and not before:
+            rehearse(plan, settings, choice)
         done = run(plan, folder, settings, choice, key, before)
         verdict = judge(plan, done.progress.done) if settings.verify else None
         if _same(plan, done.progress.done):
             settings.warn("the adapter changes nothing: every element is as it was in the base")
         _write_files(plan, folder, done, files, hashes)
-        folder.publish()
-    return MergeReport.of(
-        plan,
-        settings,
-        folder.given,
-        choice,
-        verdict,
-        written=done.written,
-        resumed=bool(before and before.records),
-    )
+        resumed = bool(before and before.records)
+        report = MergeReport.of(
+            plan, settings, folder.given, choice, verdict, written=done.written, resumed=resumed
+        )
+        folder.publish(report.to_dict(), [] if plan.options.undo != "none" else [f"{RECORD}/{undo.NAME}"])
+    return report
 
 
 def _same(plan: Plan, done: Mapping[str, Done]) -> bool:
@@ -63,15 +62,15 @@ def _same(plan: Plan, done: Mapping[str, Done]) -> bool:
     )
 
 
-def _write_files(
-    plan: Plan, folder: OutputFolder, run: Run, files: Sequence[SideFile], hashes: Hashes
-) -> None:
+def _write_files(plan: Plan, folder: Folder, run: Run, files: Sequence[SideFile], hashes: Hashes) -> None:
     """Everything beside the weights: side files, the undo record, the receipt."""
     for file in files:
         folder.put(file.name, file.source)
     if plan.options.undo != "none":
         with closing(Spool(folder.record / undo.SPOOL, run.progress.spooled)) as spool:
-            spool.lay_out([*_kept(plan, run), *_originals(plan, files, spool)], folder.record / undo.NAME)
+            spool.lay_out(
+                [*_kept(plan, run), *_originals(plan, files, spool)], folder.path(f"{RECORD}/{undo.NAME}")
+            )
     proofs = {name: sha256(path) for name, path in base_files(plan.base).items()}
     written = receipt.receipt_bytes(plan, run.progress.done, hashes, files, proofs, run.choice)
     folder.put(f"{RECORD}/{receipt.NAME}", written)

@@ -12,11 +12,12 @@ from .checks import scan_adapter
 from .digests import Digest, stored_digest
 from .errors import Fault, RefError, VerificationError
 from .execute import Done
-from .folder import OutputFolder
+from .in_place import InPlace
+from .rehearsal import rehearse
 from .report import Recovered, UnmergeReport
-from .running import earlier, entered, judge, run, run_key, settle
+from .running import Folder, earlier, entered, judge, run, run_key, settle
 from .settings import Settings
-from .sidefiles import SideFile
+from .sidefiles import SideFile, left_over
 from .stored import Reader
 from .unmerging import Known, Reversal
 
@@ -24,7 +25,7 @@ Proofs = Mapping[str, Digest]
 
 
 def restore(
-    reversal: Reversal, files: Sequence[SideFile], folder: OutputFolder, settings: Settings
+    reversal: Reversal, files: Sequence[SideFile], folder: Folder, settings: Settings
 ) -> UnmergeReport:
     """Run a plan that undoes a merge, and publish the base.
 
@@ -34,30 +35,27 @@ def restore(
     plan = reversal.plan
     choice = settle(plan, settings)
     hashes = [scan_adapter(adapter) for adapter in plan.adapters]
-    folder.check_space(plan.bytes_out + sum(file.nbytes for file in files))
+    folder.check_space(folder.room(plan) + sum(file.nbytes for file in files))
     copied = _copied(reversal)
     with entered(folder):
-        key = run_key(plan, hashes, choice) | {
+        key = run_key(plan, folder, hashes, choice) | {
             "receipt": xxhash.xxh3_128_hexdigest(json.dumps(reversal.record.receipt).encode())
         }
         before = earlier(folder, plan, key)
+        if isinstance(folder, InPlace) and not before:
+            _prove(reversal, rehearse(plan, settings, choice), copied)
         done = run(plan, folder, settings, choice, key, before)
         verdict = judge(plan, done.progress.done) if settings.verify else None
         with _discarding(folder):
             modules = _prove(reversal, done.progress.done, copied)
         for file in files:
             folder.put(file.name, file.source)
-        folder.publish()
-    return UnmergeReport.undone(
-        reversal,
-        settings,
-        folder.given,
-        choice,
-        verdict,
-        modules,
-        written=done.written,
-        resumed=bool(before and before.records),
-    )
+        resumed = bool(before and before.records)
+        report = UnmergeReport.undone(
+            reversal, settings, folder.given, choice, verdict, modules, written=done.written, resumed=resumed
+        )
+        folder.publish(report.to_dict(), left_over(plan.base, reversal.record, files))
+    return report
 
 
 def _copied(reversal: Reversal) -> Proofs:
@@ -85,7 +83,7 @@ def _refuse_changed(names: Sequence[str], reversal: Reversal) -> None:
 
 
 @contextmanager
-def _discarding(folder: OutputFolder) -> Iterator[None]:
+def _discarding(folder: Folder) -> Iterator[None]:
     """Nothing is worth continuing where what was read, or what came of it, is not what it should be."""
     try:
         yield

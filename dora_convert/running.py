@@ -13,6 +13,7 @@ from .checkpoint import RECORD, Checkpoint
 from .errors import Fault, NumericalError, OutputError, UsageError, VerificationError
 from .execute import Budget, Done, Progress, Run
 from .folder import OutputFolder
+from .in_place import InPlace
 from .journal import NAME as JOURNAL
 from .journal import Earlier, Journal, Record, read_journal
 from .plan import Plan
@@ -22,9 +23,10 @@ from .settings import Settings
 from .sizes import format_size
 from .stored import Reader
 from .undo import Spool
-from .writer import ShardFiles, shards_exist
+from .writer import ShardFiles
 
 Hashes = Sequence[Mapping[str, str]]
+Folder = OutputFolder | InPlace
 
 
 def settle(plan: Plan, settings: Settings) -> Choice:
@@ -40,7 +42,7 @@ def settle(plan: Plan, settings: Settings) -> Choice:
 
 
 @contextmanager
-def entered(folder: OutputFolder) -> Iterator[None]:
+def entered(folder: Folder) -> Iterator[None]:
     """OUT.partial, locked. What is done there stays for the same command to continue, unless it would fail again."""
     folder.open()
     try:
@@ -60,12 +62,12 @@ def entered(folder: OutputFolder) -> Iterator[None]:
         raise
 
 
-def run_key(plan: Plan, hashes: Hashes, choice: Choice) -> Record:
+def run_key(plan: Plan, folder: Folder, hashes: Hashes, choice: Choice) -> Record:
     """Everything that decides the output's bytes."""
     return {
         "plan": plan.fingerprint,
         "adapters": [dict(found) for found in hashes],
-        "base": _identity(plan.base),
+        "base": [[str(folder.out.resolve())]] if isinstance(folder, InPlace) else _identity(plan.base),
         "versions": [__version__, torch.__version__],
         "device": choice.device.type,
         "compute": choice.compute_name,
@@ -84,39 +86,55 @@ def _identity(base: Checkpoint) -> list[list[Any]]:
     return found
 
 
-def earlier(folder: OutputFolder, plan: Plan, key: Record) -> Earlier | None:
+def earlier(folder: Folder, plan: Plan, key: Record) -> Earlier | None:
     """The journal of an unfinished run of the same key; OUT.partial is then ready to go on, else empty."""
     earlier = read_journal(folder.record / JOURNAL)
-    if earlier and earlier.key == key and shards_exist(folder.partial, plan):
+    if earlier and earlier.key == key and folder.resumable(plan):
         folder.clear(keep=[RECORD, *(shard.filename for shard in plan.shards)])
         return earlier
     if earlier and earlier.key != key and not folder.overwrite:
         raise OutputError(
-            f"{folder.partial} holds an unfinished merge of something else.",
-            hint="--overwrite starts over; what is there is lost",
+            f"{folder.partial} holds an unfinished merge of something else.", hint=folder.WAY_OUT
         )
     folder.clear()
     return None
 
 
 def run(
-    plan: Plan, folder: OutputFolder, settings: Settings, choice: Choice, key: Record, earlier: Earlier | None
+    plan: Plan, folder: Folder, settings: Settings, choice: Choice, key: Record, earlier: Earlier | None
 ) -> Run:
     """Make every tensor that is not made yet; when this returns, all bytes and the journal are synced."""
+    place = folder if isinstance(folder, InPlace) else None
     progress = Progress.of(earlier.records if earlier else ())
     with ExitStack() as stack:
         reader = stack.enter_context(closing(Reader()))
         spool = stack.enter_context(closing(Spool(folder.record / undo.SPOOL, progress.spooled)))
-        shards = stack.enter_context(closing(ShardFiles(folder.partial, plan, create=earlier is None)))
+        shards = stack.enter_context(closing(_shards(folder, plan, new=earlier is None)))
         folder.sync()
         journal = stack.enter_context(closing(Journal(folder.record / JOURNAL, key, earlier)))
         checker = Checker(folder.partial, plan, reader) if settings.verify else None
         budget = Budget(settings.max_memory)
         running = Run(
-            plan, shards, reader, spool, journal, choice, budget, checker, settings.on_progress, progress
+            plan,
+            shards,
+            reader,
+            spool,
+            journal,
+            choice,
+            budget,
+            checker,
+            settings.on_progress,
+            progress,
+            place,
         )
         running.execute(settings.workers)
     return running
+
+
+def _shards(folder: Folder, plan: Plan, *, new: bool) -> ShardFiles:
+    if isinstance(folder, InPlace):
+        return ShardFiles(folder.partial, plan, create=False, places=folder.places)
+    return ShardFiles(folder.partial, plan, create=new)
 
 
 def judge(plan: Plan, done: Mapping[str, Done]) -> Verdict:

@@ -122,6 +122,13 @@ def restored_files(merged: Checkpoint, record: Record, plan: Plan) -> list[SideF
     return [*found, *(SideFile(f"{RECORD}/{name}", before / name, "restored") for name in earlier)]
 
 
+def left_over(merged: Checkpoint, record: Record, files: Sequence[SideFile]) -> list[str]:
+    """Files beside the weights that a merge has brought and its base did not have."""
+    ours = {name for name in list_files(merged.root) if name.startswith(f"{RECORD}/")}
+    brought = {name for name in record.receipt.get("side_files", {}) if (merged.root / name).is_file()}
+    return sorted((ours | brought) - {file.name for file in files})
+
+
 def _readable(path: Path) -> Path:
     """A file that can be copied; said before the merge, not after it."""
     with open_file(path):

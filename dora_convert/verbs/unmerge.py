@@ -13,18 +13,19 @@ from ..errors import UsageError
 from ..folder import OutputFolder
 from ..heavy import without_collections
 from ..hub import fetch, wanted_of_adapter, wanted_of_base
+from ..in_place import InPlace, finished, refuse_lossy
 from ..record import Record, in_order, no_record, read_record
 from ..refs import PathLike, listed
 from ..report import DryRunReport, UnmergeReport
 from ..settings import Settings, parse_options
 from ..sidefiles import base_files, restored_files
-from ..unmerging import plan_unmerge
+from ..unmerging import Reversal, plan_unmerge
 
 
 def unmerge(
     merged: PathLike,
     adapters: PathLike | Sequence[PathLike],
-    out: PathLike,
+    out: PathLike | None = None,
     *,
     base: PathLike | None = None,
     device: str = "auto",
@@ -37,6 +38,8 @@ def unmerge(
     token: str | None = None,
     dry_run: bool = False,
     overwrite: bool = False,
+    in_place: bool = False,
+    allow_lossy: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
     on_notice: Callable[[str], None] | None = None,
 ) -> UnmergeReport | DryRunReport:
@@ -45,30 +48,63 @@ def unmerge(
     `adapters` are the very ones that were merged. `base` is the base itself, where no record holds what is needed. The report's `exact` says how many tensors are proven to be the
     base's by their hashes.
 
+    With `in_place` there is no `out`: MERGED becomes the base where it is, which needs an exact record unless
+    `allow_lossy` is set.
+
     Raises DoraConvertError, and then leaves nothing under `out`.
     """
     options = parse_options("auto", compute_dtype, max_shard_size, "none", (), (), True, ())
     settings = Settings.parse(
         device, compute_dtype, max_memory, workers, verify, None, on_progress, on_notice, token
     )
-    folder = OutputFolder(Path(out), overwrite=overwrite)
-    folder.check()
-    checkpoint = open_checkpoint(fetch(os.fspath(merged), "MERGED", wanted_of_base, token=token))
-    original = base and open_checkpoint(fetch(os.fspath(base), "BASE", wanted_of_base, token=token))
+    if in_place and (report := _finished(merged, listed(adapters), out, settings)):
+        return report
+    folder = None if in_place else _new_folder(out, overwrite=overwrite)
+    checkpoint = open_checkpoint(
+        fetch(os.fspath(merged), "MERGED", wanted_of_base, token=token), unfinished=in_place
+    )
+    original = open_checkpoint(fetch(os.fspath(base), "BASE", wanted_of_base, token=token)) if base else None
     record, opened = _record(checkpoint, listed(adapters), settings, ignore_field)
-    sources = [checkpoint.source, *(adapter.source for adapter in opened)]
-    folder.refuse_inside([source.path for source in (*sources, *([original.source] if original else []))])
     if original and record.options.undo != "none":
         settings.notify("the record holds all that is needed: --base is not read")
     elif original:
         settings.warn("norms are taken from BASE: copying BASE is simpler")
-    reversal = plan_unmerge(checkpoint, record, opened, options, original or None)
+    reversal = plan_unmerge(checkpoint, record, opened, options, original)
     files = restored_files(checkpoint, record, reversal.plan)
+    if folder:
+        sources = [checkpoint.source, *(adapter.source for adapter in opened)]
+        folder.refuse_inside([each.path for each in (*sources, *([original.source] if original else []))])
+    place = folder or _place(checkpoint, reversal, record, allow_lossy=allow_lossy)
     if dry_run:
-        return DryRunReport.of(reversal.plan, settings, folder.given, "unmerge")
+        return DryRunReport.of(reversal.plan, settings, place.given, "unmerge")
     with without_collections():
         from ..restoring import restore
-    return restore(reversal, files, folder, settings)
+    return restore(reversal, files, place, settings)
+
+
+def _new_folder(out: PathLike | None, *, overwrite: bool) -> OutputFolder:
+    if out is None:
+        raise UsageError("unmerge needs OUT, or --in-place.")
+    folder = OutputFolder(Path(out), overwrite=overwrite)
+    folder.check()
+    return folder
+
+
+def _finished(
+    merged: PathLike, adapters: Sequence[str], out: PathLike | None, settings: Settings
+) -> UnmergeReport | None:
+    """The report of an earlier run that had staged all its files, once they are in their places."""
+    if out is not None:
+        raise UsageError("--in-place takes MERGED and ADAPTER, and no OUT.")
+    report = finished(merged, "unmerge", adapters, settings)
+    return UnmergeReport.read(report) if report else None
+
+
+def _place(merged: Checkpoint, reversal: Reversal, record: Record, *, allow_lossy: bool) -> InPlace:
+    refuse_lossy(record.options.undo, allow_lossy=allow_lossy)
+    place = InPlace(merged.source.path, merged.shards, merged.index_name)
+    place.refuse(reversal.plan)
+    return place
 
 
 def _record(
