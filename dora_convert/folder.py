@@ -15,10 +15,11 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from .checkpoint import RECORD
-from .errors import MalformedError, OutputError
+from .errors import MalformedError, OutputError, UsageError
 from .journal import NAME as JOURNAL
 from .journal import sync_path
 from .plan import Plan
+from .refs import PathLike
 from .sizes import format_size
 from .undo import SPOOL
 from .writer import shards_exist
@@ -235,6 +236,15 @@ class OutputFolder:
     def _unlock(self) -> None:
         self._lock.release()
         (self.partial / LOCK).unlink(missing_ok=True)
+
+
+def new_folder(out: PathLike | None, verb: str, *, overwrite: bool) -> OutputFolder:
+    """OUT, which must be given and free."""
+    if out is None:
+        raise UsageError(f"{verb} needs OUT, or --in-place.")
+    folder = OutputFolder(Path(out), overwrite=overwrite)
+    folder.check()
+    return folder
 
 
 def copy_or_write(path: Path, source: bytes | Path) -> None:

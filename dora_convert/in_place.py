@@ -58,6 +58,11 @@ class InPlace:
         self._lock = FileLock(self.record / LOCK)
 
     @property
+    def begun(self) -> bool:
+        """Whether a run has begun to change weights, and not ended."""
+        return (self.record / JOURNAL).exists()
+
+    @property
     def places(self) -> Mapping[str, int]:
         """Where every tensor begins in its file."""
         return {name: tensor.start for name, tensor in self._tensors.items()}
@@ -230,7 +235,7 @@ class InPlace:
     def discard(self) -> None:
         """Remove the folder inside, unless a journal says that weights were changed."""
         self._lock.release()
-        if not (self.record / JOURNAL).exists():
+        if not self.begun:
             shutil.rmtree(self.record, ignore_errors=True)
             sync_path(self.partial)
 
@@ -268,10 +273,9 @@ def refuse_lossy(undo: str, *, allow_lossy: bool) -> None:
 
 def finished(folder: PathLike, verb: str, adapters: Sequence[str], settings: Settings) -> Record | None:
     """Bring a run to its end that had staged all its files; its report where it was the same command's."""
-    path = Path(folder)
-    if not (path / IN_PLACE / JOURNAL).exists():
+    place = InPlace(Path(folder))
+    if not place.record.is_dir():
         return None
-    place = InPlace(path)
     place.open()
     report = place.finish()
     place.leave()

@@ -50,7 +50,7 @@ class NoShards(ShardFiles):
 class NoSpool(Spool):
     """A spool that keeps nothing."""
 
-    descriptor = -1  # type: ignore[assignment]
+    descriptor = -1
 
     def __init__(self) -> None: ...
 

@@ -16,6 +16,7 @@ NAMES = {
     "AdapterReport", "CheckpointReport", "VerifyReport", "inspect", "verify",
     "DoraConvertError", "DryRunReport", "HubError", "MalformedError", "MergeReport", "NumericalError", "OutputError",
     "PlanError", "RefError", "UnsupportedError", "UsageError", "VerificationError", "__version__", "merge",
+    "Recovered", "UnmergeReport", "unmerge",
 }  # fmt: skip
 
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from typing import NamedTuple
 
+from ..digests import xxh3
 from ..errors import UsageError
-from ..folder import OutputFolder
+from ..folder import OutputFolder, new_folder
 from ..gather import doubts, gather
 from ..heavy import without_collections
 from ..in_place import InPlace, finished, refuse_lossy
 from ..plan import Options, Plan
 from ..planner import make_plan
+from ..record import read_record
 from ..refs import PathLike, listed
 from ..report import DryRunReport, MergeReport
 from ..settings import Settings, parse_options, parse_weights
@@ -48,72 +50,79 @@ def merge(
     """Fold adapters into a base checkpoint: W' = W + Σ wᵢ·(applyᵢ(W) − W), each element rounded once.
 
     `base` and each of `adapters` is a folder or a Hub repo (`org/name[@revision]`); a base of None is the one that the
-    first adapter names. `out` must not exist unless `overwrite` is set. `on_progress` is called with bytes done and
-    bytes in all, from worker threads; `on_notice` with each warning and choice as it comes up.
-
-    With `in_place` there is no `out`: the base is changed where it is, and `undo` is "exact" unless `allow_lossy` is set.
+    first adapter names. `out` must not exist unless `overwrite` is set; with `in_place` there is none, the base is changed
+    where it is, and `undo` is "exact" unless `allow_lossy` is set. `on_progress` is called with bytes done and bytes in
+    all, from worker threads; `on_notice` with each warning and choice as it comes up.
 
     Raises DoraConvertError, and then leaves nothing under `out`.
     """
-    kept = undo or ("norms" if allow_lossy or not in_place else "exact")
+    kept = undo or ("exact" if in_place and not allow_lossy else "norms")
     options = parse_options(
         dtype, compute_dtype, max_shard_size, kept, include, exclude, allow_unmatched, ignore_field
     )
-    settings = Settings.parse(
-        device, compute_dtype, max_memory, workers, verify, base_model, on_progress, on_notice, token
-    )
+    told = (verify, base_model, on_progress, on_notice, token)
+    settings = Settings.parse(device, compute_dtype, max_memory, workers, *told)
+    asked = Asked(base, listed(adapters), weight, options, settings, dry_run)
     if in_place:
-        refuse_lossy(kept, allow_lossy=allow_lossy)
-        return _in_place(base, listed(adapters), weight, options, settings, out, dry_run=dry_run)
-    if out is None:
-        raise UsageError("merge needs OUT, or --in-place.")
-    folder = OutputFolder(Path(out), overwrite=overwrite)
-    folder.check()
-    plan = _plan(base, listed(adapters), weight, options, settings, folder.given)
+        return _in_place(asked, out, allow_lossy=allow_lossy)
+    return _beside(asked, new_folder(out, "merge", overwrite=overwrite))
+
+
+class Asked(NamedTuple):
+    """What is to be merged, and how."""
+
+    base: PathLike | None
+    adapters: Sequence[str]
+    weight: Sequence[float]
+    options: Options
+    settings: Settings
+    dry_run: bool
+
+
+def _beside(asked: Asked, folder: OutputFolder) -> MergeReport | DryRunReport:
+    """Write OUT."""
+    plan = _plan(asked, folder.given)
     folder.refuse_inside([plan.base.source.path, *(adapter.source.path for adapter in plan.adapters)])
-    if dry_run:
-        return DryRunReport.of(plan, settings, folder.given)
-    with without_collections():
-        from ..produce import produce
-    return produce(plan, folder, settings)
+    return _carry_out(plan, folder, asked)
 
 
-def _in_place(
-    base: PathLike | None,
-    adapters: Sequence[str],
-    weight: Sequence[float],
-    options: Options,
-    settings: Settings,
-    out: PathLike | None,
-    *,
-    dry_run: bool,
-) -> MergeReport | DryRunReport:
+def _in_place(asked: Asked, out: PathLike | None, *, allow_lossy: bool) -> MergeReport | DryRunReport:
     """Change the base itself; what an earlier run has staged is brought to its end first."""
-    if base is None or out is not None:
+    if asked.base is None or out is not None:
         raise UsageError("--in-place takes BASE and ADAPTER, and no OUT.")
-    if (report := finished(base, "merge", adapters, settings)) is not None:
+    refuse_lossy(asked.options.undo, allow_lossy=allow_lossy)
+    if report := finished(asked.base, "merge", asked.adapters, asked.settings):
         return MergeReport.read(report)
-    plan = _plan(base, adapters, weight, options, settings, os.fspath(base), unfinished=True)
+    plan = _plan(asked, os.fspath(asked.base), unfinished=True)
     place = InPlace(plan.base.source.path, plan.base.shards, plan.base.index_name)
     place.refuse(plan)
-    if dry_run:
-        return DryRunReport.of(plan, settings, place.given)
+    if not place.begun and _is_merged(plan):
+        raise UsageError(
+            f"{place.given} is merged with the very same adapter already.",
+            hint=f"dora-convert unmerge --in-place {place.given} ADAPTER takes it out again",
+        )
+    return _carry_out(plan, place, asked)
+
+
+def _is_merged(plan: Plan) -> bool:
+    """Whether the last merge that a checkpoint has seen was of the same adapters, as strong."""
+    if not (record := read_record(plan.base)):
+        return False
+    files = [{path.name: xxh3(path) for path in adapter.files} for adapter in plan.adapters]
+    return plan.weights == record.weights and files == [each["files"] for each in record.receipt["adapters"]]
+
+
+def _carry_out(plan: Plan, folder: OutputFolder | InPlace, asked: Asked) -> MergeReport | DryRunReport:
+    if asked.dry_run:
+        return DryRunReport.of(plan, asked.settings, folder.given)
     with without_collections():
         from ..produce import produce
-    return produce(plan, place, settings)
+    return produce(plan, folder, asked.settings)
 
 
-def _plan(
-    base: PathLike | None,
-    adapters: Sequence[str],
-    weight: Sequence[float],
-    options: Options,
-    settings: Settings,
-    out: str,
-    *,
-    unfinished: bool = False,
-) -> Plan:
+def _plan(asked: Asked, out: str, *, unfinished: bool = False) -> Plan:
     """Gather the inputs and decide every output tensor; what looks odd is warned of."""
+    base, adapters, weight, options, settings, _ = asked
     weights = parse_weights(weight, len(adapters))
     named = None if base is None else os.fspath(base)
     checkpoint, opened = gather(

@@ -10,10 +10,11 @@ from ..adapter import Adapter, open_adapter
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..digests import xxh3
 from ..errors import UsageError
-from ..folder import OutputFolder
+from ..folder import new_folder
 from ..heavy import without_collections
 from ..hub import fetch, wanted_of_adapter, wanted_of_base
 from ..in_place import InPlace, finished, refuse_lossy
+from ..plan import Options
 from ..record import Record, in_order, no_record, read_record
 from ..refs import PathLike, listed
 from ..report import DryRunReport, UnmergeReport
@@ -43,38 +44,26 @@ def unmerge(
     on_progress: Callable[[int, int], None] | None = None,
     on_notice: Callable[[str], None] | None = None,
 ) -> UnmergeReport | DryRunReport:
-    """Take adapters out of what `merge` made of a base: bit for bit where its undo record is exact, else up to rounding.
+    """Take adapters out of what `merge` made of a base: bit for bit where its record is exact, else up to rounding.
 
-    `adapters` are the very ones that were merged. `base` is the base itself, where no record holds what is needed. The report's `exact` says how many tensors are proven to be the
-    base's by their hashes.
-
-    With `in_place` there is no `out`: MERGED becomes the base where it is, which needs an exact record unless
-    `allow_lossy` is set.
+    `adapters` are the very ones that were merged; `base` is the base itself, for what no record holds. With `in_place`
+    there is no `out`: `merged` becomes the base where it is, which needs an exact record unless `allow_lossy` is set. The
+    report's `exact` says how many tensors are proven to be the base's by their hashes.
 
     Raises DoraConvertError, and then leaves nothing under `out`.
     """
     options = parse_options("auto", compute_dtype, max_shard_size, "none", (), (), True, ())
-    settings = Settings.parse(
-        device, compute_dtype, max_memory, workers, verify, None, on_progress, on_notice, token
-    )
-    if in_place and (report := _finished(merged, listed(adapters), out, settings)):
+    told = (verify, None, on_progress, on_notice, token)
+    settings = Settings.parse(device, compute_dtype, max_memory, workers, *told)
+    refs = listed(adapters)
+    if in_place and (report := _finished(merged, refs, out, settings)):
         return report
-    folder = None if in_place else _new_folder(out, overwrite=overwrite)
-    checkpoint = open_checkpoint(
-        fetch(os.fspath(merged), "MERGED", wanted_of_base, token=token), unfinished=in_place
-    )
-    original = open_checkpoint(fetch(os.fspath(base), "BASE", wanted_of_base, token=token)) if base else None
-    record, opened = _record(checkpoint, listed(adapters), settings, ignore_field)
-    if original and record.options.undo != "none":
-        settings.notify("the record holds all that is needed: --base is not read")
-    elif original:
-        settings.warn("norms are taken from BASE: copying BASE is simpler")
-    reversal = plan_unmerge(checkpoint, record, opened, options, original)
-    files = restored_files(checkpoint, record, reversal.plan)
+    folder = None if in_place else new_folder(out, "unmerge", overwrite=overwrite)
+    reversal, inputs = _plan(merged, refs, base, options, settings, ignore_field, unfinished=in_place)
+    files = restored_files(reversal.plan.base, reversal.record, reversal.plan)
     if folder:
-        sources = [checkpoint.source, *(adapter.source for adapter in opened)]
-        folder.refuse_inside([each.path for each in (*sources, *([original.source] if original else []))])
-    place = folder or _place(checkpoint, reversal, record, allow_lossy=allow_lossy)
+        folder.refuse_inside(inputs)
+    place = folder or _place(reversal, allow_lossy=allow_lossy)
     if dry_run:
         return DryRunReport.of(reversal.plan, settings, place.given, "unmerge")
     with without_collections():
@@ -82,12 +71,31 @@ def unmerge(
     return restore(reversal, files, place, settings)
 
 
-def _new_folder(out: PathLike | None, *, overwrite: bool) -> OutputFolder:
-    if out is None:
-        raise UsageError("unmerge needs OUT, or --in-place.")
-    folder = OutputFolder(Path(out), overwrite=overwrite)
-    folder.check()
-    return folder
+def _plan(
+    merged: PathLike,
+    adapters: Sequence[str],
+    base: PathLike | None,
+    options: Options,
+    settings: Settings,
+    ignore_field: Sequence[str],
+    *,
+    unfinished: bool,
+) -> tuple[Reversal, list[Path]]:
+    """Gather the inputs and decide how every tensor of the base comes back; with the folders of the inputs."""
+    token = settings.token
+    checkpoint = open_checkpoint(
+        fetch(os.fspath(merged), "MERGED", wanted_of_base, token=token), unfinished=unfinished
+    )
+    original = open_checkpoint(fetch(os.fspath(base), "BASE", wanted_of_base, token=token)) if base else None
+    record, opened = _record(checkpoint, adapters, settings, ignore_field)
+    if original and record.options.undo != "none":
+        settings.notify("the record holds all that is needed: --base is not read")
+    elif original:
+        settings.warn("norms are taken from BASE: copying BASE is simpler")
+    sources = [checkpoint.source, *(adapter.source for adapter in opened)]
+    sources += [original.source] if original else []
+    reversal = plan_unmerge(checkpoint, record, opened, options, original)
+    return reversal, [source.path for source in sources]
 
 
 def _finished(
@@ -100,8 +108,10 @@ def _finished(
     return UnmergeReport.read(report) if report else None
 
 
-def _place(merged: Checkpoint, reversal: Reversal, record: Record, *, allow_lossy: bool) -> InPlace:
-    refuse_lossy(record.options.undo, allow_lossy=allow_lossy)
+def _place(reversal: Reversal, *, allow_lossy: bool) -> InPlace:
+    """MERGED itself, if it may be changed."""
+    refuse_lossy(reversal.record.options.undo, allow_lossy=allow_lossy)
+    merged = reversal.plan.base
     place = InPlace(merged.source.path, merged.shards, merged.index_name)
     place.refuse(reversal.plan)
     return place
