@@ -13,6 +13,7 @@ from .digests import Digest, stored_digest
 from .errors import Fault, RefError, VerificationError
 from .execute import Done
 from .in_place import InPlace
+from .record import not_as_written
 from .rehearsal import rehearse
 from .report import Recovered, UnmergeReport
 from .running import Folder, earlier, entered, judge, run, run_key, settle
@@ -75,11 +76,7 @@ def _copied(reversal: Reversal) -> Proofs:
 
 def _refuse_changed(names: Sequence[str], reversal: Reversal) -> None:
     if names:
-        raise RefError(
-            f"MERGED {reversal.plan.base.source.name} is not what was written: {len(names)} tensors.",
-            faults=[Fault(name, "was changed since") for name in names],
-            hint="what was trained or edited after a merge cannot be told from it",
-        )
+        raise not_as_written(reversal.plan.base, [Fault(name, "was changed since") for name in names])
 
 
 @contextmanager

@@ -60,7 +60,9 @@ def unmerge(
         return report
     folder = None if in_place else new_folder(out, "unmerge", overwrite=overwrite)
     reversal, inputs = _plan(merged, refs, base, options, settings, ignore_field, unfinished=in_place)
-    files = restored_files(reversal.plan.base, reversal.record, reversal.plan)
+    files = restored_files(reversal.plan.base, reversal.record, reversal.plan, reversal.original)
+    if gone := sorted(reversal.record.receipt["base_files"].keys() - {file.name for file in files}):
+        settings.warn(f"not restored, no record holds them: {', '.join(gone)}")
     if folder:
         folder.refuse_inside(inputs)
     place = folder or _place(reversal, allow_lossy=allow_lossy)
