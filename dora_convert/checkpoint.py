@@ -28,6 +28,9 @@ RECORD = "dora_convert"
 RECEIPT = "receipt.json"
 """What a merge leaves there so that it can be audited."""
 
+IN_PLACE = ".dora-convert-in-place"
+"""The sub-folder of a checkpoint that is being changed where it is."""
+
 WEIGHT_SUFFIXES = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".onnx_data",
     ".ot", ".tflite", ".mlmodel", ".npz", ".nemo", ".pdparams", ".index.json",
@@ -114,8 +117,10 @@ def _nested(config: object) -> Iterator[Mapping[str, Any]]:
             yield from _nested(value)
 
 
-def open_checkpoint(source: Source) -> Checkpoint:
+def open_checkpoint(source: Source, *, unfinished: bool = False) -> Checkpoint:
     """Read the headers of a checkpoint: a folder, or a single weight file.
+
+    One that is being changed in place is refused unless `unfinished` is set.
 
     Raises RefError when there are no weights, MalformedError when files contradict each other, UnsupportedError for
     weights in a format that is not read.
@@ -123,6 +128,11 @@ def open_checkpoint(source: Source) -> Checkpoint:
     root = source.path
     if root.is_file():
         return Checkpoint(source, (_shard(root),), None, read_config(root.parent))
+    if not unfinished and (root / IN_PLACE / "journal.jsonl").exists():
+        raise RefError(
+            f"{source.name} is being changed in place, and that was not finished.",
+            hint="run the same command with --in-place again",
+        )
     name = weight_entry([entry.name for entry in root.iterdir()], source.name)
     notes: list[str] = []
     sharded = name.endswith(".json")
@@ -265,7 +275,7 @@ def _is_text(name: str) -> bool:
 
 def _survey(root: Path, used: set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """What lies beside the weights: files to copy, and other weights to leave behind."""
-    names = [name for name in list_files(root) if name not in used]
+    names = [name for name in list_files(root) if name not in used and not name.startswith(IN_PLACE)]
     if odd := [name for name in names if not _is_text(name)]:
         raise MalformedError(f"{root} holds a file whose name is not UTF-8: {odd[0]!r}.", hint="rename it")
     visible = [name for name in names if not name.startswith((".", RECORD + "/"))]

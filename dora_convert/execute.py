@@ -17,6 +17,7 @@ from functools import partial
 import torch
 
 from .digests import Digest
+from .in_place import InPlace
 from .items import Item
 from .journal import Journal, Record
 from .lane import Lane
@@ -179,6 +180,7 @@ class Run:
     progress: Progress
     on_shard: Callable[[str], None] | None = None
     """Called with the name of each shard once all of it is written and, if it is checked, right; by workers."""
+    place: InPlace | None = None
     written: int = 0
     _skipped: int = 0
     _waiting: Counter[str] = field(default_factory=Counter)
@@ -218,6 +220,8 @@ class Run:
         self._finish(copy.shard)
 
     def _make(self, item: Item, lane: Lane) -> None:
+        if self.place:
+            item = self.place.saved(item, self.reader)
         with self.budget.holding(self.plan.cost(item)):
             with lane.working():
                 made = make(item, lane, self.shards, self.spool, self.plan, self.reader, self.advance)
@@ -228,7 +232,8 @@ class Run:
         self.progress.done[item.name] = done
         if not (verdict and verdict.wrong):
             files = [self.shards.descriptor(self.shards.shard_of(item)), self.spool.descriptor]
-            self.journal.add(done_record(item.name, done), files)
+            forget = partial(self.place.forget, item) if self.place else None
+            self.journal.add(done_record(item.name, done), files, forget)
             self._finish(self.shards.shard_of(item))
 
     def _finish(self, shard: str) -> None:

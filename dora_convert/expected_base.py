@@ -65,7 +65,7 @@ class ExpectedBase(Expected):
         total = torch.ones((), dtype=torch.float64)
         for edit, part in zip(self.item.edits, self._parts(self.before(rows), rows), strict=True):
             share: Tensor = edit.weight * (part.f - 1)
-            total = total + share
+            total = torch.add(total, share)
         return total
 
     def _without_start(self) -> None:
@@ -80,7 +80,9 @@ class ExpectedBase(Expected):
 
     def _measure(self, number: int) -> Tensor:
         if self._original:
-            return self._original._measure(number)  # noqa: SLF001 - one of its own kind
+            n = self._original.part(number, [0]).n
+            assert n is not None
+            return n
         return self._recorded(number)
 
     def _recorded(self, number: int) -> Tensor:

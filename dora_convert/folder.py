@@ -15,11 +15,14 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from .checkpoint import RECORD
-from .errors import MalformedError, OutputError
+from .errors import MalformedError, OutputError, UsageError
 from .journal import NAME as JOURNAL
 from .journal import UPLOADS, sync_path
+from .plan import Plan
+from .refs import PathLike
 from .sizes import format_size
 from .undo import SPOOL
+from .writer import shards_exist
 
 try:
     import fcntl
@@ -32,6 +35,8 @@ MARKER = ".dora-convert-replaced"
 
 class OutputFolder:
     """OUT while it is being made."""
+
+    WAY_OUT = "--overwrite starts over; what is there is lost"
 
     def __init__(self, out: Path, *, overwrite: bool) -> None:
         self.given = str(out)
@@ -166,23 +171,28 @@ class OutputFolder:
 
     def put(self, name: str, source: bytes | Path) -> None:
         """Write a small file, or copy one; its permissions are the umask's."""
+        copy_or_write(self.path(name), source)
+
+    def path(self, name: str) -> Path:
+        """Where a file beside the weights is written."""
         path = self.partial / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(source, bytes):
-            path.write_bytes(source)
-        else:
-            try:
-                source.open("rb").close()
-            except OSError as error:  # the input's fault, not OUT's
-                raise MalformedError(f"{source} cannot be read: {error.strerror or error}.") from error
-            shutil.copyfile(source, path)
+        return path
+
+    def resumable(self, plan: Plan) -> bool:
+        """Whether the shards of a plan are there, at their full sizes."""
+        return shards_exist(self.partial, plan)
 
     def sync(self) -> None:
         """Bring names and small files to the disk."""
         for path in (self.partial.parent, self.partial, *self.partial.rglob("*")):
             sync_path(path)
 
-    def publish(self) -> None:
+    def room(self, plan: Plan) -> int:
+        """Bytes that the weights of a plan take."""
+        return plan.bytes_out
+
+    def publish(self, *_: object) -> None:
         """Make OUT.partial OUT. Everything in it is synced before, its name after."""
         self.sync()
         replaced = os.path.lexists(self.out)
@@ -227,6 +237,27 @@ class OutputFolder:
     def _unlock(self) -> None:
         self._lock.release()
         (self.partial / LOCK).unlink(missing_ok=True)
+
+
+def new_folder(out: PathLike | None, verb: str, *, overwrite: bool) -> OutputFolder:
+    """OUT, which must be given and free."""
+    if out is None:
+        raise UsageError(f"{verb} needs OUT, or --in-place.")
+    folder = OutputFolder(Path(out), overwrite=overwrite)
+    folder.check()
+    return folder
+
+
+def copy_or_write(path: Path, source: bytes | Path) -> None:
+    """Write a small file, or copy one; its permissions are the umask's."""
+    if isinstance(source, bytes):
+        path.write_bytes(source)
+        return
+    try:
+        source.open("rb").close()
+    except OSError as error:  # the input's fault, not OUT's
+        raise MalformedError(f"{source} cannot be read: {error.strerror or error}.") from error
+    shutil.copyfile(source, path)
 
 
 def _is_text(path: Path) -> bool:

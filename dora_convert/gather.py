@@ -25,6 +25,8 @@ def gather(
     notice: Notice,
     accepted: Collection[str] = (),
     verb: str = "merge",
+    *,
+    unfinished: bool = False,
 ) -> tuple[Checkpoint, list[Adapter]]:
     """Open the adapters, then the base: the one named, or the one that the first adapter names.
 
@@ -42,7 +44,7 @@ def gather(
         notice(f"base: {source.title}, as {opened[0].source.name} says")
     else:
         source = fetch(base, "BASE", wanted_of_base, token=token)
-    return open_checkpoint(source), opened
+    return open_checkpoint(source, unfinished=unfinished), opened
 
 
 def _refuse_swapped(base: str, adapters: Sequence[str], out: str, verb: str) -> None:

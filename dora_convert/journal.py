@@ -15,7 +15,7 @@ import errno
 import json
 import os
 import threading
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,9 @@ BATCH_SECONDS = 0.1
 _NO_FOLDER_SYNC = {errno.EACCES, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
 
 Record = dict[str, Any]
+
+
+Pending = tuple[Record, Collection[int], Callable[[], None] | None]
 
 
 class Earlier(NamedTuple):
@@ -80,19 +83,21 @@ class Journal:
         self._file.seek(end)
         self._append([] if earlier else [key])  # even of nothing: what was cut off must not come back
         sync_path(path.parent)
-        self._pending: list[tuple[Record, Collection[int]]] = []
+        self._pending: list[Pending] = []
         self._changed = threading.Condition()
         self._closing = False
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._keep, name="journal", daemon=True)
         self._thread.start()
 
-    def add(self, record: Record, descriptors: Collection[int]) -> None:
-        """Enter a record once the open files that hold its bytes are synced."""
+    def add(
+        self, record: Record, descriptors: Collection[int], then: Callable[[], None] | None = None
+    ) -> None:
+        """Enter a record once the open files that hold its bytes are synced, and do something then."""
         with self._changed:
             if self._error:
                 raise self._error
-            self._pending.append((record, descriptors))
+            self._pending.append((record, descriptors, then))
             self._changed.notify()
 
     def close(self) -> None:
@@ -108,13 +113,16 @@ class Journal:
     def _keep(self) -> None:
         try:
             while batch := self._take():
-                for descriptor in sorted({each for _, written in batch for each in written}):
+                for descriptor in sorted({each for _, written, _ in batch for each in written}):
                     os.fsync(descriptor)
-                self._append([record for record, _ in batch])
+                self._append([record for record, _, _ in batch])
+                for _, _, then in batch:
+                    if then:
+                        then()
         except BaseException as error:  # noqa: BLE001 - raised again where the caller is
             self._error = error
 
-    def _take(self) -> list[tuple[Record, Collection[int]]]:
+    def _take(self) -> list[Pending]:
         """Everything pending, gathered for a moment; empty when closing."""
         with self._changed:
             self._changed.wait_for(lambda: self._pending or self._closing)

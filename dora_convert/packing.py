@@ -62,21 +62,25 @@ def unpack(body: memoryview, dtype: torch.dtype) -> Tensor:
 
 
 class Unpacker:
-    """Packed blocks of a stored tensor, one after another."""
+    """The integers of a stored tensor, from its first on, however its blocks were cut."""
 
-    def __init__(self, stored: Stored, reader: Reader) -> None:
+    def __init__(self, stored: Stored, reader: Reader, dtype: torch.dtype) -> None:
         self._stored, self._reader, self._position = stored, reader, 0
+        self._dtype, self._rest = dtype, torch.empty(0, dtype=dtype)
 
-    def next(self, count: int, dtype: torch.dtype) -> Tensor:
-        """The next block, of so many integers; MalformedError where there is none such."""
+    def next(self, count: int) -> Tensor:
+        """The next so many integers; MalformedError where there are none such."""
+        while len(self._rest) < count:
+            self._rest = torch.cat([self._rest, self._block()])
+        values, self._rest = self._rest[:count], self._rest[count:]
+        return values
+
+    def _block(self) -> Tensor:
         (length,) = struct.unpack("<I", self._take(4))
         try:
-            values = unpack(self._take(length), dtype)
-            if len(values) == count:
-                return values
-        except (ValueError, RuntimeError, IndexError, struct.error, zstandard.ZstdError):
-            pass
-        raise MalformedError(f"{self._stored.path}: {self._stored.name} is damaged.")
+            return unpack(self._take(length), self._dtype)
+        except (ValueError, RuntimeError, IndexError, struct.error, zstandard.ZstdError) as error:
+            raise MalformedError(f"{self._stored.path}: {self._stored.name} is damaged.") from error
 
     def _take(self, length: int) -> memoryview:
         if self._position + length > self._stored.nbytes:

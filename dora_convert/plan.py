@@ -126,7 +126,8 @@ class Plan:
 
     def remembers(self, item: Item) -> bool:
         """Whether the undo record keeps what recovers a tensor of the base from this one."""
-        return self.options.undo != "none" and self.remains.get(item.origin) is item
+        remains = self.remains.get(item.origin)
+        return self.options.undo != "none" and remains is not None and remains.name == item.name
 
     def counts(self) -> dict[str, int]:
         """How many tensors met which fate; converted ones count as copied, too."""

@@ -11,9 +11,10 @@ from .checks import doubt_base, scan_adapter
 from .digests import sha256
 from .errors import Fault, VerificationError
 from .execute import Done, Run, kept_name
-from .folder import OutputFolder
+from .in_place import InPlace
 from .plan import Plan
 from .refs import local_source
+from .rehearsal import rehearse
 from .report import MergeReport
 from .running import Hashes, earlier, judge, run, run_key
 from .sending import Output
@@ -21,7 +22,7 @@ from .settings import Settings
 from .sidefiles import SideFile, base_files, card_of, originals, side_files, with_checks
 from .undo import Part, Spool
 from .verified import OutputsReport
-from .workspace import entered, settle
+from .workspace import Folder, entered, settle
 
 Examine = Callable[[Checkpoint], OutputsReport]
 """Runs what was written, and compares it with base and adapters."""
@@ -29,7 +30,7 @@ Examine = Callable[[Checkpoint], OutputsReport]
 
 def produce(
     plan: Plan,
-    folder: OutputFolder,
+    folder: Folder,
     settings: Settings,
     upload: Output | None = None,
     examine: Examine | None = None,
@@ -44,10 +45,12 @@ def produce(
     if doubt := doubt_base(plan):
         settings.warn(doubt)
     files = side_files(plan, settings.base_model)
-    folder.check_space(plan.bytes_out + 2 * plan.undo_bytes + sum(file.nbytes for file in files))
+    folder.check_space(folder.room(plan) + 2 * plan.undo_bytes + sum(file.nbytes for file in files))
     with entered(folder):
-        key = run_key(plan, hashes, choice)
+        key = run_key(plan, folder, hashes, choice)
         before = earlier(folder, plan, key)
+        if isinstance(folder, InPlace) and not before:
+            rehearse(plan, settings, choice)
         on_shard = upload.start(folder.partial) if upload else None
         done = run(plan, folder, settings, choice, key, before, on_shard)
         verdict = judge(plan, done.progress.done) if settings.verify else None
@@ -60,21 +63,22 @@ def produce(
         pushed = (
             upload.finish(card_of(files, plan), f"Merge with dora-convert {__version__}") if upload else None
         )
-        folder.publish()
-    return MergeReport.of(
-        plan,
-        settings,
-        folder.given,
-        choice,
-        verdict,
-        written=done.written,
-        resumed=bool(before and before.records),
-        pushed=pushed,
-        outputs=outputs.to_dict() if outputs else None,
-    )
+        report = MergeReport.of(
+            plan,
+            settings,
+            folder.given,
+            choice,
+            verdict,
+            written=done.written,
+            resumed=bool(before and before.records),
+            pushed=pushed,
+            outputs=outputs.to_dict() if outputs else None,
+        )
+        folder.publish(report.to_dict(), [] if plan.options.undo != "none" else [f"{RECORD}/{undo.NAME}"])
+    return report
 
 
-def _examined(folder: OutputFolder, examine: Examine) -> OutputsReport:
+def _examined(folder: Folder, examine: Examine) -> OutputsReport:
     """What running the output says; VerificationError where that differs, which leaves OUT.partial as it is."""
     found = examine(open_checkpoint(local_source(folder.partial)))
     if found.verdict != "agree":
@@ -97,15 +101,15 @@ def _same(plan: Plan, done: Mapping[str, Done]) -> bool:
     )
 
 
-def _write_files(
-    plan: Plan, folder: OutputFolder, run: Run, files: Sequence[SideFile], hashes: Hashes
-) -> None:
+def _write_files(plan: Plan, folder: Folder, run: Run, files: Sequence[SideFile], hashes: Hashes) -> None:
     """Everything beside the weights: side files, the undo record, the receipt."""
     for file in files:
         folder.put(file.name, file.source)
     if plan.options.undo != "none":
         with closing(Spool(folder.record / undo.SPOOL, run.progress.spooled)) as spool:
-            spool.lay_out([*_kept(plan, run), *_originals(plan, files, spool)], folder.record / undo.NAME)
+            spool.lay_out(
+                [*_kept(plan, run), *_originals(plan, files, spool)], folder.path(f"{RECORD}/{undo.NAME}")
+            )
     proofs = {name: sha256(path) for name, path in base_files(plan.base).items()}
     written = receipt.receipt_bytes(plan, run.progress.done, hashes, files, proofs, run.choice)
     folder.put(f"{RECORD}/{RECEIPT}", written)

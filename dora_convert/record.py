@@ -108,6 +108,7 @@ def no_record(merged: Checkpoint, adapters: int, ignore_field: Sequence[str], fi
         "tensors": {},
         "kept": {},
         "layout": {**layout, "file": merged.is_file, "config": merged.config},
+        "side_files": dict.fromkeys(files, "copied"),
         "base_files": dict.fromkeys(files),
         "ledger": [],
     }
@@ -158,6 +159,15 @@ def _config(record: Record, merged: Checkpoint) -> Any:
     if data := record.file("config.json"):
         return json.loads(data.decode("utf-8-sig"))
     return merged.config if "config.json" in record.receipt["base_files"] else None
+
+
+def not_as_written(merged: Checkpoint, faults: Sequence[Fault]) -> RefError:
+    """MERGED was changed after it was merged."""
+    return RefError(
+        f"MERGED {merged.source.name} is not what was written: {len(faults)} differences.",
+        faults=faults,
+        hint="what was trained or edited after a merge cannot be told from it",
+    )
 
 
 def in_order(

@@ -29,7 +29,8 @@ class Recovering:
         held = (self._lane.whole(taken[0]), self._lane.whole(taken[1])) if taken else None
         self._inverse = Inverse(item, self._lane, exact=item.undo.ulps is not None, taken=held)
         self._norms = self._recorded() if item.undo.original is None else self._measured(item.undo.original)
-        self._ulps = Unpacker(item.undo.ulps, reader) if item.undo.ulps else None
+        places = maths.INTEGERS[TORCH[item.dtype].itemsize]
+        self._ulps = Unpacker(item.undo.ulps, reader, places) if item.undo.ulps else None
         self._rows = replaced_rows(item, reader)
         self.digest = Digest(proof=False)
         self.ambiguous = 0
@@ -48,7 +49,7 @@ class Recovering:
             self.ambiguous += 0 if half is None else several(x, half, self._item.dtype)
         result = self._lane.land(x, TORCH[self._item.dtype])
         if self._ulps:
-            lost = self._ulps.next(result.numel(), maths.INTEGERS[result.element_size()]).view(result.shape)
+            lost = self._ulps.next(result.numel()).view(result.shape)
             result = maths.at_ordinals(maths.ordinals(result) + lost, result.dtype)
         for row in range(start, stop) if self._rows else ():
             if row in self._rows:

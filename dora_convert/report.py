@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from typing_extensions import Self
 
 from . import __version__
 from .plan import Plan
@@ -19,6 +21,7 @@ if TYPE_CHECKING:  # these import torch, which a dry run does without
     from .unmerging import Reversal
 
 SCHEMA = 1
+Finished = TypeVar("Finished", bound="MergeReport")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +117,16 @@ class MergeReport(Report):
             pushed=pushed,
             outputs=outputs,
         )
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any]) -> Self:
+        """A report from what `to_dict` made of it."""
+        fields = {name: values[name] for name in cls.__dataclass_fields__}
+        fields["verified"] = values["verified"] and Verified(**values["verified"])
+        fields["resumed"] = True
+        if "modules" in fields:
+            fields["modules"] = tuple(Recovered(**module) for module in values["modules"])
+        return cls(**fields)
 
 
 @dataclass(frozen=True)

@@ -12,20 +12,22 @@ from .checks import scan_adapter
 from .digests import Digest, stored_digest
 from .errors import Fault, RefError, VerificationError
 from .execute import Done
-from .folder import OutputFolder
+from .in_place import InPlace
+from .record import not_as_written
+from .rehearsal import rehearse
 from .report import Recovered, UnmergeReport
 from .running import earlier, judge, run, run_key
 from .settings import Settings
-from .sidefiles import SideFile
+from .sidefiles import SideFile, left_over
 from .stored import Reader
 from .unmerging import Known, Reversal
-from .workspace import entered, settle
+from .workspace import Folder, entered, settle
 
 Proofs = Mapping[str, Digest]
 
 
 def restore(
-    reversal: Reversal, files: Sequence[SideFile], folder: OutputFolder, settings: Settings
+    reversal: Reversal, files: Sequence[SideFile], folder: Folder, settings: Settings
 ) -> UnmergeReport:
     """Run a plan that undoes a merge, and publish the base.
 
@@ -35,30 +37,27 @@ def restore(
     plan = reversal.plan
     choice = settle(plan.memory, settings)
     hashes = [scan_adapter(adapter) for adapter in plan.adapters]
-    folder.check_space(plan.bytes_out + sum(file.nbytes for file in files))
+    folder.check_space(folder.room(plan) + sum(file.nbytes for file in files))
     copied = _copied(reversal)
     with entered(folder):
-        key = run_key(plan, hashes, choice) | {
+        key = run_key(plan, folder, hashes, choice) | {
             "receipt": xxhash.xxh3_128_hexdigest(json.dumps(reversal.record.receipt).encode())
         }
         before = earlier(folder, plan, key)
+        if isinstance(folder, InPlace) and not before:
+            _prove(reversal, rehearse(plan, settings, choice), copied)
         done = run(plan, folder, settings, choice, key, before)
         verdict = judge(plan, done.progress.done) if settings.verify else None
         with _discarding(folder):
             modules = _prove(reversal, done.progress.done, copied)
         for file in files:
             folder.put(file.name, file.source)
-        folder.publish()
-    return UnmergeReport.undone(
-        reversal,
-        settings,
-        folder.given,
-        choice,
-        verdict,
-        modules,
-        written=done.written,
-        resumed=bool(before and before.records),
-    )
+        resumed = bool(before and before.records)
+        report = UnmergeReport.undone(
+            reversal, settings, folder.given, choice, verdict, modules, written=done.written, resumed=resumed
+        )
+        folder.publish(report.to_dict(), left_over(plan.base, reversal.record, files))
+    return report
 
 
 def _copied(reversal: Reversal) -> Proofs:
@@ -78,15 +77,11 @@ def _copied(reversal: Reversal) -> Proofs:
 
 def _refuse_changed(names: Sequence[str], reversal: Reversal) -> None:
     if names:
-        raise RefError(
-            f"MERGED {reversal.plan.base.source.name} is not what was written: {len(names)} tensors.",
-            faults=[Fault(name, "was changed since") for name in names],
-            hint="what was trained or edited after a merge cannot be told from it",
-        )
+        raise not_as_written(reversal.plan.base, [Fault(name, "was changed since") for name in names])
 
 
 @contextmanager
-def _discarding(folder: OutputFolder) -> Iterator[None]:
+def _discarding(folder: Folder) -> Iterator[None]:
     """Nothing is worth continuing where what was read, or what came of it, is not what it should be."""
     try:
         yield

@@ -8,7 +8,7 @@ from contextlib import ExitStack, closing
 from . import undo
 from .errors import Fault, VerificationError
 from .execute import Budget, Done, Progress, Run
-from .folder import OutputFolder
+from .in_place import InPlace
 from .journal import NAME as JOURNAL
 from .journal import Earlier, Journal, Record
 from .plan import Plan
@@ -17,27 +17,30 @@ from .selfcheck import Checker, Verdict
 from .settings import Settings
 from .stored import Reader
 from .undo import Spool
-from .workspace import earlier_run, journal_key
-from .writer import ShardFiles, shards_exist
+from .workspace import Folder, earlier_run, journal_key
+from .writer import ShardFiles
 
 Hashes = Sequence[Mapping[str, str]]
 
 
-def run_key(plan: Plan, hashes: Hashes, choice: Choice) -> Record:
+def run_key(plan: Plan, folder: Folder, hashes: Hashes, choice: Choice) -> Record:
     """Everything that decides the output's bytes."""
     adapters = [dict(found) for found in hashes]
-    return journal_key(choice, [plan.base], plan=plan.fingerprint, adapters=adapters)
+    known = {"plan": plan.fingerprint, "adapters": adapters}
+    if isinstance(folder, InPlace):  # whose files change while it runs
+        return journal_key(choice, [], **known, place=str(folder.out.resolve()))
+    return journal_key(choice, [plan.base], **known)
 
 
-def earlier(folder: OutputFolder, plan: Plan, key: Record) -> Earlier | None:
+def earlier(folder: Folder, plan: Plan, key: Record) -> Earlier | None:
     """The journal of an unfinished run of the same key; OUT.partial is then ready to go on, else empty."""
     names = [shard.filename for shard in plan.shards]
-    return earlier_run(folder, key, names, lambda: shards_exist(folder.partial, plan))
+    return earlier_run(folder, key, names, lambda: folder.resumable(plan))
 
 
 def run(
     plan: Plan,
-    folder: OutputFolder,
+    folder: Folder,
     settings: Settings,
     choice: Choice,
     key: Record,
@@ -45,11 +48,12 @@ def run(
     on_shard: Callable[[str], None] | None = None,
 ) -> Run:
     """Make every tensor that is not made yet; when this returns, all bytes and the journal are synced."""
+    place = folder if isinstance(folder, InPlace) else None
     progress = Progress.of(earlier.records if earlier else ())
     with ExitStack() as stack:
         reader = stack.enter_context(closing(Reader()))
         spool = stack.enter_context(closing(Spool(folder.record / undo.SPOOL, progress.spooled)))
-        shards = stack.enter_context(closing(ShardFiles(folder.partial, plan, create=earlier is None)))
+        shards = stack.enter_context(closing(_shards(folder, plan, new=earlier is None)))
         folder.sync()
         journal = stack.enter_context(closing(Journal(folder.record / JOURNAL, key, earlier)))
         checker = Checker(folder.partial, plan, reader) if settings.verify else None
@@ -66,9 +70,16 @@ def run(
             settings.on_progress,
             progress,
             on_shard,
+            place,
         )
         running.execute(settings.workers)
     return running
+
+
+def _shards(folder: Folder, plan: Plan, *, new: bool) -> ShardFiles:
+    if isinstance(folder, InPlace):
+        return ShardFiles(folder.partial, plan, create=False, places=folder.places)
+    return ShardFiles(folder.partial, plan, create=new)
 
 
 def judge(plan: Plan, done: Mapping[str, Done]) -> Verdict:

@@ -17,10 +17,10 @@ from typing import Any
 from . import card
 from .checkpoint import INDEX_SUFFIX, RECORD, Checkpoint, list_files
 from .digests import sha256
-from .errors import Fault, RefError
+from .errors import Fault
 from .layout import index_bytes
 from .plan import Plan
-from .record import Record
+from .record import Record, not_as_written
 from .stored import open_file
 
 FROM_ADAPTER = (
@@ -94,26 +94,31 @@ def originals(base: Checkpoint, files: Sequence[SideFile]) -> dict[str, Path]:
     return {name: path for name, path in base_files(base).items() if name not in out or out[name].original}
 
 
-def restored_files(merged: Checkpoint, record: Record, plan: Plan) -> list[SideFile]:
-    """The base's side files, from the record or from MERGED; and the record of the merge before, where there was one.
+def restored_files(
+    merged: Checkpoint, record: Record, plan: Plan, original: Checkpoint | None
+) -> list[SideFile]:
+    """The base's side files, from the record, from MERGED, or from the base itself where it is at hand.
 
-    Raises RefError where one is not as it was any more.
+    Those that a merge without an undo record has replaced are left out. With the record of the merge before, where there
+    was one. Raises RefError where a file is not as it was any more.
     """
     found, faults = [], []
+    own = base_files(original) if original else {}
     for name, proof in record.receipt["base_files"].items():
-        data, path = record.file(name), merged.root / name
-        if data is None and not path.is_file():
+        data, path = record.file(name), own.get(name, merged.root / name)
+        gone = record.options.undo == "none" and record.receipt["side_files"].get(name) != "copied"
+        if name.endswith(INDEX_SUFFIX) and (gone or plan.options.max_shard_size is not None):
+            continue
+        if data is not None or path.is_file():
+            source = path if data is None else data
+            if proof and proof != (sha256(path) if data is None else hashlib.sha256(data).hexdigest()):
+                faults += [] if gone and not own else [Fault(name, "was changed since")]
+                continue
+            found.append(SideFile(name, source, "copied" if data is None else "restored"))
+        elif not gone:
             faults.append(Fault(name, "is missing"))
-        elif proof and proof != (sha256(path) if data is None else hashlib.sha256(data).hexdigest()):
-            faults.append(Fault(name, "was changed since"))
-        elif plan.options.max_shard_size is None or not name.endswith(INDEX_SUFFIX):
-            found.append(
-                SideFile(name, path if data is None else data, "copied" if data is None else "restored")
-            )
     if faults:
-        raise RefError(
-            f"MERGED {merged.source.name} is not what was written: {len(faults)} files.", faults=faults
-        )
+        raise not_as_written(merged, faults)
     if plan.index_name and plan.index_name not in {file.name for file in found}:
         found.append(SideFile(plan.index_name, index_bytes(plan), "written"))
     before = merged.root / RECORD / PREVIOUS
@@ -135,6 +140,13 @@ def card_of(files: Sequence[SideFile], plan: Plan) -> bytes:
         if file.name == card.NAME and isinstance(file.source, bytes):
             return file.source
     return card.card_bytes(plan, None)
+
+
+def left_over(merged: Checkpoint, record: Record, files: Sequence[SideFile]) -> list[str]:
+    """Files beside the weights that a merge has brought and its base did not have."""
+    ours = {name for name in list_files(merged.root) if name.startswith(f"{RECORD}/")}
+    brought = {name for name in record.receipt.get("side_files", {}) if (merged.root / name).is_file()}
+    return sorted((ours | brought) - {file.name for file in files})
 
 
 def _readable(path: Path) -> Path:

@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 
 from .adapter import Adapter
 from .checkpoint import Checkpoint
-from .errors import Fault, MalformedError, RefError, UnsupportedError
+from .errors import Fault, MalformedError, UnsupportedError
 from .items import Item, Undo
 from .layout import converted, lay_out
 from .plan import Options, OutputShard, Plan
 from .planner import make_plan
-from .record import Record, rebuilt
+from .record import Record, not_as_written, rebuilt
 from .stored import Stored
 
 WAYS_OUT = "merge again with --undo norms or exact, name the base with --base, or copy the base itself"
@@ -44,6 +44,8 @@ class Reversal:
     """By names of the base's tensors; those that were not touched are not in it."""
     unread: Mapping[str, Stored]
     """Tensors of MERGED that a merge wrote and undoing does not read."""
+    original: Checkpoint | None = None
+    """The base itself, where it is at hand."""
 
 
 def plan_unmerge(
@@ -58,6 +60,8 @@ def plan_unmerge(
     `original` is the base itself, for what no record holds. `options` are those of the recovery: compute dtype and shard size. Raises RefError where MERGED has other tensors
     than were written, UnsupportedError where something is gone for good, and what `make_plan` raises.
     """
+    if missing := [name for name in record.receipt["tensors"] if name not in merged.tensors]:
+        raise not_as_written(merged, [Fault(name, "is missing") for name in missing])
     base = original if original and record.assumed else rebuilt(record, merged)
     merge = make_plan(base, adapters, record.weights, record.options)
     _compare(merge, merged, record)
@@ -88,7 +92,7 @@ def plan_unmerge(
         for name, stored in merged.tensors.items()
         if record.receipt["tensors"].get(name, {}).get("written") and (stored.path, stored.start) not in read
     }
-    return Reversal(plan, record, known, unread)
+    return Reversal(plan, record, known, unread, original)
 
 
 def _laid_out(
@@ -123,9 +127,7 @@ def _compare(merge: Plan, merged: Checkpoint, record: Record) -> None:
         if _difference(item, merged.tensors.get(item.name))
     ]
     if faults:
-        raise RefError(
-            f"MERGED {merged.source.name} is not what was written: {len(faults)} tensors.", faults=faults
-        )
+        raise not_as_written(merged, faults)
 
 
 def _difference(item: Item, stored: Stored | None) -> str:

@@ -13,11 +13,14 @@ from . import __version__
 from .checkpoint import RECORD, Checkpoint
 from .errors import NumericalError, OutputError, UsageError
 from .folder import OutputFolder
+from .in_place import InPlace
 from .journal import NAME as JOURNAL
 from .journal import Earlier, Record, read_journal
 from .precision import Choice, choose
 from .settings import Settings
 from .sizes import format_size
+
+Folder = OutputFolder | InPlace
 
 
 def settle(least: int, settings: Settings) -> Choice:
@@ -36,7 +39,7 @@ def settle(least: int, settings: Settings) -> Choice:
 
 
 @contextmanager
-def entered(folder: OutputFolder) -> Iterator[None]:
+def entered(folder: Folder) -> Iterator[None]:
     """OUT.partial, locked. What is done there stays for the same command to continue, unless it would fail again."""
     folder.open()
     try:
@@ -81,9 +84,7 @@ def _identity(base: Checkpoint) -> list[list[Any]]:
     return found
 
 
-def earlier_run(
-    folder: OutputFolder, key: Record, keep: list[str], whole: Callable[[], bool]
-) -> Earlier | None:
+def earlier_run(folder: Folder, key: Record, keep: list[str], whole: Callable[[], bool]) -> Earlier | None:
     """The journal of an unfinished run of the same key; OUT.partial is then ready to go on, else empty.
 
     `keep` names the files that go on, `whole` says whether all of them are there.
@@ -95,7 +96,7 @@ def earlier_run(
     if earlier and earlier.key != key and not folder.overwrite:
         raise OutputError(
             f"{folder.partial} holds an unfinished run of something else.",
-            hint="--overwrite starts over; what is there is lost",
+            hint=folder.WAY_OUT,
         )
     folder.clear()
     return None

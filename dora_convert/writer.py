@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,8 +54,14 @@ def shards_exist(folder: Path, plan: Plan) -> bool:
 class ShardFiles:
     """The open shards of a plan, in a folder."""
 
-    def __init__(self, folder: Path, plan: Plan, *, create: bool) -> None:
-        """Open every shard; where they are to be created, write its header, take its space and sync it."""
+    def __init__(
+        self, folder: Path, plan: Plan, *, create: bool, places: Mapping[str, int] | None = None
+    ) -> None:
+        """Open every shard; where they are to be created, write its header, take its space and sync it.
+
+        `places` are where tensors begin in files that are there already, and not of our making.
+        """
+        self._folder = folder
         self._files: dict[str, int] = {}
         self._start: dict[str, tuple[str, int]] = {}
         self._seeking = threading.Lock()
@@ -63,7 +69,7 @@ class ShardFiles:
             header = header_bytes(shard)
             position = len(header)
             for item in shard.items:
-                self._start[item.name] = (shard.filename, position)
+                self._start[item.name] = (shard.filename, places[item.name] if places else position)
                 position += item.nbytes
             flags = os.O_RDWR | _BINARY | (os.O_CREAT | os.O_EXCL if create else 0)
             self._files[shard.filename] = descriptor = os.open(folder / shard.filename, flags, 0o666)
@@ -107,7 +113,10 @@ class ShardFiles:
         for item in plan.items:
             if not item.verbatim or not item.nbytes:
                 continue
-            copy = Copy(item.source.path, item.source.start, *self._start[item.name], item.nbytes)
+            place = self._start[item.name]
+            if item.source.path == self._folder / place[0]:
+                continue  # it is where it belongs
+            copy = Copy(item.source.path, item.source.start, *place, item.nbytes)
             if run and run.reaches(copy):
                 run = run._replace(length=run.length + copy.length)
                 continue

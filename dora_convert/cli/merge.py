@@ -27,9 +27,7 @@ from .sink import Sink
 @click.option(
     "--undo",
     type=click.Choice(["norms", "exact", "none"]),
-    default="norms",
-    show_default=True,
-    help="What to keep so that the merge can be undone: up to rounding, or bit for bit.",
+    help="What to keep so that the merge can be undone: norms (default; up to rounding) or exact (bit for bit).",
 )
 @click.option("--verify/--no-verify", default=True, help="Check a sample of the output before publishing it.")
 @click.option(
@@ -42,6 +40,7 @@ from .sink import Sink
 @options.base_model
 @options.pushing
 @options.writing
+@options.placing
 @options.hub
 @options.talk
 def command(refs: tuple[str, ...], *, as_json: bool, quiet: bool, verbose: bool, **chosen: Any) -> None:
@@ -55,13 +54,14 @@ def command(refs: tuple[str, ...], *, as_json: bool, quiet: bool, verbose: bool,
     Examples:
       dora-convert merge ./base ./adapter ./merged
       dora-convert merge ./adapter ./merged --dry-run
+      dora-convert merge --in-place ./model ./adapter
       dora-convert merge org/base ./style ./facts ./merged --weight 0.5 --weight 1
     """
     if len(refs) < 2:
         raise click.UsageError("merge needs an ADAPTER and OUT, and mostly a BASE before them.")
     from ..verbs.merge import merge
 
-    *inputs, out = refs
+    inputs, out = (refs, None) if chosen["in_place"] else (refs[:-1], refs[-1])
     base, adapters = (inputs[0], inputs[1:]) if len(inputs) > 1 else (None, inputs)
     sink = Sink(as_json=as_json, quiet=quiet, verbose=verbose)
     try:

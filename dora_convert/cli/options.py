@@ -131,6 +131,13 @@ writing = stack(
     click.option("--overwrite", is_flag=True, help="Replace an OUT that exists."),
 )
 
+placing = stack(
+    click.option("--in-place", is_flag=True, help="Change the checkpoint itself; OUT is not given."),
+    click.option(
+        "--allow-lossy", is_flag=True, help="In place, do what cannot be taken back bit for bit, too."
+    ),
+)
+
 talk = stack(
     click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout."),
     click.option("-q", "--quiet", is_flag=True, help="Only the result's path on stdout."),

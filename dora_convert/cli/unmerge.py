@@ -33,6 +33,7 @@ SHOWN = 10
 @click.option("--verify/--no-verify", default=True, help="Check the output before publishing it.")
 @options.reading
 @options.writing
+@options.placing
 @options.hub
 @options.talk
 def command(refs: tuple[str, ...], *, as_json: bool, quiet: bool, verbose: bool, **chosen: Any) -> None:
@@ -46,12 +47,16 @@ def command(refs: tuple[str, ...], *, as_json: bool, quiet: bool, verbose: bool,
     Examples:
       dora-convert merge ./base ./adapter ./merged --undo exact
       dora-convert unmerge ./merged ./adapter ./base-again
+      dora-convert unmerge --in-place ./model ./adapter
     """
-    if len(refs) < 3:
-        raise click.UsageError("unmerge needs MERGED, ADAPTER and OUT.")
+    if len(refs) < (2 if chosen["in_place"] else 3):
+        raise click.UsageError(
+            "unmerge needs MERGED, ADAPTER and OUT, or MERGED and ADAPTER with --in-place."
+        )
     from ..verbs.unmerge import unmerge
 
-    merged, *adapters, out = refs
+    merged, *adapters = refs
+    out = None if chosen["in_place"] else adapters.pop()
     sink = Sink(as_json=as_json, quiet=quiet, verbose=verbose)
     try:
         report = unmerge(merged, adapters, out, on_progress=sink.progress, on_notice=sink.notice, **chosen)

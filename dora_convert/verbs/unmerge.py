@@ -10,21 +10,23 @@ from ..adapter import Adapter, open_adapter
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..digests import xxh3
 from ..errors import UsageError
-from ..folder import OutputFolder
+from ..folder import new_folder
 from ..heavy import without_collections
 from ..hub import fetch, wanted_of_adapter, wanted_of_base
+from ..in_place import InPlace, finished, refuse_lossy
+from ..plan import Options
 from ..record import Record, in_order, no_record, read_record
 from ..refs import PathLike, listed
 from ..report import DryRunReport, UnmergeReport
 from ..settings import Settings, parse_options
 from ..sidefiles import base_files, restored_files
-from ..unmerging import plan_unmerge
+from ..unmerging import Reversal, plan_unmerge
 
 
 def unmerge(
     merged: PathLike,
     adapters: PathLike | Sequence[PathLike],
-    out: PathLike,
+    out: PathLike | None = None,
     *,
     base: PathLike | None = None,
     device: str = "auto",
@@ -37,38 +39,84 @@ def unmerge(
     token: str | None = None,
     dry_run: bool = False,
     overwrite: bool = False,
+    in_place: bool = False,
+    allow_lossy: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
     on_notice: Callable[[str], None] | None = None,
 ) -> UnmergeReport | DryRunReport:
-    """Take adapters out of what `merge` made of a base: bit for bit where its undo record is exact, else up to rounding.
+    """Take adapters out of what `merge` made of a base: bit for bit where its record is exact, else up to rounding.
 
-    `adapters` are the very ones that were merged. `base` is the base itself, where no record holds what is needed. The report's `exact` says how many tensors are proven to be the
-    base's by their hashes.
+    `adapters` are the very ones that were merged; `base` is the base itself, for what no record holds. With `in_place`
+    there is no `out`: `merged` becomes the base where it is, which needs an exact record unless `allow_lossy` is set. The
+    report's `exact` says how many tensors are proven to be the base's by their hashes.
 
     Raises DoraConvertError, and then leaves nothing under `out`.
     """
     options = parse_options("auto", compute_dtype, max_shard_size, "none", (), (), True, ())
-    settings = Settings.parse(
-        device, compute_dtype, max_memory, workers, verify, None, on_progress, on_notice, token
+    told = (verify, None, on_progress, on_notice, token)
+    settings = Settings.parse(device, compute_dtype, max_memory, workers, *told)
+    refs = listed(adapters)
+    if in_place and (report := _finished(merged, refs, out, settings)):
+        return report
+    folder = None if in_place else new_folder(out, "unmerge", overwrite=overwrite)
+    reversal, inputs = _plan(merged, refs, base, options, settings, ignore_field, unfinished=in_place)
+    files = restored_files(reversal.plan.base, reversal.record, reversal.plan, reversal.original)
+    if gone := sorted(reversal.record.receipt["base_files"].keys() - {file.name for file in files}):
+        settings.warn(f"not restored, no record holds them: {', '.join(gone)}")
+    if folder:
+        folder.refuse_inside(inputs)
+    place = folder or _place(reversal, allow_lossy=allow_lossy)
+    if dry_run:
+        return DryRunReport.of(reversal.plan, settings, place.given, "unmerge")
+    with without_collections():
+        from ..restoring import restore
+    return restore(reversal, files, place, settings)
+
+
+def _plan(
+    merged: PathLike,
+    adapters: Sequence[str],
+    base: PathLike | None,
+    options: Options,
+    settings: Settings,
+    ignore_field: Sequence[str],
+    *,
+    unfinished: bool,
+) -> tuple[Reversal, list[Path]]:
+    """Gather the inputs and decide how every tensor of the base comes back; with the folders of the inputs."""
+    token = settings.token
+    checkpoint = open_checkpoint(
+        fetch(os.fspath(merged), "MERGED", wanted_of_base, token=token), unfinished=unfinished
     )
-    folder = OutputFolder(Path(out), overwrite=overwrite)
-    folder.check()
-    checkpoint = open_checkpoint(fetch(os.fspath(merged), "MERGED", wanted_of_base, token=token))
-    original = base and open_checkpoint(fetch(os.fspath(base), "BASE", wanted_of_base, token=token))
-    record, opened = _record(checkpoint, listed(adapters), settings, ignore_field)
-    sources = [checkpoint.source, *(adapter.source for adapter in opened)]
-    folder.refuse_inside([source.path for source in (*sources, *([original.source] if original else []))])
+    original = open_checkpoint(fetch(os.fspath(base), "BASE", wanted_of_base, token=token)) if base else None
+    record, opened = _record(checkpoint, adapters, settings, ignore_field)
     if original and record.options.undo != "none":
         settings.notify("the record holds all that is needed: --base is not read")
     elif original:
         settings.warn("norms are taken from BASE: copying BASE is simpler")
-    reversal = plan_unmerge(checkpoint, record, opened, options, original or None)
-    files = restored_files(checkpoint, record, reversal.plan)
-    if dry_run:
-        return DryRunReport.of(reversal.plan, settings, folder.given, "unmerge")
-    with without_collections():
-        from ..restoring import restore
-    return restore(reversal, files, folder, settings)
+    sources = [checkpoint.source, *(adapter.source for adapter in opened)]
+    sources += [original.source] if original else []
+    reversal = plan_unmerge(checkpoint, record, opened, options, original)
+    return reversal, [source.path for source in sources]
+
+
+def _finished(
+    merged: PathLike, adapters: Sequence[str], out: PathLike | None, settings: Settings
+) -> UnmergeReport | None:
+    """The report of an earlier run that had staged all its files, once they are in their places."""
+    if out is not None:
+        raise UsageError("--in-place takes MERGED and ADAPTER, and no OUT.")
+    report = finished(merged, "unmerge", adapters, settings)
+    return UnmergeReport.read(report) if report else None
+
+
+def _place(reversal: Reversal, *, allow_lossy: bool) -> InPlace:
+    """MERGED itself, if it may be changed."""
+    refuse_lossy(reversal.record.options.undo, allow_lossy=allow_lossy)
+    merged = reversal.plan.base
+    place = InPlace(merged.source.path, merged.shards, merged.index_name)
+    place.refuse(reversal.plan)
+    return place
 
 
 def _record(

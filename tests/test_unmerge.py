@@ -1,0 +1,330 @@
+"""unmerge: the base from what was merged; what is known of it is checked, what is not is said."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import dora_convert
+from dora_convert.cli import main
+from dora_convert.errors import (
+    MalformedError,
+    OutputError,
+    RefError,
+    UnsupportedError,
+    UsageError,
+    VerificationError,
+)
+
+from .test_resume import interrupted
+from .test_undo_exact import bits, same_as
+from .toy import HIDDEN, contents, edit_json, exact, load, make_adapter, make_base, rounded
+
+
+@pytest.fixture
+def merged(tmp_path, base, adapter):
+    """An exact merge of a DoRA."""
+    dora_convert.merge(base.path, adapter, tmp_path / "merged", undo="exact")
+    return tmp_path / "merged"
+
+
+def test_whatever_made_the_record(tmp_path, base, adapter, monkeypatch):
+    """Workers, memory and a resumption, at the merge and at its undoing, leave no trace in the recovered base."""
+    for number, (before, after) in enumerate(
+        [({"workers": 1}, {"workers": 3, "max_memory": "1MB"}), ({"max_memory": "1MB"}, {"workers": 1})]
+    ):
+        out, again = tmp_path / f"out{number}", tmp_path / f"again{number}"
+        interrupted(base, adapter, out, monkeypatch, undo="exact")
+        report = dora_convert.merge(base.path, adapter, out, undo="exact", **before)
+        assert report.resumed
+        interrupted_unmerge(out, adapter, again, monkeypatch)
+        report = dora_convert.unmerge(out, adapter, again, **after)
+        assert report.resumed
+        same_as(base.path, again)
+    assert contents(tmp_path / "out0") == contents(tmp_path / "out1")
+
+
+def interrupted_unmerge(merged, adapter, out, monkeypatch):
+    """An unmerging stopped by Ctrl-C once some writes are through."""
+    from dora_convert.writer import ShardFiles
+
+    write, seen = ShardFiles.write, []
+
+    def stops(self, item, offset, data):
+        seen.append(item)
+        if len(seen) > 3:
+            raise KeyboardInterrupt
+        write(self, item, offset, data)
+
+    monkeypatch.setattr(ShardFiles, "write", stops)
+    with pytest.raises(KeyboardInterrupt):
+        dora_convert.unmerge(merged, adapter, out, workers=1)
+    monkeypatch.setattr(ShardFiles, "write", write)
+
+
+def test_blocks_of_another_height(tmp_path, merged, base, adapter, monkeypatch):
+    """The record serves a version that cuts its blocks otherwise: predictions do not depend on them."""
+    from dora_convert import blocks
+
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 1 << 9)
+    dora_convert.unmerge(merged, adapter, tmp_path / "again")
+    same_as(base.path, tmp_path / "again")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_another_dtype_and_other_shards(tmp_path, dtype):
+    """A merge that converts and cuts anew is undone to the base's own dtype and files."""
+    base = make_base(tmp_path / "base", torch.float16 if dtype == "bfloat16" else torch.bfloat16)
+    adapter = make_adapter(tmp_path / "adapter", base, dora=True)
+    options = {"undo": "exact", "dtype": dtype, "max_shard_size": 30000}
+    dora_convert.merge(base.path, adapter, tmp_path / "out", **options)
+    report = dora_convert.unmerge(tmp_path / "out", adapter, tmp_path / "again")
+    same_as(base.path, tmp_path / "again")
+    assert report.exact["tensors"] == report.exact["bit_exact"] == len(base.tensors)
+
+
+def test_several_adapters(tmp_path, base):
+    """Three adapters at their weights come out as a whole, in whatever order they are named."""
+    first = make_adapter(tmp_path / "first", base, dora=False, seed=2)
+    second = make_adapter(tmp_path / "second", base, dora=True, seed=4, targets=["k_proj", "up_proj"])
+    third = make_adapter(tmp_path / "third", base, dora=True, seed=6)
+    weight = (0.7, -0.4, 1.5)
+    dora_convert.merge(base.path, [first, second, third], tmp_path / "out", weight=weight, undo="exact")
+    dora_convert.unmerge(tmp_path / "out", [third, first, second], tmp_path / "again")
+    same_as(base.path, tmp_path / "again")
+    with pytest.raises(UsageError, match="was merged with second, too"):
+        dora_convert.unmerge(tmp_path / "out", [first, third], tmp_path / "fewer")
+
+
+def test_norms_are_right_up_to_rounding(tmp_path):
+    """With norms alone every element is the nearest to what float64 makes of W', and what cannot be known is counted."""
+    base = make_base(tmp_path / "base", torch.float16)
+    adapter = make_adapter(tmp_path / "adapter", base, dora=True)
+    dora_convert.merge(base.path, adapter, tmp_path / "out")
+    report = dora_convert.unmerge(tmp_path / "out", adapter, tmp_path / "again")
+    assert report.verified.wrong_elements == 0
+    merged, got, tensors = (
+        load(tmp_path / "out"),
+        load(tmp_path / "again"),
+        load_file(adapter / "adapter_model.safetensors"),
+    )
+    modules = {module.name: module for module in report.modules}
+    for name, W in base.tensors.items():
+        if name not in modules:
+            assert torch.equal(got[name], W)
+            continue
+        prefix = f"base_model.model.{name.removesuffix('.weight')}"
+        change = (
+            1.5 * tensors[f"{prefix}.lora_B.weight"].double() @ tensors[f"{prefix}.lora_A.weight"].double()
+        )
+        n = (W.double() + change).norm(dim=1).float().double()
+        m = tensors[f"{prefix}.lora_magnitude_vector"].double()
+        want = merged[name].double() * (n / m)[:, None] - change
+        assert torch.equal(got[name], rounded(want, torch.float16)), name
+        wrong = int((got[name] != W).sum())
+        assert not modules[name].bit_exact
+        assert 0 < wrong <= modules[name].lost * 1.02 + 3, name
+        assert modules[name].lost < W.numel() / 2
+
+
+def test_replaced_rows_and_files(tmp_path, base):
+    """Saved heads, trained tokens, tokenizer and README come back; an adapter's own files go."""
+    extra = {"base_model.model.lm_head.weight": torch.randn(72, HIDDEN)}
+    adapter = make_adapter(tmp_path / "adapter", base, dora=True, extra=extra, modules_to_save=["lm_head"])
+    (adapter / "tokenizer_config.json").write_text("{}")
+    (adapter / "added_tokens.json").write_text("{}")
+    for undo in ("norms", "exact"):
+        dora_convert.merge(base.path, adapter, tmp_path / undo, undo=undo)
+        again = tmp_path / f"{undo} again"
+        dora_convert.unmerge(tmp_path / undo, adapter, again)
+        assert torch.equal(bits(load(again)["lm_head.weight"]), bits(base.tensors["lm_head.weight"]))
+        files = {name: data for name, data in contents(again).items() if not name.endswith(".safetensors")}
+        assert files == {n: d for n, d in contents(base.path).items() if not n.endswith(".safetensors")}
+
+
+def test_stacked_merges(tmp_path, base, adapter, merged):
+    """A merge of a merged base is undone to that base with its record, which is then undone itself."""
+    second = make_adapter(tmp_path / "second", base, dora=True, seed=9)
+    dora_convert.merge(merged, second, tmp_path / "twice", undo="exact")
+    dora_convert.unmerge(tmp_path / "twice", second, tmp_path / "once")
+    assert contents(tmp_path / "once") == contents(merged)
+    dora_convert.unmerge(tmp_path / "once", adapter, tmp_path / "never")
+    same_as(base.path, tmp_path / "never")
+
+
+def test_what_cannot_be_inverted_is_kept(tmp_path, base):
+    """Rows that a magnitude of zero wipes out, and those that cancel, come back from the record."""
+    adapter = make_adapter(tmp_path / "adapter", base, dora=True)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    m = tensors["base_model.model.model.layers.0.mlp.up_proj.lora_magnitude_vector"]
+    m[3], m[4], m[5] = 0, 1e-30, -m[5]
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    dora_convert.merge(base.path, adapter, tmp_path / "out", undo="exact")
+    assert load(tmp_path / "out")["model.layers.0.mlp.up_proj.weight"][3].count_nonzero() == 0
+    dora_convert.unmerge(tmp_path / "out", adapter, tmp_path / "again")
+    same_as(base.path, tmp_path / "again")
+    # weights of ½ on two DoRAs whose norms cancel the base's share
+    second = make_adapter(tmp_path / "second", base, dora=True, seed=5)
+    dora_convert.merge(base.path, [adapter, second], tmp_path / "half", weight=(1, -1), undo="exact")
+    dora_convert.unmerge(tmp_path / "half", [adapter, second], tmp_path / "half again")
+    same_as(base.path, tmp_path / "half again")
+
+
+def test_negative_zeros_and_subnormals(tmp_path):
+    """Bits, not values: −0 stays −0, and the smallest numbers stay what they are."""
+    base = make_base(tmp_path / "base", torch.float16, shards=1)
+    W = base.tensors["model.layers.0.mlp.up_proj.weight"]
+    W[0, :8] = torch.tensor([-0.0, 0.0, 6e-8, -6e-8, 1e-6, -1e-6, 65504.0, -0.0]).half()
+    save_file(base.tensors, base.path / "model.safetensors", {"format": "pt"})
+    adapter = make_adapter(tmp_path / "adapter", base, dora=False)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    tensors["base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"][0] *= 1e-5
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    dora_convert.merge(base.path, adapter, tmp_path / "out", undo="exact")
+    dora_convert.unmerge(tmp_path / "out", adapter, tmp_path / "again")
+    same_as(base.path, tmp_path / "again")
+
+
+def test_another_adapter_is_refused(tmp_path, merged, base):
+    """An adapter with other contents is not the one that was merged; the error names the files."""
+    other = make_adapter(tmp_path / "other", base, dora=True, seed=3)
+    with pytest.raises(RefError, match="not the one that was merged") as caught:
+        dora_convert.unmerge(merged, other, tmp_path / "again")
+    assert [fault.what for fault in caught.value.faults] == ["adapter_model.safetensors"]
+    assert not list(tmp_path.glob("again*"))
+
+
+@pytest.mark.parametrize("part", ["merged", "copied head", "side file"])
+def test_a_changed_model_is_refused(tmp_path, merged, adapter, part):
+    """What was trained or edited after the merge is named, and nothing is written."""
+    if part == "side file":
+        (merged / "tokenizer_config.json").write_text("{}")
+        name = "tokenizer_config.json"
+    else:
+        name = "model.layers.1.mlp.down_proj.weight"
+        table = json.loads((merged / "model.safetensors.index.json").read_text())["weight_map"]
+        tensors = load_file(merged / table[name])
+        if part == "merged":
+            tensors[name][2, 5] += 1
+        else:
+            del tensors[name]
+            table.pop(name)
+            edit_json(merged / "model.safetensors.index.json", weight_map=table)
+        (merged / "model-00001-of-00002.safetensors").parent.mkdir(exist_ok=True)
+        target = json.loads((merged / "model.safetensors.index.json").read_text())["weight_map"].get(name)
+        file = target or next(f.name for f in merged.glob("*.safetensors") if name in load_file(f))
+        save_file(tensors, merged / file, {"format": "pt"})
+    with pytest.raises(RefError, match="is not what was written") as caught:
+        dora_convert.unmerge(merged, adapter, tmp_path / "again")
+    assert [fault.what for fault in caught.value.faults] == [name]
+    assert not list(tmp_path.glob("again*"))
+
+
+def test_a_damaged_record_is_found_out(tmp_path, merged, adapter):
+    """A record whose bytes are not what was kept gives no base: unreadable, or another sha256, by tensor."""
+    path = merged / "dora_convert/undo.safetensors"
+    tensors = load_file(path)
+    tensors["norm/0/model.layers.0.mlp.up_proj.weight"][7] *= 1.5
+    save_file(tensors, path)
+    with pytest.raises(VerificationError, match="are not the base's") as caught:
+        dora_convert.unmerge(merged, adapter, tmp_path / "again")
+    assert [fault.what for fault in caught.value.faults] == ["model.layers.0.mlp.up_proj.weight"]
+    assert not list(tmp_path.glob("again*"))
+    tensors["ulps/model.layers.1.mlp.up_proj.weight"][20:40] = 255
+    save_file(tensors, path)
+    with pytest.raises(MalformedError, match=r"ulps/model\.layers\.1\.mlp\.up_proj\.weight"):
+        dora_convert.unmerge(merged, adapter, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_dora_without_norms_is_refused(tmp_path, base, adapter):
+    """The reason and the three ways out; one of them is the base, which gives the norms."""
+    dora_convert.merge(base.path, adapter, tmp_path / "out", undo="none")
+    for merged in (tmp_path / "out", bare(tmp_path / "out", tmp_path / "bare")):
+        with pytest.raises(UnsupportedError) as caught:
+            dora_convert.unmerge(merged, adapter, tmp_path / "again")
+        assert "‖W + sBA‖" in caught.value.text()
+        for way in ("--undo", "--base", "copy the base"):
+            assert way in caught.value.hint
+        said = []
+        report = dora_convert.unmerge(
+            merged,
+            adapter,
+            tmp_path / merged.name / "../again",
+            base=base.path,
+            on_notice=said.append,
+            overwrite=True,
+        )
+        assert any("copying BASE is simpler" in text for text in said)
+        close(base, load(tmp_path / "again"))
+        assert report.verified.wrong_elements == 0
+        shutil.rmtree(tmp_path / "again")
+
+
+def bare(merged, folder):
+    """A merged model as other tools leave it."""
+    shutil.copytree(merged, folder)
+    shutil.rmtree(folder / "dora_convert")
+    return folder
+
+
+def close(base, got):
+    """Every element within an ulp or two, and most of them right."""
+    for name, W in base.tensors.items():
+        assert (got[name].double() - W.double()).abs().max() <= 0.02 * W.double().abs().max(), name
+        assert (got[name] == W).double().mean() > 0.5, name
+
+
+def test_a_lora_without_a_record_is_subtracted(tmp_path, base):
+    """W' − sBA, rounded once; the report says that nothing is proven and how much is lost."""
+    adapter = make_adapter(tmp_path / "adapter", base, dora=False)
+    dora_convert.merge(base.path, adapter, tmp_path / "out")
+    merged = bare(tmp_path / "out", tmp_path / "bare")
+    report = dora_convert.unmerge(merged, adapter, tmp_path / "again")
+    change = {name: exact(base, adapter)[name] - W.double() for name, W in base.tensors.items()}
+    for name, got in load(tmp_path / "again").items():
+        assert torch.equal(got, rounded(load(merged)[name].double() - change[name], torch.bfloat16)), name
+    assert report.exact == {"tensors": 6, "bit_exact": 0}
+    assert sum(module.lost for module in report.modules) > 0
+    assert any("no record" in warning for warning in report.warnings)
+
+
+def test_exact_says_so_where_nothing_is_lost(tmp_path):
+    """A bf16 base merged into float32 loses little: hashes prove even without an exact record what came back whole."""
+    base = make_base(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", base, dora=False)
+    dora_convert.merge(base.path, adapter, tmp_path / "out", dtype="float32")
+    report = dora_convert.unmerge(tmp_path / "out", adapter, tmp_path / "again")
+    assert report.exact["bit_exact"] == report.exact["tensors"] == len(base.tensors)
+    assert all(module.lost == 0 for module in report.modules)
+    same_as(base.path, tmp_path / "again")
+
+
+def test_the_command(tmp_path, merged, base, adapter, capsys):
+    """As a user has it: a table, JSON, a dry run, and what is wrong in words."""
+    out = tmp_path / "again"
+    arguments = ["unmerge", str(merged), str(adapter), str(out)]
+    assert run([*arguments, "--dry-run"]) == 0
+    assert not out.exists()
+    assert run([*arguments, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out.partition("\n{")[2].join(["{", ""]))
+    assert report["command"] == "unmerge"
+    assert report["exact"] == {"tensors": 6, "bit_exact": 6}
+    assert run(arguments) == 2
+    assert "exists" in capsys.readouterr().err
+    assert run([*arguments, "--overwrite"]) == 0
+    assert "6 of 6 recovered tensors are the base's, bit for bit" in capsys.readouterr().out
+    assert run(["unmerge", str(merged), str(out)]) == 2
+    same_as(base.path, out)
+    with pytest.raises(OutputError):
+        dora_convert.unmerge(merged, adapter, merged / "inside")
+
+
+def run(arguments):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    return caught.value.code
