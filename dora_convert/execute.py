@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 
 import torch
 
@@ -132,6 +133,8 @@ class Run:
     progress: Progress
     on_shard: Callable[[str], None] | None = None
     """Called with the name of each shard once all of it is written and, if it is checked, right; by workers."""
+    on_stop: Callable[[], None] | None = None
+    """Called when nothing more will be made, with workers perhaps waiting for their input."""
     written: int = 0
     _skipped: int = 0
     _waiting: Counter[str] = field(default_factory=Counter)
@@ -155,12 +158,22 @@ class Run:
                 self._finish(shard.filename)
         with exact_arithmetic(), ThreadPoolExecutor(workers, initializer=self._start) as pool:
             try:
-                futures = [pool.submit(self._copy, copy) for copy in copies]
-                futures += [pool.submit(self._make, item) for item in items]
+                futures = [pool.submit(job) for job in self._jobs(copies, items)]
                 raise_first(wait(futures, return_when=FIRST_EXCEPTION).done)
             finally:
                 self._stop.set()
+                if self.on_stop:
+                    self.on_stop()
                 pool.shutdown(wait=True, cancel_futures=True)
+
+    def _jobs(self, copies: Sequence[Copy], items: Sequence[Item]) -> list[Callable[[], None]]:
+        """Copies first; where somebody waits for shards, one shard after the other."""
+        jobs = [(copy.shard, partial(self._copy, copy)) for copy in copies]
+        jobs += [(self.shards.shard_of(item), partial(self._make, item)) for item in items]
+        if self.on_shard:
+            place = {shard.filename: number for number, shard in enumerate(self.plan.shards)}
+            jobs.sort(key=lambda job: place[job[0]])
+        return [job for _, job in jobs]
 
     def _finished(self, item: Item) -> bool:
         done = self.progress.done.get(item.name)

@@ -80,8 +80,12 @@ def download_all(source: Source, names: Iterable[str], token: str | None) -> Non
         )
 
 
-def download(repo: str, name: str, revision: str, token: str | None, folder: Path | None = None) -> Path:
+def download(
+    repo: str, name: str, revision: str, token: str | None, folder: Path | None = None, sha256: str = ""
+) -> Path:
     """One file into the cache, or into a folder; large ones that are new here are compared with the Hub's hash.
+
+    In the cache that is the file's name; `sha256` is for files in folders.
 
     Raises HubError where the bytes are others; they are removed then.
     """
@@ -92,9 +96,10 @@ def download(repo: str, name: str, revision: str, token: str | None, folder: Pat
         patiently(lambda: hf_hub_download(repo, name, revision=revision, token=token, local_dir=folder))
     )
     blob = path.resolve()
-    if not here and _SHA256.fullmatch(blob.name) and _sha256(blob) != blob.name:
+    expected = sha256 or (blob.name if _SHA256.fullmatch(blob.name) else "")
+    if not here and expected and _sha256(blob) != expected:
         path.unlink()
-        blob.unlink()
+        blob.unlink(missing_ok=True)
         raise HubError(
             f"{name} of {repo} arrived damaged: its sha256 is not the one that the Hub names.",
             hint="the same command downloads it again",

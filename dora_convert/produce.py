@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
 import torch
 
 from . import __version__, receipt, undo
+from .arrivals import absent
 from .checkpoint import RECORD, Checkpoint
 from .checks import doubt_base, scan_adapter
 from .errors import Fault, NumericalError, OutputError, UsageError, VerificationError
@@ -20,21 +21,19 @@ from .plan import Plan
 from .precision import Choice, choose
 from .report import MergeReport
 from .selfcheck import Checker, Verdict
-from .sending import Output
 from .settings import Settings
 from .sidefiles import SideFile, card_of, side_files, with_checks
 from .sizes import format_size
 from .stored import Reader
+from .traffic import Traffic
 from .undo import Part, Spool
 from .writer import ShardFiles, shards_exist
 
 Hashes = Sequence[Mapping[str, str]]
 
 
-def produce(
-    plan: Plan, folder: OutputFolder, settings: Settings, upload: Output | None = None
-) -> MergeReport:
-    """Run a merge's plan and publish the result, on the Hub, too, where `upload` is given.
+def produce(plan: Plan, folder: OutputFolder, settings: Settings, hub: Traffic | None = None) -> MergeReport:
+    """Run a merge's plan and publish the result, on the Hub, too, where `hub` has an upload.
 
     Raises UsageError for a device or a memory budget that will not do, NumericalError for NaN, Inf and overflow,
     OutputError for a disk that does not take the result, VerificationError when the self-check fails. OUT does not
@@ -42,35 +41,45 @@ def produce(
     """
     choice = _settle(plan, settings)
     hashes = [scan_adapter(adapter) for adapter in plan.adapters]
-    if doubt := doubt_base(plan):
-        settings.warn(doubt)
+    seen = _look_at_base(plan, settings)
     files = side_files(plan, settings.base_model)
-    folder.check_space(plan.bytes_out + 2 * plan.undo_bytes + sum(file.nbytes for file in files))
+    kept = hub.most(plan) if hub else plan.bytes_out
+    folder.check_space(kept + 2 * plan.undo_bytes + sum(file.nbytes for file in files))
     with _entered(folder):
         key = _key(plan, hashes, choice)
         earlier = _earlier(folder, plan, key)
-        on_shard = upload.start(folder.partial) if upload else None
-        run = _run(plan, folder, settings, choice, key, earlier, on_shard)
+        if hub:
+            hub.enter(folder.partial)
+        run = _run(plan, folder, settings, choice, key, earlier, hub)
+        if not seen:
+            _look_at_base(plan, settings)
         verdict = _judge(plan, run.progress.done) if settings.verify else None
         if _same(plan, run.progress.done):
             settings.warn("the adapter changes nothing: every element is as it was in the base")
         if verdict:
             files = with_checks(files, plan, settings.base_model, verdict.rows())
         _write_files(plan, folder, run, files, hashes)
-        pushed = (
-            upload.finish(card_of(files, plan), f"Merge with dora-convert {__version__}") if upload else None
-        )
-        folder.publish()
+        pushed = hub.finish(card_of(files, plan), f"Merge with dora-convert {__version__}") if hub else None
+        folder.publish() if not hub or hub.local else folder.discard()
     return MergeReport.of(
         plan,
         settings,
-        folder.given,
+        pushed.url if pushed and hub and not hub.local else folder.given,
         choice,
         verdict,
         written=run.written,
         resumed=bool(earlier and earlier.records),
         pushed=pushed,
     )
+
+
+def _look_at_base(plan: Plan, settings: Settings) -> bool:
+    """Warn where the base does not look like the adapter's; False where its weights are not here."""
+    if absent(plan.base):
+        return False
+    if doubt := doubt_base(plan):
+        settings.warn(doubt)
+    return True
 
 
 def _settle(plan: Plan, settings: Settings) -> Choice:
@@ -152,14 +161,18 @@ def _run(
     choice: Choice,
     key: Record,
     earlier: Earlier | None,
-    on_shard: Callable[[str], None] | None,
+    hub: Traffic | None,
 ) -> Run:
     """Make every tensor that is not made yet; when this returns, all bytes and the journal are synced."""
     progress = Progress.of(earlier.records if earlier else ())
     with ExitStack() as stack:
-        reader = stack.enter_context(closing(Reader()))
+        reader = stack.enter_context(closing(hub.reader() if hub else Reader()))
         spool = stack.enter_context(closing(Spool(folder.record / undo.SPOOL, progress.spooled)))
-        shards = stack.enter_context(closing(ShardFiles(folder.partial, plan, create=earlier is None)))
+        sparse = bool(hub and not hub.local)
+        files = ShardFiles(folder.partial, plan, create=earlier is None, sparse=sparse)
+        shards = stack.enter_context(closing(files))
+        if hub:
+            hub.attach(shards)
         folder.sync()
         journal = stack.enter_context(closing(Journal(folder.record / JOURNAL, key, earlier)))
         checker = Checker(folder.partial, plan, reader) if settings.verify else None
@@ -175,9 +188,12 @@ def _run(
             checker,
             settings.on_progress,
             progress,
-            on_shard,
+            hub.made if hub else None,
+            hub.stop if hub else None,
         )
         run.execute(settings.workers)
+        if hub:
+            hub.settle()
     return run
 
 

@@ -17,7 +17,7 @@ ORDER = [
     "names", "placing", "plan", "layout", "replicas", "configs", "draft", "planner", "settings", "journal", "undo", "answers", "hub",
     "remote", "gather", "card", "sidefiles", "folder", "writer", "maths", "memory", "precision", "lane", "operands", "checks", "make",
     "ulps", "rows", "expected", "selfcheck", "execute", "receipt", "pushed", "report", "inspected", "census", "inspection",
-    "upload", "sending", "parcel", "pushing", "produce", "parity",
+    "upload", "sending", "parcel", "pushing", "arrivals", "routes", "traffic", "produce", "parity",
     "causes", "differences", "verified", "page", "verification", "heavy", "verbs/__init__", "verbs/merge",
     "verbs/inspect", "verbs/verify", "verbs/push", "__init__", "cli/sink", "cli/options",
     "cli/merge", "cli/inspect", "cli/verify", "cli/push", "cli/__init__", "__main__",
