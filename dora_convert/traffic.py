@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .answers import explained, patiently
+from .answers import explained
 from .arrivals import PLACES, Arrivals, absent
 from .checkpoint import RECORD, list_files
 from .folder import LOCK, OutputFolder
-from .hub import download
+from .hub import download, hashes_of
 from .journal import NAME as JOURNAL
 from .journal import UPLOADS, read_journal
 from .plan import Plan
@@ -152,25 +152,13 @@ class _Bring:
         )
         name = f"{source.subfolder}/{path.name}" if source.subfolder else path.name
         with explained(ref, "BASE"):
-            expected = self._hash(name) if self._folder else ""
+            if self._hashes is None:
+                self._hashes = hashes_of(ref.repo, str(source.commit), self._token)
             folder = self._top(self._folder) if self._folder else None
-            download(ref.repo, name, str(source.commit), self._token, folder, expected)
+            download(ref.repo, name, str(source.commit), self._token, folder, self._hashes.get(name, ""))
 
     def _top(self, folder: Path) -> Path:
         """Downloads keep the repo's folders below this one."""
         for _ in filter(None, self._source.subfolder.split("/")):
             folder = folder.parent
         return folder
-
-    def _hash(self, name: str) -> str:
-        """The sha256 that the Hub has of a large file."""
-        if self._hashes is None:
-            from huggingface_hub import HfApi
-
-            api, source = HfApi(token=self._token), self._source
-            tree = patiently(
-                lambda: list(api.list_repo_tree(str(source.repo), recursive=True, revision=source.commit))
-            )
-            large = [(entry.path, getattr(entry, "lfs", None)) for entry in tree]
-            self._hashes = {path: lfs.sha256 for path, lfs in large if lfs}
-        return self._hashes.get(name, "")
