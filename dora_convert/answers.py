@@ -9,10 +9,13 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from .errors import DoraConvertError, HubError, RefError
 from .refs import HubRef
+
+if TYPE_CHECKING:
+    from huggingface_hub.errors import HfHubHTTPError
 
 PASSING = (429, 500, 502, 503, 504)
 """Status codes of servers that may answer otherwise in a moment."""
@@ -57,8 +60,10 @@ def status_of(error: BaseException) -> int | None:
 
 
 def root_of(error: BaseException) -> BaseException:
-    """What is behind an error: uploads wrap what went wrong with a file."""
-    while type(error) is RuntimeError and error.__cause__:
+    """What is behind an error: uploads wrap what went wrong with a file, downloads say that the cache has none."""
+    while (
+        type(error) is RuntimeError or type(error).__name__ == "LocalEntryNotFoundError"
+    ) and error.__cause__:
         error = error.__cause__
     return error
 
@@ -81,7 +86,7 @@ def explained(ref: HubRef, what: str) -> Iterator[None]:
     """Turn what goes wrong while reading a repo into our errors."""
     from huggingface_hub import errors
 
-    refusals: tuple[type[Exception], ...] = (errors.HfHubHTTPError, *unreachable())
+    refusals: tuple[type[Exception], ...] = (errors.HfHubHTTPError, errors.EntryNotFoundError, *unreachable())
     try:
         yield
     except errors.HFValidationError as error:
@@ -97,8 +102,10 @@ def explained(ref: HubRef, what: str) -> Iterator[None]:
         ) from error
     except errors.RevisionNotFoundError as error:
         raise HubError(f"{what} {ref}: the repo has no revision {ref.revision}.") from error
+    except errors.RemoteEntryNotFoundError as error:
+        raise HubError(f"{what} {ref}: a file is missing there: {_file_of(error)}.") from error
     except refusals as error:
-        raise _refused(f"{what} {ref}", error, writing=False) from error
+        raise _refused(f"{what} {ref}", root_of(error), writing=False) from error
 
 
 @contextmanager
@@ -149,6 +156,11 @@ def _refused(where: str, error: BaseException, *, writing: bool) -> HubError:
     else:
         text, hint = "the Hub answered", ""
     return HubError(f"{where}: {text}{f': {said}' if said else '.'}", hint=hint or None)
+
+
+def _file_of(error: HfHubHTTPError) -> str:
+    """The path in the repo that was asked for."""
+    return str(error.response.url).partition("/resolve/")[2].partition("/")[2] or "its name is not told"
 
 
 def _is_offline(error: BaseException) -> bool:

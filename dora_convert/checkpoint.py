@@ -265,7 +265,8 @@ def list_files(root: Path) -> list[str]:
     return sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
 
 
-def _is_text(name: str) -> bool:
+def is_text(name: str) -> bool:
+    """Whether a name is UTF-8."""
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -276,7 +277,7 @@ def _is_text(name: str) -> bool:
 def _survey(root: Path, used: set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """What lies beside the weights: files to copy, and other weights to leave behind."""
     names = [name for name in list_files(root) if name not in used and not name.startswith(IN_PLACE)]
-    if odd := [name for name in names if not _is_text(name)]:
+    if odd := [name for name in names if not is_text(name)]:
         raise MalformedError(f"{root} holds a file whose name is not UTF-8: {odd[0]!r}.", hint="rename it")
     visible = [name for name in names if not name.startswith((".", RECORD + "/"))]
     return tuple(filter(is_side_file, names)), tuple(filter(is_weight_file, visible))

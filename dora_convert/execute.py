@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -141,14 +141,24 @@ class Crew:
         self._choice, self._reader = choice, reader
         self._stop, self._local = threading.Event(), threading.local()
 
-    def run(self, workers: int, tasks: Iterable[Callable[[Lane], None]]) -> None:
-        """Run all tasks; when this returns, or raises what the first of them did, no worker runs any more."""
+    def run(
+        self,
+        workers: int,
+        tasks: Iterable[Callable[[Lane], None]],
+        on_stop: Callable[[], None] | None = None,
+    ) -> None:
+        """Run all tasks; when this returns, or raises what the first of them did, no worker runs any more.
+
+        `on_stop` is called once nothing more is begun, with workers perhaps waiting for their input.
+        """
         with exact_arithmetic(), ThreadPoolExecutor(workers, initializer=self._start) as pool:
             try:
                 futures = [pool.submit(self._one, task) for task in tasks]
                 raise_first(wait(futures, return_when=FIRST_EXCEPTION).done)
             finally:
                 self._stop.set()
+                if on_stop:
+                    on_stop()
                 pool.shutdown(wait=True, cancel_futures=True)
 
     def _start(self) -> None:
@@ -180,6 +190,8 @@ class Run:
     progress: Progress
     on_shard: Callable[[str], None] | None = None
     """Called with the name of each shard once all of it is written and, if it is checked, right; by workers."""
+    on_stop: Callable[[], None] | None = None
+    """Called when nothing more will be made, with workers perhaps waiting for their input."""
     place: InPlace | None = None
     written: int = 0
     _skipped: int = 0
@@ -204,9 +216,17 @@ class Run:
         for shard in self.plan.shards:
             if not self._waiting[shard.filename]:
                 self._finish(shard.filename)
-        tasks = [partial(self._copy, copy) for copy in copies] + [partial(self._make, item) for item in items]
-        tasks += [partial(self._keep, tensor) for tensor in self._unkept()]
-        self._crew.run(workers, tasks)
+        tasks = self._jobs(copies, items) + [partial(self._keep, tensor) for tensor in self._unkept()]
+        self._crew.run(workers, tasks, self.on_stop)
+
+    def _jobs(self, copies: Sequence[Copy], items: Sequence[Item]) -> list[Callable[[Lane], None]]:
+        """Copies first; where somebody waits for shards, one shard after the other."""
+        jobs = [(copy.shard, partial(self._copy, copy)) for copy in copies]
+        jobs += [(self.shards.shard_of(item), partial(self._make, item)) for item in items]
+        if self.on_shard:
+            place = {shard.filename: number for number, shard in enumerate(self.plan.shards)}
+            jobs.sort(key=lambda job: place[job[0]])
+        return [job for _, job in jobs]
 
     def _finished(self, item: Item) -> bool:
         done = self.progress.done.get(item.name)

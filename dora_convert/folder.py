@@ -14,7 +14,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from .checkpoint import RECORD
+from .checkpoint import RECORD, is_text
 from .errors import MalformedError, OutputError, UsageError
 from .journal import NAME as JOURNAL
 from .journal import UPLOADS, sync_path
@@ -43,7 +43,7 @@ class OutputFolder:
         out = Path(os.path.abspath(out))  # noqa: PTH100 - a link stays a link
         if not out.name or "\0" in self.given:
             raise OutputError(f"OUT {self.given!r} is no name for a folder.")
-        if not _is_text(out):
+        if not is_text(str(out)):
             raise OutputError(f"OUT {self.given!r} is no name in UTF-8; safetensors opens no others.")
         self.out = out
         self.partial = out.with_name(out.name + ".partial")
@@ -258,13 +258,6 @@ def copy_or_write(path: Path, source: bytes | Path) -> None:
     except OSError as error:  # the input's fault, not OUT's
         raise MalformedError(f"{source} cannot be read: {error.strerror or error}.") from error
     shutil.copyfile(source, path)
-
-
-def _is_text(path: Path) -> bool:
-    try:
-        return bool(str(path).encode())
-    except UnicodeEncodeError:
-        return False
 
 
 def _make_folder(path: Path) -> None:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from .adapter import Adapter, open_adapter
 from .checkpoint import OF_TRAINING, Checkpoint, is_weight_file, open_checkpoint
 from .errors import RefError, UsageError
 from .hub import fetch, wanted_of_adapter, wanted_of_base
-from .refs import HubRef, Source, local_path, parse_ref
+from .refs import HubRef, local_path, parse_ref
 
 Notice = Callable[[str], None]
+Opener = Callable[[str, str | None], Checkpoint]
 QUANTISED_NAME = re.compile(r"(?i)[-_.](unsloth-)?(bnb|gptq|awq|gguf|[48]-?bits?|int[48]|fp8|nf4)\b.*$")
 
 
@@ -26,9 +28,12 @@ def gather(
     accepted: Collection[str] = (),
     verb: str = "merge",
     *,
+    opened_by: Opener | None = None,
     unfinished: bool = False,
 ) -> tuple[Checkpoint, list[Adapter]]:
     """Open the adapters, then the base: the one named, or the one that the first adapter names.
+
+    `opened_by` opens a base by REF and revision; by default all its files are fetched.
 
     `out` and `verb` are what the command line has, for the command that a hint names.
 
@@ -39,12 +44,17 @@ def gather(
     opened = [
         open_adapter(fetch(ref, "ADAPTER", wanted_of_adapter, token=token), accepted) for ref in adapters
     ]
-    if base is None:
-        source = _base_of(opened[0], adapters[0], out, token)
-        notice(f"base: {source.title}, as {opened[0].source.name} says")
-    else:
-        source = fetch(base, "BASE", wanted_of_base, token=token)
-    return open_checkpoint(source, unfinished=unfinished), opened
+    open_base = opened_by or partial(_open_whole, token, unfinished)
+    if base is not None:
+        return open_base(base, None), opened
+    found = _base_of(opened[0], adapters[0], out, open_base)
+    notice(f"base: {found.source.title}, as {opened[0].source.name} says")
+    return found, opened
+
+
+def _open_whole(token: str | None, unfinished: bool, ref: str, revision: str | None) -> Checkpoint:  # noqa: FBT001 - as bound
+    source = fetch(ref, "BASE", wanted_of_base, revision=revision, token=token)
+    return open_checkpoint(source, unfinished=unfinished)
 
 
 def _refuse_swapped(base: str, adapters: Sequence[str], out: str, verb: str) -> None:
@@ -73,7 +83,7 @@ def _has_weights(path: Path) -> bool:
     return any(is_weight_file(name) and not OF_TRAINING.match(name) for name in names)
 
 
-def _base_of(adapter: Adapter, ref: str, out: str, token: str | None) -> Source:
+def _base_of(adapter: Adapter, ref: str, out: str, open_base: Opener) -> Checkpoint:
     """The base an adapter was trained on, at the revision it names."""
     again = f"name it: dora-convert merge BASE {shlex.quote(ref)} {shlex.quote(out)}"
     if not adapter.base:
@@ -92,9 +102,10 @@ def _base_of(adapter: Adapter, ref: str, out: str, token: str | None) -> Source:
         else f"hf://{adapter.base}"
     )
     try:
-        return fetch(name, "BASE", wanted_of_base, revision=adapter.revision, token=token)
+        parse_ref(name, "BASE")
     except RefError as error:
         raise RefError(f"The adapter's base, {adapter.base!r}, is not here.", hint=again) from error
+    return open_base(name, adapter.revision)
 
 
 def doubts(base: Checkpoint, adapters: Sequence[Adapter]) -> Iterator[str]:

@@ -6,7 +6,6 @@ Downloads go through huggingface_hub and its cache. Tokens are handed to it and 
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,8 +19,6 @@ from .stored import CHUNK
 ANCHORS = ("adapter_config.json", "config.json", "model.safetensors")
 """Files that tell whether a repo is in the cache."""
 CONNECTIONS = 8
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-"""What the cache calls large files, by their etag."""
 
 
 def fetch(
@@ -73,28 +70,50 @@ def _download(
 
 def download_all(source: Source, names: Iterable[str], token: str | None) -> None:
     """Files of a repo into the cache, several at a time; what was cut off is continued."""
+    repo, commit = str(source.repo), str(source.commit)
     prefix = f"{source.subfolder}/" if source.subfolder else ""
+    wanted = [prefix + name for name in names]
+    hashes = {} if all(_is_cached(repo, name, commit) for name in wanted) else hashes_of(repo, commit, token)
+
+    def get(name: str) -> None:
+        download(repo, name, commit, token, sha256=hashes.get(name, ""))
+
     with ThreadPoolExecutor(CONNECTIONS) as pool:
-        list(
-            pool.map(lambda name: download(str(source.repo), prefix + name, str(source.commit), token), names)
-        )
+        list(pool.map(get, wanted))
 
 
-def download(repo: str, name: str, revision: str, token: str | None, folder: Path | None = None) -> Path:
-    """One file into the cache, or into a folder; large ones that are new here are compared with the Hub's hash.
+def hashes_of(repo: str, commit: str, token: str | None) -> dict[str, str]:
+    """The sha256 that the Hub has of each large file, by path."""
+    from huggingface_hub import HfApi
+
+    tree = patiently(lambda: list(HfApi(token=token).list_repo_tree(repo, recursive=True, revision=commit)))
+    large = [(entry.path, getattr(entry, "lfs", None)) for entry in tree]
+    return {path: lfs.sha256 for path, lfs in large if lfs}
+
+
+def _is_cached(repo: str, name: str, revision: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(repo, name, revision=revision), str)
+
+
+def download(
+    repo: str, name: str, revision: str, token: str | None, folder: Path | None = None, sha256: str = ""
+) -> Path:
+    """One file into the cache, or into a folder; one that is new here is compared with its sha256, where that is known.
 
     Raises HubError where the bytes are others; they are removed then.
     """
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import hf_hub_download
 
-    here = not folder and isinstance(try_to_load_from_cache(repo, name, revision=revision), str)
+    here = not folder and _is_cached(repo, name, revision)
     path = Path(
         patiently(lambda: hf_hub_download(repo, name, revision=revision, token=token, local_dir=folder))
     )
     blob = path.resolve()
-    if not here and _SHA256.fullmatch(blob.name) and _sha256(blob) != blob.name:
+    if not here and sha256 and _sha256(blob) != sha256:
         path.unlink()
-        blob.unlink()
+        blob.unlink(missing_ok=True)
         raise HubError(
             f"{name} of {repo} arrived damaged: its sha256 is not the one that the Hub names.",
             hint="the same command downloads it again",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from typing import Any
 
 from . import __version__, receipt, undo
+from .arrivals import absent
 from .checkpoint import RECEIPT, RECORD, Checkpoint, open_checkpoint
 from .checks import doubt_base, scan_adapter
 from .digests import sha256
@@ -17,9 +19,9 @@ from .refs import local_source
 from .rehearsal import rehearse
 from .report import MergeReport
 from .running import Hashes, earlier, judge, run, run_key
-from .sending import Output
 from .settings import Settings
 from .sidefiles import SideFile, base_files, card_of, originals, side_files, with_checks
+from .traffic import Traffic
 from .undo import Part, Spool
 from .verified import OutputsReport
 from .workspace import Folder, entered, settle
@@ -32,50 +34,60 @@ def produce(
     plan: Plan,
     folder: Folder,
     settings: Settings,
-    upload: Output | None = None,
+    hub: Traffic | None = None,
     examine: Examine | None = None,
 ) -> MergeReport:
-    """Run a merge's plan and publish the result if `examine` finds no difference; on the Hub, too, with `upload`.
+    """Run a merge's plan and publish the result if `examine` finds no difference; on the Hub, too, with `hub`.
 
     Raises UsageError for a device or a memory budget that will not do, NumericalError for NaN, Inf and overflow,
     OutputError for a disk that does not take the result, VerificationError when a check fails. OUT does not exist then.
     """
     choice = settle(plan.memory, settings)
     hashes = [scan_adapter(adapter) for adapter in plan.adapters]
-    if doubt := doubt_base(plan):
-        settings.warn(doubt)
+    seen = _look_at_base(plan, settings)
     files = side_files(plan, settings.base_model)
-    folder.check_space(folder.room(plan) + 2 * plan.undo_bytes + sum(file.nbytes for file in files))
+    room = hub.most(plan) if hub else folder.room(plan)
+    folder.check_space(room + 2 * plan.undo_bytes + sum(file.nbytes for file in files))
     with entered(folder):
         key = run_key(plan, folder, hashes, choice)
         before = earlier(folder, plan, key)
         if isinstance(folder, InPlace) and not before:
             rehearse(plan, settings, choice)
-        on_shard = upload.start(folder.partial) if upload else None
-        done = run(plan, folder, settings, choice, key, before, on_shard)
+        if hub:
+            hub.enter(folder.partial)
+        done = run(plan, folder, settings, choice, key, before, hub)
+        if not seen:
+            _look_at_base(plan, settings)
         verdict = judge(plan, done.progress.done) if settings.verify else None
         if _same(plan, done.progress.done):
             settings.warn("the adapter changes nothing: every element is as it was in the base")
         if verdict:
             files = with_checks(files, plan, settings.base_model, verdict.rows())
         _write_files(plan, folder, done, files, hashes)
-        outputs = _examined(folder, examine) if examine else None
-        pushed = (
-            upload.finish(card_of(files, plan), f"Merge with dora-convert {__version__}") if upload else None
-        )
-        report = MergeReport.of(
-            plan,
-            settings,
-            folder.given,
-            choice,
-            verdict,
-            written=done.written,
-            resumed=bool(before and before.records),
-            pushed=pushed,
-            outputs=outputs.to_dict() if outputs else None,
-        )
-        folder.publish(report.to_dict(), [] if plan.options.undo != "none" else [f"{RECORD}/{undo.NAME}"])
+        outputs = _examined(folder, examine).to_dict() if examine else None
+        pushed = hub.finish(card_of(files, plan), f"Merge with dora-convert {__version__}") if hub else None
+        away = pushed.url if pushed and hub and not hub.local else None
+        ended: dict[str, Any] = {
+            "written": done.written,
+            "resumed": bool(before and before.records),
+            "outputs": outputs,
+        }
+        report = MergeReport.of(plan, settings, away or folder.given, choice, verdict, pushed=pushed, **ended)
+        if away:
+            folder.discard()
+        else:
+            spare = [] if plan.options.undo != "none" else [f"{RECORD}/{undo.NAME}"]
+            folder.publish(report.to_dict(), spare)
     return report
+
+
+def _look_at_base(plan: Plan, settings: Settings) -> bool:
+    """Warn where the base does not look like the adapter's; False where its weights are not here."""
+    if absent(plan.base):
+        return False
+    if doubt := doubt_base(plan):
+        settings.warn(doubt)
+    return True
 
 
 def _examined(folder: Folder, examine: Examine) -> OutputsReport:

@@ -28,10 +28,10 @@ from .checkpoint import (
     weight_map,
 )
 from .errors import Fault, MalformedError, RefError, UnsupportedError
-from .hub import CONNECTIONS, fetch
+from .hub import CONNECTIONS, fetch, wanted_of_base
 from .json_files import read_config
 from .refs import HubRef, Source, parse_ref
-from .stored import MAX_HEADER, Header, parse_header
+from .stored import MAX_HEADER, Header, parse_header, read_header
 
 ADAPTER = "adapter_config.json"
 FIRST = 8192
@@ -54,11 +54,20 @@ class Look:
         return self.remote or open_checkpoint(self.source)
 
 
-def look(ref: str, what: str, *, token: str | None = None, whole: bool = False) -> Look:
+def look(
+    ref: str,
+    what: str,
+    *,
+    token: str | None = None,
+    whole: bool = False,
+    revision: str | None = None,
+    weights: Path | None = None,
+) -> Look:
     """Find what a REF names; adapters come whole, of a checkpoint on the Hub only headers and small files.
 
-    Small files are the config and receipts, or with `whole` all that are no weights. Without a connection, the cache's
-    copy is taken, as by `fetch`.
+    Small files are the config and receipts, or with `whole` all that are no weights. `weights` is the folder that the
+    weights will be in when they are read, by default the cache's. Without a connection, the cache's copy is taken, as by
+    `fetch`.
     """
     listings: list[Sequence[str]] = []
 
@@ -68,13 +77,15 @@ def look(ref: str, what: str, *, token: str | None = None, whole: bool = False) 
             return [name for name in names if not is_weight_file(name) or name.startswith(f"{RECORD}/")]
         return [name for name in names if _is_small(name, names)]
 
-    source = fetch(ref, what, wanted, token=token)
+    source = fetch(ref, what, wanted, revision=revision, token=token)
     parsed = parse_ref(ref, what)
     if isinstance(parsed, Path) or not listings:
         folder = source.path
         return Look(source, tuple(entry.name for entry in folder.iterdir()) if folder.is_dir() else ())
     names = tuple(listings[0])
-    return Look(source, names, None if ADAPTER in names else _open_remote(parsed, what, source, names, token))
+    return Look(
+        source, names, None if ADAPTER in names else _open_remote(parsed, what, source, names, token, weights)
+    )
 
 
 def _is_small(name: str, names: Sequence[str]) -> bool:
@@ -85,9 +96,14 @@ def _is_small(name: str, names: Sequence[str]) -> bool:
 
 
 def _open_remote(
-    ref: HubRef, what: str, source: Source, names: Sequence[str], token: str | None
+    ref: HubRef,
+    what: str,
+    source: Source,
+    names: Sequence[str],
+    token: str | None,
+    weights: Path | None,
 ) -> Checkpoint:
-    entry = _entry(ref, source, names)
+    entry = _entry(ref, what, source, names)
     if entry.removesuffix(".index.json").endswith(PICKLES):
         return _cached_pickles(source)
     table, index = None, entry if entry.endswith(".json") else None
@@ -99,7 +115,7 @@ def _open_remote(
             raise RefError(
                 f"The index of {source.name} names {len(missing)} files that are not there.", faults=missing
             )
-        headers = _headers(source, files, table or {}, token)
+        headers = _headers(source, files, table or {}, token, weights or source.path)
     notes: list[str] = []
     shards = assemble(source.name, headers, table or {}, notes)
     others = [name for name in names if name not in {entry, *files}]
@@ -108,13 +124,13 @@ def _open_remote(
     return Checkpoint(source, shards, index, read_config(source.path), sides, left, tuple(notes))
 
 
-def _entry(ref: HubRef, source: Source, names: Sequence[str]) -> str:
-    """The file that a loader would start from; of adapters in folders, their names."""
+def _entry(ref: HubRef, what: str, source: Source, names: Sequence[str]) -> str:
+    """The file that a loader would start from; for REF, which may be either, the names of adapters in folders."""
     try:
         return weight_entry([name for name in names if "/" not in name], source.name)
     except RefError:
         below = sorted(name.removesuffix(f"/{ADAPTER}") for name in names if name.endswith(f"/{ADAPTER}"))
-        if not below:
+        if not below or what != "REF":
             raise
         where = f"hf://{ref.repo}{f'@{ref.revision}' if ref.revision else ''}/{ref.subfolder}".rstrip("/")
         raise RefError(
@@ -134,6 +150,24 @@ def _cached_pickles(source: Source) -> Checkpoint:
         ) from error
 
 
+def open_far(
+    token: str | None,
+    whole: bool,  # noqa: FBT001 - bound by position
+    weights: Path | None,
+    ref: str,
+    revision: str | None,
+) -> Checkpoint:
+    """BASE by its headers, where it is on the Hub; its weights come later, but for torch's pickles.
+
+    What `whole` and `weights` mean, `look` says.
+    """
+    try:
+        seen = look(ref, "BASE", token=token, whole=whole, revision=revision, weights=weights)
+    except UnsupportedError:
+        return open_checkpoint(fetch(ref, "BASE", wanted_of_base, revision=revision, token=token))
+    return seen.checkpoint()
+
+
 def _small_file(ref: HubRef, source: Source, name: str, token: str | None) -> Path:
     from huggingface_hub import hf_hub_download
 
@@ -142,22 +176,24 @@ def _small_file(ref: HubRef, source: Source, name: str, token: str | None) -> Pa
 
 
 def _headers(
-    source: Source, files: Sequence[str], table: Mapping[str, str], token: str | None
+    source: Source, files: Sequence[str], table: Mapping[str, str], token: str | None, folder: Path
 ) -> dict[str, Header]:
-    """The header of each weight file. How long one is, is guessed from the names that the index has for it."""
+    """The header of each weight file, as if it were in a folder. How long one is, is guessed from the names that the index has for it."""
     prefix = f"{source.subfolder}/" if source.subfolder else ""
     guess = dict.fromkeys(files, FIRST if not table else EMPTY)
     for name, file in table.items():
         guess[file] += len(name.encode()) + ENTRY
 
     def header(file: str) -> Header:
+        if (folder / file).is_file():
+            return read_header(folder / file)
         url = (str(source.repo), prefix + file, str(source.commit))
         head, size = read_range(*url, 0, guess[file], token)
         length = 8 + int.from_bytes(head[:8], "little")
         if len(head) < min(length, size, 8 + MAX_HEADER):
             head += read_range(*url, len(head), min(length, size), token)[0]
         try:
-            return parse_header(source.path / file, size, io.BytesIO(head))
+            return parse_header(folder / file, size, io.BytesIO(head))
         except MalformedError as error:
             raise MalformedError(
                 f"{source.name}: the header of {file} is damaged: {error.message}"

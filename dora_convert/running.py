@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 
 from . import undo
@@ -16,6 +16,7 @@ from .precision import Choice
 from .selfcheck import Checker, Verdict
 from .settings import Settings
 from .stored import Reader
+from .traffic import Traffic
 from .undo import Spool
 from .workspace import Folder, earlier_run, journal_key
 from .writer import ShardFiles
@@ -45,15 +46,15 @@ def run(
     choice: Choice,
     key: Record,
     earlier: Earlier | None,
-    on_shard: Callable[[str], None] | None = None,
+    hub: Traffic | None = None,
 ) -> Run:
     """Make every tensor that is not made yet; when this returns, all bytes and the journal are synced."""
     place = folder if isinstance(folder, InPlace) else None
     progress = Progress.of(earlier.records if earlier else ())
     with ExitStack() as stack:
-        reader = stack.enter_context(closing(Reader()))
+        reader = stack.enter_context(closing(hub.reader() if hub else Reader()))
         spool = stack.enter_context(closing(Spool(folder.record / undo.SPOOL, progress.spooled)))
-        shards = stack.enter_context(closing(_shards(folder, plan, new=earlier is None)))
+        shards = stack.enter_context(closing(_shards(folder, plan, hub, new=earlier is None)))
         folder.sync()
         journal = stack.enter_context(closing(Journal(folder.record / JOURNAL, key, earlier)))
         checker = Checker(folder.partial, plan, reader) if settings.verify else None
@@ -69,17 +70,23 @@ def run(
             checker,
             settings.on_progress,
             progress,
-            on_shard,
+            hub.made if hub else None,
+            hub.stop if hub else None,
             place,
         )
         running.execute(settings.workers)
+        if hub:
+            hub.settle()
     return running
 
 
-def _shards(folder: Folder, plan: Plan, *, new: bool) -> ShardFiles:
+def _shards(folder: Folder, plan: Plan, hub: Traffic | None, *, new: bool) -> ShardFiles:
     if isinstance(folder, InPlace):
         return ShardFiles(folder.partial, plan, create=False, places=folder.places)
-    return ShardFiles(folder.partial, plan, create=new)
+    shards = ShardFiles(folder.partial, plan, create=new, sparse=bool(hub and not hub.local))
+    if hub:
+        hub.attach(shards)
+    return shards
 
 
 def judge(plan: Plan, done: Mapping[str, Done]) -> Verdict:

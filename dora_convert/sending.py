@@ -4,21 +4,13 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from . import card
-from .checkpoint import OF_TRAINING, RECORD, is_weight_file, list_files
-from .folder import LOCK
-from .journal import NAME as JOURNAL
-from .journal import UPLOADS
-from .pushed import Pushed, Target
-from .undo import SPOOL
+from .checkpoint import OF_TRAINING, is_weight_file
+from .pushed import Pushed
 from .upload import LARGE, Upload
-
-NOT_OF_OUT = {LOCK, *(f"{RECORD}/{name}" for name in (JOURNAL, UPLOADS, SPOOL))}
-"""Files of OUT.partial that OUT does not have."""
 
 
 def is_large(name: str, size: int) -> bool:
@@ -64,8 +56,9 @@ def stale_weights(there: Collection[str], names: Collection[str]) -> list[str]:
 class Shards:
     """The shards of a merge on their way to the Hub while others are made: one thread, one file at a time."""
 
-    def __init__(self, upload: Upload, folder: Path) -> None:
-        self._upload, self._folder = upload, folder
+    def __init__(self, upload: Upload, folder: Path, sent: Callable[[str], None]) -> None:
+        """`sent` is called with the name of each shard that is up."""
+        self._upload, self._folder, self._sent = upload, folder, sent
         self._ready: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._error: BaseException | None = None
         self._stop = threading.Event()
@@ -96,53 +89,6 @@ class Shards:
         try:
             while (name := self._ready.get()) is not None and not self._stop.is_set():
                 self._upload.send(name, self._folder / name)
+                self._sent(name)
         except BaseException as error:  # noqa: BLE001 - raised again where the caller is
             self._error = error
-
-
-class Output:
-    """OUT on its way to a repo while it is being made."""
-
-    def __init__(self, upload: Upload) -> None:
-        self._upload = upload
-        self._shards: Shards | None = None
-        self._folder: Path
-
-    def start(self, folder: Path) -> Callable[[str], None]:
-        """Begin with OUT.partial, or go on from where an earlier run was cut off; what to call with each shard."""
-        self._folder = folder
-        self._upload.remember(folder / RECORD / UPLOADS)
-        self._shards = Shards(self._upload, folder)
-        return self._shards.add
-
-    def finish(self, readme: bytes, message: str) -> Pushed:
-        """Upload what is not up yet and commit everything that OUT will hold."""
-        assert self._shards
-        self._shards.wait()
-        names = [name for name in list_files(self._folder) if name not in NOT_OF_OUT]
-        for name in names:
-            path = self._folder / name
-            if is_large(name, path.stat().st_size) and not self._upload.has(name):
-                self._upload.send(name, path)
-        return commit(self._upload, self._folder, names, readme, message)
-
-    def close(self) -> None:
-        """Stop; what is up stays known to the same command."""
-        if self._shards:
-            self._shards.abandon()
-        self._upload.close()
-
-
-@contextmanager
-def uploading(target: Target | None, notify: Callable[[str], None]) -> Iterator[Output | None]:
-    """The repo that --push-to-hub names, opened; None without it."""
-    if target is None:
-        yield None
-        return
-    upload = Upload(target, notify)
-    upload.open()
-    output = Output(upload)
-    try:
-        yield output
-    finally:
-        output.close()

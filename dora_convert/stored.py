@@ -15,7 +15,7 @@ import math
 import os
 import stat
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -223,9 +223,13 @@ def _check_tiling(path: Path, tensors: list[Stored], body: int, size: int) -> No
 
 
 class Reader:
-    """Positional reads from any thread; files are opened once and stay open until `close`."""
+    """Positional reads from any thread; files are opened once and stay open until `close`.
 
-    def __init__(self) -> None:
+    `arrive` is called with a path before it is opened, and returns once the file is there.
+    """
+
+    def __init__(self, arrive: Callable[[Path], None] | None = None) -> None:
+        self._arrive = arrive
         self._files: dict[Path, int] = {}
         self._lock = threading.Lock()
 
@@ -234,8 +238,16 @@ class Reader:
         while self._files:
             os.close(self._files.popitem()[1])
 
+    def forget(self, path: Path) -> None:
+        """Close a file that is not read any more."""
+        with self._lock:
+            if path in self._files:
+                os.close(self._files.pop(path))
+
     def descriptor(self, path: Path) -> int:
         """The open file descriptor of a path."""
+        if self._arrive and path not in self._files:
+            self._arrive(path)
         with self._lock:
             if path not in self._files:
                 self._files[path] = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))

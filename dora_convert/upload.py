@@ -43,6 +43,7 @@ class Upload:
         self._up: dict[str, Record] = {}
         self._journal: BinaryIO | None = None
         self._path: Path | None = None
+        self._by_name = False
         self._bytes = 0
 
     def open(self) -> None:
@@ -82,11 +83,19 @@ class Upload:
                 f"{self.repo} exists, but not as a model that you may see.", hint="choose another name"
             ) from error
 
-    def remember(self, path: Path) -> None:
-        """Keep a journal at a path, and go on from the one that is there if it is of the same repo."""
-        key: Record = {"endpoint": self._api.endpoint, "repo": self.repo}
+    @property
+    def key(self) -> Record:
+        """What the journal of an upload is of."""
+        return {"endpoint": self._api.endpoint, "repo": self.repo}
+
+    def remember(self, path: Path, *, by_name: bool = False) -> None:
+        """Keep a journal at a path, and go on from the one that is there if it is of the same repo.
+
+        `by_name`: what is up counts, whatever is here under its name by now.
+        """
+        self._by_name = by_name
         earlier = read_journal(path)
-        if earlier and earlier.key != key:
+        if earlier and earlier.key != self.key:
             earlier = None
         path.parent.mkdir(parents=True, exist_ok=True)
         self._up = {record["name"]: record for record in earlier.records} if earlier else {}
@@ -94,7 +103,7 @@ class Upload:
         self._journal.truncate(earlier.end if earlier else 0)
         self._journal.seek(0, os.SEEK_END)
         if not earlier:
-            self._write(key)
+            self._write(self.key)
 
     def has(self, name: str) -> bool:
         """Whether a file was sent in this run."""
@@ -139,7 +148,7 @@ class Upload:
     def _known(self, name: str, path: Path) -> Record | None:
         """What the journal has of this very file."""
         known = self._up.get(name)
-        if known and path.exists():
+        if known and not self._by_name and path.exists():
             stat = path.stat()
             return known if (known["bytes"], known["mtime"]) == (stat.st_size, stat.st_mtime_ns) else None
         return known
@@ -248,7 +257,9 @@ def _uploaded_before(record: Record) -> CommitOperationAdd:
     from huggingface_hub.lfs import UploadInfo
 
     operation = CommitOperationAdd(record["name"], b"")
-    operation.upload_info = UploadInfo(record["bytes"], b"", bytes.fromhex(record["sha256"]))
+    operation.upload_info = UploadInfo(
+        size=record["bytes"], sample=b"", sha256=bytes.fromhex(record["sha256"])
+    )
     operation._upload_mode, operation._should_ignore, operation._is_uploaded = "lfs", False, True  # noqa: SLF001
     return operation
 

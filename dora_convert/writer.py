@@ -55,18 +55,25 @@ class ShardFiles:
     """The open shards of a plan, in a folder."""
 
     def __init__(
-        self, folder: Path, plan: Plan, *, create: bool, places: Mapping[str, int] | None = None
+        self,
+        folder: Path,
+        plan: Plan,
+        *,
+        create: bool,
+        sparse: bool = False,
+        places: Mapping[str, int] | None = None,
     ) -> None:
         """Open every shard; where they are to be created, write its header, take its space and sync it.
 
-        `places` are where tensors begin in files that are there already, and not of our making.
+        `sparse` ones take space only as they are filled. `places` are where tensors begin in files that are there
+        already, and not of our making.
         """
-        self._folder = folder
+        self._folder, self._heads = folder, {shard.filename: header_bytes(shard) for shard in plan.shards}
         self._files: dict[str, int] = {}
         self._start: dict[str, tuple[str, int]] = {}
         self._seeking = threading.Lock()
         for shard in plan.shards:
-            header = header_bytes(shard)
+            header = self._heads[shard.filename]
             position = len(header)
             for item in shard.items:
                 self._start[item.name] = (shard.filename, places[item.name] if places else position)
@@ -74,13 +81,21 @@ class ShardFiles:
             flags = os.O_RDWR | _BINARY | (os.O_CREAT | os.O_EXCL if create else 0)
             self._files[shard.filename] = descriptor = os.open(folder / shard.filename, flags, 0o666)
             if create:
-                _allocate(descriptor, position)
+                os.ftruncate(descriptor, position) if sparse else _allocate(descriptor, position)
                 self._write(descriptor, 0, memoryview(header))
                 os.fsync(descriptor)
 
     def descriptor(self, shard: str) -> int:
         """The open file of a shard."""
         return self._files[shard]
+
+    def hollow(self, shard: str) -> None:
+        """Give a shard's space back; its size and its header stay, for a later run to see that it was made."""
+        descriptor = self._files[shard]
+        size = os.fstat(descriptor).st_size
+        os.ftruncate(descriptor, 0)
+        os.ftruncate(descriptor, size)
+        self._write(descriptor, 0, memoryview(self._heads[shard]))
 
     def shard_of(self, item: Item) -> str:
         """The shard a tensor lies in."""

@@ -37,6 +37,7 @@ class Fault:
     cut: bool = False
     corrupt: bool = False
     hold: bool = False
+    skip: int = 0
     reached: threading.Event = field(default_factory=threading.Event)
     released: threading.Event = field(default_factory=threading.Event)
 
@@ -92,6 +93,9 @@ class Hub(ThreadingHTTPServer):
         with self.lock:
             for fault in self.faults:
                 if fault.times and re.search(fault.pattern, request):
+                    if fault.skip:
+                        fault.skip -= 1
+                        continue
                     fault.times -= 1
                     return fault
         return None

@@ -20,14 +20,15 @@ ORDER = [
     "writer", "folder", "maths", "factoring", "memory", "precision", "lane", "operands", "checks", "packing",
     "inverse", "keeping", "ulps", "rows", "recover", "make", "expected", "expected_base", "selfcheck",
     "in_place", "execute", "receipt", "unmerging", "pushed", "report", "inspected", "census", "inspection",
-    "workspace", "running", "upload", "sending", "verified", "rehearsal", "produce", "craft", "made",
-    "magnitudes", "parity", "causes", "differences", "figures", "page", "verification", "heavy", "making",
-    "verbs/__init__", "extras", "difference", "kept", "halfulp", "sizing", "passes", "prompts", "samples",
-    "offload", "models", "outputs", "verbs/merge", "verbs/inspect", "recorded", "verbs/verify",
-    "verbs/from_lora", "restoring", "verbs/unmerge", "parcel", "pushing", "verbs/push", "factoring_scales",
-    "factoring_dora", "compress", "verbs/to_lora", "pairs", "extraction", "verbs/extract", "__init__",
-    "cli/sink", "cli/options", "cli/merge", "cli/made", "cli/from_lora", "cli/inspect", "cli/verify",
-    "cli/__init__", "cli/unmerge", "cli/push", "cli/to_lora", "cli/extract", "__main__",
+    "workspace", "upload", "sending", "arrivals", "routes", "traffic", "running", "verified", "rehearsal",
+    "produce", "craft", "made", "magnitudes", "parity", "causes", "differences", "figures", "page",
+    "verification", "heavy", "making", "verbs/__init__", "extras", "difference", "kept", "halfulp", "sizing",
+    "passes", "prompts", "samples", "offload", "models", "outputs", "merging", "verbs/merge",
+    "verbs/inspect", "recorded", "verbs/verify", "verbs/from_lora", "restoring", "verbs/unmerge", "parcel",
+    "pushing", "verbs/push", "factoring_scales", "factoring_dora", "compress", "verbs/to_lora", "pairs",
+    "extraction", "verbs/extract", "__init__", "cli/sink", "cli/options", "cli/merge", "cli/made",
+    "cli/from_lora", "cli/inspect", "cli/verify", "cli/__init__", "cli/unmerge", "cli/push", "cli/to_lora",
+    "cli/extract", "__main__",
 ]  # fmt: skip
 """Every module comes after all that it imports."""
 

@@ -8,9 +8,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from .hubserver import COMMIT, Hub
-from .toy import contents, edit_json, make_adapter, make_base
+from .toy import contents, edit_json, make_adapter, make_base, write_shards
 
 
 @pytest.fixture
@@ -142,3 +143,103 @@ def test_base_named_differently(hub, tmp_path):
     done = merge(hub, tmp_path, "org/base", "me/adapter", tmp_path / "out", "--dry-run")
     assert done.returncode == 0
     assert "warning: me/adapter was trained on org/elsewhere; BASE is org/base" in done.stderr
+
+
+def test_a_dry_run_reads_headers_only(tmp_path):
+    """Of a hundred shards: less than a megabyte for all of them, and no weights."""
+    root = tmp_path / "hub"
+    root.mkdir()
+    base = make_base(root / "base", shards=1)
+    (base.path / "model.safetensors").unlink()
+    big = {f"model.layers.{n}.mlp.gate_proj.weight": torch.zeros(300, 400) for n in range(100)}
+    write_shards(base.path, base.tensors | big, 100)
+    (base.path / "tokenizer.json").write_bytes(b" " * 3_000_000)
+    adapter = make_adapter(root / "adapter", base, dora=True)
+    server = Hub({"org/base": base.path, "me/adapter": adapter}, root)
+    done = merge(server, tmp_path, "org/base", "me/adapter", tmp_path / "out", "--dry-run", "--json")
+    server.shutdown()
+    server.server_close()
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["plan"]["shards"] == 100
+    of_base = [(name, size) for name, size in server.sent if name.startswith("org/base")]
+    assert len(of_base) == 102  # config, index, and one request a shard
+    assert sum(size for _, size in of_base) < 100_000
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_without_the_cache(hub, tmp_path):
+    """--no-cache: the same bytes, and no weights of the base stay on this machine."""
+    near = merge(hub, tmp_path, hub.repos["org/base"], hub.repos["me/adapter"], tmp_path / "near")
+    assert near.returncode == 0, near.stderr
+    done = merge(hub, tmp_path, "org/base", "me/adapter", tmp_path / "far", "--no-cache")
+    assert done.returncode == 0, done.stderr
+    same_model(tmp_path / "far", tmp_path / "near")
+    assert {path.name for path in (tmp_path / "cache").rglob("*.safetensors")} == {
+        "adapter_model.safetensors"
+    }
+    assert not list((tmp_path / "far").rglob("incoming"))
+
+
+def same_model(one, other):
+    """Whether two merges differ in nothing but how receipt and card call the inputs."""
+    one, other = contents(one), contents(other)
+    assert one.keys() == other.keys()
+    for name in one.keys() - {"README.md", "dora_convert/receipt.json"}:
+        assert one[name] == other[name], name
+    first, second = (json.loads(each["dora_convert/receipt.json"]) for each in (one, other))
+    assert first["tensors"] == second["tensors"]
+    assert first["base"]["hash"] == second["base"]["hash"]
+
+
+@pytest.mark.parametrize("words", [(), ("--no-cache",)])
+def test_damaged_on_the_way(hub, tmp_path, words):
+    """Other bytes than the Hub has the hash of: said so, removed, and fetched again by the same command."""
+    hub.fail("GET /org/base/resolve/.*model-00002", skip=1, corrupt=True)  # not the header
+    command = ("org/base", "me/adapter", tmp_path / "out", *words)
+    done = merge(hub, tmp_path, *command)
+    assert done.returncode == 2
+    assert "model-00002-of-00002.safetensors of org/base arrived damaged" in done.stderr
+    assert not (tmp_path / "out").exists()
+    done = merge(hub, tmp_path, *command)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("pattern", "how", "message"),
+    [
+        ("/api/models/org/base", {"status": 401}, "the Hub wants to know who you are"),
+        ("/api/models/org/base", {"status": 403, "message": "blocked here"}, "blocked here"),
+        ("/api/models/org/base", {"status": 503, "times": 99}, "the Hub is in trouble (503)"),
+        (
+            "GET /org/base/resolve/.*model-00001",
+            {"status": 404, "code": "EntryNotFound"},
+            "a file is missing there: model-00001",
+        ),
+        ("resolve/.*model-00001", {"status": 403, "times": 99, "skip": 1}, "does not let you read there"),
+    ],
+)
+def test_refused_reading(hub, tmp_path, pattern, how, message):
+    """What the Hub refuses is one message with exit code 2, whenever it does so."""
+    hub.fail(pattern, **how)
+    done = merge(hub, tmp_path, "org/base", "me/adapter", tmp_path / "out")
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "how"),
+    [
+        ("/api/models/org/base", {"status": 429}),
+        ("GET /org/base/resolve/.*model-00001", {"status": 502}),
+        ("GET /org/base/resolve/.*model-00001", {"cut": True, "skip": 1}),
+        ("GET /me/adapter/resolve/.*safetensors", {"cut": True}),
+    ],
+)
+def test_trouble_that_passes(hub, tmp_path, pattern, how):
+    """Busy servers and broken connections are tried again; what was cut off is continued."""
+    hub.fail(pattern, **how)
+    done = merge(hub, tmp_path, "org/base", "me/adapter", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert any(fault.times == 0 for fault in hub.faults)

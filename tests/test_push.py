@@ -442,3 +442,74 @@ def test_card(made):
     assert "dora-convert unmerge MERGED adapter OUT" in card.text
     assert "| wrong | 0 |" in card.text
     assert str(made) not in card.content
+
+
+@pytest.fixture
+def far(hub, made):
+    """Base and adapter on the Hub, too."""
+    hub.repos |= {"org/base": made / "base", "me/adapter": made / "adapter"}
+    return ("merge", "org/base", "me/adapter", "--push-to-hub", "me/merged", "--no-local")
+
+
+def same_weights(hub, made):
+    """Whether the pushed repo has all files of the local merge, and the same bytes but where inputs are named."""
+    there, here = contents(hub.repos["me/merged"]), contents(made / "merged")
+    named = {"README.md", "dora_convert/receipt.json"}
+    return there.keys() == here.keys() and all(there[name] == here[name] for name in here.keys() - named)
+
+
+def weights_on_disk(tmp_path):
+    return [
+        path
+        for path in (tmp_path / "home").rglob("*.safetensors")
+        if path.name != "adapter_model.safetensors"
+    ]
+
+
+def test_hub_to_hub(hub, far, made, tmp_path):
+    """--no-local: the repo holds what a local merge writes, in one commit, and no weights stay on this machine."""
+    done = run(hub, tmp_path / "home", *far, "--json")
+    assert done.returncode == 0, done.stderr
+    assert same_weights(hub, made)
+    assert commits(hub, "me/merged") == 1
+    assert weights_on_disk(tmp_path) == []
+    report = json.loads(done.stdout)
+    assert report["out"] == report["pushed"]["url"] == f"{hub.url}/me/merged"
+    card = ModelCard(contents(hub.repos["me/merged"])["README.md"].decode())
+    assert (card.data.base_model, card.data.base_model_relation) == ("org/base", "finetune")
+    assert f"dora-convert merge org/base@{'a' * 40} me/adapter@{'a' * 40} OUT" in card.text
+
+
+@pytest.mark.parametrize("pattern", ["PUT", "POST .*/commit/", "GET /org/base/resolve/.*model-00003"])
+def test_hub_to_hub_killed(hub, far, made, tmp_path, pattern):
+    """Killed in an upload, in the commit or in a download and run again: no shard twice, one commit, the same bytes."""
+    if pattern == "PUT":
+        hub.fail("PUT", times=2)
+    killed(hub, tmp_path, pattern, *far)
+    done = run(hub, tmp_path / "home", *far, "-q")
+    assert (done.returncode, done.stdout) == (0, f"{hub.url}/me/merged\n"), done.stderr
+    assert len(hub.uploads) == len(set(hub.uploads))
+    assert commits(hub, "me/merged") == 1
+    assert same_weights(hub, made)
+    assert weights_on_disk(tmp_path) == []
+
+
+def test_hub_to_hub_when_the_server_loses_objects(hub, far, made, tmp_path):
+    """What it had taken is made again: the shards here are hollow by then."""
+    killed(hub, tmp_path, "POST .*/commit/", *far)
+    hub.blobs.clear()
+    assert run(hub, tmp_path / "home", *far).returncode == 2
+    assert run(hub, tmp_path / "home", *far).returncode == 0
+    assert same_weights(hub, made)
+
+
+def test_from_here_to_the_hub_alone(hub, merge, made, tmp_path):
+    """A local base with --no-local; OUT, or no repo, are errors."""
+    done = merge("--push-to-hub", "me/merged", "--no-local")
+    assert done.returncode == 0, done.stderr
+    assert contents(hub.repos["me/merged"]) == contents(made / "merged")
+    assert "goes with --push-to-hub" in merge("--no-local").stderr
+    with pytest.raises(dora_convert.UsageError, match="there is no OUT"):
+        dora_convert.merge(made / "base", made / "adapter", tmp_path / "x", push_to_hub="me/m", no_local=True)
+    with pytest.raises(dora_convert.UsageError, match="OUT is missing"):
+        dora_convert.merge(made / "base", made / "adapter", None)

@@ -39,8 +39,10 @@ from .sink import Sink
 @options.reading
 @options.base_model
 @options.pushing
+@click.option("--no-local", is_flag=True, help="With --push-to-hub: no OUT, nothing stays on this machine.")
 @options.writing
 @options.placing
+@options.cache
 @options.hub
 @options.talk
 def command(refs: tuple[str, ...], *, as_json: bool, quiet: bool, verbose: bool, **chosen: Any) -> None:
@@ -56,12 +58,14 @@ def command(refs: tuple[str, ...], *, as_json: bool, quiet: bool, verbose: bool,
       dora-convert merge ./adapter ./merged --dry-run
       dora-convert merge --in-place ./model ./adapter
       dora-convert merge org/base ./style ./facts ./merged --weight 0.5 --weight 1
+      dora-convert merge org/base me/adapter --push-to-hub me/merged --no-local
     """
-    if len(refs) < 2:
+    if len(refs) < (1 if chosen["no_local"] else 2):
         raise click.UsageError("merge needs an ADAPTER and OUT, and mostly a BASE before them.")
     from ..verbs.merge import merge
 
-    inputs, out = (refs, None) if chosen["in_place"] else (refs[:-1], refs[-1])
+    nowhere = chosen["in_place"] or chosen["no_local"]
+    inputs, out = (refs, None) if nowhere else (refs[:-1], refs[-1])
     base, adapters = (inputs[0], inputs[1:]) if len(inputs) > 1 else (None, inputs)
     sink = Sink(as_json=as_json, quiet=quiet, verbose=verbose)
     try:

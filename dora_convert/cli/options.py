@@ -93,6 +93,12 @@ reading = stack(
     ),
 )  # fmt: skip
 
+cache = stack(
+    click.option(
+        "--cache/--no-cache", default=True, help="Keep weights from the Hub in its cache, or not at all."
+    ),
+)
+
 hub = stack(
     click.option("--token", metavar="TOKEN", help="Hub token; better is HF_TOKEN or hf auth login."),
 )

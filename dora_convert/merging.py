@@ -1,0 +1,134 @@
+"""A merge from what is asked for to its report: beside the base, in its place, or from Hub to Hub."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+from .digests import xxh3
+from .errors import UsageError
+from .extras import need
+from .folder import OutputFolder
+from .gather import Opener, doubts, gather
+from .heavy import without_collections
+from .in_place import InPlace, finished, refuse_lossy
+from .plan import Options, Plan
+from .planner import make_plan
+from .record import read_record
+from .refs import PathLike
+from .remote import open_far
+from .report import DryRunReport, MergeReport
+from .routes import Routes, place_of
+from .settings import Settings, parse_weights
+
+if TYPE_CHECKING:
+    from .produce import Examine
+
+
+class Asked(NamedTuple):
+    """What is to be merged, and how."""
+
+    base: PathLike | None
+    adapters: Sequence[str]
+    out: PathLike | None
+    weight: Sequence[float]
+    options: Options
+    settings: Settings
+    routes: Routes
+    verify_outputs: bool
+    dry_run: bool
+
+
+def merge_beside(asked: Asked, overwrite: bool) -> MergeReport | DryRunReport:  # noqa: FBT001 - as the option
+    """Write OUT, or what goes to the Hub alone."""
+    routes = asked.routes
+    if asked.verify_outputs:
+        if not routes.local:
+            raise UsageError("--no-local keeps nothing that --verify-outputs could run.", hint="name an OUT")
+        need("verify", "--verify-outputs")
+    refs = [str(asked.base), *asked.adapters]
+    folder = OutputFolder(place_of(asked.out, routes, refs), overwrite=overwrite)
+    folder.check()
+    far = partial(open_far, asked.settings.token, not asked.dry_run, routes.weights(folder))
+    plan = _plan(asked, folder.given, None if asked.verify_outputs else far)
+    folder.refuse_inside([plan.base.source.path, *(adapter.source.path for adapter in plan.adapters)])
+    return _carry_out(plan, folder, asked)
+
+
+def merge_in_place(asked: Asked, allow_lossy: bool) -> MergeReport | DryRunReport:  # noqa: FBT001 - as the option
+    """Change the base itself; what an earlier run has staged is brought to its end first."""
+    if asked.base is None or asked.out is not None:
+        raise UsageError("--in-place takes BASE and ADAPTER, and no OUT.")
+    if asked.routes.target or not asked.routes.local or asked.verify_outputs:
+        raise UsageError(
+            "--in-place goes neither with --push-to-hub nor with --verify-outputs.",
+            hint="dora-convert push, or dora-convert verify --level outputs, afterwards",
+        )
+    refuse_lossy(asked.options.undo, allow_lossy=allow_lossy)
+    if report := finished(asked.base, "merge", asked.adapters, asked.settings):
+        return MergeReport.read(report)
+    plan = _plan(asked, os.fspath(asked.base), None)
+    place = InPlace(plan.base.source.path, plan.base.shards, plan.base.index_name)
+    place.refuse(plan)
+    if not place.begun and _is_merged(plan):
+        raise UsageError(
+            f"{place.given} is merged with the very same adapter already.",
+            hint=f"dora-convert unmerge --in-place {place.given} ADAPTER takes it out again",
+        )
+    return _carry_out(plan, place, asked)
+
+
+def _is_merged(plan: Plan) -> bool:
+    """Whether the last merge that a checkpoint has seen was of the same adapters, as strong."""
+    if not (record := read_record(plan.base)):
+        return False
+    files = [{path.name: xxh3(path) for path in adapter.files} for adapter in plan.adapters]
+    return plan.weights == record.weights and files == [each["files"] for each in record.receipt["adapters"]]
+
+
+def _plan(asked: Asked, out: str, opened_by: Opener | None) -> Plan:
+    """Gather the inputs and decide every output tensor; what looks odd is warned of."""
+    settings, options = asked.settings, asked.options
+    weights = parse_weights(asked.weight, len(asked.adapters))
+    named = None if asked.base is None else os.fspath(asked.base)
+    checkpoint, opened = gather(
+        named,
+        asked.adapters,
+        out,
+        settings.token,
+        settings.notify,
+        options.ignore_field,
+        opened_by=opened_by,
+        unfinished=out == named,  # in place: an earlier run may have begun to change it
+    )
+    for doubt in doubts(checkpoint, opened):
+        settings.warn(doubt)
+    return make_plan(checkpoint, opened, weights, options)
+
+
+def _carry_out(plan: Plan, folder: OutputFolder | InPlace, asked: Asked) -> MergeReport | DryRunReport:
+    """Carry the plan out, with what it needs from the Hub and has for it."""
+    if asked.dry_run:
+        return DryRunReport.of(plan, asked.settings, folder.given)
+    with without_collections():
+        from .produce import produce
+        from .traffic import traffic
+    if isinstance(folder, InPlace):
+        return produce(plan, folder, asked.settings)
+    with traffic(plan, asked.routes, asked.settings, folder) as hub, _examiner(plan, asked) as examine:
+        return produce(plan, folder, asked.settings, hub, examine)
+
+
+@contextmanager
+def _examiner(plan: Plan, asked: Asked) -> Iterator[Examine | None]:
+    """What runs the output on sample prompts, where that is asked for."""
+    if not asked.verify_outputs:
+        yield None
+        return
+    from .outputs import prepared
+
+    with prepared(plan, asked.settings, (), None) as comparison:
+        yield comparison.against
