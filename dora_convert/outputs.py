@@ -56,13 +56,14 @@ def prepared(plan: Plan, settings: Settings, texts: Sequence[str], limit: int | 
     """
     refuse(plan)
     device = choose(settings.device, "float32").device
-    with TemporaryDirectory(prefix="dora-convert-") as name, quiet():
+    with TemporaryDirectory(prefix="dora-convert-") as name:
         scratch = Path(name)
-        base = view(plan.base, scratch / "base")
-        spec = specify(base, plan.output_config)
-        folders = [*(adapter.source.path for adapter in plan.adapters), base]
-        samples = make_samples(texts, folders, spec.name, spec.config)
-        room = _room(plan, spec, samples, limit, device)
+        with quiet():
+            base = view(plan.base, scratch / "base")
+            spec = specify(base, plan.output_config)
+            folders = [*(adapter.source.path for adapter in plan.adapters), base]
+            samples = make_samples(texts, folders, spec.name, spec.config)
+            room = _room(plan, spec, samples, limit, device)
         for note in samples.notes:
             settings.notify(note)
         how = "block by block from its files" if room.offload else "whole"
