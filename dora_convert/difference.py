@@ -19,6 +19,8 @@ class Difference:
     """max |Δ| over all positions and classes."""
     total: float = 0.0
     numel: int = 0
+    classes: int = 0
+    """Numbers at each position."""
     positions: int = 0
     divergence: float = 0.0
     """Σ KL(reference ‖ other) over positions, in nats."""
@@ -34,6 +36,7 @@ class Difference:
 
     def add(self, reference: Tensor, other: Tensor) -> None:
         """Compare two outputs of shape (..., classes)."""
+        self.classes = reference.shape[-1]
         one, two = (x.reshape(-1, x.shape[-1]) for x in (reference, other))
         for start in range(0, len(one), ROWS):
             self._add(one[start : start + ROWS].double(), two[start : start + ROWS].double())

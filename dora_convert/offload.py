@@ -53,7 +53,7 @@ class Weights(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         if name in self._own:
-            return self._own[name]
+            return self._own[name].clone()  # which may be moved by half a unit
         return self._source[plain_name(self._prefix + name)]
 
     def __iter__(self) -> Iterator[str]:

@@ -28,7 +28,7 @@ from .models import WEIGHTS_LEVEL, Loader, Spec, quiet, specify, view
 from .passes import Batch, continues_alike
 from .plan import Plan
 from .precision import TORCH, choose, full_precision
-from .samples import Samples, make_samples
+from .samples import Samples, make_samples, vocabulary
 from .settings import Settings
 from .sizes import format_size, peak_memory
 from .sizing import Room, estimate, find_room, skeleton
@@ -38,12 +38,12 @@ from .verified import OutputsReport
 DRAWS = 3
 """How often the reference is moved by half a unit."""
 MEAN_MARGIN, FEW_MARGIN, LARGEST_MARGIN = 2.0, 4.0, 8.0
-"""How many times what rounding leaves a difference may be: in the mean, in the mean of few numbers, and at most.
+"""How many times what rounding leaves a difference may be: in the mean, in the mean over few classes, and at most.
 
 docs/verify.md has what honest merges leave.
 """
-FEW = 1000
-"""Numbers, such as a classifier's, whose mean says less: all may move together."""
+FEW = 100
+"""Classes whose mean says less: all may move together."""
 ARITHMETIC = 2.0**-17
 """Of the largest output: what float32 arithmetic in another order may leave, whatever the weights are stored in."""
 
@@ -56,13 +56,14 @@ def prepared(plan: Plan, settings: Settings, texts: Sequence[str], limit: int | 
     """
     refuse(plan)
     device = choose(settings.device, "float32").device
-    with TemporaryDirectory(prefix="dora-convert-") as name, quiet():
+    with TemporaryDirectory(prefix="dora-convert-") as name:
         scratch = Path(name)
-        base = view(plan.base, scratch / "base")
-        spec = specify(base, plan.output_config)
-        folders = [*(adapter.source.path for adapter in plan.adapters), base]
-        samples = make_samples(texts, folders, spec.name, spec.config)
-        room = _room(plan, spec, samples, limit, device)
+        with quiet():
+            base = view(plan.base, scratch / "base")
+            spec = specify(base, plan.output_config)
+            folders = [*(adapter.source.path for adapter in plan.adapters), base]
+            samples = make_samples(texts, folders, spec.name, spec.config)
+            room = _room(plan, spec, samples, limit, device)
         for note in samples.notes:
             settings.notify(note)
         how = "block by block from its files" if room.offload else "whole"
@@ -176,7 +177,7 @@ class Comparison:
 
     def _vocabularies(self) -> tuple[int, int]:
         """How many tokens the trained model knows, and how many the base."""
-        known = int(self.spec.config.get_text_config().vocab_size)
+        known = vocabulary(self.spec.config)
         config = self.plan.output_config or {}
         inner = config.get("text_config") or {}
         return config.get("vocab_size") or inner.get("vocab_size") or known, known
@@ -220,7 +221,7 @@ class Comparison:
     ) -> OutputsReport:
         noise = ARITHMETIC * floor.scale
         largest, mean = max(floor.largest, noise), max(floor.mean, noise / 16)
-        margin = MEAN_MARGIN if found.numel > FEW else FEW_MARGIN
+        margin = MEAN_MARGIN if found.classes > FEW else FEW_MARGIN
         problems += _beyond("in the mean", found.mean, mean, margin)
         problems += _beyond("at most", found.largest, largest, LARGEST_MARGIN)
         count = max(1, found.positions)

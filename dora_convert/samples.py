@@ -50,6 +50,7 @@ def make_samples(texts: Sequence[str], folders: Sequence[Path], name: str, confi
 
     Raises UnsupportedError where a caller's text cannot be made into ids.
     """
+    known = vocabulary(config)
     tokenizer = next(filter(None, map(_tokenizer, folders)), None)
     room = _room(config)
     notes = []
@@ -64,18 +65,34 @@ def make_samples(texts: Sequence[str], folders: Sequence[Path], name: str, confi
             hint="without --prompt and --prompts, token ids are made up",
         )
     else:
-        rows = _made_up(_text(config).vocab_size, min(LENGTH, room), config)
+        rows = _made_up(known, min(LENGTH, room), config)
         notes.append(f"no tokenizer; {len(rows)} prompts of made-up token ids")
     rows = [row for row in rows if row]
-    if not rows or max(map(max, rows)) >= _text(config).vocab_size:
+    if not rows or max(map(max, rows)) >= known:
         raise UnsupportedError(
             "The tokenizer's ids are not those of the model.", hint="verify --level weights"
         )
     return Samples(tuple(_batched(rows, name, config)), tuple(notes))
 
 
+def vocabulary(config: Any) -> int:
+    """How many tokens a model knows.
+
+    Raises UnsupportedError for models that know none.
+    """
+    if not isinstance(size := getattr(_text(config), "vocab_size", None), int):
+        raise UnsupportedError(
+            "The model is not asked with text.", hint="verify --level weights needs no model code"
+        )
+    return size
+
+
 def _text(config: Any) -> Any:
-    return config.get_text_config()
+    """The part of a config that is about text, where there is just one."""
+    try:
+        return config.get_text_config()
+    except (AttributeError, ValueError):
+        return config
 
 
 def _room(config: Any) -> int:

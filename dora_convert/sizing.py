@@ -68,17 +68,17 @@ def estimate(model: nn.Module, config: Any, plan: Plan, tokens: int, longest: in
     """What running a model takes, on so many tokens at once, `longest` of them in one prompt.
 
     Weights are counted; of activations it is an estimate: a few vectors of every width a token, attention's scores,
-    and three copies of the logits. Besides, adapters are in memory, and a DoRA layer's norm and the rounding floor need
+    and four copies of the logits. Besides, adapters are in memory, and a DoRA layer's norm and the rounding floor need
     the largest weight that an adapter is on anew.
     """
     sizes = [sum(p.numel() for p in unit.parameters()) for _, unit in units(model)]
     matrices = [p.numel() for p in model.parameters() if p.ndim > 1]
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = config.get_text_config()
     hidden = getattr(text, "hidden_size", None) or 1024
     inner = getattr(text, "intermediate_size", None) or 4 * hidden
     heads = getattr(text, "num_attention_heads", None) or 16
     classes = getattr(text, "vocab_size", None) or hidden
-    activations = tokens * (16 * hidden + 4 * inner + 3 * classes + 2 * heads * longest)
+    activations = tokens * (16 * hidden + 4 * inner + 4 * classes + 2 * heads * longest)
     factors = sum(tensor.numel for adapter in plan.adapters for tensor in adapter.tensors.values())
     merged = max((math.prod(item.shape) for item in plan.items if item.edits), default=0)
     extra = WIDTH * (activations + 4 * merged + factors)

@@ -54,3 +54,17 @@ def test_gpu_embeddings_and_replacements(tmp_path):
         assert report.verified.wrong_elements == 0
     for name, tensor in load(tmp_path / "cpu").items():
         assert torch.equal(load(tmp_path / "cuda")[name], tensor), name
+
+
+def test_gpu_outputs(tmp_path):
+    """Models run on the device, whole or block by block, and say what they say on the CPU."""
+    from .test_outputs import merged, outputs
+
+    base, adapter, out = merged(tmp_path)
+    whole = outputs(base, adapter, out, device="cuda")
+    part = outputs(base, adapter, out, device="cuda", max_memory=whole.memory_bytes - 1)
+    here = outputs(base, adapter, out, device="cpu")
+    assert (whole.device[:4], whole.offloaded, part.offloaded) == ("cuda", False, True)
+    for report in (whole, part):
+        assert report.verdict == "agree"
+        assert report.mean_abs_logit_error == pytest.approx(here.mean_abs_logit_error, rel=0.1)

@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import dora_convert
-from dora_convert.errors import DoraConvertError, UsageError, VerificationError
+from dora_convert.errors import DoraConvertError, UsageError
 from dora_convert.halfulp import half_ulp
 from dora_convert.models import Loader
 
@@ -233,7 +233,7 @@ def test_offloaded_is_the_same(tmp_path, family, options):
         "mean_abs_logit_error",
         "mean_rounding_floor",
         "mean_kl",
-        "greedy_agreement",
+        "top1_agreement",
     )
     for name in figures:
         assert getattr(part, name) == pytest.approx(getattr(whole, name), rel=1e-3), name
@@ -280,6 +280,9 @@ def test_what_cannot_be_run(tmp_path, monkeypatch):
         "peft.PeftModel.from_pretrained", lambda *_, **__: (_ for _ in ()).throw(ValueError("no\nway"))
     )
     with pytest.raises(DoraConvertError, match=r"cannot load adapter \(ValueError: no way\)"):
+        outputs(base, adapter, out)
+    toy.write_json(base / "config.json", {"architectures": ["ViTModel"], "model_type": "vit"})
+    with pytest.raises(DoraConvertError, match="not asked with text"):
         outputs(base, adapter, out)
     edit_json(base / "config.json", architectures=["NobodyForCausalLM"], model_type="nobody")
     with pytest.raises(DoraConvertError, match="does not know the model"):
@@ -406,7 +409,6 @@ def test_merge_verifies_outputs(tmp_path, monkeypatch, run):  # noqa: F811
     with pytest.raises(DoraConvertError, match="another --weight"):
         dora_convert.merge(base, adapter, tmp_path / "half", weight=[0.5], verify_outputs=True)
     assert not list(tmp_path.glob("half*"))
-    assert issubclass(VerificationError, DoraConvertError)
 
 
 def test_nothing_is_left_as_it_was_not(tmp_path):
@@ -451,5 +453,6 @@ def test_fields_of_the_receipt(tmp_path):
     dora_convert.merge(base.path, adapter, tmp_path / "out", ignore_field=["brand_new_field"])
     assert dora_convert.verify(base.path, adapter, tmp_path / "out").verdict == "agree"
     shutil.rmtree(tmp_path / "out" / "dora_convert")
-    with pytest.raises(DoraConvertError, match="brand_new_field"):
+    with pytest.raises(DoraConvertError) as caught:
         dora_convert.verify(base.path, adapter, tmp_path / "out")
+    assert "brand_new_field" in caught.value.text()

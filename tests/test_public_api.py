@@ -13,7 +13,7 @@ import dora_convert
 from dora_convert import errors
 
 NAMES = {
-    "AdapterReport", "CheckpointReport", "VerifyReport", "inspect", "verify",
+    "AdapterReport", "CheckpointReport", "OutputsReport", "VerifyReport", "inspect", "verify",
     "DoraConvertError", "DryRunReport", "HubError", "MalformedError", "MergeReport", "NumericalError", "OutputError",
     "PlanError", "RefError", "UnsupportedError", "UsageError", "VerificationError", "__version__", "merge",
     "PushReport", "push", "MadeDryRun", "MadeReport", "from_lora", "to_lora", "Recovered", "UnmergeReport", "unmerge",
