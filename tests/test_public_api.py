@@ -13,6 +13,7 @@ import dora_convert
 from dora_convert import errors
 
 NAMES = {
+    "extract", "from_lora", "to_lora", "MadeReport", "MadeDryRun",
     "AdapterReport", "CheckpointReport", "VerifyReport", "inspect", "verify",
     "DoraConvertError", "DryRunReport", "HubError", "MalformedError", "MergeReport", "NumericalError", "OutputError",
     "PlanError", "RefError", "UnsupportedError", "UsageError", "VerificationError", "__version__", "merge",
