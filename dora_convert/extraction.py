@@ -13,7 +13,7 @@ from . import maths
 from .blocks import spans
 from .craft import Made, rounded
 from .errors import NumericalError
-from .factoring import Factors, squared, truncated_svd
+from .factoring import Factors, compared, squared, truncated_svd
 from .factoring_dora import extract_dora
 from .lane import Lane
 from .pairs import Pair
@@ -49,27 +49,25 @@ def extract_module(
 ) -> Made:
     """Factors of TUNED − BASE (and m, for DoRA), and what they lose of it; none where nothing differs after all."""
     held = torch.float32 if single else lane.choice.compute
-    W, tuned = _matrix(job.base, lane, held, job), _matrix(job.tuned, lane, held, job)
     stored, wide = TORCH[dtype or "F32"], lane.choice.compute
-    facts: dict[str, Any] = {}
-    if kind == "dora":
-        found = extract_dora(W, tuned, exact=exact, **goal)
-        B, A = found.B, found.A
-        facts = {"converged": found.converged, "steps": found.steps}
-        if found.rank:
-            facts["lora_error"] = truncated_svd(_change(W, tuned, wide), rank=found.rank, exact=exact).error
-    else:
-        D = _change(W, tuned, wide)
-        lora = truncated_svd(D, exact=exact, **goal)
-        B, A = lora.B, lora.A
-        facts = _ranks(lora)
-    B, A = (rounded(x.to(wide), stored, job.name) for x in (B, A))
-    facts |= {"rank": A.shape[0]}
-    m, lost, change = _measured(W, tuned, B.to(wide), A.to(wide), decomposed=kind == "dora")
-    facts |= {"change": change, "lost": lost}
-    if not A.shape[0]:
+    if kind == "lora":
+        D = _difference(job, lane, held)
+        found = truncated_svd(D, exact=exact, **goal)
+        B, A = (rounded(x.to(wide), stored, job.name) for x in (found.B, found.A))
+        lost, change = compared(lambda rows: D[rows].to(wide), B.to(wide), A.to(wide))
+        facts = {"rank": found.rank, "change": change, "lost": lost, **_ranks(found)}
+        return Made({"A": A, "B": B} if found.rank else {}, facts)
+    W, tuned = _matrix(job.base, lane, held, job), _matrix(job.tuned, lane, held, job)
+    dora = extract_dora(W, tuned, exact=exact, **goal)
+    B, A = (rounded(x.to(wide), stored, job.name) for x in (dora.B, dora.A))
+    m, lost, change = _measured(W, tuned, B.to(wide), A.to(wide))
+    facts = {"rank": dora.rank, "change": change, "lost": lost}
+    facts |= {"converged": dora.converged, "steps": dora.steps}
+    if not dora.rank:
         return Made({}, facts)
-    return Made({"A": A, "B": B, **({"m": m.float()} if kind == "dora" else {})}, facts)
+    del W, tuned
+    facts["lora_error"] = truncated_svd(_difference(job, lane, held), rank=dora.rank, exact=exact).error
+    return Made({"A": A, "B": B, "m": m}, facts)
 
 
 def _ranks(found: Factors) -> dict[str, Any]:
@@ -90,27 +88,26 @@ def _matrix(stored: Stored, lane: Lane, dtype: torch.dtype, job: Pair) -> Tensor
     return matrix.T if job.transposed else matrix
 
 
-def _change(W: Tensor, tuned: Tensor, wide: torch.dtype) -> Tensor:
-    """TUNED − BASE: subtracted in the compute dtype, and held in theirs."""
-    D = torch.empty_like(W)
-    for start, stop in spans(*W.shape):
-        D[start:stop] = tuned[start:stop].to(wide) - W[start:stop].to(wide)
-    return D
+def _difference(job: Pair, lane: Lane, dtype: torch.dtype) -> Tensor:
+    """TUNED − BASE as (out, in): subtracted in the compute dtype, then rounded to `dtype`."""
+    D = torch.empty(job.base.matrix, dtype=dtype, device=lane.choice.device)
+    for start, stop in spans(*job.base.matrix):
+        W = lane.computed(lane.raw(job.base, start, stop))
+        D[start:stop] = lane.computed(lane.raw(job.tuned, start, stop)) - W
+    if not maths.all_finite(D):
+        raise NumericalError(f"{job.name} holds NaN or Inf in BASE or TUNED.", hint="a file is damaged")
+    return D.T if job.transposed else D
 
 
-def _measured(
-    W: Tensor, tuned: Tensor, B: Tensor, A: Tensor, *, decomposed: bool
-) -> tuple[Tensor, float, float]:
+def _measured(W: Tensor, tuned: Tensor, B: Tensor, A: Tensor) -> tuple[Tensor, float, float]:
     """m for the factors as they are stored, by least squares: ⟨W', V⟩/‖V‖; what is lost, squared, and ‖W' − W‖²."""
     found, lost, change = [], 0.0, 0.0
     for start, stop in spans(*W.shape):
         before, after = W[start:stop].to(B), tuned[start:stop].to(B)
         change += squared(after - before)
         V = before + B[start:stop] @ A
-        if decomposed:
-            n = maths.norms(V, 1)
-            m = ((after * V).sum(1) / n).nan_to_num(0.0).float()
-            found.append(m)
-            V = maths.rescale_(V, m.to(B), n, axis=1).nan_to_num(0.0)
-        lost += squared(after - V)
-    return torch.cat(found) if decomposed else B.new_empty(0), lost, change
+        n = maths.norms(V, 1)
+        m = ((after * V).sum(1) / n).nan_to_num(0.0).float()
+        found.append(m)
+        lost += squared(after - maths.rescale_(V, m.to(B), n, axis=1).nan_to_num(0.0))
+    return torch.cat(found), lost, change

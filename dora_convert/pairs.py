@@ -24,7 +24,7 @@ INNER = {
 """What models with a head call the model inside them, by model type."""
 TABLES = ("wpe", "relative_attention_bias", "position_embeddings", "token_type_embeddings")
 """Modules that are embeddings, besides the input's: rows of their weights are looked up."""
-HELD = {"lora": 6, "dora": 16}
+HELD = {"lora": 10, "dora": 16}
 """How often a module's matrix is held at once, in the dtype it is computed in."""
 
 

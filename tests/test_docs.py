@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import dora_convert
 from dora_convert.cli import COMMANDS, main
 
 from .toy import edit_json, make_adapter, make_base
@@ -32,10 +33,12 @@ def blocks(page: Path, language: str) -> list[str]:
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A folder with `base` and `adapter`, as the documentation calls them."""
+    """A folder with `base`, `adapter`, `lora` and `tuned`, as the documentation calls them."""
     base = make_base(tmp_path / "base")
-    adapter = make_adapter(tmp_path / "adapter", base, dora=True)
-    edit_json(adapter / "adapter_config.json", base_model_name_or_path="base")
+    for name in ("adapter", "lora"):
+        adapter = make_adapter(tmp_path / name, base, dora=name == "adapter")
+        edit_json(adapter / "adapter_config.json", base_model_name_or_path="base")
+    dora_convert.merge(base.path, tmp_path / "adapter", tmp_path / "tuned")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -14,6 +14,8 @@ from dora_convert import errors
 
 NAMES = {
     "AdapterReport", "CheckpointReport", "OutputsReport", "VerifyReport", "inspect", "verify",
+    "extract", "from_lora", "to_lora", "MadeReport", "MadeDryRun",
+    "AdapterReport", "CheckpointReport", "VerifyReport", "inspect", "verify",
     "DoraConvertError", "DryRunReport", "HubError", "MalformedError", "MergeReport", "NumericalError", "OutputError",
     "PlanError", "RefError", "UnsupportedError", "UsageError", "VerificationError", "__version__", "merge",
     "PushReport", "push", "MadeDryRun", "MadeReport", "from_lora", "to_lora", "Recovered", "UnmergeReport", "unmerge",

@@ -23,7 +23,7 @@ LOSSY = 0.05
 """A relative error above which merging is the better way out."""
 COMPARED = 1 << 21
 """Elements of ΔW that are compared at once with what the factors make of them, in float64."""
-HELD = 6
+HELD = 10
 """How often the matrix of a module is held at once: itself, LAPACK's copy, and its factors."""
 
 
