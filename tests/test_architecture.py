@@ -15,7 +15,7 @@ ORDER = [
     "errors", "sizes", "stored", "digests", "json_files", "pickled", "refs", "updates", "blocks", "items", "checkpoint", "ties", "adapter",
     "formats/peft_fields", "formats/peft_types", "formats/peft_config", "formats/peft_modules", "formats/peft", "formats/__init__",
     "names", "placing", "plan", "layout", "replicas", "configs", "draft", "planner", "settings", "journal", "undo", "record", "unmerging", "hub",
-    "remote", "gather", "card", "sidefiles", "writer", "folder", "in_place", "maths", "memory", "precision", "lane", "operands", "checks", "ulps",
+    "remote", "gather", "card", "sidefiles", "removal", "writer", "folder", "in_place", "maths", "memory", "precision", "lane", "operands", "checks", "ulps",
     "packing", "inverse", "rows", "keeping", "recover", "make", "expected", "expected_base", "selfcheck", "execute", "receipt", "report", "inspected", "census", "inspection", "running", "rehearsal", "produce", "restoring", "parity",
     "causes", "differences", "verified", "page", "verification", "heavy", "verbs/__init__", "verbs/merge",
     "verbs/unmerge", "verbs/inspect", "verbs/verify", "__init__", "cli/sink", "cli/options",
