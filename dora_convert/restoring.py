@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 
 import xxhash
@@ -27,9 +27,13 @@ Proofs = Mapping[str, Digest]
 
 
 def restore(
-    reversal: Reversal, files: Sequence[SideFile], folder: Folder, settings: Settings
+    reversal: Reversal,
+    files: Sequence[SideFile],
+    folder: Folder,
+    settings: Settings,
+    later: Callable[[Mapping[str, Done]], Sequence[SideFile]] = lambda _: (),
 ) -> UnmergeReport:
-    """Run a plan that undoes a merge, and publish the base.
+    """Run a plan that undoes a merge, and publish the base; `later` makes files of what is known of its tensors.
 
     Raises RefError where MERGED is not what was written, VerificationError where a tensor is not the base's though the
     record should give it back bit for bit, and what merging raises. OUT does not exist then.
@@ -50,7 +54,7 @@ def restore(
         verdict = judge(plan, done.progress.done) if settings.verify else None
         with _discarding(folder):
             modules = _prove(reversal, done.progress.done, copied)
-        for file in files:
+        for file in (*files, *later(done.progress.done)):
             folder.put(file.name, file.source)
         resumed = bool(before and before.records)
         report = UnmergeReport.undone(
@@ -123,7 +127,9 @@ def _recovered(reversal: Reversal, done: Mapping[str, Done], copied: Proofs) -> 
             yield Recovered(item.name, exact, 0 if exact else made.ambiguous, item.source.numel)
         elif item.name in copied:
             digest = copied[item.name]
-            yield Recovered(item.name, _is_base(known, digest.fast, digest.proof), 0, item.source.numel)
+            exact = _is_base(known, digest.fast, digest.proof)
+            lost = reversal.record.receipt.get("rounded", {}).get(item.name, [None, 0])[1]
+            yield Recovered(item.name, exact, 0 if exact else lost, item.source.numel)
 
 
 def _is_base(known: Known, fast: str, proof: str | None) -> bool:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .layout import encode_header
+from .stored import Stored
 
 NAME = "undo.safetensors"
 SPOOL = "undo.spool"
@@ -96,6 +97,20 @@ class Spool:
     def close(self) -> None:
         """Close the file; it stays."""
         self._file.close()
+
+
+def gathered(tensors: Sequence[Stored]) -> bytes:
+    """Stored tensors, from wherever they are, as one safetensors file."""
+    entries: dict[str, object] = {}
+    position, bodies = 0, []
+    for stored in tensors:
+        offsets = [position, position + stored.nbytes]
+        entries[stored.name] = {"dtype": stored.dtype, "shape": list(stored.shape), "data_offsets": offsets}
+        position += stored.nbytes
+        with stored.path.open("rb") as file:
+            file.seek(stored.start)
+            bodies.append(file.read(stored.nbytes))
+    return encode_header(entries) + b"".join(bodies)
 
 
 @dataclass

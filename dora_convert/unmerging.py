@@ -6,8 +6,10 @@ tensors is planned from the output tensor that it is in. Reads nothing but heade
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from .adapter import Adapter
 from .checkpoint import Checkpoint
@@ -46,6 +48,8 @@ class Reversal:
     """Tensors of MERGED that a merge wrote and undoing does not read."""
     original: Checkpoint | None = None
     """The base itself, where it is at hand."""
+    places: tuple[int, ...] = ()
+    """Where only some of a merge's adapters are taken out: which of them."""
 
 
 def plan_unmerge(
@@ -114,8 +118,8 @@ def _compare(merge: Plan, merged: Checkpoint, record: Record) -> None:
     """What was planned once more must be what the receipt says was done, and MERGED must have the tensors that it made."""
     fates = {item.name: item.fate for item in merge.items if item.noted}
     noted = {name: entry.get("fate") for name, entry in record.receipt["tensors"].items()}
-    ledger = [entry.to_dict() for entry in merge.ledger]
-    if not record.assumed and (fates, ledger) != (noted, record.receipt["ledger"]):
+    ledger = _in_any_order(entry.to_dict() for entry in merge.ledger)
+    if not record.assumed and (fates, ledger) != (noted, _in_any_order(record.receipt["ledger"])):
         version = record.receipt["versions"].get("dora_convert")
         raise MalformedError(
             f"The receipt of {merged.source.name} tells of another merge than this version would make of it.",
@@ -128,6 +132,11 @@ def _compare(merge: Plan, merged: Checkpoint, record: Record) -> None:
     ]
     if faults:
         raise not_as_written(merged, faults)
+
+
+def _in_any_order(ledger: Iterable[Mapping[str, Any]]) -> list[str]:
+    """A ledger's entries; those of an adapter that was taken out may have left others in their places."""
+    return sorted(json.dumps(entry, sort_keys=True) for entry in ledger)
 
 
 def _difference(item: Item, stored: Stored | None) -> str:
@@ -193,7 +202,8 @@ def _known(merge: Plan, record: Record) -> Mapping[str, Known]:
     found: dict[str, Known] = {}
     mine = {id(item) for item in merge.remains.values()}
     for item in sorted(merge.items, key=lambda item: id(item) not in mine):
-        entry = record.receipt["tensors"].get(item.name, {})
+        rounded = record.receipt.get("rounded", {}).get(item.name)
+        entry = {"base": rounded[0]} if rounded else record.receipt["tensors"].get(item.name, {})
         if item.base and entry.get("base"):
             read = id(item) in mine and item.source is item.base
             written = entry.get("written") if read else None

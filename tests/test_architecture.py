@@ -24,9 +24,9 @@ ORDER = [
     "produce", "craft", "made", "magnitudes", "parity", "causes", "differences", "figures", "page",
     "verification", "heavy", "making", "verbs/__init__", "extras", "difference", "kept", "halfulp", "sizing",
     "passes", "prompts", "samples", "offload", "models", "outputs", "merging", "verbs/merge",
-    "verbs/inspect", "recorded", "verbs/verify", "verbs/from_lora", "restoring", "verbs/unmerge", "parcel",
-    "pushing", "verbs/push", "factoring_scales", "factoring_dora", "compress", "verbs/to_lora", "pairs",
-    "extraction", "verbs/extract", "__init__", "cli/sink", "cli/options", "cli/merge", "cli/made",
+    "verbs/inspect", "recorded", "verbs/verify", "verbs/from_lora", "restoring", "removal", "verbs/unmerge",
+    "parcel", "pushing", "verbs/push", "factoring_scales", "factoring_dora", "compress", "verbs/to_lora",
+    "pairs", "extraction", "verbs/extract", "__init__", "cli/sink", "cli/options", "cli/merge", "cli/made",
     "cli/from_lora", "cli/inspect", "cli/verify", "cli/__init__", "cli/unmerge", "cli/push", "cli/to_lora",
     "cli/extract", "__main__",
 ]  # fmt: skip

@@ -192,6 +192,21 @@ def test_lossy_only_if_asked(model):
     assert not (base.path / "dora_convert").exists()
 
 
+def test_once_more_changes_nothing(model):
+    """Who cannot tell whether a command had ended runs it again: a finished one is not done twice."""
+    base, adapter = model
+    dora_convert.merge(base.path, adapter, in_place=True)
+    merged = contents(base.path)
+    with pytest.raises(UsageError, match="already"):
+        dora_convert.merge(base.path, adapter, in_place=True)
+    assert contents(base.path) == merged
+    dora_convert.unmerge(base.path, adapter, in_place=True)
+    before = contents(base.path)
+    with pytest.raises(UsageError, match="nothing to undo"):
+        dora_convert.unmerge(base.path, adapter, in_place=True, allow_lossy=True)
+    assert contents(base.path) == before
+
+
 def test_an_edited_model_is_not_unmerged_in_place(model):
     """MERGED that was changed since is refused before anything is written."""
     base, adapter = model

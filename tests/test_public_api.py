@@ -13,12 +13,11 @@ import dora_convert
 from dora_convert import errors
 
 NAMES = {
-    "AdapterReport", "CheckpointReport", "OutputsReport", "VerifyReport", "inspect", "verify",
-    "extract", "from_lora", "to_lora", "MadeReport", "MadeDryRun",
-    "AdapterReport", "CheckpointReport", "VerifyReport", "inspect", "verify",
-    "DoraConvertError", "DryRunReport", "HubError", "MalformedError", "MergeReport", "NumericalError", "OutputError",
-    "PlanError", "RefError", "UnsupportedError", "UsageError", "VerificationError", "__version__", "merge",
-    "PushReport", "push", "MadeDryRun", "MadeReport", "from_lora", "to_lora", "Recovered", "UnmergeReport", "unmerge",
+    "AdapterReport", "CheckpointReport", "DoraConvertError", "DryRunReport", "HubError", "MadeDryRun",
+    "MadeReport", "MalformedError", "MergeReport", "NumericalError", "OutputError", "OutputsReport",
+    "PlanError", "PushReport", "Recovered", "RefError", "UnmergeReport", "UnsupportedError", "UsageError",
+    "VerificationError", "VerifyReport", "__version__", "extract", "from_lora", "inspect", "merge", "push",
+    "to_lora", "unmerge", "verify",
 }  # fmt: skip
 
 

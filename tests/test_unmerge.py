@@ -96,7 +96,7 @@ def test_several_adapters(tmp_path, base):
     dora_convert.merge(base.path, [first, second, third], tmp_path / "out", weight=weight, undo="exact")
     dora_convert.unmerge(tmp_path / "out", [third, first, second], tmp_path / "again")
     same_as(base.path, tmp_path / "again")
-    with pytest.raises(UsageError, match="was merged with second, too"):
+    with pytest.raises(UsageError, match="was merged with second, too, and not all"):
         dora_convert.unmerge(tmp_path / "out", [first, third], tmp_path / "fewer")
 
 
@@ -328,3 +328,28 @@ def run(arguments):
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     return caught.value.code
+
+
+def test_one_of_several_loras(tmp_path, base):
+    """One LoRA comes out by itself: what is left is the merge of the others, with a record that undoes it in turn."""
+    first = make_adapter(tmp_path / "first", base, dora=False, seed=2)
+    second = make_adapter(tmp_path / "second", base, dora=False, seed=4, targets=["k_proj", "q_proj"])
+    weight = (0.7, -0.4)
+    dora_convert.merge(base.path, [first, second], tmp_path / "both", weight=weight, undo="exact")
+    report = dora_convert.unmerge(tmp_path / "both", second, tmp_path / "one")
+    assert report.exact == {"tensors": 4, "bit_exact": 0}
+    change = {name: exact(base, first)[name] - W.double() for name, W in base.tensors.items()}
+    for name, got in load(tmp_path / "one").items():
+        want = base.tensors[name].double() + 0.7 * change[name]
+        assert (got.double() - want).abs().max() <= 2**-7 * want.abs().max(), name
+    receipt = json.loads((tmp_path / "one/dora_convert/receipt.json").read_text())
+    assert [adapter["name"] for adapter in receipt["adapters"]] == ["first"]
+    assert {name.split(".")[-2] for name in receipt["rounded"]} == {"q_proj"}
+    report = dora_convert.unmerge(tmp_path / "one", first, tmp_path / "none")
+    assert report.exact["tensors"] == 8
+    assert all(module.bit_exact or module.lost for module in report.modules)
+    close(base, load(tmp_path / "none"))
+    files = {
+        name: data for name, data in contents(tmp_path / "none").items() if not name.endswith(".safetensors")
+    }
+    assert files == {n: d for n, d in contents(base.path).items() if not n.endswith(".safetensors")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from ..adapter import Adapter, open_adapter
@@ -17,9 +18,10 @@ from ..in_place import InPlace, finished, refuse_lossy
 from ..plan import Options
 from ..record import Record, in_order, no_record, read_record
 from ..refs import PathLike, listed
+from ..removal import following, plan_removal, remaining_files
 from ..report import DryRunReport, UnmergeReport
 from ..settings import Settings, parse_options
-from ..sidefiles import base_files, restored_files
+from ..sidefiles import SideFile, base_files, restored_files
 from ..unmerging import Reversal, plan_unmerge
 
 
@@ -59,10 +61,8 @@ def unmerge(
     if in_place and (report := _finished(merged, refs, out, settings)):
         return report
     folder = None if in_place else new_folder(out, "unmerge", overwrite=overwrite)
-    reversal, inputs = _plan(merged, refs, base, options, settings, ignore_field, unfinished=in_place)
-    files = restored_files(reversal.plan.base, reversal.record, reversal.plan, reversal.original)
-    if gone := sorted(reversal.record.receipt["base_files"].keys() - {file.name for file in files}):
-        settings.warn(f"not restored, no record holds them: {', '.join(gone)}")
+    reversal, record, inputs = _plan(merged, refs, base, options, settings, ignore_field, unfinished=in_place)
+    files = _files(reversal, settings)
     if folder:
         folder.refuse_inside(inputs)
     place = folder or _place(reversal, allow_lossy=allow_lossy)
@@ -70,6 +70,8 @@ def unmerge(
         return DryRunReport.of(reversal.plan, settings, place.given, "unmerge")
     with without_collections():
         from ..restoring import restore
+    if reversal.places:
+        return restore(reversal, files, place, settings, partial(following, reversal, record))
     return restore(reversal, files, place, settings)
 
 
@@ -82,22 +84,40 @@ def _plan(
     ignore_field: Sequence[str],
     *,
     unfinished: bool,
-) -> tuple[Reversal, list[Path]]:
-    """Gather the inputs and decide how every tensor of the base comes back; with the folders of the inputs."""
+) -> tuple[Reversal, Record, list[Path]]:
+    """Gather the inputs and decide how every tensor of the base comes back; with the record, and the inputs' folders."""
     token = settings.token
     checkpoint = open_checkpoint(
         fetch(os.fspath(merged), "MERGED", wanted_of_base, token=token), unfinished=unfinished
     )
     original = open_checkpoint(fetch(os.fspath(base), "BASE", wanted_of_base, token=token)) if base else None
-    record, opened = _record(checkpoint, adapters, settings, ignore_field)
+    record, opened, places = _record(checkpoint, adapters, settings, ignore_field)
+    if unfinished and record.assumed:
+        raise UsageError(
+            f"{checkpoint.source.name} has no record of a merge: in place there is nothing to undo.",
+            hint="perhaps it was undone already; without a record, name an OUT",
+        )
     if original and record.options.undo != "none":
         settings.notify("the record holds all that is needed: --base is not read")
     elif original:
         settings.warn("norms are taken from BASE: copying BASE is simpler")
     sources = [checkpoint.source, *(adapter.source for adapter in opened)]
     sources += [original.source] if original else []
-    reversal = plan_unmerge(checkpoint, record, opened, options, original)
-    return reversal, [source.path for source in sources]
+    if len(places) < len(record.weights):
+        reversal = plan_removal(checkpoint, record, opened, places, options)
+    else:
+        reversal = plan_unmerge(checkpoint, record, opened, options, original)
+    return reversal, record, [source.path for source in sources]
+
+
+def _files(reversal: Reversal, settings: Settings) -> list[SideFile]:
+    """What will lie beside the weights; what cannot be restored is warned of."""
+    if reversal.places:
+        return remaining_files(reversal.plan.base)
+    files = restored_files(reversal.plan.base, reversal.record, reversal.plan, reversal.original)
+    if gone := sorted(reversal.record.receipt["base_files"].keys() - {file.name for file in files}):
+        settings.warn(f"not restored, no record holds them: {', '.join(gone)}")
+    return files
 
 
 def _finished(
@@ -112,6 +132,8 @@ def _finished(
 
 def _place(reversal: Reversal, *, allow_lossy: bool) -> InPlace:
     """MERGED itself, if it may be changed."""
+    if reversal.places:
+        raise UsageError("--in-place takes all adapters out together.", hint="name all of them, or an OUT")
     refuse_lossy(reversal.record.options.undo, allow_lossy=allow_lossy)
     merged = reversal.plan.base
     place = InPlace(merged.source.path, merged.shards, merged.index_name)
@@ -121,8 +143,8 @@ def _place(reversal: Reversal, *, allow_lossy: bool) -> InPlace:
 
 def _record(
     merged: Checkpoint, refs: Sequence[str], settings: Settings, ignore_field: Sequence[str]
-) -> tuple[Record, list[Adapter]]:
-    """What is known of the merge, and its adapters in their order."""
+) -> tuple[Record, list[Adapter], list[int]]:
+    """What is known of the merge, its adapters in their order, and which of them they are."""
     record = read_record(merged)
     accepted = record.options.ignore_field if record else ignore_field
     opened = [
@@ -132,12 +154,7 @@ def _record(
         settings.warn(
             f"{merged.source.name} has no record of a merge: weights of 1 are assumed, and what rounding took is lost"
         )
-        return no_record(merged, len(opened), accepted, list(base_files(merged))), opened
+        files = list(base_files(merged))
+        return no_record(merged, len(opened), accepted, files), opened, list(range(len(opened)))
     hashes = [{path.name: xxh3(path) for path in adapter.files} for adapter in opened]
-    found, places = in_order(record, opened, hashes)
-    if len(places) < len(record.weights):
-        missing = [str(each["name"]) for n, each in enumerate(record.receipt["adapters"]) if n not in places]
-        raise UsageError(
-            f"{merged.source.name} was merged with {', '.join(missing)}, too.", hint="name all adapters"
-        )
-    return record, found
+    return record, *in_order(record, opened, hashes)
