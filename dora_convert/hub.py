@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from .answers import explained, patiently, unreachable
+from .answers import explained, patiently, unreachable, without_bars
 from .checkpoint import is_weight_file, weight_entry, weight_map
 from .errors import HubError
 from .refs import HubRef, Source, local_source, parse_ref
@@ -78,7 +78,7 @@ def download_all(source: Source, names: Iterable[str], token: str | None) -> Non
     def get(name: str) -> None:
         download(repo, name, commit, token, sha256=hashes.get(name, ""))
 
-    with ThreadPoolExecutor(CONNECTIONS) as pool:
+    with without_bars(), ThreadPoolExecutor(CONNECTIONS) as pool:
         list(pool.map(get, wanted))
 
 

@@ -93,7 +93,7 @@ def _plan(
 ) -> Plan:
     """Gather the inputs and decide every output tensor; what looks odd is warned of."""
     folder.check()
-    opener = partial(open_far, settings.token, whole, routes.weights(folder))
+    opener = partial(open_far, "BASE", settings.token, whole, routes.weights(folder))
     weights = parse_weights(weight, len(adapters))
     named = None if base is None else os.fspath(base)
     checkpoint, opened = gather(

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 
-from ..checkpoint import open_checkpoint
+from ..arrivals import bring_weights
 from ..gather import gather
 from ..heavy import without_collections
-from ..hub import fetch, wanted_of_base
 from ..page import check_page, write_page
 from ..planner import make_plan
 from ..refs import PathLike, listed
+from ..remote import open_far
 from ..settings import Settings, chosen, parse_options, parse_weights
 from ..verified import VerifyReport
 
@@ -50,9 +51,13 @@ def verify(
     weights = parse_weights(weight, len(refs))
     named = None if base is None else os.fspath(base)
     where = os.fspath(merged)
-    checkpoint, opened = gather(named, refs, where, token, settings.notify, options.ignore_field, "verify")
-    made = open_checkpoint(fetch(where, "MERGED", wanted_of_base, token=token))
+    opener = partial(open_far, "BASE", token, True, None)
+    accepted = options.ignore_field
+    checkpoint, opened = gather(named, refs, where, token, settings.notify, accepted, "verify", opener)
+    made = open_far("MERGED", token, True, None, where, None)
     plan = make_plan(checkpoint, opened, weights, options)
+    for each in (checkpoint, made):
+        bring_weights(each, token)
     with without_collections():
         from ..verification import verify_weights
     found = verify_weights(plan, made, settings, samples)
