@@ -12,9 +12,12 @@ from collections import Counter, deque
 from collections.abc import Callable
 from pathlib import Path
 
+from .answers import explained
 from .checkpoint import Checkpoint
 from .errors import HubError
+from .hub import download_all
 from .plan import Plan
+from .refs import HubRef
 
 PLACES = 3
 
@@ -161,6 +164,14 @@ def _needs(plan: Plan) -> dict[str, dict[Path, None]]:
     }
     found[plan.shards[-1].filename] |= dict.fromkeys(tensor.path for tensor in plan.lost)
     return found
+
+
+def bring_weights(checkpoint: Checkpoint, token: str | None) -> None:
+    """Download the weights of a checkpoint into the cache, as far as they are not on this machine."""
+    source = checkpoint.source
+    if absent(checkpoint):
+        with explained(HubRef(str(source.repo), source.commit, source.subfolder), source.name):
+            download_all(source, [shard.filename for shard in checkpoint.shards], token)
 
 
 def absent(base: Checkpoint) -> bool:

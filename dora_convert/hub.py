@@ -9,8 +9,9 @@ import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-from .answers import explained, patiently, unreachable
+from .answers import explained, patiently, unreachable, without_bars
 from .checkpoint import RECORD, is_weight_file, weight_entry, weight_map
 from .errors import HubError
 from .refs import HubRef, Source, local_source, parse_ref
@@ -78,7 +79,7 @@ def download_all(source: Source, names: Iterable[str], token: str | None) -> Non
     def get(name: str) -> None:
         download(repo, name, commit, token, sha256=hashes.get(name, ""))
 
-    with ThreadPoolExecutor(CONNECTIONS) as pool:
+    with without_bars(), ThreadPoolExecutor(CONNECTIONS) as pool:
         list(pool.map(get, wanted))
 
 
@@ -111,7 +112,7 @@ def download(
         patiently(lambda: hf_hub_download(repo, name, revision=revision, token=token, local_dir=folder))
     )
     blob = path.resolve()
-    if not here and sha256 and _sha256(blob) != sha256:
+    if not here and sha256 and hash_of(hashlib.sha256(), blob) != sha256:
         path.unlink()
         blob.unlink(missing_ok=True)
         raise HubError(
@@ -130,12 +131,15 @@ def snapshot_folder(repo: str, commit: str) -> Path:
     return cache / repo_folder_name(repo_id=repo, repo_type="model") / "snapshots" / commit
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+def hash_of(digest: Any, source: Path | bytes) -> str:
+    """A file's bytes, or some, through a hash of hashlib's."""
+    if isinstance(source, bytes):
+        digest.update(source)
+    else:
+        with source.open("rb") as file:
+            while chunk := file.read(CHUNK):
+                digest.update(chunk)
+    return str(digest.hexdigest())
 
 
 def _cached(ref: HubRef, prefix: str, what: str, error: Exception) -> Source:

@@ -52,7 +52,7 @@ def merge_beside(asked: Asked, overwrite: bool) -> MergeReport | DryRunReport:  
     refs = [str(asked.base), *asked.adapters]
     folder = OutputFolder(place_of(asked.out, routes, refs), overwrite=overwrite)
     folder.check()
-    far = partial(open_far, asked.settings.token, not asked.dry_run, routes.weights(folder))
+    far = partial(open_far, "BASE", asked.settings.token, not asked.dry_run, routes.weights(folder))
     plan = _plan(asked, folder.given, None if asked.verify_outputs else far)
     folder.refuse_inside([plan.base.source.path, *(adapter.source.path for adapter in plan.adapters)])
     return _carry_out(plan, folder, asked)

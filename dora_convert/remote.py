@@ -151,20 +151,21 @@ def _cached_pickles(source: Source) -> Checkpoint:
 
 
 def open_far(
+    what: str,
     token: str | None,
     whole: bool,  # noqa: FBT001 - bound by position
     weights: Path | None,
     ref: str,
     revision: str | None,
 ) -> Checkpoint:
-    """BASE by its headers, where it is on the Hub; its weights come later, but for torch's pickles.
+    """A checkpoint by its headers, where it is on the Hub; its weights come later, but for torch's pickles.
 
     What `whole` and `weights` mean, `look` says.
     """
     try:
-        seen = look(ref, "BASE", token=token, whole=whole, revision=revision, weights=weights)
+        seen = look(ref, what, token=token, whole=whole, revision=revision, weights=weights)
     except UnsupportedError:
-        return open_checkpoint(fetch(ref, "BASE", wanted_of_base, revision=revision, token=token))
+        return open_checkpoint(fetch(ref, what, wanted_of_base, revision=revision, token=token))
     return seen.checkpoint()
 
 

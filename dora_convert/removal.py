@@ -12,10 +12,10 @@ from dataclasses import replace
 from typing import Any
 
 from .adapter import Adapter
-from .checkpoint import RECORD, Checkpoint, list_files
+from .checkpoint import RECEIPT, RECORD, Checkpoint, list_files
 from .errors import UsageError
 from .plan import Options
-from .record import RECEIPT, Record, no_record, rebuilt
+from .record import Record, no_record, rebuilt
 from .sidefiles import SideFile, base_files
 from .undo import NAME as UNDO
 from .undo import gathered

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .answers import explained
+from .answers import explained, without_bars
 from .arrivals import PLACES, Arrivals, absent
 from .checkpoint import RECORD, list_files
 from .folder import LOCK, OutputFolder
@@ -118,7 +118,7 @@ def traffic(plan: Plan, routes: Routes, settings: Settings, folder: OutputFolder
     far = absent(plan.base)
     arrivals = None
     if far or not routes.local:
-        bring = _Bring(plan.base.source, settings.token, routes.weights(folder)) if far else None
+        bring = _Bring(plan.base.source, settings, routes.weights(folder)) if far else None
         places = None if routes.local and routes.cache else PLACES
         arrivals = Arrivals(plan, bring, keep=routes.cache, places=places, outputs=not routes.local)
     if not (upload or arrivals):
@@ -126,7 +126,8 @@ def traffic(plan: Plan, routes: Routes, settings: Settings, folder: OutputFolder
         return
     made = Traffic(upload, arrivals, local=routes.local)
     try:
-        yield made
+        with without_bars():
+            yield made
     finally:
         made.close()
 
@@ -141,8 +142,8 @@ def _refuse_orphans(folder: OutputFolder, upload: Upload) -> None:
 class _Bring:
     """Downloads files of the base."""
 
-    def __init__(self, source: Source, token: str | None, folder: Path | None) -> None:
-        self._source, self._token, self._folder = source, token, folder
+    def __init__(self, source: Source, settings: Settings, folder: Path | None) -> None:
+        self._source, self._settings, self._folder = source, settings, folder
         self._hashes: dict[str, str] | None = None
 
     def __call__(self, path: Path) -> None:
@@ -151,11 +152,13 @@ class _Bring:
             HubRef(str(self._source.repo), self._source.commit, self._source.subfolder),
         )
         name = f"{source.subfolder}/{path.name}" if source.subfolder else path.name
+        token = self._settings.token
         with explained(ref, "BASE"):
             if self._hashes is None:
-                self._hashes = hashes_of(ref.repo, str(source.commit), self._token)
+                self._hashes = hashes_of(ref.repo, str(source.commit), token)
+            self._settings.notify(f"downloading {path.name}")
             folder = self._top(self._folder) if self._folder else None
-            download(ref.repo, name, str(source.commit), self._token, folder, self._hashes.get(name, ""))
+            download(ref.repo, name, str(source.commit), token, folder, self._hashes.get(name, ""))
 
     def _top(self, folder: Path) -> Path:
         """Downloads keep the repo's folders below this one."""

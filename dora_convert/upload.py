@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from .answers import explained_writing, patiently, status_of, without_bars
 from .errors import HubError
+from .hub import hash_of
 from .journal import Record, read_journal
 from .pushed import Pushed, Sent, Target
-from .stored import CHUNK
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
@@ -183,8 +183,8 @@ class Upload:
         if there is None or there.size != size:
             return False
         if there.lfs:
-            return bool(_hash(hashlib.sha256(), source) == there.lfs.sha256)
-        return bool(_hash(hashlib.sha1(b"blob %d\0" % size), source) == there.blob_id)  # noqa: S324 - git's
+            return bool(hash_of(hashlib.sha256(), source) == there.lfs.sha256)
+        return bool(hash_of(hashlib.sha1(b"blob %d\0" % size), source) == there.blob_id)  # noqa: S324 - git's
 
     def commit(self, small: Mapping[str, Path | bytes], stale: Sequence[str], message: str) -> Pushed:
         """Commit what was sent together with some small files, and delete others; the journal ends here.
@@ -262,14 +262,3 @@ def _uploaded_before(record: Record) -> CommitOperationAdd:
     )
     operation._upload_mode, operation._should_ignore, operation._is_uploaded = "lfs", False, True  # noqa: SLF001
     return operation
-
-
-def _hash(digest: Any, source: Path | bytes) -> str:
-    """A file's bytes, or some, through a hash of hashlib's."""
-    if isinstance(source, bytes):
-        digest.update(source)
-    else:
-        with source.open("rb") as file:
-            while chunk := file.read(CHUNK):
-                digest.update(chunk)
-    return str(digest.hexdigest())

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from .hubserver import COMMIT, Hub
+from .hubserver import COMMIT, Hub, run
 from .toy import contents, edit_json, make_adapter, make_base, write_shards
 
 
@@ -243,3 +243,20 @@ def test_trouble_that_passes(hub, tmp_path, pattern, how):
     done = merge(hub, tmp_path, "org/base", "me/adapter", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert any(fault.times == 0 for fault in hub.faults)
+
+
+def test_verify(hub, tmp_path):
+    """BASE, ADAPTER and MERGED on the Hub; where headers show that they do not fit, no weights are fetched."""
+    merged = tmp_path / "merged"
+    assert merge(hub, tmp_path, hub.repos["org/base"], hub.repos["me/adapter"], merged).returncode == 0
+    hub.repos["me/merged"] = merged
+    done = run(hub, tmp_path / "cache", "verify", "org/base", "me/adapter", "me/merged", "-q")
+    assert (done.returncode, done.stdout) == (0, "agree\n"), done.stderr
+    hub.sent.clear()
+    other = make_base(tmp_path / "other", layers=1)
+    hub.repos["org/other"] = other.path
+    done = run(hub, tmp_path / "cache", "verify", "org/other", "me/adapter", "me/merged", "-q")
+    assert done.returncode == 2
+    sizes = [size for name, size in hub.sent if name.startswith("org/other/model-")]
+    assert len(sizes) == 2
+    assert sum(sizes) < 3000

@@ -5,19 +5,22 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
-from ..checkpoint import RECEIPT, RECORD, Checkpoint, open_checkpoint
+from ..arrivals import bring_weights
+from ..checkpoint import RECEIPT, RECORD, Checkpoint
 from ..errors import DoraConvertError, UsageError
 from ..extras import need
 from ..gather import gather
 from ..heavy import without_collections
-from ..hub import fetch, wanted_of_adapter, wanted_of_base
+from ..hub import fetch, wanted_of_adapter
 from ..page import check_page, write_page
 from ..plan import Options, Plan
 from ..planner import make_plan
 from ..prompts import gather_prompts
 from ..refs import PathLike, listed
+from ..remote import open_far
 from ..settings import MAX_MEMORY, Settings, chosen, parse_options, parse_weights
 from ..verified import OutputsReport, VerifyReport
 
@@ -87,7 +90,8 @@ def _gather(
 ) -> tuple[Plan, Checkpoint]:
     """What a merge would make, of what a receipt in MERGED says where the caller does not; and MERGED."""
     weights = parse_weights(weight, len(refs))
-    if noted := _recorded(where, refs, settings.token):
+    made = open_far("MERGED", settings.token, True, None, where, None)
+    if noted := _recorded(made, refs, settings.token):
         options = replace(
             options,
             ignore_field=(*options.ignore_field, *noted.ignore_field),
@@ -97,10 +101,14 @@ def _gather(
             weights, options = noted.weight, replace(options, include=noted.include, exclude=noted.exclude)
             if str(noted):
                 settings.notify(f"as the receipt of MERGED says: {noted}")
-    accepted = options.ignore_field
-    checkpoint, opened = gather(base, refs, where, settings.token, settings.notify, accepted, "verify")
-    made = open_checkpoint(fetch(where, "MERGED", wanted_of_base, token=settings.token))
-    return make_plan(checkpoint, opened, weights, options), made
+    accepted, opener = options.ignore_field, partial(open_far, "BASE", settings.token, True, None)
+    checkpoint, opened = gather(
+        base, refs, where, settings.token, settings.notify, accepted, "verify", opened_by=opener
+    )
+    plan = make_plan(checkpoint, opened, weights, options)
+    for each in (checkpoint, made):
+        bring_weights(each, settings.token)
+    return plan, made
 
 
 def _texts(level: str, prompt: Sequence[str], prompts: PathLike | None) -> tuple[str, ...]:
@@ -124,12 +132,12 @@ def _device(level: str, device: str) -> str:
     return "cpu"
 
 
-def _recorded(where: str, refs: Sequence[str], token: str | None) -> Recorded | None:
+def _recorded(made: Checkpoint, refs: Sequence[str], token: str | None) -> Recorded | None:
     """What a receipt in MERGED says, if these adapters were merged. What is missing is complained about later."""
+    folder = made.source.path
+    if not (folder / RECORD / RECEIPT).is_file():
+        return None
     try:
-        folder = fetch(where, "MERGED", wanted_of_base, token=token).path
-        if not (folder / RECORD / RECEIPT).is_file():
-            return None
         paths = [fetch(ref, "ADAPTER", wanted_of_adapter, token=token).path for ref in refs]
     except DoraConvertError:
         return None
