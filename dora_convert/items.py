@@ -122,10 +122,8 @@ class Item:
 
     @property
     def beyond_recovery(self) -> bool:
-        """Whether nothing of the base's tensor is left in it: counters that were replaced, rows that were cut off."""
-        if not self.base or not self.replaced:
-            return False
-        return self.verbatim or self.source.matrix[0] < self.base.matrix[0]
+        """Whether it is copied from the adapter as bytes, as counters are: nothing is compared with the base's then."""
+        return self.base is not None and self.replaced and self.verbatim
 
     @cached_property
     def low_ranks(self) -> tuple[LowRank, ...]:

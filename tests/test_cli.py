@@ -189,7 +189,7 @@ def test_errors_as_json(run, tmp_path, base, adapter):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["mrge"], "Did you mean 'merge'?"),
+        (["mrge"], "Did you mean one of: 'merge'"),
         (["merge", "--dryrun"], "--dry-run"),
         (["merge", "x"], "needs an ADAPTER and OUT"),
     ],
