@@ -174,7 +174,8 @@ class Item:
         rows, columns = self.source.matrix
         height = block_height(rows // self.experts, columns)
         wide = self.base.itemsize if self.base else 8
-        block = height * columns * (self.source.itemsize + 8 + 8 + 4 + 5 * wide)
+        counting = 40 if self.undo and not self.undo.ulps else 0  # what may have been lost
+        block = height * columns * (self.source.itemsize + 8 + 8 + 4 + 5 * wide + counting)
         factors = sum(2 * edit_cost(edit, height, 8) for edit in self.edits)
         return block + factors + (24 * self.start.rank * (rows + columns) if self.start else 0)
 
