@@ -122,10 +122,8 @@ class Item:
 
     @property
     def beyond_recovery(self) -> bool:
-        """Whether nothing of the base's tensor is left in it: counters that were replaced, rows that were cut off."""
-        if not self.base or not self.replaced:
-            return False
-        return self.verbatim or self.source.matrix[0] < self.base.matrix[0]
+        """Whether it is copied from the adapter as bytes, as counters are: nothing is compared with the base's then."""
+        return self.base is not None and self.replaced and self.verbatim
 
     @cached_property
     def low_ranks(self) -> tuple[LowRank, ...]:
@@ -176,7 +174,8 @@ class Item:
         rows, columns = self.source.matrix
         height = block_height(rows // self.experts, columns)
         wide = self.base.itemsize if self.base else 8
-        block = height * columns * (self.source.itemsize + 8 + 8 + 4 + 5 * wide)
+        counting = 40 if self.undo and not self.undo.ulps else 0  # what may have been lost
+        block = height * columns * (self.source.itemsize + 8 + 8 + 4 + 5 * wide + counting)
         factors = sum(2 * edit_cost(edit, height, 8) for edit in self.edits)
         return block + factors + (24 * self.start.rank * (rows + columns) if self.start else 0)
 

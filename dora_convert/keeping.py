@@ -55,12 +55,15 @@ class Keeper:
             self._keep_rows(start, base, maths.round_to(new, torch.empty_like(base)))
 
     def finish(self) -> None:
-        """See the base's rows that the output has no place for."""
+        """Keep the base's rows that the output has no place for."""
         item = self._item
         rows, columns = item.base.matrix if item.base else (0, 0)
         for start, stop in spans(rows, columns):
             if item.base and stop > (first := max(start, item.source.matrix[0])):
-                self.digest.update(as_bytes(self._lane.raw(item.base, first, stop, "base")))
+                data = as_bytes(self._lane.raw(item.base, first, stop, "base"))
+                self.digest.update(data)
+                if self._keeps:
+                    self._rows.add(range(first, stop), bytes(data))
 
     def _keep_rows(self, start: int, base: Tensor, new: Tensor) -> None:
         """Keep the base's rows that a replacement changes, or may: float32 does not hold all of a float64."""

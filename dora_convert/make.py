@@ -20,7 +20,7 @@ from .operands import Operand
 from .plan import Plan
 from .precision import TORCH
 from .recover import Recovering
-from .stored import Reader
+from .stored import BITS, Reader
 from .undo import Part, Spool
 from .writer import ShardFiles
 
@@ -42,6 +42,9 @@ class Blocks(Protocol):
 
     def block(self, raw: Tensor, start: int, stop: int) -> Tensor:
         """Rows of the output, on the host, from those of the source."""
+
+    def rest(self) -> Iterable[tuple[int, memoryview]]:
+        """Rows beyond those of the source: where each block of them begins, and its bytes."""
 
 
 def make(
@@ -70,9 +73,13 @@ def make(
 def _write(
     item: Item, blocks: Blocks, lane: Lane, shards: ShardFiles, advance: Callable[[int], None], *, proof: bool
 ) -> Digest:
-    digest, row_bytes = Digest(proof=proof), item.nbytes // max(1, item.source.matrix[0])
+    digest, row_bytes = Digest(proof=proof), item.source.matrix[1] * BITS[item.dtype] // 8
     for start, stop in item.spans():
         data = as_bytes(blocks.block(lane.raw(item.source, start, stop), start, stop))
+        digest.update(data)
+        shards.write(item, start * row_bytes, data)
+        advance(len(data))
+    for start, data in blocks.rest():
         digest.update(data)
         shards.write(item, start * row_bytes, data)
         advance(len(data))
@@ -98,6 +105,10 @@ class Merging:
             blame(self._item, raw, result)
         self.keeper.compare(raw, result, start, stop)
         return result
+
+    def rest(self) -> Iterable[tuple[int, memoryview]]:
+        """An output has no rows but the source's."""
+        return ()
 
 
 class Values:

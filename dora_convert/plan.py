@@ -121,7 +121,7 @@ class Plan:
 
     @cached_property
     def lost(self) -> tuple[Stored, ...]:
-        """The base's tensors of which the output holds nothing: layers left out, counters replaced, rows cut off."""
+        """The base's tensors of which the output holds nothing: layers left out, counters replaced."""
         return tuple(tensor for name, tensor in self.base.tensors.items() if name not in self.remains)
 
     def remembers(self, item: Item) -> bool:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from . import maths
+from .blocks import spans
 from .digests import Digest
 from .inverse import Inverse, as_rows
 from .items import Item
@@ -55,6 +58,14 @@ class Recovering:
             if row in self._rows:
                 result[row - start] = self._own(*self._rows[row])
         return result
+
+    def rest(self) -> Iterator[tuple[int, memoryview]]:
+        """Rows that the adapter's tensor has no place for: all of them are in the record."""
+        first, (rows, columns) = self._item.source.matrix[0], (self._item.base or self._item.source).matrix
+        for start, stop in spans(rows, columns) if self._undo.kept and not self._item.edits else ():
+            for row in range(max(start, first), stop):
+                values, place = self._rows[row]
+                yield row, as_bytes(self._lane.raw(values, place, place + 1, "factor"))
 
     def _recorded(self) -> list[Tensor | None]:
         return [self._lane.whole(stored).flatten() if stored else None for stored in self._undo.norms]

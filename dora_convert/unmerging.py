@@ -160,7 +160,8 @@ def _recovered(
     if not item or (item.replaced and merge.options.undo == "none"):
         return _copy(tensor, own) if own else Fault(name, "was replaced or left out, and no record holds it")
     if item.source is not item.base:
-        shape = (*tensor.shape[:1], *item.source.shape[1:])  # the adapter's may have more rows
+        rows = [min(pair) for pair in zip(tensor.shape[:1], item.source.shape[:1], strict=True)]
+        shape = (*rows, *item.source.shape[1:])  # the adapter's may have more rows, or fewer
         undo = Undo(kept=_kept(tensor, record))
         return _inverse(replace(item, edits=(), rows=()), tensor, replace(item.source, shape=shape), undo)
     source = replace(merged.tensors[item.name], shape=item.source.shape)

@@ -146,6 +146,24 @@ def test_replaced_rows_and_files(tmp_path, base):
         assert files == {n: d for n, d in contents(base.path).items() if not n.endswith(".safetensors")}
 
 
+@pytest.mark.parametrize("rows", [63, 81])
+def test_another_vocabulary(tmp_path, base, rows):
+    """Rows that were added go, and rows that were cut off come back."""
+    extra = {}
+    for name in ("model.embed_tokens", "lm_head"):
+        value = torch.randn(rows, HIDDEN).bfloat16()
+        value[:50] = base.tensors[f"{name}.weight"][:50]
+        extra[f"base_model.model.{name}.weight"] = value
+    adapter = make_adapter(tmp_path / "adapter", base, dora=True, extra=extra)
+    dora_convert.merge(base.path, adapter, tmp_path / "out", undo="exact")
+    assert load(tmp_path / "out")["lm_head.weight"].shape == (rows, HIDDEN)
+    kept = load_file(tmp_path / "out/dora_convert/undo.safetensors")["index/lm_head.weight"]
+    assert kept.tolist() == list(range(50, 72))
+    report = dora_convert.unmerge(tmp_path / "out", adapter, tmp_path / "again")
+    same_as(base.path, tmp_path / "again")
+    assert report.exact["tensors"] == report.exact["bit_exact"] == 8
+
+
 def test_stacked_merges(tmp_path, base, adapter, merged):
     """A merge of a merged base is undone to that base with its record, which is then undone itself."""
     second = make_adapter(tmp_path / "second", base, dora=True, seed=9)
