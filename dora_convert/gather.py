@@ -40,7 +40,7 @@ def gather(
     Raises RefError and its siblings for what is not there, UsageError when BASE and ADAPTER are exchanged.
     """
     if base is not None:
-        _refuse_swapped(base, adapters, out, verb)
+        refuse_swapped(base, adapters, out, verb)
     opened = [
         open_adapter(fetch(ref, "ADAPTER", wanted_of_adapter, token=token), accepted) for ref in adapters
     ]
@@ -57,7 +57,7 @@ def _open_whole(token: str | None, unfinished: bool, ref: str, revision: str | N
     return open_checkpoint(source, unfinished=unfinished)
 
 
-def _refuse_swapped(base: str, adapters: Sequence[str], out: str, verb: str) -> None:
+def refuse_swapped(base: str, adapters: Sequence[str], out: str, verb: str) -> None:
     """BASE is an adapter and an ADAPTER is a model: say so, with the command that was meant."""
     first = local_path(base, "BASE")
     for adapter in adapters:

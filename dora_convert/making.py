@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from .made import Describe, MadeDryRun, MadeReport, dry_run_of, report_of
 from .orders import Assemble, Order, Result, find_format
 from .plan import Options, Plan
 from .planner import make_plan
+from .pushed import Target
+from .pushing import push_output
 from .refs import PathLike
 from .settings import Settings, parse_options
 
@@ -36,6 +38,8 @@ class Making:
     folder: OutputFolder
     grows: bool = False
     """Whether the budget may grow to what the largest module needs."""
+    push: Target | None = None
+    """Where on the Hub the adapter goes, too."""
 
     @classmethod
     def begin(
@@ -53,6 +57,7 @@ class Making:
         ignore_field: Sequence[str],
         base_model: str | None,
         token: str | None,
+        push: Target | None,
         overwrite: bool,
         on_progress: Callable[[int, int], None] | None,
         on_notice: Callable[[str], None] | None,
@@ -65,7 +70,7 @@ class Making:
             device, compute_dtype, held, workers, False, base_model, on_progress, on_notice, token
         )
         folder = OutputFolder(Path(out), overwrite=overwrite)
-        making = cls(options, settings, find_format(format), folder, grows)
+        making = cls(options, settings, find_format(format), folder, grows, push)
         making.folder.check()
         return making
 
@@ -112,4 +117,6 @@ class Making:
             make = work()
         run = craft(order, self.folder, self.settings, make, assemble)
         details |= conclude(run.results)
+        if pushed := push_output(self.folder.given, self.push, self.settings):
+            details["pushed"] = asdict(pushed)
         return report_of(order, self.settings, self.folder.given, run, describe, **details)

@@ -38,7 +38,7 @@ def place_of(out: PathLike | None, routes: Routes, refs: Sequence[str]) -> Path:
     """
     if routes.local:
         if out is None:
-            raise UsageError("OUT is missing.", hint="name a folder, or --push-to-hub REPO_ID --no-local")
+            raise UsageError("merge needs OUT, or --in-place, or --push-to-hub REPO_ID --no-local.")
         return Path(out)
     if routes.target is None:
         raise UsageError("--no-local goes with --push-to-hub.", hint="--push-to-hub REPO_ID")

@@ -30,6 +30,7 @@ from .made import run_verb
 )
 @options.factoring
 @options.adapters_out
+@options.pushing
 @options.select
 @options.writing
 @options.hub

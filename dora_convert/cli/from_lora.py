@@ -21,6 +21,7 @@ from .made import run_verb
 )
 @click.option("--split", is_flag=True, help="Leave what cannot be DoRA as LoRA in OUT/lora.")
 @options.adapters_out
+@options.pushing
 @options.compute
 @options.select
 @options.reading

@@ -92,4 +92,6 @@ def summary(report: dict[str, Any], *, every: bool) -> Iterator[str]:
     peak = report["peak_memory_bytes"]
     memory = f"peak memory {format_size(peak)}" if peak else "peak memory unknown"
     yield f"{format_size(report['bytes_written'])} in {report['seconds']:.1f} s, {memory}"
+    if pushed := report.get("pushed"):
+        yield f"pushed: {pushed['url']}"
     yield f"out: {report['out']}"

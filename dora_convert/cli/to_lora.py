@@ -14,6 +14,7 @@ from .made import run_verb
 @click.argument("refs", nargs=-1, metavar="[BASE] ADAPTER OUT", required=True)
 @options.factoring
 @options.adapters_out
+@options.pushing
 @options.select
 @options.reading
 @options.writing

@@ -18,6 +18,7 @@ from ..orders import Order, Result, goal_of
 from ..outgoing import Outgoing
 from ..pairs import Pair, Sorted, model_names, short_names, sort_pairs
 from ..planner import refuse_quantised
+from ..pushed import Target
 from ..refs import PathLike
 from ..settings import chosen
 from ..sizes import format_size
@@ -47,6 +48,10 @@ def extract(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     base_model: str | None = None,
+    push_to_hub: str | None = None,
+    private: bool = False,
+    create_pr: bool = False,
+    commit_message: str | None = None,
     token: str | None = None,
     dry_run: bool = False,
     overwrite: bool = False,
@@ -67,7 +72,7 @@ def extract(
     making = Making.begin(
         out, format=format, device=device, dtype=dtype, compute_dtype=compute_dtype, max_memory=max_memory, workers=workers,
         include=include, exclude=exclude, ignore_field=(), base_model=base_model, token=token,
-        overwrite=overwrite, on_progress=on_progress, on_notice=on_notice,
+        push=Target.parse(push_to_hub, private, create_pr, commit_message, token), overwrite=overwrite, on_progress=on_progress, on_notice=on_notice,
     )  # fmt: skip
     single = compute_dtype != "float64"
     return _run(

@@ -15,6 +15,7 @@ from ..making import Making
 from ..orders import Order, Placed, Result, place_changes
 from ..outgoing import Outgoing
 from ..plan import Plan
+from ..pushed import Target
 from ..refs import PathLike
 from ..settings import chosen
 from ..ties import is_embedding, is_head
@@ -42,6 +43,10 @@ def from_lora(
     exclude: Sequence[str] = (),
     ignore_field: Sequence[str] = (),
     base_model: str | None = None,
+    push_to_hub: str | None = None,
+    private: bool = False,
+    create_pr: bool = False,
+    commit_message: str | None = None,
     token: str | None = None,
     dry_run: bool = False,
     overwrite: bool = False,
@@ -60,7 +65,7 @@ def from_lora(
     making = Making.begin(
         out, format=format, device=device, dtype=dtype, compute_dtype=compute_dtype, max_memory=max_memory, workers=workers,
         include=include, exclude=exclude, ignore_field=ignore_field, base_model=base_model, token=token,
-        overwrite=overwrite, on_progress=on_progress, on_notice=on_notice,
+        push=Target.parse(push_to_hub, private, create_pr, commit_message, token), overwrite=overwrite, on_progress=on_progress, on_notice=on_notice,
     )  # fmt: skip
     checkpoint, adapter = making.open(base, lora, "from-lora")
     _refuse_dora(adapter)

@@ -12,7 +12,7 @@ from ..arrivals import bring_weights
 from ..checkpoint import RECEIPT, RECORD, Checkpoint
 from ..errors import DoraConvertError, UsageError
 from ..extras import need
-from ..gather import gather
+from ..gather import gather, refuse_swapped
 from ..heavy import without_collections
 from ..hub import fetch, wanted_of_adapter
 from ..page import check_page, write_page
@@ -90,6 +90,8 @@ def _gather(
 ) -> tuple[Plan, Checkpoint]:
     """What a merge would make, of what a receipt in MERGED says where the caller does not; and MERGED."""
     weights = parse_weights(weight, len(refs))
+    if base is not None:
+        refuse_swapped(base, refs, where, "verify")
     made = open_far("MERGED", settings.token, True, None, where, None)
     if noted := _recorded(made, refs, settings.token):
         options = replace(
