@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .adapters.made import MadeDryRun, MadeReport
+    from .checking.verified import OutputsReport, VerifyReport
     from .errors import (
         DoraConvertError,
         HubError,
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from .inspected import AdapterReport, CheckpointReport
-    from .made import MadeDryRun, MadeReport
     from .report import DryRunReport, MergeReport, PushReport, Recovered, UnmergeReport
     from .verbs.extract import extract
     from .verbs.from_lora import from_lora
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from .verbs.to_lora import to_lora
     from .verbs.unmerge import unmerge
     from .verbs.verify import verify
-    from .verified import OutputsReport, VerifyReport
 
 _MODULES = {
     "errors": (
@@ -45,7 +45,7 @@ _MODULES = {
         "UnsupportedError", "UsageError", "VerificationError",
     ),
     "inspected": ("AdapterReport", "CheckpointReport"),
-    "made": ("MadeDryRun", "MadeReport"),
+    "adapters.made": ("MadeDryRun", "MadeReport"),
     "report": ("DryRunReport", "MergeReport", "PushReport", "Recovered", "UnmergeReport"),
     "verbs.extract": ("extract",),
     "verbs.from_lora": ("from_lora",),
@@ -55,7 +55,7 @@ _MODULES = {
     "verbs.unmerge": ("unmerge",),
     "verbs.to_lora": ("to_lora",),
     "verbs.verify": ("verify",),
-    "verified": ("OutputsReport", "VerifyReport"),
+    "checking.verified": ("OutputsReport", "VerifyReport"),
 }  # fmt: skip
 """Where each public name is defined."""
 _OWNER = {name: module for module, names in _MODULES.items() for name in names}

@@ -16,7 +16,7 @@ from typing import Any
 import xxhash
 
 from . import __version__
-from .orders import Order
+from .adapters.orders import Order
 from .plan import Plan
 from .refs import Source
 from .stored import CONFIG_DTYPES

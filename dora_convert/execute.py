@@ -16,15 +16,15 @@ from functools import partial
 
 import torch
 
+from .checking.selfcheck import Checker, Verdict
 from .digests import Digest
-from .in_place import InPlace
 from .items import Item
 from .journal import Journal, Record
 from .lane import Lane
 from .make import make
 from .plan import Plan
 from .precision import Choice, exact_arithmetic
-from .selfcheck import Checker, Verdict
+from .reverse.in_place import InPlace
 from .stored import Reader, Stored
 from .undo import Part, Segment, Spool
 from .writer import Copy, ShardFiles

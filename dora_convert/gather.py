@@ -11,7 +11,7 @@ from pathlib import Path
 from .adapter import Adapter, open_adapter
 from .checkpoint import OF_TRAINING, Checkpoint, is_weight_file, open_checkpoint
 from .errors import RefError, UsageError
-from .hub import fetch, wanted_of_adapter, wanted_of_base
+from .hub.fetch import fetch, wanted_of_adapter, wanted_of_base
 from .refs import HubRef, local_path, parse_ref
 
 Notice = Callable[[str], None]

@@ -15,12 +15,12 @@ from .draft import describe
 from .errors import DoraConvertError, Fault, MalformedError, PlanError, RefError, UnsupportedError, UsageError
 from .formats import FORMATS
 from .gather import doubts
+from .hub.remote import ADAPTER, Look, look
 from .inspected import AdapterReport, CheckpointReport, Landing, Module
 from .json_files import read_json
 from .plan import Options, Plan
 from .planner import make_plan
 from .refs import Source, local_path, local_source
-from .remote import ADAPTER, Look, look
 from .updates import Decomposed, Delta, Full, LowRank, Rows, low_rank, tensors_of
 
 

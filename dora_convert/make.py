@@ -13,13 +13,13 @@ from . import maths
 from .digests import Digest
 from .errors import NumericalError
 from .items import Item
-from .keeping import Keeper
 from .lane import Lane
 from .memory import as_bytes
 from .operands import Operand
 from .plan import Plan
 from .precision import TORCH
-from .recover import Recovering
+from .reverse.keeping import Keeper
+from .reverse.recover import Recovering
 from .stored import BITS, Reader
 from .undo import Part, Spool
 from .writer import ShardFiles

@@ -14,14 +14,14 @@ from .extras import need
 from .folder import OutputFolder
 from .gather import Opener, doubts, gather
 from .heavy import without_collections
-from .in_place import InPlace, finished, refuse_lossy
+from .hub.remote import open_far
+from .hub.routes import Routes, place_of
 from .plan import Options, Plan
 from .planner import make_plan
-from .record import read_record
 from .refs import PathLike
-from .remote import open_far
 from .report import DryRunReport, MergeReport
-from .routes import Routes, place_of
+from .reverse.in_place import InPlace, finished, refuse_lossy
+from .reverse.record import read_record
 from .settings import Settings, parse_weights
 
 if TYPE_CHECKING:
@@ -114,8 +114,8 @@ def _carry_out(plan: Plan, folder: OutputFolder | InPlace, asked: Asked) -> Merg
     if asked.dry_run:
         return DryRunReport.of(plan, asked.settings, folder.given)
     with without_collections():
+        from .hub.traffic import traffic
         from .produce import produce
-        from .traffic import traffic
     if isinstance(folder, InPlace):
         return produce(plan, folder, asked.settings)
     with traffic(plan, asked.routes, asked.settings, folder) as hub, _examiner(plan, asked) as examine:
@@ -128,7 +128,7 @@ def _examiner(plan: Plan, asked: Asked) -> Iterator[Examine | None]:
     if not asked.verify_outputs:
         yield None
         return
-    from .outputs import prepared
+    from .outputs.comparison import prepared
 
     with prepared(plan, asked.settings, (), None) as comparison:
         yield comparison.against

@@ -7,23 +7,23 @@ from contextlib import closing
 from typing import Any
 
 from . import __version__, receipt, undo
-from .arrivals import absent
+from .checking.verified import OutputsReport
 from .checkpoint import RECEIPT, RECORD, Checkpoint, open_checkpoint
 from .checks import doubt_base, scan_adapter
 from .digests import sha256
 from .errors import Fault, VerificationError
 from .execute import Done, Run, kept_name
-from .in_place import InPlace
+from .hub.arrivals import absent
+from .hub.traffic import Traffic
 from .plan import Plan
 from .refs import local_source
-from .rehearsal import rehearse
 from .report import MergeReport
+from .reverse.in_place import InPlace
+from .reverse.rehearsal import rehearse
 from .running import Hashes, earlier, judge, run, run_key
 from .settings import Settings
 from .sidefiles import SideFile, base_files, card_of, originals, side_files, with_checks
-from .traffic import Traffic
 from .undo import Part, Spool
-from .verified import OutputsReport
 from .workspace import Folder, entered, settle
 
 Examine = Callable[[Checkpoint], OutputsReport]

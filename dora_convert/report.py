@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from typing_extensions import Self
 
 from . import __version__
+from .hub.pushed import Pushed
 from .plan import Plan
-from .pushed import Pushed
 from .settings import Settings
 from .sizes import peak_memory
 
 if TYPE_CHECKING:  # these import torch, which a dry run does without
+    from .checking.selfcheck import Verdict
     from .precision import Choice
-    from .selfcheck import Verdict
-    from .unmerging import Reversal
+    from .reverse.unmerging import Reversal
 
 SCHEMA = 1
 Finished = TypeVar("Finished", bound="MergeReport")

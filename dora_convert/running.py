@@ -6,17 +6,17 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 
 from . import undo
+from .checking.selfcheck import Checker, Verdict
 from .errors import Fault, VerificationError
 from .execute import Budget, Done, Progress, Run
-from .in_place import InPlace
+from .hub.traffic import Traffic
 from .journal import NAME as JOURNAL
 from .journal import Earlier, Journal, Record
 from .plan import Plan
 from .precision import Choice
-from .selfcheck import Checker, Verdict
+from .reverse.in_place import InPlace
 from .settings import Settings
 from .stored import Reader
-from .traffic import Traffic
 from .undo import Spool
 from .workspace import Folder, earlier_run, journal_key
 from .writer import ShardFiles

@@ -20,7 +20,7 @@ from .digests import sha256
 from .errors import Fault
 from .layout import index_bytes
 from .plan import Plan
-from .record import Record, not_as_written
+from .reverse.record import Record, not_as_written
 from .stored import open_file
 
 FROM_ADAPTER = (

@@ -13,10 +13,10 @@ from . import __version__
 from .checkpoint import RECORD, Checkpoint
 from .errors import NumericalError, OutputError, UsageError
 from .folder import OutputFolder
-from .in_place import InPlace
 from .journal import NAME as JOURNAL
 from .journal import Earlier, Record, read_journal
 from .precision import Choice, choose
+from .reverse.in_place import InPlace
 from .settings import Settings
 from .sizes import format_size
 

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dora_convert import factoring, factoring_dora, factoring_scales
-from dora_convert.factoring import Goal, relative_error, resize, truncated_svd
-from dora_convert.factoring_dora import extract_dora
+from dora_convert.adapters import factoring, factoring_dora, factoring_scales
+from dora_convert.adapters.factoring import Goal, relative_error, resize, truncated_svd
+from dora_convert.adapters.factoring_dora import extract_dora
 
 SHAPES = [(96, 40), (40, 96), (24, 40)]
 

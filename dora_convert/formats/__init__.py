@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ..adapter import Adapter, Change
-from ..outgoing import Files, Outgoing
+from ..adapters.outgoing import Files, Outgoing
 from ..refs import Source
 from . import peft
 

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..adapter import Adapter, Change
+from ..adapters.outgoing import Files, Outgoing
 from ..json_files import read_json
-from ..outgoing import Files, Outgoing
 from ..stored import Stored
 from ..updates import Decomposed, Delta, Full, LowRank, Rows, Start, low_rank
 from .peft_config import Config

@@ -8,17 +8,17 @@ from functools import partial
 from typing import Any
 
 from ..adapter import Change
+from ..adapters.made import MadeDryRun, MadeModule, MadeReport, share
+from ..adapters.making import Making
+from ..adapters.orders import Order, Result, goal_of
+from ..adapters.outgoing import Outgoing
+from ..adapters.pairs import Pair, Sorted, model_names, short_names, sort_pairs
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..errors import PlanError, UnsupportedError
 from ..heavy import without_collections
-from ..hub import fetch, wanted_of_base
-from ..made import MadeDryRun, MadeModule, MadeReport, share
-from ..making import Making
-from ..orders import Order, Result, goal_of
-from ..outgoing import Outgoing
-from ..pairs import Pair, Sorted, model_names, short_names, sort_pairs
+from ..hub.fetch import fetch, wanted_of_base
+from ..hub.pushed import Target
 from ..planner import refuse_quantised
-from ..pushed import Target
 from ..refs import PathLike
 from ..settings import chosen
 from ..sizes import format_size
@@ -123,7 +123,7 @@ def _open(making: Making, base: PathLike, tuned: PathLike) -> tuple[Checkpoint, 
 def _differing(base: Checkpoint, tuned: Checkpoint) -> Collection[str]:
     """What fine-tuning changed: both are read for it."""
     with without_collections():
-        from ..extraction import differing
+        from ..adapters.extraction import differing
     return differing(model_names(base), model_names(tuned))
 
 
@@ -185,7 +185,7 @@ def _order(
 def _work(
     making: Making, kind: str, goal: Mapping[str, Any], *, exact: bool, single: bool
 ) -> Callable[[Pair, Any], Any]:
-    from ..extraction import extract_module
+    from ..adapters.extraction import extract_module
 
     return partial(
         extract_module, kind=kind, goal=goal, exact=exact, single=single, dtype=making.options.dtype

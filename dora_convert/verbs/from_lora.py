@@ -8,14 +8,14 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from ..adapter import Adapter, Change
+from ..adapters.made import MadeDryRun, MadeModule, MadeReport, share
+from ..adapters.making import Making
+from ..adapters.orders import Order, Placed, Result, place_changes
+from ..adapters.outgoing import Outgoing
 from ..errors import Fault, UnsupportedError, UsageError
 from ..formats import Format
-from ..made import MadeDryRun, MadeModule, MadeReport, share
-from ..making import Making
-from ..orders import Order, Placed, Result, place_changes
-from ..outgoing import Outgoing
+from ..hub.pushed import Target
 from ..plan import Plan
-from ..pushed import Target
 from ..refs import PathLike
 from ..settings import chosen
 from ..ties import is_embedding, is_head
@@ -79,7 +79,7 @@ def from_lora(
 
 
 def _work(*, preserve: bool) -> Callable[[Placed, Any], Any]:
-    from ..magnitudes import magnitudes
+    from ..adapters.magnitudes import magnitudes
 
     return partial(magnitudes, preserve=preserve)
 

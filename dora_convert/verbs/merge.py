@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from ..hub.pushed import Target
+from ..hub.routes import Routes
 from ..merging import Asked, merge_beside, merge_in_place
-from ..pushed import Target
 from ..refs import PathLike, listed
 from ..report import DryRunReport, MergeReport
-from ..routes import Routes
 from ..settings import Settings, parse_options
 
 

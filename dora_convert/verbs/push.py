@@ -7,8 +7,8 @@ import shlex
 from collections.abc import Callable
 
 from ..errors import RefError
-from ..pushed import Target
-from ..pushing import Pushing
+from ..hub.pushed import Target
+from ..hub.pushing import Pushing
 from ..refs import PathLike
 from ..report import PushReport
 from ..settings import check_base_model

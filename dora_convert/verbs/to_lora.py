@@ -9,13 +9,13 @@ from functools import partial
 from typing import Any
 
 from ..adapter import Change
+from ..adapters.made import MadeDryRun, MadeModule, MadeReport, share
+from ..adapters.making import Making
+from ..adapters.orders import Order, Placed, Result, goal_of, place_changes
+from ..adapters.outgoing import Outgoing
+from ..hub.pushed import Target
 from ..items import Edit, Item
-from ..made import MadeDryRun, MadeModule, MadeReport, share
-from ..making import Making
-from ..orders import Order, Placed, Result, goal_of, place_changes
-from ..outgoing import Outgoing
 from ..plan import Plan
-from ..pushed import Target
 from ..refs import PathLike
 from ..ties import is_embedding, is_head
 from ..updates import Decomposed, Delta, LowRank, low_rank
@@ -148,7 +148,7 @@ def _order(plan: Plan, making: Making, found: _Sorted, goal: Mapping[str, Any], 
 def _work(
     goal: Mapping[str, Any], making: Making, found: _Sorted, *, exact: bool
 ) -> Callable[[Placed, Any], Any]:
-    from ..compress import compress
+    from ..adapters.compress import compress
 
     return partial(
         compress, goal=goal, exact=exact, single=found.single, dtype=making.options.dtype, shifts=found.shifts

@@ -13,16 +13,16 @@ from ..digests import xxh3
 from ..errors import UsageError
 from ..folder import new_folder
 from ..heavy import without_collections
-from ..hub import fetch, wanted_of_adapter, wanted_of_base
-from ..in_place import InPlace, finished, refuse_lossy
+from ..hub.fetch import fetch, wanted_of_adapter, wanted_of_base
 from ..plan import Options
-from ..record import Record, in_order, no_record, read_record
 from ..refs import PathLike, listed
-from ..removal import following, plan_removal, remaining_files
 from ..report import DryRunReport, UnmergeReport
+from ..reverse.in_place import InPlace, finished, refuse_lossy
+from ..reverse.record import Record, in_order, no_record, read_record
+from ..reverse.removal import following, plan_removal, remaining_files
+from ..reverse.unmerging import Reversal, plan_unmerge
 from ..settings import Settings, parse_options
 from ..sidefiles import SideFile, base_files, restored_files
-from ..unmerging import Reversal, plan_unmerge
 
 
 def unmerge(
@@ -69,7 +69,7 @@ def unmerge(
     if dry_run:
         return DryRunReport.of(reversal.plan, settings, place.given, "unmerge")
     with without_collections():
-        from ..restoring import restore
+        from ..reverse.restoring import restore
     if reversal.places:
         return restore(reversal, files, place, settings, partial(following, reversal, record))
     return restore(reversal, files, place, settings)

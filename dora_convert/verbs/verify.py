@@ -8,24 +8,24 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ..arrivals import bring_weights
+from ..checking.page import check_page, write_page
+from ..checking.verified import OutputsReport, VerifyReport
 from ..checkpoint import RECEIPT, RECORD, Checkpoint
 from ..errors import DoraConvertError, UsageError
 from ..extras import need
 from ..gather import gather, refuse_swapped
 from ..heavy import without_collections
-from ..hub import fetch, wanted_of_adapter
-from ..page import check_page, write_page
+from ..hub.arrivals import bring_weights
+from ..hub.fetch import fetch, wanted_of_adapter
+from ..hub.remote import open_far
+from ..outputs.prompts import gather_prompts
 from ..plan import Options, Plan
 from ..planner import make_plan
-from ..prompts import gather_prompts
 from ..refs import PathLike, listed
-from ..remote import open_far
 from ..settings import MAX_MEMORY, Settings, chosen, parse_options, parse_weights
-from ..verified import OutputsReport, VerifyReport
 
 if TYPE_CHECKING:
-    from ..recorded import Recorded
+    from ..checking.recorded import Recorded
 
 LEVELS = "weights", "outputs"
 
@@ -144,7 +144,7 @@ def _recorded(made: Checkpoint, refs: Sequence[str], token: str | None) -> Recor
     except DoraConvertError:
         return None
     with without_collections():
-        from ..recorded import read_recorded
+        from ..checking.recorded import read_recorded
     return read_recorded(folder, paths)
 
 
@@ -157,10 +157,10 @@ def _compared(
 ) -> VerifyReport | OutputsReport:
     """Weights compared; or what models say, where `running` holds prompts and a limit of memory."""
     with without_collections():
-        from ..verification import verify_weights
+        from ..checking.verification import verify_weights
 
         if running:
-            from ..outputs import prepared
+            from ..outputs.comparison import prepared
     if not running:
         return verify_weights(plan, made, settings, samples)
     with prepared(plan, settings, *running) as comparison:

@@ -1,0 +1,60 @@
+"""What a push is asked for, and what comes of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ..errors import UsageError
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where an upload goes, and how."""
+
+    repo: str
+    private: bool = False
+    create_pr: bool = False
+    message: str | None = None
+    token: str | None = field(default=None, repr=False)
+
+    @classmethod
+    def parse(
+        cls,
+        repo: str | None,
+        private: bool,  # noqa: FBT001 - in the order of the command line
+        create_pr: bool,  # noqa: FBT001
+        commit_message: str | None,
+        token: str | None,
+    ) -> Target | None:
+        """The target that a verb's options name; None without --push-to-hub, and then the others make no sense."""
+        if repo is not None:
+            return cls(repo, private, create_pr, commit_message, token)
+        for option, given in (
+            ("--private", private),
+            ("--create-pr", create_pr),
+            ("--commit-message", commit_message),
+        ):
+            if given:
+                raise UsageError(f"{option} goes with --push-to-hub.", hint="--push-to-hub REPO_ID")
+        return None
+
+
+@dataclass(frozen=True)
+class Sent:
+    """One file of the commit: its path in the repo, bytes, and whether it is new there."""
+
+    path: str
+    bytes: int
+    state: str  # uploaded | unchanged
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pushed:
+    """What came of an upload; `commit` is the repo's head where nothing was new."""
+
+    repo: str
+    url: str
+    commit: str
+    files: tuple[Sent, ...]
+    deleted: tuple[str, ...]
+    bytes_uploaded: int

@@ -1,0 +1,167 @@
+"""What comes from the Hub and goes to it while a merge runs: inputs before they are read, shards when they are made."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..checkpoint import RECORD, list_files
+from ..folder import LOCK, OutputFolder
+from ..journal import NAME as JOURNAL
+from ..journal import UPLOADS, read_journal
+from ..plan import Plan
+from ..refs import HubRef, Source
+from ..settings import Settings
+from ..stored import Reader
+from ..undo import SPOOL
+from ..writer import ShardFiles
+from .answers import explained, without_bars
+from .arrivals import PLACES, Arrivals, absent
+from .fetch import download, hashes_of
+from .pushed import Pushed
+from .routes import INCOMING, Routes
+from .sending import Shards, commit, is_large
+from .upload import Upload
+
+NOT_OF_OUT = {LOCK, *(f"{RECORD}/{name}" for name in (JOURNAL, UPLOADS, SPOOL))}
+"""Files of OUT.partial that OUT does not have."""
+
+
+class Traffic:
+    """One merge's inputs and outputs, on their ways."""
+
+    def __init__(self, upload: Upload | None, arrivals: Arrivals | None, *, local: bool) -> None:
+        self._upload, self._arrivals, self.local = upload, arrivals, local
+        self._shards: Shards | None = None
+        self._files: ShardFiles
+        self._folder: Path
+
+    def enter(self, folder: Path) -> None:
+        """Begin with OUT.partial, or go on from where an earlier run was cut off."""
+        self._folder = folder
+        if self._upload:
+            self._upload.remember(folder / RECORD / UPLOADS, by_name=not self.local)
+            self._shards = Shards(self._upload, folder, self._sent)
+
+    def most(self, plan: Plan) -> int:
+        """Bytes that the outputs take on the disk at a time."""
+        largest = max(sum(item.nbytes for item in shard.items) for shard in plan.shards)
+        return plan.bytes_out if self.local else min(plan.bytes_out, PLACES * largest)
+
+    def stop(self) -> None:
+        """Nothing more will be read."""
+        if self._arrivals:
+            self._arrivals.close()
+
+    def reader(self) -> Reader:
+        """Reads inputs once they are here."""
+        reader = Reader(self._arrivals.need if self._arrivals else None)
+        if self._arrivals:
+            self._arrivals.attach(reader.forget)
+        return reader
+
+    def attach(self, files: ShardFiles) -> None:
+        """The shards that are being made."""
+        self._files = files
+
+    def made(self, shard: str) -> None:
+        """A shard is finished and checked."""
+        if self._arrivals:
+            self._arrivals.done(shard)
+        if self._shards:
+            self._shards.add(shard)
+
+    def _sent(self, shard: str) -> None:
+        if not self.local:
+            self._files.hollow(shard)
+            if self._arrivals:
+                self._arrivals.gone(shard)
+
+    def settle(self) -> None:
+        """Wait for all shards to be up: their files may be closed then."""
+        if self._shards:
+            self._shards.wait()
+
+    def finish(self, readme: bytes, message: str) -> Pushed | None:
+        """Upload what is not up yet and commit everything that OUT will hold."""
+        shutil.rmtree(self._folder / RECORD / INCOMING, ignore_errors=True)
+        if not self._upload:
+            return None
+        names = [name for name in list_files(self._folder) if name not in NOT_OF_OUT]
+        for name in names:
+            path = self._folder / name
+            if is_large(name, path.stat().st_size) and not self._upload.has(name):
+                self._upload.send(name, path)
+        return commit(self._upload, self._folder, names, readme, message)
+
+    def close(self) -> None:
+        """Stop; what is up stays known to the same command."""
+        if self._shards:
+            self._shards.abandon()
+        if self._arrivals:
+            self._arrivals.close()
+        if self._upload:
+            self._upload.close()
+
+
+@contextmanager
+def traffic(plan: Plan, routes: Routes, settings: Settings, folder: OutputFolder) -> Iterator[Traffic | None]:
+    """What a merge has to do with the Hub while it runs; None where that is nothing."""
+    upload = None
+    if routes.target:
+        upload = Upload(routes.target, settings.notify)
+        upload.open()
+        if not routes.local:
+            _refuse_orphans(folder, upload)
+    far = absent(plan.base)
+    arrivals = None
+    if far or not routes.local:
+        bring = _Bring(plan.base.source, settings, routes.weights(folder)) if far else None
+        places = None if routes.local and routes.cache else PLACES
+        arrivals = Arrivals(plan, bring, keep=routes.cache, places=places, outputs=not routes.local)
+    if not (upload or arrivals):
+        yield None
+        return
+    made = Traffic(upload, arrivals, local=routes.local)
+    try:
+        with without_bars():
+            yield made
+    finally:
+        made.close()
+
+
+def _refuse_orphans(folder: OutputFolder, upload: Upload) -> None:
+    """Start over where nothing tells which shards are up: those here may be hollow."""
+    known = read_journal(folder.record / UPLOADS)
+    if not known or known.key != upload.key:
+        (folder.record / JOURNAL).unlink(missing_ok=True)
+
+
+class _Bring:
+    """Downloads files of the base."""
+
+    def __init__(self, source: Source, settings: Settings, folder: Path | None) -> None:
+        self._source, self._settings, self._folder = source, settings, folder
+        self._hashes: dict[str, str] | None = None
+
+    def __call__(self, path: Path) -> None:
+        source, ref = (
+            self._source,
+            HubRef(str(self._source.repo), self._source.commit, self._source.subfolder),
+        )
+        name = f"{source.subfolder}/{path.name}" if source.subfolder else path.name
+        token = self._settings.token
+        with explained(ref, "BASE"):
+            if self._hashes is None:
+                self._hashes = hashes_of(ref.repo, str(source.commit), token)
+            self._settings.notify(f"downloading {path.name}")
+            folder = self._top(self._folder) if self._folder else None
+            download(ref.repo, name, str(source.commit), token, folder, self._hashes.get(name, ""))
+
+    def _top(self, folder: Path) -> Path:
+        """Downloads keep the repo's folders below this one."""
+        for _ in filter(None, self._source.subfolder.split("/")):
+            folder = folder.parent
+        return folder
