@@ -6,7 +6,7 @@ import shutil
 import threading
 
 import pytest
-from dora_convert.hub.fetch.arrivals import Arrivals
+from dora_convert.hub.arrivals import Arrivals
 
 from dora_convert.adapter import open_adapter
 from dora_convert.checkpoint import open_checkpoint
