@@ -13,6 +13,7 @@ from .stored import BITS, Stored
 from .undo import Part, Segment
 from .writer import Copy
 
+VERDICT = {"checked": int, "wrong": int, "max_ulp": int, "rounding": float, "change": float}
 HASH = Either(str, None)
 ENTERED = Either(
     {"copied": (str, count, count)},
@@ -21,9 +22,7 @@ ENTERED = Either(
         "hashes": (HASH, str, HASH),
         "parts": [(str, frozenset(BITS), [count], [(count, count)])],
         "ambiguous": count,
-        "verdict": Either(
-            None, {"checked": int, "wrong": int, "max_ulp": int, "rounding": float, "change": float}
-        ),
+        "verdict": Either(VERDICT, None),
     },
 )
 """What a journal's records are like."""
@@ -67,7 +66,7 @@ class Progress:
                 )
                 if wrong := [part.name for part in parts if not part.whole]:
                     raise MalformedError(f"The journal has too much or too little of {wrong[0]}.")
-                verdict = Verdict(**record["verdict"]) if record["verdict"] else None
+                verdict = _verdict(record["verdict"])
                 base_hash, written_hash, proof = record["hashes"]
                 done = Done(base_hash, written_hash, proof, parts, verdict, record["ambiguous"])
                 progress.done[record["made"]] = done
@@ -77,6 +76,10 @@ class Progress:
     def spooled(self) -> int:
         """How much of the spool they use."""
         return max((part.end for done in self.done.values() for part in done.parts), default=0)
+
+
+def _verdict(found: Record | None) -> Verdict | None:
+    return Verdict(**{name: found[name] for name in VERDICT}) if found else None
 
 
 def kept_name(tensor: Stored) -> str:

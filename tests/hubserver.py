@@ -12,13 +12,13 @@ import hashlib
 import json
 import os
 import re
-import subprocess
-import sys
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from .spawner import Process
 
 COMMIT = {"main": "a" * 40, "v2": "b" * 40}
 """What a repo's revisions stand for until something is committed to it."""
@@ -345,15 +345,14 @@ ROUTES = [
 
 def run(hub, home, *words, **environment):
     """The command in a process of its own: huggingface_hub reads its environment once."""
-    done = subprocess.run(
-        command(*words), check=False, capture_output=True, text=True, env=settings(hub, home, **environment)
-    )
-    assert "Traceback" not in done.stderr
+    done = start(hub, home, *words, **environment).wait()
+    assert "Traceback" not in done.stderr, done.stderr
     return done
 
 
-def command(*words):
-    return [sys.executable, "-m", "dora_convert", *map(str, words)]
+def start(hub, home, *words, **environment):
+    """The same, while it runs."""
+    return Process([str(word) for word in words], settings(hub, home, **environment))
 
 
 def settings(hub, home, **environment):
