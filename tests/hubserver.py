@@ -78,7 +78,7 @@ class Hub(ThreadingHTTPServer):
         self.sent: list[tuple[str, int]] = []
         self.taken: set[str] = set()
         self.lock = threading.Lock()
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
     @property
     def url(self):
@@ -112,6 +112,7 @@ class Handler(BaseHTTPRequestHandler):
     """One connection; routes are named after what huggingface_hub calls them."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or each answer's body waits 40 ms for its head's acknowledgement
     server: Hub
 
     def log_message(self, *_):

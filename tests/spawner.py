@@ -7,8 +7,10 @@ reads requests as lines of JSON, and answers each with a line, a process id or a
 from __future__ import annotations
 
 import atexit
+import importlib
 import json
 import os
+import pkgutil
 import signal
 import subprocess
 import sys
@@ -66,11 +68,12 @@ def _spawner() -> tuple[subprocess.Popen[str], threading.Lock]:
 
 def _serve() -> None:
     """Answer requests until there are none; whoever asks is gone then."""
-    import dora_convert.cli
-    import dora_convert.heavy
-    import dora_convert.produce
-    import dora_convert.reverse.restoring  # noqa: F401
+    import dora_convert
 
+    for module in pkgutil.walk_packages(dora_convert.__path__, "dora_convert."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    assert "huggingface_hub" not in sys.modules, "it reads the environment, which is the child's"
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:
