@@ -511,5 +511,5 @@ def test_from_here_to_the_hub_alone(hub, merge, made, tmp_path):
     assert "goes with --push-to-hub" in merge("--no-local").stderr
     with pytest.raises(dora_convert.UsageError, match="there is no OUT"):
         dora_convert.merge(made / "base", made / "adapter", tmp_path / "x", push_to_hub="me/m", no_local=True)
-    with pytest.raises(dora_convert.UsageError, match="OUT is missing"):
+    with pytest.raises(dora_convert.UsageError, match="needs OUT"):
         dora_convert.merge(made / "base", made / "adapter", None)
