@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 import dora_convert
 
 from .hubserver import Hub, command, run, settings
-from .toy import contents, edit_json, make_adapter, make_base
+from .toy import Base, contents, edit_json, make_adapter, make_base
 
 BASE_CARD = (
     "---\nlicense: apache-2.0\nlanguage:\n- en\n- de\npipeline_tag: text-generation\n---\n# the base\n"
@@ -513,3 +513,17 @@ def test_from_here_to_the_hub_alone(hub, merge, made, tmp_path):
         dora_convert.merge(made / "base", made / "adapter", tmp_path / "x", push_to_hub="me/m", no_local=True)
     with pytest.raises(dora_convert.UsageError, match="needs OUT"):
         dora_convert.merge(made / "base", made / "adapter", None)
+
+
+def test_layers_left_out(hub, tmp_path):
+    """Where nothing stays, a base's file waits for the record to hold what an output leaves out; each comes once."""
+    base = make_base(tmp_path / "base", shards=3, layers=3)
+    two = Base(base.path, {name: tensor for name, tensor in base.tensors.items() if ".2." not in name})
+    adapter = make_adapter(tmp_path / "adapter", two, dora=True, layer_replication=[[0, 1], [0, 1]])
+    hub.repos |= {"org/base": base.path}
+    words = ("org/base", adapter, tmp_path / "out", "--no-cache", "--undo", "exact", "--workers", "1")
+    done = run(hub, tmp_path / "home", "merge", *words)
+    assert done.returncode == 0, done.stderr
+    assert [hub.seen(f"GET /org/base/resolve/.*{shard}") for shard in SHARDS] == [2, 2, 2]  # header, file
+    dora_convert.unmerge(tmp_path / "out", adapter, tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(base.path)
