@@ -231,9 +231,10 @@ def _sharded(root: Path, table: Mapping[str, str], notes: list[str]) -> tuple[Sh
 
 
 def assemble(
-    where: str, headers: Mapping[str, Header], table: Mapping[str, str], notes: list[str]
+    where: str, headers: Mapping[str, Header], index: Mapping[str, str] | None, notes: list[str]
 ) -> tuple[Shard, ...]:
-    """Headers by file name as shards; MalformedError where the index is wrong about them."""
+    """Headers by file name as shards; MalformedError where the index, if there is one, is wrong about them."""
+    table = index or {}
     absent = [
         Fault(name, f"not in {file}") for name, file in table.items() if name not in headers[file].tensors
     ]
@@ -245,7 +246,7 @@ def assemble(
         notes += [
             f"{name} is in {filename} but not in the index; it is kept"
             for name in unlisted
-            if name not in table
+            if index is not None and name not in table
         ]
     return tuple(_owned(filename, header, owner) for filename, header in headers.items())
 

@@ -144,21 +144,25 @@ class Run:
         self._skipped = self.plan.bytes_out - sum(
             [*(copy.length for copy in copies), *(item.nbytes for item in items)]
         )
-        self._waiting.update([*(copy.shard for copy in copies), *map(self.shards.shard_of, items)])
+        jobs = self._jobs(copies, items)
+        self._waiting.update(shard for shard, _ in jobs)
         for shard in self.plan.shards:
             if not self._waiting[shard.filename]:
                 self._finish(shard.filename)
-        tasks = self._jobs(copies, items) + [partial(self._keep, tensor) for tensor in self._unkept()]
-        self._crew.run(workers, tasks, self.on_stop)
+        self._crew.run(workers, [job for _, job in jobs], self.on_stop)
 
-    def _jobs(self, copies: Sequence[Copy], items: Sequence[Item]) -> list[Callable[[Lane], None]]:
-        """Copies first; where somebody waits for shards, one shard after the other."""
+    def _jobs(
+        self, copies: Sequence[Copy], items: Sequence[Item]
+    ) -> list[tuple[str, Callable[[Lane], None]]]:
+        """What is to be done and for which shard, copies first; where somebody waits for shards, one after the other."""
         jobs = [(copy.shard, partial(self._copy, copy)) for copy in copies]
         jobs += [(self.shards.shard_of(item), partial(self._make, item)) for item in items]
+        unkept = [tensor for tensor in self.plan.lost if kept_name(tensor) not in self.progress.done]
+        jobs += [(self.plan.lost_with[tensor.name], partial(self._keep, tensor)) for tensor in unkept]
         if self.on_shard:
             place = {shard.filename: number for number, shard in enumerate(self.plan.shards)}
             jobs.sort(key=lambda job: place[job[0]])
-        return [job for _, job in jobs]
+        return jobs
 
     def _finished(self, item: Item) -> bool:
         done = self.progress.done.get(item.name)
@@ -196,13 +200,8 @@ class Run:
         if ready and self.on_shard:
             self.on_shard(shard)
 
-    def _unkept(self) -> list[Stored]:
-        """The base's tensors of which nothing is in the output, as far as they are not in the record yet."""
-        lost = () if self.plan.options.undo == "none" else self.plan.lost
-        return [tensor for tensor in lost if kept_name(tensor) not in self.progress.done]
-
     def _keep(self, tensor: Stored, lane: Lane) -> None:  # noqa: ARG002 - needs none
-        """Bring a whole tensor of the base into the record."""
+        """Bring a whole tensor of the base into the record; its shard is not ready before, so that its file is here."""
         digest, segments = Digest(proof=self.plan.options.exact), []
         for start in range(0, tensor.nbytes, KEEP_BYTES):
             chunk = memoryview(bytearray(min(KEEP_BYTES, tensor.nbytes - start)))
@@ -214,6 +213,7 @@ class Run:
         part = Part(name, tensor.dtype, tensor.shape, tuple(segments))
         self.progress.done[name] = done = Done(digest.fast, digest.fast, digest.proof, (part,))
         self.journal.add(done_record(name, done), [self.spool.descriptor])
+        self._finish(self.plan.lost_with[tensor.name])
 
     def advance(self, nbytes: int) -> None:
         """Count bytes written, and stop here if another worker has failed."""

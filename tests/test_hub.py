@@ -254,3 +254,15 @@ def test_verify(hub, tmp_path):
     sizes = [size for name, size in hub.sent if name.startswith("org/other/model-")]
     assert len(sizes) == 2
     assert sum(sizes) < 3000
+
+
+def test_a_single_file_needs_no_index(hub, tmp_path):
+    """Of a base that is one file on the Hub nothing is said about an index; its merge has the local one's bytes."""
+    base = make_base(tmp_path / "single", shards=1)
+    hub.repos["org/single"] = base.path
+    done = merge(hub, tmp_path, "org/single", "me/adapter", tmp_path / "out", "--json")
+    assert done.returncode == 0, done.stderr
+    assert "index" not in done.stdout + done.stderr
+    assert merge(hub, tmp_path, base.path, "me/adapter", tmp_path / "local").returncode == 0
+    weights = "model.safetensors"
+    assert (tmp_path / "out" / weights).read_bytes() == (tmp_path / "local" / weights).read_bytes()
