@@ -155,7 +155,9 @@ class Run:
         self, copies: Sequence[Copy], items: Sequence[Item]
     ) -> list[tuple[str, Callable[[Lane], None]]]:
         """What is to be done and for which shard, copies first; where somebody waits for shards, one after the other."""
-        jobs = [(copy.shard, partial(self._copy, copy)) for copy in copies]
+        jobs: list[tuple[str, Callable[[Lane], None]]] = [
+            (copy.shard, partial(self._copy, copy)) for copy in copies
+        ]
         jobs += [(self.shards.shard_of(item), partial(self._make, item)) for item in items]
         unkept = [tensor for tensor in self.plan.lost if kept_name(tensor) not in self.progress.done]
         jobs += [(self.plan.lost_with[tensor.name], partial(self._keep, tensor)) for tensor in unkept]
