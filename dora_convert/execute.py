@@ -11,22 +11,23 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 
-from .checking.selfcheck import Checker, Verdict
+from .checking.selfcheck import Checker
 from .digests import Digest
 from .items import Item
-from .journal import Journal, Record
+from .journal import Journal
 from .lane import Lane
 from .make import make
 from .plan import Plan
 from .precision import Choice, exact_arithmetic
+from .progress import Done, Progress, copy_record, done_record, kept_name
 from .reverse.in_place import InPlace
 from .stored import Reader, Stored
-from .undo import Part, Segment, Spool
+from .undo import Part, Spool
 from .writer import Copy, ShardFiles
 
 KEEP_BYTES = 1 << 20
@@ -57,81 +58,12 @@ class Budget:
                 self._changed.notify_all()
 
 
-@dataclass(frozen=True)
-class Done:
-    """What is known of a tensor once it is written: hashes of its old and new bytes, undo parts, the self-check."""
-
-    base_hash: str | None
-    """xxh3-128 of what was read: the base's bytes, or the merged ones where those are recovered."""
-    written_hash: str
-    """xxh3-128."""
-    proof: str | None
-    """sha256 of the base's bytes, read or recovered, where it was asked for."""
-    parts: tuple[Part, ...] = ()
-    verdict: Verdict | None = None
-    ambiguous: int = 0
-    """Elements of a recovered tensor that several values of the base would have been merged to."""
-
-
-@dataclass
-class Progress:
-    """What is finished so far, by this run and by one that it continues."""
-
-    done: dict[str, Done] = field(default_factory=dict)
-    copied: set[tuple[str, int, int]] = field(default_factory=set)
-
-    @classmethod
-    def of(cls, records: Iterable[Record]) -> Progress:
-        """Read back what `copy_record` and `done_record` have written."""
-        progress = cls()
-        for record in records:
-            if "copied" in record:
-                shard, target, length = record["copied"]
-                progress.copied.add((shard, target, length))
-            else:
-                parts = tuple(
-                    Part(name, dtype, tuple(shape), tuple(Segment(*segment) for segment in segments))
-                    for name, dtype, shape, segments in record["parts"]
-                )
-                verdict = Verdict(**record["verdict"]) if record["verdict"] else None
-                base_hash, written_hash, proof = record["hashes"]
-                done = Done(base_hash, written_hash, proof, parts, verdict, record["ambiguous"])
-                progress.done[record["made"]] = done
-        return progress
-
-    @property
-    def spooled(self) -> int:
-        """How much of the spool they use."""
-        return max((part.end for done in self.done.values() for part in done.parts), default=0)
-
-
 def raise_first(futures: Iterable[Future[None]]) -> None:
     """Raise what went wrong in the first future that failed by itself."""
     for future in futures:
         error = future.exception()
         if error and not isinstance(error, StoppedError):
             raise error
-
-
-def kept_name(tensor: Stored) -> str:
-    """What the record calls a tensor of the base that it holds whole."""
-    return f"whole/{tensor.name}"
-
-
-def copy_record(copy: Copy) -> Record:
-    """A finished copy as a line of the journal."""
-    return {"copied": copy[2:]}
-
-
-def done_record(name: str, done: Done) -> Record:
-    """A finished tensor as a line of the journal."""
-    return {
-        "made": name,
-        "hashes": [done.base_hash, done.written_hash, done.proof],
-        "parts": done.parts,
-        "ambiguous": done.ambiguous,
-        "verdict": asdict(done.verdict) if done.verdict else None,
-    }
 
 
 class Crew:
@@ -223,7 +155,8 @@ class Run:
         self, copies: Sequence[Copy], items: Sequence[Item]
     ) -> list[tuple[str, Callable[[Lane], None]]]:
         """What is to be done and for which shard, copies first; where somebody waits for shards, one after the other."""
-        jobs = [(copy.shard, partial(self._copy, copy)) for copy in copies]
+        jobs: list[tuple[str, Callable[[Lane], None]]] = []
+        jobs += [(copy.shard, partial(self._copy, copy)) for copy in copies]
         jobs += [(self.shards.shard_of(item), partial(self._make, item)) for item in items]
         unkept = [tensor for tensor in self.plan.lost if kept_name(tensor) not in self.progress.done]
         jobs += [(self.plan.lost_with[tensor.name], partial(self._keep, tensor)) for tensor in unkept]

@@ -22,7 +22,10 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; MalformedError when it is anything else."""
     try:
         with open_file(path) as file:
-            value = json.loads(file.read().decode("utf-8-sig"))
+            text = file.read().decode("utf-8-sig")
+        value = json.loads(text)
+        if "\\u" in text:  # half a surrogate pair is no character, and cannot be written again
+            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise MalformedError(f"{path} cannot be read as JSON ({error}).") from error
     if not isinstance(value, dict):

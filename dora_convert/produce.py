@@ -12,10 +12,11 @@ from .checkpoint import RECEIPT, RECORD, Checkpoint, open_checkpoint
 from .checks import doubt_base, scan_adapter
 from .digests import sha256
 from .errors import Fault, VerificationError
-from .execute import Done, Run, kept_name
+from .execute import Run
 from .hub.arrivals import absent
 from .hub.traffic import Traffic
 from .plan import Plan
+from .progress import Done, kept_name
 from .refs import local_source
 from .report import MergeReport
 from .reverse.in_place import InPlace

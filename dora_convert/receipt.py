@@ -12,11 +12,11 @@ from typing import Any
 import xxhash
 
 from . import __version__
-from .execute import Done, kept_name
 from .items import Item
 from .layout import converted
 from .plan import Plan
 from .precision import Choice
+from .progress import Done, kept_name
 from .refs import Source
 from .sidefiles import SideFile
 

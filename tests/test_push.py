@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 
 import pytest
 from huggingface_hub import ModelCard
 
 import dora_convert
 
-from .hubserver import Hub, command, run, settings
+from .hubserver import Hub, run, start
 from .toy import Base, contents, edit_json, make_adapter, make_base
 
 BASE_CARD = (
@@ -129,9 +128,7 @@ def test_dry_run(hub, push, merged):
 def killed(hub, tmp_path, pattern, *words):
     """Run a command and kill it while the server holds a request that matches."""
     fault = hub.fail(pattern, hold=True)
-    process = subprocess.Popen(
-        command(*words), env=settings(hub, tmp_path / "home"), stderr=subprocess.DEVNULL
-    )
+    process = start(hub, tmp_path / "home", *words)
     assert fault.reached.wait(60)
     process.kill()
     process.wait()
@@ -511,7 +508,7 @@ def test_from_here_to_the_hub_alone(hub, merge, made, tmp_path):
     assert "goes with --push-to-hub" in merge("--no-local").stderr
     with pytest.raises(dora_convert.UsageError, match="there is no OUT"):
         dora_convert.merge(made / "base", made / "adapter", tmp_path / "x", push_to_hub="me/m", no_local=True)
-    with pytest.raises(dora_convert.UsageError, match="needs OUT"):
+    with pytest.raises(dora_convert.UsageError, match="merge needs OUT"):
         dora_convert.merge(made / "base", made / "adapter", None)
 
 
