@@ -13,7 +13,7 @@ TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
 
 ORDER = [
     "errors", "adapters/__init__", "checking/__init__", "hub/__init__", "outputs/__init__",
-    "reverse/__init__", "sizes", "stored", "json_files", "pickled", "refs", "updates", "blocks", "items",
+    "reverse/__init__", "sizes", "stored", "json_files", "pickled", "refs", "reverse/refusals", "updates", "blocks", "items",
     "checkpoint", "ties", "adapter", "adapters/outgoing", "formats/peft_fields", "formats/peft_types",
     "formats/peft_config", "formats/peft_modules", "formats/peft_names", "formats/peft_save", "formats/peft",
     "formats/__init__", "names", "placing", "plan", "layout", "replicas", "configs", "draft", "planner",
