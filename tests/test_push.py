@@ -524,3 +524,26 @@ def test_layers_left_out(hub, tmp_path):
     assert [hub.seen(f"GET /org/base/resolve/.*{shard}") for shard in SHARDS] == [2, 2, 2]  # header, file
     dora_convert.unmerge(tmp_path / "out", adapter, tmp_path / "again")
     assert contents(tmp_path / "again") == contents(base.path)
+
+
+def test_unmerge_what_was_pushed(hub, far, made, tmp_path):
+    """A dry run of unmerge reads headers only and names no file; the base comes back bit for bit from the repo."""
+    assert run(hub, tmp_path / "home", *far, "--undo", "exact").returncode == 0
+    hub.requests.clear()
+    words = ("unmerge", "me/merged", "me/adapter", tmp_path / "again")
+    done = run(hub, tmp_path / "other", *words, "--dry-run", "-q")
+    assert done.returncode == 0, done.stderr
+    assert [hub.seen(f"GET .*{shard}") for shard in SHARDS] == [1, 1, 1]
+    assert not any("model-0000" in path.name for path in (tmp_path / "other").rglob("*"))
+    done = run(hub, tmp_path / "other", *words, "--base", "org/base", "--json")
+    assert done.returncode == 0, done.stderr
+    assert "--base is not read" in done.stderr
+    assert contents(tmp_path / "again") == contents(made / "base")
+    assert [hub.seen(f"GET /org/base/.*{shard}") for shard in SHARDS] == [1, 1, 1]  # headers
+
+
+def test_dry_run_of_hub_to_hub(hub, far, tmp_path):
+    """It names the repo that the output would go to, and does not create it."""
+    done = run(hub, tmp_path / "home", *far, "--dry-run", "-q")
+    assert (done.returncode, done.stdout) == (0, "me/merged\n"), done.stderr
+    assert hub.created == []
