@@ -11,13 +11,13 @@ import sys
 import pytest
 import torch
 import transformers
-from dora_convert.outputs.halfulp import half_ulp
-from dora_convert.outputs.models import Loader
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import dora_convert
 from dora_convert.errors import DoraConvertError, UsageError
+from dora_convert.outputs.halfulp import half_ulp
+from dora_convert.outputs.models import Loader
 
 from . import toy
 from .test_cli import run  # noqa: F401 - a fixture
