@@ -547,3 +547,15 @@ def test_dry_run_of_hub_to_hub(hub, far, tmp_path):
     done = run(hub, tmp_path / "home", *far, "--dry-run", "-q")
     assert (done.returncode, done.stdout) == (0, "me/merged\n"), done.stderr
     assert hub.created == []
+
+
+def test_card_of_a_single_file(hub, tmp_path):
+    """A base that is one file: the repo's card has the base's id, which OUT's files do not say, and the checks."""
+    base = make_base(tmp_path / "base", shards=1)
+    adapter = make_adapter(tmp_path / "adapter", base, dora=True)
+    words = (base.path / "model.safetensors", adapter, tmp_path / "out", "--base-model", "org/base")
+    done = run(hub, tmp_path / "home", "merge", *words, "--push-to-hub", "me/merged")
+    assert done.returncode == 0, done.stderr
+    card = ModelCard(contents(hub.repos["me/merged"])["README.md"].decode())
+    assert card.data.base_model == "org/base"
+    assert "| wrong | 0 |" in card.text
