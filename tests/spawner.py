@@ -33,9 +33,9 @@ class Process:
         self._words = words
         self.pid = _ask({"words": words, "environment": dict(environment), "to": places, "patient": patient})
 
-    def kill(self) -> None:
-        """As the kernel does when memory runs out."""
-        os.kill(self.pid, signal.SIGKILL)
+    def send_signal(self, number: signal.Signals) -> None:
+        """Ctrl-C, or as the kernel kills when memory runs out."""
+        os.kill(self.pid, number)
 
     def wait(self) -> subprocess.CompletedProcess[str]:
         """Its exit code and what it has said, once it is over."""

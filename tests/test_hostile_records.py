@@ -49,7 +49,7 @@ def test_receipts_name_files_inside(tmp_path, merged, adapter, field, name):
     (tmp_path / "models/outside").write_text("somebody's")
     before = contents(tmp_path)
     for options in ({"out": tmp_path / "again"}, {"in_place": True}):
-        with pytest.raises(MalformedError, match="has no such"):
+        with pytest.raises(MalformedError, match=r"has no such|half of a character"):
             dora_convert.unmerge(merged, adapter, **options)
     assert contents(tmp_path) == before
 

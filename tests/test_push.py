@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 
 import pytest
 from huggingface_hub import ModelCard
@@ -130,7 +131,7 @@ def killed(hub, tmp_path, pattern, *words):
     fault = hub.fail(pattern, hold=True)
     process = start(hub, tmp_path / "home", *words)
     assert fault.reached.wait(60)
-    process.kill()
+    process.send_signal(signal.SIGKILL)
     process.wait()
     fault.released.set()
 
