@@ -560,3 +560,22 @@ def test_card_of_a_single_file(hub, tmp_path):
     card = ModelCard(contents(hub.repos["me/merged"])["README.md"].decode())
     assert card.data.base_model == "org/base"
     assert "| wrong | 0 |" in card.text
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("to-lora", "base", "adapter", "--rank", "3"),
+        ("extract", "base", "merged", "--rank", "3", "--kind", "lora"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_adapters_that_are_made_go_up(hub, made, tmp_path, words):
+    """--push-to-hub with verbs that write adapters: the repo holds what OUT holds."""
+    verb, *refs = words[:3]
+    inputs = [made / ref for ref in refs]
+    call = (verb, *inputs, tmp_path / "out", *words[3:], "--push-to-hub", "me/made", "--json")
+    done = run(hub, tmp_path / "home", *call)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["pushed"]["repo"] == "me/made"
+    assert contents(hub.repos["me/made"]) == contents(tmp_path / "out")
