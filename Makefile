@@ -1,4 +1,4 @@
-# make demo    set up, then merge a real DoRA into a real model and compare their answers
+# make demo    set up, merge a real DoRA into a real model, compare their answers, take it out again
 # make test    set up, then run the tests
 # make lint    style, types, and the generated reference
 # make fuzz    a minute of broken files at everything that reads them
@@ -40,10 +40,13 @@ demo/build/SmolLM2-135M-Instruct: $(VENV)/ready
 	mv demo/build/unpacked $@
 
 demo: demo/build/SmolLM2-135M-Instruct
-	rm -rf demo/build/merged demo/build/exact
-	$(BIN)/dora-convert merge demo/build/SmolLM2-135M-Instruct demo/pirate demo/build/merged
+	rm -rf demo/build/merged demo/build/exact demo/build/restored
+	$(BIN)/dora-convert merge demo/build/SmolLM2-135M-Instruct demo/pirate demo/build/merged --undo exact
 	$(BIN)/dora-convert merge demo/build/SmolLM2-135M-Instruct demo/pirate demo/build/exact --dtype float32 --quiet
 	$(BIN)/python demo/compare.py demo/build/SmolLM2-135M-Instruct demo/pirate demo/build/merged demo/build/exact
+	$(BIN)/dora-convert unmerge demo/build/merged demo/pirate demo/build/restored
+	diff --recursive --brief demo/build/SmolLM2-135M-Instruct demo/build/restored
+	@echo "demo/build/restored is the base again, byte for byte"
 
 fuzz: $(VENV)/ready
 	$(BIN)/python tests/fuzz.py --seconds 60

@@ -205,15 +205,23 @@ def weight_map(path: Path) -> dict[str, str]:
     if not isinstance(table, dict) or not all(isinstance(value, str) for value in table.values()):
         raise MalformedError(f"{path}: weight_map must map tensor names to file names.")
     for filename in sorted(set(table.values())):
-        if not _is_plain(filename):
+        if not is_plain(filename):
             raise MalformedError(f"{path}: {shown(filename)} is not a plain file name.")
     return table
 
 
-def _is_plain(filename: str) -> bool:
-    """Whether a name is that of a file in the same folder, on any system."""
-    outside = filename in ("", ".", "..") or "\\" in filename or PurePosixPath(filename).name != filename
-    return not outside and len(filename.encode(errors="replace")) <= 255
+def is_plain(filename: object) -> bool:
+    """Whether a value is the name of a file in the same folder, on any system."""
+    if not isinstance(filename, str):
+        return False
+    outside = filename in ("", ".", "..") or PurePosixPath(filename).name != filename
+    odd = "\\" in filename or "\0" in filename or not is_text(filename)
+    return not (outside or odd) and len(filename.encode()) <= 255
+
+
+def is_inside(name: object) -> bool:
+    """Whether a value is a path that leads from a folder to something inside it, on any system."""
+    return isinstance(name, str) and len(name) < 1000 and all(map(is_plain, name.split("/")))
 
 
 def _sharded(root: Path, table: Mapping[str, str], notes: list[str]) -> tuple[Shard, ...]:
@@ -228,9 +236,10 @@ def _sharded(root: Path, table: Mapping[str, str], notes: list[str]) -> tuple[Sh
 
 
 def assemble(
-    where: str, headers: Mapping[str, Header], table: Mapping[str, str], notes: list[str]
+    where: str, headers: Mapping[str, Header], index: Mapping[str, str] | None, notes: list[str]
 ) -> tuple[Shard, ...]:
-    """Headers by file name as shards; MalformedError where the index is wrong about them."""
+    """Headers by file name as shards; MalformedError where the index, if there is one, is wrong about them."""
+    table = index or {}
     absent = [
         Fault(name, f"not in {file}") for name, file in table.items() if name not in headers[file].tensors
     ]
@@ -242,7 +251,7 @@ def assemble(
         notes += [
             f"{name} is in {filename} but not in the index; it is kept"
             for name in unlisted
-            if name not in table
+            if index is not None and name not in table
         ]
     return tuple(_owned(filename, header, owner) for filename, header in headers.items())
 

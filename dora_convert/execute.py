@@ -11,25 +11,28 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 
-from .checking.selfcheck import Checker, Verdict
+from .checking.selfcheck import Checker
 from .digests import Digest
 from .items import Item
-from .journal import Journal, Record
+from .journal import Journal
 from .lane import Lane
 from .make import make
 from .plan import Plan
 from .precision import Choice, exact_arithmetic
+from .progress import Done, Progress, copy_record, done_record, kept_name
 from .reverse.in_place import InPlace
 from .stored import Reader, Stored
-from .undo import Part, Segment, Spool
+from .undo import Part, Spool
 from .writer import Copy, ShardFiles
 
 KEEP_BYTES = 1 << 20
+Job = tuple[str, Callable[[Lane], None]]
+"""A piece of work, and the shard that it is for."""
 
 
 class StoppedError(Exception):
@@ -57,81 +60,12 @@ class Budget:
                 self._changed.notify_all()
 
 
-@dataclass(frozen=True)
-class Done:
-    """What is known of a tensor once it is written: hashes of its old and new bytes, undo parts, the self-check."""
-
-    base_hash: str | None
-    """xxh3-128 of what was read: the base's bytes, or the merged ones where those are recovered."""
-    written_hash: str
-    """xxh3-128."""
-    proof: str | None
-    """sha256 of the base's bytes, read or recovered, where it was asked for."""
-    parts: tuple[Part, ...] = ()
-    verdict: Verdict | None = None
-    ambiguous: int = 0
-    """Elements of a recovered tensor that several values of the base would have been merged to."""
-
-
-@dataclass
-class Progress:
-    """What is finished so far, by this run and by one that it continues."""
-
-    done: dict[str, Done] = field(default_factory=dict)
-    copied: set[tuple[str, int, int]] = field(default_factory=set)
-
-    @classmethod
-    def of(cls, records: Iterable[Record]) -> Progress:
-        """Read back what `copy_record` and `done_record` have written."""
-        progress = cls()
-        for record in records:
-            if "copied" in record:
-                shard, target, length = record["copied"]
-                progress.copied.add((shard, target, length))
-            else:
-                parts = tuple(
-                    Part(name, dtype, tuple(shape), tuple(Segment(*segment) for segment in segments))
-                    for name, dtype, shape, segments in record["parts"]
-                )
-                verdict = Verdict(**record["verdict"]) if record["verdict"] else None
-                base_hash, written_hash, proof = record["hashes"]
-                done = Done(base_hash, written_hash, proof, parts, verdict, record["ambiguous"])
-                progress.done[record["made"]] = done
-        return progress
-
-    @property
-    def spooled(self) -> int:
-        """How much of the spool they use."""
-        return max((part.end for done in self.done.values() for part in done.parts), default=0)
-
-
 def raise_first(futures: Iterable[Future[None]]) -> None:
     """Raise what went wrong in the first future that failed by itself."""
     for future in futures:
         error = future.exception()
         if error and not isinstance(error, StoppedError):
             raise error
-
-
-def kept_name(tensor: Stored) -> str:
-    """What the record calls a tensor of the base that it holds whole."""
-    return f"whole/{tensor.name}"
-
-
-def copy_record(copy: Copy) -> Record:
-    """A finished copy as a line of the journal."""
-    return {"copied": copy[2:]}
-
-
-def done_record(name: str, done: Done) -> Record:
-    """A finished tensor as a line of the journal."""
-    return {
-        "made": name,
-        "hashes": [done.base_hash, done.written_hash, done.proof],
-        "parts": done.parts,
-        "ambiguous": done.ambiguous,
-        "verdict": asdict(done.verdict) if done.verdict else None,
-    }
 
 
 class Crew:
@@ -212,21 +146,23 @@ class Run:
         self._skipped = self.plan.bytes_out - sum(
             [*(copy.length for copy in copies), *(item.nbytes for item in items)]
         )
-        self._waiting.update([*(copy.shard for copy in copies), *map(self.shards.shard_of, items)])
+        jobs = self._jobs(copies, items)
+        self._waiting.update(shard for shard, _ in jobs)
         for shard in self.plan.shards:
             if not self._waiting[shard.filename]:
                 self._finish(shard.filename)
-        tasks = self._jobs(copies, items) + [partial(self._keep, tensor) for tensor in self._unkept()]
-        self._crew.run(workers, tasks, self.on_stop)
+        self._crew.run(workers, [job for _, job in jobs], self.on_stop)
 
-    def _jobs(self, copies: Sequence[Copy], items: Sequence[Item]) -> list[Callable[[Lane], None]]:
-        """Copies first; where somebody waits for shards, one shard after the other."""
-        jobs = [(copy.shard, partial(self._copy, copy)) for copy in copies]
+    def _jobs(self, copies: Sequence[Copy], items: Sequence[Item]) -> list[Job]:
+        """What is to be done and for which shard, copies first; where somebody waits for shards, one after the other."""
+        jobs: list[Job] = [(copy.shard, partial(self._copy, copy)) for copy in copies]
         jobs += [(self.shards.shard_of(item), partial(self._make, item)) for item in items]
+        unkept = [tensor for tensor in self.plan.lost if kept_name(tensor) not in self.progress.done]
+        jobs += [(self.plan.lost_with[tensor.name], partial(self._keep, tensor)) for tensor in unkept]
         if self.on_shard:
             place = {shard.filename: number for number, shard in enumerate(self.plan.shards)}
             jobs.sort(key=lambda job: place[job[0]])
-        return [job for _, job in jobs]
+        return jobs
 
     def _finished(self, item: Item) -> bool:
         done = self.progress.done.get(item.name)
@@ -264,13 +200,8 @@ class Run:
         if ready and self.on_shard:
             self.on_shard(shard)
 
-    def _unkept(self) -> list[Stored]:
-        """The base's tensors of which nothing is in the output, as far as they are not in the record yet."""
-        lost = () if self.plan.options.undo == "none" else self.plan.lost
-        return [tensor for tensor in lost if kept_name(tensor) not in self.progress.done]
-
     def _keep(self, tensor: Stored, lane: Lane) -> None:  # noqa: ARG002 - needs none
-        """Bring a whole tensor of the base into the record."""
+        """Bring a whole tensor of the base into the record; its shard is not ready before, so that its file is here."""
         digest, segments = Digest(proof=self.plan.options.exact), []
         for start in range(0, tensor.nbytes, KEEP_BYTES):
             chunk = memoryview(bytearray(min(KEEP_BYTES, tensor.nbytes - start)))
@@ -282,6 +213,7 @@ class Run:
         part = Part(name, tensor.dtype, tensor.shape, tuple(segments))
         self.progress.done[name] = done = Done(digest.fast, digest.fast, digest.proof, (part,))
         self.journal.add(done_record(name, done), [self.spool.descriptor])
+        self._finish(self.plan.lost_with[tensor.name])
 
     def advance(self, nbytes: int) -> None:
         """Count bytes written, and stop here if another worker has failed."""

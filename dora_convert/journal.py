@@ -19,6 +19,9 @@ from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .errors import MalformedError
+from .schema import misfit
+
 NAME = "journal.jsonl"
 UPLOADS = "uploads.jsonl"
 """Beside it, in the same form: what of OUT.partial is on the Hub already."""
@@ -40,11 +43,14 @@ class Earlier(NamedTuple):
     """Where its last whole line ends."""
 
 
-def read_journal(path: Path) -> Earlier | None:
-    """What an earlier run entered, or None where it did not get as far as a key."""
+def read_journal(path: Path, form: Any = dict) -> Earlier | None:
+    """What an earlier run entered, or None where it did not get as far as a key.
+
+    Raises MalformedError where a record is not of a form: then the journal was not kept by a run of this version.
+    """
     records: list[Record] = []
     end = 0
-    with contextlib.suppress(FileNotFoundError, ValueError):
+    with contextlib.suppress(FileNotFoundError, ValueError, RecursionError):
         for line in path.read_bytes().splitlines(keepends=True):
             if not line.endswith(b"\n"):
                 break
@@ -53,6 +59,12 @@ def read_journal(path: Path) -> Earlier | None:
                 break
             records.append(record)
             end += len(line)
+    for number, record in enumerate(records[1:], 2):
+        if where := misfit(record, form):
+            raise MalformedError(
+                f"{path} is damaged: line {number} has no such {where}.",
+                hint="was it edited? without it, what is unfinished cannot be continued",
+            )
     return Earlier(records[0], records[1:], end) if records else None
 
 

@@ -22,7 +22,13 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; MalformedError when it is anything else."""
     try:
         with open_file(path) as file:
-            value = json.loads(file.read().decode("utf-8-sig"))
+            text = file.read().decode("utf-8-sig")
+        value = json.loads(text)
+        if "\\u" in text:  # half a surrogate pair is no character, and cannot be written again
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        near = shown(error.object[max(0, error.start - 20) : error.end + 40])
+        raise MalformedError(f"{path} has half of a character where it says {near}.") from error
     except (ValueError, RecursionError) as error:
         raise MalformedError(f"{path} cannot be read as JSON ({error}).") from error
     if not isinstance(value, dict):

@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import xxhash
@@ -53,6 +54,13 @@ class OutputShard:
     filename: str
     metadata: Mapping[str, str]
     items: tuple[Item, ...]
+
+    @property
+    def inputs(self) -> Mapping[Path, None]:
+        """The files that it is made of, each once."""
+        return dict.fromkeys(
+            source.path for item in self.items for source in (item.source, item.base) if source
+        )
 
 
 @dataclass(frozen=True)
@@ -121,8 +129,16 @@ class Plan:
 
     @cached_property
     def lost(self) -> tuple[Stored, ...]:
-        """The base's tensors of which the output holds nothing: layers left out, counters replaced."""
+        """The base's tensors of which only the undo record holds something: layers left out, counters replaced."""
+        if self.options.undo == "none":
+            return ()
         return tuple(tensor for name, tensor in self.base.tensors.items() if name not in self.remains)
+
+    @cached_property
+    def lost_with(self) -> Mapping[str, str]:
+        """The shard that each of those is read with, by its name: the first made of the same file, else the last."""
+        first = {path: shard.filename for shard in reversed(self.shards) for path in shard.inputs}
+        return {tensor.name: first.get(tensor.path, self.shards[-1].filename) for tensor in self.lost}
 
     def remembers(self, item: Item) -> bool:
         """Whether the undo record keeps what recovers a tensor of the base from this one."""

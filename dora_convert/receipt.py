@@ -12,11 +12,11 @@ from typing import Any
 import xxhash
 
 from . import __version__
-from .execute import Done, kept_name
 from .items import Item
 from .layout import converted
 from .plan import Plan
 from .precision import Choice
+from .progress import Done, kept_name
 from .refs import Source
 from .sidefiles import SideFile
 
@@ -64,9 +64,7 @@ def receipt_bytes(
             "ignore_field": list(options.ignore_field),
         },
         "tensors": {item.name: _tensor(item, done) for item in plan.items if item.noted},
-        "kept": {
-            tensor.name: _kept(done[kept_name(tensor)]) for tensor in plan.lost if kept_name(tensor) in done
-        },
+        "kept": {tensor.name: _kept(done[kept_name(tensor)]) for tensor in plan.lost},
         "layout": _layout(plan),
         "side_files": {file.name: file.fate for file in files},
         "base_files": base_files,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from typing_extensions import Self
 
 from . import __version__
+from .errors import MalformedError
 from .hub.pushed import Pushed
 from .plan import Plan
 from .settings import Settings
@@ -121,12 +122,16 @@ class MergeReport(Report):
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> Self:
         """A report from what `to_dict` made of it."""
-        fields = {name: values[name] for name in cls.__dataclass_fields__}
-        fields["verified"] = values["verified"] and Verified(**values["verified"])
-        fields["resumed"] = True
-        if "modules" in fields:
-            fields["modules"] = tuple(Recovered(**module) for module in values["modules"])
-        return cls(**fields)
+        try:
+            fields = {name: values[name] for name in cls.__dataclass_fields__}
+            fields["verified"] = values["verified"] and Verified(**values["verified"])
+            if "modules" in fields:
+                fields["modules"] = tuple(Recovered(**module) for module in values["modules"])
+        except (KeyError, TypeError) as error:
+            raise MalformedError(
+                f"The journal of the finished run has no whole report: {error!r}."
+            ) from error
+        return cls(**fields | {"resumed": True})
 
 
 @dataclass(frozen=True)

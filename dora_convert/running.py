@@ -8,12 +8,13 @@ from contextlib import ExitStack, closing
 from . import undo
 from .checking.selfcheck import Checker, Verdict
 from .errors import Fault, VerificationError
-from .execute import Budget, Done, Progress, Run
+from .execute import Budget, Run
 from .hub.traffic import Traffic
 from .journal import NAME as JOURNAL
 from .journal import Earlier, Journal, Record
 from .plan import Plan
 from .precision import Choice
+from .progress import ENTERED, Done, Progress
 from .reverse.in_place import InPlace
 from .settings import Settings
 from .stored import Reader
@@ -36,7 +37,7 @@ def run_key(plan: Plan, folder: Folder, hashes: Hashes, choice: Choice) -> Recor
 def earlier(folder: Folder, plan: Plan, key: Record) -> Earlier | None:
     """The journal of an unfinished run of the same key; OUT.partial is then ready to go on, else empty."""
     names = [shard.filename for shard in plan.shards]
-    return earlier_run(folder, key, names, lambda: folder.resumable(plan))
+    return earlier_run(folder, key, names, lambda: folder.resumable(plan), ENTERED)
 
 
 def run(

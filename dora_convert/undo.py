@@ -13,6 +13,7 @@ plan's order at the end.
 
 from __future__ import annotations
 
+import math
 import struct
 import threading
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,8 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from .errors import MalformedError
 from .layout import encode_header
-from .stored import Stored
+from .stored import BITS, Stored
 
 NAME = "undo.safetensors"
 SPOOL = "undo.spool"
@@ -43,6 +45,11 @@ class Part(NamedTuple):
     segments: tuple[Segment, ...]
 
     @property
+    def whole(self) -> bool:
+        """Whether its pieces are as long as its dtype and shape say."""
+        return math.prod(self.shape) * BITS[self.dtype] == 8 * sum(piece.length for piece in self.segments)
+
+    @property
     def end(self) -> int:
         """Where its last piece ends in the spool."""
         return max((sum(segment) for segment in self.segments), default=0)
@@ -54,6 +61,8 @@ class Spool:
     def __init__(self, path: Path, end: int = 0) -> None:
         """A new spool, or the first `end` bytes of one that an unfinished run has left."""
         self.path = path
+        if end and (not path.exists() or path.stat().st_size < end):
+            raise MalformedError(f"{path} is shorter than its journal says.", hint="begin again, without it")
         self._file = path.open("r+b" if end else "w+b")
         self._file.truncate(end)
         self._file.seek(end)

@@ -84,13 +84,16 @@ def _identity(base: Checkpoint) -> list[list[Any]]:
     return found
 
 
-def earlier_run(folder: Folder, key: Record, keep: list[str], whole: Callable[[], bool]) -> Earlier | None:
+def earlier_run(
+    folder: Folder, key: Record, keep: list[str], whole: Callable[[], bool], form: Any
+) -> Earlier | None:
     """The journal of an unfinished run of the same key; OUT.partial is then ready to go on, else empty.
 
-    `keep` names the files that go on, `whole` says whether all of them are there.
+    `keep` names the files that go on, `whole` says whether all of them are there, `form` what records are like.
     """
     earlier = read_journal(folder.record / JOURNAL)
     if earlier and earlier.key == key and whole():
+        read_journal(folder.record / JOURNAL, form)
         folder.clear(keep=[RECORD, *keep])
         return earlier
     if earlier and earlier.key != key and not folder.overwrite:

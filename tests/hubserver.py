@@ -12,13 +12,13 @@ import hashlib
 import json
 import os
 import re
-import subprocess
-import sys
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from .spawner import Process
 
 COMMIT = {"main": "a" * 40, "v2": "b" * 40}
 """What a repo's revisions stand for until something is committed to it."""
@@ -78,7 +78,7 @@ class Hub(ThreadingHTTPServer):
         self.sent: list[tuple[str, int]] = []
         self.taken: set[str] = set()
         self.lock = threading.Lock()
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
     @property
     def url(self):
@@ -112,6 +112,7 @@ class Handler(BaseHTTPRequestHandler):
     """One connection; routes are named after what huggingface_hub calls them."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or each answer's body waits 40 ms for its head's acknowledgement
     server: Hub
 
     def log_message(self, *_):
@@ -345,15 +346,14 @@ ROUTES = [
 
 def run(hub, home, *words, **environment):
     """The command in a process of its own: huggingface_hub reads its environment once."""
-    done = subprocess.run(
-        command(*words), check=False, capture_output=True, text=True, env=settings(hub, home, **environment)
-    )
-    assert "Traceback" not in done.stderr
+    done = start(hub, home, *words, **environment).wait()
+    assert "Traceback" not in done.stderr, done.stderr
     return done
 
 
-def command(*words):
-    return [sys.executable, "-m", "dora_convert", *map(str, words)]
+def start(hub, home, *words, **environment):
+    """The same, while it runs."""
+    return Process([str(word) for word in words], settings(hub, home, **environment))
 
 
 def settings(hub, home, **environment):

@@ -16,10 +16,11 @@ import traceback
 from pathlib import Path
 
 import dora_convert
-from dora_convert import blocks, journal, produce, restoring  # torch is imported before children are made
+from dora_convert import blocks, journal, produce  # torch is imported before children are made
 from dora_convert.checkpoint import open_checkpoint
 from dora_convert.errors import RefError
 from dora_convert.refs import local_source
+from dora_convert.reverse import restoring
 from dora_convert.writer import ShardFiles
 
 blocks.BLOCK_ELEMENTS, journal.BATCH_SECONDS = 1 << 10, 0.0

@@ -6,11 +6,11 @@ import shutil
 import threading
 
 import pytest
-from dora_convert.hub.fetch.arrivals import Arrivals
 
 from dora_convert.adapter import open_adapter
 from dora_convert.checkpoint import open_checkpoint
 from dora_convert.errors import HubError
+from dora_convert.hub.arrivals import Arrivals
 from dora_convert.plan import Options
 from dora_convert.planner import make_plan
 from dora_convert.refs import local_source

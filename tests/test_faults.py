@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 import signal
 import stat
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from dora_convert.cli import main
 
-from .toy import Base, contents, edit_json, make_adapter, make_base, write_shards
+from .toy import edit_json, make_adapter, make_base
 
 SHARD, OTHER = "base/model-00001-of-00002.safetensors", "base/model-00002-of-00002.safetensors"
 INDEX, CONFIG = "base/model.safetensors.index.json", "base/config.json"
@@ -468,76 +466,3 @@ def test_not_writable(capsys, root, place):
         (root / "place").chmod(stat.S_IRWXU)
     assert code == 2
     assert "cannot be written" in err
-
-
-@pytest.fixture(scope="module")
-def large(tmp_path_factory):
-    """A base of some tens of megabytes, an adapter on it, and their merge."""
-    root = tmp_path_factory.mktemp("large")
-    torch.manual_seed(5)
-    (root / "base").mkdir()
-    weights = {
-        f"model.layers.{layer}.mlp.{name}.weight": torch.randn(shape).bfloat16()
-        for layer in range(900)
-        for name, shape in (("up_proj", (160, 80)), ("gate_proj", (160, 80)))
-    }
-    write_shards(root / "base", weights, 3)
-    make_adapter(root / "adapter", Base(root / "base", weights), dora=True)
-    words = [*COMMAND, root / "base", root / "adapter", "--workers", "1"]
-    done = subprocess.run([*words, root / "whole", "--json"], check=True, capture_output=True)
-    return words, contents(root / "whole"), json.loads(done.stdout)["bytes_written"]
-
-
-def begin(words, out):
-    """A merge that has begun to write: wait until its journal has grown."""
-    journal = out.with_name(out.name + ".partial") / "dora_convert/journal.jsonl"
-    before = journal.stat().st_size if journal.exists() else 1000
-    process = subprocess.Popen(
-        [*words, out, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    while not (journal.exists() and journal.stat().st_size > before):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.002)
-    return process
-
-
-def test_killed_again_and_again(large, tmp_path):
-    """kill -9 four times in a row, wherever it strikes; then the same command goes on to the same bytes."""
-    words, whole, total = large
-    out, chance = tmp_path / "out", random.Random(7)
-    for _ in range(4):
-        process = begin(words, out)
-        time.sleep(chance.uniform(0, 0.1))
-        process.kill()
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
-        assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
-    done = subprocess.run([*words, out, "--json"], check=False, capture_output=True)
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
-    assert report["resumed"] is True
-    assert report["bytes_written"] < total
-    assert contents(out) == whole
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_interrupted_while_another_waits(large, tmp_path):
-    """A second run is refused and harms nothing; Ctrl-C in the first is exit code 130, and the same command goes on."""
-    words, whole, _ = large
-    out = tmp_path / "out"
-    first = begin(words, out)
-    first.send_signal(signal.SIGSTOP)
-    second = subprocess.run([*words, out, "--overwrite"], check=False, capture_output=True, text=True)
-    assert second.returncode == 2
-    assert "Another run is writing" in second.stderr
-    first.send_signal(signal.SIGINT)
-    first.send_signal(signal.SIGCONT)
-    _, err = first.communicate()
-    assert first.returncode == 130, err
-    error = json.loads(err.splitlines()[-1])["error"]
-    assert "the same command continues it" in error["hint"]
-    assert "Traceback" not in err
-    assert not out.exists()
-    done = subprocess.run([*words, out, "--json"], check=False, capture_output=True)
-    assert json.loads(done.stdout)["resumed"] is True
-    assert contents(out) == whole

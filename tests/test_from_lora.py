@@ -68,7 +68,10 @@ CASES = {
     "monteclora": Case(llama(), lora(monteclora_config=MontecloraConfig())),
     "dropout": Case(llama(), lora(lora_dropout=0.3)),
 }
-BOUND = {"float32": 2e-6, "bfloat16": 2e-2, "float16": 3e-3}
+BOUND = {"float32": 5e-6, "bfloat16": 2e-2, "float16": 3e-3}
+"""PEFT adds a LoRA's output to the base's, and scales a DoRA's: sums in another order, and, with another number of
+threads, in yet another one. Of float32 that was up to 2.2e-6 of the largest logit with one thread; a wrong m is 1e-3.
+"""
 
 
 def loaded(case: Case, tmp_path: Path, adapter: str):
@@ -247,7 +250,7 @@ def test_split_leaves_them_lora(tmp_path):
         after.load_adapter(tmp_path / "out/lora", "lora")
         after.base_model.set_adapter(["default", "lora"])
         want = logits(before, case.inputs)
-        assert apart(logits(after.eval(), case.inputs), want) <= 2e-6
+        assert apart(logits(after.eval(), case.inputs), want) <= BOUND["float32"]
         assert apart(alone, want) > 1e-3
     assert set(report.to_dict()["left_as_lora"]) == {"attn.weight", "attn.out_proj.weight", "experts.up"}
     assert {module.name for module in report.modules} == {"linear.weight", "conv1.weight"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import dora_convert
 
@@ -54,6 +55,23 @@ def test_gpu_embeddings_and_replacements(tmp_path):
         assert report.verified.wrong_elements == 0
     for name, tensor in load(tmp_path / "cpu").items():
         assert torch.equal(load(tmp_path / "cuda")[name], tensor), name
+
+
+def test_gpu_verify(tmp_path):
+    """Every element compared on the device: what is right agrees, and one element that is off is found."""
+    base = make_base(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", base, dora=True)
+    dora_convert.merge(base.path, adapter, tmp_path / "out")
+    report = dora_convert.verify(base.path, adapter, tmp_path / "out", device="cuda")
+    assert report.verdict == "agree"
+    path = tmp_path / "out/model-00001-of-00002.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.endswith("up_proj.weight"))
+    tensors[name].view(torch.int16)[3, 5] += 2
+    save_file(tensors, path, {"format": "pt"})
+    report = dora_convert.verify(base.path, adapter, tmp_path / "out", device="cuda")
+    assert report.verdict == "differ"
+    assert [module.name for module in report.modules if module.wrong_elements] == [name]
 
 
 def test_gpu_outputs(tmp_path):

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -37,11 +34,8 @@ def hub(tmp_path):
 
 
 def merge(hub, tmp_path, *words, **environment):
-    """The command in a process of its own: huggingface_hub reads its environment once."""
-    env = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}
-    env |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_ETAG_TIMEOUT": "2", **environment}
-    command = [sys.executable, "-m", "dora_convert", "merge", *map(str, words)]
-    return subprocess.run(command, check=False, capture_output=True, text=True, env=env)
+    """A merge, with a cache of its own."""
+    return run(hub, tmp_path / "cache", "merge", *words, **{"HF_TOKEN": "", **environment})
 
 
 def test_repos_give_the_same_bytes_as_folders(hub, tmp_path):
@@ -260,3 +254,15 @@ def test_verify(hub, tmp_path):
     sizes = [size for name, size in hub.sent if name.startswith("org/other/model-")]
     assert len(sizes) == 2
     assert sum(sizes) < 3000
+
+
+def test_a_single_file_needs_no_index(hub, tmp_path):
+    """Of a base that is one file on the Hub nothing is said about an index; its merge has the local one's bytes."""
+    base = make_base(tmp_path / "single", shards=1)
+    hub.repos["org/single"] = base.path
+    done = merge(hub, tmp_path, "org/single", "me/adapter", tmp_path / "out", "--json")
+    assert done.returncode == 0, done.stderr
+    assert "index" not in done.stdout + done.stderr
+    assert merge(hub, tmp_path, base.path, "me/adapter", tmp_path / "local").returncode == 0
+    weights = "model.safetensors"
+    assert (tmp_path / "out" / weights).read_bytes() == (tmp_path / "local" / weights).read_bytes()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -18,6 +17,7 @@ import dora_convert
 from dora_convert.cli import main
 
 from .hubserver import COMMIT, Hub
+from .hubserver import run as run_command
 from .toy import (
     HIDDEN,
     VOCABULARY,
@@ -521,11 +521,7 @@ def remote(hub, tmp_path):
     """Run `dora-convert` in a process of its own, which reads its environment once; (exit code, stdout, stderr)."""
 
     def call(*words, **environment):
-        env = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}
-        env |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_ETAG_TIMEOUT": "2", **environment}
-        command = [sys.executable, "-m", "dora_convert", *map(str, words)]
-        done = subprocess.run(command, check=False, capture_output=True, text=True, env=env)
-        assert "Traceback" not in done.stderr
+        done = run_command(hub, tmp_path / "cache", *words, **{"HF_TOKEN": "", **environment})
         return done.returncode, done.stdout, done.stderr
 
     return call

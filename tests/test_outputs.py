@@ -13,13 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import transformers
-from dora_convert.outputs.comparison.halfulp import half_ulp
-from dora_convert.outputs.comparison.models import Loader
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import dora_convert
 from dora_convert.errors import DoraConvertError, UsageError
+from dora_convert.outputs.halfulp import half_ulp
+from dora_convert.outputs.models import Loader
 
 from . import toy
 from .test_cli import run  # noqa: F401 - a fixture
@@ -169,7 +169,7 @@ def test_pefts_merges_agree(tmp_path, dtype, dora):
 
 def test_figures_are_those_of_the_models(tmp_path):
     """Error, divergence and agreement as PEFT and transformers give them; the floor as real rounding leaves it."""
-    from dora_convert.outputs.comparison.samples import make_samples
+    from dora_convert.outputs.samples import make_samples
 
     base, adapter, out = merged(tmp_path)
     report = outputs(base, adapter, out)
@@ -394,7 +394,7 @@ def test_merge_verifies_outputs(tmp_path, monkeypatch, run):  # noqa: F811
     base, adapter = trained(tmp_path)
     words = "merge", base, adapter, tmp_path / "out", "--verify-outputs", "--json"
     with monkeypatch.context() as patch:
-        patch.setattr("dora_convert.outputs.comparison.comparison.MEAN_MARGIN", 0.1)
+        patch.setattr("dora_convert.outputs.comparison.MEAN_MARGIN", 0.1)
         code, _, err = run(*words)
     assert code == 1
     assert '"verification"' in err

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
+import signal
 
 import pytest
 from huggingface_hub import ModelCard
 
 import dora_convert
 
-from .hubserver import Hub, command, run, settings
-from .toy import contents, edit_json, make_adapter, make_base
+from .hubserver import Hub, run, start
+from .toy import Base, contents, edit_json, make_adapter, make_base
 
 BASE_CARD = (
     "---\nlicense: apache-2.0\nlanguage:\n- en\n- de\npipeline_tag: text-generation\n---\n# the base\n"
@@ -129,11 +129,9 @@ def test_dry_run(hub, push, merged):
 def killed(hub, tmp_path, pattern, *words):
     """Run a command and kill it while the server holds a request that matches."""
     fault = hub.fail(pattern, hold=True)
-    process = subprocess.Popen(
-        command(*words), env=settings(hub, tmp_path / "home"), stderr=subprocess.DEVNULL
-    )
+    process = start(hub, tmp_path / "home", *words)
     assert fault.reached.wait(60)
-    process.kill()
+    process.send_signal(signal.SIGKILL)
     process.wait()
     fault.released.set()
 
@@ -511,5 +509,54 @@ def test_from_here_to_the_hub_alone(hub, merge, made, tmp_path):
     assert "goes with --push-to-hub" in merge("--no-local").stderr
     with pytest.raises(dora_convert.UsageError, match="there is no OUT"):
         dora_convert.merge(made / "base", made / "adapter", tmp_path / "x", push_to_hub="me/m", no_local=True)
-    with pytest.raises(dora_convert.UsageError, match="OUT is missing"):
+    with pytest.raises(dora_convert.UsageError, match="merge needs OUT"):
         dora_convert.merge(made / "base", made / "adapter", None)
+
+
+def test_layers_left_out(hub, tmp_path):
+    """Where nothing stays, a base's file waits for the record to hold what an output leaves out; each comes once."""
+    base = make_base(tmp_path / "base", shards=3, layers=3)
+    two = Base(base.path, {name: tensor for name, tensor in base.tensors.items() if ".2." not in name})
+    adapter = make_adapter(tmp_path / "adapter", two, dora=True, layer_replication=[[0, 1], [0, 1]])
+    hub.repos |= {"org/base": base.path}
+    words = ("org/base", adapter, tmp_path / "out", "--no-cache", "--undo", "exact", "--workers", "1")
+    done = run(hub, tmp_path / "home", "merge", *words)
+    assert done.returncode == 0, done.stderr
+    assert [hub.seen(f"GET /org/base/resolve/.*{shard}") for shard in SHARDS] == [2, 2, 2]  # header, file
+    dora_convert.unmerge(tmp_path / "out", adapter, tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(base.path)
+
+
+def test_unmerge_what_was_pushed(hub, far, made, tmp_path):
+    """A dry run of unmerge reads headers only and names no file; the base comes back bit for bit from the repo."""
+    assert run(hub, tmp_path / "home", *far, "--undo", "exact").returncode == 0
+    hub.requests.clear()
+    words = ("unmerge", "me/merged", "me/adapter", tmp_path / "again")
+    done = run(hub, tmp_path / "other", *words, "--dry-run", "-q")
+    assert done.returncode == 0, done.stderr
+    assert [hub.seen(f"GET .*{shard}") for shard in SHARDS] == [1, 1, 1]
+    assert not any("model-0000" in path.name for path in (tmp_path / "other").rglob("*"))
+    done = run(hub, tmp_path / "other", *words, "--base", "org/base", "--json")
+    assert done.returncode == 0, done.stderr
+    assert "--base is not read" in done.stderr
+    assert contents(tmp_path / "again") == contents(made / "base")
+    assert [hub.seen(f"GET /org/base/.*{shard}") for shard in SHARDS] == [1, 1, 1]  # headers
+
+
+def test_dry_run_of_hub_to_hub(hub, far, tmp_path):
+    """It names the repo that the output would go to, and does not create it."""
+    done = run(hub, tmp_path / "home", *far, "--dry-run", "-q")
+    assert (done.returncode, done.stdout) == (0, "me/merged\n"), done.stderr
+    assert hub.created == []
+
+
+def test_card_of_a_single_file(hub, tmp_path):
+    """A base that is one file: the repo's card has the base's id, which OUT's files do not say, and the checks."""
+    base = make_base(tmp_path / "base", shards=1)
+    adapter = make_adapter(tmp_path / "adapter", base, dora=True)
+    words = (base.path / "model.safetensors", adapter, tmp_path / "out", "--base-model", "org/base")
+    done = run(hub, tmp_path / "home", "merge", *words, "--push-to-hub", "me/merged")
+    assert done.returncode == 0, done.stderr
+    card = ModelCard(contents(hub.repos["me/merged"])["README.md"].decode())
+    assert card.data.base_model == "org/base"
+    assert "| wrong | 0 |" in card.text

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 import textwrap
 
 import pytest
@@ -18,6 +16,7 @@ from dora_convert.errors import OutputError
 from dora_convert.journal import read_journal
 from dora_convert.writer import ShardFiles
 
+from .spawner import Process
 from .toy import contents, exact, load, make_adapter, make_base, rounded
 
 DRIVER = """
@@ -47,8 +46,8 @@ DRIVER = """
 
 def run(base, adapter, out, allowed):
     """A merge in a process that is gone, in the middle of a write, after so many."""
-    command = [sys.executable, "-c", textwrap.dedent(DRIVER), str(base), str(adapter), str(out), str(allowed)]
-    return subprocess.run(command, check=False, capture_output=True, text=True, env=os.environ)
+    words = ["-c", textwrap.dedent(DRIVER), str(base), str(adapter), str(out), str(allowed)]
+    return Process(words, os.environ).wait()
 
 
 @pytest.fixture(scope="module")

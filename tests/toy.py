@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+
+from dora_convert.writer import ShardFiles
 
 HIDDEN, WIDE, VOCABULARY = 40, 96, 72
 SHAPES = {
@@ -163,3 +167,24 @@ def load(path: Path) -> dict[str, torch.Tensor]:
 def contents(path: Path) -> dict[str, bytes]:
     """Every file below a folder."""
     return {p.relative_to(path).as_posix(): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+
+
+@contextmanager
+def stopped(writes: int = 3) -> Iterator[None]:
+    """Ctrl-C for what writes tensors within, once so many blocks are written; that of one worker, to be the same each time."""
+    write, seen = ShardFiles.write, []
+
+    def stops(self: ShardFiles, *arguments: object) -> None:
+        if len(seen) == writes:
+            raise KeyboardInterrupt
+        seen.append(self)
+        write(self, *arguments)
+
+    ShardFiles.write = stops
+    try:
+        yield
+    except KeyboardInterrupt:
+        return
+    finally:
+        ShardFiles.write = write
+    raise AssertionError("nothing was stopped")

@@ -26,10 +26,11 @@ from ..journal import Journal, Record
 from ..lane import Lane
 from ..memory import as_bytes
 from ..precision import TORCH, Choice
+from ..schema import count
 from ..settings import Settings
 from ..sidefiles import tokenizer_files
 from ..sizes import format_size
-from ..stored import FLOATS, Reader, Stored
+from ..stored import BITS, FLOATS, Reader, Stored
 from ..undo import Part, Segment, Spool
 from ..workspace import earlier_run, entered, journal_key, settle
 from .orders import Assemble, Job, Order, Result
@@ -77,7 +78,7 @@ def craft(
     with entered(folder):
         terms = {**order.terms, "command": order.command, "format": order.format.NAME, "dtype": order.dtype}
         key = journal_key(choice, list(order.bases), adapters=adapters, **terms)
-        earlier = earlier_run(folder, key, [], lambda: True)
+        earlier = earlier_run(folder, key, [], lambda: True, ENTERED)
         records = earlier.records if earlier else []
         with ExitStack() as stack:
             reader = stack.enter_context(closing(Reader()))
@@ -93,6 +94,14 @@ def craft(
             _put_side_files(order, folder, settings)
         folder.publish()
     return Crafted(results, choice, bool(records), written)
+
+
+ENTERED = {
+    "made": str,
+    "tensors": {str: (frozenset(BITS), [count], (count, count))},
+    "facts": {"change": float, "lost": float},
+}
+"""What a journal's records are like."""
 
 
 @dataclass

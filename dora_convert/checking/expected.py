@@ -23,6 +23,7 @@ from .ulps import GRID, half_ulp
 
 CHUNK_ELEMENTS = 1 << 16
 EPSILON = 2.0**-24
+CPU = torch.device("cpu")
 
 
 class Part(NamedTuple):
@@ -44,10 +45,10 @@ class Block(NamedTuple):
 
 
 class Expected:
-    """The float64 result x of an item, any rows of it, and what its bound is made of."""
+    """The float64 result x of an item, any rows of it, and what its bound is made of; on any device that has float64."""
 
-    def __init__(self, item: Item, reader: Reader) -> None:
-        self.item, self._reader = item, reader
+    def __init__(self, item: Item, reader: Reader, device: torch.device = CPU) -> None:
+        self.item, self._reader, self._device = item, reader, device
         self._start = self._without_start()
         self._pairs = [self._pair(edit.low, edit) if edit.low else None for edit in item.edits]
         self._m = [
@@ -175,7 +176,7 @@ class Expected:
 
     def _part(self, number: int, W: Tensor, rows: Sequence[int]) -> Part:
         edit, m, n = self.item.edits[number], self._m[number], self._column_norms[number]
-        one = torch.ones((), dtype=torch.float64)
+        one = torch.ones((), dtype=torch.float64, device=self._device)
         if isinstance(edit.update, Delta):
             delta = edit.update.scale * self._load(edit.update.value)
             return Part(delta, one, delta.abs, 1)
@@ -200,7 +201,7 @@ class Expected:
         edit = self.item.edits[number]
         low = edit.low
         assert low
-        squares = torch.zeros(self.item.source.matrix[1], dtype=torch.float64)
+        squares = torch.zeros(self.item.source.matrix[1], dtype=torch.float64, device=self._device)
         for chunk in self.chunks(range(self.item.source.matrix[0])):
             left, right = self._factors(number, low, edit, chunk)
             V = self.before(chunk) + low.scale * torch.einsum("kr,rc->kc", left, right)
@@ -210,7 +211,7 @@ class Expected:
     def _pair(self, low: LowRank, edit: Edit) -> tuple[Tensor | None, Tensor | None]:
         """A and B where they are held: both for experts, else the one that has the stored matrix's columns."""
         if low.experts:
-            return _all(self._reader, low.A), _all(self._reader, low.B)
+            return self._all(low.A), self._all(low.B)
         held = _dense(
             self._load(low.B if edit.transposed else low.A), low.blocks[1 if edit.transposed else 0]
         )
@@ -239,7 +240,7 @@ class Expected:
         assert B is not None
         if low.blocks[0] > 1:
             return _dense(self._load(low.A), low.blocks[0])[:, list(rows)].T, B.T
-        return read_columns(self._reader, low.A, rows).double().T, B.T
+        return read_columns(self._reader, low.A, rows).to(self._device).double().T, B.T
 
     def _load(self, tensor: Stored, rows: Sequence[int] | None = None) -> Tensor:
         """Rows of a stored tensor's matrix, or all of them, in float64."""
@@ -250,7 +251,11 @@ class Expected:
             part = read_rows(self._reader, tensor, chosen[start : start + height])
             loaded[filled : filled + len(part)] = part
             filled += len(part)
-        return loaded
+        return loaded.to(self._device)
+
+    def _all(self, tensor: Stored) -> Tensor:
+        """A whole stored matrix, in its own dtype."""
+        return read_rows(self._reader, tensor, range(tensor.matrix[0])).to(self._device)
 
 
 def _size(left: Tensor, right: Tensor, scale: float) -> Tensor:
@@ -269,8 +274,3 @@ def _dense(stacked: Tensor, blocks: int) -> Tensor:
         return stacked
     dense: Tensor = torch.block_diag(*stacked.chunk(blocks))  # type: ignore[no-untyped-call]
     return dense
-
-
-def _all(reader: Reader, tensor: Stored) -> Tensor:
-    """A whole stored matrix, in its own dtype."""
-    return read_rows(reader, tensor, range(tensor.matrix[0]))

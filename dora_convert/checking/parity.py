@@ -15,7 +15,7 @@ from torch import Tensor
 from ..items import Item
 from ..precision import TORCH
 from ..stored import Reader, Stored
-from .expected import Block, Expected
+from .expected import CPU, Block, Expected
 from .rows import read_rows
 from .selfcheck import distance, rounded_once
 from .ulps import nearest
@@ -83,17 +83,19 @@ class Parity:
         return (self.outputs.floor / self.outputs.size) ** 0.5 if self.outputs.size else None
 
 
-def compare_all(item: Item, written: Stored, reader: Reader, samples: int) -> Parity:
+def compare_all(
+    item: Item, written: Stored, reader: Reader, samples: int, device: torch.device = CPU
+) -> Parity:
     """Compare every element of a tensor, in the dtype it is stored in, and its outputs for some random inputs."""
     item = replace(item, dtype=written.dtype)
     written = replace(written, shape=item.source.shape)  # as it is computed: experts one below the other
     samples = samples if item.changed and len(item.shape) > 1 else 0
-    expected = Expected(item, reader)
+    expected = Expected(item, reader, device)
     found = Parity(item, outputs=Outputs(samples))
-    x = _inputs(item, samples)
+    x = _inputs(item, samples).to(device)
     differing: list[Sequence[int]] = []
     for rows in chunks(item):
-        block, raw = expected.block(rows), read_rows(reader, written, rows)
+        block, raw = expected.block(rows), read_rows(reader, written, rows).to(device)
         off = count_off(block.x, raw, item.dtype)
         found.elements += raw.numel()
         if off:
@@ -106,7 +108,7 @@ def compare_all(item: Item, written: Stored, reader: Reader, samples: int) -> Pa
     found.outputs.finish()
     once = rounded_once(found.off, found.elements)
     for suspicious in differing:
-        got = read_rows(reader, written, suspicious).double()
+        got = read_rows(reader, written, suspicious).to(device).double()
         wrong, ulp = distance(got, expected, suspicious, rounded_once=once)
         found.wrong += int(wrong.sum())
         found.max_ulp = max(found.max_ulp, ulp)

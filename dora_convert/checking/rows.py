@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..errors import MalformedError
 from ..items import Item
 from ..precision import TORCH
 from ..stored import Reader, Stored
@@ -35,6 +36,10 @@ def replaced_rows(item: Item, reader: Reader) -> dict[int, tuple[Stored, int]]:
         data = bytearray(index.nbytes)
         reader.read(index.path, index.start, memoryview(data))
         numbers = struct.unpack(f"<{index.numel}q", data)
+        first, last = (item.source.matrix[0], item.base.matrix[0]) if item.base else (0, 0)
+        complete = last - first <= len(numbers) and {*range(first, last)} <= {*numbers}
+        if not complete or not all(0 <= number < max(first, last) for number in numbers):
+            raise MalformedError(f"{index.path}: {index.name} names other rows than were kept.")
         found |= {row: (values, place) for place, row in enumerate(numbers)}
     return found
 

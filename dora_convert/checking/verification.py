@@ -14,7 +14,7 @@ from ..checks import scan_adapter
 from ..execute import Budget
 from ..items import Item
 from ..plan import Plan
-from ..precision import exact_arithmetic
+from ..precision import choose, exact_arithmetic
 from ..settings import Settings
 from ..stored import Reader, Stored
 from .causes import find_cause
@@ -63,13 +63,15 @@ def _compare(
 ) -> tuple[list[tuple[Parity, Stored]], set[str]]:
     """Every tensor with an adapter's part in it compared, and the names of the others that are as they should be."""
     budget, done, total = Budget(settings.max_memory), [0], sum(w.nbytes for _, w in found.pairs)
+    choice = choose(settings.device, "float64")
+    settings.notify(f"device: {choice}")
 
     def one(item: Item, written: Stored) -> Parity | bool:
         if item.verbatim and item.source.dtype == written.dtype:
             result: Parity | bool = item.source.same_bytes(written)
         else:
             with budget.holding(min(settings.max_memory, item.cost(8))):
-                parity = compare_all(item, written, reader, samples)
+                parity = compare_all(item, written, reader, samples, choice.device)
             result = parity if item.changed else not parity.wrong
         done[0] += written.nbytes
         if settings.on_progress:

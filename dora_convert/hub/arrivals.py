@@ -154,15 +154,10 @@ def _needs(plan: Plan) -> dict[str, dict[Path, None]]:
     """For each output shard the files of the base that it is made of."""
     base = {tensor.path for tensor in plan.base.tensors.values()}
     found = {
-        shard.filename: dict.fromkeys(
-            source.path
-            for item in shard.items
-            for source in (item.source, item.base)
-            if source and source.path in base
-        )
-        for shard in plan.shards
+        shard.filename: dict.fromkeys(path for path in shard.inputs if path in base) for shard in plan.shards
     }
-    found[plan.shards[-1].filename] |= dict.fromkeys(tensor.path for tensor in plan.lost)
+    for tensor in plan.lost:
+        found[plan.lost_with[tensor.name]].setdefault(tensor.path)
     return found
 
 

@@ -117,7 +117,7 @@ def _open_remote(
             )
         headers = _headers(source, files, table or {}, token, weights or source.path)
     notes: list[str] = []
-    shards = assemble(source.name, headers, table or {}, notes)
+    shards = assemble(source.name, headers, table, notes)
     others = [name for name in names if name not in {entry, *files}]
     visible = [name for name in others if not name.startswith((".", f"{RECORD}/"))]
     sides, left = tuple(filter(is_side_file, others)), tuple(filter(is_weight_file, visible))

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..errors import HubError
 from ..journal import Record, read_journal
+from ..schema import count
 from .answers import explained_writing, patiently, status_of, without_bars
 from .fetch import hash_of
 from .pushed import Pushed, Sent, Target
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
 LARGE = 1_000_000
 """Bytes from which a file goes up by itself, before the commit."""
+
+ENTERED = {"name": str, "bytes": count, "mtime": int, "sha256": str}
+"""What a journal's records are like."""
 
 
 class Upload:
@@ -94,7 +98,7 @@ class Upload:
         `by_name`: what is up counts, whatever is here under its name by now.
         """
         self._by_name = by_name
-        earlier = read_journal(path)
+        earlier = read_journal(path, ENTERED)
         if earlier and earlier.key != self.key:
             earlier = None
         path.parent.mkdir(parents=True, exist_ok=True)

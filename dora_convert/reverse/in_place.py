@@ -23,14 +23,15 @@ from urllib.parse import quote
 
 from filelock import FileLock, Timeout
 
-from ..checkpoint import IN_PLACE, RECORD, Shard
-from ..errors import Fault, OutputError, UnsupportedError, UsageError
+from ..checkpoint import IN_PLACE, RECORD, Shard, is_inside
+from ..errors import Fault, MalformedError, OutputError, UnsupportedError
 from ..folder import LOCK, copy_or_write
 from ..items import Item
 from ..journal import NAME as JOURNAL
 from ..journal import Journal, Record, read_journal, sync_path
 from ..plan import Plan
 from ..refs import PathLike
+from ..schema import misfit
 from ..settings import Settings
 from ..sizes import format_size
 from ..stored import Reader, Stored
@@ -40,6 +41,14 @@ SPARE = 16
 """Old tensors that may wait for their successors to be synced."""
 LAST = (f"{RECORD}/receipt.json",)
 """What tells how to undo a merge goes last, when all else is in its place."""
+
+
+STAGED = {
+    "staged": [is_inside],
+    "removed": [is_inside],
+    "report": {"command": str, "adapters": [str]},
+}
+"""The last record of a journal, when all that is left to do is to put files in their places."""
 
 
 class InPlace:
@@ -208,6 +217,8 @@ class InPlace:
         last: dict[str, Any] = earlier.records[-1] if earlier and earlier.records else {}
         if "staged" not in last:
             return None
+        if where := misfit(last, STAGED):
+            raise MalformedError(f"{self.record / JOURNAL} is damaged: its end has no such {where}.")
         for name in sorted(last["staged"], key=lambda name: name in LAST):
             if (waiting := self.record / "new" / name).exists():
                 (self.partial / name).parent.mkdir(parents=True, exist_ok=True)
@@ -260,15 +271,6 @@ def _remove_empty(folder: Path) -> None:
             path.rmdir()
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
-
-
-def refuse_lossy(undo: str, *, allow_lossy: bool) -> None:
-    """In place there is no other copy: only what can be undone bit for bit is done without being asked for."""
-    if undo != "exact" and not allow_lossy:
-        raise UsageError(
-            f"--in-place with --undo {undo} would lose what this folder holds now.",
-            hint="--undo exact keeps it; --allow-lossy does without",
-        )
 
 
 def finished(folder: PathLike, verb: str, adapters: Sequence[str], settings: Settings) -> Record | None:

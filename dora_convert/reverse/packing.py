@@ -14,6 +14,7 @@ import torch
 import zstandard
 from torch import Tensor
 
+from ..blocks import ROWS_MULTIPLE
 from ..errors import MalformedError
 from ..memory import as_bytes
 from ..stored import Reader, Stored
@@ -23,6 +24,8 @@ SPARSE = 6
 """Where at most one integer in so many is not zero, only those are kept, and where they are."""
 ALL = 0xFFFFFFFF
 LONGEST = 255
+MOST = 1 << 22
+"""Integers in one block at the most, unless its least rows hold more: eight times what is packed."""
 
 
 def pack(values: Tensor) -> bytes:
@@ -44,14 +47,14 @@ def unpack(body: memoryview, dtype: torch.dtype) -> Tensor:
     """The integers of one packed block, without the length before it; ValueError where it holds something else."""
     count, kept, number = struct.unpack_from("<IIB", body)
     lengths = struct.unpack_from(f"<{number}I", body, 9)
-    decompressor, streams, position = zstandard.ZstdDecompressor(), [], 9 + 4 * number
-    for length in lengths:
-        data = decompressor.decompress(body[position : position + length], max_output_size=8 * count + 64)
-        streams.append(
-            torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            if data
-            else torch.empty(0, dtype=torch.uint8)
-        )
+    held = count if kept == ALL else kept
+    planes = dtype.itemsize if held else 0
+    if held > count or number != planes + (0 < held == kept) or sum(lengths) != len(body) - 9 - 4 * number:
+        raise ValueError(f"{number} frames for {kept} of {count} integers")
+    streams, position = [], 9 + 4 * number
+    for place, length in enumerate(lengths):
+        frame = body[position : position + length]
+        streams.append(_unpacked(frame, held, held + (count // LONGEST if place < number - planes else 0)))
         position += length
     values = torch.zeros(count, dtype=dtype)
     if kept == ALL:
@@ -61,11 +64,22 @@ def unpack(body: memoryview, dtype: torch.dtype) -> Tensor:
     return values
 
 
+def _unpacked(frame: memoryview, least: int, most: int) -> Tensor:
+    """The bytes of one frame, which says itself how many they are; ValueError where it may not hold so many."""
+    size = zstandard.frame_content_size(frame)
+    if not least <= size <= most:
+        raise ValueError(f"a frame of {size} bytes for {least} integers")
+    data = bytearray(zstandard.ZstdDecompressor().decompress(frame))
+    return torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+
+
 class Unpacker:
     """The integers of a stored tensor, from its first on, however its blocks were cut."""
 
-    def __init__(self, stored: Stored, reader: Reader, dtype: torch.dtype) -> None:
+    def __init__(self, stored: Stored, reader: Reader, dtype: torch.dtype, columns: int = 1) -> None:
+        """`columns` is how long a row of the tensor is that the integers belong to."""
         self._stored, self._reader, self._position = stored, reader, 0
+        self._most = max(MOST, ROWS_MULTIPLE * columns)
         self._dtype, self._rest = dtype, torch.empty(0, dtype=dtype)
 
     def next(self, count: int) -> Tensor:
@@ -78,7 +92,13 @@ class Unpacker:
     def _block(self) -> Tensor:
         (length,) = struct.unpack("<I", self._take(4))
         try:
-            return unpack(self._take(length), self._dtype)
+            if length > 10 * self._most + (1 << 16):
+                raise ValueError(f"a block of {length} bytes")  # noqa: TRY301 - as whatever else is wrong with it
+            body = self._take(length)
+            (count,) = struct.unpack_from("<I", body)
+            if not 0 < count <= self._most:
+                raise ValueError(f"a block of {count} integers")  # noqa: TRY301
+            return unpack(body, self._dtype)
         except (ValueError, RuntimeError, IndexError, struct.error, zstandard.ZstdError) as error:
             raise MalformedError(f"{self._stored.path}: {self._stored.name} is damaged.") from error
 

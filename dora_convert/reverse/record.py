@@ -9,18 +9,15 @@ from typing import Any
 
 from ..adapter import Adapter
 from ..checkpoint import RECEIPT, RECORD, Checkpoint, Shard
-from ..errors import Fault, MalformedError, RefError, UsageError
+from ..errors import Fault, MalformedError, RefError, UsageError, shown
 from ..json_files import read_json
 from ..layout import converted
 from ..plan import Options
 from ..refs import Source
+from ..schema import misfit
 from ..stored import BITS, Stored, read_header
 from ..undo import NAME as UNDO
-
-FIELDS = {
-    "versions": dict, "base": dict, "adapters": list, "options": dict, "tensors": dict, "kept": dict, "layout": dict,
-    "side_files": dict, "base_files": dict, "ledger": list,
-}  # fmt: skip
+from .receipt_form import FORM
 
 
 @dataclass(frozen=True)
@@ -30,9 +27,22 @@ class Record:
     receipt: Mapping[str, Any]
     tensors: Mapping[str, Stored] = field(default_factory=dict)
 
-    def find(self, kind: str, name: str) -> Stored | None:
-        """One tensor of the undo record."""
-        return self.tensors.get(f"{kind}/{name}")
+    def find(self, kind: str, name: str, dtype: str, shape: Sequence[int | None]) -> Stored | None:
+        """One tensor of the undo record; where a dimension is None, any will do.
+
+        Raises MalformedError where it is another than it should be.
+        """
+        if not (found := self.tensors.get(f"{kind}/{name}")):
+            return None
+        alike = len(found.shape) == len(shape) and all(
+            wanted in (None, size) for size, wanted in zip(found.shape, shape, strict=True)
+        )
+        if found.dtype != dtype or not alike:
+            raise MalformedError(
+                f"{found.path}: {found.name} is {found.dtype} {list(found.shape)}, which no merge has left.",
+                hint="the undo record is damaged",
+            )
+        return found
 
     @property
     def options(self) -> Options:
@@ -55,7 +65,7 @@ class Record:
 
     def file(self, name: str) -> bytes | None:
         """A file of the base's that the output does not have as it was."""
-        if not (stored := self.find("file", name)):
+        if not (stored := self.find("file", name, "U8", [None])):
             return None
         with stored.path.open("rb") as file:
             file.seek(stored.start)
@@ -71,19 +81,12 @@ def read_record(merged: Checkpoint) -> Record | None:
     if not (folder / RECEIPT).is_file():
         return None
     receipt = read_json(folder / RECEIPT)
-    for name, kind in FIELDS.items():
-        if not isinstance(receipt.get(name), kind):
-            raise MalformedError(
-                f"{folder / RECEIPT} has no {name}: an older version or another tool made it.",
-                hint="merge again with this version, or name the base with --base",
-            )
-    undo = read_header(folder / UNDO).tensors if (folder / UNDO).is_file() else {}
-    try:
-        record = Record(receipt, undo)
-        _ = record.options, record.weights
-    except (KeyError, TypeError) as error:
-        raise MalformedError(f"{folder / RECEIPT} is damaged: {error!r}.") from error
-    return record
+    if where := misfit(receipt, FORM):
+        raise MalformedError(
+            f"{folder / RECEIPT} has no such {shown(where)}: an older version or another tool made it, or it is damaged.",
+            hint="merge again with this version, or name the base with --base",
+        )
+    return Record(receipt, read_header(folder / UNDO).tensors if (folder / UNDO).is_file() else {})
 
 
 def no_record(merged: Checkpoint, adapters: int, ignore_field: Sequence[str], files: Sequence[str]) -> Record:
@@ -192,7 +195,9 @@ def _not_merged(adapter: Adapter, found: Mapping[str, str], record: Record) -> E
     merged = record.receipt["adapters"]
     if any(dict(other["files"]) == dict(found) for other in merged):
         return UsageError(f"ADAPTER {adapter.source.name} is given more often than it was merged.")
-    nearest = max(merged, key=lambda other: len(set(other["files"].items()) & set(found.items())))
+    nearest: Mapping[str, Any] = max(
+        merged, key=lambda other: len(set(other["files"].items()) & set(found.items())), default={"files": {}}
+    )
     names = sorted({*found, *nearest["files"]})
     faults = [
         Fault(name, "is another file than was merged" if name in found else "is missing")

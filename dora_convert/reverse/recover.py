@@ -33,7 +33,9 @@ class Recovering:
         self._inverse = Inverse(item, self._lane, exact=item.undo.ulps is not None, taken=held)
         self._norms = self._recorded() if item.undo.original is None else self._measured(item.undo.original)
         places = maths.INTEGERS[TORCH[item.dtype].itemsize]
-        self._ulps = Unpacker(item.undo.ulps, reader, places) if item.undo.ulps else None
+        self._ulps = (
+            Unpacker(item.undo.ulps, reader, places, item.source.matrix[1]) if item.undo.ulps else None
+        )
         self._rows = replaced_rows(item, reader)
         self.digest = Digest(proof=False)
         self.ambiguous = 0

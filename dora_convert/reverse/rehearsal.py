@@ -6,11 +6,12 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import closing
 from typing import Any
 
-from ..execute import Budget, Done, Progress, Run
+from ..execute import Budget, Run
 from ..items import Item
 from ..journal import Journal
 from ..plan import Plan
 from ..precision import Choice
+from ..progress import Done, Progress
 from ..settings import Settings
 from ..stored import Reader
 from ..undo import Segment, Spool

@@ -11,7 +11,7 @@ import xxhash
 from ..checks import scan_adapter
 from ..digests import Digest, stored_digest
 from ..errors import Fault, RefError, VerificationError
-from ..execute import Done
+from ..progress import Done
 from ..report import Recovered, UnmergeReport
 from ..running import earlier, judge, run, run_key
 from ..settings import Settings

@@ -155,18 +155,27 @@ def _recovered(
     own = original and original.tensors.get(name)
     if item and item.verbatim:
         return _copy(tensor, merged.tensors[item.name])
-    if whole := record.find("whole", name):
+    if whole := record.find("whole", name, tensor.dtype, tensor.shape):
         return _copy(tensor, whole)
     if not item or (item.replaced and merge.options.undo == "none"):
         return _copy(tensor, own) if own else Fault(name, "was replaced or left out, and no record holds it")
     if item.source is not item.base:
-        rows = [min(pair) for pair in zip(tensor.shape[:1], item.source.shape[:1], strict=True)]
-        shape = (*rows, *item.source.shape[1:])  # the adapter's may have more rows, or fewer
+        fewer = [min(pair) for pair in zip(tensor.shape[:1], item.source.shape[:1], strict=True)]
+        shape = (*fewer, *item.source.shape[1:])  # the adapter's may have more rows, or fewer
         undo = Undo(kept=_kept(tensor, record))
+        if fewer < [*tensor.shape[:1]] and not undo.kept:
+            return Fault(name, "rows of it were cut off, and no record holds them")
         return _inverse(replace(item, edits=(), rows=()), tensor, replace(item.source, shape=shape), undo)
     source = replace(merged.tensors[item.name], shape=item.source.shape)
-    norms = tuple(record.find(f"norm/{n}", name) if e.decomposed else None for n, e in enumerate(item.edits))
-    left, right = record.find("start/left", name), record.find("start/right", name)
+    rows, columns = source.matrix
+    norms = tuple(
+        record.find(f"norm/{number}", name, "F32", [rows if edit.axis else columns])
+        if edit.decomposed
+        else None
+        for number, edit in enumerate(item.edits)
+    )
+    left = record.find("start/left", name, "F32", [rows, None])
+    right = record.find("start/right", name, "F32", [left.shape[1] if left else None, columns])
     if item.start and not (left and right):
         return (
             _copy(tensor, own)
@@ -174,7 +183,7 @@ def _recovered(
             else Fault(name, f"no record holds what {item.start.start} took from it")
         )
     taken = (left, right) if left and right else None
-    undo = Undo(norms, taken, _kept(tensor, record), record.find("ulps", name))
+    undo = Undo(norms, taken, _kept(tensor, record), record.find("ulps", name, "U8", [None]))
     if any(edit.decomposed and not n for edit, n in zip(item.edits, norms, strict=True)):
         if not own:
             return Fault(name, "a merged DoRA has lost ‖W + sBA‖, and no record holds it")
@@ -194,7 +203,8 @@ def _copy(tensor: Stored, stored: Stored) -> Item:
 
 
 def _kept(tensor: Stored, record: Record) -> tuple[Stored, Stored] | None:
-    values, index = record.find("rows", tensor.name), record.find("index", tensor.name)
+    values = record.find("rows", tensor.name, tensor.dtype, [None, tensor.matrix[1]])
+    index = record.find("index", tensor.name, "I64", [values.shape[0] if values else None])
     return (values, index) if values and index else None
 
 

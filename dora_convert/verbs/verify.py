@@ -66,7 +66,7 @@ def verify(
     texts = _texts(level, prompt, prompts)
     options = parse_options("auto", "auto", None, "none", include, exclude, allow_unmatched, ignore_field)
     settings = Settings.parse(
-        _device(level, device), "auto", MAX_MEMORY if max_memory is None else max_memory, workers, True, None,
+        device, "auto", MAX_MEMORY if max_memory is None else max_memory, workers, True, None,
         on_progress, on_notice, token,
     )  # fmt: skip
     if report is not None:
@@ -121,17 +121,6 @@ def _texts(level: str, prompt: Sequence[str], prompts: PathLike | None) -> tuple
     if prompt or prompts is not None:
         raise UsageError("--prompt and --prompts are of use with --level outputs only.")
     return ()
-
-
-def _device(level: str, device: str) -> str:
-    """Where to compute; weights are compared on the CPU, in float64."""
-    if level == "outputs":
-        return device
-    if device not in ("auto", "cpu"):
-        raise UsageError(
-            f"--device {device}: weights are compared on the CPU.", hint="--level outputs runs there"
-        )
-    return "cpu"
 
 
 def _recorded(made: Checkpoint, refs: Sequence[str], token: str | None) -> Recorded | None:
