@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import closing
 
 import torch
@@ -40,14 +41,20 @@ def scan_adapter(adapter: Adapter) -> dict[str, str]:
 
 
 def _finite(tensor: Stored, reader: Reader) -> bool:
-    if tensor.dtype not in FLOATS:
-        return True
+    return all(holds_numbers(chunk, tensor.dtype) for chunk in chunks(tensor, reader))
+
+
+def chunks(tensor: Stored, reader: Reader) -> Iterator[bytearray]:
+    """A tensor's bytes, a megabyte at a time."""
     for start in range(0, tensor.nbytes, CHUNK_BYTES):
         chunk = bytearray(min(CHUNK_BYTES, tensor.nbytes - start))
         reader.read(tensor.path, tensor.start + start, memoryview(chunk))
-        if not maths.all_finite(torch.frombuffer(chunk, dtype=TORCH[tensor.dtype])):
-            return False
-    return True
+        yield chunk
+
+
+def holds_numbers(chunk: bytearray, dtype: str) -> bool:
+    """Whether none of some elements is NaN or infinite, as far as the dtype has such."""
+    return dtype not in FLOATS or maths.all_finite(torch.frombuffer(chunk, dtype=TORCH[dtype]))
 
 
 def doubt_base(plan: Plan) -> str | None:

@@ -14,6 +14,8 @@ SUFFIXES = (
 )  # fmt: skip
 """How the names of transformers' model classes end, after the name of the family."""
 OUTPUT_LAYERS = ("weight", "out_proj.weight")
+BEFORE = "pre_classifier."
+"""DistilBERT's layer before the one whose rows are labels."""
 
 
 def _rewrite(config: Config, key: str, change: Callable[[Any], Any]) -> dict[str, Any]:
@@ -62,7 +64,9 @@ def with_head(config: Config, task: str | None, shapes: Mapping[str, tuple[int, 
     if task and task != "ForCausalLM":  # whose class has other names in some families
         changed["architectures"] = [_class_of(config, task)]
     weights = [
-        shape for name, shape in shapes.items() if name.partition(".")[2] in OUTPUT_LAYERS and len(shape) == 2
+        shape
+        for name, shape in shapes.items()
+        if name.partition(".")[2] in OUTPUT_LAYERS and len(shape) == 2 and not name.startswith(BEFORE)
     ]
     if weights:
         labels = {number: f"LABEL_{number}" for number in range(weights[-1][0])}

@@ -31,6 +31,8 @@ from .undo import Part, Spool
 from .writer import Copy, ShardFiles
 
 KEEP_BYTES = 1 << 20
+Job = tuple[str, Callable[[Lane], None]]
+"""A piece of work, and the shard that it is for."""
 
 
 class StoppedError(Exception):
@@ -151,13 +153,9 @@ class Run:
                 self._finish(shard.filename)
         self._crew.run(workers, [job for _, job in jobs], self.on_stop)
 
-    def _jobs(
-        self, copies: Sequence[Copy], items: Sequence[Item]
-    ) -> list[tuple[str, Callable[[Lane], None]]]:
+    def _jobs(self, copies: Sequence[Copy], items: Sequence[Item]) -> list[Job]:
         """What is to be done and for which shard, copies first; where somebody waits for shards, one after the other."""
-        jobs: list[tuple[str, Callable[[Lane], None]]] = [
-            (copy.shard, partial(self._copy, copy)) for copy in copies
-        ]
+        jobs: list[Job] = [(copy.shard, partial(self._copy, copy)) for copy in copies]
         jobs += [(self.shards.shard_of(item), partial(self._make, item)) for item in items]
         unkept = [tensor for tensor in self.plan.lost if kept_name(tensor) not in self.progress.done]
         jobs += [(self.plan.lost_with[tensor.name], partial(self._keep, tensor)) for tensor in unkept]

@@ -47,7 +47,7 @@ def gather(
     open_base = opened_by or partial(_open_whole, token, unfinished)
     if base is not None:
         return open_base(base, None), opened
-    found = _base_of(opened[0], adapters[0], out, open_base)
+    found = _base_of(opened[0], adapters[0], out, verb, open_base)
     notice(f"base: {found.source.title}, as {opened[0].source.name} says")
     return found, opened
 
@@ -83,9 +83,9 @@ def _has_weights(path: Path) -> bool:
     return any(is_weight_file(name) and not OF_TRAINING.match(name) for name in names)
 
 
-def _base_of(adapter: Adapter, ref: str, out: str, open_base: Opener) -> Checkpoint:
+def _base_of(adapter: Adapter, ref: str, out: str, verb: str, open_base: Opener) -> Checkpoint:
     """The base an adapter was trained on, at the revision it names."""
-    again = f"name it: dora-convert merge BASE {shlex.quote(ref)} {shlex.quote(out)}"
+    again = f"name it: dora-convert {verb} BASE {shlex.quote(ref)} {shlex.quote(out)}"
     if not adapter.base:
         raise RefError(
             f"The adapter {adapter.source.name} does not say which base it was trained on.", hint=again

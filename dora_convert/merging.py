@@ -20,12 +20,15 @@ from .plan import Options, Plan
 from .planner import make_plan
 from .refs import PathLike
 from .report import DryRunReport, MergeReport
-from .reverse.in_place import InPlace, finished, refuse_lossy
+from .reverse.in_place import InPlace, finished
 from .reverse.record import read_record
+from .reverse.refusals import refuse_far, refuse_lossy
 from .settings import Settings, parse_weights
 
 if TYPE_CHECKING:
     from .produce import Examine
+
+IN_PLACE = "--in-place"
 
 
 class Asked(NamedTuple):
@@ -53,7 +56,7 @@ def merge_beside(asked: Asked, overwrite: bool) -> MergeReport | DryRunReport:  
     folder = OutputFolder(place_of(asked.out, routes, refs), overwrite=overwrite)
     folder.check()
     far = partial(open_far, "BASE", asked.settings.token, not asked.dry_run, routes.weights(folder))
-    plan = _plan(asked, folder.given, None if asked.verify_outputs else far)
+    plan = _plan(asked, folder.given if routes.local else "OUT", None if asked.verify_outputs else far)
     folder.refuse_inside([plan.base.source.path, *(adapter.source.path for adapter in plan.adapters)])
     return _carry_out(plan, folder, asked)
 
@@ -62,6 +65,7 @@ def merge_in_place(asked: Asked, allow_lossy: bool) -> MergeReport | DryRunRepor
     """Change the base itself; what an earlier run has staged is brought to its end first."""
     if asked.base is None or asked.out is not None:
         raise UsageError("--in-place takes BASE and ADAPTER, and no OUT.")
+    refuse_far(asked.base, "BASE")
     if asked.routes.target or not asked.routes.local or asked.verify_outputs:
         raise UsageError(
             "--in-place goes neither with --push-to-hub nor with --verify-outputs.",
@@ -70,7 +74,7 @@ def merge_in_place(asked: Asked, allow_lossy: bool) -> MergeReport | DryRunRepor
     refuse_lossy(asked.options.undo, allow_lossy=allow_lossy)
     if report := finished(asked.base, "merge", asked.adapters, asked.settings):
         return MergeReport.read(report)
-    plan = _plan(asked, os.fspath(asked.base), None)
+    plan = _plan(asked, IN_PLACE, None)
     place = InPlace(plan.base.source.path, plan.base.shards, plan.base.index_name)
     place.refuse(plan)
     if not place.begun and _is_merged(plan):
@@ -90,7 +94,10 @@ def _is_merged(plan: Plan) -> bool:
 
 
 def _plan(asked: Asked, out: str, opened_by: Opener | None) -> Plan:
-    """Gather the inputs and decide every output tensor; what looks odd is warned of."""
+    """Gather the inputs and decide every output tensor; what looks odd is warned of.
+
+    `out` is what the command line has last.
+    """
     settings, options = asked.settings, asked.options
     weights = parse_weights(asked.weight, len(asked.adapters))
     named = None if asked.base is None else os.fspath(asked.base)
@@ -102,7 +109,7 @@ def _plan(asked: Asked, out: str, opened_by: Opener | None) -> Plan:
         settings.notify,
         options.ignore_field,
         opened_by=opened_by,
-        unfinished=out == named,  # in place: an earlier run may have begun to change it
+        unfinished=out == IN_PLACE,  # an earlier run may have begun to change it
     )
     for doubt in doubts(checkpoint, opened):
         settings.warn(doubt)
@@ -112,7 +119,9 @@ def _plan(asked: Asked, out: str, opened_by: Opener | None) -> Plan:
 def _carry_out(plan: Plan, folder: OutputFolder | InPlace, asked: Asked) -> MergeReport | DryRunReport:
     """Carry the plan out, with what it needs from the Hub and has for it."""
     if asked.dry_run:
-        return DryRunReport.of(plan, asked.settings, folder.given)
+        target = asked.routes.target
+        out = folder.given if asked.routes.local or not target else target.repo
+        return DryRunReport.of(plan, asked.settings, out)
     with without_collections():
         from .hub.traffic import traffic
         from .produce import produce

@@ -7,6 +7,7 @@ from contextlib import closing
 from typing import Any
 
 from . import __version__, receipt, undo
+from .card import card_bytes
 from .checking.verified import OutputsReport
 from .checkpoint import RECEIPT, RECORD, Checkpoint, open_checkpoint
 from .checks import doubt_base, scan_adapter
@@ -23,7 +24,7 @@ from .reverse.in_place import InPlace
 from .reverse.rehearsal import rehearse
 from .running import Hashes, earlier, judge, run, run_key
 from .settings import Settings
-from .sidefiles import SideFile, base_files, card_of, originals, side_files, with_checks
+from .sidefiles import SideFile, base_files, originals, side_files, with_card
 from .undo import Part, Spool
 from .workspace import Folder, entered, settle
 
@@ -62,11 +63,11 @@ def produce(
         verdict = judge(plan, done.progress.done) if settings.verify else None
         if _same(plan, done.progress.done):
             settings.warn("the adapter changes nothing: every element is as it was in the base")
-        if verdict:
-            files = with_checks(files, plan, settings.base_model, verdict.rows())
+        card = card_bytes(plan, settings.base_model, verdict.rows() if verdict else ())
+        files = with_card(files, card)
         _write_files(plan, folder, done, files, hashes)
         outputs = _examined(folder, examine).to_dict() if examine else None
-        pushed = hub.finish(card_of(files, plan), f"Merge with dora-convert {__version__}") if hub else None
+        pushed = hub.finish(card, f"Merge with dora-convert {__version__}") if hub else None
         away = pushed.url if pushed and hub and not hub.local else None
         ended: dict[str, Any] = {
             "written": done.written,

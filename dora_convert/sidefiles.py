@@ -112,7 +112,8 @@ def restored_files(
         if data is not None or path.is_file():
             source = path if data is None else data
             if proof and proof != (sha256(path) if data is None else hashlib.sha256(data).hexdigest()):
-                faults += [] if gone and not own else [Fault(name, "was changed since")]
+                why = "was changed since" if data is None else "is damaged in the undo record"
+                faults += [] if gone and not own else [Fault(name, why)]
                 continue
             found.append(SideFile(name, source, "copied" if data is None else "restored"))
         elif not gone:
@@ -126,20 +127,9 @@ def restored_files(
     return [*found, *(SideFile(f"{RECORD}/{name}", before / name, "restored") for name in earlier)]
 
 
-def with_checks(
-    files: Sequence[SideFile], plan: Plan, base_model: str | None, checks: Sequence[tuple[str, str]]
-) -> list[SideFile]:
-    """The same files, the card with what the self-check has found."""
-    made = card.card_bytes(plan, base_model, checks)
+def with_card(files: Sequence[SideFile], made: bytes) -> list[SideFile]:
+    """The same files, with another card if there is one among them: OUT of a base that is a single file has none."""
     return [replace(file, source=made) if file.name == card.NAME else file for file in files]
-
-
-def card_of(files: Sequence[SideFile], plan: Plan) -> bytes:
-    """The card among the files; of a base that is a single file, whose OUT has none, a new one."""
-    for file in files:
-        if file.name == card.NAME and isinstance(file.source, bytes):
-            return file.source
-    return card.card_bytes(plan, None)
 
 
 def left_over(merged: Checkpoint, record: Record, files: Sequence[SideFile]) -> list[str]:

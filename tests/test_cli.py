@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -222,6 +223,20 @@ def test_interrupt(run, tmp_path, base, adapter, monkeypatch):
     code, _, err = run("merge", base.path, adapter, tmp_path / "out")
     assert code == 130
     assert "the same command continues it" in err
+
+
+def test_interrupted_while_importing(tmp_path):
+    """With -m, too, the exit code is 130, even where Ctrl-C comes while a dataclass is made of strings."""
+    (tmp_path / "stopped.py").write_text(
+        "from dora_convert import cli\n"
+        "cli.group.main = lambda *_, **__: exec('raise KeyboardInterrupt')\n"
+        "cli.main(['inspect', 'x'])\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.fspath(tmp_path), *sys.path])}
+    done = subprocess.run(
+        [sys.executable, "-m", "stopped"], env=environment, capture_output=True, check=False
+    )
+    assert done.returncode == 130
 
 
 def test_a_bug_is_called_one(run, tmp_path, base, adapter, monkeypatch):

@@ -4,17 +4,34 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from torch import nn
 
 import dora_convert
 from dora_convert.errors import DoraConvertError, PlanError, UsageError
 
 from . import toy
-from .peft_cases import GROWN, IDS, Case, bert, distance, gpt2, llama, outputs, save, scrambled, start
+from .peft_cases import (
+    GROWN,
+    IDS,
+    SIZES,
+    Case,
+    Tiny,
+    bert,
+    distance,
+    gpt2,
+    llama,
+    outputs,
+    save,
+    scrambled,
+    start,
+    t5,
+)
 from .test_from_lora import TIED, run
 from .test_peft_matrix import noisy
 
@@ -212,18 +229,110 @@ def test_a_new_head(tmp_path):
     assert json.loads((tmp_path / "out/adapter_config.json").read_text())["task_type"] == "SEQ_CLS"
 
 
+SMALL = {"vocab_size": 70, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 56, "initializer_range": 0.1}
+ROBERTA = {**SIZES, "intermediate_size": 56, "max_position_embeddings": 20}
+
+
+@pytest.mark.parametrize(
+    ("base", "opened", "task", "head"),
+    [
+        (Tiny("RobertaForMaskedLM", ROBERTA), "RobertaForSequenceClassification", "SEQ_CLS", ["classifier"]),
+        (Tiny("DistilBertForMaskedLM", SMALL), "DistilBertForSequenceClassification", "SEQ_CLS", ["classifier", "pre_classifier"]),
+        (bert("BertForMaskedLM"), "BertForTokenClassification", "TOKEN_CLS", ["classifier"]),
+        (bert("BertForSequenceClassification"), "BertForSequenceClassification", None, []),
+        (Tiny("RobertaForTokenClassification", ROBERTA), "RobertaForTokenClassification", None, []),
+    ],
+)  # fmt: skip
+def test_heads_of_encoders(tmp_path, base, opened, task, head):
+    """A new head in the place of another is one module that PEFT's task names; one that has factors gets no task."""
+    case = Case(base, lambda: None, opened=opened)
+    torch.manual_seed(3)
+    with noisy():
+        save(base(), tmp_path / "base")
+        want = outputs(finetuned(scrambled(start(case, tmp_path / "base")), tmp_path / "tuned"), IDS)
+        dora_convert.extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", rank=99, kind="lora")
+        made = PeftModel.from_pretrained(start(case, tmp_path / "base"), tmp_path / "out").eval()
+        assert distance(outputs(made, IDS), want) <= 1e-5
+        dora_convert.merge(tmp_path / "base", tmp_path / "out", tmp_path / "merged")
+        assert distance(outputs(start(case, tmp_path / "merged"), IDS), want) <= 1e-5
+    config = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert config["task_type"] == task
+    assert [name for name in config["modules_to_save"] if "classifier" in name] == head
+    assert json.loads((tmp_path / "merged/config.json").read_text())["architectures"] == [opened]
+
+
+def test_an_embedding_tied_to_more_than_a_head(tmp_path):
+    """T5's serves two stacks and the head: PEFT loads no adapter that saves it, so it is refused, with the way out."""
+    with noisy():
+        save(t5(), tmp_path / "base")
+        finetuned(start(Case(t5, lambda: None), tmp_path / "base"), tmp_path / "tuned")
+    for embeddings in ("full", "lora"):
+        with pytest.raises(PlanError) as caught:
+            dora_convert.extract(
+                tmp_path / "base", tmp_path / "tuned", tmp_path / "out", rank=9, embeddings=embeddings
+            )
+        assert [fault.what for fault in caught.value.faults] == ["shared.weight"]
+        assert "--embeddings skip" in caught.value.text()
+        assert "--embeddings full" not in caught.value.text()
+    dora_convert.extract(
+        tmp_path / "base", tmp_path / "tuned", tmp_path / "out", rank=9, kind="lora", embeddings="skip"
+    )
+
+
+class Nested(nn.Module):
+    """Modules whose names are ends of each other's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        inner = nn.ModuleDict({"linear": nn.Linear(11, 5)})
+        self.linear, self.block = nn.Linear(7, 9), nn.ModuleDict({"linear": nn.Linear(9, 11), "block": inner})
+
+    def forward(self, x):
+        return self.block["block"]["linear"](self.block["linear"](self.linear(x)))
+
+
+@pytest.mark.parametrize("changed", ["linear", "block.linear", "block.block.linear"])
+def test_names_that_end_alike(tmp_path, changed):
+    """PEFT puts factors on the module that differs and on no other one, though its name is an end of theirs."""
+    torch.manual_seed(3)
+    model = Nested()
+    save(model, tmp_path / "base")
+    with torch.no_grad():
+        weight = model.get_submodule(changed).weight
+        weight += torch.randn_like(weight)
+    save(model, tmp_path / "tuned")
+    for kind in ("lora", "dora"):
+        dora_convert.extract(tmp_path / "base", tmp_path / "tuned", tmp_path / kind, rank=99, kind=kind)
+        base = Nested()
+        base.load_state_dict(load_file(tmp_path / "base/model.safetensors"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            made = PeftModel.from_pretrained(base, tmp_path / kind)
+        found = {name.partition(".lora_A")[0] for name in made.state_dict() if ".lora_A" in name}
+        assert found == {f"base_model.model.{changed}"}
+        x = torch.randn(3, 7)
+        assert torch.allclose(made(x), model(x), rtol=1e-4, atol=1e-5)
+        dora_convert.merge(tmp_path / "base", tmp_path / kind, tmp_path / f"{kind} merged")
+
+
 def test_bad_input_is_named(tmp_path, single):
-    """No goal, the same checkpoint twice, other shapes, NaN, an adapter as TUNED: exit 2, and nothing is written."""
+    """No goal, the same checkpoint twice, other shapes, NaN, no factors, an adapter as TUNED: nothing is written."""
     nan = single.tensors[LINEAR[0]].clone()
     nan[3, 4] = float("nan")
     wrong = {
         "other": {LINEAR[0]: torch.randn(17, 40)},
         "damaged": {LINEAR[0]: nan},
+        "norm": {LINEAR[0]: single.tensors[LINEAR[0]] + 1, "model.norm.weight": torch.full((40,), torch.inf)},
+        "whole": {"model.norm.weight": torch.randn(40)},
     }
     for name, changed in wrong.items():
         tune(single, tmp_path / name, changed)
     adapter = toy.make_adapter(tmp_path / "adapter", single, dora=True)
-    for tuned, word in {"other": LINEAR[0], "damaged": "NaN", "base": "Nothing to extract", "adapter": "adapter"}.items():  # fmt: skip
+    words = {
+        "other": LINEAR[0], "damaged": "NaN", "norm": "model.norm.weight", "base": "Nothing to extract",
+        "whole": "no adapter without factors", "adapter": "is an adapter, not a model",
+    }  # fmt: skip
+    for tuned, word in words.items():
         with pytest.raises(DoraConvertError) as caught:
             dora_convert.extract(single.path, tmp_path / tuned, tmp_path / "out", rank=4)
         assert word in caught.value.text(), tuned

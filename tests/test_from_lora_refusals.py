@@ -117,6 +117,21 @@ def test_include_and_exclude(tmp_path, base):
     assert config["target_modules"] == [f"model.layers.{n}.self_attn.k_proj" for n in (0, 1)]
 
 
+def test_names_that_end_alike(tmp_path):
+    """What is left out gets no factors in PEFT either, though its name ends like that of a module that has some."""
+    torch.manual_seed(3)
+    tensors = {"linear.weight": torch.randn(9, 7), "block.linear.weight": torch.randn(11, 9)}
+    (tmp_path / "base").mkdir()
+    toy.write_shards(tmp_path / "base", tensors, 1)
+    base = toy.Base(tmp_path / "base", tensors)
+    adapter = toy.make_adapter(tmp_path / "lora", base, dora=False, targets=["linear"])
+    dora_convert.from_lora(base.path, adapter, tmp_path / "out", include=["linear"])
+    dora_convert.to_lora(base.path, adapter, tmp_path / "small", rank=1, exclude=["block.linear"])
+    for made in ("out", "small"):
+        config = json.loads((tmp_path / made / "adapter_config.json").read_text())
+        assert config["target_modules"] == "linear"  # a pattern for the whole name
+
+
 def run(*words) -> int:
     with pytest.raises(SystemExit) as left:
         main([str(word) for word in words])
@@ -143,6 +158,9 @@ def test_command_line(tmp_path, base, capsys):
     assert run("from-lora", base.path, adapter, adapter / "inside") == 2
     assert "overlaps" in capsys.readouterr().err
     assert run("from-lora", adapter) == 2
+    toy.edit_json(adapter / "adapter_config.json", base_model_name_or_path="nowhere")
+    assert run("from-lora", adapter, tmp_path / "x") == 2
+    assert "dora-convert from-lora BASE" in capsys.readouterr().err
     shutil.rmtree(tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"base", "lora"}
 

@@ -161,6 +161,22 @@ def test_a_dry_run_reads_headers_only(tmp_path):
     assert not (tmp_path / "out.partial").exists()
 
 
+@pytest.mark.parametrize(
+    "verb", [("to-lora", "--rank", "2"), ("from-lora", "--include", "*up_proj")], ids=lambda v: v[0]
+)
+def test_adapters_are_planned_from_headers(hub, tmp_path, verb):
+    """Of adapters that are to be made: a dry run brings no weights of the base, the run itself does."""
+    adapter = "me/adapter" if verb[0] == "to-lora" else "hf://me/many/style"
+    words = (verb[0], "org/base", adapter, tmp_path / "out", *verb[1:])
+    done = run(hub, tmp_path / "cache", *words, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    size = (hub.repos["org/base"] / "model-00001-of-00002.safetensors").stat().st_size
+    assert all(sent < size for name, sent in hub.sent if name.startswith("org/base") and "model-0" in name)
+    done = run(hub, tmp_path / "cache", *words)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out/adapter_model.safetensors").exists()
+
+
 def test_without_the_cache(hub, tmp_path):
     """--no-cache: the same bytes, and no weights of the base stay on this machine."""
     near = merge(hub, tmp_path, hub.repos["org/base"], hub.repos["me/adapter"], tmp_path / "near")

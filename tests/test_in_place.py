@@ -231,3 +231,24 @@ def test_out_is_not_given(tmp_path, model):
         dora_convert.unmerge(base.path, adapter, tmp_path / "out", in_place=True)
     with pytest.raises(UsageError, match="--in-place"):
         dora_convert.merge(base.path, adapter)
+
+
+@pytest.mark.parametrize("verb", ["merge", "unmerge"])
+def test_options_that_say_nothing(model, verb):
+    """A repo on the Hub is refused before it is looked for, --overwrite too; --allow-lossy is refused elsewhere."""
+    base, adapter = model
+    call = getattr(dora_convert, verb)
+    with pytest.raises(UsageError, match="org/base is on the Hub"):
+        call("org/base", adapter, in_place=True)
+    with pytest.raises(UsageError, match="no OUT that --overwrite"):
+        call(base.path, adapter, in_place=True, overwrite=True)
+    with pytest.raises(UsageError, match="--allow-lossy goes with"):
+        call(base.path, adapter, base.path.with_name("out"), allow_lossy=True)
+
+
+def test_swapped(model):
+    """The hint for BASE and ADAPTER in the wrong order is a command in place, too."""
+    base, adapter = model
+    with pytest.raises(UsageError, match="swapped") as caught:
+        dora_convert.merge(adapter, base.path, in_place=True)
+    assert caught.value.hint == f"dora-convert merge {base.path} {adapter} --in-place"

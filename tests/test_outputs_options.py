@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -103,6 +105,7 @@ def test_command_line(tmp_path, run):
 
 BLOCK = """
 import sys
+
 class Blocker:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in {blocked}:
@@ -158,14 +161,17 @@ def test_merge_verifies_outputs(tmp_path, monkeypatch, run):
 
 
 def test_nothing_is_left_as_it_was_not(tmp_path):
-    """Threads, random numbers, precision and default dtype are the caller's again."""
+    """Threads, random numbers, precision, default dtype and logging are the caller's again, of several threads, too."""
     base, adapter, out = merged(tmp_path, dora=False)
     torch.manual_seed(3)
     torch.set_float32_matmul_precision("medium")
     try:
         before = torch.get_num_threads(), torch.get_default_dtype(), torch.get_rng_state().tolist()
-        outputs(base, adapter, out)
+        with ThreadPoolExecutor(3) as pool:
+            reports = list(pool.map(lambda _: outputs(base, adapter, out), range(3)))
+        assert {report.verdict for report in reports} == {"agree"}
         assert before == (torch.get_num_threads(), torch.get_default_dtype(), torch.get_rng_state().tolist())
+        assert logging.root.manager.disable == 0
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision("highest")

@@ -149,7 +149,7 @@ def test_from_here_to_the_hub_alone(hub, merge, made, tmp_path):
     assert "goes with --push-to-hub" in merge("--no-local").stderr
     with pytest.raises(dora_convert.UsageError, match="there is no OUT"):
         dora_convert.merge(made / "base", made / "adapter", tmp_path / "x", push_to_hub="me/m", no_local=True)
-    with pytest.raises(dora_convert.UsageError, match="needs OUT"):
+    with pytest.raises(dora_convert.UsageError, match="merge needs OUT"):
         dora_convert.merge(made / "base", made / "adapter", None)
 
 
@@ -165,3 +165,57 @@ def test_layers_left_out(hub, tmp_path):
     assert [hub.seen(f"GET /org/base/resolve/.*{shard}") for shard in SHARDS] == [2, 2, 2]  # header, file
     dora_convert.unmerge(tmp_path / "out", adapter, tmp_path / "again")
     assert contents(tmp_path / "again") == contents(base.path)
+
+
+def test_unmerge_what_was_pushed(hub, far, made, tmp_path):
+    """A dry run of unmerge reads headers only and names no file; the base comes back bit for bit from the repo."""
+    assert run(hub, tmp_path / "home", *far, "--undo", "exact").returncode == 0
+    hub.requests.clear()
+    words = ("unmerge", "me/merged", "me/adapter", tmp_path / "again")
+    done = run(hub, tmp_path / "other", *words, "--dry-run", "-q")
+    assert done.returncode == 0, done.stderr
+    assert [hub.seen(f"GET .*{shard}") for shard in SHARDS] == [1, 1, 1]
+    assert not any("model-0000" in path.name for path in (tmp_path / "other").rglob("*"))
+    done = run(hub, tmp_path / "other", *words, "--base", "org/base", "--json")
+    assert done.returncode == 0, done.stderr
+    assert "--base is not read" in done.stderr
+    assert contents(tmp_path / "again") == contents(made / "base")
+    assert [hub.seen(f"GET /org/base/.*{shard}") for shard in SHARDS] == [1, 1, 1]  # headers
+
+
+def test_dry_run_of_hub_to_hub(hub, far, tmp_path):
+    """It names the repo that the output would go to, and does not create it."""
+    done = run(hub, tmp_path / "home", *far, "--dry-run", "-q")
+    assert (done.returncode, done.stdout) == (0, "me/merged\n"), done.stderr
+    assert hub.created == []
+
+
+def test_card_of_a_single_file(hub, tmp_path):
+    """A base that is one file: the repo's card has the base's id, which OUT's files do not say, and the checks."""
+    base = make_base(tmp_path / "base", shards=1)
+    adapter = make_adapter(tmp_path / "adapter", base, dora=True)
+    words = (base.path / "model.safetensors", adapter, tmp_path / "out", "--base-model", "org/base")
+    done = run(hub, tmp_path / "home", "merge", *words, "--push-to-hub", "me/merged")
+    assert done.returncode == 0, done.stderr
+    card = ModelCard(contents(hub.repos["me/merged"])["README.md"].decode())
+    assert card.data.base_model == "org/base"
+    assert "| wrong | 0 |" in card.text
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("to-lora", "base", "adapter", "--rank", "3"),
+        ("extract", "base", "merged", "--rank", "3", "--kind", "lora"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_adapters_that_are_made_go_up(hub, made, tmp_path, words):
+    """--push-to-hub with verbs that write adapters: the repo holds what OUT holds."""
+    verb, *refs = words[:3]
+    inputs = [made / ref for ref in refs]
+    call = (verb, *inputs, tmp_path / "out", *words[3:], "--push-to-hub", "me/made", "--json")
+    done = run(hub, tmp_path / "home", *call)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["pushed"]["repo"] == "me/made"
+    assert contents(hub.repos["me/made"]) == contents(tmp_path / "out")

@@ -215,7 +215,7 @@ def test_a_module_that_changes_nothing(tmp_path, base):
 
 
 @pytest.mark.parametrize(
-    "goal", [{}, {"rank": 4, "energy": 0.9}, {"rank": 0}, {"energy": 1.5}, {"max_error": 0.0}, {"max_error": -1}]
+    "goal", [{}, {"rank": 4, "energy": 0.9}, {"rank": 0}, {"energy": 1.5}, {"max_error": 0.0}, {"max_error": -1}, {"rank": 2.5}, {"rank": "4"}, {"energy": "a"}]
 )  # fmt: skip
 def test_one_goal_is_needed(tmp_path, base, goal):
     """Exactly one of rank, energy and max_error, with a value that something can have."""
@@ -235,6 +235,9 @@ def test_bad_input_is_named(tmp_path, base):
     toy.write_shards(base.path, tensors, 1)
     with pytest.raises(NumericalError, match=r"layers.1.mlp.up_proj"):
         dora_convert.to_lora(base.path, adapter, tmp_path / "out", rank=4)
+    plain = toy.make_adapter(tmp_path / "lora", base, dora=False)
+    with pytest.raises(NumericalError, match=r"layers.1.mlp.up_proj"):  # for the outputs' error
+        dora_convert.to_lora(base.path, plain, tmp_path / "out", rank=2)
     (tmp_path / "odd").mkdir()
     other = toy.make_adapter(tmp_path / "odd/lora", base, dora=False)
     tensors = load_file(other / "adapter_model.safetensors")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -128,6 +129,8 @@ class _Weight:
             spans = [slice(start, start + height) for start in range(0, len(B), height)]
             facts["output_lost"] = squared(torch.cat([(rows(span) - B[span] @ A) @ x for span in spans]))
             facts["output"] = squared(self._outputs(x))
+            if not math.isfinite(facts["output"]):
+                raise NumericalError(f"{self._item.name} holds NaN or Inf.", hint="is the base damaged?")
         return facts
 
     def _outputs(self, x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ unfinished run; names and config are made at the end, when ranks are known.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import card, maths, undo
-from ..checks import scan_adapter
+from ..checks import chunks, holds_numbers, scan_adapter
 from ..errors import NumericalError
 from ..execute import Budget, Crew
 from ..folder import OutputFolder
@@ -36,7 +36,6 @@ from ..workspace import earlier_run, entered, journal_key, settle
 from .orders import Assemble, Job, Order, Result
 from .outgoing import Files
 
-CHUNK_BYTES = 1 << 20
 NAMES = {dtype: name for name, dtype in TORCH.items()}
 
 
@@ -183,18 +182,16 @@ def _part(name: str, stored: Stored, dtype: str, spool: Spool, reader: Reader) -
     """A tensor as a part of the spool: it lies there already, or is copied, chunk by chunk."""
     if stored.path == spool.path and stored.dtype == dtype:
         return Part(name, dtype, stored.shape, (Segment(stored.start, stored.nbytes),))
-    pieces = (
-        memoryview(chunk) if stored.dtype == dtype else _converted(chunk, stored, dtype)
-        for chunk in _chunks(stored, reader)
-    )
-    return Part(name, dtype, stored.shape, tuple(spool.add(piece) for piece in pieces))
-
-
-def _chunks(stored: Stored, reader: Reader) -> Iterable[bytearray]:
-    for start in range(0, stored.nbytes, CHUNK_BYTES):
-        chunk = bytearray(min(CHUNK_BYTES, stored.nbytes - start))
-        reader.read(stored.path, stored.start + start, memoryview(chunk))
-        yield chunk
+    pieces = []
+    for chunk in chunks(stored, reader):
+        if not holds_numbers(chunk, stored.dtype):
+            raise NumericalError(
+                f"{stored.name} of {stored.path.name} holds NaN or Inf.", hint="the file is damaged"
+            )
+        pieces.append(
+            spool.add(memoryview(chunk) if stored.dtype == dtype else _converted(chunk, stored, dtype))
+        )
+    return Part(name, dtype, stored.shape, tuple(pieces))
 
 
 def _converted(chunk: bytearray, stored: Stored, dtype: str) -> memoryview:

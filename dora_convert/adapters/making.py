@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from ..folder import OutputFolder
 from ..formats import Format
 from ..gather import doubts, gather
 from ..heavy import without_collections
+from ..hub.arrivals import bring_weights
 from ..hub.pushed import Target
 from ..hub.pushing import push_output
+from ..hub.remote import open_far
 from ..plan import Options, Plan
 from ..planner import make_plan
 from ..refs import PathLike
@@ -85,6 +88,7 @@ class Making:
             self.settings.notify,
             self.options.ignore_field,
             verb,
+            opened_by=partial(open_far, "BASE", self.settings.token, True, None),
         )
         self.folder.refuse_inside([checkpoint.source.path, opened.source.path])
         for doubt in doubts(checkpoint, [opened]):
@@ -111,6 +115,8 @@ class Making:
             self.settings.max_memory = max(self.settings.max_memory, order.memory)
         if dry_run:
             return dry_run_of(order, self.settings, self.folder.given, **details)
+        for base in order.bases:
+            bring_weights(base, self.settings.token)
         with without_collections():
             from .craft import craft
 

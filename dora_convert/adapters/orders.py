@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any, Protocol
 
 from ..adapter import Adapter, Change
@@ -115,11 +116,11 @@ def goal_of(rank: int | None, energy: float | None, max_error: float | None) -> 
             f"{count} of --rank, --energy and --max-error is given; exactly one is needed.",
             hint="such as --rank 32, --energy 0.99 or --max-error 0.01",
         )
-    if rank is not None and rank < 1:
-        raise UsageError(f"--rank {rank}: a rank is 1 or more.")
+    if rank is not None and (not isinstance(rank, Integral) or rank < 1):
+        raise UsageError(f"--rank {rank}: a rank is a whole number, 1 or more.")
     for name, value in (("energy", energy), ("max-error", max_error)):
-        if value is not None and not 0 < value < 1:
-            raise UsageError(f"--{name} {value:g}: a share lies between 0 and 1.")
+        if value is not None and (not isinstance(value, Real) or not 0 < value < 1):
+            raise UsageError(f"--{name} {value}: a share lies between 0 and 1.")
     return given
 
 
@@ -142,3 +143,9 @@ def place_changes(
         else:
             unplaced.append(change)
     return placed, unplaced, others
+
+
+def modules_besides(plan: Plan, placed: Collection[Placed]) -> frozenset[str]:
+    """The modules of a plan's base for which none of some factors are, by their names in the base."""
+    adapted = {job.item.name for job in placed}
+    return frozenset(name.rpartition(".")[0] for name in plan.base.tensors if name not in adapted)

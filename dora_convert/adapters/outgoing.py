@@ -24,6 +24,8 @@ class Outgoing:
     """The class of model that it is for, where `like` does not say."""
     targets: tuple[str, ...] | None = None
     """The modules that have factors, by name or by its end; () for all their names, None for what `like` says."""
+    besides: frozenset[str] = frozenset()
+    """The model's other modules, none of which must be taken for one of `targets`."""
     keeps_ties: bool = False
     """Whether embedding and head stay one weight."""
 

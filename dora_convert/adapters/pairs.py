@@ -24,6 +24,8 @@ INNER = {
 """What models with a head call the model inside them, by model type."""
 TABLES = ("wpe", "relative_attention_bias", "position_embeddings", "token_type_embeddings")
 """Modules that are embeddings, besides the input's: rows of their weights are looked up."""
+HEAD_TOPS = frozenset({"lm_head", "cls", "vocab_transform", "vocab_layer_norm", "generator_predictions"})
+"""Where models keep the rest of their heads: layers that no model with another head has."""
 HELD = {"lora": 10, "dora": 16}
 """How often a module's matrix is held at once, in the dtype it is computed in."""
 
@@ -133,9 +135,10 @@ class _Sorting:
             return False
         if before.shape != after.shape or not {before.dtype, after.dtype} <= set(FLOATS):
             return False
-        if self._tie and name in (self._tie.embedding, self._tie.head):
+        if self._is_tied(name) and not self._refused(name):
             why = "is tied to its head: PEFT merges factors of such an embedding wrongly"
             self._found.faults.append(Fault(name, f"{why}; --embeddings full or skip"))
+        if self._is_tied(name):
             return True
         turned = table or is_conv1d(name, self._types)
         cost = self._held * after.numel + (16 << 20)
@@ -166,17 +169,29 @@ class _Sorting:
         adapted = any(pair.name == f"{module}.weight" for pair in self._found.pairs)
         if leaf == "bias" and (adapted or inside):
             self._found.whole[name] = self._after[name]  # a bias may come alone
+        elif self._refused(name):
+            pass
         elif inside:
             why = f"belongs to a module that has others inside, such as {inside}: no adapter holds it"
             self._found.faults.append(Fault(name, f"{why}; --embeddings skip leaves it out"))
         else:
             self._save_module(module)
-            if self._tie and name in (self._tie.embedding, self._tie.head) and not self._tie.stored:
+            if self._tie and self._is_tied(name) and not self._tie.stored:
                 self._found.keeps_ties = True
                 self._found.whole[self._tie.head] = self._after[name]
                 head = self._tie.head.rpartition(".")[0]
                 if bias := self._after.get(f"{head.rpartition('.')[0]}.bias"):  # BERT's is the decoder's, too
                     self._found.whole[f"{head}.bias"] = bias
+
+    def _is_tied(self, name: str) -> bool:
+        return self._tie is not None and name in (self._tie.embedding, self._tie.head)
+
+    def _refused(self, name: str) -> bool:
+        """Whether a tensor is tied in a way that no adapter holds; it is entered then."""
+        if not (self._tie and self._tie.refusal and self._is_tied(name)):
+            return False
+        self._found.faults.append(Fault(name, f"{self._tie.refusal}; --embeddings skip leaves it out"))
+        return True
 
     def _save_module(self, module: str) -> None:
         """Everything that a module owns, and none of it as factors."""
@@ -185,8 +200,9 @@ class _Sorting:
 
     def _missing(self) -> None:
         """What BASE has and TUNED has not: nothing but buffers, and a head that another one took the place of."""
+        tops = HEAD_TOPS - {name.partition(".")[0] for name in self._after}
         for name in self._before:
-            wanted = name.endswith(".weight") and not is_head(name)
+            wanted = name.endswith(".weight") and not is_head(name) and name.partition(".")[0] not in tops
             if name not in self._after and wanted and is_named(name.rpartition(".")[0], self._options):
                 self._found.faults.append(Fault(name, "is in BASE and not in TUNED"))
 

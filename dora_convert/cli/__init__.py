@@ -84,6 +84,9 @@ def main(args: Sequence[str] | None = None) -> None:
         error.show()
         code = error.exit_code
     except (Exception, KeyboardInterrupt) as error:
+        # CPython remembers a Ctrl-C that came while it ran a string, as dataclasses do, even where that was caught, and
+        # with -m dies of it in the end instead of leaving with our code. Running another string makes it forget.
+        exec("")  # noqa: S102
         if os.environ.get("DORA_CONVERT_DEBUG"):
             raise
         code = fail(error, as_json="--json" in words, reads=bool(READING.intersection(words[:1])))

@@ -61,7 +61,12 @@ def command(refs: tuple[str, ...], *, as_json: bool, quiet: bool, verbose: bool,
       dora-convert merge org/base me/adapter --push-to-hub me/merged --no-local
     """
     if len(refs) < (1 if chosen["no_local"] else 2):
-        raise click.UsageError("merge needs an ADAPTER and OUT, and mostly a BASE before them.")
+        needed = (
+            "a BASE and an ADAPTER"
+            if chosen["in_place"]
+            else "an ADAPTER and OUT, and mostly a BASE before them"
+        )
+        raise click.UsageError(f"merge needs {needed}.")
     from ..verbs.merge import merge
 
     nowhere = chosen["in_place"] or chosen["no_local"]

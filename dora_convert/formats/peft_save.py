@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from ..adapter import Adapter, Change
@@ -38,6 +38,9 @@ _TASKS = {
     "ForTokenClassification": "TOKEN_CLS", "ForQuestionAnswering": "QUESTION_ANS",
 }  # fmt: skip
 """PEFT's name of a task by how the name of a class ends. A class that it has none for is wrapped as it is."""
+_CLASSIFIERS = ("classifier", "score")
+_HEADS = {"SEQ_CLS": _CLASSIFIERS, "TOKEN_CLS": _CLASSIFIERS, "QUESTION_ANS": ("qa_outputs",)}
+"""The modules that PEFT takes for saved whole because of the task, by the ends of their names."""
 
 
 def save(made: Outgoing) -> Files:
@@ -130,8 +133,24 @@ def _config(made: Outgoing) -> dict[str, Any]:
     if made.keeps_ties:
         raw["ensure_weight_tying"] = True
     if made.task and not before:
-        raw["task_type"] = next((task for end, task in _TASKS.items() if made.task.endswith(end)), None)
+        raw |= _task(made, raw["modules_to_save"] or ())
     return raw
+
+
+def _task(made: Outgoing, saved: Collection[str]) -> dict[str, Any]:
+    """The task of a class of models, and its head as one saved module.
+
+    No task where the head is not saved whole: PEFT would look for it among the saved modules.
+    """
+    task = next((task for end, task in _TASKS.items() if str(made.task).endswith(end)), None)
+    if not (heads := _HEADS.get(task or "")):
+        return {"task_type": task}
+    inside = {head: [name for name in made.besides if f"{name}.".startswith(f"{head}.")] for head in heads}
+    whole = {head for head, names in inside.items() if names and set(names) <= set(saved)}
+    if not whole:
+        return {"task_type": None}
+    others = {name for name in saved if not any(name in inside[head] for head in whole)}
+    return {"task_type": task, "modules_to_save": sorted(others | whole)}
 
 
 def _numbers(made: Outgoing, config: Config | None) -> dict[str, Any]:
@@ -198,7 +217,16 @@ def _targets(made: Outgoing, config: Config | None) -> dict[str, Any]:
     parameters = [change for change, _ in made.low_ranks if config and _is_parameter(change.target, config)]
     named = {} if parameters or not config or not config.parameters else {"target_parameters": None}
     modules = {_key(change, low, config) for change, low in made.low_ranks if change not in parameters}
-    return {"target_modules": sorted(made.targets or modules), **(every if config else {}), **named}
+    return {"target_modules": _matching(made, modules), **(every if config else {}), **named}
+
+
+def _matching(made: Outgoing, modules: set[str]) -> list[str] | str:
+    """What PEFT finds some modules by: ends of their names, or one pattern where those are ends of others' names, too."""
+    names = set(made.targets or modules)
+    others = (other.split(".") for other in made.besides - modules)
+    if any(".".join(parts[start:]) in names for parts in others for start in range(len(parts))):
+        return "|".join(re.escape(module) for module in sorted(modules))
+    return sorted(names)
 
 
 def _whole(made: Outgoing, config: Config | None) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -45,25 +46,29 @@ class Spec:
     config: Any
 
 
+_alone = threading.Lock()
+"""What `quiet` sets is the whole process's: of several threads one runs models at a time."""
+
+
 @contextmanager
 def quiet() -> Iterator[list[warnings.WarningMessage]]:
     """Keep what others have to say off the terminal while the block runs, and torch's random numbers as they were."""
     import transformers
 
     bars: Any = transformers.utils.logging
-
-    shown, level = bars.is_progress_bar_enabled(), logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    bars.disable_progress_bar()
-    try:
-        with warnings.catch_warnings(record=True) as caught, torch.random.fork_rng(devices=[]):
-            warnings.simplefilter("always")
-            torch.manual_seed(0)
-            yield caught
-    finally:
-        logging.disable(level)
-        if shown:
-            bars.enable_progress_bar()
+    with _alone:
+        shown, level = bars.is_progress_bar_enabled(), logging.root.manager.disable
+        logging.disable(logging.ERROR)
+        bars.disable_progress_bar()
+        try:
+            with warnings.catch_warnings(record=True) as caught, torch.random.fork_rng(devices=[]):
+                warnings.simplefilter("always")
+                torch.manual_seed(0)
+                yield caught
+        finally:
+            logging.disable(level)
+            if shown:
+                bars.enable_progress_bar()
 
 
 def view(checkpoint: Checkpoint, folder: Path) -> Path:

@@ -24,7 +24,7 @@ from urllib.parse import quote
 from filelock import FileLock, Timeout
 
 from ..checkpoint import IN_PLACE, RECORD, Shard, is_inside
-from ..errors import Fault, MalformedError, OutputError, UnsupportedError, UsageError
+from ..errors import Fault, MalformedError, OutputError, UnsupportedError
 from ..folder import LOCK, copy_or_write
 from ..items import Item
 from ..journal import NAME as JOURNAL
@@ -271,15 +271,6 @@ def _remove_empty(folder: Path) -> None:
             path.rmdir()
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
-
-
-def refuse_lossy(undo: str, *, allow_lossy: bool) -> None:
-    """In place there is no other copy: only what can be undone bit for bit is done without being asked for."""
-    if undo != "exact" and not allow_lossy:
-        raise UsageError(
-            f"--in-place with --undo {undo} would lose what this folder holds now.",
-            hint="--undo exact keeps it; --allow-lossy does without",
-        )
 
 
 def finished(folder: PathLike, verb: str, adapters: Sequence[str], settings: Settings) -> Record | None:

@@ -137,6 +137,11 @@ def _check(found: Sorted, making: Making, tuned: Checkpoint, *, dry_run: bool) -
         )
     if not found.pairs and not found.whole:
         raise UnsupportedError(f"Nothing to extract: {tuned.source.name} holds what BASE holds.")
+    if not found.pairs:
+        whole = ", ".join(sorted(found.whole)[:5])
+        raise UnsupportedError(
+            f"Only tensors that are saved whole differ ({whole} …): PEFT loads no adapter without factors."
+        )
     for note in found.notes:
         making.settings.warn(note)
     if found.whole:
@@ -197,7 +202,7 @@ def _assemble(
 ) -> dict[str, Outgoing]:
     """The adapter: factors of what has some, everything else as TUNED has it."""
     base, tuned = both
-    changes, targets = [], []
+    changes, targets, names = [], [], model_names(tuned)
     for pair in found.pairs:
         if not (tensors := results[pair.name].tensors):
             continue
@@ -211,7 +216,8 @@ def _assemble(
         base=base_model or base.source.repo,
         revision=None if base_model else base.source.commit,
         task=str(architectures[0]) if architectures else None,
-        targets=tuple(sorted(set(short_names(targets, model_names(tuned))))),
+        targets=tuple(sorted(set(short_names(targets, names)))),
+        besides=frozenset(name.rpartition(".")[0] for name in names),
         keeps_ties=found.keeps_ties,
     )
     return {"": made}

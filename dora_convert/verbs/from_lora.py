@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from ..adapter import Adapter, Change
 from ..adapters.made import MadeDryRun, MadeModule, MadeReport, share
 from ..adapters.making import Making
-from ..adapters.orders import Order, Placed, Result, place_changes
+from ..adapters.orders import Order, Placed, Result, modules_besides, place_changes
 from ..adapters.outgoing import Outgoing
 from ..errors import Fault, UnsupportedError, UsageError
 from ..formats import Format
@@ -73,7 +73,7 @@ def from_lora(
     sorted_ = _sorted(plan, making.saves, split=split)
     order = _order(plan, making, sorted_, init=init, split=split)
     return making.finish(
-        order, partial(_work, preserve=preserve), partial(_assemble, sorted_, adapter, base_model), _module,
+        order, partial(_work, preserve=preserve), partial(_assemble, sorted_, plan, base_model), _module,
         dry_run=dry_run, init=init, left_as_lora=[change.target for change in sorted_.rest],
     )  # fmt: skip
 
@@ -95,8 +95,14 @@ class _Sorted(NamedTuple):
     """The changes of a LoRA: what becomes DoRA, what cannot, and what has no factors."""
 
     made: list[Placed]
-    rest: list[Change]
+    left: list[Placed]
+    unplaced: list[Change]
     others: list[Change]
+
+    @property
+    def rest(self) -> list[Change]:
+        """What stays a LoRA."""
+        return [job.change for job in self.left] + self.unplaced
 
 
 def _sorted(plan: Plan, saves: Format, *, split: bool) -> _Sorted:
@@ -115,7 +121,7 @@ def _sorted(plan: Plan, saves: Format, *, split: bool) -> _Sorted:
             faults=[Fault(name, why) for name, why in faults.items()],
             hint=f"--split leaves them LoRA, in an adapter of their own in OUT/{REST}" if made else None,
         )
-    return _Sorted(made, [job.change for job in placed if job.name in faults] + unplaced, others)
+    return _Sorted(made, [job for job in placed if job.name in faults], unplaced, others)
 
 
 def _order(plan: Plan, making: Making, found: _Sorted, *, init: str, split: bool) -> Order:
@@ -139,20 +145,23 @@ def _order(plan: Plan, making: Making, found: _Sorted, *, init: str, split: bool
 
 
 def _assemble(
-    found: _Sorted, adapter: Adapter, base_model: str | None, results: Mapping[str, Result]
+    found: _Sorted, plan: Plan, base_model: str | None, results: Mapping[str, Result]
 ) -> dict[str, Outgoing]:
     """The DoRA; and what stays a LoRA, in a sub-folder."""
+    adapter = plan.adapters[0]
     changes = [
         replace(job.change, update=Decomposed(low, results[job.name].tensors["m"]))
         for job in found.made
         if isinstance(low := job.change.update, LowRank)
     ]
     before = sum(isinstance(change.update, LowRank) for change in adapter.changes)
-    whole = Outgoing(
-        (*changes, *found.others), adapter, base_model, targets=None if len(changes) == before else ()
-    )
-    rest = {f"{REST}/": replace(whole, changes=tuple(found.rest))} if found.rest else {}
-    return {"": whole, **rest}
+    targets = None if len(changes) == before else ()
+    besides = modules_besides(plan, found.made)
+    whole = Outgoing((*changes, *found.others), adapter, base_model, targets=targets, besides=besides)
+    if not found.rest:
+        return {"": whole}
+    rest = replace(whole, changes=tuple(found.rest), besides=modules_besides(plan, found.left))
+    return {"": whole, f"{REST}/": rest}
 
 
 def _module(name: str, result: Result) -> MadeModule:

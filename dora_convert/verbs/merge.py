@@ -9,6 +9,7 @@ from ..hub.routes import Routes
 from ..merging import Asked, merge_beside, merge_in_place
 from ..refs import PathLike, listed
 from ..report import DryRunReport, MergeReport
+from ..reverse.refusals import refuse_options
 from ..settings import Settings, parse_options
 
 
@@ -52,6 +53,7 @@ def merge(
     no `out` with `in_place` or `no_local`. `on_progress` is called with bytes done and in all, from worker threads. What the
     options mean: docs/cli.md. Raises DoraConvertError, and then leaves nothing under `out`.
     """
+    refuse_options(in_place=in_place, overwrite=overwrite, allow_lossy=allow_lossy)
     kept = undo or ("exact" if in_place and not allow_lossy else "norms")
     selected = (include, exclude, allow_unmatched, ignore_field)
     options = parse_options(dtype, compute_dtype, max_shard_size, kept, *selected)

@@ -11,7 +11,7 @@ from typing import Any
 from ..adapter import Change
 from ..adapters.made import MadeDryRun, MadeModule, MadeReport, share
 from ..adapters.making import Making
-from ..adapters.orders import Order, Placed, Result, goal_of, place_changes
+from ..adapters.orders import Order, Placed, Result, goal_of, modules_besides, place_changes
 from ..adapters.outgoing import Outgoing
 from ..hub.pushed import Target
 from ..items import Edit, Item
@@ -172,11 +172,9 @@ def _assemble(
     before = sum(isinstance(change.update, LowRank | Decomposed) for change in adapter.changes)
     after = sum(isinstance(change.update, LowRank) for change in changes)
     pruned = any(name.endswith(".lora_E") for name in adapter.ignored)
-    return {
-        "": Outgoing(
-            tuple(changes), adapter, base_model, targets=None if before == after and not pruned else ()
-        )
-    }
+    targets = None if before == after and not pruned else ()
+    besides = modules_besides(plan, [*found.made, *found.kept])
+    return {"": Outgoing(tuple(changes), adapter, base_model, targets=targets, besides=besides)}
 
 
 def low_rank_of(job: Placed) -> LowRank:

@@ -13,12 +13,16 @@ from ..digests import xxh3
 from ..errors import UsageError
 from ..folder import new_folder
 from ..heavy import without_collections
-from ..hub.fetch import fetch, wanted_of_adapter, wanted_of_base
-from ..plan import Options
-from ..refs import PathLike, listed
+from ..hub.arrivals import bring_weights
+from ..hub.fetch import fetch, wanted_of_adapter
+from ..hub.remote import open_far
+from ..items import Undo
+from ..plan import Options, Plan
+from ..refs import PathLike, listed, local_path, local_source
 from ..report import DryRunReport, UnmergeReport
-from ..reverse.in_place import InPlace, finished, refuse_lossy
+from ..reverse.in_place import InPlace, finished
 from ..reverse.record import Record, in_order, no_record, read_record
+from ..reverse.refusals import refuse_far, refuse_lossy, refuse_options
 from ..reverse.removal import following, plan_removal, remaining_files
 from ..reverse.unmerging import Reversal, plan_unmerge
 from ..settings import Settings, parse_options
@@ -54,6 +58,7 @@ def unmerge(
 
     Raises DoraConvertError, and then leaves nothing under `out`.
     """
+    refuse_options(in_place=in_place, overwrite=overwrite, allow_lossy=allow_lossy)
     options = parse_options("auto", compute_dtype, max_shard_size, "none", (), (), True, ())
     told = (verify, None, on_progress, on_notice, token)
     settings = Settings.parse(device, compute_dtype, max_memory, workers, *told)
@@ -68,6 +73,7 @@ def unmerge(
     place = folder or _place(reversal, allow_lossy=allow_lossy)
     if dry_run:
         return DryRunReport.of(reversal.plan, settings, place.given, "unmerge")
+    _bring(reversal, settings.token)
     with without_collections():
         from ..reverse.restoring import restore
     if reversal.places:
@@ -87,27 +93,42 @@ def _plan(
 ) -> tuple[Reversal, Record, list[Path]]:
     """Gather the inputs and decide how every tensor of the base comes back; with the record, and the inputs' folders."""
     token = settings.token
-    checkpoint = open_checkpoint(
-        fetch(os.fspath(merged), "MERGED", wanted_of_base, token=token), unfinished=unfinished
-    )
-    original = open_checkpoint(fetch(os.fspath(base), "BASE", wanted_of_base, token=token)) if base else None
+    whole = True  # the record, too
+    if unfinished:
+        checkpoint = open_checkpoint(local_source(local_path(os.fspath(merged), "MERGED")), unfinished=True)
+    else:
+        checkpoint = open_far("MERGED", token, whole, None, os.fspath(merged), None)
+    original = open_far("BASE", token, whole, None, os.fspath(base), None) if base else None
     record, opened, places = _record(checkpoint, adapters, settings, ignore_field)
     if unfinished and record.assumed:
         raise UsageError(
             f"{checkpoint.source.name} has no record of a merge: in place there is nothing to undo.",
             hint="perhaps it was undone already; without a record, name an OUT",
         )
-    if original and record.options.undo != "none":
-        settings.notify("the record holds all that is needed: --base is not read")
-    elif original:
-        settings.warn("norms are taken from BASE: copying BASE is simpler")
     sources = [checkpoint.source, *(adapter.source for adapter in opened)]
     sources += [original.source] if original else []
     if len(places) < len(record.weights):
         reversal = plan_removal(checkpoint, record, opened, places, options)
     else:
         reversal = plan_unmerge(checkpoint, record, opened, options, original)
+    if original and record.options.undo != "none" and not _reads(reversal.plan, original):
+        settings.notify("the record holds all that is needed: --base is not read")
+    elif original:
+        settings.warn("norms are taken from BASE: copying BASE is simpler")
     return reversal, record, [source.path for source in sources]
+
+
+def _reads(plan: Plan, checkpoint: Checkpoint) -> bool:
+    """Whether a plan reads weights of a checkpoint."""
+    read = {stored.path for item in plan.items for stored in (item.source, *(item.undo or Undo()).tensors)}
+    return not read.isdisjoint(tensor.path for tensor in checkpoint.tensors.values())
+
+
+def _bring(reversal: Reversal, token: str | None) -> None:
+    """Download the weights that a plan reads, where they are on the Hub."""
+    for each in filter(None, (reversal.plan.base, reversal.original)):
+        if _reads(reversal.plan, each):
+            bring_weights(each, token)
 
 
 def _files(reversal: Reversal, settings: Settings) -> list[SideFile]:
@@ -126,6 +147,7 @@ def _finished(
     """The report of an earlier run that had staged all its files, once they are in their places."""
     if out is not None:
         raise UsageError("--in-place takes MERGED and ADAPTER, and no OUT.")
+    refuse_far(merged, "MERGED")
     report = finished(merged, "unmerge", adapters, settings)
     return UnmergeReport.read(report) if report else None
 
