@@ -16,7 +16,7 @@ import dora_convert
 from dora_convert.errors import NumericalError, RefError, UnsupportedError, UsageError
 
 from . import toy
-from .toy import contents, make_adapter, make_base
+from .toy import contents, make_adapter, make_base, stopped
 
 DRIVER = Path(__file__).parent / "killed_in_place.py"
 
@@ -96,24 +96,12 @@ def test_killed_at_any_moment(tmp_path, verb, model):
     assert before != whole
 
 
-def test_unfinished_is_no_model(tmp_path, model, monkeypatch):
+def test_unfinished_is_no_model(tmp_path, model):
     """What was interrupted in the middle is neither merged, verified nor inspected; the same command finishes it."""
-    from dora_convert.writer import ShardFiles
-
     base, adapter = model
-    write, seen = ShardFiles.write, []
-
-    def stops(self, item, offset, data):
-        seen.append(item)
-        if len(seen) > 3:
-            raise KeyboardInterrupt
-        write(self, item, offset, data)
-
     dora_convert.merge(base.path, adapter, tmp_path / "out", undo="exact")
-    monkeypatch.setattr(ShardFiles, "write", stops)
-    with pytest.raises(KeyboardInterrupt):
+    with stopped():
         dora_convert.merge(base.path, adapter, in_place=True, workers=1)
-    monkeypatch.undo()
     for use in (
         lambda: dora_convert.merge(base.path, adapter, tmp_path / "other"),
         lambda: dora_convert.verify(tmp_path / "out", adapter, base.path),
