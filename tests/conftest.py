@@ -6,9 +6,12 @@ import importlib.metadata
 import os
 
 import pytest
+import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub reads it
 os.environ.setdefault("TQDM_DISABLE", "1")
+
+from dora_convert.cli import main
 
 from .toy import Base, make_adapter, make_base
 
@@ -28,3 +31,28 @@ def base(tmp_path) -> Base:
 def adapter(tmp_path, base):
     """A DoRA adapter of rank 4 on both layers of that checkpoint."""
     return make_adapter(tmp_path / "adapter", base, dora=True)
+
+
+@pytest.fixture
+def run(capsys):
+    """Run a command line; (exit code, stdout, stderr)."""
+
+    def call(*words):
+        with pytest.raises(SystemExit) as left:
+            main([str(word) for word in words])
+        found = capsys.readouterr()
+        return left.value.code, found.out, found.err
+
+    return call
+
+
+@pytest.fixture(params=["zip", "legacy"])
+def save(request, tmp_path):
+    """torch.save in one of its two formats; returns the file."""
+
+    def saver(value, name="pytorch_model.bin", **options):
+        torch.save(value, tmp_path / name, _use_new_zipfile_serialization=request.param == "zip", **options)
+        return tmp_path / name
+
+    saver.format = request.param
+    return saver

@@ -18,19 +18,6 @@ from dora_convert.writer import ShardFiles
 from .toy import contents, edit_json, make_adapter
 
 
-@pytest.fixture
-def run(capsys):
-    """Run a command line; (exit code, stdout, stderr)."""
-
-    def call(*words):
-        with pytest.raises(SystemExit) as left:
-            main([str(word) for word in words])
-        found = capsys.readouterr()
-        return left.value.code, found.out, found.err
-
-    return call
-
-
 def test_merge(run, tmp_path, base, adapter):
     """A table on stdout that ends with where the result is; choices and warnings on stderr; exit code 0."""
     code, out, err = run("merge", base.path, adapter, tmp_path / "out")

@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import json
-import shutil
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
-from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
-from safetensors.torch import load_file, save_file
+from peft.tuners.lora.config import MontecloraConfig, VeloraConfig
+from safetensors.torch import load_file
 
 import dora_convert
-from dora_convert.cli import main
 from dora_convert.errors import (
-    DoraConvertError,
-    NumericalError,
-    OutputError,
-    UnsupportedError,
     UsageError,
 )
 
 from . import peft_cases as tiny
 from . import toy
-from .peft_cases import GROWN, SIGNAL, Case, adalora, bert, gpt2, llama, lora, oracle, start
+from .peft_cases import GROWN, SIGNAL, Case, bert, gpt2, llama, lora, oracle, start
 from .test_peft_matrix import noisy
 
 TIED = llama(tie_word_embeddings=True)
@@ -70,7 +64,7 @@ CASES = {
 }
 BOUND = {"float32": 5e-6, "bfloat16": 2e-2, "float16": 3e-3}
 """PEFT adds a LoRA's output to the base's, and scales a DoRA's: sums in another order, and, with another number of
-threads, in yet another one. Of float32 that was up to 2.2e-6 of the largest logit with one thread; a wrong m is 1e-3.
+threads, in yet another one. Of float32 that was up to 2.2e-6 of the largest logit with one thread; modules that are left out are above 1e-3.
 """
 
 
@@ -220,170 +214,3 @@ def test_the_card_names_repos_only(tmp_path, base):
     assert "base_model: org/base\n" in (tmp_path / "named/README.md").read_text()
     config = json.loads((tmp_path / "named/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "org/base"
-
-
-MIXED = {"target_modules": ["attn", "linear", "conv1"], "target_parameters": ["experts.up"]}
-
-
-def test_what_cannot_be_dora_is_named(tmp_path):
-    """Every module of MultiheadAttention and every parameter, in one error; nothing is written."""
-    with noisy():
-        oracle(Case(tiny.plain, lora(**MIXED), inputs=SIGNAL), "float32", tmp_path)
-    with pytest.raises(UnsupportedError) as caught:
-        dora_convert.from_lora(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
-    assert {fault.what for fault in caught.value.faults} == {
-        "attn.weight", "attn.out_proj.weight", "experts.up",
-    }  # fmt: skip
-    assert "--split" in caught.value.hint
-    assert not list(tmp_path.glob("out*"))
-
-
-def test_split_leaves_them_lora(tmp_path):
-    """The DoRA in OUT and the LoRA in OUT/lora, loaded together by PEFT, do what the one LoRA did."""
-    case = Case(tiny.plain, lora(**MIXED), inputs=SIGNAL)
-    with noisy():
-        oracle(case, "float32", tmp_path)
-        report = dora_convert.from_lora(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", split=True)
-        before = PeftModel.from_pretrained(start(case, tmp_path / "base"), tmp_path / "adapter").eval()
-        after = loaded(case, tmp_path, "out")
-        alone = logits(after, case.inputs)
-        after.load_adapter(tmp_path / "out/lora", "lora")
-        after.base_model.set_adapter(["default", "lora"])
-        want = logits(before, case.inputs)
-        assert apart(logits(after.eval(), case.inputs), want) <= BOUND["float32"]
-        assert apart(alone, want) > 1e-3
-    assert set(report.to_dict()["left_as_lora"]) == {"attn.weight", "attn.out_proj.weight", "experts.up"}
-    assert {module.name for module in report.modules} == {"linear.weight", "conv1.weight"}
-
-
-REFUSED = {
-    "lora_bias": (Case(bert("BertForMaskedLM"), lora(target_modules=QV, lora_bias=True)), "lora_bias"),
-    "adalora": (Case(llama(), adalora(target_modules=["q_proj"])), "AdaLoRA"),
-    "kasa": (Case(llama(), lora(kasa_config=KasaConfig())), "KaSA"),
-    "dora already": (Case(llama(), lora(use_dora=True)), "DoRA already"),
-    "tied on both sides": (
-        Case(TIED, lora(target_modules=["q_proj", "embed_tokens"], ensure_weight_tying=True)), "embed_tokens",
-    ),
-    "block-diagonal": (
-        Case(llama(), lora(target_modules=["q_proj"], use_bdlora=BdLoraConfig(None, ["q_proj"], nblocks=2))),
-        "use_bdlora",
-    ),
-    "alora": (
-        Case(llama(), lora(), edit=tiny.fields(alora_invocation_tokens=[1, 2])), "alora_invocation_tokens",
-    ),
-    "malformed": (Case(llama(), lora(), edit=tiny.renamed(lost="layers.1.mlp.down_proj.lora_B")), "lora_B"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_refused_by_name(tmp_path, name):
-    """One error that says what it is; nothing is written."""
-    case, word = REFUSED[name]
-    with noisy():
-        oracle(case, "float32", tmp_path)
-    with pytest.raises(DoraConvertError) as caught:
-        dora_convert.from_lora(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
-    assert word in caught.value.text()
-    assert not list(tmp_path.glob("out*"))
-
-
-def test_a_zero_output_is_refused(tmp_path):
-    """Where W + sBA has a row of zeros, m/‖V‖ is 0/0: the module is named, and OUT does not exist."""
-    base = toy.make_base(tmp_path / "base", torch.float32, shards=1)
-    adapter = toy.make_adapter(tmp_path / "lora", base, dora=False, targets=["k_proj"])
-    tensors = load_file(adapter / "adapter_model.safetensors")
-    key = "base_model.model.model.layers.1.self_attn.k_proj.lora_B.weight"
-    tensors[key][3] = 0
-    save_file(tensors, adapter / "adapter_model.safetensors")
-    weights = dict(base.tensors)
-    weights["model.layers.1.self_attn.k_proj.weight"][3] = 0
-    save_file(weights, base.path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(NumericalError, match=r"layers.1.self_attn.k_proj.* 1 outputs"):
-        dora_convert.from_lora(base.path, adapter, tmp_path / "out")
-    assert not list(tmp_path.glob("out*"))
-
-
-def test_include_and_exclude(tmp_path, base):
-    """What is left out is in neither adapter, and PEFT's config does not name it."""
-    adapter = toy.make_adapter(tmp_path / "lora", base, dora=False)
-    report = dora_convert.from_lora(base.path, adapter, tmp_path / "out", exclude=["*.mlp.*"])
-    assert {module.name.rpartition(".")[0][-6:] for module in report.modules} == {"k_proj"}
-    assert all("k_proj" in name for name in load_file(tmp_path / "out/adapter_model.safetensors"))
-    config = json.loads((tmp_path / "out/adapter_config.json").read_text())
-    assert config["target_modules"] == [f"model.layers.{n}.self_attn.k_proj" for n in (0, 1)]
-
-
-def test_names_that_end_alike(tmp_path):
-    """What is left out gets no factors in PEFT either, though its name ends like that of a module that has some."""
-    torch.manual_seed(3)
-    tensors = {"linear.weight": torch.randn(9, 7), "block.linear.weight": torch.randn(11, 9)}
-    (tmp_path / "base").mkdir()
-    toy.write_shards(tmp_path / "base", tensors, 1)
-    base = toy.Base(tmp_path / "base", tensors)
-    adapter = toy.make_adapter(tmp_path / "lora", base, dora=False, targets=["linear"])
-    dora_convert.from_lora(base.path, adapter, tmp_path / "out", include=["linear"])
-    dora_convert.to_lora(base.path, adapter, tmp_path / "small", rank=1, exclude=["block.linear"])
-    for made in ("out", "small"):
-        config = json.loads((tmp_path / made / "adapter_config.json").read_text())
-        assert config["target_modules"] == "linear"  # a pattern for the whole name
-
-
-def run(*words) -> int:
-    with pytest.raises(SystemExit) as left:
-        main([str(word) for word in words])
-    return left.value.code
-
-
-def test_command_line(tmp_path, base, capsys):
-    """The answer on stdout in its three forms; usage errors are exit 2, and say what to do."""
-    adapter = toy.make_adapter(tmp_path / "lora", base, dora=False)
-    assert run("from-lora", base.path, adapter, tmp_path / "out", "--json") == 0
-    report = json.loads(capsys.readouterr().out)
-    assert (report["command"], report["format"], report["schema"]) == ("from-lora", "peft", 1)
-    assert report["modules"][0].keys() == {"name", "rank", "relative_error"}
-    assert run("from-lora", base.path, adapter, tmp_path / "out", "-q") == 2
-    assert "--overwrite" in capsys.readouterr().err
-    assert run("from-lora", base.path, adapter, tmp_path / "out", "-q", "--overwrite") == 0
-    assert capsys.readouterr().out == f"{tmp_path / 'out'}\n"
-    assert run("from-lora", base.path, adapter, tmp_path / "dry", "--dry-run") == 0
-    assert "6 modules; nothing was written" in capsys.readouterr().out
-    assert run("from-lora", adapter, base.path, tmp_path / "swapped") == 2
-    assert f"dora-convert from-lora {base.path} {adapter}" in capsys.readouterr().err
-    assert run("from-lora", base.path, adapter, tmp_path / "x", "--format", "pert") == 2
-    assert "peft" in capsys.readouterr().err
-    assert run("from-lora", base.path, adapter, adapter / "inside") == 2
-    assert "overlaps" in capsys.readouterr().err
-    assert run("from-lora", adapter) == 2
-    toy.edit_json(adapter / "adapter_config.json", base_model_name_or_path="nowhere")
-    assert run("from-lora", adapter, tmp_path / "x") == 2
-    assert "dora-convert from-lora BASE" in capsys.readouterr().err
-    shutil.rmtree(tmp_path / "out")
-    assert {path.name for path in tmp_path.iterdir()} == {"base", "lora"}
-
-
-def test_a_killed_run_goes_on(tmp_path, base, monkeypatch):
-    """What is in the journal is not made again; another command does not mix its results in."""
-    from dora_convert import journal
-    from dora_convert.adapters import magnitudes
-
-    adapter = toy.make_adapter(tmp_path / "lora", base, dora=False)
-    dora_convert.from_lora(base.path, adapter, tmp_path / "whole")
-    honest, calls = magnitudes.magnitudes, []
-
-    def fails(job, lane, **options):
-        calls.append(job.name)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return honest(job, lane, **options)
-
-    monkeypatch.setattr(magnitudes, "magnitudes", fails)
-    monkeypatch.setattr(journal, "BATCH_SECONDS", 0.0)
-    with pytest.raises(KeyboardInterrupt):
-        dora_convert.from_lora(base.path, adapter, tmp_path / "out", workers=1)
-    assert not (tmp_path / "out").exists()
-    with pytest.raises(OutputError, match="something else"):
-        dora_convert.from_lora(base.path, adapter, tmp_path / "out", init="pretrained")
-    report = dora_convert.from_lora(base.path, adapter, tmp_path / "out", workers=1)
-    assert report.resumed
-    assert len(calls) == 4 + 3
-    assert toy.contents(tmp_path / "out") == toy.contents(tmp_path / "whole")

@@ -12,7 +12,6 @@ from dora_convert.checking.page import write_page
 from dora_convert.checking.verified import CheckedModule, Untouched, VerifyReport
 from dora_convert.errors import OutputError
 
-from .test_cli import run  # noqa: F401 - a fixture
 from .test_verify import SQUARE, load, merged, moved, tamper
 
 VOID = {"meta", "line"}
@@ -51,7 +50,7 @@ def read(path):
     return Page(text)
 
 
-def test_agree_and_differ(tmp_path, run):  # noqa: F811
+def test_agree_and_differ(tmp_path, run):
     base, adapter, out = merged(tmp_path)
     file = tmp_path / "page.html"
     file.write_text("older")
@@ -93,7 +92,7 @@ def test_hostile_names_and_numbers(tmp_path):
         assert page.count("circle") == {6: 4, 1: int(some == modules[1:2]), 0: 0}[len(some)]
 
 
-def test_where_no_page_can_be(tmp_path, run, monkeypatch):  # noqa: F811
+def test_where_no_page_can_be(tmp_path, run, monkeypatch):
     """Told before anything is compared, or even opened."""
     (tmp_path / "file").touch()
     nowhere = tmp_path / "none"

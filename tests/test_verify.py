@@ -19,7 +19,6 @@ from dora_convert.errors import DoraConvertError
 from . import toy
 from .test_against_peft import TARGETS as KINDS
 from .test_against_peft import VARIANTS, trained
-from .test_cli import run  # noqa: F401 - a fixture
 from .test_kinds import EMBEDDING, head, tied, tokens  # noqa: F401 - `tied` is a fixture
 from .toy import ALPHA, SHAPES, Base, contents, edit_json, load, make_adapter
 
@@ -148,7 +147,7 @@ def test_two_roundings_agree(tmp_path, dora, late, dtype):
     assert any(module.max_ulp > 0 for module in agrees(base, adapter, out).modules)
 
 
-def test_saved_modules_rows_ties_and_weights(tmp_path, base, tied):  # noqa: F811
+def test_saved_modules_rows_ties_and_weights(tmp_path, base, tied):
     """Replaced and added tensors and rows, and two adapters, agree when they are right, and not two ulps away."""
     saved = PLAIN | {
         "modules_to_save": ["lm_head"],
@@ -248,7 +247,7 @@ def test_config_and_side_files(tmp_path):
     agrees(base, adapter, out)
 
 
-def test_ties_that_are_wrong(tmp_path, tied):  # noqa: F811
+def test_ties_that_are_wrong(tmp_path, tied):
     """A head left tied that the adapter changed, an embedding changed with it, and a flag against the tensors."""
     adapter, good = make_adapter(tmp_path / "a", tied, extra=head(), **PLAIN), tmp_path / "good"
     dora_convert.merge(tied.path, adapter, good)
@@ -273,7 +272,7 @@ UNDECIDABLE = {
 
 
 @pytest.mark.parametrize("case", UNDECIDABLE)
-def test_undecidable(run, tmp_path, case):  # noqa: F811
+def test_undecidable(run, tmp_path, case):
     """What cannot be read or judged is an error, exit code 2, and never a difference."""
     base, adapter, out = merged(tmp_path)
     before = contents(tmp_path)
@@ -286,7 +285,7 @@ def test_undecidable(run, tmp_path, case):  # noqa: F811
     assert json.loads(run("verify", base, adapter, out, "--json", "-q")[2])["error"]["message"]
 
 
-def test_command_line(run, tmp_path):  # noqa: F811
+def test_command_line(run, tmp_path):
     base, adapter, out = merged(tmp_path)
     words, before = ("verify", base, adapter, out), contents(tmp_path)
     assert (run(*words)[0], *run(*words, "--quiet")) == (0, 0, "agree\n", "")
