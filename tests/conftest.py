@@ -11,8 +11,7 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub reads it
 os.environ.setdefault("TQDM_DISABLE", "1")
 
-from dora_convert.cli import main
-
+from .commands import exit_code
 from .toy import Base, make_adapter, make_base
 
 
@@ -38,10 +37,8 @@ def run(capsys):
     """Run a command line; (exit code, stdout, stderr)."""
 
     def call(*words):
-        with pytest.raises(SystemExit) as left:
-            main([str(word) for word in words])
-        found = capsys.readouterr()
-        return left.value.code, found.out, found.err
+        code, found = exit_code(*words), capsys.readouterr()
+        return code, found.out, found.err
 
     return call
 

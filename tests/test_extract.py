@@ -16,6 +16,7 @@ import dora_convert
 from dora_convert.errors import DoraConvertError, PlanError, UsageError
 
 from . import toy
+from .commands import exit_code
 from .peft_cases import (
     GROWN,
     IDS,
@@ -32,7 +33,7 @@ from .peft_cases import (
     start,
     t5,
 )
-from .test_from_lora import TIED, run
+from .test_from_lora import TIED
 from .test_peft_matrix import noisy
 
 LINEAR = ("model.layers.0.mlp.up_proj.weight", "model.layers.1.self_attn.k_proj.weight")
@@ -347,11 +348,11 @@ def test_command_line(tmp_path, single, capsys):
     changed = {LINEAR[0]: single.tensors[LINEAR[0]] + 0.01, "model.norm.weight": torch.randn(toy.HIDDEN)}
     tuned = tune(single, tmp_path / "tuned", changed)
     words = ["extract", single.path, tuned, tmp_path / "out", "--kind", "dora", "--max-error", 0.5]
-    assert run(*words, "--dry-run", "--json") == 0
+    assert exit_code(*words, "--dry-run", "--json") == 0
     plan = json.loads(capsys.readouterr().out)["plan"]
     assert LINEAR[0] in plan["modules"]
     assert plan["least_memory"] > 4 * 96 * 40
-    assert run(*words, "--json") == 0
+    assert exit_code(*words, "--json") == 0
     report = json.loads(capsys.readouterr().out)
     assert (report["command"], report["kind"], report["saved_whole"]) == (
         "extract",
@@ -359,9 +360,9 @@ def test_command_line(tmp_path, single, capsys):
         ["model.norm.weight"],
     )
     assert report["modules"][0].keys() >= {"name", "rank", "relative_error", "lora_error", "converged"}
-    assert run(*words[:-2], "--overwrite") == 2
+    assert exit_code(*words[:-2], "--overwrite") == 2
     assert "--rank 32" in capsys.readouterr().err
-    assert run(*words, "--overwrite") == 0
+    assert exit_code(*words, "--overwrite") == 0
     assert "LoRA's error" in capsys.readouterr().out
     card = (tmp_path / "out/README.md").read_text()
     assert str(tmp_path) not in card

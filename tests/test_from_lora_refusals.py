@@ -12,7 +12,6 @@ from peft.tuners.lora.config import BdLoraConfig, KasaConfig
 from safetensors.torch import load_file, save_file
 
 import dora_convert
-from dora_convert.cli import main
 from dora_convert.errors import (
     DoraConvertError,
     NumericalError,
@@ -22,6 +21,7 @@ from dora_convert.errors import (
 
 from . import peft_cases as tiny
 from . import toy
+from .commands import exit_code
 from .peft_cases import SIGNAL, Case, adalora, bert, llama, lora, oracle, start
 from .test_from_lora import BOUND, QV, TIED, apart, loaded, logits
 from .test_peft_matrix import noisy
@@ -117,34 +117,43 @@ def test_include_and_exclude(tmp_path, base):
     assert config["target_modules"] == [f"model.layers.{n}.self_attn.k_proj" for n in (0, 1)]
 
 
-def run(*words) -> int:
-    with pytest.raises(SystemExit) as left:
-        main([str(word) for word in words])
-    return left.value.code
+def test_names_that_end_alike(tmp_path):
+    """What is left out gets no factors in PEFT either, though its name ends like that of a module that has some."""
+    torch.manual_seed(3)
+    tensors = {"linear.weight": torch.randn(9, 7), "block.linear.weight": torch.randn(11, 9)}
+    (tmp_path / "base").mkdir()
+    toy.write_shards(tmp_path / "base", tensors, 1)
+    base = toy.Base(tmp_path / "base", tensors)
+    adapter = toy.make_adapter(tmp_path / "lora", base, dora=False, targets=["linear"])
+    dora_convert.from_lora(base.path, adapter, tmp_path / "out", include=["linear"])
+    dora_convert.to_lora(base.path, adapter, tmp_path / "small", rank=1, exclude=["block.linear"])
+    for made in ("out", "small"):
+        config = json.loads((tmp_path / made / "adapter_config.json").read_text())
+        assert config["target_modules"] == "linear"  # a pattern for the whole name
 
 
 def test_command_line(tmp_path, base, capsys):
     """The answer on stdout in its three forms; usage errors are exit 2, and say what to do."""
     adapter = toy.make_adapter(tmp_path / "lora", base, dora=False)
-    assert run("from-lora", base.path, adapter, tmp_path / "out", "--json") == 0
+    assert exit_code("from-lora", base.path, adapter, tmp_path / "out", "--json") == 0
     report = json.loads(capsys.readouterr().out)
     assert (report["command"], report["format"], report["schema"]) == ("from-lora", "peft", 1)
     assert report["modules"][0].keys() == {"name", "rank", "relative_error"}
-    assert run("from-lora", base.path, adapter, tmp_path / "out", "-q") == 2
+    assert exit_code("from-lora", base.path, adapter, tmp_path / "out", "-q") == 2
     assert "--overwrite" in capsys.readouterr().err
-    assert run("from-lora", base.path, adapter, tmp_path / "out", "-q", "--overwrite") == 0
+    assert exit_code("from-lora", base.path, adapter, tmp_path / "out", "-q", "--overwrite") == 0
     assert capsys.readouterr().out == f"{tmp_path / 'out'}\n"
-    assert run("from-lora", base.path, adapter, tmp_path / "dry", "--dry-run") == 0
+    assert exit_code("from-lora", base.path, adapter, tmp_path / "dry", "--dry-run") == 0
     assert "6 modules; nothing was written" in capsys.readouterr().out
-    assert run("from-lora", adapter, base.path, tmp_path / "swapped") == 2
+    assert exit_code("from-lora", adapter, base.path, tmp_path / "swapped") == 2
     assert f"dora-convert from-lora {base.path} {adapter}" in capsys.readouterr().err
-    assert run("from-lora", base.path, adapter, tmp_path / "x", "--format", "pert") == 2
+    assert exit_code("from-lora", base.path, adapter, tmp_path / "x", "--format", "pert") == 2
     assert "peft" in capsys.readouterr().err
-    assert run("from-lora", base.path, adapter, adapter / "inside") == 2
+    assert exit_code("from-lora", base.path, adapter, adapter / "inside") == 2
     assert "overlaps" in capsys.readouterr().err
-    assert run("from-lora", adapter) == 2
+    assert exit_code("from-lora", adapter) == 2
     toy.edit_json(adapter / "adapter_config.json", base_model_name_or_path="nowhere")
-    assert run("from-lora", adapter, tmp_path / "x") == 2
+    assert exit_code("from-lora", adapter, tmp_path / "x") == 2
     assert "dora-convert from-lora BASE" in capsys.readouterr().err
     shutil.rmtree(tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"base", "lora"}
@@ -176,18 +185,3 @@ def test_a_killed_run_goes_on(tmp_path, base, monkeypatch):
     assert report.resumed
     assert len(calls) == 4 + 3
     assert toy.contents(tmp_path / "out") == toy.contents(tmp_path / "whole")
-
-
-def test_names_that_end_alike(tmp_path):
-    """What is left out gets no factors in PEFT either, though its name ends like that of a module that has some."""
-    torch.manual_seed(3)
-    tensors = {"linear.weight": torch.randn(9, 7), "block.linear.weight": torch.randn(11, 9)}
-    (tmp_path / "base").mkdir()
-    toy.write_shards(tmp_path / "base", tensors, 1)
-    base = toy.Base(tmp_path / "base", tensors)
-    adapter = toy.make_adapter(tmp_path / "lora", base, dora=False, targets=["linear"])
-    dora_convert.from_lora(base.path, adapter, tmp_path / "out", include=["linear"])
-    dora_convert.to_lora(base.path, adapter, tmp_path / "small", rank=1, exclude=["block.linear"])
-    for made in ("out", "small"):
-        config = json.loads((tmp_path / made / "adapter_config.json").read_text())
-        assert config["target_modules"] == "linear"  # a pattern for the whole name

@@ -105,6 +105,7 @@ def test_command_line(tmp_path, run):
 
 BLOCK = """
 import sys
+
 class Blocker:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in {blocked}:

@@ -16,8 +16,9 @@ from dora_convert.errors import DoraConvertError, NumericalError, UsageError
 
 from . import peft_cases as tiny
 from . import toy
+from .commands import exit_code
 from .peft_cases import SIGNAL, Case, adalora, bert, distance, gpt2, llama, lora, oracle, outputs
-from .test_from_lora import TIED, apart, loaded, run
+from .test_from_lora import TIED, apart, loaded
 from .test_peft_matrix import noisy
 
 GPT2 = ["c_attn", "c_proj", "c_fc"]
@@ -266,16 +267,19 @@ def test_memory_is_announced(tmp_path, base, capsys):
 def test_command_line(tmp_path, base, capsys):
     """The JSON has the fields of the contract; a forgotten goal is exit 2 and says what to add."""
     adapter = toy.make_adapter(tmp_path / "dora", base, dora=True)
-    assert run("to-lora", base.path, adapter, tmp_path / "out") == 2
+    assert exit_code("to-lora", base.path, adapter, tmp_path / "out") == 2
     assert "--rank 32" in capsys.readouterr().err
-    assert run("to-lora", base.path, adapter, tmp_path / "out", "--rank", 8, "--json") == 0
+    assert exit_code("to-lora", base.path, adapter, tmp_path / "out", "--rank", 8, "--json") == 0
     report = json.loads(capsys.readouterr().out)
     assert (report["command"], report["format"]) == ("to-lora", "peft")
     assert report["modules"][0].keys() >= {"name", "rank", "relative_error", "output_error"}
     assert 0 < report["relative_error"] < 1
-    assert run("to-lora", base.path, adapter, tmp_path / "dry", "--energy", 0.9, "--dry-run", "--json") == 0
+    assert (
+        exit_code("to-lora", base.path, adapter, tmp_path / "dry", "--energy", 0.9, "--dry-run", "--json")
+        == 0
+    )
     assert json.loads(capsys.readouterr().out)["plan"]["modules"]
-    assert run("to-lora", base.path, adapter, tmp_path / "two", "--rank", 8) == 0
+    assert exit_code("to-lora", base.path, adapter, tmp_path / "two", "--rank", 8) == 0
     shown = capsys.readouterr()
     assert "relative error over all modules" in shown.out
     assert "merging would be the better way out" in shown.err

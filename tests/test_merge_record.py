@@ -1,0 +1,69 @@
+"""What a merge leaves so that it can be audited and undone: receipt and undo record."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import torch
+from safetensors.torch import load_file, save_file
+
+import dora_convert
+
+from .toy import (
+    contents,
+    exact,
+    load,
+    make_adapter,
+)  # fmt: skip
+
+
+def test_receipt(tmp_path, base, adapter):
+    """The receipt lists changed tensors with hashes of their old and new bytes, and names no path, date or OUT."""
+    import xxhash
+
+    dora_convert.merge(base.path, adapter, tmp_path / "some-output")
+    text = (tmp_path / "some-output/dora_convert/receipt.json").read_text()
+    receipt = json.loads(text)
+    merged = load(tmp_path / "some-output")
+    assert len(receipt["tensors"]) == 6
+    for name, entry in receipt["tensors"].items():
+        for key, tensor in (("base", base.tensors[name]), ("written", merged[name])):
+            data = tensor.contiguous().view(torch.uint8).numpy().tobytes()
+            assert entry[key] == xxhash.xxh3_128_hexdigest(data)
+    assert str(tmp_path) not in text
+    assert "some-output" not in text
+    weights = (adapter / "adapter_model.safetensors").read_bytes()
+    assert receipt["adapters"][0]["files"]["adapter_model.safetensors"] == xxhash.xxh3_128_hexdigest(weights)
+
+
+def test_undo_norms(tmp_path, base, adapter):
+    """The undo record holds ‖W + sBA‖ of every row in float32, and the README that ours replaces."""
+    dora_convert.merge(base.path, adapter, tmp_path / "out")
+    record = load_file(tmp_path / "out/dora_convert/undo.safetensors")
+    lora = tmp_path / "lora"
+    shutil.copytree(adapter, lora)
+    save_file(
+        {k: v for k, v in load_file(adapter / "adapter_model.safetensors").items() if "magnitude" not in k},
+        lora / "adapter_model.safetensors",
+    )
+    for name, V in exact(base, lora).items():
+        if f"norm/0/{name}" in record:
+            assert torch.equal(record.pop(f"norm/0/{name}"), V.norm(dim=1).float())
+    assert bytes(record.pop("file/README.md").numpy()) == b"# the base\n"
+    assert set(record) == {"file/model.safetensors.index.json"}
+
+
+def test_undo_none_leaves_no_record(tmp_path, base, adapter):
+    """--undo none writes the receipt and nothing to undo with."""
+    report = dora_convert.merge(base.path, adapter, tmp_path / "out", undo="none")
+    assert [path.name for path in (tmp_path / "out/dora_convert").iterdir()] == ["receipt.json"]
+    assert report.undo == "none"
+
+
+def test_merging_a_merged_base_stacks_the_record(tmp_path, base, adapter):
+    """The first merge's record is kept under the second's."""
+    second = make_adapter(tmp_path / "second", base, dora=False, seed=9)
+    dora_convert.merge(base.path, adapter, tmp_path / "one")
+    dora_convert.merge(tmp_path / "one", second, tmp_path / "two")
+    assert contents(tmp_path / "two/dora_convert/previous") == contents(tmp_path / "one/dora_convert")
