@@ -91,6 +91,7 @@ def _become(words: list[str], environment: dict[str, str], to: list[str], patien
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for number, name in enumerate(to, 1):
         os.dup2(os.open(name, os.O_WRONLY), number)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs the tests behind ignores it
     if not patient:
         _hurry()
     code = 1
