@@ -6,10 +6,14 @@ import importlib.metadata
 import os
 
 import pytest
-import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub reads it
 os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # before torch does: of models this small, threads wait for each other
+
+import torch
 
 from .commands import exit_code
 from .toy import Base, make_adapter, make_base

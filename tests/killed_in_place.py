@@ -92,6 +92,7 @@ for number in range(deaths):
     for more in (chance.randrange(1, total), 10**9)[
         number % 2 :
     ]:  # every other time killed once more meanwhile
+        last = state(folder)
         again = child(folder, more) if again else 0
-    found.append({"at": at, "code": code, "state": seen, "again": again})
+    found.append({"at": at, "code": code, "state": seen, "last": last, "again": again})
 sys.stdout.write(json.dumps({"total": total, "deaths": found}))

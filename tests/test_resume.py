@@ -14,10 +14,9 @@ from safetensors.torch import load_file, save_file
 import dora_convert
 from dora_convert.errors import OutputError
 from dora_convert.journal import read_journal
-from dora_convert.writer import ShardFiles
 
 from .spawner import Process
-from .toy import contents, exact, load, make_adapter, make_base, rounded
+from .toy import contents, exact, load, make_adapter, make_base, rounded, stopped
 
 DRIVER = """
     import os, sys, threading
@@ -78,25 +77,15 @@ def test_killed_again_and_again(tmp_path, pair):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
-def interrupted(base, adapter, out, monkeypatch, after=3, **options):
+def interrupted(base, adapter, out, after=3, **options):
     """A merge stopped by Ctrl-C once so many writes are through."""
-    write, seen = ShardFiles.write, []
-
-    def stops(self, item, offset, data):
-        seen.append(item)
-        if len(seen) > after:
-            raise KeyboardInterrupt
-        write(self, item, offset, data)
-
-    monkeypatch.setattr(ShardFiles, "write", stops)
-    with pytest.raises(KeyboardInterrupt):
+    with stopped(after):
         dora_convert.merge(base.path, adapter, out, workers=1, **options)
-    monkeypatch.setattr(ShardFiles, "write", write)
 
 
-def test_interrupted(tmp_path, base, adapter, monkeypatch):
+def test_interrupted(tmp_path, base, adapter):
     """Ctrl-C keeps what is done, and gives the lock back."""
-    interrupted(base, adapter, tmp_path / "out", monkeypatch, after=4)
+    interrupted(base, adapter, tmp_path / "out", after=4)
     assert not (tmp_path / "out").exists()
     report = dora_convert.merge(base.path, adapter, tmp_path / "out")
     assert report.resumed
@@ -105,10 +94,10 @@ def test_interrupted(tmp_path, base, adapter, monkeypatch):
         assert torch.equal(load(tmp_path / "out")[name], rounded(x, torch.bfloat16))
 
 
-def test_a_retrained_adapter_is_not_mixed_in(tmp_path, base, adapter, monkeypatch):
+def test_a_retrained_adapter_is_not_mixed_in(tmp_path, base, adapter):
     """Same names, same shapes, other values: the half-written output is refused, and --overwrite starts over."""
     out = tmp_path / "out"
-    interrupted(base, adapter, out, monkeypatch)
+    interrupted(base, adapter, out)
     tensors = load_file(adapter / "adapter_model.safetensors")
     next(iter(tensors.values())).mul_(2)
     save_file(tensors, adapter / "adapter_model.safetensors")
@@ -123,24 +112,24 @@ def test_a_retrained_adapter_is_not_mixed_in(tmp_path, base, adapter, monkeypatc
 
 
 @pytest.mark.parametrize("options", [{"undo": "none"}, {"compute_dtype": "float32"}, {"dtype": "float32"}])
-def test_other_options_are_another_run(tmp_path, base, adapter, monkeypatch, options):
+def test_other_options_are_another_run(tmp_path, base, adapter, options):
     """Whatever changes bytes changes the key."""
-    interrupted(base, adapter, tmp_path / "out", monkeypatch)
+    interrupted(base, adapter, tmp_path / "out")
     with pytest.raises(OutputError):
         dora_convert.merge(base.path, adapter, tmp_path / "out", **options)
 
 
-def test_a_changed_base_is_another_run(tmp_path, base, adapter, monkeypatch):
+def test_a_changed_base_is_another_run(tmp_path, base, adapter):
     """A base file touched since is not the same base."""
-    interrupted(base, adapter, tmp_path / "out", monkeypatch)
+    interrupted(base, adapter, tmp_path / "out")
     os.utime(next(base.path.glob("*.safetensors")), (1, 1))
     with pytest.raises(OutputError):
         dora_convert.merge(base.path, adapter, tmp_path / "out")
 
 
-def test_resources_may_change_in_between(tmp_path, base, adapter, monkeypatch):
+def test_resources_may_change_in_between(tmp_path, base, adapter):
     """Workers, memory and the self-check are not in the key; what was not checked is checked now."""
-    interrupted(base, adapter, tmp_path / "out", monkeypatch, verify=False)
+    interrupted(base, adapter, tmp_path / "out", verify=False)
     report = dora_convert.merge(base.path, adapter, tmp_path / "out", workers=3, max_memory="1MB")
     assert report.resumed
     assert report.verified.checked > 0
@@ -149,12 +138,12 @@ def test_resources_may_change_in_between(tmp_path, base, adapter, monkeypatch):
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
-def test_a_torn_journal_line_does_not_count(tmp_path, base, adapter, monkeypatch):
+def test_a_torn_journal_line_does_not_count(tmp_path, base, adapter):
     """A line without its end, or of garbage, is as if it were not there, and so is all behind it."""
     whole = dora_convert.merge(base.path, adapter, tmp_path / "whole")
     for number, tail in enumerate((b'{"made": "model.norm.weight"', b"\0\0\0\0\n", b"{}x\n")):
         out = tmp_path / f"out{number}"
-        interrupted(base, adapter, out, monkeypatch, after=4)
+        interrupted(base, adapter, out, after=4)
         path = out.with_name(out.name + ".partial") / "dora_convert/journal.jsonl"
         entered = len(read_journal(path).records)
         with path.open("ab") as file:
@@ -253,9 +242,9 @@ def test_disk_full(tmp_path, base, adapter, monkeypatch):
     assert not list(tmp_path.glob("out2*"))
 
 
-def test_journal_is_json_lines(tmp_path, base, adapter, monkeypatch):
+def test_journal_is_json_lines(tmp_path, base, adapter):
     """The key first, then one line for each finished copy or tensor."""
-    interrupted(base, adapter, tmp_path / "out", monkeypatch, after=4)
+    interrupted(base, adapter, tmp_path / "out", after=4)
     lines = (tmp_path / "out.partial/dora_convert/journal.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     assert {"plan", "adapters", "base", "versions", "device", "compute"} == records[0].keys()
