@@ -203,3 +203,14 @@ def test_extraction_of_any_shape(out, width, rank, seed):
     assert 1 <= found.rank <= min(rank, out, width)
     assert found.error == pytest.approx(distance(W, tuned, found), abs=1e-9)
     assert found.rank < min(out, width) or found.error < 1e-6
+
+
+def test_no_row_of_v_is_next_to_nothing():
+    """A row that B A alone can make has any scale; a huge one would leave V's row to rounding, in PEFT and here."""
+    generator = torch.Generator().manual_seed(78)
+    W = torch.randn(16, 32, generator=generator) * 0.1
+    tuned = W + torch.randn(16, 32, generator=generator) * 0.06
+    found = extract_dora(W, tuned, rank=6)
+    V = W.double() + found.B.double() @ found.A.double()
+    assert (V.norm(dim=1) / W.double().norm(dim=1)).min() > 0.09
+    assert found.delta_error < 0.54

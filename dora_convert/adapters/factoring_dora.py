@@ -20,6 +20,9 @@ SMALL = 1 << 20  # elements: matrices up to that are computed in float64
 FIRST, LAST = 4, 128  # the ranks at which scales are searched for where an error is asked for
 USEFUL = 0.9  # of a LoRA's distance at the same rank: scales that leave more are not searched for again
 NO_SCALE = 1e-4  # of ‖w'‖/‖w‖: a smaller |d| would make B huge
+LARGEST = (
+    10  # of the same: a larger |d| would make V a small difference of W and BA, which PEFT's arithmetic loses
+)
 
 
 @dataclass(frozen=True)
@@ -103,10 +106,10 @@ def _least(W: Tensor, tuned: Tensor, allowed: float, rounding: float) -> Found:
 def _factors(
     W: Tensor, tuned: Tensor, d: Tensor, rank: int | None, allowed: float, *, exact: bool
 ) -> tuple[Tensor, Tensor]:
-    """B and A for scales d, without those that would divide by nothing."""
+    """B and A for scales d, without those that would divide by nothing, or make next to nothing of V."""
     old, new = dots(W, W).sqrt(), dots(tuned, tuned).sqrt()
-    least = NO_SCALE * new / torch.where(old > 0, old, 1.0)
-    d = torch.where(d.abs() < least, least.copysign(d), d)
+    ratio = new / torch.where(old > 0, old, 1.0)
+    d = d.abs().clamp(NO_SCALE * ratio, LARGEST * ratio).copysign(d)
     d = torch.where(new > 0, d, 0.0)  # such rows are m = 0, and their B is free
     M = torch.addcmul(tuned, d[:, None].to(W), W, value=-1)
     size = squared(M) ** 0.5
