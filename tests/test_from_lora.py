@@ -54,7 +54,9 @@ CASES = {
     "grown": Case(llama(), lora(target_modules=[*ALL, "q_proj"]), before=tiny.grown, inputs=GROWN),
     "replicated": Case(llama(num_hidden_layers=3), lora(layer_replication=[[0, 2], [1, 3]])),
     "pissa": Case(llama(), lora(init_lora_weights="pissa")),
-    "pissa conv1d": Case(gpt2(), lora(target_modules=GPT2, init_lora_weights="pissa", use_rslora=True)),
+    "pissa conv1d": Case(  # with one thread PEFT's own sums are 2.2e-6 apart
+        gpt2(), lora(target_modules=GPT2, init_lora_weights="pissa", use_rslora=True), slack=2
+    ),
     "olora": Case(llama(), lora(init_lora_weights="olora")),
     "orthogonal": Case(llama(), lora(init_lora_weights="orthogonal")),
     "mica": Case(llama(), lora(init_lora_weights="mica")),
@@ -62,10 +64,8 @@ CASES = {
     "monteclora": Case(llama(), lora(monteclora_config=MontecloraConfig())),
     "dropout": Case(llama(), lora(lora_dropout=0.3)),
 }
-BOUND = {"float32": 5e-6, "bfloat16": 2e-2, "float16": 3e-3}
-"""PEFT adds a LoRA's output to the base's, and scales a DoRA's: sums in another order, and, with another number of
-threads, in yet another one. Of float32 that was up to 2.2e-6 of the largest logit with one thread; modules that are left out are above 1e-3.
-"""
+BOUND = {"float32": 2e-6, "bfloat16": 2e-2, "float16": 3e-3}
+"""PEFT adds a LoRA's output to the base's, and scales a DoRA's: sums in another order. A case may have more slack."""
 
 
 def loaded(case: Case, tmp_path: Path, adapter: str):
@@ -106,7 +106,7 @@ def test_outputs_are_the_loras(tmp_path, name, dtype):
         after = loaded(case, tmp_path, "dora")
         assert after.peft_config["default"].use_dora
         want = logits(before, case.inputs)
-        assert apart(logits(after, case.inputs), want) <= BOUND[dtype]
+        assert apart(logits(after, case.inputs), want) <= case.slack * BOUND[dtype]
         assert apart(logits(start(case, tmp_path / "base").eval(), case.inputs), want) > 0.02
     assert report.relative_error < 1e-5
     tensors, given = (

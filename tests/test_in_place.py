@@ -65,13 +65,13 @@ def test_touched_tensors_only(model):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked")
 @pytest.mark.parametrize("verb", ["merge", "unmerge"])
 def test_killed_at_any_moment(tmp_path, verb, model):
-    """Killed at 16 moments, some twice: meanwhile it is no model or a whole one, and a rerun ends in the same bytes."""
+    """Killed at 20 moments, some twice: meanwhile it is no model or a whole one, and a rerun ends in the same bytes."""
     base, adapter = model
     (tmp_path / "work").mkdir()
     if verb == "unmerge":
         dora_convert.merge(base.path, adapter, in_place=True)
     base.path.rename(tmp_path / "work/before")
-    command = [sys.executable, str(DRIVER), verb, str(tmp_path / "work"), str(adapter), "16"]
+    command = [sys.executable, str(DRIVER), verb, str(tmp_path / "work"), str(adapter), "20"]
     environment = os.environ | {"PYTHONPATH": str(DRIVER.parents[1]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
