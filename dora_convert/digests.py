@@ -38,19 +38,22 @@ class Digest:
 
 def xxh3(path: Path) -> str:
     """The xxh3-128 of a file."""
-    return _file_hash(path, xxhash.xxh3_128())
+    return hash_of(xxhash.xxh3_128(), path)
 
 
 def sha256(path: Path) -> str:
     """The sha256 of a file."""
-    return _file_hash(path, hashlib.sha256())
+    return hash_of(hashlib.sha256(), path)
 
 
-def _file_hash(path: Path, digest: Any) -> str:
-    buffer = bytearray(CHUNK_BYTES)
-    with path.open("rb") as file:
-        while count := file.readinto(buffer):
-            digest.update(memoryview(buffer)[:count])
+def hash_of(digest: Any, source: Path | bytes) -> str:
+    """A file's bytes, or some, through a hash that may have begun."""
+    if isinstance(source, bytes):
+        digest.update(source)
+    else:
+        with source.open("rb") as file:
+            while chunk := file.read(CHUNK_BYTES):
+                digest.update(chunk)
     return str(digest.hexdigest())
 
 

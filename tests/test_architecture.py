@@ -18,7 +18,7 @@ ORDER = [
     "formats/peft_types", "formats/peft_config", "formats/peft_modules", "formats/peft_names",
     "formats/peft_save", "formats/peft", "formats/__init__", "names", "placing", "plan", "layout",
     "replicas", "configs", "draft", "planner", "adapters/orders", "settings", "journal", "undo",
-    "hub/answers", "hub/fetch", "hub/remote", "gather", "card", "digests", "reverse/receipt_form",
+    "hub/answers", "digests", "hub/fetch", "hub/remote", "gather", "card", "reverse/receipt_form",
     "reverse/record", "sidefiles", "writer", "folder", "maths", "adapters/factoring", "memory", "precision",
     "lane", "operands", "checks", "reverse/packing", "reverse/inverse", "reverse/keeping", "checking/ulps",
     "checking/rows", "reverse/recover", "make", "checking/expected", "reverse/expected_base",

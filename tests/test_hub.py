@@ -7,6 +7,8 @@ import json
 import pytest
 import torch
 
+import dora_convert
+
 from .hubserver import COMMIT, Hub, run
 from .toy import contents, edit_json, make_adapter, make_base, write_shards
 
@@ -162,16 +164,25 @@ def test_a_dry_run_reads_headers_only(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "verb", [("to-lora", "--rank", "2"), ("from-lora", "--include", "*up_proj")], ids=lambda v: v[0]
+    "verb",
+    [
+        ("to-lora", "--rank", "2"),
+        ("from-lora", "--include", "*up_proj"),
+        ("extract", "--rank", "2", "--kind", "lora"),
+    ],
+    ids=lambda v: v[0],
 )
 def test_adapters_are_planned_from_headers(hub, tmp_path, verb):
     """Of adapters that are to be made: a dry run brings no weights of the base, the run itself does."""
-    adapter = "me/adapter" if verb[0] == "to-lora" else "hf://me/many/style"
-    words = (verb[0], "org/base", adapter, tmp_path / "out", *verb[1:])
+    other = {"to-lora": "me/adapter", "from-lora": "hf://me/many/style", "extract": "me/tuned"}[verb[0]]
+    if verb[0] == "extract":
+        hub.repos["me/tuned"] = hub.repos["org/base"].parent / "tuned"
+        dora_convert.merge(hub.repos["org/base"], hub.repos["me/adapter"], hub.repos["me/tuned"])
+    words = (verb[0], "org/base", other, tmp_path / "out", *verb[1:])
     done = run(hub, tmp_path / "cache", *words, "--dry-run")
     assert done.returncode == 0, done.stderr
     size = (hub.repos["org/base"] / "model-00001-of-00002.safetensors").stat().st_size
-    assert all(sent < size for name, sent in hub.sent if name.startswith("org/base") and "model-0" in name)
+    assert all(sent < size for name, sent in hub.sent if "model-0" in name)
     done = run(hub, tmp_path / "cache", *words)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out/adapter_model.safetensors").exists()

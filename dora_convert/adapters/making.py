@@ -22,11 +22,10 @@ from ..hub.remote import open_far
 from ..plan import Options, Plan
 from ..planner import make_plan
 from ..refs import PathLike
-from ..settings import Settings, parse_options
+from ..settings import MAX_MEMORY, Settings, parse_options
 from .made import Describe, MadeDryRun, MadeReport, dry_run_of, report_of
 from .orders import Assemble, Order, Result, find_format
 
-DEFAULT = "160MiB"
 Work = Callable[[], Callable[[Any, Any], Any]]
 """Imports and returns what makes a job's tensors (`craft.Made`) of a job and a lane: planning does without torch."""
 
@@ -68,7 +67,7 @@ class Making:
         """Check everything that can be checked before an input is opened."""
         options = parse_options(dtype, compute_dtype, None, "none", include, exclude, False, ignore_field)
         grows = max_memory == "auto"
-        held = DEFAULT if grows else max_memory
+        held = MAX_MEMORY if grows else max_memory
         settings = Settings.parse(
             device, compute_dtype, held, workers, False, base_model, on_progress, on_notice, token
         )

@@ -5,16 +5,14 @@ Downloads go through huggingface_hub and its cache. Tokens are handed to it and 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from ..checkpoint import RECORD, is_weight_file, weight_entry, weight_map
+from ..digests import sha256 as file_sha256
 from ..errors import HubError
 from ..refs import HubRef, Source, local_source, parse_ref
-from ..stored import CHUNK
 from .answers import explained, patiently, unreachable, without_bars
 
 ANCHORS = ("adapter_config.json", "config.json", "model.safetensors")
@@ -112,7 +110,7 @@ def download(
         patiently(lambda: hf_hub_download(repo, name, revision=revision, token=token, local_dir=folder))
     )
     blob = path.resolve()
-    if not here and sha256 and hash_of(hashlib.sha256(), blob) != sha256:
+    if not here and sha256 and file_sha256(blob) != sha256:
         path.unlink()
         blob.unlink(missing_ok=True)
         raise HubError(
@@ -129,17 +127,6 @@ def snapshot_folder(repo: str, commit: str) -> Path:
 
     cache = Path(constants.HF_HUB_CACHE)
     return cache / repo_folder_name(repo_id=repo, repo_type="model") / "snapshots" / commit
-
-
-def hash_of(digest: Any, source: Path | bytes) -> str:
-    """A file's bytes, or some, through a hash of hashlib's."""
-    if isinstance(source, bytes):
-        digest.update(source)
-    else:
-        with source.open("rb") as file:
-            while chunk := file.read(CHUNK):
-                digest.update(chunk)
-    return str(digest.hexdigest())
 
 
 def _cached(ref: HubRef, prefix: str, what: str, error: Exception) -> Source:

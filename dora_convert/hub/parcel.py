@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import xxhash
-
-from ..checkpoint import RECORD, is_weight_file, list_files, open_checkpoint
+from ..checkpoint import RECEIPT, RECORD, is_weight_file, list_files, open_checkpoint
+from ..digests import stored_digest
 from ..errors import Fault, MalformedError, RefError, VerificationError
 from ..folder import LOCK
 from ..inspected import AdapterReport
@@ -23,10 +22,10 @@ from ..inspection import inspect_ref
 from ..journal import NAME as JOURNAL
 from ..json_files import read_json
 from ..refs import Source, local_path, local_source
-from ..stored import CHUNK, Reader, Stored, read_header
+from ..stored import Reader, Stored, read_header
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-RECEIPT = f"{RECORD}/receipt.json"
+NOTED = f"{RECORD}/{RECEIPT}"
 HASHERS = 2
 
 
@@ -120,7 +119,7 @@ def _parcel(
     files: Sequence[str],
     tensors: Mapping[str, Stored],
 ) -> Parcel:
-    receipt = read_json(source.path / RECEIPT) if RECEIPT in names else None
+    receipt = read_json(source.path / NOTED) if NOTED in names else None
     left = sorted(set(files) - set(names))
     return Parcel(source, adapter, tuple(sorted(names)), tuple(left), tensors, receipt)
 
@@ -133,9 +132,8 @@ def check_receipt(parcel: Parcel) -> int:
     written = dict(_hashes(parcel.receipt or {}))
     with closing(Reader()) as reader, ThreadPoolExecutor(HASHERS) as pool:
         known = [parcel.tensors[name] for name in written if name in parcel.tensors]
-        found = dict(
-            zip([tensor.name for tensor in known], pool.map(lambda t: _hash(t, reader), known), strict=True)
-        )
+        digests = pool.map(lambda tensor: stored_digest(tensor, reader), known)
+        found = {tensor.name: digest.fast for tensor, digest in zip(known, digests, strict=True)}
     faults = [
         Fault(name, "is not what was written" if name in found else "is missing")
         for name, expected in written.items()
@@ -145,7 +143,7 @@ def check_receipt(parcel: Parcel) -> int:
         raise VerificationError(
             f"{parcel.source.name} is not what its receipt says: {len(faults)} tensors differ.",
             faults=faults,
-            hint=f"make it again; if it was changed on purpose, remove {RECEIPT}",
+            hint=f"make it again; if it was changed on purpose, remove {NOTED}",
         )
     return len(found)
 
@@ -156,13 +154,3 @@ def _hashes(receipt: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name, noted in tensors.items() if isinstance(tensors, dict) else ():
         if isinstance(noted, dict) and isinstance(noted.get("written"), str):
             yield name, noted["written"]
-
-
-def _hash(tensor: Stored, reader: Reader) -> str:
-    """xxh3-128 of a tensor's bytes."""
-    digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(CHUNK))
-    for start in range(0, tensor.nbytes, CHUNK):
-        chunk = buffer[: min(CHUNK, tensor.nbytes - start)]
-        reader.read(tensor.path, tensor.start + start, chunk)
-        digest.update(chunk)
-    return digest.hexdigest()

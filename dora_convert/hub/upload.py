@@ -15,11 +15,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from ..digests import hash_of
 from ..errors import HubError
 from ..journal import Record, read_journal
 from ..schema import count
 from .answers import explained_writing, patiently, status_of, without_bars
-from .fetch import hash_of
 from .pushed import Pushed, Sent, Target
 
 if TYPE_CHECKING:

@@ -13,11 +13,12 @@ from ..adapters.making import Making
 from ..adapters.orders import Order, Result, goal_of
 from ..adapters.outgoing import Outgoing
 from ..adapters.pairs import Pair, Sorted, model_names, short_names, sort_pairs
-from ..checkpoint import Checkpoint, open_checkpoint
+from ..checkpoint import Checkpoint
 from ..errors import PlanError, UnsupportedError
 from ..heavy import without_collections
-from ..hub.fetch import fetch, wanted_of_base
+from ..hub.arrivals import bring_weights
 from ..hub.pushed import Target
+from ..hub.remote import open_far
 from ..planner import refuse_quantised
 from ..refs import PathLike
 from ..settings import chosen
@@ -92,7 +93,7 @@ def _run(
     single: bool,
 ) -> MadeReport | MadeDryRun:
     """From open headers to the report."""
-    differing = None if dry_run else _differing(*both)
+    differing = None if dry_run else _differing(*both, making.settings.token)
     found = sort_pairs(*both, differing, making.options, embeddings=embeddings, kind=kind, single=single)
     _check(found, making, both[1], dry_run=dry_run)
     order = _order(both, making, found, goal, kind, embeddings, exact=exact, single=single)
@@ -113,15 +114,17 @@ def _open(making: Making, base: PathLike, tuned: PathLike) -> tuple[Checkpoint, 
     """The headers of both checkpoints."""
     token = making.settings.token
     refs = ((base, "BASE"), (tuned, "TUNED"))
-    opened = [open_checkpoint(fetch(os.fspath(ref), what, wanted_of_base, token=token)) for ref, what in refs]
+    opened = [open_far(what, token, True, None, os.fspath(ref), None) for ref, what in refs]
     for checkpoint in opened:
         refuse_quantised(checkpoint)
     making.folder.refuse_inside([checkpoint.source.path for checkpoint in opened])
     return opened[0], opened[1]
 
 
-def _differing(base: Checkpoint, tuned: Checkpoint) -> Collection[str]:
+def _differing(base: Checkpoint, tuned: Checkpoint, token: str | None) -> Collection[str]:
     """What fine-tuning changed: both are read for it."""
+    for checkpoint in (base, tuned):
+        bring_weights(checkpoint, token)
     with without_collections():
         from ..adapters.extraction import differing
     return differing(model_names(base), model_names(tuned))
