@@ -115,6 +115,7 @@ class _Run:
     spool: Spool = field(init=False)
     journal: Journal = field(init=False)
     _read: int = 0
+    _total: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -134,7 +135,8 @@ class _Run:
                     self._keep(job, work(job, lane))
 
         todo = [job for job in self.order.jobs if job.name not in self.made]
-        self._read = sum(job.nbytes for job in self.order.jobs) - sum(job.nbytes for job in todo)
+        self._total = sum(job.nbytes for job in self.order.jobs)
+        self._read = self._total - sum(job.nbytes for job in todo)
         crew.run(self.settings.workers, [partial(one, job) for job in todo])
 
     def _keep(self, job: Job, made: Made) -> None:
@@ -151,7 +153,7 @@ class _Run:
         with self._lock:
             self._read += job.nbytes
             if self.settings.on_progress:
-                self.settings.on_progress(self._read, sum(job.nbytes for job in self.order.jobs))
+                self.settings.on_progress(self._read, self._total)
 
     def results(self) -> dict[str, Result]:
         """What is made, in the order of the jobs: tensors that lie in the spool."""

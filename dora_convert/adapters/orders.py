@@ -19,6 +19,9 @@ from ..stored import Stored
 from ..updates import Decomposed, LowRank, low_rank
 from .outgoing import Outgoing
 
+HELD = {"lora": 10, "dora": 16}
+"""How often a module's matrix is held at once, in the dtype it is computed in."""
+
 
 class Job(Protocol):
     """One module's part of a new adapter."""

@@ -16,6 +16,7 @@ from ..plan import Options
 from ..planner import is_named
 from ..stored import FLOATS, Stored
 from ..ties import Tie, find_tie, is_embedding, is_head
+from .orders import HELD
 
 INNER = {
     "gpt2": "transformer.", "bloom": "transformer.", "falcon": "transformer.", "bert": "bert.", "roberta": "roberta.",
@@ -26,8 +27,6 @@ TABLES = ("wpe", "relative_attention_bias", "position_embeddings", "token_type_e
 """Modules that are embeddings, besides the input's: rows of their weights are looked up."""
 HEAD_TOPS = frozenset({"lm_head", "cls", "vocab_transform", "vocab_layer_norm", "generator_predictions"})
 """Where models keep the rest of their heads: layers that no model with another head has."""
-HELD = {"lora": 10, "dora": 16}
-"""How often a module's matrix is held at once, in the dtype it is computed in."""
 
 
 @dataclass(frozen=True)
@@ -72,22 +71,8 @@ def model_names(checkpoint: Checkpoint) -> dict[str, Stored]:
     return {name if is_head(name) else prefix + name: tensor for name, tensor in checkpoint.tensors.items()}
 
 
-def sort_pairs(
-    base: Checkpoint,
-    tuned: Checkpoint,
-    differing: Collection[str] | None,
-    options: Options,
-    *,
-    embeddings: str,
-    kind: str,
-    single: bool,
-) -> Sorted:
-    """Decide what becomes of each tensor; of those that differ, or of all where that is not known."""
-    return _Sorting(base, tuned, differing, options, embeddings, kind, 4 if single else 8).run()
-
-
-class _Sorting:
-    """One run of `sort_pairs`."""
+class Sorting:
+    """What becomes of each tensor: of those that differ, or of all where that is not known."""
 
     def __init__(
         self,
@@ -95,14 +80,15 @@ class _Sorting:
         tuned: Checkpoint,
         differing: Collection[str] | None,
         options: Options,
+        *,
         embeddings: str,
         kind: str,
-        width: int,
+        single: bool,
     ) -> None:
         self._types = base.model_types | tuned.model_types
         self._before, self._after = model_names(base), model_names(tuned)
         self._differing, self._options, self._embeddings = differing, options, embeddings
-        self._held = HELD[kind] * width
+        self._held = HELD[kind] * (4 if single else 8)
         self._tie: Tie | None = find_tie(tuned)
         self._found = Sorted()
         if renamed := sorted(self._types & RENAMED):
@@ -111,7 +97,7 @@ class _Sorting:
             )
 
     def run(self) -> Sorted:
-        """Factors first, since a bias is saved in another way where its weight has some."""
+        """Decide. Factors first, since a bias is saved in another way where its weight has some."""
         names = [name for name in self._after if self._concerns(name)]
         left = [name for name in names if not self._factored(name)]
         for name in left:

@@ -61,8 +61,9 @@ def plan_unmerge(
 ) -> Reversal:
     """Decide every tensor of the base, from all adapters of a merge in their order.
 
-    `original` is the base itself, for what no record holds. `options` are those of the recovery: compute dtype and shard size. Raises RefError where MERGED has other tensors
-    than were written, UnsupportedError where something is gone for good, and what `make_plan` raises.
+    `original` is the base itself, for what no record holds. `options` are those of the recovery: compute dtype and shard
+    size. Raises RefError where MERGED has other tensors than were written, UnsupportedError where something is gone for
+    good, and what `make_plan` raises.
     """
     if missing := [name for name in record.receipt["tensors"] if name not in merged.tensors]:
         raise not_as_written(merged, [Fault(name, "is missing") for name in missing])

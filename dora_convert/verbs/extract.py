@@ -12,7 +12,7 @@ from ..adapters.made import MadeDryRun, MadeModule, MadeReport, share
 from ..adapters.making import Making
 from ..adapters.orders import Order, Result, goal_of
 from ..adapters.outgoing import Outgoing
-from ..adapters.pairs import Pair, Sorted, model_names, short_names, sort_pairs
+from ..adapters.pairs import Pair, Sorted, Sorting, model_names, short_names
 from ..checkpoint import Checkpoint
 from ..errors import PlanError, UnsupportedError
 from ..heavy import without_collections
@@ -94,7 +94,7 @@ def _run(
 ) -> MadeReport | MadeDryRun:
     """From open headers to the report."""
     differing = None if dry_run else _differing(*both, making.settings.token)
-    found = sort_pairs(*both, differing, making.options, embeddings=embeddings, kind=kind, single=single)
+    found = Sorting(*both, differing, making.options, embeddings=embeddings, kind=kind, single=single).run()
     _check(found, making, both[1], dry_run=dry_run)
     order = _order(both, making, found, goal, kind, embeddings, exact=exact, single=single)
     return making.finish(

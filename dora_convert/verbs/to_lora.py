@@ -11,7 +11,7 @@ from typing import Any
 from ..adapter import Change
 from ..adapters.made import MadeDryRun, MadeModule, MadeReport, share
 from ..adapters.making import Making
-from ..adapters.orders import Order, Placed, Result, goal_of, modules_besides, place_changes
+from ..adapters.orders import HELD, Order, Placed, Result, goal_of, modules_besides, place_changes
 from ..adapters.outgoing import Outgoing
 from ..hub.pushed import Target
 from ..items import Edit, Item
@@ -24,8 +24,6 @@ LOSSY = 0.05
 """A relative error above which merging is the better way out."""
 COMPARED = 1 << 21
 """Elements of ΔW that are compared at once with what the factors make of them, in float64."""
-HELD = 10
-"""How often the matrix of a module is held at once: itself, LAPACK's copy, and its factors."""
 
 
 def to_lora(
@@ -105,7 +103,7 @@ def _sorted(plan: Plan, making: Making, *, single: bool) -> _Sorted:
         plain = not edit.decomposed and not item.start
         factors = 8 * 4 * (edit.low.rank if edit.low else 0) * sum(item.source.matrix)
         compared = 24 * min(item.source.numel, COMPARED)
-        matrix = compared if plain else max(compared, HELD * (4 if single else 8) * item.source.numel)
+        matrix = compared if plain else max(compared, HELD["lora"] * (4 if single else 8) * item.source.numel)
         return item.cost(plan.options.width) + matrix + factors
 
     placed, copies, others = place_changes(plan, cost)
