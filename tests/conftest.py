@@ -9,14 +9,17 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub reads it
 os.environ.setdefault("TQDM_DISABLE", "1")
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # before torch does: of models this small, threads wait for each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch does: models this small make threads wait
+os.environ.pop("CI", None)  # where it is set, pytest shows differences in full: an hour for megabytes
 
 import torch
+from hypothesis import settings
 
 from .commands import exit_code
 from .toy import Base, make_adapter, make_base
+
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile("repeatable")  # for other examples: --hypothesis-profile default
 
 
 def pytest_report_header(config):
