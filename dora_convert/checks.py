@@ -15,7 +15,8 @@ from .items import Edit
 from .lane import Lane
 from .plan import Plan
 from .precision import TORCH, Choice
-from .stored import FLOATS, Reader, Stored
+from .reader import Reader
+from .stored import FLOATS, Stored
 from .updates import Decomposed
 
 SAMPLED_ROWS = 16

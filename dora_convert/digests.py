@@ -8,7 +8,8 @@ from typing import Any
 
 import xxhash
 
-from .stored import Reader, Stored
+from .reader import Reader
+from .stored import Stored
 
 CHUNK_BYTES = 1 << 20
 

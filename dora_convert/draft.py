@@ -13,6 +13,7 @@ from .items import Edit, Item
 from .names import Names, explain_missing
 from .placing import Fit, Misfit, fit
 from .plan import Entry, Options
+from .reader import same_bytes
 from .stored import FLOATS, Stored
 from .ties import Tie, find_tie, is_embedding, is_head
 from .updates import Decomposed, Delta, Full, LowRank, Rows, Update, low_rank, tensors_of
@@ -150,7 +151,7 @@ class Draft:
             isinstance(update, Full)
             and other is not None
             and isinstance(other.update, Full)
-            and update.value.same_bytes(other.update.value)
+            and same_bytes(update.value, other.update.value)
         )
 
     def _means_both(self, update: Update, side: str, other: Change | None) -> bool:
@@ -206,7 +207,7 @@ class Draft:
     def _replace(self, update: Full, name: str, weight: float) -> None:
         target = self.targets[name]
         once_more = _from_one_file(target.source, update.value)
-        if once_more and target.source.same_bytes(update.value):
+        if once_more and same_bytes(target.source, update.value):
             return  # one weight saved under two names
         if target.source is not target.base:
             self._fault(

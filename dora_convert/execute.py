@@ -25,8 +25,9 @@ from .make import make
 from .plan import Plan
 from .precision import Choice, exact_arithmetic
 from .progress import Done, Progress, copy_record, done_record, kept_name
+from .reader import Reader
 from .reverse.in_place import InPlace
-from .stored import Reader, Stored
+from .stored import Stored
 from .undo import Part, Spool
 from .writer import Copy, ShardFiles
 
@@ -79,20 +80,17 @@ class Crew:
         self,
         workers: int,
         tasks: Iterable[Callable[[Lane], None]],
-        on_stop: Callable[[], None] | None = None,
     ) -> None:
-        """Run all tasks; when this returns, or raises what the first of them did, no worker runs any more.
-
-        `on_stop` is called once nothing more is begun, with workers perhaps waiting for their input.
-        """
+        """Run all tasks; when this returns, or raises what the first of them did, no worker runs any more."""
         with exact_arithmetic(), ThreadPoolExecutor(workers, initializer=self._start) as pool:
             try:
                 futures = [pool.submit(self._one, task) for task in tasks]
                 raise_first(wait(futures, return_when=FIRST_EXCEPTION).done)
-            finally:
+            except BaseException:
                 self._stop.set()
-                if on_stop:
-                    on_stop()
+                self._reader.stop()
+                raise
+            finally:
                 pool.shutdown(wait=True, cancel_futures=True)
 
     def _start(self) -> None:
@@ -124,8 +122,6 @@ class Run:
     progress: Progress
     on_shard: Callable[[str], None] | None = None
     """Called with the name of each shard once all of it is written and, if it is checked, right; by workers."""
-    on_stop: Callable[[], None] | None = None
-    """Called when nothing more will be made, with workers perhaps waiting for their input."""
     place: InPlace | None = None
     written: int = 0
     _skipped: int = 0
@@ -151,7 +147,7 @@ class Run:
         for shard in self.plan.shards:
             if not self._waiting[shard.filename]:
                 self._finish(shard.filename)
-        self._crew.run(workers, [job for _, job in jobs], self.on_stop)
+        self._crew.run(workers, [job for _, job in jobs])
 
     def _jobs(self, copies: Sequence[Copy], items: Sequence[Item]) -> list[Job]:
         """What is to be done and for which shard, copies first; where somebody waits for shards, one after the other."""

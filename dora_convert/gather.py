@@ -9,9 +9,11 @@ from functools import partial
 from pathlib import Path
 
 from .adapter import Adapter, open_adapter
-from .checkpoint import OF_TRAINING, Checkpoint, is_weight_file, open_checkpoint
+from .checkpoint import OF_TRAINING, Checkpoint, is_weight_file
 from .errors import RefError, UsageError
-from .hub.fetch import fetch, wanted_of_adapter, wanted_of_base
+from .hub.fetch import fetch, wanted_of_adapter
+from .hub.remote import open_far
+from .hub.visit import Visit
 from .refs import HubRef, local_path, parse_ref
 
 Notice = Callable[[str], None]
@@ -23,17 +25,16 @@ def gather(
     base: str | None,
     adapters: Sequence[str],
     out: str,
-    token: str | None,
+    visit: Visit,
     notice: Notice,
     accepted: Collection[str] = (),
     verb: str = "merge",
     *,
     opened_by: Opener | None = None,
-    unfinished: bool = False,
 ) -> tuple[Checkpoint, list[Adapter]]:
     """Open the adapters, then the base: the one named, or the one that the first adapter names.
 
-    `opened_by` opens a base by REF and revision; by default all its files are fetched.
+    `opened_by` opens a base by REF and revision; by default its headers, where it is on the Hub.
 
     `out` and `verb` are what the command line has, for the command that a hint names.
 
@@ -41,10 +42,8 @@ def gather(
     """
     if base is not None:
         refuse_swapped(base, adapters, out, verb)
-    opened = [
-        open_adapter(fetch(ref, "ADAPTER", wanted_of_adapter, token=token), accepted) for ref in adapters
-    ]
-    open_base = opened_by or partial(_open_whole, token, unfinished)
+    opened = [open_adapter(fetch(ref, "ADAPTER", wanted_of_adapter, visit), accepted) for ref in adapters]
+    open_base = opened_by or partial(_open_headers, visit)
     if base is not None:
         return open_base(base, None), opened
     found = _base_of(opened[0], adapters[0], out, verb, open_base)
@@ -52,9 +51,8 @@ def gather(
     return found, opened
 
 
-def _open_whole(token: str | None, unfinished: bool, ref: str, revision: str | None) -> Checkpoint:  # noqa: FBT001 - as bound
-    source = fetch(ref, "BASE", wanted_of_base, revision=revision, token=token)
-    return open_checkpoint(source, unfinished=unfinished)
+def _open_headers(visit: Visit, ref: str, revision: str | None) -> Checkpoint:
+    return open_far(ref, "BASE", visit, revision=revision)
 
 
 def refuse_swapped(base: str, adapters: Sequence[str], out: str, verb: str) -> None:

@@ -16,6 +16,7 @@ from .errors import DoraConvertError, Fault, MalformedError, PlanError, RefError
 from .formats import FORMATS
 from .gather import doubts
 from .hub.remote import ADAPTER, Look, look
+from .hub.visit import Visit
 from .inspected import AdapterReport, CheckpointReport, Landing, Module
 from .json_files import read_json
 from .plan import Options, Plan
@@ -25,17 +26,17 @@ from .updates import Decomposed, Delta, Full, LowRank, Rows, low_rank, tensors_o
 
 
 def inspect_ref(
-    ref: str, base: str | None, accepted: Collection[str], token: str | None
+    ref: str, base: str | None, accepted: Collection[str], visit: Visit
 ) -> AdapterReport | CheckpointReport:
     """Look at a REF; with a base, at where the adapter's tensors would land in it.
 
     Raises DoraConvertError where something cannot be read, or is neither; an adapter that does not fit is an answer.
     """
     started = time.monotonic()
-    seen = look(ref, "REF", token=token)
+    seen = look(ref, "REF", visit)
     source = _folder_of_adapter(seen.source)
     if any(known.recognises(source.path) for known in FORMATS):
-        against = None if base is None else look(base, "BASE", token=token).checkpoint()
+        against = None if base is None else look(base, "BASE", visit).checkpoint()
         return _of_adapter(source, seen.names, against, accepted, started)
     checkpoint = _open(seen)
     if base is not None:

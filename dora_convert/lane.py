@@ -13,7 +13,8 @@ from torch import Tensor
 from . import maths, memory
 from .memory import as_bytes
 from .precision import TORCH, Choice
-from .stored import Reader, Stored
+from .reader import Reader
+from .stored import Stored
 
 FACTOR_ELEMENTS = 1 << 18
 

@@ -18,9 +18,10 @@ from .memory import as_bytes
 from .operands import Operand
 from .plan import Plan
 from .precision import TORCH
+from .reader import Reader
 from .reverse.keeping import Keeper
 from .reverse.recover import Recovering
-from .stored import BITS, Reader
+from .stored import BITS
 from .undo import Part, Spool
 from .writer import ShardFiles
 

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from .checkpoint import Checkpoint, open_checkpoint
 from .digests import xxh3
 from .errors import UsageError
 from .extras import need
 from .folder import OutputFolder
-from .gather import Opener, doubts, gather
+from .gather import doubts, gather
 from .heavy import without_collections
+from .hub.fetch import fetch, wanted_of_base
 from .hub.remote import open_far
 from .hub.routes import Routes, place_of
 from .plan import Options, Plan
 from .planner import make_plan
-from .refs import PathLike
+from .refs import PathLike, local_path, local_source
 from .report import DryRunReport, MergeReport
 from .reverse.in_place import InPlace, finished
 from .reverse.record import read_record
@@ -55,8 +58,10 @@ def merge_beside(asked: Asked, overwrite: bool) -> MergeReport | DryRunReport:  
     refs = [str(asked.base), *asked.adapters]
     folder = OutputFolder(place_of(asked.out, routes, refs), overwrite=overwrite)
     folder.check()
-    far = partial(open_far, "BASE", asked.settings.token, not asked.dry_run, routes.weights(folder))
-    plan = _plan(asked, folder.given if routes.local else "OUT", None if asked.verify_outputs else far)
+    opened_by = (
+        _open_whole if asked.verify_outputs else partial(_open_headers, weights=routes.weights(folder))
+    )
+    plan = _plan(asked, folder.given if routes.local else "OUT", opened_by)
     folder.refuse_inside([plan.base.source.path, *(adapter.source.path for adapter in plan.adapters)])
     return _carry_out(plan, folder, asked)
 
@@ -74,7 +79,7 @@ def merge_in_place(asked: Asked, allow_lossy: bool) -> MergeReport | DryRunRepor
     refuse_lossy(asked.options.undo, allow_lossy=allow_lossy)
     if report := finished(asked.base, "merge", asked.adapters, asked.settings):
         return MergeReport.read(report)
-    plan = _plan(asked, IN_PLACE, None)
+    plan = _plan(asked, IN_PLACE, _open_local)
     place = InPlace(plan.base.source.path, plan.base.shards, plan.base.index_name)
     place.refuse(plan)
     if not place.begun and _is_merged(plan):
@@ -93,7 +98,23 @@ def _is_merged(plan: Plan) -> bool:
     return plan.weights == record.weights and files == [each["files"] for each in record.receipt["adapters"]]
 
 
-def _plan(asked: Asked, out: str, opened_by: Opener | None) -> Plan:
+def _open_headers(asked: Asked, ref: str, revision: str | None, *, weights: Path | None) -> Checkpoint:
+    """The base's headers; its weights come when they are needed."""
+    visit, whole = asked.settings.visit, not asked.dry_run
+    return open_far(ref, "BASE", visit, whole=whole, revision=revision, weights=weights)
+
+
+def _open_whole(asked: Asked, ref: str, revision: str | None) -> Checkpoint:
+    """The whole base, which is to be run."""
+    return open_checkpoint(fetch(ref, "BASE", wanted_of_base, asked.settings.visit, revision=revision))
+
+
+def _open_local(_: Asked, ref: str, __: str | None) -> Checkpoint:
+    """A base that is to be changed; an earlier run may have begun to."""
+    return open_checkpoint(local_source(local_path(ref, "BASE")), unfinished=True)
+
+
+def _plan(asked: Asked, out: str, opened_by: Callable[[Asked, str, str | None], Checkpoint]) -> Plan:
     """Gather the inputs and decide every output tensor; what looks odd is warned of.
 
     `out` is what the command line has last.
@@ -105,11 +126,10 @@ def _plan(asked: Asked, out: str, opened_by: Opener | None) -> Plan:
         named,
         asked.adapters,
         out,
-        settings.token,
+        settings.visit,
         settings.notify,
         options.ignore_field,
-        opened_by=opened_by,
-        unfinished=out == IN_PLACE,  # an earlier run may have begun to change it
+        opened_by=partial(opened_by, asked),
     )
     for doubt in doubts(checkpoint, opened):
         settings.warn(doubt)

@@ -15,9 +15,9 @@ from .journal import Earlier, Journal, Record
 from .plan import Plan
 from .precision import Choice
 from .progress import ENTERED, Done, Progress
+from .reader import Reader
 from .reverse.in_place import InPlace
 from .settings import Settings
-from .stored import Reader
 from .undo import Spool
 from .workspace import Folder, earlier_run, journal_key
 from .writer import ShardFiles
@@ -72,7 +72,6 @@ def run(
             settings.on_progress,
             progress,
             hub.made if hub else None,
-            hub.stop if hub else None,
             place,
         )
         running.execute(settings.workers)

@@ -6,11 +6,13 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from .errors import UsageError
+from .hub.visit import Visit, visiting
 from .plan import Options
 from .sizes import parse_size
 from .stored import CONFIG_DTYPES
@@ -38,7 +40,7 @@ class Settings:
     base_model: str | None
     on_progress: Callable[[int, int], None] | None
     on_notice: Callable[[str], None] | None
-    token: str | None = field(default=None, repr=False)
+    visit: Visit = field(default_factory=Visit, repr=False)
     started: float = field(default_factory=time.monotonic)
     warnings: list[str] = field(default_factory=list)
 
@@ -47,14 +49,24 @@ class Settings:
         check_base_model(self.base_model)
 
     @classmethod
-    def parse(
-        cls, device: str, compute_dtype: str, max_memory: str | int, workers: int | None, *others: Any
-    ) -> Settings:
-        """Check what a caller has chosen; `others` are the remaining fields, in their order."""
+    @contextmanager
+    def begin(
+        cls,
+        device: str,
+        compute_dtype: str,
+        max_memory: str | int,
+        workers: int | None,
+        *others: Any,
+        token: str | None,
+        cache: bool,
+    ) -> Iterator[Settings]:
+        """Check what a caller has chosen; `others` are the fields up to `on_notice`. What is downloaded lasts as long."""
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
             raise UsageError(f"--device {device!r} is not one of auto, cpu, cuda, cuda:N, mps.")
         held = parse_size(max_memory, "--max-memory")
-        return cls(device, compute_dtype, held, workers or default_workers(), *others)
+        settings = cls(device, compute_dtype, held, workers or default_workers(), *others)
+        with visiting(token, cache=cache) as settings.visit:
+            yield settings
 
     def notify(self, text: str) -> None:
         """Tell the caller something."""

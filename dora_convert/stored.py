@@ -14,8 +14,7 @@ import json
 import math
 import os
 import stat
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,16 +66,6 @@ class Stored:
     def itemsize(self) -> int:
         """Bytes per element, for dtypes of whole bytes."""
         return BITS[self.dtype] // 8
-
-    def same_bytes(self, other: Stored) -> bool:
-        """Whether another tensor has the same dtype, shape and contents; reads both."""
-        if (self.dtype, self.shape) != (other.dtype, other.shape):
-            return False
-        with self.path.open("rb") as mine, other.path.open("rb") as theirs:
-            mine.seek(self.start)
-            theirs.seek(other.start)
-            sizes = [min(CHUNK, self.nbytes - done) for done in range(0, self.nbytes, CHUNK)]
-            return all(mine.read(size) == theirs.read(size) for size in sizes)
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -220,62 +209,3 @@ def _check_tiling(path: Path, tensors: list[Stored], body: int, size: int) -> No
             f"{path} is {size} bytes long, but its header describes {position}.",
             hint="The file is truncated or has trailing bytes; download it again.",
         )
-
-
-class Reader:
-    """Positional reads from any thread; files are opened once and stay open until `close`.
-
-    `arrive` is called with a path before it is opened, and returns once the file is there.
-    """
-
-    def __init__(self, arrive: Callable[[Path], None] | None = None) -> None:
-        self._arrive = arrive
-        self._files: dict[Path, int] = {}
-        self._lock = threading.Lock()
-
-    def close(self) -> None:
-        """Close every file."""
-        while self._files:
-            os.close(self._files.popitem()[1])
-
-    def forget(self, path: Path) -> None:
-        """Close a file that is not read any more."""
-        with self._lock:
-            if path in self._files:
-                os.close(self._files.pop(path))
-
-    def descriptor(self, path: Path) -> int:
-        """The open file descriptor of a path."""
-        if self._arrive and path not in self._files:
-            self._arrive(path)
-        with self._lock:
-            if path not in self._files:
-                self._files[path] = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-            return self._files[path]
-
-    def read(self, path: Path, offset: int, buffer: memoryview) -> None:
-        """Fill the buffer from `offset`; MalformedError when the file ends first."""
-        done = 0
-        while done < len(buffer):
-            try:
-                got = self._read_some(self.descriptor(path), buffer[done:], offset + done)
-            except OSError as error:
-                raise MalformedError(f"{path} cannot be read: {error.strerror}.") from error
-            if got == 0:
-                raise MalformedError(f"{path} became shorter while it was read.")
-            done += got
-
-    if hasattr(os, "preadv"):
-
-        @staticmethod
-        def _read_some(descriptor: int, buffer: memoryview, offset: int) -> int:
-            return os.preadv(descriptor, [buffer], offset)
-
-    else:  # Windows has no positional read
-
-        def _read_some(self, descriptor: int, buffer: memoryview, offset: int) -> int:  # type: ignore[misc]
-            with self._lock:
-                os.lseek(descriptor, offset, os.SEEK_SET)
-                data = os.read(descriptor, len(buffer))
-            buffer[: len(data)] = data
-            return len(data)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from .items import Item
 from .layout import header_bytes
 from .plan import Plan
-from .stored import Reader
+from .reader import Reader
 
 COPY_BYTES = 64 << 20
 SLICE_BYTES = 1 << 20

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -77,6 +78,7 @@ class Hub(ThreadingHTTPServer):
         self.faults: list[Fault] = []
         self.sent: list[tuple[str, int]] = []
         self.taken: set[str] = set()
+        self.on_read: Callable[[str], None] = lambda _: None
         self.lock = threading.Lock()
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
@@ -233,6 +235,7 @@ class Handler(BaseHTTPRequestHandler):
     def count(self, name, nbytes):
         if self.command == "GET":
             self.server.sent.append((name, nbytes))
+            self.server.on_read(name)
 
     # writing
 

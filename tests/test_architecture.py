@@ -12,13 +12,13 @@ FILES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in 
 TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
 
 ORDER = [
-    "errors", "schema", "adapters/__init__", "checking/__init__", "hub/__init__", "outputs/__init__",
-    "reverse/__init__", "sizes", "stored", "json_files", "pickled", "refs", "updates", "blocks", "items",
-    "reverse/refusals", "checkpoint", "ties", "adapter", "adapters/outgoing", "formats/peft_fields",
-    "formats/peft_types", "formats/peft_config", "formats/peft_modules", "formats/peft_names",
-    "formats/peft_save", "formats/peft", "formats/__init__", "names", "placing", "plan", "layout",
-    "replicas", "configs", "draft", "planner", "adapters/orders", "settings", "journal", "undo",
-    "hub/answers", "digests", "hub/fetch", "hub/remote", "gather", "card", "reverse/receipt_form",
+    "errors", "hub/visit", "schema", "adapters/__init__", "checking/__init__", "hub/__init__",
+    "outputs/__init__", "reverse/__init__", "sizes", "stored", "reader", "json_files", "pickled", "refs",
+    "updates", "blocks", "items", "reverse/refusals", "checkpoint", "ties", "adapter", "adapters/outgoing",
+    "formats/peft_fields", "formats/peft_types", "formats/peft_config", "formats/peft_modules",
+    "formats/peft_names", "formats/peft_save", "formats/peft", "formats/__init__", "names", "placing",
+    "plan", "layout", "replicas", "configs", "draft", "planner", "adapters/orders", "settings", "journal",
+    "undo", "hub/answers", "digests", "hub/fetch", "hub/remote", "gather", "card", "reverse/receipt_form",
     "reverse/record", "sidefiles", "writer", "folder", "maths", "adapters/factoring", "memory", "precision",
     "lane", "operands", "checks", "reverse/packing", "reverse/inverse", "reverse/keeping", "checking/ulps",
     "checking/rows", "reverse/recover", "make", "checking/expected", "reverse/expected_base",

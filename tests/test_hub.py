@@ -189,15 +189,13 @@ def test_adapters_are_planned_from_headers(hub, tmp_path, verb):
 
 
 def test_without_the_cache(hub, tmp_path):
-    """--no-cache: the same bytes, and no weights of the base stay on this machine."""
+    """--no-cache: the same bytes, and nothing of what was downloaded stays on this machine."""
     near = merge(hub, tmp_path, hub.repos["org/base"], hub.repos["me/adapter"], tmp_path / "near")
     assert near.returncode == 0, near.stderr
     done = merge(hub, tmp_path, "org/base", "me/adapter", tmp_path / "far", "--no-cache")
     assert done.returncode == 0, done.stderr
     same_model(tmp_path / "far", tmp_path / "near")
-    assert {path.name for path in (tmp_path / "cache").rglob("*.safetensors")} == {
-        "adapter_model.safetensors"
-    }
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
     assert not list((tmp_path / "far").rglob("incoming"))
 
 

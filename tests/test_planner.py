@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 import dora_convert
 from dora_convert.errors import DoraConvertError, MalformedError, PlanError
 from dora_convert.gather import gather
+from dora_convert.hub.visit import Visit
 from dora_convert.plan import Options
 from dora_convert.planner import make_plan
 
@@ -18,7 +19,9 @@ PREFIX = "base_model.model.model.layers.0"
 
 
 def plan_of(base, *adapters, **options):
-    checkpoint, opened = gather(str(base.path), [str(path) for path in adapters], "out", None, lambda _: None)
+    checkpoint, opened = gather(
+        str(base.path), [str(path) for path in adapters], "out", Visit(), lambda _: None
+    )
     return make_plan(checkpoint, opened, [1.0] * len(opened), Options(**options))
 
 

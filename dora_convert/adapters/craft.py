@@ -26,11 +26,12 @@ from ..journal import Journal, Record
 from ..lane import Lane
 from ..memory import as_bytes
 from ..precision import TORCH, Choice
+from ..reader import Reader
 from ..schema import count
 from ..settings import Settings
 from ..sidefiles import tokenizer_files
 from ..sizes import format_size
-from ..stored import BITS, FLOATS, Reader, Stored
+from ..stored import BITS, FLOATS, Stored
 from ..undo import Part, Segment, Spool
 from ..workspace import earlier_run, entered, journal_key, settle
 from .orders import Assemble, Job, Order, Result
@@ -63,8 +64,9 @@ def craft(
     settings: Settings,
     work: Callable[[Any, Lane], Made],
     assemble: Assemble,
+    reader: Reader,
 ) -> Crafted:
-    """Make and publish an adapter.
+    """Make and publish an adapter of what a reader reads.
 
     Raises UsageError for a device or a budget that will not do, NumericalError for NaN, Inf and overflow, OutputError
     for a disk that does not take the result. OUT does not exist then.
@@ -81,7 +83,6 @@ def craft(
         earlier = earlier_run(folder, key, [], lambda: True, ENTERED)
         records = earlier.records if earlier else []
         with ExitStack() as stack:
-            reader = stack.enter_context(closing(Reader()))
             run = _Run(order, settings, reader, {record["made"]: record for record in records})
             run.spool = stack.enter_context(closing(Spool(folder.record / undo.SPOOL, run.end)))
             with closing(Journal(folder.record / JOURNAL, key, earlier)) as run.journal:
@@ -133,8 +134,13 @@ class _Run:
                 crew.check()
                 with lane.working():
                     self._keep(job, work(job, lane))
+            self.reader.done(job.name)
 
-        todo = [job for job in self.order.jobs if job.name not in self.made]
+        for name in self.made:
+            self.reader.done(name)
+        todo = [
+            job for job in sorted(self.order.jobs, key=lambda job: job.reads) if job.name not in self.made
+        ]
         self._total = sum(job.nbytes for job in self.order.jobs)
         self._read = self._total - sum(job.nbytes for job in todo)
         crew.run(self.settings.workers, [partial(one, job) for job in todo])

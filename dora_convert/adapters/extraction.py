@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import closing
 from typing import Any
 
 import torch
@@ -15,28 +14,29 @@ from ..checking.rows import read_rows
 from ..errors import NumericalError
 from ..lane import Lane
 from ..precision import TORCH
-from ..stored import BITS, FLOATS, Reader, Stored
+from ..reader import Reader
+from ..stored import BITS, FLOATS, Stored
 from .craft import Made, rounded
 from .factoring import Factors, compared, squared, truncated_svd
 from .factoring_dora import extract_dora
 from .pairs import Pair
 
 
-def differing(before: Mapping[str, Stored], after: Mapping[str, Stored]) -> set[str]:
+def differing(both: Mapping[str, tuple[Stored, Stored]], reader: Reader) -> set[str]:
     """The names under which two checkpoints hold other values; of two dtypes, in the coarser one."""
-    with closing(Reader()) as reader:
-        return {
-            name
-            for name, tensor in after.items()
-            if name in before and not _same(before[name], tensor, reader)
-        }
+    found = set()
+    for name, (before, after) in both.items():
+        if not _same(before, after, reader):
+            found.add(name)
+        reader.done(name)
+    return found
 
 
 def _same(one: Stored, other: Stored, reader: Reader) -> bool:
     if one.shape != other.shape:
         return False
     if one.dtype == other.dtype or not {one.dtype, other.dtype} <= set(FLOATS):
-        return one.same_bytes(other)
+        return reader.same_bytes(one, other)
     coarse = TORCH[min(one.dtype, other.dtype, key=lambda dtype: (BITS[dtype], dtype))]
     return all(
         torch.equal(*(read_rows(reader, tensor, range(*span)).to(coarse) for tensor in (one, other)))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,9 @@ from ..folder import OutputFolder
 from ..formats import Format
 from ..gather import doubts, gather
 from ..heavy import without_collections
-from ..hub.arrivals import bring_weights
+from ..hub.arrivals import reading
 from ..hub.pushed import Target
 from ..hub.pushing import push_output
-from ..hub.remote import open_far
 from ..plan import Options, Plan
 from ..planner import make_plan
 from ..refs import PathLike
@@ -44,6 +43,7 @@ class Making:
     """Where on the Hub the adapter goes, too."""
 
     @classmethod
+    @contextmanager
     def begin(
         cls,
         out: PathLike,
@@ -58,23 +58,23 @@ class Making:
         exclude: Sequence[str],
         ignore_field: Sequence[str],
         base_model: str | None,
+        cache: bool,
         token: str | None,
         push: Target | None,
         overwrite: bool,
         on_progress: Callable[[int, int], None] | None,
         on_notice: Callable[[str], None] | None,
-    ) -> Making:
-        """Check everything that can be checked before an input is opened."""
+    ) -> Iterator[Making]:
+        """Check everything that can be checked before an input is opened; what is downloaded lasts as long."""
         options = parse_options(dtype, compute_dtype, None, "none", include, exclude, False, ignore_field)
         grows = max_memory == "auto"
         held = MAX_MEMORY if grows else max_memory
-        settings = Settings.parse(
-            device, compute_dtype, held, workers, False, base_model, on_progress, on_notice, token
-        )
         folder = OutputFolder(Path(out), overwrite=overwrite)
-        making = cls(options, settings, find_format(format), folder, grows, push)
-        making.folder.check()
-        return making
+        told = (device, compute_dtype, held, workers, False, base_model, on_progress, on_notice)
+        with Settings.begin(*told, token=token, cache=cache) as settings:
+            making = cls(options, settings, find_format(format), folder, grows, push)
+            making.folder.check()
+            yield making
 
     def open(self, base: PathLike | None, adapter: PathLike, verb: str) -> tuple[Checkpoint, Adapter]:
         """The headers of a base and an adapter; what looks odd is warned of."""
@@ -83,11 +83,10 @@ class Making:
             named,
             [os.fspath(adapter)],
             self.folder.given,
-            self.settings.token,
+            self.settings.visit,
             self.settings.notify,
             self.options.ignore_field,
             verb,
-            opened_by=partial(open_far, "BASE", self.settings.token, True, None),
         )
         self.folder.refuse_inside([checkpoint.source.path, opened.source.path])
         for doubt in doubts(checkpoint, [opened]):
@@ -114,13 +113,12 @@ class Making:
             self.settings.max_memory = max(self.settings.max_memory, order.memory)
         if dry_run:
             return dry_run_of(order, self.settings, self.folder.given, **details)
-        for base in order.bases:
-            bring_weights(base, self.settings.token)
         with without_collections():
             from .craft import craft
 
             make = work()
-        run = craft(order, self.folder, self.settings, make, assemble)
+        with reading(order.bases, order.needs, self.settings.visit, self.settings.notify) as reader:
+            run = craft(order, self.folder, self.settings, make, assemble, reader)
         details |= conclude(run.results)
         if pushed := push_output(self.folder.given, self.push, self.settings):
             details["pushed"] = asdict(pushed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any, Protocol
 
 from ..adapter import Adapter, Change
@@ -38,6 +39,10 @@ class Job(Protocol):
     def nbytes(self) -> int:
         """Bytes read, for the progress bar."""
 
+    @property
+    def reads(self) -> tuple[Path, ...]:
+        """The files of checkpoints that it reads."""
+
 
 @dataclass(frozen=True)
 class Result:
@@ -68,11 +73,19 @@ class Order:
     makes_dora: bool = False
     like: Adapter | None = None
     dtype: str | None = None
+    carried: tuple[Path, ...] = ()
+    """Files of checkpoints that hold tensors which go into the adapter as they are."""
 
     @property
     def memory(self) -> int:
         """Bytes that the costliest job holds: the least that a budget can be."""
         return max((job.cost for job in self.jobs), default=0)
+
+    @property
+    def needs(self) -> dict[str, tuple[Path, ...]]:
+        """The files that each job reads, file by file, so that few are needed long; "" is the writing at the end."""
+        reads = {job.name: job.reads for job in sorted(self.jobs, key=lambda job: job.reads)}
+        return {**reads, "": self.carried}
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -99,6 +112,11 @@ class Placed:
     def nbytes(self) -> int:
         """What is read of the base."""
         return self.item.source.nbytes
+
+    @property
+    def reads(self) -> tuple[Path, ...]:
+        """The base's file that it is in."""
+        return (self.item.source.path,)
 
 
 def find_format(name: str) -> Format:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from ..checkpoint import Checkpoint
 from ..errors import Fault
@@ -45,6 +46,11 @@ class Pair:
     def nbytes(self) -> int:
         """What is read."""
         return self.base.nbytes + self.tuned.nbytes
+
+    @property
+    def reads(self) -> tuple[Path, ...]:
+        """The files that both are in."""
+        return (self.base.path, self.tuned.path)
 
 
 @dataclass

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..items import Item
-from ..stored import Reader, Stored
+from ..reader import Reader
+from ..stored import Stored
 from .expected import Expected
 from .rows import read_rows
 from .ulps import nearest

@@ -12,6 +12,7 @@ from ..checkpoint import Checkpoint
 from ..items import Item
 from ..names import Names
 from ..plan import Plan
+from ..reader import Reader
 from ..stored import CONFIG_DTYPES, FLOATS, Stored
 from ..ties import find_tie
 
@@ -30,6 +31,16 @@ class Pairing:
     pairs: list[tuple[Item, Stored]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    twins: list[tuple[Stored, Stored]] = field(default_factory=list)
+    """A head that is stored although it is tied, and its embedding."""
+
+    def compare_twins(self, reader: Reader) -> None:
+        """Whether a head that is stored although it is tied is its embedding."""
+        for head, embedding in self.twins:
+            if reader.same_bytes(head, embedding):
+                self.notes.append(f"{head.name} is stored beside {embedding.name}, which it equals")
+            else:
+                self.problems.append(f"{head.name} differs from {embedding.name}, which it is tied to")
 
 
 def pair(plan: Plan, merged: Checkpoint) -> Pairing:
@@ -83,10 +94,7 @@ def _compare_ties(plan: Plan, merged: Checkpoint, taken: set[str], found: Pairin
     embedding = merged.tensors.get(before.embedding)
     if not untied and before.head not in taken and extra and embedding:
         taken.add(before.head)
-        if extra.same_bytes(embedding):
-            found.notes.append(f"{before.head} is stored beside {before.embedding}, which it equals")
-        else:
-            found.problems.append(f"{before.head} differs from {before.embedding}, which it is tied to")
+        found.twins.append((extra, embedding))
 
 
 def config_problems(plan: Plan, merged: Checkpoint) -> Iterator[str]:

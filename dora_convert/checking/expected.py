@@ -16,7 +16,8 @@ from torch import Tensor
 from .. import memory
 from ..items import Edit, Item
 from ..precision import TORCH
-from ..stored import Reader, Stored
+from ..reader import Reader
+from ..stored import Stored
 from ..updates import Decomposed, Delta, LowRank, Start, tensors_of
 from .rows import read_columns, read_rows
 from .ulps import GRID, half_ulp

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..items import Item
 from ..precision import TORCH
-from ..stored import Reader, Stored
+from ..reader import Reader
+from ..stored import Stored
 from .expected import CPU, Block, Expected
 from .rows import read_rows
 from .selfcheck import distance, rounded_once

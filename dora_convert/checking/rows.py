@@ -11,7 +11,8 @@ from torch import Tensor
 from ..errors import MalformedError
 from ..items import Item
 from ..precision import TORCH
-from ..stored import Reader, Stored
+from ..reader import Reader
+from ..stored import Stored
 
 
 def read_rows(reader: Reader, tensor: Stored, rows: Sequence[int]) -> Tensor:

@@ -24,8 +24,9 @@ from ..digests import stored_digest
 from ..errors import VerificationError
 from ..items import Item
 from ..plan import Plan
+from ..reader import Reader
 from ..reverse.expected_base import ExpectedBase
-from ..stored import Reader, Stored, read_header
+from ..stored import Stored, read_header
 from .expected import Expected
 from .rows import read_rows
 from .ulps import nearest, ordinal

@@ -6,17 +6,18 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 
 from ..census import place
 from ..checkpoint import Checkpoint
 from ..checks import scan_adapter
 from ..execute import Budget
+from ..hub.arrivals import reading
 from ..items import Item
 from ..plan import Plan
 from ..precision import choose, exact_arithmetic
+from ..reader import Reader
 from ..settings import Settings
-from ..stored import Reader, Stored
+from ..stored import Stored
 from .causes import find_cause
 from .differences import Pairing, config_problems, pair
 from .parity import Parity, compare_all
@@ -31,11 +32,13 @@ def verify_weights(plan: Plan, merged: Checkpoint, settings: Settings, samples: 
     for adapter in plan.adapters:
         scan_adapter(adapter)
     found = pair(plan, merged)
-    compared, identical = _compare(found, settings, samples)
+    needs = {item.name: (item.source.path, written.path) for item, written in found.pairs}
+    with reading((plan.base, merged), needs, settings.visit, settings.notify) as reader:
+        found.compare_twins(reader)
+        compared, identical = _compare(found, settings, samples, reader)
+        modules = [_module(parity, written, reader) for parity, written in compared if parity.item.changed]
     untouched = [(item, written) for item, written in found.pairs if not item.changed]
     differing = [item.name for item, _ in untouched if item.name not in identical]
-    with closing(Reader()) as reader:
-        modules = [_module(parity, written, reader) for parity, written in compared if parity.item.changed]
     problems = [
         *found.problems,
         *_of_base(plan, len(untouched), differing, modules),
@@ -59,7 +62,7 @@ def verify_weights(plan: Plan, merged: Checkpoint, settings: Settings, samples: 
 
 
 def _compare(
-    found: Pairing, settings: Settings, samples: int
+    found: Pairing, settings: Settings, samples: int, reader: Reader
 ) -> tuple[list[tuple[Parity, Stored]], set[str]]:
     """Every tensor with an adapter's part in it compared, and the names of the others that are as they should be."""
     budget, done, total = Budget(settings.max_memory), [0], sum(w.nbytes for _, w in found.pairs)
@@ -68,22 +71,23 @@ def _compare(
 
     def one(item: Item, written: Stored) -> Parity | bool:
         if item.verbatim and item.source.dtype == written.dtype:
-            result: Parity | bool = item.source.same_bytes(written)
+            result: Parity | bool = reader.same_bytes(item.source, written)
         else:
             with budget.holding(min(settings.max_memory, item.cost(8))):
                 parity = compare_all(item, written, reader, samples, choice.device)
             result = parity if item.changed else not parity.wrong
+        reader.done(item.name)
         done[0] += written.nbytes
         if settings.on_progress:
             settings.on_progress(done[0], total)
         return result
 
-    with (
-        closing(Reader()) as reader,
-        exact_arithmetic(),
-        ThreadPoolExecutor(settings.workers, initializer=_one_thread) as pool,
-    ):
-        results = list(pool.map(lambda both: one(*both), found.pairs))
+    with exact_arithmetic(), ThreadPoolExecutor(settings.workers, initializer=_one_thread) as pool:
+        try:
+            results = list(pool.map(lambda both: one(*both), found.pairs))
+        except BaseException:
+            reader.stop()
+            raise
     both = list(zip(found.pairs, results, strict=True))
     compared = [(parity, written) for (_, written), parity in both if isinstance(parity, Parity)]
     return compared, {item.name for (item, _), right in both if right is True}

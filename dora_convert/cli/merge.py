@@ -42,7 +42,6 @@ from .sink import Sink
 @click.option("--no-local", is_flag=True, help="With --push-to-hub: no OUT, nothing stays on this machine.")
 @options.writing
 @options.placing
-@options.cache
 @options.hub
 @options.talk
 def command(refs: tuple[str, ...], *, as_json: bool, quiet: bool, verbose: bool, **chosen: Any) -> None:

@@ -93,14 +93,15 @@ reading = stack(
     ),
 )  # fmt: skip
 
-cache = stack(
-    click.option(
-        "--cache/--no-cache", default=True, help="Keep weights from the Hub in its cache, or not at all."
-    ),
+token = stack(
+    click.option("--token", metavar="TOKEN", help="Hub token; better is HF_TOKEN or hf auth login."),
 )
 
 hub = stack(
-    click.option("--token", metavar="TOKEN", help="Hub token; better is HF_TOKEN or hf auth login."),
+    click.option(
+        "--cache/--no-cache", default=True, help="Keep what comes from the Hub in its cache, or not at all."
+    ),
+    token,
 )
 
 repo = stack(

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @options.repo
 @options.base_model
 @click.option("--dry-run", is_flag=True, help="Check DIR, list what would be uploaded, and send nothing.")
-@options.hub
+@options.token
 @options.talk
 def command(folder: str, repo_id: str, *, as_json: bool, quiet: bool, verbose: bool, **chosen: Any) -> None:
     """Upload a merged checkpoint or an adapter to the Hub.

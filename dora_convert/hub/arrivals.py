@@ -1,6 +1,6 @@
-"""The base's weight files on their way here, each before it is first read, the next one while one is merged.
+"""Weight files on their way here, each before it is first read, the next one while one is worked on.
 
-Where they are not to stay, they are counted: an input that is here or arriving takes a place, and so does an output from
+Where those of a merge are not to stay, they are counted: an input that is here or arriving takes a place, and so does an output from
 its first tensor until it is on the Hub. With three places the next input arrives while one shard is merged, or one
 output is uploaded while the next is made, and the disk never holds more than three shards.
 """
@@ -9,37 +9,46 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 from ..checkpoint import Checkpoint
 from ..errors import HubError
 from ..plan import Plan
-from ..refs import HubRef
-from .answers import explained
-from .fetch import download_all
+from ..reader import Reader
+from ..refs import HubRef, Source
+from .answers import explained, without_bars
+from .fetch import download, download_all, hashes_of
+from .visit import Visit
+
+Notify = Callable[[str], None]
 
 PLACES = 3
 
 
+Needs = Mapping[str, Collection[Path]]
+"""The files that each piece of work reads, pieces and files in the order in which they are needed."""
+
+
 class Arrivals:
-    """What is here of the inputs of a plan; called from workers."""
+    """What is here of the inputs of some work; called from workers."""
 
     def __init__(
         self,
-        plan: Plan,
+        needs: Needs,
         bring: Callable[[Path], None] | None,
         *,
         keep: bool,
-        places: int | None,
-        outputs: bool,
+        places: int | None = None,
+        outputs: bool = False,
     ) -> None:
         """`bring` downloads a file, None where all are here; without `keep` files are removed after their last use.
 
-        `places` bounds what is on the disk, None does not; with `outputs` those take places, too.
+        `places` bounds what is on the disk, None does not; with `outputs`, the shards that are made take places, too.
         """
         self._bring, self._keep = bring, keep
-        self._outputs = _needs(plan)
+        self._outputs = needs
         self._users = {
             path: {name for name, needs in self._outputs.items() if path in needs} for path in self.inputs
         }
@@ -50,7 +59,7 @@ class Arrivals:
         self._here: set[Path] = set() if bring else set(self.inputs)
         self._asked: set[Path] = set()
         self._queue: deque[Path] = deque()
-        self._forget: Callable[[Path], None] = lambda _: None
+        self._readers: list[Reader] = []
         self._error: BaseException | None = None
         self._closed = False
         self._changed = threading.Condition()
@@ -62,15 +71,19 @@ class Arrivals:
         """The base's files, in the order in which they are needed."""
         return list(dict.fromkeys(path for needs in self._outputs.values() for path in needs))
 
-    def attach(self, forget: Callable[[Path], None]) -> None:
-        """`forget` closes a file that is about to be removed."""
-        self._forget = forget
+    def reader(self) -> Reader:
+        """Reads files once they are here, and has those closed that are about to be removed."""
+        reader = Reader(self)
+        self._readers.append(reader)
+        return reader
 
     def need(self, path: Path) -> None:
         """Wait until a file is here, and until there is a place for what is made of it; raises what went wrong."""
         with self._changed:
             if path not in self._users:
-                return
+                if path.is_file():
+                    return
+                self._users[path] = set()  # read besides the work that was told of: it stays
             self._ask(path)
             self._wait(lambda: path in self._here)
             outputs = self._begins[path]
@@ -81,14 +94,15 @@ class Arrivals:
                 self._ask_next(path)
 
     def done(self, output: str) -> None:
-        """An output is made: inputs that nothing else needs go."""
+        """An output is made, or another piece of work done: inputs that nothing else needs go."""
         with self._changed:
-            for path in self._outputs[output]:
+            for path in self._outputs.get(output, ()):
                 self._users[path].discard(output)
                 if not self._users[path] and path in self._here and self._bring and not self._keep:
                     self._here.discard(path)
                     self._asked.discard(path)
-                    self._forget(path)
+                    for reader in self._readers:
+                        reader.forget(path)
                     path.unlink(missing_ok=True)
                     self._free += 1
             self._changed.notify_all()
@@ -114,7 +128,7 @@ class Arrivals:
             self._changed.notify_all()
 
     def _ask_next(self, path: Path) -> None:
-        later = self.inputs[self.inputs.index(path) + 1 :]
+        later = self.inputs[self.inputs.index(path) + 1 :] if path in self.inputs else ()
         if following := next((other for other in later if self._users[other]), None):
             self._ask(following)
 
@@ -123,7 +137,7 @@ class Arrivals:
         if self._error:
             raise self._error
         if not ready():
-            raise HubError("The merge was stopped while it waited for its input.")
+            raise HubError("The run was stopped while it waited for its input.")
 
     def _work(self) -> None:
         while (path := self._take()) is not None:
@@ -150,9 +164,9 @@ class Arrivals:
             return self._queue.popleft()
 
 
-def _needs(plan: Plan) -> dict[str, dict[Path, None]]:
-    """For each output shard the files of the base that it is made of."""
-    base = {tensor.path for tensor in plan.base.tensors.values()}
+def shard_needs(plan: Plan, *more: Checkpoint) -> Needs:
+    """For each output shard the files of the base, and of other checkpoints, that it is made of."""
+    base = {tensor.path for each in (plan.base, *more) for tensor in each.tensors.values()}
     found = {
         shard.filename: dict.fromkeys(path for path in shard.inputs if path in base) for shard in plan.shards
     }
@@ -161,12 +175,69 @@ def _needs(plan: Plan) -> dict[str, dict[Path, None]]:
     return found
 
 
-def bring_weights(checkpoint: Checkpoint, token: str | None) -> None:
-    """Download the weights of a checkpoint into the cache, as far as they are not on this machine."""
+class Bring:
+    """Downloads single weight files of checkpoints, with the word of it."""
+
+    def __init__(
+        self, checkpoints: Iterable[Checkpoint], visit: Visit, notify: Notify, top: Path | None = None
+    ) -> None:
+        """`top` is where repos' files come to, if not to where the visit has them."""
+        self._of = {tensor.path: each.source for each in checkpoints for tensor in each.tensors.values()}
+        self._visit, self._notify, self._top = visit, notify, top
+        self._hashes: dict[Source, dict[str, str]] = {}
+
+    def __call__(self, path: Path) -> None:
+        """Download one; nothing where it is no file of theirs."""
+        if path not in self._of:
+            return  # whoever opens it says so
+        source, token = self._of[path], self._visit.token
+        repo, commit = str(source.repo), str(source.commit)
+        name = f"{source.subfolder}/{path.name}" if source.subfolder else path.name
+        with explained(HubRef(repo, commit, source.subfolder), source.name):
+            if source not in self._hashes:
+                self._hashes[source] = hashes_of(repo, commit, token)
+            self._notify(f"downloading {path.name}")
+            place = self._top or self._visit.place(repo, commit)
+            download(repo, name, commit, token, place, self._hashes[source].get(name, ""))
+
+
+def bring_weights(checkpoint: Checkpoint, visit: Visit, files: Collection[Path] | None = None) -> None:
+    """Download the weights of a checkpoint, or some of its files, as far as they are not on this machine."""
     source = checkpoint.source
+    wanted = [
+        shard.filename
+        for shard in checkpoint.shards
+        if files is None or any(tensor.path in files for tensor in shard.tensors)
+    ]
     if absent(checkpoint):
         with explained(HubRef(str(source.repo), source.commit, source.subfolder), source.name):
-            download_all(source, [shard.filename for shard in checkpoint.shards], token)
+            download_all(source, wanted, visit)
+
+
+def expect(checkpoints: Iterable[Checkpoint], needs: Needs, visit: Visit, notify: Notify) -> Arrivals | None:
+    """What some work on checkpoints reads of the Hub; None where all weights are here.
+
+    With the cache, what it needs is downloaded at once. Else a file arrives when it is first read, and goes after the
+    last piece of work that needs it.
+    """
+    far = [checkpoint for checkpoint in checkpoints if absent(checkpoint)]
+    if visit.cache:
+        files = {path for paths in needs.values() for path in paths}
+        for checkpoint in far:
+            bring_weights(checkpoint, visit, files)
+    return Arrivals(needs, Bring(far, visit, notify), keep=visit.cache) if far else None
+
+
+@contextmanager
+def reading(
+    checkpoints: Iterable[Checkpoint], needs: Needs, visit: Visit, notify: Notify
+) -> Iterator[Reader]:
+    """A reader for some work on checkpoints, as `expect` has it."""
+    with ExitStack() as stack:
+        if arrivals := expect(checkpoints, needs, visit, notify):
+            stack.enter_context(without_bars())
+            stack.callback(arrivals.close)
+        yield stack.enter_context(closing(arrivals.reader() if arrivals else Reader()))
 
 
 def absent(base: Checkpoint) -> bool:

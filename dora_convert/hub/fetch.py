@@ -1,6 +1,6 @@
 """REF → a local folder: the files of a Hub repo that a verb needs, at one commit.
 
-Downloads go through huggingface_hub and its cache. Tokens are handed to it and nowhere else.
+Downloads go through huggingface_hub, and mostly its cache. Tokens are handed to it and nowhere else.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from ..digests import sha256 as file_sha256
 from ..errors import HubError
 from ..refs import HubRef, Source, local_source, parse_ref
 from .answers import explained, patiently, unreachable, without_bars
+from .visit import Visit
 
 ANCHORS = ("adapter_config.json", "config.json", "model.safetensors")
 """Files that tell whether a repo is in the cache."""
@@ -24,9 +25,9 @@ def fetch(
     ref: str,
     what: str,
     wanted: Callable[[Sequence[str]], Sequence[str]],
+    visit: Visit,
     *,
     revision: str | None = None,
-    token: str | None = None,
 ) -> Source:
     """A REF as local files; for a Hub repo, those names of the repo's that `wanted` picks.
 
@@ -37,11 +38,11 @@ def fetch(
         return local_source(parsed)
     if revision and not parsed.revision:
         parsed = HubRef(parsed.repo, revision, parsed.subfolder)
-    return _download(parsed, what, wanted, token)
+    return _download(parsed, what, wanted, visit)
 
 
 def _download(
-    ref: HubRef, what: str, wanted: Callable[[Sequence[str]], Sequence[str]], token: str | None
+    ref: HubRef, what: str, wanted: Callable[[Sequence[str]], Sequence[str]], visit: Visit
 ) -> Source:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
@@ -49,33 +50,36 @@ def _download(
     prefix = f"{ref.subfolder}/" if ref.subfolder else ""
     with explained(ref, what):
         try:
-            info = patiently(lambda: HfApi(token=token).model_info(ref.repo, revision=ref.revision))
+            info = patiently(lambda: HfApi(token=visit.token).model_info(ref.repo, revision=ref.revision))
         except HfHubHTTPError:
             raise
         except unreachable() as error:
             return _cached(ref, prefix, what, error)
         names = [sibling.rfilename for sibling in info.siblings or ()]
         chosen = wanted([name.removeprefix(prefix) for name in names if name.startswith(prefix)])
-        if anchor := next((name for name in ANCHORS if name in chosen), None):
+        anchor = next((name for name in ANCHORS if name in chosen), None)
+        if anchor and visit.cache:
             # by the revision's own name, so that the cache knows what it stands for when there is no connection
-            download(ref.repo, prefix + anchor, ref.revision or "main", token)
-        folder = snapshot_folder(ref.repo, str(info.sha)) / ref.subfolder
+            download(ref.repo, prefix + anchor, ref.revision or "main", visit.token)
+        place = visit.place(ref.repo, str(info.sha)) or snapshot_folder(ref.repo, str(info.sha))
+        folder = place / ref.subfolder
         source = Source(folder, ref.repo, ref.repo, info.sha, ref.subfolder)
-        download_all(source, chosen, token)
+        download_all(source, chosen, visit)
         if index := next((name for name in chosen if name.endswith(".index.json")), None):
-            download_all(source, sorted(set(weight_map(folder / index).values())), token)
+            download_all(source, sorted(set(weight_map(folder / index).values())), visit)
     return source
 
 
-def download_all(source: Source, names: Iterable[str], token: str | None) -> None:
-    """Files of a repo into the cache, several at a time; what was cut off is continued."""
+def download_all(source: Source, names: Iterable[str], visit: Visit) -> None:
+    """Files of a repo to where a visit has them, several at a time; what was cut off is continued."""
     repo, commit = str(source.repo), str(source.commit)
     prefix = f"{source.subfolder}/" if source.subfolder else ""
     wanted = [prefix + name for name in names]
-    hashes = {} if all(_is_cached(repo, name, commit) for name in wanted) else hashes_of(repo, commit, token)
+    place, here = visit.place(repo, commit), all(_is_cached(repo, name, commit) for name in wanted)
+    hashes = {} if here else hashes_of(repo, commit, visit.token)
 
     def get(name: str) -> None:
-        download(repo, name, commit, token, sha256=hashes.get(name, ""))
+        download(repo, name, commit, visit.token, place, hashes.get(name, ""))
 
     with without_bars(), ThreadPoolExecutor(CONNECTIONS) as pool:
         list(pool.map(get, wanted))

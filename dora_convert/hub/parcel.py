@@ -21,8 +21,10 @@ from ..inspected import AdapterReport
 from ..inspection import inspect_ref
 from ..journal import NAME as JOURNAL
 from ..json_files import read_json
+from ..reader import Reader
 from ..refs import Source, local_path, local_source
-from ..stored import Reader, Stored, read_header
+from ..stored import Stored, read_header
+from .visit import Visit
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 NOTED = f"{RECORD}/{RECEIPT}"
@@ -91,7 +93,7 @@ def _checkpoint(source: Source, files: Sequence[str]) -> Parcel:
 
 
 def _adapter(source: Source, folder: str, files: Sequence[str]) -> Parcel:
-    report = inspect_ref(folder, None, (), None)
+    report = inspect_ref(folder, None, (), Visit())
     assert isinstance(report, AdapterReport)
     if report.faults:
         faults = [Fault(fault["what"], fault["why"]) for fault in report.faults]

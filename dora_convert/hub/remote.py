@@ -31,7 +31,8 @@ from ..json_files import read_config
 from ..refs import HubRef, Source, parse_ref
 from ..stored import MAX_HEADER, Header, parse_header, read_header
 from .answers import explained, patiently
-from .fetch import CONNECTIONS, fetch, wanted_of_base
+from .fetch import CONNECTIONS, download, fetch, wanted_of_base
+from .visit import Visit
 
 ADAPTER = "adapter_config.json"
 FIRST = 8192
@@ -57,8 +58,8 @@ class Look:
 def look(
     ref: str,
     what: str,
+    visit: Visit,
     *,
-    token: str | None = None,
     whole: bool = False,
     revision: str | None = None,
     weights: Path | None = None,
@@ -66,7 +67,7 @@ def look(
     """Find what a REF names; adapters come whole, of a checkpoint on the Hub only headers and small files.
 
     Small files are the config and receipts, or with `whole` all that are no weights. `weights` is the folder that the
-    weights will be in when they are read, by default the cache's. Without a connection, the cache's copy is taken, as by
+    repo's weights will be in when they are read, by default the visit's. Without a connection, the cache's copy is taken, as by
     `fetch`.
     """
     listings: list[Sequence[str]] = []
@@ -77,14 +78,15 @@ def look(
             return [name for name in names if not is_weight_file(name) or name.startswith(f"{RECORD}/")]
         return [name for name in names if _is_small(name, names)]
 
-    source = fetch(ref, what, wanted, revision=revision, token=token)
+    source = fetch(ref, what, wanted, visit, revision=revision)
     parsed = parse_ref(ref, what)
     if isinstance(parsed, Path) or not listings:
         folder = source.path
         return Look(source, tuple(entry.name for entry in folder.iterdir()) if folder.is_dir() else ())
     names = tuple(listings[0])
+    folder = weights / source.subfolder if weights else source.path
     return Look(
-        source, names, None if ADAPTER in names else _open_remote(parsed, what, source, names, token, weights)
+        source, names, None if ADAPTER in names else _open_remote(parsed, what, source, names, visit, folder)
     )
 
 
@@ -100,8 +102,8 @@ def _open_remote(
     what: str,
     source: Source,
     names: Sequence[str],
-    token: str | None,
-    weights: Path | None,
+    visit: Visit,
+    folder: Path,
 ) -> Checkpoint:
     entry = _entry(ref, what, source, names)
     if entry.removesuffix(".index.json").endswith(PICKLES):
@@ -109,13 +111,13 @@ def _open_remote(
     table, index = None, entry if entry.endswith(".json") else None
     with explained(ref, what):
         if index:
-            table = weight_map(_small_file(ref, source, index, token))
+            table = weight_map(_small_file(source, index, visit))
         files = [entry] if table is None else sorted(set(table.values()))
         if missing := [Fault(name, "missing") for name in files if name not in names]:
             raise RefError(
                 f"The index of {source.name} names {len(missing)} files that are not there.", faults=missing
             )
-        headers = _headers(source, files, table or {}, token, weights or source.path)
+        headers = _headers(source, files, table or {}, visit.token, folder)
     notes: list[str] = []
     shards = assemble(source.name, headers, table, notes)
     others = [name for name in names if name not in {entry, *files}]
@@ -151,29 +153,29 @@ def _cached_pickles(source: Source) -> Checkpoint:
 
 
 def open_far(
-    what: str,
-    token: str | None,
-    whole: bool,  # noqa: FBT001 - bound by position
-    weights: Path | None,
     ref: str,
-    revision: str | None,
+    what: str,
+    visit: Visit,
+    *,
+    whole: bool = True,
+    revision: str | None = None,
+    weights: Path | None = None,
 ) -> Checkpoint:
     """A checkpoint by its headers, where it is on the Hub; its weights come later, but for torch's pickles.
 
     What `whole` and `weights` mean, `look` says.
     """
     try:
-        seen = look(ref, what, token=token, whole=whole, revision=revision, weights=weights)
+        seen = look(ref, what, visit, whole=whole, revision=revision, weights=weights)
     except UnsupportedError:
-        return open_checkpoint(fetch(ref, what, wanted_of_base, revision=revision, token=token))
+        return open_checkpoint(fetch(ref, what, wanted_of_base, visit, revision=revision))
     return seen.checkpoint()
 
 
-def _small_file(ref: HubRef, source: Source, name: str, token: str | None) -> Path:
-    from huggingface_hub import hf_hub_download
-
-    path = f"{ref.subfolder}/{name}" if ref.subfolder else name
-    return Path(hf_hub_download(ref.repo, path, revision=source.commit, token=token))
+def _small_file(source: Source, name: str, visit: Visit) -> Path:
+    path = f"{source.subfolder}/{name}" if source.subfolder else name
+    repo, commit = str(source.repo), str(source.commit)
+    return download(repo, path, commit, visit.token, visit.place(repo, commit))
 
 
 def _headers(

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..checkpoint import RECORD, list_files
+from ..checkpoint import RECORD, Checkpoint, list_files
 from ..folder import LOCK, OutputFolder
 from ..journal import NAME as JOURNAL
 from ..journal import UPLOADS, read_journal
 from ..plan import Plan
-from ..refs import HubRef, Source
+from ..reader import Reader
 from ..settings import Settings
-from ..stored import Reader
 from ..undo import SPOOL
 from ..writer import ShardFiles
-from .answers import explained, without_bars
-from .arrivals import PLACES, Arrivals, absent
-from .fetch import download, hashes_of
+from .answers import without_bars
+from .arrivals import PLACES, Arrivals, Bring, absent, expect, shard_needs
 from .pushed import Pushed
 from .routes import INCOMING, Routes
 from .sending import Shards, commit, is_large
@@ -50,17 +48,9 @@ class Traffic:
         largest = max(sum(item.nbytes for item in shard.items) for shard in plan.shards)
         return plan.bytes_out if self.local else min(plan.bytes_out, PLACES * largest)
 
-    def stop(self) -> None:
-        """Nothing more will be read."""
-        if self._arrivals:
-            self._arrivals.close()
-
     def reader(self) -> Reader:
         """Reads inputs once they are here."""
-        reader = Reader(self._arrivals.need if self._arrivals else None)
-        if self._arrivals:
-            self._arrivals.attach(reader.forget)
-        return reader
+        return self._arrivals.reader() if self._arrivals else Reader()
 
     def attach(self, files: ShardFiles) -> None:
         """The shards that are being made."""
@@ -118,13 +108,30 @@ def traffic(plan: Plan, routes: Routes, settings: Settings, folder: OutputFolder
     far = absent(plan.base)
     arrivals = None
     if far or not routes.local:
-        bring = _Bring(plan.base.source, settings, routes.weights(folder)) if far else None
+        bring = Bring([plan.base], settings.visit, settings.notify, routes.weights(folder)) if far else None
         places = None if routes.local and routes.cache else PLACES
-        arrivals = Arrivals(plan, bring, keep=routes.cache, places=places, outputs=not routes.local)
+        needs = shard_needs(plan)
+        arrivals = Arrivals(needs, bring, keep=routes.cache, places=places, outputs=not routes.local)
     if not (upload or arrivals):
         yield None
         return
     made = Traffic(upload, arrivals, local=routes.local)
+    try:
+        with without_bars():
+            yield made
+    finally:
+        made.close()
+
+
+@contextmanager
+def inward(plan: Plan, others: Sequence[Checkpoint], settings: Settings) -> Iterator[Traffic | None]:
+    """What a plan reads of its base and of other checkpoints on the Hub while it runs; None where all of it is here."""
+    needs = shard_needs(plan, *others)
+    arrivals = expect((plan.base, *others), needs, settings.visit, settings.notify)
+    if not arrivals:
+        yield None
+        return
+    made = Traffic(None, arrivals, local=True)
     try:
         with without_bars():
             yield made
@@ -137,31 +144,3 @@ def _refuse_orphans(folder: OutputFolder, upload: Upload) -> None:
     known = read_journal(folder.record / UPLOADS)
     if not known or known.key != upload.key:
         (folder.record / JOURNAL).unlink(missing_ok=True)
-
-
-class _Bring:
-    """Downloads files of the base."""
-
-    def __init__(self, source: Source, settings: Settings, folder: Path | None) -> None:
-        self._source, self._settings, self._folder = source, settings, folder
-        self._hashes: dict[str, str] | None = None
-
-    def __call__(self, path: Path) -> None:
-        source, ref = (
-            self._source,
-            HubRef(str(self._source.repo), self._source.commit, self._source.subfolder),
-        )
-        name = f"{source.subfolder}/{path.name}" if source.subfolder else path.name
-        token = self._settings.token
-        with explained(ref, "BASE"):
-            if self._hashes is None:
-                self._hashes = hashes_of(ref.repo, str(source.commit), token)
-            self._settings.notify(f"downloading {path.name}")
-            folder = self._top(self._folder) if self._folder else None
-            download(ref.repo, name, str(source.commit), token, folder, self._hashes.get(name, ""))
-
-    def _top(self, folder: Path) -> Path:
-        """Downloads keep the repo's folders below this one."""
-        for _ in filter(None, self._source.subfolder.split("/")):
-            folder = folder.parent
-        return folder

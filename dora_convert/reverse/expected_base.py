@@ -12,7 +12,7 @@ from ..checking.expected import EPSILON, Block, Expected
 from ..checking.rows import replaced_rows
 from ..checking.ulps import half_ulp
 from ..items import Item
-from ..stored import Reader
+from ..reader import Reader
 
 
 class ExpectedBase(Expected):

@@ -30,11 +30,12 @@ from ..items import Item
 from ..journal import NAME as JOURNAL
 from ..journal import Journal, Record, read_journal, sync_path
 from ..plan import Plan
+from ..reader import Reader
 from ..refs import PathLike
 from ..schema import misfit
 from ..settings import Settings
 from ..sizes import format_size
-from ..stored import Reader, Stored
+from ..stored import Stored
 
 COPY_BYTES = 1 << 20
 SPARE = 16

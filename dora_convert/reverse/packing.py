@@ -17,7 +17,8 @@ from torch import Tensor
 from ..blocks import ROWS_MULTIPLE
 from ..errors import MalformedError
 from ..memory import as_bytes
-from ..stored import Reader, Stored
+from ..reader import Reader
+from ..stored import Stored
 
 LEVEL = 3
 SPARSE = 6

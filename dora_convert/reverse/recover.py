@@ -16,7 +16,8 @@ from ..items import Item
 from ..lane import Lane
 from ..memory import as_bytes
 from ..precision import TORCH
-from ..stored import Reader, Stored
+from ..reader import Reader
+from ..stored import Stored
 from .inverse import Inverse, as_rows
 from .packing import Unpacker
 

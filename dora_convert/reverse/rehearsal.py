@@ -12,8 +12,8 @@ from ..journal import Journal
 from ..plan import Plan
 from ..precision import Choice
 from ..progress import Done, Progress
+from ..reader import Reader
 from ..settings import Settings
-from ..stored import Reader
 from ..undo import Segment, Spool
 from ..writer import Copy, ShardFiles
 

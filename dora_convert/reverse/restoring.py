@@ -11,12 +11,13 @@ import xxhash
 from ..checks import scan_adapter
 from ..digests import Digest, stored_digest
 from ..errors import Fault, RefError, VerificationError
+from ..hub.traffic import Traffic
 from ..progress import Done
+from ..reader import Reader
 from ..report import Recovered, UnmergeReport
 from ..running import earlier, judge, run, run_key
 from ..settings import Settings
 from ..sidefiles import SideFile, left_over
-from ..stored import Reader
 from ..workspace import Folder, entered, settle
 from .in_place import InPlace
 from .record import not_as_written
@@ -31,9 +32,12 @@ def restore(
     files: Sequence[SideFile],
     folder: Folder,
     settings: Settings,
+    hub: Traffic | None = None,
     later: Callable[[Mapping[str, Done]], Sequence[SideFile]] = lambda _: (),
 ) -> UnmergeReport:
     """Run a plan that undoes a merge, and publish the base; `later` makes files of what is known of its tensors.
+
+    `hub` brings what is to be read.
 
     Raises RefError where MERGED is not what was written, VerificationError where a tensor is not the base's though the
     record should give it back bit for bit, and what merging raises. OUT does not exist then.
@@ -42,7 +46,7 @@ def restore(
     choice = settle(plan.memory, settings)
     hashes = [scan_adapter(adapter) for adapter in plan.adapters]
     folder.check_space(folder.room(plan) + sum(file.nbytes for file in files))
-    copied = _copied(reversal)
+    copied = _copied(reversal, hub)
     with entered(folder):
         key = run_key(plan, folder, hashes, choice) | {
             "receipt": xxhash.xxh3_128_hexdigest(json.dumps(reversal.record.receipt).encode())
@@ -50,7 +54,7 @@ def restore(
         before = earlier(folder, plan, key)
         if isinstance(folder, InPlace) and not before:
             _prove(reversal, rehearse(plan, settings, choice), copied)
-        done = run(plan, folder, settings, choice, key, before)
+        done = run(plan, folder, settings, choice, key, before, hub)
         verdict = judge(plan, done.progress.done) if settings.verify else None
         with _discarding(folder):
             modules = _prove(reversal, done.progress.done, copied)
@@ -64,11 +68,11 @@ def restore(
     return report
 
 
-def _copied(reversal: Reversal) -> Proofs:
+def _copied(reversal: Reversal, hub: Traffic | None) -> Proofs:
     """Hashes of what is copied as bytes though a merge changed it; RefError where MERGED is not what was written."""
     faults, found = [], {}
     tensors = reversal.record.receipt["tensors"]
-    with closing(Reader()) as reader:
+    with closing(hub.reader() if hub else Reader()) as reader:
         for name, stored in reversal.unread.items():
             if stored_digest(stored, reader).fast != tensors[name]["written"]:
                 faults.append(name)

@@ -16,7 +16,7 @@ from ..adapters.pairs import Pair, Sorted, Sorting, model_names, short_names
 from ..checkpoint import Checkpoint
 from ..errors import PlanError, UnsupportedError
 from ..heavy import without_collections
-from ..hub.arrivals import bring_weights
+from ..hub.arrivals import reading
 from ..hub.pushed import Target
 from ..hub.remote import open_far
 from ..planner import refuse_quantised
@@ -53,6 +53,7 @@ def extract(
     private: bool = False,
     create_pr: bool = False,
     commit_message: str | None = None,
+    cache: bool = True,
     token: str | None = None,
     dry_run: bool = False,
     overwrite: bool = False,
@@ -70,15 +71,14 @@ def extract(
     goal = goal_of(rank, energy, max_error)
     chosen(kind, KINDS, "--kind")
     chosen(embeddings, EMBEDDINGS, "--embeddings")
-    making = Making.begin(
-        out, format=format, device=device, dtype=dtype, compute_dtype=compute_dtype, max_memory=max_memory, workers=workers,
-        include=include, exclude=exclude, ignore_field=(), base_model=base_model, token=token,
-        push=Target.parse(push_to_hub, private, create_pr, commit_message, token), overwrite=overwrite, on_progress=on_progress, on_notice=on_notice,
-    )  # fmt: skip
     single = compute_dtype != "float64"
-    return _run(
-        making, _open(making, base, tuned), goal, kind, embeddings, dry_run, exact=exact_svd, single=single
-    )
+    with Making.begin(
+        out, format=format, device=device, dtype=dtype, compute_dtype=compute_dtype, max_memory=max_memory, workers=workers,
+        include=include, exclude=exclude, ignore_field=(), base_model=base_model, cache=cache, token=token,
+        push=Target.parse(push_to_hub, private, create_pr, commit_message, token), overwrite=overwrite, on_progress=on_progress, on_notice=on_notice,
+    ) as making:  # fmt: skip
+        both = _open(making, base, tuned)
+        return _run(making, both, goal, kind, embeddings, dry_run, exact=exact_svd, single=single)
 
 
 def _run(
@@ -93,7 +93,7 @@ def _run(
     single: bool,
 ) -> MadeReport | MadeDryRun:
     """From open headers to the report."""
-    differing = None if dry_run else _differing(*both, making.settings.token)
+    differing = None if dry_run else _differing(*both, making)
     found = Sorting(*both, differing, making.options, embeddings=embeddings, kind=kind, single=single).run()
     _check(found, making, both[1], dry_run=dry_run)
     order = _order(both, making, found, goal, kind, embeddings, exact=exact, single=single)
@@ -112,22 +112,23 @@ def _run(
 
 def _open(making: Making, base: PathLike, tuned: PathLike) -> tuple[Checkpoint, Checkpoint]:
     """The headers of both checkpoints."""
-    token = making.settings.token
     refs = ((base, "BASE"), (tuned, "TUNED"))
-    opened = [open_far(what, token, True, None, os.fspath(ref), None) for ref, what in refs]
+    opened = [open_far(os.fspath(ref), what, making.settings.visit) for ref, what in refs]
     for checkpoint in opened:
         refuse_quantised(checkpoint)
     making.folder.refuse_inside([checkpoint.source.path for checkpoint in opened])
     return opened[0], opened[1]
 
 
-def _differing(base: Checkpoint, tuned: Checkpoint, token: str | None) -> Collection[str]:
+def _differing(base: Checkpoint, tuned: Checkpoint, making: Making) -> Collection[str]:
     """What fine-tuning changed: both are read for it."""
-    for checkpoint in (base, tuned):
-        bring_weights(checkpoint, token)
     with without_collections():
         from ..adapters.extraction import differing
-    return differing(model_names(base), model_names(tuned))
+    before, settings = model_names(base), making.settings
+    both = {name: (before[name], tensor) for name, tensor in model_names(tuned).items() if name in before}
+    needs = {name: (one.path, other.path) for name, (one, other) in both.items()}
+    with reading((base, tuned), needs, settings.visit, settings.notify) as reader:
+        return differing(both, reader)
 
 
 def _check(found: Sorted, making: Making, tuned: Checkpoint, *, dry_run: bool) -> None:
@@ -187,6 +188,7 @@ def _order(
         terms={"goal": goal, "kind": kind, "names": names, "exact": exact, "single": single},
         makes_dora=kind == "dora",
         dtype=options.dtype,
+        carried=tuple({tensor.path: None for tensor in found.whole.values()}),
     )
 
 

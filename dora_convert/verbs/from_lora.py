@@ -47,6 +47,7 @@ def from_lora(
     private: bool = False,
     create_pr: bool = False,
     commit_message: str | None = None,
+    cache: bool = True,
     token: str | None = None,
     dry_run: bool = False,
     overwrite: bool = False,
@@ -62,20 +63,19 @@ def from_lora(
     Raises DoraConvertError, and then leaves nothing under `out`.
     """
     preserve = chosen(init, {"preserve": True, "pretrained": False}, "--init")
-    making = Making.begin(
+    with Making.begin(
         out, format=format, device=device, dtype=dtype, compute_dtype=compute_dtype, max_memory=max_memory, workers=workers,
-        include=include, exclude=exclude, ignore_field=ignore_field, base_model=base_model, token=token,
+        include=include, exclude=exclude, ignore_field=ignore_field, base_model=base_model, cache=cache, token=token,
         push=Target.parse(push_to_hub, private, create_pr, commit_message, token), overwrite=overwrite, on_progress=on_progress, on_notice=on_notice,
-    )  # fmt: skip
-    checkpoint, adapter = making.open(base, lora, "from-lora")
-    _refuse_dora(adapter)
-    plan = making.plan(checkpoint, adapter)
-    sorted_ = _sorted(plan, making.saves, split=split)
-    order = _order(plan, making, sorted_, init=init, split=split)
-    return making.finish(
-        order, partial(_work, preserve=preserve), partial(_assemble, sorted_, plan, base_model), _module,
-        dry_run=dry_run, init=init, left_as_lora=[change.target for change in sorted_.rest],
-    )  # fmt: skip
+    ) as making:  # fmt: skip
+        plan = making.plan(*making.open(base, lora, "from-lora"))
+        _refuse_dora(plan.adapters[0])
+        sorted_ = _sorted(plan, making.saves, split=split)
+        order = _order(plan, making, sorted_, init=init, split=split)
+        return making.finish(
+            order, partial(_work, preserve=preserve), partial(_assemble, sorted_, plan, base_model), _module,
+            dry_run=dry_run, init=init, left_as_lora=[change.target for change in sorted_.rest],
+        )  # fmt: skip
 
 
 def _work(*, preserve: bool) -> Callable[[Placed, Any], Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
+from ..hub.visit import visiting
 from ..inspected import AdapterReport, CheckpointReport
 from ..inspection import inspect_ref
 from ..refs import PathLike
@@ -15,13 +16,15 @@ def inspect(
     base: PathLike | None = None,
     *,
     ignore_field: Sequence[str] = (),
+    cache: bool = True,
     token: str | None = None,
 ) -> AdapterReport | CheckpointReport:
     """What is this? Told from headers and small files alone; of a model on the Hub no weights are downloaded.
 
     `ref` is an adapter or a checkpoint. With `base`, the report of an adapter says where each of its tensors would land
-    in it, or everything that does not fit.
+    in it, or everything that does not fit. Without `cache`, what is downloaded of a repo does not stay.
 
     Raises DoraConvertError for what cannot be read, or is neither.
     """
-    return inspect_ref(os.fspath(ref), None if base is None else os.fspath(base), ignore_field, token)
+    with visiting(token, cache=cache) as visit:
+        return inspect_ref(os.fspath(ref), None if base is None else os.fspath(base), ignore_field, visit)

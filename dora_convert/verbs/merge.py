@@ -57,9 +57,9 @@ def merge(
     kept = undo or ("exact" if in_place and not allow_lossy else "norms")
     selected = (include, exclude, allow_unmatched, ignore_field)
     options = parse_options(dtype, compute_dtype, max_shard_size, kept, *selected)
-    told = (verify, base_model, on_progress, on_notice, token)
-    settings = Settings.parse(device, compute_dtype, max_memory, workers, *told)
     target = Target.parse(push_to_hub, private, create_pr, commit_message, token)
     routes = Routes(target, cache=cache and not no_local, local=not no_local)
-    asked = Asked(base, listed(adapters), out, weight, options, settings, routes, verify_outputs, dry_run)
-    return merge_in_place(asked, allow_lossy) if in_place else merge_beside(asked, overwrite)
+    told = (device, compute_dtype, max_memory, workers, verify, base_model, on_progress, on_notice)
+    with Settings.begin(*told, token=token, cache=routes.cache) as settings:
+        asked = Asked(base, listed(adapters), out, weight, options, settings, routes, verify_outputs, dry_run)
+        return merge_in_place(asked, allow_lossy) if in_place else merge_beside(asked, overwrite)

@@ -49,6 +49,7 @@ def to_lora(
     private: bool = False,
     create_pr: bool = False,
     commit_message: str | None = None,
+    cache: bool = True,
     token: str | None = None,
     dry_run: bool = False,
     overwrite: bool = False,
@@ -63,18 +64,18 @@ def to_lora(
     Raises DoraConvertError, and then leaves nothing under `out`.
     """
     goal = goal_of(rank, energy, max_error)
-    making = Making.begin(
+    with Making.begin(
         out, format=format, device=device, dtype=dtype, compute_dtype=compute_dtype, max_memory=max_memory, workers=workers,
-        include=include, exclude=exclude, ignore_field=ignore_field, base_model=base_model, token=token,
+        include=include, exclude=exclude, ignore_field=ignore_field, base_model=base_model, cache=cache, token=token,
         push=Target.parse(push_to_hub, private, create_pr, commit_message, token), overwrite=overwrite, on_progress=on_progress, on_notice=on_notice,
-    )  # fmt: skip
-    plan = making.plan(*making.open(base, adapter, "to-lora"))
-    found = _sorted(plan, making, single=compute_dtype != "float64")
-    order = _order(plan, making, found, goal, exact=exact_svd)
-    return making.finish(
-        order, partial(_work, goal, making, found, exact=exact_svd), partial(_assemble, found, plan, base_model),
-        _module, dry_run=dry_run, kept=[job.name for job in found.kept], conclude=partial(_conclude, found, making, goal),
-    )  # fmt: skip
+    ) as making:  # fmt: skip
+        plan = making.plan(*making.open(base, adapter, "to-lora"))
+        found = _sorted(plan, making, single=compute_dtype != "float64")
+        order = _order(plan, making, found, goal, exact=exact_svd)
+        return making.finish(
+            order, partial(_work, goal, making, found, exact=exact_svd), partial(_assemble, found, plan, base_model),
+            _module, dry_run=dry_run, kept=[job.name for job in found.kept], conclude=partial(_conclude, found, making, goal),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

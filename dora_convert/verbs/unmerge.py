@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..adapter import Adapter, open_adapter
 from ..checkpoint import Checkpoint, open_checkpoint
@@ -13,7 +14,6 @@ from ..digests import xxh3
 from ..errors import UsageError
 from ..folder import new_folder
 from ..heavy import without_collections
-from ..hub.arrivals import bring_weights
 from ..hub.fetch import fetch, wanted_of_adapter
 from ..hub.remote import open_far
 from ..items import Undo
@@ -27,6 +27,9 @@ from ..reverse.removal import following, plan_removal, remaining_files
 from ..reverse.unmerging import Reversal, plan_unmerge
 from ..settings import Settings, parse_options
 from ..sidefiles import SideFile, base_files, restored_files
+
+if TYPE_CHECKING:
+    from ..workspace import Folder
 
 
 def unmerge(
@@ -42,6 +45,7 @@ def unmerge(
     workers: int | None = None,
     ignore_field: Sequence[str] = (),
     verify: bool = True,
+    cache: bool = True,
     token: str | None = None,
     dry_run: bool = False,
     overwrite: bool = False,
@@ -60,25 +64,35 @@ def unmerge(
     """
     refuse_options(in_place=in_place, overwrite=overwrite, allow_lossy=allow_lossy)
     options = parse_options("auto", compute_dtype, max_shard_size, "none", (), (), True, ())
-    told = (verify, None, on_progress, on_notice, token)
-    settings = Settings.parse(device, compute_dtype, max_memory, workers, *told)
-    refs = listed(adapters)
-    if in_place and (report := _finished(merged, refs, out, settings)):
-        return report
-    folder = None if in_place else new_folder(out, "unmerge", overwrite=overwrite)
-    reversal, record, inputs = _plan(merged, refs, base, options, settings, ignore_field, unfinished=in_place)
-    files = _files(reversal, settings)
-    if folder:
-        folder.refuse_inside(inputs)
-    place = folder or _place(reversal, allow_lossy=allow_lossy)
-    if dry_run:
-        return DryRunReport.of(reversal.plan, settings, place.given, "unmerge")
-    _bring(reversal, settings.token)
+    told = (device, compute_dtype, max_memory, workers, verify, None, on_progress, on_notice)
+    with Settings.begin(*told, token=token, cache=cache) as settings:
+        refs = listed(adapters)
+        if in_place and (report := _finished(merged, refs, out, settings)):
+            return report
+        folder = None if in_place else new_folder(out, "unmerge", overwrite=overwrite)
+        reversal, record, inputs = _plan(
+            merged, refs, base, options, settings, ignore_field, unfinished=in_place
+        )
+        files = _files(reversal, settings)
+        if folder:
+            folder.refuse_inside(inputs)
+        place = folder or _place(reversal, allow_lossy=allow_lossy)
+        if dry_run:
+            return DryRunReport.of(reversal.plan, settings, place.given, "unmerge")
+        return _restore(reversal, record, files, place, settings)
+
+
+def _restore(
+    reversal: Reversal, record: Record, files: Sequence[SideFile], place: Folder, settings: Settings
+) -> UnmergeReport:
+    """Carry it out, with what it reads of the Hub."""
     with without_collections():
+        from ..hub.traffic import inward
         from ..reverse.restoring import restore
-    if reversal.places:
-        return restore(reversal, files, place, settings, partial(following, reversal, record))
-    return restore(reversal, files, place, settings)
+    later = [partial(following, reversal, record)] if reversal.places else []
+    others = [reversal.original] if reversal.original else []
+    with inward(reversal.plan, others, settings) as hub:
+        return restore(reversal, files, place, settings, hub, *later)
 
 
 def _plan(
@@ -92,13 +106,11 @@ def _plan(
     unfinished: bool,
 ) -> tuple[Reversal, Record, list[Path]]:
     """Gather the inputs and decide how every tensor of the base comes back; with the record, and the inputs' folders."""
-    token = settings.token
-    whole = True  # the record, too
     if unfinished:
         checkpoint = open_checkpoint(local_source(local_path(os.fspath(merged), "MERGED")), unfinished=True)
     else:
-        checkpoint = open_far("MERGED", token, whole, None, os.fspath(merged), None)
-    original = open_far("BASE", token, whole, None, os.fspath(base), None) if base else None
+        checkpoint = open_far(os.fspath(merged), "MERGED", settings.visit)
+    original = open_far(os.fspath(base), "BASE", settings.visit) if base else None
     record, opened, places = _record(checkpoint, adapters, settings, ignore_field)
     if unfinished and record.assumed:
         raise UsageError(
@@ -122,13 +134,6 @@ def _reads(plan: Plan, checkpoint: Checkpoint) -> bool:
     """Whether a plan reads weights of a checkpoint."""
     read = {stored.path for item in plan.items for stored in (item.source, *(item.undo or Undo()).tensors)}
     return not read.isdisjoint(tensor.path for tensor in checkpoint.tensors.values())
-
-
-def _bring(reversal: Reversal, token: str | None) -> None:
-    """Download the weights that a plan reads, where they are on the Hub."""
-    for each in filter(None, (reversal.plan.base, reversal.original)):
-        if _reads(reversal.plan, each):
-            bring_weights(each, token)
 
 
 def _files(reversal: Reversal, settings: Settings) -> list[SideFile]:
@@ -170,7 +175,7 @@ def _record(
     record = read_record(merged)
     accepted = record.options.ignore_field if record else ignore_field
     opened = [
-        open_adapter(fetch(ref, "ADAPTER", wanted_of_adapter, token=settings.token), accepted) for ref in refs
+        open_adapter(fetch(ref, "ADAPTER", wanted_of_adapter, settings.visit), accepted) for ref in refs
     ]
     if not record:
         settings.warn(

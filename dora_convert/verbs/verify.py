@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 from ..checking.page import check_page, write_page
@@ -18,6 +17,7 @@ from ..heavy import without_collections
 from ..hub.arrivals import bring_weights
 from ..hub.fetch import fetch, wanted_of_adapter
 from ..hub.remote import open_far
+from ..hub.visit import Visit
 from ..outputs.prompts import gather_prompts
 from ..plan import Options, Plan
 from ..planner import make_plan
@@ -47,6 +47,7 @@ def verify(
     exclude: Sequence[str] = (),
     allow_unmatched: bool = False,
     ignore_field: Sequence[str] = (),
+    cache: bool = True,
     token: str | None = None,
     report: PathLike | None = None,
     on_progress: Callable[[int, int], None] | None = None,
@@ -65,16 +66,14 @@ def verify(
     chosen(level, dict.fromkeys(LEVELS), "--level")
     texts = _texts(level, prompt, prompts)
     options = parse_options("auto", "auto", None, "none", include, exclude, allow_unmatched, ignore_field)
-    settings = Settings.parse(
-        device, "auto", MAX_MEMORY if max_memory is None else max_memory, workers, True, None,
-        on_progress, on_notice, token,
-    )  # fmt: skip
     if report is not None:
         check_page(report)
-    named = None if base is None else os.fspath(base)
-    plan, made = _gather(named, listed(adapters), os.fspath(merged), weight, options, settings)
-    limit = None if max_memory is None else settings.max_memory
-    found = _compared(plan, made, settings, samples, None if level == "weights" else (texts, limit))
+    named, held = None if base is None else os.fspath(base), MAX_MEMORY if max_memory is None else max_memory
+    told = (device, "auto", held, workers, True, None, on_progress, on_notice)
+    with Settings.begin(*told, token=token, cache=cache) as settings:
+        plan, made = _gather(named, listed(adapters), os.fspath(merged), weight, options, settings)
+        limit = None if max_memory is None else settings.max_memory
+        found = _compared(plan, made, settings, samples, None if level == "weights" else (texts, limit))
     if report is not None:
         write_page(found, report)
     return found
@@ -92,8 +91,8 @@ def _gather(
     weights = parse_weights(weight, len(refs))
     if base is not None:
         refuse_swapped(base, refs, where, "verify")
-    made = open_far("MERGED", settings.token, True, None, where, None)
-    if noted := _recorded(made, refs, settings.token):
+    made = open_far(where, "MERGED", settings.visit)
+    if noted := _recorded(made, refs, settings.visit):
         options = replace(
             options,
             ignore_field=(*options.ignore_field, *noted.ignore_field),
@@ -103,14 +102,9 @@ def _gather(
             weights, options = noted.weight, replace(options, include=noted.include, exclude=noted.exclude)
             if str(noted):
                 settings.notify(f"as the receipt of MERGED says: {noted}")
-    accepted, opener = options.ignore_field, partial(open_far, "BASE", settings.token, True, None)
-    checkpoint, opened = gather(
-        base, refs, where, settings.token, settings.notify, accepted, "verify", opened_by=opener
-    )
-    plan = make_plan(checkpoint, opened, weights, options)
-    for each in (checkpoint, made):
-        bring_weights(each, settings.token)
-    return plan, made
+    accepted = options.ignore_field
+    checkpoint, opened = gather(base, refs, where, settings.visit, settings.notify, accepted, "verify")
+    return make_plan(checkpoint, opened, weights, options), made
 
 
 def _texts(level: str, prompt: Sequence[str], prompts: PathLike | None) -> tuple[str, ...]:
@@ -123,13 +117,13 @@ def _texts(level: str, prompt: Sequence[str], prompts: PathLike | None) -> tuple
     return ()
 
 
-def _recorded(made: Checkpoint, refs: Sequence[str], token: str | None) -> Recorded | None:
+def _recorded(made: Checkpoint, refs: Sequence[str], visit: Visit) -> Recorded | None:
     """What a receipt in MERGED says, if these adapters were merged. What is missing is complained about later."""
     folder = made.source.path
     if not (folder / RECORD / RECEIPT).is_file():
         return None
     try:
-        paths = [fetch(ref, "ADAPTER", wanted_of_adapter, token=token).path for ref in refs]
+        paths = [fetch(ref, "ADAPTER", wanted_of_adapter, visit).path for ref in refs]
     except DoraConvertError:
         return None
     with without_collections():
@@ -152,5 +146,7 @@ def _compared(
             from ..outputs.comparison import prepared
     if not running:
         return verify_weights(plan, made, settings, samples)
+    for each in (plan.base, made):
+        bring_weights(each, settings.visit)
     with prepared(plan, settings, *running) as comparison:
         return comparison.against(made)
