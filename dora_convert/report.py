@@ -202,7 +202,7 @@ class DryRunReport(Report):
 
 @dataclass(frozen=True, kw_only=True)
 class PushReport(Pushed):
-    """What was pushed, or would be: the `state` of a file is uploaded, unchanged, or planned."""
+    """What was pushed, or would be: the `state` of a file is uploaded, copied, unchanged, or planned."""
 
     kind: str  # checkpoint | adapter
     left_behind: tuple[str, ...]

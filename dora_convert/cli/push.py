@@ -58,5 +58,7 @@ def parts(report: PushReport, *, every: bool) -> Iterator[Table | str]:
         yield f"{len(report.files)} files, {size}; nothing was uploaded"
         return
     same = sum(file.state == "unchanged" for file in report.files)
-    yield f"{len(report.files)} files, {same} of them unchanged; {size} uploaded in {report.seconds:.1f} s"
+    copied = sum(file.state == "copied" for file in report.files)
+    there = f"{same} of them unchanged" + (f", {copied} copied on the Hub" if copied else "")
+    yield f"{len(report.files)} files, {there}; {size} uploaded in {report.seconds:.1f} s"
     yield report.url

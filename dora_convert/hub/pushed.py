@@ -41,11 +41,11 @@ class Target:
 
 @dataclass(frozen=True)
 class Sent:
-    """One file of the commit: its path in the repo, bytes, and whether it is new there."""
+    """One file of the commit: its path in the repo, bytes, and where it came from."""
 
     path: str
     bytes: int
-    state: str  # uploaded | unchanged
+    state: str  # uploaded | copied | unchanged
 
 
 @dataclass(frozen=True, kw_only=True)

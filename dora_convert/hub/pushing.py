@@ -54,6 +54,8 @@ class Pushing:
             return self._report(parcel, self._planned(parcel), dry_run=True)
         upload = Upload(self._target, self._notify)
         upload.open()
+        if isinstance(base := (parcel.receipt or {}).get("base"), dict):
+            upload.offer(base.get("repo"), base.get("commit"))
         with contextlib.closing(upload), _remembering(upload, parcel.source.path):
             self._send_large(parcel, upload)
             made = commit(upload, parcel.source.path, parcel.names, self._card(parcel), self._message(parcel))

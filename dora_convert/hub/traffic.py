@@ -10,7 +10,7 @@ from pathlib import Path
 from ..checkpoint import RECORD, Checkpoint, list_files
 from ..folder import LOCK, OutputFolder
 from ..journal import NAME as JOURNAL
-from ..journal import UPLOADS, read_journal
+from ..journal import UPLOADS
 from ..plan import Plan
 from ..reader import Reader
 from ..settings import Settings
@@ -18,6 +18,7 @@ from ..undo import SPOOL
 from ..writer import ShardFiles
 from .answers import without_bars
 from .arrivals import PLACES, Arrivals, Bring, absent, expect, shard_needs
+from .memo import refusals
 from .pushed import Pushed
 from .routes import INCOMING, Routes
 from .sending import Shards, commit, is_large
@@ -103,6 +104,7 @@ def traffic(plan: Plan, routes: Routes, settings: Settings, folder: OutputFolder
     if routes.target:
         upload = Upload(routes.target, settings.notify)
         upload.open()
+        upload.offer(plan.base.source.repo, plan.base.source.commit)
         if not routes.local:
             _refuse_orphans(folder, upload)
     far = absent(plan.base)
@@ -141,6 +143,7 @@ def inward(plan: Plan, others: Sequence[Checkpoint], settings: Settings) -> Iter
 
 def _refuse_orphans(folder: OutputFolder, upload: Upload) -> None:
     """Start over where nothing tells which shards are up: those here may be hollow."""
-    known = read_journal(folder.record / UPLOADS)
-    if not known or known.key != upload.key:
+    refused = refusals(folder.record / UPLOADS, upload.key)
+    if refused is None or refused:
         (folder.record / JOURNAL).unlink(missing_ok=True)
+    upload.refused = refused or frozenset()

@@ -3,23 +3,22 @@
 Until then the repo shows nothing of it, so never half a model. What is up already is known three ways: files of the
 repo with the same hash are left alone; the journal of an upload that did not finish tells what the server has by name,
 size and sha256, even of files that are gone here; and of all else the server skips (LFS) or deduplicates (Xet) what it
-knows.
+knows. What the base's repo has is copied on the Hub, where that does it.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from ..digests import hash_of
 from ..errors import HubError
-from ..journal import Record, read_journal
-from ..schema import count
+from ..journal import Record
 from .answers import explained_writing, patiently, status_of, without_bars
+from .memo import Memo
+from .origin import Origin
 from .pushed import Pushed, Sent, Target
 
 if TYPE_CHECKING:
@@ -27,9 +26,6 @@ if TYPE_CHECKING:
 
 LARGE = 1_000_000
 """Bytes from which a file goes up by itself, before the commit."""
-
-ENTERED = {"name": str, "bytes": count, "mtime": int, "sha256": str}
-"""What a journal's records are like."""
 
 
 class Upload:
@@ -40,15 +36,15 @@ class Upload:
         self.repo = target.repo
         self.there: Mapping[str, Any] = {}
         """The repo's files by path, as huggingface_hub lists them."""
+        self.refused: Collection[str] = ()
+        """What must not be copied again, though no journal says so any more."""
         self._api: HfApi
         self._head: str
         self._operations: dict[str, CommitOperationAdd] = {}
         self._files: dict[str, Sent] = {}
-        self._up: dict[str, Record] = {}
-        self._journal: BinaryIO | None = None
-        self._path: Path | None = None
-        self._by_name = False
+        self._memo = Memo()
         self._bytes = 0
+        self._origin: Origin | None = None
 
     def open(self) -> None:
         """Find the repo or create it, and see what it holds.
@@ -93,21 +89,14 @@ class Upload:
         return {"endpoint": self._api.endpoint, "repo": self.repo}
 
     def remember(self, path: Path, *, by_name: bool = False) -> None:
-        """Keep a journal at a path, and go on from the one that is there if it is of the same repo.
+        """Keep a journal at a path, and go on from the one that is there if it is of the same repo."""
+        self._memo = Memo(path, self.key, by_name=by_name)
+        self._memo.refuse(self.refused)
 
-        `by_name`: what is up counts, whatever is here under its name by now.
-        """
-        self._by_name = by_name
-        earlier = read_journal(path, ENTERED)
-        if earlier and earlier.key != self.key:
-            earlier = None
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._up = {record["name"]: record for record in earlier.records} if earlier else {}
-        self._journal, self._path = path.open("r+b" if earlier else "w+b"), path
-        self._journal.truncate(earlier.end if earlier else 0)
-        self._journal.seek(0, os.SEEK_END)
-        if not earlier:
-            self._write(self.key)
+    def offer(self, repo: object, commit: object) -> None:
+        """Name the repo of this Hub, at a commit, that large files may be the same as."""
+        if isinstance(repo, str) and isinstance(commit, str) and repo != self.repo:
+            self._origin = Origin(self._api, repo, commit, self._notify)
 
     def has(self, name: str) -> bool:
         """Whether a file was sent in this run."""
@@ -118,7 +107,7 @@ class Upload:
 
         A file that is not here is taken to be what the journal says was uploaded under this name.
         """
-        if known := self._known(name, path):
+        if known := self._memo.known(name, path):
             self._remembered(name, known)
             return
         from huggingface_hub import CommitOperationAdd
@@ -127,6 +116,8 @@ class Upload:
         if self._same(name, path):
             self._files[name] = Sent(name, stat.st_size, "unchanged")
             return
+        if self._copied(name, path):
+            return
         operation = CommitOperationAdd(name, path)
         self._notify(f"uploading {name}")
         with explained_writing(self.repo), without_bars():
@@ -134,12 +125,25 @@ class Upload:
                 lambda: self._api.preupload_lfs_files(self.repo, [operation], create_pr=self.target.create_pr)
             )
         if operation._is_uploaded:  # noqa: SLF001 - nothing public tells
-            self._enter(name, stat.st_size, stat.st_mtime_ns, operation.upload_info.sha256.hex())
+            self._memo.enter(name, stat.st_size, stat.st_mtime_ns, operation.upload_info.sha256.hex())
         else:  # a small file that goes with the commit itself
             operation = CommitOperationAdd(name, path.read_bytes())
         self._operations[name] = operation
         self._files[name] = Sent(name, stat.st_size, "uploaded")
         self._bytes += stat.st_size
+
+    def _copied(self, name: str, path: Path) -> bool:
+        """Have a file copied on the Hub, if that has it elsewhere; unless a commit with copies was refused before."""
+        origin = self._origin if self._memo.may_copy(name) else None
+        proof = origin.give(path, self.repo) if origin else None
+        if not proof:
+            return False
+        stat = path.stat()
+        self._notify(f"copied on the Hub: {name}")
+        record = self._memo.enter(name, stat.st_size, stat.st_mtime_ns, proof)
+        self._operations[name] = _uploaded_before(record)
+        self._files[name] = Sent(name, stat.st_size, "copied")
+        return True
 
     def _remembered(self, name: str, known: Record) -> None:
         """Take a file that is up already; if an earlier run was killed after its commit, there is nothing to do."""
@@ -148,25 +152,6 @@ class Upload:
         self._files[name] = Sent(name, known["bytes"], "unchanged" if committed else "uploaded")
         if not committed:
             self._operations[name] = _uploaded_before(known)
-
-    def _known(self, name: str, path: Path) -> Record | None:
-        """What the journal has of this very file."""
-        known = self._up.get(name)
-        if known and not self._by_name and path.exists():
-            stat = path.stat()
-            return known if (known["bytes"], known["mtime"]) == (stat.st_size, stat.st_mtime_ns) else None
-        return known
-
-    def _enter(self, name: str, nbytes: int, mtime: int, sha256: str) -> None:
-        if self._journal:
-            self._write({"name": name, "bytes": nbytes, "mtime": mtime, "sha256": sha256})
-
-    def _write(self, record: Record) -> None:
-        """One line of the journal, on the disk when this returns: the file may be gone the next moment."""
-        assert self._journal
-        self._journal.write(json.dumps(record).encode() + b"\n")
-        self._journal.flush()
-        os.fsync(self._journal.fileno())
 
     def read(self, name: str) -> bytes | None:
         """A small file of the repo, as it was when `open` looked."""
@@ -211,7 +196,7 @@ class Upload:
         url, head = f"{self._api.endpoint}/{self.repo}", self._head
         if operations:
             url, head = self._commit(operations, self.target.message or message)
-        self._forget()
+        self._memo.forget()
         files = tuple(self._files[name] for name in sorted(self._files))
         return Pushed(
             repo=self.repo,
@@ -239,20 +224,13 @@ class Upload:
                 made = patiently(create)
             except Exception as error:
                 if status_of(error) in (400, 404, 422):  # the server may have lost what the journal speaks of
-                    self._forget()
+                    self._memo.forget(name for name, file in self._files.items() if file.state == "copied")
                 raise
         return made.pr_url or f"{self._api.endpoint}/{self.repo}", made.oid
 
-    def _forget(self) -> None:
-        self.close()
-        if self._path:
-            self._path.unlink(missing_ok=True)
-
     def close(self) -> None:
         """Close the journal; what it holds stays for the next run."""
-        if self._journal:
-            self._journal.close()
-            self._journal = None
+        self._memo.close()
 
 
 def _uploaded_before(record: Record) -> CommitOperationAdd:
