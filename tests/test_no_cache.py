@@ -147,6 +147,22 @@ def test_what_killed_runs_left_is_removed(tmp_path, monkeypatch):
     assert list(left.parent.iterdir()) == []
 
 
+@pytest.mark.parametrize("verb", ["verify", "unmerge", "extract"])
+def test_what_was_here_stays(hub, made, tmp_path, verb):
+    """One checkpoint is a folder, the other a repo: the folder's files are no guests."""
+    base = shutil.copytree(made / "base", tmp_path / "base")
+    dora_convert.merge(base, made / "dora", tmp_path / "plain", undo="norms")
+    hub.repos["me/plain"] = tmp_path / "plain"
+    words = {
+        "verify": (base, "me/dora", "me/merged"),
+        "unmerge": ("me/plain", "me/dora", tmp_path / "out", "--base", base),
+        "extract": (base, "me/merged", tmp_path / "out", "--rank", "2"),
+    }
+    done = run(hub, tmp_path / "home", verb, *words[verb], "--no-cache")
+    assert done.returncode == 0, done.stderr
+    assert contents(base) == contents(made / "base")
+
+
 def test_models_that_are_run(hub, tmp_path):
     """What is run is downloaded whole, and goes as well."""
     base, adapter, out = merged(tmp_path)

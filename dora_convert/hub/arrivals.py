@@ -42,10 +42,12 @@ class Arrivals:
         keep: bool,
         places: int | None = None,
         outputs: bool = False,
+        here: Collection[Path] = (),
     ) -> None:
         """`bring` downloads a file, None where all are here; without `keep` files are removed after their last use.
 
         `places` bounds what is on the disk, None does not; with `outputs`, the shards that are made take places, too.
+        Files that are `here` need not come.
         """
         self._bring, self._keep = bring, keep
         self._outputs = needs
@@ -56,7 +58,7 @@ class Arrivals:
         self._free = float("inf") if places is None else max(places, most + 2)
         self._begins = Counter(next(iter(needs)) for needs in self._outputs.values() if needs and outputs)
         self._begun: set[Path] = set()
-        self._here: set[Path] = set() if bring else set(self.inputs)
+        self._here: set[Path] = set(here if bring else self.inputs)
         self._asked: set[Path] = set()
         self._queue: deque[Path] = deque()
         self._readers: list[Reader] = []
@@ -221,11 +223,15 @@ def expect(checkpoints: Iterable[Checkpoint], needs: Needs, visit: Visit, notify
     last piece of work that needs it.
     """
     far = [checkpoint for checkpoint in checkpoints if absent(checkpoint)]
+    theirs = {tensor.path for checkpoint in far for tensor in checkpoint.tensors.values()}
+    # never a file that was here before: what arrives is removed
+    coming = {work: tuple(path for path in paths if path in theirs) for work, paths in needs.items()}
+    here = set()
     if visit.cache:
-        files = {path for paths in needs.values() for path in paths}
+        here = {path for paths in coming.values() for path in paths}
         for checkpoint in far:
-            bring_weights(checkpoint, visit, files)
-    return Arrivals(needs, Bring(far, visit, notify), keep=visit.cache) if far else None
+            bring_weights(checkpoint, visit, here)
+    return Arrivals(coming, Bring(far, visit, notify), keep=visit.cache, here=here) if far else None
 
 
 @contextmanager
