@@ -18,9 +18,10 @@ from dora_convert.checkpoint import open_checkpoint, weight_map
 from dora_convert.formats import peft
 from dora_convert.json_files import read_json
 from dora_convert.pickled import read_pickle
+from dora_convert.reader import Reader
 from dora_convert.refs import Source
 from dora_convert.reverse.packing import Unpacker
-from dora_convert.stored import Reader, Stored, read_header
+from dora_convert.stored import Stored, read_header
 
 from .changes import (
     Change,
