@@ -57,6 +57,8 @@ def main() -> None:
         "r=256": ["--rank", "256"],
         "1 GB head, DoRA": False,
         "1 GB embedding, DoRA": True,
+        "--undo exact": [],
+        "--undo exact, r=256": ["--rank", "256"],
     }
     for title, made in cases.items():
         shutil.rmtree(root, ignore_errors=True)
@@ -67,6 +69,7 @@ def main() -> None:
         else:
             subprocess.run([sys.executable, str(HERE / "synthetic.py"), str(root), *made], check=True)
         words = ["merge", str(root / "base"), str(root / "dora"), str(root / "out"), "-q"]
+        words += ["--undo", "exact"] if title.startswith("--undo exact") else []
         seconds, peak = run([sys.executable, "-m", "dora_convert", *words], root / "out")
         print(f"{title:24} {peak / 1e6:6.0f} MB {seconds:6.1f} s", flush=True)
     shutil.rmtree(root)

@@ -123,6 +123,8 @@ class Run:
     on_shard: Callable[[str], None] | None = None
     """Called with the name of each shard once all of it is written and, if it is checked, right; by workers."""
     place: InPlace | None = None
+    tight: bool = False
+    """Whether workers wait for each other's memory."""
     written: int = 0
     _skipped: int = 0
     _waiting: Counter[str] = field(default_factory=Counter)
@@ -178,6 +180,8 @@ class Run:
             with lane.working():
                 made = make(item, lane, self.shards, self.spool, self.plan, self.reader, self.advance)
             verdict = self.checker.check(item, made.written.fast) if self.checker else None
+            if self.tight:
+                lane.release()
         read = made.read.fast if item.base else None
         proof = made.written.proof if item.undo else made.read.proof if item.base else None
         done = Done(read, made.written.fast, proof, made.parts, verdict, made.ambiguous)

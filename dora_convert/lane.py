@@ -52,22 +52,22 @@ class Lane:
     def raw(self, stored: Stored, start: int, stop: int, buffer: str = "in") -> Tensor:
         """Rows of a stored tensor as they are on disk: (rows, columns), in host memory."""
         columns = stored.matrix[1]
-        host = self._scratch(buffer, (stop - start, columns), TORCH[stored.dtype], on_host=True)
+        host = self.scratch(buffer, (stop - start, columns), TORCH[stored.dtype], on_host=True)
         self._reader.read(stored.path, stored.start + start * columns * stored.itemsize, as_bytes(host))
         return host
 
     def lift(self, raw: Tensor) -> Tensor:
         """Raw rows in the compute dtype, on the device."""
         on_device = raw.to(self.choice.device, non_blocking=self._cuda)
-        return self._scratch("work", raw.shape, self.choice.compute).copy_(on_device)
+        return self.scratch("work", raw.shape, self.choice.compute).copy_(on_device)
 
     def land(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """A result rounded to a dtype, in host memory; the device has finished with all buffers when this returns."""
-        single = self._scratch("single", x.shape, torch.float32)
-        rounded = maths.round_to(x, self._scratch("rounded", x.shape, dtype), single)
+        single = self.scratch("single", x.shape, torch.float32)
+        rounded = maths.round_to(x, self.scratch("rounded", x.shape, dtype), single)
         if self.choice.device.type == "cpu":
             return rounded
-        host = self._scratch("out", x.shape, dtype, on_host=True).copy_(rounded, non_blocking=self._cuda)
+        host = self.scratch("out", x.shape, dtype, on_host=True).copy_(rounded, non_blocking=self._cuda)
         if self._stream:
             self._stream.synchronize()
         return host
@@ -100,13 +100,19 @@ class Lane:
     def columns(self, stored: Stored, start: int, stop: int) -> Tensor:
         """Some columns of a small stored tensor."""
         rows, columns = stored.matrix
-        host = self._scratch("factor", (rows, stop - start), TORCH[stored.dtype], on_host=True)
+        host = self.scratch("factor", (rows, stop - start), TORCH[stored.dtype], on_host=True)
         for row in range(rows):
             offset = stored.start + (row * columns + start) * stored.itemsize
             self._reader.read(stored.path, offset, as_bytes(host[row]))
         return self.computed(host)
 
-    def _scratch(
+    def release(self) -> None:
+        """Give the memory of buffers back, where another lane may need it."""
+        self._buffers.clear()
+        if self._exact:
+            self._exact.release()
+
+    def scratch(
         self, name: str, shape: Sequence[int], dtype: torch.dtype, *, on_host: bool = False
     ) -> Tensor:
         """Memory that the next call of the same name uses again: fresh pages cost more than the arithmetic."""

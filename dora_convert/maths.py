@@ -119,9 +119,9 @@ def to_fixed_(
     return x.div_(unit).round_().mul_(unit)
 
 
-def ordinals(x: Tensor) -> Tensor:
+def ordinals(x: Tensor, out: Tensor | None = None) -> Tensor:
     """Each value's place among all of its dtype, as integers of its size: a bijection, with −0 right below +0."""
-    return _folded(x.view(INTEGERS[x.element_size()]))
+    return _folded(x.view(INTEGERS[x.element_size()]), out)
 
 
 def at_ordinals(places: Tensor, dtype: torch.dtype) -> Tensor:
@@ -129,10 +129,11 @@ def at_ordinals(places: Tensor, dtype: torch.dtype) -> Tensor:
     return _folded(places).view(dtype)
 
 
-def _folded(bits: Tensor) -> Tensor:
+def _folded(bits: Tensor, out: Tensor | None = None) -> Tensor:
     """Negative numbers the other way round: its own inverse."""
-    top = 8 * bits.element_size() - 1
-    return bits ^ ((bits >> top) & torch.iinfo(bits.dtype).max)
+    top = torch.tensor(8 * bits.element_size() - 1, dtype=bits.dtype)
+    negative = torch.bitwise_right_shift(bits, top, out=out)  # all bits, or none
+    return negative.bitwise_and_(torch.iinfo(bits.dtype).max).bitwise_xor_(bits)
 
 
 def round_to(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -23,11 +23,28 @@ class Factors(Protocol):
         """The factor that has the weight's columns, (r, columns), for a block that begins at a row."""
 
 
+class Grid(NamedTuple):
+    """Fixed point for factors: the product of any of their blocks is exact."""
+
+    left: float
+    """The largest magnitude in the left factor."""
+    right: float
+    rank: int
+
+    def left_(self, x: Tensor) -> Tensor:
+        """Some of the left factor, in place."""
+        return maths.to_fixed_(x, self.left, self.rank)
+
+    def right_(self, x: Tensor) -> Tensor:
+        """Some of the right factor, in place."""
+        return maths.to_fixed_(x, self.right, self.rank)
+
+
 class Streamed:
     """Factors of one weight: the right one is held, the left one is read with each block."""
 
-    def __init__(self, low: LowRank, lane: Lane, *, transposed: bool) -> None:
-        self._low, self._lane, self._transposed = low, lane, transposed
+    def __init__(self, low: LowRank, lane: Lane, *, transposed: bool, grid: Grid | None = None) -> None:
+        self._low, self._lane, self._transposed, self._grid = low, lane, transposed, grid
         A_blocks, B_blocks = low.blocks
         whole = low.B if transposed else low.A
         right = maths.block_diagonal(lane.whole(whole), B_blocks if transposed else A_blocks, 0)
@@ -36,6 +53,8 @@ class Streamed:
                 right * lane.whole(low.d).view(1, -1) if transposed else right * lane.whole(low.d).view(-1, 1)
             )
         self._right = right.T if transposed else right
+        if grid:
+            grid.right_(self._right)
 
     def right(self, start: int) -> Tensor:  # noqa: ARG002 - one for all rows
         """(r, columns)."""
@@ -43,6 +62,10 @@ class Streamed:
 
     def left(self, start: int, stop: int) -> Tensor:
         """(stop − start, r)."""
+        part = self._part(start, stop)
+        return self._grid.left_(part) if self._grid else part
+
+    def _part(self, start: int, stop: int) -> Tensor:
         low = self._low
         if self._transposed:
             if low.blocks[0] > 1:
@@ -55,8 +78,8 @@ class Streamed:
 class Stacked:
     """Factors of experts that lie one below the other: both are held as stored, and an expert's cut out of them."""
 
-    def __init__(self, low: LowRank, lane: Lane, *, transposed: bool) -> None:
-        self._low, self._lane, self._transposed = low, lane, transposed
+    def __init__(self, low: LowRank, lane: Lane, *, transposed: bool, grid: Grid | None = None) -> None:
+        self._low, self._lane, self._transposed, self._grid = low, lane, transposed, grid
         self._height = low.inputs[0] if transposed else low.outputs
         self._A = lane.stored(low.A).view(low.experts, low.rank, -1)  # one expert after another
         self._B = lane.stored(low.B).view(low.outputs, low.rank, low.experts)  # the expert varies fastest
@@ -67,7 +90,13 @@ class Stacked:
         """A (r, in) and B (out, r) of the expert that a row belongs to."""
         if self._expert != (expert := start // self._height):
             self._expert = expert
-            self._pair = self._lane.computed(self._A[expert]), self._lane.computed(self._B[:, :, expert])
+            A, B = self._pair = (
+                self._lane.computed(self._A[expert]),
+                self._lane.computed(self._B[:, :, expert]),
+            )
+            if self._grid:
+                self._grid.left_(A if self._transposed else B)
+                self._grid.right_(B if self._transposed else A)
         return self._pair
 
     def right(self, start: int) -> Tensor:
@@ -95,15 +124,15 @@ class Operand:
     """Norms: one tensor per block, or one for all blocks where they run along the columns."""
 
     @classmethod
-    def load(cls, edit: Edit, lane: Lane) -> Operand:
-        """Read what is needed for every block."""
+    def load(cls, edit: Edit, lane: Lane, grid: Grid | None = None) -> Operand:
+        """Read what is needed for every block, in fixed point with a grid."""
         if isinstance(edit.update, Delta):
             return cls(edit, shift=lane.whole(edit.update.value))
         low = edit.low
         assert low
         kind = Stacked if low.experts else Streamed
         m = lane.whole(edit.update.m).flatten() if isinstance(edit.update, Decomposed) else None
-        return cls(edit, kind(low, lane, transposed=edit.transposed), m=m)
+        return cls(edit, kind(low, lane, transposed=edit.transposed, grid=grid), m=m)
 
     def is_finite(self) -> bool:
         """Whether the last norm is; dividing by an infinite one hides what overflowed."""

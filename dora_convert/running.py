@@ -73,6 +73,7 @@ def run(
             progress,
             hub.made if hub else None,
             place,
+            settings.workers * plan.memory > settings.max_memory,
         )
         running.execute(settings.workers)
         if hub:

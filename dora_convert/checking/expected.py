@@ -22,7 +22,8 @@ from ..updates import Decomposed, Delta, LowRank, Start, tensors_of
 from .rows import read_columns, read_rows
 from .ulps import GRID, half_ulp
 
-CHUNK_ELEMENTS = 1 << 16
+CHUNK_ELEMENTS = 1 << 13
+"""In rows that are checked together: a dozen arrays of so many numbers are held at once."""
 EPSILON = 2.0**-24
 CPU = torch.device("cpu")
 

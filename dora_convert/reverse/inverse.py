@@ -14,29 +14,11 @@ import torch
 from torch import Tensor
 
 from .. import maths
-from ..items import Item
+from ..items import Edit, Item
 from ..lane import FACTOR_ELEMENTS, Lane
-from ..operands import Factors, Operand
+from ..operands import Factors, Grid, Operand
 from ..stored import Stored
-from ..updates import Delta, LowRank
-
-
-@dataclass
-class Fixed:
-    """Factors in fixed point: the product of any of their blocks is exact."""
-
-    factors: Factors
-    largest: tuple[float, float]
-    """Of all elements of the left factor, and of the right one."""
-    rank: int
-
-    def left(self, start: int, stop: int) -> Tensor:
-        """(stop − start, r)."""
-        return maths.to_fixed_(self.factors.left(start, stop).clone(), self.largest[0], self.rank)
-
-    def right(self, start: int) -> Tensor:
-        """(r, columns)."""
-        return maths.to_fixed_(self.factors.right(start).clone(), self.largest[1], self.rank)
+from ..updates import Delta
 
 
 @dataclass
@@ -60,18 +42,15 @@ class Inverse:
 
     def __init__(self, item: Item, lane: Lane, *, exact: bool, taken: tuple[Tensor, Tensor] | None) -> None:
         """`taken` are the factors of what training began without; `exact` asks for the same bits everywhere."""
-        self._edits = item.edits
-        self.operands = [Operand.load(edit, lane) for edit in item.edits]
-        self._factors: list[Factors | None] = [operand.factors for operand in self.operands]
+        self._edits, self._lane = item.edits, lane
+        self.operands = [
+            Operand.load(edit, lane, _grid(edit, lane) if exact else None) for edit in item.edits
+        ]
+        if taken and exact:
+            left, right = taken
+            grid = Grid(float(left.abs().max()), float(right.abs().max()), right.shape[0])
+            taken = grid.left_(left.clone()), grid.right_(right.clone())
         self._taken: Factors | None = Held(*taken) if taken else None
-        if exact:
-            self._factors = [
-                _fixed(operand, edit.low, lane) if edit.low else None
-                for operand, edit in zip(self.operands, self._edits, strict=True)
-            ]
-            if taken:
-                sizes = float(taken[0].abs().max()), float(taken[1].abs().max())
-                self._taken = Fixed(Held(*taken), sizes, taken[1].shape[0])
 
     def predict_(self, x: Tensor, start: int, stop: int, norms: Sequence[Tensor | None]) -> Tensor:
         """W from W' for a block of rows, in place; `norms` are those of its rows, or of all columns."""
@@ -81,7 +60,7 @@ class Inverse:
         for number, c in enumerate(factors):
             x.sub_(self._delta(number, c, start, stop))
         if self._taken:
-            x.add_(self._taken.left(start, stop) @ self._taken.right(start))
+            x.add_(self._product(self._taken, start, stop))
         return x if maths.all_finite(x) else x.nan_to_num_(0.0, 0.0, 0.0)
 
     def gain(self, norms: Sequence[Tensor | None], start: int, stop: int) -> Tensor | None:
@@ -107,19 +86,26 @@ class Inverse:
         if isinstance(edit.update, Delta):
             assert operand.shift is not None
             return operand.shift * (c * edit.update.scale)
-        factors = self._factors[number]
-        assert factors
+        assert operand.factors
         assert edit.low
-        return (factors.left(start, stop) @ factors.right(start)).mul_(c * edit.low.scale)
+        return self._product(operand.factors, start, stop).mul_(c * edit.low.scale)
+
+    def _product(self, factors: Factors, start: int, stop: int) -> Tensor:
+        """A block of BA, until the next one: the C library would keep the memory of each, in pieces."""
+        left, right = factors.left(start, stop), factors.right(start)
+        out = self._lane.scratch("product", (len(left), right.shape[1]), left.dtype)
+        return torch.mm(left, right, out=out)
 
 
-def _fixed(operand: Operand, low: LowRank, lane: Lane) -> Fixed:
-    assert operand.factors
-    right = _largest(low.B if operand.edit.transposed else low.A, lane)
+def _grid(edit: Edit, lane: Lane) -> Grid | None:
+    """Fixed point for the factors of an edit that has some."""
+    if not (low := edit.low):
+        return None
+    right = _largest(low.B if edit.transposed else low.A, lane)
     if low.d:
         right *= _largest(low.d, lane)
-    left = _largest(low.A if operand.edit.transposed else low.B, lane)
-    return Fixed(operand.factors, (left, right), low.rank)
+    left = _largest(low.A if edit.transposed else low.B, lane)
+    return Grid(left, right, low.rank)
 
 
 def _largest(stored: Stored, lane: Lane) -> float:

@@ -123,8 +123,12 @@ class Loss:
         assert base
         there = [None if n is None else recorded(n).to(self._exact.choice.device) for n in norms]
         predicted = self._inverse.predict_(self._exact.lift(result), start, stop, there)
-        found = maths.ordinals(self._exact.land(predicted, TORCH[base.dtype]))
-        lost = maths.ordinals(raw) - found
+        told = self._exact.land(predicted, TORCH[base.dtype])
+        integers = maths.INTEGERS[base.itemsize]
+        found, lost = (
+            self._exact.scratch(name, raw.shape, integers, on_host=True) for name in ("found", "lost")
+        )
+        maths.ordinals(raw, lost).sub_(maths.ordinals(told, found))
         if own := [row - start for row in self._rows if start <= row < stop]:
             lost[own] = 0  # kept, or in the adapter
         self.segments.append(self.spool.add(pack(lost)))
