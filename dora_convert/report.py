@@ -188,7 +188,8 @@ class DryRunReport(Report):
 
     @classmethod
     def of(cls, plan: Plan, settings: Settings, out: str, command: str = "merge") -> DryRunReport:
-        """The report of a plan."""
+        """The report of a plan; UsageError for a budget that would not do."""
+        settings.check_memory(plan.memory)
         numbers = {
             "tensors": len(plan.items),
             "shards": len(plan.shards),

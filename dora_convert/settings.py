@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from .errors import UsageError
 from .hub.visit import Visit, visiting
 from .plan import Options
-from .sizes import parse_size
+from .sizes import format_size, parse_size
 from .stored import CONFIG_DTYPES
 
 DTYPES = {"auto": None} | {name: dtype for dtype, name in CONFIG_DTYPES.items()}
@@ -67,6 +67,14 @@ class Settings:
         settings = cls(device, compute_dtype, held, workers or default_workers(), *others)
         with visiting(token, cache=cache) as settings.visit:
             yield settings
+
+    def check_memory(self, least: int) -> None:
+        """UsageError where the budget does not hold the costliest piece of work; it names the least that does."""
+        if least > self.max_memory:
+            raise UsageError(
+                f"--max-memory {format_size(self.max_memory)} does not hold one block of the largest module.",
+                hint=f"--max-memory {-(-least // 2**20)}MiB is the least",
+            )
 
     def notify(self, text: str) -> None:
         """Tell the caller something."""

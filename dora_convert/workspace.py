@@ -11,14 +11,13 @@ import torch
 
 from . import __version__
 from .checkpoint import RECORD, Checkpoint
-from .errors import NumericalError, OutputError, UsageError
+from .errors import NumericalError, OutputError
 from .folder import OutputFolder
 from .journal import NAME as JOURNAL
 from .journal import Earlier, Record, read_journal
 from .precision import Choice, choose
 from .reverse.in_place import InPlace
 from .settings import Settings
-from .sizes import format_size
 
 Folder = OutputFolder | InPlace
 
@@ -28,11 +27,7 @@ def settle(least: int, settings: Settings) -> Choice:
 
     Raises UsageError naming the least budget that will do.
     """
-    if least > settings.max_memory:
-        raise UsageError(
-            f"--max-memory {format_size(settings.max_memory)} does not hold one block of the largest module.",
-            hint=f"--max-memory {-(-least // 2**20)}MiB is the least",
-        )
+    settings.check_memory(least)
     choice = choose(settings.device, settings.compute_dtype)
     settings.notify(f"device: {choice}")
     return choice

@@ -185,8 +185,11 @@ def test_bytes_do_not_depend_on_workers_or_memory(tmp_path, base):
         found.append(toy.contents(tmp_path / f"out{number}"))
     assert found[0] == found[1] == found[2]
     assert sorted(found[0]) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
-    with pytest.raises(UsageError, match="max-memory"):
-        dora_convert.from_lora(base.path, adapter, tmp_path / "out9", max_memory=least - 1)
+    for dry_run in (True, False):
+        with pytest.raises(UsageError, match="max-memory"):
+            dora_convert.from_lora(
+                base.path, adapter, tmp_path / "out9", max_memory=least - 1, dry_run=dry_run
+            )
 
 
 def test_dtype_is_for_all_but_magnitudes(tmp_path, base):

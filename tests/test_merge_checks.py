@@ -176,9 +176,10 @@ def test_float32_arithmetic_stays_within_the_bound(tmp_path, base, adapter):
 
 
 def test_too_little_memory_names_the_least(tmp_path, base, adapter):
-    """A budget too small for one block is refused with the least that works, and that works."""
-    with pytest.raises(UsageError) as caught:
-        dora_convert.merge(base.path, adapter, tmp_path / "out", max_memory="10KB")
+    """A budget too small for one block is refused with the least that works, and that works; dry runs know it, too."""
+    for dry_run in (True, False):
+        with pytest.raises(UsageError) as caught:
+            dora_convert.merge(base.path, adapter, tmp_path / "out", max_memory="10KB", dry_run=dry_run)
     least = caught.value.hint.split()[1]
     dora_convert.merge(base.path, adapter, tmp_path / "out", max_memory=least)
 

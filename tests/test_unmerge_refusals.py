@@ -100,6 +100,18 @@ def test_a_dora_without_norms_is_refused(tmp_path, base, adapter):
         shutil.rmtree(tmp_path / "again")
 
 
+def test_a_record_that_is_half_gone(tmp_path, merged, adapter, base):
+    """The receipt is there and the tensors are not: said so; with the base at hand, right up to rounding."""
+    (merged / "dora_convert/undo.safetensors").unlink()
+    with pytest.raises(RefError, match=r"undo\.safetensors is missing") as caught:
+        dora_convert.unmerge(merged, adapter, tmp_path / "again")
+    assert "--base" in caught.value.hint
+    report = dora_convert.unmerge(merged, adapter, tmp_path / "again", base=base.path)
+    assert any("what rounding took is lost" in text for text in report.warnings)
+    assert report.exact["bit_exact"] < report.exact["tensors"]
+    close(base, load(tmp_path / "again"))
+
+
 def bare(merged, folder):
     """A merged model as other tools leave it."""
     shutil.copytree(merged, folder)

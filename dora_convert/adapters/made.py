@@ -121,7 +121,8 @@ def share(lost: float, change: float) -> float:
 
 
 def dry_run_of(order: Order, settings: Settings, out: str, **plan: Any) -> MadeDryRun:
-    """The report of an order that is not carried out."""
+    """The report of an order that is not carried out; UsageError for a budget that would not do."""
+    settings.check_memory(order.memory)
     numbers = {
         "modules": [job.name for job in order.jobs],
         "bytes_out": order.bytes_out,

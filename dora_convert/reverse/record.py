@@ -26,6 +26,8 @@ class Record:
 
     receipt: Mapping[str, Any]
     tensors: Mapping[str, Stored] = field(default_factory=dict)
+    torn: bool = False
+    """Whether the undo record's tensors should be there, and are not."""
 
     def find(self, kind: str, name: str, dtype: str, shape: Sequence[int | None]) -> Stored | None:
         """One tensor of the undo record; where a dimension is None, any will do.
@@ -86,7 +88,9 @@ def read_record(merged: Checkpoint) -> Record | None:
             f"{folder / RECEIPT} has no such {shown(where)}: an older version or another tool made it, or it is damaged.",
             hint="merge again with this version, or name the base with --base",
         )
-    return Record(receipt, read_header(folder / UNDO).tensors if (folder / UNDO).is_file() else {})
+    if not (folder / UNDO).is_file():
+        return Record(receipt, torn=receipt["options"]["undo"] != "none")
+    return Record(receipt, read_header(folder / UNDO).tensors)
 
 
 def no_record(merged: Checkpoint, adapters: int, ignore_field: Sequence[str], files: Sequence[str]) -> Record:

@@ -114,8 +114,8 @@ def _prove(reversal: Reversal, done: Mapping[str, Done], copied: Proofs) -> list
 
 
 def _promised(reversal: Reversal, module: Recovered) -> bool:
-    """Whether a tensor must be the base's: every one that the merge left a proof of."""
-    return _known(reversal, module.name).proof is not None
+    """Whether a tensor must be the base's: every one that the merge left a proof of, and all that gives it back."""
+    return _known(reversal, module.name).proof is not None and not reversal.record.torn
 
 
 def _known(reversal: Reversal, name: str) -> Known:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..adapter import Adapter, open_adapter
-from ..checkpoint import Checkpoint, open_checkpoint
+from ..checkpoint import RECORD, Checkpoint, open_checkpoint
 from ..digests import xxh3
-from ..errors import UsageError
+from ..errors import RefError, UsageError
 from ..folder import new_folder
 from ..heavy import without_collections
 from ..hub.fetch import fetch, wanted_of_adapter
@@ -27,6 +27,7 @@ from ..reverse.removal import following, plan_removal, remaining_files
 from ..reverse.unmerging import Reversal, plan_unmerge
 from ..settings import Settings, parse_options
 from ..sidefiles import SideFile, base_files, restored_files
+from ..undo import NAME as UNDO
 
 if TYPE_CHECKING:
     from ..workspace import Folder
@@ -111,7 +112,7 @@ def _plan(
     else:
         checkpoint = open_far(os.fspath(merged), "MERGED", settings.visit)
     original = open_far(os.fspath(base), "BASE", settings.visit) if base else None
-    record, opened, places = _record(checkpoint, adapters, settings, ignore_field)
+    record, opened, places = _record(checkpoint, adapters, settings, ignore_field, original)
     if unfinished and record.assumed:
         raise UsageError(
             f"{checkpoint.source.name} has no record of a merge: in place there is nothing to undo.",
@@ -169,10 +170,21 @@ def _place(reversal: Reversal, *, allow_lossy: bool) -> InPlace:
 
 
 def _record(
-    merged: Checkpoint, refs: Sequence[str], settings: Settings, ignore_field: Sequence[str]
+    merged: Checkpoint,
+    refs: Sequence[str],
+    settings: Settings,
+    ignore_field: Sequence[str],
+    original: Checkpoint | None,
 ) -> tuple[Record, list[Adapter], list[int]]:
     """What is known of the merge, its adapters in their order, and which of them they are."""
     record = read_record(merged)
+    if record and record.torn:
+        why = f"{merged.source.name} was merged with --undo {record.options.undo}, and its {RECORD}/{UNDO} is missing"
+        if record.options.exact and not original:
+            raise RefError(
+                f"{why}.", hint="bring it back, name the base with --base, or copy the base itself"
+            )
+        settings.warn(f"{why}: what rounding took is lost")
     accepted = record.options.ignore_field if record else ignore_field
     opened = [
         open_adapter(fetch(ref, "ADAPTER", wanted_of_adapter, settings.visit), accepted) for ref in refs
