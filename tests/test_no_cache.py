@@ -73,7 +73,7 @@ def test_the_same_and_nothing_stays(hub, made, tmp_path, verb):
         assert one.keys() == other.keys()
         assert {name for name in one if one[name] != other[name]} <= {"README.md", "adapter_config.json"}
     assert hub.most <= 4
-    assert [path for path in home.rglob("*") if path.is_file() and path.name != ".lock"] == []
+    assert [path for path in home.rglob("*") if path.is_file() and path.suffix != ".lock"] == []
     assert list((home / "dora_convert/visits").iterdir()) == []
 
 

@@ -52,14 +52,15 @@ def _new_folder() -> tuple[Path, FileLock]:
 
     parent = Path(constants.HF_HOME) / "dora_convert" / "visits"
     parent.mkdir(parents=True, exist_ok=True)
-    for left in parent.iterdir():
-        lock = FileLock(left / LOCK)
-        with suppress(Timeout, OSError):
-            lock.acquire(timeout=0)
-            _remove(left, lock)
-    folder = Path(mkdtemp(dir=parent))
-    lock = FileLock(folder / LOCK)
-    lock.acquire()
+    with FileLock(parent.with_suffix(LOCK)):  # or another run might take a folder for left before it is locked
+        for left in parent.iterdir():
+            lock = FileLock(left / LOCK)
+            with suppress(Timeout, OSError):
+                lock.acquire(timeout=0)
+                _remove(left, lock)
+        folder = Path(mkdtemp(dir=parent))
+        lock = FileLock(folder / LOCK)
+        lock.acquire()
     return folder, lock
 
 
