@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,14 +17,14 @@ from functools import partial
 import torch
 
 from .checking.selfcheck import Checker
-from .digests import Digest
+from .digests import Digest, stored_digest
 from .items import Item
 from .journal import Journal
 from .lane import Lane
 from .make import make
 from .plan import Plan
 from .precision import Choice, exact_arithmetic
-from .progress import Done, Progress, copy_record, done_record, kept_name
+from .progress import Done, Progress, copied_name, copy_record, done_record, kept_name
 from .reader import Reader
 from .reverse.in_place import InPlace
 from .stored import Stored
@@ -123,6 +123,8 @@ class Run:
     on_shard: Callable[[str], None] | None = None
     """Called with the name of each shard once all of it is written and, if it is checked, right; by workers."""
     place: InPlace | None = None
+    hashed: Collection[str] = ()
+    """Copied tensors whose hashes are wanted, by name."""
     tight: bool = False
     """Whether workers wait for each other's memory."""
     written: int = 0
@@ -157,6 +159,12 @@ class Run:
         jobs += [(self.shards.shard_of(item), partial(self._make, item)) for item in items]
         unkept = [tensor for tensor in self.plan.lost if kept_name(tensor) not in self.progress.done]
         jobs += [(self.plan.lost_with[tensor.name], partial(self._keep, tensor)) for tensor in unkept]
+        noted = [item for item in self.plan.items if item.name in self.hashed]
+        jobs += [
+            (self.shards.shard_of(item), partial(self._hash, item))
+            for item in noted
+            if copied_name(item) not in self.progress.done
+        ]
         if self.on_shard:
             place = {shard.filename: number for number, shard in enumerate(self.plan.shards)}
             jobs.sort(key=lambda job: place[job[0]])
@@ -172,6 +180,14 @@ class Run:
         self.journal.add(copy_record(copy), [self.shards.descriptor(copy.shard)])
         self.advance(copy.length)
         self._finish(copy.shard)
+
+    def _hash(self, item: Item, lane: Lane) -> None:  # noqa: ARG002 - needs none
+        """Note what a copied tensor is."""
+        self.advance(0)
+        found = stored_digest(item.source, self.reader).fast
+        self.progress.done[copied_name(item)] = done = Done(found, found, None)
+        self.journal.add(done_record(copied_name(item), done), [])
+        self._finish(self.shards.shard_of(item))
 
     def _make(self, item: Item, lane: Lane) -> None:
         if self.place:

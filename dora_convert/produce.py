@@ -57,7 +57,7 @@ def produce(
             rehearse(plan, settings, choice)
         if hub:
             hub.enter(folder.partial)
-        done = run(plan, folder, settings, choice, key, before, hub)
+        done = run(plan, folder, settings, choice, key, before, hub, _copied(plan, folder))
         if not seen:
             _look_at_base(plan, settings)
         verdict = judge(plan, done.progress.done) if settings.verify else None
@@ -81,6 +81,12 @@ def produce(
             spare = [] if plan.options.undo != "none" else [f"{RECORD}/{undo.NAME}"]
             folder.publish(report.to_dict(), spare)
     return report
+
+
+def _copied(plan: Plan, folder: Folder) -> set[str]:
+    """What an exact record has the hashes of besides; in place, nothing else is touched."""
+    whole = plan.options.exact and not isinstance(folder, InPlace)
+    return {item.name for item in plan.items if whole and item.verbatim}
 
 
 def _look_at_base(plan: Plan, settings: Settings) -> bool:

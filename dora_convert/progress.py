@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 
 from .checking.selfcheck import Verdict
 from .errors import MalformedError
+from .items import Item
 from .journal import Record
 from .schema import Either, count
 from .stored import BITS, Stored
@@ -85,6 +86,11 @@ def _verdict(found: Record | None) -> Verdict | None:
 def kept_name(tensor: Stored) -> str:
     """What the record calls a tensor of the base that it holds whole."""
     return f"whole/{tensor.name}"
+
+
+def copied_name(item: Item) -> str:
+    """Under what the hash of a copied tensor is kept."""
+    return f"copied/{item.name}"
 
 
 def copy_record(copy: Copy) -> Record:

@@ -16,7 +16,7 @@ from .items import Item
 from .layout import converted
 from .plan import Plan
 from .precision import Choice
-from .progress import Done, kept_name
+from .progress import Done, copied_name, kept_name
 from .refs import Source
 from .sidefiles import SideFile
 
@@ -64,6 +64,7 @@ def receipt_bytes(
             "ignore_field": list(options.ignore_field),
         },
         "tensors": {item.name: _tensor(item, done) for item in plan.items if item.noted},
+        **_copied(plan, done),
         "kept": {tensor.name: _kept(done[kept_name(tensor)]) for tensor in plan.lost},
         "layout": _layout(plan),
         "side_files": {file.name: file.fate for file in files},
@@ -97,6 +98,12 @@ def _tensor(item: Item, done: Mapping[str, Done]) -> dict[str, Any]:
         if made.proof:
             noted["base_sha256"] = made.proof
     return noted
+
+
+def _copied(plan: Plan, done: Mapping[str, Done]) -> dict[str, Any]:
+    """The xxh3-128 of tensors that were copied, where a run has noted them."""
+    noted = {item.name: copied_name(item) for item in plan.items if copied_name(item) in done}
+    return {"copied": {name: done[key].base_hash for name, key in noted.items()}} if noted else {}
 
 
 def _kept(done: Done) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack, closing
 
 from . import undo
@@ -48,8 +48,12 @@ def run(
     key: Record,
     earlier: Earlier | None,
     hub: Traffic | None = None,
+    hashed: Collection[str] = (),
 ) -> Run:
-    """Make every tensor that is not made yet; when this returns, all bytes and the journal are synced."""
+    """Make every tensor that is not made yet; when this returns, all bytes and the journal are synced.
+
+    Of copied tensors the `hashed` ones, by name, are hashed.
+    """
     place = folder if isinstance(folder, InPlace) else None
     progress = Progress.of(earlier.records if earlier else ())
     with ExitStack() as stack:
@@ -73,6 +77,7 @@ def run(
             progress,
             hub.made if hub else None,
             place,
+            hashed,
             settings.workers * plan.memory > settings.max_memory,
         )
         running.execute(settings.workers)

@@ -59,6 +59,19 @@ def test_a_changed_model_is_refused(tmp_path, merged, adapter, part):
     assert not list(tmp_path.glob("again*"))
 
 
+def test_changed_where_no_adapter_was(tmp_path, merged, adapter):
+    """An exact record has the hashes of what was copied: such a tensor is named, too, and nothing is written."""
+    name = "model.layers.0.input_layernorm.weight"
+    file = next(f for f in sorted(merged.glob("*.safetensors")) if name in load_file(f))
+    tensors = load_file(file)
+    tensors[name][3] += 1
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(RefError, match="is not what was written") as caught:
+        dora_convert.unmerge(merged, adapter, tmp_path / "again")
+    assert [fault.what for fault in caught.value.faults] == [name]
+    assert not list(tmp_path.glob("again*"))
+
+
 def test_a_damaged_record_is_found_out(tmp_path, merged, adapter):
     """A record whose bytes are not what was kept gives no base: unreadable, or another sha256, by tensor."""
     path = merged / "dora_convert/undo.safetensors"

@@ -52,7 +52,9 @@ def _new_folder() -> tuple[Path, FileLock]:
 
     parent = Path(constants.HF_HOME) / "dora_convert" / "visits"
     parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(parent.with_suffix(LOCK)):  # or another run might take a folder for left before it is locked
+    with FileLock(
+        parent.with_suffix(LOCK)
+    ):  # or another run might take a folder for left before it is locked
         for left in parent.iterdir():
             lock = FileLock(left / LOCK)
             with suppress(Timeout, OSError):

@@ -34,6 +34,7 @@ FORM = {
         "ignore_field": [str],
     },
     "tensors": {str: {"fate": str, "of?": str, "written?": MAYBE, "undo?": [str], **HASHES}},
+    "copied?": {str: str},
     "kept": {str: HASHES},
     "rounded?": {str: (MAYBE, count)},
     "layout": {

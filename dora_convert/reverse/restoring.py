@@ -12,7 +12,8 @@ from ..checks import scan_adapter
 from ..digests import Digest, stored_digest
 from ..errors import Fault, RefError, VerificationError
 from ..hub.traffic import Traffic
-from ..progress import Done
+from ..items import Item
+from ..progress import Done, copied_name
 from ..reader import Reader
 from ..report import Recovered, UnmergeReport
 from ..running import earlier, judge, run, run_key
@@ -54,9 +55,11 @@ def restore(
         before = earlier(folder, plan, key)
         if isinstance(folder, InPlace) and not before:
             _prove(reversal, rehearse(plan, settings, choice), copied)
-        done = run(plan, folder, settings, choice, key, before, hub)
+        hashed = () if isinstance(folder, InPlace) else {item.name for item in _untouched(reversal)}
+        done = run(plan, folder, settings, choice, key, before, hub, hashed)
         verdict = judge(plan, done.progress.done) if settings.verify else None
         with _discarding(folder):
+            _refuse_changed(_altered(reversal, done.progress.done), reversal)
             modules = _prove(reversal, done.progress.done, copied)
         for file in (*files, *later(done.progress.done)):
             folder.put(file.name, file.source)
@@ -81,6 +84,19 @@ def _copied(reversal: Reversal, hub: Traffic | None) -> Proofs:
                 found[item.name] = stored_digest(item.source, reader, proof=bool(known.proof))
     _refuse_changed(faults, reversal)
     return found
+
+
+def _untouched(reversal: Reversal) -> Iterator[Item]:
+    """What no adapter touched, as far as the receipt has hashes of it."""
+    noted = reversal.record.receipt.get("copied", {})
+    return (item for item in reversal.plan.items if item.verbatim and item.source.name in noted)
+
+
+def _altered(reversal: Reversal, done: Mapping[str, Done]) -> list[str]:
+    """What no adapter touched and somebody else has."""
+    noted = reversal.record.receipt.get("copied", {})
+    found = {item.source.name: done.get(copied_name(item)) for item in _untouched(reversal)}
+    return [name for name, made in found.items() if made and made.base_hash != noted[name]]
 
 
 def _refuse_changed(names: Sequence[str], reversal: Reversal) -> None:
