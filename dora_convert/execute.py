@@ -76,11 +76,7 @@ class Crew:
         self._choice, self._reader = choice, reader
         self._stop, self._local = threading.Event(), threading.local()
 
-    def run(
-        self,
-        workers: int,
-        tasks: Iterable[Callable[[Lane], None]],
-    ) -> None:
+    def run(self, workers: int, tasks: Iterable[Callable[[Lane], None]]) -> None:
         """Run all tasks; when this returns, or raises what the first of them did, no worker runs any more."""
         with exact_arithmetic(), ThreadPoolExecutor(workers, initializer=self._start) as pool:
             try:
@@ -159,11 +155,10 @@ class Run:
         jobs += [(self.shards.shard_of(item), partial(self._make, item)) for item in items]
         unkept = [tensor for tensor in self.plan.lost if kept_name(tensor) not in self.progress.done]
         jobs += [(self.plan.lost_with[tensor.name], partial(self._keep, tensor)) for tensor in unkept]
-        noted = [item for item in self.plan.items if item.name in self.hashed]
         jobs += [
             (self.shards.shard_of(item), partial(self._hash, item))
-            for item in noted
-            if copied_name(item) not in self.progress.done
+            for item in self.plan.items
+            if item.name in self.hashed and copied_name(item) not in self.progress.done
         ]
         if self.on_shard:
             place = {shard.filename: number for number, shard in enumerate(self.plan.shards)}

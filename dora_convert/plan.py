@@ -59,7 +59,10 @@ class OutputShard:
     def inputs(self) -> Mapping[Path, None]:
         """The files that it is made of, each once."""
         return dict.fromkeys(
-            source.path for item in self.items for source in (item.source, item.base) if source
+            source.path
+            for item in self.items
+            for source in (item.source, item.base, *(item.undo.tensors if item.undo else ()))
+            if source
         )
 
 

@@ -25,13 +25,20 @@ def made(tmp_path_factory):
     make_adapter(root / "lora", base, dora=False)
     make_adapter(root / "dora", base, dora=True)
     dora_convert.merge(root / "base", root / "dora", root / "merged", undo="exact")
+    dora_convert.merge(root / "base", root / "dora", root / "bare", undo="none")
     return root
 
 
 @pytest.fixture
 def hub(made, tmp_path):
     """A Hub with all of it, that counts the weight files here whenever it is asked for one."""
-    names = {"org/base": "base", "me/lora": "lora", "me/dora": "dora", "me/merged": "merged"}
+    names = {
+        "org/base": "base",
+        "me/lora": "lora",
+        "me/dora": "dora",
+        "me/merged": "merged",
+        "me/bare": "bare",
+    }
     server = Hub({repo: made / name for repo, name in names.items()}, tmp_path)
     server.most = 0
 
@@ -50,6 +57,7 @@ VERBS = {
     "to-lora": ("org/base", "me/dora", "OUT", "--rank", "2"),
     "extract": ("org/base", "me/merged", "OUT", "--rank", "2", "--kind", "lora"),
     "unmerge": ("me/merged", "me/dora", "OUT"),
+    "unmerge --base": ("me/bare", "me/dora", "OUT", "--base", "org/base"),
     "verify": ("org/base", "me/dora", "me/merged"),
 }
 
@@ -62,6 +70,7 @@ def test_the_same_and_nothing_stays(hub, made, tmp_path, verb):
         str(tmp_path / "near") if word == "OUT" else str(hub.repos.get(word, word)) for word in VERBS[verb]
     ]
     home = tmp_path / "home"
+    verb = verb.partition(" ")[0]
     done = run(hub, home, verb, *far, "--no-cache", "--workers", "1", "--json")
     assert done.returncode == 0, done.stderr
     local = run(hub, home, verb, *near, "--workers", "1", "--json")

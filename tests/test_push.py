@@ -8,6 +8,7 @@ import signal
 
 import pytest
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
 
 import dora_convert
 
@@ -224,6 +225,20 @@ def test_tensors_that_are_not_what_the_receipt_says(hub, push, merged):
     done = push(merged, "me/merged")
     assert done.returncode == 1
     assert last in done.stderr
+    assert hub.requests == []
+
+
+def test_copied_tensors_that_are_not_what_the_receipt_says(hub, push, made, tmp_path):
+    """An exact merge's receipt has the hashes of what no adapter touched, too."""
+    dora_convert.merge(made / "base", made / "adapter", tmp_path / "exact", undo="exact")
+    table = json.loads((tmp_path / "exact/model.safetensors.index.json").read_text())["weight_map"]
+    shard = tmp_path / "exact" / table["model.norm.weight"]
+    tensors = load_file(shard)
+    tensors["model.norm.weight"][1] += 1
+    save_file(tensors, shard, {"format": "pt"})
+    done = push(tmp_path / "exact", "me/merged")
+    assert done.returncode == 1
+    assert "model.norm.weight" in done.stderr
     assert hub.requests == []
 
 

@@ -20,9 +20,7 @@ SMALL = 1 << 20  # elements: matrices up to that are computed in float64
 FIRST, LAST = 4, 128  # the ranks at which scales are searched for where an error is asked for
 USEFUL = 0.9  # of a LoRA's distance at the same rank: scales that leave more are not searched for again
 NO_SCALE = 1e-4  # of ‖w'‖/‖w‖: a smaller |d| would make B huge
-LARGEST = (
-    10  # of the same: a larger |d| would make V a small difference of W and BA, which PEFT's arithmetic loses
-)
+LARGEST = 10  # of the same: more would make V a small difference of W and BA, which PEFT's arithmetic loses
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,7 @@ class Making:
             from .craft import craft
 
             make = work()
-        with reading(order.bases, order.needs, self.settings.visit, self.settings.notify) as reader:
+        with reading(order.bases, order.needs, self.settings) as reader:
             run = craft(order, self.folder, self.settings, make, assemble, reader)
         details |= conclude(run.results)
         if pushed := push_output(self.folder.given, self.push, self.settings):

@@ -33,7 +33,7 @@ def verify_weights(plan: Plan, merged: Checkpoint, settings: Settings, samples: 
         scan_adapter(adapter)
     found = pair(plan, merged)
     needs = {item.name: (item.source.path, written.path) for item, written in found.pairs}
-    with reading((plan.base, merged), needs, settings.visit, settings.notify) as reader:
+    with reading((plan.base, merged), needs, settings) as reader:
         found.compare_twins(reader)
         compared, identical = _compare(found, settings, samples, reader)
         modules = [_module(parity, written, reader) for parity, written in compared if parity.item.changed]

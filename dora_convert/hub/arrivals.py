@@ -1,8 +1,8 @@
 """Weight files on their way here, each before it is first read, the next one while one is worked on.
 
-Where those of a merge are not to stay, they are counted: an input that is here or arriving takes a place, and so does an output from
-its first tensor until it is on the Hub. With three places the next input arrives while one shard is merged, or one
-output is uploaded while the next is made, and the disk never holds more than three shards.
+Where those of a merge are not to stay, they are counted: an input that is here or arriving takes a place, and so does
+an output from its first tensor until it is on the Hub. With three places the next input arrives while one shard is
+merged, or one output is uploaded while the next is made, and the disk never holds more than three shards.
 """
 
 from __future__ import annotations
@@ -18,15 +18,12 @@ from ..errors import HubError
 from ..plan import Plan
 from ..reader import Reader
 from ..refs import HubRef, Source
+from ..settings import Settings
 from .answers import explained, without_bars
 from .fetch import download, download_all, hashes_of
 from .visit import Visit
 
-Notify = Callable[[str], None]
-
 PLACES = 3
-
-
 Needs = Mapping[str, Collection[Path]]
 """The files that each piece of work reads, pieces and files in the order in which they are needed."""
 
@@ -181,26 +178,26 @@ class Bring:
     """Downloads single weight files of checkpoints, with the word of it."""
 
     def __init__(
-        self, checkpoints: Iterable[Checkpoint], visit: Visit, notify: Notify, top: Path | None = None
+        self, checkpoints: Iterable[Checkpoint], settings: Settings, top: Path | None = None
     ) -> None:
         """`top` is where repos' files come to, if not to where the visit has them."""
         self._of = {tensor.path: each.source for each in checkpoints for tensor in each.tensors.values()}
-        self._visit, self._notify, self._top = visit, notify, top
+        self._settings, self._top = settings, top
         self._hashes: dict[Source, dict[str, str]] = {}
 
     def __call__(self, path: Path) -> None:
         """Download one; nothing where it is no file of theirs."""
         if path not in self._of:
             return  # whoever opens it says so
-        source, token = self._of[path], self._visit.token
+        source, visit = self._of[path], self._settings.visit
         repo, commit = str(source.repo), str(source.commit)
         name = f"{source.subfolder}/{path.name}" if source.subfolder else path.name
         with explained(HubRef(repo, commit, source.subfolder), source.name):
             if source not in self._hashes:
-                self._hashes[source] = hashes_of(repo, commit, token)
-            self._notify(f"downloading {path.name}")
-            place = self._top or self._visit.place(repo, commit)
-            download(repo, name, commit, token, place, self._hashes[source].get(name, ""))
+                self._hashes[source] = hashes_of(repo, commit, visit.token)
+            self._settings.notify(f"downloading {path.name}")
+            place = self._top or visit.place(repo, commit)
+            download(repo, name, commit, visit.token, place, self._hashes[source].get(name, ""))
 
 
 def bring_weights(checkpoint: Checkpoint, visit: Visit, files: Collection[Path] | None = None) -> None:
@@ -216,7 +213,7 @@ def bring_weights(checkpoint: Checkpoint, visit: Visit, files: Collection[Path] 
             download_all(source, wanted, visit)
 
 
-def expect(checkpoints: Iterable[Checkpoint], needs: Needs, visit: Visit, notify: Notify) -> Arrivals | None:
+def expect(checkpoints: Iterable[Checkpoint], needs: Needs, settings: Settings) -> Arrivals | None:
     """What some work on checkpoints reads of the Hub; None where all weights are here.
 
     With the cache, what it needs is downloaded at once. Else a file arrives when it is first read, and goes after the
@@ -226,21 +223,19 @@ def expect(checkpoints: Iterable[Checkpoint], needs: Needs, visit: Visit, notify
     theirs = {tensor.path for checkpoint in far for tensor in checkpoint.tensors.values()}
     # never a file that was here before: what arrives is removed
     coming = {work: tuple(path for path in paths if path in theirs) for work, paths in needs.items()}
-    here = set()
+    visit, here = settings.visit, set()
     if visit.cache:
         here = {path for paths in coming.values() for path in paths}
         for checkpoint in far:
             bring_weights(checkpoint, visit, here)
-    return Arrivals(coming, Bring(far, visit, notify), keep=visit.cache, here=here) if far else None
+    return Arrivals(coming, Bring(far, settings), keep=visit.cache, here=here) if far else None
 
 
 @contextmanager
-def reading(
-    checkpoints: Iterable[Checkpoint], needs: Needs, visit: Visit, notify: Notify
-) -> Iterator[Reader]:
+def reading(checkpoints: Iterable[Checkpoint], needs: Needs, settings: Settings) -> Iterator[Reader]:
     """A reader for some work on checkpoints, as `expect` has it."""
     with ExitStack() as stack:
-        if arrivals := expect(checkpoints, needs, visit, notify):
+        if arrivals := expect(checkpoints, needs, settings):
             stack.enter_context(without_bars())
             stack.callback(arrivals.close)
         yield stack.enter_context(closing(arrivals.reader() if arrivals else Reader()))

@@ -156,3 +156,7 @@ def _hashes(receipt: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name, noted in tensors.items() if isinstance(tensors, dict) else ():
         if isinstance(noted, dict) and isinstance(noted.get("written"), str):
             yield name, noted["written"]
+    copied = receipt.get("copied")
+    for name, proof in copied.items() if isinstance(copied, dict) else ():
+        if isinstance(proof, str):
+            yield name, proof

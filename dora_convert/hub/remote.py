@@ -67,8 +67,8 @@ def look(
     """Find what a REF names; adapters come whole, of a checkpoint on the Hub only headers and small files.
 
     Small files are the config and receipts, or with `whole` all that are no weights. `weights` is the folder that the
-    repo's weights will be in when they are read, by default the visit's. Without a connection, the cache's copy is taken, as by
-    `fetch`.
+    repo's weights will be in when they are read, by default the visit's. Without a connection, the cache's copy is
+    taken, as by `fetch`.
     """
     listings: list[Sequence[str]] = []
 

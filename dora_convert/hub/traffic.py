@@ -110,7 +110,7 @@ def traffic(plan: Plan, routes: Routes, settings: Settings, folder: OutputFolder
     far = absent(plan.base)
     arrivals = None
     if far or not routes.local:
-        bring = Bring([plan.base], settings.visit, settings.notify, routes.weights(folder)) if far else None
+        bring = Bring([plan.base], settings, routes.weights(folder)) if far else None
         places = None if routes.local and routes.cache else PLACES
         needs = shard_needs(plan)
         arrivals = Arrivals(needs, bring, keep=routes.cache, places=places, outputs=not routes.local)
@@ -129,7 +129,7 @@ def traffic(plan: Plan, routes: Routes, settings: Settings, folder: OutputFolder
 def inward(plan: Plan, others: Sequence[Checkpoint], settings: Settings) -> Iterator[Traffic | None]:
     """What a plan reads of its base and of other checkpoints on the Hub while it runs; None where all of it is here."""
     needs = shard_needs(plan, *others)
-    arrivals = expect((plan.base, *others), needs, settings.visit, settings.notify)
+    arrivals = expect((plan.base, *others), needs, settings)
     if not arrivals:
         yield None
         return

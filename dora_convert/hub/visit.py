@@ -52,9 +52,8 @@ def _new_folder() -> tuple[Path, FileLock]:
 
     parent = Path(constants.HF_HOME) / "dora_convert" / "visits"
     parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(
-        parent.with_suffix(LOCK)
-    ):  # or another run might take a folder for left before it is locked
+    # without it another run might take a folder for left before it is locked
+    with FileLock(parent.with_suffix(LOCK)):
         for left in parent.iterdir():
             lock = FileLock(left / LOCK)
             with suppress(Timeout, OSError):

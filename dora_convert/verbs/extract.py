@@ -124,10 +124,10 @@ def _differing(base: Checkpoint, tuned: Checkpoint, making: Making) -> Collectio
     """What fine-tuning changed: both are read for it."""
     with without_collections():
         from ..adapters.extraction import differing
-    before, settings = model_names(base), making.settings
+    before = model_names(base)
     both = {name: (before[name], tensor) for name, tensor in model_names(tuned).items() if name in before}
     needs = {name: (one.path, other.path) for name, (one, other) in both.items()}
-    with reading((base, tuned), needs, settings.visit, settings.notify) as reader:
+    with reading((base, tuned), needs, making.settings) as reader:
         return differing(both, reader)
 
 
