@@ -55,15 +55,15 @@ def _open_headers(visit: Visit, ref: str, revision: str | None) -> Checkpoint:
     return open_far(ref, "BASE", visit, revision=revision)
 
 
-def refuse_swapped(base: str, adapters: Sequence[str], out: str, verb: str) -> None:
+def refuse_swapped(base: str, adapters: Sequence[str], out: str, verb: str, what: str = "BASE") -> None:
     """BASE is an adapter and an ADAPTER is a model: say so, with the command that was meant."""
-    first = local_path(base, "BASE")
+    first = local_path(base, what)
     for adapter in adapters:
         second = local_path(adapter, "ADAPTER")
         if _only_adapter(first) and not _is_adapter(second) and _has_weights(second):
             exchanged = [base if ref == adapter else ref for ref in adapters]
             raise UsageError(
-                f"BASE and ADAPTER are swapped: {base} is an adapter, {adapter} is a model.",
+                f"{what} and ADAPTER are swapped: {base} is an adapter, {adapter} is a model.",
                 hint=shlex.join(["dora-convert", verb, adapter, *exchanged, out]),
             )
 

@@ -16,12 +16,20 @@ from dora_convert.errors import (
     OutputError,
     RefError,
     UnsupportedError,
+    UsageError,
     VerificationError,
 )
 
 from .test_undo_exact import same_as
 from .test_unmerge import merged  # noqa: F401 - fixtures
 from .toy import contents, edit_json, exact, load, make_adapter, make_base, rounded
+
+
+def test_swapped(tmp_path, merged, adapter):
+    """The adapter first, then the model: the command that was meant."""
+    with pytest.raises(UsageError, match="MERGED and ADAPTER are swapped") as caught:
+        dora_convert.unmerge(adapter, merged, tmp_path / "again")
+    assert caught.value.hint == f"dora-convert unmerge {merged} {adapter} {tmp_path / 'again'}"
 
 
 def test_another_adapter_is_refused(tmp_path, merged, base):

@@ -13,6 +13,7 @@ from ..checkpoint import RECORD, Checkpoint, open_checkpoint
 from ..digests import xxh3
 from ..errors import RefError, UsageError
 from ..folder import new_folder
+from ..gather import refuse_swapped
 from ..heavy import without_collections
 from ..hub.fetch import fetch, wanted_of_adapter
 from ..hub.remote import open_far
@@ -71,6 +72,8 @@ def unmerge(
         if in_place and (report := _finished(merged, refs, out, settings)):
             return report
         folder = None if in_place else new_folder(out, "unmerge", overwrite=overwrite)
+        last = folder.given if folder else "--in-place"
+        refuse_swapped(os.fspath(merged), refs, last, "unmerge", "MERGED")
         reversal, record, inputs = _plan(
             merged, refs, base, options, settings, ignore_field, unfinished=in_place
         )
