@@ -16,8 +16,8 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from dora_convert.adapters.factoring import truncated_svd
-from dora_convert.adapters.factoring_dora import extract_dora
+from dora_convert.maths.dora_fit import extract_dora
+from dora_convert.maths.svd import truncated_svd
 
 
 def with_spectrum(S: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Move between base + adapter and checkpoint: LoRA and DoRA, streaming, exact.
 
     >>> import dora_convert
-    >>> report = dora_convert.merge("org/base", "org/adapter", "merged")  # doctest: +SKIP
+    >>> reports.merge = dora_convert.merge("org/base", "org/adapter", "merged")  # doctest: +SKIP
 
 The functions here are the verbs of the command line. torch is imported when one runs, not before.
 """
@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .adapters.made import MadeDryRun, MadeReport
-    from .checking.verified import OutputsReport, VerifyReport
     from .errors import (
         DoraConvertError,
         HubError,
@@ -28,12 +26,14 @@ if TYPE_CHECKING:
         UsageError,
         VerificationError,
     )
-    from .inspected import AdapterReport, CheckpointReport
-    from .report import DryRunReport, MergeReport, PushReport, Recovered, UnmergeReport
+    from .fitting.report import MadeDryRun, MadeReport
+    from .reports.inspect import AdapterReport, CheckpointReport
+    from .reports.merge import DryRunReport, MergeReport, PushReport, Recovered, UnmergeReport
+    from .reports.verify import OutputsReport, VerifyReport
     from .verbs.extract import extract
     from .verbs.from_lora import from_lora
-    from .verbs.inspect import inspect
-    from .verbs.merge import merge
+    from .verbs.inspect.verb import inspect
+    from .verbs.merge.verb import merge
     from .verbs.push import push
     from .verbs.to_lora import to_lora
     from .verbs.unmerge import unmerge
@@ -44,18 +44,18 @@ _MODULES = {
         "DoraConvertError", "HubError", "MalformedError", "NumericalError", "OutputError", "PlanError", "RefError",
         "UnsupportedError", "UsageError", "VerificationError",
     ),
-    "inspected": ("AdapterReport", "CheckpointReport"),
-    "adapters.made": ("MadeDryRun", "MadeReport"),
-    "report": ("DryRunReport", "MergeReport", "PushReport", "Recovered", "UnmergeReport"),
+    "reports.inspect": ("AdapterReport", "CheckpointReport"),
+    "fitting.report": ("MadeDryRun", "MadeReport"),
+    "reports.merge": ("DryRunReport", "MergeReport", "PushReport", "Recovered", "UnmergeReport"),
     "verbs.extract": ("extract",),
     "verbs.from_lora": ("from_lora",),
-    "verbs.inspect": ("inspect",),
-    "verbs.merge": ("merge",),
+    "verbs.inspect.verb": ("inspect",),
+    "verbs.merge.verb": ("merge",),
     "verbs.push": ("push",),
     "verbs.unmerge": ("unmerge",),
     "verbs.to_lora": ("to_lora",),
     "verbs.verify": ("verify",),
-    "checking.verified": ("OutputsReport", "VerifyReport"),
+    "reports.verify": ("OutputsReport", "VerifyReport"),
 }  # fmt: skip
 """Where each public name is defined."""
 _OWNER = {name: module for module, names in _MODULES.items() for name in names}

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from .errors import UsageError
-from .hub.visit import Visit, visiting
-from .plan import Options
+from .plan.plan import Options
 from .sizes import format_size, parse_size
-from .stored import CONFIG_DTYPES
+from .sources.session import Visit, visiting
+from .storage.safetensors import CONFIG_DTYPES
 
 DTYPES = {"auto": None} | {name: dtype for dtype, name in CONFIG_DTYPES.items()}
 COMPUTE_DTYPES = {"auto": "F64", "float64": "F64", "float32": "F32"}

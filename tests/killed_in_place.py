@@ -15,13 +15,16 @@ import sys
 import traceback
 from pathlib import Path
 
-import dora_convert
-from dora_convert import blocks, journal, produce  # torch is imported before children are made
-from dora_convert.checkpoint import open_checkpoint
-from dora_convert.errors import RefError
-from dora_convert.refs import local_source
 from dora_convert.reverse import restoring
-from dora_convert.writer import ShardFiles
+
+import dora_convert
+from dora_convert.errors import RefError
+from dora_convert.output.shards import ShardFiles
+from dora_convert.plan import blocks
+from dora_convert.storage import journal
+from dora_convert.storage.checkpoint import open_checkpoint
+from dora_convert.storage.refs import local_source
+from dora_convert.verbs.merge import pipeline as produce  # torch is imported before children are made
 
 blocks.BLOCK_ELEMENTS, journal.BATCH_SECONDS = 1 << 10, 0.0
 assert produce

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from dora_convert.errors import MalformedError, UnsupportedError
-from dora_convert.pickled import MAGIC, PROTOCOL, read_pickle
-from dora_convert.stored import read_header
+from dora_convert.storage.safetensors import read_header
+from dora_convert.storage.torch_pickle import MAGIC, PROTOCOL, read_pickle
 
 DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.bool,

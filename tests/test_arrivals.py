@@ -7,13 +7,13 @@ import threading
 
 import pytest
 
-from dora_convert.adapter import open_adapter
-from dora_convert.checkpoint import open_checkpoint
+from dora_convert.adapters.adapter import open_adapter
 from dora_convert.errors import HubError
-from dora_convert.hub.arrivals import Arrivals, shard_needs
-from dora_convert.plan import Options
-from dora_convert.planner import make_plan
-from dora_convert.refs import local_source
+from dora_convert.plan.plan import Options
+from dora_convert.plan.planner import make_plan
+from dora_convert.sources.prefetch import Arrivals, shard_needs
+from dora_convert.storage.checkpoint import open_checkpoint
+from dora_convert.storage.refs import local_source
 
 from .toy import make_adapter, make_base
 

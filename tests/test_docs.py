@@ -105,7 +105,7 @@ def test_every_page_is_in_the_index():
 
 def test_equations_are_in_order():
     """docs/mathematics.md numbers what maths.py numbers."""
-    numbered = re.findall(r"\((\d)\),", (ROOT / "dora_convert/maths.py").read_text(encoding="utf-8"))
+    numbered = re.findall(r"\((\d)\),", (ROOT / "dora_convert/maths/lora.py").read_text(encoding="utf-8"))
     assert numbered == sorted(numbered)
     page = (ROOT / "docs/mathematics.md").read_text(encoding="utf-8")
     assert all(f"**({number})" in page for number in numbered)

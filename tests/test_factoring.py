@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dora_convert.adapters import factoring
-from dora_convert.adapters.factoring import Goal, relative_error, resize, truncated_svd
-from dora_convert.adapters.factoring_dora import extract_dora
+from dora_convert.maths.dora_fit import extract_dora
+from dora_convert.maths.svd import Goal, relative_error, resize, truncated_svd
 
 SHAPES = [(96, 40), (40, 96), (24, 40)]
 

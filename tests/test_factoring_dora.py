@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dora_convert.adapters import factoring_dora, factoring_scales
-from dora_convert.adapters.factoring import truncated_svd
-from dora_convert.adapters.factoring_dora import extract_dora
+from dora_convert.maths.dora_fit import extract_dora
+from dora_convert.maths.svd import truncated_svd
 
 from .test_factoring import SHAPES, dora, left_over, weight
 

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 
 import dora_convert
 from dora_convert.errors import DoraConvertError, MalformedError
-from dora_convert.reader import Reader
-from dora_convert.reverse.packing import Unpacker, pack
-from dora_convert.schema import Either, count, misfit
-from dora_convert.stored import Stored
+from dora_convert.storage.reader import Reader
+from dora_convert.storage.safetensors import Stored
+from dora_convert.storage.schema import Either, count, misfit
+from dora_convert.undo.packing import Unpacker, pack
 
 from .toy import contents, edit_json, make_adapter, stopped
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 import dora_convert
 from dora_convert.errors import DoraConvertError, PlanError, UsageError, VerificationError
-from dora_convert.writer import ShardFiles
+from dora_convert.output.shards import ShardFiles
 
 from .test_kinds import (
     D1,
@@ -45,7 +45,7 @@ def experts(tmp_path):
 
 def test_experts(tmp_path, experts, monkeypatch):
     """A lies expert after expert, B with the expert varying fastest; no block holds rows of two."""
-    from dora_convert import blocks
+    from dora_convert.plan import blocks
 
     monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 1 << 7)
     base, adapter, weight, extra = experts

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dora_convert import maths
+from dora_convert.maths import lora as maths
 
 from .toy import rounded
 

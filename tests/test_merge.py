@@ -10,8 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import dora_convert
-from dora_convert import blocks
 from dora_convert.errors import PlanError, UsageError
+from dora_convert.plan import blocks
 
 from .toy import (
     contents,
@@ -111,8 +111,8 @@ def test_blocks_smaller_than_the_tensor(tmp_path, monkeypatch):
 
 
 def _stored(base, name):
-    from dora_convert.checkpoint import open_checkpoint
-    from dora_convert.refs import local_source
+    from dora_convert.storage.checkpoint import open_checkpoint
+    from dora_convert.storage.refs import local_source
 
     return open_checkpoint(local_source(base.path)).tensors[f"model.layers.0.{name}.weight"]
 

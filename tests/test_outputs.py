@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import dora_convert
 from dora_convert.errors import DoraConvertError, UsageError
-from dora_convert.outputs.halfulp import half_ulp
-from dora_convert.outputs.models import Loader
+from dora_convert.logits.models import Loader
+from dora_convert.logits.rounding_floor import half_ulp
 
 from .toy import edit_json
 
@@ -162,7 +162,7 @@ def test_pefts_merges_agree(tmp_path, dtype, dora):
 
 def test_figures_are_those_of_the_models(tmp_path):
     """Error, divergence and agreement as PEFT and transformers give them; the floor as real rounding leaves it."""
-    from dora_convert.outputs.samples import make_samples
+    from dora_convert.logits.samples import make_samples
 
     base, adapter, out = merged(tmp_path)
     report = outputs(base, adapter, out)

@@ -140,7 +140,7 @@ def test_merge_verifies_outputs(tmp_path, monkeypatch, run):
     base, adapter = trained(tmp_path)
     words = "merge", base, adapter, tmp_path / "out", "--verify-outputs", "--json"
     with monkeypatch.context() as patch:
-        patch.setattr("dora_convert.outputs.comparison.MEAN_MARGIN", 0.1)
+        patch.setattr("dora_convert.logits.compare.MEAN_MARGIN", 0.1)
         code, _, err = run(*words)
     assert code == 1
     assert '"verification"' in err

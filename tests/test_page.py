@@ -8,9 +8,9 @@ from html.parser import HTMLParser
 import pytest
 
 import dora_convert
-from dora_convert.checking.page import write_page
-from dora_convert.checking.verified import CheckedModule, Untouched, VerifyReport
 from dora_convert.errors import OutputError
+from dora_convert.reports.html import write_page
+from dora_convert.reports.verify import CheckedModule, Untouched, VerifyReport
 
 from .test_verify import SQUARE, load, merged, moved, tamper
 

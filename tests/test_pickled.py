@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dora_convert.errors import UnsupportedError
-from dora_convert.pickled import read_pickle
+from dora_convert.storage.torch_pickle import read_pickle
 
 from .pickles import (
     DTYPES,

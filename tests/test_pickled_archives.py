@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from dora_convert.errors import MalformedError, UnsupportedError
-from dora_convert.pickled import MAGIC
-from dora_convert.stored import read_header
+from dora_convert.storage.safetensors import read_header
+from dora_convert.storage.torch_pickle import MAGIC
 
 from .pickles import (
     agree,

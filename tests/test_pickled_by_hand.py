@@ -14,10 +14,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dora_convert import pickled
 from dora_convert.errors import MalformedError, UnsupportedError
-from dora_convert.pickled import MAGIC, PROTOCOL, read_pickle
-from dora_convert.stored import BITS
+from dora_convert.storage import torch_pickle as pickled
+from dora_convert.storage.safetensors import BITS
+from dora_convert.storage.torch_pickle import MAGIC, PROTOCOL, read_pickle
 
 from .pickles import (
     DTYPES,
@@ -85,7 +85,7 @@ def test_nothing_named_is_torch():
     """What a pickle may name is ours, in the same process as torch as well; none of it can be changed."""
     for name, value in pickled._GLOBALS.items():
         module = value.__module__ if callable(value) else type(value).__module__
-        assert module == "dora_convert.pickled", name
+        assert module == "dora_convert.storage.torch_pickle", name
         assert callable(value) or isinstance(value, pickled._Dtype)
     assert set(pickled._DTYPES.values()) <= set(BITS)
 
@@ -96,7 +96,7 @@ def test_torch_is_not_imported(save):
         {**{str(dtype): torch.ones(2).to(dtype) for dtype in DTYPES}, "p": torch.nn.Parameter(torch.ones(2))}
     )
     code = (
-        "import sys; from pathlib import Path; from dora_convert.pickled import read_pickle\n"
+        "import sys; from pathlib import Path; from dora_convert.storage.torch_pickle import read_pickle\n"
         "found = read_pickle(Path(sys.argv[1])).tensors\n"
         "assert not {'torch', 'numpy', 'safetensors'} & set(sys.modules), 'imported'\n"
         "sys.stdout.write(str(len(found)))"
@@ -169,7 +169,7 @@ def test_bombs(tmp_path, bomb):
     path = legacy(tmp_path, b"", bomb)
     code = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))\n"
-        "from pathlib import Path; from dora_convert.errors import *; from dora_convert.pickled import read_pickle\n"
+        "from pathlib import Path; from dora_convert.errors import *; from dora_convert.storage.torch_pickle import read_pickle\n"
         "try: read_pickle(Path(sys.argv[1]))\n"
         "except (MalformedError, UnsupportedError) as error: sys.stdout.write(error.message)"
     )

@@ -8,10 +8,10 @@ from safetensors.torch import load_file, save_file
 
 import dora_convert
 from dora_convert.errors import DoraConvertError, MalformedError, PlanError
-from dora_convert.gather import gather
-from dora_convert.hub.visit import Visit
-from dora_convert.plan import Options
-from dora_convert.planner import make_plan
+from dora_convert.plan.plan import Options
+from dora_convert.plan.planner import make_plan
+from dora_convert.sources.inputs import gather
+from dora_convert.sources.session import Visit
 
 from .toy import edit_json, make_adapter
 
@@ -184,7 +184,7 @@ def test_renamed_layouts_are_refused_in_one_sentence(base, adapter):
 
 def test_conv1d_needs_the_model_type():
     """Which square weights are Conv1D depends on the model's type and the module's name."""
-    from dora_convert.placing import is_conv1d
+    from dora_convert.plan.shapes import is_conv1d
 
     assert not is_conv1d("h.0.attn.c_proj.weight", frozenset({"llama"}))
     assert is_conv1d("h.0.attn.c_proj.weight", frozenset({"gpt2"}))

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import dora_convert
-from dora_convert import blocks
 from dora_convert.errors import DoraConvertError
+from dora_convert.plan import blocks
 
 from .toy import rounded
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import dora_convert
 from dora_convert.errors import OutputError
-from dora_convert.journal import read_journal
+from dora_convert.storage.journal import read_journal
 
 from .spawner import Process
 from .toy import contents, exact, load, make_adapter, make_base, rounded, stopped
@@ -21,8 +21,9 @@ from .toy import contents, exact, load, make_adapter, make_base, rounded, stoppe
 DRIVER = """
     import os, sys, threading
     import dora_convert
-    from dora_convert import blocks, journal
-    from dora_convert.writer import ShardFiles
+    from dora_convert.plan import blocks
+    from dora_convert.storage import journal
+    from dora_convert.output.shards import ShardFiles
 
     base, adapter, out, allowed = *sys.argv[1:4], int(sys.argv[4])
     blocks.BLOCK_ELEMENTS, journal.BATCH_SECONDS = 1 << 10, 0.0
@@ -219,7 +220,8 @@ def test_read_only_parent(tmp_path, base, adapter):
 
 def test_disk_full(tmp_path, base, adapter, monkeypatch):
     """Space is counted before anything is written; when it runs out all the same, the error says what to do."""
-    from dora_convert import folder, writer
+    from dora_convert.output import folder
+    from dora_convert.output import shards as writer
 
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(folder.shutil, "disk_usage", lambda _: usage)

@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from dora_convert.errors import MalformedError
-from dora_convert.reader import Reader
-from dora_convert.stored import MAX_HEADER, read_header
+from dora_convert.storage.reader import Reader
+from dora_convert.storage.safetensors import MAX_HEADER, read_header
 
 ENTRY = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
 

@@ -42,7 +42,7 @@ def test_whatever_made_the_record(tmp_path, base, adapter):
 
 def test_blocks_of_another_height(tmp_path, merged, base, adapter, monkeypatch):
     """The record serves a version that cuts its blocks otherwise: predictions do not depend on them."""
-    from dora_convert import blocks
+    from dora_convert.plan import blocks
 
     monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 1 << 9)
     dora_convert.unmerge(merged, adapter, tmp_path / "again")

@@ -14,7 +14,7 @@ from .sink import Sink, ledger_table, printable, table
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..inspected import AdapterReport, CheckpointReport, Landing, Module
+    from ..reports.inspect import AdapterReport, CheckpointReport, Landing, Module
 
 SHOWN = 10
 """How many of a list are shown without --verbose."""
@@ -38,7 +38,7 @@ def command(ref: str, *, as_json: bool, quiet: bool, verbose: bool, **chosen: An
       dora-convert inspect ./adapter --base org/base
       dora-convert inspect org/base --json
     """
-    from ..verbs.inspect import inspect
+    from ..verbs.inspect.verb import inspect
 
     sink = Sink(as_json=as_json, quiet=quiet, verbose=verbose)
     report = inspect(ref, **chosen)
@@ -47,7 +47,7 @@ def command(ref: str, *, as_json: bool, quiet: bool, verbose: bool, **chosen: An
 
 def parts(report: AdapterReport | CheckpointReport, *, every: bool) -> Iterator[Table | str]:
     """The report for people: tables first, then what it comes to in a few lines."""
-    from ..inspected import AdapterReport
+    from ..reports.inspect import AdapterReport
 
     if isinstance(report, AdapterReport):
         if report.modules:

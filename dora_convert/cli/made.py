@@ -11,7 +11,7 @@ from .sink import Sink, fold_name, printable, table
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..adapters.made import MadeDryRun, MadeReport
+    from ..fitting.report import MadeDryRun, MadeReport
 
 
 def run_verb(

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from rich.table import Table
     from tqdm import tqdm
 
-    from ..inspected import Landing
-    from ..report import DryRunReport, MergeReport
+    from ..reports.inspect import Landing
+    from ..reports.merge import DryRunReport, MergeReport
 
 
 LONGEST_NAME = 40

@@ -13,7 +13,7 @@ from .sink import Sink, ledger_table, printable, summary, table
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..report import DryRunReport, Recovered, UnmergeReport
+    from ..reports.merge import DryRunReport, Recovered, UnmergeReport
 
 SHOWN = 10
 """How many tensors that are not proven are shown without --verbose."""

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from ..checking.figures import figures
+from ..reports.figures import figures
 from . import options
 from .sink import Sink, printable, table
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..checking.verified import CheckedModule, OutputsReport, VerifyReport
+    from ..reports.verify import CheckedModule, OutputsReport, VerifyReport
 
 SHOWN = 10
 """How many modules and problems are shown without --verbose."""

@@ -13,13 +13,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..digests import hash_of
 from ..errors import HubError
-from ..journal import Record
-from .answers import explained_writing, patiently, status_of, without_bars
-from .memo import Memo
-from .origin import Origin
-from .pushed import Pushed, Sent, Target
+from ..reports.push import Pushed, Sent, Target
+from ..sources.hub_client import explained_writing, patiently, status_of, without_bars
+from ..storage.digests import hash_of
+from ..storage.journal import Record
+from .server_copy import Origin
+from .upload_journal import Memo
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi

@@ -7,23 +7,23 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from ..adapter import Change
-from ..adapters.made import MadeDryRun, MadeModule, MadeReport, share
-from ..adapters.making import Making
-from ..adapters.orders import Order, Result, goal_of
-from ..adapters.outgoing import Outgoing
-from ..adapters.pairs import Pair, Sorted, Sorting, model_names, short_names
-from ..checkpoint import Checkpoint
+from ..adapters.adapter import Change
+from ..adapters.new_adapter import Outgoing
+from ..adapters.updates import Decomposed, Full, LowRank
 from ..errors import PlanError, UnsupportedError
-from ..heavy import without_collections
-from ..hub.arrivals import reading
-from ..hub.pushed import Target
-from ..hub.remote import open_far
-from ..planner import refuse_quantised
-from ..refs import PathLike
+from ..fitting.jobs import Order, Result, goal_of
+from ..fitting.pairs import Pair, Sorted, Sorting, model_names, short_names
+from ..fitting.report import MadeDryRun, MadeModule, MadeReport, share
+from ..fitting.session import Making
+from ..lazy_torch import without_collections
+from ..plan.planner import refuse_quantised
+from ..reports.push import Target
 from ..settings import chosen
 from ..sizes import format_size
-from ..updates import Decomposed, Full, LowRank
+from ..sources.prefetch import reading
+from ..sources.remote_headers import open_far
+from ..storage.checkpoint import Checkpoint
+from ..storage.refs import PathLike
 
 KINDS = {"dora": "dora", "lora": "lora"}
 EMBEDDINGS = {"full": "full", "lora": "lora", "skip": "skip"}
@@ -123,7 +123,7 @@ def _open(making: Making, base: PathLike, tuned: PathLike) -> tuple[Checkpoint, 
 def _differing(base: Checkpoint, tuned: Checkpoint, making: Making) -> Collection[str]:
     """What fine-tuning changed: both are read for it."""
     with without_collections():
-        from ..adapters.extraction import differing
+        from ..fitting.extract import differing
     before = model_names(base)
     both = {name: (before[name], tensor) for name, tensor in model_names(tuned).items() if name in before}
     needs = {name: (one.path, other.path) for name, (one, other) in both.items()}
@@ -195,7 +195,7 @@ def _order(
 def _work(
     making: Making, kind: str, goal: Mapping[str, Any], *, exact: bool, single: bool
 ) -> Callable[[Pair, Any], Any]:
-    from ..adapters.extraction import extract_module
+    from ..fitting.extract import extract_module
 
     return partial(
         extract_module, kind=kind, goal=goal, exact=exact, single=single, dtype=making.options.dtype

@@ -7,19 +7,19 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
-from ..adapter import Adapter, Change
-from ..adapters.made import MadeDryRun, MadeModule, MadeReport, share
-from ..adapters.making import Making
-from ..adapters.orders import Order, Placed, Result, modules_besides, place_changes
-from ..adapters.outgoing import Outgoing
+from ..adapters.adapter import Adapter, Change
+from ..adapters.new_adapter import Outgoing
+from ..adapters.updates import Decomposed, LowRank, tensors_of
 from ..errors import Fault, UnsupportedError, UsageError
-from ..formats import Format
-from ..hub.pushed import Target
-from ..plan import Plan
-from ..refs import PathLike
+from ..fitting.jobs import Order, Placed, Result, modules_besides, place_changes
+from ..fitting.report import MadeDryRun, MadeModule, MadeReport, share
+from ..fitting.session import Making
+from ..formats.detect import Format
+from ..naming.ties import is_embedding, is_head
+from ..plan.plan import Plan
+from ..reports.push import Target
 from ..settings import chosen
-from ..ties import is_embedding, is_head
-from ..updates import Decomposed, LowRank, tensors_of
+from ..storage.refs import PathLike
 
 TIED = "serves as embedding and as head, whose norms run along different axes"
 REST = "lora"
@@ -79,7 +79,7 @@ def from_lora(
 
 
 def _work(*, preserve: bool) -> Callable[[Placed, Any], Any]:
-    from ..adapters.magnitudes import magnitudes
+    from ..fitting.magnitudes import magnitudes
 
     return partial(magnitudes, preserve=preserve)
 

@@ -7,11 +7,11 @@ import shlex
 from collections.abc import Callable
 
 from ..errors import RefError
-from ..hub.pushed import Target
-from ..hub.pushing import Pushing
-from ..refs import PathLike
-from ..report import PushReport
+from ..hub.push import Pushing
+from ..reports.merge import PushReport
+from ..reports.push import Target
 from ..settings import check_base_model
+from ..storage.refs import PathLike
 
 
 def push(

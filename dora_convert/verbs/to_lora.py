@@ -8,17 +8,17 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from ..adapter import Change
-from ..adapters.made import MadeDryRun, MadeModule, MadeReport, share
-from ..adapters.making import Making
-from ..adapters.orders import HELD, Order, Placed, Result, goal_of, modules_besides, place_changes
-from ..adapters.outgoing import Outgoing
-from ..hub.pushed import Target
-from ..items import Edit, Item
-from ..plan import Plan
-from ..refs import PathLike
-from ..ties import is_embedding, is_head
-from ..updates import Decomposed, Delta, LowRank, low_rank
+from ..adapters.adapter import Change
+from ..adapters.new_adapter import Outgoing
+from ..adapters.updates import Decomposed, Delta, LowRank, low_rank
+from ..fitting.jobs import HELD, Order, Placed, Result, goal_of, modules_besides, place_changes
+from ..fitting.report import MadeDryRun, MadeModule, MadeReport, share
+from ..fitting.session import Making
+from ..naming.ties import is_embedding, is_head
+from ..plan.item import Edit, Item
+from ..plan.plan import Plan
+from ..reports.push import Target
+from ..storage.refs import PathLike
 
 LOSSY = 0.05
 """A relative error above which merging is the better way out."""
@@ -147,7 +147,7 @@ def _order(plan: Plan, making: Making, found: _Sorted, goal: Mapping[str, Any], 
 def _work(
     goal: Mapping[str, Any], making: Making, found: _Sorted, *, exact: bool
 ) -> Callable[[Placed, Any], Any]:
-    from ..adapters.compress import compress
+    from ..fitting.compress import compress
 
     return partial(
         compress, goal=goal, exact=exact, single=found.single, dtype=making.options.dtype, shifts=found.shifts

@@ -8,30 +8,30 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..adapter import Adapter, open_adapter
-from ..checkpoint import RECORD, Checkpoint, open_checkpoint
-from ..digests import xxh3
+from ..adapters.adapter import Adapter, open_adapter
 from ..errors import RefError, UsageError
-from ..folder import new_folder
-from ..gather import refuse_swapped
-from ..heavy import without_collections
-from ..hub.fetch import fetch, wanted_of_adapter
-from ..hub.remote import open_far
-from ..items import Undo
-from ..plan import Options, Plan
-from ..refs import PathLike, listed, local_path, local_source
-from ..report import DryRunReport, UnmergeReport
-from ..reverse.in_place import InPlace, finished
-from ..reverse.record import Record, in_order, no_record, read_record
-from ..reverse.refusals import refuse_far, refuse_lossy, refuse_options
-from ..reverse.removal import following, plan_removal, remaining_files
-from ..reverse.unmerging import Reversal, plan_unmerge
+from ..lazy_torch import without_collections
+from ..output.folder import new_folder
+from ..output.in_place import InPlace, finished
+from ..output.side_files import SideFile, base_files, restored_files
+from ..plan.item import Undo
+from ..plan.plan import Options, Plan
+from ..reports.merge import DryRunReport, UnmergeReport
 from ..settings import Settings, parse_options
-from ..sidefiles import SideFile, base_files, restored_files
-from ..undo import NAME as UNDO
+from ..sources.download import fetch, wanted_of_adapter
+from ..sources.inputs import refuse_swapped
+from ..sources.remote_headers import open_far
+from ..storage.checkpoint import RECORD, Checkpoint, open_checkpoint
+from ..storage.digests import xxh3
+from ..storage.refs import PathLike, listed, local_path, local_source
+from ..storage.spool import NAME as UNDO
+from ..undo.record import Record, in_order, no_record, read_record
+from ..undo.refusals import refuse_far, refuse_lossy, refuse_options
+from ..undo.removal import following, plan_removal, remaining_files
+from ..undo.unmerge_plan import Reversal, plan_unmerge
 
 if TYPE_CHECKING:
-    from ..workspace import Folder
+    from ..engine.resume import Folder
 
 
 def unmerge(
@@ -91,8 +91,8 @@ def _restore(
 ) -> UnmergeReport:
     """Carry it out, with what it reads of the Hub."""
     with without_collections():
-        from ..hub.traffic import inward
-        from ..reverse.restoring import restore
+        from ..hub.streaming import inward
+        from ..undo.restore import restore
     later = [partial(following, reversal, record)] if reversal.places else []
     others = [reversal.original] if reversal.original else []
     with inward(reversal.plan, others, settings) as hub:

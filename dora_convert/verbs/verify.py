@@ -7,25 +7,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ..checking.page import check_page, write_page
-from ..checking.verified import OutputsReport, VerifyReport
-from ..checkpoint import RECEIPT, RECORD, Checkpoint
 from ..errors import DoraConvertError, UsageError
-from ..extras import need
-from ..gather import gather, refuse_swapped
-from ..heavy import without_collections
-from ..hub.arrivals import bring_weights
-from ..hub.fetch import fetch, wanted_of_adapter
-from ..hub.remote import open_far
-from ..hub.visit import Visit
-from ..outputs.prompts import gather_prompts
-from ..plan import Options, Plan
-from ..planner import make_plan
-from ..refs import PathLike, listed
+from ..lazy_torch import without_collections
+from ..logits.prompts import gather_prompts
+from ..optional_packages import need
+from ..plan.plan import Options, Plan
+from ..plan.planner import make_plan
+from ..reports.html import check_page, write_page
+from ..reports.verify import OutputsReport, VerifyReport
 from ..settings import MAX_MEMORY, Settings, chosen, parse_options, parse_weights
+from ..sources.download import fetch, wanted_of_adapter
+from ..sources.inputs import gather, refuse_swapped
+from ..sources.prefetch import bring_weights
+from ..sources.remote_headers import open_far
+from ..sources.session import Visit
+from ..storage.checkpoint import RECEIPT, RECORD, Checkpoint
+from ..storage.refs import PathLike, listed
 
 if TYPE_CHECKING:
-    from ..checking.recorded import Recorded
+    from ..parity.recorded import Recorded
 
 LEVELS = "weights", "outputs"
 
@@ -127,7 +127,7 @@ def _recorded(made: Checkpoint, refs: Sequence[str], visit: Visit) -> Recorded |
     except DoraConvertError:
         return None
     with without_collections():
-        from ..checking.recorded import read_recorded
+        from ..parity.recorded import read_recorded
     return read_recorded(folder, paths)
 
 
@@ -140,10 +140,10 @@ def _compared(
 ) -> VerifyReport | OutputsReport:
     """Weights compared; or what models say, where `running` holds prompts and a limit of memory."""
     with without_collections():
-        from ..checking.verification import verify_weights
+        from ..parity.weights import verify_weights
 
         if running:
-            from ..outputs.comparison import prepared
+            from ..logits.compare import prepared
     if not running:
         return verify_weights(plan, made, settings, samples)
     for each in (plan.base, made):

@@ -14,14 +14,14 @@ import torch
 from safetensors import safe_open
 
 import dora_convert
-from dora_convert.checkpoint import open_checkpoint, weight_map
-from dora_convert.formats import peft
-from dora_convert.json_files import read_json
-from dora_convert.pickled import read_pickle
-from dora_convert.reader import Reader
-from dora_convert.refs import Source
-from dora_convert.reverse.packing import Unpacker
-from dora_convert.stored import Stored, read_header
+from dora_convert.formats.detect import peft
+from dora_convert.storage.checkpoint import open_checkpoint, weight_map
+from dora_convert.storage.json_files import read_json
+from dora_convert.storage.reader import Reader
+from dora_convert.storage.refs import Source
+from dora_convert.storage.safetensors import Stored, read_header
+from dora_convert.storage.torch_pickle import read_pickle
+from dora_convert.undo.packing import Unpacker
 
 from .changes import (
     Change,

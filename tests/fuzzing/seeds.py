@@ -10,8 +10,8 @@ import torch
 from toy import make_adapter, make_base, stopped
 
 import dora_convert
-from dora_convert.reverse.in_place import InPlace
-from dora_convert.reverse.packing import pack
+from dora_convert.output.in_place import InPlace
+from dora_convert.undo.packing import pack
 
 INTEGERS = {"few": 20, "many": 1, "wide": 3}
 """Files of packed integers, and how far apart those are that are not zero."""

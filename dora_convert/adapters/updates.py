@@ -1,0 +1,114 @@
+"""What an adapter says about one weight, whatever file it came from.
+
+`W` is the weight as torch's Linear has it, (out, in); convolutions are flattened to (out, in·k…). The tensors named
+here are headers (`Stored`); nothing is read until a plan is run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+
+from ..storage.safetensors import Stored
+
+
+class Start(Enum):
+    """What training made of the base before its first step: a low-rank part of W itself was moved or taken out."""
+
+    PISSA = "PiSSA"  # W − top r of its SVD (arXiv:2404.02948)
+    OLORA = "OLoRA"  # W − s·QR, the first r of its QR factors (arXiv:2406.01775)
+    KASA = "KaSA"  # W − the last r of its SVD (arXiv:2412.06071)
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """W' = W + s·B·diag(d)·A (LoRA, equation 3 of arXiv:2106.09685, which has no d)."""
+
+    A: Stored  # (r, in, …)
+    B: Stored  # (out, r, …)
+    scale: float  # s
+    transposed: bool | None = None
+    """Whether W is stored as (in, out): True for embeddings, False for convolutions, None where only the base can
+    tell (torch's Linear or GPT-2's Conv1D, and experts)."""
+    d: Stored | None = None  # r elements: AdaLoRA (arXiv:2303.10512), KaSA
+    blocks: tuple[int, int] = (1, 1)
+    """How many blocks A and B have on their diagonals (BD-LoRA): A is then stored as (r, in/blocks), B as
+    (out, r/blocks), the blocks one below the other."""
+    experts: int = 0
+    """Where W is (experts, …): A is stored as (experts·r, in), expert after expert; B as (out, r·experts), the expert
+    varying fastest (PEFT's ParamWrapper)."""
+    square: tuple[bool, bool] = (False, False)
+    """Whether square experts lie as (in, out): in models that say so of themselves, and in others."""
+    start: Start | None = None
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return self.A.shape[0] // (self.experts or 1)
+
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        """The shape of one row of A as a factor: (in, …)."""
+        return (self.A.shape[1] * self.blocks[0], *self.A.shape[2:])
+
+    @property
+    def outputs(self) -> int:
+        """The number of rows of B."""
+        return self.B.shape[0]
+
+
+@dataclass(frozen=True)
+class Decomposed:
+    """W' = m·V/‖V‖ with V = W + s·BA, one norm per output row (DoRA, equation 5 of arXiv:2402.09353)."""
+
+    inner: LowRank
+    m: Stored  # out elements, of any shape
+
+
+@dataclass(frozen=True)
+class Delta:
+    """W' = W + s·value: what LoRA adds to a bias."""
+
+    value: Stored
+    scale: float  # s
+
+
+@dataclass(frozen=True)
+class Full:
+    """W' = value: a module or a bias saved whole."""
+
+    value: Stored
+    may_add: bool = False
+    """Whether the base may lack it, as it does a new classifier."""
+    start: Start | None = None
+    """What made it of the base's weight, before training went on with it."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """W'[index] = value: single tokens trained."""
+
+    value: Stored  # (len(index), columns)
+    index: tuple[int, ...]
+
+
+Update = LowRank | Decomposed | Delta | Full | Rows
+
+
+def tensors_of(update: Update) -> Iterator[Stored]:
+    """The adapter tensors an update is made of."""
+    match update:
+        case LowRank(A, B):
+            yield from (A, B)
+            if update.d:
+                yield update.d
+        case Decomposed(inner, m):
+            yield from (*tensors_of(inner), m)
+        case Delta(value) | Full(value) | Rows(value):
+            yield value
+
+
+def low_rank(update: LowRank | Decomposed) -> LowRank:
+    """The low-rank part of an update."""
+    return update.inner if isinstance(update, Decomposed) else update

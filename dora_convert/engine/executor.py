@@ -1,0 +1,235 @@
+"""Run a plan: workers that each take a tensor from read to write, block by block, within a byte budget.
+
+The only file with threads. One thread makes a tensor, with one torch thread, in blocks that the tensor's shape alone
+decides: its bytes do not depend on how many workers there are, in which order they run, or what they may hold.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+
+from ..output.finished import Done, Progress, copied_name, copy_record, done_record, kept_name
+from ..output.in_place import InPlace
+from ..output.shards import Copy, ShardFiles
+from ..parity.self_check import Checker
+from ..plan.item import Item
+from ..plan.plan import Plan
+from ..storage.digests import Digest, stored_digest
+from ..storage.journal import Journal
+from ..storage.reader import Reader
+from ..storage.safetensors import Stored
+from ..storage.spool import Part, Spool
+from .device_buffers import Lane
+from .precision import Choice, exact_arithmetic
+from .tensor import make
+
+KEEP_BYTES = 1 << 20
+Job = tuple[str, Callable[[Lane], None]]
+"""A piece of work, and the shard that it is for."""
+
+
+class StoppedError(Exception):
+    """Another worker failed, or the user interrupted: this one stops between two blocks."""
+
+
+class Budget:
+    """Bytes that all workers together may hold."""
+
+    def __init__(self, total: int) -> None:
+        self._free = total
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def holding(self, nbytes: int) -> Iterator[None]:
+        """Wait until so many bytes are free, and hold them."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= nbytes)
+            self._free -= nbytes
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += nbytes
+                self._changed.notify_all()
+
+
+def raise_first(futures: Iterable[Future[None]]) -> None:
+    """Raise what went wrong in the first future that failed by itself."""
+    for future in futures:
+        error = future.exception()
+        if error and not isinstance(error, StoppedError):
+            raise error
+
+
+class Crew:
+    """Workers with a lane each, who take tasks until one fails; they use one torch thread each."""
+
+    def __init__(self, choice: Choice, reader: Reader) -> None:
+        self._choice, self._reader = choice, reader
+        self._stop, self._local = threading.Event(), threading.local()
+
+    def run(self, workers: int, tasks: Iterable[Callable[[Lane], None]]) -> None:
+        """Run all tasks; when this returns, or raises what the first of them did, no worker runs any more."""
+        with exact_arithmetic(), ThreadPoolExecutor(workers, initializer=self._start) as pool:
+            try:
+                futures = [pool.submit(self._one, task) for task in tasks]
+                raise_first(wait(futures, return_when=FIRST_EXCEPTION).done)
+            except BaseException:
+                self._stop.set()
+                self._reader.stop()
+                raise
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+
+    def _start(self) -> None:
+        torch.set_num_threads(1)
+        self._local.lane = Lane(self._choice, self._reader)
+
+    def _one(self, task: Callable[[Lane], None]) -> None:
+        task(self._local.lane)
+
+    def check(self) -> None:
+        """Stop the worker that asks, if another has failed."""
+        if self._stop.is_set():
+            raise StoppedError
+
+
+@dataclass
+class Run:
+    """One execution of a plan."""
+
+    plan: Plan
+    shards: ShardFiles
+    reader: Reader
+    spool: Spool
+    journal: Journal
+    choice: Choice
+    budget: Budget
+    checker: Checker | None
+    on_progress: Callable[[int, int], None] | None
+    progress: Progress
+    on_shard: Callable[[str], None] | None = None
+    """Called with the name of each shard once all of it is written and, if it is checked, right; by workers."""
+    place: InPlace | None = None
+    hashed: Collection[str] = ()
+    """Copied tensors whose hashes are wanted, by name."""
+    tight: bool = False
+    """Whether workers wait for each other's memory."""
+    written: int = 0
+    _skipped: int = 0
+    _waiting: Counter[str] = field(default_factory=Counter)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _crew: Crew = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._crew = Crew(self.choice, self.reader)
+
+    def execute(self, workers: int) -> None:
+        """Make every output tensor that is not finished yet.
+
+        Copies come first: they need no arithmetic, and the disk can start on them.
+        """
+        copies = [copy for copy in self.shards.copies(self.plan) if copy[2:] not in self.progress.copied]
+        items = [item for item in self.plan.items if not item.verbatim and not self._finished(item)]
+        self._skipped = self.plan.bytes_out - sum(
+            [*(copy.length for copy in copies), *(item.nbytes for item in items)]
+        )
+        jobs = self._jobs(copies, items)
+        self._waiting.update(shard for shard, _ in jobs)
+        for shard in self.plan.shards:
+            if not self._waiting[shard.filename]:
+                self._finish(shard.filename)
+        self._crew.run(workers, [job for _, job in jobs])
+
+    def _jobs(self, copies: Sequence[Copy], items: Sequence[Item]) -> list[Job]:
+        """What is to be done and for which shard, copies first; where somebody waits for shards, one after the other."""
+        jobs: list[Job] = [(copy.shard, partial(self._copy, copy)) for copy in copies]
+        jobs += [(self.shards.shard_of(item), partial(self._make, item)) for item in items]
+        unkept = [tensor for tensor in self.plan.lost if kept_name(tensor) not in self.progress.done]
+        jobs += [(self.plan.lost_with[tensor.name], partial(self._keep, tensor)) for tensor in unkept]
+        jobs += [
+            (self.shards.shard_of(item), partial(self._hash, item))
+            for item in self.plan.items
+            if item.name in self.hashed and copied_name(item) not in self.progress.done
+        ]
+        if self.on_shard:
+            place = {shard.filename: number for number, shard in enumerate(self.plan.shards)}
+            jobs.sort(key=lambda job: place[job[0]])
+        return jobs
+
+    def _finished(self, item: Item) -> bool:
+        done = self.progress.done.get(item.name)
+        return done is not None and not (self.checker and done.verdict is None)
+
+    def _copy(self, copy: Copy, lane: Lane) -> None:  # noqa: ARG002 - needs none
+        self.advance(0)
+        self.shards.copy(copy, self.reader)
+        self.journal.add(copy_record(copy), [self.shards.descriptor(copy.shard)])
+        self.advance(copy.length)
+        self._finish(copy.shard)
+
+    def _hash(self, item: Item, lane: Lane) -> None:  # noqa: ARG002 - needs none
+        """Note what a copied tensor is."""
+        self.advance(0)
+        found = stored_digest(item.source, self.reader).fast
+        self.progress.done[copied_name(item)] = done = Done(found, found, None)
+        self.journal.add(done_record(copied_name(item), done), [])
+        self._finish(self.shards.shard_of(item))
+
+    def _make(self, item: Item, lane: Lane) -> None:
+        if self.place:
+            item = self.place.saved(item, self.reader)
+        with self.budget.holding(self.plan.cost(item)):
+            with lane.working():
+                made = make(item, lane, self.shards, self.spool, self.plan, self.reader, self.advance)
+            verdict = self.checker.check(item, made.written.fast) if self.checker else None
+            if self.tight:
+                lane.release()
+        read = made.read.fast if item.base else None
+        proof = made.written.proof if item.undo else made.read.proof if item.base else None
+        done = Done(read, made.written.fast, proof, made.parts, verdict, made.ambiguous)
+        self.progress.done[item.name] = done
+        if not (verdict and verdict.wrong):
+            files = [self.shards.descriptor(self.shards.shard_of(item)), self.spool.descriptor]
+            forget = partial(self.place.forget, item) if self.place else None
+            self.journal.add(done_record(item.name, done), files, forget)
+            self._finish(self.shards.shard_of(item))
+
+    def _finish(self, shard: str) -> None:
+        """Count a part of a shard as done; the last one makes it ready."""
+        with self._lock:
+            self._waiting[shard] -= 1
+            ready = self._waiting[shard] <= 0
+        if ready and self.on_shard:
+            self.on_shard(shard)
+
+    def _keep(self, tensor: Stored, lane: Lane) -> None:  # noqa: ARG002 - needs none
+        """Bring a whole tensor of the base into the record; its shard is not ready before, so that its file is here."""
+        digest, segments = Digest(proof=self.plan.options.exact), []
+        for start in range(0, tensor.nbytes, KEEP_BYTES):
+            chunk = memoryview(bytearray(min(KEEP_BYTES, tensor.nbytes - start)))
+            self.reader.read(tensor.path, tensor.start + start, chunk)
+            digest.update(chunk)
+            segments.append(self.spool.add(chunk))
+            self.advance(0)
+        name = kept_name(tensor)
+        part = Part(name, tensor.dtype, tensor.shape, tuple(segments))
+        self.progress.done[name] = done = Done(digest.fast, digest.fast, digest.proof, (part,))
+        self.journal.add(done_record(name, done), [self.spool.descriptor])
+        self._finish(self.plan.lost_with[tensor.name])
+
+    def advance(self, nbytes: int) -> None:
+        """Count bytes written, and stop here if another worker has failed."""
+        self._crew.check()
+        with self._lock:
+            self.written += nbytes
+            if self.on_progress:
+                self.on_progress(self._skipped + self.written, self.plan.bytes_out)

@@ -1,0 +1,91 @@
+"""What is looked at before the first byte is written, beyond headers: the adapter's values, and a glance at the base's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+
+import torch
+
+from ..adapters.adapter import Adapter
+from ..adapters.updates import Decomposed
+from ..errors import Fault, NumericalError
+from ..maths import lora as maths
+from ..plan.item import Edit
+from ..plan.plan import Plan
+from ..storage.digests import CHUNK_BYTES, xxh3
+from ..storage.reader import Reader
+from ..storage.safetensors import FLOATS, Stored
+from .device_buffers import Lane
+from .precision import TORCH, Choice
+
+SAMPLED_ROWS = 16
+SAMPLED_FOR_COLUMNS = 256
+OTHER_BASE = 0.5
+"""A median |m/‖W‖ − 1| above this means that m was trained on other weights."""
+
+
+def scan_adapter(adapter: Adapter) -> dict[str, str]:
+    """The xxh3-128 of each of an adapter's files, by name.
+
+    Raises NumericalError, naming every tensor that holds NaN or Inf.
+    """
+    hashes = {path.name: xxh3(path) for path in adapter.files}
+    with closing(Reader()) as reader:
+        damaged = [tensor for tensor in adapter.tensors.values() if not _finite(tensor, reader)]
+    if damaged:
+        raise NumericalError(
+            f"The adapter {adapter.source.name} is damaged.",
+            faults=[Fault(tensor.name, "holds NaN or Inf") for tensor in damaged],
+        )
+    return hashes
+
+
+def _finite(tensor: Stored, reader: Reader) -> bool:
+    return all(holds_numbers(chunk, tensor.dtype) for chunk in chunks(tensor, reader))
+
+
+def chunks(tensor: Stored, reader: Reader) -> Iterator[bytearray]:
+    """A tensor's bytes, a megabyte at a time."""
+    for start in range(0, tensor.nbytes, CHUNK_BYTES):
+        chunk = bytearray(min(CHUNK_BYTES, tensor.nbytes - start))
+        reader.read(tensor.path, tensor.start + start, memoryview(chunk))
+        yield chunk
+
+
+def holds_numbers(chunk: bytearray, dtype: str) -> bool:
+    """Whether none of some elements is NaN or infinite, as far as the dtype has such."""
+    return dtype not in FLOATS or maths.all_finite(torch.frombuffer(chunk, dtype=TORCH[dtype]))
+
+
+def doubt_base(plan: Plan) -> str | None:
+    """A warning where DoRA magnitudes do not look like norms of this base, from a sample of its rows."""
+    with closing(Reader()) as reader:
+        lane = Lane(Choice(torch.device("cpu"), torch.float64, "a sample"), reader)
+        ratios = [
+            _deviation(item.source, edit, edit.update, lane)
+            for item in plan.items
+            for edit in item.edits
+            if isinstance(edit.update, Decomposed)
+        ]
+    if not ratios or (median := torch.cat(ratios).nanmedian().item()) <= OTHER_BASE:
+        return None
+    return (
+        f"another base? The adapter's magnitudes differ from the norms of {plan.base.source.name} by "
+        f"{median:.0%} in the median; those of its own base differ by a few percent."
+    )
+
+
+def _deviation(tensor: Stored, edit: Edit, update: Decomposed, lane: Lane) -> torch.Tensor:
+    """|m/‖W‖ − 1| for some outputs of one weight."""
+    m = lane.whole(update.m).flatten()
+    rows = tensor.matrix[0]
+    wanted = SAMPLED_FOR_COLUMNS if edit.two_passes else SAMPLED_ROWS
+    chosen = sorted({round(k * (rows - 1) / max(1, wanted - 1)) for k in range(min(wanted, rows))})
+    sample = torch.cat([lane.rows(tensor, row, row + 1) for row in chosen])
+    if edit.two_passes:  # the norm of a column from some of its elements
+        n = maths.norms(sample, axis=0) * (rows / len(chosen)) ** 0.5
+    else:
+        n, m = maths.norms(sample, axis=1), m[chosen]
+    deviation: torch.Tensor = (m / n - 1).abs()
+    return deviation

@@ -1,0 +1,100 @@
+"""What every verb that writes a folder goes through: a device, a budget, OUT.partial, and what an unfinished run left there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..errors import NumericalError, OutputError
+from ..output.folder import OutputFolder
+from ..output.in_place import InPlace
+from ..settings import Settings
+from ..storage.checkpoint import RECORD, Checkpoint
+from ..storage.journal import NAME as JOURNAL
+from ..storage.journal import Earlier, Record, read_journal
+from .precision import Choice, choose
+
+Folder = OutputFolder | InPlace
+
+
+def settle(least: int, settings: Settings) -> Choice:
+    """Device and dtype, announced; and a memory budget that holds the costliest piece of work.
+
+    Raises UsageError naming the least budget that will do.
+    """
+    settings.check_memory(least)
+    choice = choose(settings.device, settings.compute_dtype)
+    settings.notify(f"device: {choice}")
+    return choice
+
+
+@contextmanager
+def entered(folder: Folder) -> Iterator[None]:
+    """OUT.partial, locked. What is done there stays for the same command to continue, unless it would fail again."""
+    folder.open()
+    try:
+        yield
+    except NumericalError:
+        folder.discard()
+        raise
+    except OSError as error:
+        kept = (folder.record / JOURNAL).exists()
+        folder.leave() if kept else folder.discard()
+        raise OutputError(
+            f"{folder.out} cannot be written: {error.strerror or error}.",
+            hint=f"what is done stays in {folder.partial}; the same command continues it" if kept else None,
+        ) from error
+    except BaseException:
+        folder.leave()
+        raise
+
+
+def journal_key(choice: Choice, bases: list[Checkpoint], **inputs: Any) -> Record:
+    """Everything that decides the output's bytes; `inputs` besides the base, the versions and the device."""
+    key = {
+        **inputs,
+        "base": [line for base in bases for line in _identity(base)],
+        "versions": [__version__, torch.__version__],
+        "device": choice.device.type,
+        "compute": choice.compute_name,
+    }
+    found: Record = json.loads(json.dumps(key))  # as it will be read back
+    return found
+
+
+def _identity(base: Checkpoint) -> list[list[Any]]:
+    """What tells a base from another with the same headers, without reading it."""
+    if base.source.commit:
+        return [[str(base.source.repo), base.source.commit]]
+    found: list[list[Any]] = []
+    for shard in base.shards:
+        path = (base.root / shard.filename).resolve()
+        stat = path.stat()
+        found.append([str(path), stat.st_size, stat.st_mtime_ns])
+    return found
+
+
+def earlier_run(
+    folder: Folder, key: Record, keep: list[str], whole: Callable[[], bool], form: Any
+) -> Earlier | None:
+    """The journal of an unfinished run of the same key; OUT.partial is then ready to go on, else empty.
+
+    `keep` names the files that go on, `whole` says whether all of them are there, `form` what records are like.
+    """
+    earlier = read_journal(folder.record / JOURNAL)
+    if earlier and earlier.key == key and whole():
+        read_journal(folder.record / JOURNAL, form)
+        folder.clear(keep=[RECORD, *keep])
+        return earlier
+    if earlier and earlier.key != key and not folder.overwrite:
+        raise OutputError(
+            f"{folder.partial} holds an unfinished run of something else.",
+            hint=folder.WAY_OUT,
+        )
+    folder.clear()
+    return None

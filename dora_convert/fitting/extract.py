@@ -1,0 +1,113 @@
+"""extract's arithmetic: which tensors of two checkpoints differ, and the factors of what fine-tuning did to one weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..engine.device_buffers import Lane
+from ..engine.precision import TORCH
+from ..engine.rows import read_rows
+from ..errors import NumericalError
+from ..maths import lora as maths
+from ..maths.dora_fit import extract_dora
+from ..maths.svd import Factors, compared, squared, truncated_svd
+from ..plan.blocks import spans
+from ..storage.reader import Reader
+from ..storage.safetensors import BITS, FLOATS, Stored
+from .pairs import Pair
+from .run import Made, rounded
+
+
+def differing(both: Mapping[str, tuple[Stored, Stored]], reader: Reader) -> set[str]:
+    """The names under which two checkpoints hold other values; of two dtypes, in the coarser one."""
+    found = set()
+    for name, (before, after) in both.items():
+        if not _same(before, after, reader):
+            found.add(name)
+        reader.done(name)
+    return found
+
+
+def _same(one: Stored, other: Stored, reader: Reader) -> bool:
+    if one.shape != other.shape:
+        return False
+    if one.dtype == other.dtype or not {one.dtype, other.dtype} <= set(FLOATS):
+        return reader.same_bytes(one, other)
+    coarse = TORCH[min(one.dtype, other.dtype, key=lambda dtype: (BITS[dtype], dtype))]
+    return all(
+        torch.equal(*(read_rows(reader, tensor, range(*span)).to(coarse) for tensor in (one, other)))
+        for span in spans(*one.matrix)
+    )
+
+
+def extract_module(
+    job: Pair, lane: Lane, *, kind: str, goal: Mapping[str, Any], exact: bool, single: bool, dtype: str | None
+) -> Made:
+    """Factors of TUNED − BASE (and m, for DoRA), and what they lose of it; none where nothing differs after all."""
+    held = torch.float32 if single else lane.choice.compute
+    stored, wide = TORCH[dtype or "F32"], lane.choice.compute
+    if kind == "lora":
+        D = _difference(job, lane, held)
+        found = truncated_svd(D, exact=exact, **goal)
+        B, A = (rounded(x.to(wide), stored, job.name) for x in (found.B, found.A))
+        lost, change = compared(lambda rows: D[rows].to(wide), B.to(wide), A.to(wide))
+        facts = {"rank": found.rank, "change": change, "lost": lost, **_ranks(found)}
+        return Made({"A": A, "B": B} if found.rank else {}, facts)
+    W, tuned = _matrix(job.base, lane, held, job), _matrix(job.tuned, lane, held, job)
+    dora = extract_dora(W, tuned, exact=exact, **goal)
+    B, A = (rounded(x.to(wide), stored, job.name) for x in (dora.B, dora.A))
+    m, lost, change = _measured(W, tuned, B.to(wide), A.to(wide))
+    facts = {"rank": dora.rank, "change": change, "lost": lost}
+    facts |= {"converged": dora.converged, "steps": dora.steps}
+    if not dora.rank:
+        return Made({}, facts)
+    del W, tuned
+    facts["lora_error"] = truncated_svd(_difference(job, lane, held), rank=dora.rank, exact=exact).error
+    return Made({"A": A, "B": B, "m": m}, facts)
+
+
+def _ranks(found: Factors) -> dict[str, Any]:
+    return {
+        "one_percent": found.rank_for(0.01), "one_permille": found.rank_for(0.001), "known": len(found.S),
+    }  # fmt: skip
+
+
+def _matrix(stored: Stored, lane: Lane, dtype: torch.dtype, job: Pair) -> Tensor:
+    """A weight as (out, in), in a dtype that its values fit."""
+    matrix = torch.empty(stored.matrix, dtype=dtype, device=lane.choice.device)
+    for start, stop in spans(*stored.matrix):
+        matrix[start:stop] = lane.raw(stored, start, stop).to(lane.choice.device)
+    if not maths.all_finite(matrix):
+        raise NumericalError(
+            f"{stored.name} of {stored.path.name} holds NaN or Inf.", hint="the file is damaged"
+        )
+    return matrix.T if job.transposed else matrix
+
+
+def _difference(job: Pair, lane: Lane, dtype: torch.dtype) -> Tensor:
+    """TUNED − BASE as (out, in): subtracted in the compute dtype, then rounded to `dtype`."""
+    D = torch.empty(job.base.matrix, dtype=dtype, device=lane.choice.device)
+    for start, stop in spans(*job.base.matrix):
+        W = lane.computed(lane.raw(job.base, start, stop))
+        D[start:stop] = lane.computed(lane.raw(job.tuned, start, stop)) - W
+    if not maths.all_finite(D):
+        raise NumericalError(f"{job.name} holds NaN or Inf in BASE or TUNED.", hint="a file is damaged")
+    return D.T if job.transposed else D
+
+
+def _measured(W: Tensor, tuned: Tensor, B: Tensor, A: Tensor) -> tuple[Tensor, float, float]:
+    """m for the factors as they are stored, by least squares: ⟨W', V⟩/‖V‖; what is lost, squared, and ‖W' − W‖²."""
+    found, lost, change = [], 0.0, 0.0
+    for start, stop in spans(*W.shape):
+        before, after = W[start:stop].to(B), tuned[start:stop].to(B)
+        change += squared(after - before)
+        V = before + B[start:stop] @ A
+        n = maths.norms(V, 1)
+        m = ((after * V).sum(1) / n).nan_to_num(0.0).float()
+        found.append(m)
+        lost += squared(after - maths.rescale_(V, m.to(B), n, axis=1).nan_to_num(0.0))
+    return torch.cat(found), lost, change

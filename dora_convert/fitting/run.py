@@ -1,0 +1,228 @@
+"""Carry an order out: make each module's tensors within the budget, then write, and publish, the adapters they are for.
+
+What is made goes to a spool, and is entered in the journal once it is synced, so that the same command continues an
+unfinished run; names and config are made at the end, when ranks are known.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..adapters.new_adapter import Files
+from ..engine.device_buffers import Lane
+from ..engine.executor import Budget, Crew
+from ..engine.memory import as_bytes
+from ..engine.precision import TORCH, Choice
+from ..engine.preflight import chunks, holds_numbers, scan_adapter
+from ..engine.resume import earlier_run, entered, journal_key, settle
+from ..errors import NumericalError
+from ..maths import lora as maths
+from ..output import card
+from ..output.folder import OutputFolder
+from ..output.side_files import tokenizer_files
+from ..settings import Settings
+from ..sizes import format_size
+from ..storage import spool as undo
+from ..storage.journal import NAME as JOURNAL
+from ..storage.journal import Journal, Record
+from ..storage.reader import Reader
+from ..storage.safetensors import BITS, FLOATS, Stored
+from ..storage.schema import count
+from ..storage.spool import Part, Segment, Spool
+from .jobs import Assemble, Job, Order, Result
+
+NAMES = {dtype: name for name, dtype in TORCH.items()}
+
+
+@dataclass(frozen=True)
+class Made:
+    """A job's tensors, as they are to be stored, and what the report says of it (JSON values)."""
+
+    tensors: Mapping[str, Tensor]
+    facts: Mapping[str, Any]
+
+
+@dataclass
+class Crafted:
+    """A run that is over."""
+
+    results: Mapping[str, Result]
+    choice: Choice
+    resumed: bool
+    written: int
+
+
+def craft(
+    order: Order,
+    folder: OutputFolder,
+    settings: Settings,
+    work: Callable[[Any, Lane], Made],
+    assemble: Assemble,
+    reader: Reader,
+) -> Crafted:
+    """Make and publish an adapter of what a reader reads.
+
+    Raises UsageError for a device or a budget that will not do, NumericalError for NaN, Inf and overflow, OutputError
+    for a disk that does not take the result. OUT does not exist then.
+    """
+    choice = settle(order.memory, settings)
+    settings.notify(
+        f"memory: at most {format_size(settings.max_memory)}; one module takes {format_size(order.memory)}"
+    )
+    adapters = [scan_adapter(order.like)] if order.like else []
+    folder.check_space(2 * order.bytes_out)
+    with entered(folder):
+        terms = {**order.terms, "command": order.command, "format": order.format.NAME, "dtype": order.dtype}
+        key = journal_key(choice, list(order.bases), adapters=adapters, **terms)
+        earlier = earlier_run(folder, key, [], lambda: True, ENTERED)
+        records = earlier.records if earlier else []
+        with ExitStack() as stack:
+            run = _Run(order, settings, reader, {record["made"]: record for record in records})
+            run.spool = stack.enter_context(closing(Spool(folder.record / undo.SPOOL, run.end)))
+            with closing(Journal(folder.record / JOURNAL, key, earlier)) as run.journal:
+                run.execute(work, choice)
+            results = run.results()
+            written = sum(
+                _write(where, order.format.save(made), order, folder, run.spool, reader)
+                for where, made in assemble(results).items()
+            )
+            _put_side_files(order, folder, settings)
+        folder.publish()
+    return Crafted(results, choice, bool(records), written)
+
+
+ENTERED = {
+    "made": str,
+    "tensors": {str: (frozenset(BITS), [count], (count, count))},
+    "facts": {"change": float, "lost": float},
+}
+"""What a journal's records are like."""
+
+
+@dataclass
+class _Run:
+    """The jobs of an order: what is made of them, and in which piece of the spool it is."""
+
+    order: Order
+    settings: Settings
+    reader: Reader
+    made: dict[str, Record]
+    spool: Spool = field(init=False)
+    journal: Journal = field(init=False)
+    _read: int = 0
+    _total: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def end(self) -> int:
+        """How much of the spool is in use."""
+        pieces = [tensor[2] for record in self.made.values() for tensor in record["tensors"].values()]
+        return max((start + length for start, length in pieces), default=0)
+
+    def execute(self, work: Callable[[Any, Lane], Made], choice: Choice) -> None:
+        """Do every job that is not done yet."""
+        budget, crew = Budget(self.settings.max_memory), Crew(choice, self.reader)
+
+        def one(job: Job, lane: Lane) -> None:
+            with budget.holding(job.cost):
+                crew.check()
+                with lane.working():
+                    self._keep(job, work(job, lane))
+            self.reader.done(job.name)
+
+        for name in self.made:
+            self.reader.done(name)
+        todo = [
+            job for job in sorted(self.order.jobs, key=lambda job: job.reads) if job.name not in self.made
+        ]
+        self._total = sum(job.nbytes for job in self.order.jobs)
+        self._read = self._total - sum(job.nbytes for job in todo)
+        crew.run(self.settings.workers, [partial(one, job) for job in todo])
+
+    def _keep(self, job: Job, made: Made) -> None:
+        """Bring a job's tensors to the spool, and enter them."""
+        tensors = {}
+        for role, tensor in made.tensors.items():
+            host = tensor.detach().cpu().contiguous()
+            if not maths.all_finite(host):
+                raise NumericalError(f"{job.name} comes out as NaN or Inf.", hint="is the base damaged?")
+            tensors[role] = [NAMES[host.dtype], list(host.shape), self.spool.add(as_bytes(host))]
+        record = {"made": job.name, "tensors": tensors, "facts": dict(made.facts)}
+        self.made[job.name] = record
+        self.journal.add(record, [self.spool.descriptor])
+        with self._lock:
+            self._read += job.nbytes
+            if self.settings.on_progress:
+                self.settings.on_progress(self._read, self._total)
+
+    def results(self) -> dict[str, Result]:
+        """What is made, in the order of the jobs: tensors that lie in the spool."""
+        return {job.name: _result(self.made[job.name], self.spool) for job in self.order.jobs}
+
+
+def _result(record: Record, spool: Spool) -> Result:
+    tensors = {
+        role: Stored(f"{record['made']} {role}", dtype, tuple(shape), spool.path, piece[0])
+        for role, (dtype, shape, piece) in record["tensors"].items()
+    }
+    return Result(tensors, record["facts"])
+
+
+def _write(where: str, files: Files, order: Order, folder: OutputFolder, spool: Spool, reader: Reader) -> int:
+    """One adapter's files; the bytes of its tensors."""
+    for name, data in files.small.items():
+        folder.put(f"{where}{name}", data)
+    parts = []
+    for name, stored in files.tensors.items():
+        dtype = order.dtype if stored.dtype in FLOATS and name not in files.keep else None
+        parts.append(_part(name, stored, dtype or stored.dtype, spool, reader))
+    spool.lay_out(parts, folder.partial / f"{where}{files.weights}", files.metadata)
+    return sum(segment.length for part in parts for segment in part.segments)
+
+
+def _part(name: str, stored: Stored, dtype: str, spool: Spool, reader: Reader) -> Part:
+    """A tensor as a part of the spool: it lies there already, or is copied, chunk by chunk."""
+    if stored.path == spool.path and stored.dtype == dtype:
+        return Part(name, dtype, stored.shape, (Segment(stored.start, stored.nbytes),))
+    pieces = []
+    for chunk in chunks(stored, reader):
+        if not holds_numbers(chunk, stored.dtype):
+            raise NumericalError(
+                f"{stored.name} of {stored.path.name} holds NaN or Inf.", hint="the file is damaged"
+            )
+        pieces.append(
+            spool.add(memoryview(chunk) if stored.dtype == dtype else _converted(chunk, stored, dtype))
+        )
+    return Part(name, dtype, stored.shape, tuple(pieces))
+
+
+def _converted(chunk: bytearray, stored: Stored, dtype: str) -> memoryview:
+    """Elements rounded once to another dtype; NumericalError for what it cannot hold."""
+    x = torch.frombuffer(chunk, dtype=TORCH[stored.dtype]).double()
+    return as_bytes(rounded(x, TORCH[dtype], stored.name))
+
+
+def rounded(x: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """x rounded once to a dtype; NumericalError where that has not the range for it."""
+    y = maths.round_to(x.contiguous(), torch.empty(x.shape, dtype=dtype, device=x.device))
+    if not maths.all_finite(y) and maths.all_finite(x):
+        raise NumericalError(
+            f"{name} overflows {NAMES[dtype]}.", hint="--dtype bfloat16 or float32 has the range"
+        )
+    return y
+
+
+def _put_side_files(order: Order, folder: OutputFolder, settings: Settings) -> None:
+    """What lies beside the adapter: its model card, and the tokenizer of what it is made from."""
+    source = order.sources[-1].path
+    for name in tokenizer_files(source) if source.is_dir() else ():
+        folder.put(name, source / name)
+    folder.put(card.NAME, card.adapter_card_bytes(order, settings.base_model))

@@ -1,0 +1,146 @@
+r"""PEFT's adapter folders: `adapter_config.json` beside `adapter_model.safetensors` (or `.bin`).
+
+Tensor names are `base_model.model.<module>` and a suffix, shapes for a weight of (out, in):
+
+    .lora_A.weight  (r, in)      .lora_B.weight  (out, r)      Linear, GPT-2's Conv1D, MultiheadAttention
+    .lora_A.weight  (r, in, *k)  .lora_B.weight  (out, r, 1…)  convolutions
+    .lora_A.weight  (E·r, in)    .lora_B.weight  (out, r·E)    `target_parameters` on E experts
+    .lora_A  (r, in)  .lora_B  (out, r)  .lora_E  (r, 1)       AdaLoRA
+    .lora_embedding_A  (r, rows) .lora_embedding_B  (dim, r)   embeddings, whose weight is (rows, dim)
+    .lora_magnitude_vector       (out), (dim) or (1, out, 1…)  DoRA; some versions append `.weight`
+    .lora_B.bias (out)  .lora_diag (r)                         `lora_bias`; KaSA
+    .token_adapter.trainable_tokens_delta  (n, dim)            new rows, in spite of the name
+    .base_layer.weight  .base_layer.bias                       the base's own tensor, saved beside its adapter
+    <module>.<key>                                             `modules_to_save` and `bias`, absolute values
+
+The scaling is alpha/r, or alpha/√r with `use_rslora`, where `rank_pattern` and `alpha_pattern` may change r and alpha
+per module: the first key in the order of the file that matches `(.*\.)?(key)$` counts.
+
+What a config can say beyond that is refused by name, never merged wrongly: see `peft_fields.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ...adapters.adapter import Adapter, Change
+from ...adapters.updates import Full, Rows
+from ...errors import Fault, MalformedError
+from ...storage.json_files import read_json
+from ...storage.refs import Source
+from ...storage.safetensors import Stored, read_header
+from ...storage.torch_pickle import read_pickle
+from .config import Config, is_saved_embedding
+from .fields import refuse_unsupported
+from .modules import updates_of
+from .names import CONFIG, PARTS, TOKENS, WEIGHTS, plain
+from .write import objection, save, shares_rank
+
+__all__ = ["NAME", "objection", "read", "recognises", "save", "shares_rank"]
+
+NAME = "peft"
+
+_OF_TRAINING = re.compile(r"\.(lora_velora_embed|lora_monteclora_sampler)\b")
+
+
+def recognises(path: Path) -> bool:
+    """Whether the folder is a PEFT adapter."""
+    return (path / CONFIG).is_file()
+
+
+def read(source: Source, accepted: Collection[str] = ()) -> Adapter:
+    """Read a PEFT adapter's config and headers; `accepted` names config fields not to refuse.
+
+    Raises MalformedError for values of a wrong type, UnsupportedError for what is recognised and refused.
+    """
+    raw = read_json(source.path / CONFIG)
+    refuse_unsupported(raw, source.name, accepted)
+    config = Config.parse(raw, source.path / CONFIG)
+    weights = _weights(source)
+    tensors = (read_pickle if weights.suffix == ".bin" else read_header)(weights).tensors
+    found = _Found(config)
+    for name, tensor in tensors.items():
+        found.sort(name, tensor)
+    found.finish()
+    return Adapter(
+        source=source,
+        format=NAME,
+        kind=config.kind,
+        changes=tuple(found.changes),
+        tensors=tensors,
+        files=(source.path / CONFIG, weights),
+        base=config.base,
+        revision=config.revision,
+        ignored=found.ignored,
+        faults=tuple(found.faults),
+        keeps_ties=config.keeps_ties,
+        layers=config.layers,
+        task=config.task,
+    )
+
+
+def _weights(source: Source) -> Path:
+    for name in WEIGHTS:
+        if (source.path / name).exists():
+            return source.path / name
+    raise MalformedError(f"The adapter {source.name} has {CONFIG} but no {WEIGHTS[0]}.")
+
+
+@dataclass
+class _Found:
+    """What an adapter's tensors are, sorted by their names."""
+
+    config: Config
+    changes: list[Change] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
+    ignored: dict[str, str] = field(default_factory=dict)
+    modules: dict[str, dict[str, Stored]] = field(default_factory=dict)
+
+    def sort(self, name: str, tensor: Stored) -> None:
+        """Put one tensor where it belongs."""
+        target = plain(name)
+        if suffix := next((suffix for suffix in PARTS if target.endswith(suffix)), None):
+            self._keep(target.removesuffix(suffix), PARTS[suffix], tensor)
+        elif suffix := next((suffix for suffix in TOKENS if target.endswith(suffix)), None):
+            self._rows(target.removesuffix(suffix), tensor)
+        elif _OF_TRAINING.search(target):
+            self.ignored[name] = "used in training only"
+        elif ".original_module." in target:
+            self.ignored[name] = "what the base had there"
+        elif ".base_layer." in target or is_saved_embedding(target):
+            start = self.config.start if ".base_layer." in target else None
+            self.changes.append(Change(target.replace(".base_layer.", "."), Full(tensor, start=start)))
+        elif self.config.saves(target):
+            self.changes.append(Change(target, Full(tensor, may_add=True)))
+        elif self.config.biases and target.endswith(".bias"):
+            self.changes.append(Change(target, Full(tensor)))
+        else:
+            self.faults.append(Fault(name, "neither a LoRA tensor nor part of modules_to_save"))
+
+    def _keep(self, module: str, part: str, tensor: Stored) -> None:
+        parts = self.modules.setdefault(module, {})
+        if part in parts:
+            self.faults.append(Fault(tensor.name, f"says what {parts[part].name} says already"))
+        parts[part] = tensor
+
+    def _rows(self, module: str, tensor: Stored) -> None:
+        index = self.config.index(module)
+        if len(set(index)) != len(index) or tensor.shape[:1] != (len(index),):
+            why = f"has shape {tensor.shape}; trainable_token_indices lists {len(set(index))} tokens for it"
+            self.faults.append(Fault(tensor.name, why))
+        else:
+            self.changes.append(Change(f"{module}.weight", Rows(tensor, index)))
+
+    def finish(self) -> None:
+        """Make updates of what belongs together."""
+        saved = {change.target for change in self.changes}
+        for found in updates_of(self.modules, saved, self.config):
+            if isinstance(found, Fault):
+                self.faults.append(found)
+            elif isinstance(found, Change):
+                self.changes.append(found)
+            else:
+                self.ignored |= found

@@ -1,0 +1,162 @@
+"""A folder as it would be uploaded: which of its files, and whether it is what it says it is.
+
+Only whole things are uploaded: a checkpoint all of whose shards are there and in order, or an adapter. Where a receipt
+lies beside the weights, they must be those that it speaks of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ..errors import Fault, MalformedError, RefError, VerificationError
+from ..output.folder import LOCK
+from ..reports.inspect import AdapterReport
+from ..sources.session import Visit
+from ..storage.checkpoint import RECEIPT, RECORD, is_weight_file, list_files, open_checkpoint
+from ..storage.digests import stored_digest
+from ..storage.journal import NAME as JOURNAL
+from ..storage.json_files import read_json
+from ..storage.reader import Reader
+from ..storage.refs import Source, local_path, local_source
+from ..storage.safetensors import Stored, read_header
+from ..verbs.inspect.describe import inspect_ref
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+NOTED = f"{RECORD}/{RECEIPT}"
+HASHERS = 2
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """What of a folder goes up, and what is known of it."""
+
+    source: Source
+    adapter: AdapterReport | None
+    """What is known of an adapter; None for a checkpoint."""
+    names: tuple[str, ...]
+    """Paths inside the folder, sorted."""
+    left_behind: tuple[str, ...]
+    tensors: Mapping[str, Stored]
+    receipt: Mapping[str, Any] | None = None
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """The files that hold tensors or say where they are."""
+        return tuple(name for name in self.names if is_weight_file(name) and "/" not in name)
+
+    def path(self, name: str) -> Path:
+        """Where a file lies."""
+        return self.source.path / name
+
+
+def pack(folder: str) -> Parcel:
+    """Look at a folder that is to be uploaded.
+
+    Raises RefError, MalformedError and their siblings for what is no model, or only part of one.
+    """
+    path = local_path(folder, "DIR")
+    if not path.is_dir():
+        what = "is a file; name the folder it lies in" if path.exists() else "does not exist"
+        raise RefError(f"DIR {folder!r} {what}.", hint="dora-convert push DIR REPO_ID")
+    _refuse_unfinished(path)
+    source = local_source(path)
+    files = [name for name in list_files(path) if not _is_hidden(name)]
+    if (path / "adapter_config.json").is_file():
+        return _adapter(source, folder, files)
+    return _checkpoint(source, files)
+
+
+def _refuse_unfinished(path: Path) -> None:
+    if (path / LOCK).exists() or (path / RECORD / JOURNAL).exists():
+        raise RefError(
+            f"DIR {path} is an unfinished output.",
+            hint="the command that began it continues it; push it then",
+        )
+
+
+def _is_hidden(name: str) -> bool:
+    """Whether a file belongs to git, a cache or an editor, not to a model."""
+    parts = PurePosixPath(name).parts
+    return any(part.startswith(".") or part == "__pycache__" for part in parts)
+
+
+def _checkpoint(source: Source, files: Sequence[str]) -> Parcel:
+    opened = open_checkpoint(source)
+    weights = {shard.filename for shard in opened.shards} | {opened.index_name or ""}
+    names = [name for name in files if name in weights or _in_record(name) or not is_weight_file(name)]
+    return _parcel(source, None, names, files, opened.tensors)
+
+
+def _adapter(source: Source, folder: str, files: Sequence[str]) -> Parcel:
+    report = inspect_ref(folder, None, (), Visit())
+    assert isinstance(report, AdapterReport)
+    if report.faults:
+        faults = [Fault(fault["what"], fault["why"]) for fault in report.faults]
+        raise MalformedError(f"The adapter {source.name} contradicts itself.", faults=faults)
+    names = [name for name in files if _of_adapter(name)]
+    weights = source.path / ADAPTER_WEIGHTS
+    tensors = read_header(weights).tensors if weights.is_file() else {}
+    return _parcel(source, report, names, files, tensors)
+
+
+def _of_adapter(name: str) -> bool:
+    """Whether a file of an adapter's folder is part of it, and not of the training that left it there."""
+    mine = name.startswith("adapter_") and "/" not in name
+    return mine or _in_record(name) or not (is_weight_file(name) or name.startswith("checkpoint-"))
+
+
+def _in_record(name: str) -> bool:
+    return name.startswith(f"{RECORD}/")
+
+
+def _parcel(
+    source: Source,
+    adapter: AdapterReport | None,
+    names: Sequence[str],
+    files: Sequence[str],
+    tensors: Mapping[str, Stored],
+) -> Parcel:
+    receipt = read_json(source.path / NOTED) if NOTED in names else None
+    left = sorted(set(files) - set(names))
+    return Parcel(source, adapter, tuple(sorted(names)), tuple(left), tensors, receipt)
+
+
+def check_receipt(parcel: Parcel) -> int:
+    """Compare the tensors that the receipt has hashes of with the files; how many there were.
+
+    Raises VerificationError naming all that are others.
+    """
+    written = dict(_hashes(parcel.receipt or {}))
+    with closing(Reader()) as reader, ThreadPoolExecutor(HASHERS) as pool:
+        known = [parcel.tensors[name] for name in written if name in parcel.tensors]
+        digests = pool.map(lambda tensor: stored_digest(tensor, reader), known)
+        found = {tensor.name: digest.fast for tensor, digest in zip(known, digests, strict=True)}
+    faults = [
+        Fault(name, "is not what was written" if name in found else "is missing")
+        for name, expected in written.items()
+        if found.get(name) != expected
+    ]
+    if faults:
+        raise VerificationError(
+            f"{parcel.source.name} is not what its receipt says: {len(faults)} tensors differ.",
+            faults=faults,
+            hint=f"make it again; if it was changed on purpose, remove {NOTED}",
+        )
+    return len(found)
+
+
+def _hashes(receipt: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Each tensor that a receipt has the hash of, as it was written."""
+    tensors = receipt.get("tensors")
+    for name, noted in tensors.items() if isinstance(tensors, dict) else ():
+        if isinstance(noted, dict) and isinstance(noted.get("written"), str):
+            yield name, noted["written"]
+    copied = receipt.get("copied")
+    for name, proof in copied.items() if isinstance(copied, dict) else ():
+        if isinstance(proof, str):
+            yield name, proof

@@ -1,0 +1,199 @@
+"""Push a folder: look at it, check it against its receipt, upload the large files, then commit all of it at once."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from filelock import FileLock, Timeout
+
+from .. import __version__
+from ..errors import HubError
+from ..output import card
+from ..reports.merge import PushReport
+from ..reports.push import Pushed, Sent, Target
+from ..settings import Settings
+from ..sources.hub_client import patiently
+from ..storage.json_files import read_config
+from ..storage.refs import parse_ref
+from .commit import commit, is_large
+from .folder_contents import Parcel, check_receipt, pack
+from .upload import Upload
+
+Notice = Callable[[str], None]
+
+
+class Pushing:
+    """One push of one folder."""
+
+    def __init__(
+        self,
+        folder: str,
+        target: Target,
+        base_model: str | None,
+        on_progress: Callable[[int, int], None] | None,
+        on_notice: Notice | None,
+    ) -> None:
+        self._folder, self._target, self._base_model = folder, target, base_model
+        self._on_progress, self._notify = on_progress, on_notice or (lambda _: None)
+        self._started = time.monotonic()
+
+    def run(self, *, dry_run: bool) -> PushReport:
+        """Push, or only say what would be; what `verbs.push` says about errors holds."""
+        parcel = pack(self._folder)
+        if parcel.left_behind:
+            shown = ", ".join(parcel.left_behind[:5]) + (" …" if len(parcel.left_behind) > 5 else "")
+            self._notify(f"not uploaded, no part of the model: {shown}")
+        if checked := check_receipt(parcel):
+            self._notify(f"{checked} tensors are what the receipt says")
+        if dry_run:
+            return self._report(parcel, self._planned(parcel), dry_run=True)
+        upload = Upload(self._target, self._notify)
+        upload.open()
+        if isinstance(base := (parcel.receipt or {}).get("base"), dict):
+            upload.offer(base.get("repo"), base.get("commit"))
+        with contextlib.closing(upload), _remembering(upload, parcel.source.path):
+            self._send_large(parcel, upload)
+            made = commit(upload, parcel.source.path, parcel.names, self._card(parcel), self._message(parcel))
+        return self._report(parcel, made)
+
+    def _send_large(self, parcel: Parcel, upload: Upload) -> None:
+        sizes = {name: parcel.path(name).stat().st_size for name in parcel.names}
+        done, total = 0, sum(sizes.values())
+        for name, size in sizes.items():
+            if is_large(name, size):
+                upload.send(name, parcel.path(name))
+                done += size
+                if self._on_progress:
+                    self._on_progress(done, total)
+
+    def _planned(self, parcel: Parcel) -> Pushed:
+        files = tuple(Sent(name, parcel.path(name).stat().st_size, "planned") for name in parcel.names)
+        if card.NAME not in parcel.names:
+            files += (Sent(card.NAME, len(self._card(parcel)), "planned"),)
+        total = sum(file.bytes for file in files)
+        return Pushed(
+            repo=self._target.repo, url="", commit="", files=files, deleted=(), bytes_uploaded=total
+        )
+
+    def _card(self, parcel: Parcel) -> bytes:
+        """The folder's README, else a card."""
+        if card.NAME in parcel.names:
+            return parcel.path(card.NAME).read_bytes()
+        return card.render(self._facts(parcel))
+
+    def _facts(self, parcel: Parcel) -> card.Facts:
+        receipt = parcel.receipt or {}
+        name, adapter = parcel.source.name, parcel.adapter
+        config = read_config(parcel.source.path)
+        kinds, sources = tuple(_kinds(receipt)), tuple(_sources(receipt))
+        about = f"{name}, a checkpoint."
+        if adapter:
+            kinds = (adapter.method,)
+            about = f"{adapter.method}, {len(adapter.modules)} modules, {adapter.parameters:,} parameters."
+        elif sources:
+            about = f"{' and '.join(kinds)} folded into the weights of {sources[0][1]}."
+        return card.Facts(
+            title=name,
+            about=about,
+            kinds=kinds,
+            relation="adapter" if adapter else "finetune",
+            base_model=self._base(parcel),
+            library="peft" if adapter else "transformers" if config else None,
+            pipeline=card.pipeline_of(config, {}),
+            sources=sources,
+            record=bool(receipt),
+        )
+
+    def _base(self, parcel: Parcel) -> str | None:
+        """The base's repo id: as the caller says, or the receipt; what an adapter names counts if it is on the Hub."""
+        if self._base_model:
+            return self._base_model
+        if parcel.adapter is None:
+            base = (parcel.receipt or {}).get("base")
+            return base.get("repo") if isinstance(base, dict) else None
+        named = parcel.adapter.base
+        return named if named and _is_on_hub(named, self._target.token) else None
+
+    def _message(self, parcel: Parcel) -> str:
+        return f"Upload {parcel.source.name} with dora-convert {__version__}"
+
+    def _report(self, parcel: Parcel, made: Pushed, *, dry_run: bool = False) -> PushReport:
+        return PushReport(
+            **vars(made),
+            kind="adapter" if parcel.adapter else "checkpoint",
+            left_behind=parcel.left_behind,
+            dry_run=dry_run,
+            seconds=round(time.monotonic() - self._started, 3),
+        )
+
+
+@contextlib.contextmanager
+def _remembering(upload: Upload, folder: Path) -> Iterator[None]:
+    """The journal of this folder's push to this repo, in the user's cache; without a cache there is none."""
+    from huggingface_hub import constants
+
+    key = xxhash.xxh3_64_hexdigest(f"{constants.ENDPOINT} {upload.repo} {folder.resolve()}".encode())
+    path = Path(constants.HF_HOME) / "dora_convert" / "pushes" / f"{key}.jsonl"
+    lock = FileLock(path.with_suffix(".lock"))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+        upload.remember(path)
+    except Timeout as error:
+        raise HubError(
+            f"Another push of {folder} to {upload.repo} is running.", hint="wait for it to end"
+        ) from error
+    except OSError:  # a cache that is read-only: the server still knows what it has
+        lock.release()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _kinds(receipt: Mapping[str, Any]) -> Iterator[str]:
+    for adapter in receipt.get("adapters") or ():
+        if isinstance(adapter, dict) and isinstance(adapter.get("kind"), str):
+            yield adapter["kind"]
+
+
+def _sources(receipt: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Who was merged, as a receipt has it: role, name and commit."""
+    adapters = [("adapter", adapter) for adapter in receipt.get("adapters") or ()]
+    for role, source in [("base", receipt.get("base")), *adapters]:
+        if isinstance(source, dict):
+            yield role, str(source.get("repo") or source.get("name")), str(source.get("commit") or "")
+
+
+def _is_on_hub(name: str, token: str | None) -> bool:
+    """Whether a base's name, which may be a path on its author's machine, is that of a repo."""
+    from huggingface_hub import HfApi
+
+    if Path(name).expanduser().is_absolute() or name.startswith("."):
+        return False
+    try:
+        return not isinstance(parse_ref(name), Path) and patiently(
+            lambda: HfApi(token=token).repo_exists(name)
+        )
+    except Exception:  # noqa: BLE001 - then nobody knows, and the card does without
+        return False
+
+
+def push_output(out: str, target: Target | None, settings: Settings) -> PushReport | None:
+    """Push what a verb has just published under its final name, if it was asked to.
+
+    Raises HubError with a hint at `push`: OUT is complete whatever the Hub says.
+    """
+    if target is None:
+        return None
+    try:
+        return Pushing(out, target, settings.base_model, None, settings.on_notice).run(dry_run=False)
+    except HubError as error:
+        error.hint = f"{out} is complete; dora-convert push {shlex.quote(out)} {target.repo} goes on"
+        raise

@@ -1,0 +1,224 @@
+"""Model cards: what a checkpoint or an adapter is made of, and the command that makes it again.
+
+Front matter is huggingface_hub's. A card is a function of the inputs: no dates, no name of the output, and never a
+local path. Its last line holds a hash of the rest, which tells a card that nobody has edited since.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from .. import __version__
+from ..fitting.jobs import Order
+from ..plan.plan import Plan
+from ..storage.refs import Source
+from ..storage.safetensors import CONFIG_DTYPES
+
+NAME = "README.md"
+INHERITED = ("license", "license_name", "license_link", "language")
+"""What a card takes from the base's own."""
+PIPELINES = {
+    "ForCausalLM": "text-generation", "LMHeadModel": "text-generation",
+    "ForSequenceClassification": "text-classification", "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering", "ForMaskedLM": "fill-mask",
+}  # fmt: skip
+"""What models of a class are for, by how its name ends."""
+
+_MARK = re.compile(rb"<!-- dora-convert card ([0-9a-f]{32}) -->\n?\Z")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What a card says."""
+
+    title: str
+    about: str
+    kinds: tuple[str, ...]
+    relation: str  # finetune | adapter
+    base_model: str | None
+    """The base's repo id; None where only a path is known."""
+    library: str | None = None
+    pipeline: str | None = None
+    inherited: Mapping[str, Any] = field(default_factory=dict)
+    """Of the base's own card."""
+    sources: tuple[tuple[str, str, str], ...] = ()
+    """Role, name and commit."""
+    made_by: str = ""
+    command: tuple[str, ...] = ()
+    checks: tuple[tuple[str, str], ...] = ()
+    unmerge: tuple[str, ...] = ()
+    record: bool = False
+    """Whether a receipt lies beside it."""
+
+
+def render(facts: Facts) -> bytes:
+    """A card as README.md holds it."""
+    from huggingface_hub import ModelCardData
+
+    tags = [kind.lower() for kind in facts.kinds] + (["merged"] if facts.relation == "finetune" else [])
+    fields: dict[str, Any] = {
+        **facts.inherited,
+        "library_name": facts.library,
+        "pipeline_tag": facts.pipeline,
+        "base_model": facts.base_model,
+        "base_model_relation": facts.relation if facts.base_model else None,
+        "tags": [*tags, "dora-convert"],
+    }
+    data = ModelCardData(**fields)
+    text = f"---\n{data.to_yaml(line_break=chr(10))}\n---\n\n" + "\n".join(_body(facts)) + "\n"
+    digest = xxhash.xxh3_128_hexdigest(text.encode())
+    return f"{text}<!-- dora-convert card {digest} -->\n".encode()
+
+
+def _body(facts: Facts) -> Iterator[str]:
+    yield from (f"# {facts.title}", "", facts.about, "")
+    if facts.sources:
+        yield from ("| | name | commit |", "|---|---|---|")
+        yield from (f"| {role} | {name} | {commit} |" for role, name, commit in facts.sources)
+        yield ""
+    if facts.command:
+        yield from (f"Made by {facts.made_by}:", "", *_shell(facts.command))
+    if facts.checks:
+        yield from (
+            "Checked against a float64 recomputation before it was published:",
+            "",
+            "| | |",
+            "|---|---|",
+        )
+        yield from (f"| {what} | {found} |" for what, found in facts.checks)
+        yield ""
+    if facts.unmerge:
+        yield from ("To take it out again:", "", *_shell(facts.unmerge))
+    if facts.record:
+        yield from ("`dora_convert/receipt.json` lists every tensor that changed with its hashes.", "")
+
+
+def _shell(command: Sequence[str]) -> list[str]:
+    return ["```bash", shlex.join(command), "```", ""]
+
+
+def is_unedited(card: bytes) -> bool:
+    """Whether a README is a card as `render` wrote it, so that another may take its place."""
+    match = _MARK.search(card)
+    return match is not None and xxhash.xxh3_128_hexdigest(card[: match.start()]).encode() == match[1]
+
+
+def metadata_of(readme: Path) -> dict[str, Any]:
+    """The front matter of a README; nothing where it has none, or none that can be read."""
+    from huggingface_hub import ModelCard
+
+    try:
+        text = readme.read_text(encoding="utf-8")
+        if not text.startswith("---"):
+            return {}
+        data = ModelCard(text, ignore_metadata_errors=True).data
+        found: dict[str, Any] = data.to_dict()  # type: ignore[no-untyped-call]
+    except Exception:  # noqa: BLE001 - somebody's file, in YAML: whatever it holds, the card does without
+        return {}
+    return found
+
+
+def inherited(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that hold for whatever is made of a model."""
+    return {name: metadata[name] for name in INHERITED if metadata.get(name)}
+
+
+def pipeline_of(config: Mapping[str, Any] | None, metadata: Mapping[str, Any]) -> str | None:
+    """What a model is for: as its architecture says, else the base's card."""
+    for name in (config or {}).get("architectures") or ():
+        for end, pipeline in PIPELINES.items():
+            if str(name).endswith(end):
+                return pipeline
+    tag = metadata.get("pipeline_tag")
+    return tag if isinstance(tag, str) else None
+
+
+def card_bytes(plan: Plan, base_model: str | None, checks: Sequence[tuple[str, str]] = ()) -> bytes:
+    """README.md for a merge's OUT; `checks` is what its self-check found, once there is one."""
+    base, counts, names = plan.base, plan.counts(), [adapter.source for adapter in plan.adapters]
+    metadata = {} if base.is_file else metadata_of(base.root / NAME)
+    kinds = tuple(sorted({adapter.kind for adapter in plan.adapters}))
+    undo = () if plan.options.undo == "none" else _unmerge([source.title for source in names])
+    facts = Facts(
+        title=f"{base.source.name} with {', '.join(source.name for source in names)}",
+        about=f"{' and '.join(kinds)} folded into the weights of {base.source.name}. {counts['merged']} tensors "
+        f"merged, {counts['replaced']} replaced, {counts['copied']} copied as they were.",
+        kinds=kinds,
+        relation="finetune",
+        base_model=base_model or base.source.repo,
+        library="transformers" if base.model_types else None,
+        pipeline=pipeline_of(plan.output_config, metadata),
+        inherited=inherited(metadata),
+        sources=(_row("base", base.source), *(_row("adapter", source) for source in names)),
+        made_by=f"dora-convert {__version__}",
+        command=tuple(command(plan)),
+        checks=tuple(checks),
+        unmerge=undo,
+        record=True,
+    )
+    return render(facts)
+
+
+def _unmerge(adapters: Sequence[str]) -> tuple[str, ...]:
+    return ("dora-convert", "unmerge", "MERGED", *adapters, "OUT")
+
+
+def adapter_card_bytes(order: Order, base_model: str | None) -> bytes:
+    """README.md for an adapter that was made of others, or of two checkpoints."""
+    base, kind = order.bases[0], "DoRA" if order.makes_dora else "LoRA"
+    metadata = {} if base.is_file else metadata_of(base.root / NAME)
+    roles = ("base", *(["tuned"] if len(order.bases) > 1 else []), *(["adapter"] if order.like else []))
+    facts = Facts(
+        title=f"{kind} of {order.sources[-1].name}",
+        about=f"A {kind} adapter for {base.source.name}.",
+        kinds=(kind,),
+        relation="adapter",
+        base_model=base_model or base.source.repo,
+        library="peft",
+        pipeline=pipeline_of(base.config, metadata),
+        inherited=inherited(metadata),
+        sources=tuple(_row(role, source) for role, source in zip(roles, order.sources, strict=True)),
+        made_by=f"`{order.command}` of dora-convert {__version__}",
+        command=("dora-convert", order.command, *order.words),
+    )
+    return render(facts)
+
+
+def command(plan: Plan) -> list[str]:
+    """The command line that makes this output again; inputs by title, the output as OUT."""
+    options = plan.options
+    words = ["dora-convert", "merge", *(source.title for source in _sources(plan)), "OUT"]
+    if any(weight != 1 for weight in plan.weights):
+        words += [word for weight in plan.weights for word in ("--weight", _number(weight))]
+    for flag, value in (
+        ("--dtype", CONFIG_DTYPES.get(options.dtype or "")),
+        ("--compute-dtype", "float32" if options.compute_dtype == "F32" else None),
+        ("--max-shard-size", options.max_shard_size),
+        ("--undo", options.undo if options.undo != "norms" else None),
+        *(("--include", glob) for glob in options.include),
+        *(("--exclude", glob) for glob in options.exclude),
+        *(("--ignore-field", name) for name in options.ignore_field),
+    ):
+        words += [flag, str(value)] if value else []
+    return [*words, "--allow-unmatched"] if options.allow_unmatched else words
+
+
+def _number(value: float) -> str:
+    """A number as people write it, without losing a digit."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
+
+
+def _sources(plan: Plan) -> list[Source]:
+    return [plan.base.source, *(adapter.source for adapter in plan.adapters)]
+
+
+def _row(role: str, source: Source) -> tuple[str, str, str]:
+    return role, source.repo or source.name, source.commit or ""

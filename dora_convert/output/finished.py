@@ -1,0 +1,109 @@
+"""What is finished of a run: what is known of each tensor, and how a journal tells of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+
+from ..errors import MalformedError
+from ..parity.self_check import Verdict
+from ..plan.item import Item
+from ..storage.journal import Record
+from ..storage.safetensors import BITS, Stored
+from ..storage.schema import Either, count
+from ..storage.spool import Part, Segment
+from .shards import Copy
+
+VERDICT = {"checked": int, "wrong": int, "max_ulp": int, "rounding": float, "change": float}
+HASH = Either(str, None)
+ENTERED = Either(
+    {"copied": (str, count, count)},
+    {
+        "made": str,
+        "hashes": (HASH, str, HASH),
+        "parts": [(str, frozenset(BITS), [count], [(count, count)])],
+        "ambiguous": count,
+        "verdict": Either(VERDICT, None),
+    },
+)
+"""What a journal's records are like."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """What is known of a tensor once it is written: hashes of its old and new bytes, undo parts, the self-check."""
+
+    base_hash: str | None
+    """xxh3-128 of what was read: the base's bytes, or the merged ones where those are recovered."""
+    written_hash: str
+    """xxh3-128."""
+    proof: str | None
+    """sha256 of the base's bytes, read or recovered, where it was asked for."""
+    parts: tuple[Part, ...] = ()
+    verdict: Verdict | None = None
+    ambiguous: int = 0
+    """Elements of a recovered tensor that several values of the base would have been merged to."""
+
+
+@dataclass
+class Progress:
+    """What is finished so far, by this run and by one that it continues."""
+
+    done: dict[str, Done] = field(default_factory=dict)
+    copied: set[tuple[str, int, int]] = field(default_factory=set)
+
+    @classmethod
+    def of(cls, records: Iterable[Record]) -> Progress:
+        """Read back what `copy_record` and `done_record` have written."""
+        progress = cls()
+        for record in records:
+            if "copied" in record:
+                shard, target, length = record["copied"]
+                progress.copied.add((shard, target, length))
+            else:
+                parts = tuple(
+                    Part(name, dtype, tuple(shape), tuple(Segment(*segment) for segment in segments))
+                    for name, dtype, shape, segments in record["parts"]
+                )
+                if wrong := [part.name for part in parts if not part.whole]:
+                    raise MalformedError(f"The journal has too much or too little of {wrong[0]}.")
+                verdict = _verdict(record["verdict"])
+                base_hash, written_hash, proof = record["hashes"]
+                done = Done(base_hash, written_hash, proof, parts, verdict, record["ambiguous"])
+                progress.done[record["made"]] = done
+        return progress
+
+    @property
+    def spooled(self) -> int:
+        """How much of the spool they use."""
+        return max((part.end for done in self.done.values() for part in done.parts), default=0)
+
+
+def _verdict(found: Record | None) -> Verdict | None:
+    return Verdict(**{name: found[name] for name in VERDICT}) if found else None
+
+
+def kept_name(tensor: Stored) -> str:
+    """What the record calls a tensor of the base that it holds whole."""
+    return f"whole/{tensor.name}"
+
+
+def copied_name(item: Item) -> str:
+    """Under what the hash of a copied tensor is kept."""
+    return f"copied/{item.name}"
+
+
+def copy_record(copy: Copy) -> Record:
+    """A finished copy as a line of the journal."""
+    return {"copied": copy[2:]}
+
+
+def done_record(name: str, done: Done) -> Record:
+    """A finished tensor as a line of the journal."""
+    return {
+        "made": name,
+        "hashes": [done.base_hash, done.written_hash, done.proof],
+        "parts": done.parts,
+        "ambiguous": done.ambiguous,
+        "verdict": asdict(done.verdict) if done.verdict else None,
+    }

@@ -1,0 +1,143 @@
+"""What went wrong with a tensor: the mistakes that merges are known to make, tried one after another on some rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..engine.rows import read_rows
+from ..plan.item import Item
+from ..storage.reader import Reader
+from ..storage.safetensors import Stored
+from .expected import Expected
+from .ulps import nearest
+
+CLOSE = 3.0
+"""Times the rounding error of a mistake's own result that a tensor may be from it."""
+FACTOR = 0.02
+"""Relative width within which a fitted factor is taken for a known one."""
+
+
+class Guess(NamedTuple):
+    """A mistake, and what it would have made of some rows."""
+
+    what: str
+    rows: Tensor
+
+
+def find_cause(item: Item, written: Stored, rows: Sequence[int], reader: Reader) -> str | None:
+    """The mistake that explains some wrong rows, in words; None where no known one does."""
+    if len(item.edits) != 1 or not (low := item.edits[0].low) or item.replaced or low.start:
+        return None
+    expected, written = Expected(item, reader), replace(written, shape=item.source.shape)
+    rows = next(expected.chunks(sorted(rows)))
+    got = read_rows(reader, written, rows).double()
+    for guess in _guesses(expected, rows, got):
+        if _explains(guess.rows, got, item.dtype):
+            return guess.what
+    return None
+
+
+def _explains(guess: Tensor, got: Tensor, dtype: str) -> bool:
+    """Whether some rows are what a mistake makes, to a rounding or two."""
+    error = torch.linalg.vector_norm(nearest(guess, dtype) - guess)
+    floor = CLOSE * error + 1e-6 * torch.linalg.vector_norm(guess)
+    return bool(torch.linalg.vector_norm(got - guess) <= floor)
+
+
+def _guesses(expected: Expected, rows: Sequence[int], got: Tensor) -> Iterator[Guess]:
+    item = expected.item
+    edit = item.edits[0]
+    W, delta = expected.before(rows), expected.part(0, rows).delta
+    yield Guess("not merged: it is the base's", W)
+    if edit.decomposed:
+        yield Guess("the magnitude was dropped: plain LoRA was merged where DoRA was due", W + delta)
+        x, _ = expected.rows(rows)
+        if not edit.two_passes:
+            V = x + delta
+            m = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+            yield Guess("merged twice", V * m / torch.linalg.vector_norm(V, dim=1, keepdim=True))
+            yield from _scaled_dora(expected, rows, got)
+    elif factor := _fitted(got - W, delta):
+        what = "merged twice" if abs(factor - 2) < FACTOR else _scaling(factor, expected)
+        yield Guess(what, W + factor * delta)
+    rows_, columns = item.source.matrix
+    if rows_ == columns and item.experts == 1 and not (edit.low and edit.low.experts):
+        yield from _turned(expected, rows, W)
+
+
+def _fitted(change: Tensor, delta: Tensor) -> float | None:
+    """The factor that makes of the adapter's delta what was added."""
+    size = float(delta.square().sum())
+    return float((change * delta).sum()) / size if size else None
+
+
+def _factors(expected: Expected) -> dict[str, float]:
+    """Scalings that other tools use, relative to the right one."""
+    low = expected.item.edits[0].low
+    assert low
+    r = low.rank
+    return {
+        "alpha instead of alpha/r": float(r),
+        "alpha/√r instead of alpha/r": math.sqrt(r),
+        "alpha/r instead of alpha/√r": 1 / math.sqrt(r),
+        "divided by r twice": 1 / r,
+        "no scaling at all": 1 / low.scale,
+        "half of it": 0.5,
+        "twice of it": 2.0,
+    }
+
+
+def _scaling(factor: float, expected: Expected) -> str:
+    """A wrong factor in words."""
+    known = (name for name, k in _factors(expected).items() if abs(factor / k - 1) < FACTOR)
+    name = next(known, None)
+    return f"the scaling is off by a factor of {factor:.4g}" + (f": {name}" if name else "")
+
+
+def _scaled_dora(expected: Expected, rows: Sequence[int], got: Tensor) -> Iterator[Guess]:
+    """A factor that the scaling was off by before the rows got their lengths."""
+    W, delta, x = expected.before(rows), expected.part(0, rows).delta, expected.rows(rows)[0]
+    m = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    factor = _direction(got, W, delta)
+    if math.isfinite(factor):
+        V = W + factor * delta
+        yield Guess(_scaling(factor, expected), V * m / torch.linalg.vector_norm(V, dim=1, keepdim=True))
+
+
+def _direction(got: Tensor, W: Tensor, delta: Tensor) -> float:
+    """The k for which rows point along W + k·Δ: the median of their least squares."""
+    a, b, c = (W * W).sum(1), (W * delta).sum(1), (delta * delta).sum(1)
+    p, q = (W * got).sum(1), (delta * got).sum(1)
+    return float(((a * q - b * p) / (c * p - b * q)).nanmedian())
+
+
+def _turned(expected: Expected, rows: Sequence[int], W: Tensor) -> Iterator[Guess]:
+    """Square weights take a transposed delta, and a magnitude on the wrong axis, without a complaint."""
+    everything = range(expected.item.source.matrix[0])
+    delta = torch.cat([expected.part(0, chunk).delta for chunk in expected.chunks(everything)])
+    edit, turned = expected.item.edits[0], delta.T[list(rows)]
+    m = expected.magnitude(0)
+    if m is None:
+        yield Guess("a factor is transposed", W + turned)
+        return
+    V = W + turned
+    if not edit.two_passes:
+        size = torch.linalg.vector_norm(V, dim=1, keepdim=True)
+        yield Guess("a factor is transposed", V * (m[list(rows), None] / size))
+    squares, axis = torch.zeros(len(everything), dtype=torch.float64), 1 if edit.two_passes else 0
+    for chunk in expected.chunks(everything):
+        part = (expected.before(chunk) + delta[list(chunk)]).square()
+        if axis == 0:
+            squares += part.sum(dim=0)
+        else:
+            squares[list(chunk)] = part.sum(dim=1)
+    f = m / squares.sqrt()
+    V = W + delta[list(rows)]
+    wrong = V * f if axis == 0 else V * f[list(rows), None]
+    yield Guess("the magnitude is on the wrong axis", wrong)

@@ -1,0 +1,278 @@
+"""What an output tensor must hold: any rows of it in float64, and how far from them an honest result may be.
+
+Shares no code with the streaming arithmetic of make.py: this is what that is checked against.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..adapters.updates import Decomposed, Delta, LowRank, Start, tensors_of
+from ..engine import memory
+from ..engine.precision import TORCH
+from ..engine.rows import read_columns, read_rows
+from ..plan.item import Edit, Item
+from ..storage.reader import Reader
+from ..storage.safetensors import Stored
+from .ulps import GRID, half_ulp
+
+CHUNK_ELEMENTS = 1 << 13
+"""In rows that are checked together: a dozen arrays of so many numbers are held at once."""
+EPSILON = 2.0**-24
+CPU = torch.device("cpu")
+
+
+class Part(NamedTuple):
+    """One edit's share of some rows."""
+
+    delta: Tensor  # s·BA
+    f: Tensor  # m/n, which broadcasts over the rows; 1 for LoRA
+    size: Callable[[], Tensor]  # |s|·|B||A|, what the products are made of; only a bound needs it
+    terms: int  # how many products are added up
+    n: Tensor | None = None  # the norms, which broadcast over the rows
+
+
+class Block(NamedTuple):
+    """Some rows of an item."""
+
+    W: Tensor  # before any edit
+    parts: list[Part]
+    x: Tensor  # after all of them
+
+
+class Expected:
+    """The float64 result x of an item, any rows of it, and what its bound is made of; on any device that has float64."""
+
+    def __init__(self, item: Item, reader: Reader, device: torch.device = CPU) -> None:
+        self.item, self._reader, self._device = item, reader, device
+        self._start = self._without_start()
+        self._pairs = [self._pair(edit.low, edit) if edit.low else None for edit in item.edits]
+        self._m = [
+            self._load(edit.update.m).flatten() if isinstance(edit.update, Decomposed) else None
+            for edit in item.edits
+        ]
+        self._column_norms = [
+            self._measure(number) if edit.two_passes else None for number, edit in enumerate(item.edits)
+        ]
+
+    def chunks(self, rows: Sequence[int]) -> Iterator[Sequence[int]]:
+        """The rows in pieces of bounded size; none holds rows of two experts."""
+        total, columns = self.item.source.matrix
+        height, part = max(1, CHUNK_ELEMENTS // max(1, columns)), max(1, total // self.item.experts)
+        first = 0
+        while first < len(rows):
+            last = min(first + height, len(rows))
+            while rows[last - 1] // part != rows[first] // part:
+                last -= 1
+            yield rows[first:last]
+            first = last
+
+    def block(self, rows: Sequence[int]) -> Block:
+        """Some rows: before, each edit's share, and x = W + Σ wᵢ·(fᵢ·(W + Δᵢ) − W)."""
+        W = self.before(rows)
+        parts = self._parts(W, rows)
+        if len(parts) == 1 and self.item.edits[0].weight == 1:
+            part = parts[0]
+            return Block(W, parts, (W + part.delta) * part.f if part.f.dim() else W + part.delta)
+        x = W.clone()
+        for edit, part in zip(self.item.edits, parts, strict=True):
+            x += edit.weight * ((W + part.delta) * part.f - W)
+        return Block(W, parts, x)
+
+    def rows(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """x, and what the adapter is merged into: the base's weight where it has one."""
+        W, _, x = self.block(rows)
+        base = self.item.base
+        return x, self._load(base, rows) if base and base.shape == self.item.source.shape else W
+
+    def forward(self, rows: Sequence[int], block: Block, x: Tensor, *, by_columns: bool) -> Tensor:
+        """The adapter's own outputs for inputs x: Wx + s·B(Ax), times m/n, without the product BA.
+
+        For a weight stored as (in, out), `by_columns`, what these rows of it add to all outputs.
+        """
+        before = (block.W.T if by_columns else block.W) @ x
+        y = before.clone()
+        for number, (edit, part) in enumerate(zip(self.item.edits, block.parts, strict=True)):
+            low = edit.low
+            assert low
+            left, right = self._factors(number, low, edit, rows)
+            change = low.scale * (right.T @ (left.T @ x) if by_columns else left @ (right @ x))
+            f = part.f.view(-1, 1) if part.f.dim() else part.f
+            y += edit.weight * ((before + change) * f - before)
+        return y
+
+    def bound(self, rows: Sequence[int], x: Tensor, *, rounded_once: bool) -> Tensor:
+        """How far from x an honest result may be."""
+        W, dtype = self.before(rows), self.item.dtype
+        tolerance = half_ulp(x, dtype) + (math.sqrt(W.shape[1]) + 6) * EPSILON * x.abs()
+        for edit, part in zip(self.item.edits, self._parts(W, rows), strict=True):
+            slack = (part.terms + 2) * EPSILON * (part.size() + W.abs())
+            if not rounded_once:
+                slack = slack + half_ulp(part.delta, _coarser(edit, dtype))
+                if part.n is not None:
+                    tolerance += abs(edit.weight) * self._several_roundings(edit, part, W, x)
+            if self._start is not None:  # rounded before, after products of the whole matrix in float32
+                slack = (
+                    slack + 2 * half_ulp(W, self.item.source.dtype) + 64 * EPSILON * self._start.abs().max()
+                )
+            tolerance += abs(edit.weight) * part.f.abs() * slack
+        return tolerance
+
+    def before(self, rows: Sequence[int]) -> Tensor:
+        """The weight before any edit: as stored, less what training began without, with the rows that were set."""
+        W = self._load(self.item.source, rows) if self._start is None else self._start[list(rows)].double()
+        for trained in self.item.rows:
+            places = {row: place for place, row in enumerate(trained.index)}
+            for k, row in enumerate(rows):
+                if row in places:
+                    W[k] = self._load(trained.value, [places[row]])[0]
+        return W
+
+    def _without_start(self) -> Tensor | None:
+        """What PiSSA, OLoRA and KaSA begin with, the whole of it, in the stored dtype; None for other updates."""
+        if not (low := self.item.start):
+            return None
+        edit = self.item.edits[0]
+        W = self._load(self.item.source).float()
+        W = W.T if edit.transposed else W
+        r = low.rank
+        if low.start is Start.OLORA:
+            Q, R = torch.linalg.qr(W)
+            taken = low.scale * torch.einsum("or,ri->oi", Q[:, :r], R[:r])
+        else:
+            U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+            gone = slice(len(S) - r, None) if low.start is Start.KASA else slice(0, r)
+            taken = torch.einsum("or,r,ri->oi", U[:, gone], S[gone], Vh[gone])
+        left = W - taken
+        return (left.T if edit.transposed else left).contiguous().to(TORCH[self.item.source.dtype])
+
+    def _several_roundings(self, edit: Edit, part: Part, W: Tensor, x: Tensor) -> Tensor:
+        """What else a DoRA may be off by whose steps were rounded: V, m/n, the norm of a rounded delta, or the change."""
+        dtype = _coarser(edit, self.item.dtype)
+        assert part.n is not None
+        moved = half_ulp(part.delta, dtype).square().sum(dim=edit.axis, keepdim=True)
+        seen, whole = part.delta.shape[edit.axis], self.item.source.matrix[edit.axis]
+        # of columns only some rows are at hand
+        drift = (moved * (2 * whole / seen if seen < whole else 1)).sqrt() / part.n
+        relative = drift + 3 * 2.0 ** -GRID[dtype][0]
+        granted: Tensor = x.abs() * relative + part.f.abs() * half_ulp(W + part.delta, dtype)
+        return granted + half_ulp(x - W, dtype) + half_ulp(x, dtype)
+
+    def part(self, number: int, rows: Sequence[int]) -> Part:
+        """One edit's share of some rows."""
+        return self._part(number, self.before(rows), rows)
+
+    def magnitude(self, number: int) -> Tensor | None:
+        """The magnitudes that one edit sets; None for LoRA."""
+        return self._m[number]
+
+    def _parts(self, W: Tensor, rows: Sequence[int]) -> list[Part]:
+        """Every edit's share of some rows."""
+        return [self._part(number, W, rows) for number in range(len(self.item.edits))]
+
+    def _part(self, number: int, W: Tensor, rows: Sequence[int]) -> Part:
+        edit, m, n = self.item.edits[number], self._m[number], self._column_norms[number]
+        one = torch.ones((), dtype=torch.float64, device=self._device)
+        if isinstance(edit.update, Delta):
+            delta = edit.update.scale * self._load(edit.update.value)
+            return Part(delta, one, delta.abs, 1)
+        low = edit.low
+        assert low
+        left, right = self._factors(number, low, edit, rows)
+        delta = low.scale * torch.einsum("kr,rc->kc", left, right)
+        size = partial(_size, left, right, low.scale)
+        if m is None:
+            return Part(delta, one, size, low.rank)
+        if n is not None:
+            return Part(delta, m / n, size, low.rank, n)
+        n = self._row_norms(number, W + delta, rows)[:, None]
+        return Part(delta, m[list(rows), None] / n, size, low.rank, n)
+
+    def _row_norms(self, number: int, V: Tensor, rows: Sequence[int]) -> Tensor:  # noqa: ARG002
+        """‖V‖ of some rows, for one edit."""
+        return torch.einsum("kc,kc->k", V, V).sqrt()
+
+    def _measure(self, number: int) -> Tensor:
+        """‖W + sBA‖ along the columns, which takes the whole tensor."""
+        edit = self.item.edits[number]
+        low = edit.low
+        assert low
+        squares = torch.zeros(self.item.source.matrix[1], dtype=torch.float64, device=self._device)
+        for chunk in self.chunks(range(self.item.source.matrix[0])):
+            left, right = self._factors(number, low, edit, chunk)
+            V = self.before(chunk) + low.scale * torch.einsum("kr,rc->kc", left, right)
+            squares += torch.einsum("kc,kc->c", V, V)
+        return squares.sqrt()
+
+    def _pair(self, low: LowRank, edit: Edit) -> tuple[Tensor | None, Tensor | None]:
+        """A and B where they are held: both for experts, else the one that has the stored matrix's columns."""
+        if low.experts:
+            return self._all(low.A), self._all(low.B)
+        held = _dense(
+            self._load(low.B if edit.transposed else low.A), low.blocks[1 if edit.transposed else 0]
+        )
+        if low.d:
+            d = self._load(low.d).flatten()
+            held = held * d if edit.transposed else held * d[:, None]
+        return (None, held) if edit.transposed else (held, None)
+
+    def _factors(self, number: int, low: LowRank, edit: Edit, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The factors of some rows of the stored matrix: (rows, r) and (r, columns)."""
+        pair = self._pairs[number]
+        assert pair
+        A, B = pair
+        if low.experts:
+            assert A is not None
+            assert B is not None
+            height = low.inputs[0] if edit.transposed else low.outputs
+            expert, inside = rows[0] // height, [row % height for row in rows]
+            A_e = A[expert * low.rank : (expert + 1) * low.rank].double()
+            B_e = B[:, expert :: low.experts].double()
+            return (A_e.T[inside], B_e.T) if edit.transposed else (B_e[inside], A_e)
+        if A is not None:  # not transposed
+            if low.blocks[1] > 1:
+                return _dense(self._load(low.B), low.blocks[1])[list(rows)], A
+            return self._load(low.B, rows), A
+        assert B is not None
+        if low.blocks[0] > 1:
+            return _dense(self._load(low.A), low.blocks[0])[:, list(rows)].T, B.T
+        return read_columns(self._reader, low.A, rows).to(self._device).double().T, B.T
+
+    def _load(self, tensor: Stored, rows: Sequence[int] | None = None) -> Tensor:
+        """Rows of a stored tensor's matrix, or all of them, in float64."""
+        chosen = range(tensor.matrix[0]) if rows is None else rows
+        loaded = memory.empty((len(chosen), tensor.matrix[1]), torch.float64)
+        height, filled = max(1, 4 * CHUNK_ELEMENTS // max(1, tensor.matrix[1])), 0
+        for start in range(0, len(chosen), height):
+            part = read_rows(self._reader, tensor, chosen[start : start + height])
+            loaded[filled : filled + len(part)] = part
+            filled += len(part)
+        return loaded.to(self._device)
+
+    def _all(self, tensor: Stored) -> Tensor:
+        """A whole stored matrix, in its own dtype."""
+        return read_rows(self._reader, tensor, range(tensor.matrix[0])).to(self._device)
+
+
+def _size(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    return abs(scale) * (left.abs() @ right.abs())
+
+
+def _coarser(edit: Edit, dtype: str) -> str:
+    """The dtype that a tool may have rounded a delta to: the weight's, or a coarser one of the adapter's."""
+    found = [tensor.dtype for tensor in tensors_of(edit.update) if tensor.dtype in ("BF16", "F16")]
+    return min([dtype, *found], key=lambda name: GRID[name][0])
+
+
+def _dense(stacked: Tensor, blocks: int) -> Tensor:
+    """A block-diagonal matrix from its blocks, which lie one below the other."""
+    if blocks == 1:
+        return stacked
+    dense: Tensor = torch.block_diag(*stacked.chunk(blocks))  # type: ignore[no-untyped-call]
+    return dense

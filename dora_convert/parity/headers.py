@@ -1,0 +1,131 @@
+"""Where a merged checkpoint is not what was planned, as far as headers and config.json tell."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ..naming.resolve import Names
+from ..naming.ties import find_tie
+from ..plan.item import Item
+from ..plan.plan import Plan
+from ..storage.checkpoint import Checkpoint
+from ..storage.reader import Reader
+from ..storage.safetensors import CONFIG_DTYPES, FLOATS, Stored
+
+BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|masked_bias|position_ids|attn\.bias)$")
+"""What transformers computes anew and does not always save."""
+NO_MATTER = frozenset(
+    {"transformers_version", "dtype", "torch_dtype", "_name_or_path", "name_or_path", "use_cache", "auto_map"}
+)
+"""Fields of configs that change neither loading nor computing."""
+
+
+@dataclass
+class Pairing:
+    """The planned tensors with the merged checkpoint's, and what has no partner."""
+
+    pairs: list[tuple[Item, Stored]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    twins: list[tuple[Stored, Stored]] = field(default_factory=list)
+    """A head that is stored although it is tied, and its embedding."""
+
+    def compare_twins(self, reader: Reader) -> None:
+        """Whether a head that is stored although it is tied is its embedding."""
+        for head, embedding in self.twins:
+            if reader.same_bytes(head, embedding):
+                self.notes.append(f"{head.name} is stored beside {embedding.name}, which it equals")
+            else:
+                self.problems.append(f"{head.name} differs from {embedding.name}, which it is tied to")
+
+
+def pair(plan: Plan, merged: Checkpoint) -> Pairing:
+    """Find each planned tensor in a merged checkpoint; a prefix that differs throughout does not count."""
+    found = Pairing()
+    names = Names(merged.tensors, [item.name for item in plan.items])
+    taken: set[str] = set()
+    for item in plan.items:
+        name = names.find(item.name)
+        if name is None:
+            _miss(item, found)
+            continue
+        taken.add(name)
+        written = merged.tensors[name]
+        converted = written.dtype != item.dtype and not {written.dtype, item.dtype} <= set(FLOATS)
+        if written.shape != item.shape or converted:
+            found.problems.append(
+                f"{name} is {written.dtype} {list(written.shape)}; it should be {item.dtype} {list(item.shape)}"
+            )
+        else:
+            found.pairs.append((item, written))
+    _compare_ties(plan, merged, taken, found)
+    for name in sorted(merged.tensors.keys() - taken):
+        known = BUFFERS.search(name)
+        (found.notes if known else found.problems).append(f"{name} is in MERGED, but should not be there")
+    return found
+
+
+def _miss(item: Item, found: Pairing) -> None:
+    known = BUFFERS.search(item.name)
+    (found.notes if known else found.problems).append(f"{item.name} is missing from MERGED")
+
+
+def _compare_ties(plan: Plan, merged: Checkpoint, taken: set[str], found: Pairing) -> None:
+    """Whether embedding and head are one weight where they should be."""
+    config = plan.output_config
+    before, after = find_tie(plan.base), find_tie(merged)
+    if before is None or merged.config is None:
+        return
+    wanted = find_tie(replace(plan.base, config=config))
+    untied = not wanted and bool(config and config.get("tie_word_embeddings") is False)
+    if untied and after:
+        found.problems.append(
+            f"config.json ties {after.head} to {after.embedding}; the adapter made two weights of them"
+        )
+    elif wanted and not after and before.head not in merged.tensors:
+        found.problems.append(
+            f"config.json does not tie {before.head} to {before.embedding}, and MERGED has no {before.head}"
+        )
+    extra = merged.tensors.get(before.head)
+    embedding = merged.tensors.get(before.embedding)
+    if not untied and before.head not in taken and extra and embedding:
+        taken.add(before.head)
+        found.twins.append((extra, embedding))
+
+
+def config_problems(plan: Plan, merged: Checkpoint) -> Iterator[str]:
+    """Fields of config.json that differ and change loading or computing."""
+    base, wanted = plan.base.config, plan.output_config
+    if wanted is None or merged.is_file:
+        return
+    if merged.config is None:
+        yield "config.json is missing from MERGED"
+        return
+    yield from _differences(wanted, merged.config, "")
+    yield from _wrong_dtype(wanted, merged)
+    edited = {key for key in wanted if base is None or base.get(key) != wanted[key]}
+    for key in sorted(edited - merged.config.keys() - NO_MATTER):
+        yield f"config.json: {key} should be {wanted[key]!r}; it is missing"
+
+
+def _wrong_dtype(wanted: Mapping[str, Any], merged: Checkpoint) -> Iterator[str]:
+    """A dtype that weights would be converted to when they are loaded, and that neither the base nor they have."""
+    dtypes = Counter(tensor.dtype for tensor in merged.tensors.values() if tensor.dtype in FLOATS)
+    stored = {CONFIG_DTYPES.get(dtype) for dtype, _ in dtypes.most_common(1)}
+    for key in ("dtype", "torch_dtype"):
+        found = (merged.config or {}).get(key)
+        if isinstance(found, str) and found not in {*stored, wanted.get("dtype"), wanted.get("torch_dtype")}:
+            yield f"config.json: {key} is {found!r}, which is not what the tensors are stored in"
+
+
+def _differences(wanted: Mapping[str, Any], got: Mapping[str, Any], where: str) -> Iterator[str]:
+    for key in wanted.keys() & got.keys() - NO_MATTER:
+        one, other = wanted[key], got[key]
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            yield from _differences(one, other, f"{where}{key}.")
+        elif one != other:
+            yield f"config.json: {where}{key} is {other!r}; it should be {one!r}"

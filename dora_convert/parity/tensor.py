@@ -1,0 +1,173 @@
+"""One tensor of a merged checkpoint against what base and adapter make of it: every element, and its outputs.
+
+Two passes over the tensor, block after block: the first counts what differs from the rounded float64 result, which
+decides how often the tool that wrote it rounded; the second, only where something differs, measures how far.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from ..engine.precision import TORCH
+from ..engine.rows import read_rows
+from ..plan.item import Item
+from ..storage.reader import Reader
+from ..storage.safetensors import Stored
+from .expected import CPU, Block, Expected
+from .self_check import distance, rounded_once
+from .ulps import nearest
+
+ROWS_ELEMENTS = 3 << 15
+SUSPECTS = 256
+"""Rows that are kept to find out what went wrong."""
+
+
+@dataclass
+class Outputs:
+    """W'x for sample inputs x: as stored, as the adapter's own forward has it, and as perfect rounding would leave it."""
+
+    samples: int
+    error: float = 0.0
+    floor: float = 0.0
+    size: float = 0.0
+    _sums: list[Tensor] = field(default_factory=list)
+
+    def rows(self, got: Tensor, rounded: Tensor, y: Tensor, x: Tensor) -> None:
+        """Rows of a weight stored as (out, in): each is an output."""
+        outputs = got @ x
+        self._add(outputs, outputs if rounded is got else rounded @ x, y)
+
+    def columns(self, got: Tensor, rounded: Tensor, y: Tensor, x: Tensor) -> None:
+        """Rows of a weight stored as (in, out): each adds to all outputs."""
+        parts = [got.T @ x, rounded.T @ x, y]
+        self._sums = [a + b for a, b in zip(self._sums, parts, strict=True)] if self._sums else parts
+
+    def finish(self) -> None:
+        """Count what was summed up."""
+        if self._sums:
+            self._add(*self._sums)
+            self._sums = []
+
+    def _add(self, got: Tensor, rounded: Tensor, y: Tensor) -> None:
+        self.error += float((got - y).square().sum())
+        self.floor += float((rounded - y).square().sum())
+        self.size += float(y.square().sum())
+
+
+@dataclass
+class Parity:
+    """What a comparison of one tensor found."""
+
+    item: Item
+    elements: int = 0
+    off: int = 0
+    """Elements that are not the rounded float64 result."""
+    wrong: int = 0
+    """Elements that no honest rounding explains."""
+    max_ulp: int = 0
+    outputs: Outputs = field(default_factory=lambda: Outputs(0))
+    suspects: list[int] = field(default_factory=list)
+    """Some of the rows that hold wrong elements."""
+
+    @property
+    def output_error(self) -> float | None:
+        """Relative error of the outputs; None where there are none."""
+        return (self.outputs.error / self.outputs.size) ** 0.5 if self.outputs.size else None
+
+    @property
+    def output_floor(self) -> float | None:
+        """What that would be if every element were rounded perfectly."""
+        return (self.outputs.floor / self.outputs.size) ** 0.5 if self.outputs.size else None
+
+
+def compare_all(
+    item: Item, written: Stored, reader: Reader, samples: int, device: torch.device = CPU
+) -> Parity:
+    """Compare every element of a tensor, in the dtype it is stored in, and its outputs for some random inputs."""
+    item = replace(item, dtype=written.dtype)
+    written = replace(written, shape=item.source.shape)  # as it is computed: experts one below the other
+    samples = samples if item.changed and len(item.shape) > 1 else 0
+    expected = Expected(item, reader, device)
+    found = Parity(item, outputs=Outputs(samples))
+    x = _inputs(item, samples).to(device)
+    differing: list[Sequence[int]] = []
+    for rows in chunks(item):
+        block, raw = expected.block(rows), read_rows(reader, written, rows).to(device)
+        off = count_off(block.x, raw, item.dtype)
+        found.elements += raw.numel()
+        if off:
+            differing.append(rows)
+            found.off += off
+        if samples:
+            got = raw.double()
+            rounded = nearest(block.x, item.dtype) if off else got
+            _add_outputs(found.outputs, expected, rows, block, got, rounded, x)
+    found.outputs.finish()
+    once = rounded_once(found.off, found.elements)
+    for suspicious in differing:
+        got = read_rows(reader, written, suspicious).to(device).double()
+        wrong, ulp = distance(got, expected, suspicious, rounded_once=once)
+        found.wrong += int(wrong.sum())
+        found.max_ulp = max(found.max_ulp, ulp)
+        if len(found.suspects) < SUSPECTS:
+            found.suspects += [suspicious[k] for k in wrong.any(dim=1).nonzero().flatten().tolist()]
+    return found
+
+
+def chunks(item: Item) -> Iterator[range]:
+    """All rows in pieces of bounded size; none holds rows of two experts."""
+    total, columns = item.source.matrix
+    part = max(1, total // item.experts)
+    height = max(1, ROWS_ELEMENTS // max(1, columns))
+    for first in range(0, total, part):
+        for start in range(first, first + part, height):
+            yield range(start, min(start + height, first + part))
+
+
+def _inputs(item: Item, samples: int) -> Tensor:
+    """Random inputs of a layer: (in, samples). Rows of a weight stored as (in, out) are inputs, too."""
+    generator = torch.Generator().manual_seed(0)
+    size = max(item.source.matrix) if samples else 0
+    return torch.randn(size, samples, generator=generator, dtype=torch.float64)
+
+
+def count_off(x: Tensor, got: Tensor, dtype: str) -> int:
+    """How many elements are not x rounded once.
+
+    torch rounds float64 to half precision in two steps, which is fast and nearly always right: the few where the first
+    lands on a tie of the second are looked at again.
+    """
+    if dtype not in ("BF16", "F32"):
+        return int((got.double() != nearest(x, dtype)).sum())
+    single = x.float()
+    doubtful = single.to(TORCH[dtype]) != got
+    if dtype == "BF16":
+        doubtful |= single.view(torch.int16)[..., ::2] == torch.iinfo(torch.int16).min
+    if not doubtful.any():
+        return 0
+    return int((got[doubtful].double() != nearest(x[doubtful], dtype)).sum())
+
+
+def _add_outputs(
+    outputs: Outputs,
+    expected: Expected,
+    rows: Sequence[int],
+    block: Block,
+    got: Tensor,
+    rounded: Tensor,
+    x: Tensor,
+) -> None:
+    item = expected.item
+    if any(edit.transposed for edit in item.edits):
+        height = item.source.matrix[0] // item.experts
+        if rows[0] % height == 0:
+            outputs.finish()
+        inside = [row % height for row in rows]
+        outputs.columns(got, rounded, expected.forward(rows, block, x[inside], by_columns=True), x[inside])
+    else:
+        x = x[: got.shape[1]]
+        outputs.rows(got, rounded, expected.forward(rows, block, x, by_columns=False), x)

@@ -1,0 +1,204 @@
+"""The plan: every output tensor exactly once, and every adapter tensor accounted for.
+
+A plan is data. `planner.make_plan` builds it from headers and options; `execute.run` carries it out; reports print it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from ..adapters.adapter import Adapter
+from ..adapters.updates import Delta, tensors_of
+from ..storage.checkpoint import Checkpoint
+from ..storage.safetensors import BITS, Stored
+from .item import Edit, Item
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a caller may choose that changes the output."""
+
+    dtype: str | None = None
+    """The safetensors dtype of every floating tensor, or None: each keeps its own."""
+    compute_dtype: str = "F64"
+    max_shard_size: int | None = None
+    undo: str = "norms"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    allow_unmatched: bool = False
+    ignore_field: tuple[str, ...] = ()
+    """Fields of adapters' configs that are not to be refused."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether what rounding loses is kept, too."""
+        return self.undo == "exact"
+
+    @property
+    def width(self) -> int:
+        """Bytes of an element in arithmetic."""
+        return BITS[self.compute_dtype] // 8
+
+
+@dataclass(frozen=True)
+class OutputShard:
+    """One output file: its name, header metadata and tensors in order."""
+
+    filename: str
+    metadata: Mapping[str, str]
+    items: tuple[Item, ...]
+
+    @property
+    def inputs(self) -> Mapping[Path, None]:
+        """The files that it is made of, each once."""
+        return dict.fromkeys(
+            source.path
+            for item in self.items
+            for source in (item.source, item.base, *(item.undo.tensors if item.undo else ()))
+            if source
+        )
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the ledger: an adapter tensor, its fate, the output tensors it went into, and why."""
+
+    tensor: str
+    fate: str  # merged | replaced | added | ignored | unmatched
+    into: tuple[str, ...] = ()
+    why: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The entry as reports and receipts hold it."""
+        return {"tensor": self.tensor, "fate": self.fate, "into": list(self.into), "why": self.why}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a run needs to know, decided."""
+
+    base: Checkpoint
+    adapters: tuple[Adapter, ...]
+    weights: tuple[float, ...]
+    options: Options
+    shards: tuple[OutputShard, ...]
+    index_name: str | None
+    ledger: tuple[Entry, ...]
+    config: Mapping[str, Any] | None = None
+    """The base's config where it must change, as it must be."""
+
+    @cached_property
+    def items(self) -> tuple[Item, ...]:
+        """Every output tensor, shard after shard."""
+        return tuple(item for shard in self.shards for item in shard.items)
+
+    @cached_property
+    def bytes_out(self) -> int:
+        """Bytes of all output tensors."""
+        return sum(item.nbytes for item in self.items)
+
+    @cached_property
+    def memory(self) -> int:
+        """Bytes that the costliest item holds at once: the least a memory budget can be."""
+        return max(map(self.cost, self.items))
+
+    def cost(self, item: Item) -> int:
+        """Bytes that a worker holds to make an item."""
+        return item.cost(self.options.width, exact=self.options.exact and self.remembers(item))
+
+    @property
+    def undo_bytes(self) -> int:
+        """About the most that the undo record's tensors take."""
+        if self.options.undo == "none":
+            return 0
+        made = sum(item.undo_bytes(exact=self.options.exact and self.remembers(item)) for item in self.items)
+        return made + sum(tensor.nbytes for tensor in self.lost)
+
+    @cached_property
+    def remains(self) -> Mapping[str, Item]:
+        """The output tensor that each of the base's can be recovered from, by the base's name on disk."""
+        found: dict[str, Item] = {}
+        for item in sorted(self.items, key=lambda item: (not item.verbatim, item.added)):
+            if item.base and not item.beyond_recovery:
+                found.setdefault(item.origin, item)
+        return found
+
+    @cached_property
+    def lost(self) -> tuple[Stored, ...]:
+        """The base's tensors of which only the undo record holds something: layers left out, counters replaced."""
+        if self.options.undo == "none":
+            return ()
+        return tuple(tensor for name, tensor in self.base.tensors.items() if name not in self.remains)
+
+    @cached_property
+    def lost_with(self) -> Mapping[str, str]:
+        """The shard that each of those is read with, by its name: the first made of the same file, else the last."""
+        first = {path: shard.filename for shard in reversed(self.shards) for path in shard.inputs}
+        return {tensor.name: first.get(tensor.path, self.shards[-1].filename) for tensor in self.lost}
+
+    def remembers(self, item: Item) -> bool:
+        """Whether the undo record keeps what recovers a tensor of the base from this one."""
+        remains = self.remains.get(item.origin)
+        return self.options.undo != "none" and remains is not None and remains.name == item.name
+
+    def counts(self) -> dict[str, int]:
+        """How many tensors met which fate; converted ones count as copied, too."""
+        fates = [item.fate for item in self.items]
+        return {
+            "total": len(fates),
+            "merged": fates.count("merged"),
+            "replaced": fates.count("replaced"),
+            "added": fates.count("added"),
+            "copied": fates.count("copied") + fates.count("converted"),
+            "converted": fates.count("converted"),
+        }
+
+    @property
+    def output_config(self) -> Mapping[str, Any] | None:
+        """What config.json holds in the output; None where there is none."""
+        return self.base.config if self.config is None else self.config
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """xxh3-128 of the plan's description."""
+        return xxhash.xxh3_128_hexdigest("\n".join(self.describe()).encode())
+
+    def describe(self) -> Iterator[str]:
+        """The plan as canonical JSON lines, without paths: equal plans give equal lines."""
+        yield json.dumps([self.options.compute_dtype, self.options.undo, self.index_name, self.config])
+        for shard in self.shards:
+            yield json.dumps([shard.filename, dict(shard.metadata)])
+            for item in shard.items:
+                yield json.dumps(_describe(item))
+
+
+def _describe(item: Item) -> list[Any]:
+    rows = [[rows.value.name, rows.index] for rows in item.rows]
+    edits = [[type(edit.update).__name__, edit.transposed, edit.weight, *_terms(edit)] for edit in item.edits]
+    undo = [[stored.name for stored in item.undo.tensors]] if item.undo else []
+    return [
+        item.name,
+        item.dtype,
+        item.shape,
+        item.origin,
+        item.source.name,
+        item.replaced,
+        rows,
+        edits,
+        *undo,
+    ]
+
+
+def _terms(edit: Edit) -> list[Any]:
+    """The tensors and numbers of an edit."""
+    names = [tensor.name for tensor in tensors_of(edit.update)]
+    if not (low := edit.low):
+        return [names, edit.update.scale if isinstance(edit.update, Delta) else None]
+    return [names, low.rank, low.scale, low.blocks, low.experts, low.start and low.start.value]

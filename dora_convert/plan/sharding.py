@@ -1,0 +1,115 @@
+"""Which output tensor goes into which file, and the bytes that describe it: headers and the index."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+
+from ..storage.checkpoint import INDEX_SUFFIX, Checkpoint
+from ..storage.safetensors import BITS
+from .item import Item
+from .plan import OutputShard, Plan
+
+SWOLLEN = 1.5
+"""A shard that additions make larger than this many times the base's largest is cut again."""
+
+
+def lay_out(
+    base: Checkpoint, items: Mapping[str, Item], max_shard_size: int | None
+) -> tuple[tuple[OutputShard, ...], str | None]:
+    """Output shards and the index's name: the base's own sharding, or shards of at most a size in bytes.
+
+    An added tensor joins the shard of the one it derives from, else the last. A tensor larger than the limit gets a
+    shard of its own.
+    """
+    groups = _as_base(base, items)
+    largest = max(sum(tensor.nbytes for tensor in shard.tensors) for shard in base.shards)
+    swollen = any(sum(item.source.nbytes for item in group) > SWOLLEN * largest for group in groups)
+    if max_shard_size is None and swollen and base.index_name:
+        max_shard_size = largest
+    if max_shard_size is None:
+        return tuple(
+            OutputShard(converted(shard.filename), shard.metadata, _aligned(group))
+            for shard, group in zip(base.shards, groups, strict=True)
+            if group or len(groups) == 1
+        ), base.index_name and converted(base.index_name)
+    groups = _cut([item for group in groups for item in group], max_shard_size)
+    stem, metadata = _stem(base), base.shards[0].metadata
+    if len(groups) == 1:
+        return (OutputShard(f"{stem}.safetensors", metadata, _aligned(groups[0])),), None
+    return tuple(
+        OutputShard(f"{stem}-{number:05d}-of-{len(groups):05d}.safetensors", metadata, _aligned(group))
+        for number, group in enumerate(groups, 1)
+    ), stem + INDEX_SUFFIX
+
+
+def _as_base(base: Checkpoint, items: Mapping[str, Item]) -> list[list[Item]]:
+    """The items shard by shard, in the base's order."""
+    owner = {tensor.name: number for number, shard in enumerate(base.shards) for tensor in shard.tensors}
+    groups: list[list[Item]] = [[] for _ in base.shards]
+    for name in owner:
+        groups[owner[name]].append(items[name])
+    for item in items.values():
+        if item.name not in owner:
+            groups[owner[item.base.name] if item.base else -1].append(item)
+    return groups
+
+
+def _aligned(items: Sequence[Item]) -> tuple[Item, ...]:
+    """The order given; where dtypes change, by falling element size, so that every tensor stays aligned to its own."""
+    if all(item.base and item.dtype == item.base.dtype for item in items):
+        return tuple(items)
+    return tuple(sorted(items, key=lambda item: -BITS[item.dtype]))
+
+
+def converted(filename: str) -> str:
+    """What a weight file or an index is called once it is safetensors."""
+    name = re.sub(r"^pytorch_model(?=[-.])", "model", filename)
+    return re.sub(r"\.(bin|pt|pth)(?=$|\.index\.json$)", ".safetensors", name)
+
+
+def _cut(items: Sequence[Item], limit: int) -> list[list[Item]]:
+    """Fill shards greedily, in order."""
+    groups: list[list[Item]] = [[]]
+    room = limit
+    for item in items:
+        if item.nbytes > room and groups[-1]:
+            groups.append([])
+            room = limit
+        groups[-1].append(item)
+        room -= item.nbytes
+    return groups
+
+
+def _stem(base: Checkpoint) -> str:
+    """What the base calls its weight files, without numbers: `model`, usually."""
+    name = converted(base.index_name or base.shards[0].filename)
+    return re.sub(r"-\d{5}-of-\d{5}$", "", name.removesuffix(INDEX_SUFFIX).removesuffix(".safetensors"))
+
+
+def header_bytes(shard: OutputShard) -> bytes:
+    """A safetensors header, length prefix and padding to eight bytes included."""
+    entries: dict[str, object] = {"__metadata__": dict(shard.metadata)} if shard.metadata else {}
+    position = 0
+    for item in shard.items:
+        offsets = [position, position + item.nbytes]
+        entries[item.name] = {"dtype": item.dtype, "shape": list(item.shape), "data_offsets": offsets}
+        position += item.nbytes
+    return encode_header(entries)
+
+
+def encode_header(entries: Mapping[str, object]) -> bytes:
+    """Entries as the bytes that open a safetensors file."""
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def index_bytes(plan: Plan) -> bytes:
+    """The index of a sharded output, in the form that transformers writes."""
+    table = {item.name: shard.filename for shard in plan.shards for item in shard.items}
+    numel = sum(math.prod(item.shape) for item in plan.items)
+    index = {"metadata": {"total_parameters": numel, "total_size": plan.bytes_out}, "weight_map": table}
+    return (json.dumps(index, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,105 @@
+"""REF, the one syntax for "where is it": what BASE, ADAPTER and the others may be.
+
+./folder                              a local directory; a local path wins over a repo id
+org/name, org/name@revision           a repo on the Hugging Face Hub
+hf://org/name[@revision][/subfolder]  the same, never taken for a local path
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import RefError
+
+PathLike = str | os.PathLike[str]
+
+_REPO = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[^/\s]+(?:/[^/\s]+)*?))?")
+_HF_URI = re.compile(
+    r"hf://(?:models/)?(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^/\s]+))?(?:/(?P<subfolder>\S+))?"
+)
+
+
+@dataclass(frozen=True)
+class HubRef:
+    """A repo on the Hub, perhaps at a revision, perhaps a folder inside it."""
+
+    repo: str
+    revision: str | None = None
+    subfolder: str = ""
+
+    def __str__(self) -> str:
+        at = f"@{self.revision}" if self.revision else ""
+        return f"{self.repo}{at}{'/' + self.subfolder if self.subfolder else ''}"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A REF made local: the folder, its name for people, and for a Hub repo its id and commit."""
+
+    path: Path
+    name: str
+    repo: str | None = None
+    commit: str | None = None
+    subfolder: str = ""
+
+    @property
+    def title(self) -> str:
+        """How receipts and cards call it, as a REF: never a path."""
+        if not self.repo:
+            return self.name
+        pinned = f"{self.repo}@{self.commit}"
+        return f"hf://{pinned}/{self.subfolder}" if self.subfolder else pinned
+
+
+def parse_ref(ref: str, what: str = "REF") -> Path | HubRef:
+    """A REF as an existing local path or a Hub repo; RefError when it can be neither."""
+    if match := _HF_URI.fullmatch(ref):
+        return HubRef(match["repo"], match["revision"], (match["subfolder"] or "").strip("/"))
+    path = local_path(ref, what)
+    if path.is_dir() or path.is_file():
+        return path
+    if path.exists() or path.is_symlink():
+        kind = "neither a folder nor a file" if path.exists() else "a link that leads nowhere"
+        raise RefError(f"{what} {ref!r} is {kind}.")
+    if (match := _REPO.fullmatch(ref)) and not ref.startswith((".", "~")):
+        return HubRef(match["repo"], match["revision"])
+    raise RefError(f"{what} {ref!r} does not exist.", hint=_similar(path) or "a Hub repo is written org/name")
+
+
+def local_path(ref: str, what: str) -> Path:
+    """A REF as a path, which need not be there."""
+    if not ref:
+        raise RefError(f"{what} is empty.")
+    try:
+        path = Path(ref).expanduser()
+        path.exists()
+    except (OSError, RuntimeError) as error:  # names that are too long, homes of nobody
+        why = error.strerror if isinstance(error, OSError) else error
+        raise RefError(f"{what} {ref!r} cannot be looked for: {why}.") from error
+    return path
+
+
+def _similar(path: Path) -> str | None:
+    """A hint naming the entries of the parent folder that look like a missing path."""
+    parent = path.parent
+    if not parent.is_dir():
+        while not parent.parent.is_dir():
+            parent = parent.parent
+        return f"{parent} does not exist either"
+    close = difflib.get_close_matches(path.name, [entry.name for entry in parent.iterdir()])
+    return f"did you mean {', '.join(str(parent / name) for name in close)}?" if close else None
+
+
+def local_source(path: Path) -> Source:
+    """A local folder or file as a Source, named by its last component; what is no text in that is escaped."""
+    return Source(path, path.resolve().name.encode(errors="backslashreplace").decode())
+
+
+def listed(refs: PathLike | Sequence[PathLike]) -> list[str]:
+    """One REF or several, as a list of texts."""
+    return [os.fspath(ref) for ref in ([refs] if isinstance(refs, (str, os.PathLike)) else refs)]

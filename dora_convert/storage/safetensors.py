@@ -1,0 +1,211 @@
+"""Tensors on disk: a strict reader of safetensors headers, and positional reads.
+
+The format: eight bytes with the header's length N (little endian), N bytes of JSON, then the tensors' bytes without
+gaps. Each JSON entry holds `dtype`, `shape` and `data_offsets` relative to the end of the header; `__metadata__` holds
+strings. A header is at most 100 MB.
+
+The safetensors library reads the same header, but keeps the offsets to itself and maps whole files into memory, which
+is why this module exists: everything here is planned from headers and read in blocks.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, TypeGuard
+
+from ..errors import MalformedError
+
+BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
+}  # fmt: skip
+"""Bits per element of every dtype the format knows."""
+
+FLOATS = ("BF16", "F16", "F32", "F64")
+"""The dtypes arithmetic is done on; all others are copied as bytes."""
+
+CONFIG_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+"""What configs and command lines call the dtypes an output may be converted to."""
+
+CHUNK = 1 << 20
+MAX_HEADER = 100_000_000
+MAX_DIGITS = 19
+MAX_ELEMENTS = 2**60
+LFS_POINTER = b"version https://git-lfs"
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor on disk: its safetensors dtype and shape, and the absolute byte where it starts."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    path: Path
+    start: int
+
+    @property
+    def numel(self) -> int:
+        """Number of elements; 1 for a scalar."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return self.numel * BITS[self.dtype] // 8
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per element, for dtypes of whole bytes."""
+        return BITS[self.dtype] // 8
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """The tensor seen as (rows, columns): the first dimension by all others, vectors and scalars as one row."""
+        if len(self.shape) < 2:
+            return (1, self.numel)
+        return (self.shape[0], math.prod(self.shape[1:]))
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the head of one safetensors file says; tensors in the order of their bytes."""
+
+    tensors: Mapping[str, Stored]
+    metadata: Mapping[str, str]
+
+
+def read_header(path: Path) -> Header:
+    """Parse and check one file's header.
+
+    Raises MalformedError when anything is off: a plausible header over the wrong bytes is how models break silently.
+    """
+    with open_file(path) as file:
+        return parse_header(path, os.fstat(file.fileno()).st_size, file)
+
+
+@contextmanager
+def open_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to read from its start.
+
+    Raises MalformedError where it cannot be read, for Git LFS pointers, and for folders and pipes, on which a reader
+    would wait forever.
+    """
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise MalformedError(
+                f"{path} is a {'folder' if path.is_dir() else 'pipe or device'}, not a file."
+            )
+        with path.open("rb") as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise MalformedError(
+                    f"{path} is a Git LFS pointer, not the file itself.",
+                    hint="git lfs pull, or download it again",
+                )
+            file.seek(0)
+            yield file
+    except OSError as error:
+        raise MalformedError(f"{path} cannot be read: {error.strerror or error}.") from error
+
+
+def parse_header(path: Path, size: int, file: BinaryIO) -> Header:
+    """Parse and check the head of a file of so many bytes, of which no more than the header need be there."""
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > min(MAX_HEADER, size - 8):
+        raise MalformedError(
+            f"{path} is not a safetensors file: {size} bytes cannot hold a header of {length} bytes.",
+            hint="It may be truncated; download it again.",
+        )
+    entries = _load_json(path, file.read(length))
+    metadata = entries.pop("__metadata__", {})
+    metadata = {} if metadata is None else metadata
+    if not _is_string_map(metadata):
+        raise MalformedError(f"{path}: __metadata__ must map strings to strings.")
+    found = [_entry(path, 8 + length, name, entry) for name, entry in entries.items()]
+    tensors = sorted(found, key=lambda tensor: (tensor.start, tensor.nbytes))
+    _check_tiling(path, tensors, 8 + length, size)
+    return Header({tensor.name: tensor for tensor in tensors}, metadata)
+
+
+def _load_json(path: Path, raw: bytes) -> dict[str, Any]:
+    """The header's JSON. All its numbers are counts; Python's reader alone would take much that is no JSON."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) != len(pairs):
+            raise ValueError("a key occurs twice")
+        return made
+
+    def count(digits: str) -> int:
+        if not digits.isdecimal() or len(digits) > MAX_DIGITS:
+            raise ValueError(f"{digits[:30]} is no number of elements or bytes")
+        return int(digits)
+
+    try:
+        text = raw.decode()
+        header = json.loads(
+            text, object_pairs_hook=unique, parse_int=count, parse_float=count, parse_constant=count
+        )
+        if "\\u" in text:  # half a surrogate pair is no character
+            json.dumps(header, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise MalformedError(f"{path}: the header is not valid JSON ({error}).") from error
+    if not isinstance(header, dict):
+        raise MalformedError(f"{path}: the header is not a JSON object.")
+    return header
+
+
+def _is_string_map(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(item, str) for item in value.values())
+
+
+def _is_counts(value: object) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(item) is int for item in value)
+
+
+def _is_endless(shape: list[int]) -> bool:
+    """Whether the dimensions, without empty ones, multiply to more than any file holds; many are not all multiplied."""
+    product = 1
+    for dimension in shape:
+        product *= max(1, dimension)
+        if product > MAX_ELEMENTS:
+            return True
+    return False
+
+
+def _entry(path: Path, body: int, name: str, entry: Any) -> Stored:
+    """One header entry, checked against its own dtype and shape."""
+    fields: dict[str, Any] = entry if isinstance(entry, dict) and len(entry) == 3 else {}
+    shape, offsets, dtype = fields.get("shape"), fields.get("data_offsets"), fields.get("dtype")
+    if not (_is_counts(shape) and _is_counts(offsets) and len(offsets) == 2 and isinstance(dtype, str)):
+        raise MalformedError(f"{path}: the header entry of {name} is malformed.")
+    if dtype not in BITS:
+        raise MalformedError(f"{path}: {name} has the unknown dtype {dtype}.")
+    tensor = Stored(name, dtype, tuple(shape), path, body + offsets[0])
+    if _is_endless(shape) or tensor.numel * BITS[dtype] != 8 * (offsets[1] - offsets[0]):
+        raise MalformedError(
+            f"{path}: {name} is declared as {dtype} {list(shape)}, which is not {offsets[1] - offsets[0]} bytes."
+        )
+    return tensor
+
+
+def _check_tiling(path: Path, tensors: list[Stored], body: int, size: int) -> None:
+    """The tensors must cover the file's body without gaps or overlaps."""
+    position = body
+    for tensor in tensors:
+        if tensor.start != position:
+            raise MalformedError(f"{path}: {tensor.name} does not start where the tensor before it ends.")
+        position += tensor.nbytes
+    if position != size:
+        raise MalformedError(
+            f"{path} is {size} bytes long, but its header describes {position}.",
+            hint="The file is truncated or has trailing bytes; download it again.",
+        )

@@ -1,0 +1,128 @@
+"""The base predicted from a merged tensor: the inverse equations, for any block of rows.
+
+Where residuals are kept, a merge and its undoing must predict the same bits, on any device, with any number of
+threads, in blocks of any height. So factors are rounded to fixed point, which makes their products exact in any order;
+what remains is elementwise, one operation after another, in float64. The residuals hold what that coarseness costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..adapters.updates import Delta
+from ..engine.device_buffers import FACTOR_ELEMENTS, Lane
+from ..engine.factors import Factors, Grid, Operand
+from ..maths import lora as maths
+from ..plan.item import Edit, Item
+from ..storage.safetensors import Stored
+
+
+@dataclass
+class Held:
+    """Two factors that are there as a whole."""
+
+    whole_left: Tensor
+    whole_right: Tensor
+
+    def left(self, start: int, stop: int) -> Tensor:
+        """(stop − start, r)."""
+        return self.whole_left[start:stop]
+
+    def right(self, start: int) -> Tensor:  # noqa: ARG002 - one for all rows
+        """(r, columns)."""
+        return self.whole_right
+
+
+class Inverse:
+    """W = g·W' − Σ cᵢ·Δᵢ (7) for one item, in float64."""
+
+    def __init__(self, item: Item, lane: Lane, *, exact: bool, taken: tuple[Tensor, Tensor] | None) -> None:
+        """`taken` are the factors of what training began without; `exact` asks for the same bits everywhere."""
+        self._edits, self._lane = item.edits, lane
+        self.operands = [
+            Operand.load(edit, lane, _grid(edit, lane) if exact else None) for edit in item.edits
+        ]
+        if taken and exact:
+            left, right = taken
+            grid = Grid(float(left.abs().max()), float(right.abs().max()), right.shape[0])
+            taken = grid.left_(left.clone()), grid.right_(right.clone())
+        self._taken: Factors | None = Held(*taken) if taken else None
+
+    def predict_(self, x: Tensor, start: int, stop: int, norms: Sequence[Tensor | None]) -> Tensor:
+        """W from W' for a block of rows, in place; `norms` are those of its rows, or of all columns."""
+        g, factors = self._coefficients(norms, start, stop)
+        if g is not None:
+            x.mul_(g)
+        for number, c in enumerate(factors):
+            x.sub_(self._delta(number, c, start, stop))
+        if self._taken:
+            x.add_(self._product(self._taken, start, stop))
+        return x if maths.all_finite(x) else x.nan_to_num_(0.0, 0.0, 0.0)
+
+    def gain(self, norms: Sequence[Tensor | None], start: int, stop: int) -> Tensor | None:
+        """g of a block; None where it is 1."""
+        return self._coefficients(norms, start, stop)[0]
+
+    def _coefficients(
+        self, norms: Sequence[Tensor | None], start: int, stop: int
+    ) -> tuple[Tensor | None, list[Tensor | float]]:
+        f = [self._f(number, n, start, stop) for number, n in enumerate(norms)]
+        return maths.coefficients(f, [edit.weight for edit in self._edits])
+
+    def _f(self, number: int, n: Tensor | None, start: int, stop: int) -> Tensor | None:
+        """m/n of one edit, as it broadcasts over the block."""
+        m, edit = self.operands[number].m, self._edits[number]
+        if m is None or n is None:
+            return None
+        return (m / n)[None, :] if edit.axis == 0 else (m[start:stop] / n)[:, None]
+
+    def _delta(self, number: int, c: Tensor | float, start: int, stop: int) -> Tensor:
+        """c·sBA of one edit, or what it adds to a bias."""
+        operand, edit = self.operands[number], self._edits[number]
+        if isinstance(edit.update, Delta):
+            assert operand.shift is not None
+            return operand.shift * (c * edit.update.scale)
+        assert operand.factors
+        assert edit.low
+        return self._product(operand.factors, start, stop).mul_(c * edit.low.scale)
+
+    def _product(self, factors: Factors, start: int, stop: int) -> Tensor:
+        """A block of BA, until the next one: the C library would keep the memory of each, in pieces."""
+        left, right = factors.left(start, stop), factors.right(start)
+        out = self._lane.scratch("product", (len(left), right.shape[1]), left.dtype)
+        return torch.mm(left, right, out=out)
+
+
+def _grid(edit: Edit, lane: Lane) -> Grid | None:
+    """Fixed point for the factors of an edit that has some."""
+    if not (low := edit.low):
+        return None
+    right = _largest(low.B if edit.transposed else low.A, lane)
+    if low.d:
+        right *= _largest(low.d, lane)
+    left = _largest(low.A if edit.transposed else low.B, lane)
+    return Grid(left, right, low.rank)
+
+
+def _largest(stored: Stored, lane: Lane) -> float:
+    """The largest magnitude of a stored tensor."""
+    rows, columns = stored.matrix
+    height, found = max(1, FACTOR_ELEMENTS // max(1, columns)), 0.0
+    for start in range(0, rows, height):
+        part = lane.raw(stored, start, min(rows, start + height), "factor")
+        found = max(found, float(part.double().abs().max()) if part.numel() else 0.0)
+    return found
+
+
+def as_rows(n: Tensor, start: int, stop: int, axis: int) -> Tensor:
+    """The norms that a block needs: those of its rows, or of all columns."""
+    return n if axis == 0 else n[start:stop]
+
+
+def recorded(n: Tensor) -> Tensor:
+    """Norms as the record holds them, in float64."""
+    return n.to(torch.float32).to(torch.float64)

@@ -1,0 +1,148 @@
+"""What a merge keeps of the base's tensor while it makes another of it: hashes, and everything that undoing it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..engine.device_buffers import Lane
+from ..engine.factors import Operand
+from ..engine.memory import as_bytes
+from ..engine.precision import TORCH
+from ..maths import lora as maths
+from ..plan.blocks import spans
+from ..plan.item import Item
+from ..plan.plan import Plan
+from ..storage.digests import Digest
+from ..storage.spool import Part, ReplacedRows, Segment, Spool
+from .inverse import Inverse, recorded
+from .packing import pack
+
+
+class Keeper:
+    """The base's tensor while an item is made of it."""
+
+    def __init__(
+        self,
+        item: Item,
+        operands: Sequence[Operand],
+        taken: tuple[Tensor, Tensor] | None,
+        lane: Lane,
+        spool: Spool,
+        plan: Plan,
+    ) -> None:
+        self._item, self._operands, self._taken = item, operands, taken
+        self._lane, self._spool = lane, spool
+        self._keeps = plan.remembers(item)
+        self.digest = Digest(proof=plan.options.exact)
+        self._rows = ReplacedRows(spool)
+        exact = plan.options.exact and self._keeps and item.source is item.base
+        self._loss = Loss(item, taken, lane, spool) if exact else None
+
+    def see(self, raw: Tensor, W: Tensor, start: int, stop: int) -> None:
+        """One block before the edits: what is read for it, and its values."""
+        item = self._item
+        if not item.base or start >= (rows := item.base.matrix[0]):
+            return
+        stop = min(stop, rows)
+        base = raw if item.source is item.base else self._lane.raw(item.base, start, stop, "base")
+        self.digest.update(as_bytes(base))
+        if self._keeps and item.replaced:
+            new = W[: stop - start].cpu().double()  # in this order: mps has no float64
+            self._keep_rows(start, base, maths.round_to(new, torch.empty_like(base)))
+
+    def finish(self) -> None:
+        """Keep the base's rows that the output has no place for."""
+        item = self._item
+        rows, columns = item.base.matrix if item.base else (0, 0)
+        for start, stop in spans(rows, columns):
+            if item.base and stop > (first := max(start, item.source.matrix[0])):
+                data = as_bytes(self._lane.raw(item.base, first, stop, "base"))
+                self.digest.update(data)
+                if self._keeps:
+                    self._rows.add(range(first, stop), bytes(data))
+
+    def _keep_rows(self, start: int, base: Tensor, new: Tensor) -> None:
+        """Keep the base's rows that a replacement changes, or may: float32 does not hold all of a float64."""
+        differ = maths.ordinals(base) != maths.ordinals(new)
+        if self._lane.choice.compute == torch.float32 and _doubles(self._item):
+            differ.fill_(True)
+        if len(rows := differ.any(dim=1).nonzero().flatten()):
+            self._rows.add((rows + start).tolist(), bytes(as_bytes(base[rows])))
+
+    def compare(self, raw: Tensor, result: Tensor, start: int, stop: int) -> None:
+        """One block after the edits: what the base can be told from `result` alone, and what not."""
+        if self._loss:
+            norms = [_of_block(operand) for operand in self._operands]
+            self._loss.see(raw, result, start, stop, norms)
+
+    def parts(self) -> tuple[Part, ...]:
+        """The tensors of the undo record, in their order."""
+        item = self._item
+        if not self._keeps or not item.base:
+            return ()
+        found = self._rows.parts(item.origin, item.base.dtype, item.base.matrix[1])
+        if item.source is not item.base:
+            return tuple(found)
+        for number, operand in enumerate(self._operands):
+            if operand.m is not None:
+                n = torch.cat(operand.n).to("cpu", torch.float32)
+                found.append(self._part(f"norm/{number}", n))
+        for side, factor in zip(("left", "right"), self._taken or (), strict=False):
+            found.append(self._part(f"start/{side}", factor.to("cpu", torch.float32).contiguous()))
+        return (*found, *(self._loss.parts() if self._loss else ()))
+
+    def _part(self, kind: str, tensor: Tensor) -> Part:
+        name = f"{kind}/{self._item.origin}"
+        return Part(name, "F32", tuple(tensor.shape), (self._spool.add(as_bytes(tensor)),))
+
+
+@dataclass
+class Loss:
+    """What rounding took from one tensor, block after block: the base's bits less those predicted, in ulps."""
+
+    item: Item
+    taken: tuple[Tensor, Tensor] | None
+    lane: Lane
+    spool: Spool
+    segments: list[Segment] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._exact = self.lane.exact()
+        computed = self._exact.computed
+        taken = (computed(self.taken[0]), computed(self.taken[1])) if self.taken else None
+        self._inverse = Inverse(self.item, self._exact, exact=True, taken=taken)
+        self._rows = sorted({row for rows in self.item.rows for row in rows.index})
+
+    def see(self, raw: Tensor, result: Tensor, start: int, stop: int, norms: Sequence[Tensor | None]) -> None:
+        """One block: the base's bytes, and what is written in their place."""
+        base = self.item.base
+        assert base
+        there = [None if n is None else recorded(n).to(self._exact.choice.device) for n in norms]
+        predicted = self._inverse.predict_(self._exact.lift(result), start, stop, there)
+        told = self._exact.land(predicted, TORCH[base.dtype])
+        integers = maths.INTEGERS[base.itemsize]
+        found, lost = (
+            self._exact.scratch(name, raw.shape, integers, on_host=True) for name in ("found", "lost")
+        )
+        maths.ordinals(raw, lost).sub_(maths.ordinals(told, found))
+        if own := [row - start for row in self._rows if start <= row < stop]:
+            lost[own] = 0  # kept, or in the adapter
+        self.segments.append(self.spool.add(pack(lost)))
+
+    def parts(self) -> list[Part]:
+        """One tensor of bytes: the packed blocks."""
+        length = sum(segment.length for segment in self.segments)
+        return [Part(f"ulps/{self.item.origin}", "U8", (length,), tuple(self.segments))]
+
+
+def _of_block(operand: Operand) -> Tensor | None:
+    """The norms that the last block was made with."""
+    return operand.n[-1] if operand.m is not None else None
+
+
+def _doubles(item: Item) -> bool:
+    return "F64" in (item.source.dtype, *(rows.value.dtype for rows in item.rows))

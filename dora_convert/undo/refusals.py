@@ -1,0 +1,36 @@
+"""What is refused before a checkpoint is opened to be changed in place."""
+
+from __future__ import annotations
+
+import os
+
+from ..errors import UsageError
+from ..storage.refs import HubRef, PathLike, parse_ref
+
+
+def refuse_options(*, in_place: bool, overwrite: bool, allow_lossy: bool) -> None:
+    """Refuse options that say nothing where a checkpoint is changed in place, or nothing elsewhere."""
+    if in_place and overwrite:
+        raise UsageError("--in-place writes no OUT that --overwrite could replace.")
+    if allow_lossy and not in_place:
+        raise UsageError(
+            "--allow-lossy goes with --in-place.", hint="a merge into OUT loses nothing: BASE stays"
+        )
+
+
+def refuse_far(ref: PathLike, what: str) -> None:
+    """Refuse a repo on the Hub before anything of it is downloaded: only what is here can be changed."""
+    if isinstance(parsed := parse_ref(os.fspath(ref), what), HubRef):
+        raise UsageError(
+            f"--in-place changes a folder on this machine; {what} {parsed} is on the Hub.",
+            hint="name an OUT instead, or download it first",
+        )
+
+
+def refuse_lossy(undo: str, *, allow_lossy: bool) -> None:
+    """In place there is no other copy: only what can be undone bit for bit is done without being asked for."""
+    if undo != "exact" and not allow_lossy:
+        raise UsageError(
+            f"--in-place with --undo {undo} would lose what this folder holds now.",
+            hint="--undo exact keeps it; --allow-lossy does without",
+        )

@@ -1,0 +1,195 @@
+"""What something is: an adapter or a checkpoint, told from its headers and small files alone."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from ...adapters.adapter import Adapter, Change, open_adapter
+from ...adapters.updates import Decomposed, Delta, Full, LowRank, Rows, low_rank, tensors_of
+from ...errors import (
+    DoraConvertError,
+    Fault,
+    MalformedError,
+    PlanError,
+    RefError,
+    UnsupportedError,
+    UsageError,
+)
+from ...formats.detect import FORMATS
+from ...plan.builder import describe
+from ...plan.plan import Options, Plan
+from ...plan.planner import make_plan
+from ...reports.inspect import AdapterReport, CheckpointReport, Landing, Module
+from ...sources.inputs import doubts
+from ...sources.remote_headers import ADAPTER, Look, look
+from ...sources.session import Visit
+from ...storage.checkpoint import OF_TRAINING, Checkpoint, is_weight_file, read_weights
+from ...storage.json_files import read_json
+from ...storage.refs import Source, local_path, local_source
+from .census import census, common, fold, place
+
+
+def inspect_ref(
+    ref: str, base: str | None, accepted: Collection[str], visit: Visit
+) -> AdapterReport | CheckpointReport:
+    """Look at a REF; with a base, at where the adapter's tensors would land in it.
+
+    Raises DoraConvertError where something cannot be read, or is neither; an adapter that does not fit is an answer.
+    """
+    started = time.monotonic()
+    seen = look(ref, "REF", visit)
+    source = _folder_of_adapter(seen.source)
+    if any(known.recognises(source.path) for known in FORMATS):
+        against = None if base is None else look(base, "BASE", visit).checkpoint()
+        return _of_adapter(source, seen.names, against, accepted, started)
+    checkpoint = _open(seen)
+    if base is not None:
+        swapped = (local_path(base, "BASE") / ADAPTER).is_file()
+        hint = shlex.join(["dora-convert", "inspect", base, "--base", ref])
+        raise UsageError(f"REF {ref} is a model; --base is for adapters.", hint=hint if swapped else None)
+    return census(checkpoint, started)
+
+
+def _folder_of_adapter(source: Source) -> Source:
+    """An adapter's folder, where one of the files in it was named."""
+    folder = source.path.parent
+    inside = source.path.is_file() and source.path.name.startswith("adapter_")
+    return local_source(folder) if inside and (folder / ADAPTER).is_file() else source
+
+
+def _open(seen: Look) -> Checkpoint:
+    """A checkpoint; or, of a folder without weights, the folders inside it that are adapters."""
+    try:
+        return seen.checkpoint()
+    except RefError:
+        if any(next(seen.source.path.glob(f"{depth}/{ADAPTER}"), None) for depth in ("*", "*/*")):
+            open_adapter(seen.source)  # which says so
+        raise
+
+
+def _of_adapter(
+    source: Source,
+    names: Sequence[str],
+    base: Checkpoint | None,
+    accepted: Collection[str],
+    started: float,
+) -> AdapterReport:
+    adapter, refusal = _read_adapter(source, accepted)
+    beside = sorted(filter(_is_model, names))
+    notes = [f"holds a model's weights, too: {', '.join(beside[:5])}"] if beside else []
+    return AdapterReport(
+        kind="adapter",
+        format=adapter.format,
+        method=adapter.kind,
+        base=adapter.base,
+        revision=adapter.revision,
+        task=adapter.task,
+        layers=adapter.layers,
+        modules=tuple(_module(change, adapter) for change in adapter.changes),
+        ignored=dict(adapter.ignored),
+        faults=_faults(adapter.faults),
+        refused=_refused(refusal) if refusal else None,
+        landing=_landing(base, adapter, refusal) if base else None,
+        **common(source, adapter.tensors.values(), notes, started),
+    )
+
+
+def _is_model(name: str) -> bool:
+    """Whether a file beside an adapter's holds a model's weights."""
+    return is_weight_file(name) and "/" not in name and not OF_TRAINING.match(name)
+
+
+def _read_adapter(source: Source, accepted: Collection[str]) -> tuple[Adapter, UnsupportedError | None]:
+    """An adapter; if it is of a kind that is refused, as much of it as can be said."""
+    try:
+        return open_adapter(source, accepted), None
+    except UnsupportedError as error:
+        refusal = error
+    raw = read_json(source.path / ADAPTER)
+    try:
+        return open_adapter(source, tuple(raw)), refusal
+    except UnsupportedError:
+        return _unread(source, raw), refusal
+
+
+def _unread(source: Source, raw: Mapping[str, Any]) -> Adapter:
+    """An adapter whose tensors mean something that is not known here."""
+    files = sorted(source.path.glob("adapter_model.*"), reverse=True)  # safetensors before bin
+    if not files:
+        raise MalformedError(f"The adapter {source.name} has {ADAPTER} but no adapter_model.safetensors.")
+    base, method = raw.get("base_model_name_or_path"), raw.get("peft_type")
+    return Adapter(
+        source=source,
+        format="peft",
+        kind=str(method or "unknown"),
+        changes=(),
+        tensors=read_weights(files[0]).tensors,
+        files=(source.path / ADAPTER, files[0]),
+        base=base if isinstance(base, str) else None,
+    )
+
+
+def _module(change: Change, adapter: Adapter) -> Module:
+    tensors = tuple(tensors_of(change.update))
+    facts: dict[str, Any] = {}
+    match change.update:
+        case LowRank() | Decomposed() as update:
+            low = low_rank(update)
+            start = low.start.value if low.start else "AdaLoRA" if adapter.kind == "AdaLoRA" else "LoRA"
+            method = "DoRA" if isinstance(update, Decomposed) else start
+            facts = {"rank": low.rank, "scaling": low.scale, "experts": low.experts or None}
+        case Delta(value, scale):
+            method, facts = "bias", {"scaling": scale, "shape": value.shape}
+        case Full(value):
+            method, facts = "whole", {"shape": value.shape}
+        case Rows(value, index):
+            method, facts = "rows", {"rows": len(index), "shape": value.shape}
+    return Module(
+        target=change.target,
+        kind=fold(change.target),
+        method=method,
+        what=describe(change.update),
+        rule=change.rule or None,
+        among=change.among,
+        bytes=sum(tensor.nbytes for tensor in tensors),
+        tensors=tuple(tensor.name for tensor in tensors),
+        **facts,
+    )
+
+
+def _refused(error: DoraConvertError) -> dict[str, Any]:
+    return {"message": error.message, "hint": error.hint, "faults": list(_faults(error.faults))}
+
+
+def _faults(faults: Sequence[Fault]) -> tuple[Mapping[str, str], ...]:
+    return tuple(fault._asdict() for fault in faults)
+
+
+def _landing(base: Checkpoint, adapter: Adapter, refusal: DoraConvertError | None) -> Landing:
+    plan, error = (None, refusal) if refusal else _try_plan(base, adapter, Options())
+    if error and not refusal:  # what does fit, where nothing is wrong with the rest but that it has no place
+        plan, _ = _try_plan(base, adapter, Options(allow_unmatched=True))
+    other_base = doubts(replace(base, notes=(), left_behind=()), [adapter])
+    return Landing(
+        base=place(base.source),
+        fits=error is None,
+        message=error.message if error else None,
+        hint=error.hint if error else None,
+        faults=_faults(error.faults if error else ()),
+        ledger=tuple(entry.to_dict() for entry in plan.ledger) if plan else (),
+        tensors=plan.counts() if plan else {},
+        warnings=tuple(other_base),
+    )
+
+
+def _try_plan(
+    base: Checkpoint, adapter: Adapter, options: Options
+) -> tuple[Plan | None, DoraConvertError | None]:
+    try:
+        return make_plan(base, [adapter], (1.0,), options), None
+    except (PlanError, UnsupportedError, UsageError) as error:
+        return None, error
