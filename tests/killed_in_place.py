@@ -15,7 +15,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from dora_convert.reverse import restoring
+from dora_convert.undo import restore as restoring
 
 import dora_convert
 from dora_convert.errors import RefError

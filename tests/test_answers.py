@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from dora_convert.hub import answers
+from dora_convert.sources import hub_client as answers
 
 
 class RefusedError(Exception):

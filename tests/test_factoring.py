@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dora_convert.adapters import factoring
+from dora_convert.maths import svd as factoring
 from dora_convert.maths.dora_fit import extract_dora
 from dora_convert.maths.svd import Goal, relative_error, resize, truncated_svd
 

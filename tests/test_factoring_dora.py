@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dora_convert.adapters import factoring_dora, factoring_scales
+from dora_convert.maths import dora_fit as factoring_dora
+from dora_convert.maths import row_scales as factoring_scales
 from dora_convert.maths.dora_fit import extract_dora
 from dora_convert.maths.svd import truncated_svd
 

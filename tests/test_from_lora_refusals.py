@@ -161,7 +161,7 @@ def test_command_line(tmp_path, base, capsys):
 
 def test_a_killed_run_goes_on(tmp_path, base, monkeypatch):
     """What is in the journal is not made again; another command does not mix its results in."""
-    from dora_convert.adapters import magnitudes
+    from dora_convert.fitting import magnitudes
     from dora_convert.storage import journal
 
     adapter = toy.make_adapter(tmp_path / "lora", base, dora=False)
