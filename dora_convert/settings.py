@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from .errors import UsageError
 from .plan.plan import Options
 from .sizes import format_size, parse_size
-from .sources.session import Visit, visiting
+from .sources.session import Session, open_session
 from .storage.safetensors import CONFIG_DTYPES
 
 DTYPES = {"auto": None} | {name: dtype for dtype, name in CONFIG_DTYPES.items()}
@@ -40,7 +40,7 @@ class Settings:
     base_model: str | None
     on_progress: Callable[[int, int], None] | None
     on_notice: Callable[[str], None] | None
-    visit: Visit = field(default_factory=Visit, repr=False)
+    session: Session = field(default_factory=Session, repr=False)
     started: float = field(default_factory=time.monotonic)
     warnings: list[str] = field(default_factory=list)
 
@@ -65,7 +65,7 @@ class Settings:
             raise UsageError(f"--device {device!r} is not one of auto, cpu, cuda, cuda:N, mps.")
         held = parse_size(max_memory, "--max-memory")
         settings = cls(device, compute_dtype, held, workers or default_workers(), *others)
-        with visiting(token, cache=cache) as settings.visit:
+        with open_session(token, cache=cache) as settings.session:
             yield settings
 
     def check_memory(self, least: int) -> None:

@@ -15,8 +15,6 @@ import sys
 import traceback
 from pathlib import Path
 
-from dora_convert.undo import restore as restoring
-
 import dora_convert
 from dora_convert.errors import RefError
 from dora_convert.output.shards import ShardFiles
@@ -24,6 +22,7 @@ from dora_convert.plan import blocks
 from dora_convert.storage import journal
 from dora_convert.storage.checkpoint import open_checkpoint
 from dora_convert.storage.refs import local_source
+from dora_convert.undo import restore as restoring
 from dora_convert.verbs.merge import pipeline as produce  # torch is imported before children are made
 
 blocks.BLOCK_ELEMENTS, journal.BATCH_SECONDS = 1 << 10, 0.0

@@ -168,11 +168,11 @@ def test_a_killed_run_goes_on(tmp_path, base, monkeypatch):
     dora_convert.from_lora(base.path, adapter, tmp_path / "whole")
     honest, calls = magnitudes.magnitudes, []
 
-    def fails(job, lane, **options):
+    def fails(job, buffers, **options):
         calls.append(job.name)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return honest(job, lane, **options)
+        return honest(job, buffers, **options)
 
     monkeypatch.setattr(magnitudes, "magnitudes", fails)
     monkeypatch.setattr(journal, "BATCH_SECONDS", 0.0)

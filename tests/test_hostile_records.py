@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import dora_convert
 from dora_convert.errors import DoraConvertError, MalformedError
 from dora_convert.storage.reader import Reader
-from dora_convert.storage.safetensors import Stored
+from dora_convert.storage.safetensors import StoredTensor
 from dora_convert.storage.schema import Either, count, misfit
 from dora_convert.undo.packing import Unpacker, pack
 
@@ -109,7 +109,7 @@ def test_blocks_that_are_no_blocks(tmp_path, data):
     path.write_bytes(data)
     tracemalloc.start()
     with closing(Reader()) as reader, pytest.raises(MalformedError, match=r"damaged|too early"):
-        Unpacker(Stored("ulps/x", "U8", (len(data),), path, 0), reader, torch.int16).next(50)
+        Unpacker(StoredTensor("ulps/x", "U8", (len(data),), path, 0), reader, torch.int16).next(50)
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert most < 1 << 20
@@ -127,7 +127,7 @@ def test_blocks_that_are(tmp_path, dtype, share):
     path = tmp_path / "ulps"
     path.write_bytes(b"".join(map(pack, parts)))
     with closing(Reader()) as reader:
-        unpacker = Unpacker(Stored("ulps/x", "U8", (path.stat().st_size,), path, 0), reader, dtype)
+        unpacker = Unpacker(StoredTensor("ulps/x", "U8", (path.stat().st_size,), path, 0), reader, dtype)
         found = [unpacker.next(count) for count in (700, 1, 4302)]
     assert torch.equal(torch.cat(found), values)
 

@@ -11,7 +11,7 @@ from dora_convert.errors import DoraConvertError, MalformedError, PlanError
 from dora_convert.plan.plan import Options
 from dora_convert.plan.planner import make_plan
 from dora_convert.sources.inputs import gather
-from dora_convert.sources.session import Visit
+from dora_convert.sources.session import Session
 
 from .toy import edit_json, make_adapter
 
@@ -20,7 +20,7 @@ PREFIX = "base_model.model.model.layers.0"
 
 def plan_of(base, *adapters, **options):
     checkpoint, opened = gather(
-        str(base.path), [str(path) for path in adapters], "out", Visit(), lambda _: None
+        str(base.path), [str(path) for path in adapters], "out", Session(), lambda _: None
     )
     return make_plan(checkpoint, opened, [1.0] * len(opened), Options(**options))
 

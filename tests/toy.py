@@ -147,8 +147,8 @@ def rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     even = torch.stack([c.view(torch.int16) % 2 == 0 for c in candidates])
     least = distances.min(dim=0).values
     rank = torch.where(distances == least, torch.where(even, 0, 1), 2)
-    choice = rank.argmin(dim=0)
-    return torch.stack(candidates).gather(0, choice[None])[0]
+    spec = rank.argmin(dim=0)
+    return torch.stack(candidates).gather(0, spec[None])[0]
 
 
 def load(path: Path) -> dict[str, torch.Tensor]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..errors import Fault, RefError
 from ..storage.refs import Source
-from ..storage.safetensors import Stored
+from ..storage.safetensors import StoredTensor
 from .updates import Update
 
 
@@ -32,7 +32,7 @@ class Adapter:
     format: str  # "peft"
     kind: str  # "LoRA", "DoRA", "AdaLoRA", …
     changes: tuple[Change, ...]
-    tensors: Mapping[str, Stored]
+    tensors: Mapping[str, StoredTensor]
     files: tuple[Path, ...]
     """The files that define it: their hashes identify the adapter."""
     base: str | None = None

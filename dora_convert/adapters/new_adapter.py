@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ..storage.safetensors import Stored
+from ..storage.safetensors import StoredTensor
 from .adapter import Adapter, Change
 from .updates import Decomposed, LowRank, Update, low_rank, tensors_of
 
 
 @dataclass(frozen=True)
-class Outgoing:
+class NewAdapter:
     """Changes whose tensors lie in the adapter they come from, in a checkpoint, or in a spool of computed ones."""
 
     changes: tuple[Change, ...]
@@ -50,7 +50,7 @@ class Files:
     """What a format makes of an adapter: tensors for one safetensors file, and small files, by name."""
 
     weights: str
-    tensors: Mapping[str, Stored]
+    tensors: Mapping[str, StoredTensor]
     small: Mapping[str, bytes]
     metadata: Mapping[str, str] = field(default_factory=lambda: {"format": "pt"})
     keep: frozenset[str] = frozenset()

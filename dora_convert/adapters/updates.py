@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 
-from ..storage.safetensors import Stored
+from ..storage.safetensors import StoredTensor
 
 
 class Start(Enum):
@@ -25,13 +25,13 @@ class Start(Enum):
 class LowRank:
     """W' = W + s·B·diag(d)·A (LoRA, equation 3 of arXiv:2106.09685, which has no d)."""
 
-    A: Stored  # (r, in, …)
-    B: Stored  # (out, r, …)
+    A: StoredTensor  # (r, in, …)
+    B: StoredTensor  # (out, r, …)
     scale: float  # s
     transposed: bool | None = None
     """Whether W is stored as (in, out): True for embeddings, False for convolutions, None where only the base can
     tell (torch's Linear or GPT-2's Conv1D, and experts)."""
-    d: Stored | None = None  # r elements: AdaLoRA (arXiv:2303.10512), KaSA
+    d: StoredTensor | None = None  # r elements: AdaLoRA (arXiv:2303.10512), KaSA
     blocks: tuple[int, int] = (1, 1)
     """How many blocks A and B have on their diagonals (BD-LoRA): A is then stored as (r, in/blocks), B as
     (out, r/blocks), the blocks one below the other."""
@@ -63,14 +63,14 @@ class Decomposed:
     """W' = m·V/‖V‖ with V = W + s·BA, one norm per output row (DoRA, equation 5 of arXiv:2402.09353)."""
 
     inner: LowRank
-    m: Stored  # out elements, of any shape
+    m: StoredTensor  # out elements, of any shape
 
 
 @dataclass(frozen=True)
 class Delta:
     """W' = W + s·value: what LoRA adds to a bias."""
 
-    value: Stored
+    value: StoredTensor
     scale: float  # s
 
 
@@ -78,7 +78,7 @@ class Delta:
 class Full:
     """W' = value: a module or a bias saved whole."""
 
-    value: Stored
+    value: StoredTensor
     may_add: bool = False
     """Whether the base may lack it, as it does a new classifier."""
     start: Start | None = None
@@ -89,14 +89,14 @@ class Full:
 class Rows:
     """W'[index] = value: single tokens trained."""
 
-    value: Stored  # (len(index), columns)
+    value: StoredTensor  # (len(index), columns)
     index: tuple[int, ...]
 
 
 Update = LowRank | Decomposed | Delta | Full | Rows
 
 
-def tensors_of(update: Update) -> Iterator[Stored]:
+def tensors_of(update: Update) -> Iterator[StoredTensor]:
     """The adapter tensors an update is made of."""
     match update:
         case LowRank(A, B):

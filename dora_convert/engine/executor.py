@@ -16,7 +16,7 @@ from functools import partial
 
 import torch
 
-from ..output.finished import Done, Progress, copied_name, copy_record, done_record, kept_name
+from ..output.finished import Progress, TensorResult, copied_name, copy_record, done_record, kept_name
 from ..output.in_place import InPlace
 from ..output.shards import Copy, ShardFiles
 from ..parity.self_check import Checker
@@ -25,14 +25,14 @@ from ..plan.plan import Plan
 from ..storage.digests import Digest, stored_digest
 from ..storage.journal import Journal
 from ..storage.reader import Reader
-from ..storage.safetensors import Stored
+from ..storage.safetensors import StoredTensor
 from ..storage.spool import Part, Spool
-from .device_buffers import Lane
-from .precision import Choice, exact_arithmetic
+from .device_buffers import DeviceBuffers
+from .precision import ComputeSpec, exact_arithmetic
 from .tensor import make
 
 KEEP_BYTES = 1 << 20
-Job = tuple[str, Callable[[Lane], None]]
+Job = tuple[str, Callable[[DeviceBuffers], None]]
 """A piece of work, and the shard that it is for."""
 
 
@@ -69,14 +69,14 @@ def raise_first(futures: Iterable[Future[None]]) -> None:
             raise error
 
 
-class Crew:
+class WorkerPool:
     """Workers with a lane each, who take tasks until one fails; they use one torch thread each."""
 
-    def __init__(self, choice: Choice, reader: Reader) -> None:
-        self._choice, self._reader = choice, reader
+    def __init__(self, spec: ComputeSpec, reader: Reader) -> None:
+        self._spec, self._reader = spec, reader
         self._stop, self._local = threading.Event(), threading.local()
 
-    def run(self, workers: int, tasks: Iterable[Callable[[Lane], None]]) -> None:
+    def run(self, workers: int, tasks: Iterable[Callable[[DeviceBuffers], None]]) -> None:
         """Run all tasks; when this returns, or raises what the first of them did, no worker runs any more."""
         with exact_arithmetic(), ThreadPoolExecutor(workers, initializer=self._start) as pool:
             try:
@@ -91,10 +91,10 @@ class Crew:
 
     def _start(self) -> None:
         torch.set_num_threads(1)
-        self._local.lane = Lane(self._choice, self._reader)
+        self._local.buffers = DeviceBuffers(self._spec, self._reader)
 
-    def _one(self, task: Callable[[Lane], None]) -> None:
-        task(self._local.lane)
+    def _one(self, task: Callable[[DeviceBuffers], None]) -> None:
+        task(self._local.buffers)
 
     def check(self) -> None:
         """Stop the worker that asks, if another has failed."""
@@ -111,7 +111,7 @@ class Run:
     reader: Reader
     spool: Spool
     journal: Journal
-    choice: Choice
+    spec: ComputeSpec
     budget: Budget
     checker: Checker | None
     on_progress: Callable[[int, int], None] | None
@@ -127,10 +127,10 @@ class Run:
     _skipped: int = 0
     _waiting: Counter[str] = field(default_factory=Counter)
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    _crew: Crew = field(init=False)
+    _crew: WorkerPool = field(init=False)
 
     def __post_init__(self) -> None:
-        self._crew = Crew(self.choice, self.reader)
+        self._crew = WorkerPool(self.spec, self.reader)
 
     def execute(self, workers: int) -> None:
         """Make every output tensor that is not finished yet.
@@ -169,33 +169,33 @@ class Run:
         done = self.progress.done.get(item.name)
         return done is not None and not (self.checker and done.verdict is None)
 
-    def _copy(self, copy: Copy, lane: Lane) -> None:  # noqa: ARG002 - needs none
+    def _copy(self, copy: Copy, buffers: DeviceBuffers) -> None:  # noqa: ARG002 - needs none
         self.advance(0)
         self.shards.copy(copy, self.reader)
         self.journal.add(copy_record(copy), [self.shards.descriptor(copy.shard)])
         self.advance(copy.length)
         self._finish(copy.shard)
 
-    def _hash(self, item: Item, lane: Lane) -> None:  # noqa: ARG002 - needs none
+    def _hash(self, item: Item, buffers: DeviceBuffers) -> None:  # noqa: ARG002 - needs none
         """Note what a copied tensor is."""
         self.advance(0)
         found = stored_digest(item.source, self.reader).fast
-        self.progress.done[copied_name(item)] = done = Done(found, found, None)
+        self.progress.done[copied_name(item)] = done = TensorResult(found, found, None)
         self.journal.add(done_record(copied_name(item), done), [])
         self._finish(self.shards.shard_of(item))
 
-    def _make(self, item: Item, lane: Lane) -> None:
+    def _make(self, item: Item, buffers: DeviceBuffers) -> None:
         if self.place:
             item = self.place.saved(item, self.reader)
         with self.budget.holding(self.plan.cost(item)):
-            with lane.working():
-                made = make(item, lane, self.shards, self.spool, self.plan, self.reader, self.advance)
+            with buffers.working():
+                made = make(item, buffers, self.shards, self.spool, self.plan, self.reader, self.advance)
             verdict = self.checker.check(item, made.written.fast) if self.checker else None
             if self.tight:
-                lane.release()
+                buffers.release()
         read = made.read.fast if item.base else None
         proof = made.written.proof if item.undo else made.read.proof if item.base else None
-        done = Done(read, made.written.fast, proof, made.parts, verdict, made.ambiguous)
+        done = TensorResult(read, made.written.fast, proof, made.parts, verdict, made.ambiguous)
         self.progress.done[item.name] = done
         if not (verdict and verdict.wrong):
             files = [self.shards.descriptor(self.shards.shard_of(item)), self.spool.descriptor]
@@ -211,7 +211,7 @@ class Run:
         if ready and self.on_shard:
             self.on_shard(shard)
 
-    def _keep(self, tensor: Stored, lane: Lane) -> None:  # noqa: ARG002 - needs none
+    def _keep(self, tensor: StoredTensor, buffers: DeviceBuffers) -> None:  # noqa: ARG002 - needs none
         """Bring a whole tensor of the base into the record; its shard is not ready before, so that its file is here."""
         digest, segments = Digest(proof=self.plan.options.exact), []
         for start in range(0, tensor.nbytes, KEEP_BYTES):
@@ -222,7 +222,7 @@ class Run:
             self.advance(0)
         name = kept_name(tensor)
         part = Part(name, tensor.dtype, tensor.shape, tuple(segments))
-        self.progress.done[name] = done = Done(digest.fast, digest.fast, digest.proof, (part,))
+        self.progress.done[name] = done = TensorResult(digest.fast, digest.fast, digest.proof, (part,))
         self.journal.add(done_record(name, done), [self.spool.descriptor])
         self._finish(self.plan.lost_with[tensor.name])
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..adapters.updates import Decomposed, Delta, LowRank
 from ..maths import lora as maths
 from ..plan.item import Edit
-from .device_buffers import Lane
+from .device_buffers import DeviceBuffers
 
 
 class Factors(Protocol):
@@ -43,14 +43,18 @@ class Grid(NamedTuple):
 class Streamed:
     """Factors of one weight: the right one is held, the left one is read with each block."""
 
-    def __init__(self, low: LowRank, lane: Lane, *, transposed: bool, grid: Grid | None = None) -> None:
-        self._low, self._lane, self._transposed, self._grid = low, lane, transposed, grid
+    def __init__(
+        self, low: LowRank, buffers: DeviceBuffers, *, transposed: bool, grid: Grid | None = None
+    ) -> None:
+        self._low, self._buffers, self._transposed, self._grid = low, buffers, transposed, grid
         A_blocks, B_blocks = low.blocks
         whole = low.B if transposed else low.A
-        right = maths.block_diagonal(lane.whole(whole), B_blocks if transposed else A_blocks, 0)
+        right = maths.block_diagonal(buffers.whole(whole), B_blocks if transposed else A_blocks, 0)
         if low.d:  # diag(d) may stand on either side of the product
             right = (
-                right * lane.whole(low.d).view(1, -1) if transposed else right * lane.whole(low.d).view(-1, 1)
+                right * buffers.whole(low.d).view(1, -1)
+                if transposed
+                else right * buffers.whole(low.d).view(-1, 1)
             )
         self._right = right.T if transposed else right
         if grid:
@@ -69,20 +73,22 @@ class Streamed:
         low = self._low
         if self._transposed:
             if low.blocks[0] > 1:
-                return maths.block_diagonal(self._lane.whole(low.A), low.blocks[0], 0)[:, start:stop].T
-            return self._lane.columns(low.A, start, stop).T
-        part = self._lane.rows(low.B, start, stop)
+                return maths.block_diagonal(self._buffers.whole(low.A), low.blocks[0], 0)[:, start:stop].T
+            return self._buffers.columns(low.A, start, stop).T
+        part = self._buffers.rows(low.B, start, stop)
         return maths.block_diagonal(part, low.blocks[1], start, low.outputs)
 
 
 class Stacked:
     """Factors of experts that lie one below the other: both are held as stored, and an expert's cut out of them."""
 
-    def __init__(self, low: LowRank, lane: Lane, *, transposed: bool, grid: Grid | None = None) -> None:
-        self._low, self._lane, self._transposed, self._grid = low, lane, transposed, grid
+    def __init__(
+        self, low: LowRank, buffers: DeviceBuffers, *, transposed: bool, grid: Grid | None = None
+    ) -> None:
+        self._low, self._buffers, self._transposed, self._grid = low, buffers, transposed, grid
         self._height = low.inputs[0] if transposed else low.outputs
-        self._A = lane.stored(low.A).view(low.experts, low.rank, -1)  # one expert after another
-        self._B = lane.stored(low.B).view(low.outputs, low.rank, low.experts)  # the expert varies fastest
+        self._A = buffers.stored(low.A).view(low.experts, low.rank, -1)  # one expert after another
+        self._B = buffers.stored(low.B).view(low.outputs, low.rank, low.experts)  # the expert varies fastest
         self._expert = -1
         self._pair = (self._A, self._B)
 
@@ -91,8 +97,8 @@ class Stacked:
         if self._expert != (expert := start // self._height):
             self._expert = expert
             A, B = self._pair = (
-                self._lane.computed(self._A[expert]),
-                self._lane.computed(self._B[:, :, expert]),
+                self._buffers.computed(self._A[expert]),
+                self._buffers.computed(self._B[:, :, expert]),
             )
             if self._grid:
                 self._grid.left_(A if self._transposed else B)
@@ -112,7 +118,7 @@ class Stacked:
 
 
 @dataclass
-class Operand:
+class LoadedEdit:
     """One edit, ready for any block of the stored weight."""
 
     edit: Edit
@@ -124,15 +130,15 @@ class Operand:
     """Norms: one tensor per block, or one for all blocks where they run along the columns."""
 
     @classmethod
-    def load(cls, edit: Edit, lane: Lane, grid: Grid | None = None) -> Operand:
+    def load(cls, edit: Edit, buffers: DeviceBuffers, grid: Grid | None = None) -> LoadedEdit:
         """Read what is needed for every block, in fixed point with a grid."""
         if isinstance(edit.update, Delta):
-            return cls(edit, shift=lane.whole(edit.update.value))
+            return cls(edit, shift=buffers.whole(edit.update.value))
         low = edit.low
         assert low
         kind = Stacked if low.experts else Streamed
-        m = lane.whole(edit.update.m).flatten() if isinstance(edit.update, Decomposed) else None
-        return cls(edit, kind(low, lane, transposed=edit.transposed, grid=grid), m=m)
+        m = buffers.whole(edit.update.m).flatten() if isinstance(edit.update, Decomposed) else None
+        return cls(edit, kind(low, buffers, transposed=edit.transposed, grid=grid), m=m)
 
     def is_finite(self) -> bool:
         """Whether the last norm is; dividing by an infinite one hides what overflowed."""

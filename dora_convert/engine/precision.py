@@ -20,7 +20,7 @@ TORCH = {
 
 
 @dataclass(frozen=True)
-class Choice:
+class ComputeSpec:
     """A device, the dtype that arithmetic is done in, and why."""
 
     device: torch.device
@@ -36,7 +36,7 @@ class Choice:
         return f"{self.device}, {self.compute_name}: {self.reason}"
 
 
-def choose(device: str = "auto", compute_dtype: str = "auto") -> Choice:
+def choose(device: str = "auto", compute_dtype: str = "auto") -> ComputeSpec:
     """Settle `--device` and `--compute-dtype`.
 
     Raises UsageError for a device that is not there: asking for one is never answered with another.
@@ -47,7 +47,7 @@ def choose(device: str = "auto", compute_dtype: str = "auto") -> Choice:
         why += "; mps has no float64" if where.type == "mps" else ""
     if where.type == "mps" and compute_dtype == "float64":
         raise UsageError("mps has no float64.", hint="--compute-dtype float32, or --device cpu")
-    return Choice(where, getattr(torch, compute_dtype), why)
+    return ComputeSpec(where, getattr(torch, compute_dtype), why)
 
 
 def _device(name: str) -> tuple[torch.device, str]:

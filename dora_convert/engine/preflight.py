@@ -15,9 +15,9 @@ from ..plan.item import Edit
 from ..plan.plan import Plan
 from ..storage.digests import CHUNK_BYTES, xxh3
 from ..storage.reader import Reader
-from ..storage.safetensors import FLOATS, Stored
-from .device_buffers import Lane
-from .precision import TORCH, Choice
+from ..storage.safetensors import FLOATS, StoredTensor
+from .device_buffers import DeviceBuffers
+from .precision import TORCH, ComputeSpec
 
 SAMPLED_ROWS = 16
 SAMPLED_FOR_COLUMNS = 256
@@ -41,11 +41,11 @@ def scan_adapter(adapter: Adapter) -> dict[str, str]:
     return hashes
 
 
-def _finite(tensor: Stored, reader: Reader) -> bool:
+def _finite(tensor: StoredTensor, reader: Reader) -> bool:
     return all(holds_numbers(chunk, tensor.dtype) for chunk in chunks(tensor, reader))
 
 
-def chunks(tensor: Stored, reader: Reader) -> Iterator[bytearray]:
+def chunks(tensor: StoredTensor, reader: Reader) -> Iterator[bytearray]:
     """A tensor's bytes, a megabyte at a time."""
     for start in range(0, tensor.nbytes, CHUNK_BYTES):
         chunk = bytearray(min(CHUNK_BYTES, tensor.nbytes - start))
@@ -61,9 +61,9 @@ def holds_numbers(chunk: bytearray, dtype: str) -> bool:
 def doubt_base(plan: Plan) -> str | None:
     """A warning where DoRA magnitudes do not look like norms of this base, from a sample of its rows."""
     with closing(Reader()) as reader:
-        lane = Lane(Choice(torch.device("cpu"), torch.float64, "a sample"), reader)
+        buffers = DeviceBuffers(ComputeSpec(torch.device("cpu"), torch.float64, "a sample"), reader)
         ratios = [
-            _deviation(item.source, edit, edit.update, lane)
+            _deviation(item.source, edit, edit.update, buffers)
             for item in plan.items
             for edit in item.edits
             if isinstance(edit.update, Decomposed)
@@ -76,13 +76,13 @@ def doubt_base(plan: Plan) -> str | None:
     )
 
 
-def _deviation(tensor: Stored, edit: Edit, update: Decomposed, lane: Lane) -> torch.Tensor:
+def _deviation(tensor: StoredTensor, edit: Edit, update: Decomposed, buffers: DeviceBuffers) -> torch.Tensor:
     """|m/‖W‖ − 1| for some outputs of one weight."""
-    m = lane.whole(update.m).flatten()
+    m = buffers.whole(update.m).flatten()
     rows = tensor.matrix[0]
     wanted = SAMPLED_FOR_COLUMNS if edit.two_passes else SAMPLED_ROWS
     chosen = sorted({round(k * (rows - 1) / max(1, wanted - 1)) for k in range(min(wanted, rows))})
-    sample = torch.cat([lane.rows(tensor, row, row + 1) for row in chosen])
+    sample = torch.cat([buffers.rows(tensor, row, row + 1) for row in chosen])
     if edit.two_passes:  # the norm of a column from some of its elements
         n = maths.norms(sample, axis=0) * (rows / len(chosen)) ** 0.5
     else:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import closing
 from typing import Any
 
-from ..output.finished import Done, Progress
+from ..output.finished import Progress, TensorResult
 from ..output.shards import Copy, ShardFiles
 from ..plan.item import Item
 from ..plan.plan import Plan
@@ -15,14 +15,14 @@ from ..storage.journal import Journal
 from ..storage.reader import Reader
 from ..storage.spool import Segment, Spool
 from .executor import Budget, Run
-from .precision import Choice
+from .precision import ComputeSpec
 
 
-def rehearse(plan: Plan, settings: Settings, choice: Choice) -> Mapping[str, Done]:
+def rehearse(plan: Plan, settings: Settings, spec: ComputeSpec) -> Mapping[str, TensorResult]:
     """Compute every tensor of a plan; what is known of each."""
     with closing(Reader()) as reader:
         budget, progress = Budget(settings.max_memory), Progress()
-        run = Run(plan, NoShards(), reader, NoSpool(), NoJournal(), choice, budget, None, None, progress)
+        run = Run(plan, NoShards(), reader, NoSpool(), NoJournal(), spec, budget, None, None, progress)
         run.execute(settings.workers)
     return progress.done
 

@@ -16,21 +16,21 @@ from ..output.in_place import InPlace
 from ..settings import Settings
 from ..storage.checkpoint import RECORD, Checkpoint
 from ..storage.journal import NAME as JOURNAL
-from ..storage.journal import Earlier, Record, read_journal
-from .precision import Choice, choose
+from ..storage.journal import Record, UnfinishedRun, read_journal
+from .precision import ComputeSpec, choose
 
 Folder = OutputFolder | InPlace
 
 
-def settle(least: int, settings: Settings) -> Choice:
+def settle(least: int, settings: Settings) -> ComputeSpec:
     """Device and dtype, announced; and a memory budget that holds the costliest piece of work.
 
     Raises UsageError naming the least budget that will do.
     """
     settings.check_memory(least)
-    choice = choose(settings.device, settings.compute_dtype)
-    settings.notify(f"device: {choice}")
-    return choice
+    spec = choose(settings.device, settings.compute_dtype)
+    settings.notify(f"device: {spec}")
+    return spec
 
 
 @contextmanager
@@ -54,14 +54,14 @@ def entered(folder: Folder) -> Iterator[None]:
         raise
 
 
-def journal_key(choice: Choice, bases: list[Checkpoint], **inputs: Any) -> Record:
+def journal_key(spec: ComputeSpec, bases: list[Checkpoint], **inputs: Any) -> Record:
     """Everything that decides the output's bytes; `inputs` besides the base, the versions and the device."""
     key = {
         **inputs,
         "base": [line for base in bases for line in _identity(base)],
         "versions": [__version__, torch.__version__],
-        "device": choice.device.type,
-        "compute": choice.compute_name,
+        "device": spec.device.type,
+        "compute": spec.compute_name,
     }
     found: Record = json.loads(json.dumps(key))  # as it will be read back
     return found
@@ -81,7 +81,7 @@ def _identity(base: Checkpoint) -> list[list[Any]]:
 
 def earlier_run(
     folder: Folder, key: Record, keep: list[str], whole: Callable[[], bool], form: Any
-) -> Earlier | None:
+) -> UnfinishedRun | None:
     """The journal of an unfinished run of the same key; OUT.partial is then ready to go on, else empty.
 
     `keep` names the files that go on, `whole` says whether all of them are there, `form` what records are like.

@@ -11,25 +11,25 @@ from torch import Tensor
 from ..errors import MalformedError
 from ..plan.item import Item
 from ..storage.reader import Reader
-from ..storage.safetensors import Stored
+from ..storage.safetensors import StoredTensor
 from .precision import TORCH
 
 
-def read_rows(reader: Reader, tensor: Stored, rows: Sequence[int]) -> Tensor:
+def read_rows(reader: Reader, tensor: StoredTensor, rows: Sequence[int]) -> Tensor:
     """Some rows of a stored tensor's matrix, in its own dtype."""
     width = tensor.matrix[1]
     runs = [(start * width, count * width) for start, count in _runs(rows)]
     return _gather(reader, tensor, runs).view(len(rows), width)
 
 
-def read_columns(reader: Reader, tensor: Stored, columns: Sequence[int]) -> Tensor:
+def read_columns(reader: Reader, tensor: StoredTensor, columns: Sequence[int]) -> Tensor:
     """Some columns of a stored tensor's matrix, in its own dtype."""
     height, width = tensor.matrix
     runs = [(row * width + start, count) for row in range(height) for start, count in _runs(columns)]
     return _gather(reader, tensor, runs).view(height, len(columns))
 
 
-def replaced_rows(item: Item, reader: Reader) -> dict[int, tuple[Stored, int]]:
+def replaced_rows(item: Item, reader: Reader) -> dict[int, tuple[StoredTensor, int]]:
     """Where the base's rows are found that were replaced: in the record where they differ, else in the adapter."""
     found = {row: (rows.value, place) for rows in item.rows for place, row in enumerate(rows.index)}
     if item.undo and item.undo.kept:
@@ -58,7 +58,7 @@ def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
     return runs
 
 
-def _gather(reader: Reader, tensor: Stored, runs: Sequence[tuple[int, int]]) -> Tensor:
+def _gather(reader: Reader, tensor: StoredTensor, runs: Sequence[tuple[int, int]]) -> Tensor:
     """Runs of elements, given by (first, count), one after another."""
     size = tensor.itemsize
     data = bytearray(size * sum(count for _, count in runs))

@@ -6,8 +6,8 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack, closing
 
 from ..errors import Fault, VerificationError
-from ..hub.streaming import Traffic
-from ..output.finished import ENTERED, Done, Progress
+from ..hub.streaming import HubStreaming
+from ..output.finished import ENTERED, Progress, TensorResult
 from ..output.in_place import InPlace
 from ..output.shards import ShardFiles
 from ..parity.self_check import Checker, Verdict
@@ -15,26 +15,26 @@ from ..plan.plan import Plan
 from ..settings import Settings
 from ..storage import spool as undo
 from ..storage.journal import NAME as JOURNAL
-from ..storage.journal import Earlier, Journal, Record
+from ..storage.journal import Journal, Record, UnfinishedRun
 from ..storage.reader import Reader
 from ..storage.spool import Spool
 from .executor import Budget, Run
-from .precision import Choice
+from .precision import ComputeSpec
 from .resume import Folder, earlier_run, journal_key
 
 Hashes = Sequence[Mapping[str, str]]
 
 
-def run_key(plan: Plan, folder: Folder, hashes: Hashes, choice: Choice) -> Record:
+def run_key(plan: Plan, folder: Folder, hashes: Hashes, spec: ComputeSpec) -> Record:
     """Everything that decides the output's bytes."""
     adapters = [dict(found) for found in hashes]
     known = {"plan": plan.fingerprint, "adapters": adapters}
     if isinstance(folder, InPlace):  # whose files change while it runs
-        return journal_key(choice, [], **known, place=str(folder.out.resolve()))
-    return journal_key(choice, [plan.base], **known)
+        return journal_key(spec, [], **known, place=str(folder.out.resolve()))
+    return journal_key(spec, [plan.base], **known)
 
 
-def earlier(folder: Folder, plan: Plan, key: Record) -> Earlier | None:
+def earlier(folder: Folder, plan: Plan, key: Record) -> UnfinishedRun | None:
     """The journal of an unfinished run of the same key; OUT.partial is then ready to go on, else empty."""
     names = [shard.filename for shard in plan.shards]
     return earlier_run(folder, key, names, lambda: folder.resumable(plan), ENTERED)
@@ -44,10 +44,10 @@ def run(
     plan: Plan,
     folder: Folder,
     settings: Settings,
-    choice: Choice,
+    spec: ComputeSpec,
     key: Record,
-    earlier: Earlier | None,
-    hub: Traffic | None = None,
+    earlier: UnfinishedRun | None,
+    hub: HubStreaming | None = None,
     hashed: Collection[str] = (),
 ) -> Run:
     """Make every tensor that is not made yet; when this returns, all bytes and the journal are synced.
@@ -70,7 +70,7 @@ def run(
             reader,
             spool,
             journal,
-            choice,
+            spec,
             budget,
             checker,
             settings.on_progress,
@@ -86,7 +86,7 @@ def run(
     return running
 
 
-def _shards(folder: Folder, plan: Plan, hub: Traffic | None, *, new: bool) -> ShardFiles:
+def _shards(folder: Folder, plan: Plan, hub: HubStreaming | None, *, new: bool) -> ShardFiles:
     if isinstance(folder, InPlace):
         return ShardFiles(folder.partial, plan, create=False, places=folder.places)
     shards = ShardFiles(folder.partial, plan, create=new, sparse=bool(hub and not hub.local))
@@ -95,7 +95,7 @@ def _shards(folder: Folder, plan: Plan, hub: Traffic | None, *, new: bool) -> Sh
     return shards
 
 
-def judge(plan: Plan, done: Mapping[str, Done]) -> Verdict:
+def judge(plan: Plan, done: Mapping[str, TensorResult]) -> Verdict:
     """The sum of all checks; VerificationError naming every tensor that is wrong."""
     total, faults = Verdict(), []
     for item in plan.items:

@@ -18,10 +18,10 @@ from ..storage.digests import Digest
 from ..storage.reader import Reader
 from ..storage.safetensors import BITS
 from ..storage.spool import Part, Spool
-from ..undo.keep import Keeper
+from ..undo.keep import UndoKeeper
 from ..undo.recover import Recovering
-from .device_buffers import Lane
-from .factors import Operand
+from .device_buffers import DeviceBuffers
+from .factors import LoadedEdit
 from .memory import as_bytes
 from .precision import TORCH
 
@@ -50,7 +50,7 @@ class Blocks(Protocol):
 
 def make(
     item: Item,
-    lane: Lane,
+    buffers: DeviceBuffers,
     shards: ShardFiles,
     spool: Spool,
     plan: Plan,
@@ -62,21 +62,27 @@ def make(
     Raises NumericalError when a result is NaN, Inf, or too large for the output's dtype.
     """
     if item.undo:
-        recovering = Recovering(item, lane, reader)
-        written = _write(item, recovering, lane, shards, advance, proof=True)
+        recovering = Recovering(item, buffers, reader)
+        written = _write(item, recovering, buffers, shards, advance, proof=True)
         return Made(recovering.digest, written, (), recovering.ambiguous)
-    merging = Merging(item, lane, spool, plan)
-    written = _write(item, merging, lane, shards, advance, proof=False)
+    merging = Merging(item, buffers, spool, plan)
+    written = _write(item, merging, buffers, shards, advance, proof=False)
     merging.keeper.finish()
     return Made(merging.keeper.digest, written, merging.keeper.parts())
 
 
 def _write(
-    item: Item, blocks: Blocks, lane: Lane, shards: ShardFiles, advance: Callable[[int], None], *, proof: bool
+    item: Item,
+    blocks: Blocks,
+    buffers: DeviceBuffers,
+    shards: ShardFiles,
+    advance: Callable[[int], None],
+    *,
+    proof: bool,
 ) -> Digest:
     digest, row_bytes = Digest(proof=proof), item.source.matrix[1] * BITS[item.dtype] // 8
     for start, stop in item.spans():
-        data = as_bytes(blocks.block(lane.raw(item.source, start, stop), start, stop))
+        data = as_bytes(blocks.block(buffers.raw(item.source, start, stop), start, stop))
         digest.update(data)
         shards.write(item, start * row_bytes, data)
         advance(len(data))
@@ -90,18 +96,18 @@ def _write(
 class Merging:
     """Blocks of an output tensor: the base's, or what an adapter has in its place, with all edits applied."""
 
-    def __init__(self, item: Item, lane: Lane, spool: Spool, plan: Plan) -> None:
-        self._item, self._lane = item, lane
-        self._operands = [Operand.load(edit, lane) for edit in item.edits]
-        self._values = Values(item, lane)
-        measure(item, self._operands, self._values, lane)
-        self.keeper = Keeper(item, self._operands, self._values.taken, lane, spool, plan)
+    def __init__(self, item: Item, buffers: DeviceBuffers, spool: Spool, plan: Plan) -> None:
+        self._item, self._buffers = item, buffers
+        self._operands = [LoadedEdit.load(edit, buffers) for edit in item.edits]
+        self._values = SourceValues(item, buffers)
+        measure(item, self._operands, self._values, buffers)
+        self.keeper = UndoKeeper(item, self._operands, self._values.taken, buffers, spool, plan)
 
     def block(self, raw: Tensor, start: int, stop: int) -> Tensor:
         """Rows of the output from those of the source."""
         W = self._values.block(raw, start, stop)
         self.keeper.see(raw, W, start, stop)
-        result = self._lane.land(apply(W, self._operands, start, stop), TORCH[self._item.dtype])
+        result = self._buffers.land(apply(W, self._operands, start, stop), TORCH[self._item.dtype])
         if not maths.all_finite(result) or not all(operand.is_finite() for operand in self._operands):
             blame(self._item, raw, result)
         self.keeper.compare(raw, result, start, stop)
@@ -112,11 +118,11 @@ class Merging:
         return ()
 
 
-class Values:
+class SourceValues:
     """Where an item's values start: rows of a stored tensor, with what an adapter puts in their place."""
 
-    def __init__(self, item: Item, lane: Lane) -> None:
-        self._item, self._lane = item, lane
+    def __init__(self, item: Item, buffers: DeviceBuffers) -> None:
+        self._item, self._buffers = item, buffers
         self.taken: tuple[Tensor, Tensor] | None = None
         """Factors of what training began without, the way round that the tensor is stored."""
         self._whole = self._without_start() if item.start else None
@@ -127,7 +133,7 @@ class Values:
         low, edit = self._item.start, self._item.edits[0]
         assert low
         assert low.start
-        W = self._lane.stored(self._item.source).float()
+        W = self._buffers.stored(self._item.source).float()
         turned = edit.transposed
         rest, left, right = maths.without_start(W.T if turned else W, low.start.value, low.rank, low.scale)
         self.taken = (right.T, left.T) if turned else (left, right)
@@ -136,22 +142,22 @@ class Values:
 
     def block(self, raw: Tensor, start: int, stop: int) -> Tensor:
         """A block in the compute dtype, on the device, from its raw rows."""
-        W = self._lane.lift(raw if self._whole is None else self._whole[start:stop])
+        W = self._buffers.lift(raw if self._whole is None else self._whole[start:stop])
         for row in range(start, stop) if self._rows else ():
             if row in self._rows:
                 value, place = self._rows[row]
-                W[row - start] = self._lane.rows(value, place, place + 1)[0]
+                W[row - start] = self._buffers.rows(value, place, place + 1)[0]
         return W
 
 
-def measure(item: Item, operands: Iterable[Operand], values: Values, lane: Lane) -> None:
+def measure(item: Item, operands: Iterable[LoadedEdit], values: SourceValues, buffers: DeviceBuffers) -> None:
     """The first of two passes: norms along the columns, their squares added block after block."""
     pending = [operand for operand in operands if operand.edit.two_passes]
     if not pending:
         return
     squares: list[Tensor | float] = [0.0] * len(pending)
     for start, stop in item.spans():
-        raw = lane.raw(item.source, start, stop)
+        raw = buffers.raw(item.source, start, stop)
         for k, operand in enumerate(pending):
             V = operand.add_(values.block(raw, start, stop), start, stop)
             squares[k] += maths.norms(V, axis=0).square_()
@@ -159,7 +165,7 @@ def measure(item: Item, operands: Iterable[Operand], values: Values, lane: Lane)
         operand.n.append(torch.as_tensor(total).sqrt())
 
 
-def apply(W: Tensor, operands: list[Operand], start: int, stop: int) -> Tensor:
+def apply(W: Tensor, operands: list[LoadedEdit], start: int, stop: int) -> Tensor:
     """W + Σ wᵢ·(applyᵢ(W) − W) (4), in place; norms are always of the unmerged W."""
     if len(operands) == 1 and operands[0].m is not None and operands[0].edit.weight == 1:
         return operands[0].decompose_(W, start, stop)

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from ..adapters.updates import Delta
-from ..engine.device_buffers import Lane
-from ..engine.factors import Operand
+from ..engine.device_buffers import DeviceBuffers
+from ..engine.factors import LoadedEdit
 from ..engine.precision import TORCH
-from ..engine.tensor import Values, measure
+from ..engine.tensor import SourceValues, measure
 from ..errors import NumericalError
 from ..maths import lora as maths
 from ..maths.svd import BLOCK, Factors, compared, resize, squared, truncated_svd
-from .jobs import Placed
+from .jobs import MatchedChange
 from .run import Made, rounded
 
 Rows = Callable[[slice], Tensor]
@@ -30,8 +30,8 @@ SAMPLES = 8
 
 
 def compress(
-    job: Placed,
-    lane: Lane,
+    job: MatchedChange,
+    buffers: DeviceBuffers,
     *,
     goal: Mapping[str, Any],
     exact: bool,
@@ -44,8 +44,8 @@ def compress(
     `goal` is a rank, an energy or a max_error; ΔW is held in single precision where `single` is set. `shifts` are the
     biases of lora_B by their module, whose scaling becomes 1, too.
     """
-    weight = _Weight(job, lane)
-    change = weight.change(torch.float32 if single else lane.choice.compute)
+    weight = _Weight(job, buffers)
+    change = weight.change(torch.float32 if single else buffers.spec.compute)
     if change is None or weight.is_lora():
         left, right = weight.factors()
         made = resize(left, right, **goal)
@@ -62,19 +62,19 @@ def compress(
     inputs = weight.inputs
     tensors = {"A": A.view(A.shape[0], *inputs), "B": B.view(*B.shape, *[1] * (len(inputs) - 1))}
     if shift := shifts.get(job.name.rpartition(".")[0]):
-        tensors["b"] = (shift.scale * lane.whole(shift.value)).flatten().to(TORCH[dtype or "F32"])
+        tensors["b"] = (shift.scale * buffers.whole(shift.value)).flatten().to(TORCH[dtype or "F32"])
     return Made(tensors, facts)
 
 
 class _Weight:
     """A weight, and what an adapter does to it."""
 
-    def __init__(self, job: Placed, lane: Lane) -> None:
-        self._job, self._item, self._lane = job, job.item, lane
+    def __init__(self, job: MatchedChange, buffers: DeviceBuffers) -> None:
+        self._job, self._item, self._buffers = job, job.item, buffers
         self._turned = job.edit.transposed
-        self._operand, self._values = Operand.load(job.edit, lane), Values(job.item, lane)
-        self.like = torch.empty(0, dtype=lane.choice.compute, device=lane.choice.device)
-        measure(self._item, [self._operand], self._values, lane)
+        self._operand, self._values = LoadedEdit.load(job.edit, buffers), SourceValues(job.item, buffers)
+        self.like = torch.empty(0, dtype=buffers.spec.compute, device=buffers.spec.device)
+        measure(self._item, [self._operand], self._values, buffers)
 
     @property
     def inputs(self) -> tuple[int, ...]:
@@ -86,11 +86,11 @@ class _Weight:
         """ΔW (out, in), rounded to `dtype` after the subtraction; None where it is s·BA by definition."""
         if self._operand.m is None and not self._item.start:
             return None
-        D = torch.empty(self._item.source.matrix, dtype=dtype, device=self._lane.choice.device)
+        D = torch.empty(self._item.source.matrix, dtype=dtype, device=self._buffers.spec.device)
         for start, stop in self._item.spans():
-            raw = self._lane.raw(self._item.source, start, stop)
+            raw = self._buffers.raw(self._item.source, start, stop)
             W = self._values.block(raw, start, stop)
-            before = self._lane.computed(raw) if self._item.start else W.clone()
+            before = self._buffers.computed(raw) if self._item.start else W.clone()
             D[start:stop] = self._applied(W, start, stop) - before
         if not maths.all_finite(D):
             raise NumericalError(
@@ -137,13 +137,13 @@ class _Weight:
         """W'x, (out, samples)."""
         pieces = []
         for start, stop in self._item.spans():
-            W = self._values.block(self._lane.raw(self._item.source, start, stop), start, stop)
+            W = self._values.block(self._buffers.raw(self._item.source, start, stop), start, stop)
             W = self._applied(W, start, stop)
             pieces.append(W.T @ x[start:stop] if self._turned else W @ x)
         return torch.stack(pieces).sum(0) if self._turned else torch.cat(pieces)
 
 
-def _stored(job: Placed, made: Factors, dtype: str | None) -> tuple[Tensor, Tensor]:
+def _stored(job: MatchedChange, made: Factors, dtype: str | None) -> tuple[Tensor, Tensor]:
     """B and A as they will be stored: rounded once, and of rank 1 where nothing is left."""
     B, A = made.B, made.A
     if not made.rank:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engine.device_buffers import Lane
+from ..engine.device_buffers import DeviceBuffers
 from ..engine.precision import TORCH
 from ..engine.rows import read_rows
 from ..errors import NumericalError
@@ -17,12 +17,12 @@ from ..maths.dora_fit import extract_dora
 from ..maths.svd import Factors, compared, squared, truncated_svd
 from ..plan.blocks import spans
 from ..storage.reader import Reader
-from ..storage.safetensors import BITS, FLOATS, Stored
+from ..storage.safetensors import BITS, FLOATS, StoredTensor
 from .pairs import Pair
 from .run import Made, rounded
 
 
-def differing(both: Mapping[str, tuple[Stored, Stored]], reader: Reader) -> set[str]:
+def differing(both: Mapping[str, tuple[StoredTensor, StoredTensor]], reader: Reader) -> set[str]:
     """The names under which two checkpoints hold other values; of two dtypes, in the coarser one."""
     found = set()
     for name, (before, after) in both.items():
@@ -32,7 +32,7 @@ def differing(both: Mapping[str, tuple[Stored, Stored]], reader: Reader) -> set[
     return found
 
 
-def _same(one: Stored, other: Stored, reader: Reader) -> bool:
+def _same(one: StoredTensor, other: StoredTensor, reader: Reader) -> bool:
     if one.shape != other.shape:
         return False
     if one.dtype == other.dtype or not {one.dtype, other.dtype} <= set(FLOATS):
@@ -45,19 +45,26 @@ def _same(one: Stored, other: Stored, reader: Reader) -> bool:
 
 
 def extract_module(
-    job: Pair, lane: Lane, *, kind: str, goal: Mapping[str, Any], exact: bool, single: bool, dtype: str | None
+    job: Pair,
+    buffers: DeviceBuffers,
+    *,
+    kind: str,
+    goal: Mapping[str, Any],
+    exact: bool,
+    single: bool,
+    dtype: str | None,
 ) -> Made:
     """Factors of TUNED − BASE (and m, for DoRA), and what they lose of it; none where nothing differs after all."""
-    held = torch.float32 if single else lane.choice.compute
-    stored, wide = TORCH[dtype or "F32"], lane.choice.compute
+    held = torch.float32 if single else buffers.spec.compute
+    stored, wide = TORCH[dtype or "F32"], buffers.spec.compute
     if kind == "lora":
-        D = _difference(job, lane, held)
+        D = _difference(job, buffers, held)
         found = truncated_svd(D, exact=exact, **goal)
         B, A = (rounded(x.to(wide), stored, job.name) for x in (found.B, found.A))
         lost, change = compared(lambda rows: D[rows].to(wide), B.to(wide), A.to(wide))
         facts = {"rank": found.rank, "change": change, "lost": lost, **_ranks(found)}
         return Made({"A": A, "B": B} if found.rank else {}, facts)
-    W, tuned = _matrix(job.base, lane, held, job), _matrix(job.tuned, lane, held, job)
+    W, tuned = _matrix(job.base, buffers, held, job), _matrix(job.tuned, buffers, held, job)
     dora = extract_dora(W, tuned, exact=exact, **goal)
     B, A = (rounded(x.to(wide), stored, job.name) for x in (dora.B, dora.A))
     m, lost, change = _measured(W, tuned, B.to(wide), A.to(wide))
@@ -66,7 +73,7 @@ def extract_module(
     if not dora.rank:
         return Made({}, facts)
     del W, tuned
-    facts["lora_error"] = truncated_svd(_difference(job, lane, held), rank=dora.rank, exact=exact).error
+    facts["lora_error"] = truncated_svd(_difference(job, buffers, held), rank=dora.rank, exact=exact).error
     return Made({"A": A, "B": B, "m": m}, facts)
 
 
@@ -76,11 +83,11 @@ def _ranks(found: Factors) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _matrix(stored: Stored, lane: Lane, dtype: torch.dtype, job: Pair) -> Tensor:
+def _matrix(stored: StoredTensor, buffers: DeviceBuffers, dtype: torch.dtype, job: Pair) -> Tensor:
     """A weight as (out, in), in a dtype that its values fit."""
-    matrix = torch.empty(stored.matrix, dtype=dtype, device=lane.choice.device)
+    matrix = torch.empty(stored.matrix, dtype=dtype, device=buffers.spec.device)
     for start, stop in spans(*stored.matrix):
-        matrix[start:stop] = lane.raw(stored, start, stop).to(lane.choice.device)
+        matrix[start:stop] = buffers.raw(stored, start, stop).to(buffers.spec.device)
     if not maths.all_finite(matrix):
         raise NumericalError(
             f"{stored.name} of {stored.path.name} holds NaN or Inf.", hint="the file is damaged"
@@ -88,12 +95,12 @@ def _matrix(stored: Stored, lane: Lane, dtype: torch.dtype, job: Pair) -> Tensor
     return matrix.T if job.transposed else matrix
 
 
-def _difference(job: Pair, lane: Lane, dtype: torch.dtype) -> Tensor:
+def _difference(job: Pair, buffers: DeviceBuffers, dtype: torch.dtype) -> Tensor:
     """TUNED − BASE as (out, in): subtracted in the compute dtype, then rounded to `dtype`."""
-    D = torch.empty(job.base.matrix, dtype=dtype, device=lane.choice.device)
+    D = torch.empty(job.base.matrix, dtype=dtype, device=buffers.spec.device)
     for start, stop in spans(*job.base.matrix):
-        W = lane.computed(lane.raw(job.base, start, stop))
-        D[start:stop] = lane.computed(lane.raw(job.tuned, start, stop)) - W
+        W = buffers.computed(buffers.raw(job.base, start, stop))
+        D[start:stop] = buffers.computed(buffers.raw(job.tuned, start, stop)) - W
     if not maths.all_finite(D):
         raise NumericalError(f"{job.name} holds NaN or Inf in BASE or TUNED.", hint="a file is damaged")
     return D.T if job.transposed else D

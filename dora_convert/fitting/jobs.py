@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..adapters.adapter import Adapter, Change
-from ..adapters.new_adapter import Outgoing
+from ..adapters.new_adapter import NewAdapter
 from ..adapters.updates import Decomposed, LowRank, low_rank
 from ..errors import UsageError
 from ..formats.detect import FORMATS, Format
@@ -18,7 +18,7 @@ from ..plan.plan import Plan
 from ..plan.planner import is_chosen
 from ..storage.checkpoint import Checkpoint
 from ..storage.refs import Source
-from ..storage.safetensors import Stored
+from ..storage.safetensors import StoredTensor
 
 HELD = {"lora": 10, "dora": 16}
 """How often a module's matrix is held at once, in the dtype it is computed in."""
@@ -48,16 +48,16 @@ class Job(Protocol):
 class Result:
     """What became of a job: its tensors by what they are (A, B, m, …), and what the report says of it."""
 
-    tensors: Mapping[str, Stored]
+    tensors: Mapping[str, StoredTensor]
     facts: Mapping[str, Any]
 
 
-Assemble = Callable[[Mapping[str, Result]], Mapping[str, Outgoing]]
+Assemble = Callable[[Mapping[str, Result]], Mapping[str, NewAdapter]]
 """Makes the adapters of the results: each under the sub-folder it goes to, "" being OUT itself."""
 
 
 @dataclass(frozen=True)
-class Order:
+class FittingPlan:
     """An adapter to be written."""
 
     command: str
@@ -95,7 +95,7 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Placed:
+class MatchedChange:
     """A change that has factors, and the tensor of the base that it is for."""
 
     change: Change
@@ -147,7 +147,7 @@ def goal_of(rank: int | None, energy: float | None, max_error: float | None) -> 
 
 def place_changes(
     plan: Plan, cost: Callable[[Item, Edit], int]
-) -> tuple[list[Placed], list[Change], list[Change]]:
+) -> tuple[list[MatchedChange], list[Change], list[Change]]:
     """The changes of a plan's only adapter: those that have factors and a place, others with factors, and the rest.
 
     What was left out by name is in none of them.
@@ -160,13 +160,13 @@ def place_changes(
         if not isinstance(change.update, LowRank | Decomposed):
             others.append(change)
         elif found := places.get(low_rank(change.update).A.name):
-            placed.append(Placed(change, *found, cost(*found)))
+            placed.append(MatchedChange(change, *found, cost(*found)))
         else:
             unplaced.append(change)
     return placed, unplaced, others
 
 
-def modules_besides(plan: Plan, placed: Collection[Placed]) -> frozenset[str]:
+def modules_besides(plan: Plan, placed: Collection[MatchedChange]) -> frozenset[str]:
     """The modules of a plan's base for which none of some factors are, by their names in the base."""
     adapted = {job.item.name for job in placed}
     return frozenset(name.rpartition(".")[0] for name in plan.base.tensors if name not in adapted)

@@ -5,31 +5,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..engine.device_buffers import Lane
-from ..engine.factors import Operand
-from ..engine.tensor import Values
+from ..engine.device_buffers import DeviceBuffers
+from ..engine.factors import LoadedEdit
+from ..engine.tensor import SourceValues
 from ..errors import NumericalError
 from ..maths import lora as maths
-from .jobs import Placed
+from .jobs import MatchedChange
 from .run import Made
 
 Pair = tuple[Tensor, Tensor]
 
 
-def magnitudes(job: Placed, lane: Lane, *, preserve: bool) -> Made:
+def magnitudes(job: MatchedChange, buffers: DeviceBuffers, *, preserve: bool) -> Made:
     """m = ‖W + sBA‖ (2), or ‖W‖ where outputs need not be preserved, from blocks of rows; stored in float32.
 
     Raises NumericalError where an output's norm is zero: DoRA's m/n is then undefined.
     """
     edit, spans = job.edit, list(job.item.spans())
-    operand, values = Operand.load(edit, lane), Values(job.item, lane)
+    operand, values = LoadedEdit.load(edit, buffers), SourceValues(job.item, buffers)
     assert operand.factors
     gram = operand.factors.right(0)
     gram = gram @ gram.T
     found: list[Pair] = []
     size = 0.0
     for start, stop in spans:
-        W = values.block(lane.raw(job.item.source, start, stop), start, stop)
+        W = values.block(buffers.raw(job.item.source, start, stop), start, stop)
         before = W if preserve else maths.norms(W, edit.axis)
         after = maths.norms(operand.add_(W, start, stop), edit.axis)
         found = _gathered(found, after if preserve else before, after, edit.axis)

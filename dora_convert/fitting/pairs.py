@@ -16,7 +16,7 @@ from ..plan.plan import Options
 from ..plan.planner import is_named
 from ..plan.shapes import is_conv1d
 from ..storage.checkpoint import Checkpoint
-from ..storage.safetensors import FLOATS, Stored
+from ..storage.safetensors import FLOATS, StoredTensor
 from .jobs import HELD
 
 INNER = {
@@ -35,8 +35,8 @@ class Pair:
     """One weight before and after fine-tuning."""
 
     name: str
-    base: Stored
-    tuned: Stored
+    base: StoredTensor
+    tuned: StoredTensor
     transposed: bool
     """Whether it is stored as (in, out), as embeddings and GPT-2's Conv1D are."""
     cost: int
@@ -58,7 +58,7 @@ class Sorted:
     """What becomes of every tensor that differs."""
 
     pairs: list[Pair] = field(default_factory=list)
-    whole: dict[str, Stored] = field(default_factory=dict)
+    whole: dict[str, StoredTensor] = field(default_factory=dict)
     """Saved as TUNED has them, by name."""
     skipped: list[str] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
@@ -66,7 +66,7 @@ class Sorted:
     keeps_ties: bool = False
 
 
-def model_names(checkpoint: Checkpoint) -> dict[str, Stored]:
+def model_names(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
     """A checkpoint's tensors by the names that they have in the model its config names."""
     architectures = (checkpoint.config or {}).get("architectures") or [""]
     prefix = next((INNER[kind] for kind in sorted(checkpoint.model_types) if kind in INNER), "")
@@ -221,7 +221,7 @@ def is_table(name: str) -> bool:
     return is_embedding(name) or name.rpartition(".")[0].rpartition(".")[2] in TABLES
 
 
-def short_names(targets: Collection[str], names: Mapping[str, Stored]) -> Iterator[str]:
+def short_names(targets: Collection[str], names: Mapping[str, StoredTensor]) -> Iterator[str]:
     """Modules by the last part of their names where all of that part are meant, else by their whole names."""
     kinds = {name.rpartition(".")[0] for name in names if len(names[name].shape) > 1}
     for target in targets:

@@ -12,10 +12,10 @@ from ..reports.merge import SCHEMA
 from ..settings import Settings
 from ..sizes import peak_memory
 from ..verbs.inspect.census import place
-from .jobs import Order, Result
+from .jobs import FittingPlan, Result
 
 if TYPE_CHECKING:  # which imports torch
-    from .run import Crafted
+    from .run import FittingRun
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,7 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
     return {**{key: value for key, value in values.items() if key != "details"}, **values["details"]}
 
 
-def _common(order: Order, settings: Settings, out: str) -> dict[str, Any]:
+def _common(order: FittingPlan, settings: Settings, out: str) -> dict[str, Any]:
     return {
         "command": order.command,
         "base": place(order.bases[0].source),
@@ -98,7 +98,7 @@ Describe = Callable[[str, Result], MadeModule]
 
 
 def report_of(
-    order: Order, settings: Settings, out: str, run: Crafted, describe: Describe, **details: Any
+    order: FittingPlan, settings: Settings, out: str, run: FittingRun, describe: Describe, **details: Any
 ) -> MadeReport:
     """The report of a run that is over. Each result's facts hold `change`, ‖ΔW‖², and `lost`, what of it is not there."""
     facts = [result.facts for result in run.results.values()]
@@ -106,8 +106,8 @@ def report_of(
         **_common(order, settings, out),
         modules=tuple(describe(name, result) for name, result in run.results.items()),
         relative_error=share(sum(fact["lost"] for fact in facts), sum(fact["change"] for fact in facts)),
-        device=str(run.choice.device),
-        compute_dtype=run.choice.compute_name,
+        device=str(run.spec.device),
+        compute_dtype=run.spec.compute_name,
         bytes_written=run.written,
         peak_memory_bytes=peak_memory(),
         resumed=run.resumed,
@@ -120,7 +120,7 @@ def share(lost: float, change: float) -> float:
     return float((lost / change) ** 0.5) if change else 0.0
 
 
-def dry_run_of(order: Order, settings: Settings, out: str, **plan: Any) -> MadeDryRun:
+def dry_run_of(order: FittingPlan, settings: Settings, out: str, **plan: Any) -> MadeDryRun:
     """The report of an order that is not carried out; UsageError for a budget that would not do."""
     settings.check_memory(order.memory)
     numbers = {

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from ..adapters.new_adapter import Files
-from ..engine.device_buffers import Lane
-from ..engine.executor import Budget, Crew
+from ..engine.device_buffers import DeviceBuffers
+from ..engine.executor import Budget, WorkerPool
 from ..engine.memory import as_bytes
-from ..engine.precision import TORCH, Choice
+from ..engine.precision import TORCH, ComputeSpec
 from ..engine.preflight import chunks, holds_numbers, scan_adapter
 from ..engine.resume import earlier_run, entered, journal_key, settle
 from ..errors import NumericalError
@@ -34,10 +34,10 @@ from ..storage import spool as undo
 from ..storage.journal import NAME as JOURNAL
 from ..storage.journal import Journal, Record
 from ..storage.reader import Reader
-from ..storage.safetensors import BITS, FLOATS, Stored
+from ..storage.safetensors import BITS, FLOATS, StoredTensor
 from ..storage.schema import count
 from ..storage.spool import Part, Segment, Spool
-from .jobs import Assemble, Job, Order, Result
+from .jobs import Assemble, FittingPlan, Job, Result
 
 NAMES = {dtype: name for name, dtype in TORCH.items()}
 
@@ -51,29 +51,29 @@ class Made:
 
 
 @dataclass
-class Crafted:
+class FittingRun:
     """A run that is over."""
 
     results: Mapping[str, Result]
-    choice: Choice
+    spec: ComputeSpec
     resumed: bool
     written: int
 
 
 def craft(
-    order: Order,
+    order: FittingPlan,
     folder: OutputFolder,
     settings: Settings,
-    work: Callable[[Any, Lane], Made],
+    work: Callable[[Any, DeviceBuffers], Made],
     assemble: Assemble,
     reader: Reader,
-) -> Crafted:
+) -> FittingRun:
     """Make and publish an adapter of what a reader reads.
 
     Raises UsageError for a device or a budget that will not do, NumericalError for NaN, Inf and overflow, OutputError
     for a disk that does not take the result. OUT does not exist then.
     """
-    choice = settle(order.memory, settings)
+    spec = settle(order.memory, settings)
     settings.notify(
         f"memory: at most {format_size(settings.max_memory)}; one module takes {format_size(order.memory)}"
     )
@@ -81,14 +81,14 @@ def craft(
     folder.check_space(2 * order.bytes_out)
     with entered(folder):
         terms = {**order.terms, "command": order.command, "format": order.format.NAME, "dtype": order.dtype}
-        key = journal_key(choice, list(order.bases), adapters=adapters, **terms)
+        key = journal_key(spec, list(order.bases), adapters=adapters, **terms)
         earlier = earlier_run(folder, key, [], lambda: True, ENTERED)
         records = earlier.records if earlier else []
         with ExitStack() as stack:
             run = _Run(order, settings, reader, {record["made"]: record for record in records})
             run.spool = stack.enter_context(closing(Spool(folder.record / undo.SPOOL, run.end)))
             with closing(Journal(folder.record / JOURNAL, key, earlier)) as run.journal:
-                run.execute(work, choice)
+                run.execute(work, spec)
             results = run.results()
             written = sum(
                 _write(where, order.format.save(made), order, folder, run.spool, reader)
@@ -96,7 +96,7 @@ def craft(
             )
             _put_side_files(order, folder, settings)
         folder.publish()
-    return Crafted(results, choice, bool(records), written)
+    return FittingRun(results, spec, bool(records), written)
 
 
 ENTERED = {
@@ -111,7 +111,7 @@ ENTERED = {
 class _Run:
     """The jobs of an order: what is made of them, and in which piece of the spool it is."""
 
-    order: Order
+    order: FittingPlan
     settings: Settings
     reader: Reader
     made: dict[str, Record]
@@ -127,15 +127,15 @@ class _Run:
         pieces = [tensor[2] for record in self.made.values() for tensor in record["tensors"].values()]
         return max((start + length for start, length in pieces), default=0)
 
-    def execute(self, work: Callable[[Any, Lane], Made], choice: Choice) -> None:
+    def execute(self, work: Callable[[Any, DeviceBuffers], Made], spec: ComputeSpec) -> None:
         """Do every job that is not done yet."""
-        budget, crew = Budget(self.settings.max_memory), Crew(choice, self.reader)
+        budget, crew = Budget(self.settings.max_memory), WorkerPool(spec, self.reader)
 
-        def one(job: Job, lane: Lane) -> None:
+        def one(job: Job, buffers: DeviceBuffers) -> None:
             with budget.holding(job.cost):
                 crew.check()
-                with lane.working():
-                    self._keep(job, work(job, lane))
+                with buffers.working():
+                    self._keep(job, work(job, buffers))
             self.reader.done(job.name)
 
         for name in self.made:
@@ -170,13 +170,15 @@ class _Run:
 
 def _result(record: Record, spool: Spool) -> Result:
     tensors = {
-        role: Stored(f"{record['made']} {role}", dtype, tuple(shape), spool.path, piece[0])
+        role: StoredTensor(f"{record['made']} {role}", dtype, tuple(shape), spool.path, piece[0])
         for role, (dtype, shape, piece) in record["tensors"].items()
     }
     return Result(tensors, record["facts"])
 
 
-def _write(where: str, files: Files, order: Order, folder: OutputFolder, spool: Spool, reader: Reader) -> int:
+def _write(
+    where: str, files: Files, order: FittingPlan, folder: OutputFolder, spool: Spool, reader: Reader
+) -> int:
     """One adapter's files; the bytes of its tensors."""
     for name, data in files.small.items():
         folder.put(f"{where}{name}", data)
@@ -188,7 +190,7 @@ def _write(where: str, files: Files, order: Order, folder: OutputFolder, spool: 
     return sum(segment.length for part in parts for segment in part.segments)
 
 
-def _part(name: str, stored: Stored, dtype: str, spool: Spool, reader: Reader) -> Part:
+def _part(name: str, stored: StoredTensor, dtype: str, spool: Spool, reader: Reader) -> Part:
     """A tensor as a part of the spool: it lies there already, or is copied, chunk by chunk."""
     if stored.path == spool.path and stored.dtype == dtype:
         return Part(name, dtype, stored.shape, (Segment(stored.start, stored.nbytes),))
@@ -204,7 +206,7 @@ def _part(name: str, stored: Stored, dtype: str, spool: Spool, reader: Reader) -
     return Part(name, dtype, stored.shape, tuple(pieces))
 
 
-def _converted(chunk: bytearray, stored: Stored, dtype: str) -> memoryview:
+def _converted(chunk: bytearray, stored: StoredTensor, dtype: str) -> memoryview:
     """Elements rounded once to another dtype; NumericalError for what it cannot hold."""
     x = torch.frombuffer(chunk, dtype=TORCH[stored.dtype]).double()
     return as_bytes(rounded(x, TORCH[dtype], stored.name))
@@ -220,7 +222,7 @@ def rounded(x: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     return y
 
 
-def _put_side_files(order: Order, folder: OutputFolder, settings: Settings) -> None:
+def _put_side_files(order: FittingPlan, folder: OutputFolder, settings: Settings) -> None:
     """What lies beside the adapter: its model card, and the tokenizer of what it is made from."""
     source = order.sources[-1].path
     for name in tokenizer_files(source) if source.is_dir() else ():

@@ -22,7 +22,7 @@ from ..sources.inputs import doubts, gather
 from ..sources.prefetch import reading
 from ..storage.checkpoint import Checkpoint
 from ..storage.refs import PathLike
-from .jobs import Assemble, Order, Result, find_format
+from .jobs import Assemble, FittingPlan, Result, find_format
 from .report import Describe, MadeDryRun, MadeReport, dry_run_of, report_of
 
 Work = Callable[[], Callable[[Any, Any], Any]]
@@ -30,7 +30,7 @@ Work = Callable[[], Callable[[Any, Any], Any]]
 
 
 @dataclass(frozen=True)
-class Making:
+class FittingSession:
     """A verb's options, checked, and the folder that it is to write."""
 
     options: Options
@@ -64,7 +64,7 @@ class Making:
         overwrite: bool,
         on_progress: Callable[[int, int], None] | None,
         on_notice: Callable[[str], None] | None,
-    ) -> Iterator[Making]:
+    ) -> Iterator[FittingSession]:
         """Check everything that can be checked before an input is opened; what is downloaded lasts as long."""
         options = parse_options(dtype, compute_dtype, None, "none", include, exclude, False, ignore_field)
         grows = max_memory == "auto"
@@ -83,7 +83,7 @@ class Making:
             named,
             [os.fspath(adapter)],
             self.folder.given,
-            self.settings.visit,
+            self.settings.session,
             self.settings.notify,
             self.options.ignore_field,
             verb,
@@ -99,7 +99,7 @@ class Making:
 
     def finish(
         self,
-        order: Order,
+        order: FittingPlan,
         work: Work,
         assemble: Assemble,
         describe: Describe,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ..adapters.adapter import Adapter, Change
-from ..adapters.new_adapter import Files, Outgoing
+from ..adapters.new_adapter import Files, NewAdapter
 from ..storage.refs import Source
 from .peft import read as peft
 
@@ -27,7 +27,7 @@ class Format(Protocol):
     def read(self, source: Source, accepted: Collection[str] = ()) -> Adapter:
         """The adapter, from headers; `accepted` names config fields that are not to be refused."""
 
-    def save(self, made: Outgoing) -> Files:
+    def save(self, made: NewAdapter) -> Files:
         """The files of an adapter, from headers: tensors by their names, and what lies beside them."""
 
     def objection(self, change: Change, tensor: str, like: Adapter) -> str | None:

@@ -16,14 +16,14 @@ from typing import Any
 from ..errors import Fault, MalformedError, RefError, VerificationError
 from ..output.folder import LOCK
 from ..reports.inspect import AdapterReport
-from ..sources.session import Visit
+from ..sources.session import Session
 from ..storage.checkpoint import RECEIPT, RECORD, is_weight_file, list_files, open_checkpoint
 from ..storage.digests import stored_digest
 from ..storage.journal import NAME as JOURNAL
 from ..storage.json_files import read_json
 from ..storage.reader import Reader
 from ..storage.refs import Source, local_path, local_source
-from ..storage.safetensors import Stored, read_header
+from ..storage.safetensors import StoredTensor, read_header
 from ..verbs.inspect.describe import inspect_ref
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -32,7 +32,7 @@ HASHERS = 2
 
 
 @dataclass(frozen=True)
-class Parcel:
+class FolderContents:
     """What of a folder goes up, and what is known of it."""
 
     source: Source
@@ -41,7 +41,7 @@ class Parcel:
     names: tuple[str, ...]
     """Paths inside the folder, sorted."""
     left_behind: tuple[str, ...]
-    tensors: Mapping[str, Stored]
+    tensors: Mapping[str, StoredTensor]
     receipt: Mapping[str, Any] | None = None
 
     @property
@@ -54,7 +54,7 @@ class Parcel:
         return self.source.path / name
 
 
-def pack(folder: str) -> Parcel:
+def pack(folder: str) -> FolderContents:
     """Look at a folder that is to be uploaded.
 
     Raises RefError, MalformedError and their siblings for what is no model, or only part of one.
@@ -85,15 +85,15 @@ def _is_hidden(name: str) -> bool:
     return any(part.startswith(".") or part == "__pycache__" for part in parts)
 
 
-def _checkpoint(source: Source, files: Sequence[str]) -> Parcel:
+def _checkpoint(source: Source, files: Sequence[str]) -> FolderContents:
     opened = open_checkpoint(source)
     weights = {shard.filename for shard in opened.shards} | {opened.index_name or ""}
     names = [name for name in files if name in weights or _in_record(name) or not is_weight_file(name)]
     return _parcel(source, None, names, files, opened.tensors)
 
 
-def _adapter(source: Source, folder: str, files: Sequence[str]) -> Parcel:
-    report = inspect_ref(folder, None, (), Visit())
+def _adapter(source: Source, folder: str, files: Sequence[str]) -> FolderContents:
+    report = inspect_ref(folder, None, (), Session())
     assert isinstance(report, AdapterReport)
     if report.faults:
         faults = [Fault(fault["what"], fault["why"]) for fault in report.faults]
@@ -119,21 +119,21 @@ def _parcel(
     adapter: AdapterReport | None,
     names: Sequence[str],
     files: Sequence[str],
-    tensors: Mapping[str, Stored],
-) -> Parcel:
+    tensors: Mapping[str, StoredTensor],
+) -> FolderContents:
     receipt = read_json(source.path / NOTED) if NOTED in names else None
     left = sorted(set(files) - set(names))
-    return Parcel(source, adapter, tuple(sorted(names)), tuple(left), tensors, receipt)
+    return FolderContents(source, adapter, tuple(sorted(names)), tuple(left), tensors, receipt)
 
 
-def check_receipt(parcel: Parcel) -> int:
+def check_receipt(contents: FolderContents) -> int:
     """Compare the tensors that the receipt has hashes of with the files; how many there were.
 
     Raises VerificationError naming all that are others.
     """
-    written = dict(_hashes(parcel.receipt or {}))
+    written = dict(_hashes(contents.receipt or {}))
     with closing(Reader()) as reader, ThreadPoolExecutor(HASHERS) as pool:
-        known = [parcel.tensors[name] for name in written if name in parcel.tensors]
+        known = [contents.tensors[name] for name in written if name in contents.tensors]
         digests = pool.map(lambda tensor: stored_digest(tensor, reader), known)
         found = {tensor.name: digest.fast for tensor, digest in zip(known, digests, strict=True)}
     faults = [
@@ -143,7 +143,7 @@ def check_receipt(parcel: Parcel) -> int:
     ]
     if faults:
         raise VerificationError(
-            f"{parcel.source.name} is not what its receipt says: {len(faults)} tensors differ.",
+            f"{contents.source.name} is not what its receipt says: {len(faults)} tensors differ.",
             faults=faults,
             hint=f"make it again; if it was changed on purpose, remove {NOTED}",
         )

@@ -22,13 +22,13 @@ from ..sources.hub_client import patiently
 from ..storage.json_files import read_config
 from ..storage.refs import parse_ref
 from .commit import commit, is_large
-from .folder_contents import Parcel, check_receipt, pack
+from .folder_contents import FolderContents, check_receipt, pack
 from .upload import Upload
 
 Notice = Callable[[str], None]
 
 
-class Pushing:
+class FolderPush:
     """One push of one folder."""
 
     def __init__(
@@ -45,52 +45,54 @@ class Pushing:
 
     def run(self, *, dry_run: bool) -> PushReport:
         """Push, or only say what would be; what `verbs.push` says about errors holds."""
-        parcel = pack(self._folder)
-        if parcel.left_behind:
-            shown = ", ".join(parcel.left_behind[:5]) + (" …" if len(parcel.left_behind) > 5 else "")
+        contents = pack(self._folder)
+        if contents.left_behind:
+            shown = ", ".join(contents.left_behind[:5]) + (" …" if len(contents.left_behind) > 5 else "")
             self._notify(f"not uploaded, no part of the model: {shown}")
-        if checked := check_receipt(parcel):
+        if checked := check_receipt(contents):
             self._notify(f"{checked} tensors are what the receipt says")
         if dry_run:
-            return self._report(parcel, self._planned(parcel), dry_run=True)
+            return self._report(contents, self._planned(contents), dry_run=True)
         upload = Upload(self._target, self._notify)
         upload.open()
-        if isinstance(base := (parcel.receipt or {}).get("base"), dict):
+        if isinstance(base := (contents.receipt or {}).get("base"), dict):
             upload.offer(base.get("repo"), base.get("commit"))
-        with contextlib.closing(upload), _remembering(upload, parcel.source.path):
-            self._send_large(parcel, upload)
-            made = commit(upload, parcel.source.path, parcel.names, self._card(parcel), self._message(parcel))
-        return self._report(parcel, made)
+        with contextlib.closing(upload), _remembering(upload, contents.source.path):
+            self._send_large(contents, upload)
+            made = commit(
+                upload, contents.source.path, contents.names, self._card(contents), self._message(contents)
+            )
+        return self._report(contents, made)
 
-    def _send_large(self, parcel: Parcel, upload: Upload) -> None:
-        sizes = {name: parcel.path(name).stat().st_size for name in parcel.names}
+    def _send_large(self, contents: FolderContents, upload: Upload) -> None:
+        sizes = {name: contents.path(name).stat().st_size for name in contents.names}
         done, total = 0, sum(sizes.values())
         for name, size in sizes.items():
             if is_large(name, size):
-                upload.send(name, parcel.path(name))
+                upload.send(name, contents.path(name))
                 done += size
                 if self._on_progress:
                     self._on_progress(done, total)
 
-    def _planned(self, parcel: Parcel) -> Pushed:
-        files = tuple(Sent(name, parcel.path(name).stat().st_size, "planned") for name in parcel.names)
-        if card.NAME not in parcel.names:
-            files += (Sent(card.NAME, len(self._card(parcel)), "planned"),)
+    def _planned(self, contents: FolderContents) -> Pushed:
+        files = tuple(Sent(name, contents.path(name).stat().st_size, "planned") for name in contents.names)
+        if card.NAME not in contents.names:
+            files += (Sent(card.NAME, len(self._card(contents)), "planned"),)
         total = sum(file.bytes for file in files)
         return Pushed(
             repo=self._target.repo, url="", commit="", files=files, deleted=(), bytes_uploaded=total
         )
 
-    def _card(self, parcel: Parcel) -> bytes:
+    def _card(self, contents: FolderContents) -> bytes:
         """The folder's README, else a card."""
-        if card.NAME in parcel.names:
-            return parcel.path(card.NAME).read_bytes()
-        return card.render(self._facts(parcel))
+        if card.NAME in contents.names:
+            return contents.path(card.NAME).read_bytes()
+        return card.render(self._facts(contents))
 
-    def _facts(self, parcel: Parcel) -> card.Facts:
-        receipt = parcel.receipt or {}
-        name, adapter = parcel.source.name, parcel.adapter
-        config = read_config(parcel.source.path)
+    def _facts(self, contents: FolderContents) -> card.Facts:
+        receipt = contents.receipt or {}
+        name, adapter = contents.source.name, contents.adapter
+        config = read_config(contents.source.path)
         kinds, sources = tuple(_kinds(receipt)), tuple(_sources(receipt))
         about = f"{name}, a checkpoint."
         if adapter:
@@ -103,31 +105,31 @@ class Pushing:
             about=about,
             kinds=kinds,
             relation="adapter" if adapter else "finetune",
-            base_model=self._base(parcel),
+            base_model=self._base(contents),
             library="peft" if adapter else "transformers" if config else None,
             pipeline=card.pipeline_of(config, {}),
             sources=sources,
             record=bool(receipt),
         )
 
-    def _base(self, parcel: Parcel) -> str | None:
+    def _base(self, contents: FolderContents) -> str | None:
         """The base's repo id: as the caller says, or the receipt; what an adapter names counts if it is on the Hub."""
         if self._base_model:
             return self._base_model
-        if parcel.adapter is None:
-            base = (parcel.receipt or {}).get("base")
+        if contents.adapter is None:
+            base = (contents.receipt or {}).get("base")
             return base.get("repo") if isinstance(base, dict) else None
-        named = parcel.adapter.base
+        named = contents.adapter.base
         return named if named and _is_on_hub(named, self._target.token) else None
 
-    def _message(self, parcel: Parcel) -> str:
-        return f"Upload {parcel.source.name} with dora-convert {__version__}"
+    def _message(self, contents: FolderContents) -> str:
+        return f"Upload {contents.source.name} with dora-convert {__version__}"
 
-    def _report(self, parcel: Parcel, made: Pushed, *, dry_run: bool = False) -> PushReport:
+    def _report(self, contents: FolderContents, made: Pushed, *, dry_run: bool = False) -> PushReport:
         return PushReport(
             **vars(made),
-            kind="adapter" if parcel.adapter else "checkpoint",
-            left_behind=parcel.left_behind,
+            kind="adapter" if contents.adapter else "checkpoint",
+            left_behind=contents.left_behind,
             dry_run=dry_run,
             seconds=round(time.monotonic() - self._started, 3),
         )
@@ -193,7 +195,7 @@ def push_output(out: str, target: Target | None, settings: Settings) -> PushRepo
     if target is None:
         return None
     try:
-        return Pushing(out, target, settings.base_model, None, settings.on_notice).run(dry_run=False)
+        return FolderPush(out, target, settings.base_model, None, settings.on_notice).run(dry_run=False)
     except HubError as error:
         error.hint = f"{out} is complete; dora-convert push {shlex.quote(out)} {target.repo} goes on"
         raise

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 
-class Origin:
+class ServerCopy:
     """A repo at a commit, and what of it may be copied."""
 
     def __init__(self, api: HfApi, repo: str, commit: str, notify: Callable[[str], None]) -> None:

@@ -13,14 +13,14 @@ from ..plan.plan import Plan
 from ..reports.push import Pushed
 from ..settings import Settings
 from ..sources.hub_client import without_bars
-from ..sources.prefetch import PLACES, Arrivals, Bring, absent, expect, shard_needs
+from ..sources.prefetch import PLACES, Arrivals, WeightDownload, absent, expect, shard_needs
 from ..storage.checkpoint import RECORD, Checkpoint, list_files
 from ..storage.journal import NAME as JOURNAL
 from ..storage.journal import UPLOADS
 from ..storage.reader import Reader
 from ..storage.spool import SPOOL
 from .commit import Shards, commit, is_large
-from .target import INCOMING, Routes
+from .target import INCOMING, HubRoutes
 from .upload import Upload
 from .upload_journal import refusals
 
@@ -28,7 +28,7 @@ NOT_OF_OUT = {LOCK, *(f"{RECORD}/{name}" for name in (JOURNAL, UPLOADS, SPOOL))}
 """Files of OUT.partial that OUT does not have."""
 
 
-class Traffic:
+class HubStreaming:
     """One merge's inputs and outputs, on their ways."""
 
     def __init__(self, upload: Upload | None, arrivals: Arrivals | None, *, local: bool) -> None:
@@ -98,7 +98,9 @@ class Traffic:
 
 
 @contextmanager
-def traffic(plan: Plan, routes: Routes, settings: Settings, folder: OutputFolder) -> Iterator[Traffic | None]:
+def traffic(
+    plan: Plan, routes: HubRoutes, settings: Settings, folder: OutputFolder
+) -> Iterator[HubStreaming | None]:
     """What a merge has to do with the Hub while it runs; None where that is nothing."""
     upload = None
     if routes.target:
@@ -110,14 +112,14 @@ def traffic(plan: Plan, routes: Routes, settings: Settings, folder: OutputFolder
     far = absent(plan.base)
     arrivals = None
     if far or not routes.local:
-        bring = Bring([plan.base], settings, routes.weights(folder)) if far else None
+        bring = WeightDownload([plan.base], settings, routes.weights(folder)) if far else None
         places = None if routes.local and routes.cache else PLACES
         needs = shard_needs(plan)
         arrivals = Arrivals(needs, bring, keep=routes.cache, places=places, outputs=not routes.local)
     if not (upload or arrivals):
         yield None
         return
-    made = Traffic(upload, arrivals, local=routes.local)
+    made = HubStreaming(upload, arrivals, local=routes.local)
     try:
         with without_bars():
             yield made
@@ -126,14 +128,14 @@ def traffic(plan: Plan, routes: Routes, settings: Settings, folder: OutputFolder
 
 
 @contextmanager
-def inward(plan: Plan, others: Sequence[Checkpoint], settings: Settings) -> Iterator[Traffic | None]:
+def inward(plan: Plan, others: Sequence[Checkpoint], settings: Settings) -> Iterator[HubStreaming | None]:
     """What a plan reads of its base and of other checkpoints on the Hub while it runs; None where all of it is here."""
     needs = shard_needs(plan, *others)
     arrivals = expect((plan.base, *others), needs, settings)
     if not arrivals:
         yield None
         return
-    made = Traffic(None, arrivals, local=True)
+    made = HubStreaming(None, arrivals, local=True)
     try:
         with without_bars():
             yield made

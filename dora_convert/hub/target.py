@@ -18,7 +18,7 @@ INCOMING = "incoming"
 
 
 @dataclass(frozen=True)
-class Routes:
+class HubRoutes:
     """Where things come from and go to."""
 
     target: Target | None = None
@@ -31,7 +31,7 @@ class Routes:
         return None if self.cache else folder.record / INCOMING
 
 
-def place_of(out: PathLike | None, routes: Routes, refs: Sequence[str]) -> Path:
+def place_of(out: PathLike | None, routes: HubRoutes, refs: Sequence[str]) -> Path:
     """OUT; where nothing is to stay, a folder of this merge's own in the user's cache, for what is on its way.
 
     Raises UsageError for an OUT too many or too few.

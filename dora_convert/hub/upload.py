@@ -18,8 +18,8 @@ from ..reports.push import Pushed, Sent, Target
 from ..sources.hub_client import explained_writing, patiently, status_of, without_bars
 from ..storage.digests import hash_of
 from ..storage.journal import Record
-from .server_copy import Origin
-from .upload_journal import Memo
+from .server_copy import ServerCopy
+from .upload_journal import UploadJournal
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
@@ -42,9 +42,9 @@ class Upload:
         self._head: str
         self._operations: dict[str, CommitOperationAdd] = {}
         self._files: dict[str, Sent] = {}
-        self._memo = Memo()
+        self._journal = UploadJournal()
         self._bytes = 0
-        self._origin: Origin | None = None
+        self._origin: ServerCopy | None = None
 
     def open(self) -> None:
         """Find the repo or create it, and see what it holds.
@@ -90,13 +90,13 @@ class Upload:
 
     def remember(self, path: Path, *, by_name: bool = False) -> None:
         """Keep a journal at a path, and go on from the one that is there if it is of the same repo."""
-        self._memo = Memo(path, self.key, by_name=by_name)
-        self._memo.refuse(self.refused)
+        self._journal = UploadJournal(path, self.key, by_name=by_name)
+        self._journal.refuse(self.refused)
 
     def offer(self, repo: object, commit: object) -> None:
         """Name the repo of this Hub, at a commit, that large files may be the same as."""
         if isinstance(repo, str) and isinstance(commit, str) and repo != self.repo:
-            self._origin = Origin(self._api, repo, commit, self._notify)
+            self._origin = ServerCopy(self._api, repo, commit, self._notify)
 
     def has(self, name: str) -> bool:
         """Whether a file was sent in this run."""
@@ -107,7 +107,7 @@ class Upload:
 
         A file that is not here is taken to be what the journal says was uploaded under this name.
         """
-        if known := self._memo.known(name, path):
+        if known := self._journal.known(name, path):
             self._remembered(name, known)
             return
         from huggingface_hub import CommitOperationAdd
@@ -125,7 +125,7 @@ class Upload:
                 lambda: self._api.preupload_lfs_files(self.repo, [operation], create_pr=self.target.create_pr)
             )
         if operation._is_uploaded:  # noqa: SLF001 - nothing public tells
-            self._memo.enter(name, stat.st_size, stat.st_mtime_ns, operation.upload_info.sha256.hex())
+            self._journal.enter(name, stat.st_size, stat.st_mtime_ns, operation.upload_info.sha256.hex())
         else:  # a small file that goes with the commit itself
             operation = CommitOperationAdd(name, path.read_bytes())
         self._operations[name] = operation
@@ -134,13 +134,13 @@ class Upload:
 
     def _copied(self, name: str, path: Path) -> bool:
         """Have a file copied on the Hub, if that has it elsewhere; unless a commit with copies was refused before."""
-        origin = self._origin if self._memo.may_copy(name) else None
+        origin = self._origin if self._journal.may_copy(name) else None
         proof = origin.give(path, self.repo) if origin else None
         if not proof:
             return False
         stat = path.stat()
         self._notify(f"copied on the Hub: {name}")
-        record = self._memo.enter(name, stat.st_size, stat.st_mtime_ns, proof)
+        record = self._journal.enter(name, stat.st_size, stat.st_mtime_ns, proof)
         self._operations[name] = _uploaded_before(record)
         self._files[name] = Sent(name, stat.st_size, "copied")
         return True
@@ -196,7 +196,7 @@ class Upload:
         url, head = f"{self._api.endpoint}/{self.repo}", self._head
         if operations:
             url, head = self._commit(operations, self.target.message or message)
-        self._memo.forget()
+        self._journal.forget()
         files = tuple(self._files[name] for name in sorted(self._files))
         return Pushed(
             repo=self.repo,
@@ -224,13 +224,13 @@ class Upload:
                 made = patiently(create)
             except Exception as error:
                 if status_of(error) in (400, 404, 422):  # the server may have lost what the journal speaks of
-                    self._memo.forget(name for name, file in self._files.items() if file.state == "copied")
+                    self._journal.forget(name for name, file in self._files.items() if file.state == "copied")
                 raise
         return made.pr_url or f"{self._api.endpoint}/{self.repo}", made.oid
 
     def close(self) -> None:
         """Close the journal; what it holds stays for the next run."""
-        self._memo.close()
+        self._journal.close()
 
 
 def _uploaded_before(record: Record) -> CommitOperationAdd:

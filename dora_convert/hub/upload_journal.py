@@ -26,7 +26,7 @@ def refusals(path: Path, key: Record) -> frozenset[str] | None:
     return frozenset(name for name, proof in latest.items() if proof == REFUSED)
 
 
-class Memo:
+class UploadJournal:
     """A journal of what is up; without a path nothing is remembered."""
 
     def __init__(self, path: Path | None = None, key: Record | None = None, *, by_name: bool = False) -> None:
@@ -84,7 +84,7 @@ class Memo:
         if self._path:
             self._path.unlink(missing_ok=True)
             if names := list(copies):
-                later = Memo(self._path, self._key)
+                later = UploadJournal(self._path, self._key)
                 later.refuse(names)
                 later.close()
 

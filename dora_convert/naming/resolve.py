@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ..storage.checkpoint import Checkpoint
-from ..storage.safetensors import Stored
+from ..storage.safetensors import StoredTensor
 from .ties import is_head
 
 RENAMED = frozenset(
@@ -46,14 +46,14 @@ class Prefix:
         return self.add + name.removeprefix(self.drop) if name.startswith(self.drop) else name
 
 
-class Names:
+class NameResolver:
     """How one adapter's names of weights become the base's.
 
     They are the base's own; or all of them differ by one prefix, the only one that leads each of them to a tensor: such
     adapters were trained on a model without its head, or on one that was wrapped.
     """
 
-    def __init__(self, tensors: Mapping[str, Stored], targets: Sequence[str]) -> None:
+    def __init__(self, tensors: Mapping[str, StoredTensor], targets: Sequence[str]) -> None:
         self._tensors = tensors
         self.prefix = Prefix()
         self.ambiguous: tuple[Prefix, ...] = ()
@@ -103,7 +103,7 @@ def unwrapped(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != WRAPPER)
 
 
-def explain_missing(target: str, names: Names, base: Checkpoint) -> str:
+def explain_missing(target: str, names: NameResolver, base: Checkpoint) -> str:
     """Why the base has no tensor of that name: another layout, a missing bias, or a typo with its nearest names."""
     if names.ambiguous:
         shown = ", ".join(prefix.apply(target) for prefix in names.ambiguous[:3])

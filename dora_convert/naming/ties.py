@@ -9,7 +9,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from ..storage.checkpoint import Checkpoint
-from ..storage.safetensors import Stored
+from ..storage.safetensors import StoredTensor
 
 EMBEDDINGS = frozenset({"embed_tokens", "wte", "word_embeddings", "shared", "embed_in", "tok_embeddings"})
 """What modules call their input embedding."""
@@ -63,7 +63,7 @@ def find_tie(base: Checkpoint, tasks: Collection[str] = ()) -> Tie | None:
     return Tie(embedding, head, bool(heads), refusal)
 
 
-def _same_place(one: Stored, other: Stored) -> bool:
+def _same_place(one: StoredTensor, other: StoredTensor) -> bool:
     """Whether two names are for the same bytes, as in files that torch.save wrote."""
     return (one.path, one.start) == (other.path, other.start)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import PlanError
 from ..storage.checkpoint import Checkpoint, Shard
-from ..storage.safetensors import Stored
+from ..storage.safetensors import StoredTensor
 
 LAYERS = re.compile(r"(?P<before>.*?(?:layers|encoder\.layer|(?:^|\.)h)\.)(?P<number>\d+)(?P<after>\..*)")
 COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
@@ -33,7 +33,7 @@ def replicate(base: Checkpoint, layers: Sequence[int]) -> Checkpoint:
     if max(layers) >= count:
         raise PlanError(f"layer_replication names layer {max(layers)}; the base has {count}.")
 
-    def copies(tensor: Stored) -> list[str]:
+    def copies(tensor: StoredTensor) -> list[str]:
         if not (match := LAYERS.fullmatch(tensor.name)):
             return [tensor.name]
         return [
@@ -51,7 +51,7 @@ def prefixed(base: Checkpoint, prefix: str) -> Checkpoint:
     return _renamed(base, lambda tensor: [prefix + tensor.name])
 
 
-def _renamed(base: Checkpoint, names: Callable[[Stored], Sequence[str]]) -> Checkpoint:
+def _renamed(base: Checkpoint, names: Callable[[StoredTensor], Sequence[str]]) -> Checkpoint:
     """A base whose tensors are there under these names."""
     shards: list[Shard] = []
     renamed: dict[str, str] = {}

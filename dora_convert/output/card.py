@@ -16,7 +16,7 @@ from typing import Any
 import xxhash
 
 from .. import __version__
-from ..fitting.jobs import Order
+from ..fitting.jobs import FittingPlan
 from ..plan.plan import Plan
 from ..storage.refs import Source
 from ..storage.safetensors import CONFIG_DTYPES
@@ -170,7 +170,7 @@ def _unmerge(adapters: Sequence[str]) -> tuple[str, ...]:
     return ("dora-convert", "unmerge", "MERGED", *adapters, "OUT")
 
 
-def adapter_card_bytes(order: Order, base_model: str | None) -> bytes:
+def adapter_card_bytes(order: FittingPlan, base_model: str | None) -> bytes:
     """README.md for an adapter that was made of others, or of two checkpoints."""
     base, kind = order.bases[0], "DoRA" if order.makes_dora else "LoRA"
     metadata = {} if base.is_file else metadata_of(base.root / NAME)

@@ -9,7 +9,7 @@ from ..errors import MalformedError
 from ..parity.self_check import Verdict
 from ..plan.item import Item
 from ..storage.journal import Record
-from ..storage.safetensors import BITS, Stored
+from ..storage.safetensors import BITS, StoredTensor
 from ..storage.schema import Either, count
 from ..storage.spool import Part, Segment
 from .shards import Copy
@@ -30,7 +30,7 @@ ENTERED = Either(
 
 
 @dataclass(frozen=True)
-class Done:
+class TensorResult:
     """What is known of a tensor once it is written: hashes of its old and new bytes, undo parts, the self-check."""
 
     base_hash: str | None
@@ -49,7 +49,7 @@ class Done:
 class Progress:
     """What is finished so far, by this run and by one that it continues."""
 
-    done: dict[str, Done] = field(default_factory=dict)
+    done: dict[str, TensorResult] = field(default_factory=dict)
     copied: set[tuple[str, int, int]] = field(default_factory=set)
 
     @classmethod
@@ -69,7 +69,7 @@ class Progress:
                     raise MalformedError(f"The journal has too much or too little of {wrong[0]}.")
                 verdict = _verdict(record["verdict"])
                 base_hash, written_hash, proof = record["hashes"]
-                done = Done(base_hash, written_hash, proof, parts, verdict, record["ambiguous"])
+                done = TensorResult(base_hash, written_hash, proof, parts, verdict, record["ambiguous"])
                 progress.done[record["made"]] = done
         return progress
 
@@ -83,7 +83,7 @@ def _verdict(found: Record | None) -> Verdict | None:
     return Verdict(**{name: found[name] for name in VERDICT}) if found else None
 
 
-def kept_name(tensor: Stored) -> str:
+def kept_name(tensor: StoredTensor) -> str:
     """What the record calls a tensor of the base that it holds whole."""
     return f"whole/{tensor.name}"
 
@@ -98,7 +98,7 @@ def copy_record(copy: Copy) -> Record:
     return {"copied": copy[2:]}
 
 
-def done_record(name: str, done: Done) -> Record:
+def done_record(name: str, done: TensorResult) -> Record:
     """A finished tensor as a line of the journal."""
     return {
         "made": name,

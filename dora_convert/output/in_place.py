@@ -33,7 +33,7 @@ from ..storage.journal import NAME as JOURNAL
 from ..storage.journal import Journal, Record, read_journal, sync_path
 from ..storage.reader import Reader
 from ..storage.refs import PathLike
-from ..storage.safetensors import Stored
+from ..storage.safetensors import StoredTensor
 from ..storage.schema import misfit
 from .folder import LOCK, copy_or_write
 
@@ -252,7 +252,7 @@ class InPlace:
             sync_path(self.partial)
 
 
-def _misplaced(item: Item, stored: Stored | None) -> str:
+def _misplaced(item: Item, stored: StoredTensor | None) -> str:
     """Why a tensor cannot be made where one is now."""
     if not stored:
         return "is not in this file yet"

@@ -12,12 +12,12 @@ from typing import Any
 import xxhash
 
 from .. import __version__
-from ..engine.precision import Choice
+from ..engine.precision import ComputeSpec
 from ..plan.item import Item
 from ..plan.plan import Plan
 from ..plan.sharding import converted
 from ..storage.refs import Source
-from .finished import Done, copied_name, kept_name
+from .finished import TensorResult, copied_name, kept_name
 from .side_files import SideFile
 
 SCHEMA = 1
@@ -25,11 +25,11 @@ SCHEMA = 1
 
 def receipt_bytes(
     plan: Plan,
-    done: Mapping[str, Done],
+    done: Mapping[str, TensorResult],
     hashes: Sequence[Mapping[str, str]],
     files: Sequence[SideFile],
     base_files: Mapping[str, str],
-    choice: Choice,
+    spec: ComputeSpec,
 ) -> bytes:
     """The receipt of a finished merge.
 
@@ -55,8 +55,8 @@ def receipt_bytes(
             for adapter, weight, files in zip(plan.adapters, plan.weights, hashes, strict=True)
         ],
         "options": {
-            "device": choice.device.type,
-            "compute_dtype": choice.compute_name,
+            "device": spec.device.type,
+            "compute_dtype": spec.compute_name,
             "dtype": options.dtype,
             "undo": options.undo,
             "include": list(options.include),
@@ -74,7 +74,7 @@ def receipt_bytes(
     return (json.dumps(receipt, indent=1, ensure_ascii=False) + "\n").encode()
 
 
-def _base_hash(plan: Plan, done: Mapping[str, Done]) -> str:
+def _base_hash(plan: Plan, done: Mapping[str, TensorResult]) -> str:
     """What identifies the base as far as it was read: xxh3-128 over all headers and the contents that changed."""
     lines = [
         [tensor.name, tensor.dtype, tensor.shape, done[name].base_hash if name in done else None]
@@ -87,7 +87,7 @@ def _source(source: Source) -> dict[str, str | None]:
     return {"name": source.name, "repo": source.repo, "commit": source.commit}
 
 
-def _tensor(item: Item, done: Mapping[str, Done]) -> dict[str, Any]:
+def _tensor(item: Item, done: Mapping[str, TensorResult]) -> dict[str, Any]:
     """Hashes are xxh3-128 of the tensor's bytes, before and after; what is copied has none."""
     noted: dict[str, Any] = {"fate": item.fate}
     if item.origin != item.name:
@@ -100,13 +100,13 @@ def _tensor(item: Item, done: Mapping[str, Done]) -> dict[str, Any]:
     return noted
 
 
-def _copied(plan: Plan, done: Mapping[str, Done]) -> dict[str, Any]:
+def _copied(plan: Plan, done: Mapping[str, TensorResult]) -> dict[str, Any]:
     """The xxh3-128 of tensors that were copied, where a run has noted them."""
     noted = {item.name: copied_name(item) for item in plan.items if copied_name(item) in done}
     return {"copied": {name: done[key].base_hash for name, key in noted.items()}} if noted else {}
 
 
-def _kept(done: Done) -> dict[str, Any]:
+def _kept(done: TensorResult) -> dict[str, Any]:
     """Hashes of a tensor that the undo record holds whole."""
     return {"base": done.base_hash} | ({"base_sha256": done.proof} if done.proof else {})
 

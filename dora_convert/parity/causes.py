@@ -13,7 +13,7 @@ from torch import Tensor
 from ..engine.rows import read_rows
 from ..plan.item import Item
 from ..storage.reader import Reader
-from ..storage.safetensors import Stored
+from ..storage.safetensors import StoredTensor
 from .expected import Expected
 from .ulps import nearest
 
@@ -30,7 +30,7 @@ class Guess(NamedTuple):
     rows: Tensor
 
 
-def find_cause(item: Item, written: Stored, rows: Sequence[int], reader: Reader) -> str | None:
+def find_cause(item: Item, written: StoredTensor, rows: Sequence[int], reader: Reader) -> str | None:
     """The mistake that explains some wrong rows, in words; None where no known one does."""
     if len(item.edits) != 1 or not (low := item.edits[0].low) or item.replaced or low.start:
         return None

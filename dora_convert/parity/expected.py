@@ -19,7 +19,7 @@ from ..engine.precision import TORCH
 from ..engine.rows import read_columns, read_rows
 from ..plan.item import Edit, Item
 from ..storage.reader import Reader
-from ..storage.safetensors import Stored
+from ..storage.safetensors import StoredTensor
 from .ulps import GRID, half_ulp
 
 CHUNK_ELEMENTS = 1 << 13
@@ -244,7 +244,7 @@ class Expected:
             return _dense(self._load(low.A), low.blocks[0])[:, list(rows)].T, B.T
         return read_columns(self._reader, low.A, rows).to(self._device).double().T, B.T
 
-    def _load(self, tensor: Stored, rows: Sequence[int] | None = None) -> Tensor:
+    def _load(self, tensor: StoredTensor, rows: Sequence[int] | None = None) -> Tensor:
         """Rows of a stored tensor's matrix, or all of them, in float64."""
         chosen = range(tensor.matrix[0]) if rows is None else rows
         loaded = memory.empty((len(chosen), tensor.matrix[1]), torch.float64)
@@ -255,7 +255,7 @@ class Expected:
             filled += len(part)
         return loaded.to(self._device)
 
-    def _all(self, tensor: Stored) -> Tensor:
+    def _all(self, tensor: StoredTensor) -> Tensor:
         """A whole stored matrix, in its own dtype."""
         return read_rows(self._reader, tensor, range(tensor.matrix[0])).to(self._device)
 

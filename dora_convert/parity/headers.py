@@ -8,13 +8,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..naming.resolve import Names
+from ..naming.resolve import NameResolver
 from ..naming.ties import find_tie
 from ..plan.item import Item
 from ..plan.plan import Plan
 from ..storage.checkpoint import Checkpoint
 from ..storage.reader import Reader
-from ..storage.safetensors import CONFIG_DTYPES, FLOATS, Stored
+from ..storage.safetensors import CONFIG_DTYPES, FLOATS, StoredTensor
 
 BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|masked_bias|position_ids|attn\.bias)$")
 """What transformers computes anew and does not always save."""
@@ -28,10 +28,10 @@ NO_MATTER = frozenset(
 class Pairing:
     """The planned tensors with the merged checkpoint's, and what has no partner."""
 
-    pairs: list[tuple[Item, Stored]] = field(default_factory=list)
+    pairs: list[tuple[Item, StoredTensor]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    twins: list[tuple[Stored, Stored]] = field(default_factory=list)
+    twins: list[tuple[StoredTensor, StoredTensor]] = field(default_factory=list)
     """A head that is stored although it is tied, and its embedding."""
 
     def compare_twins(self, reader: Reader) -> None:
@@ -46,7 +46,7 @@ class Pairing:
 def pair(plan: Plan, merged: Checkpoint) -> Pairing:
     """Find each planned tensor in a merged checkpoint; a prefix that differs throughout does not count."""
     found = Pairing()
-    names = Names(merged.tensors, [item.name for item in plan.items])
+    names = NameResolver(merged.tensors, [item.name for item in plan.items])
     taken: set[str] = set()
     for item in plan.items:
         name = names.find(item.name)

@@ -26,7 +26,7 @@ from ..plan.item import Item
 from ..plan.plan import Plan
 from ..storage.digests import stored_digest
 from ..storage.reader import Reader
-from ..storage.safetensors import Stored, read_header
+from ..storage.safetensors import StoredTensor, read_header
 from .expected import Expected
 from .expected_base import ExpectedBase
 from .ulps import nearest, ordinal
@@ -84,7 +84,7 @@ class Checker:
     def __init__(self, folder: Path, plan: Plan, reader: Reader) -> None:
         self._reader = reader
         self._seed = plan.fingerprint
-        self._written: dict[str, Stored] = {}
+        self._written: dict[str, StoredTensor] = {}
         for shard in plan.shards:
             path = folder / shard.filename
             self._written |= read_header(path).tensors
@@ -129,7 +129,7 @@ def sample_rows(item: Item, seed: str) -> list[int]:
     return sorted(found)
 
 
-def compare(written: Stored, expected: Expected, rows: Sequence[int], reader: Reader) -> Verdict:
+def compare(written: StoredTensor, expected: Expected, rows: Sequence[int], reader: Reader) -> Verdict:
     """Count what is off in some rows, and how far; the bound is worked out only where something is."""
     item = expected.item
     chunks = list(expected.chunks(rows))

@@ -16,7 +16,7 @@ from ..engine.precision import TORCH
 from ..engine.rows import read_rows
 from ..plan.item import Item
 from ..storage.reader import Reader
-from ..storage.safetensors import Stored
+from ..storage.safetensors import StoredTensor
 from .expected import CPU, Block, Expected
 from .self_check import distance, rounded_once
 from .ulps import nearest
@@ -85,7 +85,7 @@ class Parity:
 
 
 def compare_all(
-    item: Item, written: Stored, reader: Reader, samples: int, device: torch.device = CPU
+    item: Item, written: StoredTensor, reader: Reader, samples: int, device: torch.device = CPU
 ) -> Parity:
     """Compare every element of a tensor, in the dtype it is stored in, and its outputs for some random inputs."""
     item = replace(item, dtype=written.dtype)

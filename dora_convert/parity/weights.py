@@ -17,7 +17,7 @@ from ..settings import Settings
 from ..sources.prefetch import reading
 from ..storage.checkpoint import Checkpoint
 from ..storage.reader import Reader
-from ..storage.safetensors import Stored
+from ..storage.safetensors import StoredTensor
 from ..verbs.inspect.census import place
 from .causes import find_cause
 from .headers import Pairing, config_problems, pair
@@ -63,18 +63,18 @@ def verify_weights(plan: Plan, merged: Checkpoint, settings: Settings, samples: 
 
 def _compare(
     found: Pairing, settings: Settings, samples: int, reader: Reader
-) -> tuple[list[tuple[Parity, Stored]], set[str]]:
+) -> tuple[list[tuple[Parity, StoredTensor]], set[str]]:
     """Every tensor with an adapter's part in it compared, and the names of the others that are as they should be."""
     budget, done, total = Budget(settings.max_memory), [0], sum(w.nbytes for _, w in found.pairs)
-    choice = choose(settings.device, "float64")
-    settings.notify(f"device: {choice}")
+    spec = choose(settings.device, "float64")
+    settings.notify(f"device: {spec}")
 
-    def one(item: Item, written: Stored) -> Parity | bool:
+    def one(item: Item, written: StoredTensor) -> Parity | bool:
         if item.verbatim and item.source.dtype == written.dtype:
             result: Parity | bool = reader.same_bytes(item.source, written)
         else:
             with budget.holding(min(settings.max_memory, item.cost(8))):
-                parity = compare_all(item, written, reader, samples, choice.device)
+                parity = compare_all(item, written, reader, samples, spec.device)
             result = parity if item.changed else not parity.wrong
         reader.done(item.name)
         done[0] += written.nbytes
@@ -99,7 +99,7 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _module(parity: Parity, written: Stored, reader: Reader) -> CheckedModule:
+def _module(parity: Parity, written: StoredTensor, reader: Reader) -> CheckedModule:
     """One module's part of the report; what went wrong is looked for where something did."""
     cause = find_cause(parity.item, written, parity.suspects, reader) if parity.wrong else None
     return CheckedModule(

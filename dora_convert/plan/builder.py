@@ -9,22 +9,22 @@ from itertools import permutations
 from ..adapters.adapter import Adapter, Change
 from ..adapters.updates import Decomposed, Delta, Full, LowRank, Rows, Update, low_rank, tensors_of
 from ..errors import Fault
-from ..naming.resolve import Names, explain_missing
+from ..naming.resolve import NameResolver, explain_missing
 from ..naming.ties import Tie, find_tie, is_embedding, is_head
 from ..storage.checkpoint import Checkpoint
 from ..storage.reader import same_bytes
-from ..storage.safetensors import FLOATS, Stored
+from ..storage.safetensors import FLOATS, StoredTensor
 from .item import Edit, Item
 from .plan import Entry, Options
-from .shapes import Fit, Misfit, fit
+from .shapes import Match, Mismatch, fit
 
 
 @dataclass
 class Target:
     """One tensor of the output."""
 
-    source: Stored
-    base: Stored | None
+    source: StoredTensor
+    base: StoredTensor | None
     added: bool = False
     rows: list[Rows] = field(default_factory=list)
     edits: list[Edit] = field(default_factory=list)
@@ -36,7 +36,7 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Touch:
+class TiedChange:
     """A change to one side of a tie, or to both, kept until all adapters are known."""
 
     change: Change
@@ -44,7 +44,7 @@ class Touch:
     weight: float
 
 
-class Draft:
+class PlanBuilder:
     """Collects what adapters do to the tensors of a base, and everything that does not fit."""
 
     def __init__(self, base: Checkpoint, tasks: Collection[str], options: Options) -> None:
@@ -58,10 +58,12 @@ class Draft:
         self.untied = False
         self.ledger: list[Entry] = []
         self.faults: list[Fault] = []
-        self._touches: list[Touch] = []
+        self._touches: list[TiedChange] = []
         self._modules = {name.rpartition(".")[0] for name in base.tensors}
 
-    def add(self, adapter: Adapter, names: Names, weight: float, chosen: Callable[[Change], bool]) -> None:
+    def add(
+        self, adapter: Adapter, names: NameResolver, weight: float, chosen: Callable[[Change], bool]
+    ) -> None:
         """Place every change of an adapter; what it replaces comes before what it adds."""
         self.ledger += [Entry(name, "ignored", (), why) for name, why in adapter.ignored.items()]
         self.faults += adapter.faults
@@ -90,7 +92,7 @@ class Draft:
         self.targets[name] = Target(update.value, None, added=True)
         self._enter(update, "added", (name,), "the base has no such module")
 
-    def _told_apart(self, changes: Sequence[Change], names: Names) -> Iterator[Change]:
+    def _told_apart(self, changes: Sequence[Change], names: NameResolver) -> Iterator[Change]:
         """Changes with their targets; those of one module that only shapes can tell apart get the one way that fits."""
         groups: dict[tuple[str, ...], list[Change]] = {}
         for change in changes:
@@ -110,13 +112,13 @@ class Draft:
                 for change in group:
                     self._fault(change.update, f"may be for any of {', '.join(targets)}: shapes do not tell")
 
-    def _fits(self, change: Change, names: Names) -> bool:
+    def _fits(self, change: Change, names: NameResolver) -> bool:
         name = names.find(change.target)
         tensor = name and self.targets[name].source
         return bool(
             name
             and tensor
-            and isinstance(fit(change.update, name, tensor.shape, tensor.dtype, self.base.model_types), Fit)
+            and isinstance(fit(change.update, name, tensor.shape, tensor.dtype, self.base.model_types), Match)
         )
 
     def _is_new(self, target: str) -> bool:
@@ -138,7 +140,7 @@ class Draft:
                 return
         elif not self._means_both(change.update, side, other):
             sides = (side,)
-        self._touches.append(Touch(change, sides, weight))
+        self._touches.append(TiedChange(change, sides, weight))
 
     def _across(self, change: Change, side: str) -> bool:
         """Whether a change is for the other side of the tie."""
@@ -185,13 +187,13 @@ class Draft:
         target = self.targets[name]
         shape = self._new_shape(update, name)
         match fit(update, name, shape, target.source.dtype, self.base.model_types):
-            case Misfit(why):
+            case Mismatch(why):
                 self._fault(update, why)
-            case Fit(Full() as full):
+            case Match(Full() as full):
                 self._replace(full, name, weight)
-            case Fit(Rows() as rows):
+            case Match(Rows() as rows):
                 self._set_rows(rows, name, weight)
-            case Fit(LowRank() | Decomposed() | Delta() as edit, transposed):
+            case Match(LowRank() | Decomposed() | Delta() as edit, transposed):
                 target.edits.append(Edit(edit, transposed, weight))
         if enter:
             fate = "replaced" if isinstance(update, (Full, Rows)) else "merged"
@@ -263,11 +265,11 @@ def _begins_elsewhere(update: Update) -> str | None:
     return None
 
 
-def _from_one_file(one: Stored, other: Stored) -> bool:
+def _from_one_file(one: StoredTensor, other: StoredTensor) -> bool:
     return one.path == other.path
 
 
-def _stacked(tensor: Stored, edits: Sequence[Edit]) -> Stored:
+def _stacked(tensor: StoredTensor, edits: Sequence[Edit]) -> StoredTensor:
     """Experts that are edited as one matrix, one below the other."""
     if not any(edit.low and edit.low.experts for edit in edits):
         return tensor

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ..adapters.updates import Decomposed, Delta, LowRank, Rows, low_rank
-from ..storage.safetensors import BITS, FLOATS, Stored
+from ..storage.safetensors import BITS, FLOATS, StoredTensor
 from .blocks import block_height, spans
 
 
@@ -45,19 +45,19 @@ class Edit:
 class Undo:
     """What an undo record holds of one tensor: with it, the edits are taken out again instead of applied."""
 
-    norms: tuple[Stored | None, ...] = ()
+    norms: tuple[StoredTensor | None, ...] = ()
     """For each edit, ‖W + sBA‖ as it was; None where it sets no magnitudes."""
-    taken: tuple[Stored, Stored] | None = None
+    taken: tuple[StoredTensor, StoredTensor] | None = None
     """What training began without, as (rows, r) and (r, columns)."""
-    kept: tuple[Stored, Stored] | None = None
+    kept: tuple[StoredTensor, StoredTensor] | None = None
     """The base's rows that were replaced, and which they are."""
-    ulps: Stored | None = None
+    ulps: StoredTensor | None = None
     """What rounding lost, packed."""
-    original: Stored | None = None
+    original: StoredTensor | None = None
     """The base's own tensor, where norms must be taken from it."""
 
     @property
-    def tensors(self) -> tuple[Stored, ...]:
+    def tensors(self) -> tuple[StoredTensor, ...]:
         """All of them that are there."""
         found = (*self.norms, *(self.taken or ()), *(self.kept or ()), self.ulps, self.original)
         return tuple(stored for stored in found if stored)
@@ -70,9 +70,9 @@ class Item:
     name: str
     dtype: str
     shape: tuple[int, ...]
-    source: Stored
+    source: StoredTensor
     """Where the values start: a tensor of the base, or the adapter's that takes its place."""
-    base: Stored | None
+    base: StoredTensor | None
     """The base's tensor that it takes the place of or derives from; None where the base has none."""
     rows: tuple[Rows, ...] = ()
     edits: tuple[Edit, ...] = ()

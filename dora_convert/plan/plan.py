@@ -17,7 +17,7 @@ import xxhash
 from ..adapters.adapter import Adapter
 from ..adapters.updates import Delta, tensors_of
 from ..storage.checkpoint import Checkpoint
-from ..storage.safetensors import BITS, Stored
+from ..storage.safetensors import BITS, StoredTensor
 from .item import Edit, Item
 
 
@@ -131,7 +131,7 @@ class Plan:
         return found
 
     @cached_property
-    def lost(self) -> tuple[Stored, ...]:
+    def lost(self) -> tuple[StoredTensor, ...]:
         """The base's tensors of which only the undo record holds something: layers left out, counters replaced."""
         if self.options.undo == "none":
             return ()

@@ -14,12 +14,12 @@ from typing import Any
 from ..adapters.adapter import Adapter, Change
 from ..adapters.updates import Full, Rows
 from ..errors import Fault, PlanError, UnsupportedError
-from ..naming.resolve import Names
+from ..naming.resolve import NameResolver
 from ..naming.ties import Tie, find_tie, is_embedding, is_head
 from ..naming.views import prefixed, replicate
 from ..storage.checkpoint import Checkpoint
 from . import config_json as configs
-from .builder import Draft
+from .builder import PlanBuilder
 from .item import Item
 from .plan import Options, Plan
 from .sharding import lay_out
@@ -35,17 +35,17 @@ def make_plan(
     """
     refuse_quantised(base)
     tree = _with_layers(base, adapters)
-    names = [Names(tree.tensors, _targets(adapter, options)) for adapter in adapters]
+    names = [NameResolver(tree.tensors, _targets(adapter, options)) for adapter in adapters]
     tasks = [adapter.task for adapter in adapters if adapter.task]
     tree, names = _with_prefix(tree, adapters, names, tasks, options)
-    draft = Draft(tree, tasks, options)
+    builder = PlanBuilder(tree, tasks, options)
     for adapter, known, weight in zip(adapters, names, weights, strict=True):
-        draft.add(adapter, known, weight, lambda change: is_chosen(change, options))
-    draft.settle_ties()
-    items = draft.items()
-    draft.faults += _resized_alone(items)
-    _check(draft, adapters)
-    config = _config(draft, items, adapters)
+        builder.add(adapter, known, weight, lambda change: is_chosen(change, options))
+    builder.settle_ties()
+    items = builder.items()
+    builder.faults += _resized_alone(items)
+    _check(builder, adapters)
+    config = _config(builder, items, adapters)
     shards, index_name = lay_out(tree, items, options.max_shard_size)
     changed = config if config != base.config else None
     if changed and base.is_file:
@@ -54,7 +54,7 @@ def make_plan(
             hint=f"name its folder: {base.root}",
         )
     return Plan(
-        base, tuple(adapters), tuple(weights), options, shards, index_name, tuple(draft.ledger), changed
+        base, tuple(adapters), tuple(weights), options, shards, index_name, tuple(builder.ledger), changed
     )
 
 
@@ -70,10 +70,10 @@ def _with_layers(base: Checkpoint, adapters: Sequence[Adapter]) -> Checkpoint:
 def _with_prefix(
     tree: Checkpoint,
     adapters: Sequence[Adapter],
-    names: Sequence[Names],
+    names: Sequence[NameResolver],
     tasks: Sequence[str],
     options: Options,
-) -> tuple[Checkpoint, list[Names]]:
+) -> tuple[Checkpoint, list[NameResolver]]:
     """A base that is the bare model, called by the names it has inside the model with the head that is added."""
     tie = find_tie(tree, tasks)
     prefixes = {
@@ -84,10 +84,10 @@ def _with_prefix(
     if len(prefixes) != 1:
         return tree, list(names)
     tree = prefixed(tree, prefixes.pop())
-    return tree, [Names(tree.tensors, _targets(adapter, options)) for adapter in adapters]
+    return tree, [NameResolver(tree.tensors, _targets(adapter, options)) for adapter in adapters]
 
 
-def _needs_head(adapter: Adapter, names: Names, tie: Tie | None, options: Options) -> bool:
+def _needs_head(adapter: Adapter, names: NameResolver, tie: Tie | None, options: Options) -> bool:
     """Whether an adapter brings a head that the base lacks, or makes one of the embedding."""
     for change in adapter.changes:
         name = names.find(change.target)
@@ -122,16 +122,16 @@ def _matches(module: str, globs: Sequence[str]) -> bool:
     return any(fnmatchcase(module, glob) for glob in globs)
 
 
-def _check(draft: Draft, adapters: Sequence[Adapter]) -> None:
+def _check(builder: PlanBuilder, adapters: Sequence[Adapter]) -> None:
     """Raise all faults at once."""
-    if draft.faults:
+    if builder.faults:
         wrong = "contradict themselves, or " if any(adapter.faults for adapter in adapters) else ""
         raise PlanError(
-            f"{len(draft.faults)} adapter tensors {wrong}have no place in the base.",
-            faults=draft.faults,
+            f"{len(builder.faults)} adapter tensors {wrong}have no place in the base.",
+            faults=builder.faults,
             hint="is this the base that the adapter was trained on?",
         )
-    if not any(target.touched for target in draft.targets.values()):
+    if not any(target.touched for target in builder.targets.values()):
         names = ", ".join(adapter.source.name for adapter in adapters)
         raise PlanError(f"Nothing to merge: no tensor of {names} is left to apply.")
 
@@ -160,20 +160,22 @@ def _resized_alone(items: Mapping[str, Item]) -> Iterator[Fault]:
             yield Fault(name, f"{why}: the adapter must bring both")
 
 
-def _config(draft: Draft, items: Mapping[str, Item], adapters: Sequence[Adapter]) -> Mapping[str, Any] | None:
+def _config(
+    builder: PlanBuilder, items: Mapping[str, Item], adapters: Sequence[Adapter]
+) -> Mapping[str, Any] | None:
     """The output's config."""
-    config = draft.base.config
+    config = builder.base.config
     if config is None:
         return None
-    if draft.options.dtype:
-        config = configs.with_dtype(config, draft.options.dtype)
-    if draft.untied:
+    if builder.options.dtype:
+        config = configs.with_dtype(config, builder.options.dtype)
+    if builder.untied:
         config = configs.untied(config)
     for old, new in list(_resized(items).values())[:1]:
         config = configs.with_vocabulary(config, old, new)
     added = {name: item.shape for name, item in items.items() if item.added and item.base is None}
     tasks = [adapter.task for adapter in adapters if adapter.task]
-    if added or (draft.untied and draft.base.renamed):
+    if added or (builder.untied and builder.base.renamed):
         config = configs.with_head(config, next(iter(tasks), None), added)
     return config
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ..adapters.updates import Decomposed, Delta, Full, LowRank, Rows, Start, Update, low_rank
-from ..storage.safetensors import FLOATS, Stored
+from ..storage.safetensors import FLOATS, StoredTensor
 
 CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
 CONV1D_MODULES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
@@ -15,14 +15,14 @@ TURNED_EXPERTS = frozenset({"gpt_oss", "openai_privacy_filter", "aria"})
 
 
 @dataclass(frozen=True)
-class Misfit:
+class Mismatch:
     """Why an update does not go with a tensor."""
 
     why: str
 
 
 @dataclass(frozen=True)
-class Fit:
+class Match:
     """An update that fits, as it fits, and whether its tensor is stored as (in, out)."""
 
     update: Update
@@ -31,10 +31,10 @@ class Fit:
 
 def fit(
     update: Update, name: str, shape: tuple[int, ...], dtype: str, model_types: frozenset[str]
-) -> Fit | Misfit:
+) -> Match | Mismatch:
     """How an update goes with a tensor of the output, given by its name, shape and dtype."""
     if dtype not in FLOATS and not (isinstance(update, Full) and update.value.dtype == dtype):
-        return Misfit(f"{name} is stored as {dtype}; quantised weights are not merged yet")
+        return Mismatch(f"{name} is stored as {dtype}; quantised weights are not merged yet")
     match update:
         case Full(value):
             return _fit_full(update, value, name, shape, dtype)
@@ -42,38 +42,40 @@ def fit(
             return _fit_rows(update, value, index, name, shape)
         case Delta(value):
             same = value.shape == shape
-            return Fit(update) if same else Misfit(f"has shape {value.shape}; {name} has {shape}")
+            return Match(update) if same else Mismatch(f"has shape {value.shape}; {name} has {shape}")
         case LowRank() | Decomposed():
             return _fit_low_rank(update, name, shape, model_types)
 
 
-def _fit_full(update: Full, value: Stored, name: str, shape: tuple[int, ...], dtype: str) -> Fit | Misfit:
+def _fit_full(
+    update: Full, value: StoredTensor, name: str, shape: tuple[int, ...], dtype: str
+) -> Match | Mismatch:
     if value.dtype not in FLOATS and value.dtype != dtype:
-        return Misfit(f"is saved as {value.dtype}, but {name} is {dtype}")
-    return Fit(update) if value.shape == shape else Misfit(f"has shape {value.shape}; {name} has {shape}")
+        return Mismatch(f"is saved as {value.dtype}, but {name} is {dtype}")
+    return Match(update) if value.shape == shape else Mismatch(f"has shape {value.shape}; {name} has {shape}")
 
 
 def _fit_rows(
-    update: Rows, value: Stored, index: tuple[int, ...], name: str, shape: tuple[int, ...]
-) -> Fit | Misfit:
+    update: Rows, value: StoredTensor, index: tuple[int, ...], name: str, shape: tuple[int, ...]
+) -> Match | Mismatch:
     if value.dtype not in FLOATS or value.shape != (len(index), *shape[1:]):
-        return Misfit(f"has shape {value.shape} for {len(index)} rows of {name}, which has {shape}")
+        return Mismatch(f"has shape {value.shape} for {len(index)} rows of {name}, which has {shape}")
     if beyond := [row for row in index if row >= shape[0]]:
-        return Misfit(f"is for row {beyond[0]}; {name} has {shape[0]}")
-    return Fit(update)
+        return Mismatch(f"is for row {beyond[0]}; {name} has {shape[0]}")
+    return Match(update)
 
 
 def _fit_low_rank(
     update: LowRank | Decomposed, name: str, shape: tuple[int, ...], model_types: frozenset[str]
-) -> Fit | Misfit:
+) -> Match | Mismatch:
     """Match factor shapes to the stored weight; square weights are told apart by the model's type."""
     low = low_rank(update)
     if len(shape) == 3 and len(low.A.shape) == len(low.B.shape) == 2:
         return _fit_experts(update, replace(low, experts=low.experts or 1), shape, model_types)
     if low.experts > 1:
-        return Misfit(f"is for {low.experts} experts; {name} has shape {shape}")
+        return Mismatch(f"is for {low.experts} experts; {name} has shape {shape}")
     if isinstance(update, Decomposed) and update.m.numel != low.outputs:
-        return Misfit(f"its magnitude has {update.m.numel} elements for {low.outputs} outputs")
+        return Mismatch(f"its magnitude has {update.m.numel} elements for {low.outputs} outputs")
     wide = len(low.inputs) == 1 < len(shape) - 1  # AdaLoRA keeps a convolution's A flat
     straight = _flat(shape) == (low.outputs, *low.inputs) if wide else shape == (low.outputs, *low.inputs)
     straight = straight and low.B.shape[2:] == (1,) * (len(low.A.shape) - 2)
@@ -84,10 +86,10 @@ def _fit_low_rank(
         turned = is_conv1d(name, model_types)
         straight = not turned
     if turned and low.start in (Start.OLORA, Start.KASA):
-        return Misfit(f"{low.start.value} does not work on weights stored as (in, out)")
+        return Mismatch(f"{low.start.value} does not work on weights stored as (in, out)")
     if straight or turned:
-        return Fit(update, transposed=turned)
-    return Misfit(f"lora_A {low.A.shape} and lora_B {low.B.shape} do not make its weight of shape {shape}")
+        return Match(update, transposed=turned)
+    return Mismatch(f"lora_A {low.A.shape} and lora_B {low.B.shape} do not make its weight of shape {shape}")
 
 
 def _flat(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -99,20 +101,20 @@ def _flat(shape: tuple[int, ...]) -> tuple[int, int]:
 
 def _fit_experts(
     update: LowRank | Decomposed, low: LowRank, shape: tuple[int, ...], model_types: frozenset[str]
-) -> Fit | Misfit:
+) -> Match | Mismatch:
     """Factors of all experts at once, on one tensor of three dimensions."""
     if isinstance(update, Decomposed) or low.start or low.d or low.blocks != (1, 1):
-        return Misfit("only plain LoRA is trained on experts")
+        return Mismatch("only plain LoRA is trained on experts")
     count, rows, columns = shape
     straight = (low.outputs, *low.inputs) == (rows, columns)
     turned = (*low.inputs, low.outputs) == (rows, columns)
     if count != low.experts or not (straight or turned):
-        return Misfit(
+        return Mismatch(
             f"lora_A {low.A.shape} and lora_B {low.B.shape} do not make its weight of shape {shape}"
         )
     if straight and turned:
         turned = low.square[0 if model_types & TURNED_EXPERTS else 1]
-    return Fit(low, transposed=turned)
+    return Match(low, transposed=turned)
 
 
 def is_conv1d(tensor: str, model_types: frozenset[str]) -> bool:

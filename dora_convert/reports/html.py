@@ -65,16 +65,16 @@ def write_page(report: VerifyReport | OutputsReport, path: str | os.PathLike[str
     Raises OutputError.
     """
     where = Path(path)
-    draft = where.parent / f".dora-convert-{secrets.token_hex(8)}.tmp"
+    builder = where.parent / f".dora-convert-{secrets.token_hex(8)}.tmp"
     body = "\n".join(lines(report)).encode(errors="backslashreplace")
     try:
-        with draft.open("xb") as file:
+        with builder.open("xb") as file:
             file.write(body)
-        draft.replace(where)
+        builder.replace(where)
     except (OSError, ValueError) as error:
         raise _refused(where, error) from error
     finally:
-        draft.unlink(missing_ok=True)
+        builder.unlink(missing_ok=True)
 
 
 def _refused(where: Path, error: OSError | ValueError) -> OutputError:

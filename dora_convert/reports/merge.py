@@ -17,9 +17,9 @@ from ..sizes import peak_memory
 from .push import Pushed
 
 if TYPE_CHECKING:  # these import torch, which a dry run does without
-    from ..engine.precision import Choice
+    from ..engine.precision import ComputeSpec
     from ..parity.self_check import Verdict
-    from ..undo.unmerge_plan import Reversal
+    from ..undo.unmerge_plan import UnmergePlan
 
 SCHEMA = 1
 Finished = TypeVar("Finished", bound="MergeReport")
@@ -94,7 +94,7 @@ class MergeReport(Report):
         plan: Plan,
         settings: Settings,
         out: str,
-        choice: Choice,
+        spec: ComputeSpec,
         verdict: Verdict | None,
         *,
         written: int,
@@ -108,8 +108,8 @@ class MergeReport(Report):
             found = Verified(checked=verdict.checked, wrong_elements=verdict.wrong, max_ulp=verdict.max_ulp)
         return cls(
             **_common(plan, settings, out),
-            device=str(choice.device),
-            compute_dtype=choice.compute_name,
+            device=str(spec.device),
+            compute_dtype=spec.compute_name,
             bytes_written=written,
             peak_memory_bytes=peak_memory(),
             resumed=resumed,
@@ -157,10 +157,10 @@ class UnmergeReport(MergeReport):
     @classmethod
     def undone(
         cls,
-        reversal: Reversal,
+        reversal: UnmergePlan,
         settings: Settings,
         out: str,
-        choice: Choice,
+        spec: ComputeSpec,
         verdict: Verdict | None,
         modules: Sequence[Recovered],
         *,
@@ -168,9 +168,7 @@ class UnmergeReport(MergeReport):
         resumed: bool,
     ) -> UnmergeReport:
         """The report of a finished unmerging."""
-        merge = MergeReport.of(
-            reversal.plan, settings, out, choice, verdict, written=written, resumed=resumed
-        )
+        merge = MergeReport.of(reversal.plan, settings, out, spec, verdict, written=written, resumed=resumed)
         base = reversal.record.receipt["base"]
         fields = {name: getattr(merge, name) for name in merge.__dataclass_fields__}
         fields |= {"command": "unmerge", "base": base["repo"] or base["name"], "merged": merge.base}

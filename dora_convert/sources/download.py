@@ -14,7 +14,7 @@ from ..storage.checkpoint import RECORD, is_weight_file, weight_entry, weight_ma
 from ..storage.digests import sha256 as file_sha256
 from ..storage.refs import HubRef, Source, local_source, parse_ref
 from .hub_client import explained, patiently, unreachable, without_bars
-from .session import Visit
+from .session import Session
 
 ANCHORS = ("adapter_config.json", "config.json", "model.safetensors")
 """Files that tell whether a repo is in the cache."""
@@ -25,7 +25,7 @@ def fetch(
     ref: str,
     what: str,
     wanted: Callable[[Sequence[str]], Sequence[str]],
-    visit: Visit,
+    session: Session,
     *,
     revision: str | None = None,
 ) -> Source:
@@ -38,11 +38,11 @@ def fetch(
         return local_source(parsed)
     if revision and not parsed.revision:
         parsed = HubRef(parsed.repo, revision, parsed.subfolder)
-    return _download(parsed, what, wanted, visit)
+    return _download(parsed, what, wanted, session)
 
 
 def _download(
-    ref: HubRef, what: str, wanted: Callable[[Sequence[str]], Sequence[str]], visit: Visit
+    ref: HubRef, what: str, wanted: Callable[[Sequence[str]], Sequence[str]], session: Session
 ) -> Source:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
@@ -50,7 +50,7 @@ def _download(
     prefix = f"{ref.subfolder}/" if ref.subfolder else ""
     with explained(ref, what):
         try:
-            info = patiently(lambda: HfApi(token=visit.token).model_info(ref.repo, revision=ref.revision))
+            info = patiently(lambda: HfApi(token=session.token).model_info(ref.repo, revision=ref.revision))
         except HfHubHTTPError:
             raise
         except unreachable() as error:
@@ -58,28 +58,28 @@ def _download(
         names = [sibling.rfilename for sibling in info.siblings or ()]
         chosen = wanted([name.removeprefix(prefix) for name in names if name.startswith(prefix)])
         anchor = next((name for name in ANCHORS if name in chosen), None)
-        if anchor and visit.cache:
+        if anchor and session.cache:
             # by the revision's own name, so that the cache knows what it stands for when there is no connection
-            download(ref.repo, prefix + anchor, ref.revision or "main", visit.token)
-        place = visit.place(ref.repo, str(info.sha)) or snapshot_folder(ref.repo, str(info.sha))
+            download(ref.repo, prefix + anchor, ref.revision or "main", session.token)
+        place = session.place(ref.repo, str(info.sha)) or snapshot_folder(ref.repo, str(info.sha))
         folder = place / ref.subfolder
         source = Source(folder, ref.repo, ref.repo, info.sha, ref.subfolder)
-        download_all(source, chosen, visit)
+        download_all(source, chosen, session)
         if index := next((name for name in chosen if name.endswith(".index.json")), None):
-            download_all(source, sorted(set(weight_map(folder / index).values())), visit)
+            download_all(source, sorted(set(weight_map(folder / index).values())), session)
     return source
 
 
-def download_all(source: Source, names: Iterable[str], visit: Visit) -> None:
+def download_all(source: Source, names: Iterable[str], session: Session) -> None:
     """Files of a repo to where a visit has them, several at a time; what was cut off is continued."""
     repo, commit = str(source.repo), str(source.commit)
     prefix = f"{source.subfolder}/" if source.subfolder else ""
     wanted = [prefix + name for name in names]
-    place, here = visit.place(repo, commit), all(_is_cached(repo, name, commit) for name in wanted)
-    hashes = {} if here else hashes_of(repo, commit, visit.token)
+    place, here = session.place(repo, commit), all(_is_cached(repo, name, commit) for name in wanted)
+    hashes = {} if here else hashes_of(repo, commit, session.token)
 
     def get(name: str) -> None:
-        download(repo, name, commit, visit.token, place, hashes.get(name, ""))
+        download(repo, name, commit, session.token, place, hashes.get(name, ""))
 
     with without_bars(), ThreadPoolExecutor(CONNECTIONS) as pool:
         list(pool.map(get, wanted))

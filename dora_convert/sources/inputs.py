@@ -14,7 +14,7 @@ from ..storage.checkpoint import OF_TRAINING, Checkpoint, is_weight_file
 from ..storage.refs import HubRef, local_path, parse_ref
 from .download import fetch, wanted_of_adapter
 from .remote_headers import open_far
-from .session import Visit
+from .session import Session
 
 Notice = Callable[[str], None]
 Opener = Callable[[str, str | None], Checkpoint]
@@ -25,7 +25,7 @@ def gather(
     base: str | None,
     adapters: Sequence[str],
     out: str,
-    visit: Visit,
+    session: Session,
     notice: Notice,
     accepted: Collection[str] = (),
     verb: str = "merge",
@@ -42,8 +42,8 @@ def gather(
     """
     if base is not None:
         refuse_swapped(base, adapters, out, verb)
-    opened = [open_adapter(fetch(ref, "ADAPTER", wanted_of_adapter, visit), accepted) for ref in adapters]
-    open_base = opened_by or partial(_open_headers, visit)
+    opened = [open_adapter(fetch(ref, "ADAPTER", wanted_of_adapter, session), accepted) for ref in adapters]
+    open_base = opened_by or partial(_open_headers, session)
     if base is not None:
         return open_base(base, None), opened
     found = _base_of(opened[0], adapters[0], out, verb, open_base)
@@ -51,8 +51,8 @@ def gather(
     return found, opened
 
 
-def _open_headers(visit: Visit, ref: str, revision: str | None) -> Checkpoint:
-    return open_far(ref, "BASE", visit, revision=revision)
+def _open_headers(session: Session, ref: str, revision: str | None) -> Checkpoint:
+    return open_far(ref, "BASE", session, revision=revision)
 
 
 def refuse_swapped(base: str, adapters: Sequence[str], out: str, verb: str, what: str = "BASE") -> None:

@@ -21,7 +21,7 @@ from ..storage.reader import Reader
 from ..storage.refs import HubRef, Source
 from .download import download, download_all, hashes_of
 from .hub_client import explained, without_bars
-from .session import Visit
+from .session import Session
 
 PLACES = 3
 Needs = Mapping[str, Collection[Path]]
@@ -174,7 +174,7 @@ def shard_needs(plan: Plan, *more: Checkpoint) -> Needs:
     return found
 
 
-class Bring:
+class WeightDownload:
     """Downloads single weight files of checkpoints, with the word of it."""
 
     def __init__(
@@ -189,18 +189,18 @@ class Bring:
         """Download one; nothing where it is no file of theirs."""
         if path not in self._of:
             return  # whoever opens it says so
-        source, visit = self._of[path], self._settings.visit
+        source, session = self._of[path], self._settings.session
         repo, commit = str(source.repo), str(source.commit)
         name = f"{source.subfolder}/{path.name}" if source.subfolder else path.name
         with explained(HubRef(repo, commit, source.subfolder), source.name):
             if source not in self._hashes:
-                self._hashes[source] = hashes_of(repo, commit, visit.token)
+                self._hashes[source] = hashes_of(repo, commit, session.token)
             self._settings.notify(f"downloading {path.name}")
-            place = self._top or visit.place(repo, commit)
-            download(repo, name, commit, visit.token, place, self._hashes[source].get(name, ""))
+            place = self._top or session.place(repo, commit)
+            download(repo, name, commit, session.token, place, self._hashes[source].get(name, ""))
 
 
-def bring_weights(checkpoint: Checkpoint, visit: Visit, files: Collection[Path] | None = None) -> None:
+def bring_weights(checkpoint: Checkpoint, session: Session, files: Collection[Path] | None = None) -> None:
     """Download the weights of a checkpoint, or some of its files, as far as they are not on this machine."""
     source = checkpoint.source
     wanted = [
@@ -210,7 +210,7 @@ def bring_weights(checkpoint: Checkpoint, visit: Visit, files: Collection[Path] 
     ]
     if absent(checkpoint):
         with explained(HubRef(str(source.repo), source.commit, source.subfolder), source.name):
-            download_all(source, wanted, visit)
+            download_all(source, wanted, session)
 
 
 def expect(checkpoints: Iterable[Checkpoint], needs: Needs, settings: Settings) -> Arrivals | None:
@@ -223,12 +223,12 @@ def expect(checkpoints: Iterable[Checkpoint], needs: Needs, settings: Settings) 
     theirs = {tensor.path for checkpoint in far for tensor in checkpoint.tensors.values()}
     # never a file that was here before: what arrives is removed
     coming = {work: tuple(path for path in paths if path in theirs) for work, paths in needs.items()}
-    visit, here = settings.visit, set()
-    if visit.cache:
+    session, here = settings.session, set()
+    if session.cache:
         here = {path for paths in coming.values() for path in paths}
         for checkpoint in far:
-            bring_weights(checkpoint, visit, here)
-    return Arrivals(coming, Bring(far, settings), keep=visit.cache, here=here) if far else None
+            bring_weights(checkpoint, session, here)
+    return Arrivals(coming, WeightDownload(far, settings), keep=session.cache, here=here) if far else None
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from ..storage.refs import HubRef, Source, parse_ref
 from ..storage.safetensors import MAX_HEADER, Header, parse_header, read_header
 from .download import CONNECTIONS, download, fetch, wanted_of_base
 from .hub_client import explained, patiently
-from .session import Visit
+from .session import Session
 
 ADAPTER = "adapter_config.json"
 FIRST = 8192
@@ -43,7 +43,7 @@ EMPTY_RANGE = 416
 
 
 @dataclass(frozen=True)
-class Look:
+class RefListing:
     """A REF with the names of the files in it, and as a checkpoint where it is one whose weights stay on the Hub."""
 
     source: Source
@@ -58,12 +58,12 @@ class Look:
 def look(
     ref: str,
     what: str,
-    visit: Visit,
+    session: Session,
     *,
     whole: bool = False,
     revision: str | None = None,
     weights: Path | None = None,
-) -> Look:
+) -> RefListing:
     """Find what a REF names; adapters come whole, of a checkpoint on the Hub only headers and small files.
 
     Small files are the config and receipts, or with `whole` all that are no weights. `weights` is the folder that the
@@ -78,15 +78,17 @@ def look(
             return [name for name in names if not is_weight_file(name) or name.startswith(f"{RECORD}/")]
         return [name for name in names if _is_small(name, names)]
 
-    source = fetch(ref, what, wanted, visit, revision=revision)
+    source = fetch(ref, what, wanted, session, revision=revision)
     parsed = parse_ref(ref, what)
     if isinstance(parsed, Path) or not listings:
         folder = source.path
-        return Look(source, tuple(entry.name for entry in folder.iterdir()) if folder.is_dir() else ())
+        return RefListing(source, tuple(entry.name for entry in folder.iterdir()) if folder.is_dir() else ())
     names = tuple(listings[0])
     folder = weights / source.subfolder if weights else source.path
-    return Look(
-        source, names, None if ADAPTER in names else _open_remote(parsed, what, source, names, visit, folder)
+    return RefListing(
+        source,
+        names,
+        None if ADAPTER in names else _open_remote(parsed, what, source, names, session, folder),
     )
 
 
@@ -102,7 +104,7 @@ def _open_remote(
     what: str,
     source: Source,
     names: Sequence[str],
-    visit: Visit,
+    session: Session,
     folder: Path,
 ) -> Checkpoint:
     entry = _entry(ref, what, source, names)
@@ -111,13 +113,13 @@ def _open_remote(
     table, index = None, entry if entry.endswith(".json") else None
     with explained(ref, what):
         if index:
-            table = weight_map(_small_file(source, index, visit))
+            table = weight_map(_small_file(source, index, session))
         files = [entry] if table is None else sorted(set(table.values()))
         if missing := [Fault(name, "missing") for name in files if name not in names]:
             raise RefError(
                 f"The index of {source.name} names {len(missing)} files that are not there.", faults=missing
             )
-        headers = _headers(source, files, table or {}, visit.token, folder)
+        headers = _headers(source, files, table or {}, session.token, folder)
     notes: list[str] = []
     shards = assemble(source.name, headers, table, notes)
     others = [name for name in names if name not in {entry, *files}]
@@ -155,7 +157,7 @@ def _cached_pickles(source: Source) -> Checkpoint:
 def open_far(
     ref: str,
     what: str,
-    visit: Visit,
+    session: Session,
     *,
     whole: bool = True,
     revision: str | None = None,
@@ -166,16 +168,16 @@ def open_far(
     What `whole` and `weights` mean, `look` says.
     """
     try:
-        seen = look(ref, what, visit, whole=whole, revision=revision, weights=weights)
+        seen = look(ref, what, session, whole=whole, revision=revision, weights=weights)
     except UnsupportedError:
-        return open_checkpoint(fetch(ref, what, wanted_of_base, visit, revision=revision))
+        return open_checkpoint(fetch(ref, what, wanted_of_base, session, revision=revision))
     return seen.checkpoint()
 
 
-def _small_file(source: Source, name: str, visit: Visit) -> Path:
+def _small_file(source: Source, name: str, session: Session) -> Path:
     path = f"{source.subfolder}/{name}" if source.subfolder else name
     repo, commit = str(source.repo), str(source.commit)
-    return download(repo, path, commit, visit.token, visit.place(repo, commit))
+    return download(repo, path, commit, session.token, session.place(repo, commit))
 
 
 def _headers(

@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 LOCK = ".lock"
 
 
-class Visit:
+class Session:
     """One run's way of reading repos; `cache` says whether what is downloaded stays in huggingface_hub's cache."""
 
     def __init__(self, token: str | None = None, *, cache: bool = True) -> None:
@@ -37,13 +37,13 @@ class Visit:
 
 
 @contextmanager
-def visiting(token: str | None, *, cache: bool) -> Iterator[Visit]:
+def open_session(token: str | None, *, cache: bool) -> Iterator[Session]:
     """A run's visit, from its beginning to its end."""
-    visit = Visit(token, cache=cache)
+    session = Session(token, cache=cache)
     try:
-        yield visit
+        yield session
     finally:
-        visit.close()
+        session.close()
 
 
 def _new_folder() -> tuple[Path, FileLock]:

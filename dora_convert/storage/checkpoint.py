@@ -16,7 +16,7 @@ from typing import Any
 from ..errors import Fault, MalformedError, RefError, UnsupportedError, shown
 from .json_files import read_config, read_json
 from .refs import Source
-from .safetensors import Header, Stored, read_header
+from .safetensors import Header, StoredTensor, read_header
 from .torch_pickle import read_pickle
 
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -47,7 +47,7 @@ class Shard:
 
     filename: str
     metadata: Mapping[str, str]
-    tensors: tuple[Stored, ...]
+    tensors: tuple[StoredTensor, ...]
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Checkpoint:
         return self.renamed.get(name, name)
 
     @cached_property
-    def tensors(self) -> Mapping[str, Stored]:
+    def tensors(self) -> Mapping[str, StoredTensor]:
         """All tensors by name."""
         return {tensor.name: tensor for shard in self.shards for tensor in shard.tensors}
 

@@ -9,7 +9,7 @@ from typing import Any
 import xxhash
 
 from .reader import Reader
-from .safetensors import Stored
+from .safetensors import StoredTensor
 
 CHUNK_BYTES = 1 << 20
 
@@ -58,7 +58,7 @@ def hash_of(digest: Any, source: Path | bytes) -> str:
     return str(digest.hexdigest())
 
 
-def stored_digest(tensor: Stored, reader: Reader, *, proof: bool = False) -> Digest:
+def stored_digest(tensor: StoredTensor, reader: Reader, *, proof: bool = False) -> Digest:
     """The hashes of a stored tensor's bytes."""
     digest, buffer = Digest(proof=proof), memoryview(bytearray(min(CHUNK_BYTES, tensor.nbytes)))
     for start in range(0, tensor.nbytes, CHUNK_BYTES):

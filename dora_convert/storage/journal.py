@@ -34,7 +34,7 @@ Record = dict[str, Any]
 Pending = tuple[Record, Collection[int], Callable[[], None] | None]
 
 
-class Earlier(NamedTuple):
+class UnfinishedRun(NamedTuple):
     """The journal of a run that did not finish."""
 
     key: Record
@@ -43,7 +43,7 @@ class Earlier(NamedTuple):
     """Where its last whole line ends."""
 
 
-def read_journal(path: Path, form: Any = dict) -> Earlier | None:
+def read_journal(path: Path, form: Any = dict) -> UnfinishedRun | None:
     """What an earlier run entered, or None where it did not get as far as a key.
 
     Raises MalformedError where a record is not of a form: then the journal was not kept by a run of this version.
@@ -65,7 +65,7 @@ def read_journal(path: Path, form: Any = dict) -> Earlier | None:
                 f"{path} is damaged: line {number} has no such {where}.",
                 hint="was it edited? without it, what is unfinished cannot be continued",
             )
-    return Earlier(records[0], records[1:], end) if records else None
+    return UnfinishedRun(records[0], records[1:], end) if records else None
 
 
 def sync_path(path: Path) -> None:
@@ -87,7 +87,7 @@ def sync_path(path: Path) -> None:
 class Journal:
     """An open journal and the thread that keeps it."""
 
-    def __init__(self, path: Path, key: Record, earlier: Earlier | None = None) -> None:
+    def __init__(self, path: Path, key: Record, earlier: UnfinishedRun | None = None) -> None:
         """Start a journal, or continue an earlier one after its last whole line."""
         end = earlier.end if earlier else 0
         self._file = path.open("r+b" if earlier else "w+b")

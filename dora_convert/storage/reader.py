@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ..errors import MalformedError
-from .safetensors import CHUNK, Stored
+from .safetensors import CHUNK, StoredTensor
 
 
 class Arrivals(Protocol):
@@ -57,7 +57,7 @@ class Reader:
         if self._arrivals:
             self._arrivals.close()
 
-    def same_bytes(self, one: Stored, other: Stored) -> bool:
+    def same_bytes(self, one: StoredTensor, other: StoredTensor) -> bool:
         """Whether two tensors have the same dtype, shape and contents."""
         if (one.dtype, one.shape) != (other.dtype, other.shape):
             return False
@@ -107,7 +107,7 @@ class Reader:
             return len(data)
 
 
-def same_bytes(one: Stored, other: Stored) -> bool:
+def same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
     """Whether two tensors on this machine have the same dtype, shape and contents; reads both."""
     with closing(Reader()) as reader:
         return reader.same_bytes(one, other)

@@ -43,7 +43,7 @@ LFS_POINTER = b"version https://git-lfs"
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class StoredTensor:
     """A tensor on disk: its safetensors dtype and shape, and the absolute byte where it starts."""
 
     name: str
@@ -79,7 +79,7 @@ class Stored:
 class Header:
     """What the head of one safetensors file says; tensors in the order of their bytes."""
 
-    tensors: Mapping[str, Stored]
+    tensors: Mapping[str, StoredTensor]
     metadata: Mapping[str, str]
 
 
@@ -181,7 +181,7 @@ def _is_endless(shape: list[int]) -> bool:
     return False
 
 
-def _entry(path: Path, body: int, name: str, entry: Any) -> Stored:
+def _entry(path: Path, body: int, name: str, entry: Any) -> StoredTensor:
     """One header entry, checked against its own dtype and shape."""
     fields: dict[str, Any] = entry if isinstance(entry, dict) and len(entry) == 3 else {}
     shape, offsets, dtype = fields.get("shape"), fields.get("data_offsets"), fields.get("dtype")
@@ -189,7 +189,7 @@ def _entry(path: Path, body: int, name: str, entry: Any) -> Stored:
         raise MalformedError(f"{path}: the header entry of {name} is malformed.")
     if dtype not in BITS:
         raise MalformedError(f"{path}: {name} has the unknown dtype {dtype}.")
-    tensor = Stored(name, dtype, tuple(shape), path, body + offsets[0])
+    tensor = StoredTensor(name, dtype, tuple(shape), path, body + offsets[0])
     if _is_endless(shape) or tensor.numel * BITS[dtype] != 8 * (offsets[1] - offsets[0]):
         raise MalformedError(
             f"{path}: {name} is declared as {dtype} {list(shape)}, which is not {offsets[1] - offsets[0]} bytes."
@@ -197,7 +197,7 @@ def _entry(path: Path, body: int, name: str, entry: Any) -> Stored:
     return tensor
 
 
-def _check_tiling(path: Path, tensors: list[Stored], body: int, size: int) -> None:
+def _check_tiling(path: Path, tensors: list[StoredTensor], body: int, size: int) -> None:
     """The tensors must cover the file's body without gaps or overlaps."""
     position = body
     for tensor in tensors:

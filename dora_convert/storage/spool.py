@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from ..errors import MalformedError
 from ..plan.sharding import encode_header
-from .safetensors import BITS, Stored
+from .safetensors import BITS, StoredTensor
 
 NAME = "undo.safetensors"
 SPOOL = "undo.spool"
@@ -108,7 +108,7 @@ class Spool:
         self._file.close()
 
 
-def gathered(tensors: Sequence[Stored]) -> bytes:
+def gathered(tensors: Sequence[StoredTensor]) -> bytes:
     """Stored tensors, from wherever they are, as one safetensors file."""
     entries: dict[str, object] = {}
     position, bodies = 0, []

@@ -25,7 +25,7 @@ from types import SimpleNamespace
 from typing import IO, Any, NamedTuple, TypeGuard
 
 from ..errors import DoraConvertError, MalformedError, UnsupportedError, shown
-from .safetensors import BITS, Header, Stored, open_file
+from .safetensors import BITS, Header, StoredTensor, open_file
 
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 
@@ -97,7 +97,7 @@ class _Machine:
         self.path = path
         self.stack: list[Any] = []
         self.marks: list[int] = []
-        self.memo: dict[int, Any] = {}
+        self.journal: dict[int, Any] = {}
         self.storages: dict[str, _Storage] = {}
 
     def run(self, file: IO[bytes]) -> Any:
@@ -167,9 +167,9 @@ _OPCODES: dict[str, Callable[[_Machine, Any], object]] = {
     "SETITEMS": lambda m, _: m.update(m.group()),
     "APPEND": lambda m, _: list.append(m.stack[-2], m.stack.pop()),
     "APPENDS": lambda m, _: list.extend(m.stack[m.marks[-1] - 1], m.group()),
-    **dict.fromkeys(("BINPUT", "LONG_BINPUT"), lambda m, index: m.memo.update({index: m.stack[-1]})),
-    "MEMOIZE": lambda m, _: m.memo.update({len(m.memo): m.stack[-1]}),
-    **dict.fromkeys(("BINGET", "LONG_BINGET"), lambda m, index: m.stack.append(m.memo[index])),
+    **dict.fromkeys(("BINPUT", "LONG_BINPUT"), lambda m, index: m.journal.update({index: m.stack[-1]})),
+    "MEMOIZE": lambda m, _: m.journal.update({len(m.journal): m.stack[-1]}),
+    **dict.fromkeys(("BINGET", "LONG_BINGET"), lambda m, index: m.stack.append(m.journal[index])),
     "GLOBAL": _Machine.find,
     "STACK_GLOBAL": lambda m, _: m.find(" ".join(m.last(2))),
     "REDUCE": lambda m, _: m.stack.append(m.stack.pop(-2)(*m.stack.pop())),
@@ -265,7 +265,7 @@ def _entries(path: Path, tree: Any) -> dict[str, _Tensor]:
     return tree
 
 
-def _stored(path: Path, name: str, tensor: _Tensor, starts: Mapping[str, int]) -> Stored:
+def _stored(path: Path, name: str, tensor: _Tensor, starts: Mapping[str, int]) -> StoredTensor:
     storage, offset, shape, stride, *_, view, dtype = tensor
     counts = all(map(_are_counts, ((offset,), shape, stride))) and len(shape) == len(stride) <= 64
     if not counts or not isinstance(storage, _Storage) or not isinstance(dtype, _Dtype | None):
@@ -277,7 +277,7 @@ def _stored(path: Path, name: str, tensor: _Tensor, starts: Mapping[str, int]) -
         raise UnsupportedError(f"{path}: {shown(name)} is a transposed, strided or lazy view.", hint=hint)
     kind = dtype.name if dtype else storage.dtype
     first = 0 if 0 in shape else offset * BITS[kind] // 8
-    found = Stored(name, kind, shape, path, starts[storage.key] + first)
+    found = StoredTensor(name, kind, shape, path, starts[storage.key] + first)
     if first + found.nbytes > storage.nbytes:
         raise MalformedError(f"{path}: {shown(name)} is larger than its storage.")
     return found

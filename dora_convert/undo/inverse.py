@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from ..adapters.updates import Delta
-from ..engine.device_buffers import FACTOR_ELEMENTS, Lane
-from ..engine.factors import Factors, Grid, Operand
+from ..engine.device_buffers import FACTOR_ELEMENTS, DeviceBuffers
+from ..engine.factors import Factors, Grid, LoadedEdit
 from ..maths import lora as maths
 from ..plan.item import Edit, Item
-from ..storage.safetensors import Stored
+from ..storage.safetensors import StoredTensor
 
 
 @dataclass
@@ -40,11 +40,13 @@ class Held:
 class Inverse:
     """W = g·W' − Σ cᵢ·Δᵢ (7) for one item, in float64."""
 
-    def __init__(self, item: Item, lane: Lane, *, exact: bool, taken: tuple[Tensor, Tensor] | None) -> None:
+    def __init__(
+        self, item: Item, buffers: DeviceBuffers, *, exact: bool, taken: tuple[Tensor, Tensor] | None
+    ) -> None:
         """`taken` are the factors of what training began without; `exact` asks for the same bits everywhere."""
-        self._edits, self._lane = item.edits, lane
+        self._edits, self._buffers = item.edits, buffers
         self.operands = [
-            Operand.load(edit, lane, _grid(edit, lane) if exact else None) for edit in item.edits
+            LoadedEdit.load(edit, buffers, _grid(edit, buffers) if exact else None) for edit in item.edits
         ]
         if taken and exact:
             left, right = taken
@@ -93,27 +95,27 @@ class Inverse:
     def _product(self, factors: Factors, start: int, stop: int) -> Tensor:
         """A block of BA, until the next one: the C library would keep the memory of each, in pieces."""
         left, right = factors.left(start, stop), factors.right(start)
-        out = self._lane.scratch("product", (len(left), right.shape[1]), left.dtype)
+        out = self._buffers.scratch("product", (len(left), right.shape[1]), left.dtype)
         return torch.mm(left, right, out=out)
 
 
-def _grid(edit: Edit, lane: Lane) -> Grid | None:
+def _grid(edit: Edit, buffers: DeviceBuffers) -> Grid | None:
     """Fixed point for the factors of an edit that has some."""
     if not (low := edit.low):
         return None
-    right = _largest(low.B if edit.transposed else low.A, lane)
+    right = _largest(low.B if edit.transposed else low.A, buffers)
     if low.d:
-        right *= _largest(low.d, lane)
-    left = _largest(low.A if edit.transposed else low.B, lane)
+        right *= _largest(low.d, buffers)
+    left = _largest(low.A if edit.transposed else low.B, buffers)
     return Grid(left, right, low.rank)
 
 
-def _largest(stored: Stored, lane: Lane) -> float:
+def _largest(stored: StoredTensor, buffers: DeviceBuffers) -> float:
     """The largest magnitude of a stored tensor."""
     rows, columns = stored.matrix
     height, found = max(1, FACTOR_ELEMENTS // max(1, columns)), 0.0
     for start in range(0, rows, height):
-        part = lane.raw(stored, start, min(rows, start + height), "factor")
+        part = buffers.raw(stored, start, min(rows, start + height), "factor")
         found = max(found, float(part.double().abs().max()) if part.numel() else 0.0)
     return found
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..engine.device_buffers import Lane
-from ..engine.factors import Operand
+from ..engine.device_buffers import DeviceBuffers
+from ..engine.factors import LoadedEdit
 from ..engine.memory import as_bytes
 from ..engine.precision import TORCH
 from ..maths import lora as maths
@@ -22,25 +22,25 @@ from .inverse import Inverse, recorded
 from .packing import pack
 
 
-class Keeper:
+class UndoKeeper:
     """The base's tensor while an item is made of it."""
 
     def __init__(
         self,
         item: Item,
-        operands: Sequence[Operand],
+        operands: Sequence[LoadedEdit],
         taken: tuple[Tensor, Tensor] | None,
-        lane: Lane,
+        buffers: DeviceBuffers,
         spool: Spool,
         plan: Plan,
     ) -> None:
         self._item, self._operands, self._taken = item, operands, taken
-        self._lane, self._spool = lane, spool
+        self._buffers, self._spool = buffers, spool
         self._keeps = plan.remembers(item)
         self.digest = Digest(proof=plan.options.exact)
         self._rows = ReplacedRows(spool)
         exact = plan.options.exact and self._keeps and item.source is item.base
-        self._loss = Loss(item, taken, lane, spool) if exact else None
+        self._loss = RoundingLoss(item, taken, buffers, spool) if exact else None
 
     def see(self, raw: Tensor, W: Tensor, start: int, stop: int) -> None:
         """One block before the edits: what is read for it, and its values."""
@@ -48,7 +48,7 @@ class Keeper:
         if not item.base or start >= (rows := item.base.matrix[0]):
             return
         stop = min(stop, rows)
-        base = raw if item.source is item.base else self._lane.raw(item.base, start, stop, "base")
+        base = raw if item.source is item.base else self._buffers.raw(item.base, start, stop, "base")
         self.digest.update(as_bytes(base))
         if self._keeps and item.replaced:
             new = W[: stop - start].cpu().double()  # in this order: mps has no float64
@@ -60,7 +60,7 @@ class Keeper:
         rows, columns = item.base.matrix if item.base else (0, 0)
         for start, stop in spans(rows, columns):
             if item.base and stop > (first := max(start, item.source.matrix[0])):
-                data = as_bytes(self._lane.raw(item.base, first, stop, "base"))
+                data = as_bytes(self._buffers.raw(item.base, first, stop, "base"))
                 self.digest.update(data)
                 if self._keeps:
                     self._rows.add(range(first, stop), bytes(data))
@@ -68,7 +68,7 @@ class Keeper:
     def _keep_rows(self, start: int, base: Tensor, new: Tensor) -> None:
         """Keep the base's rows that a replacement changes, or may: float32 does not hold all of a float64."""
         differ = maths.ordinals(base) != maths.ordinals(new)
-        if self._lane.choice.compute == torch.float32 and _doubles(self._item):
+        if self._buffers.spec.compute == torch.float32 and _doubles(self._item):
             differ.fill_(True)
         if len(rows := differ.any(dim=1).nonzero().flatten()):
             self._rows.add((rows + start).tolist(), bytes(as_bytes(base[rows])))
@@ -101,17 +101,17 @@ class Keeper:
 
 
 @dataclass
-class Loss:
+class RoundingLoss:
     """What rounding took from one tensor, block after block: the base's bits less those predicted, in ulps."""
 
     item: Item
     taken: tuple[Tensor, Tensor] | None
-    lane: Lane
+    buffers: DeviceBuffers
     spool: Spool
     segments: list[Segment] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._exact = self.lane.exact()
+        self._exact = self.buffers.exact()
         computed = self._exact.computed
         taken = (computed(self.taken[0]), computed(self.taken[1])) if self.taken else None
         self._inverse = Inverse(self.item, self._exact, exact=True, taken=taken)
@@ -121,7 +121,7 @@ class Loss:
         """One block: the base's bytes, and what is written in their place."""
         base = self.item.base
         assert base
-        there = [None if n is None else recorded(n).to(self._exact.choice.device) for n in norms]
+        there = [None if n is None else recorded(n).to(self._exact.spec.device) for n in norms]
         predicted = self._inverse.predict_(self._exact.lift(result), start, stop, there)
         told = self._exact.land(predicted, TORCH[base.dtype])
         integers = maths.INTEGERS[base.itemsize]
@@ -139,7 +139,7 @@ class Loss:
         return [Part(f"ulps/{self.item.origin}", "U8", (length,), tuple(self.segments))]
 
 
-def _of_block(operand: Operand) -> Tensor | None:
+def _of_block(operand: LoadedEdit) -> Tensor | None:
     """The norms that the last block was made with."""
     return operand.n[-1] if operand.m is not None else None
 

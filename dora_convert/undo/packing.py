@@ -18,7 +18,7 @@ from ..engine.memory import as_bytes
 from ..errors import MalformedError
 from ..plan.blocks import ROWS_MULTIPLE
 from ..storage.reader import Reader
-from ..storage.safetensors import Stored
+from ..storage.safetensors import StoredTensor
 
 LEVEL = 3
 SPARSE = 6
@@ -77,7 +77,7 @@ def _unpacked(frame: memoryview, least: int, most: int) -> Tensor:
 class Unpacker:
     """The integers of a stored tensor, from its first on, however its blocks were cut."""
 
-    def __init__(self, stored: Stored, reader: Reader, dtype: torch.dtype, columns: int = 1) -> None:
+    def __init__(self, stored: StoredTensor, reader: Reader, dtype: torch.dtype, columns: int = 1) -> None:
         """`columns` is how long a row of the tensor is that the integers belong to."""
         self._stored, self._reader, self._position = stored, reader, 0
         self._most = max(MOST, ROWS_MULTIPLE * columns)

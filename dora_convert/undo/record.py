@@ -14,7 +14,7 @@ from ..plan.sharding import converted
 from ..storage.checkpoint import RECEIPT, RECORD, Checkpoint, Shard
 from ..storage.json_files import read_json
 from ..storage.refs import Source
-from ..storage.safetensors import BITS, Stored, read_header
+from ..storage.safetensors import BITS, StoredTensor, read_header
 from ..storage.schema import misfit
 from ..storage.spool import NAME as UNDO
 from .receipt_form import FORM
@@ -25,11 +25,11 @@ class Record:
     """What is known of a merge: `receipt` as JSON has it, and the undo record's tensors by name."""
 
     receipt: Mapping[str, Any]
-    tensors: Mapping[str, Stored] = field(default_factory=dict)
+    tensors: Mapping[str, StoredTensor] = field(default_factory=dict)
     torn: bool = False
     """Whether the undo record's tensors should be there, and are not."""
 
-    def find(self, kind: str, name: str, dtype: str, shape: Sequence[int | None]) -> Stored | None:
+    def find(self, kind: str, name: str, dtype: str, shape: Sequence[int | None]) -> StoredTensor | None:
         """One tensor of the undo record; where a dimension is None, any will do.
 
         Raises MalformedError where it is another than it should be.
@@ -152,7 +152,7 @@ def _shard(
 ) -> Shard:
     path, position, tensors = merged.root / f"{name} of the base", 0, []
     for tensor, dtype, shape in rows:
-        stored = Stored(tensor, dtype, tuple(shape), path, starts.get(tensor, position))
+        stored = StoredTensor(tensor, dtype, tuple(shape), path, starts.get(tensor, position))
         position += stored.numel * BITS[dtype] // 8
         tensors.append(stored)
     return Shard(name, metadata, tuple(tensors))

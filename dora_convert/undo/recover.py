@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..engine.device_buffers import Lane
+from ..engine.device_buffers import DeviceBuffers
 from ..engine.memory import as_bytes
 from ..engine.precision import TORCH
 from ..engine.rows import replaced_rows
@@ -17,7 +17,7 @@ from ..plan.blocks import spans
 from ..plan.item import Item
 from ..storage.digests import Digest
 from ..storage.reader import Reader
-from ..storage.safetensors import Stored
+from ..storage.safetensors import StoredTensor
 from .inverse import Inverse, as_rows
 from .packing import Unpacker
 
@@ -25,13 +25,13 @@ from .packing import Unpacker
 class Recovering:
     """Blocks of the base's tensor: predicted, corrected by what the record holds of them."""
 
-    def __init__(self, item: Item, lane: Lane, reader: Reader) -> None:
+    def __init__(self, item: Item, buffers: DeviceBuffers, reader: Reader) -> None:
         assert item.undo
-        self._item, self._lane = item, lane.exact()
+        self._item, self._buffers = item, buffers.exact()
         self._undo = item.undo
         taken = item.undo.taken
-        held = (self._lane.whole(taken[0]), self._lane.whole(taken[1])) if taken else None
-        self._inverse = Inverse(item, self._lane, exact=item.undo.ulps is not None, taken=held)
+        held = (self._buffers.whole(taken[0]), self._buffers.whole(taken[1])) if taken else None
+        self._inverse = Inverse(item, self._buffers, exact=item.undo.ulps is not None, taken=held)
         self._norms = self._recorded() if item.undo.original is None else self._measured(item.undo.original)
         places = maths.INTEGERS[TORCH[item.dtype].itemsize]
         self._ulps = (
@@ -44,7 +44,7 @@ class Recovering:
     def block(self, raw: Tensor, start: int, stop: int) -> Tensor:
         """Rows of the base, from those of the merged tensor."""
         self.digest.update(as_bytes(raw))
-        x = self._lane.lift(raw)
+        x = self._buffers.lift(raw)
         if self._item.edits:
             norms = [
                 None if n is None else as_rows(n, start, stop, edit.axis)
@@ -53,7 +53,7 @@ class Recovering:
             half = self._halves(x, norms, start, stop)
             x = self._inverse.predict_(x, start, stop, norms)
             self.ambiguous += 0 if half is None else several(x, half, self._item.dtype)
-        result = self._lane.land(x, TORCH[self._item.dtype])
+        result = self._buffers.land(x, TORCH[self._item.dtype])
         if self._ulps:
             lost = self._ulps.next(result.numel()).view(result.shape)
             result = maths.at_ordinals(maths.ordinals(result) + lost, result.dtype)
@@ -68,19 +68,19 @@ class Recovering:
         for start, stop in spans(rows, columns) if self._undo.kept and not self._item.edits else ():
             for row in range(max(start, first), stop):
                 values, place = self._rows[row]
-                yield row, as_bytes(self._lane.raw(values, place, place + 1, "factor"))
+                yield row, as_bytes(self._buffers.raw(values, place, place + 1, "factor"))
 
     def _recorded(self) -> list[Tensor | None]:
-        return [self._lane.whole(stored).flatten() if stored else None for stored in self._undo.norms]
+        return [self._buffers.whole(stored).flatten() if stored else None for stored in self._undo.norms]
 
-    def _measured(self, original: Stored) -> list[Tensor | None]:
+    def _measured(self, original: StoredTensor) -> list[Tensor | None]:
         """The norms of every edit that has some, from the base's own tensor."""
         found: list[list[Tensor]] = [[] for _ in self._item.edits]
         for start, stop in self._item.spans():
-            raw = self._lane.raw(original, start, stop)
+            raw = self._buffers.raw(original, start, stop)
             for edit, operand, norms in zip(self._item.edits, self._inverse.operands, found, strict=True):
                 if edit.decomposed:
-                    n = maths.norms(operand.add_(self._lane.lift(raw), start, stop), edit.axis)
+                    n = maths.norms(operand.add_(self._buffers.lift(raw), start, stop), edit.axis)
                     norms.append(n if edit.axis else n.square_())
         return [
             None if not norms else torch.cat(norms) if edit.axis else torch.stack(norms).sum(0).sqrt()
@@ -95,9 +95,9 @@ class Recovering:
         g = self._inverse.gain(norms, start, stop)
         return half if g is None else half.mul_(g.abs())
 
-    def _own(self, stored: Stored, place: int) -> Tensor:
+    def _own(self, stored: StoredTensor, place: int) -> Tensor:
         """One row that was replaced: the base's, or the adapter's where that is the same once rounded."""
-        row = self._lane.rows(stored, place, place + 1).cpu()
+        row = self._buffers.rows(stored, place, place + 1).cpu()
         return maths.round_to(row, torch.empty(row.shape, dtype=TORCH[self._item.dtype]))[0]
 
 

@@ -19,7 +19,7 @@ from ..storage.checkpoint import RECEIPT, RECORD, Checkpoint, list_files
 from ..storage.spool import NAME as UNDO
 from ..storage.spool import gathered
 from .record import Record, no_record, rebuilt
-from .unmerge_plan import Known, Reversal, plan_unmerge
+from .unmerge_plan import Known, UnmergePlan, plan_unmerge
 
 GONE = ("ulps/", "norm/", "start/")
 """Parts of an undo record that speak of all adapters together."""
@@ -27,7 +27,7 @@ GONE = ("ulps/", "norm/", "start/")
 
 def plan_removal(
     merged: Checkpoint, record: Record, adapters: Sequence[Adapter], places: Sequence[int], options: Options
-) -> Reversal:
+) -> UnmergePlan:
     """Decide every tensor of the merge without some of its adapters, which are those in these places.
 
     Raises UsageError where one of the merge's adapters is not a LoRA, UnsupportedError where one replaces something.
@@ -57,7 +57,7 @@ def remaining_files(merged: Checkpoint) -> list[SideFile]:
     return [SideFile(name, merged.root / name) for name in [*names, *before]]
 
 
-def following(reversal: Reversal, record: Record, done: Mapping[str, Any]) -> list[SideFile]:
+def following(reversal: UnmergePlan, record: Record, done: Mapping[str, Any]) -> list[SideFile]:
     """The record of the merge that is left: without the removed adapters, and without what only all of them could use."""
     receipt = json.loads(json.dumps(record.receipt))
     receipt["adapters"] = [

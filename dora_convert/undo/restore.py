@@ -13,8 +13,8 @@ from ..engine.rehearsal import rehearse
 from ..engine.resume import Folder, entered, settle
 from ..engine.run import earlier, judge, run, run_key
 from ..errors import Fault, RefError, VerificationError
-from ..hub.streaming import Traffic
-from ..output.finished import Done, copied_name
+from ..hub.streaming import HubStreaming
+from ..output.finished import TensorResult, copied_name
 from ..output.in_place import InPlace
 from ..output.side_files import SideFile, left_over
 from ..plan.item import Item
@@ -23,18 +23,18 @@ from ..settings import Settings
 from ..storage.digests import Digest, stored_digest
 from ..storage.reader import Reader
 from .record import not_as_written
-from .unmerge_plan import Known, Reversal
+from .unmerge_plan import Known, UnmergePlan
 
 Proofs = Mapping[str, Digest]
 
 
 def restore(
-    reversal: Reversal,
+    reversal: UnmergePlan,
     files: Sequence[SideFile],
     folder: Folder,
     settings: Settings,
-    hub: Traffic | None = None,
-    later: Callable[[Mapping[str, Done]], Sequence[SideFile]] = lambda _: (),
+    hub: HubStreaming | None = None,
+    later: Callable[[Mapping[str, TensorResult]], Sequence[SideFile]] = lambda _: (),
 ) -> UnmergeReport:
     """Run a plan that undoes a merge, and publish the base; `later` makes files of what is known of its tensors.
 
@@ -44,19 +44,19 @@ def restore(
     record should give it back bit for bit, and what merging raises. OUT does not exist then.
     """
     plan = reversal.plan
-    choice = settle(plan.memory, settings)
+    spec = settle(plan.memory, settings)
     hashes = [scan_adapter(adapter) for adapter in plan.adapters]
     folder.check_space(folder.room(plan) + sum(file.nbytes for file in files))
     copied = _copied(reversal, hub)
     with entered(folder):
-        key = run_key(plan, folder, hashes, choice) | {
+        key = run_key(plan, folder, hashes, spec) | {
             "receipt": xxhash.xxh3_128_hexdigest(json.dumps(reversal.record.receipt).encode())
         }
         before = earlier(folder, plan, key)
         if isinstance(folder, InPlace) and not before:
-            _prove(reversal, rehearse(plan, settings, choice), copied)
+            _prove(reversal, rehearse(plan, settings, spec), copied)
         hashed = () if isinstance(folder, InPlace) else {item.name for item in _untouched(reversal)}
-        done = run(plan, folder, settings, choice, key, before, hub, hashed)
+        done = run(plan, folder, settings, spec, key, before, hub, hashed)
         verdict = judge(plan, done.progress.done) if settings.verify else None
         with _discarding(folder):
             _refuse_changed(_altered(reversal, done.progress.done), reversal)
@@ -65,13 +65,13 @@ def restore(
             folder.put(file.name, file.source)
         resumed = bool(before and before.records)
         report = UnmergeReport.undone(
-            reversal, settings, folder.given, choice, verdict, modules, written=done.written, resumed=resumed
+            reversal, settings, folder.given, spec, verdict, modules, written=done.written, resumed=resumed
         )
         folder.publish(report.to_dict(), left_over(plan.base, reversal.record, files))
     return report
 
 
-def _copied(reversal: Reversal, hub: Traffic | None) -> Proofs:
+def _copied(reversal: UnmergePlan, hub: HubStreaming | None) -> Proofs:
     """Hashes of what is copied as bytes though a merge changed it; RefError where MERGED is not what was written."""
     faults, found = [], {}
     tensors = reversal.record.receipt["tensors"]
@@ -86,20 +86,20 @@ def _copied(reversal: Reversal, hub: Traffic | None) -> Proofs:
     return found
 
 
-def _untouched(reversal: Reversal) -> Iterator[Item]:
+def _untouched(reversal: UnmergePlan) -> Iterator[Item]:
     """What no adapter touched, as far as the receipt has hashes of it."""
     noted = reversal.record.receipt.get("copied", {})
     return (item for item in reversal.plan.items if item.verbatim and item.source.name in noted)
 
 
-def _altered(reversal: Reversal, done: Mapping[str, Done]) -> list[str]:
+def _altered(reversal: UnmergePlan, done: Mapping[str, TensorResult]) -> list[str]:
     """What no adapter touched and somebody else has."""
     noted = reversal.record.receipt.get("copied", {})
     found = {item.source.name: done.get(copied_name(item)) for item in _untouched(reversal)}
     return [name for name, made in found.items() if made and made.base_hash != noted[name]]
 
 
-def _refuse_changed(names: Sequence[str], reversal: Reversal) -> None:
+def _refuse_changed(names: Sequence[str], reversal: UnmergePlan) -> None:
     if names:
         raise not_as_written(reversal.plan.base, [Fault(name, "was changed since") for name in names])
 
@@ -114,7 +114,7 @@ def _discarding(folder: Folder) -> Iterator[None]:
         raise
 
 
-def _prove(reversal: Reversal, done: Mapping[str, Done], copied: Proofs) -> list[Recovered]:
+def _prove(reversal: UnmergePlan, done: Mapping[str, TensorResult], copied: Proofs) -> list[Recovered]:
     """What was read and what came out of it, against the receipt."""
     undone = [item.name for item in reversal.plan.items if item.undo]
     changed = [name for name in undone if _other(_known(reversal, name).written, done[name].base_hash)]
@@ -129,16 +129,18 @@ def _prove(reversal: Reversal, done: Mapping[str, Done], copied: Proofs) -> list
     return modules
 
 
-def _promised(reversal: Reversal, module: Recovered) -> bool:
+def _promised(reversal: UnmergePlan, module: Recovered) -> bool:
     """Whether a tensor must be the base's: every one that the merge left a proof of, and all that gives it back."""
     return _known(reversal, module.name).proof is not None and not reversal.record.torn
 
 
-def _known(reversal: Reversal, name: str) -> Known:
+def _known(reversal: UnmergePlan, name: str) -> Known:
     return reversal.known.get(name, Known())
 
 
-def _recovered(reversal: Reversal, done: Mapping[str, Done], copied: Proofs) -> Iterator[Recovered]:
+def _recovered(
+    reversal: UnmergePlan, done: Mapping[str, TensorResult], copied: Proofs
+) -> Iterator[Recovered]:
     """Every tensor that the merge had changed, and whether it is the base's by hash."""
     for item in reversal.plan.items:
         known = _known(reversal, item.name)

@@ -18,7 +18,7 @@ from ..plan.plan import Options, OutputShard, Plan
 from ..plan.planner import make_plan
 from ..plan.sharding import converted, lay_out
 from ..storage.checkpoint import Checkpoint
-from ..storage.safetensors import Stored
+from ..storage.safetensors import StoredTensor
 from .record import Record, not_as_written, rebuilt
 
 WAYS_OUT = "merge again with --undo norms or exact, name the base with --base, or copy the base itself"
@@ -37,14 +37,14 @@ class Known:
 
 
 @dataclass(frozen=True)
-class Reversal:
+class UnmergePlan:
     """The plan that undoes a merge, and how to tell whether it did."""
 
     plan: Plan
     record: Record
     known: Mapping[str, Known]
     """By names of the base's tensors; those that were not touched are not in it."""
-    unread: Mapping[str, Stored]
+    unread: Mapping[str, StoredTensor]
     """Tensors of MERGED that a merge wrote and undoing does not read."""
     original: Checkpoint | None = None
     """The base itself, where it is at hand."""
@@ -58,7 +58,7 @@ def plan_unmerge(
     adapters: Sequence[Adapter],
     options: Options,
     original: Checkpoint | None = None,
-) -> Reversal:
+) -> UnmergePlan:
     """Decide every tensor of the base, from all adapters of a merge in their order.
 
     `original` is the base itself, for what no record holds. `options` are those of the recovery: compute dtype and shard
@@ -97,7 +97,7 @@ def plan_unmerge(
         for name, stored in merged.tensors.items()
         if record.receipt["tensors"].get(name, {}).get("written") and (stored.path, stored.start) not in read
     }
-    return Reversal(plan, record, known, unread, original)
+    return UnmergePlan(plan, record, known, unread, original)
 
 
 def _laid_out(
@@ -140,7 +140,7 @@ def _in_any_order(ledger: Iterable[Mapping[str, Any]]) -> list[str]:
     return sorted(json.dumps(entry, sort_keys=True) for entry in ledger)
 
 
-def _difference(item: Item, stored: Stored | None) -> str:
+def _difference(item: Item, stored: StoredTensor | None) -> str:
     if not stored:
         return "is missing"
     if (stored.dtype, stored.shape) != (item.dtype, item.shape):
@@ -149,7 +149,7 @@ def _difference(item: Item, stored: Stored | None) -> str:
 
 
 def _recovered(
-    tensor: Stored, merge: Plan, merged: Checkpoint, record: Record, original: Checkpoint | None
+    tensor: StoredTensor, merge: Plan, merged: Checkpoint, record: Record, original: Checkpoint | None
 ) -> Item | Fault:
     """How one of the base's tensors comes back, or why it cannot."""
     name, item = tensor.name, merge.remains.get(tensor.name)
@@ -192,18 +192,18 @@ def _recovered(
     return _inverse(item, tensor, source, undo)
 
 
-def _inverse(item: Item, tensor: Stored, source: Stored, undo: Undo) -> Item:
+def _inverse(item: Item, tensor: StoredTensor, source: StoredTensor, undo: Undo) -> Item:
     """The item that makes a tensor of the base from what an item has made."""
     named = replace(item, name=tensor.name, origin=tensor.name, base=tensor, added=False)
     return replace(named, dtype=tensor.dtype, shape=tensor.shape, source=source, undo=undo)
 
 
-def _copy(tensor: Stored, stored: Stored) -> Item:
+def _copy(tensor: StoredTensor, stored: StoredTensor) -> Item:
     """A tensor whose bytes are somewhere as they were."""
     return Item(tensor.name, tensor.dtype, tensor.shape, stored, stored, origin=tensor.name)
 
 
-def _kept(tensor: Stored, record: Record) -> tuple[Stored, Stored] | None:
+def _kept(tensor: StoredTensor, record: Record) -> tuple[StoredTensor, StoredTensor] | None:
     values = record.find("rows", tensor.name, tensor.dtype, [None, tensor.matrix[1]])
     index = record.find("index", tensor.name, "I64", [values.shape[0] if values else None])
     return (values, index) if values and index else None

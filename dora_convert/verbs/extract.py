@@ -8,13 +8,13 @@ from functools import partial
 from typing import Any
 
 from ..adapters.adapter import Change
-from ..adapters.new_adapter import Outgoing
+from ..adapters.new_adapter import NewAdapter
 from ..adapters.updates import Decomposed, Full, LowRank
 from ..errors import PlanError, UnsupportedError
-from ..fitting.jobs import Order, Result, goal_of
+from ..fitting.jobs import FittingPlan, Result, goal_of
 from ..fitting.pairs import Pair, Sorted, Sorting, model_names, short_names
 from ..fitting.report import MadeDryRun, MadeModule, MadeReport, share
-from ..fitting.session import Making
+from ..fitting.session import FittingSession
 from ..lazy_torch import without_collections
 from ..plan.planner import refuse_quantised
 from ..reports.push import Target
@@ -72,7 +72,7 @@ def extract(
     chosen(kind, KINDS, "--kind")
     chosen(embeddings, EMBEDDINGS, "--embeddings")
     single = compute_dtype != "float64"
-    with Making.begin(
+    with FittingSession.begin(
         out, format=format, device=device, dtype=dtype, compute_dtype=compute_dtype, max_memory=max_memory, workers=workers,
         include=include, exclude=exclude, ignore_field=(), base_model=base_model, cache=cache, token=token,
         push=Target.parse(push_to_hub, private, create_pr, commit_message, token), overwrite=overwrite, on_progress=on_progress, on_notice=on_notice,
@@ -82,7 +82,7 @@ def extract(
 
 
 def _run(
-    making: Making,
+    making: FittingSession,
     both: tuple[Checkpoint, Checkpoint],
     goal: Mapping[str, Any],
     kind: str,
@@ -110,17 +110,17 @@ def _run(
     )
 
 
-def _open(making: Making, base: PathLike, tuned: PathLike) -> tuple[Checkpoint, Checkpoint]:
+def _open(making: FittingSession, base: PathLike, tuned: PathLike) -> tuple[Checkpoint, Checkpoint]:
     """The headers of both checkpoints."""
     refs = ((base, "BASE"), (tuned, "TUNED"))
-    opened = [open_far(os.fspath(ref), what, making.settings.visit) for ref, what in refs]
+    opened = [open_far(os.fspath(ref), what, making.settings.session) for ref, what in refs]
     for checkpoint in opened:
         refuse_quantised(checkpoint)
     making.folder.refuse_inside([checkpoint.source.path for checkpoint in opened])
     return opened[0], opened[1]
 
 
-def _differing(base: Checkpoint, tuned: Checkpoint, making: Making) -> Collection[str]:
+def _differing(base: Checkpoint, tuned: Checkpoint, making: FittingSession) -> Collection[str]:
     """What fine-tuning changed: both are read for it."""
     with without_collections():
         from ..fitting.extract import differing
@@ -131,7 +131,7 @@ def _differing(base: Checkpoint, tuned: Checkpoint, making: Making) -> Collectio
         return differing(both, reader)
 
 
-def _check(found: Sorted, making: Making, tuned: Checkpoint, *, dry_run: bool) -> None:
+def _check(found: Sorted, making: FittingSession, tuned: Checkpoint, *, dry_run: bool) -> None:
     """Raise all faults at once; say what is saved whole, what is left out, and how large that is."""
     if found.faults:
         raise PlanError(
@@ -161,7 +161,7 @@ def _check(found: Sorted, making: Making, tuned: Checkpoint, *, dry_run: bool) -
 
 def _order(
     both: tuple[Checkpoint, Checkpoint],
-    making: Making,
+    making: FittingSession,
     found: Sorted,
     goal: Mapping[str, Any],
     kind: str,
@@ -169,7 +169,7 @@ def _order(
     *,
     exact: bool,
     single: bool,
-) -> Order:
+) -> FittingPlan:
     size = sum(tensor.nbytes for tensor in found.whole.values())
     for pair in found.pairs:
         rows, columns = pair.base.matrix
@@ -178,7 +178,7 @@ def _order(
     words += ["--kind", kind, *(["--embeddings", embeddings] if embeddings != "full" else [])]
     options = making.options
     names = [[pair.name for pair in found.pairs], sorted(found.whole)]
-    return Order(
+    return FittingPlan(
         command="extract",
         words=(*(checkpoint.source.title for checkpoint in both), "OUT", *words),
         bases=both,
@@ -193,7 +193,7 @@ def _order(
 
 
 def _work(
-    making: Making, kind: str, goal: Mapping[str, Any], *, exact: bool, single: bool
+    making: FittingSession, kind: str, goal: Mapping[str, Any], *, exact: bool, single: bool
 ) -> Callable[[Pair, Any], Any]:
     from ..fitting.extract import extract_module
 
@@ -204,7 +204,7 @@ def _work(
 
 def _assemble(
     found: Sorted, both: tuple[Checkpoint, Checkpoint], base_model: str | None, results: Mapping[str, Result]
-) -> dict[str, Outgoing]:
+) -> dict[str, NewAdapter]:
     """The adapter: factors of what has some, everything else as TUNED has it."""
     base, tuned = both
     changes, targets, names = [], [], model_names(tuned)
@@ -216,7 +216,7 @@ def _assemble(
         targets.append(pair.name.rpartition(".")[0])
     changes += [Change(name, Full(value)) for name, value in found.whole.items()]
     architectures = (tuned.config or {}).get("architectures")
-    made = Outgoing(
+    made = NewAdapter(
         tuple(changes),
         base=base_model or base.source.repo,
         revision=None if base_model else base.source.commit,
@@ -244,7 +244,7 @@ def _module(name: str, result: Result) -> MadeModule:
     return MadeModule(name=name, rank=facts["rank"], relative_error=error, details=details)
 
 
-def _conclude(making: Making, results: Mapping[str, Result]) -> dict[str, Any]:
+def _conclude(making: FittingSession, results: Mapping[str, Result]) -> dict[str, Any]:
     """The error that a LoRA would have, and which searches did not end by themselves."""
     found = [result.facts for result in results.values() if "lora_error" in result.facts]
     if not found:

@@ -8,12 +8,12 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from ..adapters.adapter import Adapter, Change
-from ..adapters.new_adapter import Outgoing
+from ..adapters.new_adapter import NewAdapter
 from ..adapters.updates import Decomposed, LowRank, tensors_of
 from ..errors import Fault, UnsupportedError, UsageError
-from ..fitting.jobs import Order, Placed, Result, modules_besides, place_changes
+from ..fitting.jobs import FittingPlan, MatchedChange, Result, modules_besides, place_changes
 from ..fitting.report import MadeDryRun, MadeModule, MadeReport, share
-from ..fitting.session import Making
+from ..fitting.session import FittingSession
 from ..formats.detect import Format
 from ..naming.ties import is_embedding, is_head
 from ..plan.plan import Plan
@@ -63,7 +63,7 @@ def from_lora(
     Raises DoraConvertError, and then leaves nothing under `out`.
     """
     preserve = chosen(init, {"preserve": True, "pretrained": False}, "--init")
-    with Making.begin(
+    with FittingSession.begin(
         out, format=format, device=device, dtype=dtype, compute_dtype=compute_dtype, max_memory=max_memory, workers=workers,
         include=include, exclude=exclude, ignore_field=ignore_field, base_model=base_model, cache=cache, token=token,
         push=Target.parse(push_to_hub, private, create_pr, commit_message, token), overwrite=overwrite, on_progress=on_progress, on_notice=on_notice,
@@ -78,7 +78,7 @@ def from_lora(
         )  # fmt: skip
 
 
-def _work(*, preserve: bool) -> Callable[[Placed, Any], Any]:
+def _work(*, preserve: bool) -> Callable[[MatchedChange, Any], Any]:
     from ..fitting.magnitudes import magnitudes
 
     return partial(magnitudes, preserve=preserve)
@@ -94,8 +94,8 @@ def _refuse_dora(adapter: Adapter) -> None:
 class _Sorted(NamedTuple):
     """The changes of a LoRA: what becomes DoRA, what cannot, and what has no factors."""
 
-    made: list[Placed]
-    left: list[Placed]
+    made: list[MatchedChange]
+    left: list[MatchedChange]
     unplaced: list[Change]
     others: list[Change]
 
@@ -124,13 +124,13 @@ def _sorted(plan: Plan, saves: Format, *, split: bool) -> _Sorted:
     return _Sorted(made, [job for job in placed if job.name in faults], unplaced, others)
 
 
-def _order(plan: Plan, making: Making, found: _Sorted, *, init: str, split: bool) -> Order:
+def _order(plan: Plan, making: FittingSession, found: _Sorted, *, init: str, split: bool) -> FittingPlan:
     """What is to be done, and how large it will be."""
     changes = [*(job.change for job in found.made), *found.rest, *found.others]
     carried = sum(tensor.nbytes for change in changes for tensor in tensors_of(change.update))
     adapter = plan.adapters[0]
     options = [*(["--init", init] if init != "preserve" else []), *(["--split"] if split else [])]
-    return Order(
+    return FittingPlan(
         command="from-lora",
         words=(plan.base.source.title, adapter.source.title, "OUT", *options),
         bases=(plan.base,),
@@ -146,7 +146,7 @@ def _order(plan: Plan, making: Making, found: _Sorted, *, init: str, split: bool
 
 def _assemble(
     found: _Sorted, plan: Plan, base_model: str | None, results: Mapping[str, Result]
-) -> dict[str, Outgoing]:
+) -> dict[str, NewAdapter]:
     """The DoRA; and what stays a LoRA, in a sub-folder."""
     adapter = plan.adapters[0]
     changes = [
@@ -157,7 +157,7 @@ def _assemble(
     before = sum(isinstance(change.update, LowRank) for change in adapter.changes)
     targets = None if len(changes) == before else ()
     besides = modules_besides(plan, found.made)
-    whole = Outgoing((*changes, *found.others), adapter, base_model, targets=targets, besides=besides)
+    whole = NewAdapter((*changes, *found.others), adapter, base_model, targets=targets, besides=besides)
     if not found.rest:
         return {"": whole}
     rest = replace(whole, changes=tuple(found.rest), besides=modules_besides(plan, found.left))

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Callable
 
 from ..errors import RefError
-from ..hub.push import Pushing
+from ..hub.push import FolderPush
 from ..reports.merge import PushReport
 from ..reports.push import Target
 from ..settings import check_base_model
@@ -42,4 +42,4 @@ def push(
         hint = shlex.join(["dora-convert", "push", repo_id, given])
         raise RefError(f"DIR and REPO_ID are swapped: {repo_id} is a folder.", hint=hint)
     target = Target(repo_id, private, create_pr, commit_message, token)
-    return Pushing(given, target, base_model, on_progress, on_notice).run(dry_run=dry_run)
+    return FolderPush(given, target, base_model, on_progress, on_notice).run(dry_run=dry_run)

@@ -9,11 +9,11 @@ from functools import partial
 from typing import Any
 
 from ..adapters.adapter import Change
-from ..adapters.new_adapter import Outgoing
+from ..adapters.new_adapter import NewAdapter
 from ..adapters.updates import Decomposed, Delta, LowRank, low_rank
-from ..fitting.jobs import HELD, Order, Placed, Result, goal_of, modules_besides, place_changes
+from ..fitting.jobs import HELD, FittingPlan, MatchedChange, Result, goal_of, modules_besides, place_changes
 from ..fitting.report import MadeDryRun, MadeModule, MadeReport, share
-from ..fitting.session import Making
+from ..fitting.session import FittingSession
 from ..naming.ties import is_embedding, is_head
 from ..plan.item import Edit, Item
 from ..plan.plan import Plan
@@ -64,7 +64,7 @@ def to_lora(
     Raises DoraConvertError, and then leaves nothing under `out`.
     """
     goal = goal_of(rank, energy, max_error)
-    with Making.begin(
+    with FittingSession.begin(
         out, format=format, device=device, dtype=dtype, compute_dtype=compute_dtype, max_memory=max_memory, workers=workers,
         include=include, exclude=exclude, ignore_field=ignore_field, base_model=base_model, cache=cache, token=token,
         push=Target.parse(push_to_hub, private, create_pr, commit_message, token), overwrite=overwrite, on_progress=on_progress, on_notice=on_notice,
@@ -82,8 +82,8 @@ def to_lora(
 class _Sorted:
     """The changes of an adapter: what gets new factors, what must keep its own, and what has none."""
 
-    made: list[Placed]
-    kept: list[Placed]
+    made: list[MatchedChange]
+    kept: list[MatchedChange]
     copies: list[Change]
     others: list[Change]
     single: bool
@@ -98,7 +98,7 @@ class _Sorted:
         }
 
 
-def _sorted(plan: Plan, making: Making, *, single: bool) -> _Sorted:
+def _sorted(plan: Plan, making: FittingSession, *, single: bool) -> _Sorted:
     def cost(item: Item, edit: Edit) -> int:
         """Bytes: blocks and factors, and, unless it is a plain LoRA, the matrix some times over."""
         plain = not edit.decomposed and not item.start
@@ -117,7 +117,7 @@ def _sorted(plan: Plan, making: Making, *, single: bool) -> _Sorted:
     return _Sorted([job for job in placed if job not in kept], kept, copies, others, single)
 
 
-def _most(job: Placed, goal: Mapping[str, Any]) -> int:
+def _most(job: MatchedChange, goal: Mapping[str, Any]) -> int:
     """The largest rank that a module can come out at."""
     rows, columns = job.item.source.matrix
     exact = min(rows, columns)
@@ -126,12 +126,14 @@ def _most(job: Placed, goal: Mapping[str, Any]) -> int:
     return min(exact, goal.get("rank") or exact)
 
 
-def _order(plan: Plan, making: Making, found: _Sorted, goal: Mapping[str, Any], *, exact: bool) -> Order:
+def _order(
+    plan: Plan, making: FittingSession, found: _Sorted, goal: Mapping[str, Any], *, exact: bool
+) -> FittingPlan:
     adapter = plan.adapters[0]
     carried = sum(tensor.nbytes for tensor in adapter.tensors.values())
     factors = sum(4 * _most(job, goal) * sum(job.item.source.matrix) for job in found.made)
     words = [f"--{name.replace('_', '-')} {value:g}" for name, value in goal.items()]
-    return Order(
+    return FittingPlan(
         command="to-lora",
         words=(plan.base.source.title, adapter.source.title, "OUT", *" ".join(words).split()),
         bases=(plan.base,),
@@ -145,8 +147,8 @@ def _order(plan: Plan, making: Making, found: _Sorted, goal: Mapping[str, Any], 
 
 
 def _work(
-    goal: Mapping[str, Any], making: Making, found: _Sorted, *, exact: bool
-) -> Callable[[Placed, Any], Any]:
+    goal: Mapping[str, Any], making: FittingSession, found: _Sorted, *, exact: bool
+) -> Callable[[MatchedChange, Any], Any]:
     from ..fitting.compress import compress
 
     return partial(
@@ -156,7 +158,7 @@ def _work(
 
 def _assemble(
     found: _Sorted, plan: Plan, base_model: str | None, results: Mapping[str, Result]
-) -> dict[str, Outgoing]:
+) -> dict[str, NewAdapter]:
     """The LoRA: new factors with scaling 1, and everything else as it was."""
     adapter = plan.adapters[0]
     changes = []
@@ -173,10 +175,10 @@ def _assemble(
     pruned = any(name.endswith(".lora_E") for name in adapter.ignored)
     targets = None if before == after and not pruned else ()
     besides = modules_besides(plan, [*found.made, *found.kept])
-    return {"": Outgoing(tuple(changes), adapter, base_model, targets=targets, besides=besides)}
+    return {"": NewAdapter(tuple(changes), adapter, base_model, targets=targets, besides=besides)}
 
 
-def low_rank_of(job: Placed) -> LowRank:
+def low_rank_of(job: MatchedChange) -> LowRank:
     """The factors that a job's adapter has for it."""
     assert isinstance(job.change.update, LowRank | Decomposed)
     return low_rank(job.change.update)
@@ -195,7 +197,7 @@ def _module(name: str, result: Result) -> MadeModule:
 
 
 def _conclude(
-    found: _Sorted, making: Making, goal: Mapping[str, Any], results: Mapping[str, Result]
+    found: _Sorted, making: FittingSession, goal: Mapping[str, Any], results: Mapping[str, Result]
 ) -> dict[str, Any]:
     """Errors of all outputs together, and whether merging would be the better way out."""
     facts = [result.facts for result in results.values()]

@@ -28,7 +28,7 @@ from ..storage.spool import NAME as UNDO
 from ..undo.record import Record, in_order, no_record, read_record
 from ..undo.refusals import refuse_far, refuse_lossy, refuse_options
 from ..undo.removal import following, plan_removal, remaining_files
-from ..undo.unmerge_plan import Reversal, plan_unmerge
+from ..undo.unmerge_plan import UnmergePlan, plan_unmerge
 
 if TYPE_CHECKING:
     from ..engine.resume import Folder
@@ -87,7 +87,7 @@ def unmerge(
 
 
 def _restore(
-    reversal: Reversal, record: Record, files: Sequence[SideFile], place: Folder, settings: Settings
+    reversal: UnmergePlan, record: Record, files: Sequence[SideFile], place: Folder, settings: Settings
 ) -> UnmergeReport:
     """Carry it out, with what it reads of the Hub."""
     with without_collections():
@@ -108,13 +108,13 @@ def _plan(
     ignore_field: Sequence[str],
     *,
     unfinished: bool,
-) -> tuple[Reversal, Record, list[Path]]:
+) -> tuple[UnmergePlan, Record, list[Path]]:
     """Gather the inputs and decide how every tensor of the base comes back; with the record, and the inputs' folders."""
     if unfinished:
         checkpoint = open_checkpoint(local_source(local_path(os.fspath(merged), "MERGED")), unfinished=True)
     else:
-        checkpoint = open_far(os.fspath(merged), "MERGED", settings.visit)
-    original = open_far(os.fspath(base), "BASE", settings.visit) if base else None
+        checkpoint = open_far(os.fspath(merged), "MERGED", settings.session)
+    original = open_far(os.fspath(base), "BASE", settings.session) if base else None
     record, opened, places = _record(checkpoint, adapters, settings, ignore_field, original)
     if unfinished and record.assumed:
         raise UsageError(
@@ -140,7 +140,7 @@ def _reads(plan: Plan, checkpoint: Checkpoint) -> bool:
     return not read.isdisjoint(tensor.path for tensor in checkpoint.tensors.values())
 
 
-def _files(reversal: Reversal, settings: Settings) -> list[SideFile]:
+def _files(reversal: UnmergePlan, settings: Settings) -> list[SideFile]:
     """What will lie beside the weights; what cannot be restored is warned of."""
     if reversal.places:
         return remaining_files(reversal.plan.base)
@@ -161,7 +161,7 @@ def _finished(
     return UnmergeReport.read(report) if report else None
 
 
-def _place(reversal: Reversal, *, allow_lossy: bool) -> InPlace:
+def _place(reversal: UnmergePlan, *, allow_lossy: bool) -> InPlace:
     """MERGED itself, if it may be changed."""
     if reversal.places:
         raise UsageError("--in-place takes all adapters out together.", hint="name all of them, or an OUT")
@@ -190,7 +190,7 @@ def _record(
         settings.warn(f"{why}: what rounding took is lost")
     accepted = record.options.ignore_field if record else ignore_field
     opened = [
-        open_adapter(fetch(ref, "ADAPTER", wanted_of_adapter, settings.visit), accepted) for ref in refs
+        open_adapter(fetch(ref, "ADAPTER", wanted_of_adapter, settings.session), accepted) for ref in refs
     ]
     if not record:
         settings.warn(

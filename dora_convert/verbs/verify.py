@@ -20,7 +20,7 @@ from ..sources.download import fetch, wanted_of_adapter
 from ..sources.inputs import gather, refuse_swapped
 from ..sources.prefetch import bring_weights
 from ..sources.remote_headers import open_far
-from ..sources.session import Visit
+from ..sources.session import Session
 from ..storage.checkpoint import RECEIPT, RECORD, Checkpoint
 from ..storage.refs import PathLike, listed
 
@@ -91,8 +91,8 @@ def _gather(
     weights = parse_weights(weight, len(refs))
     if base is not None:
         refuse_swapped(base, refs, where, "verify")
-    made = open_far(where, "MERGED", settings.visit)
-    if noted := _recorded(made, refs, settings.visit):
+    made = open_far(where, "MERGED", settings.session)
+    if noted := _recorded(made, refs, settings.session):
         options = replace(
             options,
             ignore_field=(*options.ignore_field, *noted.ignore_field),
@@ -103,7 +103,7 @@ def _gather(
             if str(noted):
                 settings.notify(f"as the receipt of MERGED says: {noted}")
     accepted = options.ignore_field
-    checkpoint, opened = gather(base, refs, where, settings.visit, settings.notify, accepted, "verify")
+    checkpoint, opened = gather(base, refs, where, settings.session, settings.notify, accepted, "verify")
     return make_plan(checkpoint, opened, weights, options), made
 
 
@@ -117,13 +117,13 @@ def _texts(level: str, prompt: Sequence[str], prompts: PathLike | None) -> tuple
     return ()
 
 
-def _recorded(made: Checkpoint, refs: Sequence[str], visit: Visit) -> Recorded | None:
+def _recorded(made: Checkpoint, refs: Sequence[str], session: Session) -> Recorded | None:
     """What a receipt in MERGED says, if these adapters were merged. What is missing is complained about later."""
     folder = made.source.path
     if not (folder / RECORD / RECEIPT).is_file():
         return None
     try:
-        paths = [fetch(ref, "ADAPTER", wanted_of_adapter, visit).path for ref in refs]
+        paths = [fetch(ref, "ADAPTER", wanted_of_adapter, session).path for ref in refs]
     except DoraConvertError:
         return None
     with without_collections():
@@ -147,6 +147,6 @@ def _compared(
     if not running:
         return verify_weights(plan, made, settings, samples)
     for each in (plan.base, made):
-        bring_weights(each, settings.visit)
+        bring_weights(each, settings.session)
     with prepared(plan, settings, *running) as comparison:
         return comparison.against(made)

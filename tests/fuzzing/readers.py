@@ -19,7 +19,7 @@ from dora_convert.storage.checkpoint import open_checkpoint, weight_map
 from dora_convert.storage.json_files import read_json
 from dora_convert.storage.reader import Reader
 from dora_convert.storage.refs import Source
-from dora_convert.storage.safetensors import Stored, read_header
+from dora_convert.storage.safetensors import StoredTensor, read_header
 from dora_convert.storage.torch_pickle import read_pickle
 from dora_convert.undo.packing import Unpacker
 
@@ -84,7 +84,7 @@ def unpickle_as_both(path: Path) -> None:
 def unpack(path: Path) -> None:
     """Packed integers, as they were kept of a tensor."""
     dtype = torch.int32 if path.stem == "wide" else torch.int16
-    stored = Stored("ulps/x", "U8", (path.stat().st_size,), path, 0)
+    stored = StoredTensor("ulps/x", "U8", (path.stat().st_size,), path, 0)
     with closing(Reader()) as reader:
         assert len(Unpacker(stored, reader, dtype).next(COUNT)) == COUNT
 

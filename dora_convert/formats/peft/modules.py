@@ -9,10 +9,10 @@ from typing import NamedTuple
 from ...adapters.adapter import Change
 from ...adapters.updates import Decomposed, Delta, LowRank, Start, Update
 from ...errors import Fault
-from ...storage.safetensors import FLOATS, Stored
+from ...storage.safetensors import FLOATS, StoredTensor
 from .config import Config
 
-Parts = Mapping[str, Stored]
+Parts = Mapping[str, StoredTensor]
 REGISTERED = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
 """Parameters of experts in the order that their modules register them: PEFT wraps the first one innermost."""
 _CALLED = {"A": "lora_A", "B": "lora_B", "d": "lora_E"}
@@ -116,12 +116,12 @@ def _update(key: str, parts: Parts, config: Config, times: int, start: Start | N
     return Decomposed(update, parts["m"]) if "m" in parts else update
 
 
-def _is_linear(A: Stored) -> bool:
+def _is_linear(A: StoredTensor) -> bool:
     """Whether PEFT's other starts apply: embeddings and convolutions begin as usual."""
     return len(A.shape) == 2 and not re.search(r"\.lora_embedding_A\b", A.name)
 
 
-def _orientation(A: Stored) -> bool | None:
+def _orientation(A: StoredTensor) -> bool | None:
     if re.search(r"\.lora_embedding_A\b", A.name):
         return True
     return None if len(A.shape) == 2 else False

@@ -31,7 +31,7 @@ from ...adapters.updates import Full, Rows
 from ...errors import Fault, MalformedError
 from ...storage.json_files import read_json
 from ...storage.refs import Source
-from ...storage.safetensors import Stored, read_header
+from ...storage.safetensors import StoredTensor, read_header
 from ...storage.torch_pickle import read_pickle
 from .config import Config, is_saved_embedding
 from .fields import refuse_unsupported
@@ -97,9 +97,9 @@ class _Found:
     changes: list[Change] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     ignored: dict[str, str] = field(default_factory=dict)
-    modules: dict[str, dict[str, Stored]] = field(default_factory=dict)
+    modules: dict[str, dict[str, StoredTensor]] = field(default_factory=dict)
 
-    def sort(self, name: str, tensor: Stored) -> None:
+    def sort(self, name: str, tensor: StoredTensor) -> None:
         """Put one tensor where it belongs."""
         target = plain(name)
         if suffix := next((suffix for suffix in PARTS if target.endswith(suffix)), None):
@@ -120,13 +120,13 @@ class _Found:
         else:
             self.faults.append(Fault(name, "neither a LoRA tensor nor part of modules_to_save"))
 
-    def _keep(self, module: str, part: str, tensor: Stored) -> None:
+    def _keep(self, module: str, part: str, tensor: StoredTensor) -> None:
         parts = self.modules.setdefault(module, {})
         if part in parts:
             self.faults.append(Fault(tensor.name, f"says what {parts[part].name} says already"))
         parts[part] = tensor
 
-    def _rows(self, module: str, tensor: Stored) -> None:
+    def _rows(self, module: str, tensor: StoredTensor) -> None:
         index = self.config.index(module)
         if len(set(index)) != len(index) or tensor.shape[:1] != (len(index),):
             why = f"has shape {tensor.shape}; trainable_token_indices lists {len(set(index))} tokens for it"

@@ -14,10 +14,10 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from ...adapters.adapter import Adapter, Change
-from ...adapters.new_adapter import Files, Outgoing
+from ...adapters.new_adapter import Files, NewAdapter
 from ...adapters.updates import Decomposed, Delta, Full, LowRank, Rows, Start, low_rank
 from ...storage.json_files import read_json
-from ...storage.safetensors import Stored
+from ...storage.safetensors import StoredTensor
 from .config import Config
 from .names import CONFIG, PREFIX, TOKENS, WEIGHTS, plain
 
@@ -43,7 +43,7 @@ _HEADS = {"SEQ_CLS": _CLASSIFIERS, "TOKEN_CLS": _CLASSIFIERS, "QUESTION_ANS": ("
 """The modules that PEFT takes for saved whole because of the task, by the ends of their names."""
 
 
-def save(made: Outgoing) -> Files:
+def save(made: NewAdapter) -> Files:
     """The files of an adapter folder."""
     tensors = {name: stored for change in made.changes for name, stored in _named(change, made)}
     config = json.dumps(_config(made), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
@@ -77,12 +77,12 @@ def objection(change: Change, tensor: str, like: Adapter) -> str | None:
     return "DoRA does not go with megatron_config" if raw.get("megatron_config") else None
 
 
-def _named(change: Change, made: Outgoing) -> Iterator[tuple[str, Stored]]:
+def _named(change: Change, made: NewAdapter) -> Iterator[tuple[str, StoredTensor]]:
     """Each tensor of a change under its name in the file."""
     module = PREFIX + change.target.rpartition(".")[0]
     update = change.update
 
-    def name(stored: Stored, suffix: str) -> tuple[str, Stored]:
+    def name(stored: StoredTensor, suffix: str) -> tuple[str, StoredTensor]:
         own = made.like is not None and made.like.tensors.get(stored.name) is stored
         return (PREFIX + plain(stored.name) if own else module + suffix, stored)
 
@@ -117,7 +117,7 @@ def _of(like: Adapter | None) -> tuple[dict[str, Any], Config | None]:
     return raw, Config.parse(raw, path)
 
 
-def _config(made: Outgoing) -> dict[str, Any]:
+def _config(made: NewAdapter) -> dict[str, Any]:
     """adapter_config.json."""
     before, config = _of(made.like)
     raw = {**_FRESH, **{key: value for key, value in before.items() if key not in _OF_ADALORA}}
@@ -137,7 +137,7 @@ def _config(made: Outgoing) -> dict[str, Any]:
     return raw
 
 
-def _task(made: Outgoing, saved: Collection[str]) -> dict[str, Any]:
+def _task(made: NewAdapter, saved: Collection[str]) -> dict[str, Any]:
     """The task of a class of models, and its head as one saved module.
 
     No task where the head is not saved whole: PEFT would look for it among the saved modules.
@@ -153,7 +153,7 @@ def _task(made: Outgoing, saved: Collection[str]) -> dict[str, Any]:
     return {"task_type": task, "modules_to_save": sorted(others | whole)}
 
 
-def _numbers(made: Outgoing, config: Config | None) -> dict[str, Any]:
+def _numbers(made: NewAdapter, config: Config | None) -> dict[str, Any]:
     """Ranks and alphas: as they were, where all factors are; else so that every scaling is as it must be."""
     if config and not config.adalora and all(made.carries(low) for _, low in made.low_ranks):
         return {}
@@ -196,7 +196,7 @@ def _is_parameter(target: str, config: Config) -> bool:
     return named and not any(module.endswith(f".{name}") for name in config.modules)
 
 
-def _beginnings(made: Outgoing, before: Mapping[str, Any]) -> dict[str, Any]:
+def _beginnings(made: NewAdapter, before: Mapping[str, Any]) -> dict[str, Any]:
     """Starts and ways of training, kept only as far as they still say something of the factors."""
     changed: dict[str, Any] = {key: None for key in ("velora_config", "monteclora_config") if before.get(key)}
     carried = [low for _, low in made.low_ranks if made.carries(low)]
@@ -209,7 +209,7 @@ def _beginnings(made: Outgoing, before: Mapping[str, Any]) -> dict[str, Any]:
     return changed
 
 
-def _targets(made: Outgoing, config: Config | None) -> dict[str, Any]:
+def _targets(made: NewAdapter, config: Config | None) -> dict[str, Any]:
     """The modules that have factors, where they are not those of before."""
     if made.targets is None:
         return {}
@@ -220,7 +220,7 @@ def _targets(made: Outgoing, config: Config | None) -> dict[str, Any]:
     return {"target_modules": _matching(made, modules), **(every if config else {}), **named}
 
 
-def _matching(made: Outgoing, modules: set[str]) -> list[str] | str:
+def _matching(made: NewAdapter, modules: set[str]) -> list[str] | str:
     """What PEFT finds some modules by: ends of their names, or one pattern where those are ends of others' names, too."""
     names = set(made.targets or modules)
     others = (other.split(".") for other in made.besides - modules)
@@ -229,7 +229,7 @@ def _matching(made: Outgoing, modules: set[str]) -> list[str] | str:
     return sorted(names)
 
 
-def _whole(made: Outgoing, config: Config | None) -> dict[str, Any]:
+def _whole(made: NewAdapter, config: Config | None) -> dict[str, Any]:
     """What is saved whole: modules, and biases by themselves."""
     targets = [change.target for change in made.changes if isinstance(change.update, Full)]
     if config:

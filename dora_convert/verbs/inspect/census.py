@@ -15,7 +15,7 @@ from ...reports.inspect import CheckpointReport
 from ...storage.checkpoint import RECORD, Checkpoint
 from ...storage.json_files import read_json
 from ...storage.refs import Source
-from ...storage.safetensors import Stored
+from ...storage.safetensors import StoredTensor
 
 QUANTISED = ("quantization_config", "compression_config")
 """Where configs say how weights are quantised."""
@@ -128,10 +128,10 @@ def _mapping(value: object) -> dict[str, Any]:
 
 
 def common(
-    source: Source, tensors: Collection[Stored], notes: Sequence[str], started: float
+    source: Source, tensors: Collection[StoredTensor], notes: Sequence[str], started: float
 ) -> dict[str, Any]:
     """The fields that all reports have."""
-    dtypes: dict[str, list[Stored]] = {}
+    dtypes: dict[str, list[StoredTensor]] = {}
     for tensor in tensors:
         dtypes.setdefault(tensor.dtype, []).append(tensor)
     return {
@@ -147,7 +147,7 @@ def common(
     }
 
 
-def _totals(tensors: Collection[Stored]) -> dict[str, int]:
+def _totals(tensors: Collection[StoredTensor]) -> dict[str, int]:
     distinct = {(tensor.path, tensor.start, tensor.nbytes): tensor for tensor in tensors}.values()
     return {
         "tensors": len(tensors),
@@ -156,7 +156,7 @@ def _totals(tensors: Collection[Stored]) -> dict[str, int]:
     }
 
 
-def _kinds(tensors: Collection[Stored]) -> tuple[Mapping[str, Any], ...]:
+def _kinds(tensors: Collection[StoredTensor]) -> tuple[Mapping[str, Any], ...]:
     counts = Counter((fold(tensor.name), tensor.dtype, tensor.shape) for tensor in tensors)
     return tuple(
         {"kind": kind, "dtype": dtype, "shape": shape, "tensors": count}

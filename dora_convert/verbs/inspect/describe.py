@@ -25,8 +25,8 @@ from ...plan.plan import Options, Plan
 from ...plan.planner import make_plan
 from ...reports.inspect import AdapterReport, CheckpointReport, Landing, Module
 from ...sources.inputs import doubts
-from ...sources.remote_headers import ADAPTER, Look, look
-from ...sources.session import Visit
+from ...sources.remote_headers import ADAPTER, RefListing, look
+from ...sources.session import Session
 from ...storage.checkpoint import OF_TRAINING, Checkpoint, is_weight_file, read_weights
 from ...storage.json_files import read_json
 from ...storage.refs import Source, local_path, local_source
@@ -34,17 +34,17 @@ from .census import census, common, fold, place
 
 
 def inspect_ref(
-    ref: str, base: str | None, accepted: Collection[str], visit: Visit
+    ref: str, base: str | None, accepted: Collection[str], session: Session
 ) -> AdapterReport | CheckpointReport:
     """Look at a REF; with a base, at where the adapter's tensors would land in it.
 
     Raises DoraConvertError where something cannot be read, or is neither; an adapter that does not fit is an answer.
     """
     started = time.monotonic()
-    seen = look(ref, "REF", visit)
+    seen = look(ref, "REF", session)
     source = _folder_of_adapter(seen.source)
     if any(known.recognises(source.path) for known in FORMATS):
-        against = None if base is None else look(base, "BASE", visit).checkpoint()
+        against = None if base is None else look(base, "BASE", session).checkpoint()
         return _of_adapter(source, seen.names, against, accepted, started)
     checkpoint = _open(seen)
     if base is not None:
@@ -61,7 +61,7 @@ def _folder_of_adapter(source: Source) -> Source:
     return local_source(folder) if inside and (folder / ADAPTER).is_file() else source
 
 
-def _open(seen: Look) -> Checkpoint:
+def _open(seen: RefListing) -> Checkpoint:
     """A checkpoint; or, of a folder without weights, the folders inside it that are adapters."""
     try:
         return seen.checkpoint()

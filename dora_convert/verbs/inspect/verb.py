@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 
 from ...reports.inspect import AdapterReport, CheckpointReport
-from ...sources.session import visiting
+from ...sources.session import open_session
 from ...storage.refs import PathLike
 from .describe import inspect_ref
 
@@ -26,5 +26,5 @@ def inspect(
 
     Raises DoraConvertError for what cannot be read, or is neither.
     """
-    with visiting(token, cache=cache) as visit:
-        return inspect_ref(os.fspath(ref), None if base is None else os.fspath(base), ignore_field, visit)
+    with open_session(token, cache=cache) as session:
+        return inspect_ref(os.fspath(ref), None if base is None else os.fspath(base), ignore_field, session)

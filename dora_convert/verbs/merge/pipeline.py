@@ -13,10 +13,10 @@ from ...engine.rehearsal import rehearse
 from ...engine.resume import Folder, entered, settle
 from ...engine.run import Hashes, earlier, judge, run, run_key
 from ...errors import Fault, VerificationError
-from ...hub.streaming import Traffic
+from ...hub.streaming import HubStreaming
 from ...output import receipt
 from ...output.card import card_bytes
-from ...output.finished import Done, kept_name
+from ...output.finished import TensorResult, kept_name
 from ...output.in_place import InPlace
 from ...output.side_files import SideFile, base_files, originals, side_files, with_card
 from ...plan.plan import Plan
@@ -38,7 +38,7 @@ def produce(
     plan: Plan,
     folder: Folder,
     settings: Settings,
-    hub: Traffic | None = None,
+    hub: HubStreaming | None = None,
     examine: Examine | None = None,
 ) -> MergeReport:
     """Run a merge's plan and publish the result if `examine` finds no difference; on the Hub, too, with `hub`.
@@ -46,20 +46,20 @@ def produce(
     Raises UsageError for a device or a memory budget that will not do, NumericalError for NaN, Inf and overflow,
     OutputError for a disk that does not take the result, VerificationError when a check fails. OUT does not exist then.
     """
-    choice = settle(plan.memory, settings)
+    spec = settle(plan.memory, settings)
     hashes = [scan_adapter(adapter) for adapter in plan.adapters]
     seen = _look_at_base(plan, settings)
     files = side_files(plan, settings.base_model)
     room = hub.most(plan) if hub else folder.room(plan)
     folder.check_space(room + 2 * plan.undo_bytes + sum(file.nbytes for file in files))
     with entered(folder):
-        key = run_key(plan, folder, hashes, choice)
+        key = run_key(plan, folder, hashes, spec)
         before = earlier(folder, plan, key)
         if isinstance(folder, InPlace) and not before:
-            rehearse(plan, settings, choice)
+            rehearse(plan, settings, spec)
         if hub:
             hub.enter(folder.partial)
-        done = run(plan, folder, settings, choice, key, before, hub, _copied(plan, folder))
+        done = run(plan, folder, settings, spec, key, before, hub, _copied(plan, folder))
         if not seen:
             _look_at_base(plan, settings)
         verdict = judge(plan, done.progress.done) if settings.verify else None
@@ -76,7 +76,7 @@ def produce(
             "resumed": bool(before and before.records),
             "outputs": outputs,
         }
-        report = MergeReport.of(plan, settings, away or folder.given, choice, verdict, pushed=pushed, **ended)
+        report = MergeReport.of(plan, settings, away or folder.given, spec, verdict, pushed=pushed, **ended)
         if away:
             folder.discard()
         else:
@@ -112,7 +112,7 @@ def _examined(folder: Folder, examine: Examine) -> OutputsReport:
     return found
 
 
-def _same(plan: Plan, done: Mapping[str, Done]) -> bool:
+def _same(plan: Plan, done: Mapping[str, TensorResult]) -> bool:
     """Whether every tensor that adapters had a part in holds the base's bytes."""
     return all(
         item.dtype == item.base.dtype and done[item.name].base_hash == done[item.name].written_hash
@@ -133,7 +133,7 @@ def _write_files(plan: Plan, folder: Folder, run: Run, files: Sequence[SideFile]
                 [*_kept(plan, run), *_originals(plan, files, spool)], folder.path(f"{RECORD}/{undo.NAME}")
             )
     proofs = {name: sha256(path) for name, path in base_files(plan.base).items()}
-    written = receipt.receipt_bytes(plan, run.progress.done, hashes, files, proofs, run.choice)
+    written = receipt.receipt_bytes(plan, run.progress.done, hashes, files, proofs, run.spec)
     folder.put(f"{RECORD}/{RECEIPT}", written)
 
 

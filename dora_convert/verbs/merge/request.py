@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ...errors import UsageError
-from ...hub.target import Routes, place_of
+from ...hub.target import HubRoutes, place_of
 from ...lazy_torch import without_collections
 from ...optional_packages import need
 from ...output.folder import OutputFolder
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 IN_PLACE = "--in-place"
 
 
-class Asked(NamedTuple):
+class MergeRequest(NamedTuple):
     """What is to be merged, and how."""
 
     base: PathLike | None
@@ -43,12 +43,12 @@ class Asked(NamedTuple):
     weight: Sequence[float]
     options: Options
     settings: Settings
-    routes: Routes
+    routes: HubRoutes
     verify_outputs: bool
     dry_run: bool
 
 
-def merge_beside(asked: Asked, overwrite: bool) -> MergeReport | DryRunReport:  # noqa: FBT001 - as the option
+def merge_beside(asked: MergeRequest, overwrite: bool) -> MergeReport | DryRunReport:  # noqa: FBT001 - as the option
     """Write OUT, or what goes to the Hub alone."""
     routes = asked.routes
     if asked.verify_outputs:
@@ -66,7 +66,7 @@ def merge_beside(asked: Asked, overwrite: bool) -> MergeReport | DryRunReport:  
     return _carry_out(plan, folder, asked)
 
 
-def merge_in_place(asked: Asked, allow_lossy: bool) -> MergeReport | DryRunReport:  # noqa: FBT001 - as the option
+def merge_in_place(asked: MergeRequest, allow_lossy: bool) -> MergeReport | DryRunReport:  # noqa: FBT001 - as the option
     """Change the base itself; what an earlier run has staged is brought to its end first."""
     if asked.base is None or asked.out is not None:
         raise UsageError("--in-place takes BASE and ADAPTER, and no OUT.")
@@ -98,23 +98,25 @@ def _is_merged(plan: Plan) -> bool:
     return plan.weights == record.weights and files == [each["files"] for each in record.receipt["adapters"]]
 
 
-def _open_headers(asked: Asked, ref: str, revision: str | None, *, weights: Path | None) -> Checkpoint:
+def _open_headers(asked: MergeRequest, ref: str, revision: str | None, *, weights: Path | None) -> Checkpoint:
     """The base's headers; its weights come when they are needed."""
-    visit, whole = asked.settings.visit, not asked.dry_run
-    return open_far(ref, "BASE", visit, whole=whole, revision=revision, weights=weights)
+    session, whole = asked.settings.session, not asked.dry_run
+    return open_far(ref, "BASE", session, whole=whole, revision=revision, weights=weights)
 
 
-def _open_whole(asked: Asked, ref: str, revision: str | None) -> Checkpoint:
+def _open_whole(asked: MergeRequest, ref: str, revision: str | None) -> Checkpoint:
     """The whole base, which is to be run."""
-    return open_checkpoint(fetch(ref, "BASE", wanted_of_base, asked.settings.visit, revision=revision))
+    return open_checkpoint(fetch(ref, "BASE", wanted_of_base, asked.settings.session, revision=revision))
 
 
-def _open_local(_: Asked, ref: str, __: str | None) -> Checkpoint:
+def _open_local(_: MergeRequest, ref: str, __: str | None) -> Checkpoint:
     """A base that is to be changed; an earlier run may have begun to."""
     return open_checkpoint(local_source(local_path(ref, "BASE")), unfinished=True)
 
 
-def _plan(asked: Asked, out: str, opened_by: Callable[[Asked, str, str | None], Checkpoint]) -> Plan:
+def _plan(
+    asked: MergeRequest, out: str, opened_by: Callable[[MergeRequest, str, str | None], Checkpoint]
+) -> Plan:
     """Gather the inputs and decide every output tensor; what looks odd is warned of.
 
     `out` is what the command line has last.
@@ -126,7 +128,7 @@ def _plan(asked: Asked, out: str, opened_by: Callable[[Asked, str, str | None], 
         named,
         asked.adapters,
         out,
-        settings.visit,
+        settings.session,
         settings.notify,
         options.ignore_field,
         opened_by=partial(opened_by, asked),
@@ -136,7 +138,7 @@ def _plan(asked: Asked, out: str, opened_by: Callable[[Asked, str, str | None], 
     return make_plan(checkpoint, opened, weights, options)
 
 
-def _carry_out(plan: Plan, folder: OutputFolder | InPlace, asked: Asked) -> MergeReport | DryRunReport:
+def _carry_out(plan: Plan, folder: OutputFolder | InPlace, asked: MergeRequest) -> MergeReport | DryRunReport:
     """Carry the plan out, with what it needs from the Hub and has for it."""
     if asked.dry_run:
         target = asked.routes.target
@@ -152,7 +154,7 @@ def _carry_out(plan: Plan, folder: OutputFolder | InPlace, asked: Asked) -> Merg
 
 
 @contextmanager
-def _examiner(plan: Plan, asked: Asked) -> Iterator[Examine | None]:
+def _examiner(plan: Plan, asked: MergeRequest) -> Iterator[Examine | None]:
     """What runs the output on sample prompts, where that is asked for."""
     if not asked.verify_outputs:
         yield None

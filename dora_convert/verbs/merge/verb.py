@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from ...hub.target import Routes
+from ...hub.target import HubRoutes
 from ...reports.merge import DryRunReport, MergeReport
 from ...reports.push import Target
 from ...settings import Settings, parse_options
 from ...storage.refs import PathLike, listed
 from ...undo.refusals import refuse_options
-from .request import Asked, merge_beside, merge_in_place
+from .request import MergeRequest, merge_beside, merge_in_place
 
 
 def merge(
@@ -58,8 +58,10 @@ def merge(
     selected = (include, exclude, allow_unmatched, ignore_field)
     options = parse_options(dtype, compute_dtype, max_shard_size, kept, *selected)
     target = Target.parse(push_to_hub, private, create_pr, commit_message, token)
-    routes = Routes(target, cache=cache and not no_local, local=not no_local)
+    routes = HubRoutes(target, cache=cache and not no_local, local=not no_local)
     told = (device, compute_dtype, max_memory, workers, verify, base_model, on_progress, on_notice)
     with Settings.begin(*told, token=token, cache=routes.cache) as settings:
-        asked = Asked(base, listed(adapters), out, weight, options, settings, routes, verify_outputs, dry_run)
+        asked = MergeRequest(
+            base, listed(adapters), out, weight, options, settings, routes, verify_outputs, dry_run
+        )
         return merge_in_place(asked, allow_lossy) if in_place else merge_beside(asked, overwrite)
