@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from dora_convert.adapters.adapter import open_adapter
+from dora_convert.sources.inputs import open_adapter
 from dora_convert.errors import HubError
 from dora_convert.plan.plan import Options
 from dora_convert.plan.planner import make_plan

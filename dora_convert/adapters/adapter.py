@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..errors import Fault, RefError
+from ..errors import Fault
 from ..storage.refs import Source
 from ..storage.safetensors import StoredTensor
 from .updates import Update
@@ -48,36 +48,3 @@ class Adapter:
     """The base's layers in the order of the trained model, where some were repeated or left out."""
     task: str | None = None
     """The class of model it was trained in, such as LlamaForSequenceClassification, or how that ends."""
-
-
-def open_adapter(source: Source, accepted: Collection[str] = ()) -> Adapter:
-    """Recognise the format of an adapter folder and read its headers; `accepted` config fields are not refused.
-
-    Raises RefError where no format recognises the folder, and what the format raises.
-    """
-    from ..formats.detect import FORMATS
-
-    for known in FORMATS:
-        if known.recognises(source.path):
-            return known.read(source, accepted)
-    raise _not_an_adapter(source)
-
-
-def _not_an_adapter(source: Source) -> RefError:
-    """Say what the folder is instead, and where the adapter might be."""
-    root = source.path
-    if root.is_file():
-        return RefError(
-            f"ADAPTER {source.name} is a file; name the folder it lies in.", hint=str(root.parent)
-        )
-    below = sorted(path.parent for path in root.glob("*/adapter_config.json"))
-    below += sorted(path.parent for path in root.glob("*/*/adapter_config.json"))
-    if below:
-        names = ", ".join(path.relative_to(root).as_posix() for path in below[:10])
-        return RefError(
-            f"ADAPTER {source.name} has no adapter_config.json, but these folders inside it do: {names}.",
-            hint=f"name one of them, such as {below[-1]}",
-        )
-    if (root / "config.json").exists():
-        return RefError(f"ADAPTER {source.name} is a model, not an adapter: it has no adapter_config.json.")
-    return RefError(f"ADAPTER {source.name} has no adapter_config.json.")

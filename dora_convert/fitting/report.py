@@ -11,7 +11,6 @@ from .. import __version__
 from ..reports.merge import SCHEMA
 from ..settings import Settings
 from ..sizes import peak_memory
-from ..verbs.inspect.census import place
 from .jobs import FittingPlan, Result
 
 if TYPE_CHECKING:  # which imports torch
@@ -84,8 +83,8 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
 def _common(order: FittingPlan, settings: Settings, out: str) -> dict[str, Any]:
     return {
         "command": order.command,
-        "base": place(order.bases[0].source),
-        "input": place(order.sources[-1]),
+        "base": order.bases[0].source.address,
+        "input": order.sources[-1].address,
         "out": out,
         "format": order.format.NAME,
         "warnings": tuple(settings.warnings),

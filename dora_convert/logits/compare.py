@@ -26,7 +26,6 @@ from ..reports.verify import OutputsReport
 from ..settings import Settings
 from ..sizes import format_size, peak_memory
 from ..storage.checkpoint import PICKLES, Checkpoint
-from ..verbs.inspect.census import place
 from .difference import Difference
 from .forward import Batch, continues_alike
 from .kept import Kept
@@ -226,9 +225,9 @@ class Comparison:
         problems += _beyond("at most", found.largest, largest, LARGEST_MARGIN)
         count = max(1, found.positions)
         return OutputsReport(
-            base=place(self.plan.base.source),
-            adapters=tuple(place(adapter.source) for adapter in self.plan.adapters),
-            merged=place(merged.source),
+            base=self.plan.base.source.address,
+            adapters=tuple(adapter.source.address for adapter in self.plan.adapters),
+            merged=merged.source.address,
             verdict="differ" if problems else "agree",
             architecture=self.spec.name,
             prompts=self.samples.count,

@@ -18,7 +18,6 @@ from ..sources.prefetch import reading
 from ..storage.checkpoint import Checkpoint
 from ..storage.reader import Reader
 from ..storage.safetensors import StoredTensor
-from ..verbs.inspect.census import place
 from .causes import find_cause
 from .headers import Pairing, config_problems, pair
 from .tensor import Parity, compare_all
@@ -47,9 +46,9 @@ def verify_weights(plan: Plan, merged: Checkpoint, settings: Settings, samples: 
         *config_problems(plan, merged),
     ]
     return VerifyReport(
-        base=place(plan.base.source),
-        adapters=tuple(place(adapter.source) for adapter in plan.adapters),
-        merged=place(merged.source),
+        base=plan.base.source.address,
+        adapters=tuple(adapter.source.address for adapter in plan.adapters),
+        merged=merged.source.address,
         verdict="differ" if problems else "agree",
         modules=tuple(modules),
         untouched=Untouched(tensors=len(untouched), identical=len(identical)),

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from ..storage.checkpoint import INDEX_SUFFIX, Checkpoint
-from ..storage.safetensors import BITS
+from ..storage.safetensors import BITS, encode_header
 from .item import Item
 from .plan import OutputShard, Plan
 
@@ -98,13 +98,6 @@ def header_bytes(shard: OutputShard) -> bytes:
         entries[item.name] = {"dtype": item.dtype, "shape": list(item.shape), "data_offsets": offsets}
         position += item.nbytes
     return encode_header(entries)
-
-
-def encode_header(entries: Mapping[str, object]) -> bytes:
-    """Entries as the bytes that open a safetensors file."""
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
 
 
 def index_bytes(plan: Plan) -> bytes:

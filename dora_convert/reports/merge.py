@@ -48,8 +48,8 @@ class Report:
 def _common(plan: Plan, settings: Settings, out: str) -> dict[str, Any]:
     return {
         "command": "merge",
-        "base": _place(plan.base.source),
-        "adapters": tuple(_place(adapter.source) for adapter in plan.adapters),
+        "base": plan.base.source.address,
+        "adapters": tuple(adapter.source.address for adapter in plan.adapters),
         "out": out,
         "tensors": plan.counts(),
         "ledger": tuple(entry.to_dict() for entry in plan.ledger),

@@ -8,10 +8,11 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from ..adapters.adapter import Adapter, open_adapter
+from ..adapters.adapter import Adapter
 from ..errors import RefError, UsageError
+from ..formats.detect import FORMATS
 from ..storage.checkpoint import OF_TRAINING, Checkpoint, is_weight_file
-from ..storage.refs import HubRef, local_path, parse_ref
+from ..storage.refs import HubRef, Source, local_path, parse_ref
 from .download import fetch, wanted_of_adapter
 from .remote_headers import open_far
 from .session import Session
@@ -133,3 +134,34 @@ def _same_model(name: str, base: Checkpoint) -> bool:
     known = {base.source.name, str((base.config or {}).get("_name_or_path", ""))}
     last = name.rstrip("/").rpartition("/")[2].lower()
     return any(last == other.rstrip("/").rpartition("/")[2].lower() for other in known)
+
+
+def open_adapter(source: Source, accepted: Collection[str] = ()) -> Adapter:
+    """Recognise the format of an adapter folder and read its headers; `accepted` config fields are not refused.
+
+    Raises RefError where no format recognises the folder, and what the format raises.
+    """
+    for known in FORMATS:
+        if known.recognises(source.path):
+            return known.read(source, accepted)
+    raise _not_an_adapter(source)
+
+
+def _not_an_adapter(source: Source) -> RefError:
+    """Say what the folder is instead, and where the adapter might be."""
+    root = source.path
+    if root.is_file():
+        return RefError(
+            f"ADAPTER {source.name} is a file; name the folder it lies in.", hint=str(root.parent)
+        )
+    below = sorted(path.parent for path in root.glob("*/adapter_config.json"))
+    below += sorted(path.parent for path in root.glob("*/*/adapter_config.json"))
+    if below:
+        names = ", ".join(path.relative_to(root).as_posix() for path in below[:10])
+        return RefError(
+            f"ADAPTER {source.name} has no adapter_config.json, but these folders inside it do: {names}.",
+            hint=f"name one of them, such as {below[-1]}",
+        )
+    if (root / "config.json").exists():
+        return RefError(f"ADAPTER {source.name} is a model, not an adapter: it has no adapter_config.json.")
+    return RefError(f"ADAPTER {source.name} has no adapter_config.json.")

@@ -55,6 +55,11 @@ class Source:
         pinned = f"{self.repo}@{self.commit}"
         return f"hf://{pinned}/{self.subfolder}" if self.subfolder else pinned
 
+    @property
+    def address(self) -> str:
+        """The repo at its commit, or the local path."""
+        return self.title if self.repo else str(self.path)
+
 
 def parse_ref(ref: str, what: str = "REF") -> Path | HubRef:
     """A REF as an existing local path or a Hub repo; RefError when it can be neither."""

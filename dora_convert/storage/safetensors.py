@@ -209,3 +209,10 @@ def _check_tiling(path: Path, tensors: list[StoredTensor], body: int, size: int)
             f"{path} is {size} bytes long, but its header describes {position}.",
             hint="The file is truncated or has trailing bytes; download it again.",
         )
+
+
+def encode_header(entries: Mapping[str, object]) -> bytes:
+    """Entries as the bytes that open a safetensors file."""
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import MalformedError
-from ..plan.sharding import encode_header
-from .safetensors import BITS, StoredTensor
+from .safetensors import BITS, StoredTensor, encode_header
 
 NAME = "undo.safetensors"
 SPOOL = "undo.spool"

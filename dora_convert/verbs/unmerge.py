@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..adapters.adapter import Adapter, open_adapter
+from ..adapters.adapter import Adapter
 from ..errors import RefError, UsageError
 from ..lazy_torch import without_collections
 from ..output.folder import new_folder
@@ -19,7 +19,7 @@ from ..plan.plan import Options, Plan
 from ..reports.merge import DryRunReport, UnmergeReport
 from ..settings import Settings, parse_options
 from ..sources.download import fetch, wanted_of_adapter
-from ..sources.inputs import refuse_swapped
+from ..sources.inputs import open_adapter, refuse_swapped
 from ..sources.remote_headers import open_far
 from ..storage.checkpoint import RECORD, Checkpoint, open_checkpoint
 from ..storage.digests import xxh3

@@ -136,7 +136,7 @@ def common(
         dtypes.setdefault(tensor.dtype, []).append(tensor)
     return {
         "title": source.title,
-        "ref": place(source),
+        "ref": source.address,
         "repo": source.repo,
         "commit": source.commit,
         **_totals(tensors),
@@ -162,11 +162,6 @@ def _kinds(tensors: Collection[StoredTensor]) -> tuple[Mapping[str, Any], ...]:
         {"kind": kind, "dtype": dtype, "shape": shape, "tensors": count}
         for (kind, dtype, shape), count in counts.items()
     )
-
-
-def place(source: Source) -> str:
-    """Where a source is: a repo at its commit, or a path."""
-    return source.title if source.repo else str(source.path)
 
 
 def fold(name: str) -> str:

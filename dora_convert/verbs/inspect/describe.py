@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ...adapters.adapter import Adapter, Change, open_adapter
+from ...adapters.adapter import Adapter, Change
 from ...adapters.updates import Decomposed, Delta, Full, LowRank, Rows, low_rank, tensors_of
 from ...errors import (
     DoraConvertError,
@@ -24,13 +24,13 @@ from ...plan.builder import describe
 from ...plan.plan import Options, Plan
 from ...plan.planner import make_plan
 from ...reports.inspect import AdapterReport, CheckpointReport, Landing, Module
-from ...sources.inputs import doubts
+from ...sources.inputs import open_adapter, doubts
 from ...sources.remote_headers import ADAPTER, RefListing, look
 from ...sources.session import Session
 from ...storage.checkpoint import OF_TRAINING, Checkpoint, is_weight_file, read_weights
 from ...storage.json_files import read_json
 from ...storage.refs import Source, local_path, local_source
-from .census import census, common, fold, place
+from .census import census, common, fold
 
 
 def inspect_ref(
@@ -175,7 +175,7 @@ def _landing(base: Checkpoint, adapter: Adapter, refusal: DoraConvertError | Non
         plan, _ = _try_plan(base, adapter, Options(allow_unmatched=True))
     other_base = doubts(replace(base, notes=(), left_behind=()), [adapter])
     return Landing(
-        base=place(base.source),
+        base=base.source.address,
         fits=error is None,
         message=error.message if error else None,
         hint=error.hint if error else None,
