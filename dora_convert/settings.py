@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from .errors import UsageError
-from .plan.plan import Options
 from .sizes import format_size, parse_size
-from .sources.session import Session, open_session
-from .storage.safetensors import CONFIG_DTYPES
 
-DTYPES = {"auto": None} | {name: dtype for dtype, name in CONFIG_DTYPES.items()}
-COMPUTE_DTYPES = {"auto": "F64", "float64": "F64", "float32": "F32"}
-UNDO = {"norms": "norms", "exact": "exact", "none": "none"}
 MOST_WORKERS = 8
 MAX_MEMORY = "160MiB"
 """What verbs that stream hold at once, unless they are told otherwise."""
@@ -40,7 +32,10 @@ class Settings:
     base_model: str | None
     on_progress: Callable[[int, int], None] | None
     on_notice: Callable[[str], None] | None
-    session: Session = field(default_factory=Session, repr=False)
+    token: str | None = field(default=None, repr=False, kw_only=True)
+    """The Hub's token; None for the one that is logged in."""
+    cache: bool = field(default=True, kw_only=True)
+    """True if downloads stay in the cache of huggingface_hub."""
     started: float = field(default_factory=time.monotonic)
     warnings: list[str] = field(default_factory=list)
 
@@ -49,8 +44,7 @@ class Settings:
         check_base_model(self.base_model)
 
     @classmethod
-    @contextmanager
-    def begin(
+    def parse(
         cls,
         device: str,
         compute_dtype: str,
@@ -59,14 +53,14 @@ class Settings:
         *others: Any,
         token: str | None,
         cache: bool,
-    ) -> Iterator[Settings]:
-        """Check what a caller has chosen; `others` are the fields up to `on_notice`. What is downloaded lasts as long."""
+    ) -> Settings:
+        """Check a caller's choices; `others` are the fields up to `on_notice`."""
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
             raise UsageError(f"--device {device!r} is not one of auto, cpu, cuda, cuda:N, mps.")
         held = parse_size(max_memory, "--max-memory")
-        settings = cls(device, compute_dtype, held, workers or default_workers(), *others)
-        with open_session(token, cache=cache) as settings.session:
-            yield settings
+        return cls(
+            device, compute_dtype, held, workers or default_workers(), *others, token=token, cache=cache
+        )
 
     def check_memory(self, least: int) -> None:
         """UsageError where the budget does not hold the costliest piece of work; it names the least that does."""
@@ -98,38 +92,6 @@ def chosen(name: str, choices: Mapping[str, Value], option: str) -> Value:
     if name not in choices:
         raise UsageError(f"{option} {name!r} is not one of {', '.join(choices)}.")
     return choices[name]
-
-
-def parse_options(
-    dtype: str,
-    compute_dtype: str,
-    max_shard_size: str | int | None,
-    undo: str,
-    include: Sequence[str],
-    exclude: Sequence[str],
-    allow_unmatched: bool,  # noqa: FBT001 - in the order of the command line
-    ignore_field: Sequence[str],
-) -> Options:
-    """Options as a plan has them, from their names and sizes as people write them."""
-    return Options(
-        dtype=chosen(dtype, DTYPES, "--dtype"),
-        compute_dtype=chosen(compute_dtype, COMPUTE_DTYPES, "--compute-dtype"),
-        max_shard_size=None if max_shard_size is None else parse_size(max_shard_size, "--max-shard-size"),
-        undo=chosen(undo, UNDO, "--undo"),
-        include=tuple(include),
-        exclude=tuple(exclude),
-        allow_unmatched=allow_unmatched,
-        ignore_field=tuple(ignore_field),
-    )
-
-
-def parse_weights(given: Sequence[float], count: int) -> tuple[float, ...]:
-    """One finite weight for each adapter; none at all means one each."""
-    if given and len(given) != count:
-        raise UsageError(f"{len(given)} --weight for {count} adapters.", hint="give one per ADAPTER, or none")
-    if not all(map(math.isfinite, given)):
-        raise UsageError("--weight must be a finite number.")
-    return tuple(given) or (1.0,) * count
 
 
 def default_workers() -> int:

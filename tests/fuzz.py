@@ -55,7 +55,7 @@ class TooLongError(BaseException):
 def attempt(root: Path, seed: int, iteration: int) -> str:
     """One iteration: "taken" or "refused"; whatever else escapes is a failure."""
     chance = random.Random(f"{seed}:{iteration}")
-    name, change, read = chance.spec(TARGETS)
+    name, change, read = chance.choice(TARGETS)
     good = (root / name).read_bytes()
     (root / name).write_bytes(change(chance, good))
     shutil.copyfile(root / name, root / "last")

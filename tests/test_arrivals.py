@@ -7,10 +7,10 @@ import threading
 
 import pytest
 
-from dora_convert.sources.inputs import open_adapter
 from dora_convert.errors import HubError
-from dora_convert.plan.plan import Options
+from dora_convert.plan.options import Options
 from dora_convert.plan.planner import make_plan
+from dora_convert.sources.inputs import open_adapter
 from dora_convert.sources.prefetch import Arrivals, shard_needs
 from dora_convert.storage.checkpoint import open_checkpoint
 from dora_convert.storage.refs import local_source

@@ -133,11 +133,13 @@ def some_lost(seed: int):
 
     def loss(node, _path):
         if isinstance(node, Folder):
-            return chance.spec((node.safe, node.now))
-        found = bytearray(chance.spec((len(node.safe), len(node.now))))
+            return chance.choice((node.safe, node.now))
+        found = bytearray(chance.choice((len(node.safe), len(node.now))))
         for start in range(0, len(found), SECTOR):
             end = min(start + SECTOR, len(found))
-            found[start:end] = chance.spec((node.safe, bytes(node.now)))[start:end].ljust(end - start, b"\0")
+            found[start:end] = chance.choice((node.safe, bytes(node.now)))[start:end].ljust(
+                end - start, b"\0"
+            )
         return bytes(found)
 
     return loss

@@ -1,1 +1,1 @@
-"""Adapters that are made: DoRA of LoRA, LoRA of anything, and either of a fine-tuned checkpoint."""
+"""Describe what an adapter says: which weight each of its tensors changes, and how."""

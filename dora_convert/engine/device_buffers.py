@@ -30,7 +30,7 @@ class DeviceBuffers:
 
     def __init__(self, spec: ComputeSpec, reader: Reader, stream: Any = None) -> None:
         self.spec = spec
-        self._reader = reader
+        self.reader = reader
         self._cuda = spec.device.type == "cuda"
         if self._cuda and stream is None:
             stream = torch.cuda.Stream(spec.device)  # type: ignore[no-untyped-call]
@@ -44,7 +44,7 @@ class DeviceBuffers:
             mps = self.spec.device.type == "mps"
             device = torch.device("cpu") if mps else self.spec.device
             self._exact = DeviceBuffers(
-                ComputeSpec(device, torch.float64, "exact"), self._reader, self._stream
+                ComputeSpec(device, torch.float64, "exact"), self.reader, self._stream
             )
         return self._exact
 
@@ -56,7 +56,7 @@ class DeviceBuffers:
         """Rows of a stored tensor as they are on disk: (rows, columns), in host memory."""
         columns = stored.matrix[1]
         host = self.scratch(buffer, (stop - start, columns), TORCH[stored.dtype], on_host=True)
-        self._reader.read(stored.path, stored.start + start * columns * stored.itemsize, as_bytes(host))
+        self.reader.read(stored.path, stored.start + start * columns * stored.itemsize, as_bytes(host))
         return host
 
     def lift(self, raw: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ class DeviceBuffers:
         """A stored tensor as a matrix in its own dtype, in host memory of its own."""
         rows, columns = stored.matrix
         host = memory.empty((rows, columns), TORCH[stored.dtype])
-        self._reader.read(stored.path, stored.start, as_bytes(host))
+        self.reader.read(stored.path, stored.start, as_bytes(host))
         return host
 
     def computed(self, host: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ class DeviceBuffers:
         host = self.scratch("factor", (rows, stop - start), TORCH[stored.dtype], on_host=True)
         for row in range(rows):
             offset = stored.start + (row * columns + start) * stored.itemsize
-            self._reader.read(stored.path, offset, as_bytes(host[row]))
+            self.reader.read(stored.path, offset, as_bytes(host[row]))
         return self.computed(host)
 
     def release(self) -> None:

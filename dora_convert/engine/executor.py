@@ -11,15 +11,23 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Protocol
 
 import torch
 
-from ..output.finished import Progress, TensorResult, copied_name, copy_record, done_record, kept_name
-from ..output.in_place import InPlace
+from ..output.finished import (
+    Progress,
+    TensorResult,
+    Verdict,
+    copied_name,
+    copy_record,
+    done_record,
+    kept_name,
+)
+from ..output.output import Output
 from ..output.shards import Copy, ShardFiles
-from ..parity.self_check import Checker
 from ..plan.item import Item
 from ..plan.plan import Plan
 from ..storage.digests import Digest, stored_digest
@@ -29,11 +37,18 @@ from ..storage.safetensors import StoredTensor
 from ..storage.spool import Part, Spool
 from .device_buffers import DeviceBuffers
 from .precision import ComputeSpec, exact_arithmetic
-from .tensor import make
+from .tensor import MakeTensor, make_tensor
 
 KEEP_BYTES = 1 << 20
 Job = tuple[str, Callable[[DeviceBuffers], None]]
 """A piece of work, and the shard that it is for."""
+
+
+class Checker(Protocol):
+    """Compares written tensors with what they should be."""
+
+    def check(self, item: Item, digest: str) -> Verdict:
+        """Return what a check of one tensor found; `digest` is the xxh3-128 of its written bytes."""
 
 
 class StoppedError(Exception):
@@ -113,12 +128,15 @@ class Run:
     journal: Journal
     spec: ComputeSpec
     budget: Budget
+    make: MakeTensor
+    """Starts the maker of a tensor."""
     checker: Checker | None
     on_progress: Callable[[int, int], None] | None
     progress: Progress
     on_shard: Callable[[str], None] | None = None
     """Called with the name of each shard once all of it is written and, if it is checked, right; by workers."""
-    place: InPlace | None = None
+    output: Output | None = None
+    """Prepares what a tensor is made of, and is told when it is settled; None where nothing is kept."""
     hashed: Collection[str] = ()
     """Copied tensors whose hashes are wanted, by name."""
     tight: bool = False
@@ -185,22 +203,21 @@ class Run:
         self._finish(self.shards.shard_of(item))
 
     def _make(self, item: Item, buffers: DeviceBuffers) -> None:
-        if self.place:
-            item = self.place.saved(item, self.reader)
+        item = self.output.prepare(item, self.reader) if self.output else item
         with self.budget.holding(self.plan.cost(item)):
             with buffers.working():
-                made = make(item, buffers, self.shards, self.spool, self.plan, self.reader, self.advance)
-            verdict = self.checker.check(item, made.written.fast) if self.checker else None
+                maker = self.make(item, buffers, self.spool)
+                result = make_tensor(item, maker, buffers, self.shards, self.advance)
+            del maker  # with its factors, before another worker takes the room
+            if self.checker:
+                result = replace(result, verdict=self.checker.check(item, result.written_hash))
             if self.tight:
                 buffers.release()
-        read = made.read.fast if item.base else None
-        proof = made.written.proof if item.undo else made.read.proof if item.base else None
-        done = TensorResult(read, made.written.fast, proof, made.parts, verdict, made.ambiguous)
-        self.progress.done[item.name] = done
-        if not (verdict and verdict.wrong):
+        self.progress.done[item.name] = result
+        if not (result.verdict and result.verdict.wrong):
             files = [self.shards.descriptor(self.shards.shard_of(item)), self.spool.descriptor]
-            forget = partial(self.place.forget, item) if self.place else None
-            self.journal.add(done_record(item.name, done), files, forget)
+            settled = partial(self.output.settled, item) if self.output else None
+            self.journal.add(done_record(item.name, result), files, settled)
             self._finish(self.shards.shard_of(item))
 
     def _finish(self, shard: str) -> None:

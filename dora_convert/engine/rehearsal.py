@@ -16,13 +16,17 @@ from ..storage.reader import Reader
 from ..storage.spool import Segment, Spool
 from .executor import Budget, Run
 from .precision import ComputeSpec
+from .tensor import MakeTensor
 
 
-def rehearse(plan: Plan, settings: Settings, spec: ComputeSpec) -> Mapping[str, TensorResult]:
+def rehearse(
+    plan: Plan, settings: Settings, spec: ComputeSpec, make: MakeTensor
+) -> Mapping[str, TensorResult]:
     """Compute every tensor of a plan; what is known of each."""
     with closing(Reader()) as reader:
         budget, progress = Budget(settings.max_memory), Progress()
-        run = Run(plan, NoShards(), reader, NoSpool(), NoJournal(), spec, budget, None, None, progress)
+        sinks = NoShards(), reader, NoSpool(), NoJournal()
+        run = Run(plan, *sinks, spec, budget, make, None, None, progress)
         run.execute(settings.workers)
     return progress.done
 

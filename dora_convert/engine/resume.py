@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,15 +11,12 @@ import torch
 
 from .. import __version__
 from ..errors import NumericalError, OutputError
-from ..output.folder import OutputFolder
-from ..output.in_place import InPlace
+from ..output.output import Output
 from ..settings import Settings
-from ..storage.checkpoint import RECORD, Checkpoint
+from ..storage.checkpoint import RECORD
 from ..storage.journal import NAME as JOURNAL
 from ..storage.journal import Record, UnfinishedRun, read_journal
 from .precision import ComputeSpec, choose
-
-Folder = OutputFolder | InPlace
 
 
 def settle(least: int, settings: Settings) -> ComputeSpec:
@@ -34,7 +31,7 @@ def settle(least: int, settings: Settings) -> ComputeSpec:
 
 
 @contextmanager
-def entered(folder: Folder) -> Iterator[None]:
+def entered(folder: Output) -> Iterator[None]:
     """OUT.partial, locked. What is done there stays for the same command to continue, unless it would fail again."""
     folder.open()
     try:
@@ -54,11 +51,11 @@ def entered(folder: Folder) -> Iterator[None]:
         raise
 
 
-def journal_key(spec: ComputeSpec, bases: list[Checkpoint], **inputs: Any) -> Record:
-    """Everything that decides the output's bytes; `inputs` besides the base, the versions and the device."""
+def journal_key(spec: ComputeSpec, identity: Mapping[str, Any], **inputs: Any) -> Record:
+    """Return everything that decides the output's bytes: the inputs' identity, `inputs`, versions and the device."""
     key = {
         **inputs,
-        "base": [line for base in bases for line in _identity(base)],
+        **identity,
         "versions": [__version__, torch.__version__],
         "device": spec.device.type,
         "compute": spec.compute_name,
@@ -67,20 +64,8 @@ def journal_key(spec: ComputeSpec, bases: list[Checkpoint], **inputs: Any) -> Re
     return found
 
 
-def _identity(base: Checkpoint) -> list[list[Any]]:
-    """What tells a base from another with the same headers, without reading it."""
-    if base.source.commit:
-        return [[str(base.source.repo), base.source.commit]]
-    found: list[list[Any]] = []
-    for shard in base.shards:
-        path = (base.root / shard.filename).resolve()
-        stat = path.stat()
-        found.append([str(path), stat.st_size, stat.st_mtime_ns])
-    return found
-
-
 def earlier_run(
-    folder: Folder, key: Record, keep: list[str], whole: Callable[[], bool], form: Any
+    folder: Output, key: Record, keep: list[str], whole: Callable[[], bool], form: Any
 ) -> UnfinishedRun | None:
     """The journal of an unfinished run of the same key; OUT.partial is then ready to go on, else empty.
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
 
 from ..errors import Fault, VerificationError
-from ..hub.streaming import HubStreaming
-from ..output.finished import ENTERED, Progress, TensorResult
-from ..output.in_place import InPlace
+from ..output.finished import ENTERED, Progress, TensorResult, Verdict
+from ..output.output import Output
 from ..output.shards import ShardFiles
-from ..parity.self_check import Checker, Verdict
 from ..plan.plan import Plan
 from ..settings import Settings
 from ..storage import spool as undo
@@ -18,81 +19,100 @@ from ..storage.journal import NAME as JOURNAL
 from ..storage.journal import Journal, Record, UnfinishedRun
 from ..storage.reader import Reader
 from ..storage.spool import Spool
-from .executor import Budget, Run
+from .executor import Budget, Checker, Run
 from .precision import ComputeSpec
-from .resume import Folder, earlier_run, journal_key
+from .resume import earlier_run, journal_key
+from .tensor import MakeTensor
 
 Hashes = Sequence[Mapping[str, str]]
 
 
-def run_key(plan: Plan, folder: Folder, hashes: Hashes, spec: ComputeSpec) -> Record:
-    """Everything that decides the output's bytes."""
+class Transfers(Protocol):
+    """What comes from the Hub and goes to it while a plan runs."""
+
+    local: bool
+    """True if the output stays on this machine."""
+
+    def reader(self) -> Reader:
+        """Return a reader that waits for files on their way."""
+
+    def attach(self, files: ShardFiles) -> None:
+        """Take the open shards of the output."""
+
+    def made(self, shard: str) -> None:
+        """Note that a shard is finished, and right as far as it is checked; called by workers."""
+
+    def settle(self) -> None:
+        """Wait until all finished shards are uploaded."""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What a verb adds to a plan so that it can be run."""
+
+    make: MakeTensor
+    check: Callable[[Path, Plan, Reader], Checker] | None = None
+    """Starts the check of a written folder; None for no check."""
+    hub: Transfers | None = None
+    hashed: Collection[str] = ()
+    """Names of copied tensors whose hashes are wanted."""
+
+
+def run_key(plan: Plan, output: Output, hashes: Hashes, spec: ComputeSpec) -> Record:
+    """Return everything that decides the output's bytes."""
     adapters = [dict(found) for found in hashes]
-    known = {"plan": plan.fingerprint, "adapters": adapters}
-    if isinstance(folder, InPlace):  # whose files change while it runs
-        return journal_key(spec, [], **known, place=str(folder.out.resolve()))
-    return journal_key(spec, [plan.base], **known)
+    return journal_key(spec, output.identity([plan.base]), plan=plan.fingerprint, adapters=adapters)
 
 
-def earlier(folder: Folder, plan: Plan, key: Record) -> UnfinishedRun | None:
-    """The journal of an unfinished run of the same key; OUT.partial is then ready to go on, else empty."""
+def earlier(output: Output, plan: Plan, key: Record) -> UnfinishedRun | None:
+    """Return the journal of an unfinished run of the same key; the output is then ready to go on, else empty."""
     names = [shard.filename for shard in plan.shards]
-    return earlier_run(folder, key, names, lambda: folder.resumable(plan), ENTERED)
+    return earlier_run(output, key, names, lambda: output.resumable(plan), ENTERED)
 
 
 def run(
     plan: Plan,
-    folder: Folder,
+    output: Output,
     settings: Settings,
     spec: ComputeSpec,
-    key: Record,
-    earlier: UnfinishedRun | None,
-    hub: HubStreaming | None = None,
-    hashed: Collection[str] = (),
+    journal: tuple[Record, UnfinishedRun | None],
+    options: RunOptions,
 ) -> Run:
     """Make every tensor that is not made yet; when this returns, all bytes and the journal are synced.
 
-    Of copied tensors the `hashed` ones, by name, are hashed.
+    `journal` is the key of this run, and the unfinished run that it resumes.
     """
-    place = folder if isinstance(folder, InPlace) else None
-    progress = Progress.of(earlier.records if earlier else ())
+    (key, unfinished), hub = journal, options.hub
+    progress = Progress.of(unfinished.records if unfinished else ())
     with ExitStack() as stack:
         reader = stack.enter_context(closing(hub.reader() if hub else Reader()))
-        spool = stack.enter_context(closing(Spool(folder.record / undo.SPOOL, progress.spooled)))
-        shards = stack.enter_context(closing(_shards(folder, plan, hub, new=earlier is None)))
-        folder.sync()
-        journal = stack.enter_context(closing(Journal(folder.record / JOURNAL, key, earlier)))
-        checker = Checker(folder.partial, plan, reader) if settings.verify else None
-        budget = Budget(settings.max_memory)
+        spool = stack.enter_context(closing(Spool(output.record / undo.SPOOL, progress.spooled)))
+        sparse = hub is not None and not hub.local
+        shards = stack.enter_context(closing(output.open_shards(plan, new=unfinished is None, sparse=sparse)))
+        if hub:
+            hub.attach(shards)
+        output.sync()
         running = Run(
             plan,
             shards,
             reader,
             spool,
-            journal,
+            stack.enter_context(closing(Journal(output.record / JOURNAL, key, unfinished))),
             spec,
-            budget,
-            checker,
+            Budget(settings.max_memory),
+            options.make,
+            options.check(output.partial, plan, reader) if options.check else None,
             settings.on_progress,
             progress,
-            hub.made if hub else None,
-            place,
-            hashed,
-            settings.workers * plan.memory > settings.max_memory,
+            on_shard=hub.made if hub else None,
+            output=output,
+            hashed=options.hashed,
+            tight=settings.workers * plan.memory > settings.max_memory,
         )
         running.execute(settings.workers)
         if hub:
             hub.settle()
     return running
-
-
-def _shards(folder: Folder, plan: Plan, hub: HubStreaming | None, *, new: bool) -> ShardFiles:
-    if isinstance(folder, InPlace):
-        return ShardFiles(folder.partial, plan, create=False, places=folder.places)
-    shards = ShardFiles(folder.partial, plan, create=new, sparse=bool(hub and not hub.local))
-    if hub:
-        hub.attach(shards)
-    return shards
 
 
 def judge(plan: Plan, done: Mapping[str, TensorResult]) -> Verdict:

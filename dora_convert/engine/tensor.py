@@ -1,9 +1,12 @@
-"""Make one output tensor: read a block of rows, apply the edits or take them out, round once, write it where it belongs."""
+"""Make one output tensor: read a block of rows, transform it, write it where it belongs.
+
+`Merging` is the transformation that a merge is: apply the edits, round once. What else may be done to a tensor, such as
+taking the edits out again, is a `TensorMaker` of another room.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -11,111 +14,144 @@ from torch import Tensor
 
 from ..errors import NumericalError
 from ..maths import lora as maths
+from ..output.finished import TensorResult
 from ..output.shards import ShardFiles
 from ..plan.item import Item
-from ..plan.plan import Plan
 from ..storage.digests import Digest
-from ..storage.reader import Reader
 from ..storage.safetensors import BITS
 from ..storage.spool import Part, Spool
-from ..undo.keep import UndoKeeper
-from ..undo.recover import Recovering
 from .device_buffers import DeviceBuffers
 from .factors import LoadedEdit
 from .memory import as_bytes
 from .precision import TORCH
 
 
-@dataclass(frozen=True)
-class Made:
-    """What is known of a tensor once it is written: hashes of what was read and written, and its undo parts."""
+class TensorMaker(Protocol):
+    """Turns blocks of a source tensor into blocks of an output tensor."""
 
-    read: Digest
-    """Of the base's bytes, where there are any; of the merged ones where those are recovered."""
-    written: Digest
-    parts: tuple[Part, ...] = ()
-    ambiguous: int = 0
-    """Elements of a recovered tensor that several values of the base would have been merged to."""
-
-
-class Blocks(Protocol):
-    """Turns blocks of a source into blocks of an output."""
+    proves_output: bool
+    """True if the sha256 of the written bytes is needed."""
 
     def block(self, raw: Tensor, start: int, stop: int) -> Tensor:
-        """Rows of the output, on the host, from those of the source."""
+        """Return rows of the output, in host memory, from the same rows of the source."""
 
     def rest(self) -> Iterable[tuple[int, memoryview]]:
-        """Rows beyond those of the source: where each block of them begins, and its bytes."""
+        """Yield the output's rows beyond the source's last one: the first row of each block, and its bytes."""
+
+    def result(self, written: Digest) -> TensorResult:
+        """Return the facts about the finished tensor, whose written bytes have these hashes."""
 
 
-def make(
+MakeTensor = Callable[[Item, DeviceBuffers, Spool], TensorMaker]
+"""Starts the maker of one item; called in the worker that makes it."""
+
+
+class MergeObserver(Protocol):
+    """Sees every block of one tensor while it is merged, to keep what undoing the merge needs."""
+
+    def before(self, base: Tensor, W: Tensor, start: int, stop: int) -> None:
+        """See some rows before the edits: the base's bytes, and the values that the edits start from."""
+
+    def after(self, raw: Tensor, result: Tensor, start: int, stop: int) -> None:
+        """See some rows after the edits: the source's bytes, and the output's."""
+
+    def beyond(self, base: memoryview, start: int, stop: int) -> None:
+        """See rows of the base that the output has no place for."""
+
+    def parts(self) -> tuple[Part, ...]:
+        """Return the tensors of the undo record."""
+
+
+Observe = Callable[[Item, "Merging", DeviceBuffers, Spool], "MergeObserver | None"]
+"""Starts the observer of one item; None where nothing of it must be kept."""
+
+
+def make_tensor(
     item: Item,
+    maker: TensorMaker,
     buffers: DeviceBuffers,
     shards: ShardFiles,
-    spool: Spool,
-    plan: Plan,
-    reader: Reader,
     advance: Callable[[int], None],
-) -> Made:
-    """Write one tensor that is not a plain copy.
+) -> TensorResult:
+    """Write one tensor that is not a plain copy; `advance` is called with the bytes of each block.
 
     Raises NumericalError when a result is NaN, Inf, or too large for the output's dtype.
     """
-    if item.undo:
-        recovering = Recovering(item, buffers, reader)
-        written = _write(item, recovering, buffers, shards, advance, proof=True)
-        return Made(recovering.digest, written, (), recovering.ambiguous)
-    merging = Merging(item, buffers, spool, plan)
-    written = _write(item, merging, buffers, shards, advance, proof=False)
-    merging.keeper.finish()
-    return Made(merging.keeper.digest, written, merging.keeper.parts())
+    digest, row_bytes = Digest(proof=maker.proves_output), item.source.matrix[1] * BITS[item.dtype] // 8
 
+    def write(start: int, data: memoryview) -> None:
+        digest.update(data)
+        shards.write(item, start * row_bytes, data)
+        advance(len(data))
 
-def _write(
-    item: Item,
-    blocks: Blocks,
-    buffers: DeviceBuffers,
-    shards: ShardFiles,
-    advance: Callable[[int], None],
-    *,
-    proof: bool,
-) -> Digest:
-    digest, row_bytes = Digest(proof=proof), item.source.matrix[1] * BITS[item.dtype] // 8
     for start, stop in item.spans():
-        data = as_bytes(blocks.block(buffers.raw(item.source, start, stop), start, stop))
-        digest.update(data)
-        shards.write(item, start * row_bytes, data)
-        advance(len(data))
-    for start, data in blocks.rest():
-        digest.update(data)
-        shards.write(item, start * row_bytes, data)
-        advance(len(data))
-    return digest
+        write(start, as_bytes(maker.block(buffers.raw(item.source, start, stop), start, stop)))
+    for start, data in maker.rest():
+        write(start, data)
+    return maker.result(digest)
 
 
 class Merging:
-    """Blocks of an output tensor: the base's, or what an adapter has in its place, with all edits applied."""
+    """Makes an output tensor of the base's, or of what an adapter has in its place: all edits applied."""
 
-    def __init__(self, item: Item, buffers: DeviceBuffers, spool: Spool, plan: Plan) -> None:
+    proves_output = False
+
+    def __init__(
+        self,
+        item: Item,
+        buffers: DeviceBuffers,
+        spool: Spool,
+        *,
+        prove: bool = False,
+        observe: Observe | None = None,
+    ) -> None:
+        """`prove` asks for the sha256 of the base's bytes, too."""
         self._item, self._buffers = item, buffers
-        self._operands = [LoadedEdit.load(edit, buffers) for edit in item.edits]
-        self._values = SourceValues(item, buffers)
-        measure(item, self._operands, self._values, buffers)
-        self.keeper = UndoKeeper(item, self._operands, self._values.taken, buffers, spool, plan)
+        self.edits: Sequence[LoadedEdit] = [LoadedEdit.load(edit, buffers) for edit in item.edits]
+        self.values = SourceValues(item, buffers)
+        measure(item, self.edits, self.values, buffers)
+        self._base = Digest(proof=prove)
+        self._observer = observe(item, self, buffers, spool) if observe else None
 
     def block(self, raw: Tensor, start: int, stop: int) -> Tensor:
-        """Rows of the output from those of the source."""
-        W = self._values.block(raw, start, stop)
-        self.keeper.see(raw, W, start, stop)
-        result = self._buffers.land(apply(W, self._operands, start, stop), TORCH[self._item.dtype])
-        if not maths.all_finite(result) or not all(operand.is_finite() for operand in self._operands):
+        """Return rows of the output from those of the source."""
+        W = self.values.block(raw, start, stop)
+        self._see_base(raw, W, start, stop)
+        result = self._buffers.land(apply(W, self.edits, start, stop), TORCH[self._item.dtype])
+        if not maths.all_finite(result) or not all(edit.is_finite() for edit in self.edits):
             blame(self._item, raw, result)
-        self.keeper.compare(raw, result, start, stop)
+        if self._observer:
+            self._observer.after(raw, result, start, stop)
         return result
 
+    def _see_base(self, raw: Tensor, W: Tensor, start: int, stop: int) -> None:
+        """Hash the base's rows, which are the source's unless an adapter replaces them."""
+        item = self._item
+        if not item.base or start >= (rows := item.base.matrix[0]):
+            return
+        stop = min(stop, rows)
+        base = raw if item.source is item.base else self._buffers.raw(item.base, start, stop, "base")
+        self._base.update(as_bytes(base))
+        if self._observer:
+            self._observer.before(base, W, start, stop)
+
     def rest(self) -> Iterable[tuple[int, memoryview]]:
-        """An output has no rows but the source's."""
+        """Return nothing: an output has no rows but the source's."""
         return ()
+
+    def result(self, written: Digest) -> TensorResult:
+        """Return the hashes of both tensors, and what was kept of the base's."""
+        item = self._item
+        for start, stop in item.base_spans():
+            if item.base and stop > (first := max(start, item.source.matrix[0])):
+                data = as_bytes(self._buffers.raw(item.base, first, stop, "base"))
+                self._base.update(data)
+                if self._observer:
+                    self._observer.beyond(data, first, stop)
+        parts = self._observer.parts() if self._observer else ()
+        if not item.base:
+            return TensorResult(None, written.fast, None, parts)
+        return TensorResult(self._base.fast, written.fast, self._base.proof, parts)
 
 
 class SourceValues:
@@ -165,7 +201,7 @@ def measure(item: Item, operands: Iterable[LoadedEdit], values: SourceValues, bu
         operand.n.append(torch.as_tensor(total).sqrt())
 
 
-def apply(W: Tensor, operands: list[LoadedEdit], start: int, stop: int) -> Tensor:
+def apply(W: Tensor, operands: Sequence[LoadedEdit], start: int, stop: int) -> Tensor:
     """W + Σ wᵢ·(applyᵢ(W) − W) (4), in place; norms are always of the unmerged W."""
     if len(operands) == 1 and operands[0].m is not None and operands[0].edit.weight == 1:
         return operands[0].decompose_(W, start, stop)

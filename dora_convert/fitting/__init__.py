@@ -1,1 +1,1 @@
-"""TODO."""
+"""Make adapters of adapters or checkpoints."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from ..errors import Fault
 from ..naming.resolve import RENAMED
 from ..naming.ties import Tie, find_tie, is_embedding, is_head
-from ..plan.plan import Options
+from ..plan.options import Options
 from ..plan.planner import is_named
 from ..plan.shapes import is_conv1d
 from ..storage.checkpoint import Checkpoint

@@ -25,7 +25,7 @@ from ..engine.preflight import chunks, holds_numbers, scan_adapter
 from ..engine.resume import earlier_run, entered, journal_key, settle
 from ..errors import NumericalError
 from ..maths import lora as maths
-from ..output import card
+from ..output.card import NAME
 from ..output.folder import OutputFolder
 from ..output.side_files import tokenizer_files
 from ..settings import Settings
@@ -37,6 +37,7 @@ from ..storage.reader import Reader
 from ..storage.safetensors import BITS, FLOATS, StoredTensor
 from ..storage.schema import count
 from ..storage.spool import Part, Segment, Spool
+from .card import adapter_card_bytes
 from .jobs import Assemble, FittingPlan, Job, Result
 
 NAMES = {dtype: name for name, dtype in TORCH.items()}
@@ -81,7 +82,7 @@ def craft(
     folder.check_space(2 * order.bytes_out)
     with entered(folder):
         terms = {**order.terms, "command": order.command, "format": order.format.NAME, "dtype": order.dtype}
-        key = journal_key(spec, list(order.bases), adapters=adapters, **terms)
+        key = journal_key(spec, folder.identity(order.bases), adapters=adapters, **terms)
         earlier = earlier_run(folder, key, [], lambda: True, ENTERED)
         records = earlier.records if earlier else []
         with ExitStack() as stack:
@@ -227,4 +228,4 @@ def _put_side_files(order: FittingPlan, folder: OutputFolder, settings: Settings
     source = order.sources[-1].path
     for name in tokenizer_files(source) if source.is_dir() else ():
         folder.put(name, source / name)
-    folder.put(card.NAME, card.adapter_card_bytes(order, settings.base_model))
+    folder.put(NAME, adapter_card_bytes(order, settings.base_model))

@@ -14,12 +14,14 @@ from ..formats.detect import Format
 from ..hub.push import push_output
 from ..lazy_torch import without_collections
 from ..output.folder import OutputFolder
-from ..plan.plan import Options, Plan
+from ..plan.options import Options, parse_options
+from ..plan.plan import Plan
 from ..plan.planner import make_plan
 from ..reports.push import Target
-from ..settings import MAX_MEMORY, Settings, parse_options
+from ..settings import MAX_MEMORY, Settings
 from ..sources.inputs import doubts, gather
 from ..sources.prefetch import reading
+from ..sources.session import Session, open_session
 from ..storage.checkpoint import Checkpoint
 from ..storage.refs import PathLike
 from .jobs import Assemble, FittingPlan, Result, find_format
@@ -35,6 +37,7 @@ class FittingSession:
 
     options: Options
     settings: Settings
+    session: Session
     saves: Format
     folder: OutputFolder
     grows: bool = False
@@ -71,8 +74,9 @@ class FittingSession:
         held = MAX_MEMORY if grows else max_memory
         folder = OutputFolder(Path(out), overwrite=overwrite)
         told = (device, compute_dtype, held, workers, False, base_model, on_progress, on_notice)
-        with Settings.begin(*told, token=token, cache=cache) as settings:
-            making = cls(options, settings, find_format(format), folder, grows, push)
+        settings = Settings.parse(*told, token=token, cache=cache)
+        with open_session(token, cache=cache, notify=settings.notify) as session:
+            making = cls(options, settings, session, find_format(format), folder, grows, push)
             making.folder.check()
             yield making
 
@@ -83,7 +87,7 @@ class FittingSession:
             named,
             [os.fspath(adapter)],
             self.folder.given,
-            self.settings.session,
+            self.session,
             self.settings.notify,
             self.options.ignore_field,
             verb,
@@ -117,7 +121,7 @@ class FittingSession:
             from .run import craft
 
             make = work()
-        with reading(order.bases, order.needs, self.settings) as reader:
+        with reading(order.bases, order.needs, self.session) as reader:
             run = craft(order, self.folder, self.settings, make, assemble, reader)
         details |= conclude(run.results)
         if pushed := push_output(self.folder.given, self.push, self.settings):

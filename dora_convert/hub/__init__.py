@@ -1,1 +1,1 @@
-"""The Hugging Face Hub: files from it, headers by ranges, uploads to it, and what goes on its way while a merge runs."""
+"""Upload folders and running merges to the Hugging Face Hub."""

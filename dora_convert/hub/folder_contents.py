@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ..adapters.adapter import Adapter
 from ..errors import Fault, MalformedError, RefError, VerificationError
 from ..output.folder import LOCK
-from ..reports.inspect import AdapterReport
-from ..sources.session import Session
+from ..sources.inputs import open_or_refuse
 from ..storage.checkpoint import RECEIPT, RECORD, is_weight_file, list_files, open_checkpoint
 from ..storage.digests import stored_digest
 from ..storage.journal import NAME as JOURNAL
@@ -24,7 +24,6 @@ from ..storage.json_files import read_json
 from ..storage.reader import Reader
 from ..storage.refs import Source, local_path, local_source
 from ..storage.safetensors import StoredTensor, read_header
-from ..verbs.inspect.describe import inspect_ref
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 NOTED = f"{RECORD}/{RECEIPT}"
@@ -36,7 +35,7 @@ class FolderContents:
     """What of a folder goes up, and what is known of it."""
 
     source: Source
-    adapter: AdapterReport | None
+    adapter: Adapter | None
     """What is known of an adapter; None for a checkpoint."""
     names: tuple[str, ...]
     """Paths inside the folder, sorted."""
@@ -67,7 +66,7 @@ def pack(folder: str) -> FolderContents:
     source = local_source(path)
     files = [name for name in list_files(path) if not _is_hidden(name)]
     if (path / "adapter_config.json").is_file():
-        return _adapter(source, folder, files)
+        return _adapter(source, files)
     return _checkpoint(source, files)
 
 
@@ -92,16 +91,14 @@ def _checkpoint(source: Source, files: Sequence[str]) -> FolderContents:
     return _parcel(source, None, names, files, opened.tensors)
 
 
-def _adapter(source: Source, folder: str, files: Sequence[str]) -> FolderContents:
-    report = inspect_ref(folder, None, (), Session())
-    assert isinstance(report, AdapterReport)
-    if report.faults:
-        faults = [Fault(fault["what"], fault["why"]) for fault in report.faults]
-        raise MalformedError(f"The adapter {source.name} contradicts itself.", faults=faults)
+def _adapter(source: Source, files: Sequence[str]) -> FolderContents:
+    adapter, _ = open_or_refuse(source, ())
+    if adapter.faults:
+        raise MalformedError(f"The adapter {source.name} contradicts itself.", faults=adapter.faults)
     names = [name for name in files if _of_adapter(name)]
     weights = source.path / ADAPTER_WEIGHTS
     tensors = read_header(weights).tensors if weights.is_file() else {}
-    return _parcel(source, report, names, files, tensors)
+    return _parcel(source, adapter, names, files, tensors)
 
 
 def _of_adapter(name: str) -> bool:
@@ -116,7 +113,7 @@ def _in_record(name: str) -> bool:
 
 def _parcel(
     source: Source,
-    adapter: AdapterReport | None,
+    adapter: Adapter | None,
     names: Sequence[str],
     files: Sequence[str],
     tensors: Mapping[str, StoredTensor],

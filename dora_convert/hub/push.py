@@ -96,8 +96,9 @@ class FolderPush:
         kinds, sources = tuple(_kinds(receipt)), tuple(_sources(receipt))
         about = f"{name}, a checkpoint."
         if adapter:
-            kinds = (adapter.method,)
-            about = f"{adapter.method}, {len(adapter.modules)} modules, {adapter.parameters:,} parameters."
+            parameters = sum(tensor.numel for tensor in adapter.tensors.values())
+            kinds = (adapter.kind,)
+            about = f"{adapter.kind}, {len(adapter.changes)} modules, {parameters:,} parameters."
         elif sources:
             about = f"{' and '.join(kinds)} folded into the weights of {sources[0][1]}."
         return card.Facts(

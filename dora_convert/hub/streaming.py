@@ -11,9 +11,9 @@ from ..output.folder import LOCK, OutputFolder
 from ..output.shards import ShardFiles
 from ..plan.plan import Plan
 from ..reports.push import Pushed
-from ..settings import Settings
 from ..sources.hub_client import without_bars
-from ..sources.prefetch import PLACES, Arrivals, WeightDownload, absent, expect, shard_needs
+from ..sources.prefetch import PLACES, Arrivals, WeightDownload, expect, shard_needs
+from ..sources.session import Session
 from ..storage.checkpoint import RECORD, Checkpoint, list_files
 from ..storage.journal import NAME as JOURNAL
 from ..storage.journal import UPLOADS
@@ -99,20 +99,20 @@ class HubStreaming:
 
 @contextmanager
 def traffic(
-    plan: Plan, routes: HubRoutes, settings: Settings, folder: OutputFolder
+    plan: Plan, routes: HubRoutes, session: Session, folder: OutputFolder
 ) -> Iterator[HubStreaming | None]:
     """What a merge has to do with the Hub while it runs; None where that is nothing."""
     upload = None
     if routes.target:
-        upload = Upload(routes.target, settings.notify)
+        upload = Upload(routes.target, session.notify)
         upload.open()
         upload.offer(plan.base.source.repo, plan.base.source.commit)
         if not routes.local:
             _refuse_orphans(folder, upload)
-    far = absent(plan.base)
+    far = not plan.base.is_here
     arrivals = None
     if far or not routes.local:
-        bring = WeightDownload([plan.base], settings, routes.weights(folder)) if far else None
+        bring = WeightDownload([plan.base], session, routes.weights(folder)) if far else None
         places = None if routes.local and routes.cache else PLACES
         needs = shard_needs(plan)
         arrivals = Arrivals(needs, bring, keep=routes.cache, places=places, outputs=not routes.local)
@@ -128,10 +128,10 @@ def traffic(
 
 
 @contextmanager
-def inward(plan: Plan, others: Sequence[Checkpoint], settings: Settings) -> Iterator[HubStreaming | None]:
+def inward(plan: Plan, others: Sequence[Checkpoint], session: Session) -> Iterator[HubStreaming | None]:
     """What a plan reads of its base and of other checkpoints on the Hub while it runs; None where all of it is here."""
     needs = shard_needs(plan, *others)
-    arrivals = expect((plan.base, *others), needs, settings)
+    arrivals = expect((plan.base, *others), needs, session)
     if not arrivals:
         yield None
         return

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Run models and compare their outputs."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Find the stored tensor that a module name means, family by family."""

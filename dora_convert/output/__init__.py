@@ -1,1 +1,1 @@
-"""TODO."""
+"""Hold everything that OUT is made of: the folder, shards, side files, card and receipt."""

@@ -16,7 +16,6 @@ from typing import Any
 import xxhash
 
 from .. import __version__
-from ..fitting.jobs import FittingPlan
 from ..plan.plan import Plan
 from ..storage.refs import Source
 from ..storage.safetensors import CONFIG_DTYPES
@@ -156,7 +155,7 @@ def card_bytes(plan: Plan, base_model: str | None, checks: Sequence[tuple[str, s
         library="transformers" if base.model_types else None,
         pipeline=pipeline_of(plan.output_config, metadata),
         inherited=inherited(metadata),
-        sources=(_row("base", base.source), *(_row("adapter", source) for source in names)),
+        sources=(source_row("base", base.source), *(source_row("adapter", source) for source in names)),
         made_by=f"dora-convert {__version__}",
         command=tuple(command(plan)),
         checks=tuple(checks),
@@ -168,27 +167,6 @@ def card_bytes(plan: Plan, base_model: str | None, checks: Sequence[tuple[str, s
 
 def _unmerge(adapters: Sequence[str]) -> tuple[str, ...]:
     return ("dora-convert", "unmerge", "MERGED", *adapters, "OUT")
-
-
-def adapter_card_bytes(order: FittingPlan, base_model: str | None) -> bytes:
-    """README.md for an adapter that was made of others, or of two checkpoints."""
-    base, kind = order.bases[0], "DoRA" if order.makes_dora else "LoRA"
-    metadata = {} if base.is_file else metadata_of(base.root / NAME)
-    roles = ("base", *(["tuned"] if len(order.bases) > 1 else []), *(["adapter"] if order.like else []))
-    facts = Facts(
-        title=f"{kind} of {order.sources[-1].name}",
-        about=f"A {kind} adapter for {base.source.name}.",
-        kinds=(kind,),
-        relation="adapter",
-        base_model=base_model or base.source.repo,
-        library="peft",
-        pipeline=pipeline_of(base.config, metadata),
-        inherited=inherited(metadata),
-        sources=tuple(_row(role, source) for role, source in zip(roles, order.sources, strict=True)),
-        made_by=f"`{order.command}` of dora-convert {__version__}",
-        command=("dora-convert", order.command, *order.words),
-    )
-    return render(facts)
 
 
 def command(plan: Plan) -> list[str]:
@@ -220,5 +198,6 @@ def _sources(plan: Plan) -> list[Source]:
     return [plan.base.source, *(adapter.source for adapter in plan.adapters)]
 
 
-def _row(role: str, source: Source) -> tuple[str, str, str]:
+def source_row(role: str, source: Source) -> tuple[str, str, str]:
+    """Return one row of a card's table of inputs."""
     return role, source.repo or source.name, source.commit or ""

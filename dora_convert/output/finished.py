@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 
 from ..errors import MalformedError
-from ..parity.self_check import Verdict
 from ..plan.item import Item
 from ..storage.journal import Record
 from ..storage.safetensors import BITS, StoredTensor
@@ -27,6 +27,46 @@ ENTERED = Either(
     },
 )
 """What a journal's records are like."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a check found; the counts of several add up."""
+
+    checked: int = 0
+    """Elements compared."""
+    wrong: int = 0
+    """Elements outside the bound."""
+    max_ulp: int = 0
+    """Largest distance from the rounded float64 result, in units in the last place of the stored dtype."""
+    rounding: float = 0.0
+    """Σ (rounded − x)², what rounding into the stored dtype takes away."""
+    change: float = 0.0
+    """Σ (x − W)², what the adapter does."""
+
+    def __add__(self, other: Verdict) -> Verdict:
+        return Verdict(
+            self.checked + other.checked,
+            self.wrong + other.wrong,
+            max(self.max_ulp, other.max_ulp),
+            self.rounding + other.rounding,
+            self.change + other.change,
+        )
+
+    @property
+    def lost(self) -> float | None:
+        """Share of the change's norm lost to rounding; None where nothing changes."""
+        return math.sqrt(self.rounding / self.change) if self.change else None
+
+    def rows(self) -> list[tuple[str, str]]:
+        """What was found, as a model card tells it."""
+        lost = [] if self.lost is None else [("share of the change lost to rounding", f"{self.lost:.2%}")]
+        return [
+            ("elements compared", f"{self.checked:,}"),
+            ("wrong", f"{self.wrong:,}"),
+            ("largest distance from the rounded result", f"{self.max_ulp} ulp"),
+            *lost,
+        ]
 
 
 @dataclass(frozen=True)

@@ -9,20 +9,23 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from ..errors import MalformedError, OutputError, UsageError
+from ..plan.item import Item
 from ..plan.plan import Plan
 from ..sizes import format_size
-from ..storage.checkpoint import RECORD, is_text
+from ..storage.checkpoint import RECORD, Checkpoint, is_text
 from ..storage.journal import NAME as JOURNAL
 from ..storage.journal import UPLOADS, sync_path
+from ..storage.reader import Reader
 from ..storage.refs import PathLike
 from ..storage.spool import SPOOL
-from .shards import shards_exist
+from .shards import ShardFiles, shards_exist
 
 try:
     import fcntl
@@ -37,6 +40,7 @@ class OutputFolder:
     """OUT while it is being made."""
 
     WAY_OUT = "--overwrite starts over; what is there is lost"
+    in_place = False
 
     def __init__(self, out: Path, *, overwrite: bool) -> None:
         self.given = str(out)
@@ -188,11 +192,26 @@ class OutputFolder:
         for path in (self.partial.parent, self.partial, *self.partial.rglob("*")):
             sync_path(path)
 
+    def identity(self, bases: Sequence[Checkpoint]) -> Mapping[str, Any]:
+        """Return what tells the bases from others with the same headers, without reading them."""
+        return {"base": [line for base in bases for line in _identity(base)]}
+
+    def prepare(self, item: Item, reader: Reader) -> Item:  # noqa: ARG002 - as of InPlace
+        """Return the item as it is: nothing that it reads is overwritten."""
+        return item
+
+    def settled(self, item: Item) -> None:
+        """Do nothing: no old bytes are kept."""
+
+    def open_shards(self, plan: Plan, *, new: bool, sparse: bool = False) -> ShardFiles:
+        """Create the shards in OUT.partial, or open those that an unfinished run has left."""
+        return ShardFiles(self.partial, plan, create=new, sparse=sparse)
+
     def room(self, plan: Plan) -> int:
         """Bytes that the weights of a plan take."""
         return plan.bytes_out
 
-    def publish(self, *_: object) -> None:
+    def publish(self, report: object = None, removed: Sequence[str] = ()) -> None:  # noqa: ARG002
         """Make OUT.partial OUT. Everything in it is synced before, its name after."""
         self.sync()
         replaced = os.path.lexists(self.out)
@@ -292,3 +311,15 @@ def _is_model(folder: Path) -> bool:
         or bool(names & {"config.json", RECORD})
         or any(name.endswith(".safetensors") for name in names)
     )
+
+
+def _identity(base: Checkpoint) -> list[list[Any]]:
+    """What tells a base from another with the same headers, without reading it."""
+    if base.source.commit:
+        return [[str(base.source.repo), base.source.commit]]
+    found: list[list[Any]] = []
+    for shard in base.shards:
+        path = (base.root / shard.filename).resolve()
+        stat = path.stat()
+        found.append([str(path), stat.st_size, stat.st_mtime_ns])
+    return found

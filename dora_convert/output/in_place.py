@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from ..plan.item import Item
 from ..plan.plan import Plan
 from ..settings import Settings
 from ..sizes import format_size
-from ..storage.checkpoint import IN_PLACE, RECORD, Shard, is_inside
+from ..storage.checkpoint import IN_PLACE, RECORD, Checkpoint, Shard, is_inside
 from ..storage.journal import NAME as JOURNAL
 from ..storage.journal import Journal, Record, read_journal, sync_path
 from ..storage.reader import Reader
@@ -36,6 +36,7 @@ from ..storage.refs import PathLike
 from ..storage.safetensors import StoredTensor
 from ..storage.schema import misfit
 from .folder import LOCK, copy_or_write
+from .shards import ShardFiles
 
 COPY_BYTES = 1 << 20
 SPARE = 16
@@ -56,6 +57,7 @@ class InPlace:
     """A folder while it is changed; used like an `OutputFolder`."""
 
     WAY_OUT = "run the same command as before; it continues"
+    in_place = True
     overwrite = False
 
     def __init__(self, path: Path, shards: Sequence[Shard] = (), index_name: str | None = None) -> None:
@@ -71,11 +73,6 @@ class InPlace:
     def begun(self) -> bool:
         """Whether a run has begun to change weights, and not ended."""
         return (self.record / JOURNAL).exists()
-
-    @property
-    def places(self) -> Mapping[str, int]:
-        """Where every tensor begins in its file."""
-        return {name: tensor.start for name, tensor in self._tensors.items()}
 
     def refuse(self, plan: Plan) -> None:
         """Refuse what cannot be done in place: other headers, and files that are not this folder's alone.
@@ -117,6 +114,15 @@ class InPlace:
             if path.is_symlink() or path.stat().st_nlink > 1:
                 yield Fault(shard.filename, "is a link, or has another name that would change with it")
 
+    def identity(self, bases: Sequence[Checkpoint]) -> Mapping[str, Any]:  # noqa: ARG002 - as of OutputFolder
+        """Return the folder's path: its files change while the run lasts."""
+        return {"base": [], "place": str(self.out.resolve())}
+
+    def open_shards(self, plan: Plan, *, new: bool, sparse: bool = False) -> ShardFiles:  # noqa: ARG002
+        """Open the folder's own files; tensors are written where they begin now."""
+        starts = {name: tensor.start for name, tensor in self._tensors.items()}
+        return ShardFiles(self.partial, plan, create=False, places=starts)
+
     def room(self, plan: Plan) -> int:
         """Bytes that old tensors may take until they are not needed any more."""
         return SPARE * max((item.nbytes for item in plan.items if not item.verbatim), default=0)
@@ -142,7 +148,7 @@ class InPlace:
         """Whether the files of a plan are there: they always are."""
         return True
 
-    def clear(self, keep: Sequence[str] = ()) -> None:
+    def clear(self, keep: Collection[str] = ()) -> None:
         """Remove what a run has left that had not begun to change anything."""
         if not keep:
             for entry in self.record.iterdir():
@@ -150,7 +156,7 @@ class InPlace:
                     shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
             sync_path(self.partial)
 
-    def saved(self, item: Item, reader: Reader) -> Item:
+    def prepare(self, item: Item, reader: Reader) -> Item:
         """The item, to be made from a copy of the tensor's old bytes, which is on the disk when this returns."""
         path = self._old(item)
         stored = self._tensors[item.name]
@@ -175,7 +181,7 @@ class InPlace:
         assert item.base
         return replace(item, base=replace(item.base, path=path, start=0))
 
-    def forget(self, item: Item) -> None:
+    def settled(self, item: Item) -> None:
         """The tensor is finished, synced and entered: its old bytes are not needed any more."""
         self._old(item).unlink(missing_ok=True)
 
@@ -198,7 +204,7 @@ class InPlace:
         for path in (self.partial, self.record, *self.record.rglob("*")):
             sync_path(path)
 
-    def publish(self, report: Mapping[str, object], removed: Sequence[str] = ()) -> None:
+    def publish(self, report: Mapping[str, Any], removed: Sequence[str] = ()) -> None:
         """Put the staged files in their places and remove others; a kill in between is made good by `finish`."""
         self.path(LOCK).unlink(missing_ok=True)
         self.sync()

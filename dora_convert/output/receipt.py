@@ -12,7 +12,6 @@ from typing import Any
 import xxhash
 
 from .. import __version__
-from ..engine.precision import ComputeSpec
 from ..plan.item import Item
 from ..plan.plan import Plan
 from ..plan.sharding import converted
@@ -29,20 +28,19 @@ def receipt_bytes(
     hashes: Sequence[Mapping[str, str]],
     files: Sequence[SideFile],
     base_files: Mapping[str, str],
-    spec: ComputeSpec,
+    computed: Mapping[str, str],
+    torch_version: str,
 ) -> bytes:
     """The receipt of a finished merge.
 
-    `hashes` holds for each adapter the xxh3-128 of its files, `files` what lies beside the weights, and
+    `computed` names the device and the compute dtype; `hashes` holds for each adapter the xxh3-128 of its files, `files` what lies beside the weights, and
     `base_files` the sha256 of all that lay beside the base's.
     """
-    import torch
-
     options = plan.options
     receipt: dict[str, Any] = {
         "schema": SCHEMA,
         "verb": "merge",
-        "versions": {"dora_convert": __version__, "torch": torch.__version__.partition("+")[0]},
+        "versions": {"dora_convert": __version__, "torch": torch_version.partition("+")[0]},
         "base": {**_source(plan.base.source), "hash": _base_hash(plan, done)},
         "adapters": [
             {
@@ -55,8 +53,7 @@ def receipt_bytes(
             for adapter, weight, files in zip(plan.adapters, plan.weights, hashes, strict=True)
         ],
         "options": {
-            "device": spec.device.type,
-            "compute_dtype": spec.compute_name,
+            **computed,
             "dtype": options.dtype,
             "undo": options.undo,
             "include": list(options.include),

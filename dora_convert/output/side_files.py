@@ -6,7 +6,6 @@ tokenizer, processor and chat-template files count, and they win over the base's
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,13 +13,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from ..errors import Fault
 from ..plan.plan import Plan
 from ..plan.sharding import index_bytes
-from ..storage.checkpoint import INDEX_SUFFIX, RECORD, Checkpoint, list_files
-from ..storage.digests import sha256
+from ..storage.checkpoint import RECORD, Checkpoint, list_files
 from ..storage.safetensors import open_file
-from ..undo.record import Record, not_as_written
 from . import card
 
 FROM_ADAPTER = (
@@ -52,7 +48,7 @@ class SideFile:
         return len(self.source) if isinstance(self.source, bytes) else self.source.stat().st_size
 
 
-def side_files(plan: Plan, base_model: str | None) -> list[SideFile]:
+def side_files(plan: Plan) -> list[SideFile]:
     """All files of OUT but the weights and our own record, by name; none where the base is a single file."""
     base, root = plan.base, plan.base.root
     if base.is_file:
@@ -62,7 +58,7 @@ def side_files(plan: Plan, base_model: str | None) -> list[SideFile]:
     def put(name: str, source: Path | bytes, fate: str) -> None:
         before = root / name
         new = source if isinstance(source, bytes) else source.read_bytes()
-        differs = before.is_file() and before.read_bytes() != new
+        differs = before.is_file() and (before.read_bytes() != new or name == card.NAME)
         found[name] = SideFile(name, source, fate, before if differs else None)
 
     for adapter in plan.adapters:
@@ -72,7 +68,7 @@ def side_files(plan: Plan, base_model: str | None) -> list[SideFile]:
         put("config.json", _json_bytes(plan.config), "edited")
     if plan.index_name:
         put(plan.index_name, index_bytes(plan), "written")
-    put(card.NAME, card.card_bytes(plan, base_model), "written")
+    put(card.NAME, b"", "written")  # its text comes last: see `with_card`
     for path in _earlier_record(base):
         name = f"{RECORD}/{PREVIOUS}/{path.relative_to(root / RECORD).as_posix()}"
         found[name] = SideFile(name, path)
@@ -94,49 +90,9 @@ def originals(base: Checkpoint, files: Sequence[SideFile]) -> dict[str, Path]:
     return {name: path for name, path in base_files(base).items() if name not in out or out[name].original}
 
 
-def restored_files(
-    merged: Checkpoint, record: Record, plan: Plan, original: Checkpoint | None
-) -> list[SideFile]:
-    """The base's side files, from the record, from MERGED, or from the base itself where it is at hand.
-
-    Those that a merge without an undo record has replaced are left out. With the record of the merge before, where there
-    was one. Raises RefError where a file is not as it was any more.
-    """
-    found, faults = [], []
-    own = base_files(original) if original else {}
-    for name, proof in record.receipt["base_files"].items():
-        data, path = record.file(name), own.get(name, merged.root / name)
-        gone = record.options.undo == "none" and record.receipt["side_files"].get(name) != "copied"
-        if name.endswith(INDEX_SUFFIX) and (gone or plan.options.max_shard_size is not None):
-            continue
-        if data is not None or path.is_file():
-            source = path if data is None else data
-            if proof and proof != (sha256(path) if data is None else hashlib.sha256(data).hexdigest()):
-                why = "was changed since" if data is None else "is damaged in the undo record"
-                faults += [] if gone and not own else [Fault(name, why)]
-                continue
-            found.append(SideFile(name, source, "copied" if data is None else "restored"))
-        elif not gone:
-            faults.append(Fault(name, "is missing"))
-    if faults:
-        raise not_as_written(merged, faults)
-    if plan.index_name and plan.index_name not in {file.name for file in found}:
-        found.append(SideFile(plan.index_name, index_bytes(plan), "written"))
-    before = merged.root / RECORD / PREVIOUS
-    earlier = list_files(before) if before.is_dir() else []
-    return [*found, *(SideFile(f"{RECORD}/{name}", before / name, "restored") for name in earlier)]
-
-
 def with_card(files: Sequence[SideFile], made: bytes) -> list[SideFile]:
     """The same files, with another card if there is one among them: OUT of a base that is a single file has none."""
     return [replace(file, source=made) if file.name == card.NAME else file for file in files]
-
-
-def left_over(merged: Checkpoint, record: Record, files: Sequence[SideFile]) -> list[str]:
-    """Files beside the weights that a merge has brought and its base did not have."""
-    ours = {name for name in list_files(merged.root) if name.startswith(f"{RECORD}/")}
-    brought = {name for name in record.receipt.get("side_files", {}) if (merged.root / name).is_file()}
-    return sorted((ours | brought) - {file.name for file in files})
 
 
 def _readable(path: Path) -> Path:

@@ -10,10 +10,9 @@ rounded result, the tensor was rounded once and the ½ulp_d(Δ) term is dropped.
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from ..engine.rows import read_rows
 from ..errors import VerificationError
+from ..output.finished import Verdict
 from ..plan.item import Item
 from ..plan.plan import Plan
 from ..storage.digests import stored_digest
@@ -36,46 +36,6 @@ ROUNDED_ONCE = 0.001
 """Share of elements off the rounded result below which a tensor was rounded once: float32 leaves a third of that."""
 FEW = 2
 """Elements of a small tensor that say nothing about that."""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What a check found; the counts of several add up."""
-
-    checked: int = 0
-    """Elements compared."""
-    wrong: int = 0
-    """Elements outside the bound."""
-    max_ulp: int = 0
-    """Largest distance from the rounded float64 result, in units in the last place of the stored dtype."""
-    rounding: float = 0.0
-    """Σ (rounded − x)², what rounding into the stored dtype takes away."""
-    change: float = 0.0
-    """Σ (x − W)², what the adapter does."""
-
-    def __add__(self, other: Verdict) -> Verdict:
-        return Verdict(
-            self.checked + other.checked,
-            self.wrong + other.wrong,
-            max(self.max_ulp, other.max_ulp),
-            self.rounding + other.rounding,
-            self.change + other.change,
-        )
-
-    @property
-    def lost(self) -> float | None:
-        """Share of the change's norm lost to rounding; None where nothing changes."""
-        return math.sqrt(self.rounding / self.change) if self.change else None
-
-    def rows(self) -> list[tuple[str, str]]:
-        """What was found, as a model card tells it."""
-        lost = [] if self.lost is None else [("share of the change lost to rounding", f"{self.lost:.2%}")]
-        return [
-            ("elements compared", f"{self.checked:,}"),
-            ("wrong", f"{self.wrong:,}"),
-            ("largest distance from the rounded result", f"{self.max_ulp} ulp"),
-            *lost,
-        ]
 
 
 class Checker:

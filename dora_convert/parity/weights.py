@@ -15,6 +15,7 @@ from ..plan.plan import Plan
 from ..reports.verify import CheckedModule, Untouched, VerifyReport
 from ..settings import Settings
 from ..sources.prefetch import reading
+from ..sources.session import Session
 from ..storage.checkpoint import Checkpoint
 from ..storage.reader import Reader
 from ..storage.safetensors import StoredTensor
@@ -23,7 +24,9 @@ from .headers import Pairing, config_problems, pair
 from .tensor import Parity, compare_all
 
 
-def verify_weights(plan: Plan, merged: Checkpoint, settings: Settings, samples: int) -> VerifyReport:
+def verify_weights(
+    plan: Plan, merged: Checkpoint, settings: Settings, session: Session, samples: int
+) -> VerifyReport:
     """Compare every tensor, and the outputs of each merged module for some random inputs.
 
     Raises NumericalError where an adapter holds NaN or Inf.
@@ -32,7 +35,7 @@ def verify_weights(plan: Plan, merged: Checkpoint, settings: Settings, samples: 
         scan_adapter(adapter)
     found = pair(plan, merged)
     needs = {item.name: (item.source.path, written.path) for item, written in found.pairs}
-    with reading((plan.base, merged), needs, settings) as reader:
+    with reading((plan.base, merged), needs, session) as reader:
         found.compare_twins(reader)
         compared, identical = _compare(found, settings, samples, reader)
         modules = [_module(parity, written, reader) for parity, written in compared if parity.item.changed]

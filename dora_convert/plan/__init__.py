@@ -1,1 +1,1 @@
-"""TODO."""
+"""Decide every output tensor from headers alone, before anything is read or written."""

@@ -15,7 +15,8 @@ from ..storage.checkpoint import Checkpoint
 from ..storage.reader import same_bytes
 from ..storage.safetensors import FLOATS, StoredTensor
 from .item import Edit, Item
-from .plan import Entry, Options
+from .options import Options
+from .plan import Entry
 from .shapes import Match, Mismatch, fit
 
 

@@ -145,6 +145,10 @@ class Item:
         rows, columns = self.source.matrix
         return spans(rows, columns, self.experts)
 
+    def base_spans(self) -> Iterator[tuple[int, int]]:
+        """Yield the blocks of rows of the base's tensor."""
+        return spans(*self.base.matrix) if self.base else iter(())
+
     def cost(self, width: int, *, exact: bool = False) -> int:
         """Bytes a worker holds to make it, with so many bytes an element: a block's buffers, and the factors.
 

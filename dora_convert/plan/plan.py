@@ -17,34 +17,9 @@ import xxhash
 from ..adapters.adapter import Adapter
 from ..adapters.updates import Delta, tensors_of
 from ..storage.checkpoint import Checkpoint
-from ..storage.safetensors import BITS, StoredTensor
+from ..storage.safetensors import StoredTensor
 from .item import Edit, Item
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a caller may choose that changes the output."""
-
-    dtype: str | None = None
-    """The safetensors dtype of every floating tensor, or None: each keeps its own."""
-    compute_dtype: str = "F64"
-    max_shard_size: int | None = None
-    undo: str = "norms"
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    allow_unmatched: bool = False
-    ignore_field: tuple[str, ...] = ()
-    """Fields of adapters' configs that are not to be refused."""
-
-    @property
-    def exact(self) -> bool:
-        """Whether what rounding loses is kept, too."""
-        return self.undo == "exact"
-
-    @property
-    def width(self) -> int:
-        """Bytes of an element in arithmetic."""
-        return BITS[self.compute_dtype] // 8
+from .options import Options
 
 
 @dataclass(frozen=True)

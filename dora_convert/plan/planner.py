@@ -21,7 +21,8 @@ from ..storage.checkpoint import Checkpoint
 from . import config_json as configs
 from .builder import PlanBuilder
 from .item import Item
-from .plan import Options, Plan
+from .options import Options
+from .plan import Plan
 from .sharding import lay_out
 
 

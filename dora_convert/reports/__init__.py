@@ -1,1 +1,1 @@
-"""TODO."""
+"""Hold what verbs return, as plain data."""

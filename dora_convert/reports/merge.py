@@ -18,8 +18,7 @@ from .push import Pushed
 
 if TYPE_CHECKING:  # these import torch, which a dry run does without
     from ..engine.precision import ComputeSpec
-    from ..parity.self_check import Verdict
-    from ..undo.unmerge_plan import UnmergePlan
+    from ..output.finished import Verdict
 
 SCHEMA = 1
 Finished = TypeVar("Finished", bound="MergeReport")
@@ -58,10 +57,6 @@ def _common(plan: Plan, settings: Settings, out: str) -> dict[str, Any]:
         "left_behind": plan.base.left_behind,
         "seconds": round(time.monotonic() - settings.started, 3),
     }
-
-
-def _place(source: Any) -> str:
-    return source.title if source.repo else str(source.path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,22 +152,22 @@ class UnmergeReport(MergeReport):
     @classmethod
     def undone(
         cls,
-        reversal: UnmergePlan,
+        plan: Plan,
         settings: Settings,
         out: str,
         spec: ComputeSpec,
         verdict: Verdict | None,
         modules: Sequence[Recovered],
         *,
+        base: str,
+        undo: str,
         written: int,
         resumed: bool,
     ) -> UnmergeReport:
         """The report of a finished unmerging."""
-        merge = MergeReport.of(reversal.plan, settings, out, spec, verdict, written=written, resumed=resumed)
-        base = reversal.record.receipt["base"]
+        merge = MergeReport.of(plan, settings, out, spec, verdict, written=written, resumed=resumed)
         fields = {name: getattr(merge, name) for name in merge.__dataclass_fields__}
-        fields |= {"command": "unmerge", "base": base["repo"] or base["name"], "merged": merge.base}
-        fields["undo"] = reversal.record.options.undo
+        fields |= {"command": "unmerge", "base": base, "merged": merge.base, "undo": undo}
         exact = sum(module.bit_exact for module in modules)
         return cls(**fields, exact={"tensors": len(modules), "bit_exact": exact}, modules=tuple(modules))
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ..adapters.adapter import Adapter
-from ..errors import RefError, UsageError
+from ..errors import MalformedError, RefError, UnsupportedError, UsageError
 from ..formats.detect import FORMATS
-from ..storage.checkpoint import OF_TRAINING, Checkpoint, is_weight_file
+from ..storage.checkpoint import OF_TRAINING, Checkpoint, is_weight_file, read_weights
+from ..storage.json_files import read_json
 from ..storage.refs import HubRef, Source, local_path, parse_ref
 from .download import fetch, wanted_of_adapter
-from .remote_headers import open_far
+from .remote_headers import ADAPTER, open_far
 from .session import Session
 
 Notice = Callable[[str], None]
@@ -165,3 +167,33 @@ def _not_an_adapter(source: Source) -> RefError:
     if (root / "config.json").exists():
         return RefError(f"ADAPTER {source.name} is a model, not an adapter: it has no adapter_config.json.")
     return RefError(f"ADAPTER {source.name} has no adapter_config.json.")
+
+
+def open_or_refuse(source: Source, accepted: Collection[str]) -> tuple[Adapter, UnsupportedError | None]:
+    """Return an adapter, and why it is refused: of a kind that is refused, as much as can be said."""
+    try:
+        return open_adapter(source, accepted), None
+    except UnsupportedError as error:
+        refusal = error
+    raw = read_json(source.path / ADAPTER)
+    try:
+        return open_adapter(source, tuple(raw)), refusal
+    except UnsupportedError:
+        return _unread(source, raw), refusal
+
+
+def _unread(source: Source, raw: Mapping[str, Any]) -> Adapter:
+    """An adapter whose tensors mean something that is not known here."""
+    files = sorted(source.path.glob("adapter_model.*"), reverse=True)  # safetensors before bin
+    if not files:
+        raise MalformedError(f"The adapter {source.name} has {ADAPTER} but no adapter_model.safetensors.")
+    base, method = raw.get("base_model_name_or_path"), raw.get("peft_type")
+    return Adapter(
+        source=source,
+        format="peft",
+        kind=str(method or "unknown"),
+        changes=(),
+        tensors=read_weights(files[0]).tensors,
+        files=(source.path / ADAPTER, files[0]),
+        base=base if isinstance(base, str) else None,
+    )

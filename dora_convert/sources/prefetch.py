@@ -15,7 +15,6 @@ from pathlib import Path
 
 from ..errors import HubError
 from ..plan.plan import Plan
-from ..settings import Settings
 from ..storage.checkpoint import Checkpoint
 from ..storage.reader import Reader
 from ..storage.refs import HubRef, Source
@@ -177,25 +176,23 @@ def shard_needs(plan: Plan, *more: Checkpoint) -> Needs:
 class WeightDownload:
     """Downloads single weight files of checkpoints, with the word of it."""
 
-    def __init__(
-        self, checkpoints: Iterable[Checkpoint], settings: Settings, top: Path | None = None
-    ) -> None:
+    def __init__(self, checkpoints: Iterable[Checkpoint], session: Session, top: Path | None = None) -> None:
         """`top` is where repos' files come to, if not to where the visit has them."""
         self._of = {tensor.path: each.source for each in checkpoints for tensor in each.tensors.values()}
-        self._settings, self._top = settings, top
+        self._session, self._top = session, top
         self._hashes: dict[Source, dict[str, str]] = {}
 
     def __call__(self, path: Path) -> None:
         """Download one; nothing where it is no file of theirs."""
         if path not in self._of:
             return  # whoever opens it says so
-        source, session = self._of[path], self._settings.session
+        source, session = self._of[path], self._session
         repo, commit = str(source.repo), str(source.commit)
         name = f"{source.subfolder}/{path.name}" if source.subfolder else path.name
         with explained(HubRef(repo, commit, source.subfolder), source.name):
             if source not in self._hashes:
                 self._hashes[source] = hashes_of(repo, commit, session.token)
-            self._settings.notify(f"downloading {path.name}")
+            session.notify(f"downloading {path.name}")
             place = self._top or session.place(repo, commit)
             download(repo, name, commit, session.token, place, self._hashes[source].get(name, ""))
 
@@ -208,39 +205,34 @@ def bring_weights(checkpoint: Checkpoint, session: Session, files: Collection[Pa
         for shard in checkpoint.shards
         if files is None or any(tensor.path in files for tensor in shard.tensors)
     ]
-    if absent(checkpoint):
+    if not checkpoint.is_here:
         with explained(HubRef(str(source.repo), source.commit, source.subfolder), source.name):
             download_all(source, wanted, session)
 
 
-def expect(checkpoints: Iterable[Checkpoint], needs: Needs, settings: Settings) -> Arrivals | None:
+def expect(checkpoints: Iterable[Checkpoint], needs: Needs, session: Session) -> Arrivals | None:
     """What some work on checkpoints reads of the Hub; None where all weights are here.
 
     With the cache, what it needs is downloaded at once. Else a file arrives when it is first read, and goes after the
     last piece of work that needs it.
     """
-    far = [checkpoint for checkpoint in checkpoints if absent(checkpoint)]
+    far = [checkpoint for checkpoint in checkpoints if not checkpoint.is_here]
     theirs = {tensor.path for checkpoint in far for tensor in checkpoint.tensors.values()}
     # never a file that was here before: what arrives is removed
     coming = {work: tuple(path for path in paths if path in theirs) for work, paths in needs.items()}
-    session, here = settings.session, set()
+    here: set[Path] = set()
     if session.cache:
         here = {path for paths in coming.values() for path in paths}
         for checkpoint in far:
             bring_weights(checkpoint, session, here)
-    return Arrivals(coming, WeightDownload(far, settings), keep=session.cache, here=here) if far else None
+    return Arrivals(coming, WeightDownload(far, session), keep=session.cache, here=here) if far else None
 
 
 @contextmanager
-def reading(checkpoints: Iterable[Checkpoint], needs: Needs, settings: Settings) -> Iterator[Reader]:
+def reading(checkpoints: Iterable[Checkpoint], needs: Needs, session: Session) -> Iterator[Reader]:
     """A reader for some work on checkpoints, as `expect` has it."""
     with ExitStack() as stack:
-        if arrivals := expect(checkpoints, needs, settings):
+        if arrivals := expect(checkpoints, needs, session):
             stack.enter_context(without_bars())
             stack.callback(arrivals.close)
         yield stack.enter_context(closing(arrivals.reader() if arrivals else Reader()))
-
-
-def absent(base: Checkpoint) -> bool:
-    """Whether weights of a checkpoint are not on this machine."""
-    return not all(path.is_file() for path in {tensor.path for tensor in base.tensors.values()})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import mkdtemp
@@ -16,8 +16,12 @@ LOCK = ".lock"
 class Session:
     """One run's way of reading repos; `cache` says whether what is downloaded stays in huggingface_hub's cache."""
 
-    def __init__(self, token: str | None = None, *, cache: bool = True) -> None:
+    def __init__(
+        self, token: str | None = None, *, cache: bool = True, notify: Callable[[str], None] | None = None
+    ) -> None:
+        """`notify` is told of downloads."""
         self.token, self.cache = token, cache
+        self.notify: Callable[[str], None] = notify or (lambda _: None)
         self._folder: Path | None = None
         self._lock: FileLock | None = None
 
@@ -37,9 +41,11 @@ class Session:
 
 
 @contextmanager
-def open_session(token: str | None, *, cache: bool) -> Iterator[Session]:
-    """A run's visit, from its beginning to its end."""
-    session = Session(token, cache=cache)
+def open_session(
+    token: str | None, *, cache: bool, notify: Callable[[str], None] | None = None
+) -> Iterator[Session]:
+    """Open a run's session; what was downloaded without the cache is removed at the end."""
+    session = Session(token, cache=cache, notify=notify)
     try:
         yield session
     finally:

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Read and write bytes: safetensors and torch files, checkpoints, hashes, journals, paths."""

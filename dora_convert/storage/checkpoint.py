@@ -74,6 +74,11 @@ class Checkpoint:
         """Whether it is a single weight file, and what lies beside it is none of our business."""
         return self.source.path.is_file()
 
+    @property
+    def is_here(self) -> bool:
+        """True if all weight files are on this machine."""
+        return all(path.is_file() for path in {tensor.path for tensor in self.tensors.values()})
+
     def origin(self, name: str) -> str:
         """What a tensor is called on disk."""
         return self.renamed.get(name, name)

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Keep what a merge loses, and take a merge out again."""

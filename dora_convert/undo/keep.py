@@ -12,58 +12,45 @@ from ..engine.device_buffers import DeviceBuffers
 from ..engine.factors import LoadedEdit
 from ..engine.memory import as_bytes
 from ..engine.precision import TORCH
+from ..engine.tensor import Merging
 from ..maths import lora as maths
-from ..plan.blocks import spans
 from ..plan.item import Item
 from ..plan.plan import Plan
-from ..storage.digests import Digest
 from ..storage.spool import Part, ReplacedRows, Segment, Spool
 from .inverse import Inverse, recorded
 from .packing import pack
 
 
+def keeper(
+    plan: Plan, item: Item, merging: Merging, buffers: DeviceBuffers, spool: Spool
+) -> UndoKeeper | None:
+    """Return what keeps an item's undo record; None if undoing needs nothing of it but the output."""
+    if not plan.remembers(item) or not item.undo_bytes(exact=plan.options.exact):
+        return None
+    return UndoKeeper(item, merging, buffers, spool, exact=plan.options.exact)
+
+
 class UndoKeeper:
-    """The base's tensor while an item is made of it."""
+    """Keeps what undoing the merge of one tensor needs, while the tensor is merged."""
 
     def __init__(
-        self,
-        item: Item,
-        operands: Sequence[LoadedEdit],
-        taken: tuple[Tensor, Tensor] | None,
-        buffers: DeviceBuffers,
-        spool: Spool,
-        plan: Plan,
+        self, item: Item, merging: Merging, buffers: DeviceBuffers, spool: Spool, *, exact: bool
     ) -> None:
-        self._item, self._operands, self._taken = item, operands, taken
+        self._item, self._operands, self._taken = item, merging.edits, merging.values.taken
         self._buffers, self._spool = buffers, spool
-        self._keeps = plan.remembers(item)
-        self.digest = Digest(proof=plan.options.exact)
         self._rows = ReplacedRows(spool)
-        exact = plan.options.exact and self._keeps and item.source is item.base
-        self._loss = RoundingLoss(item, taken, buffers, spool) if exact else None
+        exact = exact and item.source is item.base
+        self._loss = RoundingLoss(item, self._taken, buffers, spool) if exact else None
 
-    def see(self, raw: Tensor, W: Tensor, start: int, stop: int) -> None:
-        """One block before the edits: what is read for it, and its values."""
-        item = self._item
-        if not item.base or start >= (rows := item.base.matrix[0]):
-            return
-        stop = min(stop, rows)
-        base = raw if item.source is item.base else self._buffers.raw(item.base, start, stop, "base")
-        self.digest.update(as_bytes(base))
-        if self._keeps and item.replaced:
+    def before(self, base: Tensor, W: Tensor, start: int, stop: int) -> None:
+        """Keep the base's rows that a replacement changes."""
+        if self._item.replaced:
             new = W[: stop - start].cpu().double()  # in this order: mps has no float64
             self._keep_rows(start, base, maths.round_to(new, torch.empty_like(base)))
 
-    def finish(self) -> None:
+    def beyond(self, base: memoryview, start: int, stop: int) -> None:
         """Keep the base's rows that the output has no place for."""
-        item = self._item
-        rows, columns = item.base.matrix if item.base else (0, 0)
-        for start, stop in spans(rows, columns):
-            if item.base and stop > (first := max(start, item.source.matrix[0])):
-                data = as_bytes(self._buffers.raw(item.base, first, stop, "base"))
-                self.digest.update(data)
-                if self._keeps:
-                    self._rows.add(range(first, stop), bytes(data))
+        self._rows.add(range(start, stop), bytes(base))
 
     def _keep_rows(self, start: int, base: Tensor, new: Tensor) -> None:
         """Keep the base's rows that a replacement changes, or may: float32 does not hold all of a float64."""
@@ -73,8 +60,8 @@ class UndoKeeper:
         if len(rows := differ.any(dim=1).nonzero().flatten()):
             self._rows.add((rows + start).tolist(), bytes(as_bytes(base[rows])))
 
-    def compare(self, raw: Tensor, result: Tensor, start: int, stop: int) -> None:
-        """One block after the edits: what the base can be told from `result` alone, and what not."""
+    def after(self, raw: Tensor, result: Tensor, start: int, stop: int) -> None:
+        """Keep what the base cannot be told by from the output's rows alone."""
         if self._loss:
             norms = [_of_block(operand) for operand in self._operands]
             self._loss.see(raw, result, start, stop, norms)
@@ -82,7 +69,7 @@ class UndoKeeper:
     def parts(self) -> tuple[Part, ...]:
         """The tensors of the undo record, in their order."""
         item = self._item
-        if not self._keeps or not item.base:
+        if not item.base:
             return ()
         found = self._rows.parts(item.origin, item.base.dtype, item.base.matrix[1])
         if item.source is not item.base:

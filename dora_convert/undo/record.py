@@ -9,7 +9,7 @@ from typing import Any
 
 from ..adapters.adapter import Adapter
 from ..errors import Fault, MalformedError, RefError, UsageError, shown
-from ..plan.plan import Options
+from ..plan.options import Options
 from ..plan.sharding import converted
 from ..storage.checkpoint import RECEIPT, RECORD, Checkpoint, Shard
 from ..storage.json_files import read_json

@@ -12,12 +12,13 @@ from ..engine.memory import as_bytes
 from ..engine.precision import TORCH
 from ..engine.rows import replaced_rows
 from ..maths import lora as maths
+from ..output.finished import TensorResult
 from ..parity.ulps import half_ulp
 from ..plan.blocks import spans
 from ..plan.item import Item
 from ..storage.digests import Digest
-from ..storage.reader import Reader
 from ..storage.safetensors import StoredTensor
+from ..storage.spool import Spool
 from .inverse import Inverse, as_rows
 from .packing import Unpacker
 
@@ -25,8 +26,11 @@ from .packing import Unpacker
 class Recovering:
     """Blocks of the base's tensor: predicted, corrected by what the record holds of them."""
 
-    def __init__(self, item: Item, buffers: DeviceBuffers, reader: Reader) -> None:
+    proves_output = True
+
+    def __init__(self, item: Item, buffers: DeviceBuffers, _: Spool) -> None:
         assert item.undo
+        reader = buffers.reader
         self._item, self._buffers = item, buffers.exact()
         self._undo = item.undo
         taken = item.undo.taken
@@ -38,12 +42,12 @@ class Recovering:
             Unpacker(item.undo.ulps, reader, places, item.source.matrix[1]) if item.undo.ulps else None
         )
         self._rows = replaced_rows(item, reader)
-        self.digest = Digest(proof=False)
-        self.ambiguous = 0
+        self._merged = Digest(proof=False)
+        self._ambiguous = 0
 
     def block(self, raw: Tensor, start: int, stop: int) -> Tensor:
         """Rows of the base, from those of the merged tensor."""
-        self.digest.update(as_bytes(raw))
+        self._merged.update(as_bytes(raw))
         x = self._buffers.lift(raw)
         if self._item.edits:
             norms = [
@@ -52,7 +56,7 @@ class Recovering:
             ]
             half = self._halves(x, norms, start, stop)
             x = self._inverse.predict_(x, start, stop, norms)
-            self.ambiguous += 0 if half is None else several(x, half, self._item.dtype)
+            self._ambiguous += 0 if half is None else several(x, half, self._item.dtype)
         result = self._buffers.land(x, TORCH[self._item.dtype])
         if self._ulps:
             lost = self._ulps.next(result.numel()).view(result.shape)
@@ -69,6 +73,10 @@ class Recovering:
             for row in range(max(start, first), stop):
                 values, place = self._rows[row]
                 yield row, as_bytes(self._buffers.raw(values, place, place + 1, "factor"))
+
+    def result(self, written: Digest) -> TensorResult:
+        """Return the hashes of both tensors; the base's may be compared with the receipt's sha256."""
+        return TensorResult(self._merged.fast, written.fast, written.proof, ambiguous=self._ambiguous)
 
     def _recorded(self) -> list[Tensor | None]:
         return [self._buffers.whole(stored).flatten() if stored else None for stored in self._undo.norms]

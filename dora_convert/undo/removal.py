@@ -14,7 +14,7 @@ from typing import Any
 from ..adapters.adapter import Adapter
 from ..errors import UsageError
 from ..output.side_files import SideFile, base_files
-from ..plan.plan import Options
+from ..plan.options import Options
 from ..storage.checkpoint import RECEIPT, RECORD, Checkpoint, list_files
 from ..storage.spool import NAME as UNDO
 from ..storage.spool import gathered

@@ -10,19 +10,21 @@ import xxhash
 
 from ..engine.preflight import scan_adapter
 from ..engine.rehearsal import rehearse
-from ..engine.resume import Folder, entered, settle
-from ..engine.run import earlier, judge, run, run_key
+from ..engine.resume import entered, settle
+from ..engine.run import RunOptions, Transfers, earlier, judge, run, run_key
 from ..errors import Fault, RefError, VerificationError
-from ..hub.streaming import HubStreaming
 from ..output.finished import TensorResult, copied_name
-from ..output.in_place import InPlace
-from ..output.side_files import SideFile, left_over
+from ..output.output import Output
+from ..output.side_files import SideFile
+from ..parity.self_check import Checker
 from ..plan.item import Item
 from ..reports.merge import Recovered, UnmergeReport
 from ..settings import Settings
 from ..storage.digests import Digest, stored_digest
 from ..storage.reader import Reader
+from .files import left_over
 from .record import not_as_written
+from .recover import Recovering
 from .unmerge_plan import Known, UnmergePlan
 
 Proofs = Mapping[str, Digest]
@@ -31,9 +33,9 @@ Proofs = Mapping[str, Digest]
 def restore(
     reversal: UnmergePlan,
     files: Sequence[SideFile],
-    folder: Folder,
+    folder: Output,
     settings: Settings,
-    hub: HubStreaming | None = None,
+    hub: Transfers | None = None,
     later: Callable[[Mapping[str, TensorResult]], Sequence[SideFile]] = lambda _: (),
 ) -> UnmergeReport:
     """Run a plan that undoes a merge, and publish the base; `later` makes files of what is known of its tensors.
@@ -53,10 +55,11 @@ def restore(
             "receipt": xxhash.xxh3_128_hexdigest(json.dumps(reversal.record.receipt).encode())
         }
         before = earlier(folder, plan, key)
-        if isinstance(folder, InPlace) and not before:
-            _prove(reversal, rehearse(plan, settings, spec), copied)
-        hashed = () if isinstance(folder, InPlace) else {item.name for item in _untouched(reversal)}
-        done = run(plan, folder, settings, spec, key, before, hub, hashed)
+        if folder.in_place and not before:
+            _prove(reversal, rehearse(plan, settings, spec, Recovering), copied)
+        hashed = () if folder.in_place else {item.name for item in _untouched(reversal)}
+        options = RunOptions(Recovering, Checker if settings.verify else None, hub, hashed)
+        done = run(plan, folder, settings, spec, (key, before), options)
         verdict = judge(plan, done.progress.done) if settings.verify else None
         with _discarding(folder):
             _refuse_changed(_altered(reversal, done.progress.done), reversal)
@@ -64,14 +67,16 @@ def restore(
         for file in (*files, *later(done.progress.done)):
             folder.put(file.name, file.source)
         resumed = bool(before and before.records)
+        base, undo = reversal.record.receipt["base"], reversal.record.options.undo
         report = UnmergeReport.undone(
-            reversal, settings, folder.given, spec, verdict, modules, written=done.written, resumed=resumed
-        )
+            plan, settings, folder.given, spec, verdict, modules,
+            base=base["repo"] or base["name"], undo=undo, written=done.written, resumed=resumed,
+        )  # fmt: skip
         folder.publish(report.to_dict(), left_over(plan.base, reversal.record, files))
     return report
 
 
-def _copied(reversal: UnmergePlan, hub: HubStreaming | None) -> Proofs:
+def _copied(reversal: UnmergePlan, hub: Transfers | None) -> Proofs:
     """Hashes of what is copied as bytes though a merge changed it; RefError where MERGED is not what was written."""
     faults, found = [], {}
     tensors = reversal.record.receipt["tensors"]
@@ -105,7 +110,7 @@ def _refuse_changed(names: Sequence[str], reversal: UnmergePlan) -> None:
 
 
 @contextmanager
-def _discarding(folder: Folder) -> Iterator[None]:
+def _discarding(folder: Output) -> Iterator[None]:
     """Nothing is worth continuing where what was read, or what came of it, is not what it should be."""
     try:
         yield

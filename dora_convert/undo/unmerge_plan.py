@@ -14,7 +14,8 @@ from typing import Any
 from ..adapters.adapter import Adapter
 from ..errors import Fault, MalformedError, UnsupportedError
 from ..plan.item import Item, Undo
-from ..plan.plan import Options, OutputShard, Plan
+from ..plan.options import Options
+from ..plan.plan import OutputShard, Plan
 from ..plan.planner import make_plan
 from ..plan.sharding import converted, lay_out
 from ..storage.checkpoint import Checkpoint

@@ -1,1 +1,1 @@
-"""The verbs, one module each: what the command line and Python callers run. Each gathers, plans, runs and reports."""
+"""Carry out the verbs of the command line, one file or folder each."""

@@ -113,7 +113,7 @@ def _run(
 def _open(making: FittingSession, base: PathLike, tuned: PathLike) -> tuple[Checkpoint, Checkpoint]:
     """The headers of both checkpoints."""
     refs = ((base, "BASE"), (tuned, "TUNED"))
-    opened = [open_far(os.fspath(ref), what, making.settings.session) for ref, what in refs]
+    opened = [open_far(os.fspath(ref), what, making.session) for ref, what in refs]
     for checkpoint in opened:
         refuse_quantised(checkpoint)
     making.folder.refuse_inside([checkpoint.source.path for checkpoint in opened])
@@ -127,7 +127,7 @@ def _differing(base: Checkpoint, tuned: Checkpoint, making: FittingSession) -> C
     before = model_names(base)
     both = {name: (before[name], tensor) for name, tensor in model_names(tuned).items() if name in before}
     needs = {name: (one.path, other.path) for name, (one, other) in both.items()}
-    with reading((base, tuned), needs, making.settings) as reader:
+    with reading((base, tuned), needs, making.session) as reader:
         return differing(both, reader)
 
 

@@ -13,25 +13,28 @@ from ..errors import RefError, UsageError
 from ..lazy_torch import without_collections
 from ..output.folder import new_folder
 from ..output.in_place import InPlace, finished
-from ..output.side_files import SideFile, base_files, restored_files
+from ..output.side_files import SideFile, base_files
 from ..plan.item import Undo
-from ..plan.plan import Options, Plan
+from ..plan.options import Options, parse_options
+from ..plan.plan import Plan
 from ..reports.merge import DryRunReport, UnmergeReport
-from ..settings import Settings, parse_options
+from ..settings import Settings
 from ..sources.download import fetch, wanted_of_adapter
 from ..sources.inputs import open_adapter, refuse_swapped
 from ..sources.remote_headers import open_far
+from ..sources.session import Session, open_session
 from ..storage.checkpoint import RECORD, Checkpoint, open_checkpoint
 from ..storage.digests import xxh3
 from ..storage.refs import PathLike, listed, local_path, local_source
 from ..storage.spool import NAME as UNDO
+from ..undo.files import restored_files
 from ..undo.record import Record, in_order, no_record, read_record
 from ..undo.refusals import refuse_far, refuse_lossy, refuse_options
 from ..undo.removal import following, plan_removal, remaining_files
 from ..undo.unmerge_plan import UnmergePlan, plan_unmerge
 
 if TYPE_CHECKING:
-    from ..engine.resume import Folder
+    from ..output.output import Output
 
 
 def unmerge(
@@ -67,7 +70,8 @@ def unmerge(
     refuse_options(in_place=in_place, overwrite=overwrite, allow_lossy=allow_lossy)
     options = parse_options("auto", compute_dtype, max_shard_size, "none", (), (), True, ())
     told = (device, compute_dtype, max_memory, workers, verify, None, on_progress, on_notice)
-    with Settings.begin(*told, token=token, cache=cache) as settings:
+    settings = Settings.parse(*told, token=token, cache=cache)
+    with open_session(token, cache=cache, notify=settings.notify) as session:
         refs = listed(adapters)
         if in_place and (report := _finished(merged, refs, out, settings)):
             return report
@@ -75,7 +79,7 @@ def unmerge(
         last = folder.given if folder else "--in-place"
         refuse_swapped(os.fspath(merged), refs, last, "unmerge", "MERGED")
         reversal, record, inputs = _plan(
-            merged, refs, base, options, settings, ignore_field, unfinished=in_place
+            merged, refs, base, options, settings, session, ignore_field, unfinished=in_place
         )
         files = _files(reversal, settings)
         if folder:
@@ -83,11 +87,16 @@ def unmerge(
         place = folder or _place(reversal, allow_lossy=allow_lossy)
         if dry_run:
             return DryRunReport.of(reversal.plan, settings, place.given, "unmerge")
-        return _restore(reversal, record, files, place, settings)
+        return _restore(reversal, record, files, place, settings, session)
 
 
 def _restore(
-    reversal: UnmergePlan, record: Record, files: Sequence[SideFile], place: Folder, settings: Settings
+    reversal: UnmergePlan,
+    record: Record,
+    files: Sequence[SideFile],
+    place: Output,
+    settings: Settings,
+    session: Session,
 ) -> UnmergeReport:
     """Carry it out, with what it reads of the Hub."""
     with without_collections():
@@ -95,7 +104,7 @@ def _restore(
         from ..undo.restore import restore
     later = [partial(following, reversal, record)] if reversal.places else []
     others = [reversal.original] if reversal.original else []
-    with inward(reversal.plan, others, settings) as hub:
+    with inward(reversal.plan, others, session) as hub:
         return restore(reversal, files, place, settings, hub, *later)
 
 
@@ -105,6 +114,7 @@ def _plan(
     base: PathLike | None,
     options: Options,
     settings: Settings,
+    session: Session,
     ignore_field: Sequence[str],
     *,
     unfinished: bool,
@@ -113,9 +123,9 @@ def _plan(
     if unfinished:
         checkpoint = open_checkpoint(local_source(local_path(os.fspath(merged), "MERGED")), unfinished=True)
     else:
-        checkpoint = open_far(os.fspath(merged), "MERGED", settings.session)
-    original = open_far(os.fspath(base), "BASE", settings.session) if base else None
-    record, opened, places = _record(checkpoint, adapters, settings, ignore_field, original)
+        checkpoint = open_far(os.fspath(merged), "MERGED", session)
+    original = open_far(os.fspath(base), "BASE", session) if base else None
+    record, opened, places = _record(checkpoint, adapters, settings, session, ignore_field, original)
     if unfinished and record.assumed:
         raise UsageError(
             f"{checkpoint.source.name} has no record of a merge: in place there is nothing to undo.",
@@ -176,6 +186,7 @@ def _record(
     merged: Checkpoint,
     refs: Sequence[str],
     settings: Settings,
+    session: Session,
     ignore_field: Sequence[str],
     original: Checkpoint | None,
 ) -> tuple[Record, list[Adapter], list[int]]:
@@ -189,9 +200,7 @@ def _record(
             )
         settings.warn(f"{why}: what rounding took is lost")
     accepted = record.options.ignore_field if record else ignore_field
-    opened = [
-        open_adapter(fetch(ref, "ADAPTER", wanted_of_adapter, settings.session), accepted) for ref in refs
-    ]
+    opened = [open_adapter(fetch(ref, "ADAPTER", wanted_of_adapter, session), accepted) for ref in refs]
     if not record:
         settings.warn(
             f"{merged.source.name} has no record of a merge: weights of 1 are assumed, and what rounding took is lost"

@@ -11,16 +11,17 @@ from ..errors import DoraConvertError, UsageError
 from ..lazy_torch import without_collections
 from ..logits.prompts import gather_prompts
 from ..optional_packages import need
-from ..plan.plan import Options, Plan
+from ..plan.options import Options, parse_options, parse_weights
+from ..plan.plan import Plan
 from ..plan.planner import make_plan
 from ..reports.html import check_page, write_page
 from ..reports.verify import OutputsReport, VerifyReport
-from ..settings import MAX_MEMORY, Settings, chosen, parse_options, parse_weights
+from ..settings import MAX_MEMORY, Settings, chosen
 from ..sources.download import fetch, wanted_of_adapter
 from ..sources.inputs import gather, refuse_swapped
 from ..sources.prefetch import bring_weights
 from ..sources.remote_headers import open_far
-from ..sources.session import Session
+from ..sources.session import Session, open_session
 from ..storage.checkpoint import RECEIPT, RECORD, Checkpoint
 from ..storage.refs import PathLike, listed
 
@@ -70,10 +71,12 @@ def verify(
         check_page(report)
     named, held = None if base is None else os.fspath(base), MAX_MEMORY if max_memory is None else max_memory
     told = (device, "auto", held, workers, True, None, on_progress, on_notice)
-    with Settings.begin(*told, token=token, cache=cache) as settings:
-        plan, made = _gather(named, listed(adapters), os.fspath(merged), weight, options, settings)
+    settings = Settings.parse(*told, token=token, cache=cache)
+    with open_session(token, cache=cache, notify=settings.notify) as session:
+        plan, made = _gather(named, listed(adapters), os.fspath(merged), weight, options, settings, session)
         limit = None if max_memory is None else settings.max_memory
-        found = _compared(plan, made, settings, samples, None if level == "weights" else (texts, limit))
+        running = None if level == "weights" else (texts, limit)
+        found = _compared(plan, made, settings, session, samples, running)
     if report is not None:
         write_page(found, report)
     return found
@@ -86,13 +89,14 @@ def _gather(
     weight: Sequence[float],
     options: Options,
     settings: Settings,
+    session: Session,
 ) -> tuple[Plan, Checkpoint]:
     """What a merge would make, of what a receipt in MERGED says where the caller does not; and MERGED."""
     weights = parse_weights(weight, len(refs))
     if base is not None:
         refuse_swapped(base, refs, where, "verify")
-    made = open_far(where, "MERGED", settings.session)
-    if noted := _recorded(made, refs, settings.session):
+    made = open_far(where, "MERGED", session)
+    if noted := _recorded(made, refs, session):
         options = replace(
             options,
             ignore_field=(*options.ignore_field, *noted.ignore_field),
@@ -103,7 +107,7 @@ def _gather(
             if str(noted):
                 settings.notify(f"as the receipt of MERGED says: {noted}")
     accepted = options.ignore_field
-    checkpoint, opened = gather(base, refs, where, settings.session, settings.notify, accepted, "verify")
+    checkpoint, opened = gather(base, refs, where, session, settings.notify, accepted, "verify")
     return make_plan(checkpoint, opened, weights, options), made
 
 
@@ -135,6 +139,7 @@ def _compared(
     plan: Plan,
     made: Checkpoint,
     settings: Settings,
+    session: Session,
     samples: int,
     running: tuple[Sequence[str], int | None] | None,
 ) -> VerifyReport | OutputsReport:
@@ -145,8 +150,8 @@ def _compared(
         if running:
             from ..logits.compare import prepared
     if not running:
-        return verify_weights(plan, made, settings, samples)
+        return verify_weights(plan, made, settings, session, samples)
     for each in (plan.base, made):
-        bring_weights(each, settings.session)
+        bring_weights(each, session)
     with prepared(plan, settings, *running) as comparison:
         return comparison.against(made)

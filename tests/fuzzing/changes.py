@@ -30,15 +30,15 @@ KEYS = (
 def change_bytes(chance: random.Random, data: bytes) -> bytes:
     """A few bytes changed, inserted, left out or said twice; more often near the start, where headers are."""
     raw = bytearray(data)
-    for _ in range(chance.spec((1, 1, 2, 8))):
+    for _ in range(chance.choice((1, 1, 2, 8))):
         reach = len(raw) if chance.random() < 0.5 else min(len(raw), 300)
         at = chance.randrange(reach + 1)
-        piece = raw[at : at + chance.spec((1, 2, 8, 64))]
+        piece = raw[at : at + chance.choice((1, 2, 8, 64))]
         match chance.randrange(6):
             case 0 | 1 if at < len(raw):
-                raw[at] = chance.spec((0, 0xFF, raw[at] ^ 1 << chance.randrange(8), chance.randrange(256)))
+                raw[at] = chance.choice((0, 0xFF, raw[at] ^ 1 << chance.randrange(8), chance.randrange(256)))
             case 2:
-                raw[at:at] = chance.randbytes(chance.spec((1, 8)))
+                raw[at:at] = chance.randbytes(chance.choice((1, 8)))
             case 3:
                 del raw[at : at + len(piece)]
             case 4:
@@ -54,23 +54,23 @@ def change_value(chance: random.Random, value: Any) -> Any:
         return _change_entry(chance, value)
     if isinstance(value, list) and value and chance.random() < 0.8:
         at = chance.randrange(len(value))
-        new = chance.spec(([], [value[at]] * 2, [change_value(chance, value[at])]))
+        new = chance.choice(([], [value[at]] * 2, [change_value(chance, value[at])]))
         return [*value[:at], *new, *value[at + 1 :]]
     if type(value) is int and chance.random() < 0.5:
-        return value + chance.spec((-1, 1, 4, -4, 2**32))
-    return chance.spec(NASTY)
+        return value + chance.choice((-1, 1, 4, -4, 2**32))
+    return chance.choice(NASTY)
 
 
 def _change_entry(chance: random.Random, value: dict[str, Any]) -> dict[str, Any]:
-    key = chance.spec(list(value))
+    key = chance.choice(list(value))
     kept = {name: item for name, item in value.items() if name != key}
     match chance.randrange(8):
         case 0:
             return kept
         case 1:
-            return {**kept, chance.spec([*KEYS, key + "x", key.replace("0", "1")]): value[key]}
+            return {**kept, chance.choice([*KEYS, key + "x", key.replace("0", "1")]): value[key]}
         case 2:
-            return {**value, chance.spec(KEYS): chance.spec(NASTY)}
+            return {**value, chance.choice(KEYS): chance.choice(NASTY)}
     return {**value, key: change_value(chance, value[key])}
 
 
@@ -79,7 +79,7 @@ def change_json(chance: random.Random, data: bytes) -> bytes:
     if chance.random() < 0.3:
         return change_bytes(chance, data)
     value = json.loads(data)
-    for _ in range(chance.spec((1, 1, 2, 3))):
+    for _ in range(chance.choice((1, 1, 2, 3))):
         value = change_value(chance, value)
     return json.dumps(value).encode(errors="surrogatepass")
 
@@ -98,8 +98,10 @@ def change_body(chance: random.Random, data: bytes) -> bytes:
     """A safetensors file whose header still fits, with some bytes after it changed, more often where they are few."""
     start = 8 + int.from_bytes(data[:8], "little")
     raw = bytearray(data)
-    for _ in range(chance.spec((1, 1, 2, 8))):
-        raw[chance.randrange(start, len(raw))] = chance.spec((0, 1, 0x7F, 0x80, 0xFF, chance.randrange(256)))
+    for _ in range(chance.choice((1, 1, 2, 8))):
+        raw[chance.randrange(start, len(raw))] = chance.choice(
+            (0, 1, 0x7F, 0x80, 0xFF, chance.randrange(256))
+        )
     return bytes(raw)
 
 
@@ -109,7 +111,7 @@ def change_packed(chance: random.Random, data: bytes) -> bytes:
         return change_bytes(chance, data)
     raw = bytearray(data)
     at = 4 * chance.randrange(5)
-    raw[at : at + 4] = chance.spec((0, 1, 255, 2**16, 2**31, 2**32 - 1, chance.randrange(2**32))).to_bytes(
+    raw[at : at + 4] = chance.choice((0, 1, 255, 2**16, 2**31, 2**32 - 1, chance.randrange(2**32))).to_bytes(
         4, "little"
     )
     return bytes(raw)
@@ -125,7 +127,7 @@ def change_lines(chance: random.Random, data: bytes) -> bytes:
         case 0:
             del lines[at]
         case 1:
-            lines[at:at] = [chance.spec(lines)]
+            lines[at:at] = [chance.choice(lines)]
         case _:
             lines[at] = change_json(chance, lines[at].rstrip()) + b"\n"
     return b"".join(lines)

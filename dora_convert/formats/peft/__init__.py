@@ -1,1 +1,1 @@
-"""TODO."""
+"""Read and write PEFT's adapter folders."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Say what a REF is."""

@@ -13,7 +13,6 @@ from ...adapters.updates import Decomposed, Delta, Full, LowRank, Rows, low_rank
 from ...errors import (
     DoraConvertError,
     Fault,
-    MalformedError,
     PlanError,
     RefError,
     UnsupportedError,
@@ -21,14 +20,14 @@ from ...errors import (
 )
 from ...formats.detect import FORMATS
 from ...plan.builder import describe
-from ...plan.plan import Options, Plan
+from ...plan.options import Options
+from ...plan.plan import Plan
 from ...plan.planner import make_plan
 from ...reports.inspect import AdapterReport, CheckpointReport, Landing, Module
-from ...sources.inputs import open_adapter, doubts
+from ...sources.inputs import doubts, open_adapter, open_or_refuse
 from ...sources.remote_headers import ADAPTER, RefListing, look
 from ...sources.session import Session
-from ...storage.checkpoint import OF_TRAINING, Checkpoint, is_weight_file, read_weights
-from ...storage.json_files import read_json
+from ...storage.checkpoint import OF_TRAINING, Checkpoint, is_weight_file
 from ...storage.refs import Source, local_path, local_source
 from .census import census, common, fold
 
@@ -78,7 +77,7 @@ def _of_adapter(
     accepted: Collection[str],
     started: float,
 ) -> AdapterReport:
-    adapter, refusal = _read_adapter(source, accepted)
+    adapter, refusal = open_or_refuse(source, accepted)
     beside = sorted(filter(_is_model, names))
     notes = [f"holds a model's weights, too: {', '.join(beside[:5])}"] if beside else []
     return AdapterReport(
@@ -101,36 +100,6 @@ def _of_adapter(
 def _is_model(name: str) -> bool:
     """Whether a file beside an adapter's holds a model's weights."""
     return is_weight_file(name) and "/" not in name and not OF_TRAINING.match(name)
-
-
-def _read_adapter(source: Source, accepted: Collection[str]) -> tuple[Adapter, UnsupportedError | None]:
-    """An adapter; if it is of a kind that is refused, as much of it as can be said."""
-    try:
-        return open_adapter(source, accepted), None
-    except UnsupportedError as error:
-        refusal = error
-    raw = read_json(source.path / ADAPTER)
-    try:
-        return open_adapter(source, tuple(raw)), refusal
-    except UnsupportedError:
-        return _unread(source, raw), refusal
-
-
-def _unread(source: Source, raw: Mapping[str, Any]) -> Adapter:
-    """An adapter whose tensors mean something that is not known here."""
-    files = sorted(source.path.glob("adapter_model.*"), reverse=True)  # safetensors before bin
-    if not files:
-        raise MalformedError(f"The adapter {source.name} has {ADAPTER} but no adapter_model.safetensors.")
-    base, method = raw.get("base_model_name_or_path"), raw.get("peft_type")
-    return Adapter(
-        source=source,
-        format="peft",
-        kind=str(method or "unknown"),
-        changes=(),
-        tensors=read_weights(files[0]).tensors,
-        files=(source.path / ADAPTER, files[0]),
-        base=base if isinstance(base, str) else None,
-    )
 
 
 def _module(change: Change, adapter: Adapter) -> Module:

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Merge adapters into a base."""

@@ -4,31 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from functools import partial
 from typing import Any
+
+import torch
 
 from ... import __version__
 from ...engine.executor import Run
 from ...engine.preflight import doubt_base, scan_adapter
 from ...engine.rehearsal import rehearse
-from ...engine.resume import Folder, entered, settle
-from ...engine.run import Hashes, earlier, judge, run, run_key
+from ...engine.resume import entered, settle
+from ...engine.run import Hashes, RunOptions, earlier, judge, run, run_key
+from ...engine.tensor import Merging
 from ...errors import Fault, VerificationError
 from ...hub.streaming import HubStreaming
 from ...output import receipt
 from ...output.card import card_bytes
 from ...output.finished import TensorResult, kept_name
-from ...output.in_place import InPlace
+from ...output.output import Output
 from ...output.side_files import SideFile, base_files, originals, side_files, with_card
+from ...parity.self_check import Checker
 from ...plan.plan import Plan
 from ...reports.merge import MergeReport
 from ...reports.verify import OutputsReport
 from ...settings import Settings
-from ...sources.prefetch import absent
 from ...storage import spool as undo
 from ...storage.checkpoint import RECEIPT, RECORD, Checkpoint, open_checkpoint
 from ...storage.digests import sha256
 from ...storage.refs import local_source
 from ...storage.spool import Part, Spool
+from ...undo.keep import keeper
 
 Examine = Callable[[Checkpoint], OutputsReport]
 """Runs what was written, and compares it with base and adapters."""
@@ -36,7 +41,7 @@ Examine = Callable[[Checkpoint], OutputsReport]
 
 def produce(
     plan: Plan,
-    folder: Folder,
+    folder: Output,
     settings: Settings,
     hub: HubStreaming | None = None,
     examine: Examine | None = None,
@@ -49,17 +54,19 @@ def produce(
     spec = settle(plan.memory, settings)
     hashes = [scan_adapter(adapter) for adapter in plan.adapters]
     seen = _look_at_base(plan, settings)
-    files = side_files(plan, settings.base_model)
+    files = side_files(plan)
     room = hub.most(plan) if hub else folder.room(plan)
     folder.check_space(room + 2 * plan.undo_bytes + sum(file.nbytes for file in files))
+    make = partial(Merging, prove=plan.options.exact, observe=partial(keeper, plan))
     with entered(folder):
         key = run_key(plan, folder, hashes, spec)
         before = earlier(folder, plan, key)
-        if isinstance(folder, InPlace) and not before:
-            rehearse(plan, settings, spec)
+        if folder.in_place and not before:
+            rehearse(plan, settings, spec, make)
         if hub:
             hub.enter(folder.partial)
-        done = run(plan, folder, settings, spec, key, before, hub, _copied(plan, folder))
+        options = RunOptions(make, Checker if settings.verify else None, hub, _copied(plan, folder))
+        done = run(plan, folder, settings, spec, (key, before), options)
         if not seen:
             _look_at_base(plan, settings)
         verdict = judge(plan, done.progress.done) if settings.verify else None
@@ -85,22 +92,22 @@ def produce(
     return report
 
 
-def _copied(plan: Plan, folder: Folder) -> set[str]:
+def _copied(plan: Plan, folder: Output) -> set[str]:
     """What an exact record has the hashes of besides; in place, nothing else is touched."""
-    whole = plan.options.exact and not isinstance(folder, InPlace)
+    whole = plan.options.exact and not folder.in_place
     return {item.name for item in plan.items if whole and item.verbatim}
 
 
 def _look_at_base(plan: Plan, settings: Settings) -> bool:
     """Warn where the base does not look like the adapter's; False where its weights are not here."""
-    if absent(plan.base):
+    if not plan.base.is_here:
         return False
     if doubt := doubt_base(plan):
         settings.warn(doubt)
     return True
 
 
-def _examined(folder: Folder, examine: Examine) -> OutputsReport:
+def _examined(folder: Output, examine: Examine) -> OutputsReport:
     """What running the output says; VerificationError where that differs, which leaves OUT.partial as it is."""
     found = examine(open_checkpoint(local_source(folder.partial)))
     if found.verdict != "agree":
@@ -123,7 +130,7 @@ def _same(plan: Plan, done: Mapping[str, TensorResult]) -> bool:
     )
 
 
-def _write_files(plan: Plan, folder: Folder, run: Run, files: Sequence[SideFile], hashes: Hashes) -> None:
+def _write_files(plan: Plan, folder: Output, run: Run, files: Sequence[SideFile], hashes: Hashes) -> None:
     """Everything beside the weights: side files, the undo record, the receipt."""
     for file in files:
         folder.put(file.name, file.source)
@@ -133,7 +140,10 @@ def _write_files(plan: Plan, folder: Folder, run: Run, files: Sequence[SideFile]
                 [*_kept(plan, run), *_originals(plan, files, spool)], folder.path(f"{RECORD}/{undo.NAME}")
             )
     proofs = {name: sha256(path) for name, path in base_files(plan.base).items()}
-    written = receipt.receipt_bytes(plan, run.progress.done, hashes, files, proofs, run.spec)
+    computed = {"device": run.spec.device.type, "compute_dtype": run.spec.compute_name}
+    written = receipt.receipt_bytes(
+        plan, run.progress.done, hashes, files, proofs, computed, torch.__version__
+    )
     folder.put(f"{RECORD}/{RECEIPT}", written)
 
 

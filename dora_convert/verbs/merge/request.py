@@ -15,13 +15,15 @@ from ...lazy_torch import without_collections
 from ...optional_packages import need
 from ...output.folder import OutputFolder
 from ...output.in_place import InPlace, finished
-from ...plan.plan import Options, Plan
+from ...plan.options import Options, parse_weights
+from ...plan.plan import Plan
 from ...plan.planner import make_plan
 from ...reports.merge import DryRunReport, MergeReport
-from ...settings import Settings, parse_weights
+from ...settings import Settings
 from ...sources.download import fetch, wanted_of_base
 from ...sources.inputs import doubts, gather
 from ...sources.remote_headers import open_far
+from ...sources.session import Session
 from ...storage.checkpoint import Checkpoint, open_checkpoint
 from ...storage.digests import xxh3
 from ...storage.refs import PathLike, local_path, local_source
@@ -43,6 +45,7 @@ class MergeRequest(NamedTuple):
     weight: Sequence[float]
     options: Options
     settings: Settings
+    session: Session
     routes: HubRoutes
     verify_outputs: bool
     dry_run: bool
@@ -100,13 +103,13 @@ def _is_merged(plan: Plan) -> bool:
 
 def _open_headers(asked: MergeRequest, ref: str, revision: str | None, *, weights: Path | None) -> Checkpoint:
     """The base's headers; its weights come when they are needed."""
-    session, whole = asked.settings.session, not asked.dry_run
+    session, whole = asked.session, not asked.dry_run
     return open_far(ref, "BASE", session, whole=whole, revision=revision, weights=weights)
 
 
 def _open_whole(asked: MergeRequest, ref: str, revision: str | None) -> Checkpoint:
     """The whole base, which is to be run."""
-    return open_checkpoint(fetch(ref, "BASE", wanted_of_base, asked.settings.session, revision=revision))
+    return open_checkpoint(fetch(ref, "BASE", wanted_of_base, asked.session, revision=revision))
 
 
 def _open_local(_: MergeRequest, ref: str, __: str | None) -> Checkpoint:
@@ -128,7 +131,7 @@ def _plan(
         named,
         asked.adapters,
         out,
-        settings.session,
+        asked.session,
         settings.notify,
         options.ignore_field,
         opened_by=partial(opened_by, asked),
@@ -149,7 +152,7 @@ def _carry_out(plan: Plan, folder: OutputFolder | InPlace, asked: MergeRequest) 
         from .pipeline import produce
     if isinstance(folder, InPlace):
         return produce(plan, folder, asked.settings)
-    with traffic(plan, asked.routes, asked.settings, folder) as hub, _examiner(plan, asked) as examine:
+    with traffic(plan, asked.routes, asked.session, folder) as hub, _examiner(plan, asked) as examine:
         return produce(plan, folder, asked.settings, hub, examine)
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from ...hub.target import HubRoutes
+from ...plan.options import parse_options
 from ...reports.merge import DryRunReport, MergeReport
 from ...reports.push import Target
-from ...settings import Settings, parse_options
+from ...settings import Settings
+from ...sources.session import open_session
 from ...storage.refs import PathLike, listed
 from ...undo.refusals import refuse_options
 from .request import MergeRequest, merge_beside, merge_in_place
@@ -60,8 +62,9 @@ def merge(
     target = Target.parse(push_to_hub, private, create_pr, commit_message, token)
     routes = HubRoutes(target, cache=cache and not no_local, local=not no_local)
     told = (device, compute_dtype, max_memory, workers, verify, base_model, on_progress, on_notice)
-    with Settings.begin(*told, token=token, cache=routes.cache) as settings:
+    settings = Settings.parse(*told, token=token, cache=routes.cache)
+    with open_session(token, cache=routes.cache, notify=settings.notify) as session:
         asked = MergeRequest(
-            base, listed(adapters), out, weight, options, settings, routes, verify_outputs, dry_run
+            base, listed(adapters), out, weight, options, settings, session, routes, verify_outputs, dry_run
         )
         return merge_in_place(asked, allow_lossy) if in_place else merge_beside(asked, overwrite)
