@@ -1,4 +1,4 @@
-"""The documentation says what is: its commands and code run, its links lead somewhere, its reference is current."""
+"""The documentation matches the code: commands and examples run, links lead to files, the reference is current."""
 
 from __future__ import annotations
 
@@ -103,8 +103,18 @@ def test_every_page_is_in_the_index():
         assert page.name == "index.md" or f"({page.name})" in index
 
 
+def test_glossary_names_exist():
+    """Every class and every folder that the glossary names is in the package."""
+    text = (ROOT / "docs/glossary.md").read_text(encoding="utf-8")
+    code = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "dora_convert").rglob("*.py"))
+    for name in re.findall(r"`([A-Z][a-z]+[A-Za-z]*)`", text):
+        assert f"\nclass {name}" in code, name
+    for folder in re.findall(r"`([a-z]+)/`", text):
+        assert (ROOT / "dora_convert" / folder).is_dir(), folder
+
+
 def test_equations_are_in_order():
-    """docs/mathematics.md numbers what maths.py numbers."""
+    """docs/mathematics.md has every equation that maths/lora.py numbers."""
     numbered = re.findall(r"\((\d)\),", (ROOT / "dora_convert/maths/lora.py").read_text(encoding="utf-8"))
     assert numbered == sorted(numbered)
     page = (ROOT / "docs/mathematics.md").read_text(encoding="utf-8")
