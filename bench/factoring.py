@@ -1,4 +1,4 @@
-"""How long low-rank factors take, and how good they are, beside LAPACK's SVD.
+"""Compare the time and the error of low-rank factors with LAPACK's SVD.
 
     python factoring.py [SIZE [RANK [ROUNDS]]]
 

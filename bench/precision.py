@@ -1,4 +1,4 @@
-"""How many elements of a merge are not the rounded float64 result, by who merges and how.
+"""Count the elements of a merge that are not the rounded float64 result, for several tools and options.
 
     python precision.py BASE ADAPTER
 

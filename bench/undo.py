@@ -1,4 +1,4 @@
-"""What an undo record costs: its size against the base's, a merge's time with it, and whether the base comes back.
+"""Measure the cost of an undo record: its size, a merge's time with it, and the elements that unmerging loses.
 
     python bench/undo.py BASE ADAPTER [--repeat 5]
 

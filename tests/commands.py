@@ -8,7 +8,7 @@ from dora_convert.cli import main
 
 
 def exit_code(*words: object) -> int:
-    """How a command line ends."""
+    """Run a command line in this process and return its exit code."""
     with pytest.raises(SystemExit) as left:
         main([str(word) for word in words])
     return left.value.code

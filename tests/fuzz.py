@@ -134,7 +134,7 @@ def run(root: Path, seconds: float, seed: int, start: int) -> int:
 
 
 def where(error: BaseException) -> str:
-    """What a failure is told from others by: its type, and the last line of ours on the way there."""
+    """Return the key that identifies a failure: the error's type, and the last line of ours in its traceback."""
     frames = [
         frame for frame in traceback.extract_tb(error.__traceback__) if "dora_convert" in frame.filename
     ]

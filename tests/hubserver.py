@@ -28,7 +28,7 @@ LFS = (".safetensors", ".bin", ".gguf")
 
 @dataclass
 class Fault:
-    """What goes wrong with the next few requests that match: a status, a broken connection, wrong bytes, or a wait."""
+    """A fault in the next few requests that match: a status, a broken connection, wrong bytes, or a wait."""
 
     pattern: str
     times: int
@@ -107,7 +107,7 @@ class Hub(ThreadingHTTPServer):
         return None
 
     def seen(self, pattern: str) -> int:
-        """How many requests have matched."""
+        """Return the number of requests that have matched."""
         return sum(bool(re.search(pattern, f"{method} {path}")) for method, path, _ in self.requests)
 
     def handle_error(self, request, client_address):

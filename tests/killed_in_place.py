@@ -70,7 +70,7 @@ def child(folder: Path, allowed: int, count: Path | None = None) -> int:
 
 
 def state(folder: Path) -> str:
-    """Whether the folder is taken for a model, and the files of it."""
+    """Return "model" if the folder opens as a checkpoint, else "unfinished"."""
     try:
         open_checkpoint(local_source(folder))
     except RefError:

@@ -127,7 +127,7 @@ class Matrix(nn.Module):
 
 
 class Plain(nn.Module):
-    """What is not in a transformers model: attention by torch, bare parameters, convolutions with a bias."""
+    """Layers that transformers models lack: attention by torch, bare parameters, convolutions with a bias."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -169,7 +169,7 @@ def adalora(**fields: Any) -> Callable[[], PeftConfig]:
 
 
 def pruned(model: Any) -> None:
-    """What AdaLoRA's allocator leaves: some singular values masked to zero in each layer, in one all of them."""
+    """Mask singular values to zero as AdaLoRA's allocator does: some in each layer, in one layer all of them."""
     pattern: dict[str, list[bool]] = {}
     for number, (name, parameter) in enumerate(model.base_model.model.named_parameters()):
         if "lora_E" in name:
@@ -255,7 +255,7 @@ def train(model: Any) -> None:
 
 @torch.no_grad()
 def outputs(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """What the model computes, in float64."""
+    """Return the model's outputs in float64."""
     given = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
     found = model.double().eval()(*given.values()) if "x" in given else model.double().eval()(**given)
     if isinstance(found, torch.Tensor):

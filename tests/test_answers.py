@@ -1,4 +1,4 @@
-"""How long the Hub is waited for; tests against the toy Hub do not wait."""
+"""The time that a run waits for the Hub; tests against the toy Hub do not wait."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def plan(tmp_path):
 
 
 class Disk:
-    """What is on it, and the most that ever was."""
+    """The files on the disk, and the most that ever were."""
 
     def __init__(self, root):
         self._root, self._names, self.most, self.brought = root, set(), 0, []

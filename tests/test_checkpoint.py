@@ -109,7 +109,7 @@ def test_index_that_names_absent_tensors(base):
     ],
 )
 def test_folders_without_a_model(tmp_path, files, error, message):
-    """What is there instead is named."""
+    """The error names the files that the folder holds instead."""
     for name in files:
         (tmp_path / name).write_bytes(b"{}")
     with pytest.raises(error, match=message):

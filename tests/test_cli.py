@@ -240,7 +240,7 @@ def test_interrupted_while_importing(tmp_path):
 
 
 def test_a_bug_is_called_one(run, tmp_path, base, adapter, monkeypatch):
-    """What nobody thought of is reported in one line, and raised with DORA_CONVERT_DEBUG."""
+    """An unexpected error is reported in one line, and raised with DORA_CONVERT_DEBUG."""
 
     def broken(*_):
         raise ZeroDivisionError("surprise")

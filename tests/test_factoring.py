@@ -75,7 +75,7 @@ def test_large_matrices_are_as_good_as_lapack(shape, rank):
 
 
 def test_large_matrices_of_a_fast_spectrum():
-    """Where errors are small, they are just as near the best."""
+    """Small errors are just as near the best."""
     D = weight(700, 576, decay=4.0)
     best = left_over(D)
     for rank in (4, 40):

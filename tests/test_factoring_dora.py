@@ -62,7 +62,7 @@ def test_local_minima_are_left(shape, rank, seed):
 
 
 def test_a_start_that_fails_is_followed_by_others():
-    """What the test above is for: the search from the first start alone ends elsewhere."""
+    """The reason for the test above: the search from the first start alone ends elsewhere."""
     W = weight(12, 16, 5, decay=0.0)
     tuned = dora(W, 8, 5, spread=0.5)
     search = factoring_scales._Search(W, tuned, 8)

@@ -436,7 +436,7 @@ def test_names_that_are_no_text(capsys, root):
     "name", [SHARD, INDEX, CONFIG, TENSORS, SETTINGS, "base", "adapter", "base/tokenizer_config.json"]
 )
 def test_unreadable(capsys, root, name):
-    """What may not be read is named."""
+    """The error names a file that may not be read."""
     (root / name).chmod(0)
     try:
         if os.access(root / name, os.R_OK):

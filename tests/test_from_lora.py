@@ -69,7 +69,7 @@ BOUND = {"float32": 2e-6, "bfloat16": 2e-2, "float16": 3e-3}
 
 
 def loaded(case: Case, tmp_path: Path, adapter: str):
-    """What PEFT makes of a base and an adapter's folder; it finds every tensor that it looks for."""
+    """Load a base and an adapter's folder with PEFT, which must find every tensor that it looks for."""
     model = PeftModel.from_pretrained(start(case, tmp_path / "base"), tmp_path / adapter)
     stored = set(load_file(tmp_path / adapter / "adapter_model.safetensors"))
     wanted = {name.replace(".default", "") for name in model.state_dict() if ".lora_" in name}
@@ -80,7 +80,7 @@ def loaded(case: Case, tmp_path: Path, adapter: str):
 
 @torch.no_grad()
 def logits(model, inputs):
-    """What a model computes, in its own precision."""
+    """Return a model's outputs in its own precision."""
     dtype = next(model.parameters()).dtype
     given = {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
     found = model(*given.values()) if "x" in given else model(**given)

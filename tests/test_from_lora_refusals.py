@@ -92,7 +92,7 @@ def test_refused_by_name(tmp_path, name):
 
 
 def test_a_zero_output_is_refused(tmp_path):
-    """Where W + sBA has a row of zeros, m/‖V‖ is 0/0: the module is named, and OUT does not exist."""
+    """If W + sBA has a row of zeros, m/‖V‖ is 0/0: the error names the module, and OUT does not exist."""
     base = toy.make_base(tmp_path / "base", torch.float32, shards=1)
     adapter = toy.make_adapter(tmp_path / "lora", base, dora=False, targets=["k_proj"])
     tensors = load_file(adapter / "adapter_model.safetensors")
@@ -108,7 +108,7 @@ def test_a_zero_output_is_refused(tmp_path):
 
 
 def test_include_and_exclude(tmp_path, base):
-    """What is left out is in neither adapter, and PEFT's config does not name it."""
+    """An excluded module is in neither adapter, and PEFT's config does not name it."""
     adapter = toy.make_adapter(tmp_path / "lora", base, dora=False)
     report = dora_convert.from_lora(base.path, adapter, tmp_path / "out", exclude=["*.mlp.*"])
     assert {module.name.rpartition(".")[0][-6:] for module in report.modules} == {"k_proj"}
@@ -118,7 +118,7 @@ def test_include_and_exclude(tmp_path, base):
 
 
 def test_names_that_end_alike(tmp_path):
-    """What is left out gets no factors in PEFT either, though its name ends like that of a module that has some."""
+    """An excluded module has no factors in PEFT either, though its name ends like that of a module with factors."""
     torch.manual_seed(3)
     tensors = {"linear.weight": torch.randn(9, 7), "block.linear.weight": torch.randn(11, 9)}
     (tmp_path / "base").mkdir()
@@ -160,7 +160,7 @@ def test_command_line(tmp_path, base, capsys):
 
 
 def test_a_killed_run_goes_on(tmp_path, base, monkeypatch):
-    """What is in the journal is not made again; another command does not mix its results in."""
+    """Work in the journal is not done again; another command does not mix its results in."""
     from dora_convert.fitting import magnitudes
     from dora_convert.storage import journal
 

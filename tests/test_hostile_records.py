@@ -1,4 +1,4 @@
-"""What a stranger's model may bring along: records and journals that lead elsewhere, or ask for more than there is."""
+"""Hostile files in a stranger's model: records and journals that lead elsewhere, or ask for more than exists."""
 
 from __future__ import annotations
 
@@ -222,5 +222,5 @@ def test_hashes_that_are_gone(tmp_path, merged, adapter, base):
     ],
 )
 def test_forms(value, form, where):
-    """What a value is like, and where it is not."""
+    """The first place at which a value does not match its schema is found."""
     assert misfit(value, form) == where

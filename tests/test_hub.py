@@ -82,7 +82,7 @@ def test_revisions_and_subfolders(hub, tmp_path):
 
 
 def test_from_the_cache_when_offline(hub, tmp_path):
-    """What was fetched once serves when the Hub cannot be reached; what was not is said to be missing."""
+    """Without the Hub, cached files are used; the error names files that are not cached."""
     assert merge(hub, tmp_path, "org/base", "me/adapter", tmp_path / "one").returncode == 0
     done = merge(hub, tmp_path, "org/base", "me/adapter", tmp_path / "two", HF_HUB_OFFLINE="1")
     assert done.returncode == 0, done.stderr
@@ -200,7 +200,7 @@ def test_without_the_cache(hub, tmp_path):
 
 
 def same_model(one, other):
-    """Whether two merges differ in nothing but how receipt and card call the inputs."""
+    """Return True if two merges differ only in the names of the inputs in receipt and card."""
     one, other = contents(one), contents(other)
     assert one.keys() == other.keys()
     for name in one.keys() - {"README.md", "dora_convert/receipt.json"}:
@@ -238,7 +238,7 @@ def test_damaged_on_the_way(hub, tmp_path, words):
     ],
 )
 def test_refused_reading(hub, tmp_path, pattern, how, message):
-    """What the Hub refuses is one message with exit code 2, whenever it does so."""
+    """A refusal of the Hub is one message with exit code 2, at any time."""
     hub.fail(pattern, **how)
     done = merge(hub, tmp_path, "org/base", "me/adapter", tmp_path / "out")
     assert done.returncode == 2

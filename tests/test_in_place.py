@@ -97,7 +97,7 @@ def test_killed_at_any_moment(tmp_path, verb, model):
 
 
 def test_unfinished_is_no_model(tmp_path, model):
-    """What was interrupted in the middle is neither merged, verified nor inspected; the same command finishes it."""
+    """A folder interrupted in the middle is neither merged, verified nor inspected; the same command resumes."""
     base, adapter = model
     dora_convert.merge(base.path, adapter, tmp_path / "out", undo="exact")
     with stopped():
@@ -131,7 +131,7 @@ def test_what_cannot_be_merged_changes_nothing(model):
 
 @pytest.mark.parametrize("options", [{"dtype": "float32"}, {"max_shard_size": 20000}])
 def test_other_headers_are_refused(model, options):
-    """What changes a header is not done in place."""
+    """A merge that changes a header is refused in place."""
     base, adapter = model
     before = contents(base.path)
     with pytest.raises(UnsupportedError, match="cannot be changed in place"):

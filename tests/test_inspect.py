@@ -1,4 +1,4 @@
-"""What inspect says of adapters and checkpoints, from headers alone."""
+"""The answers of inspect about adapters and checkpoints, from headers alone."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_tied_without_a_head(run, base):
     ],
 )
 def test_quantised(run, base, config, method, bits):
-    """How a checkpoint is quantised, from its config, nested ones included."""
+    """The quantisation of a checkpoint is read from its config, nested ones included."""
     edit_json(base.path / "config.json", text_config={"quantization_config": config})
     report = dora_convert.inspect(base.path)
     assert report.quantised == {"method": method, "bits": bits, "tensor": None}

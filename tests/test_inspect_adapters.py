@@ -107,7 +107,7 @@ def test_landing_elsewhere(tmp_path, base, adapter):
 
 
 def test_landing_with_other_shapes(tmp_path, base, adapter):
-    """Where shapes contradict the base, every fault is listed; there is no ledger."""
+    """If shapes contradict the base, every fault is listed, and the ledger is left out."""
     wide = make_base(tmp_path / "wide")
     tensors = {
         name: torch.zeros(*tensor.shape[:-1], tensor.shape[-1] + 8) for name, tensor in wide.tensors.items()

@@ -1,4 +1,4 @@
-"""What PEFT's own tests do not reach: the record, the self-check and the errors of every kind of update."""
+"""Parts that PEFT's own tests do not reach: the record, the self-check and the errors of every kind of update."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_rows_keep_a_tie(tmp_path, tied):
 
 
 def test_an_adapter_that_keeps_a_tie_beside_one_that_ends_it(tmp_path, tied):
-    """What was for both sides goes to both, what was for one to that one."""
+    """An update of both sides changes both, and an update of one side changes that side."""
     both = tokens(tmp_path, tied, [4])
     dora_convert.merge(
         tied.path, [both, make_adapter(tmp_path / "h", tied, dora=False, extra=head())], tmp_path / "out"

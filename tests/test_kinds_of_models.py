@@ -59,7 +59,7 @@ def test_experts(tmp_path, experts, monkeypatch):
 
 
 def test_experts_are_verified(tmp_path, experts):
-    """What is wrong with one expert is found, and why."""
+    """A fault in one expert is found, with its cause."""
     base, adapter, weight, _ = experts
     dora_convert.merge(base.path, adapter, tmp_path / "out")
     assert dora_convert.verify(base.path, adapter, tmp_path / "out").verdict == "agree"

@@ -1,4 +1,4 @@
-"""What a merge refuses, checks and reports."""
+"""The refusals, checks and reports of a merge."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_out_may_not_overlap_an_input(tmp_path, base, adapter, where):
 
 
 def test_self_check_finds_a_wrong_byte(tmp_path, base, adapter, monkeypatch):
-    """What lies on the disk is compared: one flipped bit in a sampled row fails the merge, and nothing is published."""
+    """The self-check reads the disk: one flipped bit in a sampled row fails the merge, and nothing is published."""
     from dora_convert.output.shards import ShardFiles
 
     write = ShardFiles.write
@@ -235,7 +235,7 @@ dora_convert.merge(*sys.argv[1:])
 
 
 def test_copying_outside_the_kernel(tmp_path, base, adapter, monkeypatch):
-    """Where the kernel cannot copy between two file systems, bytes are read and written."""
+    """If the kernel cannot copy between two file systems, bytes are read and written."""
 
     def refuses(*_):
         raise OSError(errno.EXDEV, "Invalid cross-device link")

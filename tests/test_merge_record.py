@@ -1,4 +1,4 @@
-"""What a merge leaves so that it can be audited and undone: receipt and undo record."""
+"""The record by which a merge can be audited and undone: receipt and undo record."""
 
 from __future__ import annotations
 

@@ -173,7 +173,7 @@ def test_what_was_here_stays(hub, made, tmp_path, verb):
 
 
 def test_models_that_are_run(hub, tmp_path):
-    """What is run is downloaded whole, and goes as well."""
+    """A model that is run is downloaded whole, and removed as well."""
     base, adapter, out = merged(tmp_path)
     hub.repos |= {"org/tiny": base, "me/tiny": adapter, "me/out": out}
     words = ("org/tiny", "me/tiny", "me/out", "--level", "outputs", "--no-cache", "--json")

@@ -215,7 +215,7 @@ def test_half_ulp(dtype):
 )
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_offloaded_is_the_same(tmp_path, family, options):
-    """Where memory does not hold a whole model, its blocks are read one by one, and every figure is as before."""
+    """If memory does not hold a whole model, its blocks are read one by one, and every figure is as before."""
     base, adapter, out = merged(tmp_path, family, **options)
     whole = outputs(base, adapter, out)
     notices = []

@@ -80,14 +80,14 @@ def test_a_module(save):
 
 
 def test_parameters_with_attributes(save):
-    """What somebody hung on a parameter does not matter."""
+    """Attributes that somebody hung on a parameter do not matter."""
     parameter = torch.nn.Parameter(torch.randn(3))
     parameter.tag = {"a": [1, 2.5, None, -7, 2**40, 300, "x"]}
     agree(save({"a": parameter, "b": torch.nn.Parameter(torch.ones(2, 2), requires_grad=False)}))
 
 
 def test_tensors_of_other_devices(save, monkeypatch):
-    """Where the storage was is a word in the pickle; its bytes are the same."""
+    """The device of a storage is a word in the pickle; the bytes are the same."""
     monkeypatch.setattr(torch.serialization, "location_tag", lambda _: "cuda:7")
     path = save({"a": torch.randn(3, 4)})
     assert b"cuda:7" in path.read_bytes()
@@ -218,7 +218,7 @@ def test_other_trees(save, value):
     ids=str,
 )  # fmt: skip
 def test_other_objects(save, value, word):
-    """What is not on the short list is named."""
+    """The error names a call that is not on the short list."""
     refused(save({"a": torch.ones(2), "b": value}), *([word] if word else []), kind=REFUSED)
 
 

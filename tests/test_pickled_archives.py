@@ -62,7 +62,7 @@ def test_compressed_records(tmp_path):
     ],
 )  # fmt: skip
 def test_other_files(tmp_path, content, part):
-    """What else is called pytorch_model.bin on real disks."""
+    """Other files that are called pytorch_model.bin on real disks."""
     (tmp_path / "pytorch_model.bin").write_bytes(content)
     refused(tmp_path / "pytorch_model.bin", part)
 

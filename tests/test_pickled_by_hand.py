@@ -82,7 +82,7 @@ def test_ways_to_name_code(tmp_path, code):
 
 
 def test_nothing_named_is_torch():
-    """What a pickle may name is ours, in the same process as torch as well; none of it can be changed."""
+    """The names that a pickle may use are ours, also in a process with torch, and none of them can be changed."""
     for name, value in pickled._GLOBALS.items():
         module = value.__module__ if callable(value) else type(value).__module__
         assert module == "dora_convert.storage.torch_pickle", name

@@ -174,7 +174,7 @@ def test_nothing_to_merge(base, adapter):
 
 
 def test_renamed_layouts_are_refused_in_one_sentence(base, adapter):
-    """Where disk names are not module names, the family is named."""
+    """If disk names are not module names, the error names the family."""
     edit_json(base.path / "config.json", model_type="mixtral")
     path = adapter / "adapter_model.safetensors"
     save_file({k.replace("mlp.", "block_sparse_moe."): v for k, v in load_file(path).items()}, path)

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.skipif(
 
 @dataclasses.dataclass
 class File:
-    """What a program sees in a file, and what is surely on the disk."""
+    """The bytes that a program sees in a file, and the bytes that are surely on the disk."""
 
     now: bytearray
     safe: bytes = b""

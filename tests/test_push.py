@@ -167,7 +167,7 @@ def test_killed_before_the_commit_and_after_it(hub, push, merged, tmp_path):
 
 
 def test_changed_between_two_runs(hub, push, merged, tmp_path):
-    """What the journal has of a file does not count once the file is another."""
+    """The journal's entry of a file does not count once the file has changed."""
     killed(hub, tmp_path, "POST .*/commit/", "push", merged, "me/merged")
     (merged / "dora_convert/receipt.json").unlink()
     shard = merged / SHARDS[0]

@@ -90,7 +90,7 @@ def far(hub, made):
 
 
 def same_weights(hub, made):
-    """Whether the pushed repo has all files of the local merge, and the same bytes but where inputs are named."""
+    """Return True if the pushed repo has the files and bytes of the local merge, apart from the inputs' names."""
     there, here = contents(hub.repos["me/merged"]), contents(made / "merged")
     named = {"README.md", "dora_convert/receipt.json"}
     return there.keys() == here.keys() and all(there[name] == here[name] for name in here.keys() - named)
@@ -133,7 +133,7 @@ def test_hub_to_hub_killed(hub, far, made, tmp_path, pattern):
 
 
 def test_hub_to_hub_when_the_server_loses_objects(hub, far, made, tmp_path):
-    """What it had taken is made again: the shards here are hollow by then."""
+    """Uploaded shards that the Hub lost are merged again, because the local shards are hollow by then."""
     killed(hub, tmp_path, "POST .*/commit/", *far)
     hub.blobs.clear()
     assert run(hub, tmp_path / "home", *far).returncode == 2
@@ -154,7 +154,7 @@ def test_from_here_to_the_hub_alone(hub, merge, made, tmp_path):
 
 
 def test_layers_left_out(hub, tmp_path):
-    """Where nothing stays, a base's file waits for the record to hold what an output leaves out; each comes once."""
+    """With --no-local, each of the base's files comes once, and stays until the record holds its left-out tensors."""
     base = make_base(tmp_path / "base", shards=3, layers=3)
     two = Base(base.path, {name: tensor for name, tensor in base.tensors.items() if ".2." not in name})
     adapter = make_adapter(tmp_path / "adapter", two, dora=True, layer_replication=[[0, 1], [0, 1]])

@@ -31,7 +31,7 @@ COMMIT = "POST .*/commit/"
     ],
 )
 def test_refused(hub, push, merged, pattern, status, how, message):
-    """What the Hub refuses is said in one message with exit code 2; nothing is committed."""
+    """A refusal of the Hub is one message with exit code 2, and nothing is committed."""
     hub.fail(pattern, status, **how)
     done = push(merged, "me/merged")
     assert done.returncode == 2

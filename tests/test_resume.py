@@ -203,7 +203,7 @@ def test_someone_elses_old_folder_stays(tmp_path, base, adapter):
 
 
 def test_the_journal_is_not_published(tmp_path, base, adapter):
-    """What is published holds no trace of how it came to be."""
+    """A published output holds neither journal nor spool nor lock."""
     dora_convert.merge(base.path, adapter, tmp_path / "out")
     names = {name.rpartition("/")[2] for name in contents(tmp_path / "out")}
     assert not names & {"journal.jsonl", "undo.spool", ".lock"}

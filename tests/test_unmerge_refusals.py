@@ -43,7 +43,7 @@ def test_another_adapter_is_refused(tmp_path, merged, base):
 
 @pytest.mark.parametrize("part", ["merged", "copied head", "side file"])
 def test_a_changed_model_is_refused(tmp_path, merged, adapter, part):
-    """What was trained or edited after the merge is named, and nothing is written."""
+    """The error names tensors that were trained or edited after the merge, and nothing is written."""
     if part == "side file":
         (merged / "tokenizer_config.json").write_text("{}")
         name = "tokenizer_config.json"

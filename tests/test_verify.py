@@ -273,7 +273,7 @@ UNDECIDABLE = {
 
 @pytest.mark.parametrize("case", UNDECIDABLE)
 def test_undecidable(run, tmp_path, case):
-    """What cannot be read or judged is an error, exit code 2, and never a difference."""
+    """An input that cannot be read or judged is an error with exit code 2, and never a difference."""
     base, adapter, out = merged(tmp_path)
     before = contents(tmp_path)
     UNDECIDABLE[case](out, adapter)

@@ -1,1 +1,1 @@
-"""What tests/fuzz.py is made of: good files, ways to break them, and who reads them."""
+"""The parts of tests/fuzz.py: good files, ways to break them, and the code that reads them."""
