@@ -2,8 +2,9 @@
 
     python factoring.py [SIZE [RANK [ROUNDS]]]
 
-All in float32, medians of interleaved rounds. Two spectra: ΔW = (D − I)W + D·BA of a trained DoRA, which falls slowly and is the hard
-one, and one that halves every eighth value. Then the same DoRA from W and W', and products with ΔW by its structure.
+All arithmetic is in float32, and all figures are medians of interleaved rounds. Two spectra are measured. The
+hard one is ΔW = (D − I)W + D·BA of a trained DoRA, which falls slowly; the other halves with every eighth
+value. The script then extracts the same DoRA from W and W', and times products with ΔW by its structure.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def with_spectrum(S: Tensor) -> Tensor:
 
 
 def timed(rounds: int, runs: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Median seconds of each, taken in turns."""
+    """Return the median seconds of each run; the runs take turns."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
@@ -47,8 +48,8 @@ def svd(name: str, D: Tensor, rank: int, rounds: int) -> None:
     )
     best, ours = float(S[rank:].norm() / S.norm()), truncated_svd(D, rank=rank).error
     print(
-        f"{name:14} full SVD {took['full']:7.2f} s, ours {took['ours']:6.2f} s, {took['full'] / took['ours']:5.1f} times faster; "
-        f"error {ours:.6f}, best {best:.6f}, {ours / best - 1:.1e} above"
+        f"{name:14} full SVD {took['full']:7.2f} s, ours {took['ours']:6.2f} s, "
+        f"{took['full'] / took['ours']:5.1f} times faster; error {ours:.6f}, best {best:.6f}, {ours / best - 1:.1e} above"
     )
 
 
@@ -69,8 +70,8 @@ def main(size: int = 4096, rank: int = 32, rounds: int = 3) -> None:
     found = extract_dora(W, tuned, rank=rank // 2)
     took = time.perf_counter() - start
     print(
-        f"extract_dora, rank {rank // 2}: {took:.1f} s, {found.steps} steps; error of W' {found.error:.1e}, of ΔW {found.delta_error:.1e}, "
-        f"a LoRA's {truncated_svd(delta, rank=rank // 2).error:.3f}"
+        f"extract_dora, rank {rank // 2}: {took:.1f} s, {found.steps} steps; "
+        f"error of W' {found.error:.1e}, of ΔW {found.delta_error:.1e}, a LoRA's {truncated_svd(delta, rank=rank // 2).error:.3f}"
     )
     X = torch.randn(size, rank + 10)
     took_by = timed(
@@ -78,7 +79,8 @@ def main(size: int = 4096, rank: int = 32, rounds: int = 3) -> None:
         {"dense": lambda: delta @ X, "structured": lambda: (d - 1) * (W @ X) + d * (B @ (A @ X))},
     )
     print(
-        f"a product with ΔW: dense {took_by['dense'] * 1e3:.1f} ms, by structure {took_by['structured'] * 1e3:.1f} ms"
+        f"a product with ΔW: dense {took_by['dense'] * 1e3:.1f} ms, "
+        f"by structure {took_by['structured'] * 1e3:.1f} ms"
     )
 
 

@@ -1,9 +1,9 @@
-"""Peak resident memory of merges that should all need the same.
+"""Measure the peak resident memory of merges that should all need the same.
 
     python memory.py [--folder bench/build]
 
-One model of 1.24 B parameters; then twice its layers, one shard instead of five, rank 256, and a single tensor of 1 GB
-that is merged row by row and, as an embedding, column by column.
+The first model has 1.24 B parameters in five shards. The others have twice its layers, one shard, or rank
+256. The last model is a single tensor of 1 GB, merged row by row and, as an embedding, column by column.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ROWS, COLUMNS, RANK = 131072, 4096, 16
 
 
 def write_large(folder: Path, *, embedding: bool) -> None:
-    """A checkpoint of one tensor of 1 GB, and a DoRA on it."""
+    """Write a checkpoint of one tensor of 1 GB, and a DoRA on the tensor."""
     (folder / "base").mkdir(parents=True)
     (folder / "dora").mkdir()
     weight = torch.empty(ROWS, COLUMNS, dtype=torch.bfloat16).normal_(std=0.02)
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--large", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     root = chosen.folder
-    if chosen.large:  # in a process of its own: a child begins with its parent's peak
+    if chosen.large:  # in its own process, because a child begins with its parent's peak
         write_large(root, embedding=chosen.large == "True")
         return
     cases = {

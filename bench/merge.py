@@ -2,9 +2,9 @@
 
     python merge.py [--rounds 5] [--skip-peft] [--folder bench/build]
 
-Every round runs each command once, so that a slow minute of the machine hits all of them; what counts are medians of
-ratios. `cp` is `cp -r` and an fsync of each copy, which is what a merge has to do at least. The time that importing
-torch takes is measured beside and subtracted, as `net`.
+Every round runs each command once, so that a slow minute of the machine hits all commands. Compare the
+medians of the ratios. `cp` is `cp -r` and an fsync of each copy: the least work of a merge. The script also
+measures the time that importing torch takes, and subtracts this time in the column `net`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def sync(folder: Path) -> None:
 
 
 def run(command: list[str], out: Path, *, synced: bool = False) -> tuple[float, int]:
-    """Seconds and peak resident bytes of one process."""
+    """Run one process and return its seconds and its peak resident bytes."""
     shutil.rmtree(out, ignore_errors=True)
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)

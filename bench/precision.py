@@ -2,8 +2,8 @@
 
     python precision.py BASE ADAPTER
 
-BASE is a bfloat16 or float16 checkpoint that transformers loads; the judge computes each merged weight in float64 and
-rounds it by comparing neighbours.
+BASE is a bfloat16 or float16 checkpoint that transformers loads. The script computes each merged weight in
+float64, and rounds the weight by comparing neighbours.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tests.toy import rounded
 
 
 def exact(base: str, adapter: str) -> dict[str, torch.Tensor]:
-    """PEFT's merge of a float64 model."""
+    """Return the weights of PEFT's merge of a float64 model."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
     merged = (
         PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False).double().merge_and_unload()

@@ -1,9 +1,9 @@
-"""Synthetic checkpoints and adapters of a real model's shapes, without transformers.
+"""Write synthetic checkpoints and adapters of a real model's shapes, without transformers.
 
     python synthetic.py FOLDER [--layers 16] [--shards 5] [--rank 16]
 
-Writes FOLDER/base, a Llama of 1.24 B parameters in bf16 by default, and PEFT adapters beside it: FOLDER/dora and
-FOLDER/lora on all linear layers, FOLDER/qv on q_proj and v_proj. Magnitudes are the rows' norms, perturbed.
+FOLDER/base is a Llama in bf16, by default of 1.24 B parameters. FOLDER/dora and FOLDER/lora are PEFT adapters
+on all linear layers. FOLDER/qv is an adapter on q_proj and v_proj. Magnitudes are the rows' norms, perturbed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ DEVIATION = 0.02
 
 
 def shapes(layers: int) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the model, in the order of its file."""
+    """Return the shape of every tensor of the model, in the order of the file."""
     found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
     for layer in range(layers):
         prefix = f"model.layers.{layer}"
@@ -42,7 +42,7 @@ def shapes(layers: int) -> dict[str, tuple[int, ...]]:
 
 
 def write_base(folder: Path, layers: int, shards: int) -> None:
-    """The base, cut into shards of about equal size."""
+    """Write the base in shards of about equal size."""
     folder.mkdir(parents=True, exist_ok=True)
     table, todo = {}, shapes(layers)
     share = sum(math.prod(shape) for shape in todo.values()) / shards
@@ -80,7 +80,7 @@ def write_base(folder: Path, layers: int, shards: int) -> None:
 
 
 def write_adapter(folder: Path, layers: int, rank: int, targets: list[str], *, dora: bool) -> None:
-    """A PEFT adapter on some linear layers, in float32."""
+    """Write a PEFT adapter on some linear layers, in float32."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for layer in range(layers):
@@ -97,7 +97,7 @@ def write_adapter(folder: Path, layers: int, rank: int, targets: list[str], *, d
 
 
 def write_config(folder: Path, rank: int, *, dora: bool) -> None:
-    """The adapter's adapter_config.json."""
+    """Return the content of adapter_config.json."""
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -1,8 +1,9 @@
-"""Measure the cost of an undo record: its size, a merge's time with it, and the elements that unmerging loses.
+"""Measure the cost of an undo record: its size, the merge's time, and the elements that unmerging loses.
 
     python bench/undo.py BASE ADAPTER [--repeat 5]
 
-Each line is a median over whole processes. "lost" counts the elements that are not the base's after unmerging.
+Each line is a median over whole processes. "lost" counts the elements that differ from the base's after
+unmerging.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         kinds = ("none", "norms", "exact")
         seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
-        for _ in range(chosen.repeat):  # in turns: the machine's mood is everybody's
+        for _ in range(chosen.repeat):  # in turns, so that a slow minute hits all kinds
             for kind in kinds:
                 out = Path(folder) / kind
                 seconds[kind].append(timed("merge", chosen.base, chosen.adapter, out, "--undo", kind))
@@ -40,7 +41,8 @@ def main() -> None:
             record = Path(folder) / kind / "dora_convert/undo.safetensors"
             size = record.stat().st_size if record.exists() else 0
             median = statistics.median(seconds[kind])
-            line = f"merge --undo {kind:6} {median:6.2f} s  {median / plain:4.2f} x  record {format_size(size):>8}"
+            line = f"merge --undo {kind:6} {median:6.2f} s  {median / plain:4.2f} x"
+            line += f"  record {format_size(size):>8}"
             print(f"{line}  {size / whole:.2%} of the base")
         for kind in kinds[1:]:
             again = Path(folder) / "again"
@@ -49,7 +51,7 @@ def main() -> None:
 
 
 def timed(verb: str, *words: object) -> float:
-    """Seconds of one command, start and end of the process included."""
+    """Return the seconds of one command, start and end of the process included."""
     command = [sys.executable, "-m", "dora_convert", verb, *map(str, words), "--overwrite", "--quiet"]
     start = time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -57,7 +59,7 @@ def timed(verb: str, *words: object) -> float:
 
 
 def lost(base: Path, again: Path) -> int:
-    """Elements whose bits differ."""
+    """Return the number of elements whose bits differ."""
     total = 0
     for path in sorted(base.glob("*.safetensors")):
         with safe_open(path, "pt") as want, safe_open(again / path.name, "pt") as got:

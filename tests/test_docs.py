@@ -1,4 +1,4 @@
-"""The documentation matches the code: commands and examples run, links lead to files, the reference is current."""
+"""The documentation matches the code: commands and examples run, links work, the reference is current."""
 
 from __future__ import annotations
 
