@@ -49,7 +49,8 @@ def svd(name: str, D: Tensor, rank: int, rounds: int) -> None:
     best, ours = float(S[rank:].norm() / S.norm()), truncated_svd(D, rank=rank).error
     print(
         f"{name:14} full SVD {took['full']:7.2f} s, ours {took['ours']:6.2f} s, "
-        f"{took['full'] / took['ours']:5.1f} times faster; error {ours:.6f}, best {best:.6f}, {ours / best - 1:.1e} above"
+        f"{took['full'] / took['ours']:5.1f} times faster; "
+        f"error {ours:.6f}, best {best:.6f}, {ours / best - 1:.1e} above"
     )
 
 
@@ -71,7 +72,8 @@ def main(size: int = 4096, rank: int = 32, rounds: int = 3) -> None:
     took = time.perf_counter() - start
     print(
         f"extract_dora, rank {rank // 2}: {took:.1f} s, {found.steps} steps; "
-        f"error of W' {found.error:.1e}, of ΔW {found.delta_error:.1e}, a LoRA's {truncated_svd(delta, rank=rank // 2).error:.3f}"
+        f"error of W' {found.error:.1e}, of ΔW {found.delta_error:.1e}, "
+        f"a LoRA's {truncated_svd(delta, rank=rank // 2).error:.3f}"
     )
     X = torch.randn(size, rank + 10)
     took_by = timed(
