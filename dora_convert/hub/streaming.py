@@ -12,7 +12,7 @@ from ..output.shards import ShardFiles
 from ..plan.plan import Plan
 from ..reports.push import Pushed
 from ..sources.hub_client import without_bars
-from ..sources.prefetch import PLACES, Arrivals, WeightDownload, expect, shard_needs
+from ..sources.prefetch import PLACES, Prefetch, WeightDownload, expect, shard_needs
 from ..sources.session import Session
 from ..storage.checkpoint import RECORD, Checkpoint, list_files
 from ..storage.journal import NAME as JOURNAL
@@ -31,7 +31,7 @@ NOT_OF_OUT = {LOCK, *(f"{RECORD}/{name}" for name in (JOURNAL, UPLOADS, SPOOL))}
 class HubStreaming:
     """One merge's inputs and outputs, on their ways."""
 
-    def __init__(self, upload: Upload | None, arrivals: Arrivals | None, *, local: bool) -> None:
+    def __init__(self, upload: Upload | None, arrivals: Prefetch | None, *, local: bool) -> None:
         self._upload, self._arrivals, self.local = upload, arrivals, local
         self._shards: Shards | None = None
         self._files: ShardFiles
@@ -115,7 +115,7 @@ def traffic(
         bring = WeightDownload([plan.base], session, routes.weights(folder)) if far else None
         places = None if routes.local and routes.cache else PLACES
         needs = shard_needs(plan)
-        arrivals = Arrivals(needs, bring, keep=routes.cache, places=places, outputs=not routes.local)
+        arrivals = Prefetch(needs, bring, keep=routes.cache, places=places, outputs=not routes.local)
     if not (upload or arrivals):
         yield None
         return

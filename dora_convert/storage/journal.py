@@ -14,12 +14,12 @@ import contextlib
 import errno
 import json
 import os
-import threading
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import MalformedError
+from .background import Background
 from .schema import misfit
 
 NAME = "journal.jsonl"
@@ -95,52 +95,29 @@ class Journal:
         self._file.seek(end)
         self._append([] if earlier else [key])  # even of nothing: what was cut off must not come back
         sync_path(path.parent)
-        self._pending: list[Pending] = []
-        self._changed = threading.Condition()
-        self._closing = False
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._keep, name="journal", daemon=True)
-        self._thread.start()
+        self._thread = Background("journal", self._keep, gather=BATCH_SECONDS)
 
     def add(
         self, record: Record, descriptors: Collection[int], then: Callable[[], None] | None = None
     ) -> None:
         """Enter a record once the open files that hold its bytes are synced, and do something then."""
-        with self._changed:
-            if self._error:
-                raise self._error
-            self._pending.append((record, descriptors, then))
-            self._changed.notify()
+        self._thread.put((record, descriptors, then))
 
     def close(self) -> None:
         """Enter what is pending and stop; raises what went wrong on the way."""
-        with self._changed:
-            self._closing = True
-            self._changed.notify()
-        self._thread.join()
-        self._file.close()
-        if self._error:
-            raise self._error
-
-    def _keep(self) -> None:
         try:
-            while batch := self._take():
-                for descriptor in sorted({each for _, written, _ in batch for each in written}):
-                    os.fsync(descriptor)
-                self._append([record for record, _, _ in batch])
-                for _, _, then in batch:
-                    if then:
-                        then()
-        except BaseException as error:  # noqa: BLE001 - raised again where the caller is
-            self._error = error
+            self._thread.finish()
+        finally:
+            self._file.close()
 
-    def _take(self) -> list[Pending]:
-        """Everything pending, gathered for a moment; empty when closing."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._pending or self._closing)
-            self._changed.wait_for(lambda: self._closing, BATCH_SECONDS)
-            batch, self._pending = self._pending, []
-        return batch
+    def _keep(self, batch: list[Pending]) -> None:
+        """Sync the files that records speak of, enter the records, and do what comes after."""
+        for descriptor in sorted({each for _, written, _ in batch for each in written}):
+            os.fsync(descriptor)
+        self._append([record for record, _, _ in batch])
+        for _, _, then in batch:
+            if then:
+                then()
 
     def _append(self, records: Iterable[Record]) -> None:
         self._file.write(b"".join(json.dumps(record).encode() + b"\n" for record in records))

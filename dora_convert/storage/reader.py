@@ -12,7 +12,7 @@ from ..errors import MalformedError
 from .safetensors import CHUNK, StoredTensor
 
 
-class Arrivals(Protocol):
+class FileSupply(Protocol):
     """Files on their way."""
 
     def need(self, path: Path) -> None:
@@ -28,11 +28,11 @@ class Arrivals(Protocol):
 class Reader:
     """Positional reads from any thread; files are opened once and stay open until `close`.
 
-    Files need not be here from the beginning: where there are `arrivals`, those bring and remove them.
+    Files need not be here from the beginning: where there are `supply`, those bring and remove them.
     """
 
-    def __init__(self, arrivals: Arrivals | None = None) -> None:
-        self._arrivals = arrivals
+    def __init__(self, supply: FileSupply | None = None) -> None:
+        self._supply = supply
         self._files: dict[Path, int] = {}
         self._lock = threading.Lock()
 
@@ -49,13 +49,13 @@ class Reader:
 
     def done(self, work: str) -> None:
         """A piece of work reads nothing any more."""
-        if self._arrivals:
-            self._arrivals.done(work)
+        if self._supply:
+            self._supply.done(work)
 
     def stop(self) -> None:
         """Wake everybody who waits for a file: the run has failed."""
-        if self._arrivals:
-            self._arrivals.close()
+        if self._supply:
+            self._supply.close()
 
     def same_bytes(self, one: StoredTensor, other: StoredTensor) -> bool:
         """Whether two tensors have the same dtype, shape and contents."""
@@ -72,8 +72,8 @@ class Reader:
 
     def descriptor(self, path: Path) -> int:
         """The open file descriptor of a path."""
-        if self._arrivals and path not in self._files:
-            self._arrivals.need(path)
+        if self._supply and path not in self._files:
+            self._supply.need(path)
         with self._lock:
             if path not in self._files:
                 self._files[path] = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
