@@ -236,7 +236,7 @@ def test_disk_full(tmp_path, base, adapter, monkeypatch):
     monkeypatch.setattr(writer.ShardFiles, "write", full)
     with pytest.raises(OutputError, match="No space left on device") as caught:
         dora_convert.merge(base.path, adapter, tmp_path / "out")
-    assert "the same command continues it" in caught.value.hint
+    assert "rerun the same command to resume" in caught.value.hint
     monkeypatch.undo()
     monkeypatch.setattr(writer, "_allocate", full)
     with pytest.raises(OutputError, match="No space left on device"):

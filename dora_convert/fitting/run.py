@@ -18,11 +18,11 @@ from torch import Tensor
 
 from ..adapters.new_adapter import Files
 from ..engine.device_buffers import DeviceBuffers
-from ..engine.executor import Budget, WorkerPool
-from ..engine.memory import as_bytes
+from ..engine.host_memory import as_bytes
 from ..engine.precision import TORCH, ComputeSpec
 from ..engine.preflight import chunks, holds_numbers, scan_adapter
-from ..engine.resume import earlier_run, entered, journal_key, settle
+from ..engine.run import choose_compute, entered, journal_key, resume
+from ..engine.workers import WorkerPool
 from ..errors import NumericalError
 from ..maths import lora as maths
 from ..output.card import NAME
@@ -74,7 +74,7 @@ def craft(
     Raises UsageError for a device or a budget that will not do, NumericalError for NaN, Inf and overflow, OutputError
     for a disk that does not take the result. OUT does not exist then.
     """
-    spec = settle(order.memory, settings)
+    spec = choose_compute(order.memory, settings)
     settings.notify(
         f"memory: at most {format_size(settings.max_memory)}; one module takes {format_size(order.memory)}"
     )
@@ -83,12 +83,12 @@ def craft(
     with entered(folder):
         terms = {**order.terms, "command": order.command, "format": order.format.NAME, "dtype": order.dtype}
         key = journal_key(spec, folder.identity(order.bases), adapters=adapters, **terms)
-        earlier = earlier_run(folder, key, [], lambda: True, ENTERED)
+        earlier = resume(folder, key, [], lambda: True, ENTERED)
         records = earlier.records if earlier else []
         with ExitStack() as stack:
             run = _Run(order, settings, reader, {record["made"]: record for record in records})
-            run.spool = stack.enter_context(closing(Spool(folder.record / undo.SPOOL, run.end)))
-            with closing(Journal(folder.record / JOURNAL, key, earlier)) as run.journal:
+            run.spool = stack.enter_context(closing(Spool(folder.state / undo.SPOOL, run.end)))
+            with closing(Journal(folder.state / JOURNAL, key, earlier)) as run.journal:
                 run.execute(work, spec)
             results = run.results()
             written = sum(
@@ -130,11 +130,12 @@ class _Run:
 
     def execute(self, work: Callable[[Any, DeviceBuffers], Made], spec: ComputeSpec) -> None:
         """Do every job that is not done yet."""
-        budget, crew = Budget(self.settings.max_memory), WorkerPool(spec, self.reader)
+        start = partial(DeviceBuffers, spec, self.reader)
+        workers = WorkerPool(self.settings.max_memory, start, self.reader.stop)
 
         def one(job: Job, buffers: DeviceBuffers) -> None:
-            with budget.holding(job.cost):
-                crew.check()
+            with workers.holding(job.cost):
+                workers.check()
                 with buffers.working():
                     self._keep(job, work(job, buffers))
             self.reader.done(job.name)
@@ -146,7 +147,7 @@ class _Run:
         ]
         self._total = sum(job.nbytes for job in self.order.jobs)
         self._read = self._total - sum(job.nbytes for job in todo)
-        crew.run(self.settings.workers, [partial(one, job) for job in todo])
+        workers.run(self.settings.workers, [partial(one, job) for job in todo])
 
     def _keep(self, job: Job, made: Made) -> None:
         """Bring a job's tensors to the spool, and enter them."""

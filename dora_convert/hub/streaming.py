@@ -145,7 +145,7 @@ def inward(plan: Plan, others: Sequence[Checkpoint], session: Session) -> Iterat
 
 def _refuse_orphans(folder: OutputFolder, upload: Upload) -> None:
     """Start over where nothing tells which shards are up: those here may be hollow."""
-    refused = refusals(folder.record / UPLOADS, upload.key)
+    refused = refusals(folder.state / UPLOADS, upload.key)
     if refused is None or refused:
-        (folder.record / JOURNAL).unlink(missing_ok=True)
+        (folder.state / JOURNAL).unlink(missing_ok=True)
     upload.refused = refused or frozenset()

@@ -1,4 +1,4 @@
-"""What is finished of a run: what is known of each tensor, and how a journal tells of it."""
+"""Hold the results of finished tensors, and write and read them as lines of a journal."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ENTERED = Either(
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a check found; the counts of several add up."""
+    """The result of a check; the counts of several checks add up."""
 
     checked: int = 0
     """Elements compared."""
@@ -40,9 +40,9 @@ class Verdict:
     max_ulp: int = 0
     """Largest distance from the rounded float64 result, in units in the last place of the stored dtype."""
     rounding: float = 0.0
-    """Σ (rounded − x)², what rounding into the stored dtype takes away."""
+    """Σ (rounded − x)², the loss of rounding to the stored dtype."""
     change: float = 0.0
-    """Σ (x − W)², what the adapter does."""
+    """Σ (x − W)², the change by the adapter."""
 
     def __add__(self, other: Verdict) -> Verdict:
         return Verdict(
@@ -55,11 +55,11 @@ class Verdict:
 
     @property
     def lost(self) -> float | None:
-        """Share of the change's norm lost to rounding; None where nothing changes."""
+        """Share of the change's norm lost to rounding; None without a change."""
         return math.sqrt(self.rounding / self.change) if self.change else None
 
     def rows(self) -> list[tuple[str, str]]:
-        """What was found, as a model card tells it."""
+        """Return the rows of a model card's table of checks."""
         lost = [] if self.lost is None else [("share of the change lost to rounding", f"{self.lost:.2%}")]
         return [
             ("elements compared", f"{self.checked:,}"),
@@ -71,23 +71,23 @@ class Verdict:
 
 @dataclass(frozen=True)
 class TensorResult:
-    """What is known of a tensor once it is written: hashes of its old and new bytes, undo parts, the self-check."""
+    """The facts about a written tensor: hashes of old and new bytes, parts of the undo record, the self-check."""
 
     base_hash: str | None
-    """xxh3-128 of what was read: the base's bytes, or the merged ones where those are recovered."""
+    """xxh3-128 of the bytes that were read: the base's in a merge, the merged ones in an unmerge."""
     written_hash: str
     """xxh3-128."""
     proof: str | None
-    """sha256 of the base's bytes, read or recovered, where it was asked for."""
+    """sha256 of the base's bytes, read or recovered, if asked for."""
     parts: tuple[Part, ...] = ()
     verdict: Verdict | None = None
     ambiguous: int = 0
-    """Elements of a recovered tensor that several values of the base would have been merged to."""
+    """Elements of a recovered tensor that several values of the base would have given."""
 
 
 @dataclass
 class Progress:
-    """What is finished so far, by this run and by one that it continues."""
+    """The copies and tensors finished so far, by this run and by the run that it resumes."""
 
     done: dict[str, TensorResult] = field(default_factory=dict)
     copied: set[tuple[str, int, int]] = field(default_factory=set)
@@ -115,7 +115,7 @@ class Progress:
 
     @property
     def spooled(self) -> int:
-        """How much of the spool they use."""
+        """The bytes of the spool in use."""
         return max((part.end for done in self.done.values() for part in done.parts), default=0)
 
 
@@ -124,22 +124,22 @@ def _verdict(found: Record | None) -> Verdict | None:
 
 
 def kept_name(tensor: StoredTensor) -> str:
-    """What the record calls a tensor of the base that it holds whole."""
+    """Return the name in the undo record of a tensor of the base that is kept whole."""
     return f"whole/{tensor.name}"
 
 
 def copied_name(item: Item) -> str:
-    """Under what the hash of a copied tensor is kept."""
+    """Return the name under which the hash of a copied tensor is kept."""
     return f"copied/{item.name}"
 
 
 def copy_record(copy: Copy) -> Record:
-    """A finished copy as a line of the journal."""
+    """Return a finished copy as a line of the journal."""
     return {"copied": copy[2:]}
 
 
 def done_record(name: str, done: TensorResult) -> Record:
-    """A finished tensor as a line of the journal."""
+    """Return a finished tensor as a line of the journal."""
     return {
         "made": name,
         "hashes": [done.base_hash, done.written_hash, done.proof],

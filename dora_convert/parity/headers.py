@@ -1,4 +1,4 @@
-"""Where a merged checkpoint is not what was planned, as far as headers and config.json tell."""
+"""Compare the headers and the config.json of a merged checkpoint with the plan."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..storage.reader import Reader
 from ..storage.safetensors import CONFIG_DTYPES, FLOATS, StoredTensor
 
 BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|masked_bias|position_ids|attn\.bias)$")
-"""What transformers computes anew and does not always save."""
+"""Tensors that transformers computes anew and does not always save."""
 NO_MATTER = frozenset(
     {"transformers_version", "dtype", "torch_dtype", "_name_or_path", "name_or_path", "use_cache", "auto_map"}
 )
@@ -26,16 +26,16 @@ NO_MATTER = frozenset(
 
 @dataclass
 class Pairing:
-    """The planned tensors with the merged checkpoint's, and what has no partner."""
+    """The planned tensors paired with the merged checkpoint's, and the problems of tensors without a partner."""
 
     pairs: list[tuple[Item, StoredTensor]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     twins: list[tuple[StoredTensor, StoredTensor]] = field(default_factory=list)
-    """A head that is stored although it is tied, and its embedding."""
+    """Heads that are stored although they are tied, each with its embedding."""
 
     def compare_twins(self, reader: Reader) -> None:
-        """Whether a head that is stored although it is tied is its embedding."""
+        """Compare each head that is stored although it is tied with its embedding."""
         for head, embedding in self.twins:
             if reader.same_bytes(head, embedding):
                 self.notes.append(f"{head.name} is stored beside {embedding.name}, which it equals")
@@ -44,7 +44,7 @@ class Pairing:
 
 
 def pair(plan: Plan, merged: Checkpoint) -> Pairing:
-    """Find each planned tensor in a merged checkpoint; a prefix that differs throughout does not count."""
+    """Find each planned tensor in a merged checkpoint; a prefix that all names share is ignored."""
     found = Pairing()
     names = NameResolver(merged.tensors, [item.name for item in plan.items])
     taken: set[str] = set()
@@ -65,7 +65,7 @@ def pair(plan: Plan, merged: Checkpoint) -> Pairing:
     _compare_ties(plan, merged, taken, found)
     for name in sorted(merged.tensors.keys() - taken):
         known = BUFFERS.search(name)
-        (found.notes if known else found.problems).append(f"{name} is in MERGED, but should not be there")
+        (found.notes if known else found.problems).append(f"{name} is in MERGED, but not in the plan")
     return found
 
 
@@ -75,7 +75,7 @@ def _miss(item: Item, found: Pairing) -> None:
 
 
 def _compare_ties(plan: Plan, merged: Checkpoint, taken: set[str], found: Pairing) -> None:
-    """Whether embedding and head are one weight where they should be."""
+    """Note a problem if embedding and head are tied and should not be, or the other way round."""
     config = plan.output_config
     before, after = find_tie(plan.base), find_tie(merged)
     if before is None or merged.config is None:
@@ -98,7 +98,7 @@ def _compare_ties(plan: Plan, merged: Checkpoint, taken: set[str], found: Pairin
 
 
 def config_problems(plan: Plan, merged: Checkpoint) -> Iterator[str]:
-    """Fields of config.json that differ and change loading or computing."""
+    """Yield the fields of config.json that differ and change loading or computing."""
     base, wanted = plan.base.config, plan.output_config
     if wanted is None or merged.is_file:
         return
@@ -113,7 +113,7 @@ def config_problems(plan: Plan, merged: Checkpoint) -> Iterator[str]:
 
 
 def _wrong_dtype(wanted: Mapping[str, Any], merged: Checkpoint) -> Iterator[str]:
-    """A dtype that weights would be converted to when they are loaded, and that neither the base nor they have."""
+    """Yield a dtype of config.json that is neither the base's nor the dtype of the stored tensors."""
     dtypes = Counter(tensor.dtype for tensor in merged.tensors.values() if tensor.dtype in FLOATS)
     stored = {CONFIG_DTYPES.get(dtype) for dtype, _ in dtypes.most_common(1)}
     for key in ("dtype", "torch_dtype"):

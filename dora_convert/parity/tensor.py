@@ -1,7 +1,7 @@
-"""One tensor of a merged checkpoint against what base and adapter make of it: every element, and its outputs.
+"""Compare one tensor of a merged checkpoint with its definition: every element, and the outputs for sample inputs.
 
-Two passes over the tensor, block after block: the first counts what differs from the rounded float64 result, which
-decides how often the tool that wrote it rounded; the second, only where something differs, measures how far.
+The first pass over the tensor counts the elements that differ from the rounded float64 result. The count tells how
+often the tool that wrote the tensor rounded. The second pass measures how far the differing elements are off.
 """
 
 from __future__ import annotations
@@ -12,23 +12,22 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ..engine.precision import TORCH
-from ..engine.rows import read_rows
+from ..engine.host_memory import read_rows
+from ..engine.precision import TORCH, nearest
 from ..plan.item import Item
 from ..storage.reader import Reader
 from ..storage.safetensors import StoredTensor
 from .expected import CPU, Block, Expected
 from .self_check import distance, rounded_once
-from .ulps import nearest
 
 ROWS_ELEMENTS = 3 << 15
 SUSPECTS = 256
-"""Rows that are kept to find out what went wrong."""
+"""Wrong rows that are kept to find the cause."""
 
 
 @dataclass
 class Outputs:
-    """W'x for sample inputs x: as stored, as the adapter's own forward has it, and as perfect rounding would leave it."""
+    """W'x for sample inputs x: as stored, by the adapter's own forward, and with perfectly rounded weights."""
 
     samples: int
     error: float = 0.0
@@ -37,17 +36,17 @@ class Outputs:
     _sums: list[Tensor] = field(default_factory=list)
 
     def rows(self, got: Tensor, rounded: Tensor, y: Tensor, x: Tensor) -> None:
-        """Rows of a weight stored as (out, in): each is an output."""
+        """Add rows of a weight stored as (out, in): each row is an output."""
         outputs = got @ x
         self._add(outputs, outputs if rounded is got else rounded @ x, y)
 
     def columns(self, got: Tensor, rounded: Tensor, y: Tensor, x: Tensor) -> None:
-        """Rows of a weight stored as (in, out): each adds to all outputs."""
+        """Add rows of a weight stored as (in, out): each row adds to all outputs."""
         parts = [got.T @ x, rounded.T @ x, y]
         self._sums = [a + b for a, b in zip(self._sums, parts, strict=True)] if self._sums else parts
 
     def finish(self) -> None:
-        """Count what was summed up."""
+        """Count the sums of `columns`."""
         if self._sums:
             self._add(*self._sums)
             self._sums = []
@@ -60,7 +59,7 @@ class Outputs:
 
 @dataclass
 class Parity:
-    """What a comparison of one tensor found."""
+    """The result of a comparison of one tensor."""
 
     item: Item
     elements: int = 0
@@ -75,19 +74,19 @@ class Parity:
 
     @property
     def output_error(self) -> float | None:
-        """Relative error of the outputs; None where there are none."""
+        """Relative error of the outputs; None without outputs."""
         return (self.outputs.error / self.outputs.size) ** 0.5 if self.outputs.size else None
 
     @property
     def output_floor(self) -> float | None:
-        """What that would be if every element were rounded perfectly."""
+        """Relative error of the outputs of perfectly rounded weights; None without outputs."""
         return (self.outputs.floor / self.outputs.size) ** 0.5 if self.outputs.size else None
 
 
 def compare_all(
     item: Item, written: StoredTensor, reader: Reader, samples: int, device: torch.device = CPU
 ) -> Parity:
-    """Compare every element of a tensor, in the dtype it is stored in, and its outputs for some random inputs."""
+    """Compare every element of a tensor, in the stored dtype, and the outputs for some random inputs."""
     item = replace(item, dtype=written.dtype)
     written = replace(written, shape=item.source.shape)  # as it is computed: experts one below the other
     samples = samples if item.changed and len(item.shape) > 1 else 0
@@ -119,7 +118,7 @@ def compare_all(
 
 
 def chunks(item: Item) -> Iterator[range]:
-    """All rows in pieces of bounded size; none holds rows of two experts."""
+    """Yield all rows in chunks of bounded size; no chunk holds rows of two experts."""
     total, columns = item.source.matrix
     part = max(1, total // item.experts)
     height = max(1, ROWS_ELEMENTS // max(1, columns))
@@ -129,17 +128,17 @@ def chunks(item: Item) -> Iterator[range]:
 
 
 def _inputs(item: Item, samples: int) -> Tensor:
-    """Random inputs of a layer: (in, samples). Rows of a weight stored as (in, out) are inputs, too."""
+    """Return random inputs of a layer, (in, samples), with one row for each row of a weight stored as (in, out)."""
     generator = torch.Generator().manual_seed(0)
     size = max(item.source.matrix) if samples else 0
     return torch.randn(size, samples, generator=generator, dtype=torch.float64)
 
 
 def count_off(x: Tensor, got: Tensor, dtype: str) -> int:
-    """How many elements are not x rounded once.
+    """Count the elements that are not x rounded once.
 
-    torch rounds float64 to half precision in two steps, which is fast and nearly always right: the few where the first
-    lands on a tie of the second are looked at again.
+    torch rounds float64 to half precision in two steps, which is fast and nearly always right. The few elements whose
+    first step lands on a tie of the second step are compared again.
     """
     if dtype not in ("BF16", "F32"):
         return int((got.double() != nearest(x, dtype)).sum())

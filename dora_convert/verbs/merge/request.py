@@ -149,11 +149,11 @@ def _carry_out(plan: Plan, folder: OutputFolder | InPlace, asked: MergeRequest) 
         return DryRunReport.of(plan, asked.settings, out)
     with without_collections():
         from ...hub.streaming import traffic
-        from .pipeline import produce
+        from .pipeline import run_merge
     if isinstance(folder, InPlace):
-        return produce(plan, folder, asked.settings)
+        return run_merge(plan, folder, asked.settings)
     with traffic(plan, asked.routes, asked.session, folder) as hub, _examiner(plan, asked) as examine:
-        return produce(plan, folder, asked.settings, hub, examine)
+        return run_merge(plan, folder, asked.settings, hub, examine)
 
 
 @contextmanager
