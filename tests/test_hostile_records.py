@@ -10,13 +10,13 @@ from contextlib import closing
 import pytest
 import torch
 import zstandard
+from dora_convert.storage.schema import Either, count, misfit
 from safetensors.torch import load_file, save_file
 
 import dora_convert
 from dora_convert.errors import DoraConvertError, MalformedError
 from dora_convert.storage.reader import Reader
 from dora_convert.storage.safetensors import StoredTensor
-from dora_convert.storage.schema import Either, count, misfit
 from dora_convert.undo.packing import Unpacker, pack
 
 from .toy import contents, edit_json, make_adapter, stopped

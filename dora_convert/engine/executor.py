@@ -18,28 +18,25 @@ from typing import Protocol
 import torch
 
 from ..output.finished import (
+    FinishedLine,
     Progress,
     TensorResult,
     Verdict,
     copied_name,
-    copy_record,
-    done_record,
     kept_name,
 )
 from ..output.output import Output
 from ..output.shards import Copy, ShardFiles
 from ..plan.item import Item
 from ..plan.plan import Plan
-from ..storage.digests import Digest, stored_digest
 from ..storage.journal import Journal
-from ..storage.reader import Reader
+from ..storage.reader import Digest, Reader
 from ..storage.safetensors import StoredTensor
-from ..storage.spool import Part, Spool
+from ..storage.spool import Spool, SpooledTensor
 from .device_buffers import DeviceBuffers
 from .precision import ComputeSpec, exact_arithmetic
 from .tensor import MakeTensor, make_tensor
 
-KEEP_BYTES = 1 << 20
 Job = tuple[str, Callable[[DeviceBuffers], None]]
 """A piece of work, and the shard that it is for."""
 
@@ -190,16 +187,16 @@ class Run:
     def _copy(self, copy: Copy, buffers: DeviceBuffers) -> None:  # noqa: ARG002 - needs none
         self.advance(0)
         self.shards.copy(copy, self.reader)
-        self.journal.add(copy_record(copy), [self.shards.descriptor(copy.shard)])
+        self.journal.add(FinishedLine(copied=copy[2:]), [self.shards.descriptor(copy.shard)])
         self.advance(copy.length)
         self._finish(copy.shard)
 
     def _hash(self, item: Item, buffers: DeviceBuffers) -> None:  # noqa: ARG002 - needs none
         """Note what a copied tensor is."""
         self.advance(0)
-        found = stored_digest(item.source, self.reader).fast
+        found = self.reader.digest(item.source).fast
         self.progress.done[copied_name(item)] = done = TensorResult(found, found, None)
-        self.journal.add(done_record(copied_name(item), done), [])
+        self.journal.add(FinishedLine(copied_name(item), done), [])
         self._finish(self.shards.shard_of(item))
 
     def _make(self, item: Item, buffers: DeviceBuffers) -> None:
@@ -217,7 +214,7 @@ class Run:
         if not (result.verdict and result.verdict.wrong):
             files = [self.shards.descriptor(self.shards.shard_of(item)), self.spool.descriptor]
             settled = partial(self.output.settled, item) if self.output else None
-            self.journal.add(done_record(item.name, result), files, settled)
+            self.journal.add(FinishedLine(item.name, result), files, settled)
             self._finish(self.shards.shard_of(item))
 
     def _finish(self, shard: str) -> None:
@@ -231,16 +228,14 @@ class Run:
     def _keep(self, tensor: StoredTensor, buffers: DeviceBuffers) -> None:  # noqa: ARG002 - needs none
         """Bring a whole tensor of the base into the record; its shard is not ready before, so that its file is here."""
         digest, segments = Digest(proof=self.plan.options.exact), []
-        for start in range(0, tensor.nbytes, KEEP_BYTES):
-            chunk = memoryview(bytearray(min(KEEP_BYTES, tensor.nbytes - start)))
-            self.reader.read(tensor.path, tensor.start + start, chunk)
-            digest.update(chunk)
-            segments.append(self.spool.add(chunk))
+        for piece in self.reader.pieces(tensor):
+            digest.update(piece)
+            segments.append(self.spool.add(piece))
             self.advance(0)
         name = kept_name(tensor)
-        part = Part(name, tensor.dtype, tensor.shape, tuple(segments))
+        part = SpooledTensor(name, tensor.dtype, tensor.shape, tuple(segments))
         self.progress.done[name] = done = TensorResult(digest.fast, digest.fast, digest.proof, (part,))
-        self.journal.add(done_record(name, done), [self.spool.descriptor])
+        self.journal.add(FinishedLine(name, done), [self.spool.descriptor])
         self._finish(self.plan.lost_with[tensor.name])
 
     def advance(self, nbytes: int) -> None:

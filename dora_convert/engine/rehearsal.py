@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import closing
-from typing import Any
 
 from ..output.finished import Progress, TensorResult
 from ..output.shards import Copy, ShardFiles
@@ -69,5 +68,5 @@ class NoJournal(Journal):
 
     def __init__(self) -> None: ...
 
-    def add(self, record: dict[str, Any], descriptors: Collection[int], then: object = None) -> None:
+    def add(self, line: object, descriptors: Collection[int], then: object = None) -> None:
         """Nothing is entered."""

@@ -13,9 +13,8 @@ from .. import __version__
 from ..errors import NumericalError, OutputError
 from ..output.output import Output
 from ..settings import Settings
-from ..storage.checkpoint import RECORD
-from ..storage.journal import NAME as JOURNAL
-from ..storage.journal import Record, UnfinishedRun, read_journal
+from ..storage.filenames import JOURNAL, RECORD
+from ..storage.journal import JournalKey, UnfinishedRun, read_journal
 from .precision import ComputeSpec, choose
 
 
@@ -51,7 +50,7 @@ def entered(folder: Output) -> Iterator[None]:
         raise
 
 
-def journal_key(spec: ComputeSpec, identity: Mapping[str, Any], **inputs: Any) -> Record:
+def journal_key(spec: ComputeSpec, identity: Mapping[str, Any], **inputs: Any) -> JournalKey:
     """Return everything that decides the output's bytes: the inputs' identity, `inputs`, versions and the device."""
     key = {
         **inputs,
@@ -60,20 +59,20 @@ def journal_key(spec: ComputeSpec, identity: Mapping[str, Any], **inputs: Any) -
         "device": spec.device.type,
         "compute": spec.compute_name,
     }
-    found: Record = json.loads(json.dumps(key))  # as it will be read back
+    found: JournalKey = json.loads(json.dumps(key))  # as it will be read back
     return found
 
 
 def earlier_run(
-    folder: Output, key: Record, keep: list[str], whole: Callable[[], bool], form: Any
+    folder: Output, key: JournalKey, keep: list[str], whole: Callable[[], bool], line_type: type
 ) -> UnfinishedRun | None:
     """The journal of an unfinished run of the same key; OUT.partial is then ready to go on, else empty.
 
-    `keep` names the files that go on, `whole` says whether all of them are there, `form` what records are like.
+    `keep` names the files that go on, `whole` says whether all of them are there, `line_type` the type of the journal's lines.
     """
     earlier = read_journal(folder.record / JOURNAL)
     if earlier and earlier.key == key and whole():
-        read_journal(folder.record / JOURNAL, form)
+        earlier = read_journal(folder.record / JOURNAL, line_type)
         folder.clear(keep=[RECORD, *keep])
         return earlier
     if earlier and earlier.key != key and not folder.overwrite:

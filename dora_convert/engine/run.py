@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Protocol
 
 from ..errors import Fault, VerificationError
-from ..output.finished import ENTERED, Progress, TensorResult, Verdict
+from ..output.finished import FinishedLine, Progress, TensorResult, Verdict
 from ..output.output import Output
 from ..output.shards import ShardFiles
 from ..plan.plan import Plan
 from ..settings import Settings
-from ..storage import spool as undo
-from ..storage.journal import NAME as JOURNAL
-from ..storage.journal import Journal, Record, UnfinishedRun
+from ..storage.filenames import JOURNAL, SPOOL
+from ..storage.journal import Journal, JournalKey, UnfinishedRun
 from ..storage.reader import Reader
 from ..storage.spool import Spool
 from .executor import Budget, Checker, Run
@@ -58,16 +57,16 @@ class RunOptions:
     """Names of copied tensors whose hashes are wanted."""
 
 
-def run_key(plan: Plan, output: Output, hashes: Hashes, spec: ComputeSpec) -> Record:
+def run_key(plan: Plan, output: Output, hashes: Hashes, spec: ComputeSpec) -> JournalKey:
     """Return everything that decides the output's bytes."""
     adapters = [dict(found) for found in hashes]
     return journal_key(spec, output.identity([plan.base]), plan=plan.fingerprint, adapters=adapters)
 
 
-def earlier(output: Output, plan: Plan, key: Record) -> UnfinishedRun | None:
+def earlier(output: Output, plan: Plan, key: JournalKey) -> UnfinishedRun | None:
     """Return the journal of an unfinished run of the same key; the output is then ready to go on, else empty."""
     names = [shard.filename for shard in plan.shards]
-    return earlier_run(output, key, names, lambda: output.resumable(plan), ENTERED)
+    return earlier_run(output, key, names, lambda: output.resumable(plan), FinishedLine)
 
 
 def run(
@@ -75,7 +74,7 @@ def run(
     output: Output,
     settings: Settings,
     spec: ComputeSpec,
-    journal: tuple[Record, UnfinishedRun | None],
+    journal: tuple[JournalKey, UnfinishedRun | None],
     options: RunOptions,
 ) -> Run:
     """Make every tensor that is not made yet; when this returns, all bytes and the journal are synced.
@@ -83,10 +82,10 @@ def run(
     `journal` is the key of this run, and the unfinished run that it resumes.
     """
     (key, unfinished), hub = journal, options.hub
-    progress = Progress.of(unfinished.records if unfinished else ())
+    progress = Progress.of(unfinished.lines if unfinished else ())
     with ExitStack() as stack:
         reader = stack.enter_context(closing(hub.reader() if hub else Reader()))
-        spool = stack.enter_context(closing(Spool(output.record / undo.SPOOL, progress.spooled)))
+        spool = stack.enter_context(closing(Spool(output.record / SPOOL, progress.spooled)))
         sparse = hub is not None and not hub.local
         shards = stack.enter_context(closing(output.open_shards(plan, new=unfinished is None, sparse=sparse)))
         if hub:

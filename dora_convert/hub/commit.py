@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..output import card
 from ..reports.push import Pushed
-from ..storage.checkpoint import OF_TRAINING, is_weight_file
+from ..storage.filenames import OF_TRAINING, is_weight_file
 from .upload import LARGE, Upload
 
 

@@ -21,36 +21,48 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import msgspec
 from filelock import FileLock, Timeout
 
-from ..errors import Fault, MalformedError, OutputError, UnsupportedError
+from ..errors import Fault, OutputError, UnsupportedError
 from ..plan.item import Item
 from ..plan.plan import Plan
 from ..settings import Settings
 from ..sizes import format_size
-from ..storage.checkpoint import IN_PLACE, RECORD, Checkpoint, Shard, is_inside
-from ..storage.journal import NAME as JOURNAL
-from ..storage.journal import Journal, Record, read_journal, sync_path
+from ..storage.checkpoint import Checkpoint, Shard
+from ..storage.filenames import IN_PLACE, JOURNAL, RECORD, is_inside
+from ..storage.journal import Journal, read_journal, sync_path
+from ..storage.json_files import checked
 from ..storage.reader import Reader
 from ..storage.refs import PathLike
 from ..storage.safetensors import StoredTensor
-from ..storage.schema import misfit
 from .folder import LOCK, copy_or_write
 from .shards import ShardFiles
 
-COPY_BYTES = 1 << 20
 SPARE = 16
 """Old tensors that may wait for their successors to be synced."""
 LAST = (f"{RECORD}/receipt.json",)
 """What tells how to undo a merge goes last, when all else is in its place."""
 
 
-STAGED = {
-    "staged": [is_inside],
-    "removed": [is_inside],
-    "report": {"command": str, "adapters": [str]},
-}
-"""The last record of a journal, when all that is left to do is to put files in their places."""
+class StagedLine(msgspec.Struct, frozen=True):
+    """The last line of a journal: all that is left to do is to move files to their final names."""
+
+    staged: list[str]
+    removed: list[str]
+    report: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        if not all(map(is_inside, [*self.staged, *self.removed])):
+            raise ValueError("a path leads out of the folder")
+        msgspec.convert(self.report, FinishedReport)
+
+
+class FinishedReport(msgspec.Struct):
+    """The part of a verb's report that tells which command wrote a journal."""
+
+    command: str
+    adapters: list[str]
 
 
 class InPlace:
@@ -164,10 +176,8 @@ class InPlace:
             path.parent.mkdir(exist_ok=True)
             partial = path.with_suffix(".partial")
             with partial.open("wb") as file:
-                for start in range(0, stored.nbytes, COPY_BYTES):
-                    chunk = memoryview(bytearray(min(COPY_BYTES, stored.nbytes - start)))
-                    reader.read(stored.path, stored.start + start, chunk)
-                    file.write(chunk)
+                for piece in reader.pieces(stored):
+                    file.write(piece)
                 file.flush()
                 os.fsync(file.fileno())
             partial.rename(path)
@@ -214,31 +224,29 @@ class InPlace:
             path.relative_to(self.record / "new").as_posix() for path in _files(self.record / "new")
         )
         journal = Journal(self.record / JOURNAL, earlier.key, earlier)
-        journal.add({"staged": staged, "removed": list(removed), "report": dict(report)}, [])
+        journal.add(StagedLine(staged, list(removed), dict(report)), [])
         journal.close()
         self.finish()
 
-    def finish(self) -> Record | None:
+    def finish(self) -> dict[str, Any] | None:
         """What an unfinished run still had to do when all its files were staged; its report, or None if it was not so far."""
         earlier = read_journal(self.record / JOURNAL)
-        last: dict[str, Any] = earlier.records[-1] if earlier and earlier.records else {}
+        last: dict[str, Any] = earlier.lines[-1] if earlier and earlier.lines else {}
         if "staged" not in last:
             return None
-        if where := misfit(last, STAGED):
-            raise MalformedError(f"{self.record / JOURNAL} is damaged: its end has no such {where}.")
-        for name in sorted(last["staged"], key=lambda name: name in LAST):
+        line = checked(last, StagedLine, f"{self.record / JOURNAL} is damaged: its last line")
+        for name in sorted(line.staged, key=lambda name: name in LAST):
             if (waiting := self.record / "new" / name).exists():
                 (self.partial / name).parent.mkdir(parents=True, exist_ok=True)
                 waiting.replace(self.partial / name)
         sync_path(self.partial)
-        for name in sorted(last["removed"], key=lambda name: name in LAST):
+        for name in sorted(line.removed, key=lambda name: name in LAST):
             (self.partial / name).unlink(missing_ok=True)
         _remove_empty(self.partial / RECORD)
         self._sync_record()
         (self.record / JOURNAL).unlink()
         self.discard()
-        report: Record = last["report"]
-        return report
+        return line.report
 
     def _sync_record(self) -> None:
         folder = self.partial / RECORD
@@ -280,7 +288,9 @@ def _remove_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-def finished(folder: PathLike, verb: str, adapters: Sequence[str], settings: Settings) -> Record | None:
+def finished(
+    folder: PathLike, verb: str, adapters: Sequence[str], settings: Settings
+) -> dict[str, Any] | None:
     """Bring a run to its end that had staged all its files; its report where it was the same command's."""
     place = InPlace(Path(folder))
     if not place.record.is_dir():

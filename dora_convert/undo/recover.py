@@ -16,7 +16,7 @@ from ..output.finished import TensorResult
 from ..parity.ulps import half_ulp
 from ..plan.blocks import spans
 from ..plan.item import Item
-from ..storage.digests import Digest
+from ..storage.reader import Digest
 from ..storage.safetensors import StoredTensor
 from ..storage.spool import Spool
 from .inverse import Inverse, as_rows

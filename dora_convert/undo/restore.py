@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 
@@ -20,8 +19,7 @@ from ..parity.self_check import Checker
 from ..plan.item import Item
 from ..reports.merge import Recovered, UnmergeReport
 from ..settings import Settings
-from ..storage.digests import Digest, stored_digest
-from ..storage.reader import Reader
+from ..storage.reader import Digest, Reader
 from .files import left_over
 from .record import not_as_written
 from .recover import Recovering
@@ -52,7 +50,7 @@ def restore(
     copied = _copied(reversal, hub)
     with entered(folder):
         key = run_key(plan, folder, hashes, spec) | {
-            "receipt": xxhash.xxh3_128_hexdigest(json.dumps(reversal.record.receipt).encode())
+            "receipt": xxhash.xxh3_128_hexdigest(reversal.record.receipt.to_bytes())
         }
         before = earlier(folder, plan, key)
         if folder.in_place and not before:
@@ -66,11 +64,11 @@ def restore(
             modules = _prove(reversal, done.progress.done, copied)
         for file in (*files, *later(done.progress.done)):
             folder.put(file.name, file.source)
-        resumed = bool(before and before.records)
-        base, undo = reversal.record.receipt["base"], reversal.record.options.undo
+        resumed = bool(before and before.lines)
+        base, undo = reversal.record.receipt.base, reversal.record.options.undo
         report = UnmergeReport.undone(
             plan, settings, folder.given, spec, verdict, modules,
-            base=base["repo"] or base["name"], undo=undo, written=done.written, resumed=resumed,
+            base=base.title, undo=undo, written=done.written, resumed=resumed,
         )  # fmt: skip
         folder.publish(report.to_dict(), left_over(plan.base, reversal.record, files))
     return report
@@ -79,27 +77,27 @@ def restore(
 def _copied(reversal: UnmergePlan, hub: Transfers | None) -> Proofs:
     """Hashes of what is copied as bytes though a merge changed it; RefError where MERGED is not what was written."""
     faults, found = [], {}
-    tensors = reversal.record.receipt["tensors"]
+    tensors = reversal.record.receipt.tensors
     with closing(hub.reader() if hub else Reader()) as reader:
         for name, stored in reversal.unread.items():
-            if stored_digest(stored, reader).fast != tensors[name]["written"]:
+            if reader.digest(stored).fast != tensors[name].written:
                 faults.append(name)
         for item in reversal.plan.items:
             if item.verbatim and (known := reversal.known.get(item.name)):
-                found[item.name] = stored_digest(item.source, reader, proof=bool(known.proof))
+                found[item.name] = reader.digest(item.source, proof=bool(known.proof))
     _refuse_changed(faults, reversal)
     return found
 
 
 def _untouched(reversal: UnmergePlan) -> Iterator[Item]:
     """What no adapter touched, as far as the receipt has hashes of it."""
-    noted = reversal.record.receipt.get("copied", {})
+    noted = reversal.record.receipt.copied_hashes
     return (item for item in reversal.plan.items if item.verbatim and item.source.name in noted)
 
 
 def _altered(reversal: UnmergePlan, done: Mapping[str, TensorResult]) -> list[str]:
     """What no adapter touched and somebody else has."""
-    noted = reversal.record.receipt.get("copied", {})
+    noted = reversal.record.receipt.copied_hashes
     found = {item.source.name: done.get(copied_name(item)) for item in _untouched(reversal)}
     return [name for name, made in found.items() if made and made.base_hash != noted[name]]
 
@@ -155,7 +153,7 @@ def _recovered(
         elif item.name in copied:
             digest = copied[item.name]
             exact = _is_base(known, digest.fast, digest.proof)
-            lost = reversal.record.receipt.get("rounded", {}).get(item.name, [None, 0])[1]
+            lost = reversal.record.receipt.rounded_tensors.get(item.name, (None, 0))[1]
             yield Recovered(item.name, exact, 0 if exact else lost, item.source.numel)
 
 

@@ -18,21 +18,21 @@ from ...engine.run import Hashes, RunOptions, earlier, judge, run, run_key
 from ...engine.tensor import Merging
 from ...errors import Fault, VerificationError
 from ...hub.streaming import HubStreaming
-from ...output import receipt
 from ...output.card import card_bytes
 from ...output.finished import TensorResult, kept_name
 from ...output.output import Output
+from ...output.receipt import new_receipt
 from ...output.side_files import SideFile, base_files, originals, side_files, with_card
 from ...parity.self_check import Checker
 from ...plan.plan import Plan
 from ...reports.merge import MergeReport
 from ...reports.verify import OutputsReport
 from ...settings import Settings
-from ...storage import spool as undo
-from ...storage.checkpoint import RECEIPT, RECORD, Checkpoint, open_checkpoint
-from ...storage.digests import sha256
+from ...storage.checkpoint import Checkpoint, open_checkpoint
+from ...storage.filenames import RECEIPT, RECORD, SPOOL, UNDO
+from ...storage.reader import sha256
 from ...storage.refs import local_source
-from ...storage.spool import Part, Spool
+from ...storage.spool import Spool, SpooledTensor
 from ...undo.keep import keeper
 
 Examine = Callable[[Checkpoint], OutputsReport]
@@ -80,14 +80,14 @@ def produce(
         away = pushed.url if pushed and hub and not hub.local else None
         ended: dict[str, Any] = {
             "written": done.written,
-            "resumed": bool(before and before.records),
+            "resumed": bool(before and before.lines),
             "outputs": outputs,
         }
         report = MergeReport.of(plan, settings, away or folder.given, spec, verdict, pushed=pushed, **ended)
         if away:
             folder.discard()
         else:
-            spare = [] if plan.options.undo != "none" else [f"{RECORD}/{undo.NAME}"]
+            spare = [] if plan.options.undo != "none" else [f"{RECORD}/{UNDO}"]
             folder.publish(report.to_dict(), spare)
     return report
 
@@ -135,19 +135,27 @@ def _write_files(plan: Plan, folder: Output, run: Run, files: Sequence[SideFile]
     for file in files:
         folder.put(file.name, file.source)
     if plan.options.undo != "none":
-        with closing(Spool(folder.record / undo.SPOOL, run.progress.spooled)) as spool:
+        with closing(Spool(folder.record / SPOOL, run.progress.spooled)) as spool:
             spool.lay_out(
-                [*_kept(plan, run), *_originals(plan, files, spool)], folder.path(f"{RECORD}/{undo.NAME}")
+                [*_kept(plan, run), *_originals(plan, files, spool)], folder.path(f"{RECORD}/{UNDO}")
             )
     proofs = {name: sha256(path) for name, path in base_files(plan.base).items()}
-    computed = {"device": run.spec.device.type, "compute_dtype": run.spec.compute_name}
-    written = receipt.receipt_bytes(
-        plan, run.progress.done, hashes, files, proofs, computed, torch.__version__
+    receipt = new_receipt(
+        plan,
+        run.progress.done,
+        hashes,
+        files,
+        base_files=proofs,
+        computed={
+            "device": run.spec.device.type,
+            "compute_dtype": run.spec.compute_name,
+            "torch": torch.__version__,
+        },
     )
-    folder.put(f"{RECORD}/{RECEIPT}", written)
+    folder.put(f"{RECORD}/{RECEIPT}", receipt.to_bytes())
 
 
-def _kept(plan: Plan, run: Run) -> list[Part]:
+def _kept(plan: Plan, run: Run) -> list[SpooledTensor]:
     """What workers have spooled, in the plan's order."""
     names = [item.name for item in plan.items if not item.verbatim] + [
         kept_name(tensor) for tensor in plan.lost
@@ -155,10 +163,10 @@ def _kept(plan: Plan, run: Run) -> list[Part]:
     return [part for name in names for part in run.progress.done[name].parts]
 
 
-def _originals(plan: Plan, files: Sequence[SideFile], spool: Spool) -> list[Part]:
+def _originals(plan: Plan, files: Sequence[SideFile], spool: Spool) -> list[SpooledTensor]:
     """The base's side files that OUT does not hold as they were, as parts of the undo record."""
     parts = []
     for name, path in originals(plan.base, files).items():
         data = path.read_bytes()
-        parts.append(Part(f"file/{name}", "U8", (len(data),), (spool.add(data),)))
+        parts.append(SpooledTensor(f"file/{name}", "U8", (len(data),), (spool.add(data),)))
     return parts
