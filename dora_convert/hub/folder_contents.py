@@ -148,4 +148,4 @@ def check_receipt(contents: FolderContents) -> int:
 def _hashes(receipt: Receipt) -> dict[str, str]:
     """Return the hash of each tensor that a receipt has the hash of, as it was written."""
     made = {name: entry.written for name, entry in receipt.tensors.items() if entry.written}
-    return {**made, **receipt.copied_hashes}
+    return {**made, **receipt.copied}

@@ -30,7 +30,7 @@ from ..plan.plan import Plan
 from ..settings import Settings
 from ..sizes import format_size
 from ..storage.checkpoint import Checkpoint, Shard
-from ..storage.filenames import IN_PLACE, JOURNAL, RECORD, is_inside
+from ..storage.filenames import IN_PLACE, JOURNAL, RECORD, is_inside, list_files
 from ..storage.journal import Journal, read_journal, sync_path
 from ..storage.json_files import checked
 from ..storage.reader import Reader
@@ -55,14 +55,7 @@ class StagedLine(msgspec.Struct, frozen=True):
     def __post_init__(self) -> None:
         if not all(map(is_inside, [*self.staged, *self.removed])):
             raise ValueError("a path leads out of the folder")
-        msgspec.convert(self.report, FinishedReport)
-
-
-class FinishedReport(msgspec.Struct):
-    """The part of a verb's report that tells which command wrote a journal."""
-
-    command: str
-    adapters: list[str]
+        msgspec.convert((self.report.get("command"), self.report.get("adapters")), tuple[str, list[str]])
 
 
 class InPlace:
@@ -220,9 +213,7 @@ class InPlace:
         self.sync()
         earlier = read_journal(self.record / JOURNAL)
         assert earlier
-        staged = sorted(
-            path.relative_to(self.record / "new").as_posix() for path in _files(self.record / "new")
-        )
+        staged = list_files(self.record / "new")
         journal = Journal(self.record / JOURNAL, earlier.key, earlier)
         journal.add(StagedLine(staged, list(removed), dict(report)), [])
         journal.close()
@@ -274,10 +265,6 @@ def _misplaced(item: Item, stored: StoredTensor | None) -> str:
         return f"would become {item.dtype} {list(item.shape)}"
     moved = item.verbatim and (item.source.path, item.source.start) != (stored.path, stored.start)
     return "would be replaced as bytes" if moved else ""
-
-
-def _files(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.is_file()]
 
 
 def _remove_empty(folder: Path) -> None:

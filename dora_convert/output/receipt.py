@@ -17,6 +17,7 @@ import xxhash
 from msgspec import UNSET, Struct, UnsetType
 
 from .. import __version__
+from ..adapters.adapter import Adapter
 from ..plan.item import Item
 from ..plan.plan import Entry, Plan
 from ..plan.sharding import converted
@@ -85,11 +86,6 @@ class MergedTensor(Struct, frozen=True, omit_defaults=True):
     """Names of tensors in the undo record."""
     base_sha256: str | None = None
 
-    @property
-    def base_hash(self) -> str | None:
-        """The hash of the base's tensor, where the receipt has it."""
-        return self.base or None
-
 
 class KeptTensor(Struct, frozen=True, omit_defaults=True):
     """A tensor of the base that the undo record holds whole: its hashes."""
@@ -128,7 +124,7 @@ class BaseLayout(Struct, frozen=True, omit_defaults=True):
             raise ValueError("the index is not a plain file name")
 
 
-class Receipt(Struct, frozen=True, kw_only=True):
+class Receipt(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """All that a merge tells of itself."""
 
     schema: int | UnsetType = UNSET
@@ -138,7 +134,7 @@ class Receipt(Struct, frozen=True, kw_only=True):
     adapters: tuple[MergedAdapter, ...]
     options: MergeOptions
     tensors: dict[str, MergedTensor]
-    copied: dict[str, str] | UnsetType = UNSET
+    copied: dict[str, str] = {}
     """The xxh3-128 of tensors that no adapter touched, where a run has computed it."""
     kept: dict[str, KeptTensor]
     layout: BaseLayout
@@ -156,16 +152,6 @@ class Receipt(Struct, frozen=True, kw_only=True):
     def weights(self) -> tuple[float, ...]:
         """The adapters' weights."""
         return tuple(adapter.weight for adapter in self.adapters)
-
-    @property
-    def copied_hashes(self) -> Mapping[str, str]:
-        """The hashes of copied tensors, by name; empty where a run has computed none."""
-        return self.copied or {}
-
-    @property
-    def rounded_tensors(self) -> Mapping[str, tuple[str | None, int]]:
-        """`rounded`; empty where no adapter was taken out again."""
-        return self.rounded or {}
 
     @property
     def allows_unmatched(self) -> bool:
@@ -236,16 +222,7 @@ def new_receipt(
         verb="merge",
         versions={"dora_convert": __version__, "torch": computed["torch"].partition("+")[0]},
         base=MergedBase(**_source(plan.base.source), hash=_base_hash(plan, results)),
-        adapters=tuple(
-            MergedAdapter(
-                **_source(adapter.source),
-                format=adapter.format,
-                kind=adapter.kind,
-                weight=weight,
-                files=dict(found),
-            )
-            for adapter, weight, found in zip(plan.adapters, plan.weights, hashes, strict=True)
-        ),
+        adapters=tuple(map(_adapter, plan.adapters, plan.weights, hashes)),
         options=MergeOptions(
             device=computed["device"],
             compute_dtype=computed["compute_dtype"],
@@ -256,13 +233,18 @@ def new_receipt(
             ignore_field=options.ignore_field,
         ),
         tensors={item.name: _tensor(item, results) for item in plan.items if item.noted},
-        copied=copied or UNSET,
+        copied=copied,
         kept={tensor.name: _kept(results[kept_name(tensor)]) for tensor in plan.lost},
         layout=_layout(plan),
         side_files={file.name: file.fate for file in files},
         base_files=dict(base_files),
         ledger=plan.ledger,
     )
+
+
+def _adapter(adapter: Adapter, weight: float, files: Mapping[str, str]) -> MergedAdapter:
+    about: dict[str, Any] = {"format": adapter.format, "kind": adapter.kind, "weight": weight}
+    return MergedAdapter(**_source(adapter.source), **about, files=dict(files))
 
 
 def _source(source: Source) -> dict[str, Any]:
@@ -284,14 +266,8 @@ def _tensor(item: Item, results: Mapping[str, TensorResult]) -> MergedTensor:
     if not (result := results.get(item.name)):
         return MergedTensor(item.fate, of)
     undo = tuple(part.name for part in result.parts)
-    return MergedTensor(
-        item.fate,
-        of,
-        base=result.base_hash,
-        written=result.written_hash,
-        undo=undo,
-        base_sha256=result.proof,
-    )
+    hashes = {"base": result.base_hash, "written": result.written_hash, "base_sha256": result.proof}
+    return MergedTensor(item.fate, of, undo=undo, **hashes)
 
 
 def _kept(result: TensorResult) -> KeptTensor:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from .json_files import checked
+from .json_files import malformed
 
 BATCH_SECONDS = 0.1
 _NO_FOLDER_SYNC = {errno.EACCES, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
@@ -47,21 +47,25 @@ def read_journal(path: Path, line_type: Any = dict[str, Any]) -> UnfinishedRun |
 
     Raises MalformedError if a line is not of `line_type`: then no run of this version wrote the journal.
     """
-    values: list[dict[str, Any]] = []
-    end = 0
-    with contextlib.suppress(FileNotFoundError, ValueError, RecursionError, msgspec.DecodeError):
+    key: JournalKey = {}
+    raw: list[bytes] = []
+    with contextlib.suppress(FileNotFoundError, ValueError, RecursionError):
         for line in path.read_bytes().splitlines(keepends=True):
-            value = msgspec.json.decode(line) if values else json.loads(line)
+            value = json.loads(line)
             if not line.endswith(b"\n") or not isinstance(value, dict):
                 break
-            values.append(value)
-            end += len(line)
-    hint = "was the journal edited? without it, the unfinished run cannot be resumed"
-    lines = [
-        checked(value, line_type, f"{path} is damaged: line {number}", hint)
-        for number, value in enumerate(values[1:], 2)
-    ]
-    return UnfinishedRun(values[0], lines, end) if values else None
+            key = key if raw else value
+            raw.append(line)
+    lines = [_decoded(path, number, line, line_type) for number, line in enumerate(raw[1:], 2)]
+    return UnfinishedRun(key, lines, sum(map(len, raw))) if raw else None
+
+
+def _decoded(path: Path, number: int, line: bytes, line_type: Any) -> JournalLine:
+    try:
+        return msgspec.json.decode(line, type=line_type)
+    except (msgspec.DecodeError, RecursionError) as error:
+        hint = "was the journal edited? without it, the unfinished run cannot be resumed"
+        raise malformed(error, f"{path} is damaged: line {number}", hint) from error
 
 
 def sync_path(path: Path) -> None:

@@ -59,9 +59,15 @@ def checked(value: object, form: type[Value], what: str, hint: str | None = None
     try:
         return msgspec.convert(value, form)
     except (msgspec.ValidationError, RecursionError) as error:
-        why, _, path = str(error).rpartition(" - at `$")
-        field = path.rstrip("`").lstrip(".")
-        raise MalformedError(f"{what}: {f'{field}: {why}' if why else error}.", hint=hint) from error
+        raise malformed(error, what, hint) from error
+
+
+def malformed(error: Exception, what: str, hint: str | None = None) -> MalformedError:
+    """Return the error that `what` is not as msgspec says, the field first."""
+    why, at, where = str(error).rpartition(" - at `$")
+    field = f"{where.strip('.`')}: " if at else ""
+    why = why or where
+    return MalformedError(f"{what}: {field}{why[:1].lower()}{why[1:]}.", hint=hint)
 
 
 def read_config(root: Path) -> dict[str, Any] | None:

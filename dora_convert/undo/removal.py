@@ -89,7 +89,7 @@ def _remaining(reversal: UnmergePlan, record: MergeRecord, results: Mapping[str,
         else:
             ledger.append(entry)
     touched = {name for entry in ledger for name in entry.into}
-    tensors, rounded = dict(receipt.tensors), dict(receipt.rounded_tensors)
+    tensors, rounded = dict(receipt.tensors), dict(receipt.rounded or {})
     for item in reversal.plan.items:
         if not item.undo or not (tensor := tensors.get(item.name)):
             continue
@@ -98,7 +98,7 @@ def _remaining(reversal: UnmergePlan, record: MergeRecord, results: Mapping[str,
             tensors[item.name] = replace(tensor, written=result.written_hash)
         elif original and original.dtype == item.dtype:
             del tensors[item.name]
-            rounded[item.name] = (tensor.base_hash, result.ambiguous)
+            rounded[item.name] = (tensor.base or None, result.ambiguous)
         else:
             tensors[item.name] = replace(tensor, written=result.written_hash, fate="converted")
     undo = "norms" if receipt.options.undo == "exact" else receipt.options.undo

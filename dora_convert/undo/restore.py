@@ -91,13 +91,13 @@ def _copied(reversal: UnmergePlan, hub: Transfers | None) -> Proofs:
 
 def _untouched(reversal: UnmergePlan) -> Iterator[Item]:
     """What no adapter touched, as far as the receipt has hashes of it."""
-    noted = reversal.record.receipt.copied_hashes
+    noted = reversal.record.receipt.copied
     return (item for item in reversal.plan.items if item.verbatim and item.source.name in noted)
 
 
 def _altered(reversal: UnmergePlan, done: Mapping[str, TensorResult]) -> list[str]:
     """What no adapter touched and somebody else has."""
-    noted = reversal.record.receipt.copied_hashes
+    noted = reversal.record.receipt.copied
     found = {item.source.name: done.get(copied_name(item)) for item in _untouched(reversal)}
     return [name for name, made in found.items() if made and made.base_hash != noted[name]]
 
@@ -153,7 +153,7 @@ def _recovered(
         elif item.name in copied:
             digest = copied[item.name]
             exact = _is_base(known, digest.fast, digest.proof)
-            lost = reversal.record.receipt.rounded_tensors.get(item.name, (None, 0))[1]
+            lost = (reversal.record.receipt.rounded or {}).get(item.name, (None, 0))[1]
             yield Recovered(item.name, exact, 0 if exact else lost, item.source.numel)
 
 

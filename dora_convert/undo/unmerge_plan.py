@@ -213,13 +213,13 @@ def _known(merge: Plan, record: MergeRecord) -> Mapping[str, Known]:
     found: dict[str, Known] = {}
     mine, receipt = {id(item) for item in merge.remains.values()}, record.receipt
     for item in sorted(merge.items, key=lambda item: id(item) not in mine):
-        rounded, entry = receipt.rounded_tensors.get(item.name), receipt.tensors.get(item.name)
+        rounded, entry = (receipt.rounded or {}).get(item.name), receipt.tensors.get(item.name)
         if rounded:
             entry = MergedTensor("rounded", base=rounded[0])
-        if item.base and entry and entry.base_hash:
+        if item.base and entry and entry.base:
             read = id(item) in mine and item.source is item.base
             written = entry.written if read else None
-            found.setdefault(item.origin, Known(entry.base_hash, entry.base_sha256, written))
+            found.setdefault(item.origin, Known(entry.base, entry.base_sha256, written))
     for name, kept in receipt.kept.items():
         found.setdefault(name, Known(kept.base, kept.base_sha256))
     return found
