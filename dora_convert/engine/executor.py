@@ -14,23 +14,21 @@ from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from ..output.finished import (
+    FinishedLine,
     Progress,
     TensorResult,
     Verdict,
     copied_name,
-    copy_record,
-    done_record,
     kept_name,
 )
 from ..output.shards import Copy, ShardFiles
 from ..plan.item import Item
 from ..plan.plan import Plan
 from ..settings import Settings
-from ..storage.digests import Digest, stored_digest
 from ..storage.journal import Journal
-from ..storage.reader import Reader
+from ..storage.reader import Digest, Reader
 from ..storage.safetensors import StoredTensor
-from ..storage.spool import Part, Spool
+from ..storage.spool import Spool, SpooledTensor
 from .device_buffers import DeviceBuffers
 from .precision import ComputeSpec
 from .tensor import StartMaker, write_tensor
@@ -39,7 +37,6 @@ from .workers import WorkerPool
 if TYPE_CHECKING:
     from ..output.output import Output
 
-KEEP_BYTES = 1 << 20
 Task = Callable[[DeviceBuffers], None]
 
 
@@ -120,14 +117,14 @@ class Run:
     def _copy(self, copy: Copy, _: DeviceBuffers) -> None:
         self.advance(0)
         self.shards.copy(copy, self.reader)
-        self.journal.add(copy_record(copy), [self.shards.descriptor(copy.shard)])
+        self.journal.add(FinishedLine(copied=copy[2:]), [self.shards.descriptor(copy.shard)])
         self.advance(copy.length)
         self._finish(copy.shard)
 
     def _hash(self, item: Item, _: DeviceBuffers) -> None:
         """Enter the hash of a copied tensor."""
         self.advance(0)
-        digest = stored_digest(item.source, self.reader).fast
+        digest = self.reader.digest(item.source).fast
         self._enter(copied_name(item), TensorResult(digest, digest, None), [])
         self._finish(self.shards.shard_of(item))
 
@@ -156,13 +153,11 @@ class Run:
         The tensor's shard waits for this task, so that the tensor's file is still on this machine.
         """
         digest, segments = Digest(proof=self.plan.options.exact), []
-        for start in range(0, tensor.nbytes, KEEP_BYTES):
-            chunk = memoryview(bytearray(min(KEEP_BYTES, tensor.nbytes - start)))
-            self.reader.read(tensor.path, tensor.start + start, chunk)
-            digest.update(chunk)
-            segments.append(self.spool.add(chunk))
+        for piece in self.reader.pieces(tensor):
+            digest.update(piece)
+            segments.append(self.spool.add(piece))
             self.advance(0)
-        part = Part(kept_name(tensor), tensor.dtype, tensor.shape, tuple(segments))
+        part = SpooledTensor(kept_name(tensor), tensor.dtype, tensor.shape, tuple(segments))
         result = TensorResult(digest.fast, digest.fast, digest.proof, (part,))
         self._enter(part.name, result, [self.spool.descriptor])
         self._finish(self.plan.lost_with[tensor.name])
@@ -172,7 +167,7 @@ class Run:
     ) -> None:
         """Note a result, and enter it in the journal once `files` are synced."""
         self.progress.done[name] = result
-        self.journal.add(done_record(name, result), files, then)
+        self.journal.add(FinishedLine(name, result), files, then)
 
     def _finish(self, shard: str) -> None:
         """Count a task of a shard as done; report the shard after its last task."""

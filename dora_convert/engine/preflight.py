@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import closing
 
 import torch
@@ -13,8 +12,7 @@ from ..errors import Fault, NumericalError
 from ..maths import lora as maths
 from ..plan.item import Edit
 from ..plan.plan import Plan
-from ..storage.digests import CHUNK_BYTES, xxh3
-from ..storage.reader import Reader
+from ..storage.reader import Reader, xxh3
 from ..storage.safetensors import FLOATS, StoredTensor
 from .device_buffers import DeviceBuffers
 from .precision import TORCH, ComputeSpec
@@ -42,20 +40,12 @@ def scan_adapter(adapter: Adapter) -> dict[str, str]:
 
 
 def _finite(tensor: StoredTensor, reader: Reader) -> bool:
-    return all(holds_numbers(chunk, tensor.dtype) for chunk in chunks(tensor, reader))
+    return all(holds_numbers(piece, tensor.dtype) for piece in reader.pieces(tensor))
 
 
-def chunks(tensor: StoredTensor, reader: Reader) -> Iterator[bytearray]:
-    """Yield a tensor's bytes, a megabyte at a time."""
-    for start in range(0, tensor.nbytes, CHUNK_BYTES):
-        chunk = bytearray(min(CHUNK_BYTES, tensor.nbytes - start))
-        reader.read(tensor.path, tensor.start + start, memoryview(chunk))
-        yield chunk
-
-
-def holds_numbers(chunk: bytearray, dtype: str) -> bool:
+def holds_numbers(piece: memoryview, dtype: str) -> bool:
     """Return True if no element is NaN or infinite, in dtypes that have such values."""
-    return dtype not in FLOATS or maths.all_finite(torch.frombuffer(chunk, dtype=TORCH[dtype]))
+    return dtype not in FLOATS or maths.all_finite(torch.frombuffer(piece, dtype=TORCH[dtype]))
 
 
 def doubt_base(plan: Plan) -> str | None:

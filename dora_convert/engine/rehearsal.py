@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import closing
 from dataclasses import replace
-from typing import Any
 
 from ..output.finished import TensorResult
 from ..output.shards import Copy, ShardFiles
@@ -67,9 +66,9 @@ class NoSpool(Spool):
 
     def __init__(self) -> None: ...
 
-    def add(self, data: bytes | memoryview) -> Segment:  # noqa: ARG002
+    def add(self, data: bytes | memoryview) -> Segment:
         """Keep nothing."""
-        return Segment(0, 0)
+        return Segment(0, len(data))
 
 
 class NoJournal(Journal):
@@ -77,5 +76,5 @@ class NoJournal(Journal):
 
     def __init__(self) -> None: ...
 
-    def add(self, record: dict[str, Any], descriptors: Collection[int], then: object = None) -> None:
+    def add(self, line: object, descriptors: Collection[int], then: object = None) -> None:
         """Enter nothing."""

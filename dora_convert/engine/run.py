@@ -13,15 +13,14 @@ import torch
 
 from .. import __version__
 from ..errors import Fault, NumericalError, OutputError, VerificationError
-from ..output.finished import ENTERED, Progress, TensorResult, Verdict
+from ..output.finished import FinishedLine, Progress, TensorResult, Verdict
 from ..output.shards import ShardFiles
 from ..plan.plan import Plan
 from ..settings import Settings
-from ..storage.checkpoint import RECORD
-from ..storage.journal import NAME as JOURNAL
-from ..storage.journal import Journal, Record, UnfinishedRun, read_journal
+from ..storage.filenames import JOURNAL, RECORD, SPOOL
+from ..storage.journal import Journal, JournalKey, UnfinishedRun, read_journal
 from ..storage.reader import Reader
-from ..storage.spool import SPOOL, Spool
+from ..storage.spool import Spool
 from .executor import Checker, Run
 from .precision import ComputeSpec, choose
 from .tensor import StartMaker
@@ -56,7 +55,7 @@ class RunOptions:
     """A verb's part in the run of a plan."""
 
     spec: ComputeSpec
-    key: Record
+    key: JournalKey
     """Everything that decides the output's bytes; the journal's first line."""
     unfinished: UnfinishedRun | None
     """The run that is resumed."""
@@ -100,7 +99,7 @@ def entered(output: Output) -> Iterator[None]:
         raise
 
 
-def journal_key(spec: ComputeSpec, identity: Mapping[str, Any], **inputs: Any) -> Record:
+def journal_key(spec: ComputeSpec, identity: Mapping[str, Any], **inputs: Any) -> JournalKey:
     """Return everything that decides the output's bytes: the inputs' identity, `inputs`, versions and the device."""
     key = {
         **inputs,
@@ -109,46 +108,45 @@ def journal_key(spec: ComputeSpec, identity: Mapping[str, Any], **inputs: Any) -
         "device": spec.device.type,
         "compute": spec.compute_name,
     }
-    as_read_back: Record = json.loads(json.dumps(key))
+    as_read_back: JournalKey = json.loads(json.dumps(key))
     return as_read_back
 
 
 def resume(
-    output: Output, key: Record, keep: list[str], complete: Callable[[], bool], form: Any
+    output: Output, key: JournalKey, keep: list[str], complete: Callable[[], bool], line_type: type
 ) -> UnfinishedRun | None:
     """Return the journal of an unfinished run with the same key, or None and an empty output.
 
-    `keep` names the files that the run goes on with, `complete` says that all of them exist, and `form` describes
-    the journal's records.
+    `keep` names the files that the run goes on with, `complete` says that all of them exist, and `line_type` is
+    the type of the journal's lines.
     """
     path = output.state / JOURNAL
     unfinished = read_journal(path)
     if unfinished and unfinished.key == key and complete():
-        read_journal(path, form)
         output.clear(keep=[RECORD, *keep])
-        return unfinished
+        return read_journal(path, line_type)
     if unfinished and unfinished.key != key and not output.overwrite:
         raise OutputError(f"{output.partial} holds an unfinished run of something else.", hint=output.WAY_OUT)
     output.clear()
     return None
 
 
-def run_key(plan: Plan, output: Output, hashes: Hashes, spec: ComputeSpec) -> Record:
+def run_key(plan: Plan, output: Output, hashes: Hashes, spec: ComputeSpec) -> JournalKey:
     """Return everything that decides the bytes of a plan's output."""
     adapters = [dict(files) for files in hashes]
     return journal_key(spec, output.identity([plan.base]), plan=plan.fingerprint, adapters=adapters)
 
 
-def resume_plan(output: Output, plan: Plan, key: Record) -> UnfinishedRun | None:
+def resume_plan(output: Output, plan: Plan, key: JournalKey) -> UnfinishedRun | None:
     """Return the journal of an unfinished run of the same plan, or None and an empty output."""
     names = [shard.filename for shard in plan.shards]
-    return resume(output, key, names, lambda: output.resumable(plan), ENTERED)
+    return resume(output, key, names, lambda: output.resumable(plan), FinishedLine)
 
 
 def run(plan: Plan, output: Output, settings: Settings, options: RunOptions) -> Run:
     """Write every tensor that is not finished yet; all bytes and the journal are synced afterwards."""
     hub, unfinished = options.hub, options.unfinished
-    progress = Progress.of(unfinished.records if unfinished else ())
+    progress = Progress.of(unfinished.lines if unfinished else ())
     with ExitStack() as stack:
         reader = stack.enter_context(closing(hub.reader() if hub else Reader()))
         spool = stack.enter_context(closing(Spool(output.state / SPOOL, progress.spooled)))

@@ -17,9 +17,9 @@ from ..maths import lora as maths
 from ..output.finished import TensorResult
 from ..output.shards import ShardFiles
 from ..plan.item import Item
-from ..storage.digests import Digest
+from ..storage.reader import Digest
 from ..storage.safetensors import BITS
-from ..storage.spool import Part, Spool
+from ..storage.spool import Spool, SpooledTensor
 from .device_buffers import DeviceBuffers
 from .factors import LoadedEdit
 from .host_memory import as_bytes
@@ -58,7 +58,7 @@ class MergeObserver(Protocol):
     def beyond(self, base: memoryview, start: int, stop: int) -> None:
         """See rows of the base that the output has no place for."""
 
-    def parts(self) -> tuple[Part, ...]:
+    def parts(self) -> tuple[SpooledTensor, ...]:
         """Return the tensors of the undo record."""
 
 

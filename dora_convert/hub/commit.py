@@ -8,7 +8,7 @@ from pathlib import Path
 from ..output import card
 from ..reports.push import Pushed
 from ..storage.background import Background
-from ..storage.checkpoint import OF_TRAINING, is_weight_file
+from ..storage.filenames import OF_TRAINING, is_weight_file
 from .upload import LARGE, Upload
 
 

@@ -14,11 +14,9 @@ from ..reports.push import Pushed
 from ..sources.hub_client import without_bars
 from ..sources.prefetch import PLACES, Prefetch, WeightDownload, expect, shard_needs
 from ..sources.session import Session
-from ..storage.checkpoint import RECORD, Checkpoint, list_files
-from ..storage.journal import NAME as JOURNAL
-from ..storage.journal import UPLOADS
+from ..storage.checkpoint import Checkpoint
+from ..storage.filenames import JOURNAL, RECORD, SPOOL, UPLOADS, list_files
 from ..storage.reader import Reader
-from ..storage.spool import SPOOL
 from .commit import Shards, commit, is_large
 from .target import INCOMING, HubRoutes
 from .upload import Upload

@@ -19,12 +19,11 @@ from ..errors import OutputError, UsageError
 from ..plan.item import Item
 from ..plan.plan import Plan
 from ..sizes import format_size
-from ..storage.checkpoint import RECORD, Checkpoint, is_text
-from ..storage.journal import NAME as JOURNAL
-from ..storage.journal import UPLOADS, sync_path
+from ..storage.checkpoint import Checkpoint
+from ..storage.filenames import JOURNAL, RECORD, SPOOL, UPLOADS, is_text
+from ..storage.journal import sync_path
 from ..storage.reader import Reader
 from ..storage.refs import PathLike
-from ..storage.spool import SPOOL
 from .shards import ShardFiles, shards_exist
 from .side_files import copy_or_write
 

@@ -21,35 +21,42 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import msgspec
 from filelock import FileLock, Timeout
 
-from ..errors import Fault, MalformedError, OutputError, UnsupportedError
+from ..errors import Fault, OutputError, UnsupportedError
 from ..plan.item import Item
 from ..plan.plan import Plan
 from ..settings import Settings
 from ..sizes import format_size
-from ..storage.checkpoint import IN_PLACE, RECORD, Checkpoint, Shard, is_inside
-from ..storage.journal import NAME as JOURNAL
-from ..storage.journal import Journal, Record, read_journal, sync_path
+from ..storage.checkpoint import Checkpoint, Shard
+from ..storage.filenames import IN_PLACE, JOURNAL, RECORD, is_inside, list_files
+from ..storage.journal import Journal, read_journal, sync_path
+from ..storage.json_files import checked
 from ..storage.reader import Reader
 from ..storage.refs import PathLike
 from ..storage.safetensors import StoredTensor
-from ..storage.schema import misfit
 from .folder import LOCK
 from .shards import ShardFiles
 from .side_files import copy_or_write
 
-COPY_BYTES = 1 << 20
 SPARE = 16
 """Old tensors that may wait for the new ones to be synced."""
 LAST = (f"{RECORD}/receipt.json",)
 """The receipt is moved last: it says how to undo the merge of all other files."""
-STAGED = {
-    "staged": [is_inside],
-    "removed": [is_inside],
-    "report": {"command": str, "adapters": [str]},
-}
-"""The form of a journal's last line, after which only moves of staged files are left to do."""
+
+
+class StagedLine(msgspec.Struct, frozen=True):
+    """The last line of a journal: all that is left to do is to move files to their final names."""
+
+    staged: list[str]
+    removed: list[str]
+    report: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        if not all(map(is_inside, [*self.staged, *self.removed])):
+            raise ValueError("a path leads out of the folder")
+        msgspec.convert((self.report.get("command"), self.report.get("adapters")), tuple[str, list[str]])
 
 
 class InPlace:
@@ -154,7 +161,15 @@ class InPlace:
         """Copy the tensor's old bytes to the disk, and return the item with the copy as source."""
         path, stored = self._old(item), self._tensors[item.name]
         if not path.exists():
-            _copy_old(stored, path, reader)
+            path.parent.mkdir(exist_ok=True)
+            partial = path.with_suffix(".partial")
+            with partial.open("wb") as file:
+                for piece in reader.pieces(stored):
+                    file.write(piece)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.rename(path)
+            sync_path(path.parent)
         old = replace(item.source, path=path, start=0)
         if item.source is item.base:
             return replace(item, source=old, base=old)
@@ -191,28 +206,27 @@ class InPlace:
         """Move the staged files to their final names and remove others; `finish` repairs a kill in between."""
         self.path(LOCK).unlink(missing_ok=True)
         self.sync()
-        unfinished, new = read_journal(self.state / JOURNAL), self.state / "new"
-        assert unfinished
-        staged = sorted(path.relative_to(new).as_posix() for path in new.rglob("*") if path.is_file())
-        journal = Journal(self.state / JOURNAL, unfinished.key, unfinished)
-        journal.add({"staged": staged, "removed": list(removed), "report": dict(report)}, [])
+        earlier = read_journal(self.state / JOURNAL)
+        assert earlier
+        staged = list_files(self.state / "new")
+        journal = Journal(self.state / JOURNAL, earlier.key, earlier)
+        journal.add(StagedLine(staged, list(removed), dict(report)), [])
         journal.close()
         self.finish()
 
-    def finish(self) -> Record | None:
+    def finish(self) -> dict[str, Any] | None:
         """Finish a run whose files are all staged, and return the run's report; return None for any other run."""
-        unfinished = read_journal(self.state / JOURNAL)
-        last: dict[str, Any] = unfinished.records[-1] if unfinished and unfinished.records else {}
+        earlier = read_journal(self.state / JOURNAL)
+        last: dict[str, Any] = earlier.lines[-1] if earlier and earlier.lines else {}
         if "staged" not in last:
             return None
-        if where := misfit(last, STAGED):
-            raise MalformedError(f"{self.state / JOURNAL} is damaged: its end has no such {where}.")
-        for name in sorted(last["staged"], key=lambda name: name in LAST):
+        line = checked(last, StagedLine, f"{self.state / JOURNAL} is damaged: its last line")
+        for name in sorted(line.staged, key=lambda name: name in LAST):
             if (waiting := self.state / "new" / name).exists():
                 (self.partial / name).parent.mkdir(parents=True, exist_ok=True)
                 waiting.replace(self.partial / name)
         sync_path(self.partial)
-        for name in sorted(last["removed"], key=lambda name: name in LAST):
+        for name in sorted(line.removed, key=lambda name: name in LAST):
             (self.partial / name).unlink(missing_ok=True)
         folder = self.partial / RECORD
         _remove_empty(folder)
@@ -221,8 +235,7 @@ class InPlace:
         sync_path(self.partial)
         (self.state / JOURNAL).unlink()
         self.discard()
-        report: Record = last["report"]
-        return report
+        return line.report
 
     def leave(self) -> None:
         """Unlock, and keep the state if weights were changed, for the same command to resume."""
@@ -241,10 +254,8 @@ def _copy_old(stored: StoredTensor, path: Path, reader: Reader) -> None:
     path.parent.mkdir(exist_ok=True)
     partial = path.with_suffix(".partial")
     with partial.open("wb") as file:
-        for start in range(0, stored.nbytes, COPY_BYTES):
-            chunk = memoryview(bytearray(min(COPY_BYTES, stored.nbytes - start)))
-            reader.read(stored.path, stored.start + start, chunk)
-            file.write(chunk)
+        for piece in reader.pieces(stored):
+            file.write(piece)
         file.flush()
         os.fsync(file.fileno())
     partial.rename(path)
@@ -269,7 +280,9 @@ def _remove_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-def finished(folder: PathLike, verb: str, adapters: Sequence[str], settings: Settings) -> Record | None:
+def finished(
+    folder: PathLike, verb: str, adapters: Sequence[str], settings: Settings
+) -> dict[str, Any] | None:
     """Finish a run whose files are all staged, and return its report if the same command began it."""
     output = InPlace(Path(folder))
     if not output.state.is_dir():

@@ -153,12 +153,9 @@ class ShardFiles:
             except OSError as error:
                 if error.errno not in _NO_KERNEL_COPY:
                     raise
-        buffer = memoryview(bytearray(min(length, SLICE_BYTES)))
-        while length:
-            chunk = buffer[:length]
-            reader.read(path, source, chunk)
-            self._write(descriptor, target, chunk)
-            source, target, length = source + len(chunk), target + len(chunk), length - len(chunk)
+        for piece in reader.span(path, source, length):
+            self._write(descriptor, target, piece)
+            target += len(piece)
 
     def close(self) -> None:
         """Close every shard."""

@@ -17,7 +17,8 @@ from typing import Any
 from ..errors import MalformedError
 from ..plan.plan import Plan
 from ..plan.sharding import index_bytes
-from ..storage.checkpoint import RECORD, Checkpoint, list_files
+from ..storage.checkpoint import Checkpoint
+from ..storage.filenames import RECORD, list_files
 from ..storage.safetensors import open_file
 from . import card
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import struct
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +16,7 @@ from ..engine.tensor import MergeMaker
 from ..maths import lora as maths
 from ..plan.item import Item
 from ..plan.plan import Plan
-from ..storage.spool import Part, ReplacedRows, Segment, Spool
+from ..storage.spool import Segment, Spool, SpooledTensor
 from .inverse import Inverse, recorded
 from .packing import pack
 
@@ -66,7 +67,7 @@ class UndoKeeper:
             norms = [edit.n[-1] if edit.m is not None else None for edit in self._operands]
             self._loss.see(raw, result, start, norms)
 
-    def parts(self) -> tuple[Part, ...]:
+    def parts(self) -> tuple[SpooledTensor, ...]:
         """Return the tensors of the undo record, in their order."""
         item = self._item
         if not item.base:
@@ -82,9 +83,9 @@ class UndoKeeper:
             found.append(self._part(f"start/{side}", factor.to("cpu", torch.float32).contiguous()))
         return (*found, *(self._loss.parts() if self._loss else ()))
 
-    def _part(self, kind: str, tensor: Tensor) -> Part:
+    def _part(self, kind: str, tensor: Tensor) -> SpooledTensor:
         name = f"{kind}/{self._item.origin}"
-        return Part(name, "F32", tuple(tensor.shape), (self._spool.add(as_bytes(tensor)),))
+        return SpooledTensor(name, "F32", tuple(tensor.shape), (self._spool.add(as_bytes(tensor)),))
 
 
 @dataclass
@@ -121,7 +122,32 @@ class RoundingLoss:
             lost[own] = 0  # these rows are in the record, or in the adapter
         self.segments.append(self.spool.add(pack(lost)))
 
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[SpooledTensor]:
         """Return one tensor of bytes: the packed blocks."""
         length = sum(segment.length for segment in self.segments)
-        return [Part(f"ulps/{self.item.origin}", "U8", (length,), tuple(self.segments))]
+        return [SpooledTensor(f"ulps/{self.item.origin}", "U8", (length,), tuple(self.segments))]
+
+
+@dataclass
+class ReplacedRows:
+    """Spools the base's rows that a replacement changes."""
+
+    spool: Spool
+    index: list[int] = field(default_factory=list)
+    segments: list[Segment] = field(default_factory=list)
+
+    def add(self, rows: Iterable[int], data: bytes) -> None:
+        """Spool some rows: their numbers, and their bytes in the same order."""
+        if data:
+            self.index.extend(rows)
+            self.segments.append(self.spool.add(data))
+
+    def parts(self, tensor: str, dtype: str, columns: int) -> list[SpooledTensor]:
+        """Return the undo record's tensors for these rows; none if no row differs."""
+        if not self.index:
+            return []
+        numbers = self.spool.add(struct.pack(f"<{len(self.index)}q", *self.index))
+        return [
+            SpooledTensor(f"rows/{tensor}", dtype, (len(self.index), columns), tuple(self.segments)),
+            SpooledTensor(f"index/{tensor}", "I64", (len(self.index),), (numbers,)),
+        ]

@@ -14,7 +14,7 @@ from ..maths import lora as maths
 from ..output.finished import TensorResult
 from ..plan.blocks import spans
 from ..plan.item import Item
-from ..storage.digests import Digest
+from ..storage.reader import Digest
 from ..storage.safetensors import StoredTensor
 from ..storage.spool import Spool
 from .expected_base import replaced_rows

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 import xxhash
@@ -17,8 +16,7 @@ from ..output.side_files import SideFile
 from ..plan.item import Item
 from ..reports.merge import Recovered, UnmergeReport
 from ..settings import Settings
-from ..storage.digests import Digest, stored_digest
-from ..storage.reader import Reader
+from ..storage.reader import Digest, Reader
 from .expected_base import RecoveryCheck
 from .files import left_over
 from .record import not_as_written
@@ -52,7 +50,7 @@ def restore(
     output.check_space(output.bytes_needed(plan) + sum(file.nbytes for file in files))
     copied = _copied(reversal, hub)
     with entered(output):
-        receipt = xxhash.xxh3_128_hexdigest(json.dumps(reversal.record.receipt).encode())
+        receipt = xxhash.xxh3_128_hexdigest(reversal.record.receipt.to_bytes())
         key = run_key(plan, output, hashes, spec) | {"receipt": receipt}
         unfinished = resume_plan(output, plan, key)
         if output.in_place and not unfinished:
@@ -68,19 +66,15 @@ def restore(
             hub=hub,
             hashed=() if output.in_place else {item.name for item in _untouched(reversal)},
         )
-        run_ = run(plan, output, settings, options)
-        results = run_.progress.done
-        verdict = judge(plan, results) if settings.verify else None
-        with _discarding(output):
-            _refuse_changed(_altered(reversal, results), reversal)
-            modules = _prove(reversal, results, copied)
-        for file in (*files, *later(results)):
+        finished = run(plan, output, settings, options)
+        verdict = judge(plan, finished.progress.done) if settings.verify else None
+        modules = _prove_or_discard(reversal, finished.progress.done, copied, output)
+        for file in (*files, *later(finished.progress.done)):
             output.put(file.name, file.source)
-        base, undo = reversal.record.receipt["base"], reversal.record.options.undo
         report = UnmergeReport.undone(
             plan, settings, output.given, spec, verdict, modules,
-            base=base["repo"] or base["name"], undo=undo, written=run_.written,
-            resumed=bool(unfinished and unfinished.records),
+            base=reversal.record.receipt.base.title, undo=reversal.record.options.undo,
+            written=finished.written, resumed=bool(unfinished and unfinished.lines),
         )  # fmt: skip
         output.publish(report.to_dict(), left_over(plan.base, reversal.record, files))
     return report
@@ -92,27 +86,27 @@ def _copied(reversal: UnmergePlan, hub: Transfers | None) -> Proofs:
     Raises RefError if a tensor that is not read differs from the receipt's.
     """
     faults, digests = [], {}
-    tensors = reversal.record.receipt["tensors"]
+    tensors = reversal.record.receipt.tensors
     with closing(hub.reader() if hub else Reader()) as reader:
         for name, stored in reversal.unread.items():
-            if stored_digest(stored, reader).fast != tensors[name]["written"]:
+            if reader.digest(stored).fast != tensors[name].written:
                 faults.append(name)
         for item in reversal.plan.items:
             if item.verbatim and (known := reversal.known.get(item.name)):
-                digests[item.name] = stored_digest(item.source, reader, proof=bool(known.proof))
+                digests[item.name] = reader.digest(item.source, proof=bool(known.proof))
     _refuse_changed(faults, reversal)
     return digests
 
 
 def _untouched(reversal: UnmergePlan) -> Iterator[Item]:
     """Yield the tensors that no adapter touched and whose hash the receipt holds."""
-    noted = reversal.record.receipt.get("copied", {})
+    noted = reversal.record.receipt.copied
     return (item for item in reversal.plan.items if item.verbatim and item.source.name in noted)
 
 
 def _altered(reversal: UnmergePlan, done: Mapping[str, TensorResult]) -> list[str]:
     """Return the tensors that no adapter touched and whose hash differs from the receipt's."""
-    noted = reversal.record.receipt.get("copied", {})
+    noted = reversal.record.receipt.copied
     results = {item.source.name: done.get(copied_name(item)) for item in _untouched(reversal)}
     return [name for name, result in results.items() if result and result.base_hash != noted[name]]
 
@@ -122,11 +116,13 @@ def _refuse_changed(names: Sequence[str], reversal: UnmergePlan) -> None:
         raise not_as_written(reversal.plan.base, [Fault(name, "was changed since") for name in names])
 
 
-@contextmanager
-def _discarding(output: Output) -> Iterator[None]:
-    """Discard the output if its input or its result is wrong: a resumed run would fail again."""
+def _prove_or_discard(
+    reversal: UnmergePlan, done: Mapping[str, TensorResult], copied: Proofs, output: Output
+) -> list[Recovered]:
+    """Compare all hashes with the receipt's; discard the output if one differs, as a resumed run would fail again."""
     try:
-        yield
+        _refuse_changed(_altered(reversal, done), reversal)
+        return _prove(reversal, done, copied)
     except (RefError, VerificationError):
         output.discard()
         raise
@@ -168,7 +164,7 @@ def _recovered(
         elif item.name in copied:
             digest = copied[item.name]
             exact = _is_base(known, digest.fast, digest.proof)
-            lost = reversal.record.receipt.get("rounded", {}).get(item.name, [None, 0])[1]
+            lost = (reversal.record.receipt.rounded or {}).get(item.name, (None, 0))[1]
             yield Recovered(item.name, exact, 0 if exact else lost, item.source.numel)
 
 

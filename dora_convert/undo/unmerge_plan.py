@@ -6,13 +6,13 @@ output tensor that holds it. Reads headers only.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from ..adapters.adapter import Adapter
 from ..errors import Fault, MalformedError, UnsupportedError
+from ..output.receipt import MergedTensor
 from ..plan.item import Item, Undo
 from ..plan.options import Options
 from ..plan.plan import OutputShard, Plan
@@ -20,7 +20,7 @@ from ..plan.planner import make_plan
 from ..plan.sharding import converted, lay_out
 from ..storage.checkpoint import Checkpoint
 from ..storage.safetensors import StoredTensor
-from .record import Record, not_as_written, rebuilt
+from .record import MergeRecord, not_as_written, rebuilt
 
 WAYS_OUT = "merge again with --undo norms or exact, name the base with --base, or copy the base itself"
 
@@ -42,7 +42,7 @@ class UnmergePlan:
     """The plan that undoes a merge, and the hashes that prove the result."""
 
     plan: Plan
-    record: Record
+    record: MergeRecord
     known: Mapping[str, Known]
     """Hashes by name of the base's tensors, without those that no adapter touched."""
     unread: Mapping[str, StoredTensor]
@@ -55,7 +55,7 @@ class UnmergePlan:
 
 def plan_unmerge(
     merged: Checkpoint,
-    record: Record,
+    record: MergeRecord,
     adapters: Sequence[Adapter],
     options: Options,
     original: Checkpoint | None = None,
@@ -66,10 +66,10 @@ def plan_unmerge(
     and shard size. Raises RefError if MERGED has other tensors than the merge wrote, UnsupportedError if a tensor
     cannot be recovered, and every error of `make_plan`.
     """
-    if missing := [name for name in record.receipt["tensors"] if name not in merged.tensors]:
+    if missing := [name for name in record.receipt.tensors if name not in merged.tensors]:
         raise not_as_written(merged, [Fault(name, "is missing") for name in missing])
     base = original if original and record.assumed else rebuilt(record, merged)
-    merge = make_plan(base, adapters, record.weights, record.options)
+    merge = make_plan(base, adapters, record.receipt.weights, record.options)
     _compare(merge, merged, record)
     ways = {
         name: _recovered(tensor, merge, merged, record, original) for name, tensor in base.tensors.items()
@@ -95,7 +95,9 @@ def plan_unmerge(
     unread = {
         name: stored
         for name, stored in merged.tensors.items()
-        if record.receipt["tensors"].get(name, {}).get("written") and (stored.path, stored.start) not in read
+        if (entry := record.receipt.tensors.get(name))
+        and entry.written
+        and (stored.path, stored.start) not in read
     }
     return UnmergePlan(plan, record, known, unread, original)
 
@@ -115,13 +117,14 @@ def _laid_out(
     return shards, base.index_name and converted(base.index_name)
 
 
-def _compare(merge: Plan, merged: Checkpoint, record: Record) -> None:
+def _compare(merge: Plan, merged: Checkpoint, record: MergeRecord) -> None:
     """Refuse a receipt that tells of another merge than the plan, and a MERGED with other tensors."""
     fates = {item.name: item.fate for item in merge.items if item.noted}
-    noted = {name: entry.get("fate") for name, entry in record.receipt["tensors"].items()}
-    ledger = _in_any_order(entry.to_dict() for entry in merge.ledger)
-    if not record.assumed and (fates, ledger) != (noted, _in_any_order(record.receipt["ledger"])):
-        version = record.receipt["versions"].get("dora_convert")
+    receipt = record.receipt
+    noted = {name: entry.fate for name, entry in receipt.tensors.items()}
+    same = (fates, Counter(merge.ledger)) == (noted, Counter(receipt.ledger))
+    if not record.assumed and not same:  # a removal may have left the ledger in another order
+        version = receipt.versions.get("dora_convert")
         raise MalformedError(
             f"The receipt of {merged.source.name} tells of another merge than this version would make of it.",
             hint=f"dora-convert {version} made it and can undo it",
@@ -135,11 +138,6 @@ def _compare(merge: Plan, merged: Checkpoint, record: Record) -> None:
         raise not_as_written(merged, faults)
 
 
-def _in_any_order(ledger: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Return a ledger's entries sorted: the order changes when an adapter is taken out."""
-    return sorted(json.dumps(entry, sort_keys=True) for entry in ledger)
-
-
 def _difference(item: Item, stored: StoredTensor | None) -> str:
     if not stored:
         return "is missing"
@@ -149,7 +147,7 @@ def _difference(item: Item, stored: StoredTensor | None) -> str:
 
 
 def _recovered(
-    tensor: StoredTensor, merge: Plan, merged: Checkpoint, record: Record, original: Checkpoint | None
+    tensor: StoredTensor, merge: Plan, merged: Checkpoint, record: MergeRecord, original: Checkpoint | None
 ) -> Item | Fault:
     """Return the item that recovers one tensor of the base, or the fault that says why none can."""
     name, item = tensor.name, merge.remains.get(tensor.name)
@@ -203,23 +201,24 @@ def _copy(tensor: StoredTensor, stored: StoredTensor) -> Item:
     return Item(tensor.name, tensor.dtype, tensor.shape, stored, stored, origin=tensor.name)
 
 
-def _kept(tensor: StoredTensor, record: Record) -> tuple[StoredTensor, StoredTensor] | None:
+def _kept(tensor: StoredTensor, record: MergeRecord) -> tuple[StoredTensor, StoredTensor] | None:
     values = record.find("rows", tensor.name, tensor.dtype, [None, tensor.matrix[1]])
     index = record.find("index", tensor.name, "I64", [values.shape[0] if values else None])
     return (values, index) if values and index else None
 
 
-def _known(merge: Plan, record: Record) -> Mapping[str, Known]:
+def _known(merge: Plan, record: MergeRecord) -> Mapping[str, Known]:
     """Return the hashes of the base's tensors, from the receipt's entries of the output tensors."""
     found: dict[str, Known] = {}
-    mine = {id(item) for item in merge.remains.values()}
+    mine, receipt = {id(item) for item in merge.remains.values()}, record.receipt
     for item in sorted(merge.items, key=lambda item: id(item) not in mine):
-        rounded = record.receipt.get("rounded", {}).get(item.name)
-        entry = {"base": rounded[0]} if rounded else record.receipt["tensors"].get(item.name, {})
-        if item.base and entry.get("base"):
+        rounded, entry = (receipt.rounded or {}).get(item.name), receipt.tensors.get(item.name)
+        if rounded:
+            entry = MergedTensor("rounded", base=rounded[0])
+        if item.base and entry and entry.base:
             read = id(item) in mine and item.source is item.base
-            written = entry.get("written") if read else None
-            found.setdefault(item.origin, Known(entry["base"], entry.get("base_sha256"), written))
-    for name, entry in record.receipt["kept"].items():
-        found.setdefault(name, Known(entry.get("base"), entry.get("base_sha256")))
+            written = entry.written if read else None
+            found.setdefault(item.origin, Known(entry.base, entry.base_sha256, written))
+    for name, kept in receipt.kept.items():
+        found.setdefault(name, Known(kept.base, kept.base_sha256))
     return found

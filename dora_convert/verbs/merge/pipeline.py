@@ -16,20 +16,20 @@ from ...engine.preflight import doubt_base, scan_adapter
 from ...engine.run import Hashes, RunOptions, choose_compute, entered, judge, resume_plan, run, run_key
 from ...engine.tensor import MergeMaker
 from ...errors import Fault, VerificationError
-from ...output import receipt
 from ...output.card import card_bytes
 from ...output.finished import TensorResult, Verdict, kept_name
+from ...output.receipt import new_receipt
 from ...output.side_files import SideFile, base_files, originals, side_files, with_card
 from ...parity.self_check import SelfCheck
 from ...plan.plan import Plan
 from ...reports.merge import MergeReport
 from ...settings import Settings
-from ...storage import spool as undo
-from ...storage.checkpoint import RECEIPT, RECORD, Checkpoint, open_checkpoint
-from ...storage.digests import sha256
+from ...storage.checkpoint import Checkpoint, open_checkpoint
+from ...storage.filenames import RECEIPT, RECORD, SPOOL, UNDO
 from ...storage.journal import UnfinishedRun
+from ...storage.reader import sha256
 from ...storage.refs import local_source
-from ...storage.spool import Part, Spool
+from ...storage.spool import Spool, SpooledTensor
 
 if TYPE_CHECKING:
     from ...engine.precision import ComputeSpec
@@ -121,15 +121,17 @@ class _Merge:
         for file in files:
             output.put(file.name, file.source)
         if plan.options.undo != "none":
-            with closing(Spool(output.state / undo.SPOOL, done.progress.spooled)) as spool:
+            with closing(Spool(output.state / SPOOL, done.progress.spooled)) as spool:
                 parts = [*_kept(plan, results), *_originals(plan, files, spool)]
-                spool.lay_out(parts, output.path(f"{RECORD}/{undo.NAME}"))
+                spool.lay_out(parts, output.path(f"{RECORD}/{UNDO}"))
         proofs = {name: sha256(path) for name, path in base_files(plan.base).items()}
-        computed = {"device": self.spec.device.type, "compute_dtype": self.spec.compute_name}
-        written = receipt.receipt_bytes(
-            plan, results, self.hashes, files, proofs, computed, torch.__version__
-        )
-        output.put(f"{RECORD}/{RECEIPT}", written)
+        computed = {
+            "device": self.spec.device.type,
+            "compute_dtype": self.spec.compute_name,
+            "torch": torch.__version__,
+        }
+        receipt = new_receipt(plan, results, self.hashes, files, base_files=proofs, computed=computed)
+        output.put(f"{RECORD}/{RECEIPT}", receipt.to_bytes())
 
     def publish(
         self,
@@ -151,13 +153,13 @@ class _Merge:
             verdict,
             pushed=pushed,
             written=done.written,
-            resumed=bool(unfinished and unfinished.records),
+            resumed=bool(unfinished and unfinished.lines),
             outputs=outputs.to_dict() if outputs else None,
         )
         if away:
             output.discard()
         else:
-            stale = [] if self.plan.options.undo != "none" else [f"{RECORD}/{undo.NAME}"]
+            stale = [] if self.plan.options.undo != "none" else [f"{RECORD}/{UNDO}"]
             output.publish(report.to_dict(), stale)
         return report
 
@@ -202,17 +204,17 @@ def _is_unchanged(plan: Plan, done: Mapping[str, TensorResult]) -> bool:
     )
 
 
-def _kept(plan: Plan, done: Mapping[str, TensorResult]) -> list[Part]:
+def _kept(plan: Plan, done: Mapping[str, TensorResult]) -> list[SpooledTensor]:
     """Return the parts of the undo record that workers spooled, in the plan's order."""
     names = [item.name for item in plan.items if not item.verbatim]
     names += [kept_name(tensor) for tensor in plan.lost]
     return [part for name in names for part in done[name].parts]
 
 
-def _originals(plan: Plan, files: Sequence[SideFile], spool: Spool) -> list[Part]:
+def _originals(plan: Plan, files: Sequence[SideFile], spool: Spool) -> list[SpooledTensor]:
     """Spool the base's side files that OUT does not hold unchanged, as parts of the undo record."""
     parts = []
     for name, path in originals(plan.base, files).items():
         data = path.read_bytes()
-        parts.append(Part(f"file/{name}", "U8", (len(data),), (spool.add(data),)))
+        parts.append(SpooledTensor(f"file/{name}", "U8", (len(data),), (spool.add(data),)))
     return parts
