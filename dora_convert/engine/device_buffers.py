@@ -23,7 +23,8 @@ class DeviceBuffers:
     """One worker's memory: reads rows of stored tensors as matrices on the device, and brings results back.
 
     On a GPU the host buffers are pinned, and each worker has a stream, so that one worker's transfers overlap
-    another's arithmetic. Two calls with the same buffer name share memory: the second call overwrites the first result.
+    another's arithmetic. Two calls with the same buffer name share memory: the second call overwrites the
+    first result.
     """
 
     def __init__(self, spec: ComputeSpec, reader: Reader, stream: Any = None) -> None:
@@ -63,7 +64,7 @@ class DeviceBuffers:
         return self.scratch("work", raw.shape, self.spec.compute).copy_(on_device)
 
     def land(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Round a result to a dtype and copy it to host memory; the device has finished with all buffers then."""
+        """Round a result to a dtype and copy it to host memory; all buffers of the device are free then."""
         single = self.scratch("single", x.shape, torch.float32)
         rounded = maths.round_to(x, self.scratch("rounded", x.shape, dtype), single)
         if self.spec.device.type == "cpu":
@@ -116,7 +117,7 @@ class DeviceBuffers:
     def scratch(
         self, name: str, shape: Sequence[int], dtype: torch.dtype, *, on_host: bool = False
     ) -> Tensor:
-        """Return memory that the next call of the same name reuses: fresh pages cost more than the arithmetic."""
+        """Return memory that the next call of the name reuses: fresh pages cost more than arithmetic."""
         nbytes = math.prod(shape) * dtype.itemsize
         buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() < nbytes:

@@ -1,7 +1,7 @@
 """Execute a plan: workers take each tensor from read to write, block by block, within the memory budget.
 
-One worker computes a tensor with one torch thread, in blocks that depend on the tensor's shape alone. So the bytes of
-the tensor do not depend on the number of workers, on their order, or on their memory.
+One worker computes a tensor with one torch thread, in blocks that depend on the tensor's shape alone. So the
+bytes of the tensor do not depend on the number of workers, on their order, or on their memory.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Run:
     on_shard: Callable[[str], None] | None = None
     """Called by workers with the name of each shard that is written whole and, if checked, right."""
     output: Output | None = None
-    """Makes a tensor's source safe to read, and learns when the tensor is settled; None if nothing is written."""
+    """Makes a tensor's source safe to read, and learns when it is settled; None for a rehearsal."""
     hashed: Collection[str] = ()
     """Names of copied tensors whose hashes are wanted."""
     written: int = 0

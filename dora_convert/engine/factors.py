@@ -20,7 +20,7 @@ class FactorPair(Protocol):
         """Return rows of the factor that has the weight's rows: (stop − start, r)."""
 
     def right(self, start: int) -> Tensor:
-        """Return the factor that has the weight's columns, (r, columns), for a block that begins at `start`."""
+        """Return the factor with the weight's columns, (r, columns), for a block that begins at `start`."""
 
 
 class FixedPoint(NamedTuple):

@@ -17,8 +17,8 @@ from .precision import TORCH
 OWN_PAGES = 1 << 20
 """Bytes from which a tensor gets pages of its own.
 
-The C library keeps the pages of freed large tensors, in pieces that the next tensor often does not fit. Two copies of
-the largest factor would stay resident for each worker.
+The C library keeps the pages of freed large tensors, in pieces that the next tensor often does not fit. Two
+copies of the largest factor would stay resident for each worker.
 """
 
 

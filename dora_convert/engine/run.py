@@ -80,7 +80,7 @@ def choose_compute(least: int, settings: Settings) -> ComputeSpec:
 
 @contextmanager
 def entered(output: Output) -> Iterator[None]:
-    """Open an output and lock it; after an error keep what the same command can resume, and remove the rest."""
+    """Open and lock an output; after an error keep it if the same command can resume the run."""
     output.open()
     try:
         yield
@@ -100,7 +100,7 @@ def entered(output: Output) -> Iterator[None]:
 
 
 def journal_key(spec: ComputeSpec, identity: Mapping[str, Any], **inputs: Any) -> JournalKey:
-    """Return everything that decides the output's bytes: the inputs' identity, `inputs`, versions and the device."""
+    """Return everything that decides the output's bytes: `identity`, `inputs`, versions and the device."""
     key = {
         **inputs,
         **identity,
@@ -117,8 +117,8 @@ def resume(
 ) -> UnfinishedRun | None:
     """Return the journal of an unfinished run with the same key, or None and an empty output.
 
-    `keep` names the files that the run goes on with, `complete` says that all of them exist, and `line_type` is
-    the type of the journal's lines.
+    `keep` names the files that the run goes on with, `complete` says that all of them exist, and `line_type`
+    is the type of the journal's lines.
     """
     path = output.state / JOURNAL
     unfinished = read_journal(path)

@@ -1,7 +1,7 @@
 """Compute one output tensor: read a block of rows, transform it, write it to its shard.
 
-`MergeMaker` is the transformation of a merge: apply the edits, then round once. Other transformations, such as taking
-the edits out again, are `TensorMaker`s of other rooms.
+`MergeMaker` is the transformation of a merge: apply the edits, then round once. Other transformations, such
+as taking the edits out again, are `TensorMaker`s of other rooms.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class TensorMaker(Protocol):
         """Return rows of the output, in host memory, from the same rows of the source."""
 
     def rest(self) -> Iterable[tuple[int, memoryview]]:
-        """Yield the output's rows beyond the source's last one: the first row of each block, and its bytes."""
+        """Yield the output's rows beyond the source's last one: each block's first row, and its bytes."""
 
     def result(self, written: Digest) -> TensorResult:
         """Return the facts about the finished tensor, whose written bytes have these hashes."""
@@ -165,7 +165,7 @@ class SourceValues:
         self._rows = {row: (rows.value, k) for rows in item.rows for k, row in enumerate(rows.index)}
 
     def _without_start(self) -> Tensor:
-        """Return the whole matrix that training began with, rounded as PEFT rounds it when it loads the adapter."""
+        """Return the matrix that training began with, rounded as PEFT does when it loads the adapter."""
         low, edit = self._item.start, self._item.edits[0]
         assert low
         assert low.start
@@ -216,7 +216,7 @@ def apply_edits(W: Tensor, operands: Sequence[LoadedEdit], start: int, stop: int
 
 
 def refuse_result(item: Item, raw: Tensor, result: Tensor) -> None:
-    """Raise the error that explains a result with NaN or Inf; a conversion may keep NaN and Inf of its source."""
+    """Raise the error that explains a NaN or Inf; a conversion may keep those of its source."""
     if not item.changed and torch.equal(torch.isfinite(result), torch.isfinite(raw)):
         return
     if not torch.isfinite(raw).all():

@@ -21,12 +21,13 @@ class StoppedError(Exception):
 
 
 class WorkerPool(Generic[Context]):
-    """Threads that take tasks until one fails; each thread has a context of its own and uses one torch thread."""
+    """Threads that take tasks until one fails, each with its own context and one torch thread."""
 
     def __init__(self, memory: int, start: Callable[[], Context], release: Callable[[], None]) -> None:
         """`memory` bounds the bytes that all workers hold together.
 
-        `start` makes a worker's context, in its thread. `release` wakes workers that wait for input after a failure.
+        `start` makes a worker's context, in its thread. `release` wakes workers that wait for input after a
+        failure.
         """
         self._memory = self._free = memory
         self._start, self._release = start, release

@@ -1,9 +1,9 @@
 """Fit a DoRA to a weight W and its fine-tuned self W': m, B and A with m·V/‖V‖ ≈ W', where V = W + BA.
 
-With d = m/‖V‖, DoRA's weight is diag(d)·W + diag(d)·BA, and Z = diag(d)·BA may be any matrix of rank r. So the best
-DoRA has the scales d that bring W' − diag(d)·W closest to rank r. The distance is measured in W', so no d makes the
-distance small by making everything small. Given d, a truncated SVD of the difference gives B and A, and least squares
-give m.
+With d = m/‖V‖, DoRA's weight is diag(d)·W + diag(d)·BA, and Z = diag(d)·BA may be any matrix of rank r. So
+the best DoRA has the scales d that bring W' − diag(d)·W closest to rank r. The distance is measured in W', so
+no d makes the distance small by making everything small. Given d, a truncated SVD of the difference gives B
+and A, and least squares give m.
 """
 
 from __future__ import annotations
@@ -60,11 +60,11 @@ def extract_dora(
     max_error: float | None = None,
     exact: bool = False,
 ) -> DoraFactors:
-    """Return the DoRA nearest to W' of a given rank, or of about the least rank that keeps an energy or an error.
+    """Return the DoRA nearest to W' of a given rank, or of about the least rank that reaches a goal.
 
-    Energy and error are those of W' − W. The rank is 0 if W' is W, and at least 1 otherwise. A distance of a unit of
-    the dtype's precision, relative to ‖W'‖, counts as rounding. Matrices of up to SMALL elements are computed in
-    float64.
+    `energy` and `max_error` are goals for W' − W. The rank is 0 if W' is W, and at least 1 otherwise. A
+    distance of a unit of the dtype's precision, relative to ‖W'‖, counts as rounding. Matrices of up to SMALL
+    elements are computed in float64.
     """
     goal, dtype = Goal.of(rank, energy, max_error), W.dtype
     if W.numel() <= SMALL and W.device.type != "mps":

@@ -1,8 +1,8 @@
 """Compute the equations of docs/mathematics.md, in their order: tensors in, tensors out.
 
-W is (out, in), A is (r, in), B is (out, r), m and n are (out,), s is the scaling. Blocks of rows of W with the same
-rows of B, m and n obey the same equations. All functions compute in the dtype of their arguments, which is float64
-unless asked otherwise. `round_to` rounds once at the end.
+W is (out, in), A is (r, in), B is (out, r), m and n are (out,), s is the scaling. Blocks of rows of W with
+the same rows of B, m and n obey the same equations. All functions compute in the dtype of their arguments,
+which is float64 unless asked otherwise. `round_to` rounds once at the end.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def rescale_(
     n: Tensor,  # (out,)
     axis: int,
 ) -> Tensor:
-    """Compute W' = m·V/n (3), DoRA's merged weight: equation 5 of arXiv:2402.09353, whose W is torch's transposed."""
+    """Compute W' = m·V/n (3), DoRA's merged weight: equation 5 of arXiv:2402.09353, transposed."""
     return V.mul_((m / n).unsqueeze(axis))
 
 
@@ -50,7 +50,7 @@ def block_diagonal(
     start: int,
     rows: int | None = None,
 ) -> Tensor:  # as many rows of (rows, columns)
-    """Return rows of a block-diagonal matrix from its blocks; `start` is the first row's number among all `rows`."""
+    """Return rows of a block-diagonal matrix from its blocks; `start` is the first of the `rows`."""
     if blocks == 1:
         return stacked
     height, width = (rows or len(stacked)) // blocks, stacked.shape[1]
@@ -143,9 +143,9 @@ def round_to(
 ) -> Tensor:
     """Round x once into `out`, to nearest and ties to even.
 
-    torch rounds float64 to half precision by way of float32. If the first rounding lands on a tie of the second, the
-    result is off by one ulp: about once in 130,000 elements for bfloat16 and once in 16,000 for float16. A first
-    rounding to odd makes the second rounding right.
+    torch rounds float64 to half precision by way of float32. If the first rounding lands on a tie of the
+    second, the result is off by one ulp: about once in 130,000 elements for bfloat16 and once in 16,000 for
+    float16. A first rounding to odd makes the second rounding right.
     """
     if x.dtype != torch.float64 or out.dtype not in (torch.bfloat16, torch.float16) or x.numel() == 0:
         return out.copy_(x)

@@ -1,14 +1,14 @@
 """Search the row scales d that bring W' − diag(d)·W as close to rank r as possible.
 
-For each d the best matrix of rank r is a truncated SVD, Z = USVᵀ, so only d is searched. The method is Gauss and
-Newton's with Levenberg and Marquardt's damping on φ(d) = ‖W' − diag(d)·W − Z‖² (variable projection: Golub and
-Pereyra, 1973). With b = W(I − VVᵀ) and h = ‖b‖² per row, a step δ solves
+For each d the best matrix of rank r is a truncated SVD, Z = USVᵀ, so only d is searched. The method is Gauss
+and Newton's with Levenberg and Marquardt's damping on φ(d) = ‖W' − diag(d)·W − Z‖² (variable projection:
+Golub and Pereyra, 1973). With b = W(I − VVᵀ) and h = ‖b‖² per row, a step δ solves
 
     (diag(h) − (UUᵀ)∘(bbᵀ))·δ = diag((I − UUᵀ)(W' − diag(d)·W)·bᵀ)
 
-by conjugate gradients, whose products need W and not b. Without the second term on the left, the step alternates
-between scales and factors, which takes tens to hundreds of rounds or stops on a plateau. With the term, three or four
-rounds are enough.
+by conjugate gradients, whose products need W and not b. Without the second term on the left, the step
+alternates between scales and factors, which takes tens to hundreds of rounds or stops on a plateau. With the
+term, three or four rounds are enough.
 """
 
 from __future__ import annotations
@@ -57,8 +57,9 @@ def find_scales(
 ) -> RowScales:
     """Return the best scales of several starts; a distance of `rounding` ends the search.
 
-    The first start is the better of d = 1, which is LoRA, and the least-squares ratio of the rows. Further starts are
-    ratios of norms and random scales nearby, because small matrices of a large rank have local minima.
+    The first start is the better of d = 1, which is LoRA, and the least-squares ratio of the rows. Further
+    starts are ratios of norms and random scales nearby, because small matrices of a large rank have local
+    minima.
     """
     search = _Search(W, tuned, min(rank, *W.shape))
     ratio = search.ratio()
@@ -112,14 +113,14 @@ class _Search:
         r, least = self.rank, min(M.shape)
         if least <= EXACT_UP_TO or r + OVERSAMPLE > least // 2:
             U, S, Vh = torch.linalg.svd(M, full_matrices=False)
-            return _Fit(d, M, U[:, :r], Vh[:r].T, None, squared(S[r:]))
+            return _Fit(d, M, U[:, :r], Vh[:r].T, basis=None, loss=squared(S[r:]))
         U, Q, R = subspace(M, r, Goal(r, 0.0), start)
         left, S, right = torch.linalg.svd(R.T)
         beyond, _ = compared(lambda rows: M[rows], U, (Q @ R).T)
-        return _Fit(d, M, U @ left[:, :r], Q @ right[:r].T, Q, beyond + squared(S[r:]))
+        return _Fit(d, M, U @ left[:, :r], Q @ right[:r].T, basis=Q, loss=beyond + squared(S[r:]))
 
     def run(self, fit: _Fit) -> tuple[_Fit, int, bool]:
-        """Return the last fit of the search from `fit`, the number of steps, and True if the search converged."""
+        """Return the last fit of a search, the number of steps, and True if the search converged."""
         damping = 1e-3
         for step in range(STEPS):
             better, damping = self.step(fit, damping)

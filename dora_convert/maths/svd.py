@@ -1,11 +1,12 @@
-"""Factor a matrix into low-rank factors: the truncated SVD, and LoRAs of another rank. Tensors in, tensors out.
+"""Factor a matrix into low-rank factors: the truncated SVD, and LoRAs of another rank.
 
-D is (out, in), B is (out, r), A is (r, in). The singular values are split evenly, B = U√S and A = √S·Vᵀ. All functions
-compute in the dtype and on the device of their arguments. Random numbers come from a generator with a fixed seed, so
-that the same input gives the same bits. The error of the factors is always measured against D, block by block.
+D is (out, in), B is (out, r), A is (r, in). The singular values are split evenly, B = U√S and A = √S·Vᵀ. All
+functions compute in the dtype and on the device of their arguments. Random numbers come from a generator with
+a fixed seed, so that the same input gives the same bits. The error of the factors is always measured against
+D, block by block.
 
-Large matrices are factored by subspace iteration from a random start: Halko, Martinsson and Tropp, arXiv:0909.4061,
-algorithms 4.4 and 5.1.
+Large matrices are factored by subspace iteration from a random start: Halko, Martinsson and Tropp,
+arXiv:0909.4061, algorithms 4.4 and 5.1.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Goal:
 
     @classmethod
     def of(cls, rank: int | None = None, energy: float | None = None, max_error: float | None = None) -> Goal:
-        """Make a goal of a rank, of the share of squared singular values to keep, or of the largest relative error.
+        """Make a goal of a rank, of a share of squared singular values, or of a largest relative error.
 
         Raises ValueError for none, for several, and for impossible values.
         """
@@ -87,9 +88,9 @@ def truncated_svd(
 ) -> Factors:
     """Return the best factors of D of a given rank, or of the least rank that keeps an energy or an error.
 
-    The rank is at most min(out, in), and at most D's numerical rank: the least that leaves a relative error of
-    `noise`, by default 1.5·√min(out, in) units of the dtype's precision. A zero D has factors of rank 0. A goal below
-    the dtype's precision gives the numerical rank; `error` is the error that this rank reaches.
+    The rank is at most min(out, in), and at most D's numerical rank: the least that leaves a relative error
+    of `noise`, by default 1.5·√min(out, in) units of the dtype's precision. A zero D has factors of rank 0. A
+    goal below the dtype's precision gives the numerical rank; `error` is the error that this rank reaches.
     """
     goal, least = Goal.of(rank, energy, max_error), min(D.shape)
     noise = noise_of(D) if noise is None else noise
@@ -139,7 +140,7 @@ def relative_error(
     B: Tensor,  # (out, r)
     A: Tensor,  # (r, in)
 ) -> float:
-    """Return ‖D − BA‖/‖D‖ of the D whose rows `rows` returns, block by block, summed in float64; 0 for a zero D."""
+    """Return ‖D − BA‖/‖D‖, block by block, summed in float64; `rows` returns rows of D; 0 for a zero D."""
     rest, total = compared(rows, B, A)
     return (rest / total) ** 0.5 if total else 0.0
 
@@ -169,10 +170,10 @@ def _exactly(D: Tensor, goal: Goal, noise: float) -> Factors:
 
 
 def subspace(D: Tensor, width: int, goal: Goal, start: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return U (out, k), Q (in, k), R (k, k) whose U(QR)ᵀ projects D on about its first `width` left singular vectors.
+    """Return U (out, k), Q (in, k), R (k, k); U(QR)ᵀ is D on about its first `width` singular vectors.
 
-    k is `width` + OVERSAMPLE; `start` holds the columns of an earlier Q. A goal of an error is given up early if the
-    width is far too small.
+    k is `width` + OVERSAMPLE; `start` holds the columns of an earlier Q. A goal of an error is given up early
+    if the width is far too small.
     """
     generator = torch.Generator().manual_seed(0)
     new = width + OVERSAMPLE - (0 if start is None else start.shape[1])

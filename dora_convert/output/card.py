@@ -1,7 +1,8 @@
 """Render model cards: the inputs of a checkpoint or an adapter, and the command that repeats it.
 
-huggingface_hub writes the front matter. A card is a function of the inputs: no dates, no name of the output, never a
-local path. The last line holds a hash of the other lines, which identifies a card that nobody has edited.
+huggingface_hub writes the front matter. A card is a function of the inputs: no dates, no name of the output,
+never a local path. The last line holds a hash of the other lines, which identifies a card that nobody has
+edited.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def _body(facts: Facts) -> Iterator[str]:
             "| | |",
             "|---|---|",
         )
-        yield from (f"| {what} | {found} |" for what, found in facts.checks)
+        yield from (f"| {name} | {value} |" for name, value in facts.checks)
         yield ""
     if facts.unmerge:
         yield from ("To take it out again:", "", *_shell(facts.unmerge))
@@ -149,8 +150,8 @@ def card_bytes(plan: Plan, base_model: str | None, checks: Sequence[tuple[str, s
     )
     facts = Facts(
         title=f"{base.source.name} with {', '.join(source.name for source in names)}",
-        about=f"{' and '.join(kinds)} folded into the weights of {base.source.name}. {counts['merged']} tensors "
-        f"merged, {counts['replaced']} replaced, {counts['copied']} copied as they were.",
+        about=f"{' and '.join(kinds)} folded into the weights of {base.source.name}. "
+        f"{counts['merged']} tensors merged, {counts['replaced']} replaced, {counts['copied']} copied as they were.",
         kinds=kinds,
         relation="finetune",
         base_model=base_model or base.source.repo,

@@ -56,7 +56,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class TensorResult:
-    """The facts about a written tensor: hashes of old and new bytes, parts of the undo record, the self-check."""
+    """The facts about a written tensor: hashes of both tensors, parts of the undo record, the self-check."""
 
     base_hash: str | None
     """xxh3-128 of the bytes that were read: the base's in a merge, the merged ones in an unmerge."""

@@ -1,7 +1,7 @@
 """Build the output folder beside its final name, and publish it by one rename.
 
-Until `publish`, everything is in `OUT.partial`, and a lock there keeps a second run out. A folder with its final name
-is complete. An OUT that is to be overwritten is moved aside first and deleted last.
+Until `publish`, everything is in `OUT.partial`, and a lock there keeps a second run out. A folder with its
+final name is complete. An OUT that is to be overwritten is moved aside first and deleted last.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class OutputFolder:
             raise OutputError(f"{self.partial} exists and is not an unfinished output.", hint="move it away")
 
     def _hold(self) -> None:
-        """Lock the folder itself, besides the file in it: this lock lasts until the folder has its final name."""
+        """Lock the folder itself, besides the file in it; this lock lasts until the final rename."""
         if fcntl is None:
             return
         self._held = os.open(self.partial, os.O_RDONLY)

@@ -2,13 +2,13 @@
 
 Beside the weights, in `.dora-convert-in-place/`, lie
 
-    journal.jsonl   the key, and one line for each finished tensor; the last line says that all files are staged
+    journal.jsonl   the key, then a line for each finished tensor; the last line says that files are staged
     old/<name>      the old bytes of a tensor that is overwritten, synced before the first write
     new/<name>      the new files beside the weights, moved to their final names at the end
 
-A tensor is computed from its old bytes alone, so the same command repairs a tensor that a kill left half written.
-Every tensor is computed once before the first byte is changed, so an error leaves no trace. While the journal exists,
-the folder is not a model, and only the same command accepts it.
+A tensor is computed from its old bytes alone, so the same command repairs a tensor that a kill left half
+written. Every tensor is computed once before the first byte is changed, so an error leaves no trace. While
+the journal exists, the folder is not a model, and only the same command accepts it.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class InPlace:
         return (self.state / JOURNAL).exists()
 
     def refuse(self, plan: Plan) -> None:
-        """Raise UnsupportedError, with every reason, for other headers and for files shared with other folders."""
+        """Raise UnsupportedError, with every reason, for other headers and for shared files."""
         if faults := [*self._other_headers(plan), *self._shared(plan)]:
             raise UnsupportedError(
                 f"{self.given} cannot be changed in place.",
@@ -203,7 +203,7 @@ class InPlace:
             sync_path(path)
 
     def publish(self, report: Mapping[str, Any], removed: Sequence[str] = ()) -> None:
-        """Move the staged files to their final names and remove others; `finish` repairs a kill in between."""
+        """Move the staged files to their final names and remove stale ones; `finish` repairs a kill."""
         self.path(LOCK).unlink(missing_ok=True)
         self.sync()
         earlier = read_journal(self.state / JOURNAL)
@@ -215,7 +215,7 @@ class InPlace:
         self.finish()
 
     def finish(self) -> dict[str, Any] | None:
-        """Finish a run whose files are all staged, and return the run's report; return None for any other run."""
+        """Finish a run whose files are all staged, and return its report; None for any other run."""
         earlier = read_journal(self.state / JOURNAL)
         last: dict[str, Any] = earlier.lines[-1] if earlier and earlier.lines else {}
         if "staged" not in last:

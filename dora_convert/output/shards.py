@@ -1,4 +1,4 @@
-"""Write the shard files of an output: headers first, then bodies at their offsets in any order, from any thread."""
+"""Write the shard files of an output: headers first, then tensors in any order, from any thread."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ class ShardFiles:
     ) -> None:
         """Open every shard; with `create`, write the headers, allocate the space and sync.
 
-        `sparse` shards take space only as they are filled. `starts` are the offsets of tensors in files that other
-        tools wrote.
+        `sparse` shards take space only as they are filled. `starts` are the offsets of tensors in files that
+        other tools wrote.
         """
         self._folder, self._heads = folder, {shard.filename: header_bytes(shard) for shard in plan.shards}
         self._files: dict[str, int] = {}

@@ -1,7 +1,7 @@
-"""Decide the files of OUT beside the weights: the base's, the adapters' tokenizers, and the few that must change.
+"""Decide the files beside the weights: the base's, the adapters' tokenizers, and those that must change.
 
-Files are copied byte for byte, because transformers rewrites tokenizers when it saves them. From an adapter's folder
-only tokenizer, processor and chat-template files are taken; they replace the base's.
+Files are copied byte for byte, because transformers rewrites tokenizers when it saves them. From an adapter's
+folder only tokenizer, processor and chat-template files are taken; they replace the base's.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from . import card
 
 FROM_ADAPTER = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
-    "spiece.model", "sentencepiece*.model", "chat_template*", "additional_chat_templates/*", "*processor_config.json",
-    "preprocessor_config.json",
+    "spiece.model", "sentencepiece*.model", "chat_template*", "additional_chat_templates/*",
+    "*processor_config.json", "preprocessor_config.json",
 )  # fmt: skip
 
 PREVIOUS = "previous"
@@ -51,7 +51,7 @@ class SideFile:
 
 
 def side_files(plan: Plan) -> list[SideFile]:
-    """Return all files of OUT but the weights and the new record, by name; none if the base is a single file."""
+    """Return all files of OUT but weights and record, by name; none if the base is a single file."""
     base, root = plan.base, plan.base.root
     if base.is_file:
         return []
@@ -78,12 +78,12 @@ def side_files(plan: Plan) -> list[SideFile]:
 
 
 def base_files(base: Checkpoint) -> dict[str, Path]:
-    """Return every file beside the base's weights that an unmerge restores; with the index, if the base has one."""
+    """Return every file beside the base's weights that an unmerge restores, the index included."""
     if base.is_file:
         return {}
     names = [*base.side_files, card.NAME, *([base.index_name] if base.index_name else [])]
-    found = {name: base.root / name for name in names if (base.root / name).is_file()}
-    return {name: path for name, path in sorted(found.items()) if not name.endswith(PICKLED_INDEX)}
+    kept = sorted(name for name in names if not name.endswith(PICKLED_INDEX))
+    return {name: base.root / name for name in kept if (base.root / name).is_file()}
 
 
 def originals(base: Checkpoint, files: Sequence[SideFile]) -> dict[str, Path]:

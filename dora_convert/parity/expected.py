@@ -123,7 +123,7 @@ class Expected:
         return tolerance
 
     def before(self, rows: Sequence[int]) -> Tensor:
-        """Return the weight before any edit: the stored one, less its start, with the rows that an adapter set."""
+        """Return the stored weight less its start, with the rows that an adapter set, before any edit."""
         W = self._load(self.item.source, rows) if self._start is None else self._start[list(rows)].double()
         for trained in self.item.rows:
             numbers = {row: number for number, row in enumerate(trained.index)}
@@ -133,7 +133,7 @@ class Expected:
         return W
 
     def _without_start(self) -> Tensor | None:
-        """Return the whole matrix that PiSSA, OLoRA or KaSA begin with, in the stored dtype; None for other updates."""
+        """Return the matrix that PiSSA, OLoRA or KaSA begin with, in the stored dtype; None for others."""
         if not (low := self.item.start):
             return None
         edit = self.item.edits[0]
@@ -151,7 +151,7 @@ class Expected:
         return (rest.T if edit.transposed else rest).contiguous().to(TORCH[self.item.source.dtype])
 
     def _several_roundings(self, edit: Edit, part: EditPart, W: Tensor, x: Tensor) -> Tensor:
-        """Return the further error of a DoRA whose steps were rounded: V, m/n, the norm of a rounded delta, the change."""
+        """Return the further error of a DoRA that was rounded at V, m/n, the delta's norm or the change."""
         dtype = _coarser(edit, self.item.dtype)
         assert part.n is not None
         moved = half_ulp(part.delta, dtype).square().sum(dim=edit.axis, keepdim=True)
@@ -209,7 +209,7 @@ class Expected:
         return squares.sqrt()
 
     def _pair(self, low: LowRank, edit: Edit) -> tuple[Tensor | None, Tensor | None]:
-        """Return the factors that are held: both for experts, else the one with the stored matrix's columns."""
+        """Return the factors to hold: both for experts, else the one with the stored matrix's columns."""
         if low.experts:
             return self._all(low.A), self._all(low.B)
         held = _dense(
@@ -263,7 +263,7 @@ def _size(left: Tensor, right: Tensor, scale: float) -> Tensor:
 
 
 def _coarser(edit: Edit, dtype: str) -> str:
-    """Return the dtype that a tool may have rounded a delta to: the weight's, or a coarser one of the adapter's."""
+    """Return the dtype that a delta may be rounded to: the weight's, or a coarser one of the adapter's."""
     coarse = [tensor.dtype for tensor in tensors_of(edit.update) if tensor.dtype in ("BF16", "F16")]
     return min([dtype, *coarse], key=lambda name: GRID[name][0])
 

@@ -26,7 +26,7 @@ NO_MATTER = frozenset(
 
 @dataclass
 class Pairing:
-    """The planned tensors paired with the merged checkpoint's, and the problems of tensors without a partner."""
+    """The planned tensors paired with the merged checkpoint's, and the problems of the others."""
 
     pairs: list[tuple[Item, StoredTensor]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -45,36 +45,35 @@ class Pairing:
 
 def pair(plan: Plan, merged: Checkpoint) -> Pairing:
     """Find each planned tensor in a merged checkpoint; a prefix that all names share is ignored."""
-    found = Pairing()
+    pairing = Pairing()
     names = NameResolver(merged.tensors, [item.name for item in plan.items])
     taken: set[str] = set()
     for item in plan.items:
         name = names.find(item.name)
         if name is None:
-            _miss(item, found)
+            _miss(item, pairing)
             continue
         taken.add(name)
         written = merged.tensors[name]
         converted = written.dtype != item.dtype and not {written.dtype, item.dtype} <= set(FLOATS)
         if written.shape != item.shape or converted:
-            found.problems.append(
-                f"{name} is {written.dtype} {list(written.shape)}; it should be {item.dtype} {list(item.shape)}"
-            )
+            wanted = f"{item.dtype} {list(item.shape)}"
+            pairing.problems.append(f"{name} is {written.dtype} {list(written.shape)}; it should be {wanted}")
         else:
-            found.pairs.append((item, written))
-    _compare_ties(plan, merged, taken, found)
+            pairing.pairs.append((item, written))
+    _compare_ties(plan, merged, taken, pairing)
     for name in sorted(merged.tensors.keys() - taken):
         known = BUFFERS.search(name)
-        (found.notes if known else found.problems).append(f"{name} is in MERGED, but not in the plan")
-    return found
+        (pairing.notes if known else pairing.problems).append(f"{name} is in MERGED, but not in the plan")
+    return pairing
 
 
-def _miss(item: Item, found: Pairing) -> None:
+def _miss(item: Item, pairing: Pairing) -> None:
     known = BUFFERS.search(item.name)
-    (found.notes if known else found.problems).append(f"{item.name} is missing from MERGED")
+    (pairing.notes if known else pairing.problems).append(f"{item.name} is missing from MERGED")
 
 
-def _compare_ties(plan: Plan, merged: Checkpoint, taken: set[str], found: Pairing) -> None:
+def _compare_ties(plan: Plan, merged: Checkpoint, taken: set[str], pairing: Pairing) -> None:
     """Note a problem if embedding and head are tied and should not be, or the other way round."""
     config = plan.output_config
     before, after = find_tie(plan.base), find_tie(merged)
@@ -83,18 +82,18 @@ def _compare_ties(plan: Plan, merged: Checkpoint, taken: set[str], found: Pairin
     wanted = find_tie(replace(plan.base, config=config))
     untied = not wanted and bool(config and config.get("tie_word_embeddings") is False)
     if untied and after:
-        found.problems.append(
+        pairing.problems.append(
             f"config.json ties {after.head} to {after.embedding}; the adapter made two weights of them"
         )
     elif wanted and not after and before.head not in merged.tensors:
-        found.problems.append(
+        pairing.problems.append(
             f"config.json does not tie {before.head} to {before.embedding}, and MERGED has no {before.head}"
         )
     extra = merged.tensors.get(before.head)
     embedding = merged.tensors.get(before.embedding)
     if not untied and before.head not in taken and extra and embedding:
         taken.add(before.head)
-        found.twins.append((extra, embedding))
+        pairing.twins.append((extra, embedding))
 
 
 def config_problems(plan: Plan, merged: Checkpoint) -> Iterator[str]:
@@ -117,9 +116,9 @@ def _wrong_dtype(wanted: Mapping[str, Any], merged: Checkpoint) -> Iterator[str]
     dtypes = Counter(tensor.dtype for tensor in merged.tensors.values() if tensor.dtype in FLOATS)
     stored = {CONFIG_DTYPES.get(dtype) for dtype, _ in dtypes.most_common(1)}
     for key in ("dtype", "torch_dtype"):
-        found = (merged.config or {}).get(key)
-        if isinstance(found, str) and found not in {*stored, wanted.get("dtype"), wanted.get("torch_dtype")}:
-            yield f"config.json: {key} is {found!r}, which is not what the tensors are stored in"
+        dtype = (merged.config or {}).get(key)
+        if isinstance(dtype, str) and dtype not in {*stored, wanted.get("dtype"), wanted.get("torch_dtype")}:
+            yield f"config.json: {key} is {dtype!r}, which is not the dtype of the stored tensors"
 
 
 def _differences(wanted: Mapping[str, Any], got: Mapping[str, Any], where: str) -> Iterator[str]:

@@ -1,11 +1,12 @@
-"""Check a written output against its plan, recomputed in float64 from the files by other code than the merge's.
+"""Check a written output against its plan, recomputed in float64 by other code than the merge's.
 
 An element is *wrong* if it is further from the float64 result x than any honest rounding can take it:
 
     tol = |f|·(½ulp_d(Δ) + (r+2)·2⁻²⁴·(|s|·(|B||A|) + |W|)) + ½ulp_d(x) + (√in + 6)·2⁻²⁴·|x|
 
-with f = m/n (1 for LoRA), d the stored dtype and Δ = sBA. If under 0.1 % of the elements differ from the rounded
-result, the tensor was rounded once, and the ½ulp_d(Δ) term is dropped. docs/precision.md derives the bound.
+with f = m/n (1 for LoRA), d the stored dtype and Δ = sBA. If under 0.1 % of the elements differ from the
+rounded result, the tensor was rounded once, and the ½ulp_d(Δ) term is dropped. docs/precision.md derives the
+bound.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ from .expected import Expected
 
 RANDOM_ROWS = 16
 ROUNDED_ONCE = 0.001
-"""Share of elements off the rounded result below which a tensor was rounded once: float32 leaves a third of it."""
+"""Largest share of elements off the rounded result after one rounding; float32 leaves a third of it."""
 FEW = 2
 """So many elements off the rounded result prove nothing in a small tensor."""
 
 
 class SelfCheck:
-    """Compares tensors of a written folder, whose headers are read back from the disk, with their definitions."""
+    """Compares tensors of a written folder, with headers read back from the disk, with the definitions."""
 
     def __init__(self, folder: Path, plan: Plan, reader: Reader) -> None:
         self._reader = reader
@@ -78,7 +79,7 @@ def _refuse_unreadable(path: Path, names: set[str]) -> None:
 
 
 def sample_rows(item: Item, seed: str) -> list[int]:
-    """Return both ends of every block, all rows that an adapter set, and random rows that depend on the seed alone."""
+    """Return both ends of every block, all rows that an adapter set, and random rows by the seed."""
     rows, chance = item.source.matrix[0], random.Random(seed)  # noqa: S311
     sample = {row for start, stop in item.spans() for row in (start, stop - 1)}
     sample |= {row for trained in item.rows for row in trained.index}
@@ -87,7 +88,7 @@ def sample_rows(item: Item, seed: str) -> list[int]:
 
 
 def compare(written: StoredTensor, expected: Expected, rows: Sequence[int], reader: Reader) -> Verdict:
-    """Count the elements of some rows that are off, and measure how far; compute the bound only for those rows."""
+    """Count the elements of some rows that are off, and measure the distance of these elements."""
     item = expected.item
     chunks = list(expected.chunks(rows))
     total, suspects, off = Verdict(), [], 0

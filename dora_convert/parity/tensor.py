@@ -1,13 +1,15 @@
-"""Compare one tensor of a merged checkpoint with its definition: every element, and the outputs for sample inputs.
+"""Compare one tensor of a merged checkpoint with its definition: all elements, and sample outputs.
 
-The first pass over the tensor counts the elements that differ from the rounded float64 result. The count tells how
-often the tool that wrote the tensor rounded. The second pass measures how far the differing elements are off.
+The first pass over the tensor counts the elements that differ from the rounded float64 result. The count
+tells how often the tool that wrote the tensor rounded. The second pass measures how far the differing
+elements are off.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,7 +19,7 @@ from ..engine.precision import TORCH, nearest
 from ..plan.item import Item
 from ..storage.reader import Reader
 from ..storage.safetensors import StoredTensor
-from .expected import CPU, Block, Expected
+from .expected import CPU, Expected
 from .self_check import distance, rounded_once
 
 ROWS_ELEMENTS = 3 << 15
@@ -27,7 +29,7 @@ SUSPECTS = 256
 
 @dataclass
 class Outputs:
-    """W'x for sample inputs x: as stored, by the adapter's own forward, and with perfectly rounded weights."""
+    """W'x for sample inputs x: as stored, by the adapter's own forward, and with perfect rounding."""
 
     samples: int
     error: float = 0.0
@@ -91,30 +93,31 @@ def compare_all(
     written = replace(written, shape=item.source.shape)  # as it is computed: experts one below the other
     samples = samples if item.changed and len(item.shape) > 1 else 0
     expected = Expected(item, reader, device)
-    found = Parity(item, outputs=Outputs(samples))
+    parity = Parity(item, outputs=Outputs(samples))
     x = _inputs(item, samples).to(device)
     differing: list[Sequence[int]] = []
     for rows in chunks(item):
         block, raw = expected.block(rows), read_rows(reader, written, rows).to(device)
         off = count_off(block.x, raw, item.dtype)
-        found.elements += raw.numel()
+        parity.elements += raw.numel()
         if off:
             differing.append(rows)
-            found.off += off
+            parity.off += off
         if samples:
             got = raw.double()
             rounded = nearest(block.x, item.dtype) if off else got
-            _add_outputs(found.outputs, expected, rows, block, got, rounded, x)
-    found.outputs.finish()
-    once = rounded_once(found.off, found.elements)
+            forward = partial(expected.forward, rows, block)
+            _add_outputs(parity, rows, (got, rounded), x, forward)
+    parity.outputs.finish()
+    once = rounded_once(parity.off, parity.elements)
     for suspicious in differing:
         got = read_rows(reader, written, suspicious).to(device).double()
         wrong, ulp = distance(got, expected, suspicious, rounded_once=once)
-        found.wrong += int(wrong.sum())
-        found.max_ulp = max(found.max_ulp, ulp)
-        if len(found.suspects) < SUSPECTS:
-            found.suspects += [suspicious[k] for k in wrong.any(dim=1).nonzero().flatten().tolist()]
-    return found
+        parity.wrong += int(wrong.sum())
+        parity.max_ulp = max(parity.max_ulp, ulp)
+        if len(parity.suspects) < SUSPECTS:
+            parity.suspects += [suspicious[k] for k in wrong.any(dim=1).nonzero().flatten().tolist()]
+    return parity
 
 
 def chunks(item: Item) -> Iterator[range]:
@@ -128,7 +131,7 @@ def chunks(item: Item) -> Iterator[range]:
 
 
 def _inputs(item: Item, samples: int) -> Tensor:
-    """Return random inputs of a layer, (in, samples), with one row for each row of a weight stored as (in, out)."""
+    """Return random inputs of a layer, (in, samples), enough for a weight stored as (in, out), too."""
     generator = torch.Generator().manual_seed(0)
     size = max(item.source.matrix) if samples else 0
     return torch.randn(size, samples, generator=generator, dtype=torch.float64)
@@ -137,8 +140,8 @@ def _inputs(item: Item, samples: int) -> Tensor:
 def count_off(x: Tensor, got: Tensor, dtype: str) -> int:
     """Count the elements that are not x rounded once.
 
-    torch rounds float64 to half precision in two steps, which is fast and nearly always right. The few elements whose
-    first step lands on a tie of the second step are compared again.
+    torch rounds float64 to half precision in two steps, which is fast and nearly always right. The few
+    elements whose first step lands on a tie of the second step are compared again.
     """
     if dtype not in ("BF16", "F32"):
         return int((got.double() != nearest(x, dtype)).sum())
@@ -152,21 +155,20 @@ def count_off(x: Tensor, got: Tensor, dtype: str) -> int:
 
 
 def _add_outputs(
-    outputs: Outputs,
-    expected: Expected,
+    parity: Parity,
     rows: Sequence[int],
-    block: Block,
-    got: Tensor,
-    rounded: Tensor,
+    weights: tuple[Tensor, Tensor],
     x: Tensor,
+    forward: Callable[..., Tensor],
 ) -> None:
-    item = expected.item
+    """Add the outputs of some rows for inputs x; `weights` are these rows as stored, and rounded perfectly."""
+    item, outputs = parity.item, parity.outputs
     if any(edit.transposed for edit in item.edits):
         height = item.source.matrix[0] // item.experts
         if rows[0] % height == 0:
             outputs.finish()
         inside = [row % height for row in rows]
-        outputs.columns(got, rounded, expected.forward(rows, block, x[inside], by_columns=True), x[inside])
+        outputs.columns(*weights, forward(x[inside], by_columns=True), x[inside])
     else:
-        x = x[: got.shape[1]]
-        outputs.rows(got, rounded, expected.forward(rows, block, x, by_columns=False), x)
+        x = x[: weights[0].shape[1]]
+        outputs.rows(*weights, forward(x, by_columns=False), x)

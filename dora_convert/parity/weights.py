@@ -66,7 +66,7 @@ def verify_weights(
 def _compare(
     pairing: Pairing, settings: Settings, samples: int, reader: Reader
 ) -> tuple[list[tuple[Parity, StoredTensor]], set[str]]:
-    """Compare every tensor that an adapter changes; return also the names of the other tensors that are right."""
+    """Compare every tensor; return the results of changed ones, and the names of right unchanged ones."""
     done, total = [0], sum(written.nbytes for _, written in pairing.pairs)
     spec = choose(settings.device, "float64")
     settings.notify(f"device: {spec}")
@@ -118,7 +118,7 @@ def _of_modules(modules: Iterable[CheckedModule]) -> Iterator[str]:
 
 
 def _of_base(plan: Plan, untouched: int, differing: list[str], modules: list[CheckedModule]) -> Iterator[str]:
-    """Yield a problem if most untouched tensors differ from the base's, and one for a cause that modules share."""
+    """Yield a problem for another base, and one for a cause that several modules share."""
     unexplained = [module for module in modules if module.wrong_elements and not module.cause]
     if len(differing) * 2 > untouched and len(unexplained) * 2 > len(modules):
         yield f"another base: most tensors that no adapter touches are not those of {plan.base.source.name}"

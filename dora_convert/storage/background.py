@@ -25,7 +25,8 @@ class Background(Generic[Task]):
     ) -> None:
         """`work` gets one task at a time; with `gather`, all tasks that came within so many seconds.
 
-        `claim` is called with `changed` held before a task is taken. The task waits until `claim` returns True.
+        `claim` is called with `changed` held before a task is taken. The task waits until `claim` returns
+        True.
         """
         self.changed = threading.Condition()
         self.closed = False

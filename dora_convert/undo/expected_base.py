@@ -35,7 +35,7 @@ def replaced_rows(item: Item, reader: Reader) -> dict[int, tuple[StoredTensor, i
 
     The undo record holds the rows that differ from the adapter's; the adapter holds the other rows.
     """
-    found = {row: (rows.value, k) for rows in item.rows for k, row in enumerate(rows.index)}
+    replaced = {row: (rows.value, k) for rows in item.rows for k, row in enumerate(rows.index)}
     if item.undo and item.undo.kept:
         values, index = item.undo.kept
         data = bytearray(index.nbytes)
@@ -45,8 +45,8 @@ def replaced_rows(item: Item, reader: Reader) -> dict[int, tuple[StoredTensor, i
         complete = last - first <= len(numbers) and {*range(first, last)} <= {*numbers}
         if not complete or not all(0 <= number < max(first, last) for number in numbers):
             raise MalformedError(f"{index.path}: {index.name} names other rows than were kept.")
-        found |= {row: (values, k) for k, row in enumerate(numbers)}
-    return found
+        replaced |= {row: (values, k) for k, row in enumerate(numbers)}
+    return replaced
 
 
 class ExpectedBase(Expected):
@@ -83,7 +83,7 @@ class ExpectedBase(Expected):
         return block.x, block.W
 
     def bound(self, rows: Sequence[int], x: Tensor, *, rounded_once: bool) -> Tensor:  # noqa: ARG002 - always is
-        """Return the largest distance from x that an honest result may have: one rounding, through the inverse."""
+        """Return the largest honest distance from x: one rounding, through the inverse."""
         merged, share = self.before(rows), self._share(rows)
         slack: Tensor = (x.shape[1] ** 0.5 + 6) * EPSILON * (x.abs() + (merged / share).abs())
         for edit, part in zip(self.item.edits, self._parts(merged, rows), strict=True):

@@ -1,8 +1,9 @@
 """Predict the base from a merged tensor: the inverse equations, for any block of rows.
 
-If residuals are kept, a merge and its unmerge must predict the same bits, on any device, with any number of threads,
-in blocks of any height. So factors are rounded to fixed point, which makes their products exact in any order. The
-other operations are elementwise, in float64. The residuals hold the error of the coarse factors.
+If residuals are kept, a merge and its unmerge must predict the same bits, on any device, with any number of
+threads, in blocks of any height. So factors are rounded to fixed point, which makes their products exact in
+any order. The other operations are elementwise, in float64. The residuals hold the error of the coarse
+factors.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class Inverse:
         self._taken = HeldFactors(*taken) if taken else None
 
     def predict_(self, x: Tensor, start: int, stop: int, norms: Sequence[Tensor | None]) -> Tensor:
-        """Compute W from W' for a block of rows, in place; `norms` are those of these rows, or of all columns."""
+        """Compute W from W' in place; `norms` are those of the block's rows, or of all columns."""
         g, factors = self._coefficients(norms, start, stop)
         if g is not None:
             x.mul_(g)
@@ -97,7 +98,7 @@ class Inverse:
         return self._product(operand.factors, start, stop).mul_(c * edit.low.scale)
 
     def _product(self, factors: FactorPair, start: int, stop: int) -> Tensor:
-        """Compute a block of BA in memory that the next block reuses: the C library would keep it in pieces."""
+        """Compute a block of BA in memory that the next block reuses: malloc would keep it in pieces."""
         left, right = factors.left(start, stop), factors.right(start)
         out = self._buffers.scratch("product", (len(left), right.shape[1]), left.dtype)
         return torch.mm(left, right, out=out)

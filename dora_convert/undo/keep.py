@@ -53,7 +53,7 @@ class UndoKeeper:
         self._rows.add(range(start, stop), bytes(base))
 
     def _keep_rows(self, start: int, base: Tensor, new: Tensor) -> None:
-        """Keep the base's rows that a replacement changes, or may change: float32 does not hold all of a float64."""
+        """Keep the base's rows that a replacement changes; float32 cannot tell for a float64."""
         item, differ = self._item, maths.ordinals(base) != maths.ordinals(new)
         stored = (item.source.dtype, *(rows.value.dtype for rows in item.rows))
         if self._buffers.spec.compute == torch.float32 and "F64" in stored:
@@ -72,16 +72,16 @@ class UndoKeeper:
         item = self._item
         if not item.base:
             return ()
-        found = self._rows.parts(item.origin, item.base.dtype, item.base.matrix[1])
+        parts = self._rows.parts(item.origin, item.base.dtype, item.base.matrix[1])
         if item.source is not item.base:
-            return tuple(found)
+            return tuple(parts)
         for number, operand in enumerate(self._operands):
             if operand.m is not None:
                 n = torch.cat(operand.n).to("cpu", torch.float32)
-                found.append(self._part(f"norm/{number}", n))
+                parts.append(self._part(f"norm/{number}", n))
         for side, factor in zip(("left", "right"), self._taken or (), strict=False):
-            found.append(self._part(f"start/{side}", factor.to("cpu", torch.float32).contiguous()))
-        return (*found, *(self._loss.parts() if self._loss else ()))
+            parts.append(self._part(f"start/{side}", factor.to("cpu", torch.float32).contiguous()))
+        return (*parts, *(self._loss.parts() if self._loss else ()))
 
     def _part(self, kind: str, tensor: Tensor) -> SpooledTensor:
         name = f"{kind}/{self._item.origin}"

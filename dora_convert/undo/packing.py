@@ -1,9 +1,9 @@
 """Pack integers that are mostly zero into few bytes: the rounding loss, counted in ulps.
 
-Each block is packed by itself. A sparse block holds the gaps between its non-zeros, then the non-zeros byte plane by
-byte plane. A dense block holds all of its integers. Each stream is one zstd frame: the entropy coder comes close to
-the information in the numbers. The head of a block holds its length, the count of integers, the count of kept
-integers, and the lengths of the frames.
+Each block is packed by itself. A sparse block holds the gaps between its non-zeros, then the non-zeros byte
+plane by byte plane. A dense block holds all of its integers. Each stream is one zstd frame: the entropy coder
+comes close to the information in the numbers. The head of a block holds its length, the count of integers,
+the count of kept integers, and the lengths of the frames.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ALL = 0xFFFFFFFF
 """The count of kept integers in the head of a dense block."""
 LONGEST = 255
 MOST = 1 << 22
-"""The most integers that a block is read with, unless its least rows hold more: eight times what `pack` is given."""
+"""The most integers of a block, unless its least rows hold more: eight times those of a packed block."""
 
 
 def pack(values: Tensor) -> bytes:
@@ -46,7 +46,7 @@ def pack(values: Tensor) -> bytes:
 
 
 def unpack(body: memoryview, dtype: torch.dtype) -> Tensor:
-    """Return the integers of one packed block, without its length; raise ValueError if the block is malformed."""
+    """Return the integers of one packed block, without its length; ValueError for a malformed block."""
     count, kept, number = struct.unpack_from("<IIB", body)
     lengths = struct.unpack_from(f"<{number}I", body, 9)
     held = count if kept == ALL else kept
@@ -67,7 +67,7 @@ def unpack(body: memoryview, dtype: torch.dtype) -> Tensor:
 
 
 def _decompress(frame: memoryview, least: int, most: int) -> Tensor:
-    """Return the bytes of one frame; raise ValueError unless the frame declares from `least` to `most` bytes."""
+    """Return the bytes of one frame; ValueError unless it declares from `least` to `most` bytes."""
     size = zstandard.frame_content_size(frame)
     if not least <= size <= most:
         raise ValueError(f"a frame of {size} bytes for {least} integers")
@@ -79,7 +79,7 @@ class Unpacker:
     """Reads the packed integers of a stored tensor in order, however the blocks were cut."""
 
     def __init__(self, stored: StoredTensor, reader: Reader, dtype: torch.dtype, columns: int = 1) -> None:
-        """Begin with the first integer; `columns` is the row length of the tensor that the integers belong to."""
+        """Begin with the first integer; `columns` is the row length of the tensor behind the integers."""
         self._stored, self._reader, self._position = stored, reader, 0
         self._most = max(MOST, ROWS_MULTIPLE * columns)
         self._dtype, self._rest = dtype, torch.empty(0, dtype=dtype)

@@ -41,8 +41,8 @@ def restore(
 
     `hub` downloads the inputs; `later` makes further side files from the results.
 
-    Raises RefError if MERGED is not as a merge wrote it, VerificationError if a tensor differs from the base's though
-    the record is exact, and every error of a merge. OUT does not exist then.
+    Raises RefError if MERGED is not as a merge wrote it, VerificationError if a tensor differs from the
+    base's though the record is exact, and every error of a merge. OUT does not exist then.
     """
     plan = reversal.plan
     spec = choose_compute(plan.memory, settings)
@@ -72,7 +72,7 @@ def restore(
         for file in (*files, *later(finished.progress.done)):
             output.put(file.name, file.source)
         report = UnmergeReport.undone(
-            plan, settings, output.given, spec, verdict, modules,
+            plan, settings, out=output.given, spec=spec, verdict=verdict, modules=modules,
             base=reversal.record.receipt.base.title, undo=reversal.record.options.undo,
             written=finished.written, resumed=bool(unfinished and unfinished.lines),
         )  # fmt: skip
@@ -119,7 +119,7 @@ def _refuse_changed(names: Sequence[str], reversal: UnmergePlan) -> None:
 def _prove_or_discard(
     reversal: UnmergePlan, done: Mapping[str, TensorResult], copied: Proofs, output: Output
 ) -> list[Recovered]:
-    """Compare all hashes with the receipt's; discard the output if one differs, as a resumed run would fail again."""
+    """Compare all hashes with the receipt's; discard the output, which cannot be resumed, if one differs."""
     try:
         _refuse_changed(_altered(reversal, done), reversal)
         return _prove(reversal, done, copied)
@@ -136,7 +136,7 @@ def _prove(reversal: UnmergePlan, done: Mapping[str, TensorResult], copied: Proo
     modules = list(_recovered(reversal, done, copied))
     if wrong := [module.name for module in modules if not module.bit_exact and _promised(reversal, module)]:
         raise VerificationError(
-            f"{len(wrong)} tensors differ from the base's, though the record should restore them bit for bit.",
+            f"{len(wrong)} tensors differ from the base's, though the record should be exact.",
             faults=[Fault(name, "has another sha256") for name in wrong],
             hint="the undo record or the disk may be damaged",
         )

@@ -1,7 +1,7 @@
 """Plan an unmerge: decide for every tensor of the base which tensors of MERGED and of the record restore it.
 
-Plans the merge again from the base's headers, which the receipt holds. Then plans each tensor of the base from the
-output tensor that holds it. Reads headers only.
+Plans the merge again from the base's headers, which the receipt holds. Then plans each tensor of the base
+from the output tensor that holds it. Reads headers only.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ def plan_unmerge(
 ) -> UnmergePlan:
     """Decide every tensor of the base, from all adapters of a merge in their order.
 
-    `original` is the base itself, for tensors that no record holds. `options` are those of the unmerge: compute dtype
-    and shard size. Raises RefError if MERGED has other tensors than the merge wrote, UnsupportedError if a tensor
-    cannot be recovered, and every error of `make_plan`.
+    `original` is the base itself, for tensors that no record holds. `options` are those of the unmerge:
+    compute dtype and shard size. Raises RefError if MERGED has other tensors than the merge wrote,
+    UnsupportedError if a tensor cannot be recovered, and every error of `make_plan`.
     """
     if missing := [name for name in record.receipt.tensors if name not in merged.tensors]:
         raise not_as_written(merged, [Fault(name, "is missing") for name in missing])
@@ -76,7 +76,7 @@ def plan_unmerge(
     }
     if faults := [fault for fault in ways.values() if isinstance(fault, Fault)]:
         raise UnsupportedError(
-            f"{len(faults)} tensors of the base cannot be told from {merged.source.name} and the adapter alone.",
+            f"{merged.source.name} and the adapter alone cannot restore {len(faults)} tensors of the base.",
             faults=faults,
             hint=WAYS_OUT,
         )

@@ -51,13 +51,14 @@ def run_merge(
 ) -> MergeReport:
     """Run a merge's plan, and publish the result if `examine` finds no difference; with `hub`, push it, too.
 
-    Raises UsageError for an unusable device or memory budget, NumericalError for NaN, Inf and overflow, OutputError
-    for a disk that cannot hold the result, VerificationError if a check fails. OUT does not exist then.
+    Raises UsageError for an unusable device or memory budget, NumericalError for NaN, Inf and overflow,
+    OutputError for a disk that cannot hold the result, VerificationError if a check fails. OUT does not exist
+    then.
     """
     spec = choose_compute(plan.memory, settings)
     hashes = [scan_adapter(adapter) for adapter in plan.adapters]
     files = side_files(plan)
-    merge = _Merge(plan, output, settings, spec, hashes, hub)
+    merge = _Merge(plan, output, settings, spec=spec, hashes=hashes, hub=hub)
     merge.look_at_base()
     needed = hub.most(plan) if hub else output.bytes_needed(plan)
     output.check_space(needed + 2 * plan.undo_bytes + sum(file.nbytes for file in files))
@@ -86,7 +87,7 @@ class _Merge:
     looked: bool = False
 
     def look_at_base(self) -> None:
-        """Warn once if the base does not look like the adapter's, as soon as its weights are on this machine."""
+        """Warn once of a base that does not look like the adapter's, as soon as its weights are local."""
         if self.plan.base.is_here and not self.looked:
             self.looked = True
             if doubt := doubt_base(self.plan):
@@ -148,9 +149,9 @@ class _Merge:
         report = MergeReport.of(
             self.plan,
             self.settings,
-            away or output.given,
-            self.spec,
-            verdict,
+            out=away or output.given,
+            spec=self.spec,
+            verdict=verdict,
             pushed=pushed,
             written=done.written,
             resumed=bool(unfinished and unfinished.lines),
@@ -174,21 +175,21 @@ def _observe(plan: Plan) -> Observe | None:
 
 
 def _hashed(plan: Plan, output: Output) -> set[str]:
-    """Return the copied tensors whose hashes an exact record holds; none in place, as copies are not touched."""
+    """Return the copied tensors whose hashes an exact record holds; none in place."""
     wanted = plan.options.exact and not output.in_place
     return {item.name for item in plan.items if wanted and item.verbatim}
 
 
 def _examine(output: Output, examine: Examine) -> OutputsReport:
     """Compare the model's outputs; a difference raises VerificationError and leaves OUT.partial as it is."""
-    found = examine(open_checkpoint(local_source(output.partial)))
-    if found.verdict != "agree":
+    report = examine(open_checkpoint(local_source(output.partial)))
+    if report.verdict != "agree":
         raise VerificationError(
             "The merged model's outputs are not those of base and adapter.",
-            faults=[Fault("outputs", problem) for problem in found.problems],
+            faults=[Fault("outputs", problem) for problem in report.problems],
             hint=f"the result stays in {output.partial}; rerun the same command to compare it again",
         )
-    return found
+    return report
 
 
 def _is_unchanged(plan: Plan, done: Mapping[str, TensorResult]) -> bool:
