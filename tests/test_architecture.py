@@ -141,7 +141,7 @@ def test_who_may_know_what(name):
     """The table of docs/design.md."""
     assert {room(found) for found in ours(name) - {"__init__"}} & NEVER.get(room(name), set()) - {""} == set()
     if room(name) == "parity":
-        assert ours(name) & ARITHMETIC - {"engine/executor"} == set()
+        assert ours(name) & ARITHMETIC == set()
 
 
 def test_formats_do_not_know_each_other():

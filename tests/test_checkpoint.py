@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 import dora_convert
 from dora_convert.errors import DoraConvertError, MalformedError, RefError, UnsupportedError
-from dora_convert.storage.checkpoint import is_side_file, is_weight_file, open_checkpoint
+from dora_convert.storage.checkpoint import open_checkpoint
+from dora_convert.storage.filenames import is_side_file, is_weight_file
 from dora_convert.storage.refs import local_source
 
 from .toy import edit_json, make_base, write_json, write_shards

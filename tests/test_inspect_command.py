@@ -103,7 +103,7 @@ def test_errors(run, tmp_path, base, adapter):
         ([many], "these folders inside it do: style"),
         ([torn], "truncated or has trailing bytes"),
         ([tmp_path / "torn"], "truncated or has trailing bytes"),
-        ([bad], "lora_alpha must be"),
+        ([bad], "lora_alpha: expected"),
         ([tmp_path / "none"], "does not exist"),
         ([adapter / "notes.txt"], "no weight file that is read"),
         ([adapter, "--base", tmp_path / "empty"], "holds no safetensors weights"),

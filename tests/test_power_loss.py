@@ -353,7 +353,7 @@ def test_disk_full(recording, shim, pair, tmp_path, share):
     assert "this is a bug" not in done.stderr
     assert not (root / "out").exists()
     kept = (root / "out.partial").exists()
-    assert kept == ("the same command continues" in (error["hint"] or ""))
+    assert kept == ("the same command to resume" in (error["hint"] or ""))
     report = dora_convert.merge(*pair[:2], root / "out")
     assert report.resumed == (share > 0.4)
     assert contents(root / "out") == pair[2]

@@ -146,10 +146,10 @@ def test_a_torn_journal_line_does_not_count(tmp_path, base, adapter):
         out = tmp_path / f"out{number}"
         interrupted(base, adapter, out, after=4)
         path = out.with_name(out.name + ".partial") / "dora_convert/journal.jsonl"
-        entered = len(read_journal(path).records)
+        entered = len(read_journal(path).lines)
         with path.open("ab") as file:
             file.write(tail)
-        assert len(read_journal(path).records) == entered
+        assert len(read_journal(path).lines) == entered
         assert dora_convert.merge(base.path, adapter, out).verified == whole.verified
         assert contents(out) == contents(tmp_path / "whole")
 
@@ -236,7 +236,7 @@ def test_disk_full(tmp_path, base, adapter, monkeypatch):
     monkeypatch.setattr(writer.ShardFiles, "write", full)
     with pytest.raises(OutputError, match="No space left on device") as caught:
         dora_convert.merge(base.path, adapter, tmp_path / "out")
-    assert "the same command continues it" in caught.value.hint
+    assert "rerun the same command to resume" in caught.value.hint
     monkeypatch.undo()
     monkeypatch.setattr(writer, "_allocate", full)
     with pytest.raises(OutputError, match="No space left on device"):

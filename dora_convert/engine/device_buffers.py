@@ -1,4 +1,4 @@
-"""One worker's way from file to device and back: reused buffers, and one stream where there is a GPU."""
+"""Move blocks of stored tensors from file to device and back, through one worker's reused buffers."""
 
 from __future__ import annotations
 
@@ -13,19 +13,18 @@ from torch import Tensor
 from ..maths import lora as maths
 from ..storage.reader import Reader
 from ..storage.safetensors import StoredTensor
-from . import memory
-from .memory import as_bytes
+from .host_memory import as_bytes, empty
 from .precision import TORCH, ComputeSpec
 
 FACTOR_ELEMENTS = 1 << 18
 
 
 class DeviceBuffers:
-    """Reads rows of stored tensors as matrices on the device, and brings results back as bytes.
+    """One worker's memory: reads rows of stored tensors as matrices on the device, and brings results back.
 
-    On a GPU the host buffers are pinned and everything runs on the lane's own stream, so that one lane's transfers
-    overlap another's arithmetic. Two calls of `rows` share a buffer: the first result's bytes are gone after the
-    second, its matrix is too on the CPU.
+    On a GPU the host buffers are pinned, and each worker has a stream, so that one worker's transfers overlap
+    another's arithmetic. Two calls with the same buffer name share memory: the second call overwrites the
+    first result.
     """
 
     def __init__(self, spec: ComputeSpec, reader: Reader, stream: Any = None) -> None:
@@ -39,7 +38,7 @@ class DeviceBuffers:
         self._exact: DeviceBuffers | None = None
 
     def exact(self) -> DeviceBuffers:
-        """Another lane beside this one, on the same stream: in float64, and on the host where the device has none."""
+        """Return buffers in float64 on the same stream; on the host if the device has no float64."""
         if self._exact is None:
             mps = self.spec.device.type == "mps"
             device = torch.device("cpu") if mps else self.spec.device
@@ -49,23 +48,23 @@ class DeviceBuffers:
         return self._exact
 
     def working(self) -> AbstractContextManager[object]:
-        """The context in which this lane's tensors may be used."""
+        """Return the context in which the tensors of these buffers may be used."""
         return torch.cuda.stream(self._stream) if self._stream else nullcontext()
 
     def raw(self, stored: StoredTensor, start: int, stop: int, buffer: str = "in") -> Tensor:
-        """Rows of a stored tensor as they are on disk: (rows, columns), in host memory."""
+        """Read rows of a stored tensor into host memory as they are on disk: (rows, columns)."""
         columns = stored.matrix[1]
         host = self.scratch(buffer, (stop - start, columns), TORCH[stored.dtype], on_host=True)
         self.reader.read(stored.path, stored.start + start * columns * stored.itemsize, as_bytes(host))
         return host
 
     def lift(self, raw: Tensor) -> Tensor:
-        """Raw rows in the compute dtype, on the device."""
+        """Copy raw rows to the device, in the compute dtype."""
         on_device = raw.to(self.spec.device, non_blocking=self._cuda)
         return self.scratch("work", raw.shape, self.spec.compute).copy_(on_device)
 
     def land(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """A result rounded to a dtype, in host memory; the device has finished with all buffers when this returns."""
+        """Round a result to a dtype and copy it to host memory; all buffers of the device are free then."""
         single = self.scratch("single", x.shape, torch.float32)
         rounded = maths.round_to(x, self.scratch("rounded", x.shape, dtype), single)
         if self.spec.device.type == "cpu":
@@ -76,7 +75,7 @@ class DeviceBuffers:
         return host
 
     def whole(self, stored: StoredTensor) -> Tensor:
-        """A stored tensor as a matrix in the compute dtype, on the device, in memory of its own."""
+        """Read a whole stored tensor to the device, in the compute dtype and in memory of its own."""
         rows, columns = stored.matrix
         matrix = self._empty((rows, columns), self.spec.compute, self.spec.device)
         height = max(1, FACTOR_ELEMENTS // max(1, columns))
@@ -86,22 +85,22 @@ class DeviceBuffers:
         return matrix
 
     def stored(self, stored: StoredTensor) -> Tensor:
-        """A stored tensor as a matrix in its own dtype, in host memory of its own."""
+        """Read a whole stored tensor into host memory of its own, in the stored dtype."""
         rows, columns = stored.matrix
-        host = memory.empty((rows, columns), TORCH[stored.dtype])
+        host = empty((rows, columns), TORCH[stored.dtype])
         self.reader.read(stored.path, stored.start, as_bytes(host))
         return host
 
     def computed(self, host: Tensor) -> Tensor:
-        """A copy of a host tensor in the compute dtype, on the device."""
+        """Copy a host tensor to the device, in the compute dtype."""
         return host.to(self.spec.device).to(self.spec.compute, copy=True)
 
     def rows(self, stored: StoredTensor, start: int, stop: int) -> Tensor:
-        """Some rows of a small stored tensor."""
+        """Read some rows of a small stored tensor to the device."""
         return self.computed(self.raw(stored, start, stop, "factor"))
 
     def columns(self, stored: StoredTensor, start: int, stop: int) -> Tensor:
-        """Some columns of a small stored tensor."""
+        """Read some columns of a small stored tensor to the device."""
         rows, columns = stored.matrix
         host = self.scratch("factor", (rows, stop - start), TORCH[stored.dtype], on_host=True)
         for row in range(rows):
@@ -110,7 +109,7 @@ class DeviceBuffers:
         return self.computed(host)
 
     def release(self) -> None:
-        """Give the memory of buffers back, where another lane may need it."""
+        """Free all buffers, for another worker that may need the memory."""
         self._buffers.clear()
         if self._exact:
             self._exact.release()
@@ -118,7 +117,7 @@ class DeviceBuffers:
     def scratch(
         self, name: str, shape: Sequence[int], dtype: torch.dtype, *, on_host: bool = False
     ) -> Tensor:
-        """Memory that the next call of the same name uses again: fresh pages cost more than the arithmetic."""
+        """Return memory that the next call of the name reuses: fresh pages cost more than arithmetic."""
         nbytes = math.prod(shape) * dtype.itemsize
         buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() < nbytes:
@@ -128,7 +127,7 @@ class DeviceBuffers:
         return buffer[:nbytes].view(dtype).view(tuple(shape))
 
     def _empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """An uninitialised tensor; on the host of a GPU it is pinned."""
+        """Return an uninitialised tensor; pinned on the host of a GPU."""
         if device.type == "cpu" and not self._cuda:
-            return memory.empty(shape, dtype)
+            return empty(shape, dtype)
         return torch.empty(tuple(shape), dtype=dtype, device=device, pin_memory=device.type == "cpu")

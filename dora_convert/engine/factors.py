@@ -1,4 +1,4 @@
-"""An edit with its tensors at hand: what it does to a block of rows, the way round that the weight is stored."""
+"""Load the tensors of an edit, and apply the edit to any block of rows of the stored weight."""
 
 from __future__ import annotations
 
@@ -13,63 +13,59 @@ from ..plan.item import Edit
 from .device_buffers import DeviceBuffers
 
 
-class Factors(Protocol):
-    """V = W + s·left·right, for any block of rows of the stored weight."""
+class FactorPair(Protocol):
+    """The factors of V = W + s·left·right, for any block of rows of the stored weight."""
 
     def left(self, start: int, stop: int) -> Tensor:
-        """The factor that has the weight's rows: some of them, (rows, r)."""
+        """Return rows of the factor that has the weight's rows: (stop − start, r)."""
 
     def right(self, start: int) -> Tensor:
-        """The factor that has the weight's columns, (r, columns), for a block that begins at a row."""
+        """Return the factor with the weight's columns, (r, columns), for a block that begins at `start`."""
 
 
-class Grid(NamedTuple):
-    """Fixed point for factors: the product of any of their blocks is exact."""
+class FixedPoint(NamedTuple):
+    """Fixed-point units for two factors, so coarse that the product of any of their blocks is exact."""
 
     left: float
     """The largest magnitude in the left factor."""
     right: float
+    """The largest magnitude in the right factor."""
     rank: int
 
     def left_(self, x: Tensor) -> Tensor:
-        """Some of the left factor, in place."""
+        """Round part of the left factor, in place."""
         return maths.to_fixed_(x, self.left, self.rank)
 
     def right_(self, x: Tensor) -> Tensor:
-        """Some of the right factor, in place."""
+        """Round part of the right factor, in place."""
         return maths.to_fixed_(x, self.right, self.rank)
 
 
-class Streamed:
+class StreamedFactors:
     """Factors of one weight: the right one is held, the left one is read with each block."""
 
     def __init__(
-        self, low: LowRank, buffers: DeviceBuffers, *, transposed: bool, grid: Grid | None = None
+        self, low: LowRank, buffers: DeviceBuffers, *, transposed: bool, fixed: FixedPoint | None = None
     ) -> None:
-        self._low, self._buffers, self._transposed, self._grid = low, buffers, transposed, grid
-        A_blocks, B_blocks = low.blocks
-        whole = low.B if transposed else low.A
-        right = maths.block_diagonal(buffers.whole(whole), B_blocks if transposed else A_blocks, 0)
+        self._low, self._buffers, self._transposed, self._fixed = low, buffers, transposed, fixed
+        held, blocks = (low.B, low.blocks[1]) if transposed else (low.A, low.blocks[0])
+        right = maths.block_diagonal(buffers.whole(held), blocks, 0)
         if low.d:  # diag(d) may stand on either side of the product
-            right = (
-                right * buffers.whole(low.d).view(1, -1)
-                if transposed
-                else right * buffers.whole(low.d).view(-1, 1)
-            )
+            right = right * buffers.whole(low.d).view((1, -1) if transposed else (-1, 1))
         self._right = right.T if transposed else right
-        if grid:
-            grid.right_(self._right)
+        if fixed:
+            fixed.right_(self._right)
 
-    def right(self, start: int) -> Tensor:  # noqa: ARG002 - one for all rows
-        """(r, columns)."""
+    def right(self, start: int) -> Tensor:  # noqa: ARG002 - the same for all rows
+        """Return the right factor: (r, columns)."""
         return self._right
 
     def left(self, start: int, stop: int) -> Tensor:
-        """(stop − start, r)."""
-        part = self._part(start, stop)
-        return self._grid.left_(part) if self._grid else part
+        """Read rows of the left factor: (stop − start, r)."""
+        part = self._read_left(start, stop)
+        return self._fixed.left_(part) if self._fixed else part
 
-    def _part(self, start: int, stop: int) -> Tensor:
+    def _read_left(self, start: int, stop: int) -> Tensor:
         low = self._low
         if self._transposed:
             if low.blocks[0] > 1:
@@ -79,13 +75,13 @@ class Streamed:
         return maths.block_diagonal(part, low.blocks[1], start, low.outputs)
 
 
-class Stacked:
-    """Factors of experts that lie one below the other: both are held as stored, and an expert's cut out of them."""
+class ExpertFactors:
+    """Factors of experts that lie one below the other: held as stored, and cut expert by expert."""
 
     def __init__(
-        self, low: LowRank, buffers: DeviceBuffers, *, transposed: bool, grid: Grid | None = None
+        self, low: LowRank, buffers: DeviceBuffers, *, transposed: bool, fixed: FixedPoint | None = None
     ) -> None:
-        self._low, self._buffers, self._transposed, self._grid = low, buffers, transposed, grid
+        self._buffers, self._transposed, self._fixed = buffers, transposed, fixed
         self._height = low.inputs[0] if transposed else low.outputs
         self._A = buffers.stored(low.A).view(low.experts, low.rank, -1)  # one expert after another
         self._B = buffers.stored(low.B).view(low.outputs, low.rank, low.experts)  # the expert varies fastest
@@ -93,25 +89,25 @@ class Stacked:
         self._pair = (self._A, self._B)
 
     def _of(self, start: int) -> tuple[Tensor, Tensor]:
-        """A (r, in) and B (out, r) of the expert that a row belongs to."""
+        """Return A (r, in) and B (out, r) of the expert that a row belongs to."""
         if self._expert != (expert := start // self._height):
             self._expert = expert
             A, B = self._pair = (
                 self._buffers.computed(self._A[expert]),
                 self._buffers.computed(self._B[:, :, expert]),
             )
-            if self._grid:
-                self._grid.left_(A if self._transposed else B)
-                self._grid.right_(B if self._transposed else A)
+            if self._fixed:
+                self._fixed.left_(A if self._transposed else B)
+                self._fixed.right_(B if self._transposed else A)
         return self._pair
 
     def right(self, start: int) -> Tensor:
-        """(r, columns)."""
+        """Return the right factor of the expert at `start`: (r, columns)."""
         A, B = self._of(start)
         return B.T if self._transposed else A
 
     def left(self, start: int, stop: int) -> Tensor:
-        """(stop − start, r)."""
+        """Return rows of the left factor of the expert at `start`: (stop − start, r)."""
         A, B = self._of(start)
         first = start % self._height
         return (A.T if self._transposed else B)[first : first + stop - start]
@@ -119,33 +115,34 @@ class Stacked:
 
 @dataclass
 class LoadedEdit:
-    """One edit, ready for any block of the stored weight."""
+    """One edit with its tensors, ready for any block of the stored weight."""
 
     edit: Edit
-    factors: Factors | None = None
+    factors: FactorPair | None = None
     shift: Tensor | None = None
-    """What is added to a bias, (1, n)."""
+    """The addend of a bias, (1, n)."""
     m: Tensor | None = None
+    """The magnitudes of a DoRA."""
     n: list[Tensor] = field(default_factory=list)
-    """Norms: one tensor per block, or one for all blocks where they run along the columns."""
+    """The norms of a DoRA: one tensor per block, or one for all blocks if they run along the columns."""
 
     @classmethod
-    def load(cls, edit: Edit, buffers: DeviceBuffers, grid: Grid | None = None) -> LoadedEdit:
-        """Read what is needed for every block, in fixed point with a grid."""
+    def load(cls, edit: Edit, buffers: DeviceBuffers, fixed: FixedPoint | None = None) -> LoadedEdit:
+        """Read the tensors that every block needs; factors are rounded to `fixed` if given."""
         if isinstance(edit.update, Delta):
             return cls(edit, shift=buffers.whole(edit.update.value))
         low = edit.low
         assert low
-        kind = Stacked if low.experts else Streamed
+        kind = ExpertFactors if low.experts else StreamedFactors
         m = buffers.whole(edit.update.m).flatten() if isinstance(edit.update, Decomposed) else None
-        return cls(edit, kind(low, buffers, transposed=edit.transposed, grid=grid), m=m)
+        return cls(edit, kind(low, buffers, transposed=edit.transposed, fixed=fixed), m=m)
 
     def is_finite(self) -> bool:
-        """Whether the last norm is; dividing by an infinite one hides what overflowed."""
+        """Return True if the last norms are finite: a division by an infinite norm hides an overflow."""
         return not self.n or maths.all_finite(self.n[-1])
 
     def add_(self, W: Tensor, start: int, stop: int, weight: float = 1.0) -> Tensor:
-        """W + w·s·BA, in place; for a bias W + w·s·b."""
+        """Compute W + w·s·BA in place; for a bias W + w·s·b."""
         if self.shift is not None and isinstance(self.edit.update, Delta):
             return W.add_(self.shift, alpha=weight * self.edit.update.scale)
         assert self.factors
@@ -154,7 +151,7 @@ class LoadedEdit:
         return maths.add_low_rank_(W, self.factors.left(start, stop), self.factors.right(start), scale)
 
     def decompose_(self, W: Tensor, start: int, stop: int) -> Tensor:
-        """m·V/‖V‖, in place."""
+        """Compute m·V/‖V‖ in place."""
         assert self.m is not None
         V = self.add_(W, start, stop)
         if self.edit.two_passes:

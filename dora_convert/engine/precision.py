@@ -1,4 +1,4 @@
-"""Where to compute and in what: each choice comes with its reason."""
+"""Choose the device and the dtype of arithmetic, and measure rounding in units in the last place (ulps)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from ..errors import UsageError
 
@@ -17,11 +18,13 @@ TORCH = {
     "BF16": torch.bfloat16,
 }
 """torch's dtypes by their safetensors names, for all dtypes that arithmetic is done on."""
+GRID = {"BF16": (8, -126), "F16": (11, -14), "F32": (24, -126), "F64": (53, -1022)}
+"""Precision in bits and the least exponent of each dtype."""
 
 
 @dataclass(frozen=True)
 class ComputeSpec:
-    """A device, the dtype that arithmetic is done in, and why."""
+    """A device, the dtype of arithmetic, and the reason for the choice."""
 
     device: torch.device
     compute: torch.dtype
@@ -33,13 +36,13 @@ class ComputeSpec:
         return str(self.compute).removeprefix("torch.")
 
     def __str__(self) -> str:
-        return f"{self.device}, {self.compute_name}: {self.reason}"
+        return f"{self.device}, {self.compute_name} ({self.reason})"
 
 
 def choose(device: str = "auto", compute_dtype: str = "auto") -> ComputeSpec:
-    """Settle `--device` and `--compute-dtype`.
+    """Choose the device and the dtype that `--device` and `--compute-dtype` ask for.
 
-    Raises UsageError for a device that is not there: asking for one is never answered with another.
+    Raises UsageError for a device that this machine does not have. No other device is taken instead.
     """
     where, why = _device(device)
     if compute_dtype == "auto":
@@ -53,8 +56,8 @@ def choose(device: str = "auto", compute_dtype: str = "auto") -> ComputeSpec:
 def _device(name: str) -> tuple[torch.device, str]:
     if name == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda", torch.cuda.current_device()), "a CUDA device is there"
-        return torch.device("cpu"), "no CUDA device is there"
+            return torch.device("cuda", torch.cuda.current_device()), "CUDA device found"
+        return torch.device("cpu"), "no CUDA device found"
     if name.startswith("cuda"):
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         index = int(name.partition(":")[2] or 0)
@@ -62,13 +65,13 @@ def _device(name: str) -> tuple[torch.device, str]:
             raise UsageError(f"--device {name}: this machine has {count} usable CUDA devices.")
         return torch.device("cuda", index), "as asked"
     if name == "mps" and not torch.backends.mps.is_available():
-        raise UsageError("--device mps: this machine has none.")
+        raise UsageError("--device mps: this machine has no mps device.")
     return torch.device(name), "as asked"
 
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Products of float32 matrices in float32 while the block runs, and the caller's setting afterwards."""
+    """Multiply float32 matrices in float32 inside the block; restore the caller's setting afterwards."""
     matmul = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -79,9 +82,9 @@ def full_precision() -> Iterator[None]:
 
 @contextmanager
 def exact_arithmetic() -> Iterator[None]:
-    """Full-precision products, one torch thread each, while the block runs, and the caller's thread count afterwards.
+    """Use full precision and one torch thread inside the block; restore the caller's thread count afterwards.
 
-    A product split over threads has other bits.
+    A product that is split over threads has other bits.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -90,3 +93,28 @@ def exact_arithmetic() -> Iterator[None]:
             yield
     finally:
         torch.set_num_threads(threads)
+
+
+def half_ulp(x: Tensor, dtype: str) -> Tensor:
+    """Return half the distance between the neighbours of x in a dtype; x is float64."""
+    precision, least = GRID[dtype]
+    exponent = (x.view(torch.int64) >> 52 & 0x7FF).clamp_(min=least + 1023)  # biased, as float64 stores it
+    return (exponent.sub_(precision) << 52).view(torch.float64)
+
+
+def nearest(x: Tensor, dtype: str) -> Tensor:
+    """Return x rounded to the nearest value of a dtype, ties to even, still in float64.
+
+    Rounds by the definition, with a quotient and an integer: for checks, not for merges.
+    """
+    if dtype == "F64":
+        return x
+    unit = 2 * half_ulp(x, dtype)
+    return torch.round(x / unit).mul_(unit)
+
+
+def ordinal(x: Tensor, dtype: str) -> Tensor:
+    """Return the position of each value among the representable numbers of a dtype."""
+    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[TORCH[dtype].itemsize]
+    bits = x.to(TORCH[dtype]).view(kind).long()
+    return torch.where(bits < 0, -(bits & torch.iinfo(kind).max), bits)

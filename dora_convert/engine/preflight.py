@@ -1,8 +1,7 @@
-"""What is looked at before the first byte is written, beyond headers: the adapter's values, and a glance at the base's."""
+"""Check the adapter's values, and sample the base's, before the first byte is written."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import closing
 
 import torch
@@ -13,8 +12,7 @@ from ..errors import Fault, NumericalError
 from ..maths import lora as maths
 from ..plan.item import Edit
 from ..plan.plan import Plan
-from ..storage.digests import CHUNK_BYTES, xxh3
-from ..storage.reader import Reader
+from ..storage.reader import Reader, xxh3
 from ..storage.safetensors import FLOATS, StoredTensor
 from .device_buffers import DeviceBuffers
 from .precision import TORCH, ComputeSpec
@@ -26,7 +24,7 @@ OTHER_BASE = 0.5
 
 
 def scan_adapter(adapter: Adapter) -> dict[str, str]:
-    """The xxh3-128 of each of an adapter's files, by name.
+    """Return the xxh3-128 of each of an adapter's files, by name.
 
     Raises NumericalError, naming every tensor that holds NaN or Inf.
     """
@@ -42,26 +40,18 @@ def scan_adapter(adapter: Adapter) -> dict[str, str]:
 
 
 def _finite(tensor: StoredTensor, reader: Reader) -> bool:
-    return all(holds_numbers(chunk, tensor.dtype) for chunk in chunks(tensor, reader))
+    return all(holds_numbers(piece, tensor.dtype) for piece in reader.pieces(tensor))
 
 
-def chunks(tensor: StoredTensor, reader: Reader) -> Iterator[bytearray]:
-    """A tensor's bytes, a megabyte at a time."""
-    for start in range(0, tensor.nbytes, CHUNK_BYTES):
-        chunk = bytearray(min(CHUNK_BYTES, tensor.nbytes - start))
-        reader.read(tensor.path, tensor.start + start, memoryview(chunk))
-        yield chunk
-
-
-def holds_numbers(chunk: bytearray, dtype: str) -> bool:
-    """Whether none of some elements is NaN or infinite, as far as the dtype has such."""
-    return dtype not in FLOATS or maths.all_finite(torch.frombuffer(chunk, dtype=TORCH[dtype]))
+def holds_numbers(piece: memoryview, dtype: str) -> bool:
+    """Return True if no element is NaN or infinite, in dtypes that have such values."""
+    return dtype not in FLOATS or maths.all_finite(torch.frombuffer(piece, dtype=TORCH[dtype]))
 
 
 def doubt_base(plan: Plan) -> str | None:
-    """A warning where DoRA magnitudes do not look like norms of this base, from a sample of its rows."""
+    """Return a warning if DoRA magnitudes do not look like norms of this base, from a sample of its rows."""
     with closing(Reader()) as reader:
-        buffers = DeviceBuffers(ComputeSpec(torch.device("cpu"), torch.float64, "a sample"), reader)
+        buffers = DeviceBuffers(ComputeSpec(torch.device("cpu"), torch.float64, "sample"), reader)
         ratios = [
             _deviation(item.source, edit, edit.update, buffers)
             for item in plan.items
@@ -77,13 +67,13 @@ def doubt_base(plan: Plan) -> str | None:
 
 
 def _deviation(tensor: StoredTensor, edit: Edit, update: Decomposed, buffers: DeviceBuffers) -> torch.Tensor:
-    """|m/‖W‖ − 1| for some outputs of one weight."""
+    """Return |m/‖W‖ − 1| for some outputs of one weight."""
     m = buffers.whole(update.m).flatten()
     rows = tensor.matrix[0]
     wanted = SAMPLED_FOR_COLUMNS if edit.two_passes else SAMPLED_ROWS
     chosen = sorted({round(k * (rows - 1) / max(1, wanted - 1)) for k in range(min(wanted, rows))})
     sample = torch.cat([buffers.rows(tensor, row, row + 1) for row in chosen])
-    if edit.two_passes:  # the norm of a column from some of its elements
+    if edit.two_passes:  # the norm of a column, estimated from some of its elements
         n = maths.norms(sample, axis=0) * (rows / len(chosen)) ** 0.5
     else:
         n, m = maths.norms(sample, axis=1), m[chosen]

@@ -1,12 +1,12 @@
-"""A run that writes nothing: what cannot be made shows before a checkpoint is changed in place."""
+"""Compute a whole plan without writing: errors show before a checkpoint is changed in place."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import closing
-from typing import Any
+from dataclasses import replace
 
-from ..output.finished import Progress, TensorResult
+from ..output.finished import TensorResult
 from ..output.shards import Copy, ShardFiles
 from ..plan.item import Item
 from ..plan.plan import Plan
@@ -14,41 +14,48 @@ from ..settings import Settings
 from ..storage.journal import Journal
 from ..storage.reader import Reader
 from ..storage.spool import Segment, Spool
-from .executor import Budget, Run
+from .executor import Run
 from .precision import ComputeSpec
-from .tensor import MakeTensor
+from .tensor import StartMaker
 
 
 def rehearse(
-    plan: Plan, settings: Settings, spec: ComputeSpec, make: MakeTensor
+    plan: Plan, settings: Settings, spec: ComputeSpec, maker: StartMaker
 ) -> Mapping[str, TensorResult]:
-    """Compute every tensor of a plan; what is known of each."""
+    """Compute every tensor of a plan, and return the results by name."""
     with closing(Reader()) as reader:
-        budget, progress = Budget(settings.max_memory), Progress()
-        sinks = NoShards(), reader, NoSpool(), NoJournal()
-        run = Run(plan, *sinks, spec, budget, make, None, None, progress)
-        run.execute(settings.workers)
-    return progress.done
+        run = Run(
+            plan=plan,
+            settings=replace(settings, on_progress=None),
+            spec=spec,
+            shards=NoShards(),
+            reader=reader,
+            spool=NoSpool(),
+            journal=NoJournal(),
+            maker=maker,
+        )
+        run.execute()
+    return run.progress.done
 
 
 class NoShards(ShardFiles):
-    """Shards that are not there."""
+    """Shards that take nothing."""
 
     def __init__(self) -> None: ...
 
     def copies(self, plan: Plan) -> Iterator[Copy]:  # noqa: ARG002
-        """Nothing to copy."""
+        """Return nothing: copies cannot fail in arithmetic."""
         return iter(())
 
     def write(self, item: Item, offset: int, data: memoryview) -> None:
-        """Nothing is written."""
+        """Write nothing."""
 
     def shard_of(self, item: Item) -> str:  # noqa: ARG002
-        """No file."""
+        """Return no name."""
         return ""
 
     def descriptor(self, shard: str) -> int:  # noqa: ARG002
-        """No file."""
+        """Return no open file."""
         return -1
 
 
@@ -59,15 +66,15 @@ class NoSpool(Spool):
 
     def __init__(self) -> None: ...
 
-    def add(self, data: bytes | memoryview) -> Segment:  # noqa: ARG002
-        """Nothing is kept."""
-        return Segment(0, 0)
+    def add(self, data: bytes | memoryview) -> Segment:
+        """Keep nothing."""
+        return Segment(0, len(data))
 
 
 class NoJournal(Journal):
-    """A journal that nothing is entered into."""
+    """A journal that keeps nothing."""
 
     def __init__(self) -> None: ...
 
-    def add(self, record: dict[str, Any], descriptors: Collection[int], then: object = None) -> None:
-        """Nothing is entered."""
+    def add(self, line: object, descriptors: Collection[int], then: object = None) -> None:
+        """Enter nothing."""

@@ -1,56 +1,65 @@
-"""A run of a plan, from what an unfinished one has left to the check of what was written; merges and their undoing alike."""
+"""Run a plan from its unfinished start, if there is one, to the verdict of the self-check."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import ExitStack, closing
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from ..errors import Fault, VerificationError
-from ..output.finished import ENTERED, Progress, TensorResult, Verdict
-from ..output.output import Output
+import torch
+
+from .. import __version__
+from ..errors import Fault, NumericalError, OutputError, VerificationError
+from ..output.finished import FinishedLine, Progress, TensorResult, Verdict
 from ..output.shards import ShardFiles
 from ..plan.plan import Plan
 from ..settings import Settings
-from ..storage import spool as undo
-from ..storage.journal import NAME as JOURNAL
-from ..storage.journal import Journal, Record, UnfinishedRun
+from ..storage.filenames import JOURNAL, RECORD, SPOOL
+from ..storage.journal import Journal, JournalKey, UnfinishedRun, read_journal
 from ..storage.reader import Reader
 from ..storage.spool import Spool
-from .executor import Budget, Checker, Run
-from .precision import ComputeSpec
-from .resume import earlier_run, journal_key
-from .tensor import MakeTensor
+from .executor import Checker, Run
+from .precision import ComputeSpec, choose
+from .tensor import StartMaker
+
+if TYPE_CHECKING:
+    from ..output.output import Output
 
 Hashes = Sequence[Mapping[str, str]]
 
 
 class Transfers(Protocol):
-    """What comes from the Hub and goes to it while a plan runs."""
+    """The downloads of a plan's inputs and the uploads of its output, while the plan runs."""
 
     local: bool
     """True if the output stays on this machine."""
 
     def reader(self) -> Reader:
-        """Return a reader that waits for files on their way."""
+        """Return a reader that waits for files that are downloaded."""
 
     def attach(self, files: ShardFiles) -> None:
         """Take the open shards of the output."""
 
     def made(self, shard: str) -> None:
-        """Note that a shard is finished, and right as far as it is checked; called by workers."""
+        """Note that a shard is finished and, if checked, right; called by workers."""
 
     def settle(self) -> None:
         """Wait until all finished shards are uploaded."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """What a verb adds to a plan so that it can be run."""
+    """A verb's part in the run of a plan."""
 
-    make: MakeTensor
+    spec: ComputeSpec
+    key: JournalKey
+    """Everything that decides the output's bytes; the journal's first line."""
+    unfinished: UnfinishedRun | None
+    """The run that is resumed."""
+    maker: StartMaker
     check: Callable[[Path, Plan, Reader], Checker] | None = None
     """Starts the check of a written folder; None for no check."""
     hub: Transfers | None = None
@@ -58,76 +67,128 @@ class RunOptions:
     """Names of copied tensors whose hashes are wanted."""
 
 
-def run_key(plan: Plan, output: Output, hashes: Hashes, spec: ComputeSpec) -> Record:
-    """Return everything that decides the output's bytes."""
-    adapters = [dict(found) for found in hashes]
+def choose_compute(least: int, settings: Settings) -> ComputeSpec:
+    """Choose device and dtype, and notify the caller.
+
+    Raises UsageError if the memory budget is below `least`, the costliest piece of work.
+    """
+    settings.check_memory(least)
+    spec = choose(settings.device, settings.compute_dtype)
+    settings.notify(f"device: {spec}")
+    return spec
+
+
+@contextmanager
+def entered(output: Output) -> Iterator[None]:
+    """Open and lock an output; after an error keep it if the same command can resume the run."""
+    output.open()
+    try:
+        yield
+    except NumericalError:
+        output.discard()
+        raise
+    except OSError as error:
+        kept = (output.state / JOURNAL).exists()
+        output.leave() if kept else output.discard()
+        raise OutputError(
+            f"{output.out} cannot be written: {error.strerror or error}.",
+            hint=f"{output.partial} stays; rerun the same command to resume" if kept else None,
+        ) from error
+    except BaseException:
+        output.leave()
+        raise
+
+
+def journal_key(spec: ComputeSpec, identity: Mapping[str, Any], **inputs: Any) -> JournalKey:
+    """Return everything that decides the output's bytes: `identity`, `inputs`, versions and the device."""
+    key = {
+        **inputs,
+        **identity,
+        "versions": [__version__, torch.__version__],
+        "device": spec.device.type,
+        "compute": spec.compute_name,
+    }
+    as_read_back: JournalKey = json.loads(json.dumps(key))
+    return as_read_back
+
+
+def resume(
+    output: Output, key: JournalKey, keep: list[str], complete: Callable[[], bool], line_type: type
+) -> UnfinishedRun | None:
+    """Return the journal of an unfinished run with the same key, or None and an empty output.
+
+    `keep` names the files that the run goes on with, `complete` says that all of them exist, and `line_type`
+    is the type of the journal's lines.
+    """
+    path = output.state / JOURNAL
+    unfinished = read_journal(path)
+    if unfinished and unfinished.key == key and complete():
+        output.clear(keep=[RECORD, *keep])
+        return read_journal(path, line_type)
+    if unfinished and unfinished.key != key and not output.overwrite:
+        raise OutputError(f"{output.partial} holds an unfinished run of something else.", hint=output.WAY_OUT)
+    output.clear()
+    return None
+
+
+def run_key(plan: Plan, output: Output, hashes: Hashes, spec: ComputeSpec) -> JournalKey:
+    """Return everything that decides the bytes of a plan's output."""
+    adapters = [dict(files) for files in hashes]
     return journal_key(spec, output.identity([plan.base]), plan=plan.fingerprint, adapters=adapters)
 
 
-def earlier(output: Output, plan: Plan, key: Record) -> UnfinishedRun | None:
-    """Return the journal of an unfinished run of the same key; the output is then ready to go on, else empty."""
+def resume_plan(output: Output, plan: Plan, key: JournalKey) -> UnfinishedRun | None:
+    """Return the journal of an unfinished run of the same plan, or None and an empty output."""
     names = [shard.filename for shard in plan.shards]
-    return earlier_run(output, key, names, lambda: output.resumable(plan), ENTERED)
+    return resume(output, key, names, lambda: output.resumable(plan), FinishedLine)
 
 
-def run(
-    plan: Plan,
-    output: Output,
-    settings: Settings,
-    spec: ComputeSpec,
-    journal: tuple[Record, UnfinishedRun | None],
-    options: RunOptions,
-) -> Run:
-    """Make every tensor that is not made yet; when this returns, all bytes and the journal are synced.
-
-    `journal` is the key of this run, and the unfinished run that it resumes.
-    """
-    (key, unfinished), hub = journal, options.hub
-    progress = Progress.of(unfinished.records if unfinished else ())
+def run(plan: Plan, output: Output, settings: Settings, options: RunOptions) -> Run:
+    """Write every tensor that is not finished yet; all bytes and the journal are synced afterwards."""
+    hub, unfinished = options.hub, options.unfinished
+    progress = Progress.of(unfinished.lines if unfinished else ())
     with ExitStack() as stack:
         reader = stack.enter_context(closing(hub.reader() if hub else Reader()))
-        spool = stack.enter_context(closing(Spool(output.record / undo.SPOOL, progress.spooled)))
+        spool = stack.enter_context(closing(Spool(output.state / SPOOL, progress.spooled)))
         sparse = hub is not None and not hub.local
         shards = stack.enter_context(closing(output.open_shards(plan, new=unfinished is None, sparse=sparse)))
         if hub:
             hub.attach(shards)
         output.sync()
-        running = Run(
-            plan,
-            shards,
-            reader,
-            spool,
-            stack.enter_context(closing(Journal(output.record / JOURNAL, key, unfinished))),
-            spec,
-            Budget(settings.max_memory),
-            options.make,
-            options.check(output.partial, plan, reader) if options.check else None,
-            settings.on_progress,
-            progress,
+        execution = Run(
+            plan=plan,
+            settings=settings,
+            spec=options.spec,
+            shards=shards,
+            reader=reader,
+            spool=spool,
+            journal=stack.enter_context(closing(Journal(output.state / JOURNAL, options.key, unfinished))),
+            maker=options.maker,
+            checker=options.check(output.partial, plan, reader) if options.check else None,
+            progress=progress,
             on_shard=hub.made if hub else None,
             output=output,
             hashed=options.hashed,
-            tight=settings.workers * plan.memory > settings.max_memory,
         )
-        running.execute(settings.workers)
+        execution.execute()
         if hub:
             hub.settle()
-    return running
+    return execution
 
 
 def judge(plan: Plan, done: Mapping[str, TensorResult]) -> Verdict:
-    """The sum of all checks; VerificationError naming every tensor that is wrong."""
+    """Return the sum of all verdicts; raise VerificationError, naming every tensor that is wrong."""
     total, faults = Verdict(), []
     for item in plan.items:
-        if item.name in done and (found := done[item.name].verdict):
-            total += found
-            if found.wrong:
-                why = f"{found.wrong} of {found.checked} elements, up to {found.max_ulp} ulp"
+        if item.name in done and (verdict := done[item.name].verdict):
+            total += verdict
+            if verdict.wrong:
+                why = f"{verdict.wrong} of {verdict.checked} elements, up to {verdict.max_ulp} ulp"
                 faults.append(Fault(item.name, why))
     if faults:
         raise VerificationError(
             f"The self-check failed: {len(faults)} tensors on disk are not what was computed.",
             faults=faults,
-            hint="the disk or the memory may be faulty; the same command makes these tensors again",
+            hint="the disk or the memory may be faulty; rerun the same command to write these tensors again",
         )
     return total

@@ -1,7 +1,7 @@
-"""Make one output tensor: read a block of rows, transform it, write it where it belongs.
+"""Compute one output tensor: read a block of rows, transform it, write it to its shard.
 
-`Merging` is the transformation that a merge is: apply the edits, round once. What else may be done to a tensor, such as
-taking the edits out again, is a `TensorMaker` of another room.
+`MergeMaker` is the transformation of a merge: apply the edits, then round once. Other transformations, such
+as taking the edits out again, are `TensorMaker`s of other rooms.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from ..maths import lora as maths
 from ..output.finished import TensorResult
 from ..output.shards import ShardFiles
 from ..plan.item import Item
-from ..storage.digests import Digest
+from ..storage.reader import Digest
 from ..storage.safetensors import BITS
-from ..storage.spool import Part, Spool
+from ..storage.spool import Spool, SpooledTensor
 from .device_buffers import DeviceBuffers
 from .factors import LoadedEdit
-from .memory import as_bytes
+from .host_memory import as_bytes
 from .precision import TORCH
 
 
@@ -36,37 +36,37 @@ class TensorMaker(Protocol):
         """Return rows of the output, in host memory, from the same rows of the source."""
 
     def rest(self) -> Iterable[tuple[int, memoryview]]:
-        """Yield the output's rows beyond the source's last one: the first row of each block, and its bytes."""
+        """Yield the output's rows beyond the source's last one: each block's first row, and its bytes."""
 
     def result(self, written: Digest) -> TensorResult:
         """Return the facts about the finished tensor, whose written bytes have these hashes."""
 
 
-MakeTensor = Callable[[Item, DeviceBuffers, Spool], TensorMaker]
-"""Starts the maker of one item; called in the worker that makes it."""
+StartMaker = Callable[[Item, DeviceBuffers, Spool], TensorMaker]
+"""Starts the maker of one item; called in the worker that computes the item."""
 
 
 class MergeObserver(Protocol):
-    """Sees every block of one tensor while it is merged, to keep what undoing the merge needs."""
+    """Sees every block of one tensor during the merge, and keeps what undoing the merge needs."""
 
     def before(self, base: Tensor, W: Tensor, start: int, stop: int) -> None:
         """See some rows before the edits: the base's bytes, and the values that the edits start from."""
 
-    def after(self, raw: Tensor, result: Tensor, start: int, stop: int) -> None:
+    def after(self, raw: Tensor, result: Tensor, start: int) -> None:
         """See some rows after the edits: the source's bytes, and the output's."""
 
     def beyond(self, base: memoryview, start: int, stop: int) -> None:
         """See rows of the base that the output has no place for."""
 
-    def parts(self) -> tuple[Part, ...]:
+    def parts(self) -> tuple[SpooledTensor, ...]:
         """Return the tensors of the undo record."""
 
 
-Observe = Callable[[Item, "Merging", DeviceBuffers, Spool], "MergeObserver | None"]
-"""Starts the observer of one item; None where nothing of it must be kept."""
+Observe = Callable[[Item, "MergeMaker", DeviceBuffers, Spool], "MergeObserver | None"]
+"""Starts the observer of one item; None if nothing of the item must be kept."""
 
 
-def make_tensor(
+def write_tensor(
     item: Item,
     maker: TensorMaker,
     buffers: DeviceBuffers,
@@ -75,7 +75,7 @@ def make_tensor(
 ) -> TensorResult:
     """Write one tensor that is not a plain copy; `advance` is called with the bytes of each block.
 
-    Raises NumericalError when a result is NaN, Inf, or too large for the output's dtype.
+    Raises NumericalError if a result is NaN, Inf, or too large for the output's dtype.
     """
     digest, row_bytes = Digest(proof=maker.proves_output), item.source.matrix[1] * BITS[item.dtype] // 8
 
@@ -91,8 +91,8 @@ def make_tensor(
     return maker.result(digest)
 
 
-class Merging:
-    """Makes an output tensor of the base's, or of what an adapter has in its place: all edits applied."""
+class MergeMaker:
+    """Applies all edits to the base's tensor, or to the adapter's tensor that replaces it."""
 
     proves_output = False
 
@@ -105,7 +105,7 @@ class Merging:
         prove: bool = False,
         observe: Observe | None = None,
     ) -> None:
-        """`prove` asks for the sha256 of the base's bytes, too."""
+        """Load the edits; `prove` asks for the sha256 of the base's bytes, too."""
         self._item, self._buffers = item, buffers
         self.edits: Sequence[LoadedEdit] = [LoadedEdit.load(edit, buffers) for edit in item.edits]
         self.values = SourceValues(item, buffers)
@@ -117,15 +117,15 @@ class Merging:
         """Return rows of the output from those of the source."""
         W = self.values.block(raw, start, stop)
         self._see_base(raw, W, start, stop)
-        result = self._buffers.land(apply(W, self.edits, start, stop), TORCH[self._item.dtype])
+        result = self._buffers.land(apply_edits(W, self.edits, start, stop), TORCH[self._item.dtype])
         if not maths.all_finite(result) or not all(edit.is_finite() for edit in self.edits):
-            blame(self._item, raw, result)
+            refuse_result(self._item, raw, result)
         if self._observer:
-            self._observer.after(raw, result, start, stop)
+            self._observer.after(raw, result, start)
         return result
 
     def _see_base(self, raw: Tensor, W: Tensor, start: int, stop: int) -> None:
-        """Hash the base's rows, which are the source's unless an adapter replaces them."""
+        """Hash the base's rows: the source's rows, unless an adapter replaces the tensor."""
         item = self._item
         if not item.base or start >= (rows := item.base.matrix[0]):
             return
@@ -136,11 +136,11 @@ class Merging:
             self._observer.before(base, W, start, stop)
 
     def rest(self) -> Iterable[tuple[int, memoryview]]:
-        """Return nothing: an output has no rows but the source's."""
+        """Return nothing: a merge has the source's rows only."""
         return ()
 
     def result(self, written: Digest) -> TensorResult:
-        """Return the hashes of both tensors, and what was kept of the base's."""
+        """Return the hashes of both tensors, and the parts of the undo record."""
         item = self._item
         for start, stop in item.base_spans():
             if item.base and stop > (first := max(start, item.source.matrix[0])):
@@ -155,17 +155,17 @@ class Merging:
 
 
 class SourceValues:
-    """Where an item's values start: rows of a stored tensor, with what an adapter puts in their place."""
+    """The values that edits start from: rows of a stored tensor, with the rows that an adapter replaces."""
 
     def __init__(self, item: Item, buffers: DeviceBuffers) -> None:
         self._item, self._buffers = item, buffers
         self.taken: tuple[Tensor, Tensor] | None = None
-        """Factors of what training began without, the way round that the tensor is stored."""
+        """Factors of the part that training began without, oriented as the tensor is stored."""
         self._whole = self._without_start() if item.start else None
-        self._rows = {row: (rows.value, place) for rows in item.rows for place, row in enumerate(rows.index)}
+        self._rows = {row: (rows.value, k) for rows in item.rows for k, row in enumerate(rows.index)}
 
     def _without_start(self) -> Tensor:
-        """The whole matrix as training began with it, rounded as PEFT rounds it when it loads the adapter."""
+        """Return the matrix that training began with, rounded as PEFT does when it loads the adapter."""
         low, edit = self._item.start, self._item.edits[0]
         assert low
         assert low.start
@@ -177,17 +177,17 @@ class SourceValues:
         return rounded.to(TORCH[self._item.source.dtype]).contiguous()
 
     def block(self, raw: Tensor, start: int, stop: int) -> Tensor:
-        """A block in the compute dtype, on the device, from its raw rows."""
+        """Return a block in the compute dtype, on the device, from its raw rows."""
         W = self._buffers.lift(raw if self._whole is None else self._whole[start:stop])
         for row in range(start, stop) if self._rows else ():
             if row in self._rows:
-                value, place = self._rows[row]
-                W[row - start] = self._buffers.rows(value, place, place + 1)[0]
+                value, k = self._rows[row]
+                W[row - start] = self._buffers.rows(value, k, k + 1)[0]
         return W
 
 
 def measure(item: Item, operands: Iterable[LoadedEdit], values: SourceValues, buffers: DeviceBuffers) -> None:
-    """The first of two passes: norms along the columns, their squares added block after block."""
+    """Compute the norms that run along the columns, in a first pass that adds squares block by block."""
     pending = [operand for operand in operands if operand.edit.two_passes]
     if not pending:
         return
@@ -201,8 +201,8 @@ def measure(item: Item, operands: Iterable[LoadedEdit], values: SourceValues, bu
         operand.n.append(torch.as_tensor(total).sqrt())
 
 
-def apply(W: Tensor, operands: Sequence[LoadedEdit], start: int, stop: int) -> Tensor:
-    """W + Σ wᵢ·(applyᵢ(W) − W) (4), in place; norms are always of the unmerged W."""
+def apply_edits(W: Tensor, operands: Sequence[LoadedEdit], start: int, stop: int) -> Tensor:
+    """Compute W + Σ wᵢ·(applyᵢ(W) − W) (4) in place; all norms are of the unmerged W."""
     if len(operands) == 1 and operands[0].m is not None and operands[0].edit.weight == 1:
         return operands[0].decompose_(W, start, stop)
     unmerged = W.clone() if any(operand.m is not None for operand in operands) else W
@@ -215,8 +215,8 @@ def apply(W: Tensor, operands: Sequence[LoadedEdit], start: int, stop: int) -> T
     return W
 
 
-def blame(item: Item, raw: Tensor, result: Tensor) -> None:
-    """Raise the error that says why a result is not finite; a conversion may keep what was not finite before."""
+def refuse_result(item: Item, raw: Tensor, result: Tensor) -> None:
+    """Raise the error that explains a NaN or Inf; a conversion may keep those of its source."""
     if not item.changed and torch.equal(torch.isfinite(result), torch.isfinite(raw)):
         return
     if not torch.isfinite(raw).all():

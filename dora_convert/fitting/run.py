@@ -13,16 +13,17 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
 
 from ..adapters.new_adapter import Files
 from ..engine.device_buffers import DeviceBuffers
-from ..engine.executor import Budget, WorkerPool
-from ..engine.memory import as_bytes
+from ..engine.host_memory import as_bytes
 from ..engine.precision import TORCH, ComputeSpec
-from ..engine.preflight import chunks, holds_numbers, scan_adapter
-from ..engine.resume import earlier_run, entered, journal_key, settle
+from ..engine.preflight import holds_numbers, scan_adapter
+from ..engine.run import choose_compute, entered, journal_key, resume
+from ..engine.workers import WorkerPool
 from ..errors import NumericalError
 from ..maths import lora as maths
 from ..output.card import NAME
@@ -30,13 +31,12 @@ from ..output.folder import OutputFolder
 from ..output.side_files import tokenizer_files
 from ..settings import Settings
 from ..sizes import format_size
-from ..storage import spool as undo
-from ..storage.journal import NAME as JOURNAL
-from ..storage.journal import Journal, Record
+from ..storage.filenames import JOURNAL, SPOOL
+from ..storage.journal import Journal
+from ..storage.json_files import Real
 from ..storage.reader import Reader
-from ..storage.safetensors import BITS, FLOATS, StoredTensor
-from ..storage.schema import count
-from ..storage.spool import Part, Segment, Spool
+from ..storage.safetensors import FLOATS, StoredTensor
+from ..storage.spool import Segment, Spool, SpooledTensor
 from .card import adapter_card_bytes
 from .jobs import Assemble, FittingPlan, Job, Result
 
@@ -74,7 +74,7 @@ def craft(
     Raises UsageError for a device or a budget that will not do, NumericalError for NaN, Inf and overflow, OutputError
     for a disk that does not take the result. OUT does not exist then.
     """
-    spec = settle(order.memory, settings)
+    spec = choose_compute(order.memory, settings)
     settings.notify(
         f"memory: at most {format_size(settings.max_memory)}; one module takes {format_size(order.memory)}"
     )
@@ -83,12 +83,12 @@ def craft(
     with entered(folder):
         terms = {**order.terms, "command": order.command, "format": order.format.NAME, "dtype": order.dtype}
         key = journal_key(spec, folder.identity(order.bases), adapters=adapters, **terms)
-        earlier = earlier_run(folder, key, [], lambda: True, ENTERED)
-        records = earlier.records if earlier else []
+        earlier = resume(folder, key, [], lambda: True, FittedLine)
+        lines = earlier.lines if earlier else []
         with ExitStack() as stack:
-            run = _Run(order, settings, reader, {record["made"]: record for record in records})
-            run.spool = stack.enter_context(closing(Spool(folder.record / undo.SPOOL, run.end)))
-            with closing(Journal(folder.record / JOURNAL, key, earlier)) as run.journal:
+            run = _Run(order, settings, reader, {line.made: line for line in lines})
+            run.spool = stack.enter_context(closing(Spool(folder.state / SPOOL, run.end)))
+            with closing(Journal(folder.state / JOURNAL, key, earlier)) as run.journal:
                 run.execute(work, spec)
             results = run.results()
             written = sum(
@@ -97,15 +97,21 @@ def craft(
             )
             _put_side_files(order, folder, settings)
         folder.publish()
-    return FittingRun(results, spec, bool(records), written)
+    return FittingRun(results, spec, bool(lines), written)
 
 
-ENTERED = {
-    "made": str,
-    "tensors": {str: (frozenset(BITS), [count], (count, count))},
-    "facts": {"change": float, "lost": float},
-}
-"""What a journal's records are like."""
+class FittedLine(msgspec.Struct, frozen=True):
+    """A line of the journal: a job's tensors in the spool, by role, and its facts."""
+
+    made: str
+    tensors: dict[str, SpooledTensor]
+    facts: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        for name in ("change", "lost"):
+            msgspec.convert(self.facts.get(name), Real)
+        if not all(tensor.whole and tensor.segments for tensor in self.tensors.values()):
+            raise ValueError("a tensor is too long or too short")
 
 
 @dataclass
@@ -115,7 +121,7 @@ class _Run:
     order: FittingPlan
     settings: Settings
     reader: Reader
-    made: dict[str, Record]
+    made: dict[str, FittedLine]
     spool: Spool = field(init=False)
     journal: Journal = field(init=False)
     _read: int = 0
@@ -125,16 +131,16 @@ class _Run:
     @property
     def end(self) -> int:
         """How much of the spool is in use."""
-        pieces = [tensor[2] for record in self.made.values() for tensor in record["tensors"].values()]
-        return max((start + length for start, length in pieces), default=0)
+        return max((each.end for line in self.made.values() for each in line.tensors.values()), default=0)
 
     def execute(self, work: Callable[[Any, DeviceBuffers], Made], spec: ComputeSpec) -> None:
         """Do every job that is not done yet."""
-        budget, crew = Budget(self.settings.max_memory), WorkerPool(spec, self.reader)
+        start = partial(DeviceBuffers, spec, self.reader)
+        workers = WorkerPool(self.settings.max_memory, start, self.reader.stop)
 
         def one(job: Job, buffers: DeviceBuffers) -> None:
-            with budget.holding(job.cost):
-                crew.check()
+            with workers.holding(job.cost):
+                workers.check()
                 with buffers.working():
                     self._keep(job, work(job, buffers))
             self.reader.done(job.name)
@@ -146,7 +152,7 @@ class _Run:
         ]
         self._total = sum(job.nbytes for job in self.order.jobs)
         self._read = self._total - sum(job.nbytes for job in todo)
-        crew.run(self.settings.workers, [partial(one, job) for job in todo])
+        workers.run(self.settings.workers, [partial(one, job) for job in todo])
 
     def _keep(self, job: Job, made: Made) -> None:
         """Bring a job's tensors to the spool, and enter them."""
@@ -155,10 +161,11 @@ class _Run:
             host = tensor.detach().cpu().contiguous()
             if not maths.all_finite(host):
                 raise NumericalError(f"{job.name} comes out as NaN or Inf.", hint="is the base damaged?")
-            tensors[role] = [NAMES[host.dtype], list(host.shape), self.spool.add(as_bytes(host))]
-        record = {"made": job.name, "tensors": tensors, "facts": dict(made.facts)}
-        self.made[job.name] = record
-        self.journal.add(record, [self.spool.descriptor])
+            segments = (self.spool.add(as_bytes(host)),)
+            name = f"{job.name} {role}"
+            tensors[role] = SpooledTensor(name, NAMES[host.dtype], tuple(host.shape), segments)
+        self.made[job.name] = line = FittedLine(job.name, tensors, dict(made.facts))
+        self.journal.add(line, [self.spool.descriptor])
         with self._lock:
             self._read += job.nbytes
             if self.settings.on_progress:
@@ -169,12 +176,12 @@ class _Run:
         return {job.name: _result(self.made[job.name], self.spool) for job in self.order.jobs}
 
 
-def _result(record: Record, spool: Spool) -> Result:
+def _result(line: FittedLine, spool: Spool) -> Result:
     tensors = {
-        role: StoredTensor(f"{record['made']} {role}", dtype, tuple(shape), spool.path, piece[0])
-        for role, (dtype, shape, piece) in record["tensors"].items()
+        role: StoredTensor(each.name, each.dtype, each.shape, spool.path, each.segments[0].start)
+        for role, each in line.tensors.items()
     }
-    return Result(tensors, record["facts"])
+    return Result(tensors, line.facts)
 
 
 def _write(
@@ -191,23 +198,21 @@ def _write(
     return sum(segment.length for part in parts for segment in part.segments)
 
 
-def _part(name: str, stored: StoredTensor, dtype: str, spool: Spool, reader: Reader) -> Part:
+def _part(name: str, stored: StoredTensor, dtype: str, spool: Spool, reader: Reader) -> SpooledTensor:
     """A tensor as a part of the spool: it lies there already, or is copied, chunk by chunk."""
     if stored.path == spool.path and stored.dtype == dtype:
-        return Part(name, dtype, stored.shape, (Segment(stored.start, stored.nbytes),))
+        return SpooledTensor(name, dtype, stored.shape, (Segment(stored.start, stored.nbytes),))
     pieces = []
-    for chunk in chunks(stored, reader):
+    for chunk in reader.pieces(stored):
         if not holds_numbers(chunk, stored.dtype):
             raise NumericalError(
                 f"{stored.name} of {stored.path.name} holds NaN or Inf.", hint="the file is damaged"
             )
-        pieces.append(
-            spool.add(memoryview(chunk) if stored.dtype == dtype else _converted(chunk, stored, dtype))
-        )
-    return Part(name, dtype, stored.shape, tuple(pieces))
+        pieces.append(spool.add(chunk if stored.dtype == dtype else _converted(chunk, stored, dtype)))
+    return SpooledTensor(name, dtype, stored.shape, tuple(pieces))
 
 
-def _converted(chunk: bytearray, stored: StoredTensor, dtype: str) -> memoryview:
+def _converted(chunk: memoryview, stored: StoredTensor, dtype: str) -> memoryview:
     """Elements rounded once to another dtype; NumericalError for what it cannot hold."""
     x = torch.frombuffer(chunk, dtype=TORCH[stored.dtype]).double()
     return as_bytes(rounded(x, TORCH[dtype], stored.name))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import queue
-import threading
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from ..output import card
 from ..reports.push import Pushed
-from ..storage.checkpoint import OF_TRAINING, is_weight_file
+from ..storage.background import Background
+from ..storage.filenames import OF_TRAINING, is_weight_file
 from .upload import LARGE, Upload
 
 
@@ -59,36 +58,10 @@ class Shards:
     def __init__(self, upload: Upload, folder: Path, sent: Callable[[str], None]) -> None:
         """`sent` is called with the name of each shard that is up."""
         self._upload, self._folder, self._sent = upload, folder, sent
-        self._ready: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        self._error: BaseException | None = None
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="upload", daemon=True)
-        self._thread.start()
+        thread = Background("upload", self._send)
+        self.add, self.wait, self.abandon = thread.put, thread.finish, thread.stop
 
-    def add(self, name: str) -> None:
-        """A shard is finished and checked: upload it. Raises what went wrong with an earlier one."""
-        self._raise()
-        self._ready.put(name)
-
-    def wait(self) -> None:
-        """Until all are up; raises what went wrong."""
-        self._ready.put(None)
-        self._thread.join()
-        self._raise()
-
-    def abandon(self) -> None:
-        """Upload no more; a file on its way is not waited for."""
-        self._stop.set()
-        self._ready.put(None)
-
-    def _raise(self) -> None:
-        if self._error:
-            raise self._error
-
-    def _work(self) -> None:
-        try:
-            while (name := self._ready.get()) is not None and not self._stop.is_set():
-                self._upload.send(name, self._folder / name)
-                self._sent(name)
-        except BaseException as error:  # noqa: BLE001 - raised again where the caller is
-            self._error = error
+    def _send(self, names: list[str]) -> None:
+        for name in names:
+            self._upload.send(name, self._folder / name)
+            self._sent(name)

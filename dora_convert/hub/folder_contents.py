@@ -6,21 +6,19 @@ lies beside the weights, they must be those that it speaks of.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from ..adapters.adapter import Adapter
 from ..errors import Fault, MalformedError, RefError, VerificationError
 from ..output.folder import LOCK
+from ..output.receipt import Receipt, read_receipt
 from ..sources.inputs import open_or_refuse
-from ..storage.checkpoint import RECEIPT, RECORD, is_weight_file, list_files, open_checkpoint
-from ..storage.digests import stored_digest
-from ..storage.journal import NAME as JOURNAL
-from ..storage.json_files import read_json
+from ..storage.checkpoint import open_checkpoint
+from ..storage.filenames import JOURNAL, RECEIPT, RECORD, is_weight_file, list_files
 from ..storage.reader import Reader
 from ..storage.refs import Source, local_path, local_source
 from ..storage.safetensors import StoredTensor, read_header
@@ -41,7 +39,7 @@ class FolderContents:
     """Paths inside the folder, sorted."""
     left_behind: tuple[str, ...]
     tensors: Mapping[str, StoredTensor]
-    receipt: Mapping[str, Any] | None = None
+    receipt: Receipt | None = None
 
     @property
     def weights(self) -> tuple[str, ...]:
@@ -118,7 +116,7 @@ def _parcel(
     files: Sequence[str],
     tensors: Mapping[str, StoredTensor],
 ) -> FolderContents:
-    receipt = read_json(source.path / NOTED) if NOTED in names else None
+    receipt = read_receipt(source.path / RECORD) if NOTED in names else None
     left = sorted(set(files) - set(names))
     return FolderContents(source, adapter, tuple(sorted(names)), tuple(left), tensors, receipt)
 
@@ -128,10 +126,10 @@ def check_receipt(contents: FolderContents) -> int:
 
     Raises VerificationError naming all that are others.
     """
-    written = dict(_hashes(contents.receipt or {}))
+    written = _hashes(contents.receipt) if contents.receipt else {}
     with closing(Reader()) as reader, ThreadPoolExecutor(HASHERS) as pool:
         known = [contents.tensors[name] for name in written if name in contents.tensors]
-        digests = pool.map(lambda tensor: stored_digest(tensor, reader), known)
+        digests = pool.map(reader.digest, known)
         found = {tensor.name: digest.fast for tensor, digest in zip(known, digests, strict=True)}
     faults = [
         Fault(name, "is not what was written" if name in found else "is missing")
@@ -147,13 +145,7 @@ def check_receipt(contents: FolderContents) -> int:
     return len(found)
 
 
-def _hashes(receipt: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Each tensor that a receipt has the hash of, as it was written."""
-    tensors = receipt.get("tensors")
-    for name, noted in tensors.items() if isinstance(tensors, dict) else ():
-        if isinstance(noted, dict) and isinstance(noted.get("written"), str):
-            yield name, noted["written"]
-    copied = receipt.get("copied")
-    for name, proof in copied.items() if isinstance(copied, dict) else ():
-        if isinstance(proof, str):
-            yield name, proof
+def _hashes(receipt: Receipt) -> dict[str, str]:
+    """Return the hash of each tensor that a receipt has the hash of, as it was written."""
+    made = {name: entry.written for name, entry in receipt.tensors.items() if entry.written}
+    return {**made, **receipt.copied}

@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import shlex
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import xxhash
 from filelock import FileLock, Timeout
@@ -15,6 +14,7 @@ from filelock import FileLock, Timeout
 from .. import __version__
 from ..errors import HubError
 from ..output import card
+from ..output.receipt import Receipt
 from ..reports.merge import PushReport
 from ..reports.push import Pushed, Sent, Target
 from ..settings import Settings
@@ -55,8 +55,8 @@ class FolderPush:
             return self._report(contents, self._planned(contents), dry_run=True)
         upload = Upload(self._target, self._notify)
         upload.open()
-        if isinstance(base := (contents.receipt or {}).get("base"), dict):
-            upload.offer(base.get("repo"), base.get("commit"))
+        if receipt := contents.receipt:
+            upload.offer(receipt.base.repo, receipt.base.commit)
         with contextlib.closing(upload), _remembering(upload, contents.source.path):
             self._send_large(contents, upload)
             made = commit(
@@ -90,10 +90,11 @@ class FolderPush:
         return card.render(self._facts(contents))
 
     def _facts(self, contents: FolderContents) -> card.Facts:
-        receipt = contents.receipt or {}
+        receipt = contents.receipt
         name, adapter = contents.source.name, contents.adapter
         config = read_config(contents.source.path)
-        kinds, sources = tuple(_kinds(receipt)), tuple(_sources(receipt))
+        kinds = tuple(merged.kind for merged in receipt.adapters) if receipt else ()
+        sources = tuple(_sources(receipt)) if receipt else ()
         about = f"{name}, a checkpoint."
         if adapter:
             parameters = sum(tensor.numel for tensor in adapter.tensors.values())
@@ -118,8 +119,7 @@ class FolderPush:
         if self._base_model:
             return self._base_model
         if contents.adapter is None:
-            base = (contents.receipt or {}).get("base")
-            return base.get("repo") if isinstance(base, dict) else None
+            return contents.receipt.base.repo if contents.receipt else None
         named = contents.adapter.base
         return named if named and _is_on_hub(named, self._target.token) else None
 
@@ -160,18 +160,11 @@ def _remembering(upload: Upload, folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _kinds(receipt: Mapping[str, Any]) -> Iterator[str]:
-    for adapter in receipt.get("adapters") or ():
-        if isinstance(adapter, dict) and isinstance(adapter.get("kind"), str):
-            yield adapter["kind"]
-
-
-def _sources(receipt: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Who was merged, as a receipt has it: role, name and commit."""
-    adapters = [("adapter", adapter) for adapter in receipt.get("adapters") or ()]
-    for role, source in [("base", receipt.get("base")), *adapters]:
-        if isinstance(source, dict):
-            yield role, str(source.get("repo") or source.get("name")), str(source.get("commit") or "")
+def _sources(receipt: Receipt) -> Iterator[tuple[str, str, str]]:
+    """Yield the role, title and commit of the base and of each adapter."""
+    yield "base", receipt.base.title, receipt.base.commit or ""
+    for adapter in receipt.adapters:
+        yield "adapter", adapter.title, adapter.commit or ""
 
 
 def _is_on_hub(name: str, token: str | None) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..sources.hub_client import patiently, unreachable
-from ..storage.digests import sha256
+from ..storage.reader import sha256
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

@@ -12,13 +12,11 @@ from ..output.shards import ShardFiles
 from ..plan.plan import Plan
 from ..reports.push import Pushed
 from ..sources.hub_client import without_bars
-from ..sources.prefetch import PLACES, Arrivals, WeightDownload, expect, shard_needs
+from ..sources.prefetch import PLACES, Prefetch, WeightDownload, expect, shard_needs
 from ..sources.session import Session
-from ..storage.checkpoint import RECORD, Checkpoint, list_files
-from ..storage.journal import NAME as JOURNAL
-from ..storage.journal import UPLOADS
+from ..storage.checkpoint import Checkpoint
+from ..storage.filenames import JOURNAL, RECORD, SPOOL, UPLOADS, list_files
 from ..storage.reader import Reader
-from ..storage.spool import SPOOL
 from .commit import Shards, commit, is_large
 from .target import INCOMING, HubRoutes
 from .upload import Upload
@@ -31,7 +29,7 @@ NOT_OF_OUT = {LOCK, *(f"{RECORD}/{name}" for name in (JOURNAL, UPLOADS, SPOOL))}
 class HubStreaming:
     """One merge's inputs and outputs, on their ways."""
 
-    def __init__(self, upload: Upload | None, arrivals: Arrivals | None, *, local: bool) -> None:
+    def __init__(self, upload: Upload | None, arrivals: Prefetch | None, *, local: bool) -> None:
         self._upload, self._arrivals, self.local = upload, arrivals, local
         self._shards: Shards | None = None
         self._files: ShardFiles
@@ -115,7 +113,7 @@ def traffic(
         bring = WeightDownload([plan.base], session, routes.weights(folder)) if far else None
         places = None if routes.local and routes.cache else PLACES
         needs = shard_needs(plan)
-        arrivals = Arrivals(needs, bring, keep=routes.cache, places=places, outputs=not routes.local)
+        arrivals = Prefetch(needs, bring, keep=routes.cache, places=places, outputs=not routes.local)
     if not (upload or arrivals):
         yield None
         return
@@ -145,7 +143,7 @@ def inward(plan: Plan, others: Sequence[Checkpoint], session: Session) -> Iterat
 
 def _refuse_orphans(folder: OutputFolder, upload: Upload) -> None:
     """Start over where nothing tells which shards are up: those here may be hollow."""
-    refused = refusals(folder.record / UPLOADS, upload.key)
+    refused = refusals(folder.state / UPLOADS, upload.key)
     if refused is None or refused:
-        (folder.record / JOURNAL).unlink(missing_ok=True)
+        (folder.state / JOURNAL).unlink(missing_ok=True)
     upload.refused = refused or frozenset()

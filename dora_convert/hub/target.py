@@ -28,7 +28,7 @@ class HubRoutes:
 
     def weights(self, folder: OutputFolder) -> Path | None:
         """Where the base's weights come to; None for the cache."""
-        return None if self.cache else folder.record / INCOMING
+        return None if self.cache else folder.state / INCOMING
 
 
 def place_of(out: PathLike | None, routes: HubRoutes, refs: Sequence[str]) -> Path:

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 from ..errors import HubError
 from ..reports.push import Pushed, Sent, Target
 from ..sources.hub_client import explained_writing, patiently, status_of, without_bars
-from ..storage.digests import hash_of
-from ..storage.journal import Record
+from ..storage.journal import JournalKey
+from ..storage.reader import hash_of
 from .server_copy import ServerCopy
-from .upload_journal import UploadJournal
+from .upload_journal import UploadedFile, UploadJournal
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
@@ -84,7 +84,7 @@ class Upload:
             ) from error
 
     @property
-    def key(self) -> Record:
+    def key(self) -> JournalKey:
         """What the journal of an upload is of."""
         return {"endpoint": self._api.endpoint, "repo": self.repo}
 
@@ -140,16 +140,16 @@ class Upload:
             return False
         stat = path.stat()
         self._notify(f"copied on the Hub: {name}")
-        record = self._journal.enter(name, stat.st_size, stat.st_mtime_ns, proof)
-        self._operations[name] = _uploaded_before(record)
+        file = self._journal.enter(name, stat.st_size, stat.st_mtime_ns, proof)
+        self._operations[name] = _uploaded_before(file)
         self._files[name] = Sent(name, stat.st_size, "copied")
         return True
 
-    def _remembered(self, name: str, known: Record) -> None:
+    def _remembered(self, name: str, known: UploadedFile) -> None:
         """Take a file that is up already; if an earlier run was killed after its commit, there is nothing to do."""
         lfs = getattr(self.there.get(name), "lfs", None)
-        committed = lfs is not None and lfs.sha256 == known["sha256"]
-        self._files[name] = Sent(name, known["bytes"], "unchanged" if committed else "uploaded")
+        committed = lfs is not None and lfs.sha256 == known.sha256
+        self._files[name] = Sent(name, known.bytes, "unchanged" if committed else "uploaded")
         if not committed:
             self._operations[name] = _uploaded_before(known)
 
@@ -233,14 +233,12 @@ class Upload:
         self._journal.close()
 
 
-def _uploaded_before(record: Record) -> CommitOperationAdd:
+def _uploaded_before(file: UploadedFile) -> CommitOperationAdd:
     """An operation in the state in which `preupload_lfs_files` leaves one, made from the journal alone."""
     from huggingface_hub import CommitOperationAdd
     from huggingface_hub.lfs import UploadInfo
 
-    operation = CommitOperationAdd(record["name"], b"")
-    operation.upload_info = UploadInfo(
-        size=record["bytes"], sample=b"", sha256=bytes.fromhex(record["sha256"])
-    )
+    operation = CommitOperationAdd(file.name, b"")
+    operation.upload_info = UploadInfo(size=file.bytes, sample=b"", sha256=bytes.fromhex(file.sha256))
     operation._upload_mode, operation._should_ignore, operation._is_uploaded = "lfs", False, True  # noqa: SLF001
     return operation

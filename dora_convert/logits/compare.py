@@ -25,7 +25,8 @@ from ..plan.plan import Plan
 from ..reports.verify import OutputsReport
 from ..settings import Settings
 from ..sizes import format_size, peak_memory
-from ..storage.checkpoint import PICKLES, Checkpoint
+from ..storage.checkpoint import Checkpoint
+from ..storage.filenames import PICKLES
 from .difference import Difference
 from .forward import Batch, continues_alike
 from .kept import Kept

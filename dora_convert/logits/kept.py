@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..engine.memory import as_bytes, empty
+from ..engine.host_memory import as_bytes, empty
 from ..errors import OutputError
 
 

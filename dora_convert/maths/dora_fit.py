@@ -1,8 +1,9 @@
-"""A DoRA from a weight and its fine-tuned self: m, B and A with m·V/‖V‖ ≈ W', where V = W + BA.
+"""Fit a DoRA to a weight W and its fine-tuned self W': m, B and A with m·V/‖V‖ ≈ W', where V = W + BA.
 
-With d = m/‖V‖, DoRA's weight is diag(d)·W + diag(d)·BA, and Z = diag(d)·BA may be any matrix of rank r. So the best DoRA
-has the scales d that bring W' − diag(d)·W closest to rank r. The distance is the one that counts, in W', and no d makes
-it small by making everything small. Given d, B and A are a truncated SVD of that difference, and m is least squares.
+With d = m/‖V‖, DoRA's weight is diag(d)·W + diag(d)·BA, and Z = diag(d)·BA may be any matrix of rank r. So
+the best DoRA has the scales d that bring W' − diag(d)·W closest to rank r. The distance is measured in W', so
+no d makes the distance small by making everything small. Given d, a truncated SVD of the difference gives B
+and A, and least squares give m.
 """
 
 from __future__ import annotations
@@ -13,38 +14,40 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .row_scales import Found, dots, find_scales
+from .row_scales import RowScales, dots, find_scales
 from .svd import BLOCK, Goal, noise_of, resize, squared, truncated_svd
 
-SMALL = 1 << 20  # elements: matrices up to that are computed in float64
-FIRST, LAST = 4, 128  # the ranks at which scales are searched for where an error is asked for
-USEFUL = 0.9  # of a LoRA's distance at the same rank: scales that leave more are not searched for again
+SMALL = 1 << 20  # elements: matrices up to this size are computed in float64
+FIRST, LAST = 4, 128  # the least and the largest rank of the search for scales that reach an error
+USEFUL = 0.9  # of a LoRA's distance at the same rank: the search ends with scales that leave more
 NO_SCALE = 1e-4  # of ‖w'‖/‖w‖: a smaller |d| would make B huge
-LARGEST = 10  # of the same: more would make V a small difference of W and BA, which PEFT's arithmetic loses
+LARGEST = (
+    10  # of ‖w'‖/‖w‖: a larger |d| would make V a small difference of W and BA, which PEFT's arithmetic loses
+)
 
 
 @dataclass(frozen=True)
 class DoraFactors:
-    """m, B and A, and how good they are. The scaling is 1."""
+    """m, B and A, and the errors of the fit. The scaling is 1."""
 
     B: Tensor
     """(out, rank)"""
     A: Tensor
     """(rank, in)"""
     m: Tensor
-    """(out,), negative where a row is flipped"""
+    """(out,), negative for flipped rows"""
     error: float
     """‖m·V/‖V‖ − W'‖/‖W'‖, measured"""
     delta_error: float
-    """the same distance relative to ‖W' − W‖, which is what a LoRA's error is relative to"""
+    """the same distance relative to ‖W' − W‖, as a LoRA's error is"""
     converged: bool
-    """whether the search for the scales ended by itself"""
+    """True if the search for the scales ended by itself"""
     steps: int
-    """the search's steps, over all starts"""
+    """the steps of the search, over all starts"""
 
     @property
     def rank(self) -> int:
-        """The columns of B; 0 where W' is W."""
+        """The columns of B; 0 if W' is W."""
         return self.B.shape[1]
 
 
@@ -57,10 +60,11 @@ def extract_dora(
     max_error: float | None = None,
     exact: bool = False,
 ) -> DoraFactors:
-    """The DoRA nearest to W' of a given rank, or of about the least rank that keeps an energy or an error of W' − W.
+    """Return the DoRA nearest to W' of a given rank, or of about the least rank that reaches a goal.
 
-    The rank is 0 where W' is W, and at least 1 elsewhere. A distance of a unit of the dtype's precision, relative to ‖W'‖,
-    is taken for rounding and not pursued. Matrices of up to SMALL elements are computed in float64.
+    `energy` and `max_error` are goals for W' − W. The rank is 0 if W' is W, and at least 1 otherwise. A
+    distance of a unit of the dtype's precision, relative to ‖W'‖, counts as rounding. Matrices of up to SMALL
+    elements are computed in float64.
     """
     goal, dtype = Goal.of(rank, energy, max_error), W.dtype
     if W.numel() <= SMALL and W.device.type != "mps":
@@ -71,44 +75,44 @@ def extract_dora(
         return DoraFactors(B, A, dots(W, W).sqrt().to(dtype), 0.0, 0.0, converged=True, steps=0)
     rounding = torch.finfo(dtype).eps * size
     allowed = max(goal.error * change, rounding)
-    found = find_scales(W, tuned, goal.rank, rounding) if goal.rank else _least(W, tuned, allowed, rounding)
-    B, A = _factors(W, tuned, found.d, goal.rank, allowed, exact=exact)
+    scales = find_scales(W, tuned, goal.rank, rounding) if goal.rank else _least(W, tuned, allowed, rounding)
+    B, A = _factors(W, tuned, scales.d, rank=goal.rank, allowed=allowed, exact=exact)
     B, A = B.to(dtype), A.to(dtype)
     m, distance = _magnitudes(W, tuned, B, A, dtype)
     error = distance / size if size else float(distance > 0)
-    return DoraFactors(B, A, m, error, distance / change, found.converged, found.steps)
+    return DoraFactors(
+        B, A, m, error=error, delta_error=distance / change, converged=scales.converged, steps=scales.steps
+    )
 
 
-def _least(W: Tensor, tuned: Tensor, allowed: float, rounding: float) -> Found:
-    """The scales of about the least rank whose distance is allowed.
+def _least(W: Tensor, tuned: Tensor, allowed: float, rounding: float) -> RowScales:
+    """Return the scales of about the least rank whose distance is allowed.
 
-    Those of a smaller rank where that is above LAST, or where scales are of little use: other ranks need the same.
+    The search ends at rank LAST, or when scales are of little use: larger ranks need the same scales.
     """
-    low, rank = 0, min(FIRST, *W.shape)
-    found = find_scales(W, tuned, rank, rounding)
-    while (
-        found.distance > allowed and found.distance < USEFUL * found.unscaled and rank < min(LAST, *W.shape)
-    ):
-        low, rank = rank, min(2 * rank, LAST, *W.shape)
-        found = find_scales(W, tuned, rank, rounding)
-    while rank - low > 1 and found.distance <= allowed:
+    low, rank, most = 0, min(FIRST, *W.shape), min(LAST, *W.shape)
+    scales = find_scales(W, tuned, rank, rounding)
+    while allowed < scales.distance < USEFUL * scales.unscaled and rank < most:
+        low, rank = rank, min(2 * rank, most)
+        scales = find_scales(W, tuned, rank, rounding)
+    while rank - low > 1 and scales.distance <= allowed:
         middle = (low + rank) // 2
         less = find_scales(W, tuned, middle, rounding)
         if less.distance <= allowed:
-            found, rank = less, middle
+            scales, rank = less, middle
         else:
             low = middle
-    return found
+    return scales
 
 
 def _factors(
-    W: Tensor, tuned: Tensor, d: Tensor, rank: int | None, allowed: float, *, exact: bool
+    W: Tensor, tuned: Tensor, d: Tensor, *, rank: int | None, allowed: float, exact: bool
 ) -> tuple[Tensor, Tensor]:
-    """B and A for scales d, without those that would divide by nothing, or make next to nothing of V."""
+    """Return B and A for scales d, which are clamped so that B stays finite and V keeps its precision."""
     old, new = dots(W, W).sqrt(), dots(tuned, tuned).sqrt()
     ratio = new / torch.where(old > 0, old, 1.0)
     d = d.abs().clamp(NO_SCALE * ratio, LARGEST * ratio).copysign(d)
-    d = torch.where(new > 0, d, 0.0)  # such rows are m = 0, and their B is free
+    d = torch.where(new > 0, d, 0.0)  # rows of zeros have m = 0, and their B is free
     M = torch.addcmul(tuned, d[:, None].to(W), W, value=-1)
     size = squared(M) ** 0.5
     noise = max(noise_of(M), allowed / size) if size else 0.0
@@ -119,13 +123,13 @@ def _factors(
     B = Z.B / torch.where(d == 0, 1.0, d)[:, None].to(W)
     B[new == 0] = 0
     even = resize(B, Z.A, rank=Z.rank, noise=0.0)
-    # PEFT divides by ‖V‖, so V must not be zero where W and W' are.
+    # PEFT divides by ‖V‖, so V must not be zero even if W and W' are.
     even.B[(old == 0) & (new == 0)] = even.B.abs().mean()
     return even.B, even.A
 
 
 def _magnitudes(W: Tensor, tuned: Tensor, B: Tensor, A: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:
-    """m = ⟨W', V⟩/‖V‖ per row, which least squares gives, and ‖m·V/‖V‖ − W'‖, both of B and A as they are."""
+    """Return m = ⟨W', V⟩/‖V‖ per row, by least squares, and ‖m·V/‖V‖ − W'‖, both for the given B and A."""
     parts, rest = [], 0.0
     wide = torch.float32 if W.device.type == "mps" else torch.float64
     for rows in _blocks(W, tuned, B):
@@ -140,6 +144,6 @@ def _magnitudes(W: Tensor, tuned: Tensor, B: Tensor, A: Tensor, dtype: torch.dty
 
 
 def _blocks(*matrices: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same rows of each, a block at a time."""
+    """Yield the same rows of each matrix, a block at a time."""
     height = max(1, BLOCK // max(1, matrices[0].shape[1]))
     return zip(*(torch.split(matrix, height) for matrix in matrices), strict=True)

@@ -1,8 +1,8 @@
-"""The equations, in the order of docs/mathematics.md: tensors in, tensors out.
+"""Compute the equations of docs/mathematics.md, in their order: tensors in, tensors out.
 
-W is (out, in), A is (r, in), B is (out, r), m and n are (out,), s is the scaling. Blocks of rows of W with the same
-rows of B, m and n obey the same equations. Nothing here knows names, files or storage: it computes in the dtype that
-it is given, which is float64 unless asked otherwise, and `round_to` rounds once at the end.
+W is (out, in), A is (r, in), B is (out, r), m and n are (out,), s is the scaling. Blocks of rows of W with
+the same rows of B, m and n obey the same equations. All functions compute in the dtype of their arguments,
+which is float64 unless asked otherwise. `round_to` rounds once at the end.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import math
 import torch
 from torch import Tensor
 
-LOW_BITS = (1 << 29) - 1  # the bits of a float64's fraction that a float32 has not
+LOW_BITS = (1 << 29) - 1  # the bits of a float64's fraction that a float32 does not have
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-RUN = 512  # elements that are rounded again together where one of them needs it
+RUN = 512  # elements that are rounded again together if one of them needs it
 
 
 def add_low_rank_(
@@ -23,13 +23,13 @@ def add_low_rank_(
     A: Tensor,  # (r, in)
     s: float,
 ) -> Tensor:
-    """V = W + s·BA (1), LoRA's merged weight: equation 3 of arXiv:2106.09685."""
+    """Compute V = W + s·BA (1), LoRA's merged weight: equation 3 of arXiv:2106.09685."""
     W.addmm_(B, A, alpha=s)
     return W
 
 
 def norms(V: Tensor, axis: int) -> Tensor:
-    """n = ‖V‖ (2), one per row for axis 1 and one per column for axis 0."""
+    """Return n = ‖V‖ (2), one per row for axis 1 and one per column for axis 0."""
     n: Tensor = torch.linalg.vector_norm(V, dim=axis)
     return n
 
@@ -40,7 +40,7 @@ def rescale_(
     n: Tensor,  # (out,)
     axis: int,
 ) -> Tensor:
-    """W' = m·V/n (3), DoRA's merged weight: equation 5 of arXiv:2402.09353, whose W is the transpose of torch's."""
+    """Compute W' = m·V/n (3), DoRA's merged weight: equation 5 of arXiv:2402.09353, transposed."""
     return V.mul_((m / n).unsqueeze(axis))
 
 
@@ -50,7 +50,7 @@ def block_diagonal(
     start: int,
     rows: int | None = None,
 ) -> Tensor:  # as many rows of (rows, columns)
-    """Rows of a block-diagonal matrix from its blocks; `start` is the first one's number among all `rows`."""
+    """Return rows of a block-diagonal matrix from its blocks; `start` is the first of the `rows`."""
     if blocks == 1:
         return stacked
     height, width = (rows or len(stacked)) // blocks, stacked.shape[1]
@@ -68,9 +68,9 @@ def without_start(
     r: int,
     s: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # (out, in), (out, r), (r, in)
-    """What PiSSA, OLoRA and KaSA leave of W before training, and the factors of what they take.
+    """Return W without the start of PiSSA, OLoRA or KaSA, and the factors of this start.
 
-    The same operations as PEFT, so the same bits.
+    PEFT's operations in PEFT's order give PEFT's bits.
     """
     if kind == "OLoRA":
         Q, R = torch.linalg.qr(W)
@@ -88,7 +88,7 @@ def coefficients(
     f: list[Tensor | None],  # m/n of each edit, which broadcasts over (out, in); None is 1
     weights: list[float],
 ) -> tuple[Tensor | None, list[Tensor | float]]:
-    """g and c of W = g·W' − Σ cᵢ·Δᵢ (7), the inverse of (4); zeros where it has none."""
+    """Return g and c of W = g·W' − Σ cᵢ·Δᵢ (7), the inverse of (4); zeros for elements without an inverse."""
     if all(each is None for each in f):
         return None, list(weights)
     if len(f) == 1 and f[0] is not None and weights == [1]:
@@ -110,9 +110,9 @@ def to_fixed_(
     largest: float,  # |x| is at most this
     terms: int,
 ) -> Tensor:
-    """x on a grid so coarse that sums of so many products of two such factors are exact in float64, in any order.
+    """Round x to a grid so coarse that sums of `terms` products of two such factors are exact, in any order.
 
-    With b = ⌊(53 − ⌈log₂ r⌉)/2⌋ bits each, r products add up to at most 2⁵³ units.
+    With b = ⌊(53 − ⌈log₂ r⌉)/2⌋ bits each, r products add up to at most 2⁵³ units, which float64 holds.
     """
     bits = (53 - max(0, terms - 1).bit_length()) // 2
     unit = math.ldexp(1.0, math.frexp(largest)[1] - bits)
@@ -120,17 +120,17 @@ def to_fixed_(
 
 
 def ordinals(x: Tensor, out: Tensor | None = None) -> Tensor:
-    """Each value's place among all of its dtype, as integers of its size: a bijection, with −0 right below +0."""
+    """Return each value's ordinal among all values of its dtype: a bijection, with −0 right below +0."""
     return _folded(x.view(INTEGERS[x.element_size()]), out)
 
 
-def at_ordinals(places: Tensor, dtype: torch.dtype) -> Tensor:
-    """The values at such places."""
-    return _folded(places).view(dtype)
+def at_ordinals(numbers: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the values that have these ordinals."""
+    return _folded(numbers).view(dtype)
 
 
 def _folded(bits: Tensor, out: Tensor | None = None) -> Tensor:
-    """Negative numbers the other way round: its own inverse."""
+    """Reverse the order of negative numbers; applied twice, this is the identity."""
     top = torch.tensor(8 * bits.element_size() - 1, dtype=bits.dtype)
     negative = torch.bitwise_right_shift(bits, top, out=out)  # all bits, or none
     return negative.bitwise_and_(torch.iinfo(bits.dtype).max).bitwise_xor_(bits)
@@ -141,11 +141,11 @@ def round_to(
     out: Tensor,  # as x, in the dtype to round to
     single: Tensor | None = None,  # as x, float32: scratch space
 ) -> Tensor:
-    """x rounded once into `out`, to nearest and ties to even.
+    """Round x once into `out`, to nearest and ties to even.
 
-    torch takes float64 to half precision by way of float32. Where that first rounding lands on a tie of the second,
-    the result is off by one unit in the last place: about once in 130,000 elements for bfloat16 and once in 16,000 for
-    float16. Rounding to odd first makes the second rounding right.
+    torch rounds float64 to half precision by way of float32. If the first rounding lands on a tie of the
+    second, the result is off by one ulp: about once in 130,000 elements for bfloat16 and once in 16,000 for
+    float16. A first rounding to odd makes the second rounding right.
     """
     if x.dtype != torch.float64 or out.dtype not in (torch.bfloat16, torch.float16) or x.numel() == 0:
         return out.copy_(x)
@@ -164,7 +164,7 @@ def round_to(
 
 
 def _to_odd(x: Tensor) -> Tensor:
-    """x cut off to float32's precision, with the last bit set where anything was lost (Boldo and Melquiond, 2008)."""
+    """Cut x to float32's precision, and set the last bit if any bit was lost (Boldo and Melquiond, 2008)."""
     bits = x.view(torch.int64)
     odd = bits & LOW_BITS
     odd += LOW_BITS  # carries into the last bit that stays
@@ -174,11 +174,11 @@ def _to_odd(x: Tensor) -> Tensor:
 
 
 def _on_grid(x: Tensor) -> Tensor:
-    """x rounded to multiples of 2⁻¹³³, bfloat16's smallest number, where float32 has no normal numbers any more."""
+    """Round x to multiples of 2⁻¹³³, bfloat16's smallest number, below float32's normal numbers."""
     grid = 1.5 * 2.0 ** (52 - 133)
     return torch.where(x.abs() < torch.finfo(torch.float32).tiny, ((x + grid) - grid).copysign(x), x)
 
 
 def all_finite(x: Tensor) -> bool:
-    """Whether no element is NaN or infinite. A finite sum proves it; another may just have overflowed."""
+    """Return True if no element is NaN or infinite; a finite sum proves it, but a sum may overflow."""
     return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())

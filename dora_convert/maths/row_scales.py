@@ -1,13 +1,14 @@
-"""The search for row scales d that bring W' − diag(d)·W as close to rank r as can be.
+"""Search the row scales d that bring W' − diag(d)·W as close to rank r as possible.
 
-For each d the best matrix of rank r is a truncated SVD, Z = USVᵀ, so d is all that is searched for, by Gauss and
-Newton's method with Levenberg and Marquardt's damping on φ(d) = ‖W' − diag(d)·W − Z‖² (variable projection: Golub and
-Pereyra, 1973). With b = W(I − VVᵀ) and h = ‖b‖² per row, a step δ solves
+For each d the best matrix of rank r is a truncated SVD, Z = USVᵀ, so only d is searched. The method is Gauss
+and Newton's with Levenberg and Marquardt's damping on φ(d) = ‖W' − diag(d)·W − Z‖² (variable projection:
+Golub and Pereyra, 1973). With b = W(I − VVᵀ) and h = ‖b‖² per row, a step δ solves
 
     (diag(h) − (UUᵀ)∘(bbᵀ))·δ = diag((I − UUᵀ)(W' − diag(d)·W)·bᵀ)
 
-by conjugate gradients, whose products need W and not b. Without the second term on the left, this is the alternation
-between scales and factors, which takes tens to hundreds of rounds, or stops on a plateau, where this takes three or four.
+by conjugate gradients, whose products need W and not b. Without the second term on the left, the step
+alternates between scales and factors, which takes tens to hundreds of rounds or stops on a plateau. With the
+term, three or four rounds are enough.
 """
 
 from __future__ import annotations
@@ -20,30 +21,32 @@ from torch import Tensor
 
 from .svd import OVERSAMPLE, Goal, compared, squared, subspace
 
-EXACT_UP_TO = 128  # rows or columns, whichever are fewer: there, LAPACK's SVD is as fast as a subspace step
+EXACT_UP_TO = (
+    128  # rows or columns, whichever are fewer: up to here LAPACK's SVD is as fast as a subspace step
+)
 STEPS = 1000  # from one start, at most
-SETTLED = 1e-7  # an expected relative change of the distance that is none
+SETTLED = 1e-7  # a relative change of the squared distance that counts as none
 STARTS = 12  # at most
 MANY = 1 << 16  # elements, of all starts together, beyond the second start
 INNER = 200  # rounds of conjugate gradients, at most
-ACCURATE = 1e-5  # their residual, relative
-ROWS = 256  # that are summed in float64 at once
+ACCURATE = 1e-5  # the relative residual of conjugate gradients
+ROWS = 256  # summed in float64 at once
 
 
 @dataclass(frozen=True)
-class Found:
-    """Scales, and how they were found."""
+class RowScales:
+    """Scales, and the facts about their search."""
 
     d: Tensor
     """(out,), float64"""
     distance: float
     """‖W' − diag(d)·W − Z‖"""
     unscaled: float
-    """the same for d = 1: a LoRA's"""
+    """the same for d = 1, as for a LoRA"""
     steps: int
     """Gauss–Newton steps from all starts"""
     converged: bool
-    """whether the search ended by itself, not because STEPS were used up"""
+    """True if the search ended by itself, before STEPS were used up"""
 
 
 def find_scales(
@@ -51,11 +54,12 @@ def find_scales(
     tuned: Tensor,  # W', (out, in)
     rank: int,
     rounding: float,
-) -> Found:
-    """The best scales of several starts; a distance of `rounding` ends the search.
+) -> RowScales:
+    """Return the best scales of several starts; a distance of `rounding` ends the search.
 
-    From the better of d = 1, which is LoRA, and of the least-squares ratio of the rows; then from ratios of norms, and
-    from random ones nearby, as small matrices of a large rank have local minima.
+    The first start is the better of d = 1, which is LoRA, and the least-squares ratio of the rows. Further
+    starts are ratios of norms and random scales nearby, because small matrices of a large rank have local
+    minima.
     """
     search = _Search(W, tuned, min(rank, *W.shape))
     ratio = search.ratio()
@@ -68,11 +72,11 @@ def find_scales(
         steps += more
         if fit.loss < best.loss:
             best, converged = fit, ended
-    return Found(best.d, best.loss**0.5, plain.loss**0.5, steps, converged)
+    return RowScales(best.d, best.loss**0.5, plain.loss**0.5, steps, converged)
 
 
 def dots(x: Tensor, y: Tensor) -> Tensor:
-    """⟨x, y⟩ row by row, in float64 where the device has it."""
+    """Return ⟨x, y⟩ row by row, in float64 if the device has float64."""
     wide = torch.float32 if x.device.type == "mps" else torch.float64
     pairs = zip(torch.split(x, ROWS), torch.split(y, ROWS), strict=True)
     return torch.cat([(a.to(wide) * b.to(wide)).sum(dim=1) for a, b in pairs])
@@ -86,12 +90,12 @@ class _Fit:
     M: Tensor  # W' − diag(d)·W
     U: Tensor  # (out, r)
     V: Tensor  # (in, r)
-    basis: Tensor | None  # (in, k): V and more, where the next subspace starts
+    basis: Tensor | None  # (in, k): V and more, the start of the next subspace
     loss: float
 
 
 class _Search:
-    """From one start to a minimum of φ."""
+    """The search for a minimum of φ from one start."""
 
     def __init__(self, W: Tensor, tuned: Tensor, rank: int) -> None:
         self.W, self.tuned, self.rank = W, tuned, rank
@@ -99,48 +103,48 @@ class _Search:
         self.squares = dots(W, W)
 
     def ratio(self) -> Tensor:
-        """The d that brings diag(d)·W nearest to W', 1 for rows of zeros."""
+        """Return the d that brings diag(d)·W nearest to W'; 1 for rows of zeros."""
         some = self.squares > 0
         return torch.where(some, dots(self.W, self.tuned) / torch.where(some, self.squares, 1.0), 1.0)
 
     def fit(self, d: Tensor, start: Tensor | None = None) -> _Fit:
-        """The best Z for d, from an earlier basis."""
+        """Compute the best Z for d, from an earlier basis."""
         M = torch.addcmul(self.tuned, d[:, None].to(self.W), self.W, value=-1)
         r, least = self.rank, min(M.shape)
         if least <= EXACT_UP_TO or r + OVERSAMPLE > least // 2:
             U, S, Vh = torch.linalg.svd(M, full_matrices=False)
-            return _Fit(d, M, U[:, :r], Vh[:r].T, None, squared(S[r:]))
+            return _Fit(d, M, U[:, :r], Vh[:r].T, basis=None, loss=squared(S[r:]))
         U, Q, R = subspace(M, r, Goal(r, 0.0), start)
         left, S, right = torch.linalg.svd(R.T)
         beyond, _ = compared(lambda rows: M[rows], U, (Q @ R).T)
-        return _Fit(d, M, U @ left[:, :r], Q @ right[:r].T, Q, beyond + squared(S[r:]))
+        return _Fit(d, M, U @ left[:, :r], Q @ right[:r].T, basis=Q, loss=beyond + squared(S[r:]))
 
     def run(self, fit: _Fit) -> tuple[_Fit, int, bool]:
-        """The end of the search from there, its steps, and whether it ended by itself."""
+        """Return the last fit of a search, the number of steps, and True if the search converged."""
         damping = 1e-3
         for step in range(STEPS):
-            found, damping = self.step(fit, damping)
-            if found is None:
+            better, damping = self.step(fit, damping)
+            if better is None:
                 return fit, step, True
-            lost, fit = fit.loss - found.loss, found
-            if lost <= SETTLED * fit.loss:
+            gain, fit = fit.loss - better.loss, better
+            if gain <= SETTLED * fit.loss:
                 return fit, step + 1, True
         return fit, STEPS, False
 
     def step(self, fit: _Fit, damping: float) -> tuple[_Fit | None, float]:
-        """A better fit, or None where none is near, and the damping for the next step."""
+        """Return a better fit, or None if there is none nearby, and the damping for the next step."""
         while fit.loss > self.floor and damping < 1e4:
             delta, gain = self.direction(fit, damping)
             if gain <= 2 * SETTLED * fit.loss:
                 break
-            found = self.fit(fit.d + delta, fit.basis)
-            if found.loss <= fit.loss:
-                return found, max(damping / 4, 1e-12)
+            better = self.fit(fit.d + delta, fit.basis)
+            if better.loss <= fit.loss:
+                return better, max(damping / 4, 1e-12)
             damping *= 8
         return None, damping
 
     def direction(self, fit: _Fit, damping: float) -> tuple[Tensor, float]:
-        """The damped Gauss–Newton step δ, (out,), and what φ should lose by it."""
+        """Return the damped Gauss–Newton step δ, (out,), and the expected decrease of φ."""
         U, V, W = fit.U, fit.V, self.W
         WV, MU = W @ V, fit.M.T @ U
         h = self.squares - dots(WV, WV)
@@ -159,7 +163,7 @@ class _Search:
 
 
 def _others(search: _Search, ratio: Tensor) -> Iterator[Tensor]:
-    """More starts: one for large matrices, more for small ones."""
+    """Yield more starts: one for large matrices, several for small ones."""
     lengths = dots(search.tuned, search.tuned).sqrt()
     some = search.squares > 0
     yield torch.where(some, lengths / torch.where(some, search.squares, 1.0).sqrt(), 1.0) * ratio.sign()
@@ -171,7 +175,7 @@ def _others(search: _Search, ratio: Tensor) -> Iterator[Tensor]:
 
 
 def _conjugate_gradients(product: Callable[[Tensor], Tensor], b: Tensor, diagonal: Tensor) -> Tensor:
-    """x with product(x) = b, for a positive product whose diagonal is about `diagonal`."""
+    """Solve product(x) = b for x, for a positive product whose diagonal is about `diagonal`."""
     x, r = torch.zeros_like(b), b
     z = r / diagonal
     p, size = z, float(r @ z)

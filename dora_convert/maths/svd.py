@@ -1,11 +1,12 @@
-"""Low-rank factors of a matrix: the truncated SVD, and LoRAs of another rank. Tensors in, tensors out.
+"""Factor a matrix into low-rank factors: the truncated SVD, and LoRAs of another rank.
 
-D is (out, in), B is (out, r), A is (r, in). The singular values are split evenly, B = U√S and A = √S·Vᵀ. All of it is
-computed in the dtype and on the device of what is given; random numbers come from a generator of its own, so that the
-same input gives the same bits. How good the factors are is always measured against D, block by block.
+D is (out, in), B is (out, r), A is (r, in). The singular values are split evenly, B = U√S and A = √S·Vᵀ. All
+functions compute in the dtype and on the device of their arguments. Random numbers come from a generator with
+a fixed seed, so that the same input gives the same bits. The error of the factors is always measured against
+D, block by block.
 
-Large matrices are factored by subspace iteration from a random start: Halko, Martinsson and Tropp, arXiv:0909.4061,
-algorithms 4.4 and 5.1.
+Large matrices are factored by subspace iteration from a random start: Halko, Martinsson and Tropp,
+arXiv:0909.4061, algorithms 4.4 and 5.1.
 """
 
 from __future__ import annotations
@@ -18,53 +19,53 @@ import torch
 from torch import Tensor
 
 EXACT_UP_TO = 512  # rows or columns, whichever are fewer: LAPACK takes about a tenth of a second
-OVERSAMPLE = 10  # columns more than the rank: they speed convergence up, and are cut off at the end
+OVERSAMPLE = 10  # more columns than the rank: they speed convergence up, and are cut off at the end
 ITERATIONS = 64  # at most; a handful are usual
-SETTLED = 3e-4  # stop when a round improves the squared error by less than this share of it
-FIRST = 32  # the first rank tried where an error is asked for and not a rank
+SETTLED = 3e-4  # stop when a round improves the squared error by less than this share
+FIRST = 32  # the first rank that is tried for a goal of an error
 BLOCK = 1 << 21  # elements that are compared at once
 
 
 @dataclass(frozen=True)
 class Factors:
-    """Low-rank factors, and how good they are."""
+    """Low-rank factors, and their error."""
 
     B: Tensor
     """(out, rank)"""
     A: Tensor
     """(rank, in)"""
     error: float
-    """‖D − BA‖/‖D‖, Frobenius, measured; 0 where D is zero"""
+    """‖D − BA‖/‖D‖, Frobenius, measured; 0 if D is zero"""
     S: Tensor
-    """the singular values that were computed, float64, falling: all of D's, or more than the rank"""
+    """the computed singular values, float64, falling: all of D's, or more than the rank"""
     errors: Tensor
     """(len(S) + 1,), float64: the relative error that rank 0, 1, … leaves"""
     exact: bool
-    """whether S has all singular values that are not zero"""
+    """True if S has all singular values that are not zero"""
 
     @property
     def rank(self) -> int:
-        """The columns of B: at most what was asked for, 0 where D is zero."""
+        """The columns of B: at most the rank asked for, 0 if D is zero."""
         return self.B.shape[1]
 
     def rank_for(self, error: float) -> int | None:
-        """The least rank with at most that error, or None: more than `len(S)`."""
+        """Return the least rank with at most this error, or None for a rank above `len(S)`."""
         enough = (self.errors <= error).nonzero()
         return int(enough[0]) if len(enough) else None
 
 
 @dataclass(frozen=True)
 class Goal:
-    """What factors are to reach: a rank, or an error."""
+    """The goal of a factorisation: a rank, or an error."""
 
     rank: int | None
     error: float
 
     @classmethod
     def of(cls, rank: int | None = None, energy: float | None = None, max_error: float | None = None) -> Goal:
-        """From a rank, the share of squared singular values to keep, or the largest relative error: exactly one.
+        """Make a goal of a rank, of a share of squared singular values, or of a largest relative error.
 
-        Raises ValueError for none, for several, and for values that nothing can have.
+        Raises ValueError for none, for several, and for impossible values.
         """
         if sum(value is not None for value in (rank, energy, max_error)) != 1:
             raise ValueError("one of rank, energy and max_error is needed, and only one")
@@ -85,11 +86,11 @@ def truncated_svd(
     exact: bool = False,
     noise: float | None = None,
 ) -> Factors:
-    """The best factors of D of a given rank, or of the least rank that keeps an energy or an error.
+    """Return the best factors of D of a given rank, or of the least rank that keeps an energy or an error.
 
-    The rank is never above min(out, in), nor above D's numerical rank: the least that leaves a relative error of
-    `noise`, by default 1.5·√min(out, in) units of the dtype's precision. A zero D has factors of rank 0.
-    An error below what the dtype can show gives the numerical rank, and `error` says what that reaches.
+    The rank is at most min(out, in), and at most D's numerical rank: the least that leaves a relative error
+    of `noise`, by default 1.5·√min(out, in) units of the dtype's precision. A zero D has factors of rank 0. A
+    goal below the dtype's precision gives the numerical rank; `error` is the error that this rank reaches.
     """
     goal, least = Goal.of(rank, energy, max_error), min(D.shape)
     noise = noise_of(D) if noise is None else noise
@@ -99,9 +100,9 @@ def truncated_svd(
     start: Tensor | None = None
     while width + OVERSAMPLE <= least // 4:
         U, Q, R = subspace(D, width, goal, start)
-        found = _cut(D, U, Q, R, goal, noise)
-        if goal.rank or found.rank <= width:
-            return found
+        factors = _project(D, (U, Q, R), goal, noise)
+        if goal.rank or factors.rank <= width:
+            return factors
         width, start = 2 * width, Q
     return _exactly(D, goal, noise)
 
@@ -116,20 +117,21 @@ def resize(
     max_error: float | None = None,
     noise: float | None = None,
 ) -> Factors:
-    """The best factors of s·BA, whose scaling is then 1, by QR of B and Aᵀ and an SVD of (r, r); exact.
+    """Return the best factors of s·BA, with a scaling of 1, by QR of B and Aᵀ and an SVD of (r, r); exact.
 
-    Computed in float64 where the device has it, and returned in the dtype of B.
+    Computed in float64 if the device has float64, and returned in the dtype of B.
     """
     goal, noise = Goal.of(rank, energy, max_error), noise_of(B) if noise is None else noise
     wide = torch.float32 if B.device.type == "mps" else torch.float64
     left, right = s * B.to(wide), A.to(wide)
     (QB, RB), (QA, RA) = torch.linalg.qr(left), torch.linalg.qr(right.T)
     U, S, Vh = torch.linalg.svd(RB @ RA.T, full_matrices=False)
-    return _split(QB @ U, S, Vh @ QA.T, 0.0, goal, noise, B.dtype, lambda rows: left[rows] @ right)
+    svd = (QB @ U, S, Vh @ QA.T)
+    return _split(svd, lambda rows: left[rows] @ right, goal, noise=noise, dtype=B.dtype)
 
 
 def noise_of(D: Tensor) -> float:
-    """The relative error below which a rest of D's size is taken for rounding."""
+    """Return the relative error of D that counts as rounding."""
     return 1.5 * math.sqrt(min(D.shape)) * torch.finfo(D.dtype).eps
 
 
@@ -138,19 +140,19 @@ def relative_error(
     B: Tensor,  # (out, r)
     A: Tensor,  # (r, in)
 ) -> float:
-    """‖D − BA‖/‖D‖ of the D whose rows `rows` gives, block by block, summed in float64; 0 for a zero D."""
+    """Return ‖D − BA‖/‖D‖, block by block, summed in float64; `rows` returns rows of D; 0 for a zero D."""
     rest, total = compared(rows, B, A)
     return (rest / total) ** 0.5 if total else 0.0
 
 
 def squared(x: Tensor) -> float:
-    """‖x‖², summed in float64 where the device has it."""
+    """Return ‖x‖², summed in float64 if the device has float64."""
     wide = None if x.device.type == "mps" else torch.float64
     return float(torch.linalg.vector_norm(x, dtype=wide)) ** 2
 
 
 def compared(rows: Callable[[slice], Tensor], B: Tensor, A: Tensor) -> tuple[float, float]:
-    """‖D − BA‖² and ‖D‖²."""
+    """Return ‖D − BA‖² and ‖D‖²."""
     rest = total = 0.0
     height = max(1, BLOCK // max(1, A.shape[1]))
     for start in range(0, len(B), height):
@@ -162,16 +164,16 @@ def compared(rows: Callable[[slice], Tensor], B: Tensor, A: Tensor) -> tuple[flo
 
 
 def _exactly(D: Tensor, goal: Goal, noise: float) -> Factors:
-    """By LAPACK's SVD."""
-    U, S, Vh = torch.linalg.svd(D, full_matrices=False)
-    return _split(U, S, Vh, 0.0, goal, noise, D.dtype, lambda rows: D[rows])
+    """Factor D by LAPACK's SVD."""
+    svd = torch.linalg.svd(D, full_matrices=False)
+    return _split(svd, lambda rows: D[rows], goal, noise=noise, dtype=D.dtype)
 
 
 def subspace(D: Tensor, width: int, goal: Goal, start: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """U (out, k), Q (in, k), R (k, k): U(QR)ᵀ is D's projection on about its first `width` left singular vectors.
+    """Return U (out, k), Q (in, k), R (k, k); U(QR)ᵀ is D on about its first `width` singular vectors.
 
-    k is `width` and OVERSAMPLE more; `start` holds the columns of an earlier Q. A goal of an error is given up early
-    where the width is far from enough.
+    k is `width` + OVERSAMPLE; `start` holds the columns of an earlier Q. A goal of an error is given up early
+    if the width is far too small.
     """
     generator = torch.Generator().manual_seed(0)
     new = width + OVERSAMPLE - (0 if start is None else start.shape[1])
@@ -189,24 +191,26 @@ def subspace(D: Tensor, width: int, goal: Goal, start: Tensor | None = None) -> 
     return U, Q, R
 
 
-def _cut(D: Tensor, U: Tensor, Q: Tensor, R: Tensor, goal: Goal, noise: float) -> Factors:
-    """Factors from D's projection U(QR)ᵀ."""
+def _project(D: Tensor, projection: tuple[Tensor, Tensor, Tensor], goal: Goal, noise: float) -> Factors:
+    """Return factors of D from its projection U(QR)ᵀ."""
+    U, Q, R = projection
     left, S, right = torch.linalg.svd(R.T)
     beyond, _ = compared(lambda rows: D[rows], U, (Q @ R).T)
-    return _split(U @ left, S, right @ Q.T, beyond, goal, noise, D.dtype, lambda rows: D[rows])
+    svd = (U @ left, S, right @ Q.T)
+    return _split(svd, lambda rows: D[rows], goal, beyond=beyond, noise=noise, dtype=D.dtype)
 
 
 def _split(
-    U: Tensor,  # (out, k), its columns orthonormal
-    S: Tensor,  # (k,), falling
-    Vh: Tensor,  # (k, in)
-    beyond: float,  # ‖D − USVᵀ‖²
+    svd: tuple[Tensor, Tensor, Tensor],  # U (out, k), its columns orthonormal, S (k,), falling, Vᵀ (k, in)
+    rows: Callable[[slice], Tensor],  # of D
     goal: Goal,
+    *,
+    beyond: float = 0.0,  # ‖D − USVᵀ‖²
     noise: float,
     dtype: torch.dtype,
-    rows: Callable[[slice], Tensor],
 ) -> Factors:
-    """The least rank that reaches the goal, as measured, and its factors."""
+    """Return the factors of the least rank that reaches the goal, as measured."""
+    U, S, Vh = svd
     values = S.cpu().double()
     tails = torch.cat((values.square().flip(0).cumsum(0).flip(0), torch.zeros(1))) + beyond
     errors = (tails / tails[0].clamp_min(torch.finfo(torch.float64).tiny)).sqrt()

@@ -1,7 +1,8 @@
-"""Model cards: what a checkpoint or an adapter is made of, and the command that makes it again.
+"""Render model cards: the inputs of a checkpoint or an adapter, and the command that repeats it.
 
-Front matter is huggingface_hub's. A card is a function of the inputs: no dates, no name of the output, and never a
-local path. Its last line holds a hash of the rest, which tells a card that nobody has edited since.
+huggingface_hub writes the front matter. A card is a function of the inputs: no dates, no name of the output,
+never a local path. The last line holds a hash of the other lines, which identifies a card that nobody has
+edited.
 """
 
 from __future__ import annotations
@@ -22,31 +23,31 @@ from ..storage.safetensors import CONFIG_DTYPES
 
 NAME = "README.md"
 INHERITED = ("license", "license_name", "license_link", "language")
-"""What a card takes from the base's own."""
+"""Fields that a card takes from the base's card."""
 PIPELINES = {
     "ForCausalLM": "text-generation", "LMHeadModel": "text-generation",
     "ForSequenceClassification": "text-classification", "ForTokenClassification": "token-classification",
     "ForQuestionAnswering": "question-answering", "ForMaskedLM": "fill-mask",
 }  # fmt: skip
-"""What models of a class are for, by how its name ends."""
+"""The task of a model, by the end of its class name."""
 
 _MARK = re.compile(rb"<!-- dora-convert card ([0-9a-f]{32}) -->\n?\Z")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What a card says."""
+    """The contents of a card."""
 
     title: str
     about: str
     kinds: tuple[str, ...]
     relation: str  # finetune | adapter
     base_model: str | None
-    """The base's repo id; None where only a path is known."""
+    """The base's repo id; None if only a path is known."""
     library: str | None = None
     pipeline: str | None = None
     inherited: Mapping[str, Any] = field(default_factory=dict)
-    """Of the base's own card."""
+    """Fields of the base's card."""
     sources: tuple[tuple[str, str, str], ...] = ()
     """Role, name and commit."""
     made_by: str = ""
@@ -54,11 +55,11 @@ class Facts:
     checks: tuple[tuple[str, str], ...] = ()
     unmerge: tuple[str, ...] = ()
     record: bool = False
-    """Whether a receipt lies beside it."""
+    """True if a receipt lies beside the card."""
 
 
 def render(facts: Facts) -> bytes:
-    """A card as README.md holds it."""
+    """Render a card as README.md holds it."""
     from huggingface_hub import ModelCardData
 
     tags = [kind.lower() for kind in facts.kinds] + (["merged"] if facts.relation == "finetune" else [])
@@ -91,7 +92,7 @@ def _body(facts: Facts) -> Iterator[str]:
             "| | |",
             "|---|---|",
         )
-        yield from (f"| {what} | {found} |" for what, found in facts.checks)
+        yield from (f"| {name} | {value} |" for name, value in facts.checks)
         yield ""
     if facts.unmerge:
         yield from ("To take it out again:", "", *_shell(facts.unmerge))
@@ -104,13 +105,13 @@ def _shell(command: Sequence[str]) -> list[str]:
 
 
 def is_unedited(card: bytes) -> bool:
-    """Whether a README is a card as `render` wrote it, so that another may take its place."""
+    """Return True if a README is a card as `render` wrote it, which a new card may replace."""
     match = _MARK.search(card)
     return match is not None and xxhash.xxh3_128_hexdigest(card[: match.start()]).encode() == match[1]
 
 
 def metadata_of(readme: Path) -> dict[str, Any]:
-    """The front matter of a README; nothing where it has none, or none that can be read."""
+    """Return the front matter of a README; empty if there is none, or none that can be read."""
     from huggingface_hub import ModelCard
 
     try:
@@ -118,19 +119,19 @@ def metadata_of(readme: Path) -> dict[str, Any]:
         if not text.startswith("---"):
             return {}
         data = ModelCard(text, ignore_metadata_errors=True).data
-        found: dict[str, Any] = data.to_dict()  # type: ignore[no-untyped-call]
-    except Exception:  # noqa: BLE001 - somebody's file, in YAML: whatever it holds, the card does without
+        metadata: dict[str, Any] = data.to_dict()  # type: ignore[no-untyped-call]
+    except Exception:  # noqa: BLE001 - YAML of any content: the new card does without
         return {}
-    return found
+    return metadata
 
 
 def inherited(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that hold for whatever is made of a model."""
+    """Return the fields that models derived from a model keep."""
     return {name: metadata[name] for name in INHERITED if metadata.get(name)}
 
 
 def pipeline_of(config: Mapping[str, Any] | None, metadata: Mapping[str, Any]) -> str | None:
-    """What a model is for: as its architecture says, else the base's card."""
+    """Return the task of a model, from its architecture or else from the base's card."""
     for name in (config or {}).get("architectures") or ():
         for end, pipeline in PIPELINES.items():
             if str(name).endswith(end):
@@ -140,15 +141,17 @@ def pipeline_of(config: Mapping[str, Any] | None, metadata: Mapping[str, Any]) -
 
 
 def card_bytes(plan: Plan, base_model: str | None, checks: Sequence[tuple[str, str]] = ()) -> bytes:
-    """README.md for a merge's OUT; `checks` is what its self-check found, once there is one."""
+    """Render README.md for a merge's OUT; `checks` are the rows of the self-check's table."""
     base, counts, names = plan.base, plan.counts(), [adapter.source for adapter in plan.adapters]
     metadata = {} if base.is_file else metadata_of(base.root / NAME)
     kinds = tuple(sorted({adapter.kind for adapter in plan.adapters}))
-    undo = () if plan.options.undo == "none" else _unmerge([source.title for source in names])
+    undo = (
+        () if plan.options.undo == "none" else ("unmerge", "MERGED", *(each.title for each in names), "OUT")
+    )
     facts = Facts(
         title=f"{base.source.name} with {', '.join(source.name for source in names)}",
-        about=f"{' and '.join(kinds)} folded into the weights of {base.source.name}. {counts['merged']} tensors "
-        f"merged, {counts['replaced']} replaced, {counts['copied']} copied as they were.",
+        about=f"{' and '.join(kinds)} folded into the weights of {base.source.name}. "
+        f"{counts['merged']} tensors merged, {counts['replaced']} replaced, {counts['copied']} copied as they were.",
         kinds=kinds,
         relation="finetune",
         base_model=base_model or base.source.repo,
@@ -159,20 +162,16 @@ def card_bytes(plan: Plan, base_model: str | None, checks: Sequence[tuple[str, s
         made_by=f"dora-convert {__version__}",
         command=tuple(command(plan)),
         checks=tuple(checks),
-        unmerge=undo,
+        unmerge=undo and ("dora-convert", *undo),
         record=True,
     )
     return render(facts)
 
 
-def _unmerge(adapters: Sequence[str]) -> tuple[str, ...]:
-    return ("dora-convert", "unmerge", "MERGED", *adapters, "OUT")
-
-
 def command(plan: Plan) -> list[str]:
-    """The command line that makes this output again; inputs by title, the output as OUT."""
-    options = plan.options
-    words = ["dora-convert", "merge", *(source.title for source in _sources(plan)), "OUT"]
+    """Return the command line that repeats a merge, with the inputs by title and the output as OUT."""
+    options, sources = plan.options, [plan.base.source, *(adapter.source for adapter in plan.adapters)]
+    words = ["dora-convert", "merge", *(source.title for source in sources), "OUT"]
     if any(weight != 1 for weight in plan.weights):
         words += [word for weight in plan.weights for word in ("--weight", _number(weight))]
     for flag, value in (
@@ -189,13 +188,9 @@ def command(plan: Plan) -> list[str]:
 
 
 def _number(value: float) -> str:
-    """A number as people write it, without losing a digit."""
+    """Write a number as people do, without loss of a digit."""
     short = f"{value:g}"
     return short if float(short) == value else repr(value)
-
-
-def _sources(plan: Plan) -> list[Source]:
-    return [plan.base.source, *(adapter.source for adapter in plan.adapters)]
 
 
 def source_row(role: str, source: Source) -> tuple[str, str, str]:

@@ -1,37 +1,22 @@
-"""What is finished of a run: what is known of each tensor, and how a journal tells of it."""
+"""Hold what a run has finished: results by tensor, and the lines of a journal that tell of them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
-from ..errors import MalformedError
+import msgspec
+
 from ..plan.item import Item
-from ..storage.journal import Record
-from ..storage.safetensors import BITS, StoredTensor
-from ..storage.schema import Either, count
-from ..storage.spool import Part, Segment
-from .shards import Copy
-
-VERDICT = {"checked": int, "wrong": int, "max_ulp": int, "rounding": float, "change": float}
-HASH = Either(str, None)
-ENTERED = Either(
-    {"copied": (str, count, count)},
-    {
-        "made": str,
-        "hashes": (HASH, str, HASH),
-        "parts": [(str, frozenset(BITS), [count], [(count, count)])],
-        "ambiguous": count,
-        "verdict": Either(VERDICT, None),
-    },
-)
-"""What a journal's records are like."""
+from ..storage.json_files import Count, Real
+from ..storage.safetensors import StoredTensor
+from ..storage.spool import SpooledTensor
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a check found; the counts of several add up."""
+    """The result of a check; the counts of several checks add up."""
 
     checked: int = 0
     """Elements compared."""
@@ -39,10 +24,10 @@ class Verdict:
     """Elements outside the bound."""
     max_ulp: int = 0
     """Largest distance from the rounded float64 result, in units in the last place of the stored dtype."""
-    rounding: float = 0.0
-    """Σ (rounded − x)², what rounding into the stored dtype takes away."""
-    change: float = 0.0
-    """Σ (x − W)², what the adapter does."""
+    rounding: Real = 0.0
+    """Σ (rounded − x)², the loss of rounding to the stored dtype."""
+    change: Real = 0.0
+    """Σ (x − W)², the change by the adapter."""
 
     def __add__(self, other: Verdict) -> Verdict:
         return Verdict(
@@ -55,11 +40,11 @@ class Verdict:
 
     @property
     def lost(self) -> float | None:
-        """Share of the change's norm lost to rounding; None where nothing changes."""
+        """Share of the change's norm lost to rounding; None without a change."""
         return math.sqrt(self.rounding / self.change) if self.change else None
 
     def rows(self) -> list[tuple[str, str]]:
-        """What was found, as a model card tells it."""
+        """Return the rows of a model card's table of checks."""
         lost = [] if self.lost is None else [("share of the change lost to rounding", f"{self.lost:.2%}")]
         return [
             ("elements compared", f"{self.checked:,}"),
@@ -71,79 +56,64 @@ class Verdict:
 
 @dataclass(frozen=True)
 class TensorResult:
-    """What is known of a tensor once it is written: hashes of its old and new bytes, undo parts, the self-check."""
+    """The facts about a written tensor: hashes of both tensors, parts of the undo record, the self-check."""
 
     base_hash: str | None
-    """xxh3-128 of what was read: the base's bytes, or the merged ones where those are recovered."""
+    """xxh3-128 of the bytes that were read: the base's in a merge, the merged ones in an unmerge."""
     written_hash: str
     """xxh3-128."""
     proof: str | None
-    """sha256 of the base's bytes, read or recovered, where it was asked for."""
-    parts: tuple[Part, ...] = ()
+    """sha256 of the base's bytes, read or recovered, if asked for."""
+    parts: tuple[SpooledTensor, ...] = ()
     verdict: Verdict | None = None
-    ambiguous: int = 0
-    """Elements of a recovered tensor that several values of the base would have been merged to."""
+    ambiguous: Count = 0
+    """Elements of a recovered tensor that several values of the base would have given."""
+
+
+class FinishedLine(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A line of a run's journal: a tensor and its result, or a copied range of a shard."""
+
+    made: str | None = None
+    result: TensorResult | None = None
+    copied: tuple[str, Count, Count] | None = None
+    """Shard, offset and length."""
+
+    def __post_init__(self) -> None:
+        if (self.made is None) != (self.result is None) or (self.made is None) == (self.copied is None):
+            raise ValueError("neither a tensor nor a copy")
+        if self.result and not all(part.whole for part in self.result.parts):
+            raise ValueError("a tensor of the undo record is too long or too short")
 
 
 @dataclass
 class Progress:
-    """What is finished so far, by this run and by one that it continues."""
+    """The copies and tensors that this run and the run it resumes have finished."""
 
     done: dict[str, TensorResult] = field(default_factory=dict)
     copied: set[tuple[str, int, int]] = field(default_factory=set)
 
     @classmethod
-    def of(cls, records: Iterable[Record]) -> Progress:
-        """Read back what `copy_record` and `done_record` have written."""
+    def of(cls, lines: Iterable[FinishedLine]) -> Progress:
+        """Return the progress that a journal's lines tell."""
         progress = cls()
-        for record in records:
-            if "copied" in record:
-                shard, target, length = record["copied"]
-                progress.copied.add((shard, target, length))
-            else:
-                parts = tuple(
-                    Part(name, dtype, tuple(shape), tuple(Segment(*segment) for segment in segments))
-                    for name, dtype, shape, segments in record["parts"]
-                )
-                if wrong := [part.name for part in parts if not part.whole]:
-                    raise MalformedError(f"The journal has too much or too little of {wrong[0]}.")
-                verdict = _verdict(record["verdict"])
-                base_hash, written_hash, proof = record["hashes"]
-                done = TensorResult(base_hash, written_hash, proof, parts, verdict, record["ambiguous"])
-                progress.done[record["made"]] = done
+        for line in lines:
+            if line.copied:
+                progress.copied.add(line.copied)
+            elif line.made is not None and line.result:
+                progress.done[line.made] = line.result
         return progress
 
     @property
     def spooled(self) -> int:
-        """How much of the spool they use."""
-        return max((part.end for done in self.done.values() for part in done.parts), default=0)
-
-
-def _verdict(found: Record | None) -> Verdict | None:
-    return Verdict(**{name: found[name] for name in VERDICT}) if found else None
+        """Bytes of the spool that finished tensors use."""
+        return max((part.end for result in self.done.values() for part in result.parts), default=0)
 
 
 def kept_name(tensor: StoredTensor) -> str:
-    """What the record calls a tensor of the base that it holds whole."""
+    """Return the name in the undo record of a tensor of the base that is kept whole."""
     return f"whole/{tensor.name}"
 
 
 def copied_name(item: Item) -> str:
-    """Under what the hash of a copied tensor is kept."""
+    """Return the name under which the hash of a copied tensor is kept."""
     return f"copied/{item.name}"
-
-
-def copy_record(copy: Copy) -> Record:
-    """A finished copy as a line of the journal."""
-    return {"copied": copy[2:]}
-
-
-def done_record(name: str, done: TensorResult) -> Record:
-    """A finished tensor as a line of the journal."""
-    return {
-        "made": name,
-        "hashes": [done.base_hash, done.written_hash, done.proof],
-        "parts": done.parts,
-        "ambiguous": done.ambiguous,
-        "verdict": asdict(done.verdict) if done.verdict else None,
-    }

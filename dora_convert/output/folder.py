@@ -1,7 +1,7 @@
-"""The output folder: built beside its final name, published by one rename.
+"""Build the output folder beside its final name, and publish it by one rename.
 
-Until `publish`, everything is in `OUT.partial`, and a lock there keeps a second run out. A folder that has its final
-name is complete; an OUT that is to be overwritten is moved aside first and deleted last.
+Until `publish`, everything is in `OUT.partial`, and a lock there keeps a second run out. A folder with its
+final name is complete. An OUT that is to be overwritten is moved aside first and deleted last.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ..errors import MalformedError, OutputError, UsageError
+from ..errors import OutputError, UsageError
 from ..plan.item import Item
 from ..plan.plan import Plan
 from ..sizes import format_size
-from ..storage.checkpoint import RECORD, Checkpoint, is_text
-from ..storage.journal import NAME as JOURNAL
-from ..storage.journal import UPLOADS, sync_path
+from ..storage.checkpoint import Checkpoint
+from ..storage.filenames import JOURNAL, RECORD, SPOOL, UPLOADS, is_text
+from ..storage.journal import sync_path
 from ..storage.reader import Reader
 from ..storage.refs import PathLike
-from ..storage.spool import SPOOL
 from .shards import ShardFiles, shards_exist
+from .side_files import copy_or_write
 
 try:
     import fcntl
@@ -37,32 +37,31 @@ MARKER = ".dora-convert-replaced"
 
 
 class OutputFolder:
-    """OUT while it is being made."""
+    """A new folder for the output: an `Output`."""
 
-    WAY_OUT = "--overwrite starts over; what is there is lost"
+    WAY_OUT = "--overwrite starts over; the unfinished run is lost"
     in_place = False
 
     def __init__(self, out: Path, *, overwrite: bool) -> None:
+        """Refuse an OUT whose name no folder can have."""
         self.given = str(out)
         out = Path(os.path.abspath(out))  # noqa: PTH100 - a link stays a link
-        if not out.name or "\0" in self.given:
-            raise OutputError(f"OUT {self.given!r} is no name for a folder.")
-        if not is_text(str(out)):
-            raise OutputError(f"OUT {self.given!r} is no name in UTF-8; safetensors opens no others.")
+        if not out.name or "\0" in self.given or not is_text(str(out)):
+            raise OutputError(f"OUT {self.given!r} is not a valid folder name in UTF-8.")
         self.out = out
         self.partial = out.with_name(out.name + ".partial")
-        self.record = self.partial / RECORD
+        self.state = self.partial / RECORD
         self.old = out.with_name(out.name + ".old")
         self.overwrite = overwrite
         self._lock = FileLock(self.partial / LOCK)
         self._held: int | None = None
 
     def check(self) -> None:
-        """Refuse what publishing would refuse, before any work: OUT exists, or is no folder that may be replaced."""
+        """Refuse, before any work, an OUT that exists or that `--overwrite` may not replace."""
         self._repair()
-        place = next(parent for parent in self.out.parents if os.path.lexists(parent))
-        if not place.is_dir():
-            raise OutputError(f"OUT {self.out} cannot be made: {place} is no folder.")
+        parent = next(parent for parent in self.out.parents if os.path.lexists(parent))
+        if not parent.is_dir():
+            raise OutputError(f"OUT {self.out} cannot be created: {parent} is not a folder.")
         if not os.path.lexists(self.out):
             return
         if not self.overwrite:
@@ -74,12 +73,10 @@ class OutputFolder:
                 f"OUT {self.out} does not look like a model; it is not replaced.", hint="remove it yourself"
             )
         if self.old.exists():
-            raise OutputError(
-                f"{self.old} exists; OUT is moved there while it is replaced.", hint="move it away"
-            )
+            raise OutputError(f"{self.old} exists; a replaced OUT is moved there.", hint="move it away")
 
     def _repair(self) -> None:
-        """Finish what an earlier run was killed in the middle of: OUT had been moved aside to be replaced."""
+        """Finish an earlier run that was killed after OUT had been moved aside to be replaced."""
         if (self.old / MARKER).exists():
             if self.out.exists():
                 _remove_marked(self.old)
@@ -94,17 +91,15 @@ class OutputFolder:
         for path in inputs:
             folder = path.resolve()
             if out == folder or folder in out.parents or out in folder.parents:
-                raise OutputError(
-                    f"OUT {self.out} overlaps the input {path}.", hint="choose a folder beside it"
-                )
+                raise OutputError(f"OUT {self.out} overlaps the input {path}.", hint="choose another folder")
 
     def check_space(self, nbytes: int) -> None:
-        """Refuse when the disk cannot take so many bytes, beyond those an unfinished run has taken already."""
-        place = next(parent for parent in self.partial.parents if parent.exists())
-        taken = sum(_taken(path) for path in self.partial.rglob("*") if path.is_file())
-        if (free := shutil.disk_usage(place).free) < nbytes - taken:
+        """Refuse a disk without so many free bytes, less the bytes of an unfinished run."""
+        parent = next(parent for parent in self.partial.parents if parent.exists())
+        nbytes -= sum(_allocated(path) for path in self.partial.rglob("*") if path.is_file())
+        if (free := shutil.disk_usage(parent).free) < nbytes:
             raise OutputError(
-                f"{place} has {format_size(free)} free; the output needs {format_size(nbytes - taken)}.",
+                f"{parent} has {format_size(free)} free; the output needs {format_size(nbytes)}.",
                 hint="free some space, or choose an OUT on another disk",
             )
 
@@ -126,7 +121,11 @@ class OutputFolder:
             raise OutputError(
                 f"{self.partial} cannot be written: {where}{error.strerror or error}."
             ) from error
-        self._check_again()
+        try:
+            self.check()  # another run may have published OUT since this one began
+        except OutputError:
+            self.leave() if (self.state / JOURNAL).exists() else self.discard()
+            raise
 
     def _refuse_foreign(self) -> None:
         names = {entry.name for entry in self.partial.iterdir()} if self.partial.is_dir() else set()
@@ -135,7 +134,7 @@ class OutputFolder:
             raise OutputError(f"{self.partial} exists and is not an unfinished output.", hint="move it away")
 
     def _hold(self) -> None:
-        """Lock the folder itself, besides the file in it: that lock lasts until the folder has its final name."""
+        """Lock the folder itself, besides the file in it; this lock lasts until the final rename."""
         if fcntl is None:
             return
         self._held = os.open(self.partial, os.O_RDONLY)
@@ -148,75 +147,63 @@ class OutputFolder:
         if not self.partial.exists() or not os.path.samestat(os.fstat(self._held), self.partial.stat()):
             raise BlockingIOError(errno.EWOULDBLOCK, "published at this moment")
 
-    def _check_again(self) -> None:
-        """Another run may have published OUT since this one began."""
-        try:
-            self.check()
-        except OutputError:
-            self.leave() if (self.record / JOURNAL).exists() else self.discard()
-            raise
-
     def clear(self, keep: Collection[str] = ()) -> None:
-        """Remove what an unfinished run has left, but for the names to keep.
+        """Remove the files of an unfinished run, except the names in `keep`.
 
-        The journal goes first and for good: it must not be found beside files made later.
+        The journal goes first, and is synced away: it must not be found beside files of a later run.
         """
-        if RECORD not in keep and self.record.is_dir():
-            (self.record / JOURNAL).unlink(missing_ok=True)
-            sync_path(self.record)
+        if RECORD not in keep and self.state.is_dir():
+            (self.state / JOURNAL).unlink(missing_ok=True)
+            sync_path(self.state)
         for entry in self.partial.iterdir():
-            if entry.name in (LOCK, *keep):
-                continue
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
-            else:
-                entry.unlink()
-        self.record.mkdir(exist_ok=True)
+            if entry.name not in (LOCK, *keep):
+                _remove(entry)
+        self.state.mkdir(exist_ok=True)
 
     def put(self, name: str, source: bytes | Path) -> None:
-        """Write a small file, or copy one; its permissions are the umask's."""
+        """Write a small file, or copy one; the umask decides its permissions."""
         copy_or_write(self.path(name), source)
 
     def path(self, name: str) -> Path:
-        """Where a file beside the weights is written."""
+        """Return the path that a file beside the weights is written to."""
         path = self.partial / name
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
     def resumable(self, plan: Plan) -> bool:
-        """Whether the shards of a plan are there, at their full sizes."""
+        """Return True if all shards of a plan exist, at their full sizes."""
         return shards_exist(self.partial, plan)
 
     def sync(self) -> None:
-        """Bring names and small files to the disk."""
+        """Sync names and small files to the disk."""
         for path in (self.partial.parent, self.partial, *self.partial.rglob("*")):
             sync_path(path)
 
     def identity(self, bases: Sequence[Checkpoint]) -> Mapping[str, Any]:
-        """Return what tells the bases from others with the same headers, without reading them."""
+        """Return JSON values that identify the bases among others with the same headers, without a read."""
         return {"base": [line for base in bases for line in _identity(base)]}
 
     def prepare(self, item: Item, reader: Reader) -> Item:  # noqa: ARG002 - as of InPlace
-        """Return the item as it is: nothing that it reads is overwritten."""
+        """Return the item unchanged: no input is overwritten."""
         return item
 
     def settled(self, item: Item) -> None:
         """Do nothing: no old bytes are kept."""
 
     def open_shards(self, plan: Plan, *, new: bool, sparse: bool = False) -> ShardFiles:
-        """Create the shards in OUT.partial, or open those that an unfinished run has left."""
+        """Create the shards in OUT.partial, or open the shards of an unfinished run."""
         return ShardFiles(self.partial, plan, create=new, sparse=sparse)
 
-    def room(self, plan: Plan) -> int:
-        """Bytes that the weights of a plan take."""
+    def bytes_needed(self, plan: Plan) -> int:
+        """Return the bytes that the weights of a plan take."""
         return plan.bytes_out
 
     def publish(self, report: object = None, removed: Sequence[str] = ()) -> None:  # noqa: ARG002
-        """Make OUT.partial OUT. Everything in it is synced before, its name after."""
+        """Rename OUT.partial to OUT; all files are synced before the rename, the name after it."""
         self.sync()
         replaced = os.path.lexists(self.out)
         if replaced:
-            self.check()  # it may have come into being since
+            self.check()  # OUT may be newer than this run
             (self.out / MARKER).touch()
             sync_path(self.out)
         self._strip()
@@ -229,26 +216,26 @@ class OutputFolder:
             _remove_marked(self.old)
 
     def _strip(self) -> None:
-        """Remove what is not part of OUT; the journal first, since it speaks of the others."""
-        (self.record / JOURNAL).unlink()
-        sync_path(self.record)
-        (self.record / SPOOL).unlink()
-        (self.record / UPLOADS).unlink(missing_ok=True)
+        """Remove the files that OUT does not have; the journal first, since it names the others."""
+        (self.state / JOURNAL).unlink()
+        sync_path(self.state)
+        (self.state / SPOOL).unlink()
+        (self.state / UPLOADS).unlink(missing_ok=True)
         self._unlock()
-        sync_path(self.record)
-        if not any(self.record.iterdir()):  # an adapter has none, nor has a base that no merge had made
-            self.record.rmdir()
+        sync_path(self.state)
+        if not any(self.state.iterdir()):  # an adapter has no record, nor has a base without a merge before
+            self.state.rmdir()
         sync_path(self.partial)
 
     def leave(self) -> None:
-        """Leave OUT.partial as it is, for the same command to continue."""
+        """Unlock, and keep OUT.partial for the same command to resume."""
         self._lock.release()
         if self._held is not None:
             os.close(self._held)
             self._held = None
 
     def discard(self) -> None:
-        """Remove OUT.partial: nothing in it is worth continuing."""
+        """Unlock, and remove OUT.partial, which is not worth resuming."""
         self._unlock()
         shutil.rmtree(self.partial, ignore_errors=True)
         self.leave()
@@ -259,7 +246,7 @@ class OutputFolder:
 
 
 def new_folder(out: PathLike | None, verb: str, *, overwrite: bool) -> OutputFolder:
-    """OUT, which must be given and free."""
+    """Return OUT as a folder; refuse an OUT that is missing or taken."""
     if out is None:
         raise UsageError(f"{verb} needs OUT, or --in-place.")
     folder = OutputFolder(Path(out), overwrite=overwrite)
@@ -267,59 +254,45 @@ def new_folder(out: PathLike | None, verb: str, *, overwrite: bool) -> OutputFol
     return folder
 
 
-def copy_or_write(path: Path, source: bytes | Path) -> None:
-    """Write a small file, or copy one; its permissions are the umask's."""
-    if isinstance(source, bytes):
-        path.write_bytes(source)
-        return
-    try:
-        source.open("rb").close()
-    except OSError as error:  # the input's fault, not OUT's
-        raise MalformedError(f"{source} cannot be read: {error.strerror or error}.") from error
-    shutil.copyfile(source, path)
-
-
 def _make_folder(path: Path) -> None:
-    """Create a folder and those above it, and bring their names to the disk."""
+    """Create a folder and its parents, and sync their names."""
     if not path.is_dir():
         _make_folder(path.parent)
         path.mkdir(exist_ok=True)
         sync_path(path.parent)
 
 
+def _remove(entry: Path) -> None:
+    if entry.is_dir() and not entry.is_symlink():
+        shutil.rmtree(entry)
+    else:
+        entry.unlink()
+
+
 def _remove_marked(folder: Path) -> None:
-    """Remove a folder with a marker in it; the marker last, so that the rest is known for what it is."""
+    """Remove a folder with a marker in it; the marker last, so that a killed removal can be finished."""
     for entry in folder.iterdir():
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        elif entry.name != MARKER:
-            entry.unlink()
+        if entry.name != MARKER:
+            _remove(entry)
     (folder / MARKER).unlink()
     folder.rmdir()
 
 
-def _taken(path: Path) -> int:
-    """Bytes a file takes on the disk, which are fewer than its size where it has holes."""
+def _allocated(path: Path) -> int:
+    """Return the bytes that a file takes on the disk: fewer than its size if it has holes."""
     stat = path.stat()
     return int(getattr(stat, "st_blocks", -(-stat.st_size // 512))) * 512
 
 
 def _is_model(folder: Path) -> bool:
     names = {entry.name for entry in folder.iterdir()}
-    return (
-        not names
-        or bool(names & {"config.json", RECORD})
-        or any(name.endswith(".safetensors") for name in names)
-    )
+    known = names & {"config.json", RECORD}
+    return not names or bool(known) or any(name.endswith(".safetensors") for name in names)
 
 
 def _identity(base: Checkpoint) -> list[list[Any]]:
-    """What tells a base from another with the same headers, without reading it."""
+    """Return a base's commit, or else the path, size and time of each shard."""
     if base.source.commit:
         return [[str(base.source.repo), base.source.commit]]
-    found: list[list[Any]] = []
-    for shard in base.shards:
-        path = (base.root / shard.filename).resolve()
-        stat = path.stat()
-        found.append([str(path), stat.st_size, stat.st_mtime_ns])
-    return found
+    paths = [(base.root / shard.filename).resolve() for shard in base.shards]
+    return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]

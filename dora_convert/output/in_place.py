@@ -1,14 +1,14 @@
-"""A checkpoint that is changed where it is: no second copy, and no moment at which a kill would harm it.
+"""Change a checkpoint where it lies, without a second copy and without harm from a kill at any moment.
 
 Beside the weights, in `.dora-convert-in-place/`, lie
 
-    journal.jsonl   the key, and one line for each tensor that is finished; the last one says that all files are staged
-    old/<name>      the bytes of a tensor that is being overwritten, synced before the first of them is
-    new/<name>      the files beside the weights as they will be, put in their places at the end
+    journal.jsonl   the key, then a line for each finished tensor; the last line says that files are staged
+    old/<name>      the old bytes of a tensor that is overwritten, synced before the first write
+    new/<name>      the new files beside the weights, moved to their final names at the end
 
-A tensor is made from its old bytes and nothing else, so whatever a kill has left of it, the same command makes it again.
-Every tensor is computed once before the first byte is changed: what cannot be merged leaves no trace. While the journal
-is there, the folder is not a model, and nothing but the same command takes it for one.
+A tensor is computed from its old bytes alone, so the same command repairs a tensor that a kill left half
+written. Every tensor is computed once before the first byte is changed, so an error leaves no trace. While
+the journal exists, the folder is not a model, and only the same command accepts it.
 """
 
 from __future__ import annotations
@@ -21,66 +21,69 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import msgspec
 from filelock import FileLock, Timeout
 
-from ..errors import Fault, MalformedError, OutputError, UnsupportedError
+from ..errors import Fault, OutputError, UnsupportedError
 from ..plan.item import Item
 from ..plan.plan import Plan
 from ..settings import Settings
 from ..sizes import format_size
-from ..storage.checkpoint import IN_PLACE, RECORD, Checkpoint, Shard, is_inside
-from ..storage.journal import NAME as JOURNAL
-from ..storage.journal import Journal, Record, read_journal, sync_path
+from ..storage.checkpoint import Checkpoint, Shard
+from ..storage.filenames import IN_PLACE, JOURNAL, RECORD, is_inside, list_files
+from ..storage.journal import Journal, read_journal, sync_path
+from ..storage.json_files import checked
 from ..storage.reader import Reader
 from ..storage.refs import PathLike
 from ..storage.safetensors import StoredTensor
-from ..storage.schema import misfit
-from .folder import LOCK, copy_or_write
+from .folder import LOCK
 from .shards import ShardFiles
+from .side_files import copy_or_write
 
-COPY_BYTES = 1 << 20
 SPARE = 16
-"""Old tensors that may wait for their successors to be synced."""
+"""Old tensors that may wait for the new ones to be synced."""
 LAST = (f"{RECORD}/receipt.json",)
-"""What tells how to undo a merge goes last, when all else is in its place."""
+"""The receipt is moved last: it says how to undo the merge of all other files."""
 
 
-STAGED = {
-    "staged": [is_inside],
-    "removed": [is_inside],
-    "report": {"command": str, "adapters": [str]},
-}
-"""The last record of a journal, when all that is left to do is to put files in their places."""
+class StagedLine(msgspec.Struct, frozen=True):
+    """The last line of a journal: all that is left to do is to move files to their final names."""
+
+    staged: list[str]
+    removed: list[str]
+    report: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        if not all(map(is_inside, [*self.staged, *self.removed])):
+            raise ValueError("a path leads out of the folder")
+        msgspec.convert((self.report.get("command"), self.report.get("adapters")), tuple[str, list[str]])
 
 
 class InPlace:
-    """A folder while it is changed; used like an `OutputFolder`."""
+    """A folder while it is changed: an `Output`."""
 
-    WAY_OUT = "run the same command as before; it continues"
+    WAY_OUT = "rerun the command that began it to resume"
     in_place = True
     overwrite = False
 
     def __init__(self, path: Path, shards: Sequence[Shard] = (), index_name: str | None = None) -> None:
+        """Take a folder, and the shards of the checkpoint in it."""
         self._shards = {shard.filename: {tensor.name: tensor for tensor in shard.tensors} for shard in shards}
         self._tensors = {name: tensor for shard in self._shards.values() for name, tensor in shard.items()}
         self._index_name = index_name
         self.given = str(path)
         self.out = self.partial = path
-        self.record = self.partial / IN_PLACE
-        self._lock = FileLock(self.record / LOCK)
+        self.state = self.partial / IN_PLACE
+        self._lock = FileLock(self.state / LOCK)
 
     @property
     def begun(self) -> bool:
-        """Whether a run has begun to change weights, and not ended."""
-        return (self.record / JOURNAL).exists()
+        """True if a run has begun to change weights and has not ended."""
+        return (self.state / JOURNAL).exists()
 
     def refuse(self, plan: Plan) -> None:
-        """Refuse what cannot be done in place: other headers, and files that are not this folder's alone.
-
-        Raises UnsupportedError with every reason.
-        """
-        faults = [*self._other_headers(plan), *self._shared(plan)]
-        if faults:
+        """Raise UnsupportedError, with every reason, for other headers and for shared files."""
+        if faults := [*self._other_headers(plan), *self._shared(plan)]:
             raise UnsupportedError(
                 f"{self.given} cannot be changed in place.",
                 faults=faults,
@@ -93,7 +96,7 @@ class InPlace:
         for shard in plan.shards:
             mine = self._shards.get(shard.filename, {})
             for item in shard.items:
-                if why := _misplaced(item, mine.get(item.name)):
+                if why := _moved(item, mine.get(item.name)):
                     yield Fault(item.name, why)
             for name in sorted(mine.keys() - {item.name for item in shard.items}):
                 yield Fault(name, "would be removed")
@@ -101,73 +104,68 @@ class InPlace:
             yield Fault("config.json" if plan.config is not None else "the index", "would change")
 
     def _shared(self, plan: Plan) -> Iterator[Fault]:
-        """Files that are links, or have other names: a Hub cache is made of them."""
+        """Yield a fault for each changed file that is a link or has other names, as in a Hub cache."""
         if not self.partial.is_dir():
-            yield Fault(self.given, "is no folder")
+            yield Fault(self.given, "is not a folder")
             return
         for shard in plan.shards:
-            if (
-                all(item.verbatim for item in shard.items)
-                or not (path := self.partial / shard.filename).exists()
-            ):
+            path = self.partial / shard.filename
+            if all(item.verbatim for item in shard.items) or not path.exists():
                 continue
             if path.is_symlink() or path.stat().st_nlink > 1:
                 yield Fault(shard.filename, "is a link, or has another name that would change with it")
 
     def identity(self, bases: Sequence[Checkpoint]) -> Mapping[str, Any]:  # noqa: ARG002 - as of OutputFolder
-        """Return the folder's path: its files change while the run lasts."""
+        """Return the folder's path: the folder's files change while the run lasts."""
         return {"base": [], "place": str(self.out.resolve())}
 
     def open_shards(self, plan: Plan, *, new: bool, sparse: bool = False) -> ShardFiles:  # noqa: ARG002
-        """Open the folder's own files; tensors are written where they begin now."""
+        """Open the folder's own files; tensors are written at their present offsets."""
         starts = {name: tensor.start for name, tensor in self._tensors.items()}
-        return ShardFiles(self.partial, plan, create=False, places=starts)
+        return ShardFiles(self.partial, plan, create=False, starts=starts)
 
-    def room(self, plan: Plan) -> int:
-        """Bytes that old tensors may take until they are not needed any more."""
+    def bytes_needed(self, plan: Plan) -> int:
+        """Return the bytes that the copies of old tensors may take."""
         return SPARE * max((item.nbytes for item in plan.items if not item.verbatim), default=0)
 
     def check_space(self, nbytes: int) -> None:
-        """Refuse when the disk cannot take so many bytes."""
+        """Refuse a disk without so many free bytes."""
         if (free := shutil.disk_usage(self.partial).free) < nbytes:
             raise OutputError(
                 f"{self.partial} has {format_size(free)} free; {format_size(nbytes)} are needed."
             )
 
     def open(self) -> None:
-        """Create the folder inside, or enter the one of an unfinished run, and lock it."""
+        """Create the state folder, or enter the one of an unfinished run, and lock it."""
         try:
-            self.record.mkdir(exist_ok=True)
+            self.state.mkdir(exist_ok=True)
             self._lock.acquire(timeout=0)
         except Timeout as error:
             raise OutputError(f"Another run is changing {self.given}.", hint="wait for it") from error
         except OSError as error:
-            raise OutputError(f"{self.record} cannot be written: {error.strerror or error}.") from error
+            raise OutputError(f"{self.state} cannot be written: {error.strerror or error}.") from error
 
     def resumable(self, plan: Plan) -> bool:  # noqa: ARG002 - as of an OutputFolder
-        """Whether the files of a plan are there: they always are."""
+        """Return True: the files of a plan are the folder's own."""
         return True
 
     def clear(self, keep: Collection[str] = ()) -> None:
-        """Remove what a run has left that had not begun to change anything."""
+        """Remove the state of a run that had not begun to change weights."""
         if not keep:
-            for entry in self.record.iterdir():
+            for entry in self.state.iterdir():
                 if entry.name != LOCK:
                     shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
             sync_path(self.partial)
 
     def prepare(self, item: Item, reader: Reader) -> Item:
-        """The item, to be made from a copy of the tensor's old bytes, which is on the disk when this returns."""
-        path = self._old(item)
-        stored = self._tensors[item.name]
+        """Copy the tensor's old bytes to the disk, and return the item with the copy as source."""
+        path, stored = self._old(item), self._tensors[item.name]
         if not path.exists():
             path.parent.mkdir(exist_ok=True)
             partial = path.with_suffix(".partial")
             with partial.open("wb") as file:
-                for start in range(0, stored.nbytes, COPY_BYTES):
-                    chunk = memoryview(bytearray(min(COPY_BYTES, stored.nbytes - start)))
-                    reader.read(stored.path, stored.start + start, chunk)
-                    file.write(chunk)
+                for piece in reader.pieces(stored):
+                    file.write(piece)
                 file.flush()
                 os.fsync(file.fileno())
             partial.rename(path)
@@ -182,94 +180,96 @@ class InPlace:
         return replace(item, base=replace(item.base, path=path, start=0))
 
     def settled(self, item: Item) -> None:
-        """The tensor is finished, synced and entered: its old bytes are not needed any more."""
+        """Remove the copy of a tensor's old bytes: the new ones are synced and entered in the journal."""
         self._old(item).unlink(missing_ok=True)
 
     def _old(self, item: Item) -> Path:
-        return self.record / "old" / (quote(item.name, safe="")[-200:] + ".old")
+        return self.state / "old" / (quote(item.name, safe="")[-200:] + ".old")
 
     def path(self, name: str) -> Path:
-        """Where a file beside the weights waits until all are there."""
-        path = self.record / "new" / name
+        """Return the path that a file beside the weights is staged at until all files are."""
+        path = self.state / "new" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
     def put(self, name: str, source: bytes | Path) -> None:
-        """Stage a file, unless it is there already."""
+        """Stage a file, unless it is the folder's own."""
         if source != self.partial / name:
             copy_or_write(self.path(name), source)
 
     def sync(self) -> None:
-        """Bring names and small files to the disk."""
-        for path in (self.partial, self.record, *self.record.rglob("*")):
+        """Sync names and small files to the disk."""
+        for path in (self.partial, self.state, *self.state.rglob("*")):
             sync_path(path)
 
     def publish(self, report: Mapping[str, Any], removed: Sequence[str] = ()) -> None:
-        """Put the staged files in their places and remove others; a kill in between is made good by `finish`."""
+        """Move the staged files to their final names and remove stale ones; `finish` repairs a kill."""
         self.path(LOCK).unlink(missing_ok=True)
         self.sync()
-        earlier = read_journal(self.record / JOURNAL)
+        earlier = read_journal(self.state / JOURNAL)
         assert earlier
-        staged = sorted(
-            path.relative_to(self.record / "new").as_posix() for path in _files(self.record / "new")
-        )
-        journal = Journal(self.record / JOURNAL, earlier.key, earlier)
-        journal.add({"staged": staged, "removed": list(removed), "report": dict(report)}, [])
+        staged = list_files(self.state / "new")
+        journal = Journal(self.state / JOURNAL, earlier.key, earlier)
+        journal.add(StagedLine(staged, list(removed), dict(report)), [])
         journal.close()
         self.finish()
 
-    def finish(self) -> Record | None:
-        """What an unfinished run still had to do when all its files were staged; its report, or None if it was not so far."""
-        earlier = read_journal(self.record / JOURNAL)
-        last: dict[str, Any] = earlier.records[-1] if earlier and earlier.records else {}
+    def finish(self) -> dict[str, Any] | None:
+        """Finish a run whose files are all staged, and return its report; None for any other run."""
+        earlier = read_journal(self.state / JOURNAL)
+        last: dict[str, Any] = earlier.lines[-1] if earlier and earlier.lines else {}
         if "staged" not in last:
             return None
-        if where := misfit(last, STAGED):
-            raise MalformedError(f"{self.record / JOURNAL} is damaged: its end has no such {where}.")
-        for name in sorted(last["staged"], key=lambda name: name in LAST):
-            if (waiting := self.record / "new" / name).exists():
+        line = checked(last, StagedLine, f"{self.state / JOURNAL} is damaged: its last line")
+        for name in sorted(line.staged, key=lambda name: name in LAST):
+            if (waiting := self.state / "new" / name).exists():
                 (self.partial / name).parent.mkdir(parents=True, exist_ok=True)
                 waiting.replace(self.partial / name)
         sync_path(self.partial)
-        for name in sorted(last["removed"], key=lambda name: name in LAST):
+        for name in sorted(line.removed, key=lambda name: name in LAST):
             (self.partial / name).unlink(missing_ok=True)
-        _remove_empty(self.partial / RECORD)
-        self._sync_record()
-        (self.record / JOURNAL).unlink()
-        self.discard()
-        report: Record = last["report"]
-        return report
-
-    def _sync_record(self) -> None:
         folder = self.partial / RECORD
+        _remove_empty(folder)
         for path in (folder, *folder.rglob("*")) if folder.is_dir() else ():
             sync_path(path)
         sync_path(self.partial)
+        (self.state / JOURNAL).unlink()
+        self.discard()
+        return line.report
 
     def leave(self) -> None:
-        """Leave everything as it is, for the same command to continue; nothing where nothing was changed yet."""
+        """Unlock, and keep the state if weights were changed, for the same command to resume."""
         self.discard()
 
     def discard(self) -> None:
-        """Remove the folder inside, unless a journal says that weights were changed."""
+        """Unlock, and remove the state unless a journal says that weights were changed."""
         self._lock.release()
         if not self.begun:
-            shutil.rmtree(self.record, ignore_errors=True)
+            shutil.rmtree(self.state, ignore_errors=True)
             sync_path(self.partial)
 
 
-def _misplaced(item: Item, stored: StoredTensor | None) -> str:
-    """Why a tensor cannot be made where one is now."""
+def _copy_old(stored: StoredTensor, path: Path, reader: Reader) -> None:
+    """Copy a tensor's bytes to a file that is whole, and synced, once it has its name."""
+    path.parent.mkdir(exist_ok=True)
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as file:
+        for piece in reader.pieces(stored):
+            file.write(piece)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)
+    sync_path(path.parent)
+
+
+def _moved(item: Item, stored: StoredTensor | None) -> str:
+    """Return the reason why a tensor cannot be written over a stored one; empty if it can."""
     if not stored:
         return "is not in this file yet"
     if (stored.dtype, stored.shape) != (item.dtype, item.shape):
         return f"would become {item.dtype} {list(item.shape)}"
     moved = item.verbatim and (item.source.path, item.source.start) != (stored.path, stored.start)
     return "would be replaced as bytes" if moved else ""
-
-
-def _files(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.is_file()]
 
 
 def _remove_empty(folder: Path) -> None:
@@ -280,14 +280,16 @@ def _remove_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-def finished(folder: PathLike, verb: str, adapters: Sequence[str], settings: Settings) -> Record | None:
-    """Bring a run to its end that had staged all its files; its report where it was the same command's."""
-    place = InPlace(Path(folder))
-    if not place.record.is_dir():
+def finished(
+    folder: PathLike, verb: str, adapters: Sequence[str], settings: Settings
+) -> dict[str, Any] | None:
+    """Finish a run whose files are all staged, and return its report if the same command began it."""
+    output = InPlace(Path(folder))
+    if not output.state.is_dir():
         return None
-    place.open()
-    report = place.finish()
-    place.leave()
+    output.open()
+    report = output.finish()
+    output.leave()
     if report is None:
         return None
     settings.notify(f"{report['command']} --in-place of an earlier run is finished")

@@ -1,128 +1,298 @@
-"""What a merge leaves behind so that it can be audited and undone: `OUT/dora_convert/receipt.json`.
+"""Write, read and check the receipt of a merge, `OUT/dora_convert/receipt.json`.
 
-A function of the inputs: no dates, no paths, no name of the output, so that two runs leave the same bytes.
+A receipt tells auditors and `unmerge` what a merge did. It is a function of the inputs: no dates, no paths,
+no name of the output, so that two runs leave the same bytes. A receipt comes with somebody's model, so
+nothing of it is used before all of it has the types below.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
+import msgspec
 import xxhash
+from msgspec import UNSET, Struct, UnsetType
 
 from .. import __version__
+from ..adapters.adapter import Adapter
 from ..plan.item import Item
-from ..plan.plan import Plan
+from ..plan.plan import Entry, Plan
 from ..plan.sharding import converted
+from ..storage.filenames import RECEIPT, is_inside, is_plain
+from ..storage.json_files import Count, Dtype, Real, checked, one_of, read_json
+from ..storage.reader import xxh3
 from ..storage.refs import Source
+from ..storage.safetensors import CONFIG_DTYPES, is_possible
 from .finished import TensorResult, copied_name, kept_name
 from .side_files import SideFile
 
 SCHEMA = 1
 
 
-def receipt_bytes(
+class MergedSource(Struct, frozen=True, kw_only=True):
+    """A checkpoint or adapter that was merged."""
+
+    name: str
+    repo: str | None = None
+    commit: str | None = None
+
+    @property
+    def title(self) -> str:
+        """The repo, else the name."""
+        return self.repo or self.name
+
+
+class MergedBase(MergedSource, frozen=True, kw_only=True):
+    """The base of a merge."""
+
+    hash: str | UnsetType = UNSET
+    """xxh3-128 over all headers, and the hashes of all contents that the merge read."""
+
+
+class MergedAdapter(MergedSource, frozen=True, kw_only=True):
+    """An adapter that was merged."""
+
+    format: str | UnsetType = UNSET
+    kind: str
+    weight: Real
+    files: dict[str, str]
+    """The xxh3-128 of each file."""
+
+
+class MergeOptions(Struct, frozen=True, kw_only=True):
+    """The options of a merge, as far as they decide what was done to which tensor."""
+
+    device: str | UnsetType = UNSET
+    compute_dtype: str
+    dtype: Annotated[str, one_of(*CONFIG_DTYPES)] | None
+    undo: Annotated[str, one_of("none", "norms", "exact")]
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+    ignore_field: tuple[str, ...]
+
+
+class MergedTensor(Struct, frozen=True, omit_defaults=True):
+    """An output tensor that adapters had a part in; hashes are xxh3-128 of its bytes before and after."""
+
+    fate: str
+    of: str | None = None
+    """The base's tensor, where that has another name."""
+    base: str | UnsetType | None = UNSET
+    written: str | None = None
+    undo: tuple[str, ...] | UnsetType = UNSET
+    """Names of tensors in the undo record."""
+    base_sha256: str | None = None
+
+
+class KeptTensor(Struct, frozen=True, omit_defaults=True):
+    """A tensor of the base that the undo record holds whole: its hashes."""
+
+    base: str | None = None
+    base_sha256: str | None = None
+
+
+class BaseShard(Struct, frozen=True, omit_defaults=True):
+    """A file of the base: its name, and its header where the output's file has another one."""
+
+    name: str
+    metadata: dict[str, str] | None = None
+    tensors: tuple[tuple[str, Dtype, tuple[Count, ...]], ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not is_plain(self.name):
+            raise ValueError("not a plain file name")
+        if not all(len(shape) <= 64 and is_possible(shape) for _, _, shape in self.tensors or ()):
+            raise ValueError("a shape is larger than any file")
+
+
+class BaseLayout(Struct, frozen=True, omit_defaults=True):
+    """The files and headers of the base."""
+
+    index: str | None
+    shards: tuple[BaseShard, ...]
+    starts: dict[str, Count] | None = None
+    """The first byte of each tensor, where tensors share bytes."""
+    file: bool = False
+    """True if the base was a single file."""
+    config: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.index is not None and not is_plain(self.index):
+            raise ValueError("the index is not a plain file name")
+
+
+class Receipt(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """All that a merge tells of itself."""
+
+    schema: int | UnsetType = UNSET
+    verb: str | UnsetType = UNSET
+    versions: dict[str, str]
+    base: MergedBase
+    adapters: tuple[MergedAdapter, ...]
+    options: MergeOptions
+    tensors: dict[str, MergedTensor]
+    copied: dict[str, str] = {}
+    """The xxh3-128 of tensors that no adapter touched, where a run has computed it."""
+    kept: dict[str, KeptTensor]
+    layout: BaseLayout
+    side_files: dict[str, str]
+    base_files: dict[str, str | None]
+    ledger: tuple[Entry, ...]
+    rounded: dict[str, tuple[str | None, Count]] | UnsetType = UNSET
+    """Tensors that an adapter was taken out of again: the base's hash, and the ambiguous elements."""
+
+    def __post_init__(self) -> None:
+        if not all(map(is_inside, [*self.side_files, *self.base_files])):
+            raise ValueError("the path of a side file leads out of the folder")
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """The adapters' weights."""
+        return tuple(adapter.weight for adapter in self.adapters)
+
+    @property
+    def allows_unmatched(self) -> bool:
+        """True if the merge left out tensors of an adapter that matched nothing."""
+        return any(entry.fate == "unmatched" for entry in self.ledger)
+
+    @property
+    def flags(self) -> str:
+        """The options of a merge command that differ from the defaults; empty if none does."""
+        weights = self.weights if any(weight != 1 for weight in self.weights) else ()
+        options = self.options
+        words = [f"--weight {weight:g}" for weight in weights]
+        words += [f"--include {pattern}" for pattern in options.include]
+        words += [f"--exclude {pattern}" for pattern in options.exclude]
+        words += [f"--ignore-field {name}" for name in options.ignore_field]
+        return " ".join([*words, *(["--allow-unmatched"] if self.allows_unmatched else [])])
+
+    def is_of(self, adapters: Sequence[Path]) -> bool:
+        """Return True if a merge of the adapters in these folders left the receipt."""
+        pairs = zip(self.adapters, adapters, strict=False)
+        same = len(self.adapters) == len(adapters) and all(_is_same(merged, path) for merged, path in pairs)
+        return self.verb == "merge" and same
+
+    def to_bytes(self) -> bytes:
+        """Return the receipt as it is written."""
+        return (json.dumps(msgspec.to_builtins(self), indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def _is_same(merged: MergedAdapter, folder: Path) -> bool:
+    """Return True if a folder holds an adapter's files with the receipt's hashes."""
+    return bool(merged.files) and all(
+        is_plain(name) and (folder / name).is_file() and xxh3(folder / name) == digest
+        for name, digest in merged.files.items()
+    )
+
+
+def read_receipt(record: Path) -> Receipt | None:
+    """Read the receipt in the folder of a merge's record; None if no merge left one.
+
+    Raises MalformedError where the receipt breaks its own format.
+    """
+    path = record / RECEIPT
+    if not path.is_file():
+        return None
+    hint = "another version or tool made it, or it is damaged: merge again, or name the base with --base"
+    return checked(read_json(path), Receipt, f"{path} is not a valid receipt", hint)
+
+
+def new_receipt(
     plan: Plan,
-    done: Mapping[str, TensorResult],
+    results: Mapping[str, TensorResult],
     hashes: Sequence[Mapping[str, str]],
     files: Sequence[SideFile],
     base_files: Mapping[str, str],
     computed: Mapping[str, str],
-    torch_version: str,
-) -> bytes:
-    """The receipt of a finished merge.
+) -> Receipt:
+    """Return the receipt of a finished merge.
 
-    `computed` names the device and the compute dtype; `hashes` holds for each adapter the xxh3-128 of its files, `files` what lies beside the weights, and
-    `base_files` the sha256 of all that lay beside the base's.
+    `hashes` holds for each adapter the xxh3-128 of its files, `files` the side files, and `base_files` the
+    sha256 of the base's side files. `computed` names the device, the compute dtype and torch's version.
     """
     options = plan.options
-    receipt: dict[str, Any] = {
-        "schema": SCHEMA,
-        "verb": "merge",
-        "versions": {"dora_convert": __version__, "torch": torch_version.partition("+")[0]},
-        "base": {**_source(plan.base.source), "hash": _base_hash(plan, done)},
-        "adapters": [
-            {
-                **_source(adapter.source),
-                "format": adapter.format,
-                "kind": adapter.kind,
-                "weight": weight,
-                "files": files,
-            }
-            for adapter, weight, files in zip(plan.adapters, plan.weights, hashes, strict=True)
-        ],
-        "options": {
-            **computed,
-            "dtype": options.dtype,
-            "undo": options.undo,
-            "include": list(options.include),
-            "exclude": list(options.exclude),
-            "ignore_field": list(options.ignore_field),
-        },
-        "tensors": {item.name: _tensor(item, done) for item in plan.items if item.noted},
-        **_copied(plan, done),
-        "kept": {tensor.name: _kept(done[kept_name(tensor)]) for tensor in plan.lost},
-        "layout": _layout(plan),
-        "side_files": {file.name: file.fate for file in files},
-        "base_files": base_files,
-        "ledger": [entry.to_dict() for entry in plan.ledger],
+    copied = {
+        item.name: results[key].written_hash for item in plan.items if (key := copied_name(item)) in results
     }
-    return (json.dumps(receipt, indent=1, ensure_ascii=False) + "\n").encode()
+    return Receipt(
+        schema=SCHEMA,
+        verb="merge",
+        versions={"dora_convert": __version__, "torch": computed["torch"].partition("+")[0]},
+        base=MergedBase(**_source(plan.base.source), hash=_base_hash(plan, results)),
+        adapters=tuple(map(_adapter, plan.adapters, plan.weights, hashes)),
+        options=MergeOptions(
+            device=computed["device"],
+            compute_dtype=computed["compute_dtype"],
+            dtype=options.dtype,
+            undo=options.undo,
+            include=options.include,
+            exclude=options.exclude,
+            ignore_field=options.ignore_field,
+        ),
+        tensors={item.name: _tensor(item, results) for item in plan.items if item.noted},
+        copied=copied,
+        kept={tensor.name: _kept(results[kept_name(tensor)]) for tensor in plan.lost},
+        layout=_layout(plan),
+        side_files={file.name: file.fate for file in files},
+        base_files=dict(base_files),
+        ledger=plan.ledger,
+    )
 
 
-def _base_hash(plan: Plan, done: Mapping[str, TensorResult]) -> str:
-    """What identifies the base as far as it was read: xxh3-128 over all headers and the contents that changed."""
+def _adapter(adapter: Adapter, weight: float, files: Mapping[str, str]) -> MergedAdapter:
+    about: dict[str, Any] = {"format": adapter.format, "kind": adapter.kind, "weight": weight}
+    return MergedAdapter(**_source(adapter.source), **about, files=dict(files))
+
+
+def _source(source: Source) -> dict[str, Any]:
+    return {"name": source.name, "repo": source.repo, "commit": source.commit}
+
+
+def _base_hash(plan: Plan, results: Mapping[str, TensorResult]) -> str:
+    """Return the xxh3-128 over all headers of the base and the hashes of all contents that the merge read."""
     lines = [
-        [tensor.name, tensor.dtype, tensor.shape, done[name].base_hash if name in done else None]
+        [tensor.name, tensor.dtype, tensor.shape, results[name].base_hash if name in results else None]
         for name, tensor in sorted(plan.base.tensors.items())
     ]
     return xxhash.xxh3_128_hexdigest(json.dumps(lines).encode())
 
 
-def _source(source: Source) -> dict[str, str | None]:
-    return {"name": source.name, "repo": source.repo, "commit": source.commit}
+def _tensor(item: Item, results: Mapping[str, TensorResult]) -> MergedTensor:
+    """Return the entry of one output tensor; a copied tensor has no hashes."""
+    of = item.origin if item.origin != item.name else None
+    if not (result := results.get(item.name)):
+        return MergedTensor(item.fate, of)
+    undo = tuple(part.name for part in result.parts)
+    hashes = {"base": result.base_hash, "written": result.written_hash, "base_sha256": result.proof}
+    return MergedTensor(item.fate, of, undo=undo, **hashes)
 
 
-def _tensor(item: Item, done: Mapping[str, TensorResult]) -> dict[str, Any]:
-    """Hashes are xxh3-128 of the tensor's bytes, before and after; what is copied has none."""
-    noted: dict[str, Any] = {"fate": item.fate}
-    if item.origin != item.name:
-        noted["of"] = item.origin
-    if made := done.get(item.name):
-        undo = [part.name for part in made.parts]
-        noted |= {"base": made.base_hash, "written": made.written_hash, "undo": undo}
-        if made.proof:
-            noted["base_sha256"] = made.proof
-    return noted
+def _kept(result: TensorResult) -> KeptTensor:
+    return KeptTensor(result.base_hash, result.proof)
 
 
-def _copied(plan: Plan, done: Mapping[str, TensorResult]) -> dict[str, Any]:
-    """The xxh3-128 of tensors that were copied, where a run has noted them."""
-    noted = {item.name: copied_name(item) for item in plan.items if copied_name(item) in done}
-    return {"copied": {name: done[key].base_hash for name, key in noted.items()}} if noted else {}
-
-
-def _kept(done: TensorResult) -> dict[str, Any]:
-    """Hashes of a tensor that the undo record holds whole."""
-    return {"base": done.base_hash} | ({"base_sha256": done.proof} if done.proof else {})
-
-
-def _layout(plan: Plan) -> dict[str, Any]:
-    """The base's files and headers, as far as the output's differ: file by file its metadata and tensors."""
+def _layout(plan: Plan) -> BaseLayout:
+    """Return the base's files, with the headers of those that the output has otherwise."""
     base = plan.base
-    mine = {shard.filename: shard for shard in plan.shards}
-    shared = len({(tensor.path, tensor.start) for tensor in base.tensors.values()}) < len(base.tensors)
-    layout: dict[str, Any] = {"index": base.index_name and converted(base.index_name), "shards": []}
+    written = {
+        shard.filename: tuple((item.name, item.dtype, item.shape) for item in shard.items)
+        for shard in plan.shards
+    }
+    shards = []
     for shard in base.shards:
-        name, noted = converted(shard.filename), [[t.name, t.dtype, list(t.shape)] for t in shard.tensors]
-        same = mine.get(name)
-        if same and noted == [[item.name, item.dtype, list(item.shape)] for item in same.items]:
-            layout["shards"].append({"name": name})
-        else:
-            layout["shards"].append({"name": name, "metadata": dict(shard.metadata), "tensors": noted})
-    if shared:  # as in files that torch.save wrote: names for the same bytes
-        layout["starts"] = {tensor.name: tensor.start for tensor in base.tensors.values()}
-    if base.is_file and base.config:
-        layout["file"], layout["config"] = True, base.config
-    return layout
+        name, rows = converted(shard.filename), tuple((t.name, t.dtype, t.shape) for t in shard.tensors)
+        same = written.get(name) == rows
+        shards.append(BaseShard(name) if same else BaseShard(name, dict(shard.metadata), rows))
+    tensors = base.tensors.values()
+    shared = len({(tensor.path, tensor.start) for tensor in tensors}) < len(tensors)  # as torch.save does
+    lone = base.is_file and bool(base.config)
+    return BaseLayout(
+        base.index_name and converted(base.index_name),
+        tuple(shards),
+        {tensor.name: tensor.start for tensor in tensors} if shared else None,
+        lone,
+        dict(base.config) if lone and base.config else None,
+    )

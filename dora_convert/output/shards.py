@@ -1,4 +1,4 @@
-"""Shard files of an output: header first, bodies at their offsets in any order and from any thread."""
+"""Write the shard files of an output: headers first, then tensors in any order, from any thread."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _BINARY = getattr(os, "O_BINARY", 0)
 
 
 class Copy(NamedTuple):
-    """A range of bytes to copy: from a file at an offset, to a shard at an offset."""
+    """A range of bytes to copy from an offset of a file to an offset of a shard."""
 
     path: Path
     source: int
@@ -30,19 +30,19 @@ class Copy(NamedTuple):
     length: int
 
     def reaches(self, other: Copy) -> bool:
-        """Whether the other range begins where this one ends, on both sides."""
+        """Return True if the other range begins where this range ends, on both sides."""
         end = self._replace(source=self.source + self.length, target=self.target + self.length)
         return end[:4] == other[:4]
 
     def pieces(self) -> Iterator[Copy]:
-        """The range cut to pieces that workers can share."""
+        """Yield the range in pieces that workers can share."""
         for done in range(0, self.length, COPY_BYTES):
             length = min(COPY_BYTES, self.length - done)
             yield Copy(self.path, self.source + done, self.shard, self.target + done, length)
 
 
 def shards_exist(folder: Path, plan: Plan) -> bool:
-    """Whether every shard of a plan is in a folder, at its full size."""
+    """Return True if a folder has every shard of a plan, at its full size."""
     return all(
         (folder / shard.filename).is_file()
         and (folder / shard.filename).stat().st_size
@@ -61,12 +61,12 @@ class ShardFiles:
         *,
         create: bool,
         sparse: bool = False,
-        places: Mapping[str, int] | None = None,
+        starts: Mapping[str, int] | None = None,
     ) -> None:
-        """Open every shard; where they are to be created, write its header, take its space and sync it.
+        """Open every shard; with `create`, write the headers, allocate the space and sync.
 
-        `sparse` ones take space only as they are filled. `places` are where tensors begin in files that are there
-        already, and not of our making.
+        `sparse` shards take space only as they are filled. `starts` are the offsets of tensors in files that
+        other tools wrote.
         """
         self._folder, self._heads = folder, {shard.filename: header_bytes(shard) for shard in plan.shards}
         self._files: dict[str, int] = {}
@@ -76,7 +76,7 @@ class ShardFiles:
             header = self._heads[shard.filename]
             position = len(header)
             for item in shard.items:
-                self._start[item.name] = (shard.filename, places[item.name] if places else position)
+                self._start[item.name] = (shard.filename, starts[item.name] if starts else position)
                 position += item.nbytes
             flags = os.O_RDWR | _BINARY | (os.O_CREAT | os.O_EXCL if create else 0)
             self._files[shard.filename] = descriptor = os.open(folder / shard.filename, flags, 0o666)
@@ -86,11 +86,11 @@ class ShardFiles:
                 os.fsync(descriptor)
 
     def descriptor(self, shard: str) -> int:
-        """The open file of a shard."""
+        """Return the open file descriptor of a shard."""
         return self._files[shard]
 
     def hollow(self, shard: str) -> None:
-        """Give a shard's space back; its size and its header stay, for a later run to see that it was made."""
+        """Free a shard's space; size and header stay, so that a later run sees that the shard was written."""
         descriptor = self._files[shard]
         size = os.fstat(descriptor).st_size
         os.ftruncate(descriptor, 0)
@@ -98,11 +98,11 @@ class ShardFiles:
         self._write(descriptor, 0, memoryview(self._heads[shard]))
 
     def shard_of(self, item: Item) -> str:
-        """The shard a tensor lies in."""
+        """Return the name of the shard that holds a tensor."""
         return self._start[item.name][0]
 
     def write(self, item: Item, offset: int, data: memoryview) -> None:
-        """Put bytes of a tensor at an offset inside it."""
+        """Write bytes of a tensor at an offset inside the tensor."""
         shard, start = self._start[item.name]
         self._write(self._files[shard], start + offset, data)
 
@@ -123,15 +123,15 @@ class ShardFiles:
                     data = data[os.write(descriptor, data[:SLICE_BYTES]) :]
 
     def copies(self, plan: Plan) -> Iterator[Copy]:
-        """What to copy as bytes; neighbours are joined, long runs cut into pieces."""
+        """Yield the ranges to copy as bytes: neighbours are joined, long runs cut into pieces."""
         run: Copy | None = None
         for item in plan.items:
             if not item.verbatim or not item.nbytes:
                 continue
-            place = self._start[item.name]
-            if item.source.path == self._folder / place[0]:
-                continue  # it is where it belongs
-            copy = Copy(item.source.path, item.source.start, *place, item.nbytes)
+            shard, start = self._start[item.name]
+            if item.source.path == self._folder / shard:
+                continue  # in place: nothing to copy
+            copy = Copy(item.source.path, item.source.start, shard, start, item.nbytes)
             if run and run.reaches(copy):
                 run = run._replace(length=run.length + copy.length)
                 continue
@@ -142,23 +142,20 @@ class ShardFiles:
             yield from run.pieces()
 
     def copy(self, copy: Copy, reader: Reader) -> None:
-        """Copy a range of a file's bytes, inside the kernel where that works."""
+        """Copy a range of a file's bytes, inside the kernel if the system can."""
         path, source, shard, target, length = copy
         descriptor = self._files[shard]
         if hasattr(os, "copy_file_range"):
-            origin = reader.descriptor(path)
+            file = reader.descriptor(path)
             try:
-                while length and (done := os.copy_file_range(origin, descriptor, length, source, target)):
+                while length and (done := os.copy_file_range(file, descriptor, length, source, target)):
                     source, target, length = source + done, target + done, length - done
             except OSError as error:
                 if error.errno not in _NO_KERNEL_COPY:
                     raise
-        buffer = memoryview(bytearray(min(length, SLICE_BYTES)))
-        while length:
-            chunk = buffer[:length]
-            reader.read(path, source, chunk)
-            self._write(descriptor, target, chunk)
-            source, target, length = source + len(chunk), target + len(chunk), length - len(chunk)
+        for piece in reader.span(path, source, length):
+            self._write(descriptor, target, piece)
+            target += len(piece)
 
     def close(self) -> None:
         """Close every shard."""
@@ -167,7 +164,7 @@ class ShardFiles:
 
 
 def _allocate(descriptor: int, size: int) -> None:
-    """Size a file and take its space now: faster than growing it, and a full disk shows at once."""
+    """Size a file and allocate its space now: faster than growing it, and a full disk shows at once."""
     os.ftruncate(descriptor, size)
     if hasattr(os, "posix_fallocate") and size:
         try:

@@ -1,4 +1,4 @@
-"""What went wrong with a tensor: the mistakes that merges are known to make, tried one after another on some rows."""
+"""Explain a wrong tensor: try the known mistakes of merges, one after another, on some of its rows."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..engine.rows import read_rows
+from ..engine.host_memory import read_rows
+from ..engine.precision import nearest
 from ..plan.item import Item
 from ..storage.reader import Reader
 from ..storage.safetensors import StoredTensor
 from .expected import Expected
-from .ulps import nearest
 
 CLOSE = 3.0
-"""Times the rounding error of a mistake's own result that a tensor may be from it."""
+"""Largest distance from a mistake's result, in rounding errors of this result."""
 FACTOR = 0.02
-"""Relative width within which a fitted factor is taken for a known one."""
+"""Largest relative distance of a fitted factor from a known one."""
 
 
 class Guess(NamedTuple):
-    """A mistake, and what it would have made of some rows."""
+    """A mistake, and some rows as this mistake leaves them."""
 
     what: str
     rows: Tensor
 
 
 def find_cause(item: Item, written: StoredTensor, rows: Sequence[int], reader: Reader) -> str | None:
-    """The mistake that explains some wrong rows, in words; None where no known one does."""
+    """Return the mistake that explains some wrong rows, in words; None if no known mistake does."""
     if len(item.edits) != 1 or not (low := item.edits[0].low) or item.replaced or low.start:
         return None
     expected, written = Expected(item, reader), replace(written, shape=item.source.shape)
@@ -44,7 +44,7 @@ def find_cause(item: Item, written: StoredTensor, rows: Sequence[int], reader: R
 
 
 def _explains(guess: Tensor, got: Tensor, dtype: str) -> bool:
-    """Whether some rows are what a mistake makes, to a rounding or two."""
+    """Return True if some rows are those of a mistake, up to a rounding or two."""
     error = torch.linalg.vector_norm(nearest(guess, dtype) - guess)
     floor = CLOSE * error + 1e-6 * torch.linalg.vector_norm(guess)
     return bool(torch.linalg.vector_norm(got - guess) <= floor)
@@ -72,13 +72,13 @@ def _guesses(expected: Expected, rows: Sequence[int], got: Tensor) -> Iterator[G
 
 
 def _fitted(change: Tensor, delta: Tensor) -> float | None:
-    """The factor that makes of the adapter's delta what was added."""
+    """Return the factor of the adapter's delta that comes closest to a change."""
     size = float(delta.square().sum())
     return float((change * delta).sum()) / size if size else None
 
 
 def _factors(expected: Expected) -> dict[str, float]:
-    """Scalings that other tools use, relative to the right one."""
+    """Return scalings that other tools use, relative to the right one."""
     low = expected.item.edits[0].low
     assert low
     r = low.rank
@@ -94,14 +94,14 @@ def _factors(expected: Expected) -> dict[str, float]:
 
 
 def _scaling(factor: float, expected: Expected) -> str:
-    """A wrong factor in words."""
+    """Describe a wrong factor."""
     known = (name for name, k in _factors(expected).items() if abs(factor / k - 1) < FACTOR)
     name = next(known, None)
     return f"the scaling is off by a factor of {factor:.4g}" + (f": {name}" if name else "")
 
 
 def _scaled_dora(expected: Expected, rows: Sequence[int], got: Tensor) -> Iterator[Guess]:
-    """A factor that the scaling was off by before the rows got their lengths."""
+    """Guess the factor that the scaling was off by before the rows were normalised."""
     W, delta, x = expected.before(rows), expected.part(0, rows).delta, expected.rows(rows)[0]
     m = torch.linalg.vector_norm(x, dim=1, keepdim=True)
     factor = _direction(got, W, delta)
@@ -111,14 +111,14 @@ def _scaled_dora(expected: Expected, rows: Sequence[int], got: Tensor) -> Iterat
 
 
 def _direction(got: Tensor, W: Tensor, delta: Tensor) -> float:
-    """The k for which rows point along W + k·Δ: the median of their least squares."""
+    """Return the k for which rows point along W + k·Δ: the median of the rows' least squares."""
     a, b, c = (W * W).sum(1), (W * delta).sum(1), (delta * delta).sum(1)
     p, q = (W * got).sum(1), (delta * got).sum(1)
     return float(((a * q - b * p) / (c * p - b * q)).nanmedian())
 
 
 def _turned(expected: Expected, rows: Sequence[int], W: Tensor) -> Iterator[Guess]:
-    """Square weights take a transposed delta, and a magnitude on the wrong axis, without a complaint."""
+    """Guess a transposed delta, or a magnitude on the wrong axis: square weights accept both silently."""
     everything = range(expected.item.source.matrix[0])
     delta = torch.cat([expected.part(0, chunk).delta for chunk in expected.chunks(everything)])
     edit, turned = expected.item.edits[0], delta.T[list(rows)]

@@ -1,6 +1,6 @@
-"""What an output tensor must hold: any rows of it in float64, and how far from them an honest result may be.
+"""Compute any rows of an output tensor in float64 by definition, and the bound that an honest result keeps.
 
-Shares no code with the streaming arithmetic of make.py: this is what that is checked against.
+Merges are checked against this file, so it shares no code with the engine's arithmetic.
 """
 
 from __future__ import annotations
@@ -14,27 +14,25 @@ import torch
 from torch import Tensor
 
 from ..adapters.updates import Decomposed, Delta, LowRank, Start, tensors_of
-from ..engine import memory
-from ..engine.precision import TORCH
-from ..engine.rows import read_columns, read_rows
+from ..engine.host_memory import empty, read_columns, read_rows
+from ..engine.precision import GRID, TORCH, half_ulp
 from ..plan.item import Edit, Item
 from ..storage.reader import Reader
 from ..storage.safetensors import StoredTensor
-from .ulps import GRID, half_ulp
 
 CHUNK_ELEMENTS = 1 << 13
-"""In rows that are checked together: a dozen arrays of so many numbers are held at once."""
+"""Elements of rows that are checked together: a dozen arrays of this size are held at once."""
 EPSILON = 2.0**-24
 CPU = torch.device("cpu")
 
 
-class Part(NamedTuple):
-    """One edit's share of some rows."""
+class EditPart(NamedTuple):
+    """One edit's part in some rows."""
 
     delta: Tensor  # s·BA
     f: Tensor  # m/n, which broadcasts over the rows; 1 for LoRA
-    size: Callable[[], Tensor]  # |s|·|B||A|, what the products are made of; only a bound needs it
-    terms: int  # how many products are added up
+    size: Callable[[], Tensor]  # |s|·|B||A|, the size of the products; only a bound needs it
+    terms: int  # the number of products in each sum
     n: Tensor | None = None  # the norms, which broadcast over the rows
 
 
@@ -42,12 +40,12 @@ class Block(NamedTuple):
     """Some rows of an item."""
 
     W: Tensor  # before any edit
-    parts: list[Part]
-    x: Tensor  # after all of them
+    parts: list[EditPart]
+    x: Tensor  # after all edits
 
 
 class Expected:
-    """The float64 result x of an item, any rows of it, and what its bound is made of; on any device that has float64."""
+    """The float64 result x of an item, for any rows, and its bound; on any device that has float64."""
 
     def __init__(self, item: Item, reader: Reader, device: torch.device = CPU) -> None:
         self.item, self._reader, self._device = item, reader, device
@@ -62,7 +60,7 @@ class Expected:
         ]
 
     def chunks(self, rows: Sequence[int]) -> Iterator[Sequence[int]]:
-        """The rows in pieces of bounded size; none holds rows of two experts."""
+        """Yield the rows in chunks of bounded size; no chunk holds rows of two experts."""
         total, columns = self.item.source.matrix
         height, part = max(1, CHUNK_ELEMENTS // max(1, columns)), max(1, total // self.item.experts)
         first = 0
@@ -74,7 +72,7 @@ class Expected:
             first = last
 
     def block(self, rows: Sequence[int]) -> Block:
-        """Some rows: before, each edit's share, and x = W + Σ wᵢ·(fᵢ·(W + Δᵢ) − W)."""
+        """Return some rows before any edit, each edit's part, and x = W + Σ wᵢ·(fᵢ·(W + Δᵢ) − W)."""
         W = self.before(rows)
         parts = self._parts(W, rows)
         if len(parts) == 1 and self.item.edits[0].weight == 1:
@@ -86,15 +84,15 @@ class Expected:
         return Block(W, parts, x)
 
     def rows(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """x, and what the adapter is merged into: the base's weight where it has one."""
+        """Return x, and the weight that the adapter is merged into: the base's, if the base has one."""
         W, _, x = self.block(rows)
         base = self.item.base
         return x, self._load(base, rows) if base and base.shape == self.item.source.shape else W
 
     def forward(self, rows: Sequence[int], block: Block, x: Tensor, *, by_columns: bool) -> Tensor:
-        """The adapter's own outputs for inputs x: Wx + s·B(Ax), times m/n, without the product BA.
+        """Return the adapter's own outputs for inputs x: Wx + s·B(Ax), times m/n, without the product BA.
 
-        For a weight stored as (in, out), `by_columns`, what these rows of it add to all outputs.
+        With `by_columns`, for a weight stored as (in, out), return the addend of these rows to all outputs.
         """
         before = (block.W.T if by_columns else block.W) @ x
         y = before.clone()
@@ -108,7 +106,7 @@ class Expected:
         return y
 
     def bound(self, rows: Sequence[int], x: Tensor, *, rounded_once: bool) -> Tensor:
-        """How far from x an honest result may be."""
+        """Return the largest distance from x that an honest result may have."""
         W, dtype = self.before(rows), self.item.dtype
         tolerance = half_ulp(x, dtype) + (math.sqrt(W.shape[1]) + 6) * EPSILON * x.abs()
         for edit, part in zip(self.item.edits, self._parts(W, rows), strict=True):
@@ -125,17 +123,17 @@ class Expected:
         return tolerance
 
     def before(self, rows: Sequence[int]) -> Tensor:
-        """The weight before any edit: as stored, less what training began without, with the rows that were set."""
+        """Return the stored weight less its start, with the rows that an adapter set, before any edit."""
         W = self._load(self.item.source, rows) if self._start is None else self._start[list(rows)].double()
         for trained in self.item.rows:
-            places = {row: place for place, row in enumerate(trained.index)}
+            numbers = {row: number for number, row in enumerate(trained.index)}
             for k, row in enumerate(rows):
-                if row in places:
-                    W[k] = self._load(trained.value, [places[row]])[0]
+                if row in numbers:
+                    W[k] = self._load(trained.value, [numbers[row]])[0]
         return W
 
     def _without_start(self) -> Tensor | None:
-        """What PiSSA, OLoRA and KaSA begin with, the whole of it, in the stored dtype; None for other updates."""
+        """Return the matrix that PiSSA, OLoRA or KaSA begin with, in the stored dtype; None for others."""
         if not (low := self.item.start):
             return None
         edit = self.item.edits[0]
@@ -149,57 +147,57 @@ class Expected:
             U, S, Vh = torch.linalg.svd(W, full_matrices=False)
             gone = slice(len(S) - r, None) if low.start is Start.KASA else slice(0, r)
             taken = torch.einsum("or,r,ri->oi", U[:, gone], S[gone], Vh[gone])
-        left = W - taken
-        return (left.T if edit.transposed else left).contiguous().to(TORCH[self.item.source.dtype])
+        rest = W - taken
+        return (rest.T if edit.transposed else rest).contiguous().to(TORCH[self.item.source.dtype])
 
-    def _several_roundings(self, edit: Edit, part: Part, W: Tensor, x: Tensor) -> Tensor:
-        """What else a DoRA may be off by whose steps were rounded: V, m/n, the norm of a rounded delta, or the change."""
+    def _several_roundings(self, edit: Edit, part: EditPart, W: Tensor, x: Tensor) -> Tensor:
+        """Return the further error of a DoRA that was rounded at V, m/n, the delta's norm or the change."""
         dtype = _coarser(edit, self.item.dtype)
         assert part.n is not None
         moved = half_ulp(part.delta, dtype).square().sum(dim=edit.axis, keepdim=True)
         seen, whole = part.delta.shape[edit.axis], self.item.source.matrix[edit.axis]
-        # of columns only some rows are at hand
+        # only some rows of the columns are at hand
         drift = (moved * (2 * whole / seen if seen < whole else 1)).sqrt() / part.n
         relative = drift + 3 * 2.0 ** -GRID[dtype][0]
         granted: Tensor = x.abs() * relative + part.f.abs() * half_ulp(W + part.delta, dtype)
         return granted + half_ulp(x - W, dtype) + half_ulp(x, dtype)
 
-    def part(self, number: int, rows: Sequence[int]) -> Part:
-        """One edit's share of some rows."""
+    def part(self, number: int, rows: Sequence[int]) -> EditPart:
+        """Return one edit's part in some rows."""
         return self._part(number, self.before(rows), rows)
 
     def magnitude(self, number: int) -> Tensor | None:
-        """The magnitudes that one edit sets; None for LoRA."""
+        """Return the magnitudes that one edit sets; None for LoRA."""
         return self._m[number]
 
-    def _parts(self, W: Tensor, rows: Sequence[int]) -> list[Part]:
-        """Every edit's share of some rows."""
+    def _parts(self, W: Tensor, rows: Sequence[int]) -> list[EditPart]:
+        """Return every edit's part in some rows."""
         return [self._part(number, W, rows) for number in range(len(self.item.edits))]
 
-    def _part(self, number: int, W: Tensor, rows: Sequence[int]) -> Part:
+    def _part(self, number: int, W: Tensor, rows: Sequence[int]) -> EditPart:
         edit, m, n = self.item.edits[number], self._m[number], self._column_norms[number]
         one = torch.ones((), dtype=torch.float64, device=self._device)
         if isinstance(edit.update, Delta):
             delta = edit.update.scale * self._load(edit.update.value)
-            return Part(delta, one, delta.abs, 1)
+            return EditPart(delta, one, delta.abs, 1)
         low = edit.low
         assert low
         left, right = self._factors(number, low, edit, rows)
         delta = low.scale * torch.einsum("kr,rc->kc", left, right)
         size = partial(_size, left, right, low.scale)
         if m is None:
-            return Part(delta, one, size, low.rank)
+            return EditPart(delta, one, size, low.rank)
         if n is not None:
-            return Part(delta, m / n, size, low.rank, n)
+            return EditPart(delta, m / n, size, low.rank, n)
         n = self._row_norms(number, W + delta, rows)[:, None]
-        return Part(delta, m[list(rows), None] / n, size, low.rank, n)
+        return EditPart(delta, m[list(rows), None] / n, size, low.rank, n)
 
     def _row_norms(self, number: int, V: Tensor, rows: Sequence[int]) -> Tensor:  # noqa: ARG002
-        """‖V‖ of some rows, for one edit."""
+        """Return ‖V‖ of some rows, for one edit."""
         return torch.einsum("kc,kc->k", V, V).sqrt()
 
     def _measure(self, number: int) -> Tensor:
-        """‖W + sBA‖ along the columns, which takes the whole tensor."""
+        """Return ‖W + sBA‖ along the columns, from the whole tensor."""
         edit = self.item.edits[number]
         low = edit.low
         assert low
@@ -211,7 +209,7 @@ class Expected:
         return squares.sqrt()
 
     def _pair(self, low: LowRank, edit: Edit) -> tuple[Tensor | None, Tensor | None]:
-        """A and B where they are held: both for experts, else the one that has the stored matrix's columns."""
+        """Return the factors to hold: both for experts, else the one with the stored matrix's columns."""
         if low.experts:
             return self._all(low.A), self._all(low.B)
         held = _dense(
@@ -223,7 +221,7 @@ class Expected:
         return (None, held) if edit.transposed else (held, None)
 
     def _factors(self, number: int, low: LowRank, edit: Edit, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """The factors of some rows of the stored matrix: (rows, r) and (r, columns)."""
+        """Return the factors of some rows of the stored matrix: (rows, r) and (r, columns)."""
         pair = self._pairs[number]
         assert pair
         A, B = pair
@@ -245,9 +243,9 @@ class Expected:
         return read_columns(self._reader, low.A, rows).to(self._device).double().T, B.T
 
     def _load(self, tensor: StoredTensor, rows: Sequence[int] | None = None) -> Tensor:
-        """Rows of a stored tensor's matrix, or all of them, in float64."""
+        """Read rows of a stored tensor's matrix, or all rows, in float64."""
         chosen = range(tensor.matrix[0]) if rows is None else rows
-        loaded = memory.empty((len(chosen), tensor.matrix[1]), torch.float64)
+        loaded = empty((len(chosen), tensor.matrix[1]), torch.float64)
         height, filled = max(1, 4 * CHUNK_ELEMENTS // max(1, tensor.matrix[1])), 0
         for start in range(0, len(chosen), height):
             part = read_rows(self._reader, tensor, chosen[start : start + height])
@@ -256,7 +254,7 @@ class Expected:
         return loaded.to(self._device)
 
     def _all(self, tensor: StoredTensor) -> Tensor:
-        """A whole stored matrix, in its own dtype."""
+        """Read a whole stored matrix, in the stored dtype."""
         return read_rows(self._reader, tensor, range(tensor.matrix[0])).to(self._device)
 
 
@@ -265,13 +263,13 @@ def _size(left: Tensor, right: Tensor, scale: float) -> Tensor:
 
 
 def _coarser(edit: Edit, dtype: str) -> str:
-    """The dtype that a tool may have rounded a delta to: the weight's, or a coarser one of the adapter's."""
-    found = [tensor.dtype for tensor in tensors_of(edit.update) if tensor.dtype in ("BF16", "F16")]
-    return min([dtype, *found], key=lambda name: GRID[name][0])
+    """Return the dtype that a delta may be rounded to: the weight's, or a coarser one of the adapter's."""
+    coarse = [tensor.dtype for tensor in tensors_of(edit.update) if tensor.dtype in ("BF16", "F16")]
+    return min([dtype, *coarse], key=lambda name: GRID[name][0])
 
 
 def _dense(stacked: Tensor, blocks: int) -> Tensor:
-    """A block-diagonal matrix from its blocks, which lie one below the other."""
+    """Return a block-diagonal matrix from its blocks, which lie one below the other."""
     if blocks == 1:
         return stacked
     dense: Tensor = torch.block_diag(*stacked.chunk(blocks))  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""Where a merged checkpoint is not what was planned, as far as headers and config.json tell."""
+"""Compare the headers and the config.json of a merged checkpoint with the plan."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..storage.reader import Reader
 from ..storage.safetensors import CONFIG_DTYPES, FLOATS, StoredTensor
 
 BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|masked_bias|position_ids|attn\.bias)$")
-"""What transformers computes anew and does not always save."""
+"""Tensors that transformers computes anew and does not always save."""
 NO_MATTER = frozenset(
     {"transformers_version", "dtype", "torch_dtype", "_name_or_path", "name_or_path", "use_cache", "auto_map"}
 )
@@ -26,16 +26,16 @@ NO_MATTER = frozenset(
 
 @dataclass
 class Pairing:
-    """The planned tensors with the merged checkpoint's, and what has no partner."""
+    """The planned tensors paired with the merged checkpoint's, and the problems of the others."""
 
     pairs: list[tuple[Item, StoredTensor]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     twins: list[tuple[StoredTensor, StoredTensor]] = field(default_factory=list)
-    """A head that is stored although it is tied, and its embedding."""
+    """Heads that are stored although they are tied, each with its embedding."""
 
     def compare_twins(self, reader: Reader) -> None:
-        """Whether a head that is stored although it is tied is its embedding."""
+        """Compare each head that is stored although it is tied with its embedding."""
         for head, embedding in self.twins:
             if reader.same_bytes(head, embedding):
                 self.notes.append(f"{head.name} is stored beside {embedding.name}, which it equals")
@@ -44,38 +44,37 @@ class Pairing:
 
 
 def pair(plan: Plan, merged: Checkpoint) -> Pairing:
-    """Find each planned tensor in a merged checkpoint; a prefix that differs throughout does not count."""
-    found = Pairing()
+    """Find each planned tensor in a merged checkpoint; a prefix that all names share is ignored."""
+    pairing = Pairing()
     names = NameResolver(merged.tensors, [item.name for item in plan.items])
     taken: set[str] = set()
     for item in plan.items:
         name = names.find(item.name)
         if name is None:
-            _miss(item, found)
+            _miss(item, pairing)
             continue
         taken.add(name)
         written = merged.tensors[name]
         converted = written.dtype != item.dtype and not {written.dtype, item.dtype} <= set(FLOATS)
         if written.shape != item.shape or converted:
-            found.problems.append(
-                f"{name} is {written.dtype} {list(written.shape)}; it should be {item.dtype} {list(item.shape)}"
-            )
+            wanted = f"{item.dtype} {list(item.shape)}"
+            pairing.problems.append(f"{name} is {written.dtype} {list(written.shape)}; it should be {wanted}")
         else:
-            found.pairs.append((item, written))
-    _compare_ties(plan, merged, taken, found)
+            pairing.pairs.append((item, written))
+    _compare_ties(plan, merged, taken, pairing)
     for name in sorted(merged.tensors.keys() - taken):
         known = BUFFERS.search(name)
-        (found.notes if known else found.problems).append(f"{name} is in MERGED, but should not be there")
-    return found
+        (pairing.notes if known else pairing.problems).append(f"{name} is in MERGED, but not in the plan")
+    return pairing
 
 
-def _miss(item: Item, found: Pairing) -> None:
+def _miss(item: Item, pairing: Pairing) -> None:
     known = BUFFERS.search(item.name)
-    (found.notes if known else found.problems).append(f"{item.name} is missing from MERGED")
+    (pairing.notes if known else pairing.problems).append(f"{item.name} is missing from MERGED")
 
 
-def _compare_ties(plan: Plan, merged: Checkpoint, taken: set[str], found: Pairing) -> None:
-    """Whether embedding and head are one weight where they should be."""
+def _compare_ties(plan: Plan, merged: Checkpoint, taken: set[str], pairing: Pairing) -> None:
+    """Note a problem if embedding and head are tied and should not be, or the other way round."""
     config = plan.output_config
     before, after = find_tie(plan.base), find_tie(merged)
     if before is None or merged.config is None:
@@ -83,22 +82,22 @@ def _compare_ties(plan: Plan, merged: Checkpoint, taken: set[str], found: Pairin
     wanted = find_tie(replace(plan.base, config=config))
     untied = not wanted and bool(config and config.get("tie_word_embeddings") is False)
     if untied and after:
-        found.problems.append(
+        pairing.problems.append(
             f"config.json ties {after.head} to {after.embedding}; the adapter made two weights of them"
         )
     elif wanted and not after and before.head not in merged.tensors:
-        found.problems.append(
+        pairing.problems.append(
             f"config.json does not tie {before.head} to {before.embedding}, and MERGED has no {before.head}"
         )
     extra = merged.tensors.get(before.head)
     embedding = merged.tensors.get(before.embedding)
     if not untied and before.head not in taken and extra and embedding:
         taken.add(before.head)
-        found.twins.append((extra, embedding))
+        pairing.twins.append((extra, embedding))
 
 
 def config_problems(plan: Plan, merged: Checkpoint) -> Iterator[str]:
-    """Fields of config.json that differ and change loading or computing."""
+    """Yield the fields of config.json that differ and change loading or computing."""
     base, wanted = plan.base.config, plan.output_config
     if wanted is None or merged.is_file:
         return
@@ -113,13 +112,13 @@ def config_problems(plan: Plan, merged: Checkpoint) -> Iterator[str]:
 
 
 def _wrong_dtype(wanted: Mapping[str, Any], merged: Checkpoint) -> Iterator[str]:
-    """A dtype that weights would be converted to when they are loaded, and that neither the base nor they have."""
+    """Yield a dtype of config.json that is neither the base's nor the dtype of the stored tensors."""
     dtypes = Counter(tensor.dtype for tensor in merged.tensors.values() if tensor.dtype in FLOATS)
     stored = {CONFIG_DTYPES.get(dtype) for dtype, _ in dtypes.most_common(1)}
     for key in ("dtype", "torch_dtype"):
-        found = (merged.config or {}).get(key)
-        if isinstance(found, str) and found not in {*stored, wanted.get("dtype"), wanted.get("torch_dtype")}:
-            yield f"config.json: {key} is {found!r}, which is not what the tensors are stored in"
+        dtype = (merged.config or {}).get(key)
+        if isinstance(dtype, str) and dtype not in {*stored, wanted.get("dtype"), wanted.get("torch_dtype")}:
+            yield f"config.json: {key} is {dtype!r}, which is not the dtype of the stored tensors"
 
 
 def _differences(wanted: Mapping[str, Any], got: Mapping[str, Any], where: str) -> Iterator[str]:

@@ -1,11 +1,12 @@
-"""Does the output hold what the plan says? Recomputed in float64 from the files, by other code than the merge's.
+"""Check a written output against its plan, recomputed in float64 by other code than the merge's.
 
-An element got is *wrong* when it is further from the float64 result x than any honest rounding can take it:
+An element is *wrong* if it is further from the float64 result x than any honest rounding can take it:
 
     tol = |f|·(½ulp_d(Δ) + (r+2)·2⁻²⁴·(|s|·(|B||A|) + |W|)) + ½ulp_d(x) + (√in + 6)·2⁻²⁴·|x|
 
-with f = m/n (1 for LoRA), d the stored dtype and Δ = sBA. Where under 0.1 % of the elements differ from the
-rounded result, the tensor was rounded once and the ½ulp_d(Δ) term is dropped. docs/precision.md says where it comes from.
+with f = m/n (1 for LoRA), d the stored dtype and Δ = sBA. If under 0.1 % of the elements differ from the
+rounded result, the tensor was rounded once, and the ½ulp_d(Δ) term is dropped. docs/precision.md derives the
+bound.
 """
 
 from __future__ import annotations
@@ -19,27 +20,25 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..engine.rows import read_rows
+from ..engine.host_memory import read_rows
+from ..engine.precision import nearest, ordinal
 from ..errors import VerificationError
 from ..output.finished import Verdict
 from ..plan.item import Item
 from ..plan.plan import Plan
-from ..storage.digests import stored_digest
 from ..storage.reader import Reader
 from ..storage.safetensors import StoredTensor, read_header
 from .expected import Expected
-from .expected_base import ExpectedBase
-from .ulps import nearest, ordinal
 
 RANDOM_ROWS = 16
 ROUNDED_ONCE = 0.001
-"""Share of elements off the rounded result below which a tensor was rounded once: float32 leaves a third of that."""
+"""Largest share of elements off the rounded result after one rounding; float32 leaves a third of it."""
 FEW = 2
-"""Elements of a small tensor that say nothing about that."""
+"""So many elements off the rounded result prove nothing in a small tensor."""
 
 
-class Checker:
-    """Compares tensors of a written folder, whose headers it reads back from the disk, with what they should be."""
+class SelfCheck:
+    """Compares tensors of a written folder, with headers read back from the disk, with the definitions."""
 
     def __init__(self, folder: Path, plan: Plan, reader: Reader) -> None:
         self._reader = reader
@@ -51,46 +50,45 @@ class Checker:
             _refuse_unreadable(path, {item.name for item in shard.items})
 
     def check(self, item: Item, digest: str) -> Verdict:
-        """Compare a sample of an item's rows: both ends of every block, and some at random.
-
-        Of what was recovered bit for bit all is read back: `digest` is the xxh3-128 of what was written.
-        """
+        """Compare a sample of an item's rows: both ends of every block, and some at random."""
         written = self._written[item.name]
         if (written.dtype, written.shape) != (item.dtype, item.shape):
             return Verdict(written.numel, written.numel)
-        if item.undo and item.undo.ulps:
-            same = stored_digest(written, self._reader).fast == digest
-            return Verdict(written.numel, 0 if same else written.numel)
-        written = replace(written, shape=item.source.shape)  # as it was made: experts one below the other
-        rows = sample_rows(item, f"{self._seed}/{item.name}")
-        expected = ExpectedBase(item, self._reader) if item.undo else Expected(item, self._reader)
-        return compare(written, expected, rows, self._reader)
+        return self._compare(item, written, digest)
+
+    def _compare(self, item: Item, written: StoredTensor, digest: str) -> Verdict:  # noqa: ARG002 - for others
+        return self._compare_sample(Expected(item, self._reader), written)
+
+    def _compare_sample(self, expected: Expected, written: StoredTensor) -> Verdict:
+        item = expected.item
+        written = replace(written, shape=item.source.shape)  # as it is computed: experts one below the other
+        return compare(written, expected, sample_rows(item, f"{self._seed}/{item.name}"), self._reader)
 
 
 def _refuse_unreadable(path: Path, names: set[str]) -> None:
-    """What loaders will read a shard with must see in it what the plan put there."""
+    """Raise VerificationError if the safetensors library reads other tensors from a shard than the plan's."""
     try:
         with safe_open(path, framework="pt") as file:
-            found = set(file.keys())
+            tensors = set(file.keys())
     except SafetensorError as error:
         raise VerificationError(
             f"{path.name}: safetensors cannot read what was written ({error})."
         ) from error
-    if found != names:
+    if tensors != names:
         raise VerificationError(f"{path.name}: safetensors finds other tensors than were written.")
 
 
 def sample_rows(item: Item, seed: str) -> list[int]:
-    """Both ends of every block, all rows that were set, and random ones that depend on the seed alone."""
+    """Return both ends of every block, all rows that an adapter set, and random rows by the seed."""
     rows, chance = item.source.matrix[0], random.Random(seed)  # noqa: S311
-    found = {row for start, stop in item.spans() for row in (start, stop - 1)}
-    found |= {row for trained in item.rows for row in trained.index}
-    found |= {chance.randrange(rows) for _ in range(RANDOM_ROWS if rows else 0)}
-    return sorted(found)
+    sample = {row for start, stop in item.spans() for row in (start, stop - 1)}
+    sample |= {row for trained in item.rows for row in trained.index}
+    sample |= {chance.randrange(rows) for _ in range(RANDOM_ROWS if rows else 0)}
+    return sorted(sample)
 
 
 def compare(written: StoredTensor, expected: Expected, rows: Sequence[int], reader: Reader) -> Verdict:
-    """Count what is off in some rows, and how far; the bound is worked out only where something is."""
+    """Count the elements of some rows that are off, and measure the distance of these elements."""
     item = expected.item
     chunks = list(expected.chunks(rows))
     total, suspects, off = Verdict(), [], 0
@@ -112,7 +110,7 @@ def compare(written: StoredTensor, expected: Expected, rows: Sequence[int], read
 
 
 def rounded_once(off: int, elements: int) -> bool:
-    """Whether a tensor with so many elements off the rounded result was rounded once all the same."""
+    """Return True if a tensor with so many elements off the rounded result was still rounded once."""
     return off <= max(FEW, ROUNDED_ONCE * elements)
 
 
@@ -123,7 +121,7 @@ def _square(x: Tensor) -> float:
 def distance(
     got: Tensor, expected: Expected, rows: Sequence[int], *, rounded_once: bool
 ) -> tuple[Tensor, int]:
-    """Which elements of some rows lie outside the bound, and how many ulps the farthest one is off."""
+    """Return the elements of some rows that lie outside the bound, and the largest distance in ulps."""
     dtype = expected.item.dtype
     x, _ = expected.rows(rows)
     rounded = nearest(x, dtype)

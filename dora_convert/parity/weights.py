@@ -1,15 +1,15 @@
-"""Compare a merged checkpoint, whoever made it, with what its base and adapters make: every element, in float64."""
+"""Compare every tensor of a merged checkpoint, from any tool, with its base and adapters in float64."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
-from ..engine.executor import Budget
-from ..engine.precision import choose, exact_arithmetic
+from ..engine.precision import choose
 from ..engine.preflight import scan_adapter
+from ..engine.workers import WorkerPool
 from ..plan.item import Item
 from ..plan.plan import Plan
 from ..reports.verify import CheckedModule, Untouched, VerifyReport
@@ -29,23 +29,23 @@ def verify_weights(
 ) -> VerifyReport:
     """Compare every tensor, and the outputs of each merged module for some random inputs.
 
-    Raises NumericalError where an adapter holds NaN or Inf.
+    Raises NumericalError if an adapter holds NaN or Inf.
     """
     for adapter in plan.adapters:
         scan_adapter(adapter)
-    found = pair(plan, merged)
-    needs = {item.name: (item.source.path, written.path) for item, written in found.pairs}
+    pairing = pair(plan, merged)
+    needs = {item.name: (item.source.path, written.path) for item, written in pairing.pairs}
     with reading((plan.base, merged), needs, session) as reader:
-        found.compare_twins(reader)
-        compared, identical = _compare(found, settings, samples, reader)
+        pairing.compare_twins(reader)
+        compared, identical = _compare(pairing, settings, samples, reader)
         modules = [_module(parity, written, reader) for parity, written in compared if parity.item.changed]
-    untouched = [(item, written) for item, written in found.pairs if not item.changed]
+    untouched = [(item, written) for item, written in pairing.pairs if not item.changed]
     differing = [item.name for item, _ in untouched if item.name not in identical]
     problems = [
-        *found.problems,
+        *pairing.problems,
         *_of_base(plan, len(untouched), differing, modules),
         *_of_modules(modules),
-        *(f"{name} should be as in the base, and is not" for name in differing),
+        *(f"{name} differs from the base's" for name in differing),
         *config_problems(plan, merged),
     ]
     return VerifyReport(
@@ -56,7 +56,7 @@ def verify_weights(
         modules=tuple(modules),
         untouched=Untouched(tensors=len(untouched), identical=len(identical)),
         problems=tuple(problems),
-        notes=tuple(found.notes),
+        notes=tuple(pairing.notes),
         warnings=tuple(settings.warnings),
         ledger=tuple(entry.to_dict() for entry in plan.ledger),
         seconds=round(time.monotonic() - settings.started, 3),
@@ -64,18 +64,20 @@ def verify_weights(
 
 
 def _compare(
-    found: Pairing, settings: Settings, samples: int, reader: Reader
+    pairing: Pairing, settings: Settings, samples: int, reader: Reader
 ) -> tuple[list[tuple[Parity, StoredTensor]], set[str]]:
-    """Every tensor with an adapter's part in it compared, and the names of the others that are as they should be."""
-    budget, done, total = Budget(settings.max_memory), [0], sum(w.nbytes for _, w in found.pairs)
+    """Compare every tensor; return the results of changed ones, and the names of right unchanged ones."""
+    done, total = [0], sum(written.nbytes for _, written in pairing.pairs)
     spec = choose(settings.device, "float64")
     settings.notify(f"device: {spec}")
+    workers: WorkerPool[None] = WorkerPool(settings.max_memory, lambda: None, reader.stop)
 
-    def one(item: Item, written: StoredTensor) -> Parity | bool:
+    def compare(item: Item, written: StoredTensor, _: None) -> Parity | bool:
+        workers.check()
         if item.verbatim and item.source.dtype == written.dtype:
             result: Parity | bool = reader.same_bytes(item.source, written)
         else:
-            with budget.holding(min(settings.max_memory, item.cost(8))):
+            with workers.holding(item.cost(8)):
                 parity = compare_all(item, written, reader, samples, spec.device)
             result = parity if item.changed else not parity.wrong
         reader.done(item.name)
@@ -84,25 +86,14 @@ def _compare(
             settings.on_progress(done[0], total)
         return result
 
-    with exact_arithmetic(), ThreadPoolExecutor(settings.workers, initializer=_one_thread) as pool:
-        try:
-            results = list(pool.map(lambda both: one(*both), found.pairs))
-        except BaseException:
-            reader.stop()
-            raise
-    both = list(zip(found.pairs, results, strict=True))
+    results = workers.run(settings.workers, [partial(compare, *pair) for pair in pairing.pairs])
+    both = list(zip(pairing.pairs, results, strict=True))
     compared = [(parity, written) for (_, written), parity in both if isinstance(parity, Parity)]
     return compared, {item.name for (item, _), right in both if right is True}
 
 
-def _one_thread() -> None:
-    import torch
-
-    torch.set_num_threads(1)
-
-
 def _module(parity: Parity, written: StoredTensor, reader: Reader) -> CheckedModule:
-    """One module's part of the report; what went wrong is looked for where something did."""
+    """Return one module's part of the report, with the cause if elements are wrong."""
     cause = find_cause(parity.item, written, parity.suspects, reader) if parity.wrong else None
     return CheckedModule(
         name=parity.item.name,
@@ -116,7 +107,7 @@ def _module(parity: Parity, written: StoredTensor, reader: Reader) -> CheckedMod
 
 
 def _of_modules(modules: Iterable[CheckedModule]) -> Iterator[str]:
-    """Each module that is wrong, the worst first."""
+    """Yield a problem for each wrong module, the worst first."""
     wrong = [module for module in modules if module.wrong_elements]
     for module in sorted(wrong, key=lambda module: -(module.output_error or 0)):
         why = f": {module.cause}" if module.cause else ""
@@ -127,7 +118,7 @@ def _of_modules(modules: Iterable[CheckedModule]) -> Iterator[str]:
 
 
 def _of_base(plan: Plan, untouched: int, differing: list[str], modules: list[CheckedModule]) -> Iterator[str]:
-    """Another base, where most of what no adapter touches is different; a mistake that all modules share."""
+    """Yield a problem for another base, and one for a cause that several modules share."""
     unexplained = [module for module in modules if module.wrong_elements and not module.cause]
     if len(differing) * 2 > untouched and len(unexplained) * 2 > len(modules):
         yield f"another base: most tensors that no adapter touches are not those of {plan.base.source.name}"

@@ -7,7 +7,8 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 
-from ..storage.checkpoint import INDEX_SUFFIX, Checkpoint
+from ..storage.checkpoint import Checkpoint
+from ..storage.filenames import INDEX_SUFFIX
 from ..storage.safetensors import BITS, encode_header
 from .item import Item
 from .plan import OutputShard, Plan

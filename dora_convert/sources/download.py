@@ -10,8 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ..errors import HubError
-from ..storage.checkpoint import RECORD, is_weight_file, weight_entry, weight_map
-from ..storage.digests import sha256 as file_sha256
+from ..storage.checkpoint import weight_entry, weight_map
+from ..storage.filenames import RECORD, is_weight_file
+from ..storage.reader import sha256 as file_sha256
 from ..storage.refs import HubRef, Source, local_source, parse_ref
 from .hub_client import explained, patiently, unreachable, without_bars
 from .session import Session

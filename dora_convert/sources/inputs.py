@@ -12,7 +12,8 @@ from typing import Any
 from ..adapters.adapter import Adapter
 from ..errors import MalformedError, RefError, UnsupportedError, UsageError
 from ..formats.detect import FORMATS
-from ..storage.checkpoint import OF_TRAINING, Checkpoint, is_weight_file, read_weights
+from ..storage.checkpoint import Checkpoint, read_weights
+from ..storage.filenames import OF_TRAINING, is_weight_file
 from ..storage.json_files import read_json
 from ..storage.refs import HubRef, Source, local_path, parse_ref
 from .download import fetch, wanted_of_adapter

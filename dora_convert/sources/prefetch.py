@@ -7,14 +7,14 @@ merged, or one output is uploaded while the next is made, and the disk never hol
 
 from __future__ import annotations
 
-import threading
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 from ..errors import HubError
 from ..plan.plan import Plan
+from ..storage.background import Background
 from ..storage.checkpoint import Checkpoint
 from ..storage.reader import Reader
 from ..storage.refs import HubRef, Source
@@ -27,8 +27,8 @@ Needs = Mapping[str, Collection[Path]]
 """The files that each piece of work reads, pieces and files in the order in which they are needed."""
 
 
-class Arrivals:
-    """What is here of the inputs of some work; called from workers."""
+class Prefetch:
+    """Downloads the input files of some work before workers read them, and removes them afterwards. Thread-safe."""
 
     def __init__(
         self,
@@ -56,13 +56,9 @@ class Arrivals:
         self._begun: set[Path] = set()
         self._here: set[Path] = set(here if bring else self.inputs)
         self._asked: set[Path] = set()
-        self._queue: deque[Path] = deque()
         self._readers: list[Reader] = []
-        self._error: BaseException | None = None
-        self._closed = False
-        self._changed = threading.Condition()
-        if bring:
-            threading.Thread(target=self._work, name="download", daemon=True).start()
+        self._thread = Background("download", self._download, claim=self._claim)
+        self._changed = self._thread.changed
 
     @property
     def inputs(self) -> list[Path]:
@@ -115,15 +111,12 @@ class Arrivals:
 
     def close(self) -> None:
         """Ask for nothing more."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
+        self._thread.stop()
 
     def _ask(self, path: Path) -> None:
         if path not in self._here and path not in self._asked:
             self._asked.add(path)
-            self._queue.append(path)
-            self._changed.notify_all()
+            self._thread.put(path)
 
     def _ask_next(self, path: Path) -> None:
         later = self.inputs[self.inputs.index(path) + 1 :] if path in self.inputs else ()
@@ -131,35 +124,25 @@ class Arrivals:
             self._ask(following)
 
     def _wait(self, ready: Callable[[], bool]) -> None:
-        self._changed.wait_for(lambda: self._closed or self._error or ready())
-        if self._error:
-            raise self._error
-        if not ready():
+        if not self._thread.wait_for(ready):
             raise HubError("The run was stopped while it waited for its input.")
 
-    def _work(self) -> None:
-        while (path := self._take()) is not None:
-            try:
-                assert self._bring
-                self._bring(path)
-            except BaseException as error:  # noqa: BLE001 - raised again where the file is needed
-                with self._changed:
-                    self._error = error
-                    self._changed.notify_all()
-                return
+    def _claim(self) -> bool:
+        """Take a free place for the next file to download; return False if there is none."""
+        if self._keep:
+            return True
+        if self._free < 1:
+            return False
+        self._free -= 1
+        return True
+
+    def _download(self, paths: list[Path]) -> None:
+        for path in paths:
+            assert self._bring
+            self._bring(path)
             with self._changed:
                 self._here.add(path)
                 self._changed.notify_all()
-
-    def _take(self) -> Path | None:
-        """The next file to bring, once there is a place for it; None when closing."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._closed or (self._queue and (self._keep or self._free >= 1)))
-            if self._closed:
-                return None
-            if not self._keep:
-                self._free -= 1
-            return self._queue.popleft()
 
 
 def shard_needs(plan: Plan, *more: Checkpoint) -> Needs:
@@ -210,7 +193,7 @@ def bring_weights(checkpoint: Checkpoint, session: Session, files: Collection[Pa
             download_all(source, wanted, session)
 
 
-def expect(checkpoints: Iterable[Checkpoint], needs: Needs, session: Session) -> Arrivals | None:
+def expect(checkpoints: Iterable[Checkpoint], needs: Needs, session: Session) -> Prefetch | None:
     """What some work on checkpoints reads of the Hub; None where all weights are here.
 
     With the cache, what it needs is downloaded at once. Else a file arrives when it is first read, and goes after the
@@ -225,7 +208,7 @@ def expect(checkpoints: Iterable[Checkpoint], needs: Needs, session: Session) ->
         here = {path for paths in coming.values() for path in paths}
         for checkpoint in far:
             bring_weights(checkpoint, session, here)
-    return Arrivals(coming, WeightDownload(far, session), keep=session.cache, here=here) if far else None
+    return Prefetch(coming, WeightDownload(far, session), keep=session.cache, here=here) if far else None
 
 
 @contextmanager

@@ -16,17 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import Fault, MalformedError, RefError, UnsupportedError
-from ..storage.checkpoint import (
-    PICKLES,
-    RECORD,
-    Checkpoint,
-    assemble,
-    is_side_file,
-    is_weight_file,
-    open_checkpoint,
-    weight_entry,
-    weight_map,
-)
+from ..storage.checkpoint import Checkpoint, assemble, open_checkpoint, weight_entry, weight_map
+from ..storage.filenames import PICKLES, RECORD, is_side_file, is_weight_file
 from ..storage.json_files import read_config
 from ..storage.refs import HubRef, Source, parse_ref
 from ..storage.safetensors import MAX_HEADER, Header, parse_header, read_header

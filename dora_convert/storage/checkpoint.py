@@ -10,35 +10,26 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from ..errors import Fault, MalformedError, RefError, UnsupportedError, shown
+from .filenames import (
+    IN_PLACE,
+    JOURNAL,
+    OF_TRAINING,
+    PICKLES,
+    RECORD,
+    is_plain,
+    is_side_file,
+    is_text,
+    is_weight_file,
+    list_files,
+)
 from .json_files import read_config, read_json
 from .refs import Source
 from .safetensors import Header, StoredTensor, read_header
 from .torch_pickle import read_pickle
-
-INDEX_SUFFIX = ".safetensors.index.json"
-PICKLES = (".bin", ".pt", ".pth")
-OF_TRAINING = re.compile(r"adapter_model|training_args|optimizer|scheduler|rng_state|scaler")
-"""How the names of files begin that lie beside weights and are none."""
-RECORD = "dora_convert"
-"""The sub-folder of an output that holds the receipt and the undo record."""
-RECEIPT = "receipt.json"
-"""What a merge leaves there so that it can be audited."""
-
-IN_PLACE = ".dora-convert-in-place"
-"""The sub-folder of a checkpoint that is being changed where it is."""
-
-WEIGHT_SUFFIXES = (
-    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".onnx_data",
-    ".ot", ".tflite", ".mlmodel", ".npz", ".nemo", ".pdparams", ".index.json",
-)  # fmt: skip
-"""Files that hold weights, or say where they are: stale beside merged ones, so never copied."""
-
-WEIGHT_FOLDERS = ("original", "onnx", "openvino", "coreml", "metal", "gguf")
-NOT_COPIED = ("README.md", "adapter_config.json", ".lock")
 
 
 @dataclass(frozen=True)
@@ -133,7 +124,7 @@ def open_checkpoint(source: Source, *, unfinished: bool = False) -> Checkpoint:
     root = source.path
     if root.is_file():
         return Checkpoint(source, (_shard(root),), None, read_config(root.parent))
-    if not unfinished and (root / IN_PLACE / "journal.jsonl").exists():
+    if not unfinished and (root / IN_PLACE / JOURNAL).exists():
         raise RefError(
             f"{source.name} is being changed in place, and that was not finished.",
             hint="run the same command with --in-place again",
@@ -215,20 +206,6 @@ def weight_map(path: Path) -> dict[str, str]:
     return table
 
 
-def is_plain(filename: object) -> bool:
-    """Whether a value is the name of a file in the same folder, on any system."""
-    if not isinstance(filename, str):
-        return False
-    outside = filename in ("", ".", "..") or PurePosixPath(filename).name != filename
-    odd = "\\" in filename or "\0" in filename or not is_text(filename)
-    return not (outside or odd) and len(filename.encode()) <= 255
-
-
-def is_inside(name: object) -> bool:
-    """Whether a value is a path that leads from a folder to something inside it, on any system."""
-    return isinstance(name, str) and len(name) < 1000 and all(map(is_plain, name.split("/")))
-
-
 def _sharded(root: Path, table: Mapping[str, str], notes: list[str]) -> tuple[Shard, ...]:
     """The shards an index names; tensors it does not list count only if no other shard has them."""
     filenames = sorted(set(table.values()))
@@ -264,33 +241,6 @@ def assemble(
 def _owned(filename: str, header: Header, owner: Mapping[str, str]) -> Shard:
     tensors = tuple(tensor for tensor in header.tensors.values() if owner[tensor.name] == filename)
     return Shard(filename, header.metadata, tensors)
-
-
-def is_weight_file(name: str) -> bool:
-    """Whether a file, by its path inside the folder, holds weights or an index of them."""
-    path = PurePosixPath(name)
-    return path.name.endswith(WEIGHT_SUFFIXES) or path.parts[0] in WEIGHT_FOLDERS
-
-
-def is_side_file(name: str) -> bool:
-    """Whether a file, by its path inside the folder, belongs in a copy of the model beside its weights."""
-    parts = PurePosixPath(name).parts
-    hidden = any(part in (".cache", "__pycache__") or part.startswith(".git") for part in parts)
-    return not (hidden or parts[0] == RECORD or name in NOT_COPIED or is_weight_file(name))
-
-
-def list_files(root: Path) -> list[str]:
-    """Every file below a folder as a posix path, sorted; symbolic links are followed."""
-    return sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
-
-
-def is_text(name: str) -> bool:
-    """Whether a name is UTF-8."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _survey(root: Path, used: set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -1,4 +1,4 @@
-"""JSON files that say what weights are: any object, and config.json with the fields that a merge looks at."""
+"""Read JSON files that came with somebody's model, and check their values against types."""
 
 from __future__ import annotations
 
@@ -6,10 +6,28 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+from msgspec import Meta
 
 from ..errors import MalformedError, shown
-from .safetensors import open_file
+from .safetensors import BITS, open_file
+
+Value = TypeVar("Value")
+
+
+def one_of(*texts: str) -> Meta:
+    """Return the constraint that a text is one of these."""
+    return Meta(pattern=rf"\A({'|'.join(texts)})\Z")
+
+
+Count = Annotated[int, Meta(ge=0, lt=2**60)]
+"""A number of elements or bytes."""
+Real = Annotated[float, Meta(gt=-1e300, lt=1e300)]
+"""A finite number; nothing that is stored is larger."""
+Dtype = Annotated[str, one_of(*BITS)]
+"""A safetensors dtype."""
 
 CONFIG_TYPES = {
     "architectures": list, "model_type": str, "vocab_size": int, "tie_word_embeddings": bool, "torch_dtype": str,
@@ -19,16 +37,16 @@ CALLED = {list: "a list", str: "a string", int: "a whole number", bool: "true or
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; MalformedError when it is anything else."""
+    """Read a JSON object from a file; raise MalformedError for anything else."""
     try:
         with open_file(path) as file:
             text = file.read().decode("utf-8-sig")
         value = json.loads(text)
-        if "\\u" in text:  # half a surrogate pair is no character, and cannot be written again
+        if "\\u" in text:  # half a surrogate pair is not a character, and cannot be written again
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         near = shown(error.object[max(0, error.start - 20) : error.end + 40])
-        raise MalformedError(f"{path} has half of a character where it says {near}.") from error
+        raise MalformedError(f"{path} has half of a character near {near}.") from error
     except (ValueError, RecursionError) as error:
         raise MalformedError(f"{path} cannot be read as JSON ({error}).") from error
     if not isinstance(value, dict):
@@ -36,8 +54,24 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def checked(value: object, form: type[Value], what: str, hint: str | None = None) -> Value:
+    """Return a JSON value as a msgspec type; raise MalformedError naming `what` and the wrong field."""
+    try:
+        return msgspec.convert(value, form)
+    except (msgspec.ValidationError, RecursionError) as error:
+        raise malformed(error, what, hint) from error
+
+
+def malformed(error: Exception, what: str, hint: str | None = None) -> MalformedError:
+    """Return the error that `what` is not as msgspec says, the field first."""
+    why, at, where = str(error).rpartition(" - at `$")
+    field = f"{where.strip('.`')}: " if at else ""
+    why = why or where
+    return MalformedError(f"{what}: {field}{why[:1].lower()}{why[1:]}.", hint=hint)
+
+
 def read_config(root: Path) -> dict[str, Any] | None:
-    """config.json, or None where a base has none."""
+    """Read a base's config.json; None if the base has no config.json."""
     path = root / "config.json"
     if not os.path.lexists(path):
         return None
@@ -47,7 +81,7 @@ def read_config(root: Path) -> dict[str, Any] | None:
 
 
 def _check_types(config: Mapping[str, Any], path: Path) -> None:
-    """MalformedError where a field that a merge looks at is of a wrong type, in nested configs, too."""
+    """Raise MalformedError if a field that a merge reads, nested fields too, has a wrong type."""
     for key, value in config.items():
         wanted = CONFIG_TYPES.get(key)
         if wanted and value is not None and type(value) is not wanted:

@@ -1,38 +1,45 @@
-"""Positional reads of tensors on disk, from any thread; of files that may still be on their way."""
+"""Read stored tensors and files by position and in pieces, and hash them; from any thread."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
+
+import xxhash
 
 from ..errors import MalformedError
-from .safetensors import CHUNK, StoredTensor
+from .safetensors import StoredTensor
+
+PIECE_BYTES = 1 << 20
+"""Bytes that are read at a time where a tensor or a file is read whole."""
 
 
-class Arrivals(Protocol):
-    """Files on their way."""
+class FileSupply(Protocol):
+    """Files that are downloaded while they are read."""
 
     def need(self, path: Path) -> None:
-        """Return once a file is here."""
+        """Return once a file is on this machine."""
 
     def done(self, output: str) -> None:
-        """A piece of work is done; files that no other needs may go."""
+        """Note that a piece of work is done; files that no other work needs may be removed."""
 
     def close(self) -> None:
-        """Nothing more is needed."""
+        """Stop: nothing more is needed."""
 
 
 class Reader:
     """Positional reads from any thread; files are opened once and stay open until `close`.
 
-    Files need not be here from the beginning: where there are `arrivals`, those bring and remove them.
+    With `supply`, files may still be on their way: `supply` downloads and removes them.
     """
 
-    def __init__(self, arrivals: Arrivals | None = None) -> None:
-        self._arrivals = arrivals
+    def __init__(self, supply: FileSupply | None = None) -> None:
+        self._supply = supply
         self._files: dict[Path, int] = {}
         self._lock = threading.Lock()
 
@@ -48,48 +55,61 @@ class Reader:
                 os.close(self._files.pop(path))
 
     def done(self, work: str) -> None:
-        """A piece of work reads nothing any more."""
-        if self._arrivals:
-            self._arrivals.done(work)
+        """Note that a piece of work reads nothing any more."""
+        if self._supply:
+            self._supply.done(work)
 
     def stop(self) -> None:
-        """Wake everybody who waits for a file: the run has failed."""
-        if self._arrivals:
-            self._arrivals.close()
-
-    def same_bytes(self, one: StoredTensor, other: StoredTensor) -> bool:
-        """Whether two tensors have the same dtype, shape and contents."""
-        if (one.dtype, one.shape) != (other.dtype, other.shape):
-            return False
-        mine, theirs = (memoryview(bytearray(min(CHUNK, one.nbytes))) for _ in range(2))
-        for start in range(0, one.nbytes, CHUNK):
-            size = min(CHUNK, one.nbytes - start)
-            self.read(one.path, one.start + start, mine[:size])
-            self.read(other.path, other.start + start, theirs[:size])
-            if mine[:size] != theirs[:size]:
-                return False
-        return True
+        """Wake every thread that waits for a file: the run has failed."""
+        if self._supply:
+            self._supply.close()
 
     def descriptor(self, path: Path) -> int:
-        """The open file descriptor of a path."""
-        if self._arrivals and path not in self._files:
-            self._arrivals.need(path)
+        """Return the open file descriptor of a path, once the file is on this machine."""
+        if self._supply and path not in self._files:
+            self._supply.need(path)
         with self._lock:
             if path not in self._files:
                 self._files[path] = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
             return self._files[path]
 
     def read(self, path: Path, offset: int, buffer: memoryview) -> None:
-        """Fill the buffer from `offset`; MalformedError when the file ends first."""
+        """Fill the buffer from `offset`; raise MalformedError if the file ends first."""
         done = 0
         while done < len(buffer):
             try:
-                got = self._read_some(self.descriptor(path), buffer[done:], offset + done)
+                count = self._read_some(self.descriptor(path), buffer[done:], offset + done)
             except OSError as error:
                 raise MalformedError(f"{path} cannot be read: {error.strerror}.") from error
-            if got == 0:
+            if count == 0:
                 raise MalformedError(f"{path} became shorter while it was read.")
-            done += got
+            done += count
+
+    def pieces(self, tensor: StoredTensor) -> Iterator[memoryview]:
+        """Yield a tensor's bytes, a megabyte at a time; each piece overwrites the one before."""
+        return self.span(tensor.path, tensor.start, tensor.nbytes)
+
+    def span(self, path: Path, start: int, length: int) -> Iterator[memoryview]:
+        """Yield a range of a file's bytes, as `pieces` does."""
+        buffer = memoryview(bytearray(min(PIECE_BYTES, length)))
+        for done in range(0, length, PIECE_BYTES):
+            piece = buffer[: length - done]
+            self.read(path, start + done, piece)
+            yield piece
+
+    def digest(self, tensor: StoredTensor, *, proof: bool = False) -> Digest:
+        """Return the hashes of a tensor's bytes; sha256 with `proof`."""
+        digest = Digest(proof=proof)
+        for piece in self.pieces(tensor):
+            digest.update(piece)
+        return digest
+
+    def same_bytes(self, one: StoredTensor, other: StoredTensor) -> bool:
+        """Return True if two tensors have the same dtype, shape and contents."""
+        if (one.dtype, one.shape) != (other.dtype, other.shape):
+            return False
+        pairs = zip(self.pieces(one), self.pieces(other), strict=True)
+        return all(mine == theirs for mine, theirs in pairs)
 
     if hasattr(os, "preadv"):
 
@@ -108,6 +128,56 @@ class Reader:
 
 
 def same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
-    """Whether two tensors on this machine have the same dtype, shape and contents; reads both."""
+    """Return True if two tensors on this machine have the same dtype, shape and contents; reads both."""
     with closing(Reader()) as reader:
         return reader.same_bytes(one, other)
+
+
+def read_whole(tensor: StoredTensor) -> bytes:
+    """Return the bytes of a small tensor on this machine."""
+    with closing(Reader()) as reader:
+        return b"".join(map(bytes, reader.pieces(tensor)))
+
+
+class Digest:
+    """The xxh3-128 of bytes as they pass, and their sha256 where a proof is asked for."""
+
+    def __init__(self, *, proof: bool) -> None:
+        self._fast, self._proof = xxhash.xxh3_128(), hashlib.sha256() if proof else None
+
+    def update(self, data: memoryview) -> None:
+        """Hash the next bytes."""
+        self._fast.update(data)
+        if self._proof:
+            self._proof.update(data)
+
+    @property
+    def fast(self) -> str:
+        """xxh3-128."""
+        return self._fast.hexdigest()
+
+    @property
+    def proof(self) -> str | None:
+        """sha256, where a proof was asked for."""
+        return self._proof.hexdigest() if self._proof else None
+
+
+def xxh3(path: Path) -> str:
+    """Return the xxh3-128 of a file."""
+    return hash_of(xxhash.xxh3_128(), path)
+
+
+def sha256(path: Path) -> str:
+    """Return the sha256 of a file."""
+    return hash_of(hashlib.sha256(), path)
+
+
+def hash_of(digest: Any, source: Path | bytes) -> str:
+    """Return a hash, which may have begun, of a file or of some bytes."""
+    if isinstance(source, bytes):
+        digest.update(source)
+    else:
+        with source.open("rb") as file:
+            while piece := file.read(PIECE_BYTES):
+                digest.update(piece)
+    return str(digest.hexdigest())

@@ -14,7 +14,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +35,6 @@ FLOATS = ("BF16", "F16", "F32", "F64")
 CONFIG_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 """What configs and command lines call the dtypes an output may be converted to."""
 
-CHUNK = 1 << 20
 MAX_HEADER = 100_000_000
 MAX_DIGITS = 19
 MAX_ELEMENTS = 2**60
@@ -171,14 +170,14 @@ def _is_counts(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(item) is int for item in value)
 
 
-def _is_endless(shape: list[int]) -> bool:
-    """Whether the dimensions, without empty ones, multiply to more than any file holds; many are not all multiplied."""
+def is_possible(shape: Sequence[int]) -> bool:
+    """Return True if a file can hold a tensor of a shape; empty dimensions count as 1."""
     product = 1
     for dimension in shape:
         product *= max(1, dimension)
         if product > MAX_ELEMENTS:
-            return True
-    return False
+            return False
+    return True
 
 
 def _entry(path: Path, body: int, name: str, entry: Any) -> StoredTensor:
@@ -190,7 +189,7 @@ def _entry(path: Path, body: int, name: str, entry: Any) -> StoredTensor:
     if dtype not in BITS:
         raise MalformedError(f"{path}: {name} has the unknown dtype {dtype}.")
     tensor = StoredTensor(name, dtype, tuple(shape), path, body + offsets[0])
-    if _is_endless(shape) or tensor.numel * BITS[dtype] != 8 * (offsets[1] - offsets[0]):
+    if not is_possible(shape) or tensor.numel * BITS[dtype] != 8 * (offsets[1] - offsets[0]):
         raise MalformedError(
             f"{path}: {name} is declared as {dtype} {list(shape)}, which is not {offsets[1] - offsets[0]} bytes."
         )

@@ -1,4 +1,4 @@
-"""The base's side files, given back by an unmerging, and what a merge had brought that goes again."""
+"""Restore the base's side files, and list the files that a merge brought and its base did not have."""
 
 from __future__ import annotations
 
@@ -9,24 +9,25 @@ from ..errors import Fault
 from ..output.side_files import PREVIOUS, SideFile, base_files
 from ..plan.plan import Plan
 from ..plan.sharding import index_bytes
-from ..storage.checkpoint import INDEX_SUFFIX, RECORD, Checkpoint, list_files
-from ..storage.digests import sha256
-from .record import Record, not_as_written
+from ..storage.checkpoint import Checkpoint
+from ..storage.filenames import INDEX_SUFFIX, RECORD, list_files
+from ..storage.reader import sha256
+from .record import MergeRecord, not_as_written
 
 
 def restored_files(
-    merged: Checkpoint, record: Record, plan: Plan, original: Checkpoint | None
+    merged: Checkpoint, record: MergeRecord, plan: Plan, original: Checkpoint | None
 ) -> list[SideFile]:
-    """The base's side files, from the record, from MERGED, or from the base itself where it is at hand.
+    """Return the base's side files, from the record, from MERGED, or from `original`, the base itself.
 
-    Those that a merge without an undo record has replaced are left out. With the record of the merge before, where there
-    was one. Raises RefError where a file is not as it was any more.
+    Side files that a merge without an undo record has replaced are left out. The record of the merge before,
+    if any, is a side file. Raises RefError if a file has changed since.
     """
     found, faults = [], []
     own = base_files(original) if original else {}
-    for name, proof in record.receipt["base_files"].items():
+    for name, proof in record.receipt.base_files.items():
         data, path = record.file(name), own.get(name, merged.root / name)
-        gone = record.options.undo == "none" and record.receipt["side_files"].get(name) != "copied"
+        gone = record.options.undo == "none" and record.receipt.side_files.get(name) != "copied"
         if name.endswith(INDEX_SUFFIX) and (gone or plan.options.max_shard_size is not None):
             continue
         if data is not None or path.is_file():
@@ -47,8 +48,8 @@ def restored_files(
     return [*found, *(SideFile(f"{RECORD}/{name}", before / name, "restored") for name in earlier)]
 
 
-def left_over(merged: Checkpoint, record: Record, files: Sequence[SideFile]) -> list[str]:
-    """Files beside the weights that a merge has brought and its base did not have."""
+def left_over(merged: Checkpoint, record: MergeRecord, files: Sequence[SideFile]) -> list[str]:
+    """Return the side files that a merge brought and its base did not have."""
     ours = {name for name in list_files(merged.root) if name.startswith(f"{RECORD}/")}
-    brought = {name for name in record.receipt.get("side_files", {}) if (merged.root / name).is_file()}
+    brought = {name for name in record.receipt.side_files if (merged.root / name).is_file()}
     return sorted((ours | brought) - {file.name for file in files})

@@ -1,8 +1,9 @@
-"""The base predicted from a merged tensor: the inverse equations, for any block of rows.
+"""Predict the base from a merged tensor: the inverse equations, for any block of rows.
 
-Where residuals are kept, a merge and its undoing must predict the same bits, on any device, with any number of
-threads, in blocks of any height. So factors are rounded to fixed point, which makes their products exact in any order;
-what remains is elementwise, one operation after another, in float64. The residuals hold what that coarseness costs.
+If residuals are kept, a merge and its unmerge must predict the same bits, on any device, with any number of
+threads, in blocks of any height. So factors are rounded to fixed point, which makes their products exact in
+any order. The other operations are elementwise, in float64. The residuals hold the error of the coarse
+factors.
 """
 
 from __future__ import annotations
@@ -15,25 +16,25 @@ from torch import Tensor
 
 from ..adapters.updates import Delta
 from ..engine.device_buffers import FACTOR_ELEMENTS, DeviceBuffers
-from ..engine.factors import Factors, Grid, LoadedEdit
+from ..engine.factors import FactorPair, FixedPoint, LoadedEdit
 from ..maths import lora as maths
 from ..plan.item import Edit, Item
 from ..storage.safetensors import StoredTensor
 
 
 @dataclass
-class Held:
-    """Two factors that are there as a whole."""
+class HeldFactors:
+    """Two factors that are held whole."""
 
     whole_left: Tensor
     whole_right: Tensor
 
     def left(self, start: int, stop: int) -> Tensor:
-        """(stop − start, r)."""
+        """Return rows of the left factor: (stop − start, r)."""
         return self.whole_left[start:stop]
 
-    def right(self, start: int) -> Tensor:  # noqa: ARG002 - one for all rows
-        """(r, columns)."""
+    def right(self, start: int) -> Tensor:  # noqa: ARG002 - the same for all rows
+        """Return the right factor: (r, columns)."""
         return self.whole_right
 
 
@@ -43,19 +44,23 @@ class Inverse:
     def __init__(
         self, item: Item, buffers: DeviceBuffers, *, exact: bool, taken: tuple[Tensor, Tensor] | None
     ) -> None:
-        """`taken` are the factors of what training began without; `exact` asks for the same bits everywhere."""
+        """Load the edits; `exact` asks for the same bits everywhere.
+
+        `taken` are the factors of the part that training began without.
+        """
         self._edits, self._buffers = item.edits, buffers
         self.operands = [
-            LoadedEdit.load(edit, buffers, _grid(edit, buffers) if exact else None) for edit in item.edits
+            LoadedEdit.load(edit, buffers, _fixed_point(edit, buffers) if exact else None)
+            for edit in item.edits
         ]
         if taken and exact:
             left, right = taken
-            grid = Grid(float(left.abs().max()), float(right.abs().max()), right.shape[0])
-            taken = grid.left_(left.clone()), grid.right_(right.clone())
-        self._taken: Factors | None = Held(*taken) if taken else None
+            fixed = FixedPoint(float(left.abs().max()), float(right.abs().max()), right.shape[0])
+            taken = fixed.left_(left.clone()), fixed.right_(right.clone())
+        self._taken = HeldFactors(*taken) if taken else None
 
     def predict_(self, x: Tensor, start: int, stop: int, norms: Sequence[Tensor | None]) -> Tensor:
-        """W from W' for a block of rows, in place; `norms` are those of its rows, or of all columns."""
+        """Compute W from W' in place; `norms` are those of the block's rows, or of all columns."""
         g, factors = self._coefficients(norms, start, stop)
         if g is not None:
             x.mul_(g)
@@ -66,7 +71,7 @@ class Inverse:
         return x if maths.all_finite(x) else x.nan_to_num_(0.0, 0.0, 0.0)
 
     def gain(self, norms: Sequence[Tensor | None], start: int, stop: int) -> Tensor | None:
-        """g of a block; None where it is 1."""
+        """Return g of a block; None if g is 1."""
         return self._coefficients(norms, start, stop)[0]
 
     def _coefficients(
@@ -76,14 +81,14 @@ class Inverse:
         return maths.coefficients(f, [edit.weight for edit in self._edits])
 
     def _f(self, number: int, n: Tensor | None, start: int, stop: int) -> Tensor | None:
-        """m/n of one edit, as it broadcasts over the block."""
+        """Return m/n of one edit, shaped to broadcast over the block."""
         m, edit = self.operands[number].m, self._edits[number]
         if m is None or n is None:
             return None
         return (m / n)[None, :] if edit.axis == 0 else (m[start:stop] / n)[:, None]
 
     def _delta(self, number: int, c: Tensor | float, start: int, stop: int) -> Tensor:
-        """c·sBA of one edit, or what it adds to a bias."""
+        """Return c·sBA of one edit, or the edit's addend to a bias."""
         operand, edit = self.operands[number], self._edits[number]
         if isinstance(edit.update, Delta):
             assert operand.shift is not None
@@ -92,39 +97,39 @@ class Inverse:
         assert edit.low
         return self._product(operand.factors, start, stop).mul_(c * edit.low.scale)
 
-    def _product(self, factors: Factors, start: int, stop: int) -> Tensor:
-        """A block of BA, until the next one: the C library would keep the memory of each, in pieces."""
+    def _product(self, factors: FactorPair, start: int, stop: int) -> Tensor:
+        """Compute a block of BA in memory that the next block reuses: malloc would keep it in pieces."""
         left, right = factors.left(start, stop), factors.right(start)
         out = self._buffers.scratch("product", (len(left), right.shape[1]), left.dtype)
         return torch.mm(left, right, out=out)
 
 
-def _grid(edit: Edit, buffers: DeviceBuffers) -> Grid | None:
-    """Fixed point for the factors of an edit that has some."""
+def _fixed_point(edit: Edit, buffers: DeviceBuffers) -> FixedPoint | None:
+    """Return the fixed-point units for the factors of an edit; None for a bias."""
     if not (low := edit.low):
         return None
     right = _largest(low.B if edit.transposed else low.A, buffers)
     if low.d:
         right *= _largest(low.d, buffers)
     left = _largest(low.A if edit.transposed else low.B, buffers)
-    return Grid(left, right, low.rank)
+    return FixedPoint(left, right, low.rank)
 
 
 def _largest(stored: StoredTensor, buffers: DeviceBuffers) -> float:
-    """The largest magnitude of a stored tensor."""
+    """Return the largest magnitude of a stored tensor."""
     rows, columns = stored.matrix
-    height, found = max(1, FACTOR_ELEMENTS // max(1, columns)), 0.0
+    height, largest = max(1, FACTOR_ELEMENTS // max(1, columns)), 0.0
     for start in range(0, rows, height):
         part = buffers.raw(stored, start, min(rows, start + height), "factor")
-        found = max(found, float(part.double().abs().max()) if part.numel() else 0.0)
-    return found
+        largest = max(largest, float(part.double().abs().max()) if part.numel() else 0.0)
+    return largest
 
 
 def as_rows(n: Tensor, start: int, stop: int, axis: int) -> Tensor:
-    """The norms that a block needs: those of its rows, or of all columns."""
+    """Return the norms that a block needs: those of the block's rows, or of all columns."""
     return n if axis == 0 else n[start:stop]
 
 
 def recorded(n: Tensor) -> Tensor:
-    """Norms as the record holds them, in float64."""
+    """Round norms as the record holds them, and return them in float64."""
     return n.to(torch.float32).to(torch.float64)

@@ -1,42 +1,42 @@
-"""What a merge keeps of the base's tensor while it makes another of it: hashes, and everything that undoing it needs."""
+"""Keep what an unmerge needs of the base's tensors while they are merged."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import struct
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ..engine.device_buffers import DeviceBuffers
-from ..engine.factors import LoadedEdit
-from ..engine.memory import as_bytes
+from ..engine.host_memory import as_bytes
 from ..engine.precision import TORCH
-from ..engine.tensor import Merging
+from ..engine.tensor import MergeMaker
 from ..maths import lora as maths
 from ..plan.item import Item
 from ..plan.plan import Plan
-from ..storage.spool import Part, ReplacedRows, Segment, Spool
+from ..storage.spool import Segment, Spool, SpooledTensor
 from .inverse import Inverse, recorded
 from .packing import pack
 
 
 def keeper(
-    plan: Plan, item: Item, merging: Merging, buffers: DeviceBuffers, spool: Spool
+    plan: Plan, item: Item, maker: MergeMaker, buffers: DeviceBuffers, spool: Spool
 ) -> UndoKeeper | None:
-    """Return what keeps an item's undo record; None if undoing needs nothing of it but the output."""
+    """Return the keeper of an item's undo record; None if an unmerge needs the output alone."""
     if not plan.remembers(item) or not item.undo_bytes(exact=plan.options.exact):
         return None
-    return UndoKeeper(item, merging, buffers, spool, exact=plan.options.exact)
+    return UndoKeeper(item, maker, buffers, spool, exact=plan.options.exact)
 
 
 class UndoKeeper:
-    """Keeps what undoing the merge of one tensor needs, while the tensor is merged."""
+    """Keeps what an unmerge of one tensor needs, while the tensor is merged."""
 
     def __init__(
-        self, item: Item, merging: Merging, buffers: DeviceBuffers, spool: Spool, *, exact: bool
+        self, item: Item, maker: MergeMaker, buffers: DeviceBuffers, spool: Spool, *, exact: bool
     ) -> None:
-        self._item, self._operands, self._taken = item, merging.edits, merging.values.taken
+        self._item, self._operands, self._taken = item, maker.edits, maker.values.taken
         self._buffers, self._spool = buffers, spool
         self._rows = ReplacedRows(spool)
         exact = exact and item.source is item.base
@@ -49,47 +49,48 @@ class UndoKeeper:
             self._keep_rows(start, base, maths.round_to(new, torch.empty_like(base)))
 
     def beyond(self, base: memoryview, start: int, stop: int) -> None:
-        """Keep the base's rows that the output has no place for."""
+        """Keep the base's rows beyond the output's last row."""
         self._rows.add(range(start, stop), bytes(base))
 
     def _keep_rows(self, start: int, base: Tensor, new: Tensor) -> None:
-        """Keep the base's rows that a replacement changes, or may: float32 does not hold all of a float64."""
-        differ = maths.ordinals(base) != maths.ordinals(new)
-        if self._buffers.spec.compute == torch.float32 and _doubles(self._item):
+        """Keep the base's rows that a replacement changes; float32 cannot tell for a float64."""
+        item, differ = self._item, maths.ordinals(base) != maths.ordinals(new)
+        stored = (item.source.dtype, *(rows.value.dtype for rows in item.rows))
+        if self._buffers.spec.compute == torch.float32 and "F64" in stored:
             differ.fill_(True)
         if len(rows := differ.any(dim=1).nonzero().flatten()):
             self._rows.add((rows + start).tolist(), bytes(as_bytes(base[rows])))
 
-    def after(self, raw: Tensor, result: Tensor, start: int, stop: int) -> None:
-        """Keep what the base cannot be told by from the output's rows alone."""
+    def after(self, raw: Tensor, result: Tensor, start: int) -> None:
+        """Keep what rounding took from the base's rows, for an exact record."""
         if self._loss:
-            norms = [_of_block(operand) for operand in self._operands]
-            self._loss.see(raw, result, start, stop, norms)
+            norms = [edit.n[-1] if edit.m is not None else None for edit in self._operands]
+            self._loss.see(raw, result, start, norms)
 
-    def parts(self) -> tuple[Part, ...]:
-        """The tensors of the undo record, in their order."""
+    def parts(self) -> tuple[SpooledTensor, ...]:
+        """Return the tensors of the undo record, in their order."""
         item = self._item
         if not item.base:
             return ()
-        found = self._rows.parts(item.origin, item.base.dtype, item.base.matrix[1])
+        parts = self._rows.parts(item.origin, item.base.dtype, item.base.matrix[1])
         if item.source is not item.base:
-            return tuple(found)
+            return tuple(parts)
         for number, operand in enumerate(self._operands):
             if operand.m is not None:
                 n = torch.cat(operand.n).to("cpu", torch.float32)
-                found.append(self._part(f"norm/{number}", n))
+                parts.append(self._part(f"norm/{number}", n))
         for side, factor in zip(("left", "right"), self._taken or (), strict=False):
-            found.append(self._part(f"start/{side}", factor.to("cpu", torch.float32).contiguous()))
-        return (*found, *(self._loss.parts() if self._loss else ()))
+            parts.append(self._part(f"start/{side}", factor.to("cpu", torch.float32).contiguous()))
+        return (*parts, *(self._loss.parts() if self._loss else ()))
 
-    def _part(self, kind: str, tensor: Tensor) -> Part:
+    def _part(self, kind: str, tensor: Tensor) -> SpooledTensor:
         name = f"{kind}/{self._item.origin}"
-        return Part(name, "F32", tuple(tensor.shape), (self._spool.add(as_bytes(tensor)),))
+        return SpooledTensor(name, "F32", tuple(tensor.shape), (self._spool.add(as_bytes(tensor)),))
 
 
 @dataclass
 class RoundingLoss:
-    """What rounding took from one tensor, block after block: the base's bits less those predicted, in ulps."""
+    """The rounding loss of one tensor, block by block: the base's bits less the predicted ones, in ulps."""
 
     item: Item
     taken: tuple[Tensor, Tensor] | None
@@ -104,32 +105,49 @@ class RoundingLoss:
         self._inverse = Inverse(self.item, self._exact, exact=True, taken=taken)
         self._rows = sorted({row for rows in self.item.rows for row in rows.index})
 
-    def see(self, raw: Tensor, result: Tensor, start: int, stop: int, norms: Sequence[Tensor | None]) -> None:
-        """One block: the base's bytes, and what is written in their place."""
-        base = self.item.base
+    def see(self, raw: Tensor, result: Tensor, start: int, norms: Sequence[Tensor | None]) -> None:
+        """Pack the loss of one block, from the base's bytes and the output's."""
+        base, stop = self.item.base, start + len(raw)
         assert base
-        there = [None if n is None else recorded(n).to(self._exact.spec.device) for n in norms]
-        predicted = self._inverse.predict_(self._exact.lift(result), start, stop, there)
-        told = self._exact.land(predicted, TORCH[base.dtype])
-        integers = maths.INTEGERS[base.itemsize]
-        found, lost = (
-            self._exact.scratch(name, raw.shape, integers, on_host=True) for name in ("found", "lost")
+        as_kept = [None if n is None else recorded(n).to(self._exact.spec.device) for n in norms]
+        predicted = self._exact.land(
+            self._inverse.predict_(self._exact.lift(result), start, stop, as_kept), TORCH[base.dtype]
         )
-        maths.ordinals(raw, lost).sub_(maths.ordinals(told, found))
+        integers = maths.INTEGERS[base.itemsize]
+        ordinals, lost = (
+            self._exact.scratch(name, raw.shape, integers, on_host=True) for name in ("ordinals", "lost")
+        )
+        maths.ordinals(raw, lost).sub_(maths.ordinals(predicted, ordinals))
         if own := [row - start for row in self._rows if start <= row < stop]:
-            lost[own] = 0  # kept, or in the adapter
+            lost[own] = 0  # these rows are in the record, or in the adapter
         self.segments.append(self.spool.add(pack(lost)))
 
-    def parts(self) -> list[Part]:
-        """One tensor of bytes: the packed blocks."""
+    def parts(self) -> list[SpooledTensor]:
+        """Return one tensor of bytes: the packed blocks."""
         length = sum(segment.length for segment in self.segments)
-        return [Part(f"ulps/{self.item.origin}", "U8", (length,), tuple(self.segments))]
+        return [SpooledTensor(f"ulps/{self.item.origin}", "U8", (length,), tuple(self.segments))]
 
 
-def _of_block(operand: LoadedEdit) -> Tensor | None:
-    """The norms that the last block was made with."""
-    return operand.n[-1] if operand.m is not None else None
+@dataclass
+class ReplacedRows:
+    """Spools the base's rows that a replacement changes."""
 
+    spool: Spool
+    index: list[int] = field(default_factory=list)
+    segments: list[Segment] = field(default_factory=list)
 
-def _doubles(item: Item) -> bool:
-    return "F64" in (item.source.dtype, *(rows.value.dtype for rows in item.rows))
+    def add(self, rows: Iterable[int], data: bytes) -> None:
+        """Spool some rows: their numbers, and their bytes in the same order."""
+        if data:
+            self.index.extend(rows)
+            self.segments.append(self.spool.add(data))
+
+    def parts(self, tensor: str, dtype: str, columns: int) -> list[SpooledTensor]:
+        """Return the undo record's tensors for these rows; none if no row differs."""
+        if not self.index:
+            return []
+        numbers = self.spool.add(struct.pack(f"<{len(self.index)}q", *self.index))
+        return [
+            SpooledTensor(f"rows/{tensor}", dtype, (len(self.index), columns), tuple(self.segments)),
+            SpooledTensor(f"index/{tensor}", "I64", (len(self.index),), (numbers,)),
+        ]

@@ -1,9 +1,9 @@
-"""Integers that are mostly zero, as few bytes: what rounding lost, counted in ulps.
+"""Pack integers that are mostly zero into few bytes: the rounding loss, counted in ulps.
 
-A block is packed by itself: where its few non-zeros are, as gaps between them, and what they are, byte by byte of
-their size; or all of its integers, where most are not zero. Each of these is one zstd frame: its entropy coder then
-comes close to what the numbers hold. Before each block stand its length, how many integers it has, how many of them
-are kept, and the lengths of its frames.
+Each block is packed by itself. A sparse block holds the gaps between its non-zeros, then the non-zeros byte
+plane by byte plane. A dense block holds all of its integers. Each stream is one zstd frame: the entropy coder
+comes close to the information in the numbers. The head of a block holds its length, the count of integers,
+the count of kept integers, and the lengths of the frames.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 import zstandard
 from torch import Tensor
 
-from ..engine.memory import as_bytes
+from ..engine.host_memory import as_bytes
 from ..errors import MalformedError
 from ..plan.blocks import ROWS_MULTIPLE
 from ..storage.reader import Reader
@@ -22,30 +22,31 @@ from ..storage.safetensors import StoredTensor
 
 LEVEL = 3
 SPARSE = 6
-"""Where at most one integer in so many is not zero, only those are kept, and where they are."""
+"""A block is sparse if at most one integer in so many is not zero."""
 ALL = 0xFFFFFFFF
+"""The count of kept integers in the head of a dense block."""
 LONGEST = 255
 MOST = 1 << 22
-"""Integers in one block at the most, unless its least rows hold more: eight times what is packed."""
+"""The most integers of a block, unless its least rows hold more: eight times those of a packed block."""
 
 
 def pack(values: Tensor) -> bytes:
-    """A block of integers of any size, flattened, as bytes."""
+    """Return a block of integers of any size, flattened, as bytes."""
     values = values.flatten()
-    places = values.nonzero().flatten()
-    sparse = len(places) * SPARSE <= len(values)
-    streams = [_gaps(places), *_planes(_zigzag(values[places]))] if sparse else _planes(_zigzag(values))
+    nonzero = values.nonzero().flatten()
+    sparse = len(nonzero) * SPARSE <= len(values)
+    streams = [_gaps(nonzero), *_planes(_zigzag(values[nonzero]))] if sparse else _planes(_zigzag(values))
     compressor = zstandard.ZstdCompressor(level=LEVEL, write_content_size=True)
-    frames = [compressor.compress(as_bytes(stream)) for stream in streams] if len(places) else []
+    frames = [compressor.compress(as_bytes(stream)) for stream in streams] if len(nonzero) else []
     head = struct.pack(
-        f"<IIB{len(frames)}I", len(values), len(places) if sparse else ALL, len(frames), *map(len, frames)
+        f"<IIB{len(frames)}I", len(values), len(nonzero) if sparse else ALL, len(frames), *map(len, frames)
     )
     body = head + b"".join(frames)
     return struct.pack("<I", len(body)) + body
 
 
 def unpack(body: memoryview, dtype: torch.dtype) -> Tensor:
-    """The integers of one packed block, without the length before it; ValueError where it holds something else."""
+    """Return the integers of one packed block, without its length; ValueError for a malformed block."""
     count, kept, number = struct.unpack_from("<IIB", body)
     lengths = struct.unpack_from(f"<{number}I", body, 9)
     held = count if kept == ALL else kept
@@ -53,20 +54,20 @@ def unpack(body: memoryview, dtype: torch.dtype) -> Tensor:
     if held > count or number != planes + (0 < held == kept) or sum(lengths) != len(body) - 9 - 4 * number:
         raise ValueError(f"{number} frames for {kept} of {count} integers")
     streams, position = [], 9 + 4 * number
-    for place, length in enumerate(lengths):
+    for k, length in enumerate(lengths):
         frame = body[position : position + length]
-        streams.append(_unpacked(frame, held, held + (count // LONGEST if place < number - planes else 0)))
+        streams.append(_decompress(frame, held, held + (count // LONGEST if k < number - planes else 0)))
         position += length
     values = torch.zeros(count, dtype=dtype)
     if kept == ALL:
         values.copy_(_unzigzag(_joined(streams, dtype)))
     elif kept:
-        values[_places(streams[0])] = _unzigzag(_joined(streams[1:], dtype))
+        values[_positions(streams[0])] = _unzigzag(_joined(streams[1:], dtype))
     return values
 
 
-def _unpacked(frame: memoryview, least: int, most: int) -> Tensor:
-    """The bytes of one frame, which says itself how many they are; ValueError where it may not hold so many."""
+def _decompress(frame: memoryview, least: int, most: int) -> Tensor:
+    """Return the bytes of one frame; ValueError unless it declares from `least` to `most` bytes."""
     size = zstandard.frame_content_size(frame)
     if not least <= size <= most:
         raise ValueError(f"a frame of {size} bytes for {least} integers")
@@ -75,16 +76,16 @@ def _unpacked(frame: memoryview, least: int, most: int) -> Tensor:
 
 
 class Unpacker:
-    """The integers of a stored tensor, from its first on, however its blocks were cut."""
+    """Reads the packed integers of a stored tensor in order, however the blocks were cut."""
 
     def __init__(self, stored: StoredTensor, reader: Reader, dtype: torch.dtype, columns: int = 1) -> None:
-        """`columns` is how long a row of the tensor is that the integers belong to."""
+        """Begin with the first integer; `columns` is the row length of the tensor behind the integers."""
         self._stored, self._reader, self._position = stored, reader, 0
         self._most = max(MOST, ROWS_MULTIPLE * columns)
         self._dtype, self._rest = dtype, torch.empty(0, dtype=dtype)
 
     def next(self, count: int) -> Tensor:
-        """The next so many integers; MalformedError where there are none such."""
+        """Return the next integers; raise MalformedError if the tensor is damaged or ends."""
         while len(self._rest) < count:
             self._rest = torch.cat([self._rest, self._block()])
         values, self._rest = self._rest[:count], self._rest[count:]
@@ -94,7 +95,7 @@ class Unpacker:
         (length,) = struct.unpack("<I", self._take(4))
         try:
             if length > 10 * self._most + (1 << 16):
-                raise ValueError(f"a block of {length} bytes")  # noqa: TRY301 - as whatever else is wrong with it
+                raise ValueError(f"a block of {length} bytes")  # noqa: TRY301 - as for any other damage
             body = self._take(length)
             (count,) = struct.unpack_from("<I", body)
             if not 0 < count <= self._most:
@@ -113,7 +114,7 @@ class Unpacker:
 
 
 def _zigzag(values: Tensor) -> Tensor:
-    """0, −1, 1, −2, … as 0, 1, 2, 3, …: small numbers have few bits, whatever their sign."""
+    """Map 0, −1, 1, −2, … to 0, 1, 2, 3, …: small numbers of either sign get few bits."""
     return (values << 1) ^ (values >> (8 * values.element_size() - 1))
 
 
@@ -122,24 +123,25 @@ def _unzigzag(values: Tensor) -> Tensor:
 
 
 def _planes(values: Tensor) -> list[Tensor]:
-    """The lowest bytes of all values, then the next ones, and so on."""
+    """Return the lowest bytes of all values, then the next bytes, and so on."""
     bytes_ = values.contiguous().view(torch.uint8).view(-1, values.element_size())
-    return [bytes_[:, place].contiguous() for place in range(values.element_size())]
+    return [bytes_[:, k].contiguous() for k in range(values.element_size())]
 
 
 def _joined(planes: list[Tensor], dtype: torch.dtype) -> Tensor:
     return torch.stack(planes, dim=1).contiguous().view(dtype).flatten()
 
 
-def _gaps(places: Tensor) -> Tensor:
-    """How many zeros stand before each place: bytes of 255 go on in the next byte."""
-    gaps = torch.diff(places, prepend=torch.tensor([-1])) - 1
+def _gaps(positions: Tensor) -> Tensor:
+    """Return the number of zeros before each position, in bytes; a byte of 255 goes on in the next byte."""
+    gaps = torch.diff(positions, prepend=torch.tensor([-1])) - 1
     ends = torch.cumsum(gaps // LONGEST + 1, 0) - 1
     coded = torch.full((int(ends[-1]) + 1 if len(ends) else 0,), LONGEST, dtype=torch.uint8)
     coded[ends] = (gaps % LONGEST).to(torch.uint8)
     return coded
 
 
-def _places(coded: Tensor) -> Tensor:
+def _positions(coded: Tensor) -> Tensor:
+    """Return the positions that `_gaps` coded."""
     ends = (coded != LONGEST).nonzero().flatten()
     return torch.cumsum(coded.long(), 0)[ends] + torch.arange(len(ends))

@@ -1,4 +1,4 @@
-"""What is refused before a checkpoint is opened to be changed in place."""
+"""Refuse options and inputs of an in-place run before any checkpoint is opened."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..storage.refs import HubRef, PathLike, parse_ref
 
 
 def refuse_options(*, in_place: bool, overwrite: bool, allow_lossy: bool) -> None:
-    """Refuse options that say nothing where a checkpoint is changed in place, or nothing elsewhere."""
+    """Refuse options that have no meaning with `--in-place`, or none without it."""
     if in_place and overwrite:
         raise UsageError("--in-place writes no OUT that --overwrite could replace.")
     if allow_lossy and not in_place:
@@ -19,7 +19,7 @@ def refuse_options(*, in_place: bool, overwrite: bool, allow_lossy: bool) -> Non
 
 
 def refuse_far(ref: PathLike, what: str) -> None:
-    """Refuse a repo on the Hub before anything of it is downloaded: only what is here can be changed."""
+    """Refuse a repo on the Hub before any download: only a folder on this machine can be changed."""
     if isinstance(parsed := parse_ref(os.fspath(ref), what), HubRef):
         raise UsageError(
             f"--in-place changes a folder on this machine; {what} {parsed} is on the Hub.",
@@ -28,7 +28,7 @@ def refuse_far(ref: PathLike, what: str) -> None:
 
 
 def refuse_lossy(undo: str, *, allow_lossy: bool) -> None:
-    """In place there is no other copy: only what can be undone bit for bit is done without being asked for."""
+    """Refuse a lossy undo record unless `allow_lossy`: in place there is no other copy of the weights."""
     if undo != "exact" and not allow_lossy:
         raise UsageError(
             f"--in-place with --undo {undo} would lose what this folder holds now.",

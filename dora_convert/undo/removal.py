@@ -1,88 +1,121 @@
-"""One LoRA taken out of a merge of several: a merged checkpoint of the others, and the record that is left of it.
+"""Take one LoRA out of a merge of several: a merged checkpoint of the remaining adapters, and their record.
 
-Only what adds can be taken out by itself: W' − w·sBA is what the others made, up to rounding. What rounding had lost of the
-base is predicted from all adapters together, so an exact record does not outlive this.
+Only what adds can be taken out by itself: W' − w·sBA is what the remaining adapters made, up to rounding. An
+exact record predicts what rounding took from all adapters together, so it does not outlive a removal.
 """
 
 from __future__ import annotations
 
-import json
+import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+
+from msgspec import UNSET
+from msgspec.structs import replace
 
 from ..adapters.adapter import Adapter
 from ..errors import UsageError
+from ..output.finished import TensorResult
+from ..output.receipt import MergedTensor, Receipt
 from ..output.side_files import SideFile, base_files
 from ..plan.options import Options
-from ..storage.checkpoint import RECEIPT, RECORD, Checkpoint, list_files
-from ..storage.spool import NAME as UNDO
-from ..storage.spool import gathered
-from .record import Record, no_record, rebuilt
+from ..storage.checkpoint import Checkpoint
+from ..storage.filenames import RECEIPT, RECORD, UNDO, list_files
+from ..storage.spool import gather
+from .record import MergeRecord, no_record, rebuilt
 from .unmerge_plan import Known, UnmergePlan, plan_unmerge
 
 GONE = ("ulps/", "norm/", "start/")
-"""Parts of an undo record that speak of all adapters together."""
+"""Parts of an undo record that belong to all adapters together."""
 
 
 def plan_removal(
-    merged: Checkpoint, record: Record, adapters: Sequence[Adapter], places: Sequence[int], options: Options
+    merged: Checkpoint,
+    record: MergeRecord,
+    adapters: Sequence[Adapter],
+    places: Sequence[int],
+    options: Options,
 ) -> UnmergePlan:
-    """Decide every tensor of the merge without some of its adapters, which are those in these places.
+    """Decide every tensor of the merge without some of its adapters, whose numbers in the merge are `places`.
 
-    Raises UsageError where one of the merge's adapters is not a LoRA, UnsupportedError where one replaces something.
+    Raises UsageError if one of the merge's adapters is not a LoRA, UnsupportedError if one replaces
+    something.
     """
-    all_of = record.receipt["adapters"]
-    missing = [str(adapter["name"]) for place, adapter in enumerate(all_of) if place not in places]
-    if not all(adapter["kind"] == "LoRA" for adapter in all_of):
+    receipt = record.receipt
+    missing = [adapter.name for number, adapter in enumerate(receipt.adapters) if number not in places]
+    if not all(adapter.kind == "LoRA" for adapter in receipt.adapters):
         raise UsageError(
             f"{merged.source.name} was merged with {', '.join(missing)}, too, and not all of them are LoRAs.",
             hint="name all adapters",
         )
-    found = record.options
-    assumed = dict(no_record(merged, 0, found.ignore_field, list(base_files(merged))).receipt)
-    assumed["adapters"] = [all_of[place] for place in places]
-    assumed["options"] |= {"include": found.include, "exclude": found.exclude}
-    assumed["tensors"] = tensors = record.receipt["tensors"]
-    reversal = plan_unmerge(merged, Record(assumed), adapters, options)
+    chosen = receipt.options
+    assumed = no_record(merged, 0, chosen.ignore_field, list(base_files(merged)))
+    partial = replace(
+        assumed.receipt,
+        adapters=tuple(receipt.adapters[number] for number in places),
+        options=replace(assumed.receipt.options, include=chosen.include, exclude=chosen.exclude),
+        tensors=receipt.tensors,
+    )
+    reversal = plan_unmerge(merged, dataclasses.replace(assumed, receipt=partial), adapters, options)
     undone = [item.name for item in reversal.plan.items if item.undo]
-    known = {name: Known(written=tensors.get(name, {}).get("written")) for name in undone}
-    return replace(reversal, known=known, places=tuple(places))
+    entries = {name: receipt.tensors.get(name) for name in undone}
+    known = {name: Known(written=entry.written if entry else None) for name, entry in entries.items()}
+    return dataclasses.replace(reversal, known=known, places=tuple(places))
 
 
 def remaining_files(merged: Checkpoint) -> list[SideFile]:
-    """What lies beside the weights, but for the card and the record, which told of the removed adapter, too."""
+    """Return the side files without the card and the record, which name the removed adapter."""
     names = [name for name in base_files(merged) if name != "README.md"]
     before = [name for name in list_files(merged.root) if name.startswith(f"{RECORD}/previous/")]
     return [SideFile(name, merged.root / name) for name in [*names, *before]]
 
 
-def following(reversal: UnmergePlan, record: Record, done: Mapping[str, Any]) -> list[SideFile]:
-    """The record of the merge that is left: without the removed adapters, and without what only all of them could use."""
-    receipt = json.loads(json.dumps(record.receipt))
-    receipt["adapters"] = [
-        each for place, each in enumerate(receipt["adapters"]) if place not in reversal.places
-    ]
-    if receipt["options"]["undo"] == "exact":
-        receipt["options"]["undo"] = "norms"
-    for entry in reversal.plan.ledger:
-        receipt["ledger"].remove(entry.to_dict())
-    touched = {name for entry in receipt["ledger"] for name in entry["into"]}
-    base = rebuilt(record, reversal.plan.base)
-    receipt.setdefault("rounded", {})
-    for item in reversal.plan.items:
-        if item.undo and (noted := receipt["tensors"].get(item.name)):
-            made, origin = done[item.name], base.tensors.get(noted.get("of", item.name))
-            noted["written"] = made.written_hash
-            if item.name not in touched and origin and origin.dtype == item.dtype:
-                del receipt["tensors"][item.name]
-                receipt["rounded"][item.name] = [noted["base"], made.ambiguous]
-            elif item.name not in touched:
-                noted["fate"] = "converted"
-    for noted in receipt["tensors"].values():
-        noted.pop("base_sha256", None)
-        noted["undo"] = [name for name in noted.get("undo", ()) if not name.startswith(GONE)]
+def following(
+    reversal: UnmergePlan, record: MergeRecord, results: Mapping[str, TensorResult]
+) -> list[SideFile]:
+    """Return the record of the merge that remains, without what only all adapters together could use."""
+    receipt = _remaining(reversal, record, results)
     kept = [stored for name, stored in record.tensors.items() if not name.startswith(GONE)]
-    files = [SideFile(f"{RECORD}/{UNDO}", gathered(kept))] if record.tensors else []
-    text = json.dumps(receipt, indent=1, ensure_ascii=False) + "\n"
-    return [*files, SideFile(f"{RECORD}/{RECEIPT}", text.encode())]
+    files = [SideFile(f"{RECORD}/{UNDO}", gather(kept))] if record.tensors else []
+    return [*files, SideFile(f"{RECORD}/{RECEIPT}", receipt.to_bytes())]
+
+
+def _remaining(reversal: UnmergePlan, record: MergeRecord, results: Mapping[str, TensorResult]) -> Receipt:
+    """Return the receipt of the merge that remains."""
+    receipt, base = record.receipt, rebuilt(record, reversal.plan.base)
+    removed = list(reversal.plan.ledger)
+    ledger = []
+    for entry in receipt.ledger:
+        if entry in removed:
+            removed.remove(entry)
+        else:
+            ledger.append(entry)
+    touched = {name for entry in ledger for name in entry.into}
+    tensors, rounded = dict(receipt.tensors), dict(receipt.rounded or {})
+    for item in reversal.plan.items:
+        if not item.undo or not (tensor := tensors.get(item.name)):
+            continue
+        result, original = results[item.name], base.tensors.get(tensor.of or item.name)
+        if item.name in touched:
+            tensors[item.name] = replace(tensor, written=result.written_hash)
+        elif original and original.dtype == item.dtype:
+            del tensors[item.name]
+            rounded[item.name] = (tensor.base or None, result.ambiguous)
+        else:
+            tensors[item.name] = replace(tensor, written=result.written_hash, fate="converted")
+    undo = "norms" if receipt.options.undo == "exact" else receipt.options.undo
+    return replace(
+        receipt,
+        adapters=tuple(
+            adapter for number, adapter in enumerate(receipt.adapters) if number not in reversal.places
+        ),
+        options=replace(receipt.options, undo=undo),
+        tensors={name: _without_proof(entry) for name, entry in tensors.items()},
+        ledger=tuple(ledger),
+        rounded=rounded,
+    )
+
+
+def _without_proof(entry: MergedTensor) -> MergedTensor:
+    """Return a tensor's entry without what only all adapters together could use."""
+    names = entry.undo if entry.undo is not UNSET else ()
+    return replace(entry, base_sha256=None, undo=tuple(name for name in names if not name.startswith(GONE)))

@@ -1,18 +1,18 @@
-"""From a merged checkpoint and its record to a plan that takes the adapters out again.
+"""Plan an unmerge: decide for every tensor of the base which tensors of MERGED and of the record restore it.
 
-The plan of the merge is made once more, from the base's headers, which the receipt tells; then each of the base's
-tensors is planned from the output tensor that it is in. Reads nothing but headers.
+Plans the merge again from the base's headers, which the receipt holds. Then plans each tensor of the base
+from the output tensor that holds it. Reads headers only.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from ..adapters.adapter import Adapter
 from ..errors import Fault, MalformedError, UnsupportedError
+from ..output.receipt import MergedTensor
 from ..plan.item import Item, Undo
 from ..plan.options import Options
 from ..plan.plan import OutputShard, Plan
@@ -20,83 +20,84 @@ from ..plan.planner import make_plan
 from ..plan.sharding import converted, lay_out
 from ..storage.checkpoint import Checkpoint
 from ..storage.safetensors import StoredTensor
-from .record import Record, not_as_written, rebuilt
+from .record import MergeRecord, not_as_written, rebuilt
 
 WAYS_OUT = "merge again with --undo norms or exact, name the base with --base, or copy the base itself"
 
 
 @dataclass(frozen=True)
 class Known:
-    """What the receipt says of one of the base's tensors."""
+    """The hashes in the receipt of one tensor of the base."""
 
     base: str | None = None
-    """xxh3-128 of its bytes."""
+    """xxh3-128 of the base's bytes."""
     proof: str | None = None
-    """sha256 of them."""
+    """sha256 of the base's bytes."""
     written: str | None = None
-    """xxh3-128 of what a merge wrote in its place."""
+    """xxh3-128 of the bytes that the merge wrote instead."""
 
 
 @dataclass(frozen=True)
 class UnmergePlan:
-    """The plan that undoes a merge, and how to tell whether it did."""
+    """The plan that undoes a merge, and the hashes that prove the result."""
 
     plan: Plan
-    record: Record
+    record: MergeRecord
     known: Mapping[str, Known]
-    """By names of the base's tensors; those that were not touched are not in it."""
+    """Hashes by name of the base's tensors, without those that no adapter touched."""
     unread: Mapping[str, StoredTensor]
-    """Tensors of MERGED that a merge wrote and undoing does not read."""
+    """Tensors of MERGED that the merge wrote and the unmerge does not read."""
     original: Checkpoint | None = None
-    """The base itself, where it is at hand."""
+    """The base itself, if the caller has it."""
     places: tuple[int, ...] = ()
-    """Where only some of a merge's adapters are taken out: which of them."""
+    """The numbers of the adapters that are taken out, if some of the merge's adapters stay."""
 
 
 def plan_unmerge(
     merged: Checkpoint,
-    record: Record,
+    record: MergeRecord,
     adapters: Sequence[Adapter],
     options: Options,
     original: Checkpoint | None = None,
 ) -> UnmergePlan:
     """Decide every tensor of the base, from all adapters of a merge in their order.
 
-    `original` is the base itself, for what no record holds. `options` are those of the recovery: compute dtype and shard
-    size. Raises RefError where MERGED has other tensors than were written, UnsupportedError where something is gone for
-    good, and what `make_plan` raises.
+    `original` is the base itself, for tensors that no record holds. `options` are those of the unmerge:
+    compute dtype and shard size. Raises RefError if MERGED has other tensors than the merge wrote,
+    UnsupportedError if a tensor cannot be recovered, and every error of `make_plan`.
     """
-    if missing := [name for name in record.receipt["tensors"] if name not in merged.tensors]:
+    if missing := [name for name in record.receipt.tensors if name not in merged.tensors]:
         raise not_as_written(merged, [Fault(name, "is missing") for name in missing])
     base = original if original and record.assumed else rebuilt(record, merged)
-    merge = make_plan(base, adapters, record.weights, record.options)
+    merge = make_plan(base, adapters, record.receipt.weights, record.options)
     _compare(merge, merged, record)
-    found = {
+    ways = {
         name: _recovered(tensor, merge, merged, record, original) for name, tensor in base.tensors.items()
     }
-    if faults := [fault for fault in found.values() if isinstance(fault, Fault)]:
+    if faults := [fault for fault in ways.values() if isinstance(fault, Fault)]:
         raise UnsupportedError(
-            f"{len(faults)} tensors of the base cannot be told from {merged.source.name} and the adapter alone.",
+            f"{merged.source.name} and the adapter alone cannot restore {len(faults)} tensors of the base.",
             faults=faults,
             hint=WAYS_OUT,
         )
-    items = {name: item for name, item in found.items() if isinstance(item, Item)}
+    items = {name: item for name, item in ways.items() if isinstance(item, Item)}
     shards, index_name = _laid_out(base, items, options.max_shard_size)
-    plan = Plan(
-        merged,
-        tuple(adapters),
-        record.weights,
-        replace(options, undo="none"),
-        shards,
-        index_name,
-        merge.ledger,
+    plan = replace(
+        merge,
+        base=merged,
+        options=replace(options, undo="none"),
+        shards=shards,
+        index_name=index_name,
+        config=None,
     )
     known = _known(merge, record)
     read = {(item.source.path, item.source.start) for item in plan.items if item.undo}
     unread = {
         name: stored
         for name, stored in merged.tensors.items()
-        if record.receipt["tensors"].get(name, {}).get("written") and (stored.path, stored.start) not in read
+        if (entry := record.receipt.tensors.get(name))
+        and entry.written
+        and (stored.path, stored.start) not in read
     }
     return UnmergePlan(plan, record, known, unread, original)
 
@@ -104,7 +105,7 @@ def plan_unmerge(
 def _laid_out(
     base: Checkpoint, items: Mapping[str, Item], max_shard_size: int | None
 ) -> tuple[tuple[OutputShard, ...], str | None]:
-    """The base's own files, or shards of at most a size."""
+    """Return the base's own files, or shards of at most `max_shard_size` bytes."""
     if max_shard_size is not None:
         return lay_out(base, items, max_shard_size)
     shards = tuple(
@@ -116,13 +117,14 @@ def _laid_out(
     return shards, base.index_name and converted(base.index_name)
 
 
-def _compare(merge: Plan, merged: Checkpoint, record: Record) -> None:
-    """What was planned once more must be what the receipt says was done, and MERGED must have the tensors that it made."""
+def _compare(merge: Plan, merged: Checkpoint, record: MergeRecord) -> None:
+    """Refuse a receipt that tells of another merge than the plan, and a MERGED with other tensors."""
     fates = {item.name: item.fate for item in merge.items if item.noted}
-    noted = {name: entry.get("fate") for name, entry in record.receipt["tensors"].items()}
-    ledger = _in_any_order(entry.to_dict() for entry in merge.ledger)
-    if not record.assumed and (fates, ledger) != (noted, _in_any_order(record.receipt["ledger"])):
-        version = record.receipt["versions"].get("dora_convert")
+    receipt = record.receipt
+    noted = {name: entry.fate for name, entry in receipt.tensors.items()}
+    same = (fates, Counter(merge.ledger)) == (noted, Counter(receipt.ledger))
+    if not record.assumed and not same:  # a removal may have left the ledger in another order
+        version = receipt.versions.get("dora_convert")
         raise MalformedError(
             f"The receipt of {merged.source.name} tells of another merge than this version would make of it.",
             hint=f"dora-convert {version} made it and can undo it",
@@ -136,11 +138,6 @@ def _compare(merge: Plan, merged: Checkpoint, record: Record) -> None:
         raise not_as_written(merged, faults)
 
 
-def _in_any_order(ledger: Iterable[Mapping[str, Any]]) -> list[str]:
-    """A ledger's entries; those of an adapter that was taken out may have left others in their places."""
-    return sorted(json.dumps(entry, sort_keys=True) for entry in ledger)
-
-
 def _difference(item: Item, stored: StoredTensor | None) -> str:
     if not stored:
         return "is missing"
@@ -150,9 +147,9 @@ def _difference(item: Item, stored: StoredTensor | None) -> str:
 
 
 def _recovered(
-    tensor: StoredTensor, merge: Plan, merged: Checkpoint, record: Record, original: Checkpoint | None
+    tensor: StoredTensor, merge: Plan, merged: Checkpoint, record: MergeRecord, original: Checkpoint | None
 ) -> Item | Fault:
-    """How one of the base's tensors comes back, or why it cannot."""
+    """Return the item that recovers one tensor of the base, or the fault that says why none can."""
     name, item = tensor.name, merge.remains.get(tensor.name)
     own = original and original.tensors.get(name)
     if item and item.verbatim:
@@ -163,7 +160,7 @@ def _recovered(
         return _copy(tensor, own) if own else Fault(name, "was replaced or left out, and no record holds it")
     if item.source is not item.base:
         fewer = [min(pair) for pair in zip(tensor.shape[:1], item.source.shape[:1], strict=True)]
-        shape = (*fewer, *item.source.shape[1:])  # the adapter's may have more rows, or fewer
+        shape = (*fewer, *item.source.shape[1:])  # the adapter's tensor may have more rows, or fewer
         undo = Undo(kept=_kept(tensor, record))
         if fewer < [*tensor.shape[:1]] and not undo.kept:
             return Fault(name, "rows of it were cut off, and no record holds them")
@@ -194,33 +191,34 @@ def _recovered(
 
 
 def _inverse(item: Item, tensor: StoredTensor, source: StoredTensor, undo: Undo) -> Item:
-    """The item that makes a tensor of the base from what an item has made."""
+    """Return the item that recovers a tensor of the base from the output of the merge's item."""
     named = replace(item, name=tensor.name, origin=tensor.name, base=tensor, added=False)
     return replace(named, dtype=tensor.dtype, shape=tensor.shape, source=source, undo=undo)
 
 
 def _copy(tensor: StoredTensor, stored: StoredTensor) -> Item:
-    """A tensor whose bytes are somewhere as they were."""
+    """Return the item that copies a tensor of the base from stored bytes."""
     return Item(tensor.name, tensor.dtype, tensor.shape, stored, stored, origin=tensor.name)
 
 
-def _kept(tensor: StoredTensor, record: Record) -> tuple[StoredTensor, StoredTensor] | None:
+def _kept(tensor: StoredTensor, record: MergeRecord) -> tuple[StoredTensor, StoredTensor] | None:
     values = record.find("rows", tensor.name, tensor.dtype, [None, tensor.matrix[1]])
     index = record.find("index", tensor.name, "I64", [values.shape[0] if values else None])
     return (values, index) if values and index else None
 
 
-def _known(merge: Plan, record: Record) -> Mapping[str, Known]:
-    """The hashes of the base's tensors: every output tensor that was made of one tells them."""
+def _known(merge: Plan, record: MergeRecord) -> Mapping[str, Known]:
+    """Return the hashes of the base's tensors, from the receipt's entries of the output tensors."""
     found: dict[str, Known] = {}
-    mine = {id(item) for item in merge.remains.values()}
+    mine, receipt = {id(item) for item in merge.remains.values()}, record.receipt
     for item in sorted(merge.items, key=lambda item: id(item) not in mine):
-        rounded = record.receipt.get("rounded", {}).get(item.name)
-        entry = {"base": rounded[0]} if rounded else record.receipt["tensors"].get(item.name, {})
-        if item.base and entry.get("base"):
+        rounded, entry = (receipt.rounded or {}).get(item.name), receipt.tensors.get(item.name)
+        if rounded:
+            entry = MergedTensor("rounded", base=rounded[0])
+        if item.base and entry and entry.base:
             read = id(item) in mine and item.source is item.base
-            written = entry.get("written") if read else None
-            found.setdefault(item.origin, Known(entry["base"], entry.get("base_sha256"), written))
-    for name, entry in record.receipt["kept"].items():
-        found.setdefault(name, Known(entry.get("base"), entry.get("base_sha256")))
+            written = entry.written if read else None
+            found.setdefault(item.origin, Known(entry.base, entry.base_sha256, written))
+    for name, kept in receipt.kept.items():
+        found.setdefault(name, Known(kept.base, kept.base_sha256))
     return found

@@ -23,12 +23,12 @@ from ..sources.download import fetch, wanted_of_adapter
 from ..sources.inputs import open_adapter, refuse_swapped
 from ..sources.remote_headers import open_far
 from ..sources.session import Session, open_session
-from ..storage.checkpoint import RECORD, Checkpoint, open_checkpoint
-from ..storage.digests import xxh3
+from ..storage.checkpoint import Checkpoint, open_checkpoint
+from ..storage.filenames import RECORD, UNDO
+from ..storage.reader import xxh3
 from ..storage.refs import PathLike, listed, local_path, local_source
-from ..storage.spool import NAME as UNDO
 from ..undo.files import restored_files
-from ..undo.record import Record, in_order, no_record, read_record
+from ..undo.record import MergeRecord, in_order, no_record, read_record
 from ..undo.refusals import refuse_far, refuse_lossy, refuse_options
 from ..undo.removal import following, plan_removal, remaining_files
 from ..undo.unmerge_plan import UnmergePlan, plan_unmerge
@@ -92,7 +92,7 @@ def unmerge(
 
 def _restore(
     reversal: UnmergePlan,
-    record: Record,
+    record: MergeRecord,
     files: Sequence[SideFile],
     place: Output,
     settings: Settings,
@@ -118,7 +118,7 @@ def _plan(
     ignore_field: Sequence[str],
     *,
     unfinished: bool,
-) -> tuple[UnmergePlan, Record, list[Path]]:
+) -> tuple[UnmergePlan, MergeRecord, list[Path]]:
     """Gather the inputs and decide how every tensor of the base comes back; with the record, and the inputs' folders."""
     if unfinished:
         checkpoint = open_checkpoint(local_source(local_path(os.fspath(merged), "MERGED")), unfinished=True)
@@ -133,7 +133,7 @@ def _plan(
         )
     sources = [checkpoint.source, *(adapter.source for adapter in opened)]
     sources += [original.source] if original else []
-    if len(places) < len(record.weights):
+    if len(places) < len(record.receipt.weights):
         reversal = plan_removal(checkpoint, record, opened, places, options)
     else:
         reversal = plan_unmerge(checkpoint, record, opened, options, original)
@@ -155,7 +155,7 @@ def _files(reversal: UnmergePlan, settings: Settings) -> list[SideFile]:
     if reversal.places:
         return remaining_files(reversal.plan.base)
     files = restored_files(reversal.plan.base, reversal.record, reversal.plan, reversal.original)
-    if gone := sorted(reversal.record.receipt["base_files"].keys() - {file.name for file in files}):
+    if gone := sorted(reversal.record.receipt.base_files.keys() - {file.name for file in files}):
         settings.warn(f"not restored, no record holds them: {', '.join(gone)}")
     return files
 
@@ -189,7 +189,7 @@ def _record(
     session: Session,
     ignore_field: Sequence[str],
     original: Checkpoint | None,
-) -> tuple[Record, list[Adapter], list[int]]:
+) -> tuple[MergeRecord, list[Adapter], list[int]]:
     """What is known of the merge, its adapters in their order, and which of them they are."""
     record = read_record(merged)
     if record and record.torn:

@@ -22,11 +22,12 @@ from ..sources.inputs import gather, refuse_swapped
 from ..sources.prefetch import bring_weights
 from ..sources.remote_headers import open_far
 from ..sources.session import Session, open_session
-from ..storage.checkpoint import RECEIPT, RECORD, Checkpoint
+from ..storage.checkpoint import Checkpoint
+from ..storage.filenames import RECORD
 from ..storage.refs import PathLike, listed
 
 if TYPE_CHECKING:
-    from ..parity.recorded import Recorded
+    from ..output.receipt import Receipt
 
 LEVELS = "weights", "outputs"
 
@@ -96,16 +97,17 @@ def _gather(
     if base is not None:
         refuse_swapped(base, refs, where, "verify")
     made = open_far(where, "MERGED", session)
-    if noted := _recorded(made, refs, session):
+    if receipt := _receipt(made, refs, session):
         options = replace(
             options,
-            ignore_field=(*options.ignore_field, *noted.ignore_field),
-            allow_unmatched=options.allow_unmatched or noted.allow_unmatched,
+            ignore_field=(*options.ignore_field, *receipt.options.ignore_field),
+            allow_unmatched=options.allow_unmatched or receipt.allows_unmatched,
         )
         if not (weight or options.include or options.exclude):
-            weights, options = noted.weight, replace(options, include=noted.include, exclude=noted.exclude)
-            if str(noted):
-                settings.notify(f"as the receipt of MERGED says: {noted}")
+            chosen, weights = receipt.options, receipt.weights
+            options = replace(options, include=chosen.include, exclude=chosen.exclude)
+            if receipt.flags:
+                settings.notify(f"as the receipt of MERGED says: {receipt.flags}")
     accepted = options.ignore_field
     checkpoint, opened = gather(base, refs, where, session, settings.notify, accepted, "verify")
     return make_plan(checkpoint, opened, weights, options), made
@@ -121,18 +123,17 @@ def _texts(level: str, prompt: Sequence[str], prompts: PathLike | None) -> tuple
     return ()
 
 
-def _recorded(made: Checkpoint, refs: Sequence[str], session: Session) -> Recorded | None:
-    """What a receipt in MERGED says, if these adapters were merged. What is missing is complained about later."""
-    folder = made.source.path
-    if not (folder / RECORD / RECEIPT).is_file():
+def _receipt(made: Checkpoint, refs: Sequence[str], session: Session) -> Receipt | None:
+    """Return the receipt of MERGED, if these adapters were merged. Missing adapters are refused later."""
+    from ..output.receipt import read_receipt
+
+    if not (receipt := read_receipt(made.source.path / RECORD)):
         return None
     try:
         paths = [fetch(ref, "ADAPTER", wanted_of_adapter, session).path for ref in refs]
     except DoraConvertError:
         return None
-    with without_collections():
-        from ..parity.recorded import read_recorded
-    return read_recorded(folder, paths)
+    return receipt if receipt.is_of(paths) else None
 
 
 def _compared(

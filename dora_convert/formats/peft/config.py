@@ -1,91 +1,158 @@
-"""PEFT's `adapter_config.json`: what each field that counts says of a module or a tensor."""
+"""Read PEFT's `adapter_config.json`: the types of its fields, and what they say of a module or a tensor."""
 
 from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
+
+from msgspec import Meta, Struct, field
 
 from ...adapters.updates import Start
+from ...errors import shown
+from ...storage.json_files import checked
 from .fields import STARTS
-from .types import checked
 
 _EMBEDDINGS = ("embed_tokens", "lm_head")
 """Modules that PEFT saves whole of its own accord (its EMBEDDING_LAYER_NAMES)."""
+MOST_LAYERS = 10_000
 
 Number = TypeVar("Number", int, float)
+Name = Annotated[str, Meta(min_length=1)]
+Rank = Annotated[int, Meta(gt=0, lt=2**60)]
+Row = Annotated[int, Meta(ge=0, lt=2**60)]
+Alpha = Annotated[int, Meta(gt=0, lt=2**60)] | Annotated[float, Meta(gt=0, le=sys.float_info.max)]
+"""A merge with an alpha of 0 changes nothing."""
 
 
-@dataclass(frozen=True)
-class Config:
-    """The fields of adapter_config.json that decide what a merge does."""
+class BlockDiagonal(Struct, frozen=True):
+    """BD-LoRA's options: the number of diagonal blocks, and the modules whose A or B has blocks."""
 
-    r: int
-    alpha: float
-    use_rslora: bool
-    use_dora: bool
-    rank_pattern: Mapping[str, int]
-    alpha_pattern: Mapping[str, float]
-    modules_to_save: tuple[str, ...]
-    biases: bool
-    base: str | None
-    revision: str | None
-    start: Start | None
-    keeps_ties: bool
-    layers: tuple[int, ...]
-    parameters: tuple[str, ...]
-    modules: tuple[str, ...]
-    tokens: Mapping[str, tuple[int, ...]]
-    block_diagonal: Mapping[str, Any]
-    version: tuple[int, ...]
-    task: str | None
-    adalora: int | None
-    """AdaLoRA's first rank, which its scaling is divided by; None for LoRA."""
+    nblocks: Rank = 1
+    target_modules_bd_a: tuple[Name, ...] | None = None
+    target_modules_bd_b: tuple[Name, ...] | None = None
+
+
+class Config(Struct, frozen=True):
+    """The fields of adapter_config.json that decide what a merge does, with PEFT's defaults."""
+
+    peft_type: str = "LORA"
+    r: Rank = 8
+    init_r: Rank = 12
+    alpha: Alpha = field(name="lora_alpha", default=8)
+    use_rslora: bool = False
+    use_dora: bool = False
+    keeps_ties: bool = field(name="ensure_weight_tying", default=False)
+    rank_pattern: dict[str, Rank] = {}
+    """Ranks by regexes of module names."""
+    alpha_pattern: dict[str, Alpha] = {}
+    modules_to_save: tuple[Name, ...] = ()
+    parameters: tuple[Name, ...] = field(name="target_parameters", default=())
+    bias: Literal["none", "all", "lora_only"] = "none"
+    base_name: str = field(name="base_model_name_or_path", default="")
+    base_revision: str = field(name="revision", default="")
+    layer_replication: tuple[tuple[Row, Row], ...] = ()
+    """Ranges of layers, first and past the last."""
+    token_indices: tuple[Row, ...] | dict[str, tuple[Row, ...]] = field(
+        name="trainable_token_indices", default_factory=dict
+    )
+    block_diagonal: BlockDiagonal = field(name="use_bdlora", default=BlockDiagonal())
+    peft_version: Annotated[str, Meta(pattern=r"^\d{1,4}(\.\d{1,4})*(?!\d)")] = "0"
+    init_lora_weights: Any = None
+    kasa_config: Any = None
+    target_modules: Any = None
+    auto_mapping: Any = None
+    task_type: Any = None
+
+    def __post_init__(self) -> None:
+        if sum(max(0, stop - start) for start, stop in self.layer_replication) > MOST_LAYERS:
+            raise ValueError(f"layer_replication has more than {MOST_LAYERS} layers")
+        for name, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
+            if wrong := [pattern for pattern in patterns if not _is_regex(pattern)]:
+                raise ValueError(f"{name}: {shown(wrong[0])} is not a valid regex")
 
     @classmethod
     def parse(cls, raw: Mapping[str, Any], path: Path) -> Config:
-        """Check types; PEFT's defaults stand in for absent fields."""
-        fields = checked(raw, path)
-        adalora = fields["peft_type"].upper() == "ADALORA"
-        return cls(
-            r=fields["r"],
-            alpha=fields["lora_alpha"],
-            use_rslora=fields["use_rslora"],
-            use_dora=fields["use_dora"],
-            rank_pattern=fields["rank_pattern"],
-            alpha_pattern=fields["alpha_pattern"],
-            modules_to_save=tuple(fields["modules_to_save"]),
-            biases=fields["bias"] != "none",
-            base=fields["base_model_name_or_path"] or None,
-            revision=fields["revision"] or None,
-            start=_start(raw),
-            keeps_ties=fields["ensure_weight_tying"],
-            layers=tuple(layer for pair in fields["layer_replication"] for layer in range(*pair)),
-            parameters=tuple(fields["target_parameters"]),
-            modules=tuple(names if isinstance(names := raw.get("target_modules"), list) else []),
-            tokens=_tokens(fields["trainable_token_indices"]),
-            block_diagonal=fields["use_bdlora"],
-            version=_version(fields["peft_version"]),
-            task=_task(raw),
-            adalora=fields["init_r"] if adalora else None,
-        )
+        """Check the types of a config's fields; null stands for PEFT's default.
+
+        Raises MalformedError naming the field that has a wrong type.
+        """
+        masks = {"rank_pattern"} if str(raw.get("peft_type")).upper() == "ADALORA" else set()
+        given = {name: value for name, value in raw.items() if value is not None and name not in masks}
+        return checked(given, cls, str(path))
+
+    @property
+    def adalora(self) -> int | None:
+        """AdaLoRA's first rank, which its scaling is divided by; None for LoRA."""
+        return self.init_r if self.peft_type.upper() == "ADALORA" else None
+
+    @property
+    def base(self) -> str | None:
+        """The name or path of the base."""
+        return self.base_name or None
+
+    @property
+    def revision(self) -> str | None:
+        """The base's revision."""
+        return self.base_revision or None
+
+    @property
+    def biases(self) -> bool:
+        """True if the adapter replaces biases."""
+        return self.bias != "none"
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The numbers of the base's layers in the order of the adapter's model; empty if none is repeated."""
+        return tuple(layer for start, stop in self.layer_replication for layer in range(start, stop))
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The names in target_modules; empty for a regex."""
+        return tuple(self.target_modules) if isinstance(self.target_modules, list) else ()
+
+    @property
+    def start(self) -> Start | None:
+        """The start of training that moved the base, if one did."""
+        if self.kasa_config:
+            return Start.KASA
+        return STARTS.get(str(self.init_lora_weights).lower())
+
+    @property
+    def version(self) -> tuple[int, ...]:
+        """PEFT's version as numbers; a file without a version is older than 0.18."""
+        return tuple(int(part) for part in re.findall(r"\d+", self.peft_version)[:3])
+
+    @property
+    def task(self) -> str | None:
+        """The class of the model that was trained, or the ending of its name."""
+        mapping = self.auto_mapping
+        if isinstance(mapping, dict) and isinstance(name := mapping.get("base_model_class"), str):
+            return name
+        endings = {
+            "SEQ_CLS": "ForSequenceClassification",
+            "TOKEN_CLS": "ForTokenClassification",
+            "QUESTION_ANS": "ForQuestionAnswering",
+            "CAUSAL_LM": "ForCausalLM",
+        }
+        return endings.get(str(self.task_type))
 
     @property
     def kind(self) -> str:
-        """What people call it."""
+        """The method's name."""
         if self.adalora:
             return "AdaLoRA"
         return "DoRA" if self.use_dora else self.start.value if self.start else "LoRA"
 
     def rank(self, module: str) -> int:
-        """r of a module."""
+        """Return r of a module."""
         return _first_match(self.rank_pattern, module, self.r)
 
     def scaling(self, module: str) -> float:
-        """s of a module: alpha/r, or alpha/√r (rsLoRA, arXiv:2312.03732); AdaLoRA's has its own divisor."""
+        """Return s of a module: alpha/r, or alpha/√r (rsLoRA, arXiv:2312.03732); AdaLoRA's has its own divisor."""
         if self.adalora:
             return self.alpha / (self.adalora + 1e-5)
         rank = self.rank(module)
@@ -93,7 +160,7 @@ class Config:
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def rule(self, module: str) -> str:
-        """How the scaling of a module comes about."""
+        """Return the formula of a module's scaling, for people."""
         if self.adalora:
             return f"alpha {self.alpha:g} / init_r {self.adalora}"
         keys = [_first_key(pattern, module) for pattern in (self.alpha_pattern, self.rank_pattern)]
@@ -105,29 +172,31 @@ class Config:
         return f"alpha {numbers[0]:g}{alpha} / {'√' if self.use_rslora else ''}rank {numbers[1]}{rank}"
 
     def saves(self, tensor: str) -> bool:
-        """Whether a tensor belongs to a module that PEFT saves whole; as there, a suffix match without a dot."""
+        """Return True if PEFT saves a tensor's module whole: as in PEFT, a suffix match without a dot."""
         parts = tensor.split(".")
         modules = [".".join(parts[:n]) for n in range(1, len(parts))]
         return any(module.endswith(saved) for module in modules for saved in self.modules_to_save)
 
     def index(self, module: str) -> tuple[int, ...]:
-        """The rows of an embedding that were trained; a list in the config is for the input embedding."""
-        named = (rows for name, rows in self.tokens.items() if f".{module}".endswith(f".{name}"))
-        return next(named, self.tokens.get("", ()))
+        """Return the rows of an embedding that were trained; a list in the config is for the input embedding."""
+        indices = self.token_indices
+        tokens = indices if isinstance(indices, dict) else {"": indices}
+        named = (rows for name, rows in tokens.items() if f".{module}".endswith(f".{name}"))
+        return next(named, tokens.get("", ()))
 
     def blocks(self, module: str) -> tuple[int, int]:
-        """How many diagonal blocks A and B of a module have (BD-LoRA)."""
-        count = self.block_diagonal.get("nblocks", 1)
+        """Return the numbers of diagonal blocks that A and B of a module have (BD-LoRA)."""
+        options = self.block_diagonal
         on_A, on_B = (
-            any(pattern in module for pattern in self.block_diagonal.get(f"target_modules_bd_{side}") or ())
-            for side in "ab"
+            any(pattern in module for pattern in patterns or ())
+            for patterns in (options.target_modules_bd_a, options.target_modules_bd_b)
         )
-        return (count if on_A else 1, count if on_B else 1)
+        return (options.nblocks if on_A else 1, options.nblocks if on_B else 1)
 
     def square_experts(self) -> tuple[bool, bool]:
-        """Whether square experts were trained as (in, out): in models that keep them so, and in others.
+        """Return True if square experts were trained as (in, out): in models that store them so, and in others.
 
-        PEFT before 0.19 always did, 0.19.0 had it the wrong way round.
+        PEFT before 0.19 always trained them so; 0.19.0 had it the wrong way round.
         """
         if self.version < (0, 19):
             return (True, True)
@@ -135,44 +204,21 @@ class Config:
 
 
 def is_saved_embedding(tensor: str) -> bool:
-    """Whether a tensor is one that PEFT saves whole of its own accord, with an adapter or with new tokens."""
+    """Return True if PEFT saves a tensor whole of its own accord, with an adapter or with new tokens."""
     parts = tensor.split(".")
     return len(parts) > 1 and parts[-2] in _EMBEDDINGS and parts[-1] == "weight"
 
 
-def _start(raw: Mapping[str, Any]) -> Start | None:
-    if raw.get("kasa_config"):
-        return Start.KASA
-    return STARTS.get(str(raw.get("init_lora_weights")).lower())
-
-
-def _tokens(value: Any) -> dict[str, tuple[int, ...]]:
-    return (
-        {name: tuple(rows) for name, rows in value.items()} if isinstance(value, dict) else {"": tuple(value)}
-    )
-
-
-def _version(text: str) -> tuple[int, ...]:
-    """PEFT's version as numbers; files that do not say are older than 0.18."""
-    return tuple(int(part) for part in re.findall(r"\d+", text)[:3])
-
-
-def _task(raw: Mapping[str, Any]) -> str | None:
-    """The class of the model that was trained, or how its name ends."""
-    mapping = raw.get("auto_mapping")
-    if isinstance(mapping, dict) and isinstance(name := mapping.get("base_model_class"), str):
-        return name
-    endings = {
-        "SEQ_CLS": "ForSequenceClassification",
-        "TOKEN_CLS": "ForTokenClassification",
-        "QUESTION_ANS": "ForQuestionAnswering",
-        "CAUSAL_LM": "ForCausalLM",
-    }
-    return endings.get(str(raw.get("task_type")))
+def _is_regex(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True
 
 
 def _first_match(pattern: Mapping[str, Number], module: str, default: Number) -> Number:
-    """The value of the first key that matches, in the order of the file (PEFT's get_pattern_key)."""
+    """Return the value of the first key that matches, in the order of the file (PEFT's get_pattern_key)."""
     key = _first_key(pattern, module)
     return default if key is None else pattern[key]
 

@@ -9,11 +9,14 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from msgspec import to_builtins
+
 from ...errors import MalformedError
 from ...naming.ties import Tie, find_tie
+from ...output.receipt import Receipt, read_receipt
 from ...reports.inspect import CheckpointReport
-from ...storage.checkpoint import RECORD, Checkpoint
-from ...storage.json_files import read_json
+from ...storage.checkpoint import Checkpoint
+from ...storage.filenames import RECORD
 from ...storage.refs import Source
 from ...storage.safetensors import StoredTensor
 
@@ -94,37 +97,26 @@ def _bits(found: Mapping[str, Any]) -> int | None:
 def _merges(root: Path) -> Iterator[dict[str, Any]]:
     """What the receipts beside the weights say; each merge keeps those before it in a folder of its own record."""
     folder = root / RECORD
-    while (folder / "receipt.json").is_file():
-        try:
-            raw = read_json(folder / "receipt.json")
-        except MalformedError as error:
-            yield {"error": error.message}
-            return
-        yield _merge(raw)
-        folder /= "previous"
+    try:
+        while receipt := read_receipt(folder):
+            yield _merge(receipt)
+            folder /= "previous"
+    except MalformedError as error:
+        yield {"error": error.message}
 
 
-def _merge(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The parts of a receipt that say who merged what."""
-    options, tensors = _mapping(raw.get("options")), _mapping(raw.get("tensors"))
-    adapters = raw.get("adapters")
+def _merge(receipt: Receipt) -> dict[str, Any]:
+    """Return the parts of a receipt that tell who merged what."""
     chosen = ("name", "repo", "commit", "format", "kind", "weight")
     return {
-        "verb": raw.get("verb"),
-        "versions": _mapping(raw.get("versions")),
-        "base": _mapping(raw.get("base")),
-        "adapters": [
-            {key: _mapping(adapter).get(key) for key in chosen}
-            for adapter in (adapters if isinstance(adapters, list) else ())
-        ],
-        "undo": options.get("undo"),
-        "dtype": options.get("dtype"),
-        "tensors": dict(Counter(str(_mapping(value).get("fate")) for value in tensors.values())),
+        "verb": receipt.verb or None,
+        "versions": receipt.versions,
+        "base": to_builtins(receipt.base),
+        "adapters": [{key: to_builtins(adapter).get(key) for key in chosen} for adapter in receipt.adapters],
+        "undo": receipt.options.undo,
+        "dtype": receipt.options.dtype,
+        "tensors": dict(Counter(entry.fate for entry in receipt.tensors.values())),
     }
-
-
-def _mapping(value: object) -> dict[str, Any]:
-    return dict(value) if isinstance(value, Mapping) else {}
 
 
 def common(

@@ -27,7 +27,8 @@ from ...reports.inspect import AdapterReport, CheckpointReport, Landing, Module
 from ...sources.inputs import doubts, open_adapter, open_or_refuse
 from ...sources.remote_headers import ADAPTER, RefListing, look
 from ...sources.session import Session
-from ...storage.checkpoint import OF_TRAINING, Checkpoint, is_weight_file
+from ...storage.checkpoint import Checkpoint
+from ...storage.filenames import OF_TRAINING, is_weight_file
 from ...storage.refs import Source, local_path, local_source
 from .census import census, common, fold
 

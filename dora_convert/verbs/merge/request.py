@@ -15,6 +15,7 @@ from ...lazy_torch import without_collections
 from ...optional_packages import need
 from ...output.folder import OutputFolder
 from ...output.in_place import InPlace, finished
+from ...output.receipt import read_receipt
 from ...plan.options import Options, parse_weights
 from ...plan.plan import Plan
 from ...plan.planner import make_plan
@@ -25,9 +26,9 @@ from ...sources.inputs import doubts, gather
 from ...sources.remote_headers import open_far
 from ...sources.session import Session
 from ...storage.checkpoint import Checkpoint, open_checkpoint
-from ...storage.digests import xxh3
+from ...storage.filenames import RECORD
+from ...storage.reader import xxh3
 from ...storage.refs import PathLike, local_path, local_source
-from ...undo.record import read_record
 from ...undo.refusals import refuse_far, refuse_lossy
 
 if TYPE_CHECKING:
@@ -95,10 +96,10 @@ def merge_in_place(asked: MergeRequest, allow_lossy: bool) -> MergeReport | DryR
 
 def _is_merged(plan: Plan) -> bool:
     """Whether the last merge that a checkpoint has seen was of the same adapters, as strong."""
-    if not (record := read_record(plan.base)):
+    if not (receipt := read_receipt(plan.base.root / RECORD)):
         return False
     files = [{path.name: xxh3(path) for path in adapter.files} for adapter in plan.adapters]
-    return plan.weights == record.weights and files == [each["files"] for each in record.receipt["adapters"]]
+    return plan.weights == receipt.weights and files == [merged.files for merged in receipt.adapters]
 
 
 def _open_headers(asked: MergeRequest, ref: str, revision: str | None, *, weights: Path | None) -> Checkpoint:
@@ -149,11 +150,11 @@ def _carry_out(plan: Plan, folder: OutputFolder | InPlace, asked: MergeRequest) 
         return DryRunReport.of(plan, asked.settings, out)
     with without_collections():
         from ...hub.streaming import traffic
-        from .pipeline import produce
+        from .pipeline import run_merge
     if isinstance(folder, InPlace):
-        return produce(plan, folder, asked.settings)
+        return run_merge(plan, folder, asked.settings)
     with traffic(plan, asked.routes, asked.session, folder) as hub, _examiner(plan, asked) as examine:
-        return produce(plan, folder, asked.settings, hub, examine)
+        return run_merge(plan, folder, asked.settings, hub, examine)
 
 
 @contextmanager

@@ -1,22 +1,56 @@
-"""What a recovered tensor of the base must hold, in float64: the inverse of `expected`, from the record's norms."""
+"""Check a recovered tensor of the base against the inverse of the definition, in float64."""
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ..engine.rows import replaced_rows
+from ..engine.precision import half_ulp
+from ..errors import MalformedError
+from ..output.finished import Verdict
+from ..parity.expected import EPSILON, Block, Expected
+from ..parity.self_check import SelfCheck
 from ..plan.item import Item
 from ..storage.reader import Reader
-from .expected import EPSILON, Block, Expected
-from .ulps import half_ulp
+from ..storage.safetensors import StoredTensor
+
+
+class RecoveryCheck(SelfCheck):
+    """Compares recovered tensors with the base's, as far as the undo record tells them."""
+
+    def _compare(self, item: Item, written: StoredTensor, digest: str) -> Verdict:
+        """Compare a sample of rows; read a tensor that is recovered bit for bit back whole."""
+        if item.undo and item.undo.ulps:
+            same = self._reader.digest(written).fast == digest
+            return Verdict(written.numel, 0 if same else written.numel)
+        return self._compare_sample(ExpectedBase(item, self._reader), written)
+
+
+def replaced_rows(item: Item, reader: Reader) -> dict[int, tuple[StoredTensor, int]]:
+    """Return the stored tensor and row that hold each replaced row of the base.
+
+    The undo record holds the rows that differ from the adapter's; the adapter holds the other rows.
+    """
+    replaced = {row: (rows.value, k) for rows in item.rows for k, row in enumerate(rows.index)}
+    if item.undo and item.undo.kept:
+        values, index = item.undo.kept
+        data = bytearray(index.nbytes)
+        reader.read(index.path, index.start, memoryview(data))
+        numbers = struct.unpack(f"<{index.numel}q", data)
+        first, last = (item.source.matrix[0], item.base.matrix[0]) if item.base else (0, 0)
+        complete = last - first <= len(numbers) and {*range(first, last)} <= {*numbers}
+        if not complete or not all(0 <= number < max(first, last) for number in numbers):
+            raise MalformedError(f"{index.path}: {index.name} names other rows than were kept.")
+        replaced |= {row: (values, k) for k, row in enumerate(numbers)}
+    return replaced
 
 
 class ExpectedBase(Expected):
-    """W of an item that is recovered from W', any rows of it."""
+    """The float64 W of an item that is recovered from W', for any rows."""
 
     def __init__(self, item: Item, reader: Reader) -> None:
         assert item.undo
@@ -27,7 +61,7 @@ class ExpectedBase(Expected):
         super().__init__(item, reader)
 
     def block(self, rows: Sequence[int]) -> Block:
-        """Some rows: as merged, each edit's share, and W = (W' − Σ wᵢ·fᵢ·Δᵢ)/(1 + Σ wᵢ·(fᵢ − 1))."""
+        """Return some rows as merged, each edit's part, and W = (W' − Σ wᵢ·fᵢ·Δᵢ)/(1 + Σ wᵢ·(fᵢ − 1))."""
         merged = self.before(rows)
         parts = self._parts(merged, rows)
         x = merged.clone()
@@ -39,17 +73,17 @@ class ExpectedBase(Expected):
             x += torch.einsum("kr,rc->kc", self._load(left, rows), self._load(right))
         for k, row in enumerate(rows):
             if row in self._replaced:
-                stored, place = self._replaced[row]
-                x[k] = self._load(stored, [place])[0]
+                stored, number = self._replaced[row]
+                x[k] = self._load(stored, [number])[0]
         return Block(merged, parts, x)
 
     def rows(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """W, and W'."""
+        """Return W and W'."""
         block = self.block(rows)
         return block.x, block.W
 
     def bound(self, rows: Sequence[int], x: Tensor, *, rounded_once: bool) -> Tensor:  # noqa: ARG002 - always is
-        """How far from x an honest result may be: the arithmetic of one rounding, through the inverse."""
+        """Return the largest honest distance from x: one rounding, through the inverse."""
         merged, share = self.before(rows), self._share(rows)
         slack: Tensor = (x.shape[1] ** 0.5 + 6) * EPSILON * (x.abs() + (merged / share).abs())
         for edit, part in zip(self.item.edits, self._parts(merged, rows), strict=True):
@@ -57,11 +91,11 @@ class ExpectedBase(Expected):
         return half_ulp(x, self.item.dtype) + slack.nan_to_num(0.0, 0.0, 0.0)
 
     def before(self, rows: Sequence[int]) -> Tensor:
-        """The tensor as it was merged, or what replaced the base's."""
+        """Return rows of the merged tensor, or of the tensor that replaced the base's."""
         return self._load(self.item.source, rows)
 
     def _share(self, rows: Sequence[int]) -> Tensor:
-        """1 + Σ wᵢ·(fᵢ − 1): what is left of W in W'."""
+        """Return 1 + Σ wᵢ·(fᵢ − 1): the factor of W in W'."""
         total = torch.ones((), dtype=torch.float64)
         for edit, part in zip(self.item.edits, self._parts(self.before(rows), rows), strict=True):
             share: Tensor = edit.weight * (part.f - 1)

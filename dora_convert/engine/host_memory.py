@@ -1,52 +1,59 @@
-"""Some rows or columns of stored tensors, as they are on disk: for checking, which looks at a sample."""
+"""Hold tensors in host memory, and read rows and columns of stored tensors into it."""
 
 from __future__ import annotations
 
-import struct
+import ctypes
+import math
+import mmap
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..errors import MalformedError
-from ..plan.item import Item
 from ..storage.reader import Reader
 from ..storage.safetensors import StoredTensor
 from .precision import TORCH
 
+OWN_PAGES = 1 << 20
+"""Bytes from which a tensor gets pages of its own.
+
+The C library keeps the pages of freed large tensors, in pieces that the next tensor often does not fit. Two
+copies of the largest factor would stay resident for each worker.
+"""
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return an uninitialised CPU tensor whose memory goes back to the system with the tensor."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes < OWN_PAGES:
+        return torch.empty(tuple(shape), dtype=dtype, device="cpu")
+    return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=dtype).view(tuple(shape))
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """Return the bytes of a contiguous CPU tensor without a copy; the bytes keep the tensor alive."""
+    nbytes = tensor.numel() * tensor.element_size()
+    array = (ctypes.c_ubyte * nbytes).from_address(tensor.data_ptr())
+    array.owner = tensor  # type: ignore[attr-defined]
+    return memoryview(array).cast("B")
+
 
 def read_rows(reader: Reader, tensor: StoredTensor, rows: Sequence[int]) -> Tensor:
-    """Some rows of a stored tensor's matrix, in its own dtype."""
+    """Read some rows of a stored tensor's matrix, in the stored dtype."""
     width = tensor.matrix[1]
     runs = [(start * width, count * width) for start, count in _runs(rows)]
     return _gather(reader, tensor, runs).view(len(rows), width)
 
 
 def read_columns(reader: Reader, tensor: StoredTensor, columns: Sequence[int]) -> Tensor:
-    """Some columns of a stored tensor's matrix, in its own dtype."""
+    """Read some columns of a stored tensor's matrix, in the stored dtype."""
     height, width = tensor.matrix
     runs = [(row * width + start, count) for row in range(height) for start, count in _runs(columns)]
     return _gather(reader, tensor, runs).view(height, len(columns))
 
 
-def replaced_rows(item: Item, reader: Reader) -> dict[int, tuple[StoredTensor, int]]:
-    """Where the base's rows are found that were replaced: in the record where they differ, else in the adapter."""
-    found = {row: (rows.value, place) for rows in item.rows for place, row in enumerate(rows.index)}
-    if item.undo and item.undo.kept:
-        values, index = item.undo.kept
-        data = bytearray(index.nbytes)
-        reader.read(index.path, index.start, memoryview(data))
-        numbers = struct.unpack(f"<{index.numel}q", data)
-        first, last = (item.source.matrix[0], item.base.matrix[0]) if item.base else (0, 0)
-        complete = last - first <= len(numbers) and {*range(first, last)} <= {*numbers}
-        if not complete or not all(0 <= number < max(first, last) for number in numbers):
-            raise MalformedError(f"{index.path}: {index.name} names other rows than were kept.")
-        found |= {row: (values, place) for place, row in enumerate(numbers)}
-    return found
-
-
 def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
-    """(start, count) of each run of neighbours."""
+    """Return (start, count) of each run of neighbours."""
     if isinstance(numbers, range):
         return [(numbers.start, len(numbers))]
     runs: list[tuple[int, int]] = []
@@ -59,7 +66,7 @@ def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def _gather(reader: Reader, tensor: StoredTensor, runs: Sequence[tuple[int, int]]) -> Tensor:
-    """Runs of elements, given by (first, count), one after another."""
+    """Read runs of elements, each given by (first, count), into one flat tensor."""
     size = tensor.itemsize
     data = bytearray(size * sum(count for _, count in runs))
     view, position = memoryview(data), 0

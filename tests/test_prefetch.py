@@ -11,7 +11,7 @@ from dora_convert.errors import HubError
 from dora_convert.plan.options import Options
 from dora_convert.plan.planner import make_plan
 from dora_convert.sources.inputs import open_adapter
-from dora_convert.sources.prefetch import Arrivals, shard_needs
+from dora_convert.sources.prefetch import Prefetch, shard_needs
 from dora_convert.storage.checkpoint import open_checkpoint
 from dora_convert.storage.refs import local_source
 
@@ -77,7 +77,7 @@ def merge_all(plan, disk, arrivals):
 def test_three_places(plan, tmp_path):
     """Inputs and outputs together are never more than three; each input comes once, in order."""
     disk = Disk(tmp_path)
-    arrivals = Arrivals(shard_needs(plan), disk.bring, keep=False, places=3, outputs=True)
+    arrivals = Prefetch(shard_needs(plan), disk.bring, keep=False, places=3, outputs=True)
     merge_all(plan, disk, arrivals)
     arrivals.close()
     assert disk.most <= 3
@@ -93,7 +93,7 @@ def test_ahead_of_use(plan, tmp_path):
         if len(disk.brought) == 2:
             second.set()
 
-    arrivals = Arrivals(shard_needs(plan), bring, keep=True)
+    arrivals = Prefetch(shard_needs(plan), bring, keep=True)
     arrivals.need(arrivals.inputs[0])
     assert second.wait(30)
     arrivals.close()
@@ -105,7 +105,7 @@ def test_failures_and_the_end_wake_who_waits(plan):
     def fail(path):
         raise HubError("no")
 
-    arrivals = Arrivals(shard_needs(plan), fail, keep=True)
+    arrivals = Prefetch(shard_needs(plan), fail, keep=True)
     with pytest.raises(HubError, match="no"):
         arrivals.need(arrivals.inputs[0])
     held, reached = threading.Event(), threading.Event()
@@ -114,7 +114,7 @@ def test_failures_and_the_end_wake_who_waits(plan):
         reached.set()
         held.wait(30)
 
-    arrivals = Arrivals(shard_needs(plan), hold, keep=True)
+    arrivals = Prefetch(shard_needs(plan), hold, keep=True)
     threading.Thread(target=lambda: (reached.wait(30), arrivals.close())).start()
     with pytest.raises(HubError, match="was stopped"):
         arrivals.need(arrivals.inputs[0])

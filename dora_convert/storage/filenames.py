@@ -1,0 +1,72 @@
+"""Names of files: which belong to a model, which are ours, and which stay inside their folder."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path, PurePosixPath
+
+RECORD = "dora_convert"
+"""The sub-folder of an output that holds the receipt and the undo record."""
+RECEIPT = "receipt.json"
+UNDO = "undo.safetensors"
+SPOOL = "undo.spool"
+JOURNAL = "journal.jsonl"
+"""The finished copies and tensors of an unfinished run."""
+UPLOADS = "uploads.jsonl"
+"""The uploaded files of an unfinished run, in the journal's form."""
+IN_PLACE = ".dora-convert-in-place"
+"""The sub-folder of a checkpoint that is being changed in place."""
+
+INDEX_SUFFIX = ".safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth")
+OF_TRAINING = re.compile(r"adapter_model|training_args|optimizer|scheduler|rng_state|scaler")
+"""Beginnings of file names that end like a model's weights and are not."""
+
+WEIGHT_SUFFIXES = (
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".onnx_data",
+    ".ot", ".tflite", ".mlmodel", ".npz", ".nemo", ".pdparams", ".index.json",
+)  # fmt: skip
+"""Weights and their indexes: stale beside merged weights, so never copied."""
+
+WEIGHT_FOLDERS = ("original", "onnx", "openvino", "coreml", "metal", "gguf")
+NOT_COPIED = ("README.md", "adapter_config.json", ".lock")
+
+
+def is_plain(name: object) -> bool:
+    """Return True if a value names a file in the same folder, on any system."""
+    if not isinstance(name, str) or not is_text(name) or len(name.encode()) > 255:
+        return False
+    outside = name in ("", ".", "..") or PurePosixPath(name).name != name
+    return not (outside or "\\" in name or "\0" in name)
+
+
+def is_inside(name: object) -> bool:
+    """Return True if a value is a path from a folder to something inside the folder, on any system."""
+    return isinstance(name, str) and len(name) < 1000 and all(map(is_plain, name.split("/")))
+
+
+def is_text(name: str) -> bool:
+    """Return True if a name can be written as UTF-8."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def is_weight_file(name: str) -> bool:
+    """Return True if a file, named by its path inside the folder, holds weights or an index of weights."""
+    path = PurePosixPath(name)
+    return path.name.endswith(WEIGHT_SUFFIXES) or path.parts[0] in WEIGHT_FOLDERS
+
+
+def is_side_file(name: str) -> bool:
+    """Return True if a file, named by its path inside the folder, is copied with the model's weights."""
+    parts = PurePosixPath(name).parts
+    hidden = any(part in (".cache", "__pycache__") or part.startswith(".git") for part in parts)
+    return not (hidden or parts[0] == RECORD or name in NOT_COPIED or is_weight_file(name))
+
+
+def list_files(root: Path) -> list[str]:
+    """Return every file below a folder as a posix path, sorted; symbolic links are followed."""
+    return sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
