@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from ..errors import MalformedError
 from ..plan.item import Item
 from ..storage.json_files import Count, Real
 from ..storage.safetensors import StoredTensor
@@ -83,8 +84,6 @@ class FinishedLine(msgspec.Struct, frozen=True, omit_defaults=True):
     def __post_init__(self) -> None:
         if (self.made is None) != (self.result is None) or (self.made is None) == (self.copied is None):
             raise ValueError("neither a tensor nor a copy")
-        if self.result and not all(part.whole for part in self.result.parts):
-            raise ValueError("a tensor of the undo record is too long or too short")
 
 
 @dataclass
@@ -96,12 +95,14 @@ class Progress:
 
     @classmethod
     def of(cls, lines: Iterable[FinishedLine]) -> Progress:
-        """Return the progress that a journal's lines tell."""
+        """Return the progress that a journal's lines tell; raise MalformedError for parts of a wrong size."""
         progress = cls()
         for line in lines:
             if line.copied:
                 progress.copied.add(line.copied)
             elif line.made is not None and line.result:
+                if wrong := [part.name for part in line.result.parts if not part.whole]:
+                    raise MalformedError(f"The journal has too much or too little of {wrong[0]}.")
                 progress.done[line.made] = line.result
         return progress
 
