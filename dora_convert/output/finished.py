@@ -19,7 +19,7 @@ VERDICT = {"checked": int, "wrong": int, "max_ulp": int, "rounding": float, "cha
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a check found; the counts of several add up."""
+    """The result of a check; the counts of several add up."""
 
     checked: int = 0
     """Elements compared."""
@@ -28,9 +28,9 @@ class Verdict:
     max_ulp: int = 0
     """Largest distance from the rounded float64 result, in units in the last place of the stored dtype."""
     rounding: Real = 0.0
-    """Σ (rounded − x)², what rounding into the stored dtype takes away."""
+    """Σ (rounded − x)², which rounding into the stored dtype takes away."""
     change: Real = 0.0
-    """Σ (x − W)², what the adapter does."""
+    """Σ (x − W)², the adapter's change."""
 
     def __add__(self, other: Verdict) -> Verdict:
         return Verdict(
@@ -47,7 +47,7 @@ class Verdict:
         return math.sqrt(self.rounding / self.change) if self.change else None
 
     def rows(self) -> list[tuple[str, str]]:
-        """What was found, as a model card tells it."""
+        """Return labels and values, as a model card shows them."""
         lost = [] if self.lost is None else [("share of the change lost to rounding", f"{self.lost:.2%}")]
         return [
             ("elements compared", f"{self.checked:,}"),
@@ -59,18 +59,18 @@ class Verdict:
 
 @dataclass(frozen=True)
 class TensorResult:
-    """What is known of a tensor once it is written: hashes of its old and new bytes, undo parts, the self-check."""
+    """A written tensor: hashes of its old and new bytes, its part of the undo record, its self-check."""
 
     base_hash: str | None
-    """xxh3-128 of what was read: the base's bytes, or the merged ones where those are recovered."""
+    """xxh3-128 of the bytes that were read: the base's, or the merged ones where the base is recovered."""
     written_hash: str
     """xxh3-128."""
     proof: str | None
-    """sha256 of the base's bytes, read or recovered, where it was asked for."""
+    """sha256 of the base's bytes, read or recovered, where a proof is asked for."""
     parts: tuple[SpooledTensor, ...] = ()
     verdict: Verdict | None = None
     ambiguous: Count = 0
-    """Elements of a recovered tensor that several values of the base would have been merged to."""
+    """Elements of a recovered tensor for which the base may have held one of several values."""
 
 
 class FinishedLine(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -113,10 +113,10 @@ class Progress:
 
 
 def kept_name(tensor: StoredTensor) -> str:
-    """What the record calls a tensor of the base that it holds whole."""
+    """Return the undo record's name for a whole tensor of the base."""
     return f"whole/{tensor.name}"
 
 
 def copied_name(item: Item) -> str:
-    """Under what the hash of a copied tensor is kept."""
+    """Return the name under which results keep the hash of a copied tensor."""
     return f"copied/{item.name}"

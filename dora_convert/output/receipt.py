@@ -1,8 +1,8 @@
 """Write, read and check the receipt of a merge, `OUT/dora_convert/receipt.json`.
 
-A receipt tells auditors and `unmerge` what a merge did. It is a function of the inputs: no dates, no paths, no name of
-the output, so that two runs leave the same bytes. A receipt comes with somebody's model, so nothing of it is used
-before all of it has the types below.
+A receipt tells auditors and `unmerge` what a merge did. It is a function of the inputs: no dates, no paths,
+no name of the output, so that two runs leave the same bytes. A receipt comes with somebody's model, so
+nothing of it is used before all of it has the types below.
 """
 
 from __future__ import annotations
@@ -210,8 +210,8 @@ def new_receipt(
 ) -> Receipt:
     """Return the receipt of a finished merge.
 
-    `hashes` holds for each adapter the xxh3-128 of its files, `files` the side files, and `base_files` the sha256 of
-    the base's side files. `computed` names the device, the compute dtype and torch's version.
+    `hashes` holds for each adapter the xxh3-128 of its files, `files` the side files, and `base_files` the
+    sha256 of the base's side files. `computed` names the device, the compute dtype and torch's version.
     """
     options = plan.options
     copied = {

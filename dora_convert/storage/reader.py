@@ -19,7 +19,7 @@ PIECE_BYTES = 1 << 20
 """Bytes that are read at a time where a tensor or a file is read whole."""
 
 
-class Arrivals(Protocol):
+class PendingFiles(Protocol):
     """Files that are downloaded while they are read."""
 
     def need(self, path: Path) -> None:
@@ -35,11 +35,11 @@ class Arrivals(Protocol):
 class Reader:
     """Positional reads from any thread; files are opened once and stay open until `close`.
 
-    With `arrivals`, files may still be on their way: `arrivals` downloads and removes them.
+    With `pending`, files may still be on their way: `pending` downloads and removes them.
     """
 
-    def __init__(self, arrivals: Arrivals | None = None) -> None:
-        self._arrivals = arrivals
+    def __init__(self, pending: PendingFiles | None = None) -> None:
+        self._pending = pending
         self._files: dict[Path, int] = {}
         self._lock = threading.Lock()
 
@@ -56,18 +56,18 @@ class Reader:
 
     def done(self, work: str) -> None:
         """Note that a piece of work reads nothing any more."""
-        if self._arrivals:
-            self._arrivals.done(work)
+        if self._pending:
+            self._pending.done(work)
 
     def stop(self) -> None:
         """Wake every thread that waits for a file: the run has failed."""
-        if self._arrivals:
-            self._arrivals.close()
+        if self._pending:
+            self._pending.close()
 
     def descriptor(self, path: Path) -> int:
         """Return the open file descriptor of a path, once the file is on this machine."""
-        if self._arrivals and path not in self._files:
-            self._arrivals.need(path)
+        if self._pending and path not in self._files:
+            self._pending.need(path)
         with self._lock:
             if path not in self._files:
                 self._files[path] = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))

@@ -20,8 +20,8 @@ def restored_files(
 ) -> list[SideFile]:
     """Return the base's side files, from the record, from MERGED, or from `original`, the base itself.
 
-    Side files that a merge without an undo record has replaced are left out. The record of the merge before, if any,
-    is a side file. Raises RefError if a file has changed since.
+    Side files that a merge without an undo record has replaced are left out. The record of the merge before,
+    if any, is a side file. Raises RefError if a file has changed since.
     """
     found, faults = [], []
     own = base_files(original) if original else {}

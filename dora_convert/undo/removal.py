@@ -1,7 +1,7 @@
 """Take one LoRA out of a merge of several: a merged checkpoint of the remaining adapters, and their record.
 
-Only what adds can be taken out by itself: W' − w·sBA is what the remaining adapters made, up to rounding. An exact
-record predicts what rounding took from all adapters together, so it does not outlive a removal.
+Only what adds can be taken out by itself: W' − w·sBA is what the remaining adapters made, up to rounding. An
+exact record predicts what rounding took from all adapters together, so it does not outlive a removal.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ def plan_removal(
 ) -> UnmergePlan:
     """Decide every tensor of the merge without some of its adapters, whose numbers in the merge are `places`.
 
-    Raises UsageError if one of the merge's adapters is not a LoRA, UnsupportedError if one replaces something.
+    Raises UsageError if one of the merge's adapters is not a LoRA, UnsupportedError if one replaces
+    something.
     """
     receipt = record.receipt
     missing = [adapter.name for number, adapter in enumerate(receipt.adapters) if number not in places]
