@@ -267,7 +267,7 @@ ROWS = {
         )
     },
     "another rank": (fields(SETTINGS, r=5), "the config says rank 5"),
-    "a huge rank": (fields(SETTINGS, rank_pattern={"up_proj": 10**30}), "the config says rank"),
+    "a huge rank": (fields(SETTINGS, rank_pattern={"up_proj": 10**30}), "rank_pattern"),
     "overflow of alpha": (fields(SETTINGS, lora_alpha=1e308), "overflow"),
     # an adapter's tensors
     "adapter by LFS": (put(TENSORS, POINTER), "Git LFS pointer"),
@@ -334,9 +334,9 @@ ROWS = {
     "BASE is long": (words("x" * 5000, "{root}/adapter", "{root}/out"), "too long"),
     "BASE of nobody": (words("~nobody-such/x", "{root}/adapter", "{root}/out"), "~nobody-such/x"),
     "BASE is a config": (words("{root}/base/config.json", "{root}/adapter", "{root}/out"), "config.json"),
-    "BASE is a pipe": (words("{root}/f", "{root}/adapter", "{root}/out", first=made("f", os.mkfifo)), "neither a folder nor a file"),
-    "ADAPTER is a pipe": (words("{root}/base", "{root}/f", "{root}/out", first=made("f", os.mkfifo)), "neither a folder nor a file"),
-    "BASE leads nowhere": (words("{root}/l", "{root}/adapter", "{root}/out", first=made("l", dangling)), "leads nowhere"),
+    "BASE is a pipe": (words("{root}/f", "{root}/adapter", "{root}/out", first=made("f", os.mkfifo)), "not a folder or a file"),
+    "ADAPTER is a pipe": (words("{root}/base", "{root}/f", "{root}/out", first=made("f", os.mkfifo)), "not a folder or a file"),
+    "BASE leads nowhere": (words("{root}/l", "{root}/adapter", "{root}/out", first=made("l", dangling)), "does not exist"),
     "BASE has nothing": (words("{root}/o", "{root}/adapter", "{root}/out", first=made("o", Path.mkdir)), "no safetensors weights"),
     "ADAPTER has nothing": (words("{root}/base", "{root}/o", "{root}/out", first=made("o", Path.mkdir)), "no adapter_config.json"),
     "BASE is no name": (words("hf://../..", "{root}/adapter", "{root}/out"), "no name of a repo"),

@@ -105,7 +105,7 @@ def test_errors(run, tmp_path, base, adapter):
         ([tmp_path / "torn"], "truncated or has trailing bytes"),
         ([bad], "lora_alpha: expected"),
         ([tmp_path / "none"], "does not exist"),
-        ([adapter / "notes.txt"], "no weight file that is read"),
+        ([adapter / "notes.txt"], "not a weight file"),
         ([adapter, "--base", tmp_path / "empty"], "holds no safetensors weights"),
     ]:
         code, out, err = run("inspect", *words)

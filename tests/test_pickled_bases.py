@@ -107,7 +107,7 @@ def test_a_single_file_whose_config_must_change(tmp_path, base, adapter):
 
 def test_a_file_that_is_no_weight_file(tmp_path, base, adapter):
     """Only weight files are read as such."""
-    with pytest.raises(UnsupportedError, match="no weight file"):
+    with pytest.raises(UnsupportedError, match="not a weight file"):
         dora_convert.merge(base.path / "config.json", adapter, tmp_path / "out")
 
 

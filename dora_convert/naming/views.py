@@ -57,7 +57,7 @@ def _renamed(base: Checkpoint, names: Callable[[StoredTensor], Sequence[str]]) -
     renamed: dict[str, str] = {}
     for shard in base.shards:
         copies = [replace(tensor, name=name) for tensor in shard.tensors for name in names(tensor)]
-        renamed |= {name: base.origin(tensor.name) for tensor in shard.tensors for name in names(tensor)}
+        renamed |= {name: base.stored_name(tensor.name) for tensor in shard.tensors for name in names(tensor)}
         shards.append(replace(shard, tensors=tuple(copies)))
     return replace(base, shards=tuple(shards), renamed=renamed)
 

@@ -53,8 +53,8 @@ class PlanBuilder:
         self.targets: dict[str, Target] = {}
         seen: set[str] = set()
         for name, tensor in base.tensors.items():
-            self.targets[name] = Target(tensor, tensor, added=base.origin(name) in seen)
-            seen.add(base.origin(name))
+            self.targets[name] = Target(tensor, tensor, added=base.stored_name(name) in seen)
+            seen.add(base.stored_name(name))
         self.tie: Tie | None = find_tie(base, tasks)
         self.untied = False
         self.ledger: list[Entry] = []
@@ -244,7 +244,7 @@ class PlanBuilder:
         dtype = wanted if wanted and dtype in FLOATS else dtype
         base = target.base and _stacked(target.base, target.edits)
         source = base if target.source is target.base and base else _stacked(target.source, target.edits)
-        origin = self.base.origin(base.name) if base else name
+        origin = self.base.stored_name(base.name) if base else name
         rows, edits = tuple(target.rows), tuple(target.edits)
         item = Item(name, dtype, shape, source, base, rows, edits, target.added, origin)
         if item.start and (len(item.edits) > 1 or item.edits[0].weight != 1):

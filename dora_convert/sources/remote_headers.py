@@ -108,7 +108,7 @@ def _open_remote(
         files = [entry] if table is None else sorted(set(table.values()))
         if missing := [Fault(name, "missing") for name in files if name not in names]:
             raise RefError(
-                f"The index of {source.name} names {len(missing)} files that are not there.", faults=missing
+                f"The index of {source.name} names {len(missing)} files that do not exist.", faults=missing
             )
         headers = _headers(source, files, table or {}, session.token, folder)
     notes: list[str] = []

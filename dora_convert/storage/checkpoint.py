@@ -1,7 +1,7 @@
-"""A base checkpoint as headers: which file holds which tensor, and what lies beside the weights.
+"""Open a checkpoint by its headers: the tensors of each weight file, and the files beside the weights.
 
-Nothing here reads a weight. The index decides which shards count; a single `model.safetensors` wins over an index, as
-in transformers' loader.
+This file reads no weights. The index decides which shards count; a single `model.safetensors` wins over an
+index, as in transformers' loader.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from .filenames import (
 from .json_files import read_config, read_json
 from .refs import Source
 from .safetensors import Header, StoredTensor, read_header
-from .torch_pickle import read_pickle
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A base checkpoint, as far as its headers and small files tell."""
+    """A checkpoint, as far as its headers and small files tell."""
 
     source: Source
     shards: tuple[Shard, ...]
@@ -53,16 +52,16 @@ class Checkpoint:
     left_behind: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     renamed: Mapping[str, str] = field(default_factory=dict)
-    """What tensors are called on disk, where that is something else."""
+    """Names of tensors on disk, where they differ."""
 
     @property
     def root(self) -> Path:
-        """The folder that its files lie in."""
+        """The folder that holds the weight files."""
         return self.source.path.parent if self.is_file else self.source.path
 
     @property
     def is_file(self) -> bool:
-        """Whether it is a single weight file, and what lies beside it is none of our business."""
+        """True if the checkpoint is a single weight file; files beside it do not count."""
         return self.source.path.is_file()
 
     @property
@@ -70,8 +69,8 @@ class Checkpoint:
         """True if all weight files are on this machine."""
         return all(path.is_file() for path in {tensor.path for tensor in self.tensors.values()})
 
-    def origin(self, name: str) -> str:
-        """What a tensor is called on disk."""
+    def stored_name(self, name: str) -> str:
+        """Return the name of a tensor on disk."""
         return self.renamed.get(name, name)
 
     @cached_property
@@ -82,27 +81,27 @@ class Checkpoint:
     @cached_property
     def modules(self) -> Mapping[str, Sequence[str]]:
         """Every module that owns a tensor, sorted by name under the name of its parent."""
-        found: dict[str, set[str]] = {}
+        children: dict[str, set[str]] = {}
         for name in self.tensors:
             module = name.rpartition(".")[0]
-            found.setdefault(module.rpartition(".")[0], set()).add(module)
-        return {parent: sorted(modules) for parent, modules in found.items()}
+            children.setdefault(module.rpartition(".")[0], set()).add(module)
+        return {parent: sorted(modules) for parent, modules in children.items()}
 
     @cached_property
     def module_kinds(self) -> tuple[str, ...]:
-        """Every module's name with its numbers taken out, once each."""
-        found = {re.sub(r"\d+", "*", module) for modules in self.modules.values() for module in modules}
-        return tuple(sorted(found))
+        """Every module's name with `*` for its numbers, once each."""
+        kinds = {re.sub(r"\d+", "*", module) for modules in self.modules.values() for module in modules}
+        return tuple(sorted(kinds))
 
     @cached_property
     def model_types(self) -> frozenset[str]:
         """Every `model_type` in the config, nested ones too."""
-        found = (config.get("model_type") for config in self.configs)
-        return frozenset(name for name in found if isinstance(name, str))
+        names = (config.get("model_type") for config in self.configs)
+        return frozenset(name for name in names if isinstance(name, str))
 
     @property
     def configs(self) -> Iterator[Mapping[str, Any]]:
-        """The config and those nested in it, the outermost first."""
+        """The config and the configs nested in it, the outermost first."""
         return _nested(self.config)
 
 
@@ -116,10 +115,10 @@ def _nested(config: object) -> Iterator[Mapping[str, Any]]:
 def open_checkpoint(source: Source, *, unfinished: bool = False) -> Checkpoint:
     """Read the headers of a checkpoint: a folder, or a single weight file.
 
-    One that is being changed in place is refused unless `unfinished` is set.
+    A checkpoint that is being changed in place is refused unless `unfinished` is set.
 
-    Raises RefError when there are no weights, MalformedError when files contradict each other, UnsupportedError for
-    weights in a format that is not read.
+    Raises RefError when there are no weights, MalformedError when files contradict each other,
+    UnsupportedError for weights in a format that is not read.
     """
     root = source.path
     if root.is_file():
@@ -151,34 +150,36 @@ def _shard(path: Path) -> Shard:
 
 
 def read_weights(path: Path) -> Header:
-    """The header of a weight file, by its name's ending."""
+    """Read the header of a weight file, in the format that its suffix names."""
     if path.suffix in PICKLES:
+        from .torch_pickle import read_pickle
+
         return Header(read_pickle(path).tensors, {"format": "pt"})
     if path.suffix != ".safetensors":
         raise UnsupportedError(
-            f"{path} is no weight file that is read.", hint="those end in .safetensors, .bin, .pt or .pth"
+            f"{path} is not a weight file.", hint="weight files end in .safetensors, .bin, .pt or .pth"
         )
     return read_header(path)
 
 
 def weight_entry(names: Sequence[str], where: str) -> str:
-    """The file that a loader would start from: safetensors before pickles, one file before an index.
+    """Return the file that a loader starts from: safetensors before pickles, one file before an index.
 
-    Where neither has its usual name, a lone file of the kind will do.
+    A lone file of the kind will do if neither has its usual name.
     """
     for stem, kinds in (("model", (".safetensors",)), ("pytorch_model", PICKLES)):
         for suffix in (kinds[0], f"{kinds[0]}.index.json"):
             if f"{stem}{suffix}" in names:
                 return f"{stem}{suffix}"
         indexes = sorted(name for name in names if name.endswith(f"{kinds[0]}.index.json"))
-        found = indexes or sorted(
+        entries = indexes or sorted(
             name for name in names if name.endswith(kinds) and not OF_TRAINING.match(name)
         )
-        if len(found) == 1:
-            return found[0]
-        if found:
+        if len(entries) == 1:
+            return entries[0]
+        if entries:
             raise RefError(
-                f"{where} holds several models and no {stem}{kinds[0]}: {', '.join(found)}.",
+                f"{where} holds several models and no {stem}{kinds[0]}: {', '.join(entries)}.",
                 hint="name one file",
             )
     if other := sorted(name for name in names if name.endswith((".gguf", ".h5", ".msgpack"))):
@@ -189,13 +190,13 @@ def weight_entry(names: Sequence[str], where: str) -> str:
     if "adapter_config.json" in names:
         raise RefError(
             f"{where} is an adapter, not a model.",
-            hint="dora-convert merge makes a model of base and adapter",
+            hint="dora-convert merge BASE ADAPTER OUT writes the model",
         )
     raise RefError(f"{where} holds no safetensors weights.")
 
 
 def weight_map(path: Path) -> dict[str, str]:
-    """The index: tensor name to the plain name of a file in the same folder."""
+    """Read an index: the name of each tensor's file, which lies in the same folder."""
     index = read_json(path)
     table = index.get("weight_map")
     if not isinstance(table, dict) or not all(isinstance(value, str) for value in table.values()):
@@ -207,11 +208,11 @@ def weight_map(path: Path) -> dict[str, str]:
 
 
 def _sharded(root: Path, table: Mapping[str, str], notes: list[str]) -> tuple[Shard, ...]:
-    """The shards an index names; tensors it does not list count only if no other shard has them."""
+    """Return the shards that an index names; a tensor it does not list counts if no other shard has it."""
     filenames = sorted(set(table.values()))
     if missing := [name for name in filenames if not (root / name).exists()]:
         raise RefError(
-            f"The index of {root.name} names {len(missing)} files that are not there.",
+            f"The index of {root.name} names {len(missing)} files that do not exist.",
             faults=[Fault(name, "missing") for name in missing],
         )
     return assemble(root.name, {name: read_weights(root / name) for name in filenames}, table, notes)
@@ -220,7 +221,7 @@ def _sharded(root: Path, table: Mapping[str, str], notes: list[str]) -> tuple[Sh
 def assemble(
     where: str, headers: Mapping[str, Header], index: Mapping[str, str] | None, notes: list[str]
 ) -> tuple[Shard, ...]:
-    """Headers by file name as shards; MalformedError where the index, if there is one, is wrong about them."""
+    """Return headers, by file name, as shards; raise MalformedError if an index contradicts them."""
     table = index or {}
     absent = [
         Fault(name, f"not in {file}") for name, file in table.items() if name not in headers[file].tensors
@@ -244,7 +245,7 @@ def _owned(filename: str, header: Header, owner: Mapping[str, str]) -> Shard:
 
 
 def _survey(root: Path, used: set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What lies beside the weights: files to copy, and other weights to leave behind."""
+    """Return the files beside the weights: side files to copy, and other weights to leave behind."""
     names = [name for name in list_files(root) if name not in used and not name.startswith(IN_PLACE)]
     if odd := [name for name in names if not is_text(name)]:
         raise MalformedError(f"{root} holds a file whose name is not UTF-8: {odd[0]!r}.", hint="rename it")

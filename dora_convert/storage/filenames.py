@@ -23,8 +23,8 @@ OF_TRAINING = re.compile(r"adapter_model|training_args|optimizer|scheduler|rng_s
 """Beginnings of file names that end like a model's weights and are not."""
 
 WEIGHT_SUFFIXES = (
-    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".onnx_data",
-    ".ot", ".tflite", ".mlmodel", ".npz", ".nemo", ".pdparams", ".index.json",
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx",
+    ".onnx_data", ".ot", ".tflite", ".mlmodel", ".npz", ".nemo", ".pdparams", ".index.json",
 )  # fmt: skip
 """Weights and their indexes: stale beside merged weights, so never copied."""
 

@@ -1,11 +1,12 @@
-"""Keep the journal of a run: a line for each finished copy or tensor, so that the same command can resume the run.
+"""Keep the journal of a run, a line for each finished copy or tensor, so that the same command can resume.
 
-`OUT.partial/dora_convert/journal.jsonl`: the first line is the key, each further line one finished copy or tensor. A
-line is written only after the bytes that it names are synced, and counts once it is synced itself. A torn last line
-does not count. One thread writes in batches, which also keeps the disk busy while workers compute.
+`OUT.partial/dora_convert/journal.jsonl`: the first line is the key, each further line one finished copy or
+tensor. A line is written only after the bytes that it names are synced, and counts once it is synced itself.
+A torn last line does not count. One thread writes in batches, which also keeps the disk busy while workers
+compute.
 
-The key holds everything that decides bytes: the plan, the contents of the adapters, the identity of the base's files,
-versions, device and compute dtype. A journal under another key is never resumed.
+The key holds everything that decides bytes: the plan, the contents of the adapters, the identity of the
+base's files, versions, device and compute dtype. A journal under another key is never resumed.
 """
 
 from __future__ import annotations

@@ -30,8 +30,8 @@ Dtype = Annotated[str, one_of(*BITS)]
 """A safetensors dtype."""
 
 CONFIG_TYPES = {
-    "architectures": list, "model_type": str, "vocab_size": int, "tie_word_embeddings": bool, "torch_dtype": str,
-    "text_config": dict, "quantization_config": dict, "num_hidden_layers": int,
+    "architectures": list, "model_type": str, "vocab_size": int, "tie_word_embeddings": bool,
+    "torch_dtype": str, "text_config": dict, "quantization_config": dict, "num_hidden_layers": int,
 }  # fmt: skip
 CALLED = {list: "a list", str: "a string", int: "a whole number", bool: "true or false", dict: "an object"}
 

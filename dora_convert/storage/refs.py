@@ -1,8 +1,8 @@
-"""REF, the one syntax for "where is it": what BASE, ADAPTER and the others may be.
+"""Parse a REF, the one syntax for inputs: BASE, ADAPTER and MERGED on the command line.
 
 ./folder                              a local directory; a local path wins over a repo id
 org/name, org/name@revision           a repo on the Hugging Face Hub
-hf://org/name[@revision][/subfolder]  the same, never taken for a local path
+hf://org/name[@revision][/subfolder]  the same, never a local path
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class HubRef:
 
 @dataclass(frozen=True)
 class Source:
-    """A REF made local: the folder, its name for people, and for a Hub repo its id and commit."""
+    """A REF on this machine: the folder, its name for people, and for a Hub repo its id and commit."""
 
     path: Path
     name: str
@@ -49,7 +49,7 @@ class Source:
 
     @property
     def title(self) -> str:
-        """How receipts and cards call it, as a REF: never a path."""
+        """The name in receipts and cards, as a REF: never a path."""
         if not self.repo:
             return self.name
         pinned = f"{self.repo}@{self.commit}"
@@ -62,14 +62,14 @@ class Source:
 
 
 def parse_ref(ref: str, what: str = "REF") -> Path | HubRef:
-    """A REF as an existing local path or a Hub repo; RefError when it can be neither."""
+    """Return a REF as an existing local path or a Hub repo; raise RefError if it is neither."""
     if match := _HF_URI.fullmatch(ref):
         return HubRef(match["repo"], match["revision"], (match["subfolder"] or "").strip("/"))
     path = local_path(ref, what)
     if path.is_dir() or path.is_file():
         return path
     if path.exists() or path.is_symlink():
-        kind = "neither a folder nor a file" if path.exists() else "a link that leads nowhere"
+        kind = "not a folder or a file" if path.exists() else "a link to a path that does not exist"
         raise RefError(f"{what} {ref!r} is {kind}.")
     if (match := _REPO.fullmatch(ref)) and not ref.startswith((".", "~")):
         return HubRef(match["repo"], match["revision"])
@@ -77,7 +77,7 @@ def parse_ref(ref: str, what: str = "REF") -> Path | HubRef:
 
 
 def local_path(ref: str, what: str) -> Path:
-    """A REF as a path, which need not be there."""
+    """Return a REF as a path, which need not exist."""
     if not ref:
         raise RefError(f"{what} is empty.")
     try:
@@ -85,12 +85,12 @@ def local_path(ref: str, what: str) -> Path:
         path.exists()
     except (OSError, RuntimeError) as error:  # names that are too long, homes of nobody
         why = error.strerror if isinstance(error, OSError) else error
-        raise RefError(f"{what} {ref!r} cannot be looked for: {why}.") from error
+        raise RefError(f"{what} {ref!r} is not a valid path: {why}.") from error
     return path
 
 
 def _similar(path: Path) -> str | None:
-    """A hint naming the entries of the parent folder that look like a missing path."""
+    """Return a hint naming the entries of the parent folder that look like a missing path."""
     parent = path.parent
     if not parent.is_dir():
         while not parent.parent.is_dir():
@@ -101,10 +101,10 @@ def _similar(path: Path) -> str | None:
 
 
 def local_source(path: Path) -> Source:
-    """A local folder or file as a Source, named by its last component; what is no text in that is escaped."""
+    """Return a local folder or file as a Source, named by its last component as UTF-8."""
     return Source(path, path.resolve().name.encode(errors="backslashreplace").decode())
 
 
 def listed(refs: PathLike | Sequence[PathLike]) -> list[str]:
-    """One REF or several, as a list of texts."""
+    """Return one REF or several as a list of texts."""
     return [os.fspath(ref) for ref in ([refs] if isinstance(refs, (str, os.PathLike)) else refs)]

@@ -1,11 +1,11 @@
-"""Tensors on disk: a strict reader of safetensors headers, and positional reads.
+"""Read and write the headers of safetensors files, strictly.
 
-The format: eight bytes with the header's length N (little endian), N bytes of JSON, then the tensors' bytes without
-gaps. Each JSON entry holds `dtype`, `shape` and `data_offsets` relative to the end of the header; `__metadata__` holds
-strings. A header is at most 100 MB.
+The format: eight bytes with the header's length N (little endian), N bytes of JSON, then the tensors' bytes
+without gaps. Each JSON entry holds `dtype`, `shape` and `data_offsets` relative to the end of the header;
+`__metadata__` holds strings. A header is at most 100 MB.
 
-The safetensors library reads the same header, but keeps the offsets to itself and maps whole files into memory, which
-is why this module exists: everything here is planned from headers and read in blocks.
+The safetensors library reads the same header, but keeps the offsets to itself and maps whole files into
+memory, which is why this file exists: merges are planned from headers and read in blocks.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FLOATS = ("BF16", "F16", "F32", "F64")
 """The dtypes arithmetic is done on; all others are copied as bytes."""
 
 CONFIG_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-"""What configs and command lines call the dtypes an output may be converted to."""
+"""The dtypes that an output may be converted to, as configs and command lines name them."""
 
 MAX_HEADER = 100_000_000
 MAX_DIGITS = 19
@@ -68,7 +68,7 @@ class StoredTensor:
 
     @property
     def matrix(self) -> tuple[int, int]:
-        """The tensor seen as (rows, columns): the first dimension by all others, vectors and scalars as one row."""
+        """(rows, columns): the first dimension by all others; vectors and scalars are one row."""
         if len(self.shape) < 2:
             return (1, self.numel)
         return (self.shape[0], math.prod(self.shape[1:]))
@@ -76,16 +76,16 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Header:
-    """What the head of one safetensors file says; tensors in the order of their bytes."""
+    """The header of one weight file; tensors in the order of their bytes."""
 
     tensors: Mapping[str, StoredTensor]
     metadata: Mapping[str, str]
 
 
 def read_header(path: Path) -> Header:
-    """Parse and check one file's header.
+    """Read and check one file's header.
 
-    Raises MalformedError when anything is off: a plausible header over the wrong bytes is how models break silently.
+    Raises MalformedError for any fault: a plausible header over the wrong bytes breaks a model silently.
     """
     with open_file(path) as file:
         return parse_header(path, os.fstat(file.fileno()).st_size, file)
@@ -93,10 +93,10 @@ def read_header(path: Path) -> Header:
 
 @contextmanager
 def open_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to read from its start.
+    """Open a file to read from its start.
 
-    Raises MalformedError where it cannot be read, for Git LFS pointers, and for folders and pipes, on which a reader
-    would wait forever.
+    Raises MalformedError for files that cannot be read, for Git LFS pointers, and for folders and pipes: a
+    reader would wait for a pipe forever.
     """
     try:
         if not stat.S_ISREG(path.stat().st_mode):
@@ -116,7 +116,7 @@ def open_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def parse_header(path: Path, size: int, file: BinaryIO) -> Header:
-    """Parse and check the head of a file of so many bytes, of which no more than the header need be there."""
+    """Parse and check the header of a file of `size` bytes; `file` need not go on after the header."""
     length = int.from_bytes(file.read(8), "little")
     if size < 8 or length > min(MAX_HEADER, size - 8):
         raise MalformedError(
@@ -128,24 +128,24 @@ def parse_header(path: Path, size: int, file: BinaryIO) -> Header:
     metadata = {} if metadata is None else metadata
     if not _is_string_map(metadata):
         raise MalformedError(f"{path}: __metadata__ must map strings to strings.")
-    found = [_entry(path, 8 + length, name, entry) for name, entry in entries.items()]
-    tensors = sorted(found, key=lambda tensor: (tensor.start, tensor.nbytes))
+    unsorted = [_entry(path, 8 + length, name, entry) for name, entry in entries.items()]
+    tensors = sorted(unsorted, key=lambda tensor: (tensor.start, tensor.nbytes))
     _check_tiling(path, tensors, 8 + length, size)
     return Header({tensor.name: tensor for tensor in tensors}, metadata)
 
 
 def _load_json(path: Path, raw: bytes) -> dict[str, Any]:
-    """The header's JSON. All its numbers are counts; Python's reader alone would take much that is no JSON."""
+    """Return the header's JSON, whose numbers are counts; Python's reader alone is less strict."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        made = dict(pairs)
-        if len(made) != len(pairs):
+        entries = dict(pairs)
+        if len(entries) != len(pairs):
             raise ValueError("a key occurs twice")
-        return made
+        return entries
 
     def count(digits: str) -> int:
         if not digits.isdecimal() or len(digits) > MAX_DIGITS:
-            raise ValueError(f"{digits[:30]} is no number of elements or bytes")
+            raise ValueError(f"{digits[:30]} is not a number of elements or bytes")
         return int(digits)
 
     try:
@@ -153,7 +153,7 @@ def _load_json(path: Path, raw: bytes) -> dict[str, Any]:
         header = json.loads(
             text, object_pairs_hook=unique, parse_int=count, parse_float=count, parse_constant=count
         )
-        if "\\u" in text:  # half a surrogate pair is no character
+        if "\\u" in text:  # half a surrogate pair is not a character
             json.dumps(header, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise MalformedError(f"{path}: the header is not valid JSON ({error}).") from error
@@ -181,7 +181,7 @@ def is_possible(shape: Sequence[int]) -> bool:
 
 
 def _entry(path: Path, body: int, name: str, entry: Any) -> StoredTensor:
-    """One header entry, checked against its own dtype and shape."""
+    """Return one header entry as a tensor, checked against its own dtype and shape."""
     fields: dict[str, Any] = entry if isinstance(entry, dict) and len(entry) == 3 else {}
     shape, offsets, dtype = fields.get("shape"), fields.get("data_offsets"), fields.get("dtype")
     if not (_is_counts(shape) and _is_counts(offsets) and len(offsets) == 2 and isinstance(dtype, str)):
@@ -191,13 +191,14 @@ def _entry(path: Path, body: int, name: str, entry: Any) -> StoredTensor:
     tensor = StoredTensor(name, dtype, tuple(shape), path, body + offsets[0])
     if not is_possible(shape) or tensor.numel * BITS[dtype] != 8 * (offsets[1] - offsets[0]):
         raise MalformedError(
-            f"{path}: {name} is declared as {dtype} {list(shape)}, which is not {offsets[1] - offsets[0]} bytes."
+            f"{path}: {name} is declared as {dtype} {list(shape)}, "
+            f"which is not {offsets[1] - offsets[0]} bytes."
         )
     return tensor
 
 
 def _check_tiling(path: Path, tensors: list[StoredTensor], body: int, size: int) -> None:
-    """The tensors must cover the file's body without gaps or overlaps."""
+    """Raise MalformedError unless the tensors cover the file's body without gaps or overlaps."""
     position = body
     for tensor in tensors:
         if tensor.start != position:
@@ -211,7 +212,7 @@ def _check_tiling(path: Path, tensors: list[StoredTensor], body: int, size: int)
 
 
 def encode_header(entries: Mapping[str, object]) -> bytes:
-    """Entries as the bytes that open a safetensors file."""
+    """Return entries as the bytes that open a safetensors file."""
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text

@@ -1,4 +1,4 @@
-"""Spool tensors whose number and size are known only while a run lasts, and lay them out as a safetensors file."""
+"""Spool tensors while a run computes them, and lay them out as a safetensors file at the end."""
 
 from __future__ import annotations
 

@@ -1,15 +1,16 @@
-"""Tensors in files that torch.save wrote (`.bin`, `.pt`, `.pth`): where each one lies, without unpickling anything.
+"""Locate the tensors in files that torch.save wrote (`.bin`, `.pt`, `.pth`), without unpickling anything.
 
 Two formats, both PyTorch's own, for a dict of names and tensors:
 
-* since torch 1.6 a zip archive of stored records in one folder: `data.pkl` is the dict, `byteorder` says little or big,
-  and `data/KEY` holds the bytes of one storage;
-* before, five pickles in a row (magic number, version, facts about the machine, the dict, the storages' keys), then for
-  each key the storage's number of elements as an int64, and its bytes.
+* since torch 1.6 a zip archive of stored records in one folder: `data.pkl` is the dict, `byteorder` says
+  little or big, and `data/KEY` holds the bytes of one storage;
+* before, five pickles in a row (magic number, version, facts about the machine, the dict, the storages'
+  keys), then for each key the storage's number of elements as an int64, and its bytes.
 
-In both, a tensor is a call: rebuild it from a storage, an offset, a shape and strides, all counted in elements.
-Python's own unpickler is not used, not even restricted: it crashes on deeply nested keys, allocates for whatever index
-a memo is given, and lets the last of two equal keys win. `_Machine` knows the opcodes that a dict of tensors needs.
+In both, a tensor is a call: rebuild it from a storage, an offset, a shape and strides, all counted in
+elements. Python's own unpickler is not used, not even restricted: it crashes on deeply nested keys, allocates
+for whatever index a memo is given, and lets the last of two equal keys win. `_Machine` knows the opcodes that
+a dict of tensors needs.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ BIG_ENDIAN = "was saved on a big-endian machine; convert it there."
 
 _DAMAGE = (ValueError, TypeError, LookupError, RuntimeError, ArithmeticError, EOFError, MemoryError, Warning,
            struct.error, zipfile.BadZipFile)  # fmt: skip
-"""What zipfile, struct, pickletools, and calls with the wrong arguments make of a broken file."""
+"""Errors that zipfile, struct, pickletools, and calls with the wrong arguments raise for a broken file."""
 
 
 class _Dtype(NamedTuple):
@@ -66,8 +67,8 @@ class _Tensor(NamedTuple):
 
 
 _DTYPES = {
-    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "complex64": "C64", "bool": "BOOL",
-    "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8",
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "complex64": "C64",
+    "bool": "BOOL", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8",
     "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8",
     "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0",
     "float8_e4m3fnuz": "F8_E4M3FNUZ", "float8_e5m2fnuz": "F8_E5M2FNUZ",
@@ -81,27 +82,28 @@ _GLOBALS: dict[str, Any] = {
     "collections OrderedDict": lambda: {},  # noqa: PIE807 -- dict would take arguments, and hash them
     "torch._utils _rebuild_tensor": _Tensor,
     "torch._utils _rebuild_tensor_v2": _Tensor,
-    "torch._utils _rebuild_tensor_v3": lambda a, b, c, d, e, f, dtype, g=None: _Tensor(a, b, c, d, e, f, g, dtype),
+    "torch._utils _rebuild_tensor_v3":
+        lambda a, b, c, d, e, f, dtype, g=None: _Tensor(a, b, c, d, e, f, g, dtype),
     "torch._utils _rebuild_parameter": lambda data, _grad, _hooks: data,
     "torch._utils _rebuild_parameter_with_state": lambda data, _grad, _hooks, _state: data,
     "torch.storage UntypedStorage": _Dtype("U8"),
     **{f"torch {name}": _Dtype(dtype) for name, dtype in _DTYPES.items()},
 }  # fmt: skip
-"""All that a pickle may name, and what it gets instead; no other value can be called."""
+"""All that a pickle may name, and its stand-ins; no other value can be called."""
 
 
 class _Machine:
-    """Runs one pickle on plain values; what is not in `_OPCODES` and `_GLOBALS` is refused."""
+    """Runs one pickle on plain values; opcodes and globals outside `_OPCODES` and `_GLOBALS` are refused."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.stack: list[Any] = []
         self.marks: list[int] = []
-        self.journal: dict[int, Any] = {}
+        self.memo: dict[int, Any] = {}
         self.storages: dict[str, _Storage] = {}
 
     def run(self, file: IO[bytes]) -> Any:
-        """The pickle's value; the file is left where it ends. genops believes any length, so reads are bounded."""
+        """Return the pickle's value and stop behind it; genops believes any length, so reads are bounded."""
         read, line = lambda count: file.read(min(count, MAX_PICKLE)), lambda: file.readline(MAX_PICKLE)
         head: Any = SimpleNamespace(read=read, readline=line, tell=file.tell)
         for opcode, argument, position in pickletools.genops(head):
@@ -114,15 +116,15 @@ class _Machine:
         return value
 
     def last(self, count: int) -> list[Any]:
-        """The last `count` values, off the stack."""
+        """Pop the last `count` values off the stack."""
         return [self.stack.pop() for _ in range(count)][::-1]
 
     def group(self) -> list[Any]:
-        """Everything since the last mark, off the stack."""
+        """Pop everything since the last mark off the stack."""
         return self.last(len(self.stack) - self.marks.pop())
 
     def update(self, pairs: Sequence[Any]) -> None:
-        """Keys and values in turn, into the dict on top."""
+        """Put keys and values, in turn, into the dict on top of the stack."""
         for key, value in zip(pairs[::2], pairs[1::2], strict=True):
             if type(key) not in {str, int}:  # a tuple, nested deeply enough, crashes Python when it is hashed
                 raise UnsupportedError(f"{self.path}: a {_kind(key)} as a key is refused.", hint=INSTEAD)
@@ -131,21 +133,21 @@ class _Machine:
             dict.__setitem__(self.stack[-1], key, value)
 
     def find(self, name: str) -> None:
-        """A global, if it is one of ours."""
+        """Push the stand-in of a global; raise MalformedError for a global that is not allowed."""
         if name not in _GLOBALS:
             raise MalformedError(f"{self.path} asks for {shown(name.replace(' ', '.'))}.", hint=INSTEAD)
         self.stack.append(_GLOBALS[name])
 
     def storage(self) -> None:
-        """A storage from its dtype, key, device and number of elements; old files add None."""
+        """Push a storage from its dtype, key, device and number of elements; old files add None."""
         kind, dtype, key, _device, numel, *view = self.stack.pop()
         fits = type(key) is str and isinstance(dtype, _Dtype) and _are_counts((numel,))
         if kind != "storage" or not fits or view not in ([], [None]):
             raise TypeError("not a storage")
-        found = _Storage(dtype.name, key, numel, numel * BITS[dtype.name] // 8)
-        if self.storages.setdefault(key, found) != found:
+        storage = _Storage(dtype.name, key, numel, numel * BITS[dtype.name] // 8)
+        if self.storages.setdefault(key, storage) != storage:
             raise MalformedError(f"{self.path} describes its storage {shown(key)} in two ways.")
-        self.stack.append(found)
+        self.stack.append(storage)
 
 
 _VALUES = ("NONE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE")
@@ -167,9 +169,9 @@ _OPCODES: dict[str, Callable[[_Machine, Any], object]] = {
     "SETITEMS": lambda m, _: m.update(m.group()),
     "APPEND": lambda m, _: list.append(m.stack[-2], m.stack.pop()),
     "APPENDS": lambda m, _: list.extend(m.stack[m.marks[-1] - 1], m.group()),
-    **dict.fromkeys(("BINPUT", "LONG_BINPUT"), lambda m, index: m.journal.update({index: m.stack[-1]})),
-    "MEMOIZE": lambda m, _: m.journal.update({len(m.journal): m.stack[-1]}),
-    **dict.fromkeys(("BINGET", "LONG_BINGET"), lambda m, index: m.stack.append(m.journal[index])),
+    **dict.fromkeys(("BINPUT", "LONG_BINPUT"), lambda m, index: m.memo.update({index: m.stack[-1]})),
+    "MEMOIZE": lambda m, _: m.memo.update({len(m.memo): m.stack[-1]}),
+    **dict.fromkeys(("BINGET", "LONG_BINGET"), lambda m, index: m.stack.append(m.memo[index])),
     "GLOBAL": _Machine.find,
     "STACK_GLOBAL": lambda m, _: m.find(" ".join(m.last(2))),
     "REDUCE": lambda m, _: m.stack.append(m.stack.pop(-2)(*m.stack.pop())),
@@ -179,23 +181,25 @@ _OPCODES: dict[str, Callable[[_Machine, Any], object]] = {
 
 
 def read_pickle(path: Path) -> Header:
-    """Where the tensors of one file lie; several may share bytes, and there are gaps between them.
+    """Locate the tensors of one file; several may share bytes, and gaps lie between them.
 
     Raises MalformedError or UnsupportedError for all but a flat dict of names and contiguous tensors.
     """
     try:
         with open_file(path) as file:
             tree, starts = _read(path, path.stat().st_size, file)
-        found = [_stored(path, name, value, starts) for name, value in _entries(path, tree).items()]
+        tensors = [_stored(path, name, value, starts) for name, value in _entries(path, tree).items()]
     except DoraConvertError:
         raise
     except _DAMAGE as error:
         raise MalformedError(f"{path} is damaged, or torch.save did not write it.", hint=AGAIN) from error
-    return Header({tensor.name: tensor for tensor in sorted(found, key=lambda it: (it.start, it.nbytes))}, {})
+    return Header(
+        {tensor.name: tensor for tensor in sorted(tensors, key=lambda it: (it.start, it.nbytes))}, {}
+    )
 
 
 def _read(path: Path, size: int, file: IO[bytes]) -> tuple[Any, dict[str, int]]:
-    """The pickled value, and where each of its storages starts."""
+    """Return the pickled value, and the first byte of each of its storages."""
     head = file.read(24)
     file.seek(0)
     if head.startswith((b"PK\x03\x04", b"\x80")):
@@ -210,20 +214,20 @@ def _read_zip(path: Path, file: IO[bytes]) -> tuple[Any, dict[str, int]]:
         roots = [name[:-8] for name in names if name.endswith("/data.pkl") and name.count("/") == 1]
         if len(roots) != 1 or len(set(names)) != len(names):
             raise MalformedError(f"{path} is a zip archive, but not one that torch.save wrote.")
-        places = {info.filename: _place(path, file, archive, info) for info in archive.infolist()}
-        if f"{roots[0]}byteorder" in places and archive.open(f"{roots[0]}byteorder").read(8) != b"little":
+        ranges = {info.filename: _range(path, file, archive, info) for info in archive.infolist()}
+        if f"{roots[0]}byteorder" in ranges and archive.open(f"{roots[0]}byteorder").read(8) != b"little":
             raise UnsupportedError(f"{path} {BIG_ENDIAN}")
         with archive.open(f"{roots[0]}data.pkl") as record:
             tree, starts = (machine := _Machine(path)).run(record), {}
     for key, storage in machine.storages.items():
-        starts[key], length = places.get(f"{roots[0]}data/{key}", (0, -1))
+        starts[key], length = ranges.get(f"{roots[0]}data/{key}", (0, -1))
         if length < storage.nbytes:
             raise MalformedError(f"{path}: storage {shown(key)} is missing or too short.", hint=AGAIN)
     return tree, starts
 
 
-def _place(path: Path, file: IO[bytes], archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[int, int]:
-    """Where a record's bytes start, and how many there are."""
+def _range(path: Path, file: IO[bytes], archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[int, int]:
+    """Return the first byte of a record's content, and the number of its bytes."""
     if info.compress_type != zipfile.ZIP_STORED:
         raise UnsupportedError(f"{path}: its record {shown(info.filename)} is compressed.")
     archive.open(info).close()  # raises unless the record's own header bears its name
@@ -277,10 +281,10 @@ def _stored(path: Path, name: str, tensor: _Tensor, starts: Mapping[str, int]) -
         raise UnsupportedError(f"{path}: {shown(name)} is a transposed, strided or lazy view.", hint=hint)
     kind = dtype.name if dtype else storage.dtype
     first = 0 if 0 in shape else offset * BITS[kind] // 8
-    found = StoredTensor(name, kind, shape, path, starts[storage.key] + first)
-    if first + found.nbytes > storage.nbytes:
+    stored = StoredTensor(name, kind, shape, path, starts[storage.key] + first)
+    if first + stored.nbytes > storage.nbytes:
         raise MalformedError(f"{path}: {shown(name)} is larger than its storage.")
-    return found
+    return stored
 
 
 def _are_counts(value: object) -> TypeGuard[tuple[int, ...]]:

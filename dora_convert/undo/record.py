@@ -2,9 +2,9 @@
 
 `dora_convert/undo.safetensors`, the undo record, holds for every output tensor that needs it
 
-    norm/<n>/<tensor>    F32 (out)        ‖W + sBA‖ of the n-th edit of a tensor, without which a DoRA merge is final
+    norm/<n>/<tensor>    F32 (out)        ‖W + sBA‖ of the n-th edit: no DoRA merge can be undone without it
     rows/<tensor>        as in the base   the base's rows that an adapter's tensor replaced, where they differ
-    index/<tensor>       I64 (rows)       the numbers of those rows, of the tensor seen as (first dimension, all others)
+    index/<tensor>       I64 (rows)       the numbers of those rows; a row is all dimensions but the first
     start/left/<tensor>  F32 (out, rank)  the factors that PiSSA, OLoRA or KaSA took from the base
     start/right/<tensor> F32 (rank, in)
     ulps/<tensor>        U8 (bytes)       what rounding took, packed: exact records only
@@ -62,7 +62,7 @@ class MergeRecord:
         )
         if stored.dtype != dtype or not alike:
             raise MalformedError(
-                f"{stored.path}: {stored.name} is {stored.dtype} {list(stored.shape)}, which no merge has left.",
+                f"{stored.path}: {stored.name} is {stored.dtype} {list(stored.shape)}; no merge leaves this.",
                 hint="the undo record is damaged",
             )
         return stored
@@ -103,7 +103,7 @@ def read_record(merged: Checkpoint) -> MergeRecord | None:
 def no_record(
     merged: Checkpoint, adapters: int, ignore_field: Sequence[str], files: Sequence[str]
 ) -> MergeRecord:
-    """Return what must be assumed without a record: weights of 1, and a base with the same headers and files."""
+    """Return what is assumed without a record: weights of 1, and a base with the same headers and files."""
     shards = tuple(
         BaseShard(
             converted(shard.filename),

@@ -152,7 +152,7 @@ class Config(Struct, frozen=True):
         return _first_match(self.rank_pattern, module, self.r)
 
     def scaling(self, module: str) -> float:
-        """Return s of a module: alpha/r, or alpha/√r (rsLoRA, arXiv:2312.03732); AdaLoRA's has its own divisor."""
+        """Return s of a module: alpha/r, alpha/√r (rsLoRA, arXiv:2312.03732), or AdaLoRA's alpha/init_r."""
         if self.adalora:
             return self.alpha / (self.adalora + 1e-5)
         rank = self.rank(module)
@@ -178,7 +178,7 @@ class Config(Struct, frozen=True):
         return any(module.endswith(saved) for module in modules for saved in self.modules_to_save)
 
     def index(self, module: str) -> tuple[int, ...]:
-        """Return the rows of an embedding that were trained; a list in the config is for the input embedding."""
+        """Return the trained rows of an embedding; a list in the config is for the input embedding."""
         indices = self.token_indices
         tokens = indices if isinstance(indices, dict) else {"": indices}
         named = (rows for name, rows in tokens.items() if f".{module}".endswith(f".{name}"))
@@ -194,7 +194,7 @@ class Config(Struct, frozen=True):
         return (options.nblocks if on_A else 1, options.nblocks if on_B else 1)
 
     def square_experts(self) -> tuple[bool, bool]:
-        """Return True if square experts were trained as (in, out): in models that store them so, and in others.
+        """Return True if square experts are (in, out): in models that store them so, and in all others.
 
         PEFT before 0.19 always trained them so; 0.19.0 had it the wrong way round.
         """

@@ -29,10 +29,10 @@ from pathlib import Path
 from ...adapters.adapter import Adapter, Change
 from ...adapters.updates import Full, Rows
 from ...errors import Fault, MalformedError
+from ...storage.checkpoint import read_weights
 from ...storage.json_files import read_json
 from ...storage.refs import Source
-from ...storage.safetensors import StoredTensor, read_header
-from ...storage.torch_pickle import read_pickle
+from ...storage.safetensors import StoredTensor
 from .config import Config, is_saved_embedding
 from .fields import refuse_unsupported
 from .modules import updates_of
@@ -60,7 +60,7 @@ def read(source: Source, accepted: Collection[str] = ()) -> Adapter:
     refuse_unsupported(raw, source.name, accepted)
     config = Config.parse(raw, source.path / CONFIG)
     weights = _weights(source)
-    tensors = (read_pickle if weights.suffix == ".bin" else read_header)(weights).tensors
+    tensors = read_weights(weights).tensors
     found = _Found(config)
     for name, tensor in tensors.items():
         found.sort(name, tensor)
