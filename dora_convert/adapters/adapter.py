@@ -23,6 +23,11 @@ class Change:
     rule: str = ""
     """How its scaling came about, such as "alpha 16 / rank 8"."""
 
+    @property
+    def module(self) -> str:
+        """The name of the module that owns the target."""
+        return self.target.rpartition(".")[0]
+
 
 @dataclass(frozen=True)
 class Adapter:

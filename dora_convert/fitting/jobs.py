@@ -15,7 +15,6 @@ from ..errors import UsageError
 from ..formats.detect import FORMATS, Format
 from ..plan.item import Edit, Item
 from ..plan.plan import Plan
-from ..plan.planner import is_chosen
 from ..storage.checkpoint import Checkpoint
 from ..storage.refs import Source
 from ..storage.safetensors import StoredTensor
@@ -155,7 +154,7 @@ def place_changes(
     places = {edit.low.A.name: (item, edit) for item in plan.items for edit in item.edits if edit.low}
     placed, unplaced, others = [], [], []
     for change in plan.adapters[0].changes:
-        if not is_chosen(change, plan.options):
+        if not plan.options.selects(change.module):
             continue
         if not isinstance(change.update, LowRank | Decomposed):
             others.append(change)

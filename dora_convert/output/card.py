@@ -16,6 +16,7 @@ from typing import Any
 import xxhash
 
 from .. import __version__
+from ..naming.families import PIPELINES
 from ..plan.plan import Plan
 from ..storage.refs import Source
 from ..storage.safetensors import CONFIG_DTYPES
@@ -23,12 +24,6 @@ from ..storage.safetensors import CONFIG_DTYPES
 NAME = "README.md"
 INHERITED = ("license", "license_name", "license_link", "language")
 """What a card takes from the base's own."""
-PIPELINES = {
-    "ForCausalLM": "text-generation", "LMHeadModel": "text-generation",
-    "ForSequenceClassification": "text-classification", "ForTokenClassification": "token-classification",
-    "ForQuestionAnswering": "question-answering", "ForMaskedLM": "fill-mask",
-}  # fmt: skip
-"""What models of a class are for, by how its name ends."""
 
 _MARK = re.compile(rb"<!-- dora-convert card ([0-9a-f]{32}) -->\n?\Z")
 

@@ -14,8 +14,7 @@ from ..engine.rows import replaced_rows
 from ..maths import lora as maths
 from ..output.finished import TensorResult
 from ..parity.ulps import half_ulp
-from ..plan.blocks import spans
-from ..plan.item import Item
+from ..plan.item import Item, spans
 from ..storage.digests import Digest
 from ..storage.safetensors import StoredTensor
 from ..storage.spool import Spool
