@@ -12,7 +12,7 @@ from ..adapters.adapter import Adapter, Change
 from ..adapters.new_adapter import NewAdapter
 from ..adapters.updates import Decomposed, LowRank, low_rank
 from ..errors import UsageError
-from ..formats.detect import FORMATS, Format
+from ..formats.detect import Format
 from ..plan.item import Edit, Item
 from ..plan.plan import Plan
 from ..storage.checkpoint import Checkpoint
@@ -116,14 +116,6 @@ class MatchedChange:
     def reads(self) -> tuple[Path, ...]:
         """The base's file that it is in."""
         return (self.item.source.path,)
-
-
-def find_format(name: str) -> Format:
-    """A format to write, by its name; UsageError lists them."""
-    for known in FORMATS:
-        if name == known.NAME:
-            return known
-    raise UsageError(f"--format {name!r} is not one of {', '.join(known.NAME for known in FORMATS)}.")
 
 
 def goal_of(rank: int | None, energy: float | None, max_error: float | None) -> dict[str, Any]:

@@ -21,8 +21,10 @@ from .torch_pickle import read_pickle
 
 INDEX_SUFFIX = ".safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth")
-OF_TRAINING = re.compile(r"adapter_model|training_args|optimizer|scheduler|rng_state|scaler")
+OF_TRAINING = re.compile(r"adapter_|training_args|optimizer|scheduler|rng_state|scaler")
 """How the names of files begin that lie beside weights and are none."""
+ADAPTER_FILES = "adapter_"
+"""The beginning of names of an adapter's files, which may lie beside a model."""
 RECORD = "dora_convert"
 """The sub-folder of an output that holds the receipt and the undo record."""
 RECEIPT = "receipt.json"
@@ -38,7 +40,7 @@ WEIGHT_SUFFIXES = (
 """Files that hold weights, or say where they are: stale beside merged ones, so never copied."""
 
 WEIGHT_FOLDERS = ("original", "onnx", "openvino", "coreml", "metal", "gguf")
-NOT_COPIED = ("README.md", "adapter_config.json", ".lock")
+NOT_COPIED = ("README.md", ".lock")
 
 
 @dataclass(frozen=True)
@@ -195,11 +197,6 @@ def weight_entry(names: Sequence[str], where: str) -> str:
             f"{where} has no safetensors weights, only {', '.join(other[:3])}: not read yet.",
             hint="save the model as safetensors, or name a revision that has them",
         )
-    if "adapter_config.json" in names:
-        raise RefError(
-            f"{where} is an adapter, not a model.",
-            hint="dora-convert merge makes a model of base and adapter",
-        )
     raise RefError(f"{where} holds no safetensors weights.")
 
 
@@ -276,7 +273,8 @@ def is_side_file(name: str) -> bool:
     """Whether a file, by its path inside the folder, belongs in a copy of the model beside its weights."""
     parts = PurePosixPath(name).parts
     hidden = any(part in (".cache", "__pycache__") or part.startswith(".git") for part in parts)
-    return not (hidden or parts[0] == RECORD or name in NOT_COPIED or is_weight_file(name))
+    adapter = len(parts) == 1 and name.startswith(ADAPTER_FILES)
+    return not (hidden or parts[0] == RECORD or adapter or name in NOT_COPIED or is_weight_file(name))
 
 
 def list_files(root: Path) -> list[str]:
