@@ -1,4 +1,4 @@
-"""Hold an adapter that is to be written, in one form for all file formats; `Format.save` turns it into files."""
+"""Hold an adapter that is to be written, in one form for all file formats."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Describe the update of one weight by an adapter, whatever file the adapter came from.
 
-`W` is the weight as torch's Linear has it, (out, in); convolutions are flattened to (out, in·k…). Tensors are headers
-(`StoredTensor`); values are read when a plan is run.
+`W` is the weight as torch's Linear has it, (out, in); convolutions are flattened to (out, in·k…). Tensors are
+headers (`StoredTensor`); values are read when a plan is run.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ..storage.safetensors import StoredTensor
 
 
 class Start(Enum):
-    """The change of the base before the first step of training: a low-rank part of W was moved or taken out."""
+    """The change of the base before training: a low-rank part of W was moved or taken out."""
 
     PISSA = "PiSSA"  # W − top r of its SVD (arXiv:2404.02948)
     OLORA = "OLoRA"  # W − s·QR, the first r of its QR factors (arXiv:2406.01775)
@@ -29,8 +29,8 @@ class LowRank:
     B: StoredTensor  # (out, r, …)
     scale: float  # s
     transposed: bool | None = None
-    """True if W is stored as (in, out), as embeddings are; False for convolutions; None if only the base can tell
-    (torch's Linear or GPT-2's Conv1D, and experts)."""
+    """True if W is stored as (in, out), as embeddings are; False for convolutions; None if only the base can
+    tell (torch's Linear or GPT-2's Conv1D, and experts)."""
     d: StoredTensor | None = None  # r elements: AdaLoRA (arXiv:2303.10512), KaSA
     blocks: tuple[int, int] = (1, 1)
     """The numbers of blocks on the diagonals of A and B (BD-LoRA): A is then stored as (r, in/blocks), B as

@@ -1,6 +1,6 @@
 """Find an adapter's format by its file names, local or remote, and answer questions about files of adapters.
 
-A format is a module or a folder with the names of `Format`, and one line in `FORMATS`. Formats are tried in this order.
+A format is a file or a folder with the names of `Format`, and one line in `FORMATS`, tried in this order.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class Format(Protocol):
     """The beginning of tensor names before the module's name."""
 
     def recognises(self, names: Sequence[str], path: Path | None) -> bool:
-        """Return True for files of this format; `path` is the local folder or file, whose headers can be read."""
+        """Return True for files of this format; headers can be read if there is a local `path`."""
 
     def owns(self, name: str) -> bool:
-        """Return True if a file, by its path in the folder, is part of the adapter and not of a model beside it."""
+        """Return True if a file is the adapter's own, by its path in the folder."""
 
     def read(self, source: Source, accepted: Collection[str] = ()) -> Adapter:
         """Read the adapter's headers; config fields in `accepted` are not refused."""
@@ -49,10 +49,10 @@ class Format(Protocol):
         """Return the files of a new adapter: headers of tensors by name, and small files."""
 
     def objection(self, change: Change, tensor: str, like: Adapter) -> str | None:
-        """Return why an adapter's LoRA on a weight cannot be a DoRA in this format; None if it can."""
+        """Return why an adapter's LoRA on a weight cannot be a DoRA; None if it can."""
 
     def shares_rank(self, change: Change, tensor: str, like: Adapter) -> str | None:
-        """Return why an adapter's factors for a weight must keep their rank in this format; None if they need not."""
+        """Return why an adapter's factors for a weight must keep their rank; None if they need not."""
 
 
 FORMATS: tuple[Format, ...] = (peft,)
@@ -68,7 +68,7 @@ def find_format(name: str) -> Format:
 
 
 def detect(where: Path | Sequence[str]) -> Format | None:
-    """Return the format of a local folder or file, or of a remote folder by its file names; None for no adapter."""
+    """Return the format of a local path, or of a remote folder by its file names; None for no adapter."""
     names, path = _names(where), where if isinstance(where, Path) else None
     return next((known for known in FORMATS if known.recognises(names, path)), None)
 
@@ -80,17 +80,17 @@ def _names(where: Path | Sequence[str]) -> Sequence[str]:
 
 
 def is_adapter_file(name: str) -> bool:
-    """Return True if a file, by its path in the folder, is part of an adapter and not of a model beside it."""
+    """Return True if a file is an adapter's own, by its path in the folder."""
     return any(known.owns(name) for known in FORMATS)
 
 
 def wanted_of_adapter(names: Sequence[str]) -> list[str]:
-    """Return the files to download: the adapter's own and small ones, such as a tokenizer's; no model beside them."""
+    """Return the files to download: the adapter's own and a tokenizer's, no model beside them."""
     return [name for name in names if "/" not in name and (is_adapter_file(name) or not is_weight_file(name))]
 
 
 def adapters_inside(where: Path | Sequence[str]) -> list[str]:
-    """Return the sub-folders that hold adapters: of a local folder two levels deep, of a remote folder all."""
+    """Return the sub-folders that hold adapters; of a local folder, two levels deep."""
     if isinstance(where, Path):
         globs = (sorted(where.glob(f"{depth}/{anchor}")) for depth in ("*", "*/*") for anchor in ANCHORS)
         return [path.parent.relative_to(where).as_posix() for paths in globs for path in paths]

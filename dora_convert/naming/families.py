@@ -1,4 +1,4 @@
-"""Tables about model families: the module names, layouts and class names that differ from one family to another.
+"""Hold every table about model families: module names, layouts and class names that differ.
 
 Data only: functions that use a table live where the question arises. Families are named by `model_type`.
 """
@@ -8,13 +8,13 @@ from __future__ import annotations
 RENAMED = frozenset(
     {
         "mixtral", "minimax", "minimax_m2", "phimoe", "qwen2_moe", "qwen3_moe", "qwen3_next", "deepseek_v2",
-        "deepseek_v3", "deepseek_v32", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "olmoe", "flex_olmo", "dots1",
-        "ernie4_5_moe", "hunyuan_v1_moe", "exaone_moe", "cohere2_moe", "longcat_flash", "solar_open", "afmoe",
-        "qwen3_omni_moe", "qwen3_5_moe", "jamba", "nemotron_h", "lfm2_moe", "granitemoe", "granitemoeshared",
-        "granitemoehybrid", "qwen3_vl_moe", "qwen2_vl", "qwen2_5_vl", "qwen2_5_omni", "llava", "llava_next",
-        "llava_next_video", "llava_onevision", "gemma3", "mistral3", "paligemma", "internvl", "aya_vision", "aria",
-        "got_ocr2", "vipllava", "mllama", "fuyu", "video_llava", "emu3", "gemma3n", "gemma3n_text", "qwen3_5_text",
-        "gpt_neox",
+        "deepseek_v3", "deepseek_v32", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "olmoe", "flex_olmo",
+        "dots1", "ernie4_5_moe", "hunyuan_v1_moe", "exaone_moe", "cohere2_moe", "longcat_flash",
+        "solar_open", "afmoe", "qwen3_omni_moe", "qwen3_5_moe", "jamba", "nemotron_h", "lfm2_moe",
+        "granitemoe", "granitemoeshared", "granitemoehybrid", "qwen3_vl_moe", "qwen2_vl", "qwen2_5_vl",
+        "qwen2_5_omni", "llava", "llava_next", "llava_next_video", "llava_onevision", "gemma3", "mistral3",
+        "paligemma", "internvl", "aya_vision", "aria", "got_ocr2", "vipllava", "mllama", "fuyu",
+        "video_llava", "emu3", "gemma3n", "gemma3n_text", "qwen3_5_text", "gpt_neox",
     }
 )  # fmt: skip
 """Families whose tensors may have other names on disk than in the running model (transformers 5)."""
@@ -37,8 +37,9 @@ HEAD_TOPS = frozenset({"lm_head", "cls", "vocab_transform", "vocab_layer_norm", 
 SCALED = frozenset({"t5", "mt5", "umt5", "longt5", "switch_transformers", "pix2struct"})
 """Families that compute differently with a tied head, so that untying the head changes more than weights."""
 INNER = {
-    "gpt2": "transformer.", "bloom": "transformer.", "falcon": "transformer.", "bert": "bert.", "roberta": "roberta.",
-    "xlm-roberta": "roberta.", "distilbert": "distilbert.", "electra": "electra.", "camembert": "roberta.",
+    "gpt2": "transformer.", "bloom": "transformer.", "falcon": "transformer.", "bert": "bert.",
+    "roberta": "roberta.", "xlm-roberta": "roberta.", "distilbert": "distilbert.", "electra": "electra.",
+    "camembert": "roberta.",
 }  # fmt: skip
 """The prefix of the bare model's tensors inside a model with a head."""
 
@@ -50,7 +51,7 @@ COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
 """Config keys that hold the number of layers."""
 CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
 CONV1D_MODULES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
-"""Families and last names of transformers' Conv1D, whose weight is (in, out). Shapes of square weights do not tell."""
+"""Families and last names of transformers' Conv1D, whose weight is (in, out). Square shapes do not tell."""
 TURNED_EXPERTS = frozenset({"gpt_oss", "openai_privacy_filter", "aria"})
 """Families whose experts are (in, out) and say so (`is_transposed` in transformers)."""
 
@@ -59,8 +60,9 @@ TURNED_EXPERTS = frozenset({"gpt_oss", "openai_privacy_filter", "aria"})
 HEADLESS = ("Model", "Classification", "QuestionAnswering", "MultipleChoice", "Regression", "Detection")
 """Classes without an output head over the vocabulary."""
 SUFFIXES = (
-    "LMHeadModel", "DoubleHeadsModel", "ForCausalLM", "ForMaskedLM", "ForPreTraining", "ForConditionalGeneration",
-    "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "Model",
+    "LMHeadModel", "DoubleHeadsModel", "ForCausalLM", "ForMaskedLM", "ForPreTraining",
+    "ForConditionalGeneration", "ForSequenceClassification", "ForTokenClassification",
+    "ForQuestionAnswering", "Model",
 )  # fmt: skip
 """Every ending that may follow the family's name."""
 PIPELINES = {

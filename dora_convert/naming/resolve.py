@@ -1,7 +1,7 @@
 """Translate an adapter's tensor names to the base's, and explain the names that the base does not have.
 
-Names on disk are taken for module names, as most families have them. `families.RENAMED` lists the other families: they
-are refused once a name fails to match.
+Names on disk are taken for module names, as most families have them. `families.RENAMED` lists the other
+families: they are refused once a name fails to match.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ class Prefix:
 class NameResolver:
     """Translates one adapter's names of weights to the base's names.
 
-    Either the names are equal, or all of them differ by one prefix: the adapter was trained on a model without its head,
-    or on a wrapped model. The prefix counts if no other prefix leads every name to a tensor.
+    Either the names are equal, or all of them differ by one prefix: the adapter was trained on a model
+    without its head, or on a wrapped model. The prefix counts if no other prefix leads every name to a
+    tensor.
     """
 
     def __init__(self, tensors: Mapping[str, StoredTensor], targets: Sequence[str]) -> None:
@@ -97,7 +98,7 @@ def unwrapped(name: str) -> str:
 
 
 def explain_missing(target: str, names: NameResolver, base: Checkpoint) -> str:
-    """Return why the base has no such tensor: another layout, a missing bias, or a typo with its nearest names."""
+    """Return why the base has no such tensor: another layout, a missing bias, or a typo."""
     if names.ambiguous:
         examples = ", ".join(prefix.apply(target) for prefix in names.ambiguous[:3])
         return f"could be any of {examples}"

@@ -28,11 +28,11 @@ class Tie:
 def find_tie(base: Checkpoint, tasks: Collection[str] = ()) -> Tie | None:
     """Return the tie between a base's head and its input embedding; None if they are two weights.
 
-    `tasks` are model classes, or ends of their names, that the base was trained inside: a bare model has no head of its
-    own.
+    `tasks` are model classes, or ends of their names, that the base was trained inside: a bare model has no
+    head of its own.
 
-    Without a flag in the config, transformers' default holds: tied, if the architecture has a head and the checkpoint
-    has none, or has the same bytes under both names.
+    Without a flag in the config, transformers' default holds: tied, if the architecture has a head and the
+    checkpoint has none, or has the same bytes under both names.
     """
     heads = [name for name in base.tensors if is_head(name)]
     embeddings = [name for name in base.tensors if is_embedding(name)]

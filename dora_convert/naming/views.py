@@ -17,7 +17,7 @@ from .families import COUNTS, LAYERS
 
 
 def replicate(base: Checkpoint, layers: Sequence[int]) -> Checkpoint:
-    """Return the base with its layers repeated as PEFT's `layer_replication` says: these layers, in this order.
+    """Return the base with its layers in the order that PEFT's `layer_replication` says.
 
     Raises PlanError if the base has no such layers, or several stacks of layers.
     """

@@ -48,7 +48,7 @@ def with_vocabulary(config: Config, old: int, new: int) -> Config:
 def with_head(config: Config, task: str | None, shapes: Mapping[str, tuple[int, ...]]) -> Config:
     """Return a config for a head that the base lacks: its class, and the number of labels.
 
-    `task` is a class of transformers or the end of its name; `shapes` holds the added tensors' shapes by name.
+    `task` is a class of transformers or the end of its name; `shapes` are the added tensors' by name.
     """
     changed: dict[str, Any] = dict(config)
     if task and task != "ForCausalLM":  # whose class has other names in some families

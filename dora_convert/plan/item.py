@@ -1,7 +1,7 @@
-"""Describe one output tensor: its inputs, its cost in memory, and the blocks of rows that its values are computed in.
+"""Describe one output tensor: its inputs, its cost in memory, and its blocks of rows.
 
-Blocks depend on a tensor's shape alone: matrix products give other bits at other heights, and the bytes of an output
-must not depend on the memory budget or on the number of workers.
+Blocks depend on a tensor's shape alone: matrix products give other bits at other heights, and the bytes of an
+output must not depend on the memory budget or on the number of workers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ..adapters.updates import Decomposed, Delta, LowRank, Rows, low_rank
 from ..storage.safetensors import BITS, FLOATS, StoredTensor
 
 BLOCK_ELEMENTS = 1 << 19
-"""4 MiB in float64: two workers' blocks stay in a processor's cache, twice the size takes half as long again."""
+"""4 MiB in float64: two workers' blocks stay in a processor's cache; double size takes 1.5 times as long."""
 ROWS_MULTIPLE = 16
 
 
@@ -50,7 +50,7 @@ class Edit:
 
 @dataclass(frozen=True)
 class Undo:
-    """One tensor's part of an undo record. An item that has one takes its edits out instead of applying them."""
+    """One tensor's part of an undo record. An item that has one takes its edits out again."""
 
     norms: tuple[StoredTensor | None, ...] = ()
     """For each edit, ‖W + sBA‖ before the merge; None if the edit sets no magnitudes."""
@@ -88,7 +88,7 @@ class Item:
     origin: str = ""
     """The name on disk of the base's tensor that this one derives from."""
     undo: Undo | None = None
-    """If set, `source` is a merge's output, and `edits` and `rows` say how the merge changed the base's tensor."""
+    """If set, `source` is a merge's output, and `edits` and `rows` are the merge's changes."""
 
     @cached_property
     def matrix(self) -> tuple[int, int]:
@@ -107,7 +107,7 @@ class Item:
 
     @property
     def verbatim(self) -> bool:
-        """True if the output's bytes are on disk: the base's, or counters and the like that an adapter brings."""
+        """True if the output's bytes are on disk: the base's, or an adapter's counters and the like."""
         copied = not self.replaced or self.source.dtype not in FLOATS
         return not self.edits and copied and self.dtype == self.source.dtype and not self.undo
 
@@ -134,7 +134,7 @@ class Item:
 
     @property
     def beyond_recovery(self) -> bool:
-        """True if the adapter's bytes replace the base's, as for counters: there is no comparison with the base then."""
+        """True if the adapter's bytes replace the base's, as for counters: nothing is compared then."""
         return self.base is not None and self.replaced and self.verbatim
 
     @property
@@ -161,7 +161,7 @@ class Item:
         return spans(*self.base.matrix) if self.base else iter(())
 
     def cost(self, width: int, *, exact: bool = False) -> int:
-        """Return the bytes that a worker holds: a block's buffers and the factors, at `width` bytes an element.
+        """Return the bytes that a worker holds: a block's buffers and factors, at `width` bytes an element.
 
         A copy needs no buffer worth counting. With `exact`, the base is also predicted from the output.
         """
@@ -212,7 +212,7 @@ class Item:
 
 
 def edit_cost(edit: Edit, height: int, width: int) -> int:
-    """Return the bytes held for one edit: the factor with the columns, a block's rows of the other factor, norms."""
+    """Return the bytes held for one edit: one whole factor, a block's rows of the other factor, norms."""
     if not (low := edit.low):
         return edit.update.value.numel * (width + 4) if isinstance(edit.update, Delta) else 0
     inputs = math.prod(low.inputs)
@@ -226,7 +226,7 @@ def edit_cost(edit: Edit, height: int, width: int) -> int:
 
 
 def block_height(rows: int, columns: int) -> int:
-    """Return the rows of one block: about half a million elements, a multiple of 16 rows, at most all rows."""
+    """Return the rows of a block: about half a million elements, a multiple of 16 rows, at most all."""
     fitting = BLOCK_ELEMENTS // max(1, columns)
     return max(1, min(rows, max(ROWS_MULTIPLE, fitting - fitting % ROWS_MULTIPLE)))
 

@@ -1,6 +1,7 @@
 """Hold a plan: every output tensor exactly once, and the fate of every adapter tensor.
 
-A plan is data. `planner.make_plan` builds a plan from headers and options, `engine.run` carries it out, reports print it.
+A plan is data. `planner.make_plan` builds a plan from headers and options, `engine.run` carries it out,
+reports print it.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ class Plan:
 
     @cached_property
     def remains(self) -> Mapping[str, Item]:
-        """The output tensor that each base tensor can be recovered from, by the base tensor's name on disk."""
+        """The output tensor that recovers each base tensor, by the base tensor's name on disk."""
         remains: dict[str, Item] = {}
         for item in sorted(self.items, key=lambda item: (not item.verbatim, item.added)):
             if item.base and not item.beyond_recovery:
@@ -115,7 +116,7 @@ class Plan:
 
     @cached_property
     def lost_with(self) -> Mapping[str, str]:
-        """The shard that each lost tensor is read with, by name: the first that reads the same file, else the last."""
+        """The shard that each lost tensor is read with: the first that reads the same file, else the last."""
         first = {path: shard.filename for shard in reversed(self.shards) for path in shard.inputs}
         return {tensor.name: first.get(tensor.path, self.shards[-1].filename) for tensor in self.lost}
 

@@ -1,7 +1,8 @@
 """Make a plan of base and adapter headers, or one error that names everything that does not fit.
 
-Only headers are read, except if an adapter brings both sides of a tied embedding: the two tensors are then compared.
-This file alone brings the three axes together: adapter formats, tensor names, and the base's storage of weights.
+Only headers are read, except if an adapter brings both sides of a tied embedding: the two tensors are then
+compared. This file alone brings the three axes together: adapter formats, tensor names, and the base's
+storage of weights.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ def make_plan(
 ) -> Plan:
     """Decide every output tensor.
 
-    Raises UnsupportedError for bases that are refused as a whole, UsageError for weights that cannot be applied, and
-    PlanError with every fault of every adapter otherwise.
+    Raises UnsupportedError for bases that are refused as a whole, UsageError for weights that cannot be
+    applied, and PlanError with every fault of every adapter otherwise.
     """
     refuse_quantised(base)
     tree = _with_layers(base, adapters)
@@ -96,7 +97,7 @@ def _targets(adapter: Adapter, options: Options) -> list[str]:
 def _prefix(
     adapters: Sequence[Adapter], names: Sequence[NameResolver], tie: Tie | None, options: Options
 ) -> str | None:
-    """Return the prefix that a bare model's tensors have inside the model with the head that an adapter adds."""
+    """Return the prefix of a bare model's tensors inside the model with the head that an adapter adds."""
     prefixes = {
         resolver.prefix.drop
         for adapter, resolver in zip(adapters, names, strict=True)
@@ -142,7 +143,7 @@ def _resized(items: Mapping[str, Item]) -> dict[str, tuple[int, int]]:
 
 
 def _resized_alone(items: Mapping[str, Item], resized: Mapping[str, tuple[int, int]]) -> Iterator[Fault]:
-    """Yield a fault for every tensor that an adapter should have resized along with an embedding or a head."""
+    """Yield a fault for every tensor that should have been resized along with an embedding or a head."""
     if not resized:
         return
     old, new = next(iter(resized.values()))

@@ -19,10 +19,10 @@ SWOLLEN = 1.5
 def lay_out(
     base: Checkpoint, items: Mapping[str, Item], max_shard_size: int | None
 ) -> tuple[tuple[OutputShard, ...], str | None]:
-    """Return the output shards and the index's name: the base's own shards, or shards of at most a size in bytes.
+    """Return the output shards and the index's name: the base's shards, or shards of at most a size in bytes.
 
-    An added tensor joins the shard of the tensor it derives from, else the last shard. A tensor larger than the limit
-    gets its own shard.
+    An added tensor joins the shard of the tensor it derives from, else the last shard. A tensor larger than
+    the limit gets its own shard.
     """
     groups = _as_base(base, items)
     largest = max(sum(tensor.nbytes for tensor in shard.tensors) for shard in base.shards)

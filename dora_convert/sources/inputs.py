@@ -26,7 +26,7 @@ from ..storage.checkpoint import Checkpoint, open_checkpoint
 from ..storage.refs import HubRef, Source, local_path, local_source, parse_ref
 from .session import Session
 
-Mode = Literal["headers", "whole", "local"]
+Mode = Literal["brief", "headers", "whole", "local"]
 QUANTISED_NAME = re.compile(r"(?i)[-_.](unsloth-)?(bnb|gptq|awq|gguf|[48]-?bits?|int[48]|fp8|nf4)\b.*$")
 
 
@@ -39,13 +39,12 @@ def open_inputs(
     verb: str = "merge",
     accepted: Collection[str] = (),
     mode: Mode = "headers",
-    side_files: bool = True,
     weights: Path | None = None,
 ) -> tuple[Checkpoint, list[Adapter]]:
     """Open the adapters, then the base: the named one, or the one that the first adapter names.
 
-    `out` and `verb` are words of the command line, for hints. The other options are those of `open_base` and
-    `open_adapter`.
+    `out` and `verb` are words of the command line, for hints; `open_base` and `open_adapter` explain the
+    rest.
 
     Raises RefError and its siblings for missing inputs, UsageError if BASE and ADAPTER are swapped.
     """
@@ -53,9 +52,7 @@ def open_inputs(
         refuse_swapped(base, adapters, out, verb)
     opened = [open_adapter(ref, session, accepted) for ref in adapters]
     ref, revision = (base, None) if base is not None else _base_of(opened[0], adapters[0], out, verb)
-    checkpoint = open_base(
-        ref, "BASE", session, mode, revision=revision, side_files=side_files, weights=weights
-    )
+    checkpoint = open_base(ref, "BASE", session, mode, revision=revision, weights=weights)
     if base is None:
         session.notify(f"base: {checkpoint.source.title}, as {opened[0].source.name} says")
     return checkpoint, opened
@@ -68,14 +65,13 @@ def open_base(
     mode: Mode = "headers",
     *,
     revision: str | None = None,
-    side_files: bool = True,
     weights: Path | None = None,
 ) -> Checkpoint:
     """Open a checkpoint; `what` is its word on the command line.
 
-    In mode "headers" the weights of a Hub repo stay on the Hub, as do the side files without `side_files`; `weights` is
-    the folder for weights that are downloaded later, by default the session's. Mode "whole" downloads the repo. Mode
-    "local" takes a local path that an earlier run may have begun to change in place.
+    The weights of a Hub repo stay on the Hub in mode "headers"; in mode "brief", so do the side files.
+    `weights` is the folder for a later download, by default the session's. Mode "whole" downloads the repo.
+    Mode "local" takes a local path only, which an earlier run may have begun to change in place.
     """
     parsed = local_path(ref, what) if mode == "local" else parse_ref(ref, what)
     if isinstance(parsed, Path):
@@ -87,7 +83,8 @@ def open_base(
     else:
         from .remote_headers import open_remote
 
-        return open_remote(ref, what, session, whole=side_files, revision=revision, weights=weights)
+        whole = mode == "headers"
+        return open_remote(ref, what, session, whole=whole, revision=revision, weights=weights)
     refuse_adapter(source.path, source.name)
     return open_checkpoint(source, unfinished=mode == "local")
 

@@ -1,4 +1,4 @@
-"""Hold a run's settings for the Hub: the token, and the cache or a folder that is removed when the run ends."""
+"""Hold a run's settings for the Hub: the token, and the cache or a temporary folder."""
 
 from __future__ import annotations
 

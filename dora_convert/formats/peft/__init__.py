@@ -13,8 +13,8 @@ Tensor names are `base_model.model.<module>` and a suffix, shapes for a weight o
     .base_layer.weight  .base_layer.bias                       the base's own tensor, saved beside its adapter
     <module>.<key>                                             `modules_to_save` and `bias`, absolute values
 
-The scaling is alpha/r, or alpha/√r with `use_rslora`. `rank_pattern` and `alpha_pattern` may change r and alpha for a
-module: the first key in the order of the file that matches `(.*\.)?(key)$` counts.
+The scaling is alpha/r, or alpha/√r with `use_rslora`. `rank_pattern` and `alpha_pattern` may change r and
+alpha for a module: the first key in the order of the file that matches `(.*\.)?(key)$` counts.
 
 Everything else that a config can say is refused by name, never merged wrongly: see `fields.py`.
 """

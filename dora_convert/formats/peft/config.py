@@ -85,7 +85,7 @@ class Config:
         return _first_match(self.rank_pattern, module, self.r)
 
     def scaling(self, module: str) -> float:
-        """Return a module's scaling s: alpha/r, or alpha/√r (rsLoRA, arXiv:2312.03732); AdaLoRA has its own divisor."""
+        """Return a module's scaling s: alpha/r, or alpha/√r (rsLoRA, arXiv:2312.03732); AdaLoRA's differs."""
         if self.adalora:
             return self.alpha / (self.adalora + 1e-5)
         rank = self.rank(module)
@@ -105,7 +105,7 @@ class Config:
         return f"alpha {numbers[0]:g}{alpha} / {'√' if self.use_rslora else ''}rank {numbers[1]}{rank}"
 
     def saves(self, tensor: str) -> bool:
-        """Return True if a tensor belongs to a module that PEFT saves whole; like PEFT's, a suffix match without a dot."""
+        """Return True if PEFT saves a tensor's module whole; like PEFT, match suffixes without a dot."""
         parts = tensor.split(".")
         modules = [".".join(parts[:n]) for n in range(1, len(parts))]
         return any(module.endswith(saved) for module in modules for saved in self.modules_to_save)
@@ -125,7 +125,7 @@ class Config:
         return (count if on_A else 1, count if on_B else 1)
 
     def square_experts(self) -> tuple[bool, bool]:
-        """Return True if square experts were trained as (in, out): for models that store them so, and for others.
+        """Return True if square experts were trained as (in, out): in models that store them so, in others.
 
         PEFT before 0.19 always did so; 0.19.0 had the two cases the wrong way round.
         """

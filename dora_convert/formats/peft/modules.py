@@ -1,4 +1,4 @@
-"""Turn PEFT's tensors of one module into updates: the weight that they are for, their rank and their scaling."""
+"""Turn PEFT's tensors of one module into updates: their weight, their rank and their scaling."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ DEFAULT = re.compile(r"\.modules_to_save(\.default)?(?=\.)|\.default(?=\.|$)")
 """The adapter's name, which PEFT takes out when it saves and other programs leave in."""
 PARTS = {
     ".lora_A.weight": "A", ".lora_A": "A", ".lora_B.weight": "B", ".lora_B": "B", ".lora_embedding_A": "A",
-    ".lora_embedding_B": "B", ".lora_magnitude_vector": "m", ".lora_magnitude_vector.weight": "m", ".lora_E": "d",
-    ".lora_diag": "d", ".lora_B.bias": "b",
+    ".lora_embedding_B": "B", ".lora_magnitude_vector": "m", ".lora_magnitude_vector.weight": "m",
+    ".lora_E": "d", ".lora_diag": "d", ".lora_B.bias": "b",
 }  # fmt: skip
 TOKENS = (".token_adapter.trainable_tokens_delta", ".trainable_tokens_delta")
 Parts = Mapping[str, StoredTensor]

@@ -1,9 +1,9 @@
 """Write PEFT's adapter folders: the same files and names that the package reads.
 
-An adapter made from another one keeps that adapter's config fields and tensor names; a new tensor is named by the weight
-that it is for. If ranks differ from the old config's, `r` is the largest rank and `lora_alpha` makes the scaling 1, so
-that a server without patterns is right, too. Every other module then has its own key in `rank_pattern` and
-`alpha_pattern`: the module's name, escaped, from ^ to $.
+An adapter made from another one keeps that adapter's config fields and tensor names; a new tensor is named by
+the weight that it is for. If ranks differ from the old config's, `r` is the largest rank and `lora_alpha`
+makes the scaling 1, so that a server without patterns is right, too. Every other module then has its own key
+in `rank_pattern` and `alpha_pattern`: the module's name, escaped, from ^ to $.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ LINEAR = {"A": ".lora_A.weight", "B": ".lora_B.weight"}
 EMBEDDING = {"A": ".lora_embedding_A", "B": ".lora_embedding_B"}
 MAGNITUDE = ".lora_magnitude_vector"
 _FRESH: Mapping[str, Any] = {
-    "peft_type": "LORA", "task_type": None, "base_model_name_or_path": None, "revision": None, "inference_mode": True,
-    "r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": [], "modules_to_save": None, "bias": "none",
-    "use_dora": False, "use_rslora": False, "init_lora_weights": True, "rank_pattern": {}, "alpha_pattern": {},
-    "fan_in_fan_out": False,
+    "peft_type": "LORA", "task_type": None, "base_model_name_or_path": None, "revision": None,
+    "inference_mode": True, "r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": [],
+    "modules_to_save": None, "bias": "none", "use_dora": False, "use_rslora": False,
+    "init_lora_weights": True, "rank_pattern": {}, "alpha_pattern": {}, "fan_in_fan_out": False,
 }  # fmt: skip
 _OF_ADALORA = (
     "target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step",
@@ -52,7 +52,7 @@ def save(new: NewAdapter) -> Files:
 
 
 def shares_rank(change: Change, tensor: str, like: Adapter) -> str | None:
-    """Return why a weight's factors must keep their rank: PEFT has one rank for several weights; None if not."""
+    """Return why a weight's factors must keep their rank, which weights share; None if they need not."""
     low, (_, config) = low_rank(change.update), _of(like)  # type: ignore[arg-type] # has factors
     if tensor.endswith("in_proj_weight") or ".base_layer." in low.A.name:
         return "a part of MultiheadAttention"
@@ -62,7 +62,7 @@ def shares_rank(change: Change, tensor: str, like: Adapter) -> str | None:
 
 
 def objection(change: Change, tensor: str, like: Adapter) -> str | None:
-    """Return why PEFT cannot load a LoRA as a DoRA, given its change and the weight's name in the base; None if PEFT can."""
+    """Return why PEFT cannot load a LoRA as a DoRA; None if it can. `tensor` is the weight in the base."""
     low, (raw, config) = low_rank(change.update), _of(like)  # type: ignore[arg-type] # has factors
     if config and config.adalora:
         return "AdaLoRA has no DoRA: to-lora makes a LoRA of it first"
@@ -79,7 +79,7 @@ def objection(change: Change, tensor: str, like: Adapter) -> str | None:
 
 def _named(change: Change, new: NewAdapter) -> Iterator[tuple[str, StoredTensor]]:
     """Yield each tensor of a change under its name in the file."""
-    module = PREFIX + change.target.rpartition(".")[0]
+    module = PREFIX + change.module
     update = change.update
 
     def name(stored: StoredTensor, suffix: str) -> tuple[str, StoredTensor]:
@@ -182,11 +182,11 @@ def _anchored(key: str) -> str:
 
 
 def _key(change: Change, low: LowRank, config: Config | None) -> str:
-    """Return the name that patterns match: the module; for MultiheadAttention's out_proj, the outer module."""
+    """Return the module that patterns match; for MultiheadAttention's out_proj, the outer module."""
     if config and _is_parameter(change.target, config):
         return change.target
     name = plain(low.A.name)
-    return name.partition(".base_layer.")[0] if ".base_layer." in name else change.target.rpartition(".")[0]
+    return name.partition(".base_layer.")[0] if ".base_layer." in name else change.module
 
 
 def _is_parameter(target: str, config: Config) -> bool:
@@ -237,7 +237,7 @@ def _whole(new: NewAdapter, config: Config | None) -> dict[str, Any]:
     targets = [change.target for change in new.changes if isinstance(change.update, Full)]
     if config:
         return {} if targets else {"modules_to_save": None, "bias": "none"}
-    adapted = {change.target.rpartition(".")[0] for change, _ in new.low_ranks}
+    adapted = {change.module for change, _ in new.low_ranks}
     modules = {target.rpartition(".")[0] for target in targets if not target.endswith(".bias")} - adapted
     alone = {module for target in targets if (module := target.rpartition(".")[0]) not in modules}
     bias = "none" if not alone else "lora_only" if alone <= adapted else "all"

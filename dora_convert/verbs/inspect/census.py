@@ -25,7 +25,7 @@ _NUMBER = re.compile(r"(?:^|(?<=\.))\d+(?=\.|$)")
 
 
 def census(base: Checkpoint, started: float) -> CheckpointReport:
-    """Return the report of a checkpoint's headers, config and receipts; `started` is the time of the start."""
+    """Return the report of a checkpoint's headers, config and receipts, begun at the time `started`."""
     config, entry = base.config or {}, base.index_name or base.shards[0].filename
     named = config.get("architectures")
     model_type = config.get("model_type")
@@ -89,7 +89,7 @@ def _bits(details: Mapping[str, Any]) -> int | None:
 
 
 def _merges(root: Path) -> Iterator[dict[str, Any]]:
-    """Yield the facts of the receipts beside the weights; each merge keeps earlier receipts in a sub-folder."""
+    """Yield the facts of the receipts; each merge keeps earlier receipts in a sub-folder."""
     folder = root / RECORD
     while (folder / "receipt.json").is_file():
         try:

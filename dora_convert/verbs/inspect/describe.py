@@ -30,13 +30,14 @@ def inspect_ref(
 ) -> AdapterReport | CheckpointReport:
     """Describe a REF; with a base, describe where the adapter's tensors would land in the base.
 
-    Raises DoraConvertError for a REF that cannot be read, or is neither. An adapter that does not fit is no error.
+    Raises DoraConvertError for a REF that cannot be read, or is neither. An adapter that does not fit is no
+    error.
     """
     started = time.monotonic()
     listing = look(ref, "REF", session)
     source = _folder_of_adapter(listing.source)
     if detect(source.path):
-        against = None if base is None else open_base(base, "BASE", session, side_files=False)
+        against = None if base is None else open_base(base, "BASE", session, "brief")
         return _describe_adapter(source, listing.names, against, accepted, started)
     checkpoint = _open(listing)
     if base is not None:

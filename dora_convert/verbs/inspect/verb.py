@@ -21,8 +21,8 @@ def inspect(
 ) -> AdapterReport | CheckpointReport:
     """Describe an adapter or a checkpoint by its headers and small files; no weights are downloaded.
 
-    With `base`, the report of an adapter says where each of its tensors would land in the base, and lists everything
-    that does not fit. Without `cache`, downloads are removed at the end.
+    With `base`, the report of an adapter says where each of its tensors would land in the base, and lists
+    everything that does not fit. Without `cache`, downloads are removed at the end.
 
     Raises DoraConvertError for a REF that cannot be read, or is neither.
     """

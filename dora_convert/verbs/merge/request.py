@@ -57,7 +57,7 @@ def merge_beside(asked: MergeRequest, overwrite: bool) -> MergeReport | DryRunRe
     refs = [str(asked.base), *asked.adapters]
     folder = OutputFolder(place_of(asked.out, routes, refs), overwrite=overwrite)
     folder.check()
-    mode: Mode = "whole" if asked.verify_outputs else "headers"
+    mode: Mode = "whole" if asked.verify_outputs else "brief" if asked.dry_run else "headers"
     plan = _plan(asked, folder.given if routes.local else "OUT", mode, routes.weights(folder))
     folder.refuse_inside([plan.base.source.path, *(adapter.source.path for adapter in plan.adapters)])
     return _carry_out(plan, folder, asked)
@@ -109,7 +109,6 @@ def _plan(asked: MergeRequest, out: str, mode: Mode, weights: Path | None = None
         out=out,
         accepted=options.ignore_field,
         mode=mode,
-        side_files=not asked.dry_run,
         weights=weights,
     )
     for doubt in doubts(checkpoint, opened):
