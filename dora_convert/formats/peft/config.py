@@ -1,4 +1,4 @@
-"""Parse PEFT's `adapter_config.json`, and say what its fields mean for a module or a tensor."""
+"""PEFT's `adapter_config.json`: what each field that counts says of a module or a tensor."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .fields import STARTS
 from .types import checked
 
 _EMBEDDINGS = ("embed_tokens", "lm_head")
-"""Modules that PEFT saves whole unasked (its EMBEDDING_LAYER_NAMES)."""
+"""Modules that PEFT saves whole of its own accord (its EMBEDDING_LAYER_NAMES)."""
 
 Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True)
 class Config:
-    """The fields of adapter_config.json that change a merge."""
+    """The fields of adapter_config.json that decide what a merge does."""
 
     r: int
     alpha: float
@@ -43,7 +43,7 @@ class Config:
     version: tuple[int, ...]
     task: str | None
     adalora: int | None
-    """AdaLoRA's first rank, which divides its scaling; None for LoRA."""
+    """AdaLoRA's first rank, which its scaling is divided by; None for LoRA."""
 
     @classmethod
     def parse(cls, raw: Mapping[str, Any], path: Path) -> Config:
@@ -75,17 +75,17 @@ class Config:
 
     @property
     def kind(self) -> str:
-        """The method's usual name."""
+        """What people call it."""
         if self.adalora:
             return "AdaLoRA"
         return "DoRA" if self.use_dora else self.start.value if self.start else "LoRA"
 
     def rank(self, module: str) -> int:
-        """Return a module's rank r."""
+        """r of a module."""
         return _first_match(self.rank_pattern, module, self.r)
 
     def scaling(self, module: str) -> float:
-        """Return a module's scaling s: alpha/r, or alpha/√r (rsLoRA, arXiv:2312.03732); AdaLoRA's differs."""
+        """s of a module: alpha/r, or alpha/√r (rsLoRA, arXiv:2312.03732); AdaLoRA's has its own divisor."""
         if self.adalora:
             return self.alpha / (self.adalora + 1e-5)
         rank = self.rank(module)
@@ -93,7 +93,7 @@ class Config:
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def rule(self, module: str) -> str:
-        """Return the formula of a module's scaling, for people."""
+        """How the scaling of a module comes about."""
         if self.adalora:
             return f"alpha {self.alpha:g} / init_r {self.adalora}"
         keys = [_first_key(pattern, module) for pattern in (self.alpha_pattern, self.rank_pattern)]
@@ -105,18 +105,18 @@ class Config:
         return f"alpha {numbers[0]:g}{alpha} / {'√' if self.use_rslora else ''}rank {numbers[1]}{rank}"
 
     def saves(self, tensor: str) -> bool:
-        """Return True if PEFT saves a tensor's module whole; like PEFT, match suffixes without a dot."""
+        """Whether a tensor belongs to a module that PEFT saves whole; as there, a suffix match without a dot."""
         parts = tensor.split(".")
         modules = [".".join(parts[:n]) for n in range(1, len(parts))]
         return any(module.endswith(saved) for module in modules for saved in self.modules_to_save)
 
     def index(self, module: str) -> tuple[int, ...]:
-        """Return the trained rows of an embedding; a list in the config is for the input embedding."""
+        """The rows of an embedding that were trained; a list in the config is for the input embedding."""
         named = (rows for name, rows in self.tokens.items() if f".{module}".endswith(f".{name}"))
         return next(named, self.tokens.get("", ()))
 
     def blocks(self, module: str) -> tuple[int, int]:
-        """Return the numbers of diagonal blocks of a module's A and B (BD-LoRA)."""
+        """How many diagonal blocks A and B of a module have (BD-LoRA)."""
         count = self.block_diagonal.get("nblocks", 1)
         on_A, on_B = (
             any(pattern in module for pattern in self.block_diagonal.get(f"target_modules_bd_{side}") or ())
@@ -125,9 +125,9 @@ class Config:
         return (count if on_A else 1, count if on_B else 1)
 
     def square_experts(self) -> tuple[bool, bool]:
-        """Return True if square experts were trained as (in, out): in models that store them so, in others.
+        """Whether square experts were trained as (in, out): in models that keep them so, and in others.
 
-        PEFT before 0.19 always did so; 0.19.0 had the two cases the wrong way round.
+        PEFT before 0.19 always did, 0.19.0 had it the wrong way round.
         """
         if self.version < (0, 19):
             return (True, True)
@@ -135,7 +135,7 @@ class Config:
 
 
 def is_saved_embedding(tensor: str) -> bool:
-    """Return True if PEFT saves a tensor whole unasked, with an adapter or with new tokens."""
+    """Whether a tensor is one that PEFT saves whole of its own accord, with an adapter or with new tokens."""
     parts = tensor.split(".")
     return len(parts) > 1 and parts[-2] in _EMBEDDINGS and parts[-1] == "weight"
 
@@ -153,12 +153,12 @@ def _tokens(value: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _version(text: str) -> tuple[int, ...]:
-    """Return PEFT's version as numbers; files without a version are older than 0.18."""
+    """PEFT's version as numbers; files that do not say are older than 0.18."""
     return tuple(int(part) for part in re.findall(r"\d+", text)[:3])
 
 
 def _task(raw: Mapping[str, Any]) -> str | None:
-    """Return the class of the trained model, or the end of its name."""
+    """The class of the model that was trained, or how its name ends."""
     mapping = raw.get("auto_mapping")
     if isinstance(mapping, dict) and isinstance(name := mapping.get("base_model_class"), str):
         return name
@@ -172,7 +172,7 @@ def _task(raw: Mapping[str, Any]) -> str | None:
 
 
 def _first_match(pattern: Mapping[str, Number], module: str, default: Number) -> Number:
-    """Return the value of the first matching key in the order of the file (PEFT's get_pattern_key)."""
+    """The value of the first key that matches, in the order of the file (PEFT's get_pattern_key)."""
     key = _first_key(pattern, module)
     return default if key is None else pattern[key]
 
