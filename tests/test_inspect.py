@@ -146,7 +146,7 @@ def test_bases_without_config(base):
     (base.path / "config.json").unlink()
     report = dora_convert.inspect(base.path)
     assert (report.architectures, report.model_type) == ((), None)
-    assert "no config.json" in report.notes[0]
+    assert "config.json not found" in report.notes[0]
 
 
 def test_an_empty_index(run, base):
@@ -161,4 +161,4 @@ def test_a_lone_adapter_file(tmp_path, adapter):
     """An adapter's tensors without its config: said so."""
     (adapter / "adapter_config.json").unlink()
     report = dora_convert.inspect(adapter / "adapter_model.safetensors")
-    assert any("is an adapter's, but there is no adapter_config.json" in note for note in report.notes)
+    assert any("is an adapter's, but the files are not" in note for note in report.notes)

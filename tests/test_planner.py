@@ -10,7 +10,7 @@ import dora_convert
 from dora_convert.errors import DoraConvertError, MalformedError, PlanError
 from dora_convert.plan.options import Options
 from dora_convert.plan.planner import make_plan
-from dora_convert.sources.inputs import gather
+from dora_convert.sources.inputs import open_inputs
 from dora_convert.sources.session import Session
 
 from .toy import edit_json, make_adapter
@@ -19,9 +19,8 @@ PREFIX = "base_model.model.model.layers.0"
 
 
 def plan_of(base, *adapters, **options):
-    checkpoint, opened = gather(
-        str(base.path), [str(path) for path in adapters], "out", Session(), lambda _: None
-    )
+    refs = [str(path) for path in adapters]
+    checkpoint, opened = open_inputs(str(base.path), refs, Session(), out="out")
     return make_plan(checkpoint, opened, [1.0] * len(opened), Options(**options))
 
 
@@ -96,7 +95,7 @@ def test_ten_faults_are_shown_and_all_are_kept(base, tmp_path):
     [
         ({"mlp.up_proj.lora_A.weight": None}, "has no lora_A"),
         ({"mlp.up_proj.lora_B.weight": None}, "has no lora_B"),
-        ({"mlp.up_proj.lora_magnitude_vector": None}, "there is no lora_magnitude_vector"),
+        ({"mlp.up_proj.lora_magnitude_vector": None}, "has no lora_magnitude_vector"),
         ({"mlp.up_proj.lora_A.weight": torch.ones(5, 40)}, "the config says rank 4"),
         ({"mlp.up_proj.lora_B.weight": torch.ones(96, 5)}, "the config says rank 4"),
         ({"mlp.up_proj.lora_B.bias": torch.ones(96)}, "DoRA has no bias"),

@@ -1,4 +1,4 @@
-"""An adapter as headers: which weight each tensor speaks about, in one form for all file formats."""
+"""Hold an adapter's headers in one form for all file formats: every change, and the weight that it is for."""
 
 from __future__ import annotations
 
@@ -14,19 +14,24 @@ from .updates import Update
 
 @dataclass(frozen=True)
 class Change:
-    """One update and the weight it is for, by the name that the model's state dict has for it."""
+    """One update, and the weight that it is for by the weight's name in the model's state dict."""
 
     target: str
     update: Update
     among: tuple[str, ...] = ()
-    """All the weights that it may be for, where only shapes can tell: `target` is one of them."""
+    """All weights that the update may be for, if only shapes can tell; `target` is one of them."""
     rule: str = ""
-    """How its scaling came about, such as "alpha 16 / rank 8"."""
+    """The formula of the scaling, such as "alpha 16 / rank 8"."""
+
+    @property
+    def module(self) -> str:
+        """The name of the module that owns the target."""
+        return self.target.rpartition(".")[0]
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """Everything a plan needs to know of an adapter."""
+    """Everything that a plan needs to know about an adapter."""
 
     source: Source
     format: str  # "peft"
@@ -34,17 +39,17 @@ class Adapter:
     changes: tuple[Change, ...]
     tensors: Mapping[str, StoredTensor]
     files: tuple[Path, ...]
-    """The files that define it: their hashes identify the adapter."""
+    """The files whose hashes identify the adapter."""
     base: str | None = None
-    """The base it was trained on, as its author named it."""
+    """The base that the adapter was trained on, as its author named the base."""
     revision: str | None = None
     ignored: Mapping[str, str] = field(default_factory=dict)
-    """Tensors that take no part in a merge, with the reason."""
+    """Tensors that a merge leaves out, with the reason."""
     faults: tuple[Fault, ...] = ()
-    """What contradicts itself in it, for the plan to report with all that does not fit."""
+    """Contradictions in the adapter. A plan reports them with everything that does not fit."""
     keeps_ties: bool = False
-    """Whether embedding and head were trained as one weight."""
+    """True if embedding and head were trained as one weight."""
     layers: tuple[int, ...] = ()
-    """The base's layers in the order of the trained model, where some were repeated or left out."""
+    """The base's layers in the order of the trained model, if layers were repeated or left out."""
     task: str | None = None
-    """The class of model it was trained in, such as LlamaForSequenceClassification, or how that ends."""
+    """The class of the trained model, such as LlamaForSequenceClassification, or the end of its name."""

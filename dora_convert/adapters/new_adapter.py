@@ -1,4 +1,4 @@
-"""An adapter that is to be written, in one form for all file formats: what `formats/*.save` turns into files."""
+"""Hold an adapter that is to be written, in one form for all file formats."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from .updates import Decomposed, LowRank, Update, low_rank, tensors_of
 
 @dataclass(frozen=True)
 class NewAdapter:
-    """Changes whose tensors lie in the adapter they come from, in a checkpoint, or in a spool of computed ones."""
+    """Changes whose tensors lie in an old adapter, in a checkpoint, or in a spool of computed tensors."""
 
     changes: tuple[Change, ...]
     like: Adapter | None = None
-    """The adapter that this one is made of: what its files say besides is carried over."""
+    """The old adapter, whose other config fields are carried over."""
     base: str | None = None
-    """The base's repo id, where one is known."""
+    """The base's repo id, if known."""
     revision: str | None = None
     task: str | None = None
-    """The class of model that it is for, where `like` does not say."""
+    """The class of the model, if `like` does not say."""
     targets: tuple[str, ...] | None = None
-    """The modules that have factors, by name or by its end; () for all their names, None for what `like` says."""
+    """The modules that have factors, by names or ends of names; () for all names, None for `like`'s field."""
     besides: frozenset[str] = frozenset()
-    """The model's other modules, none of which must be taken for one of `targets`."""
+    """The model's other modules, which `targets` must not match."""
     keeps_ties: bool = False
-    """Whether embedding and head stay one weight."""
+    """True if embedding and head stay one weight."""
 
     def carries(self, update: Update) -> bool:
-        """Whether all tensors of an update are `like`'s own."""
+        """Return True if all tensors of an update are `like`'s own."""
         return self.like is not None and all(
             self.like.tensors.get(tensor.name) is tensor for tensor in tensors_of(update)
         )
 
     @property
     def low_ranks(self) -> tuple[tuple[Change, LowRank], ...]:
-        """Every change that has factors, and them."""
+        """Every change that has factors, with its factors."""
         return tuple(
             (change, low_rank(change.update))
             for change in self.changes
@@ -47,11 +47,11 @@ class NewAdapter:
 
 @dataclass(frozen=True)
 class Files:
-    """What a format makes of an adapter: tensors for one safetensors file, and small files, by name."""
+    """The files of an adapter: tensors for one safetensors file, and small files, by name."""
 
     weights: str
     tensors: Mapping[str, StoredTensor]
     small: Mapping[str, bytes]
     metadata: Mapping[str, str] = field(default_factory=lambda: {"format": "pt"})
     keep: frozenset[str] = frozenset()
-    """Tensors that stay as they are where a dtype is asked for."""
+    """Tensors that keep their dtype even if another one is asked for."""

@@ -1,7 +1,7 @@
-"""What an adapter says about one weight, whatever file it came from.
+"""Describe the update of one weight by an adapter, whatever file the adapter came from.
 
-`W` is the weight as torch's Linear has it, (out, in); convolutions are flattened to (out, in·k…). The tensors named
-here are headers (`Stored`); nothing is read until a plan is run.
+`W` is the weight as torch's Linear has it, (out, in); convolutions are flattened to (out, in·k…). Tensors are
+headers (`StoredTensor`); values are read when a plan is run.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ..storage.safetensors import StoredTensor
 
 
 class Start(Enum):
-    """What training made of the base before its first step: a low-rank part of W itself was moved or taken out."""
+    """The change of the base before training: a low-rank part of W was moved or taken out."""
 
     PISSA = "PiSSA"  # W − top r of its SVD (arXiv:2404.02948)
     OLORA = "OLoRA"  # W − s·QR, the first r of its QR factors (arXiv:2406.01775)
@@ -29,17 +29,17 @@ class LowRank:
     B: StoredTensor  # (out, r, …)
     scale: float  # s
     transposed: bool | None = None
-    """Whether W is stored as (in, out): True for embeddings, False for convolutions, None where only the base can
+    """True if W is stored as (in, out), as embeddings are; False for convolutions; None if only the base can
     tell (torch's Linear or GPT-2's Conv1D, and experts)."""
     d: StoredTensor | None = None  # r elements: AdaLoRA (arXiv:2303.10512), KaSA
     blocks: tuple[int, int] = (1, 1)
-    """How many blocks A and B have on their diagonals (BD-LoRA): A is then stored as (r, in/blocks), B as
+    """The numbers of blocks on the diagonals of A and B (BD-LoRA): A is then stored as (r, in/blocks), B as
     (out, r/blocks), the blocks one below the other."""
     experts: int = 0
-    """Where W is (experts, …): A is stored as (experts·r, in), expert after expert; B as (out, r·experts), the expert
-    varying fastest (PEFT's ParamWrapper)."""
+    """The number of experts if W is (experts, …): A is stored as (experts·r, in), expert after expert; B as
+    (out, r·experts), the expert varying fastest (PEFT's ParamWrapper)."""
     square: tuple[bool, bool] = (False, False)
-    """Whether square experts lie as (in, out): in models that say so of themselves, and in others."""
+    """True if square experts are (in, out): for models that say so of themselves, and for others."""
     start: Start | None = None
 
     @property
@@ -68,7 +68,7 @@ class Decomposed:
 
 @dataclass(frozen=True)
 class Delta:
-    """W' = W + s·value: what LoRA adds to a bias."""
+    """W' = W + s·value: the bias that LoRA adds."""
 
     value: StoredTensor
     scale: float  # s
@@ -80,9 +80,9 @@ class Full:
 
     value: StoredTensor
     may_add: bool = False
-    """Whether the base may lack it, as it does a new classifier."""
+    """True if the base may lack the tensor, as with a new classifier."""
     start: Start | None = None
-    """What made it of the base's weight, before training went on with it."""
+    """The change of the base's weight before training continued on the result."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ Update = LowRank | Decomposed | Delta | Full | Rows
 
 
 def tensors_of(update: Update) -> Iterator[StoredTensor]:
-    """The adapter tensors an update is made of."""
+    """Yield the adapter tensors of an update."""
     match update:
         case LowRank(A, B):
             yield from (A, B)
@@ -110,5 +110,5 @@ def tensors_of(update: Update) -> Iterator[StoredTensor]:
 
 
 def low_rank(update: LowRank | Decomposed) -> LowRank:
-    """The low-rank part of an update."""
+    """Return the low-rank part of an update."""
     return update.inner if isinstance(update, Decomposed) else update

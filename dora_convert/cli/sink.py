@@ -139,8 +139,12 @@ def ledger_table(report: MergeReport | DryRunReport | Landing, *, every: bool) -
 
 
 def fold_name(name: str) -> str:
-    """A tensor's name with its layer numbers and PEFT's prefix taken out."""
-    return re.sub(r"\.\d+\.", ".*.", name.removeprefix("base_model.model."))
+    """Return a tensor's name without its layer numbers and its format's prefix."""
+    from ..formats.detect import FORMATS
+
+    for known in FORMATS:
+        name = name.removeprefix(known.PREFIX)
+    return re.sub(r"\.\d+\.", ".*.", name)
 
 
 def summary(report: MergeReport | DryRunReport) -> list[str]:

@@ -18,7 +18,7 @@ def adapter_card_bytes(order: FittingPlan, base_model: str | None) -> bytes:
         kinds=(kind,),
         relation="adapter",
         base_model=base_model or base.source.repo,
-        library="peft",
+        library=order.format.LIBRARY,
         pipeline=pipeline_of(base.config, metadata),
         inherited=inherited(metadata),
         sources=tuple(source_row(role, source) for role, source in zip(roles, order.sources, strict=True)),

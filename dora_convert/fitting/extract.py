@@ -15,7 +15,7 @@ from ..errors import NumericalError
 from ..maths import lora as maths
 from ..maths.dora_fit import extract_dora
 from ..maths.svd import Factors, compared, squared, truncated_svd
-from ..plan.blocks import spans
+from ..plan.item import spans
 from ..storage.reader import Reader
 from ..storage.safetensors import BITS, FLOATS, StoredTensor
 from .pairs import Pair

@@ -12,10 +12,9 @@ from ..adapters.adapter import Adapter, Change
 from ..adapters.new_adapter import NewAdapter
 from ..adapters.updates import Decomposed, LowRank, low_rank
 from ..errors import UsageError
-from ..formats.detect import FORMATS, Format
+from ..formats.detect import Format
 from ..plan.item import Edit, Item
 from ..plan.plan import Plan
-from ..plan.planner import is_chosen
 from ..storage.checkpoint import Checkpoint
 from ..storage.refs import Source
 from ..storage.safetensors import StoredTensor
@@ -119,14 +118,6 @@ class MatchedChange:
         return (self.item.source.path,)
 
 
-def find_format(name: str) -> Format:
-    """A format to write, by its name; UsageError lists them."""
-    for known in FORMATS:
-        if name == known.NAME:
-            return known
-    raise UsageError(f"--format {name!r} is not one of {', '.join(known.NAME for known in FORMATS)}.")
-
-
 def goal_of(rank: int | None, energy: float | None, max_error: float | None) -> dict[str, Any]:
     """The one of the three that is given, under its name; UsageError for none, several, or what nothing can have."""
     goals = {"rank": rank, "energy": energy, "max_error": max_error}
@@ -155,7 +146,7 @@ def place_changes(
     places = {edit.low.A.name: (item, edit) for item in plan.items for edit in item.edits if edit.low}
     placed, unplaced, others = [], [], []
     for change in plan.adapters[0].changes:
-        if not is_chosen(change, plan.options):
+        if not plan.options.selects(change.module):
             continue
         if not isinstance(change.update, LowRank | Decomposed):
             others.append(change)

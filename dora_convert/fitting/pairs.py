@@ -10,24 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import Fault
-from ..naming.resolve import RENAMED
+from ..naming.families import HEAD_TOPS, INNER, RENAMED, TABLES
 from ..naming.ties import Tie, find_tie, is_embedding, is_head
 from ..plan.options import Options
-from ..plan.planner import is_named
 from ..plan.shapes import is_conv1d
 from ..storage.checkpoint import Checkpoint
 from ..storage.safetensors import FLOATS, StoredTensor
 from .jobs import HELD
-
-INNER = {
-    "gpt2": "transformer.", "bloom": "transformer.", "falcon": "transformer.", "bert": "bert.", "roberta": "roberta.",
-    "xlm-roberta": "roberta.", "distilbert": "distilbert.", "electra": "electra.", "camembert": "roberta.",
-}  # fmt: skip
-"""What models with a head call the model inside them, by model type."""
-TABLES = ("wpe", "relative_attention_bias", "position_embeddings", "token_type_embeddings")
-"""Modules that are embeddings, besides the input's: rows of their weights are looked up."""
-HEAD_TOPS = frozenset({"lm_head", "cls", "vocab_transform", "vocab_layer_norm", "generator_predictions"})
-"""Where models keep the rest of their heads: layers that no model with another head has."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +102,7 @@ class Sorting:
         return self._found
 
     def _concerns(self, name: str) -> bool:
-        if not is_named(name.rpartition(".")[0], self._options):
+        if not self._options.selects(name.rpartition(".")[0]):
             return False
         return self._differing is None or name in self._differing or name not in self._before
 
@@ -195,7 +184,7 @@ class Sorting:
         tops = HEAD_TOPS - {name.partition(".")[0] for name in self._after}
         for name in self._before:
             wanted = name.endswith(".weight") and not is_head(name) and name.partition(".")[0] not in tops
-            if name not in self._after and wanted and is_named(name.rpartition(".")[0], self._options):
+            if name not in self._after and wanted and self._options.selects(name.rpartition(".")[0]):
                 self._found.faults.append(Fault(name, "is in BASE and not in TUNED"))
 
     def _close(self) -> None:

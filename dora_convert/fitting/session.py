@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.adapter import Adapter
-from ..formats.detect import Format
+from ..formats.detect import Format, find_format
 from ..hub.push import push_output
 from ..lazy_torch import without_collections
 from ..output.folder import OutputFolder
@@ -19,12 +19,12 @@ from ..plan.plan import Plan
 from ..plan.planner import make_plan
 from ..reports.push import Target
 from ..settings import MAX_MEMORY, Settings
-from ..sources.inputs import doubts, gather
+from ..sources.inputs import doubts, open_inputs
 from ..sources.prefetch import reading
 from ..sources.session import Session, open_session
 from ..storage.checkpoint import Checkpoint
 from ..storage.refs import PathLike
-from .jobs import Assemble, FittingPlan, Result, find_format
+from .jobs import Assemble, FittingPlan, Result
 from .report import Describe, MadeDryRun, MadeReport, dry_run_of, report_of
 
 Work = Callable[[], Callable[[Any, Any], Any]]
@@ -83,14 +83,13 @@ class FittingSession:
     def open(self, base: PathLike | None, adapter: PathLike, verb: str) -> tuple[Checkpoint, Adapter]:
         """The headers of a base and an adapter; what looks odd is warned of."""
         named = None if base is None else os.fspath(base)
-        checkpoint, (opened,) = gather(
+        checkpoint, (opened,) = open_inputs(
             named,
             [os.fspath(adapter)],
-            self.folder.given,
             self.session,
-            self.settings.notify,
-            self.options.ignore_field,
-            verb,
+            out=self.folder.given,
+            verb=verb,
+            accepted=self.options.ignore_field,
         )
         self.folder.refuse_inside([checkpoint.source.path, opened.source.path])
         for doubt in doubts(checkpoint, [opened]):

@@ -1,40 +1,117 @@
-"""Adapter file formats, one module each, tried in this order.
+"""Find an adapter's format by its file names, local or remote, and answer questions about files of adapters.
 
-A format is a module with a NAME and the functions of `Format`. Adding one is a file and a line here.
+A format is a file or a folder with the names of `Format`, and one line in `FORMATS`, tried in this order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from ..adapters.adapter import Adapter, Change
-from ..adapters.new_adapter import Files, NewAdapter
+from ..errors import RefError, UsageError
+from ..storage.filenames import OF_TRAINING, is_weight_file
 from ..storage.refs import Source
-from .peft import read as peft
+from . import peft
+
+if TYPE_CHECKING:
+    from ..adapters.new_adapter import Files, NewAdapter
 
 
 class Format(Protocol):
-    """What a format module provides."""
+    """The names that a format module provides."""
 
     NAME: str
-    """What `--format` and reports call it."""
+    """The format's name for `--format` and in reports."""
+    LIBRARY: str
+    """The library that loads the format, for model cards."""
+    ANCHOR: str
+    """The file that every adapter of the format has."""
+    WEIGHTS: tuple[str, ...]
+    """The files that may hold the tensors."""
+    PREFIX: str
+    """The beginning of tensor names before the module's name."""
 
-    def recognises(self, path: Path) -> bool:
-        """Whether the folder looks like this format."""
+    def recognises(self, names: Sequence[str], path: Path | None) -> bool:
+        """Return True for files of this format; headers can be read if there is a local `path`."""
+
+    def owns(self, name: str) -> bool:
+        """Return True if a file is the adapter's own, by its path in the folder."""
 
     def read(self, source: Source, accepted: Collection[str] = ()) -> Adapter:
-        """The adapter, from headers; `accepted` names config fields that are not to be refused."""
+        """Read the adapter's headers; config fields in `accepted` are not refused."""
 
-    def save(self, made: NewAdapter) -> Files:
-        """The files of an adapter, from headers: tensors by their names, and what lies beside them."""
+    def read_refused(self, source: Source) -> Adapter:
+        """Read as much as can be said of an adapter that `read` refuses."""
+
+    def save(self, new: NewAdapter) -> Files:
+        """Return the files of a new adapter: headers of tensors by name, and small files."""
 
     def objection(self, change: Change, tensor: str, like: Adapter) -> str | None:
-        """Why an adapter's LoRA on a weight cannot be a DoRA in this format; None where it can."""
+        """Return why an adapter's LoRA on a weight cannot be a DoRA; None if it can."""
 
     def shares_rank(self, change: Change, tensor: str, like: Adapter) -> str | None:
-        """Why an adapter's factors for a weight must keep their rank in this format; None where they need not."""
+        """Return why an adapter's factors for a weight must keep their rank; None if they need not."""
 
 
 FORMATS: tuple[Format, ...] = (peft,)
+ANCHORS = tuple(known.ANCHOR for known in FORMATS)
+
+
+def find_format(name: str) -> Format:
+    """Return a format by its name; UsageError lists the names."""
+    for known in FORMATS:
+        if name == known.NAME:
+            return known
+    raise UsageError(f"--format {name!r} is not one of {', '.join(known.NAME for known in FORMATS)}.")
+
+
+def detect(where: Path | Sequence[str]) -> Format | None:
+    """Return the format of a local path, or of a remote folder by its file names; None for no adapter."""
+    names, path = _names(where), where if isinstance(where, Path) else None
+    return next((known for known in FORMATS if known.recognises(names, path)), None)
+
+
+def _names(where: Path | Sequence[str]) -> Sequence[str]:
+    if not isinstance(where, Path):
+        return where
+    return [entry.name for entry in where.iterdir()] if where.is_dir() else [where.name]
+
+
+def is_adapter_file(name: str) -> bool:
+    """Return True if a file is an adapter's own, by its path in the folder."""
+    return any(known.owns(name) for known in FORMATS)
+
+
+def wanted_of_adapter(names: Sequence[str]) -> list[str]:
+    """Return the files to download: the adapter's own and a tokenizer's, no model beside them."""
+    return [name for name in names if "/" not in name and (is_adapter_file(name) or not is_weight_file(name))]
+
+
+def adapters_inside(where: Path | Sequence[str]) -> list[str]:
+    """Return the sub-folders that hold adapters; of a local folder, two levels deep."""
+    if isinstance(where, Path):
+        globs = (sorted(where.glob(f"{depth}/{anchor}")) for depth in ("*", "*/*") for anchor in ANCHORS)
+        return [path.parent.relative_to(where).as_posix() for paths in globs for path in paths]
+    return sorted(name.rpartition("/")[0] for name in where if "/" in name and Path(name).name in ANCHORS)
+
+
+def model_weights(where: Path | Sequence[str]) -> list[str]:
+    """Return the files at the top of a folder that hold a model's weights, sorted."""
+    weights = (name for name in _names(where) if "/" not in name and is_weight_file(name))
+    return sorted(name for name in weights if not (OF_TRAINING.match(name) or is_adapter_file(name)))
+
+
+def is_only_adapter(where: Path | Sequence[str]) -> bool:
+    """Return True for an adapter without a model's weights beside it."""
+    return detect(where) is not None and not model_weights(where)
+
+
+def refuse_adapter(where: Path | Sequence[str], name: str) -> None:
+    """Raise RefError for an adapter that was named as a model."""
+    if is_only_adapter(where):
+        raise RefError(
+            f"{name} is an adapter, not a model.",
+            hint="dora-convert merge makes a model of base and adapter",
+        )

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
+from ..formats.detect import FORMATS
 from ..output import card
 from ..reports.push import Pushed
 from ..storage.background import Background
-from ..storage.filenames import OF_TRAINING, is_weight_file
+from ..storage.filenames import is_weight_file
 from .upload import LARGE, Upload
+
+ADAPTER_STEMS = {name.partition(".")[0] for known in FORMATS for name in known.WEIGHTS}
 
 
 def is_large(name: str, size: int) -> bool:
@@ -46,9 +49,8 @@ def stale_weights(there: Collection[str], names: Collection[str]) -> list[str]:
         for name in there
         if name not in names
         and "/" not in name
-        and name.startswith(("model", "pytorch_model", "adapter_model"))
+        and name.startswith(("model", "pytorch_model", *ADAPTER_STEMS))
         and name.endswith((".safetensors", ".bin", ".index.json"))
-        and (name.startswith("adapter_model") or not OF_TRAINING.match(name))
     )
 
 

@@ -14,16 +14,16 @@ from pathlib import Path, PurePosixPath
 
 from ..adapters.adapter import Adapter
 from ..errors import Fault, MalformedError, RefError, VerificationError
+from ..formats.detect import detect, is_adapter_file
 from ..output.folder import LOCK
 from ..output.receipt import Receipt, read_receipt
-from ..sources.inputs import open_or_refuse
+from ..sources.inputs import read_or_refuse
 from ..storage.checkpoint import open_checkpoint
 from ..storage.filenames import JOURNAL, RECEIPT, RECORD, is_weight_file, list_files
 from ..storage.reader import Reader
 from ..storage.refs import Source, local_path, local_source
-from ..storage.safetensors import StoredTensor, read_header
+from ..storage.safetensors import StoredTensor
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 NOTED = f"{RECORD}/{RECEIPT}"
 HASHERS = 2
 
@@ -63,7 +63,7 @@ def pack(folder: str) -> FolderContents:
     _refuse_unfinished(path)
     source = local_source(path)
     files = [name for name in list_files(path) if not _is_hidden(name)]
-    if (path / "adapter_config.json").is_file():
+    if detect(path):
         return _adapter(source, files)
     return _checkpoint(source, files)
 
@@ -90,19 +90,20 @@ def _checkpoint(source: Source, files: Sequence[str]) -> FolderContents:
 
 
 def _adapter(source: Source, files: Sequence[str]) -> FolderContents:
-    adapter, _ = open_or_refuse(source, ())
+    adapter, _ = read_or_refuse(source, ())
     if adapter.faults:
         raise MalformedError(f"The adapter {source.name} contradicts itself.", faults=adapter.faults)
     names = [name for name in files if _of_adapter(name)]
-    weights = source.path / ADAPTER_WEIGHTS
-    tensors = read_header(weights).tensors if weights.is_file() else {}
-    return _parcel(source, adapter, names, files, tensors)
+    return _parcel(source, adapter, names, files, adapter.tensors)
 
 
 def _of_adapter(name: str) -> bool:
     """Whether a file of an adapter's folder is part of it, and not of the training that left it there."""
-    mine = name.startswith("adapter_") and "/" not in name
-    return mine or _in_record(name) or not (is_weight_file(name) or name.startswith("checkpoint-"))
+    return (
+        is_adapter_file(name)
+        or _in_record(name)
+        or not (is_weight_file(name) or name.startswith("checkpoint-"))
+    )
 
 
 def _in_record(name: str) -> bool:

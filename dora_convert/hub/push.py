@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 
 from .. import __version__
 from ..errors import HubError
+from ..formats.detect import find_format
 from ..output import card
 from ..output.receipt import Receipt
 from ..reports.merge import PushReport
@@ -108,7 +109,7 @@ class FolderPush:
             kinds=kinds,
             relation="adapter" if adapter else "finetune",
             base_model=self._base(contents),
-            library="peft" if adapter else "transformers" if config else None,
+            library=find_format(adapter.format).LIBRARY if adapter else "transformers" if config else None,
             pipeline=card.pipeline_of(config, {}),
             sources=sources,
             record=bool(receipt),

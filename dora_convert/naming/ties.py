@@ -1,6 +1,6 @@
-"""Tied embeddings: one weight that serves as input embedding and as output head.
+"""Tied embeddings: find out if one weight serves as input embedding and as output head.
 
-An adapter that changes one side only makes two weights of it: the model was trained with the other side as it was.
+An adapter that changes one side only makes two weights of the one: training left the other side as it was.
 """
 
 from __future__ import annotations
@@ -10,51 +10,39 @@ from dataclasses import dataclass
 
 from ..storage.checkpoint import Checkpoint
 from ..storage.safetensors import StoredTensor
-
-EMBEDDINGS = frozenset({"embed_tokens", "wte", "word_embeddings", "shared", "embed_in", "tok_embeddings"})
-"""What modules call their input embedding."""
-HEADS = ("lm_head", "embed_out", "proj_out", "cls.predictions.decoder", "lm_head.decoder", "vocab_projector")
-"""What models call the head that may be tied to it."""
-HEADLESS = ("Model", "Classification", "QuestionAnswering", "MultipleChoice", "Regression", "Detection")
-"""How the names of architectures without such a head end."""
-OTHER_HEADS = {
-    "bert": "cls.predictions.decoder", "roberta": "lm_head.decoder", "xlm-roberta": "lm_head.decoder",
-    "camembert": "lm_head.decoder", "distilbert": "vocab_projector", "whisper": "proj_out",
-}  # fmt: skip
-"""What the head is called where it is not `lm_head`, by model type."""
-SCALED = frozenset({"t5", "mt5", "umt5", "longt5", "switch_transformers", "pix2struct"})
-"""Model types that compute otherwise where the head is tied, so that untying it changes more than weights."""
+from .families import EMBEDDINGS, HEADLESS, HEADS, OTHER_HEADS, SCALED
 
 
 @dataclass(frozen=True)
 class Tie:
-    """The tensors at both ends, and why an adapter on them cannot be merged, if so."""
+    """The names of a tied embedding and head."""
 
     embedding: str
     head: str
     stored: bool = False
-    """Whether the head is on disk, too."""
+    """True if the head is on disk, too."""
     refusal: str | None = None
+    """The reason if adapters on either tensor cannot be merged."""
 
 
 def find_tie(base: Checkpoint, tasks: Collection[str] = ()) -> Tie | None:
-    """How a base's head is tied to its input embedding, or None where it is not.
+    """Return the tie between a base's head and its input embedding; None if they are two weights.
 
-    `tasks` are the classes of models, or the ends of their names, that the base was trained inside: bare models have no
-    head of their own.
+    `tasks` are model classes, or ends of their names, that the base was trained inside: a bare model has no
+    head of its own.
 
-    A config that says nothing means tied, which is transformers' default, for architectures that have a head and
-    checkpoints that have none, or the same bytes under both names.
+    Without a flag in the config, transformers' default holds: tied, if the architecture has a head and the
+    checkpoint has none, or has the same bytes under both names.
     """
     heads = [name for name in base.tensors if is_head(name)]
     embeddings = [name for name in base.tensors if is_embedding(name)]
     if not (base.config and embeddings):
         return None
     embedding = min(embeddings, key=len)
-    shared = any(_same_place(base.tensors[embedding], base.tensors[head]) for head in heads)
+    shared = any(_same_bytes(base.tensors[embedding], base.tensors[head]) for head in heads)
     if not _says_tied(base, tasks, default=shared or not heads):
         return None
-    head = heads[0] if heads else _head_of(embedding, base)
+    head = heads[0] if heads else _absent_head(embedding, base)
     refusal = None
     if base.model_types & SCALED or embedding.endswith("shared.weight"):
         refusal = f"{embedding} is tied to more than the output head; adapters on it are not merged"
@@ -63,14 +51,15 @@ def find_tie(base: Checkpoint, tasks: Collection[str] = ()) -> Tie | None:
     return Tie(embedding, head, bool(heads), refusal)
 
 
-def _same_place(one: StoredTensor, other: StoredTensor) -> bool:
-    """Whether two names are for the same bytes, as in files that torch.save wrote."""
+def _same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
+    """Return True if two names are for the same bytes, as in files that torch.save wrote."""
     return (one.path, one.start) == (other.path, other.start)
 
 
 def _says_tied(base: Checkpoint, tasks: Collection[str], *, default: bool) -> bool:
-    found = (config.get("tie_word_embeddings") for config in base.configs)
-    flags = [flag for flag in found if isinstance(flag, bool)]
+    """Return True if the config ties them, for architectures that have a head."""
+    values = (config.get("tie_word_embeddings") for config in base.configs)
+    flags = [flag for flag in values if isinstance(flag, bool)]
     architectures = (base.config or {}).get("architectures")
     names = [str(name) for name in architectures] if isinstance(architectures, list) else []
     if any(map(_has_head, tasks)):
@@ -78,24 +67,26 @@ def _says_tied(base: Checkpoint, tasks: Collection[str], *, default: bool) -> bo
     return (flags[0] if flags else default and bool(names)) and all(map(_has_head, names))
 
 
-def _has_head(name: str) -> bool:
-    """Whether models of a class predict tokens."""
-    return name.endswith("HeadModel") or not name.endswith(HEADLESS)
+def _has_head(architecture: str) -> bool:
+    """Return True if models of a class predict tokens."""
+    return architecture.endswith("HeadModel") or not architecture.endswith(HEADLESS)
 
 
-def _head_of(embedding: str, base: Checkpoint) -> str:
-    """The name that a head has which is not on disk."""
-    known = [module for kind, module in OTHER_HEADS.items() if kind in base.model_types]
+def _absent_head(embedding: str, base: Checkpoint) -> str:
+    """Return the name of a head that is not on disk."""
     prefix, nested, _ = embedding.partition("language_model.model.")
-    return f"{prefix}language_model.lm_head.weight" if nested else f"{[*known, 'lm_head'][0]}.weight"
+    if nested:
+        return f"{prefix}language_model.lm_head.weight"
+    modules = (module for family, module in OTHER_HEADS.items() if family in base.model_types)
+    return f"{next(modules, 'lm_head')}.weight"
 
 
 def is_embedding(tensor: str) -> bool:
-    """Whether a tensor is an input embedding, by its module's name."""
+    """Return True if a tensor is an input embedding, by its module's name."""
     module, _, leaf = tensor.rpartition(".")
     return leaf == "weight" and module.rpartition(".")[2] in EMBEDDINGS
 
 
 def is_head(tensor: str) -> bool:
-    """Whether a tensor is an output head's weight, by its module's name."""
+    """Return True if a tensor is an output head's weight, by its module's name."""
     return f".{tensor}".endswith(tuple(f".{head}.weight" for head in HEADS))

@@ -1,4 +1,4 @@
-"""Layers written out more than once, as PEFT's `layer_replication` has them, and names with another prefix.
+"""Show a base under other tensor names: with repeated layers, or inside another module.
 
 Both make a checkpoint that no folder holds: the same bytes under other names.
 """
@@ -13,19 +13,17 @@ from typing import Any
 from ..errors import PlanError
 from ..storage.checkpoint import Checkpoint, Shard
 from ..storage.safetensors import StoredTensor
-
-LAYERS = re.compile(r"(?P<before>.*?(?:layers|encoder\.layer|(?:^|\.)h)\.)(?P<number>\d+)(?P<after>\..*)")
-COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
+from .families import COUNTS, LAYERS
 
 
 def replicate(base: Checkpoint, layers: Sequence[int]) -> Checkpoint:
-    """A base whose layers are these of its own, in this order.
+    """Return the base with its layers in the order that PEFT's `layer_replication` says.
 
-    Raises PlanError where it has no such layers, or several stacks of them.
+    Raises PlanError if the base has no such layers, or several stacks of layers.
     """
-    found = [match for name in base.tensors if (match := LAYERS.fullmatch(name))]
-    stacks = {match["before"] for match in found}
-    count = 1 + max((int(match["number"]) for match in found), default=-1)
+    matches = [match for name in base.tensors if (match := re.fullmatch(LAYERS, name))]
+    stacks = {match["before"] for match in matches}
+    count = 1 + max((int(match["number"]) for match in matches), default=-1)
     if len(stacks) != 1:
         raise PlanError(
             f"layer_replication needs a base with one stack of layers; {base.source.name} has {len(stacks)}."
@@ -34,11 +32,11 @@ def replicate(base: Checkpoint, layers: Sequence[int]) -> Checkpoint:
         raise PlanError(f"layer_replication names layer {max(layers)}; the base has {count}.")
 
     def copies(tensor: StoredTensor) -> list[str]:
-        if not (match := LAYERS.fullmatch(tensor.name)):
+        if not (match := re.fullmatch(LAYERS, tensor.name)):
             return [tensor.name]
         return [
-            f"{match['before']}{place}{match['after']}"
-            for place, layer in enumerate(layers)
+            f"{match['before']}{number}{match['after']}"
+            for number, layer in enumerate(layers)
             if layer == int(match["number"])
         ]
 
@@ -47,12 +45,12 @@ def replicate(base: Checkpoint, layers: Sequence[int]) -> Checkpoint:
 
 
 def prefixed(base: Checkpoint, prefix: str) -> Checkpoint:
-    """A base whose tensors are all called by their names inside another module."""
+    """Return the base with a prefix before the name of every tensor."""
     return _renamed(base, lambda tensor: [prefix + tensor.name])
 
 
 def _renamed(base: Checkpoint, names: Callable[[StoredTensor], Sequence[str]]) -> Checkpoint:
-    """A base whose tensors are there under these names."""
+    """Return the base with every tensor under its new names."""
     shards: list[Shard] = []
     renamed: dict[str, str] = {}
     for shard in base.shards:
@@ -63,14 +61,14 @@ def _renamed(base: Checkpoint, names: Callable[[StoredTensor], Sequence[str]]) -
 
 
 def _with_layers(config: Mapping[str, Any], layers: Sequence[int], count: int) -> dict[str, Any]:
-    """A config for those layers: their number, and every list that has an entry for each."""
-    mine = any(config.get(key) == count for key in COUNTS)
+    """Return a config for the new layers: their number, and every list with one entry for each layer."""
+    counted = any(config.get(key) == count for key in COUNTS)
     edited: dict[str, Any] = {}
     for key, value in config.items():
         edited[key] = value
-        if mine and key in COUNTS and value == count:
+        if counted and key in COUNTS and value == count:
             edited[key] = len(layers)
-        elif mine and isinstance(value, list) and len(value) == count and "layer" in key:
+        elif counted and isinstance(value, list) and len(value) == count and "layer" in key:
             edited[key] = [value[layer] for layer in layers]
         elif isinstance(value, Mapping):
             edited[key] = _with_layers(value, layers, count)

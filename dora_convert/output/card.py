@@ -17,19 +17,14 @@ from typing import Any
 import xxhash
 
 from .. import __version__
+from ..naming.families import PIPELINES
 from ..plan.plan import Plan
 from ..storage.refs import Source
 from ..storage.safetensors import CONFIG_DTYPES
 
 NAME = "README.md"
 INHERITED = ("license", "license_name", "license_link", "language")
-"""Fields that a card takes from the base's card."""
-PIPELINES = {
-    "ForCausalLM": "text-generation", "LMHeadModel": "text-generation",
-    "ForSequenceClassification": "text-classification", "ForTokenClassification": "token-classification",
-    "ForQuestionAnswering": "question-answering", "ForMaskedLM": "fill-mask",
-}  # fmt: skip
-"""The task of a model, by the end of its class name."""
+"""What a card takes from the base's own."""
 
 _MARK = re.compile(rb"<!-- dora-convert card ([0-9a-f]{32}) -->\n?\Z")
 

@@ -1,37 +1,29 @@
-"""config.json, changed only where a merge changes what a loader must know; nested configs included."""
+"""Change config.json if a merge changes a fact that a loader must know; nested configs included."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ..naming.families import BEFORE_LABELS, LABEL_LAYERS, SUFFIXES
 from ..storage.safetensors import CONFIG_DTYPES
 
 Config = Mapping[str, Any]
-SUFFIXES = (
-    "LMHeadModel", "DoubleHeadsModel", "ForCausalLM", "ForMaskedLM", "ForPreTraining", "ForConditionalGeneration",
-    "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "Model",
-)  # fmt: skip
-"""How the names of transformers' model classes end, after the name of the family."""
-OUTPUT_LAYERS = ("weight", "out_proj.weight")
-BEFORE = "pre_classifier."
-"""DistilBERT's layer before the one whose rows are labels."""
 
 
 def _rewrite(config: Config, key: str, change: Callable[[Any], Any]) -> dict[str, Any]:
-    """A config where the value of a key is changed wherever the key is."""
-    return {
-        name: change(value)
-        if name == key
-        else _rewrite(value, key, change)
-        if isinstance(value, Mapping)
-        else value
-        for name, value in config.items()
-    }
+    """Return a config with every value of a key changed, in nested configs too."""
+
+    def rewritten(name: str, value: Any) -> Any:
+        if name == key:
+            return change(value)
+        return _rewrite(value, key, change) if isinstance(value, Mapping) else value
+
+    return {name: rewritten(name, value) for name, value in config.items()}
 
 
 def with_dtype(config: Config, dtype: str) -> Config:
-    """Every dtype key that names one dtype names this one, given as safetensors calls it."""
+    """Return a config whose dtype keys name this dtype, given as safetensors calls the dtype."""
     name = CONFIG_DTYPES[dtype]
     for key in ("dtype", "torch_dtype"):
         config = _rewrite(config, key, lambda value: name if isinstance(value, str) else value)
@@ -39,26 +31,24 @@ def with_dtype(config: Config, dtype: str) -> Config:
 
 
 def untied(config: Config) -> Config:
-    """Embedding and head are two weights."""
+    """Return a config that says that embedding and head are two weights."""
     return {**_rewrite(config, "tie_word_embeddings", lambda _: False), "tie_word_embeddings": False}
 
 
 def with_vocabulary(config: Config, old: int, new: int) -> Config:
-    """The embedding has another number of rows."""
+    """Return a config for an embedding with another number of rows."""
     changed = _rewrite(config, "vocab_size", lambda value: new if value == old else value)
     if changed != config:
         return changed
-    return (
-        {**config, "vocab_size": new}
-        if "vocab_size" in config
-        else _rewrite(config, "vocab_size", lambda _: new)
-    )
+    if "vocab_size" in config:
+        return {**config, "vocab_size": new}
+    return _rewrite(config, "vocab_size", lambda _: new)
 
 
 def with_head(config: Config, task: str | None, shapes: Mapping[str, tuple[int, ...]]) -> Config:
-    """A head that the base lacks: the class that has it, and how many labels it tells apart.
+    """Return a config for a head that the base lacks: its class, and the number of labels.
 
-    `task` is a class of transformers or how its name ends; `shapes` holds what was added.
+    `task` is a class of transformers or the end of its name; `shapes` are the added tensors' by name.
     """
     changed: dict[str, Any] = dict(config)
     if task and task != "ForCausalLM":  # whose class has other names in some families
@@ -66,7 +56,7 @@ def with_head(config: Config, task: str | None, shapes: Mapping[str, tuple[int, 
     weights = [
         shape
         for name, shape in shapes.items()
-        if name.partition(".")[2] in OUTPUT_LAYERS and len(shape) == 2 and not name.startswith(BEFORE)
+        if name.partition(".")[2] in LABEL_LAYERS and len(shape) == 2 and not name.startswith(BEFORE_LABELS)
     ]
     if weights:
         labels = {number: f"LABEL_{number}" for number in range(weights[-1][0])}
@@ -79,7 +69,7 @@ def with_head(config: Config, task: str | None, shapes: Mapping[str, tuple[int, 
 
 
 def _class_of(config: Config, task: str) -> str:
-    """The family's class for a task, from the name of the class that the config has."""
+    """Return the family's class for a task, from the class name that the config has."""
     architectures = config.get("architectures")
     if not task.startswith("For") or not (isinstance(architectures, list) and architectures):
         return task

@@ -1,4 +1,8 @@
-"""One output tensor: what it is made from, what that costs, and how its rows are cut into blocks."""
+"""Describe one output tensor: its inputs, its cost in memory, and its blocks of rows.
+
+Blocks depend on a tensor's shape alone: matrix products give other bits at other heights, and the bytes of an
+output must not depend on the memory budget or on the number of workers.
+"""
 
 from __future__ import annotations
 
@@ -9,79 +13,87 @@ from functools import cached_property
 
 from ..adapters.updates import Decomposed, Delta, LowRank, Rows, low_rank
 from ..storage.safetensors import BITS, FLOATS, StoredTensor
-from .blocks import block_height, spans
+
+BLOCK_ELEMENTS = 1 << 19
+"""4 MiB in float64: two workers' blocks stay in a processor's cache; double size takes 1.5 times as long."""
+ROWS_MULTIPLE = 16
 
 
 @dataclass(frozen=True)
 class Edit:
-    """One update in its place, and the strength it is applied at."""
+    """A matched update and its weight in the merge."""
 
     update: LowRank | Decomposed | Delta
     transposed: bool = False
     weight: float = 1.0
 
-    @property
+    @cached_property
+    def low(self) -> LowRank | None:
+        """The low-rank part; None for a bias's delta."""
+        return None if isinstance(self.update, Delta) else low_rank(self.update)
+
+    @cached_property
     def decomposed(self) -> bool:
-        """Whether it sets magnitudes."""
+        """True if the update sets magnitudes."""
         return isinstance(self.update, Decomposed)
 
-    @property
+    @cached_property
     def axis(self) -> int:
         """The axis of the stored matrix that a magnitude's norm runs along."""
         return 0 if self.transposed else 1
 
-    @property
+    @cached_property
     def two_passes(self) -> bool:
-        """Whether norms need the whole tensor before its first row can be written."""
+        """True if norms need the whole tensor before its first row can be written."""
         return self.decomposed and self.axis == 0
-
-    @property
-    def low(self) -> LowRank | None:
-        """The low-rank part; a bias's delta has none."""
-        return None if isinstance(self.update, Delta) else low_rank(self.update)
 
 
 @dataclass(frozen=True)
 class Undo:
-    """What an undo record holds of one tensor: with it, the edits are taken out again instead of applied."""
+    """One tensor's part of an undo record. An item that has one takes its edits out again."""
 
     norms: tuple[StoredTensor | None, ...] = ()
-    """For each edit, ‖W + sBA‖ as it was; None where it sets no magnitudes."""
+    """For each edit, ‖W + sBA‖ before the merge; None if the edit sets no magnitudes."""
     taken: tuple[StoredTensor, StoredTensor] | None = None
-    """What training began without, as (rows, r) and (r, columns)."""
+    """The part of W that training began without, as factors (rows, r) and (r, columns)."""
     kept: tuple[StoredTensor, StoredTensor] | None = None
-    """The base's rows that were replaced, and which they are."""
+    """The base's replaced rows, and their numbers."""
     ulps: StoredTensor | None = None
-    """What rounding lost, packed."""
+    """The differences that rounding made, packed."""
     original: StoredTensor | None = None
-    """The base's own tensor, where norms must be taken from it."""
+    """The base's own tensor, if norms must be computed from the base."""
 
     @property
     def tensors(self) -> tuple[StoredTensor, ...]:
-        """All of them that are there."""
-        found = (*self.norms, *(self.taken or ()), *(self.kept or ()), self.ulps, self.original)
-        return tuple(stored for stored in found if stored)
+        """Every tensor of this part."""
+        fields = (*self.norms, *(self.taken or ()), *(self.kept or ()), self.ulps, self.original)
+        return tuple(stored for stored in fields if stored)
 
 
 @dataclass(frozen=True)
 class Item:
-    """One output tensor and what it is made from."""
+    """One output tensor and its inputs."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     source: StoredTensor
-    """Where the values start: a tensor of the base, or the adapter's that takes its place."""
+    """The tensor whose values the edits change: the base's, or the adapter's that replaces the base's."""
     base: StoredTensor | None
-    """The base's tensor that it takes the place of or derives from; None where the base has none."""
+    """The base's tensor that this one replaces or derives from; None if the base has none."""
     rows: tuple[Rows, ...] = ()
     edits: tuple[Edit, ...] = ()
     added: bool = False
-    """Whether the base has no such tensor, or one less of it."""
+    """True if the base has no such tensor, or fewer copies."""
     origin: str = ""
-    """What the base calls the tensor on disk that it derives from."""
+    """The name on disk of the base's tensor that this one derives from."""
     undo: Undo | None = None
-    """Where set, `source` is merged, or what replaced the base's; `edits` and `rows` are what was done to it."""
+    """If set, `source` is a merge's output, and `edits` and `rows` are the merge's changes."""
+
+    @cached_property
+    def matrix(self) -> tuple[int, int]:
+        """`source` as a matrix: (rows, columns)."""
+        return self.source.matrix
 
     @property
     def nbytes(self) -> int:
@@ -90,18 +102,18 @@ class Item:
 
     @property
     def replaced(self) -> bool:
-        """Whether values come from the adapter as they are: all of them, or some rows."""
+        """True if values come from the adapter as they are: all of them, or some rows."""
         return not self.undo and (self.source is not self.base or bool(self.rows))
 
     @property
     def verbatim(self) -> bool:
-        """Whether bytes on disk are the output's: the base's, or counters and the like that an adapter brings."""
+        """True if the output's bytes are on disk: the base's, or an adapter's counters and the like."""
         copied = not self.replaced or self.source.dtype not in FLOATS
         return not self.edits and copied and self.dtype == self.source.dtype and not self.undo
 
     @property
     def fate(self) -> str:
-        """What happens to the tensor: added, merged, replaced, converted or copied."""
+        """One word for reports: added, merged, replaced, converted or copied."""
         if self.added:
             return "added"
         if self.edits:
@@ -112,53 +124,52 @@ class Item:
 
     @property
     def changed(self) -> bool:
-        """Whether an adapter has a part in it."""
+        """True if an adapter changes the tensor."""
         return bool(self.edits) or self.replaced
 
     @property
     def noted(self) -> bool:
-        """Whether the base does not have the tensor as it is, under the same name: receipts list those."""
+        """True if receipts list the tensor: the base does not have the same tensor under the same name."""
         return self.changed or self.added or self.origin != self.name or not self.verbatim
 
     @property
     def beyond_recovery(self) -> bool:
-        """Whether it is copied from the adapter as bytes, as counters are: nothing is compared with the base's then."""
+        """True if the adapter's bytes replace the base's, as for counters: nothing is compared then."""
         return self.base is not None and self.replaced and self.verbatim
 
-    @cached_property
+    @property
     def low_ranks(self) -> tuple[LowRank, ...]:
-        """The low-rank part of every edit that has one."""
+        """The low-rank parts of the edits."""
         return tuple(edit.low for edit in self.edits if edit.low)
 
-    @property
+    @cached_property
     def start(self) -> LowRank | None:
         """The update whose training began with other base weights than those on disk."""
         return next((low for low in self.low_ranks if low.start), None)
 
-    @property
+    @cached_property
     def experts(self) -> int:
-        """How many matrices lie one below the other in `source`, each with its own factors."""
+        """The number of matrices that lie one below the other in `source`, each with its own factors."""
         return max((low.experts for low in self.low_ranks), default=0) or 1
 
     def spans(self) -> Iterator[tuple[int, int]]:
-        """The blocks of rows that it is made in; none holds rows of two experts."""
-        rows, columns = self.source.matrix
-        return spans(rows, columns, self.experts)
+        """Yield the blocks of rows; no block holds rows of two experts."""
+        return spans(*self.matrix, self.experts)
 
     def base_spans(self) -> Iterator[tuple[int, int]]:
         """Yield the blocks of rows of the base's tensor."""
         return spans(*self.base.matrix) if self.base else iter(())
 
     def cost(self, width: int, *, exact: bool = False) -> int:
-        """Bytes a worker holds to make it, with so many bytes an element: a block's buffers, and the factors.
+        """Return the bytes that a worker holds: a block's buffers and factors, at `width` bytes an element.
 
-        Copies need no buffer worth counting. `exact`: the base is predicted from what is written, too.
+        A copy needs no buffer worth counting. With `exact`, the base is also predicted from the output.
         """
         if self.verbatim:
             return 0
         if self.undo:
             return self.inverse_cost()
-        rows, columns = self.source.matrix
+        rows, columns = self.matrix
         height = block_height(rows // self.experts, columns)
         block = height * columns
         host = block * max(
@@ -174,20 +185,23 @@ class Item:
         return total + sum(edit_cost(edit, height, width) for edit in self.edits)
 
     def inverse_cost(self) -> int:
-        """Bytes held to take the edits out of a block again, in float64."""
-        rows, columns = self.source.matrix
+        """Return the bytes that a worker holds to take the edits out of a block, in float64."""
+        rows, columns = self.matrix
         height = block_height(rows // self.experts, columns)
         wide = self.base.itemsize if self.base else 8
-        counting = 40 if self.undo and not self.undo.ulps else 0  # what may have been lost
+        counting = 40 if self.undo and not self.undo.ulps else 0  # for the differences of rounding
         block = height * columns * (self.source.itemsize + 8 + 8 + 4 + 5 * wide + counting)
         factors = sum(2 * edit_cost(edit, height, 8) for edit in self.edits)
         return block + factors + (24 * self.start.rank * (rows + columns) if self.start else 0)
 
     def undo_bytes(self, *, exact: bool = False) -> int:
-        """What undoing it may need: norms of DoRA rows, the base's rows where it was replaced, an eighth for `exact`."""
+        """Return the most bytes that the undo record needs.
+
+        These are the norms of DoRA rows, the base's replaced rows, and for `exact` an eighth of the tensor.
+        """
         total = sum(4 * edit.low.outputs for edit in self.edits if edit.low and edit.decomposed)
         if self.start:
-            total += 4 * self.start.rank * sum(self.source.matrix)
+            total += 4 * self.start.rank * sum(self.matrix)
         if self.base and self.replaced and not self.added:
             whole = self.source is not self.base
             kept = self.base.matrix[0] if whole else sum(len(rows.index) for rows in self.rows)
@@ -198,7 +212,7 @@ class Item:
 
 
 def edit_cost(edit: Edit, height: int, width: int) -> int:
-    """Bytes held for one edit: the factor on the side of the columns, a block's rows of the other, norms."""
+    """Return the bytes held for one edit: one whole factor, a block's rows of the other factor, norms."""
     if not (low := edit.low):
         return edit.update.value.numel * (width + 4) if isinstance(edit.update, Delta) else 0
     inputs = math.prod(low.inputs)
@@ -209,3 +223,18 @@ def edit_cost(edit: Edit, height: int, width: int) -> int:
     if low.blocks != (1, 1):
         total += low.rank * whole * width
     return total + (low.outputs * (3 * width + 4) if edit.decomposed else 0)
+
+
+def block_height(rows: int, columns: int) -> int:
+    """Return the rows of a block: about half a million elements, a multiple of 16 rows, at most all."""
+    fitting = BLOCK_ELEMENTS // max(1, columns)
+    return max(1, min(rows, max(ROWS_MULTIPLE, fitting - fitting % ROWS_MULTIPLE)))
+
+
+def spans(rows: int, columns: int, parts: int = 1) -> Iterator[tuple[int, int]]:
+    """Yield a matrix's blocks as half-open ranges of rows; each of `parts` equal parts has its own blocks."""
+    whole = rows // parts
+    height = block_height(whole, columns)
+    for first in range(0, rows, whole or 1):
+        for start in range(first, first + whole, height):
+            yield start, min(start + height, first + whole)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 from ..errors import UsageError
 from ..settings import chosen
@@ -40,6 +41,11 @@ class Options:
     def width(self) -> int:
         """Bytes of an element in arithmetic."""
         return BITS[self.compute_dtype] // 8
+
+    def selects(self, module: str) -> bool:
+        """Return True if --include and --exclude leave a module in."""
+        included = not self.include or any(fnmatchcase(module, glob) for glob in self.include)
+        return included and not any(fnmatchcase(module, glob) for glob in self.exclude)
 
 
 def parse_options(

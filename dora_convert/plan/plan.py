@@ -1,6 +1,7 @@
-"""The plan: every output tensor exactly once, and every adapter tensor accounted for.
+"""Hold a plan: every output tensor exactly once, and the fate of every adapter tensor.
 
-A plan is data. `planner.make_plan` builds it from headers and options; `execute.run` carries it out; reports print it.
+A plan is data. `planner.make_plan` builds a plan from headers and options, `engine.run` carries it out,
+reports print it.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class OutputShard:
 
     @property
     def inputs(self) -> Mapping[Path, None]:
-        """The files that it is made of, each once."""
+        """The files that the shard's tensors are computed from, each once."""
         return dict.fromkeys(
             source.path
             for item in self.items
@@ -43,7 +44,7 @@ class OutputShard:
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of the ledger: an adapter tensor, its fate, the output tensors it went into, and why."""
+    """One line of the ledger: an adapter tensor, its fate, the output tensors that contain it, and why."""
 
     tensor: str
     fate: str  # merged | replaced | added | ignored | unmatched
@@ -51,13 +52,13 @@ class Entry:
     why: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """The entry as reports and receipts hold it."""
+        """Return the entry as reports and receipts hold it."""
         return {"tensor": self.tensor, "fate": self.fate, "into": list(self.into), "why": self.why}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything a run needs to know, decided."""
+    """Every decision that a run needs."""
 
     base: Checkpoint
     adapters: tuple[Adapter, ...]
@@ -67,7 +68,7 @@ class Plan:
     index_name: str | None
     ledger: tuple[Entry, ...]
     config: Mapping[str, Any] | None = None
-    """The base's config where it must change, as it must be."""
+    """The output's config, if it differs from the base's."""
 
     @cached_property
     def items(self) -> tuple[Item, ...]:
@@ -81,50 +82,51 @@ class Plan:
 
     @cached_property
     def memory(self) -> int:
-        """Bytes that the costliest item holds at once: the least a memory budget can be."""
+        """Bytes that a worker holds for the costliest item: the least memory budget."""
         return max(map(self.cost, self.items))
 
     def cost(self, item: Item) -> int:
-        """Bytes that a worker holds to make an item."""
+        """Return the bytes that a worker holds for one item."""
         return item.cost(self.options.width, exact=self.options.exact and self.remembers(item))
 
     @property
     def undo_bytes(self) -> int:
-        """About the most that the undo record's tensors take."""
+        """About the most bytes that the undo record's tensors take."""
         if self.options.undo == "none":
             return 0
-        made = sum(item.undo_bytes(exact=self.options.exact and self.remembers(item)) for item in self.items)
-        return made + sum(tensor.nbytes for tensor in self.lost)
+        exact = self.options.exact
+        kept = sum(item.undo_bytes(exact=exact and self.remembers(item)) for item in self.items)
+        return kept + sum(tensor.nbytes for tensor in self.lost)
 
     @cached_property
     def remains(self) -> Mapping[str, Item]:
-        """The output tensor that each of the base's can be recovered from, by the base's name on disk."""
-        found: dict[str, Item] = {}
+        """The output tensor that recovers each base tensor, by the base tensor's name on disk."""
+        remains: dict[str, Item] = {}
         for item in sorted(self.items, key=lambda item: (not item.verbatim, item.added)):
             if item.base and not item.beyond_recovery:
-                found.setdefault(item.origin, item)
-        return found
+                remains.setdefault(item.origin, item)
+        return remains
 
     @cached_property
     def lost(self) -> tuple[StoredTensor, ...]:
-        """The base's tensors of which only the undo record holds something: layers left out, counters replaced."""
+        """The base's tensors that only the undo record holds: layers left out, counters replaced."""
         if self.options.undo == "none":
             return ()
         return tuple(tensor for name, tensor in self.base.tensors.items() if name not in self.remains)
 
     @cached_property
     def lost_with(self) -> Mapping[str, str]:
-        """The shard that each of those is read with, by its name: the first made of the same file, else the last."""
+        """The shard that each lost tensor is read with: the first that reads the same file, else the last."""
         first = {path: shard.filename for shard in reversed(self.shards) for path in shard.inputs}
         return {tensor.name: first.get(tensor.path, self.shards[-1].filename) for tensor in self.lost}
 
     def remembers(self, item: Item) -> bool:
-        """Whether the undo record keeps what recovers a tensor of the base from this one."""
+        """Return True if the undo record can recover a tensor of the base from this item."""
         remains = self.remains.get(item.origin)
         return self.options.undo != "none" and remains is not None and remains.name == item.name
 
     def counts(self) -> dict[str, int]:
-        """How many tensors met which fate; converted ones count as copied, too."""
+        """Return the number of tensors of each fate; converted tensors count as copied, too."""
         fates = [item.fate for item in self.items]
         return {
             "total": len(fates),
@@ -137,7 +139,7 @@ class Plan:
 
     @property
     def output_config(self) -> Mapping[str, Any] | None:
-        """What config.json holds in the output; None where there is none."""
+        """The output's config.json; None if the base has none."""
         return self.base.config if self.config is None else self.config
 
     @cached_property
@@ -146,7 +148,7 @@ class Plan:
         return xxhash.xxh3_128_hexdigest("\n".join(self.describe()).encode())
 
     def describe(self) -> Iterator[str]:
-        """The plan as canonical JSON lines, without paths: equal plans give equal lines."""
+        """Yield the plan as canonical JSON lines, without paths: equal plans give equal lines."""
         yield json.dumps([self.options.compute_dtype, self.options.undo, self.index_name, self.config])
         for shard in self.shards:
             yield json.dumps([shard.filename, dict(shard.metadata)])
@@ -158,21 +160,12 @@ def _describe(item: Item) -> list[Any]:
     rows = [[rows.value.name, rows.index] for rows in item.rows]
     edits = [[type(edit.update).__name__, edit.transposed, edit.weight, *_terms(edit)] for edit in item.edits]
     undo = [[stored.name for stored in item.undo.tensors]] if item.undo else []
-    return [
-        item.name,
-        item.dtype,
-        item.shape,
-        item.origin,
-        item.source.name,
-        item.replaced,
-        rows,
-        edits,
-        *undo,
-    ]
+    names = [item.name, item.dtype, item.shape, item.origin, item.source.name]
+    return [*names, item.replaced, rows, edits, *undo]
 
 
 def _terms(edit: Edit) -> list[Any]:
-    """The tensors and numbers of an edit."""
+    """Return the tensors and numbers of an edit."""
     names = [tensor.name for tensor in tensors_of(edit.update)]
     if not (low := edit.low):
         return [names, edit.update.scale if isinstance(edit.update, Delta) else None]

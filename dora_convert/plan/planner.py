@@ -1,24 +1,21 @@
-"""From base and adapter headers to a plan, or to one error with everything that does not fit.
+"""Make a plan of base and adapter headers, or one error that names everything that does not fit.
 
-Prints and writes nothing, and reads nothing but headers: only where an adapter brings both sides of a tied embedding
-are the two compared. Here, and only here, the three axes meet: adapter format, tensor names, and how the base stores
-its weights.
+Only headers are read, except if an adapter brings both sides of a tied embedding: the two tensors are then
+compared. This file alone brings the three axes together: adapter formats, tensor names, and the base's
+storage of weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
-from ..adapters.adapter import Adapter, Change
+from ..adapters.adapter import Adapter
 from ..adapters.updates import Full, Rows
 from ..errors import Fault, PlanError, UnsupportedError
 from ..naming.resolve import NameResolver
 from ..naming.ties import Tie, find_tie, is_embedding, is_head
-from ..naming.views import prefixed, replicate
 from ..storage.checkpoint import Checkpoint
-from . import config_json as configs
 from .builder import PlanBuilder
 from .item import Item
 from .options import Options
@@ -31,22 +28,28 @@ def make_plan(
 ) -> Plan:
     """Decide every output tensor.
 
-    Raises UnsupportedError for bases refused as a whole, UsageError for weights that cannot be applied, and PlanError
-    with every fault of every adapter otherwise.
+    Raises UnsupportedError for bases that are refused as a whole, UsageError for weights that cannot be
+    applied, and PlanError with every fault of every adapter otherwise.
     """
     refuse_quantised(base)
     tree = _with_layers(base, adapters)
-    names = [NameResolver(tree.tensors, _targets(adapter, options)) for adapter in adapters]
+    names = _resolvers(tree, adapters, options)
     tasks = [adapter.task for adapter in adapters if adapter.task]
-    tree, names = _with_prefix(tree, adapters, names, tasks, options)
-    builder = PlanBuilder(tree, tasks, options)
-    for adapter, known, weight in zip(adapters, names, weights, strict=True):
-        builder.add(adapter, known, weight, lambda change: is_chosen(change, options))
+    tie = find_tie(tree, tasks)
+    if prefix := _prefix(adapters, names, tie, options):
+        from ..naming.views import prefixed
+
+        tree = prefixed(tree, prefix)
+        names, tie = _resolvers(tree, adapters, options), find_tie(tree, tasks)
+    builder = PlanBuilder(tree, tie, options)
+    for adapter, resolver, weight in zip(adapters, names, weights, strict=True):
+        builder.add(adapter, resolver, weight)
     builder.settle_ties()
     items = builder.items()
-    builder.faults += _resized_alone(items)
+    resized = _resized(items)
+    builder.faults += _resized_alone(items, resized)
     _check(builder, adapters)
-    config = _config(builder, items, adapters)
+    config = _output_config(builder, items, resized, tasks)
     shards, index_name = lay_out(tree, items, options.max_shard_size)
     changed = config if config != base.config else None
     if changed and base.is_file:
@@ -55,72 +58,63 @@ def make_plan(
             hint=f"name its folder: {base.root}",
         )
     return Plan(
-        base, tuple(adapters), tuple(weights), options, shards, index_name, tuple(builder.ledger), changed
+        base=base,
+        adapters=tuple(adapters),
+        weights=tuple(weights),
+        options=options,
+        shards=shards,
+        index_name=index_name,
+        ledger=tuple(builder.ledger),
+        config=changed,
     )
 
 
 def _with_layers(base: Checkpoint, adapters: Sequence[Adapter]) -> Checkpoint:
-    """The base as the adapters' models had its layers."""
+    """Return the base with its layers repeated as the adapters' models had them."""
     orders = {adapter.layers for adapter in adapters}
     if len(orders) > 1:
         raise PlanError("The adapters were trained on different orders of layers (layer_replication).")
-    layers = orders.pop()
-    return replicate(base, layers) if layers else base
+    if not (layers := orders.pop()):
+        return base
+    from ..naming.views import replicate
+
+    return replicate(base, layers)
 
 
-def _with_prefix(
-    tree: Checkpoint,
-    adapters: Sequence[Adapter],
-    names: Sequence[NameResolver],
-    tasks: Sequence[str],
-    options: Options,
-) -> tuple[Checkpoint, list[NameResolver]]:
-    """A base that is the bare model, called by the names it has inside the model with the head that is added."""
-    tie = find_tie(tree, tasks)
+def _resolvers(tree: Checkpoint, adapters: Sequence[Adapter], options: Options) -> list[NameResolver]:
+    return [NameResolver(tree.tensors, _targets(adapter, options)) for adapter in adapters]
+
+
+def _targets(adapter: Adapter, options: Options) -> list[str]:
+    """Return the targets that the base must have, under whatever names."""
+    inner = [
+        change for change in adapter.changes if options.selects(change.module) and not is_head(change.target)
+    ]
+    certain = [change.target for change in inner if not isinstance(change.update, Full | Rows)]
+    return certain or [change.target for change in inner]
+
+
+def _prefix(
+    adapters: Sequence[Adapter], names: Sequence[NameResolver], tie: Tie | None, options: Options
+) -> str | None:
+    """Return the prefix of a bare model's tensors inside the model with the head that an adapter adds."""
     prefixes = {
-        known.prefix.drop
-        for adapter, known in zip(adapters, names, strict=True)
-        if known.prefix.drop and not known.prefix.add and _needs_head(adapter, known, tie, options)
+        resolver.prefix.drop
+        for adapter, resolver in zip(adapters, names, strict=True)
+        if resolver.prefix.drop and not resolver.prefix.add and _needs_head(adapter, resolver, tie, options)
     }
-    if len(prefixes) != 1:
-        return tree, list(names)
-    tree = prefixed(tree, prefixes.pop())
-    return tree, [NameResolver(tree.tensors, _targets(adapter, options)) for adapter in adapters]
+    return prefixes.pop() if len(prefixes) == 1 else None
 
 
 def _needs_head(adapter: Adapter, names: NameResolver, tie: Tie | None, options: Options) -> bool:
-    """Whether an adapter brings a head that the base lacks, or makes one of the embedding."""
+    """Return True if an adapter brings a head that the base lacks, or makes a head of the embedding."""
     for change in adapter.changes:
         name = names.find(change.target)
         brings = isinstance(change.update, Full) and change.update.may_add and not name
         unties = tie and not tie.stored and name == tie.embedding and not isinstance(change.update, Rows)
-        if (brings or unties) and is_chosen(change, options):
+        if (brings or unties) and options.selects(change.module):
             return True
     return False
-
-
-def _targets(adapter: Adapter, options: Options) -> list[str]:
-    """The targets that must be in the base, whatever they are called there."""
-    inner = [
-        change for change in adapter.changes if is_chosen(change, options) and not is_head(change.target)
-    ]
-    sure = [change.target for change in inner if not isinstance(change.update, Full | Rows)]
-    return sure or [change.target for change in inner]
-
-
-def is_chosen(change: Change, options: Options) -> bool:
-    """Whether --include and --exclude leave a change in."""
-    return is_named(change.target.rpartition(".")[0], options)
-
-
-def is_named(module: str, options: Options) -> bool:
-    """Whether --include and --exclude leave a module in."""
-    wanted = not options.include or _matches(module, options.include)
-    return wanted and not _matches(module, options.exclude)
-
-
-def _matches(module: str, globs: Sequence[str]) -> bool:
-    return any(fnmatchcase(module, glob) for glob in globs)
 
 
 def _check(builder: PlanBuilder, adapters: Sequence[Adapter]) -> None:
@@ -138,7 +132,7 @@ def _check(builder: PlanBuilder, adapters: Sequence[Adapter]) -> None:
 
 
 def _resized(items: Mapping[str, Item]) -> dict[str, tuple[int, int]]:
-    """Embeddings and heads that have another number of rows than the base's: old and new."""
+    """Return the old and new row counts of embeddings and heads that an adapter resizes."""
     return {
         name: (item.base.shape[0], item.shape[0])
         for name, item in items.items()
@@ -148,9 +142,9 @@ def _resized(items: Mapping[str, Item]) -> dict[str, tuple[int, int]]:
     }
 
 
-def _resized_alone(items: Mapping[str, Item]) -> Iterator[Fault]:
-    """What had to be resized along with an embedding or a head, and was not."""
-    if not (resized := _resized(items)):
+def _resized_alone(items: Mapping[str, Item], resized: Mapping[str, tuple[int, int]]) -> Iterator[Fault]:
+    """Yield a fault for every tensor that should have been resized along with an embedding or a head."""
+    if not resized:
         return
     old, new = next(iter(resized.values()))
     for name, item in items.items():
@@ -161,23 +155,27 @@ def _resized_alone(items: Mapping[str, Item]) -> Iterator[Fault]:
             yield Fault(name, f"{why}: the adapter must bring both")
 
 
-def _config(
-    builder: PlanBuilder, items: Mapping[str, Item], adapters: Sequence[Adapter]
+def _output_config(
+    builder: PlanBuilder,
+    items: Mapping[str, Item],
+    resized: Mapping[str, tuple[int, int]],
+    tasks: Sequence[str],
 ) -> Mapping[str, Any] | None:
-    """The output's config."""
+    """Return the output's config."""
     config = builder.base.config
-    if config is None:
-        return None
-    if builder.options.dtype:
-        config = configs.with_dtype(config, builder.options.dtype)
-    if builder.untied:
-        config = configs.untied(config)
-    for old, new in list(_resized(items).values())[:1]:
-        config = configs.with_vocabulary(config, old, new)
     added = {name: item.shape for name, item in items.items() if item.added and item.base is None}
-    tasks = [adapter.task for adapter in adapters if adapter.task]
+    if config is None or not (builder.options.dtype or builder.untied or resized or added):
+        return config
+    from . import config_json
+
+    if builder.options.dtype:
+        config = config_json.with_dtype(config, builder.options.dtype)
+    if builder.untied:
+        config = config_json.untied(config)
+    for old, new in list(resized.values())[:1]:
+        config = config_json.with_vocabulary(config, old, new)
     if added or (builder.untied and builder.base.renamed):
-        config = configs.with_head(config, next(iter(tasks), None), added)
+        config = config_json.with_head(config, next(iter(tasks), None), added)
     return config
 
 

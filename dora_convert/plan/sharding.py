@@ -1,4 +1,4 @@
-"""Which output tensor goes into which file, and the bytes that describe it: headers and the index."""
+"""Lay output tensors out in files, and write the bytes that describe the files: headers and the index."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from .item import Item
 from .plan import OutputShard, Plan
 
 SWOLLEN = 1.5
-"""A shard that additions make larger than this many times the base's largest is cut again."""
+"""Shards are cut again if additions make one larger than this many times the base's largest."""
 
 
 def lay_out(
     base: Checkpoint, items: Mapping[str, Item], max_shard_size: int | None
 ) -> tuple[tuple[OutputShard, ...], str | None]:
-    """Output shards and the index's name: the base's own sharding, or shards of at most a size in bytes.
+    """Return the output shards and the index's name: the base's shards, or shards of at most a size in bytes.
 
-    An added tensor joins the shard of the one it derives from, else the last. A tensor larger than the limit gets a
-    shard of its own.
+    An added tensor joins the shard of the tensor it derives from, else the last shard. A tensor larger than
+    the limit gets its own shard.
     """
     groups = _as_base(base, items)
     largest = max(sum(tensor.nbytes for tensor in shard.tensors) for shard in base.shards)
@@ -47,7 +47,7 @@ def lay_out(
 
 
 def _as_base(base: Checkpoint, items: Mapping[str, Item]) -> list[list[Item]]:
-    """The items shard by shard, in the base's order."""
+    """Return the items shard by shard, in the base's order."""
     owner = {tensor.name: number for number, shard in enumerate(base.shards) for tensor in shard.tensors}
     groups: list[list[Item]] = [[] for _ in base.shards]
     for name in owner:
@@ -59,20 +59,23 @@ def _as_base(base: Checkpoint, items: Mapping[str, Item]) -> list[list[Item]]:
 
 
 def _aligned(items: Sequence[Item]) -> tuple[Item, ...]:
-    """The order given; where dtypes change, by falling element size, so that every tensor stays aligned to its own."""
+    """Return the items in an order that aligns every tensor to its element size.
+
+    The given order does if no dtype changes; else the items are sorted by falling element size.
+    """
     if all(item.base and item.dtype == item.base.dtype for item in items):
         return tuple(items)
     return tuple(sorted(items, key=lambda item: -BITS[item.dtype]))
 
 
 def converted(filename: str) -> str:
-    """What a weight file or an index is called once it is safetensors."""
+    """Return the safetensors name of a weight file or an index."""
     name = re.sub(r"^pytorch_model(?=[-.])", "model", filename)
     return re.sub(r"\.(bin|pt|pth)(?=$|\.index\.json$)", ".safetensors", name)
 
 
 def _cut(items: Sequence[Item], limit: int) -> list[list[Item]]:
-    """Fill shards greedily, in order."""
+    """Return shards filled greedily, in order."""
     groups: list[list[Item]] = [[]]
     room = limit
     for item in items:
@@ -85,13 +88,13 @@ def _cut(items: Sequence[Item], limit: int) -> list[list[Item]]:
 
 
 def _stem(base: Checkpoint) -> str:
-    """What the base calls its weight files, without numbers: `model`, usually."""
+    """Return the base's name for its weight files, without numbers; usually `model`."""
     name = converted(base.index_name or base.shards[0].filename)
     return re.sub(r"-\d{5}-of-\d{5}$", "", name.removesuffix(INDEX_SUFFIX).removesuffix(".safetensors"))
 
 
 def header_bytes(shard: OutputShard) -> bytes:
-    """A safetensors header, length prefix and padding to eight bytes included."""
+    """Return a safetensors header, with its length prefix and its padding to eight bytes."""
     entries: dict[str, object] = {"__metadata__": dict(shard.metadata)} if shard.metadata else {}
     position = 0
     for item in shard.items:
@@ -102,7 +105,7 @@ def header_bytes(shard: OutputShard) -> bytes:
 
 
 def index_bytes(plan: Plan) -> bytes:
-    """The index of a sharded output, in the form that transformers writes."""
+    """Return the index of a sharded output, in the form that transformers writes."""
     table = {item.name: shard.filename for shard in plan.shards for item in shard.items}
     numel = sum(math.prod(item.shape) for item in plan.items)
     index = {"metadata": {"total_parameters": numel, "total_size": plan.bytes_out}, "weight_map": table}

@@ -10,6 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ..errors import HubError
+from ..formats.detect import ANCHORS as ADAPTERS
+from ..formats.detect import refuse_adapter
 from ..storage.checkpoint import weight_entry, weight_map
 from ..storage.filenames import RECORD, is_weight_file
 from ..storage.reader import sha256 as file_sha256
@@ -17,7 +19,7 @@ from ..storage.refs import HubRef, Source, local_source, parse_ref
 from .hub_client import explained, patiently, unreachable, without_bars
 from .session import Session
 
-ANCHORS = ("adapter_config.json", "config.json", "model.safetensors")
+ANCHORS = (*ADAPTERS, "config.json", "model.safetensors")
 """Files that tell whether a repo is in the cache."""
 CONNECTIONS = 8
 
@@ -154,14 +156,6 @@ def wanted_of_base(names: Sequence[str]) -> list[str]:
 
     An index brings its shards.
     """
+    refuse_adapter(names, "the repo")
     entry = weight_entry([name for name in names if "/" not in name], "the repo")
     return [entry, *(name for name in names if name.startswith(f"{RECORD}/") or not is_weight_file(name))]
-
-
-def wanted_of_adapter(names: Sequence[str]) -> list[str]:
-    """What a merge needs of an adapter: its config and tensors, and tokenizer files; not a model beside them."""
-    return [
-        name
-        for name in names
-        if "/" not in name and (name.startswith("adapter_") or not is_weight_file(name))
-    ]

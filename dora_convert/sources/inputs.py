@@ -1,92 +1,162 @@
-"""From what a caller names to open headers: adapters, and the base they belong to."""
+"""Open the inputs that a command line names: checkpoints and adapters, local or on the Hub, by their headers.
+
+Code for the Hub is imported only if a REF is a Hub repo.
+"""
 
 from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from ..adapters.adapter import Adapter
-from ..errors import MalformedError, RefError, UnsupportedError, UsageError
-from ..formats.detect import FORMATS
-from ..storage.checkpoint import Checkpoint, read_weights
-from ..storage.filenames import OF_TRAINING, is_weight_file
-from ..storage.json_files import read_json
-from ..storage.refs import HubRef, Source, local_path, parse_ref
-from .download import fetch, wanted_of_adapter
-from .remote_headers import ADAPTER, open_far
+from ..errors import RefError, UnsupportedError, UsageError
+from ..formats.detect import (
+    ANCHORS,
+    adapters_inside,
+    detect,
+    is_only_adapter,
+    model_weights,
+    refuse_adapter,
+    wanted_of_adapter,
+)
+from ..storage.checkpoint import Checkpoint, open_checkpoint
+from ..storage.refs import HubRef, Source, local_path, local_source, parse_ref
+from .download import fetch
 from .session import Session
 
-Notice = Callable[[str], None]
-Opener = Callable[[str, str | None], Checkpoint]
+Mode = Literal["brief", "headers", "whole", "local"]
 QUANTISED_NAME = re.compile(r"(?i)[-_.](unsloth-)?(bnb|gptq|awq|gguf|[48]-?bits?|int[48]|fp8|nf4)\b.*$")
 
 
-def gather(
+def open_inputs(
     base: str | None,
     adapters: Sequence[str],
-    out: str,
     session: Session,
-    notice: Notice,
-    accepted: Collection[str] = (),
-    verb: str = "merge",
     *,
-    opened_by: Opener | None = None,
+    out: str,
+    verb: str = "merge",
+    accepted: Collection[str] = (),
+    mode: Mode = "headers",
+    weights: Path | None = None,
 ) -> tuple[Checkpoint, list[Adapter]]:
-    """Open the adapters, then the base: the one named, or the one that the first adapter names.
+    """Open the adapters, then the base: the named one, or the one that the first adapter names.
 
-    `opened_by` opens a base by REF and revision; by default its headers, where it is on the Hub.
+    `out` and `verb` are words of the command line, for hints; `open_base` and `open_adapter` explain the
+    rest.
 
-    `out` and `verb` are what the command line has, for the command that a hint names.
-
-    Raises RefError and its siblings for what is not there, UsageError when BASE and ADAPTER are exchanged.
+    Raises RefError and its siblings for missing inputs, UsageError if BASE and ADAPTER are swapped.
     """
     if base is not None:
         refuse_swapped(base, adapters, out, verb)
-    opened = [open_adapter(fetch(ref, "ADAPTER", wanted_of_adapter, session), accepted) for ref in adapters]
-    open_base = opened_by or partial(_open_headers, session)
-    if base is not None:
-        return open_base(base, None), opened
-    found = _base_of(opened[0], adapters[0], out, verb, open_base)
-    notice(f"base: {found.source.title}, as {opened[0].source.name} says")
-    return found, opened
+    opened = [open_adapter(ref, session, accepted) for ref in adapters]
+    ref, revision = (base, None) if base is not None else _base_of(opened[0], adapters[0], out, verb)
+    checkpoint = open_base(ref, "BASE", session, mode, revision=revision, weights=weights)
+    if base is None:
+        session.notify(f"base: {checkpoint.source.title}, as {opened[0].source.name} says")
+    return checkpoint, opened
 
 
-def _open_headers(session: Session, ref: str, revision: str | None) -> Checkpoint:
-    return open_far(ref, "BASE", session, revision=revision)
+def open_base(
+    ref: str,
+    what: str,
+    session: Session,
+    mode: Mode = "headers",
+    *,
+    revision: str | None = None,
+    weights: Path | None = None,
+) -> Checkpoint:
+    """Open a checkpoint; `what` is its word on the command line.
+
+    The weights of a Hub repo stay on the Hub in mode "headers"; in mode "brief", so do the side files.
+    `weights` is the folder for a later download, by default the session's. Mode "whole" downloads the repo.
+    Mode "local" takes a local path only, which an earlier run may have begun to change in place.
+    """
+    parsed = local_path(ref, what) if mode == "local" else parse_ref(ref, what)
+    if isinstance(parsed, Path):
+        source = local_source(parsed)
+    elif mode == "whole":
+        from .download import fetch, wanted_of_base
+
+        source = fetch(ref, what, wanted_of_base, session, revision=revision)
+    else:
+        from .remote_headers import open_remote
+
+        whole = mode == "headers"
+        return open_remote(ref, what, session, whole=whole, revision=revision, weights=weights)
+    refuse_adapter(source.path, source.name)
+    return open_checkpoint(source, unfinished=mode == "local")
+
+
+def open_adapter(ref: str, session: Session, accepted: Collection[str] = ()) -> Adapter:
+    """Open an adapter; config fields in `accepted` are not refused."""
+    return read_adapter(find_adapter(ref, session), accepted)
+
+
+def find_adapter(ref: str, session: Session) -> Source:
+    """Return an adapter's local folder; the files of a Hub repo are downloaded."""
+    parsed = parse_ref(ref, "ADAPTER")
+    if isinstance(parsed, Path):
+        return local_source(parsed)
+
+    return fetch(ref, "ADAPTER", wanted_of_adapter, session)
+
+
+def read_adapter(source: Source, accepted: Collection[str] = ()) -> Adapter:
+    """Recognise the format of an adapter folder and read its headers.
+
+    Raises RefError if no format recognises the folder, and the errors of the format.
+    """
+    if known := detect(source.path):
+        return known.read(source, accepted)
+    raise _not_an_adapter(source)
+
+
+def read_or_refuse(source: Source, accepted: Collection[str]) -> tuple[Adapter, UnsupportedError | None]:
+    """Return an adapter and the reason if it is refused; of a refused one, as much as can be said."""
+    known = detect(source.path)
+    try:
+        return read_adapter(source, accepted), None
+    except UnsupportedError as error:
+        assert known
+        return known.read_refused(source), error
+
+
+def _not_an_adapter(source: Source) -> RefError:
+    """Return an error that says what the folder is instead, and where the adapter might be."""
+    root, lacking = source.path, f"has no {' or '.join(ANCHORS)}"
+    if root.is_file():
+        return RefError(
+            f"ADAPTER {source.name} is a file; name the folder it lies in.", hint=str(root.parent)
+        )
+    if below := adapters_inside(root):
+        return RefError(
+            f"ADAPTER {source.name} {lacking}, but these folders inside it do: {', '.join(below[:10])}.",
+            hint=f"name one of them, such as {root / below[-1]}",
+        )
+    if (root / "config.json").exists():
+        return RefError(f"ADAPTER {source.name} is a model, not an adapter: it {lacking}.")
+    return RefError(f"ADAPTER {source.name} {lacking}.")
 
 
 def refuse_swapped(base: str, adapters: Sequence[str], out: str, verb: str, what: str = "BASE") -> None:
-    """BASE is an adapter and an ADAPTER is a model: say so, with the command that was meant."""
-    first = local_path(base, what)
+    """Raise UsageError, with the intended command, if BASE is an adapter and an ADAPTER is a model."""
+    if not is_only_adapter(local_path(base, what)):
+        return
     for adapter in adapters:
-        second = local_path(adapter, "ADAPTER")
-        if _only_adapter(first) and not _is_adapter(second) and _has_weights(second):
-            exchanged = [base if ref == adapter else ref for ref in adapters]
+        path = local_path(adapter, "ADAPTER")
+        if path.is_dir() and not detect(path) and model_weights(path):
+            swapped = [base if ref == adapter else ref for ref in adapters]
             raise UsageError(
                 f"{what} and ADAPTER are swapped: {base} is an adapter, {adapter} is a model.",
-                hint=shlex.join(["dora-convert", verb, adapter, *exchanged, out]),
+                hint=shlex.join(["dora-convert", verb, adapter, *swapped, out]),
             )
 
 
-def _only_adapter(path: Path) -> bool:
-    return _is_adapter(path) and not _has_weights(path)
-
-
-def _is_adapter(path: Path) -> bool:
-    return (path / "adapter_config.json").is_file()
-
-
-def _has_weights(path: Path) -> bool:
-    names = [entry.name for entry in path.iterdir()] if path.is_dir() else []
-    return any(is_weight_file(name) and not OF_TRAINING.match(name) for name in names)
-
-
-def _base_of(adapter: Adapter, ref: str, out: str, verb: str, open_base: Opener) -> Checkpoint:
-    """The base an adapter was trained on, at the revision it names."""
+def _base_of(adapter: Adapter, ref: str, out: str, verb: str) -> tuple[str, str | None]:
+    """Return the REF of the base that an adapter was trained on, and the revision that the adapter names."""
     again = f"name it: dora-convert {verb} BASE {shlex.quote(ref)} {shlex.quote(out)}"
     if not adapter.base:
         raise RefError(
@@ -98,34 +168,29 @@ def _base_of(adapter: Adapter, ref: str, out: str, verb: str, open_base: Opener)
             "Name the full-precision model it was made from.",
             hint=f"perhaps {adapter.base[: match.start()]}: {again}",
         )
-    name = (
-        adapter.base
-        if "/" in adapter.base or local_path(adapter.base, "the base").exists()
-        else f"hf://{adapter.base}"
-    )
+    is_ref = "/" in adapter.base or local_path(adapter.base, "the base").exists()
+    name = adapter.base if is_ref else f"hf://{adapter.base}"
     try:
         parse_ref(name, "BASE")
     except RefError as error:
         raise RefError(f"The adapter's base, {adapter.base!r}, is not here.", hint=again) from error
-    return open_base(name, adapter.revision)
+    return name, adapter.revision
 
 
 def doubts(base: Checkpoint, adapters: Sequence[Adapter]) -> Iterator[str]:
-    """Warnings that need no tensor: another base than the adapter names, and files that are not used."""
+    """Yield warnings that need no tensor: another base than the adapter names, and unused files."""
     for adapter in adapters:
         if adapter.base and not _same_model(adapter.base, base):
-            yield (
-                f"{adapter.source.name} was trained on {adapter.base}; "
-                f"BASE is {base.source.repo or base.source.name}"
-            )
+            name = base.source.repo or base.source.name
+            yield f"{adapter.source.name} was trained on {adapter.base}; BASE is {name}"
     yield from base.notes
     if base.left_behind:
-        shown = ", ".join(base.left_behind[:5]) + (" …" if len(base.left_behind) > 5 else "")
-        yield f"not copied, stale beside merged weights: {shown}"
+        names = ", ".join(base.left_behind[:5]) + (" …" if len(base.left_behind) > 5 else "")
+        yield f"not copied, stale beside merged weights: {names}"
 
 
 def _same_model(name: str, base: Checkpoint) -> bool:
-    """Whether the name an adapter has for its base can mean this one."""
+    """Return True if an adapter's name for its base can mean this base."""
     if base.source.repo:
         return name.lower() == base.source.repo.lower()
     try:
@@ -137,64 +202,3 @@ def _same_model(name: str, base: Checkpoint) -> bool:
     known = {base.source.name, str((base.config or {}).get("_name_or_path", ""))}
     last = name.rstrip("/").rpartition("/")[2].lower()
     return any(last == other.rstrip("/").rpartition("/")[2].lower() for other in known)
-
-
-def open_adapter(source: Source, accepted: Collection[str] = ()) -> Adapter:
-    """Recognise the format of an adapter folder and read its headers; `accepted` config fields are not refused.
-
-    Raises RefError where no format recognises the folder, and what the format raises.
-    """
-    for known in FORMATS:
-        if known.recognises(source.path):
-            return known.read(source, accepted)
-    raise _not_an_adapter(source)
-
-
-def _not_an_adapter(source: Source) -> RefError:
-    """Say what the folder is instead, and where the adapter might be."""
-    root = source.path
-    if root.is_file():
-        return RefError(
-            f"ADAPTER {source.name} is a file; name the folder it lies in.", hint=str(root.parent)
-        )
-    below = sorted(path.parent for path in root.glob("*/adapter_config.json"))
-    below += sorted(path.parent for path in root.glob("*/*/adapter_config.json"))
-    if below:
-        names = ", ".join(path.relative_to(root).as_posix() for path in below[:10])
-        return RefError(
-            f"ADAPTER {source.name} has no adapter_config.json, but these folders inside it do: {names}.",
-            hint=f"name one of them, such as {below[-1]}",
-        )
-    if (root / "config.json").exists():
-        return RefError(f"ADAPTER {source.name} is a model, not an adapter: it has no adapter_config.json.")
-    return RefError(f"ADAPTER {source.name} has no adapter_config.json.")
-
-
-def open_or_refuse(source: Source, accepted: Collection[str]) -> tuple[Adapter, UnsupportedError | None]:
-    """Return an adapter, and why it is refused: of a kind that is refused, as much as can be said."""
-    try:
-        return open_adapter(source, accepted), None
-    except UnsupportedError as error:
-        refusal = error
-    raw = read_json(source.path / ADAPTER)
-    try:
-        return open_adapter(source, tuple(raw)), refusal
-    except UnsupportedError:
-        return _unread(source, raw), refusal
-
-
-def _unread(source: Source, raw: Mapping[str, Any]) -> Adapter:
-    """An adapter whose tensors mean something that is not known here."""
-    files = sorted(source.path.glob("adapter_model.*"), reverse=True)  # safetensors before bin
-    if not files:
-        raise MalformedError(f"The adapter {source.name} has {ADAPTER} but no adapter_model.safetensors.")
-    base, method = raw.get("base_model_name_or_path"), raw.get("peft_type")
-    return Adapter(
-        source=source,
-        format="peft",
-        kind=str(method or "unknown"),
-        changes=(),
-        tensors=read_weights(files[0]).tensors,
-        files=(source.path / ADAPTER, files[0]),
-        base=base if isinstance(base, str) else None,
-    )

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import Fault, MalformedError, RefError, UnsupportedError
+from ..formats.detect import ANCHORS, adapters_inside, detect, is_adapter_file, refuse_adapter
 from ..storage.checkpoint import Checkpoint, assemble, open_checkpoint, weight_entry, weight_map
 from ..storage.filenames import PICKLES, RECORD, is_side_file, is_weight_file
 from ..storage.json_files import read_config
@@ -25,7 +26,6 @@ from .download import CONNECTIONS, download, fetch, wanted_of_base
 from .hub_client import explained, patiently
 from .session import Session
 
-ADAPTER = "adapter_config.json"
 FIRST = 8192
 """Bytes to ask for of a weight file of which no index tells more."""
 EMPTY, ENTRY = 128, 110
@@ -42,7 +42,9 @@ class RefListing:
     remote: Checkpoint | None = None
 
     def checkpoint(self) -> Checkpoint:
-        """The headers as a checkpoint; raises what `open_checkpoint` does."""
+        """Return the headers as a checkpoint; raises what `open_checkpoint` does."""
+        if not self.remote:
+            refuse_adapter(self.source.path, self.source.name)
         return self.remote or open_checkpoint(self.source)
 
 
@@ -65,7 +67,7 @@ def look(
 
     def wanted(names: Sequence[str]) -> list[str]:
         listings.append(names)
-        if whole and ADAPTER not in names:
+        if whole and not detect(names):
             return [name for name in names if not is_weight_file(name) or name.startswith(f"{RECORD}/")]
         return [name for name in names if _is_small(name, names)]
 
@@ -79,14 +81,14 @@ def look(
     return RefListing(
         source,
         names,
-        None if ADAPTER in names else _open_remote(parsed, what, source, names, session, folder),
+        None if detect(names) else _open_remote(parsed, what, source, names, session, folder),
     )
 
 
 def _is_small(name: str, names: Sequence[str]) -> bool:
     """Whether a file is downloaded: an adapter's own ones, or a checkpoint's config and the receipts of merges."""
-    if ADAPTER in names:
-        return name.startswith("adapter_") and "/" not in name
+    if detect(names):
+        return is_adapter_file(name)
     return name == "config.json" or (name.startswith(f"{RECORD}/") and name.endswith("receipt.json"))
 
 
@@ -124,12 +126,12 @@ def _entry(ref: HubRef, what: str, source: Source, names: Sequence[str]) -> str:
     try:
         return weight_entry([name for name in names if "/" not in name], source.name)
     except RefError:
-        below = sorted(name.removesuffix(f"/{ADAPTER}") for name in names if name.endswith(f"/{ADAPTER}"))
+        below = adapters_inside(names)
         if not below or what != "REF":
             raise
         where = f"hf://{ref.repo}{f'@{ref.revision}' if ref.revision else ''}/{ref.subfolder}".rstrip("/")
         raise RefError(
-            f"{source.name} has no {ADAPTER}, but these folders inside it do: {', '.join(below[:10])}.",
+            f"{source.name} has no {' or '.join(ANCHORS)}, but these folders inside it do: {', '.join(below[:10])}.",
             hint=f"name one of them, such as {where}/{below[-1]}",
         ) from None
 
@@ -145,7 +147,7 @@ def _cached_pickles(source: Source) -> Checkpoint:
         ) from error
 
 
-def open_far(
+def open_remote(
     ref: str,
     what: str,
     session: Session,

@@ -1,10 +1,10 @@
-"""How one run reads the Hub: with whose token, and through the cache or a folder that goes when the run ends."""
+"""Hold a run's settings for the Hub: the token, and the cache or a temporary folder."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import closing, suppress
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -14,19 +14,19 @@ LOCK = ".lock"
 
 
 class Session:
-    """One run's way of reading repos; `cache` says whether what is downloaded stays in huggingface_hub's cache."""
+    """One run's settings for reading repos. With `cache`, downloads stay in huggingface_hub's cache."""
 
     def __init__(
         self, token: str | None = None, *, cache: bool = True, notify: Callable[[str], None] | None = None
     ) -> None:
-        """`notify` is told of downloads."""
+        """`notify` is called with a line about each download."""
         self.token, self.cache = token, cache
         self.notify: Callable[[str], None] = notify or (lambda _: None)
         self._folder: Path | None = None
         self._lock: FileLock | None = None
 
     def place(self, repo: str, commit: str) -> Path | None:
-        """The folder that files of a commit come to, as they lie in the repo; None for the cache."""
+        """Return the folder for the files of a commit, laid out as in the repo; None for the cache."""
         if self.cache:
             return None
         if self._folder is None:
@@ -34,37 +34,35 @@ class Session:
         return self._folder / f"{repo.replace('/', '--')}@{commit}"
 
     def close(self) -> None:
-        """Remove what was downloaded, unless it is in the cache."""
+        """Remove the downloads, unless they are in the cache."""
         if self._folder and self._lock:
             _remove(self._folder, self._lock)
             self._folder = self._lock = None
 
 
-@contextmanager
 def open_session(
     token: str | None, *, cache: bool, notify: Callable[[str], None] | None = None
-) -> Iterator[Session]:
-    """Open a run's session; what was downloaded without the cache is removed at the end."""
-    session = Session(token, cache=cache, notify=notify)
-    try:
-        yield session
-    finally:
-        session.close()
+) -> closing[Session]:
+    """Open a run's session in a `with` statement, whose end removes downloads outside the cache."""
+    return closing(Session(token, cache=cache, notify=notify))
 
 
 def _new_folder() -> tuple[Path, FileLock]:
-    """A locked folder on the disk that the cache is on, not in /tmp, which may be memory; killed runs' are removed."""
+    """Return a new locked folder, and remove those of killed runs.
+
+    The folder is on the cache's disk, not in /tmp, which may be memory.
+    """
     from huggingface_hub import constants
 
     parent = Path(constants.HF_HOME) / "dora_convert" / "visits"
     parent.mkdir(parents=True, exist_ok=True)
-    # without it another run might take a folder for left before it is locked
+    # without this lock another run might take the folder for a killed run's before it is locked
     with FileLock(parent.with_suffix(LOCK)):
-        for left in parent.iterdir():
-            lock = FileLock(left / LOCK)
+        for stale in parent.iterdir():
+            lock = FileLock(stale / LOCK)
             with suppress(Timeout, OSError):
                 lock.acquire(timeout=0)
-                _remove(left, lock)
+                _remove(stale, lock)
         folder = Path(mkdtemp(dir=parent))
         lock = FileLock(folder / LOCK)
         lock.acquire()

@@ -187,11 +187,6 @@ def weight_entry(names: Sequence[str], where: str) -> str:
             f"{where} has no safetensors weights, only {', '.join(other[:3])}: not read yet.",
             hint="save the model as safetensors, or name a revision that has them",
         )
-    if "adapter_config.json" in names:
-        raise RefError(
-            f"{where} is an adapter, not a model.",
-            hint="dora-convert merge BASE ADAPTER OUT writes the model",
-        )
     raise RefError(f"{where} holds no safetensors weights.")
 
 

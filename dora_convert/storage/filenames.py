@@ -19,7 +19,7 @@ IN_PLACE = ".dora-convert-in-place"
 
 INDEX_SUFFIX = ".safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth")
-OF_TRAINING = re.compile(r"adapter_model|training_args|optimizer|scheduler|rng_state|scaler")
+OF_TRAINING = re.compile(r"adapter_|training_args|optimizer|scheduler|rng_state|scaler")
 """Beginnings of file names that end like a model's weights and are not."""
 
 WEIGHT_SUFFIXES = (
@@ -29,7 +29,9 @@ WEIGHT_SUFFIXES = (
 """Weights and their indexes: stale beside merged weights, so never copied."""
 
 WEIGHT_FOLDERS = ("original", "onnx", "openvino", "coreml", "metal", "gguf")
-NOT_COPIED = ("README.md", "adapter_config.json", ".lock")
+ADAPTER_FILES = "adapter_"
+"""The beginning of the names of an adapter's files, which may lie beside a model."""
+NOT_COPIED = ("README.md", ".lock")
 
 
 def is_plain(name: object) -> bool:
@@ -64,7 +66,8 @@ def is_side_file(name: str) -> bool:
     """Return True if a file, named by its path inside the folder, is copied with the model's weights."""
     parts = PurePosixPath(name).parts
     hidden = any(part in (".cache", "__pycache__") or part.startswith(".git") for part in parts)
-    return not (hidden or parts[0] == RECORD or name in NOT_COPIED or is_weight_file(name))
+    adapter = len(parts) == 1 and name.startswith(ADAPTER_FILES)
+    return not (hidden or parts[0] == RECORD or adapter or name in NOT_COPIED or is_weight_file(name))
 
 
 def list_files(root: Path) -> list[str]:

@@ -12,8 +12,7 @@ from ..engine.host_memory import as_bytes
 from ..engine.precision import TORCH, half_ulp
 from ..maths import lora as maths
 from ..output.finished import TensorResult
-from ..plan.blocks import spans
-from ..plan.item import Item
+from ..plan.item import Item, spans
 from ..storage.reader import Digest
 from ..storage.safetensors import StoredTensor
 from ..storage.spool import Spool

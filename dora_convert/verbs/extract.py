@@ -20,8 +20,8 @@ from ..plan.planner import refuse_quantised
 from ..reports.push import Target
 from ..settings import chosen
 from ..sizes import format_size
+from ..sources.inputs import open_base
 from ..sources.prefetch import reading
-from ..sources.remote_headers import open_far
 from ..storage.checkpoint import Checkpoint
 from ..storage.refs import PathLike
 
@@ -113,7 +113,7 @@ def _run(
 def _open(making: FittingSession, base: PathLike, tuned: PathLike) -> tuple[Checkpoint, Checkpoint]:
     """The headers of both checkpoints."""
     refs = ((base, "BASE"), (tuned, "TUNED"))
-    opened = [open_far(os.fspath(ref), what, making.session) for ref, what in refs]
+    opened = [open_base(os.fspath(ref), what, making.session) for ref, what in refs]
     for checkpoint in opened:
         refuse_quantised(checkpoint)
     making.folder.refuse_inside([checkpoint.source.path for checkpoint in opened])

@@ -19,14 +19,12 @@ from ..plan.options import Options, parse_options
 from ..plan.plan import Plan
 from ..reports.merge import DryRunReport, UnmergeReport
 from ..settings import Settings
-from ..sources.download import fetch, wanted_of_adapter
-from ..sources.inputs import open_adapter, refuse_swapped
-from ..sources.remote_headers import open_far
+from ..sources.inputs import open_adapter, open_base, refuse_swapped
 from ..sources.session import Session, open_session
-from ..storage.checkpoint import Checkpoint, open_checkpoint
+from ..storage.checkpoint import Checkpoint
 from ..storage.filenames import RECORD, UNDO
 from ..storage.reader import xxh3
-from ..storage.refs import PathLike, listed, local_path, local_source
+from ..storage.refs import PathLike, listed
 from ..undo.files import restored_files
 from ..undo.record import MergeRecord, in_order, no_record, read_record
 from ..undo.refusals import refuse_far, refuse_lossy, refuse_options
@@ -120,11 +118,8 @@ def _plan(
     unfinished: bool,
 ) -> tuple[UnmergePlan, MergeRecord, list[Path]]:
     """Gather the inputs and decide how every tensor of the base comes back; with the record, and the inputs' folders."""
-    if unfinished:
-        checkpoint = open_checkpoint(local_source(local_path(os.fspath(merged), "MERGED")), unfinished=True)
-    else:
-        checkpoint = open_far(os.fspath(merged), "MERGED", session)
-    original = open_far(os.fspath(base), "BASE", session) if base else None
+    checkpoint = open_base(os.fspath(merged), "MERGED", session, "local" if unfinished else "headers")
+    original = open_base(os.fspath(base), "BASE", session) if base else None
     record, opened, places = _record(checkpoint, adapters, settings, session, ignore_field, original)
     if unfinished and record.assumed:
         raise UsageError(
@@ -200,7 +195,7 @@ def _record(
             )
         settings.warn(f"{why}: what rounding took is lost")
     accepted = record.options.ignore_field if record else ignore_field
-    opened = [open_adapter(fetch(ref, "ADAPTER", wanted_of_adapter, session), accepted) for ref in refs]
+    opened = [open_adapter(ref, session, accepted) for ref in refs]
     if not record:
         settings.warn(
             f"{merged.source.name} has no record of a merge: weights of 1 are assumed, and what rounding took is lost"

@@ -17,10 +17,8 @@ from ..plan.planner import make_plan
 from ..reports.html import check_page, write_page
 from ..reports.verify import OutputsReport, VerifyReport
 from ..settings import MAX_MEMORY, Settings, chosen
-from ..sources.download import fetch, wanted_of_adapter
-from ..sources.inputs import gather, refuse_swapped
+from ..sources.inputs import find_adapter, open_base, open_inputs, refuse_swapped
 from ..sources.prefetch import bring_weights
-from ..sources.remote_headers import open_far
 from ..sources.session import Session, open_session
 from ..storage.checkpoint import Checkpoint
 from ..storage.filenames import RECORD
@@ -96,7 +94,7 @@ def _gather(
     weights = parse_weights(weight, len(refs))
     if base is not None:
         refuse_swapped(base, refs, where, "verify")
-    made = open_far(where, "MERGED", session)
+    made = open_base(where, "MERGED", session)
     if receipt := _receipt(made, refs, session):
         options = replace(
             options,
@@ -109,7 +107,7 @@ def _gather(
             if receipt.flags:
                 settings.notify(f"as the receipt of MERGED says: {receipt.flags}")
     accepted = options.ignore_field
-    checkpoint, opened = gather(base, refs, where, session, settings.notify, accepted, "verify")
+    checkpoint, opened = open_inputs(base, refs, session, out=where, verb="verify", accepted=accepted)
     return make_plan(checkpoint, opened, weights, options), made
 
 
@@ -130,7 +128,7 @@ def _receipt(made: Checkpoint, refs: Sequence[str], session: Session) -> Receipt
     if not (receipt := read_receipt(made.source.path / RECORD)):
         return None
     try:
-        paths = [fetch(ref, "ADAPTER", wanted_of_adapter, session).path for ref in refs]
+        paths = [find_adapter(ref, session).path for ref in refs]
     except DoraConvertError:
         return None
     return receipt if receipt.is_of(paths) else None

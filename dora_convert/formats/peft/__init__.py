@@ -1,1 +1,196 @@
-"""Read and write PEFT's adapter folders."""
+r"""Read PEFT's adapter folders: `adapter_config.json` beside `adapter_model.safetensors` (or `.bin`).
+
+Tensor names are `base_model.model.<module>` and a suffix, shapes for a weight of (out, in):
+
+    .lora_A.weight  (r, in)      .lora_B.weight  (out, r)      Linear, GPT-2's Conv1D, MultiheadAttention
+    .lora_A.weight  (r, in, *k)  .lora_B.weight  (out, r, 1…)  convolutions
+    .lora_A.weight  (E·r, in)    .lora_B.weight  (out, r·E)    `target_parameters` on E experts
+    .lora_A  (r, in)  .lora_B  (out, r)  .lora_E  (r, 1)       AdaLoRA
+    .lora_embedding_A  (r, rows) .lora_embedding_B  (dim, r)   embeddings, whose weight is (rows, dim)
+    .lora_magnitude_vector       (out), (dim) or (1, out, 1…)  DoRA; some versions append `.weight`
+    .lora_B.bias (out)  .lora_diag (r)                         `lora_bias`; KaSA
+    .token_adapter.trainable_tokens_delta  (n, dim)            new rows, in spite of the name
+    .base_layer.weight  .base_layer.bias                       the base's own tensor, saved beside its adapter
+    <module>.<key>                                             `modules_to_save` and `bias`, absolute values
+
+The scaling is alpha/r, or alpha/√r with `use_rslora`. `rank_pattern` and `alpha_pattern` may change r and
+alpha for a module: the first key in the order of the file that matches `(.*\.)?(key)$` counts.
+
+Everything else that a config can say is refused by name, never merged wrongly: see `fields.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...adapters.adapter import Adapter, Change
+from ...adapters.updates import Full, Rows
+from ...errors import Fault, MalformedError, UnsupportedError
+from ...storage.checkpoint import read_weights
+from ...storage.json_files import read_json
+from ...storage.refs import Source
+from ...storage.safetensors import StoredTensor
+from .config import Config, is_saved_embedding
+from .fields import refuse_unsupported
+from .modules import CONFIG, PARTS, PREFIX, TOKENS, WEIGHTS, plain, updates_of
+
+if TYPE_CHECKING:
+    from ...adapters.new_adapter import Files, NewAdapter
+
+__all__ = [
+    "ANCHOR", "LIBRARY", "NAME", "PREFIX", "WEIGHTS",
+    "objection", "owns", "read", "read_refused", "recognises", "save", "shares_rank",
+]  # fmt: skip
+
+NAME = LIBRARY = "peft"
+ANCHOR = CONFIG
+_OF_TRAINING = re.compile(r"\.(lora_velora_embed|lora_monteclora_sampler)\b")
+
+
+def recognises(names: Sequence[str], path: Path | None) -> bool:
+    """Return True for a PEFT adapter's folder."""
+    return CONFIG in names and (path is None or path.is_dir())
+
+
+def owns(name: str) -> bool:
+    """Return True if a file is PEFT's."""
+    return name.startswith("adapter_") and "/" not in name
+
+
+def read(source: Source, accepted: Collection[str] = ()) -> Adapter:
+    """Read a PEFT adapter's config and headers; config fields in `accepted` are not refused.
+
+    Raises MalformedError for values of a wrong type, UnsupportedError for known kinds that are refused.
+    """
+    raw = read_json(source.path / CONFIG)
+    refuse_unsupported(raw, source.name, accepted)
+    config = Config.parse(raw, source.path / CONFIG)
+    weights = _weights(source)
+    tensors = read_weights(weights).tensors
+    adapter = _SortedTensors(config)
+    for name, tensor in tensors.items():
+        adapter.sort(name, tensor)
+    adapter.finish()
+    return Adapter(
+        source=source,
+        format=NAME,
+        kind=config.kind,
+        changes=tuple(adapter.changes),
+        tensors=tensors,
+        files=(source.path / CONFIG, weights),
+        base=config.base,
+        revision=config.revision,
+        ignored=adapter.ignored,
+        faults=tuple(adapter.faults),
+        keeps_ties=config.keeps_ties,
+        layers=config.layers,
+        task=config.task,
+    )
+
+
+def read_refused(source: Source) -> Adapter:
+    """Read an adapter without refusing any field; of an unsupported method, read the tensors alone."""
+    raw = read_json(source.path / CONFIG)
+    try:
+        return read(source, tuple(raw))
+    except UnsupportedError:
+        weights, base = _weights(source), raw.get("base_model_name_or_path")
+    return Adapter(
+        source=source,
+        format=NAME,
+        kind=str(raw.get("peft_type") or "unknown"),
+        changes=(),
+        tensors=read_weights(weights).tensors,
+        files=(source.path / CONFIG, weights),
+        base=base if isinstance(base, str) else None,
+    )
+
+
+def _weights(source: Source) -> Path:
+    """Return the file that holds the tensors."""
+    for name in WEIGHTS:
+        if (source.path / name).exists():
+            return source.path / name
+    raise MalformedError(f"The adapter {source.name} has {CONFIG} but no {WEIGHTS[0]}.")
+
+
+@dataclass
+class _SortedTensors:
+    """An adapter's tensors, sorted by their names."""
+
+    config: Config
+    changes: list[Change] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
+    ignored: dict[str, str] = field(default_factory=dict)
+    modules: dict[str, dict[str, StoredTensor]] = field(default_factory=dict)
+
+    def sort(self, name: str, tensor: StoredTensor) -> None:
+        """Sort one tensor in."""
+        target = plain(name)
+        if suffix := next((suffix for suffix in PARTS if target.endswith(suffix)), None):
+            self._add_part(target.removesuffix(suffix), PARTS[suffix], tensor)
+        elif suffix := next((suffix for suffix in TOKENS if target.endswith(suffix)), None):
+            self._add_rows(target.removesuffix(suffix), tensor)
+        elif _OF_TRAINING.search(target):
+            self.ignored[name] = "used in training only"
+        elif ".original_module." in target:
+            self.ignored[name] = "what the base had there"
+        elif ".base_layer." in target or is_saved_embedding(target):
+            start = self.config.start if ".base_layer." in target else None
+            self.changes.append(Change(target.replace(".base_layer.", "."), Full(tensor, start=start)))
+        elif self.config.saves(target):
+            self.changes.append(Change(target, Full(tensor, may_add=True)))
+        elif self.config.biases and target.endswith(".bias"):
+            self.changes.append(Change(target, Full(tensor)))
+        else:
+            self.faults.append(Fault(name, "neither a LoRA tensor nor part of modules_to_save"))
+
+    def _add_part(self, module: str, part: str, tensor: StoredTensor) -> None:
+        parts = self.modules.setdefault(module, {})
+        if part in parts:
+            self.faults.append(Fault(tensor.name, f"says what {parts[part].name} says already"))
+        parts[part] = tensor
+
+    def _add_rows(self, module: str, tensor: StoredTensor) -> None:
+        index = self.config.index(module)
+        if len(set(index)) != len(index) or tensor.shape[:1] != (len(index),):
+            why = f"has shape {tensor.shape}; trainable_token_indices lists {len(set(index))} tokens for it"
+            self.faults.append(Fault(tensor.name, why))
+        else:
+            self.changes.append(Change(f"{module}.weight", Rows(tensor, index)))
+
+    def finish(self) -> None:
+        """Turn each module's tensors into updates."""
+        saved = {change.target for change in self.changes}
+        for outcome in updates_of(self.modules, saved, self.config):
+            if isinstance(outcome, Fault):
+                self.faults.append(outcome)
+            elif isinstance(outcome, Change):
+                self.changes.append(outcome)
+            else:
+                self.ignored |= outcome
+
+
+def save(new: NewAdapter) -> Files:
+    """Return the files of an adapter folder."""
+    from .write import save
+
+    return save(new)
+
+
+def objection(change: Change, tensor: str, like: Adapter) -> str | None:
+    """Return why PEFT cannot load a LoRA as a DoRA; None if it can."""
+    from .write import objection
+
+    return objection(change, tensor, like)
+
+
+def shares_rank(change: Change, tensor: str, like: Adapter) -> str | None:
+    """Return why a weight's factors must keep their rank; None if they need not."""
+    from .write import shares_rank
+
+    return shares_rank(change, tensor, like)

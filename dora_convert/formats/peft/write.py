@@ -1,9 +1,9 @@
-"""PEFT's adapter folders, written: the same files and names that `peft.py` reads.
+"""Write PEFT's adapter folders: the same files and names that the package reads.
 
-An adapter made of another one keeps what its config says and the names that its tensors have; what is new is named by
-the weight that it is for. Where ranks are not those of the config it comes from, `r` is the largest, `lora_alpha` makes
-the scaling 1 (a server that reads no patterns is right all the same), and every other module has a key of its own in
-`rank_pattern` and `alpha_pattern`: its name, escaped, from ^ to $.
+An adapter made from another one keeps that adapter's config fields and tensor names; a new tensor is named by
+the weight that it is for. If ranks differ from the old config's, `r` is the largest rank and `lora_alpha`
+makes the scaling 1, so that a server without patterns is right, too. Every other module then has its own key
+in `rank_pattern` and `alpha_pattern`: the module's name, escaped, from ^ to $.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from ...adapters.updates import Decomposed, Delta, Full, LowRank, Rows, Start, l
 from ...storage.json_files import read_json
 from ...storage.safetensors import StoredTensor
 from .config import Config
-from .names import CONFIG, PREFIX, TOKENS, WEIGHTS, plain
+from .modules import CONFIG, PREFIX, TOKENS, WEIGHTS, plain
 
 LINEAR = {"A": ".lora_A.weight", "B": ".lora_B.weight"}
 EMBEDDING = {"A": ".lora_embedding_A", "B": ".lora_embedding_B"}
 MAGNITUDE = ".lora_magnitude_vector"
 _FRESH: Mapping[str, Any] = {
-    "peft_type": "LORA", "task_type": None, "base_model_name_or_path": None, "revision": None, "inference_mode": True,
-    "r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": [], "modules_to_save": None, "bias": "none",
-    "use_dora": False, "use_rslora": False, "init_lora_weights": True, "rank_pattern": {}, "alpha_pattern": {},
-    "fan_in_fan_out": False,
+    "peft_type": "LORA", "task_type": None, "base_model_name_or_path": None, "revision": None,
+    "inference_mode": True, "r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": [],
+    "modules_to_save": None, "bias": "none", "use_dora": False, "use_rslora": False,
+    "init_lora_weights": True, "rank_pattern": {}, "alpha_pattern": {}, "fan_in_fan_out": False,
 }  # fmt: skip
 _OF_ADALORA = (
     "target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step",
@@ -37,22 +37,22 @@ _TASKS = {
     "ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS",
     "ForTokenClassification": "TOKEN_CLS", "ForQuestionAnswering": "QUESTION_ANS",
 }  # fmt: skip
-"""PEFT's name of a task by how the name of a class ends. A class that it has none for is wrapped as it is."""
+"""PEFT's name of a task by the end of a class name. PEFT wraps any other class as it is."""
 _CLASSIFIERS = ("classifier", "score")
 _HEADS = {"SEQ_CLS": _CLASSIFIERS, "TOKEN_CLS": _CLASSIFIERS, "QUESTION_ANS": ("qa_outputs",)}
-"""The modules that PEFT takes for saved whole because of the task, by the ends of their names."""
+"""The modules that PEFT expects to be saved whole for a task, by the ends of their names."""
 
 
-def save(made: NewAdapter) -> Files:
-    """The files of an adapter folder."""
-    tensors = {name: stored for change in made.changes for name, stored in _named(change, made)}
-    config = json.dumps(_config(made), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+def save(new: NewAdapter) -> Files:
+    """Return the files of an adapter folder."""
+    tensors = {name: stored for change in new.changes for name, stored in _named(change, new)}
+    config = json.dumps(_config(new), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     keep = frozenset(name for name in tensors if name.endswith((MAGNITUDE, f"{MAGNITUDE}.weight")))
     return Files(WEIGHTS[0], dict(sorted(tensors.items())), {CONFIG: config.encode()}, keep=keep)
 
 
 def shares_rank(change: Change, tensor: str, like: Adapter) -> str | None:
-    """Why a weight's factors must stay as they are: PEFT has one rank for several weights; None where it has not."""
+    """Return why a weight's factors must keep their rank, which weights share; None if they need not."""
     low, (_, config) = low_rank(change.update), _of(like)  # type: ignore[arg-type] # has factors
     if tensor.endswith("in_proj_weight") or ".base_layer." in low.A.name:
         return "a part of MultiheadAttention"
@@ -62,7 +62,7 @@ def shares_rank(change: Change, tensor: str, like: Adapter) -> str | None:
 
 
 def objection(change: Change, tensor: str, like: Adapter) -> str | None:
-    """Why PEFT cannot load a LoRA as a DoRA, given its change and the base's name of the weight; None where it can."""
+    """Return why PEFT cannot load a LoRA as a DoRA; None if it can. `tensor` is the weight in the base."""
     low, (raw, config) = low_rank(change.update), _of(like)  # type: ignore[arg-type] # has factors
     if config and config.adalora:
         return "AdaLoRA has no DoRA: to-lora makes a LoRA of it first"
@@ -77,13 +77,13 @@ def objection(change: Change, tensor: str, like: Adapter) -> str | None:
     return "DoRA does not go with megatron_config" if raw.get("megatron_config") else None
 
 
-def _named(change: Change, made: NewAdapter) -> Iterator[tuple[str, StoredTensor]]:
-    """Each tensor of a change under its name in the file."""
-    module = PREFIX + change.target.rpartition(".")[0]
+def _named(change: Change, new: NewAdapter) -> Iterator[tuple[str, StoredTensor]]:
+    """Yield each tensor of a change under its name in the file."""
+    module = PREFIX + change.module
     update = change.update
 
     def name(stored: StoredTensor, suffix: str) -> tuple[str, StoredTensor]:
-        own = made.like is not None and made.like.tensors.get(stored.name) is stored
+        own = new.like is not None and new.like.tensors.get(stored.name) is stored
         return (PREFIX + plain(stored.name) if own else module + suffix, stored)
 
     match update:
@@ -103,13 +103,13 @@ def _named(change: Change, made: NewAdapter) -> Iterator[tuple[str, StoredTensor
         case Full(value):
             leaf = change.target.rpartition(".")[2]
             wrapped = leaf == "bias" and any(
-                other.target == f"{module.removeprefix(PREFIX)}.weight" for other, _ in made.low_ranks
+                other.target == f"{module.removeprefix(PREFIX)}.weight" for other, _ in new.low_ranks
             )
             yield name(value, f"{'.base_layer' if wrapped else ''}.{leaf}")
 
 
 def _of(like: Adapter | None) -> tuple[dict[str, Any], Config | None]:
-    """The config of an adapter in this format: as it stands, and parsed."""
+    """Return the config of an adapter in this format: as the file has it, and parsed."""
     if like is None or like.format != "peft":
         return {}, None
     path = like.source.path / CONFIG
@@ -117,35 +117,35 @@ def _of(like: Adapter | None) -> tuple[dict[str, Any], Config | None]:
     return raw, Config.parse(raw, path)
 
 
-def _config(made: NewAdapter) -> dict[str, Any]:
-    """adapter_config.json."""
-    before, config = _of(made.like)
+def _config(new: NewAdapter) -> dict[str, Any]:
+    """Return the fields of adapter_config.json."""
+    before, config = _of(new.like)
     raw = {**_FRESH, **{key: value for key, value in before.items() if key not in _OF_ADALORA}}
     raw |= {"peft_type": "LORA", "inference_mode": True}
-    raw |= {"base_model_name_or_path": made.base or raw["base_model_name_or_path"]}
-    raw |= {"revision": made.revision or raw["revision"]} if not made.base else {"revision": made.revision}
-    raw["use_dora"] = any(isinstance(change.update, Decomposed) for change in made.changes)
-    raw |= _numbers(made, config) | _beginnings(made, before) | _targets(made, config) | _whole(made, config)
-    if any(isinstance(change.update, Delta) for change in made.changes) != bool(raw.get("lora_bias")):
+    raw |= {"base_model_name_or_path": new.base or raw["base_model_name_or_path"]}
+    raw |= {"revision": new.revision or raw["revision"]} if not new.base else {"revision": new.revision}
+    raw["use_dora"] = any(isinstance(change.update, Decomposed) for change in new.changes)
+    raw |= _numbers(new, config) | _beginnings(new, before) | _targets(new, config) | _whole(new, config)
+    if any(isinstance(change.update, Delta) for change in new.changes) != bool(raw.get("lora_bias")):
         raw["lora_bias"] = not raw.get("lora_bias")
-    if not any(isinstance(change.update, Rows) for change in made.changes) and before:
+    if not any(isinstance(change.update, Rows) for change in new.changes) and before:
         raw["trainable_token_indices"] = None
-    if made.keeps_ties:
+    if new.keeps_ties:
         raw["ensure_weight_tying"] = True
-    if made.task and not before:
-        raw |= _task(made, raw["modules_to_save"] or ())
+    if new.task and not before:
+        raw |= _task(new, raw["modules_to_save"] or ())
     return raw
 
 
-def _task(made: NewAdapter, saved: Collection[str]) -> dict[str, Any]:
-    """The task of a class of models, and its head as one saved module.
+def _task(new: NewAdapter, saved: Collection[str]) -> dict[str, Any]:
+    """Return the task of a class of models, and its head as one saved module.
 
-    No task where the head is not saved whole: PEFT would look for it among the saved modules.
+    There is no task if the head is not saved whole: PEFT would look for the head among the saved modules.
     """
-    task = next((task for end, task in _TASKS.items() if str(made.task).endswith(end)), None)
+    task = next((task for end, task in _TASKS.items() if str(new.task).endswith(end)), None)
     if not (heads := _HEADS.get(task or "")):
         return {"task_type": task}
-    inside = {head: [name for name in made.besides if f"{name}.".startswith(f"{head}.")] for head in heads}
+    inside = {head: [name for name in new.besides if f"{name}.".startswith(f"{head}.")] for head in heads}
     whole = {head for head, names in inside.items() if names and set(names) <= set(saved)}
     if not whole:
         return {"task_type": None}
@@ -153,25 +153,25 @@ def _task(made: NewAdapter, saved: Collection[str]) -> dict[str, Any]:
     return {"task_type": task, "modules_to_save": sorted(others | whole)}
 
 
-def _numbers(made: NewAdapter, config: Config | None) -> dict[str, Any]:
-    """Ranks and alphas: as they were, where all factors are; else so that every scaling is as it must be."""
-    if config and not config.adalora and all(made.carries(low) for _, low in made.low_ranks):
+def _numbers(new: NewAdapter, config: Config | None) -> dict[str, Any]:
+    """Return ranks and alphas: unchanged if all factors are, else such that every scaling comes out right."""
+    if config and not config.adalora and all(new.carries(low) for _, low in new.low_ranks):
         return {}
-    found: dict[str, tuple[int, float]] = {}
-    for change, low in made.low_ranks:
+    numbers: dict[str, tuple[int, float]] = {}
+    for change, low in new.low_ranks:
         key = _key(change, low, config)
-        own = config and made.carries(low)
+        own = config and new.carries(low)
         rank, scale = (config.rank(key), config.scaling(key)) if config and own else (low.rank, low.scale)
-        found[key] = (rank, rank * scale)
-    largest = max((rank for rank, _ in found.values()), default=1)
+        numbers[key] = (rank, rank * scale)
+    largest = max((rank for rank, _ in numbers.values()), default=1)
     return {
         "r": largest,
         "lora_alpha": largest,
         "use_rslora": False,
-        "rank_pattern": {_anchored(key): rank for key, (rank, _) in found.items() if rank != largest},
+        "rank_pattern": {_anchored(key): rank for key, (rank, _) in numbers.items() if rank != largest},
         "alpha_pattern": {
             _anchored(key): int(alpha) if alpha == int(alpha) else alpha
-            for key, (_, alpha) in found.items()
+            for key, (_, alpha) in numbers.items()
             if alpha != largest
         },
     }
@@ -182,24 +182,24 @@ def _anchored(key: str) -> str:
 
 
 def _key(change: Change, low: LowRank, config: Config | None) -> str:
-    """What the patterns match for a change: the module, which for MultiheadAttention's out_proj is the outer one."""
+    """Return the module that patterns match; for MultiheadAttention's out_proj, the outer module."""
     if config and _is_parameter(change.target, config):
         return change.target
     name = plain(low.A.name)
-    return name.partition(".base_layer.")[0] if ".base_layer." in name else change.target.rpartition(".")[0]
+    return name.partition(".base_layer.")[0] if ".base_layer." in name else change.module
 
 
 def _is_parameter(target: str, config: Config) -> bool:
-    """Whether a weight is adapted by `target_parameters`."""
+    """Return True if a weight is adapted by `target_parameters`."""
     module = f".{target.rpartition('.')[0]}"
     named = any(f".{target}".endswith(f".{name}") for name in config.parameters)
     return named and not any(module.endswith(f".{name}") for name in config.modules)
 
 
-def _beginnings(made: NewAdapter, before: Mapping[str, Any]) -> dict[str, Any]:
-    """Starts and ways of training, kept only as far as they still say something of the factors."""
+def _beginnings(new: NewAdapter, before: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields about training that no longer hold for the factors, reset."""
     changed: dict[str, Any] = {key: None for key in ("velora_config", "monteclora_config") if before.get(key)}
-    carried = [low for _, low in made.low_ranks if made.carries(low)]
+    carried = [low for _, low in new.low_ranks if new.carries(low)]
     if not any(low.blocks != (1, 1) for low in carried) and before.get("use_bdlora"):
         changed["use_bdlora"] = None
     if not any(low.start for low in carried):
@@ -209,32 +209,35 @@ def _beginnings(made: NewAdapter, before: Mapping[str, Any]) -> dict[str, Any]:
     return changed
 
 
-def _targets(made: NewAdapter, config: Config | None) -> dict[str, Any]:
-    """The modules that have factors, where they are not those of before."""
-    if made.targets is None:
+def _targets(new: NewAdapter, config: Config | None) -> dict[str, Any]:
+    """Return the modules that have factors, if they are not the old ones."""
+    if new.targets is None:
         return {}
     every = {"layers_to_transform": None, "layers_pattern": None, "exclude_modules": None}
-    parameters = [change for change, _ in made.low_ranks if config and _is_parameter(change.target, config)]
+    parameters = [change for change, _ in new.low_ranks if config and _is_parameter(change.target, config)]
     named = {} if parameters or not config or not config.parameters else {"target_parameters": None}
-    modules = {_key(change, low, config) for change, low in made.low_ranks if change not in parameters}
-    return {"target_modules": _matching(made, modules), **(every if config else {}), **named}
+    modules = {_key(change, low, config) for change, low in new.low_ranks if change not in parameters}
+    return {"target_modules": _matching(new, modules), **(every if config else {}), **named}
 
 
-def _matching(made: NewAdapter, modules: set[str]) -> list[str] | str:
-    """What PEFT finds some modules by: ends of their names, or one pattern where those are ends of others' names, too."""
-    names = set(made.targets or modules)
-    others = (other.split(".") for other in made.besides - modules)
+def _matching(new: NewAdapter, modules: set[str]) -> list[str] | str:
+    """Return the field by which PEFT finds modules: ends of their names.
+
+    It is one pattern if the ends are ends of other modules' names, too.
+    """
+    names = set(new.targets or modules)
+    others = (other.split(".") for other in new.besides - modules)
     if any(".".join(parts[start:]) in names for parts in others for start in range(len(parts))):
         return "|".join(re.escape(module) for module in sorted(modules))
     return sorted(names)
 
 
-def _whole(made: NewAdapter, config: Config | None) -> dict[str, Any]:
-    """What is saved whole: modules, and biases by themselves."""
-    targets = [change.target for change in made.changes if isinstance(change.update, Full)]
+def _whole(new: NewAdapter, config: Config | None) -> dict[str, Any]:
+    """Return the fields about tensors that are saved whole: modules, and biases alone."""
+    targets = [change.target for change in new.changes if isinstance(change.update, Full)]
     if config:
         return {} if targets else {"modules_to_save": None, "bias": "none"}
-    adapted = {change.target.rpartition(".")[0] for change, _ in made.low_ranks}
+    adapted = {change.module for change, _ in new.low_ranks}
     modules = {target.rpartition(".")[0] for target in targets if not target.endswith(".bias")} - adapted
     alone = {module for target in targets if (module := target.rpartition(".")[0]) not in modules}
     bias = "none" if not alone else "lora_only" if alone <= adapted else "all"

@@ -1,1 +1,1 @@
-"""Say what a REF is."""
+"""Describe a REF: an adapter or a checkpoint."""

@@ -1,4 +1,4 @@
-"""What a checkpoint is: its tensors counted, and what its config and the receipts of earlier merges say."""
+"""Take a checkpoint's census: its tensors, its config, and the receipts of earlier merges."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from ...storage.refs import Source
 from ...storage.safetensors import StoredTensor
 
 QUANTISED = ("quantization_config", "compression_config")
-"""Where configs say how weights are quantised."""
+"""Config keys that describe quantised weights."""
 PACKED = frozenset({"qweight", "weight_packed", "absmax", "SCB", "weight_scale", "weight_scale_inv"})
-"""What tensors are called that only quantised weights have."""
+"""Last names of tensors that only quantised weights have."""
 _NUMBER = re.compile(r"(?:^|(?<=\.))\d+(?=\.|$)")
 
 
 def census(base: Checkpoint, started: float) -> CheckpointReport:
-    """What a checkpoint's headers, config and receipts tell; `started` is when the looking began."""
+    """Return the report of a checkpoint's headers, config and receipts, begun at the time `started`."""
     config, entry = base.config or {}, base.index_name or base.shards[0].filename
     named = config.get("architectures")
     model_type = config.get("model_type")
@@ -62,40 +62,37 @@ def _tied(tie: Tie | None) -> dict[str, Any] | None:
 
 
 def _doubts(base: Checkpoint, quantised: Mapping[str, Any] | None) -> Iterator[str]:
-    """What looks odd in a checkpoint."""
+    """Yield a note on everything odd in a checkpoint."""
     if base.config is None:
-        yield "there is no config.json, so what kind of model it is, and whether it ties its embedding, is not known"
+        yield "config.json not found: the kind of model is unknown, and so is a tie of its embedding"
     if quantised and quantised["tensor"]:
         yield f"{quantised['tensor']} looks quantised, but config.json does not say so"
     if part := next((name for name in base.tensors if ".lora_" in name), None):
-        yield f"{part} is an adapter's, but there is no adapter_config.json"
+        yield f"{part} is an adapter's, but the files are not an adapter of a known format"
 
 
 def _quantised(base: Checkpoint) -> dict[str, Any] | None:
-    """How the config says that weights are quantised, or else the first tensor that looks so."""
+    """Return the config's description of quantised weights, else the first tensor that looks quantised."""
     for config in base.configs:
         for key in QUANTISED:
-            if isinstance(found := config.get(key), Mapping):
-                return {
-                    "method": str(found.get("quant_method", "unknown")),
-                    "bits": _bits(found),
-                    "tensor": None,
-                }
+            if isinstance(details := config.get(key), Mapping):
+                method = str(details.get("quant_method", "unknown"))
+                return {"method": method, "bits": _bits(details), "tensor": None}
     for name, tensor in base.tensors.items():
         if name.rpartition(".")[2] in PACKED or tensor.dtype.startswith(("F8", "F6", "F4")):
             return {"method": "unknown", "bits": None, "tensor": name}
     return None
 
 
-def _bits(found: Mapping[str, Any]) -> int | None:
-    bits = found.get("bits", found.get("w_bit"))
+def _bits(details: Mapping[str, Any]) -> int | None:
+    bits = details.get("bits", details.get("w_bit"))
     by_flag = {"load_in_4bit": 4, "load_in_8bit": 8}
-    bits = bits or next((number for flag, number in by_flag.items() if found.get(flag) is True), None)
-    return bits if type(bits) is int else 8 if found.get("quant_method") == "fp8" else None
+    bits = bits or next((number for flag, number in by_flag.items() if details.get(flag) is True), None)
+    return bits if type(bits) is int else 8 if details.get("quant_method") == "fp8" else None
 
 
 def _merges(root: Path) -> Iterator[dict[str, Any]]:
-    """What the receipts beside the weights say; each merge keeps those before it in a folder of its own record."""
+    """Yield the facts of the receipts; each merge keeps earlier receipts in a sub-folder."""
     folder = root / RECORD
     try:
         while receipt := read_receipt(folder):
@@ -122,7 +119,7 @@ def _merge(receipt: Receipt) -> dict[str, Any]:
 def common(
     source: Source, tensors: Collection[StoredTensor], notes: Sequence[str], started: float
 ) -> dict[str, Any]:
-    """The fields that all reports have."""
+    """Return the fields that all reports have."""
     dtypes: dict[str, list[StoredTensor]] = {}
     for tensor in tensors:
         dtypes.setdefault(tensor.dtype, []).append(tensor)
@@ -157,5 +154,5 @@ def _kinds(tensors: Collection[StoredTensor]) -> tuple[Mapping[str, Any], ...]:
 
 
 def fold(name: str) -> str:
-    """A name with the numbers of its layers as `*`."""
+    """Return a name with its layer numbers replaced by `*`."""
     return _NUMBER.sub("*", name)

@@ -1,4 +1,4 @@
-"""What something is: an adapter or a checkpoint, told from its headers and small files alone."""
+"""Describe an adapter or a checkpoint by its headers and small files alone."""
 
 from __future__ import annotations
 
@@ -10,25 +10,17 @@ from typing import Any
 
 from ...adapters.adapter import Adapter, Change
 from ...adapters.updates import Decomposed, Delta, Full, LowRank, Rows, low_rank, tensors_of
-from ...errors import (
-    DoraConvertError,
-    Fault,
-    PlanError,
-    RefError,
-    UnsupportedError,
-    UsageError,
-)
-from ...formats.detect import FORMATS
+from ...errors import DoraConvertError, Fault, PlanError, RefError, UnsupportedError, UsageError
+from ...formats.detect import adapters_inside, detect, is_adapter_file, model_weights
 from ...plan.builder import describe
 from ...plan.options import Options
 from ...plan.plan import Plan
 from ...plan.planner import make_plan
 from ...reports.inspect import AdapterReport, CheckpointReport, Landing, Module
-from ...sources.inputs import doubts, open_adapter, open_or_refuse
-from ...sources.remote_headers import ADAPTER, RefListing, look
+from ...sources.inputs import doubts, open_base, read_adapter, read_or_refuse
+from ...sources.remote_headers import RefListing, look
 from ...sources.session import Session
 from ...storage.checkpoint import Checkpoint
-from ...storage.filenames import OF_TRAINING, is_weight_file
 from ...storage.refs import Source, local_path, local_source
 from .census import census, common, fold
 
@@ -36,50 +28,51 @@ from .census import census, common, fold
 def inspect_ref(
     ref: str, base: str | None, accepted: Collection[str], session: Session
 ) -> AdapterReport | CheckpointReport:
-    """Look at a REF; with a base, at where the adapter's tensors would land in it.
+    """Describe a REF; with a base, describe where the adapter's tensors would land in the base.
 
-    Raises DoraConvertError where something cannot be read, or is neither; an adapter that does not fit is an answer.
+    Raises DoraConvertError for a REF that cannot be read, or is neither. An adapter that does not fit is no
+    error.
     """
     started = time.monotonic()
-    seen = look(ref, "REF", session)
-    source = _folder_of_adapter(seen.source)
-    if any(known.recognises(source.path) for known in FORMATS):
-        against = None if base is None else look(base, "BASE", session).checkpoint()
-        return _of_adapter(source, seen.names, against, accepted, started)
-    checkpoint = _open(seen)
+    listing = look(ref, "REF", session)
+    source = _folder_of_adapter(listing.source)
+    if detect(source.path):
+        against = None if base is None else open_base(base, "BASE", session, "brief")
+        return _describe_adapter(source, listing.names, against, accepted, started)
+    checkpoint = _open(listing)
     if base is not None:
-        swapped = (local_path(base, "BASE") / ADAPTER).is_file()
+        swapped = detect(local_path(base, "BASE"))
         hint = shlex.join(["dora-convert", "inspect", base, "--base", ref])
         raise UsageError(f"REF {ref} is a model; --base is for adapters.", hint=hint if swapped else None)
     return census(checkpoint, started)
 
 
 def _folder_of_adapter(source: Source) -> Source:
-    """An adapter's folder, where one of the files in it was named."""
+    """Return an adapter's folder for the name of a file inside the folder; any other source as it is."""
     folder = source.path.parent
-    inside = source.path.is_file() and source.path.name.startswith("adapter_")
-    return local_source(folder) if inside and (folder / ADAPTER).is_file() else source
+    inside = source.path.is_file() and is_adapter_file(source.path.name)
+    return local_source(folder) if inside and detect(folder) else source
 
 
-def _open(seen: RefListing) -> Checkpoint:
-    """A checkpoint; or, of a folder without weights, the folders inside it that are adapters."""
+def _open(listing: RefListing) -> Checkpoint:
+    """Return a checkpoint; for a folder without weights, raise an error that names the adapters inside."""
     try:
-        return seen.checkpoint()
+        return listing.checkpoint()
     except RefError:
-        if any(next(seen.source.path.glob(f"{depth}/{ADAPTER}"), None) for depth in ("*", "*/*")):
-            open_adapter(seen.source)  # which says so
+        if adapters_inside(listing.source.path):
+            read_adapter(listing.source)  # raises
         raise
 
 
-def _of_adapter(
+def _describe_adapter(
     source: Source,
     names: Sequence[str],
     base: Checkpoint | None,
     accepted: Collection[str],
     started: float,
 ) -> AdapterReport:
-    adapter, refusal = open_or_refuse(source, accepted)
-    beside = sorted(filter(_is_model, names))
+    adapter, refusal = read_or_refuse(source, accepted)
+    beside = model_weights(names)
     notes = [f"holds a model's weights, too: {', '.join(beside[:5])}"] if beside else []
     return AdapterReport(
         kind="adapter",
@@ -96,11 +89,6 @@ def _of_adapter(
         landing=_landing(base, adapter, refusal) if base else None,
         **common(source, adapter.tensors.values(), notes, started),
     )
-
-
-def _is_model(name: str) -> bool:
-    """Whether a file beside an adapter's holds a model's weights."""
-    return is_weight_file(name) and "/" not in name and not OF_TRAINING.match(name)
 
 
 def _module(change: Change, adapter: Adapter) -> Module:
@@ -141,7 +129,7 @@ def _faults(faults: Sequence[Fault]) -> tuple[Mapping[str, str], ...]:
 
 def _landing(base: Checkpoint, adapter: Adapter, refusal: DoraConvertError | None) -> Landing:
     plan, error = (None, refusal) if refusal else _try_plan(base, adapter, Options())
-    if error and not refusal:  # what does fit, where nothing is wrong with the rest but that it has no place
+    if error and not refusal:  # plan the tensors that do fit, if the rest only has no place
         plan, _ = _try_plan(base, adapter, Options(allow_unmatched=True))
     other_base = doubts(replace(base, notes=(), left_behind=()), [adapter])
     return Landing(

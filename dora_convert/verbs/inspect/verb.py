@@ -1,4 +1,4 @@
-"""inspect: what a checkpoint or an adapter is."""
+"""Offer the verb inspect: describe a checkpoint or an adapter."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def inspect(
     cache: bool = True,
     token: str | None = None,
 ) -> AdapterReport | CheckpointReport:
-    """What is this? Told from headers and small files alone; of a model on the Hub no weights are downloaded.
+    """Describe an adapter or a checkpoint by its headers and small files; no weights are downloaded.
 
-    `ref` is an adapter or a checkpoint. With `base`, the report of an adapter says where each of its tensors would land
-    in it, or everything that does not fit. Without `cache`, what is downloaded of a repo does not stay.
+    With `base`, the report of an adapter says where each of its tensors would land in the base, and lists
+    everything that does not fit. Without `cache`, downloads are removed at the end.
 
-    Raises DoraConvertError for what cannot be read, or is neither.
+    Raises DoraConvertError for a REF that cannot be read, or is neither.
     """
     with open_session(token, cache=cache) as session:
         return inspect_ref(os.fspath(ref), None if base is None else os.fspath(base), ignore_field, session)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -21,14 +20,11 @@ from ...plan.plan import Plan
 from ...plan.planner import make_plan
 from ...reports.merge import DryRunReport, MergeReport
 from ...settings import Settings
-from ...sources.download import fetch, wanted_of_base
-from ...sources.inputs import doubts, gather
-from ...sources.remote_headers import open_far
+from ...sources.inputs import Mode, doubts, open_inputs
 from ...sources.session import Session
-from ...storage.checkpoint import Checkpoint, open_checkpoint
 from ...storage.filenames import RECORD
 from ...storage.reader import xxh3
-from ...storage.refs import PathLike, local_path, local_source
+from ...storage.refs import PathLike
 from ...undo.refusals import refuse_far, refuse_lossy
 
 if TYPE_CHECKING:
@@ -62,10 +58,8 @@ def merge_beside(asked: MergeRequest, overwrite: bool) -> MergeReport | DryRunRe
     refs = [str(asked.base), *asked.adapters]
     folder = OutputFolder(place_of(asked.out, routes, refs), overwrite=overwrite)
     folder.check()
-    opened_by = (
-        _open_whole if asked.verify_outputs else partial(_open_headers, weights=routes.weights(folder))
-    )
-    plan = _plan(asked, folder.given if routes.local else "OUT", opened_by)
+    mode: Mode = "whole" if asked.verify_outputs else "brief" if asked.dry_run else "headers"
+    plan = _plan(asked, folder.given if routes.local else "OUT", mode, routes.weights(folder))
     folder.refuse_inside([plan.base.source.path, *(adapter.source.path for adapter in plan.adapters)])
     return _carry_out(plan, folder, asked)
 
@@ -83,7 +77,7 @@ def merge_in_place(asked: MergeRequest, allow_lossy: bool) -> MergeReport | DryR
     refuse_lossy(asked.options.undo, allow_lossy=allow_lossy)
     if report := finished(asked.base, "merge", asked.adapters, asked.settings):
         return MergeReport.read(report)
-    plan = _plan(asked, IN_PLACE, _open_local)
+    plan = _plan(asked, IN_PLACE, "local")
     place = InPlace(plan.base.source.path, plan.base.shards, plan.base.index_name)
     place.refuse(plan)
     if not place.begun and _is_merged(plan):
@@ -102,44 +96,25 @@ def _is_merged(plan: Plan) -> bool:
     return plan.weights == receipt.weights and files == [merged.files for merged in receipt.adapters]
 
 
-def _open_headers(asked: MergeRequest, ref: str, revision: str | None, *, weights: Path | None) -> Checkpoint:
-    """The base's headers; its weights come when they are needed."""
-    session, whole = asked.session, not asked.dry_run
-    return open_far(ref, "BASE", session, whole=whole, revision=revision, weights=weights)
+def _plan(asked: MergeRequest, out: str, mode: Mode, weights: Path | None = None) -> Plan:
+    """Open the inputs and decide every output tensor; odd inputs are warned of.
 
-
-def _open_whole(asked: MergeRequest, ref: str, revision: str | None) -> Checkpoint:
-    """The whole base, which is to be run."""
-    return open_checkpoint(fetch(ref, "BASE", wanted_of_base, asked.session, revision=revision))
-
-
-def _open_local(_: MergeRequest, ref: str, __: str | None) -> Checkpoint:
-    """A base that is to be changed; an earlier run may have begun to."""
-    return open_checkpoint(local_source(local_path(ref, "BASE")), unfinished=True)
-
-
-def _plan(
-    asked: MergeRequest, out: str, opened_by: Callable[[MergeRequest, str, str | None], Checkpoint]
-) -> Plan:
-    """Gather the inputs and decide every output tensor; what looks odd is warned of.
-
-    `out` is what the command line has last.
+    `out` is the last word of the command line.
     """
     settings, options = asked.settings, asked.options
-    weights = parse_weights(asked.weight, len(asked.adapters))
-    named = None if asked.base is None else os.fspath(asked.base)
-    checkpoint, opened = gather(
-        named,
+    strengths = parse_weights(asked.weight, len(asked.adapters))
+    checkpoint, opened = open_inputs(
+        None if asked.base is None else os.fspath(asked.base),
         asked.adapters,
-        out,
         asked.session,
-        settings.notify,
-        options.ignore_field,
-        opened_by=partial(opened_by, asked),
+        out=out,
+        accepted=options.ignore_field,
+        mode=mode,
+        weights=weights,
     )
     for doubt in doubts(checkpoint, opened):
         settings.warn(doubt)
-    return make_plan(checkpoint, opened, weights, options)
+    return make_plan(checkpoint, opened, strengths, options)
 
 
 def _carry_out(plan: Plan, folder: OutputFolder | InPlace, asked: MergeRequest) -> MergeReport | DryRunReport:
