@@ -194,7 +194,7 @@ def test_remote_damage(hub, remote):
         assert code == 2
         assert "the header of model-00002-of-00002.safetensors is damaged" in err
     shard.unlink()
-    assert "names 1 files that are not there" in remote("inspect", "org/base")[2]
+    assert "names 1 files that do not exist" in remote("inspect", "org/base")[2]
     shard.write_bytes(data)
     table = json.loads(index.read_text())["weight_map"] | {"model.more.weight": shard.name}
     edit_json(index, weight_map=table)

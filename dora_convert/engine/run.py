@@ -39,7 +39,7 @@ class Transfers(Protocol):
     def attach(self, files: ShardFiles) -> None:
         """Take the open shards of the output."""
 
-    def made(self, shard: str) -> None:
+    def shard_finished(self, shard: str) -> None:
         """Note that a shard is finished, and right as far as it is checked; called by workers."""
 
     def settle(self) -> None:
@@ -104,7 +104,7 @@ def run(
             options.check(output.partial, plan, reader) if options.check else None,
             settings.on_progress,
             progress,
-            on_shard=hub.made if hub else None,
+            on_shard=hub.shard_finished if hub else None,
             output=output,
             hashed=options.hashed,
             tight=settings.workers * plan.memory > settings.max_memory,

@@ -17,15 +17,15 @@ from ..output.folder import OutputFolder
 from ..plan.options import Options, parse_options
 from ..plan.plan import Plan
 from ..plan.planner import make_plan
-from ..reports.push import Target
-from ..settings import MAX_MEMORY, Settings
+from ..reports.fitting import MadeDryRun, MadeReport
+from ..settings import MAX_MEMORY, PushTarget, Settings
 from ..sources.inputs import doubts, gather
 from ..sources.prefetch import reading
 from ..sources.session import Session, open_session
 from ..storage.checkpoint import Checkpoint
 from ..storage.refs import PathLike
 from .jobs import Assemble, FittingPlan, Result, find_format
-from .report import Describe, MadeDryRun, MadeReport, dry_run_of, report_of
+from .report import Describe, dry_run_of, report_of
 
 Work = Callable[[], Callable[[Any, Any], Any]]
 """Imports and returns what makes a job's tensors (`craft.Made`) of a job and a lane: planning does without torch."""
@@ -42,7 +42,7 @@ class FittingSession:
     folder: OutputFolder
     grows: bool = False
     """Whether the budget may grow to what the largest module needs."""
-    push: Target | None = None
+    push: PushTarget | None = None
     """Where on the Hub the adapter goes, too."""
 
     @classmethod
@@ -63,7 +63,7 @@ class FittingSession:
         base_model: str | None,
         cache: bool,
         token: str | None,
-        push: Target | None,
+        push: PushTarget | None,
         overwrite: bool,
         on_progress: Callable[[int, int], None] | None,
         on_notice: Callable[[str], None] | None,

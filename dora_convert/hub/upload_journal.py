@@ -1,4 +1,4 @@
-"""What the Hub has of an upload that did not finish: a journal, by name, size and sha256."""
+"""Keep a journal of the files that an unfinished upload has brought to the Hub: name, size and sha256."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from ..storage.journal import Record, read_journal
 from ..storage.schema import count
 
 ENTERED = {"name": str, "bytes": count, "mtime": int, "sha256": str}
-"""What its records are like."""
+"""The form of a record."""
 REFUSED = "not to be copied"
-"""In place of a hash: the Hub would not take a commit with a copy of this file."""
+"""Stands for the sha256 of a file that must be uploaded: the Hub refused a commit with a copy of the file."""
 
 
-def refusals(path: Path, key: Record) -> frozenset[str] | None:
-    """The files that the journal at a path says must not be copied; None where there is none of this upload."""
+def refused_copies(path: Path, key: Record) -> frozenset[str] | None:
+    """Return the files that a journal says must not be copied; None without a journal of this key."""
     earlier = read_journal(path)
     if not earlier or earlier.key != key:
         return None
     latest = {str(record.get("name")): record.get("sha256") for record in earlier.records}
-    return frozenset(name for name, proof in latest.items() if proof == REFUSED)
+    return frozenset(name for name, sha256 in latest.items() if sha256 == REFUSED)
 
 
 class UploadJournal:
-    """A journal of what is up; without a path nothing is remembered."""
+    """A journal of uploaded files; without a path nothing is kept."""
 
     def __init__(self, path: Path | None = None, key: Record | None = None, *, by_name: bool = False) -> None:
-        """Go on from the one that is at `path` if it has the same key.
+        """Resume the journal at `path` if it has the same key, else start a new one.
 
-        `by_name`: what is up counts, whatever is here under its name by now.
+        `by_name`: a file counts as uploaded even if the local file of its name has changed.
         """
         self._path, self._key, self._by_name = path, key, by_name
-        self._up: dict[str, Record] = {}
+        self._uploaded: dict[str, Record] = {}
         self._file: BinaryIO | None = None
         if path is None:
             return
@@ -44,7 +44,7 @@ class UploadJournal:
             earlier = None
         path.parent.mkdir(parents=True, exist_ok=True)
         if earlier:
-            self._up = {record["name"]: record for record in earlier.records}
+            self._uploaded = {record["name"]: record for record in earlier.records}
         self._file = path.open("r+b" if earlier else "w+b")
         self._file.truncate(earlier.end if earlier else 0)
         self._file.seek(0, os.SEEK_END)
@@ -52,8 +52,8 @@ class UploadJournal:
             self._write(key)
 
     def known(self, name: str, path: Path) -> Record | None:
-        """What it has of this very file; a file that is not here is taken to be what was uploaded under its name."""
-        known = self._up.get(name)
+        """Return the record of a file, unless `path` holds another file by now."""
+        known = self._uploaded.get(name)
         if known and known["sha256"] == REFUSED:
             return None
         if known and not self._by_name and path.exists():
@@ -62,39 +62,39 @@ class UploadJournal:
         return known
 
     def may_copy(self, name: str) -> bool:
-        """Whether no copy of this file was refused."""
-        return self._up.get(name, {}).get("sha256") != REFUSED
+        """Return True if no copy of this file was refused."""
+        return self._uploaded.get(name, {}).get("sha256") != REFUSED
 
     def enter(self, name: str, nbytes: int, mtime: int, sha256: str) -> Record:
-        """A file that is up; the record of it."""
+        """Enter an uploaded file and return its record."""
         record = {"name": name, "bytes": nbytes, "mtime": mtime, "sha256": sha256}
         self._write(record)
         return record
 
     def _write(self, record: Record | None) -> None:
-        """One line, on the disk when this returns: the file may be gone the next moment."""
+        """Append a line and sync it: the local file may be deleted right afterwards."""
         if self._file:
             self._file.write(json.dumps(record).encode() + b"\n")
             self._file.flush()
             os.fsync(self._file.fileno())
 
-    def forget(self, copies: Iterable[str] = ()) -> None:
-        """Remove it; of `copies`, which the Hub would not take, it stays known that they must be uploaded."""
+    def refuse(self, names: Iterable[str]) -> None:
+        """Enter files that must be uploaded because the Hub refused a commit with copies of them."""
+        for name in names:
+            self._uploaded[name] = self.enter(name, 0, 0, REFUSED)
+
+    def remove(self, refused: Iterable[str] = ()) -> None:
+        """Remove the journal; if copies were refused, start a new one with their names."""
         self.close()
         if self._path:
             self._path.unlink(missing_ok=True)
-            if names := list(copies):
+            if names := list(refused):
                 later = UploadJournal(self._path, self._key)
                 later.refuse(names)
                 later.close()
 
-    def refuse(self, names: Iterable[str]) -> None:
-        """Files that must be uploaded: the Hub would not take a commit with copies of them."""
-        for name in names:
-            self._up[name] = self.enter(name, 0, 0, REFUSED)
-
     def close(self) -> None:
-        """What it holds stays for the next run."""
+        """Close the journal and keep it for the next run."""
         if self._file:
             self._file.close()
             self._file = None

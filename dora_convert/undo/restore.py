@@ -18,7 +18,7 @@ from ..output.output import Output
 from ..output.side_files import SideFile
 from ..parity.self_check import Checker
 from ..plan.item import Item
-from ..reports.merge import Recovered, UnmergeReport
+from ..reports.merge import MergeReport, Recovered, UnmergeReport
 from ..settings import Settings
 from ..storage.digests import Digest, stored_digest
 from ..storage.reader import Reader
@@ -68,10 +68,16 @@ def restore(
             folder.put(file.name, file.source)
         resumed = bool(before and before.records)
         base, undo = reversal.record.receipt["base"], reversal.record.options.undo
-        report = UnmergeReport.undone(
-            plan, settings, folder.given, spec, verdict, modules,
-            base=base["repo"] or base["name"], undo=undo, written=done.written, resumed=resumed,
-        )  # fmt: skip
+        ended = MergeReport.of(
+            plan,
+            settings,
+            out=folder.given,
+            spec=spec,
+            verdict=verdict,
+            written=done.written,
+            resumed=resumed,
+        )
+        report = UnmergeReport.of_run(ended, base=base["repo"] or base["name"], undo=undo, modules=modules)
         folder.publish(report.to_dict(), left_over(plan.base, reversal.record, files))
     return report
 

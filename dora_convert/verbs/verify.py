@@ -19,7 +19,7 @@ from ..reports.verify import OutputsReport, VerifyReport
 from ..settings import MAX_MEMORY, Settings, chosen
 from ..sources.download import fetch, wanted_of_adapter
 from ..sources.inputs import gather, refuse_swapped
-from ..sources.prefetch import bring_weights
+from ..sources.prefetch import download_weights
 from ..sources.remote_headers import open_far
 from ..sources.session import Session, open_session
 from ..storage.checkpoint import RECEIPT, RECORD, Checkpoint
@@ -152,6 +152,6 @@ def _compared(
     if not running:
         return verify_weights(plan, made, settings, session, samples)
     for each in (plan.base, made):
-        bring_weights(each, session)
+        download_weights(each, session)
     with prepared(plan, settings, *running) as comparison:
         return comparison.against(made)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,7 +17,6 @@ from ...engine.resume import entered, settle
 from ...engine.run import Hashes, RunOptions, earlier, judge, run, run_key
 from ...engine.tensor import Merging
 from ...errors import Fault, VerificationError
-from ...hub.streaming import HubStreaming
 from ...output import receipt
 from ...output.card import card_bytes
 from ...output.finished import TensorResult, kept_name
@@ -26,7 +25,6 @@ from ...output.side_files import SideFile, base_files, originals, side_files, wi
 from ...parity.self_check import Checker
 from ...plan.plan import Plan
 from ...reports.merge import MergeReport
-from ...reports.verify import OutputsReport
 from ...settings import Settings
 from ...storage import spool as undo
 from ...storage.checkpoint import RECEIPT, RECORD, Checkpoint, open_checkpoint
@@ -35,8 +33,12 @@ from ...storage.refs import local_source
 from ...storage.spool import Part, Spool
 from ...undo.keep import keeper
 
-Examine = Callable[[Checkpoint], OutputsReport]
-"""Runs what was written, and compares it with base and adapters."""
+if TYPE_CHECKING:
+    from ...hub.streaming import HubStreaming
+    from ...reports.verify import OutputsReport
+
+    Examine = Callable[[Checkpoint], OutputsReport]
+    """Runs what was written, and compares it with base and adapters."""
 
 
 def produce(
@@ -55,7 +57,7 @@ def produce(
     hashes = [scan_adapter(adapter) for adapter in plan.adapters]
     seen = _look_at_base(plan, settings)
     files = side_files(plan)
-    room = hub.most(plan) if hub else folder.room(plan)
+    room = hub.room(plan) if hub else folder.room(plan)
     folder.check_space(room + 2 * plan.undo_bytes + sum(file.nbytes for file in files))
     make = partial(Merging, prove=plan.options.exact, observe=partial(keeper, plan))
     with entered(folder):
@@ -64,7 +66,7 @@ def produce(
         if folder.in_place and not before:
             rehearse(plan, settings, spec, make)
         if hub:
-            hub.enter(folder.partial)
+            hub.begin(folder.partial)
         options = RunOptions(make, Checker if settings.verify else None, hub, _copied(plan, folder))
         done = run(plan, folder, settings, spec, (key, before), options)
         if not seen:
@@ -83,7 +85,9 @@ def produce(
             "resumed": bool(before and before.records),
             "outputs": outputs,
         }
-        report = MergeReport.of(plan, settings, away or folder.given, spec, verdict, pushed=pushed, **ended)
+        report = MergeReport.of(
+            plan, settings, out=away or folder.given, spec=spec, verdict=verdict, pushed=pushed, **ended
+        )
         if away:
             folder.discard()
         else:
