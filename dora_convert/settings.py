@@ -81,54 +81,6 @@ class Settings:
         self.notify(f"warning: {text}")
 
 
-@dataclass(frozen=True)
-class PushTarget:
-    """The Hub repo that an output is uploaded to, and the options of the upload."""
-
-    repo: str
-    private: bool = False
-    create_pr: bool = False
-    message: str | None = None
-    token: str | None = field(default=None, repr=False)
-    local: bool = True
-    """True if the output also stays on this machine."""
-
-    @classmethod
-    def parse(
-        cls,
-        *,
-        push_to_hub: str | None,
-        private: bool,
-        create_pr: bool,
-        commit_message: str | None,
-        token: str | None,
-        no_local: bool = False,
-    ) -> PushTarget | None:
-        """Return the target that a verb's options name, or None without --push-to-hub.
-
-        Raises UsageError for an option that needs --push-to-hub.
-        """
-        if push_to_hub is not None:
-            return cls(
-                push_to_hub,
-                private=private,
-                create_pr=create_pr,
-                message=commit_message,
-                token=token,
-                local=not no_local,
-            )
-        options = {
-            "--private": private,
-            "--create-pr": create_pr,
-            "--commit-message": commit_message,
-            "--no-local": no_local,
-        }
-        for option, value in options.items():
-            if value:
-                raise UsageError(f"{option} goes with --push-to-hub.", hint="--push-to-hub REPO_ID")
-        return None
-
-
 def check_base_model(given: str | None) -> None:
     """UsageError where --base-model is no repo id: cards name no paths."""
     if given is not None and not REPO_ID.fullmatch(given):

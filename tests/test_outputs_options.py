@@ -55,7 +55,7 @@ def test_prompts(tmp_path, run):
     words = "verify", base, adapter, out, "--level", "outputs", "--prompt", "two one six", "--prompts", file
     code, _, err = run(*words)
     assert code == 2
-    assert "no tokenizer" in err
+    assert "No tokenizer" in err
     table = {word: number for number, word in enumerate(["?", "one", "two", "three", "four", "five", "six"])}
     tokenizer = Tokenizer(models.WordLevel(table, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

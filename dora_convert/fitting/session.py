@@ -12,13 +12,14 @@ from typing import Any
 from ..adapters.adapter import Adapter
 from ..formats.detect import Format
 from ..hub.push import push_output
+from ..hub.target import PushTarget
 from ..lazy_torch import without_collections
 from ..output.folder import OutputFolder
 from ..plan.options import Options, parse_options
 from ..plan.plan import Plan
 from ..plan.planner import make_plan
 from ..reports.fitting import MadeDryRun, MadeReport
-from ..settings import MAX_MEMORY, PushTarget, Settings
+from ..settings import MAX_MEMORY, Settings
 from ..sources.inputs import doubts, gather
 from ..sources.prefetch import reading
 from ..sources.session import Session, open_session

@@ -16,12 +16,13 @@ from .. import __version__
 from ..errors import HubError
 from ..output import card
 from ..reports.push import Pushed, PushedFile, PushReport
-from ..settings import PushTarget, Settings
+from ..settings import Settings
 from ..sources.hub_client import with_retries
 from ..storage.json_files import read_config
 from ..storage.refs import parse_ref
 from .commit import commit, is_large
 from .folder_contents import FolderContents, check_receipt, read_folder
+from .target import PushTarget
 from .upload import Upload
 
 

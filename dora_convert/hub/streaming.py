@@ -7,22 +7,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import xxhash
-
 from ..output.folder import LOCK, OutputFolder
 from ..output.shards import ShardFiles
 from ..plan.plan import Plan
 from ..reports.push import Pushed
-from ..settings import PushTarget
 from ..sources.hub_client import without_bars
 from ..sources.prefetch import MOST_FILES, Prefetch, WeightDownload, prefetch, shard_needs
 from ..sources.session import Session
 from ..storage.checkpoint import RECORD, Checkpoint, list_files
-from ..storage.journal import INCOMING, UPLOADS
 from ..storage.journal import NAME as JOURNAL
+from ..storage.journal import UPLOADS
 from ..storage.reader import Reader
 from ..storage.spool import SPOOL
 from .commit import ShardUploads, commit, is_large
+from .target import INCOMING, HubRoutes
 from .upload import Upload
 from .upload_journal import refused_copies
 
@@ -101,24 +99,23 @@ class HubStreaming:
 
 @contextmanager
 def stream_merge(
-    plan: Plan, target: PushTarget | None, session: Session, folder: OutputFolder
+    plan: Plan, routes: HubRoutes, session: Session, folder: OutputFolder
 ) -> Iterator[HubStreaming | None]:
-    """Stream a merge's base from the Hub and its output to `target`; None if the Hub has no part in the merge."""
-    local, upload = target is None or target.local, None
-    if target:
-        upload = Upload(target, session.notify)
+    """Stream a merge's base from the Hub and its output to the Hub; None if the Hub has no part in the merge."""
+    local, upload = routes.local, None
+    if routes.target:
+        upload = Upload(routes.target, session.notify)
         upload.open()
         upload.copy_from(plan.base.source.repo, plan.base.source.commit)
         if not local:
             _refuse_orphans(folder, upload)
     inputs, remote = None, not plan.base.is_here
     if remote or not local:
-        incoming = None if session.cache else folder.record / INCOMING
         inputs = Prefetch(
             shard_needs(plan),
-            WeightDownload([plan.base], session, incoming) if remote else None,
-            keep=session.cache,
-            most_files=None if local and session.cache else MOST_FILES,
+            WeightDownload([plan.base], session, routes.weights(folder)) if remote else None,
+            keep=routes.cache,
+            most_files=None if local and routes.cache else MOST_FILES,
             outputs=not local,
         )
     with _streaming(upload, inputs, local=local) as hub:
@@ -156,11 +153,3 @@ def _refuse_orphans(folder: OutputFolder, upload: Upload) -> None:
     if refused is None or refused:
         (folder.record / JOURNAL).unlink(missing_ok=True)
     upload.refused_copies = refused or frozenset()
-
-
-def passing_folder(target: PushTarget, refs: Sequence[str]) -> Path:
-    """Return the folder in the user's cache for a merge whose output only goes to the Hub."""
-    from huggingface_hub import constants
-
-    key = xxhash.xxh3_64_hexdigest("\n".join([constants.ENDPOINT, target.repo, *refs]).encode())
-    return Path(constants.HF_HOME) / "dora_convert" / "merges" / key / "model"

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import HubError
 from ..reports.push import Pushed, PushedFile
-from ..settings import PushTarget
 from ..sources.hub_client import status_of, with_retries, without_bars, writing_errors
 from ..storage.digests import hash_of
 from ..storage.journal import Record
 from .server_copy import CopySource
+from .target import PushTarget
 from .upload_journal import UploadJournal
 
 if TYPE_CHECKING:

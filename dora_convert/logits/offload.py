@@ -65,7 +65,7 @@ class BlockWeights(Mapping[str, Tensor]):
 
 
 def attach(model: nn.Module, weights: Mapping[str, Tensor], device: torch.device, on_load: OnLoad) -> None:
-    """Hook every block of a model so that it reads its weights before it runs, and then calls `on_load`."""
+    """Make every block of a model read its weights, then call `on_load`, before it runs."""
     from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module
 
     class AfterLoading(ModelHook):  # type: ignore[misc]

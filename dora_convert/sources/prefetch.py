@@ -46,7 +46,7 @@ class Prefetch:
         `keep`: files stay after their last use. `most_files`: limit of the files on the disk; with `outputs` the
         output shards count, too. `local`: files that need no download.
         """
-        self._download, self._keep = download, keep
+        self._download_file, self._keep = download, keep
         self._needs = needs
         self._users = {path: {task for task, paths in needs.items() if path in paths} for path in self.inputs}
         most = max((len(paths) for paths in needs.values()), default=1)
@@ -95,7 +95,7 @@ class Prefetch:
         with self._changed:
             for path in self._needs.get(task, ()):
                 self._users[path].discard(task)
-                if not self._users[path] and path in self._local and self._download and not self._keep:
+                if not self._users[path] and path in self._local and self._download_file and not self._keep:
                     self._local.discard(path)
                     self._requested.discard(path)
                     for reader in self._readers:
@@ -139,8 +139,8 @@ class Prefetch:
     def _work(self) -> None:
         while (path := self._take()) is not None:
             try:
-                assert self._download
-                self._download(path)
+                assert self._download_file
+                self._download_file(path)
             except BaseException as error:  # noqa: BLE001 - raised again by `need`
                 with self._changed:
                     self._error = error

@@ -25,8 +25,6 @@ from .schema import misfit
 NAME = "journal.jsonl"
 UPLOADS = "uploads.jsonl"
 """Beside it, in the same form: what of OUT.partial is on the Hub already."""
-INCOMING = "incoming"
-"""Folder beside it for downloaded inputs that do not stay."""
 BATCH_SECONDS = 0.1
 _NO_FOLDER_SYNC = {errno.EACCES, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
 

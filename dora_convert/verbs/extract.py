@@ -15,10 +15,11 @@ from ..fitting.jobs import FittingPlan, Result, goal_of
 from ..fitting.pairs import Pair, Sorted, Sorting, model_names, short_names
 from ..fitting.report import share
 from ..fitting.session import FittingSession
+from ..hub.target import PushTarget
 from ..lazy_torch import without_collections
 from ..plan.planner import refuse_quantised
 from ..reports.fitting import FittedModule, MadeDryRun, MadeReport
-from ..settings import PushTarget, chosen
+from ..settings import chosen
 from ..sizes import format_size
 from ..sources.prefetch import reading
 from ..sources.remote_headers import open_far

@@ -15,10 +15,11 @@ from ..fitting.jobs import FittingPlan, MatchedChange, Result, modules_besides, 
 from ..fitting.report import share
 from ..fitting.session import FittingSession
 from ..formats.detect import Format
+from ..hub.target import PushTarget
 from ..naming.ties import is_embedding, is_head
 from ..plan.plan import Plan
 from ..reports.fitting import FittedModule, MadeDryRun, MadeReport
-from ..settings import PushTarget, chosen
+from ..settings import chosen
 from ..storage.refs import PathLike
 
 TIED = "serves as embedding and as head, whose norms run along different axes"

@@ -8,8 +8,9 @@ from collections.abc import Callable
 
 from ..errors import RefError
 from ..hub.push import FolderPush
+from ..hub.target import PushTarget
 from ..reports.push import PushReport
-from ..settings import PushTarget, check_base_model
+from ..settings import check_base_model
 from ..storage.refs import PathLike
 
 

@@ -14,11 +14,11 @@ from ..adapters.updates import Decomposed, Delta, LowRank, low_rank
 from ..fitting.jobs import HELD, FittingPlan, MatchedChange, Result, goal_of, modules_besides, place_changes
 from ..fitting.report import share
 from ..fitting.session import FittingSession
+from ..hub.target import PushTarget
 from ..naming.ties import is_embedding, is_head
 from ..plan.item import Edit, Item
 from ..plan.plan import Plan
 from ..reports.fitting import FittedModule, MadeDryRun, MadeReport
-from ..settings import PushTarget
 from ..storage.refs import PathLike
 
 LOSSY = 0.05

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ...errors import UsageError
+from ...hub.target import HubRoutes, transit_folder
 from ...lazy_torch import without_collections
 from ...optional_packages import need
 from ...output.folder import OutputFolder
@@ -18,20 +19,18 @@ from ...plan.options import Options, parse_weights
 from ...plan.plan import Plan
 from ...plan.planner import make_plan
 from ...reports.merge import DryRunReport, MergeReport
-from ...settings import PushTarget, Settings
+from ...settings import Settings
 from ...sources.download import fetch, wanted_of_base
 from ...sources.inputs import doubts, gather
 from ...sources.remote_headers import open_far
 from ...sources.session import Session
 from ...storage.checkpoint import Checkpoint, open_checkpoint
 from ...storage.digests import xxh3
-from ...storage.journal import INCOMING
 from ...storage.refs import PathLike, local_path, local_source
 from ...undo.record import read_record
 from ...undo.refusals import refuse_far, refuse_lossy
 
 if TYPE_CHECKING:
-    from ...hub.streaming import HubStreaming
     from .pipeline import Examine
 
 IN_PLACE = "--in-place"
@@ -47,40 +46,25 @@ class MergeRequest(NamedTuple):
     options: Options
     settings: Settings
     session: Session
-    target: PushTarget | None
+    routes: HubRoutes
     verify_outputs: bool
     dry_run: bool
-
-    @property
-    def local(self) -> bool:
-        """True if OUT stays on this machine."""
-        return self.target is None or self.target.local
-
-    @property
-    def folder(self) -> Path:
-        """OUT, or a folder in the user's cache if OUT does not stay; raises UsageError without OUT."""
-        if self.target and not self.target.local:
-            if self.out is not None:
-                raise UsageError("OUT cannot be given with --no-local.")
-            from ...hub.streaming import passing_folder
-
-            return passing_folder(self.target, [str(self.base), *self.adapters])
-        if self.out is None:
-            raise UsageError("merge needs OUT, or --in-place, or --push-to-hub REPO_ID --no-local.")
-        return Path(self.out)
 
 
 def merge_beside(asked: MergeRequest, overwrite: bool) -> MergeReport | DryRunReport:  # noqa: FBT001 - as the option
     """Write OUT, or what goes to the Hub alone."""
+    routes = asked.routes
     if asked.verify_outputs:
-        if not asked.local:
+        if not routes.local:
             raise UsageError("--no-local keeps nothing that --verify-outputs could run.", hint="name an OUT")
         need("verify", "--verify-outputs")
-    folder = OutputFolder(asked.folder, overwrite=overwrite)
+    refs = [str(asked.base), *asked.adapters]
+    folder = OutputFolder(transit_folder(asked.out, routes, refs), overwrite=overwrite)
     folder.check()
-    weights = None if asked.session.cache else folder.record / INCOMING
-    opened_by = _open_whole if asked.verify_outputs else partial(_open_headers, weights=weights)
-    plan = _plan(asked, folder.given if asked.local else "OUT", opened_by)
+    opened_by = (
+        _open_whole if asked.verify_outputs else partial(_open_headers, weights=routes.weights(folder))
+    )
+    plan = _plan(asked, folder.given if routes.local else "OUT", opened_by)
     folder.refuse_inside([plan.base.source.path, *(adapter.source.path for adapter in plan.adapters)])
     return _carry_out(plan, folder, asked)
 
@@ -90,7 +74,7 @@ def merge_in_place(asked: MergeRequest, allow_lossy: bool) -> MergeReport | DryR
     if asked.base is None or asked.out is not None:
         raise UsageError("--in-place takes BASE and ADAPTER, and no OUT.")
     refuse_far(asked.base, "BASE")
-    if asked.target or asked.verify_outputs:
+    if asked.routes.target or not asked.routes.local or asked.verify_outputs:
         raise UsageError(
             "--in-place goes neither with --push-to-hub nor with --verify-outputs.",
             hint="dora-convert push, or dora-convert verify --level outputs, afterwards",
@@ -160,25 +144,16 @@ def _plan(
 def _carry_out(plan: Plan, folder: OutputFolder | InPlace, asked: MergeRequest) -> MergeReport | DryRunReport:
     """Carry the plan out, with what it needs from the Hub and has for it."""
     if asked.dry_run:
-        out = folder.given if asked.local or not asked.target else asked.target.repo
+        target = asked.routes.target
+        out = folder.given if asked.routes.local or not target else target.repo
         return DryRunReport.of(plan, asked.settings, out=out)
     with without_collections():
+        from ...hub.streaming import stream_merge
         from .pipeline import produce
     if isinstance(folder, InPlace):
         return produce(plan, folder, asked.settings)
-    with _streaming(plan, folder, asked) as hub, _examiner(plan, asked) as examine:
+    with stream_merge(plan, asked.routes, asked.session, folder) as hub, _examiner(plan, asked) as examine:
         return produce(plan, folder, asked.settings, hub, examine)
-
-
-def _streaming(
-    plan: Plan, folder: OutputFolder, asked: MergeRequest
-) -> AbstractContextManager[HubStreaming | None]:
-    """Return what streams files from and to the Hub; nothing for a merge of local folders."""
-    if plan.base.is_here and not asked.target:
-        return nullcontext()
-    with without_collections():
-        from ...hub.streaming import stream_merge
-    return stream_merge(plan, asked.target, asked.session, folder)
 
 
 @contextmanager

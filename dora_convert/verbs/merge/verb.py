@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from ...hub.target import HubRoutes, PushTarget
 from ...plan.options import parse_options
 from ...reports.merge import DryRunReport, MergeReport
-from ...settings import PushTarget, Settings
+from ...settings import Settings
 from ...sources.session import open_session
 from ...storage.refs import PathLike, listed
 from ...undo.refusals import refuse_options
@@ -58,14 +59,13 @@ def merge(
     selected = (include, exclude, allow_unmatched, ignore_field)
     options = parse_options(dtype, compute_dtype, max_shard_size, kept, *selected)
     target = PushTarget.parse(
-        push_to_hub=push_to_hub, private=private, create_pr=create_pr, commit_message=commit_message, token=token,
-        no_local=no_local,
+        push_to_hub=push_to_hub, private=private, create_pr=create_pr, commit_message=commit_message, token=token
     )  # fmt: skip
-    cache = cache and not no_local
+    routes = HubRoutes(target, cache=cache and not no_local, local=not no_local)
     told = (device, compute_dtype, max_memory, workers, verify, base_model, on_progress, on_notice)
-    settings = Settings.parse(*told, token=token, cache=cache)
-    with open_session(token, cache=cache, notify=settings.notify) as session:
+    settings = Settings.parse(*told, token=token, cache=routes.cache)
+    with open_session(token, cache=routes.cache, notify=settings.notify) as session:
         asked = MergeRequest(
-            base, listed(adapters), out, weight, options, settings, session, target, verify_outputs, dry_run
+            base, listed(adapters), out, weight, options, settings, session, routes, verify_outputs, dry_run
         )
         return merge_in_place(asked, allow_lossy) if in_place else merge_beside(asked, overwrite)
