@@ -1,4 +1,4 @@
-"""Decide which files are uploaded early and which with the commit, and upload a merge's shards as they are finished."""
+"""Split an upload into early files and the commit, and upload a merge's shards as they are finished."""
 
 from __future__ import annotations
 

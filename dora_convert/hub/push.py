@@ -116,7 +116,7 @@ class FolderPush:
         )
 
     def _base(self, contents: FolderContents) -> str | None:
-        """Return the base's repo id from the caller, the receipt, or the adapter's config if it is on the Hub."""
+        """Return the base's repo id from the caller, the receipt, or the adapter's config if it is a repo."""
         if self._base_model:
             return self._base_model
         if contents.adapter is None:
@@ -137,7 +137,7 @@ class FolderPush:
 
 @contextlib.contextmanager
 def _push_journal(upload: Upload, folder: Path) -> Iterator[None]:
-    """Keep the journal of this folder's push to this repo in the user's cache, if the cache can be written to."""
+    """Keep the journal of this push in the user's cache, if the cache can be written to."""
     from huggingface_hub import constants
 
     key = xxhash.xxh3_64_hexdigest(f"{constants.ENDPOINT} {upload.repo} {folder.resolve()}".encode())

@@ -1,8 +1,8 @@
 """Copy large files from another repo of the same Hub on the server, instead of uploading them.
 
-The route is that of CommitOperationCopy in huggingface_hub 2.4. CommitOperationCopy itself asks only when the commit is
-made, which is too late for a run that keeps no local files: a refused copy could not be uploaded any more. The Hub
-copies files on Xet, within one storage region.
+The route is that of CommitOperationCopy in huggingface_hub 2.4. CommitOperationCopy itself asks only when the
+commit is made, which is too late for a run that keeps no local files: a refused copy could not be uploaded
+any more. The Hub copies files on Xet, within one storage region.
 """
 
 from __future__ import annotations

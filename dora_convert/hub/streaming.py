@@ -1,4 +1,4 @@
-"""Stream a merge's inputs from the Hub before they are read, and its shards to the Hub as they are finished."""
+"""Stream a merge's inputs from the Hub ahead of their use, and its shards to the Hub as they are finished."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class HubStreaming:
 def stream_merge(
     plan: Plan, routes: HubRoutes, session: Session, folder: OutputFolder
 ) -> Iterator[HubStreaming | None]:
-    """Stream a merge's base from the Hub and its output to the Hub; None if the Hub has no part in the merge."""
+    """Stream a merge's base from the Hub and its output to the Hub; None if neither is needed."""
     local, upload = routes.local, None
     if routes.target:
         upload = Upload(routes.target, session.notify)
@@ -148,7 +148,7 @@ def _streaming(
 
 
 def _refuse_orphans(folder: OutputFolder, upload: Upload) -> None:
-    """Remove the run's journal if no upload journal says which shards are uploaded: local shards may be hollow."""
+    """Remove the run's journal if no upload journal names the uploaded shards: local shards may be hollow."""
     refused = refused_copies(folder.record / UPLOADS, upload.key)
     if refused is None or refused:
         (folder.record / JOURNAL).unlink(missing_ok=True)

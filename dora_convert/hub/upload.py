@@ -1,9 +1,9 @@
 """Upload files into one commit of a Hub repo: large files one by one, the commit last.
 
-The repo shows nothing before the commit, so never half a model. An upload that was cut off does not start over: files
-of the repo with the same hash are skipped, and a journal holds the name, size and sha256 of each file that the server
-has, even if its local copy is deleted. For all other files the server skips (LFS) or deduplicates (Xet) known bytes.
-Files of the base's repo are copied on the server if it allows that.
+The repo shows nothing before the commit, so never half a model. An upload that was cut off does not start
+over: files of the repo with the same hash are skipped, and a journal holds the name, size and sha256 of each
+file that the server has, even if its local copy is deleted. For all other files the server skips (LFS) or
+deduplicates (Xet) known bytes. Files of the base's repo are copied on the server if it allows that.
 """
 
 from __future__ import annotations
@@ -241,10 +241,10 @@ def _size(source: Path | bytes) -> int:
 
 
 def _operation_of(record: Record) -> CommitOperationAdd:
-    """Return the operation of an uploaded file from its journal record, in the state after `preupload_lfs_files`.
+    """Return the operation of an uploaded file from its journal record, as after `preupload_lfs_files`.
 
-    The local file may be deleted, and huggingface_hub has no public way to commit a file by its hash alone. The only
-    place that sets private fields of huggingface_hub.
+    The local file may be deleted, and huggingface_hub has no public way to commit a file by its hash alone.
+    The only place that sets private fields of huggingface_hub.
     """
     from huggingface_hub import CommitOperationAdd
     from huggingface_hub.lfs import UploadInfo
@@ -253,5 +253,6 @@ def _operation_of(record: Record) -> CommitOperationAdd:
     operation.upload_info = UploadInfo(
         size=record["bytes"], sample=b"", sha256=bytes.fromhex(record["sha256"])
     )
-    operation._upload_mode, operation._should_ignore, operation._is_uploaded = "lfs", False, True  # noqa: SLF001
+    operation._upload_mode, operation._should_ignore = "lfs", False  # noqa: SLF001
+    operation._is_uploaded = True  # noqa: SLF001
     return operation

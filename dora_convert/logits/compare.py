@@ -1,7 +1,7 @@
-"""Run base and adapters, then a merged checkpoint, on the same prompts, and judge the difference of their outputs.
+"""Run base and adapters, then a merged checkpoint, on the same prompts, and judge their difference.
 
-The reference is PEFT's own forward, unmerged. Only one model is in memory at a time: the reference's outputs are kept
-on disk. The effect of rounding on the outputs is measured, too, on the reference itself.
+The reference is PEFT's own forward, unmerged. Only one model is in memory at a time: the reference's outputs
+are kept on disk. The effect of rounding on the outputs is measured, too, on the reference itself.
 """
 
 from __future__ import annotations
@@ -48,9 +48,10 @@ ARITHMETIC = 2.0**-17
 
 @contextmanager
 def prepared(plan: Plan, settings: Settings, texts: Sequence[str], limit: int | None) -> Iterator[Comparison]:
-    """Check everything that can be checked before a model is loaded; `limit` is the most memory to take, in bytes.
+    """Check everything that can be checked before a model is loaded; `limit` is in bytes of memory.
 
-    Raises UnsupportedError for models that cannot be compared this way, UsageError if the memory is too small.
+    Raises UnsupportedError for models that cannot be compared this way, UsageError if the memory is too
+    small.
     """
     refuse(plan)
     device = choose(settings.device, "float32").device
@@ -76,7 +77,7 @@ def prepared(plan: Plan, settings: Settings, texts: Sequence[str], limit: int | 
 
 
 def refuse(plan: Plan) -> None:
-    """Raise UnsupportedError for merges whose adapters were never trained as one model, or cannot be loaded as one."""
+    """Raise UnsupportedError if the adapters were not trained as one model, or cannot be loaded as one."""
     if any(adapter.format != "peft" for adapter in plan.adapters):
         raise UnsupportedError(
             "The outputs level runs adapters through PEFT, and one is not PEFT's.", hint=WEIGHTS_LEVEL
@@ -93,7 +94,7 @@ def refuse(plan: Plan) -> None:
     )
     if len(plan.adapters) > 1 and not plain:
         raise UnsupportedError(
-            "Several adapters were not trained together: only the sum of plain LoRAs is a model to compare with.",
+            "Several adapters were not trained together: only a sum of plain LoRAs can be compared.",
             hint=WEIGHTS_LEVEL,
         )
 
@@ -117,7 +118,7 @@ def _choose_memory(
 def _refuse_offload(checkpoint: Checkpoint) -> None:
     if any(shard.filename.endswith(PICKLES) for shard in checkpoint.shards):
         raise UnsupportedError(
-            f"{checkpoint.source.name} is too large to be loaded whole, and only safetensors are read block by block.",
+            f"{checkpoint.source.name} is too large for memory; only safetensors are read block by block.",
             hint=WEIGHTS_LEVEL,
         )
 
@@ -158,7 +159,7 @@ class Comparison:
         return self._report(merged, difference, floor, alike, problems, started=started)
 
     def _reference(self, kept: OutputFiles) -> tuple[list[Batch], Difference]:
-        """Keep the outputs of base and adapters, and measure their change when weights change by half a unit."""
+        """Keep the outputs of base and adapters, and measure their change under perturbed weights."""
         trained, size = self._vocabularies()
         runner = self.loader.reference(
             self.spec,
@@ -204,7 +205,7 @@ class Comparison:
     def _compare(
         self, spec: ModelSpec, folder: Path, batches: Sequence[Batch], kept: OutputFiles
     ) -> tuple[Difference, int | None, list[str]]:
-        """Compare the merged checkpoint's outputs with the reference's; return the number of prompts continued alike, too."""
+        """Return the merged checkpoint's difference, its prompts continued alike, and its problems."""
         difference = Difference()
         if spec.name != self.spec.name:
             return difference, None, [f"config.json names {spec.name}; it should be {self.spec.name}"]

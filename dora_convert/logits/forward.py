@@ -43,7 +43,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def outputs(self, batch: Batch) -> Tensor:
-        """Return logits, or hidden states of a model without them: (prompts, positions, classes), float32, on the CPU.
+        """Return logits or hidden states as (prompts, positions, classes), in float32 on the CPU.
 
         Raises UnsupportedError if the model needs more than token ids.
         """

@@ -1,4 +1,4 @@
-"""Estimate the memory that running a model takes, whole or one module at a time, before the model is loaded."""
+"""Estimate the memory of running a model, whole or one module at a time, before the model is loaded."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def skeleton(model_class: Any, config: Any) -> Any:
 
 
 def units(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the modules that are loaded one at a time: the blocks that a model never splits, and all others beside."""
+    """Yield the modules that are loaded one at a time: unsplit blocks, and all modules beside them."""
     blocks = set(getattr(model, "_no_split_modules", None) or ())
     yield from _units(model, "", blocks)
 
@@ -67,9 +67,9 @@ def _units(module: nn.Module, name: str, blocks: set[str]) -> Iterator[tuple[str
 def estimate(model: nn.Module, config: Any, plan: Plan, tokens: int, longest: int) -> MemoryNeed:
     """Return the memory for `tokens` tokens at once, in prompts of at most `longest` tokens.
 
-    Weights are counted. Activations are estimated: a few vectors of every width for each token, attention's scores, and
-    four copies of the logits. Adapters are in memory, too. A DoRA layer's norm and the rounding floor need further
-    copies of the largest weight that an adapter changes.
+    Weights are counted. Activations are estimated: a few vectors of every width for each token, attention's
+    scores, and four copies of the logits. Adapters are in memory, too. A DoRA layer's norm and the rounding
+    floor need further copies of the largest weight that an adapter changes.
     """
     sizes = [sum(p.numel() for p in unit.parameters()) for _, unit in units(model)]
     matrices = [p.numel() for p in model.parameters() if p.ndim > 1]
@@ -100,7 +100,7 @@ def choose_memory(need: MemoryNeed, limit: int | None, device: torch.device) -> 
     least = f"{-(-need.least // 2**20)}MiB"
     if limit is not None:
         raise UsageError(
-            f"--max-memory {format_size(limit)} does not hold the model's largest module and its activations.",
+            f"--max-memory {format_size(limit)} does not hold the model's largest module with activations.",
             hint=f"--max-memory {least} is the least",
         )
     raise UsageError(

@@ -131,7 +131,7 @@ def specify(folder: Path, wanted: Mapping[str, Any] | None) -> ModelSpec:
 
 
 def _similar_class(name: str, config: Any) -> Any:
-    """Return transformers' class for a config and for the task in an architecture's name; None without one."""
+    """Return transformers' class for a config and the task in an architecture's name; None without one."""
     import transformers
 
     for suffix, table in TASKS.items():
@@ -171,7 +171,7 @@ class ModelLoader:
         vocabulary: int | None,
         on_load: OnLoad,
     ) -> ModelRunner:
-        """Load base and adapters as PEFT runs them, unmerged; `on_load` is called after a block is read from disk.
+        """Load base and adapters as PEFT runs them; `on_load` is called after a block is read from disk.
 
         `vocabulary` is the number of tokens of the trained model if the base has another number.
 
@@ -220,7 +220,7 @@ def _generates(model: Any) -> bool:
 
 
 def _saved_whole(adapters: Sequence[Adapter]) -> Callable[[str], bool]:
-    """Return a test of a weight's name in the model: True if PEFT writes the adapter's weight over the base's."""
+    """Return a test of a weight's name: True if PEFT writes the adapter's weight over the base's."""
     names = {plain_name(name) for adapter in adapters for name in adapter.tensors if ".lora_" not in name}
     return names.__contains__
 

@@ -1,4 +1,4 @@
-"""Run a model whose weights stay in their files: each block reads its weights before it runs and drops them after."""
+"""Run a model whose weights stay in their files: each block reads its weights only while it runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OnLoad = Callable[[str, nn.Module], None]
 
 
 def weights_on_disk(model: Any) -> Mapping[str, Tensor]:
-    """Return the weights of a model that transformers has left on disk, and remove transformers' own hooks."""
+    """Return the weights of a model that transformers keeps on disk, and remove transformers' hooks."""
     from accelerate.hooks import remove_hook_from_submodules
 
     hooks: Iterator[Any] = (getattr(module, "_hf_hook", None) for module in model.modules())

@@ -1,8 +1,8 @@
-"""Perturb a model's weights by half a unit in the last place, to measure the effect of rounding on its outputs.
+"""Perturb a model's weights by half a unit in the last place, to measure the effect of rounding.
 
-A base is stored in the dtype that it is merged into, so a cast through that dtype changes nothing. The rounding of a
-merge leaves an error of up to half a unit in the last place in every element, of random sign. The weights that adapters
-change are therefore perturbed by as much, at random.
+A base is stored in the dtype that it is merged into, so a cast through that dtype changes nothing. The
+rounding of a merge leaves an error of up to half a unit in the last place in every element, of random sign.
+The weights that adapters change are therefore perturbed by as much, at random.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def perturb(
 ) -> None:
     """Perturb the weights below a module that adapters change, and round all others to their stored dtype.
 
-    `prefix` is the module's name with its dot, `stored` the dtypes of a merged checkpoint's tensors, `usual` the
-    commonest of them. The same `draw` perturbs the same weights by the same amounts.
+    `prefix` is the module's name with its dot, `stored` the dtypes of a merged checkpoint's tensors, `usual`
+    the commonest of them. The same `draw` perturbs the same weights by the same amounts.
     """
     perturbed: set[int] = set()
     for name, layer in root.named_modules():
@@ -65,7 +65,7 @@ def _seed(name: str, number: int, draw: int) -> int:
 
 
 def _weights(layer: Any) -> Iterator[tuple[str, Tensor, Tensor | None]]:
-    """Yield the name and value of each weight of an adapted layer, and the active adapters' ΔW if PEFT tells it."""
+    """Yield the name and value of an adapted layer's weights, and the active adapters' ΔW if known."""
     base = layer.get_base_layer()
     key = getattr(layer, "parameter_name", "weight")
     if (weight := getattr(base, key, None)) is not None:

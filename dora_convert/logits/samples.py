@@ -94,7 +94,7 @@ def _text_config(config: Any) -> Any:
 
 
 def _most_tokens(config: Any) -> int:
-    """Return the most tokens of a prompt: its continuation must fit, and some models reserve a few positions."""
+    """Return the most tokens of a prompt: its continuation and some reserved positions must fit."""
     positions = getattr(_text_config(config), "max_position_embeddings", None) or LONGEST * 2
     return max(1, min(LONGEST, positions - CONTINUATION - 4))
 
@@ -119,7 +119,7 @@ def _ids(tokenizer: Any, text: str, limit: int) -> list[int]:
 
 
 def _made_up_ids(vocabulary: int, length: int, config: Any) -> list[list[int]]:
-    """Return random ids, the same each time, without padding; only a decoder's prompt ends with the end token."""
+    """Return random ids, the same each time; only an encoder-decoder's prompts end with the end token."""
     end = getattr(config, "eos_token_id", None)
     special = {getattr(config, key, None) for key in ("pad_token_id", "eos_token_id")}
     usable = (
@@ -134,7 +134,7 @@ def _made_up_ids(vocabulary: int, length: int, config: Any) -> list[list[int]]:
 
 
 def _batched(rows: Sequence[list[int]], name: str, config: Any) -> Iterator[Batch]:
-    """Yield batches of prompts of one length, without padding; classifiers, which may look for padding, get one each."""
+    """Yield batches of prompts of one length; classifiers, which may look for padding, get one prompt."""
     together = 1 if name.endswith("ForSequenceClassification") else TOGETHER
     by_length: dict[int, list[list[int]]] = {}
     for row in rows:

@@ -69,7 +69,7 @@ class OutputsReport(Report):
     max_abs_logit_error: float
     mean_abs_logit_error: float
     rounding_floor: float
-    """Largest difference that half a unit in the last place of the merged dtype leaves, or float32 arithmetic."""
+    """Largest difference that rounding to the merged dtype, or float32 arithmetic, leaves."""
     mean_rounding_floor: float
     mean_margin: float
     """Largest allowed mean difference, in multiples of its floor."""
@@ -80,7 +80,7 @@ class OutputsReport(Report):
     top1_agreement: float
     """Share of positions where both models have the same largest output."""
     greedy_agreement: float | None
-    """Share of prompts that both models continue with the same tokens; None for models that do not generate."""
+    """Share of prompts continued with the same tokens; None for models that do not generate."""
     device: str
     offloaded: bool
     """True if weights were read from their files block by block."""

@@ -29,7 +29,7 @@ Value = TypeVar("Value")
 
 
 def with_retries(call: Callable[[], Value]) -> Value:
-    """Return the result of a call, and retry it after a pause while the Hub is busy or a connection breaks."""
+    """Return the result of a call; retry after a pause while the Hub is busy or a connection breaks."""
     for wait in WAITS:
         try:
             return call()

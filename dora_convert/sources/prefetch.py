@@ -1,8 +1,8 @@
 """Download weight files ahead of their use: the next file while the current one is worked on.
 
-A merge that keeps no files limits their number on the disk. An input counts from the start of its download until its
-last use, an output from its first tensor until it is uploaded. Three files are enough to download the next input during
-a merge of a shard, or to upload one output during the computation of the next.
+A merge that keeps no files limits their number on the disk. An input counts from the start of its download
+until its last use, an output from its first tensor until it is uploaded. Three files are enough to download
+the next input during a merge of a shard, or to upload one output during the computation of the next.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Prefetch:
     ) -> None:
         """Start the downloads; without `download` all files are local.
 
-        `keep`: files stay after their last use. `most_files`: limit of the files on the disk; with `outputs` the
-        output shards count, too. `local`: files that need no download.
+        `keep`: files stay after their last use. `most_files`: limit of the files on the disk; with `outputs`
+        the output shards count, too. `local`: files that need no download.
         """
         self._download_file, self._keep = download, keep
         self._needs = needs
@@ -75,7 +75,7 @@ class Prefetch:
         return reader
 
     def need(self, path: Path) -> None:
-        """Wait until a file is downloaded and its output has room on the disk; raises the download's error."""
+        """Wait until a file is downloaded and its output has room; raises the download's error."""
         with self._changed:
             if path not in self._users:
                 if path.is_file():
@@ -217,8 +217,8 @@ def download_weights(checkpoint: Checkpoint, session: Session, files: Collection
 def prefetch(checkpoints: Iterable[Checkpoint], needs: Needs, session: Session) -> Prefetch | None:
     """Return the downloads that a run needs; None if all weights are local.
 
-    With the cache, all files are downloaded now. Without it, a file is downloaded for its first reader and removed after
-    the last task that needs it.
+    With the cache, all files are downloaded now. Without it, a file is downloaded for its first reader and
+    removed after the last task that needs it.
     """
     remote = [checkpoint for checkpoint in checkpoints if not checkpoint.is_here]
     if not remote:

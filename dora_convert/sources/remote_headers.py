@@ -1,7 +1,8 @@
 """Read what a REF names from its headers, and leave the weights of a remote checkpoint on the Hub.
 
-The header of each weight file comes by one range request, whose length is estimated from the index, and by a second one
-if the estimate was too short. Configs, indexes, receipts and adapters are small and are downloaded by `download`.
+The header of each weight file comes by one range request, whose length is estimated from the index, and by a
+second one if the estimate was too short. Configs, indexes, receipts and adapters are small and are downloaded
+by `download`.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ EMPTY_RANGE = 416
 
 @dataclass(frozen=True)
 class RefListing:
-    """A REF with the names of its files, and its headers if it is a checkpoint whose weights stay on the Hub."""
+    """A REF with the names of its files, and the headers of a checkpoint whose weights stay on the Hub."""
 
     source: Source
     names: tuple[str, ...] = ()
@@ -66,9 +67,9 @@ def look(
 ) -> RefListing:
     """List a REF: download an adapter, but of a checkpoint on the Hub only headers and small files.
 
-    Small files are the config and receipts, or with `whole` all files but the weights. `weights` is the folder that will
-    hold the repo's weights once they are downloaded, by default the session's. Without a connection the cache's copy is
-    taken.
+    Small files are the config and receipts, or with `whole` all files but the weights. `weights` is the
+    folder that will hold the repo's weights once they are downloaded, by default the session's. Without a
+    connection the cache's copy is taken.
     """
     listings: list[Sequence[str]] = []
 
