@@ -122,9 +122,15 @@ def _open_remote(
     shards = assemble(source.name, headers, table, notes)
     others = [name for name in names if name not in {entry, *files}]
     visible = [name for name in others if not name.startswith((".", f"{RECORD}/"))]
-    side_files, left_behind = tuple(filter(is_side_file, others)), tuple(filter(is_weight_file, visible))
-    config = read_config(source.path)
-    return Checkpoint(source, shards, index, config, side_files, left_behind, tuple(notes))
+    return Checkpoint(
+        source=source,
+        shards=shards,
+        index_name=index,
+        config=read_config(source.path),
+        side_files=tuple(filter(is_side_file, others)),
+        left_behind=tuple(filter(is_weight_file, visible)),
+        notes=tuple(notes),
+    )
 
 
 def _entry(ref: HubRef, what: str, source: Source, names: Sequence[str]) -> str:
