@@ -67,10 +67,8 @@ def to_lora(
     goal = goal_of(rank, energy, max_error)
     with FittingSession.begin(
         out, format=format, device=device, dtype=dtype, compute_dtype=compute_dtype, max_memory=max_memory, workers=workers,
-        include=include, exclude=exclude, ignore_field=ignore_field, base_model=base_model, cache=cache, token=token,
-        overwrite=overwrite,
-        push=PushTarget.parse(push_to_hub=push_to_hub, private=private, create_pr=create_pr, commit_message=commit_message, token=token),
-        on_progress=on_progress, on_notice=on_notice,
+        include=include, exclude=exclude, ignore_field=ignore_field, base_model=base_model, cache=cache, token=token, overwrite=overwrite,
+        push=PushTarget.parse(push_to_hub=push_to_hub, private=private, create_pr=create_pr, commit_message=commit_message, token=token), on_progress=on_progress, on_notice=on_notice,
     ) as making:  # fmt: skip
         plan = making.plan(*making.open(base, adapter, "to-lora"))
         found = _sorted(plan, making, single=compute_dtype != "float64")
