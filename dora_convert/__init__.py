@@ -26,9 +26,10 @@ if TYPE_CHECKING:
         UsageError,
         VerificationError,
     )
-    from .fitting.report import MadeDryRun, MadeReport
+    from .reports.fitting import MadeDryRun, MadeReport
     from .reports.inspect import AdapterReport, CheckpointReport
-    from .reports.merge import DryRunReport, MergeReport, PushReport, Recovered, UnmergeReport
+    from .reports.merge import DryRunReport, MergeReport, Recovered, UnmergeReport
+    from .reports.push import PushReport
     from .reports.verify import OutputsReport, VerifyReport
     from .verbs.extract import extract
     from .verbs.from_lora import from_lora
@@ -45,8 +46,9 @@ _MODULES = {
         "UnsupportedError", "UsageError", "VerificationError",
     ),
     "reports.inspect": ("AdapterReport", "CheckpointReport"),
-    "fitting.report": ("MadeDryRun", "MadeReport"),
-    "reports.merge": ("DryRunReport", "MergeReport", "PushReport", "Recovered", "UnmergeReport"),
+    "reports.fitting": ("MadeDryRun", "MadeReport"),
+    "reports.merge": ("DryRunReport", "MergeReport", "Recovered", "UnmergeReport"),
+    "reports.push": ("PushReport",),
     "verbs.extract": ("extract",),
     "verbs.from_lora": ("from_lora",),
     "verbs.inspect.verb": ("inspect",),

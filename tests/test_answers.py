@@ -36,7 +36,7 @@ def test_busy_servers_are_waited_for(monkeypatch, errors, waits):
             raise left.pop(0)
         return "an answer"
 
-    assert answers.patiently(call) == "an answer"
+    assert answers.with_retries(call) == "an answer"
     assert slept == waits
 
 
@@ -53,5 +53,5 @@ def test_not_for_ever(monkeypatch, error, calls):
         raise error
 
     with pytest.raises(type(error)):
-        answers.patiently(call)
+        answers.with_retries(call)
     assert len(seen) == calls

@@ -339,7 +339,7 @@ ROWS = {
     "BASE leads nowhere": (words("{root}/l", "{root}/adapter", "{root}/out", first=made("l", dangling)), "does not exist"),
     "BASE has nothing": (words("{root}/o", "{root}/adapter", "{root}/out", first=made("o", Path.mkdir)), "no safetensors weights"),
     "ADAPTER has nothing": (words("{root}/base", "{root}/o", "{root}/out", first=made("o", Path.mkdir)), "no adapter_config.json"),
-    "BASE is no name": (words("hf://../..", "{root}/adapter", "{root}/out"), "no name of a repo"),
+    "BASE is no name": (words("hf://../..", "{root}/adapter", "{root}/out"), "not a valid repo id"),
     "BASE is not to be had": (words("org/name", "{root}/adapter", "{root}/out"), "cannot be reached"),
 }  # fmt: skip
 

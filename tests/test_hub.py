@@ -89,14 +89,14 @@ def test_from_the_cache_when_offline(hub, tmp_path):
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
     done = merge(hub, tmp_path, "org/other", "me/adapter", tmp_path / "three", HF_HUB_OFFLINE="1")
     assert done.returncode == 2
-    assert "org/other is no local path, the Hub cannot be reached" in done.stderr
+    assert "org/other is not a local path, the Hub cannot be reached" in done.stderr
 
 
 @pytest.mark.parametrize(
     ("ref", "message"),
     [
         ("org/none", "neither a local path nor a repo"),
-        ("org/base@v9", "no revision v9"),
+        ("org/base@v9", "revision v9 not found"),
         ("me/many", "has no safetensors weights"),
     ],
 )
@@ -226,15 +226,15 @@ def test_damaged_on_the_way(hub, tmp_path, words):
 @pytest.mark.parametrize(
     ("pattern", "how", "message"),
     [
-        ("/api/models/org/base", {"status": 401}, "the Hub wants to know who you are"),
+        ("/api/models/org/base", {"status": 401}, "the Hub does not know who you are"),
         ("/api/models/org/base", {"status": 403, "message": "blocked here"}, "blocked here"),
-        ("/api/models/org/base", {"status": 503, "times": 99}, "the Hub is in trouble (503)"),
+        ("/api/models/org/base", {"status": 503, "times": 99}, "the Hub has a failure (503)"),
         (
             "GET /org/base/resolve/.*model-00001",
             {"status": 404, "code": "EntryNotFound"},
-            "a file is missing there: model-00001",
+            "file not found in the repo: model-00001",
         ),
-        ("resolve/.*model-00001", {"status": 403, "times": 99, "skip": 1}, "does not let you read there"),
+        ("resolve/.*model-00001", {"status": 403, "times": 99, "skip": 1}, "does not let you read this repo"),
     ],
 )
 def test_refused_reading(hub, tmp_path, pattern, how, message):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import dora_convert
 from dora_convert.errors import DoraConvertError, UsageError
-from dora_convert.logits.models import Loader
+from dora_convert.logits.models import ModelLoader
 from dora_convert.logits.rounding_floor import half_ulp
 
 from .toy import edit_json
@@ -241,7 +241,7 @@ def test_too_little_memory(tmp_path, monkeypatch):
     """A limit below the largest module is refused, with the least that will do, before a model is loaded."""
     base, adapter, out = merged(tmp_path)
     with monkeypatch.context() as patch:
-        patch.delattr(Loader, "_load")
+        patch.delattr(ModelLoader, "_load")
         with pytest.raises(UsageError, match="largest module") as caught:
             outputs(base, adapter, out, max_memory="9KB")
     least = caught.value.hint.split()[1]

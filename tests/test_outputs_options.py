@@ -30,7 +30,7 @@ def test_what_cannot_be_run(tmp_path, monkeypatch):
     with pytest.raises(DoraConvertError, match=r"cannot load adapter \(ValueError: no way\)"):
         outputs(base, adapter, out)
     toy.write_json(base / "config.json", {"architectures": ["ViTModel"], "model_type": "vit"})
-    with pytest.raises(DoraConvertError, match="not asked with text"):
+    with pytest.raises(DoraConvertError, match="does not take text"):
         outputs(base, adapter, out)
     edit_json(base / "config.json", architectures=["NobodyForCausalLM"], model_type="nobody")
     with pytest.raises(DoraConvertError, match="does not know the model"):
@@ -55,7 +55,7 @@ def test_prompts(tmp_path, run):
     words = "verify", base, adapter, out, "--level", "outputs", "--prompt", "two one six", "--prompts", file
     code, _, err = run(*words)
     assert code == 2
-    assert "no tokenizer" in err
+    assert "No tokenizer" in err
     table = {word: number for number, word in enumerate(["?", "one", "two", "three", "four", "five", "six"])}
     tokenizer = Tokenizer(models.WordLevel(table, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

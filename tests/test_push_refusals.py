@@ -13,7 +13,7 @@ COMMIT = "POST .*/commit/"
 @pytest.mark.parametrize(
     ("pattern", "status", "how", "message"),
     [
-        ("POST /api/repos/create", 401, {}, "wants to know who you are"),
+        ("POST /api/repos/create", 401, {}, "does not know who you are"),
         (
             "POST /api/repos/create",
             403,
@@ -21,13 +21,13 @@ COMMIT = "POST .*/commit/"
             "no rights in this namespace",
         ),
         (".*", 401, {"times": 99}, "hf auth login"),
-        ("objects/batch", 403, {}, "does not let you write there"),
+        ("objects/batch", 403, {}, "does not let you write to this repo"),
         ("objects/batch", 402, {"message": "private storage is full"}, "private storage is full"),
         ("PUT", 413, {}, "too large for the Hub"),
         (COMMIT, 403, {"message": "this token may only read"}, "this token may only read"),
         (COMMIT, 412, {}, "has changed meanwhile"),
         (COMMIT, 400, {"message": "bad file"}, "bad file"),
-        (COMMIT, 503, {"times": 99}, "the Hub is in trouble (503)"),
+        (COMMIT, 503, {"times": 99}, "the Hub has a failure (503)"),
     ],
 )
 def test_refused(hub, push, merged, pattern, status, how, message):
@@ -44,7 +44,7 @@ def test_names_that_are_taken_or_none(hub, push, merged):
     hub.taken.add("me/data")
     cases = [
         (("me/data",), {}, "me/data exists, but not as a model"),
-        (("a/b/c",), {}, "a/b/c is no name of a repo"),
+        (("a/b/c",), {}, "a/b/c is not a valid repo id"),
         (("me/m",), {"HF_ENDPOINT": "http://127.0.0.1:9"}, "the Hub cannot be reached"),
         (("me/m",), {"HF_HUB_OFFLINE": "1"}, "offline mode is on"),
         (("me/m", "--base-model", "./base"), {}, "--base-model './base' is no repo id"),

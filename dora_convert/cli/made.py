@@ -11,7 +11,7 @@ from .sink import Sink, fold_name, printable, table
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..fitting.report import MadeDryRun, MadeReport
+    from ..reports.fitting import MadeDryRun, MadeReport
 
 
 def run_verb(

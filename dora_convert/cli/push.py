@@ -14,7 +14,7 @@ from .sink import Sink, printable, table
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..reports.merge import PushReport
+    from ..reports.push import PushReport
 
 
 @click.command("push")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from ..reports.figures import figures
+from ..reports.verify import figures
 from . import options
 from .sink import Sink, printable, table
 

@@ -3,81 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from .. import __version__
-from ..reports.merge import SCHEMA
+from ..reports.fitting import FittedModule, MadeDryRun, MadeReport
 from ..settings import Settings
 from ..sizes import peak_memory
 from .jobs import FittingPlan, Result
 
 if TYPE_CHECKING:  # which imports torch
     from .run import FittingRun
-
-
-@dataclass(frozen=True, kw_only=True)
-class MadeModule:
-    """One module of an adapter that was made, and how well it does what it was made of."""
-
-    name: str
-    rank: int
-    relative_error: float
-    """‖ΔW − ΔW'‖/‖ΔW‖, Frobenius, measured: ΔW is what the input changes, ΔW' what the adapter does."""
-    details: Mapping[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class MadeReport:
-    """What a verb that writes an adapter did."""
-
-    command: str
-    base: str
-    input: str
-    out: str
-    format: str
-    modules: tuple[MadeModule, ...]
-    relative_error: float
-    """As a module's, over all of them."""
-    device: str
-    compute_dtype: str
-    bytes_written: int
-    peak_memory_bytes: int | None
-    resumed: bool
-    warnings: tuple[str, ...]
-    seconds: float
-    details: Mapping[str, Any]
-    """What only this verb reports."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as `--json` prints it; details stand beside the other fields."""
-        return {"schema": SCHEMA, "version": __version__, **_flat(asdict(self))} | {
-            "modules": [_flat(asdict(module)) for module in self.modules]
-        }
-
-
-@dataclass(frozen=True, kw_only=True)
-class MadeDryRun:
-    """What a verb that writes an adapter would do: modules, bytes at most, and the memory held."""
-
-    command: str
-    base: str
-    input: str
-    out: str
-    format: str
-    plan: Mapping[str, Any]
-    warnings: tuple[str, ...]
-    seconds: float
-    dry_run: bool = True
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as `--json` prints it."""
-        return {"schema": SCHEMA, "version": __version__, **asdict(self)}
-
-
-def _flat(values: dict[str, Any]) -> dict[str, Any]:
-    return {**{key: value for key, value in values.items() if key != "details"}, **values["details"]}
 
 
 def _common(order: FittingPlan, settings: Settings, out: str) -> dict[str, Any]:
@@ -92,7 +27,7 @@ def _common(order: FittingPlan, settings: Settings, out: str) -> dict[str, Any]:
     }
 
 
-Describe = Callable[[str, Result], MadeModule]
+Describe = Callable[[str, Result], FittedModule]
 """A module of the report, from its name and its result."""
 
 

@@ -10,22 +10,25 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.adapter import Adapter
-from ..formats.detect import Format, find_format
+from ..formats.detect import Format
 from ..hub.push import push_output
+from ..hub.target import PushTarget
 from ..lazy_torch import without_collections
 from ..output.folder import OutputFolder
 from ..plan.options import Options, parse_options
 from ..plan.plan import Plan
 from ..plan.planner import make_plan
-from ..reports.push import Target
+from ..reports.fitting import MadeDryRun, MadeReport
 from ..settings import MAX_MEMORY, Settings
-from ..sources.inputs import doubts, open_inputs
+from ..sources.inputs import doubts
+from ..storage.spool import gather
 from ..sources.prefetch import reading
 from ..sources.session import Session, open_session
 from ..storage.checkpoint import Checkpoint
 from ..storage.refs import PathLike
 from .jobs import Assemble, FittingPlan, Result
-from .report import Describe, MadeDryRun, MadeReport, dry_run_of, report_of
+from ..formats.detect import find_format
+from .report import Describe, dry_run_of, report_of
 
 Work = Callable[[], Callable[[Any, Any], Any]]
 """Imports and returns what makes a job's tensors (`craft.Made`) of a job and a lane: planning does without torch."""
@@ -42,7 +45,7 @@ class FittingSession:
     folder: OutputFolder
     grows: bool = False
     """Whether the budget may grow to what the largest module needs."""
-    push: Target | None = None
+    push: PushTarget | None = None
     """Where on the Hub the adapter goes, too."""
 
     @classmethod
@@ -63,7 +66,7 @@ class FittingSession:
         base_model: str | None,
         cache: bool,
         token: str | None,
-        push: Target | None,
+        push: PushTarget | None,
         overwrite: bool,
         on_progress: Callable[[int, int], None] | None,
         on_notice: Callable[[str], None] | None,
@@ -83,13 +86,14 @@ class FittingSession:
     def open(self, base: PathLike | None, adapter: PathLike, verb: str) -> tuple[Checkpoint, Adapter]:
         """The headers of a base and an adapter; what looks odd is warned of."""
         named = None if base is None else os.fspath(base)
-        checkpoint, (opened,) = open_inputs(
+        checkpoint, (opened,) = gather(
             named,
             [os.fspath(adapter)],
+            self.folder.given,
             self.session,
-            out=self.folder.given,
-            verb=verb,
-            accepted=self.options.ignore_field,
+            self.settings.notify,
+            self.options.ignore_field,
+            verb,
         )
         self.folder.refuse_inside([checkpoint.source.path, opened.source.path])
         for doubt in doubts(checkpoint, [opened]):

@@ -1,7 +1,6 @@
-"""A folder as it would be uploaded: which of its files, and whether it is what it says it is.
+"""Read a folder before it is uploaded: choose its files, and check them against the receipt beside them.
 
-Only whole things are uploaded: a checkpoint all of whose shards are there and in order, or an adapter. Where a receipt
-lies beside the weights, they must be those that it speaks of.
+Only complete folders are accepted: a checkpoint with all its shards, or an adapter.
 """
 
 from __future__ import annotations
@@ -24,37 +23,33 @@ from ..storage.reader import Reader
 from ..storage.refs import Source, local_path, local_source
 from ..storage.safetensors import StoredTensor
 
-NOTED = f"{RECORD}/{RECEIPT}"
+RECEIPT_PATH = f"{RECORD}/{RECEIPT}"
 HASHERS = 2
 
 
 @dataclass(frozen=True)
 class FolderContents:
-    """What of a folder goes up, and what is known of it."""
+    """The files of a folder that are uploaded, and the headers and receipt read from them."""
 
     source: Source
     adapter: Adapter | None
-    """What is known of an adapter; None for a checkpoint."""
+    """None for a checkpoint."""
     names: tuple[str, ...]
-    """Paths inside the folder, sorted."""
+    """Paths of the uploaded files inside the folder, sorted."""
     left_behind: tuple[str, ...]
+    """Paths of the other files, sorted."""
     tensors: Mapping[str, StoredTensor]
     receipt: Receipt | None = None
 
-    @property
-    def weights(self) -> tuple[str, ...]:
-        """The files that hold tensors or say where they are."""
-        return tuple(name for name in self.names if is_weight_file(name) and "/" not in name)
-
     def path(self, name: str) -> Path:
-        """Where a file lies."""
+        """Return the path of a file."""
         return self.source.path / name
 
 
-def pack(folder: str) -> FolderContents:
-    """Look at a folder that is to be uploaded.
+def read_folder(folder: str) -> FolderContents:
+    """Read the headers and the receipt of a folder that is to be uploaded.
 
-    Raises RefError, MalformedError and their siblings for what is no model, or only part of one.
+    Raises RefError, MalformedError or another DoraConvertError if the folder is not a complete model.
     """
     path = local_path(folder, "DIR")
     if not path.is_dir():
@@ -64,89 +59,86 @@ def pack(folder: str) -> FolderContents:
     source = local_source(path)
     files = [name for name in list_files(path) if not _is_hidden(name)]
     if detect(path):
-        return _adapter(source, files)
-    return _checkpoint(source, files)
+        return _adapter_contents(source, files)
+    return _checkpoint_contents(source, files)
 
 
 def _refuse_unfinished(path: Path) -> None:
     if (path / LOCK).exists() or (path / RECORD / JOURNAL).exists():
         raise RefError(
             f"DIR {path} is an unfinished output.",
-            hint="the command that began it continues it; push it then",
+            hint="rerun the command that began it, then push",
         )
 
 
 def _is_hidden(name: str) -> bool:
-    """Whether a file belongs to git, a cache or an editor, not to a model."""
+    """Return True for files of git, of a cache or of an editor."""
     parts = PurePosixPath(name).parts
     return any(part.startswith(".") or part == "__pycache__" for part in parts)
 
 
-def _checkpoint(source: Source, files: Sequence[str]) -> FolderContents:
+def _checkpoint_contents(source: Source, files: Sequence[str]) -> FolderContents:
     opened = open_checkpoint(source)
     weights = {shard.filename for shard in opened.shards} | {opened.index_name or ""}
     names = [name for name in files if name in weights or _in_record(name) or not is_weight_file(name)]
-    return _parcel(source, None, names, files, opened.tensors)
+    return _contents(source, None, names, files, opened.tensors)
 
 
-def _adapter(source: Source, files: Sequence[str]) -> FolderContents:
+def _adapter_contents(source: Source, files: Sequence[str]) -> FolderContents:
     adapter, _ = read_or_refuse(source, ())
     if adapter.faults:
         raise MalformedError(f"The adapter {source.name} contradicts itself.", faults=adapter.faults)
-    names = [name for name in files if _of_adapter(name)]
-    return _parcel(source, adapter, names, files, adapter.tensors)
+    names = [name for name in files if _is_of_adapter(name)]
+    return _contents(source, adapter, names, files, adapter.tensors)
 
 
-def _of_adapter(name: str) -> bool:
-    """Whether a file of an adapter's folder is part of it, and not of the training that left it there."""
-    return (
-        is_adapter_file(name)
-        or _in_record(name)
-        or not (is_weight_file(name) or name.startswith("checkpoint-"))
-    )
+def _is_of_adapter(name: str) -> bool:
+    """Return True if a file belongs to the adapter, and not to the training that wrote it."""
+    of_training = is_weight_file(name) or name.startswith("checkpoint-")
+    return is_adapter_file(name) or _in_record(name) or not of_training
 
 
 def _in_record(name: str) -> bool:
     return name.startswith(f"{RECORD}/")
 
 
-def _parcel(
+def _contents(
     source: Source,
     adapter: Adapter | None,
     names: Sequence[str],
     files: Sequence[str],
     tensors: Mapping[str, StoredTensor],
 ) -> FolderContents:
-    receipt = read_receipt(source.path / RECORD) if NOTED in names else None
-    left = sorted(set(files) - set(names))
-    return FolderContents(source, adapter, tuple(sorted(names)), tuple(left), tensors, receipt)
+    receipt = read_receipt(source.path / RECORD) if RECEIPT_PATH in names else None
+    left_behind = tuple(sorted(set(files) - set(names)))
+    return FolderContents(source, adapter, tuple(sorted(names)), left_behind, tensors, receipt=receipt)
 
 
 def check_receipt(contents: FolderContents) -> int:
-    """Compare the tensors that the receipt has hashes of with the files; how many there were.
+    """Compare every tensor that the receipt has a hash of, and return the number of tensors compared.
 
-    Raises VerificationError naming all that are others.
+    Raises VerificationError with the names of all tensors that differ.
     """
     written = _hashes(contents.receipt) if contents.receipt else {}
     with closing(Reader()) as reader, ThreadPoolExecutor(HASHERS) as pool:
-        known = [contents.tensors[name] for name in written if name in contents.tensors]
-        digests = pool.map(reader.digest, known)
-        found = {tensor.name: digest.fast for tensor, digest in zip(known, digests, strict=True)}
+        tensors = [contents.tensors[name] for name in written if name in contents.tensors]
+        digests = pool.map(reader.digest, tensors)
+        hashes = {tensor.name: digest.fast for tensor, digest in zip(tensors, digests, strict=True)}
     faults = [
-        Fault(name, "is not what was written" if name in found else "is missing")
+        Fault(name, "differs from what was written" if name in hashes else "is missing")
         for name, expected in written.items()
-        if found.get(name) != expected
+        if hashes.get(name) != expected
     ]
     if faults:
         raise VerificationError(
-            f"{contents.source.name} is not what its receipt says: {len(faults)} tensors differ.",
+            f"{contents.source.name} does not match its receipt: {len(faults)} tensors differ.",
             faults=faults,
-            hint=f"make it again; if it was changed on purpose, remove {NOTED}",
+            hint=f"write it again; if it was changed on purpose, remove {RECEIPT_PATH}",
         )
-    return len(found)
+    return len(hashes)
 
 
 def _hashes(receipt: Receipt) -> dict[str, str]:
-    """Return the hash of each tensor that a receipt has the hash of, as it was written."""
-    made = {name: entry.written for name, entry in receipt.tensors.items() if entry.written}
-    return {**made, **receipt.copied}
+    """Return the hash of each written or copied tensor of a receipt, by name."""
+    written = {name: entry.written for name, entry in receipt.tensors.items() if entry.written}
+    return {**written, **receipt.copied}

@@ -1,4 +1,4 @@
-"""Push a folder: look at it, check it against its receipt, upload the large files, then commit all of it at once."""
+"""Push a folder: check it against its receipt, upload the large files, then commit everything at once."""
 
 from __future__ import annotations
 
@@ -16,17 +16,15 @@ from ..errors import HubError
 from ..formats.detect import find_format
 from ..output import card
 from ..output.receipt import Receipt
-from ..reports.merge import PushReport
-from ..reports.push import Pushed, Sent, Target
+from ..reports.push import Pushed, PushedFile, PushReport
 from ..settings import Settings
-from ..sources.hub_client import patiently
+from ..sources.hub_client import with_retries
 from ..storage.json_files import read_config
 from ..storage.refs import parse_ref
 from .commit import commit, is_large
-from .folder_contents import FolderContents, check_receipt, pack
+from .folder_contents import FolderContents, check_receipt, read_folder
+from .target import PushTarget
 from .upload import Upload
-
-Notice = Callable[[str], None]
 
 
 class FolderPush:
@@ -35,35 +33,36 @@ class FolderPush:
     def __init__(
         self,
         folder: str,
-        target: Target,
-        base_model: str | None,
-        on_progress: Callable[[int, int], None] | None,
-        on_notice: Notice | None,
+        target: PushTarget,
+        *,
+        base_model: str | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+        on_notice: Callable[[str], None] | None = None,
     ) -> None:
         self._folder, self._target, self._base_model = folder, target, base_model
         self._on_progress, self._notify = on_progress, on_notice or (lambda _: None)
         self._started = time.monotonic()
 
     def run(self, *, dry_run: bool) -> PushReport:
-        """Push, or only say what would be; what `verbs.push` says about errors holds."""
-        contents = pack(self._folder)
+        """Push the folder, or only check it and report; raises the errors that `verbs.push` names."""
+        contents = read_folder(self._folder)
         if contents.left_behind:
             shown = ", ".join(contents.left_behind[:5]) + (" …" if len(contents.left_behind) > 5 else "")
             self._notify(f"not uploaded, no part of the model: {shown}")
         if checked := check_receipt(contents):
-            self._notify(f"{checked} tensors are what the receipt says")
+            self._notify(f"{checked} tensors match the receipt")
         if dry_run:
             return self._report(contents, self._planned(contents), dry_run=True)
         upload = Upload(self._target, self._notify)
         upload.open()
         if receipt := contents.receipt:
-            upload.offer(receipt.base.repo, receipt.base.commit)
-        with contextlib.closing(upload), _remembering(upload, contents.source.path):
+            upload.copy_from(receipt.base.repo, receipt.base.commit)
+        folder = contents.source.path
+        message = f"Upload {contents.source.name} with dora-convert {__version__}"
+        with contextlib.closing(upload), _push_journal(upload, folder):
             self._send_large(contents, upload)
-            made = commit(
-                upload, contents.source.path, contents.names, self._card(contents), self._message(contents)
-            )
-        return self._report(contents, made)
+            pushed = commit(upload, folder, contents.names, self._card(contents), message)
+        return self._report(contents, pushed)
 
     def _send_large(self, contents: FolderContents, upload: Upload) -> None:
         sizes = {name: contents.path(name).stat().st_size for name in contents.names}
@@ -76,16 +75,17 @@ class FolderPush:
                     self._on_progress(done, total)
 
     def _planned(self, contents: FolderContents) -> Pushed:
-        files = tuple(Sent(name, contents.path(name).stat().st_size, "planned") for name in contents.names)
-        if card.NAME not in contents.names:
-            files += (Sent(card.NAME, len(self._card(contents)), "planned"),)
-        total = sum(file.bytes for file in files)
+        sizes = {name: contents.path(name).stat().st_size for name in contents.names}
+        if card.NAME not in sizes:
+            sizes[card.NAME] = len(self._card(contents))
+        files = tuple(PushedFile(name, size, "planned") for name, size in sizes.items())
+        total = sum(sizes.values())
         return Pushed(
             repo=self._target.repo, url="", commit="", files=files, deleted=(), bytes_uploaded=total
         )
 
     def _card(self, contents: FolderContents) -> bytes:
-        """The folder's README, else a card."""
+        """Return the folder's README, or a new card if there is none."""
         if card.NAME in contents.names:
             return contents.path(card.NAME).read_bytes()
         return card.render(self._facts(contents))
@@ -116,20 +116,17 @@ class FolderPush:
         )
 
     def _base(self, contents: FolderContents) -> str | None:
-        """The base's repo id: as the caller says, or the receipt; what an adapter names counts if it is on the Hub."""
+        """Return the base's repo id from the caller, the receipt, or the adapter's config if it is a repo."""
         if self._base_model:
             return self._base_model
         if contents.adapter is None:
             return contents.receipt.base.repo if contents.receipt else None
-        named = contents.adapter.base
-        return named if named and _is_on_hub(named, self._target.token) else None
+        name = contents.adapter.base
+        return name if name and _is_on_hub(name, self._target.token) else None
 
-    def _message(self, contents: FolderContents) -> str:
-        return f"Upload {contents.source.name} with dora-convert {__version__}"
-
-    def _report(self, contents: FolderContents, made: Pushed, *, dry_run: bool = False) -> PushReport:
+    def _report(self, contents: FolderContents, pushed: Pushed, *, dry_run: bool = False) -> PushReport:
         return PushReport(
-            **vars(made),
+            **vars(pushed),
             kind="adapter" if contents.adapter else "checkpoint",
             left_behind=contents.left_behind,
             dry_run=dry_run,
@@ -138,8 +135,8 @@ class FolderPush:
 
 
 @contextlib.contextmanager
-def _remembering(upload: Upload, folder: Path) -> Iterator[None]:
-    """The journal of this folder's push to this repo, in the user's cache; without a cache there is none."""
+def _push_journal(upload: Upload, folder: Path) -> Iterator[None]:
+    """Keep the journal of this push in the user's cache, if the cache can be written to."""
     from huggingface_hub import constants
 
     key = xxhash.xxh3_64_hexdigest(f"{constants.ENDPOINT} {upload.repo} {folder.resolve()}".encode())
@@ -148,12 +145,12 @@ def _remembering(upload: Upload, folder: Path) -> Iterator[None]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
-        upload.remember(path)
+        upload.keep_journal(path)
     except Timeout as error:
         raise HubError(
             f"Another push of {folder} to {upload.repo} is running.", hint="wait for it to end"
         ) from error
-    except OSError:  # a cache that is read-only: the server still knows what it has
+    except OSError:  # a read-only cache: the server still knows its files
         lock.release()
     try:
         yield
@@ -169,28 +166,29 @@ def _sources(receipt: Receipt) -> Iterator[tuple[str, str, str]]:
 
 
 def _is_on_hub(name: str, token: str | None) -> bool:
-    """Whether a base's name, which may be a path on its author's machine, is that of a repo."""
+    """Return True if a base's name, which may be a path on another machine, is a repo on the Hub."""
     from huggingface_hub import HfApi
 
     if Path(name).expanduser().is_absolute() or name.startswith("."):
         return False
     try:
-        return not isinstance(parse_ref(name), Path) and patiently(
+        return not isinstance(parse_ref(name), Path) and with_retries(
             lambda: HfApi(token=token).repo_exists(name)
         )
-    except Exception:  # noqa: BLE001 - then nobody knows, and the card does without
+    except Exception:  # noqa: BLE001 - the card then names no base
         return False
 
 
-def push_output(out: str, target: Target | None, settings: Settings) -> PushReport | None:
-    """Push what a verb has just published under its final name, if it was asked to.
+def push_output(out: str, target: PushTarget | None, settings: Settings) -> PushReport | None:
+    """Push the published output of a verb, if a target is given.
 
-    Raises HubError with a hint at `push`: OUT is complete whatever the Hub says.
+    Raises HubError with the `push` command as its hint: OUT is complete whatever the Hub answers.
     """
     if target is None:
         return None
+    push = FolderPush(out, target, base_model=settings.base_model, on_notice=settings.on_notice)
     try:
-        return FolderPush(out, target, settings.base_model, None, settings.on_notice).run(dry_run=False)
+        return push.run(dry_run=False)
     except HubError as error:
-        error.hint = f"{out} is complete; dora-convert push {shlex.quote(out)} {target.repo} goes on"
+        error.hint = f"{out} is complete; to resume: dora-convert push {shlex.quote(out)} {target.repo}"
         raise

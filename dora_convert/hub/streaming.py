@@ -1,4 +1,4 @@
-"""What comes from the Hub and goes to it while a merge runs: inputs before they are read, shards when they are made."""
+"""Stream a merge's inputs from the Hub ahead of their use, and its shards to the Hub as they are finished."""
 
 from __future__ import annotations
 
@@ -12,69 +12,69 @@ from ..output.shards import ShardFiles
 from ..plan.plan import Plan
 from ..reports.push import Pushed
 from ..sources.hub_client import without_bars
-from ..sources.prefetch import PLACES, Prefetch, WeightDownload, expect, shard_needs
+from ..sources.prefetch import MOST_FILES, Prefetch, WeightDownload, prefetch, shard_needs
 from ..sources.session import Session
 from ..storage.checkpoint import Checkpoint
 from ..storage.filenames import JOURNAL, RECORD, SPOOL, UPLOADS, list_files
 from ..storage.reader import Reader
-from .commit import Shards, commit, is_large
+from .commit import ShardUploads, commit, is_large
 from .target import INCOMING, HubRoutes
 from .upload import Upload
-from .upload_journal import refusals
+from .upload_journal import refused_copies
 
 NOT_OF_OUT = {LOCK, *(f"{RECORD}/{name}" for name in (JOURNAL, UPLOADS, SPOOL))}
-"""Files of OUT.partial that OUT does not have."""
+"""Files of OUT.partial that are not part of OUT."""
 
 
 class HubStreaming:
-    """One merge's inputs and outputs, on their ways."""
+    """Streams the inputs of one plan from the Hub, and its outputs to the Hub."""
 
-    def __init__(self, upload: Upload | None, arrivals: Prefetch | None, *, local: bool) -> None:
-        self._upload, self._arrivals, self.local = upload, arrivals, local
-        self._shards: Shards | None = None
-        self._files: ShardFiles
+    def __init__(self, upload: Upload | None, inputs: Prefetch | None, *, local: bool) -> None:
+        self._upload, self._inputs, self.local = upload, inputs, local
+        self._uploads: ShardUploads | None = None
+        self._shards: ShardFiles
         self._folder: Path
 
-    def enter(self, folder: Path) -> None:
-        """Begin with OUT.partial, or go on from where an earlier run was cut off."""
+    def begin(self, folder: Path) -> None:
+        """Start or resume the uploads from OUT.partial."""
         self._folder = folder
         if self._upload:
-            self._upload.remember(folder / RECORD / UPLOADS, by_name=not self.local)
-            self._shards = Shards(self._upload, folder, self._sent)
+            self._upload.keep_journal(folder / RECORD / UPLOADS, by_name=not self.local)
+            self._uploads = ShardUploads(self._upload, folder, self._shard_uploaded)
 
-    def most(self, plan: Plan) -> int:
-        """Bytes that the outputs take on the disk at a time."""
+    def room(self, plan: Plan) -> int:
+        """Return the most bytes that the outputs take on the disk at once."""
         largest = max(sum(item.nbytes for item in shard.items) for shard in plan.shards)
-        return plan.bytes_out if self.local else min(plan.bytes_out, PLACES * largest)
+        return plan.bytes_out if self.local else min(plan.bytes_out, MOST_FILES * largest)
 
     def reader(self) -> Reader:
-        """Reads inputs once they are here."""
-        return self._arrivals.reader() if self._arrivals else Reader()
+        """Return a reader that waits for files until they are downloaded."""
+        return self._inputs.reader() if self._inputs else Reader()
 
-    def attach(self, files: ShardFiles) -> None:
-        """The shards that are being made."""
-        self._files = files
+    def attach(self, shards: ShardFiles) -> None:
+        """Take the open shards of the output."""
+        self._shards = shards
 
-    def made(self, shard: str) -> None:
-        """A shard is finished and checked."""
-        if self._arrivals:
-            self._arrivals.done(shard)
-        if self._shards:
-            self._shards.add(shard)
+    def shard_finished(self, shard: str) -> None:
+        """Drop inputs that only a finished and checked shard needed, and upload the shard."""
+        if self._inputs:
+            self._inputs.done(shard)
+        if self._uploads:
+            self._uploads.add(shard)
 
-    def _sent(self, shard: str) -> None:
+    def _shard_uploaded(self, shard: str) -> None:
         if not self.local:
-            self._files.hollow(shard)
-            if self._arrivals:
-                self._arrivals.gone(shard)
+            self._shards.hollow(shard)
+            if self._inputs:
+                self._inputs.uploaded(shard)
 
     def settle(self) -> None:
-        """Wait for all shards to be up: their files may be closed then."""
-        if self._shards:
-            self._shards.wait()
+        """Wait until all finished shards are uploaded."""
+        if self._uploads:
+            self._uploads.wait()
 
     def finish(self, readme: bytes, message: str) -> Pushed | None:
-        """Upload what is not up yet and commit everything that OUT will hold."""
+        """Upload the remaining files of OUT.partial and commit; None if nothing is pushed."""
         shutil.rmtree(self._folder / RECORD / INCOMING, ignore_errors=True)
         if not self._upload:
             return None
@@ -86,64 +86,68 @@ class HubStreaming:
         return commit(self._upload, self._folder, names, readme, message)
 
     def close(self) -> None:
-        """Stop; what is up stays known to the same command."""
-        if self._shards:
-            self._shards.abandon()
-        if self._arrivals:
-            self._arrivals.close()
+        """Stop downloads and uploads; the journal of the uploads stays for the next run."""
+        if self._uploads:
+            self._uploads.abandon()
+        if self._inputs:
+            self._inputs.close()
         if self._upload:
             self._upload.close()
 
 
 @contextmanager
-def traffic(
+def stream_merge(
     plan: Plan, routes: HubRoutes, session: Session, folder: OutputFolder
 ) -> Iterator[HubStreaming | None]:
-    """What a merge has to do with the Hub while it runs; None where that is nothing."""
-    upload = None
+    """Stream a merge's base from the Hub and its output to the Hub; None if neither is needed."""
+    local, upload = routes.local, None
     if routes.target:
         upload = Upload(routes.target, session.notify)
         upload.open()
-        upload.offer(plan.base.source.repo, plan.base.source.commit)
-        if not routes.local:
+        upload.copy_from(plan.base.source.repo, plan.base.source.commit)
+        if not local:
             _refuse_orphans(folder, upload)
-    far = not plan.base.is_here
-    arrivals = None
-    if far or not routes.local:
-        bring = WeightDownload([plan.base], session, routes.weights(folder)) if far else None
-        places = None if routes.local and routes.cache else PLACES
-        needs = shard_needs(plan)
-        arrivals = Prefetch(needs, bring, keep=routes.cache, places=places, outputs=not routes.local)
-    if not (upload or arrivals):
-        yield None
-        return
-    made = HubStreaming(upload, arrivals, local=routes.local)
-    try:
-        with without_bars():
-            yield made
-    finally:
-        made.close()
+    inputs, remote = None, not plan.base.is_here
+    if remote or not local:
+        inputs = Prefetch(
+            shard_needs(plan),
+            WeightDownload([plan.base], session, routes.weights(folder)) if remote else None,
+            keep=routes.cache,
+            most_files=None if local and routes.cache else MOST_FILES,
+            outputs=not local,
+        )
+    with _streaming(upload, inputs, local=local) as hub:
+        yield hub
 
 
 @contextmanager
-def inward(plan: Plan, others: Sequence[Checkpoint], session: Session) -> Iterator[HubStreaming | None]:
-    """What a plan reads of its base and of other checkpoints on the Hub while it runs; None where all of it is here."""
-    needs = shard_needs(plan, *others)
-    arrivals = expect((plan.base, *others), needs, session)
-    if not arrivals:
+def stream_inputs(
+    plan: Plan, others: Sequence[Checkpoint], session: Session
+) -> Iterator[HubStreaming | None]:
+    """Stream a plan's base and other checkpoints from the Hub; None if all weights are local."""
+    inputs = prefetch((plan.base, *others), shard_needs(plan, *others), session)
+    with _streaming(None, inputs, local=True) as hub:
+        yield hub
+
+
+@contextmanager
+def _streaming(
+    upload: Upload | None, inputs: Prefetch | None, *, local: bool
+) -> Iterator[HubStreaming | None]:
+    if not (upload or inputs):
         yield None
         return
-    made = HubStreaming(None, arrivals, local=True)
+    hub = HubStreaming(upload, inputs, local=local)
     try:
         with without_bars():
-            yield made
+            yield hub
     finally:
-        made.close()
+        hub.close()
 
 
 def _refuse_orphans(folder: OutputFolder, upload: Upload) -> None:
-    """Start over where nothing tells which shards are up: those here may be hollow."""
-    refused = refusals(folder.state / UPLOADS, upload.key)
+    """Remove the run's journal if no upload journal names the uploaded shards: local shards may be hollow."""
+    refused = refused_copies(folder.state / UPLOADS, upload.key)
     if refused is None or refused:
         (folder.state / JOURNAL).unlink(missing_ok=True)
-    upload.refused = refused or frozenset()
+    upload.refused_copies = refused or frozenset()

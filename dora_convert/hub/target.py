@@ -1,40 +1,72 @@
-"""Where a merge's inputs come from and its output goes to, as far as the Hub has a part in it."""
+"""Describe the repo that an output is uploaded to, and the ways of a merge's files from and to the Hub."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import xxhash
 
 from ..errors import UsageError
 from ..output.folder import OutputFolder
-from ..reports.push import Target
 from ..storage.refs import PathLike
 
 INCOMING = "incoming"
-"""The folder in OUT.partial's record that inputs come to which do not stay."""
+"""Folder in OUT.partial's record for downloaded inputs that do not stay."""
+
+
+@dataclass(frozen=True)
+class PushTarget:
+    """The Hub repo that an output is uploaded to, and the options of the upload."""
+
+    repo: str
+    private: bool = False
+    create_pr: bool = False
+    message: str | None = None
+    token: str | None = field(default=None, repr=False)
+
+    @classmethod
+    def parse(
+        cls,
+        *,
+        push_to_hub: str | None,
+        private: bool,
+        create_pr: bool,
+        commit_message: str | None,
+        token: str | None,
+    ) -> PushTarget | None:
+        """Return the target that a verb's options name, or None without --push-to-hub.
+
+        Raises UsageError for an option that needs --push-to-hub.
+        """
+        if push_to_hub is not None:
+            return cls(push_to_hub, private, create_pr, commit_message, token)
+        options = {"--private": private, "--create-pr": create_pr, "--commit-message": commit_message}
+        for option in filter(options.get, options):
+            raise UsageError(f"{option} goes with --push-to-hub.", hint="--push-to-hub REPO_ID")
+        return None
 
 
 @dataclass(frozen=True)
 class HubRoutes:
-    """Where things come from and go to."""
+    """The ways of a merge's files from and to the Hub."""
 
-    target: Target | None = None
+    target: PushTarget | None = None
     cache: bool = True
+    """True if downloads stay in the cache of huggingface_hub."""
     local: bool = True
-    """Whether OUT stays here."""
+    """True if OUT stays on this machine."""
 
     def weights(self, folder: OutputFolder) -> Path | None:
-        """Where the base's weights come to; None for the cache."""
+        """Return the folder for the base's weights; None for the cache."""
         return None if self.cache else folder.state / INCOMING
 
 
-def place_of(out: PathLike | None, routes: HubRoutes, refs: Sequence[str]) -> Path:
-    """OUT; where nothing is to stay, a folder of this merge's own in the user's cache, for what is on its way.
+def transit_folder(out: PathLike | None, routes: HubRoutes, refs: Sequence[str]) -> Path:
+    """Return OUT, or a folder in the user's cache if the output only goes to the Hub.
 
-    Raises UsageError for an OUT too many or too few.
+    Raises UsageError for a missing OUT, or for an OUT that is not allowed.
     """
     if routes.local:
         if out is None:
@@ -43,7 +75,7 @@ def place_of(out: PathLike | None, routes: HubRoutes, refs: Sequence[str]) -> Pa
     if routes.target is None:
         raise UsageError("--no-local goes with --push-to-hub.", hint="--push-to-hub REPO_ID")
     if out is not None:
-        raise UsageError("With --no-local there is no OUT.")
+        raise UsageError("--no-local takes no OUT.")
     from huggingface_hub import constants
 
     key = xxhash.xxh3_64_hexdigest("\n".join([constants.ENDPOINT, routes.target.repo, *refs]).encode())

@@ -1,4 +1,4 @@
-"""What the Hub has of an upload that did not finish: a journal, by name, size and sha256."""
+"""Keep a journal of the files that an unfinished upload has brought to the Hub: name, size and sha256."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ..storage.journal import JournalKey, read_journal
 from ..storage.json_files import Count
 
 REFUSED = "not to be copied"
-"""In place of a hash: the Hub would not take a commit with a copy of this file."""
+"""Stands for the sha256 of a file that must be uploaded: the Hub refused a commit with a copy of the file."""
 
 
 class UploadedFile(msgspec.Struct, frozen=True):
-    """A line of the journal: a file that is uploaded, as it was on this machine."""
+    """A line of the journal: an uploaded file, as it was on this machine."""
 
     name: str
     bytes: Count
@@ -26,27 +26,27 @@ class UploadedFile(msgspec.Struct, frozen=True):
     sha256: str
 
 
-def refusals(path: Path, key: JournalKey) -> frozenset[str] | None:
-    """The files that the journal at a path says must not be copied; None where there is none of this upload."""
+def refused_copies(path: Path, key: JournalKey) -> frozenset[str] | None:
+    """Return the files that a journal says must not be copied; None without a journal of this key."""
     earlier = read_journal(path)
     if not earlier or earlier.key != key:
         return None
     latest = {str(line.get("name")): line.get("sha256") for line in earlier.lines}
-    return frozenset(name for name, proof in latest.items() if proof == REFUSED)
+    return frozenset(name for name, sha256 in latest.items() if sha256 == REFUSED)
 
 
 class UploadJournal:
-    """A journal of what is up; without a path nothing is remembered."""
+    """A journal of uploaded files; without a path nothing is kept."""
 
     def __init__(
         self, path: Path | None = None, key: JournalKey | None = None, *, by_name: bool = False
     ) -> None:
-        """Go on from the one that is at `path` if it has the same key.
+        """Resume the journal at `path` if it has the same key, else start a new one.
 
-        `by_name`: what is up counts, whatever is here under its name by now.
+        `by_name`: a file counts as uploaded even if the local file of its name has changed.
         """
         self._path, self._key, self._by_name = path, key, by_name
-        self._up: dict[str, UploadedFile] = {}
+        self._uploaded: dict[str, UploadedFile] = {}
         self._file: BinaryIO | None = None
         if path is None:
             return
@@ -55,7 +55,7 @@ class UploadJournal:
             earlier = None
         path.parent.mkdir(parents=True, exist_ok=True)
         if earlier:
-            self._up = {file.name: file for file in earlier.lines}
+            self._uploaded = {file.name: file for file in earlier.lines}
         self._file = path.open("r+b" if earlier else "w+b")
         self._file.truncate(earlier.end if earlier else 0)
         self._file.seek(0, os.SEEK_END)
@@ -63,8 +63,8 @@ class UploadJournal:
             self._write(json.dumps(key).encode())
 
     def known(self, name: str, path: Path) -> UploadedFile | None:
-        """What it has of this very file; a file that is not here is taken to be what was uploaded under its name."""
-        known = self._up.get(name)
+        """Return the line of a file, unless `path` holds another file by now."""
+        known = self._uploaded.get(name)
         if known and known.sha256 == REFUSED:
             return None
         if known and not self._by_name and path.exists():
@@ -73,40 +73,40 @@ class UploadJournal:
         return known
 
     def may_copy(self, name: str) -> bool:
-        """Whether no copy of this file was refused."""
-        known = self._up.get(name)
+        """Return True if no copy of this file was refused."""
+        known = self._uploaded.get(name)
         return known is None or known.sha256 != REFUSED
 
     def enter(self, name: str, nbytes: int, mtime: int, sha256: str) -> UploadedFile:
-        """Enter a file that is uploaded; return its line."""
+        """Enter an uploaded file and return its line."""
         file = UploadedFile(name, nbytes, mtime, sha256)
         self._write(msgspec.json.encode(file))
         return file
 
     def _write(self, line: bytes) -> None:
-        """One line, on the disk when this returns: the file may be gone the next moment."""
+        """Append a line and sync it: the local file may be deleted right afterwards."""
         if self._file:
             self._file.write(line + b"\n")
             self._file.flush()
             os.fsync(self._file.fileno())
 
-    def forget(self, copies: Iterable[str] = ()) -> None:
-        """Remove it; of `copies`, which the Hub would not take, it stays known that they must be uploaded."""
+    def refuse(self, names: Iterable[str]) -> None:
+        """Enter files that must be uploaded because the Hub refused a commit with copies of them."""
+        for name in names:
+            self._uploaded[name] = self.enter(name, 0, 0, REFUSED)
+
+    def remove(self, refused: Iterable[str] = ()) -> None:
+        """Remove the journal; if copies were refused, start a new one with their names."""
         self.close()
         if self._path:
             self._path.unlink(missing_ok=True)
-            if names := list(copies):
+            if names := list(refused):
                 later = UploadJournal(self._path, self._key)
                 later.refuse(names)
                 later.close()
 
-    def refuse(self, names: Iterable[str]) -> None:
-        """Files that must be uploaded: the Hub would not take a commit with copies of them."""
-        for name in names:
-            self._up[name] = self.enter(name, 0, 0, REFUSED)
-
     def close(self) -> None:
-        """What it holds stays for the next run."""
+        """Close the journal and keep it for the next run."""
         if self._file:
             self._file.close()
             self._file = None

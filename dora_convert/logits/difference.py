@@ -1,4 +1,4 @@
-"""How far the outputs of two models are apart, prompt after prompt."""
+"""Measure the difference between the outputs of two models, prompt after prompt."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ import torch
 from torch import Tensor
 
 ROWS = 16
-"""Positions that are looked at together, so that float64 copies of a large vocabulary's logits stay small."""
+"""Positions compared at once: float64 copies of a large vocabulary's logits stay small."""
 
 
 @dataclass
 class Difference:
-    """Running sums over everything that was compared."""
+    """Running sums over all compared outputs."""
 
     largest: float = 0.0
     """max |Δ| over all positions and classes."""
     total: float = 0.0
+    """Σ |Δ| over all positions and classes."""
     numel: int = 0
     classes: int = 0
     """Numbers at each position."""
@@ -25,13 +26,13 @@ class Difference:
     divergence: float = 0.0
     """Σ KL(reference ‖ other) over positions, in nats."""
     agreeing: int = 0
-    """Positions where both have the same largest value."""
+    """Positions where both outputs have the same largest value."""
     scale: float = 0.0
     """max |reference|."""
 
     @property
     def mean(self) -> float:
-        """mean |Δ|; zero where nothing was compared."""
+        """mean |Δ|; 0 if nothing was compared."""
         return self.total / max(1, self.numel)
 
     def add(self, reference: Tensor, other: Tensor) -> None:
@@ -42,9 +43,8 @@ class Difference:
             self._add(one[start : start + ROWS].double(), two[start : start + ROWS].double())
 
     def _add(self, one: Tensor, two: Tensor) -> None:
-        delta = torch.where(one == two, 0.0, (one - two).abs()).nan_to_num(
-            torch.inf
-        )  # equal infinities: masked classes
+        # equal infinities, those of masked classes, do not differ
+        delta = torch.where(one == two, 0.0, (one - two).abs()).nan_to_num(torch.inf)
         self.largest = max(self.largest, float(delta.max()))
         self.total += float(delta.sum())
         self.numel += delta.numel()

@@ -1,15 +1,18 @@
-"""A model's outputs for token ids: one pass at a time, in float32, and the tokens it would continue with."""
+"""Run a model on batches of token ids, in float32, and keep its outputs on disk."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import UnsupportedError
+from ..engine.host_memory import as_bytes, empty
+from ..errors import OutputError, UnsupportedError
 
+WEIGHTS_LEVEL = "verify --level weights needs no model code"
 CONTINUATION = 8
 """Tokens that a generating model adds to each prompt, greedily."""
 PLURAL = ("start_logits", "end_logits")
@@ -17,22 +20,22 @@ PLURAL = ("start_logits", "end_logits")
 
 @dataclass
 class Batch:
-    """Prompts of one length, and what is said after them."""
+    """Prompts of one length, and their continuations."""
 
     ids: Tensor
     """(prompts, tokens)"""
     answer: Tensor | None = None
-    """What a decoder is given, beginning with its start token; None where there is no decoder of its own."""
+    """Input of a decoder, beginning with its start token; None for models without a decoder of their own."""
 
     @property
     def tokens(self) -> Tensor:
-        """The ids whose next token a generating model tells."""
+        """The ids that a generating model continues."""
         return self.ids if self.answer is None else self.answer
 
 
 @dataclass(frozen=True)
-class Runner:
-    """A model that is ready to run, and what it is."""
+class ModelRunner:
+    """A loaded model on its device."""
 
     model: Any
     device: torch.device
@@ -40,24 +43,24 @@ class Runner:
 
     @torch.inference_mode()
     def outputs(self, batch: Batch) -> Tensor:
-        """Logits, or hidden states where a model has none: (prompts, positions, classes) in float32 on the CPU.
+        """Return logits or hidden states as (prompts, positions, classes), in float32 on the CPU.
 
-        Raises UnsupportedError where the model cannot be asked with token ids alone.
+        Raises UnsupportedError if the model needs more than token ids.
         """
-        given = {"input_ids": batch.ids, "attention_mask": torch.ones_like(batch.ids)}
+        inputs = {"input_ids": batch.ids, "attention_mask": torch.ones_like(batch.ids)}
         if batch.answer is not None:
-            given["decoder_input_ids"] = batch.answer
+            inputs["decoder_input_ids"] = batch.answer
         try:
-            result = self.model(**{name: ids.to(self.device) for name, ids in given.items()})
+            result = self.model(**{name: ids.to(self.device) for name, ids in inputs.items()})
         except (TypeError, ValueError, KeyError, AttributeError, IndexError, NotImplementedError) as error:
             raise UnsupportedError(
-                f"The model cannot be asked with tokens alone ({type(error).__name__}: {error}).",
-                hint="verify --level weights needs no model code",
+                f"The model cannot be run on tokens alone ({type(error).__name__}: {error}).",
+                hint=WEIGHTS_LEVEL,
             ) from error
-        return _flat(result).float().cpu()
+        return _main_output(result).float().cpu()
 
     def extend(self, batch: Batch) -> Batch:
-        """The batch with the tokens that a generating model adds, always the likeliest one."""
+        """Return the batch with the likeliest continuation, if the model generates."""
         for _ in range(CONTINUATION if self.generates else 0):
             following = self.outputs(batch)[:, -1].argmax(-1, keepdim=True)
             tokens = torch.cat([batch.tokens, following], dim=1)
@@ -65,23 +68,48 @@ class Runner:
         return batch
 
 
-def _flat(result: Any) -> Tensor:
-    """The outputs to compare, as (prompts, positions, classes)."""
+def _main_output(result: Any) -> Tensor:
+    """Return the output to compare, as (prompts, positions, classes)."""
     if PLURAL[0] in result:
         return torch.stack([result[name] for name in PLURAL], dim=1)
     for name in ("logits", "prediction_logits", "last_hidden_state"):
-        if isinstance(found := result.get(name), Tensor) and found.ndim > 1:
-            return found if found.ndim > 2 else found[:, None]
+        if isinstance(output := result.get(name), Tensor) and output.ndim > 1:
+            return output if output.ndim > 2 else output[:, None]
     raise UnsupportedError(
-        f"The model's outputs ({', '.join(result)}) are neither logits nor hidden states.",
-        hint="verify --level weights needs no model code",
+        f"The model's outputs ({', '.join(result)}) are neither logits nor hidden states.", hint=WEIGHTS_LEVEL
     )
 
 
 def continues_alike(batch: Batch, logits: Tensor) -> int:
-    """How many prompts of an extended batch a model would continue with the same tokens.
+    """Return the number of prompts of an extended batch that a model continues with the same tokens.
 
-    Each token was the likeliest after those before it; the other model's choices follow from one pass over all of them.
+    `logits` are the model's outputs for the extended batch: its choices follow from one pass over all tokens.
     """
     chosen = logits[:, -CONTINUATION - 1 : -1].argmax(-1)
     return int((chosen == batch.tokens[:, -CONTINUATION:]).all(dim=1).sum())
+
+
+class OutputFiles:
+    """float32 outputs by name, in files of a folder; raises OutputError if the folder cannot be written."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        folder.mkdir()
+
+    def __setitem__(self, name: str, value: Tensor) -> None:
+        value = value.float().contiguous()
+        self._shapes[name] = tuple(value.shape)
+        try:
+            (self._folder / name).write_bytes(as_bytes(value))
+        except OSError as error:
+            raise OutputError(
+                f"{self._folder} cannot be written: {error.strerror or error}.",
+                hint="TMPDIR=FOLDER names another place for the outputs of models",
+            ) from error
+
+    def __getitem__(self, name: str) -> Tensor:
+        value = empty(self._shapes[name], torch.float32)
+        with (self._folder / name).open("rb") as file:
+            file.readinto(as_bytes(value))
+        return value

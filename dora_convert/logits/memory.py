@@ -1,4 +1,4 @@
-"""How much memory running a model takes, whole or one module at a time, told from its config before it is loaded."""
+"""Estimate the memory of running a model, whole or one module at a time, before the model is loaded."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from ..plan.plan import Plan
 from ..sizes import format_size
 
 WIDTH = 4
-"""Bytes of an element: everything runs in float32."""
+"""Bytes of an element: all models run in float32."""
 SHARE = 0.9
-"""Of the memory that is free, what a model may take."""
+"""Share of the free memory that a model may take."""
 
 
 @dataclass(frozen=True)
-class Need:
-    """Bytes that a comparison holds at the most, beyond Python and its libraries."""
+class MemoryNeed:
+    """Bytes that a comparison holds at most, beyond Python and its libraries."""
 
     whole: int
-    """With one model loaded whole."""
+    """Need with one model loaded whole."""
     least: int
-    """With the largest module loaded alone."""
+    """Need with only the largest module loaded."""
 
 
 @dataclass(frozen=True)
-class Room:
-    """How a comparison is run: whole models, or modules one after the other, and the memory that takes."""
+class MemoryChoice:
+    """The chosen way to run a comparison: whole models, or one module after the other."""
 
     offload: bool
     nbytes: int
@@ -41,14 +41,14 @@ class Room:
 
 
 def skeleton(model_class: Any, config: Any) -> Any:
-    """A model without weights, for its shapes."""
+    """Return a model without weights, for its shapes."""
     with torch.device("meta"):
         build = getattr(model_class, "from_config", None) or model_class
         return build(config)
 
 
 def units(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules that are loaded alone, by name: the model's own blocks, which are never split, and what is beside them."""
+    """Yield the modules that are loaded one at a time: unsplit blocks, and all modules beside them."""
     blocks = set(getattr(model, "_no_split_modules", None) or ())
     yield from _units(model, "", blocks)
 
@@ -64,12 +64,12 @@ def _units(module: nn.Module, name: str, blocks: set[str]) -> Iterator[tuple[str
         yield from _units(inner, f"{name}.{child}" if name else child, blocks)
 
 
-def estimate(model: nn.Module, config: Any, plan: Plan, tokens: int, longest: int) -> Need:
-    """What running a model takes, on so many tokens at once, `longest` of them in one prompt.
+def estimate(model: nn.Module, config: Any, plan: Plan, tokens: int, longest: int) -> MemoryNeed:
+    """Return the memory for `tokens` tokens at once, in prompts of at most `longest` tokens.
 
-    Weights are counted; of activations it is an estimate: a few vectors of every width a token, attention's scores,
-    and four copies of the logits. Besides, adapters are in memory, and a DoRA layer's norm and the rounding floor need
-    the largest weight that an adapter is on anew.
+    Weights are counted. Activations are estimated: a few vectors of every width for each token, attention's
+    scores, and four copies of the logits. Adapters are in memory, too. A DoRA layer's norm and the rounding
+    floor need further copies of the largest weight that an adapter changes.
     """
     sizes = [sum(p.numel() for p in unit.parameters()) for _, unit in units(model)]
     matrices = [p.numel() for p in model.parameters() if p.ndim > 1]
@@ -83,42 +83,38 @@ def estimate(model: nn.Module, config: Any, plan: Plan, tokens: int, longest: in
     merged = max((math.prod(item.shape) for item in plan.items if item.edits), default=0)
     extra = WIDTH * (activations + 4 * merged + factors)
     whole = WIDTH * sum({id(p): p.numel() for p in model.parameters()}.values())
-    return Need(whole + extra, WIDTH * (max(sizes, default=0) + max(matrices, default=0) // 2) + extra)
+    return MemoryNeed(whole + extra, WIDTH * (max(sizes, default=0) + max(matrices, default=0) // 2) + extra)
 
 
-def find_room(need: Need, limit: int | None, device: torch.device) -> Room:
-    """Whole models where there is room for one, else module after module.
+def choose_memory(need: MemoryNeed, limit: int | None, device: torch.device) -> MemoryChoice:
+    """Choose whole models if the memory holds one, else module after module.
 
-    Raises UsageError where a limit, or the machine, does not hold the largest module.
+    Raises UsageError if the limit, or the free memory without a limit, does not hold the largest module.
     """
-    room = limit if limit is not None else int(SHARE * free_memory(device))
-    what = "--max-memory" if limit is not None else "free"
-    if need.whole <= room:
-        return Room(offload=False, nbytes=need.whole, why=f"{what} {format_size(room)}")
-    if need.least <= room:
-        return Room(
-            offload=True,
-            nbytes=need.least,
-            why=f"{what} {format_size(room)}, whole {format_size(need.whole)}",
-        )
+    held = limit if limit is not None else int(SHARE * free_memory(device))
+    what = f"{'--max-memory' if limit is not None else 'free'} {format_size(held)}"
+    if need.whole <= held:
+        return MemoryChoice(offload=False, nbytes=need.whole, why=what)
+    if need.least <= held:
+        return MemoryChoice(offload=True, nbytes=need.least, why=f"{what}, whole {format_size(need.whole)}")
     least = f"{-(-need.least // 2**20)}MiB"
     if limit is not None:
         raise UsageError(
-            f"--max-memory {format_size(limit)} does not hold the model's largest module and its activations.",
+            f"--max-memory {format_size(limit)} does not hold the model's largest module with activations.",
             hint=f"--max-memory {least} is the least",
         )
     raise UsageError(
-        f"The model's largest module needs {least}, and {format_size(room)} of memory are free on {device}.",
+        f"The model's largest module needs {least}, and {format_size(held)} of memory are free on {device}.",
         hint="verify --level weights needs less",
     )
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that a device has free; on the CPU what the system says that programs may still take."""
+    """Return the free bytes of a device; on the CPU the memory that the system says is available."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:
-        with open("/proc/meminfo", encoding="ascii") as file:  # noqa: PTH123 - no file of anybody's
+        with open("/proc/meminfo", encoding="ascii") as file:  # noqa: PTH123 - not a user's path
             return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         pass

@@ -1,4 +1,4 @@
-"""Checkpoints and adapters as running models, through transformers and PEFT; whole in memory, or from their files."""
+"""Load checkpoints and adapters as models through transformers and PEFT, whole or block by block."""
 
 from __future__ import annotations
 
@@ -15,31 +15,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..adapters.adapter import Adapter
 from ..errors import MalformedError, UnsupportedError
 from ..storage.checkpoint import Checkpoint
-from .forward import Runner
-from .offload import attach, stand_in, weights_on_disk
+from .forward import WEIGHTS_LEVEL, ModelRunner
+from .offload import OnLoad, attach, stand_in, weights_on_disk
 from .rounding_floor import plain_name
 
-WEIGHTS_LEVEL = "verify --level weights needs no model code"
-AUTO = {
-    "ForConditionalGeneration": "AutoModelForSeq2SeqLM",
-    "ForSequenceClassification": "AutoModelForSequenceClassification",
-    "ForTokenClassification": "AutoModelForTokenClassification",
-    "ForQuestionAnswering": "AutoModelForQuestionAnswering",
-    "ForMaskedLM": "AutoModelForMaskedLM",
-    "LMHeadModel": "AutoModelForCausalLM",
-    "ForCausalLM": "AutoModelForCausalLM",
+TASKS = {
+    "ForConditionalGeneration": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
+    "ForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
+    "ForTokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
+    "ForQuestionAnswering": "MODEL_FOR_QUESTION_ANSWERING_MAPPING",
+    "ForMaskedLM": "MODEL_FOR_MASKED_LM_MAPPING",
+    "LMHeadModel": "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "ForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "Model": "MODEL_MAPPING",
 }
-"""What to load a model with whose own class transformers does not have, by how the class's name ends."""
+"""transformers' tables of model classes by config class, by the end of an architecture's name."""
 
 
 @dataclass(frozen=True)
-class Spec:
-    """Which class of model to run, and the config to make it with."""
+class ModelSpec:
+    """The name and class of a model, and its config."""
 
     name: str
     model_class: Any
@@ -47,12 +46,12 @@ class Spec:
 
 
 _alone = threading.Lock()
-"""What `quiet` sets is the whole process's: of several threads one runs models at a time."""
+"""`quiet` changes the whole process, so only one thread runs models at a time."""
 
 
 @contextmanager
 def quiet() -> Iterator[list[warnings.WarningMessage]]:
-    """Keep what others have to say off the terminal while the block runs, and torch's random numbers as they were."""
+    """Silence other libraries while the block runs, and restore torch's random state afterwards."""
     import transformers
 
     bars: Any = transformers.utils.logging
@@ -72,9 +71,9 @@ def quiet() -> Iterator[list[warnings.WarningMessage]]:
 
 
 def view(checkpoint: Checkpoint, folder: Path) -> Path:
-    """A folder of links to what a loader may see of a checkpoint: config, small files, and the weights that count.
+    """Fill `folder` with links to the config, small files and weights of a checkpoint, and return the folder.
 
-    Other weights beside them, or an adapter's config, would mislead it. Nothing is copied.
+    Stale weights or an adapter's config beside them would mislead a loader. Nothing is copied.
     """
     folder.mkdir()
     root = checkpoint.root.resolve()
@@ -97,19 +96,19 @@ def view(checkpoint: Checkpoint, folder: Path) -> Path:
     return folder
 
 
-def specify(folder: Path, wanted: Mapping[str, Any] | None) -> Spec:
-    """The class that a config names, and the config of the model in a folder.
+def specify(folder: Path, wanted: Mapping[str, Any] | None) -> ModelSpec:
+    """Return the class of the model in a folder, and its config.
 
-    `wanted` is the config as it should be: its class counts, and the labels that its head tells apart.
+    `wanted` is the config after the merge: its class and its labels are used.
 
-    Raises UnsupportedError where the installed transformers has no such model.
+    Raises UnsupportedError if the installed transformers does not have the model.
     """
     import transformers
 
     wanted = wanted or {}
     if not (names := wanted.get("architectures")):
         raise UnsupportedError(
-            "config.json names no architecture, so it is not known what to run.", hint=WEIGHTS_LEVEL
+            "config.json names no architecture, so no model can be run.", hint=WEIGHTS_LEVEL
         )
     if wanted.get("quantization_config"):
         raise UnsupportedError("The model is quantised; its outputs are not compared.", hint=WEIGHTS_LEVEL)
@@ -123,22 +122,22 @@ def specify(folder: Path, wanted: Mapping[str, Any] | None) -> Spec:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, **labels)
     except Exception as error:
         raise _not_run(f"transformers {transformers.__version__} does not know the model", error) from error
-    model_class = getattr(transformers, names[0], None) or _auto(names[0], config)
+    model_class = getattr(transformers, names[0], None) or _similar_class(names[0], config)
     if model_class is None:
         raise UnsupportedError(
             f"transformers {transformers.__version__} has no {names[0]}.", hint=WEIGHTS_LEVEL
         )
-    return Spec(names[0], model_class, config)
+    return ModelSpec(names[0], model_class, config)
 
 
-def _auto(name: str, config: Any) -> Any:
-    """transformers' own choice for a config and a task, where it has one."""
+def _similar_class(name: str, config: Any) -> Any:
+    """Return transformers' class for a config and the task in an architecture's name; None without one."""
     import transformers
 
-    for suffix, auto in {**AUTO, "Model": "AutoModel"}.items():
-        found = getattr(transformers, auto)
-        if name.endswith(suffix) and type(config) in found._model_mapping:  # noqa: SLF001 - there is no public way
-            return found._model_mapping[type(config)]  # noqa: SLF001
+    for suffix, table in TASKS.items():
+        classes = getattr(transformers, table)
+        if name.endswith(suffix) and type(config) in classes:
+            return classes[type(config)]
     return None
 
 
@@ -147,33 +146,36 @@ def _not_run(what: str, error: Exception) -> UnsupportedError:
     return UnsupportedError(f"{what} ({type(error).__name__}: {why[:300]}).", hint=WEIGHTS_LEVEL)
 
 
-Loaded = Callable[[str, nn.Module], None]
-
-
 @dataclass(frozen=True)
-class Loader:
-    """How models are loaded for one comparison."""
+class ModelLoader:
+    """Loads the models of one comparison."""
 
     device: torch.device
     offload: bool
     scratch: Path
-    """For what a loader cannot use as it lies in the files."""
+    """Folder for temporary copies of weights."""
 
-    def run(self, spec: Spec, folder: Path) -> tuple[Runner, set[str]]:
-        """A checkpoint as a model, and the weights that it has none for."""
+    def checkpoint(self, spec: ModelSpec, folder: Path) -> tuple[ModelRunner, set[str]]:
+        """Load a checkpoint; return its model, and the names of missing weights."""
         model, missing = self._load(spec, folder)
         if self.offload:
-            attach(model, weights_on_disk(model), self.device, lambda _name, _module: None)
-        return Runner(model, self.device, _generates(model)), missing
+            attach(model, weights_on_disk(model), self.device, lambda _name, _block: None)
+        return ModelRunner(model, self.device, _generates(model)), missing
 
     def reference(
-        self, spec: Spec, folder: Path, adapters: Sequence[Adapter], vocabulary: int | None, loaded: Loaded
-    ) -> Runner:
-        """Base and adapters as PEFT runs them, unmerged; `loaded` is called with every block that is read from disk.
+        self,
+        spec: ModelSpec,
+        folder: Path,
+        adapters: Sequence[Adapter],
+        *,
+        vocabulary: int | None,
+        on_load: OnLoad,
+    ) -> ModelRunner:
+        """Load base and adapters as PEFT runs them; `on_load` is called after a block is read from disk.
 
-        `vocabulary` is how many tokens the trained model knows, where the base knows others.
+        `vocabulary` is the number of tokens of the trained model if the base has another number.
 
-        Raises UnsupportedError where transformers or PEFT does not take them.
+        Raises UnsupportedError if transformers or PEFT cannot load them.
         """
         model, missing = self._load(spec, folder)
         if self.offload and vocabulary:
@@ -183,29 +185,31 @@ class Loader:
         if vocabulary:
             model.resize_token_embeddings(vocabulary, mean_resizing=False)
         generates = _generates(model)
-        source: Mapping[str, Any] = {}
+        weights: Mapping[str, Any] = {}
         if self.offload:
-            source = weights_on_disk(model)
-            stand_in(model, source, _saved_whole(adapters))
+            weights = weights_on_disk(model)
+            stand_in(model, weights, _saved_whole(adapters))
         wrapped = _wrap(model, adapters)
         _refuse_missing(wrapped, missing)
         if self.offload:
-            attach(wrapped.get_base_model(), source, self.device, loaded)
-        return Runner(wrapped, self.device, generates)
+            attach(wrapped.get_base_model(), weights, self.device, on_load)
+        return ModelRunner(wrapped, self.device, generates)
 
-    def _load(self, spec: Spec, folder: Path) -> tuple[Any, set[str]]:
-        """The model in float32 and in eval mode, and the weights that its files lack."""
-        where: dict[str, Any] = {"device_map": {"": self.device}} if self.device.type != "cpu" else {}
+    def _load(self, spec: ModelSpec, folder: Path) -> tuple[Any, set[str]]:
+        """Return the model in float32 and in eval mode, and the names of weights that its files lack."""
+        placement: dict[str, Any] = {"device_map": {"": self.device}} if self.device.type != "cpu" else {}
         if self.offload:
-            where = {"device_map": {"": "disk"}, "offload_folder": str(self.scratch)}
+            placement = {"device_map": {"": "disk"}, "offload_folder": str(self.scratch)}
         try:
             model, info = spec.model_class.from_pretrained(
-                folder, config=spec.config, dtype=torch.float32, output_loading_info=True, **where
+                folder, config=spec.config, dtype=torch.float32, output_loading_info=True, **placement
             )
         except Exception as error:
             raise _not_run(f"{spec.name} cannot be loaded", error) from error
-        if bad := info.get("mismatched_keys"):
-            raise MalformedError(f"{spec.name} has other shapes than its config says: {min(map(str, bad))}.")
+        if mismatched := info.get("mismatched_keys"):
+            raise MalformedError(
+                f"{spec.name} has other shapes than its config says: {min(map(str, mismatched))}."
+            )
         model.eval()
         model.config.use_cache = False
         return model, set(info["missing_keys"])
@@ -216,13 +220,13 @@ def _generates(model: Any) -> bool:
 
 
 def _saved_whole(adapters: Sequence[Adapter]) -> Callable[[str], bool]:
-    """Whether an adapter's files hold a weight as it is, by its name in the model: PEFT writes it over the base's."""
+    """Return a test of a weight's name: True if PEFT writes the adapter's weight over the base's."""
     names = {plain_name(name) for adapter in adapters for name in adapter.tensors if ".lora_" not in name}
     return names.__contains__
 
 
 def _wrap(model: Any, adapters: Sequence[Adapter]) -> Any:
-    """PEFT's own model of base and adapters, all of them active."""
+    """Return PEFT's model of base and adapters, all adapters active."""
     import peft
 
     first, *others = adapters
@@ -233,30 +237,32 @@ def _wrap(model: Any, adapters: Sequence[Adapter]) -> Any:
             wrapped: Any = peft.PeftModel.from_pretrained(
                 model, os.fspath(first.source.path), is_trainable=False
             )
-            lost = []
+            missing = []
             for name, adapter in zip(names[1:], others, strict=True):
-                lost += wrapped.load_adapter(os.fspath(adapter.source.path), adapter_name=name).missing_keys
+                missing += wrapped.load_adapter(
+                    os.fspath(adapter.source.path), adapter_name=name
+                ).missing_keys
             if others:
                 wrapped.base_model.set_adapter(names)
     except Exception as error:
         raise _not_run(f"PEFT {peft.__version__} cannot load {first.source.name}", error) from error
-    lost += [str(warning.message) for warning in caught if "missing adapter keys" in str(warning.message)]
-    if lost:
+    missing += [str(warning.message) for warning in caught if "missing adapter keys" in str(warning.message)]
+    if missing:
         raise UnsupportedError(
-            f"PEFT {peft.__version__} does not find all of the adapter's tensors: {lost[0][:300]}",
+            f"PEFT {peft.__version__} does not find all of the adapter's tensors: {missing[0][:300]}",
             hint=WEIGHTS_LEVEL,
         )
     return wrapped.eval()
 
 
 def _refuse_missing(wrapped: Any, missing: set[str]) -> None:
-    """Weights that neither base nor adapter has would be random."""
-    given = {
+    """Raise UnsupportedError for weights that neither base nor adapter has: they would be random."""
+    saved = {
         re.sub(r"\.modules_to_save\.[^.]+", "", name.removeprefix("base_model.model."))
         for name, _ in wrapped.named_parameters()
         if ".modules_to_save." in name
     }
-    if random := sorted(missing - given):
+    if random := sorted(missing - saved):
         raise UnsupportedError(
             f"{len(random)} weights are neither in BASE nor in ADAPTER, such as {random[0]}.",
             hint=WEIGHTS_LEVEL,

@@ -1,8 +1,8 @@
-"""What rounding merged weights into their stored dtype does to a model: the same model, moved by half a unit.
+"""Perturb a model's weights by half a unit in the last place, to measure the effect of rounding.
 
-A base is stored in the dtype that it is merged into, so casting it through that dtype changes nothing. What a merge's
-rounding leaves is an error of up to half a unit in the last place in every element, of no particular sign: so the
-weights that adapters have a part in are moved by as much, at random.
+A base is stored in the dtype that it is merged into, so a cast through that dtype changes nothing. The
+rounding of a merge leaves an error of up to half a unit in the last place in every element, of random sign.
+The weights that adapters change are therefore perturbed by as much, at random.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 WRAPPED = (".base_layer", ".original_module", ".modules_to_save.default", ".token_adapter")
-"""What PEFT puts into the names of weights."""
+"""Parts that PEFT adds to the names of weights."""
 
 
 def plain_name(name: str) -> str:
-    """A parameter's name in the model without PEFT."""
+    """Return a parameter's name in the model without PEFT."""
     name = name.removeprefix("base_model.model.")
     for part in WRAPPED:
         name = name.replace(part, "")
@@ -26,21 +26,21 @@ def plain_name(name: str) -> str:
 
 
 def half_ulp(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Half a unit in the last place of each element in a dtype, as far as float32 can show it."""
+    """Return half a unit in the last place of each element in a dtype, as far as float32 can hold it."""
     finest = torch.finfo(dtype if dtype.itemsize < 4 else torch.float32)
     magnitude = x.abs().clamp_min(finest.tiny)
     return torch.ldexp(torch.full_like(magnitude, finest.eps / 4), torch.frexp(magnitude).exponent)
 
 
-def disturb(
+def perturb(
     root: nn.Module, prefix: str, stored: Mapping[str, torch.dtype], usual: torch.dtype, draw: int
 ) -> None:
-    """Move what adapters have a part in below a module by up to half a unit; round all else to what it is stored in.
+    """Perturb the weights below a module that adapters change, and round all others to their stored dtype.
 
-    `prefix` is the module's name with its dot, `stored` the dtypes of a merged checkpoint's tensors, `usual` the
-    commonest of them. The same `draw` moves the same weights by the same amounts.
+    `prefix` is the module's name with its dot, `stored` the dtypes of a merged checkpoint's tensors, `usual`
+    the commonest of them. The same `draw` perturbs the same weights by the same amounts.
     """
-    moved: set[int] = set()
+    perturbed: set[int] = set()
     for name, layer in root.named_modules():
         if rows := getattr(layer, "trainable_tokens_delta", None):
             for value in rows.values():
@@ -48,13 +48,14 @@ def disturb(
         elif hasattr(layer, "get_base_layer") and hasattr(layer, "active_adapters"):
             plain = plain_name(f"{prefix}{name}".rstrip("."))
             for number, (key, weight, delta) in enumerate(_weights(layer)):
-                if id(weight) not in moved:
-                    moved.add(id(weight))
-                    _move(weight, delta, stored.get(f"{plain}.{key}", usual), _seed(plain, number, draw))
+                if id(weight) not in perturbed:
+                    perturbed.add(id(weight))
+                    _add_noise(weight, delta, stored.get(f"{plain}.{key}", usual), _seed(plain, number, draw))
     for name, value in root.named_parameters():
-        to = stored.get(plain_name(prefix + name))
-        if id(value) not in moved and to and value.is_floating_point() and to.itemsize < value.element_size():
-            value.data.copy_(value.data.to(to))
+        dtype = stored.get(plain_name(prefix + name))
+        floating = value.is_floating_point() and id(value) not in perturbed
+        if floating and dtype and dtype.itemsize < value.element_size():
+            value.data.copy_(value.data.to(dtype))
 
 
 def _seed(name: str, number: int, draw: int) -> int:
@@ -64,7 +65,7 @@ def _seed(name: str, number: int, draw: int) -> int:
 
 
 def _weights(layer: Any) -> Iterator[tuple[str, Tensor, Tensor | None]]:
-    """The weights of a layer with adapters, by name, and what the active ones add to them, where PEFT tells."""
+    """Yield the name and value of an adapted layer's weights, and the active adapters' ΔW if known."""
     base = layer.get_base_layer()
     key = getattr(layer, "parameter_name", "weight")
     if (weight := getattr(base, key, None)) is not None:
@@ -78,21 +79,21 @@ def _weights(layer: Any) -> Iterator[tuple[str, Tensor, Tensor | None]]:
 
 @torch.no_grad()
 def _delta(layer: Any, weight: Tensor) -> Tensor | None:
-    """What active adapters add, in the weight's shape; None where PEFT has no such notion for the layer."""
+    """Return the sum of the active adapters' ΔW; None for layers without a ΔW in PEFT."""
     total = None
     for adapter in layer.active_adapters:
         try:
-            found = layer.get_delta_weight(adapter)
+            delta = layer.get_delta_weight(adapter)
         except (AttributeError, KeyError, NotImplementedError, TypeError, RuntimeError):
             continue
-        if isinstance(found, Tensor) and found.shape == weight.shape:
-            total = found if total is None else total + found
+        if isinstance(delta, Tensor) and delta.shape == weight.shape:
+            total = delta if total is None else total + delta
     return total
 
 
-def _move(weight: Tensor, delta: Tensor | None, dtype: torch.dtype, seed: int) -> None:
-    """Add noise between −½ and ½ unit in the last place of what the merged element is."""
+def _add_noise(weight: Tensor, delta: Tensor | None, dtype: torch.dtype, seed: int) -> None:
+    """Add noise between −½ and ½ unit in the last place of each merged element."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.rand(weight.shape, generator=generator).mul_(2).sub_(1).to(weight.device)
-    around = weight.data if delta is None else weight.data + delta.to(weight.dtype)
-    weight.data.add_(noise.mul_(half_ulp(around.float(), dtype)).to(weight.dtype))
+    merged = weight.data if delta is None else weight.data + delta.to(weight.dtype)
+    weight.data.add_(noise.mul_(half_ulp(merged.float(), dtype)).to(weight.dtype))

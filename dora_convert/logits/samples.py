@@ -1,4 +1,4 @@
-"""Prompts as token ids: through the tokenizer that lies beside a model, or ids that stand for themselves."""
+"""Turn prompts into token ids with a model's tokenizer, or make up token ids without one."""
 
 from __future__ import annotations
 
@@ -11,98 +11,96 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedError
-from .forward import CONTINUATION, Batch
+from .forward import CONTINUATION, WEIGHTS_LEVEL, Batch
 from .prompts import BUILT_IN, LENGTH, LONGEST
 
 TOGETHER = 8
-"""Prompts that go through a model at once."""
+"""Prompts that a model runs at once."""
 ENCODERS = ("ForSequenceClassification", "ForQuestionAnswering")
-"""Models with a decoder that make its inputs themselves."""
+"""Encoder-decoder models that make the decoder's inputs themselves."""
 
 
 @dataclass(frozen=True)
 class Samples:
-    """What models are asked, in batches of one length."""
+    """The sample prompts, in batches of one length."""
 
     batches: tuple[Batch, ...]
     notes: tuple[str, ...]
 
     @property
     def count(self) -> int:
-        """Prompts in all."""
+        """Number of prompts."""
         return sum(len(batch.ids) for batch in self.batches)
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest prompt, with what is said after it."""
+        """Tokens of the longest prompt with its continuation."""
         return max(batch.ids.shape[1] for batch in self.batches) + CONTINUATION + 1
 
     @property
     def tokens(self) -> int:
-        """Tokens that go through a model at once, at the most."""
+        """Most tokens that a model runs at once."""
         return max(len(batch.ids) * (batch.ids.shape[1] + CONTINUATION + 1) for batch in self.batches)
 
 
 def make_samples(texts: Sequence[str], folders: Sequence[Path], name: str, config: Any) -> Samples:
-    """Ids for a caller's prompts, or for the built-in ones; `folders` may hold a tokenizer, the first one that does counts.
+    """Return token ids of a caller's prompts, or of the built-in prompts without `texts`.
 
-    `name` is the model's class, such as LlamaForCausalLM.
+    The first tokenizer in `folders` is used. `name` is the model's class, such as LlamaForCausalLM.
 
-    Raises UnsupportedError where a caller's text cannot be made into ids.
+    Raises UnsupportedError if a caller's text cannot be turned into token ids.
     """
-    known = vocabulary(config)
+    size = vocabulary(config)
     tokenizer = next(filter(None, map(_tokenizer, folders)), None)
-    room = _room(config)
+    most = _most_tokens(config)
     notes = []
     if tokenizer is not None:
-        limit = min(LONGEST if texts else LENGTH, room)
+        limit = min(LONGEST if texts else LENGTH, most)
         rows = [_ids(tokenizer, text, limit) for text in texts or BUILT_IN]
         if texts and any(len(row) == limit for row in rows):
             notes.append(f"prompts are cut at {limit} tokens")
     elif texts:
         raise UnsupportedError(
-            "There is no tokenizer for the prompts beside BASE or ADAPTER.",
+            "No tokenizer for the prompts found in BASE or ADAPTER.",
             hint="without --prompt and --prompts, token ids are made up",
         )
     else:
-        rows = _made_up(known, min(LENGTH, room), config)
+        rows = _made_up_ids(size, min(LENGTH, most), config)
         notes.append(f"no tokenizer; {len(rows)} prompts of made-up token ids")
     rows = [row for row in rows if row]
-    if not rows or max(map(max, rows)) >= known:
+    if not rows or max(map(max, rows)) >= size:
         raise UnsupportedError(
-            "The tokenizer's ids are not those of the model.", hint="verify --level weights"
+            "The tokenizer does not match the model's vocabulary.", hint="verify --level weights"
         )
     return Samples(tuple(_batched(rows, name, config)), tuple(notes))
 
 
 def vocabulary(config: Any) -> int:
-    """How many tokens a model knows.
+    """Return the number of tokens in a model's vocabulary.
 
-    Raises UnsupportedError for models that know none.
+    Raises UnsupportedError for models without a vocabulary.
     """
-    if not isinstance(size := getattr(_text(config), "vocab_size", None), int):
-        raise UnsupportedError(
-            "The model is not asked with text.", hint="verify --level weights needs no model code"
-        )
+    if not isinstance(size := getattr(_text_config(config), "vocab_size", None), int):
+        raise UnsupportedError("The model does not take text.", hint=WEIGHTS_LEVEL)
     return size
 
 
-def _text(config: Any) -> Any:
-    """The part of a config that is about text, where there is just one."""
+def _text_config(config: Any) -> Any:
+    """Return the part of a config for text, or the config itself if there is not exactly one part."""
     try:
         return config.get_text_config()
     except (AttributeError, ValueError):
         return config
 
 
-def _room(config: Any) -> int:
-    """Tokens that a prompt may have, with those said after it; a few positions are some models' own."""
-    positions = getattr(_text(config), "max_position_embeddings", None) or LONGEST * 2
+def _most_tokens(config: Any) -> int:
+    """Return the most tokens of a prompt: its continuation and some reserved positions must fit."""
+    positions = getattr(_text_config(config), "max_position_embeddings", None) or LONGEST * 2
     return max(1, min(LONGEST, positions - CONTINUATION - 4))
 
 
 def _tokenizer(folder: Path) -> Any:
-    """The tokenizer in a folder, or None where there is none that works."""
+    """Return the tokenizer in a folder; None if it does not exist or cannot be loaded."""
     import transformers
 
     if not any(
@@ -112,7 +110,7 @@ def _tokenizer(folder: Path) -> Any:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         return tokenizer if tokenizer("a b")["input_ids"] else None
-    except Exception:  # noqa: BLE001 - whatever is wrong with it, there are made-up ids
+    except Exception:  # noqa: BLE001 - made-up ids take its place
         return None
 
 
@@ -120,8 +118,8 @@ def _ids(tokenizer: Any, text: str, limit: int) -> list[int]:
     return [int(token) for token in tokenizer(text, truncation=True, max_length=limit)["input_ids"]]
 
 
-def _made_up(vocabulary: int, length: int, config: Any) -> list[list[int]]:
-    """Ids from all over the vocabulary, the same each time; none that ends or pads a text, but one end for a decoder."""
+def _made_up_ids(vocabulary: int, length: int, config: Any) -> list[list[int]]:
+    """Return random ids, the same each time; only an encoder-decoder's prompts end with the end token."""
     end = getattr(config, "eos_token_id", None)
     special = {getattr(config, key, None) for key in ("pad_token_id", "eos_token_id")}
     usable = (
@@ -136,7 +134,7 @@ def _made_up(vocabulary: int, length: int, config: Any) -> list[list[int]]:
 
 
 def _batched(rows: Sequence[list[int]], name: str, config: Any) -> Iterator[Batch]:
-    """Prompts of one length together: none is padded. Classifiers may look for padding, so theirs go alone."""
+    """Yield batches of prompts of one length; classifiers, which may look for padding, get one prompt."""
     together = 1 if name.endswith("ForSequenceClassification") else TOGETHER
     by_length: dict[int, list[list[int]]] = {}
     for row in rows:
@@ -148,9 +146,9 @@ def _batched(rows: Sequence[list[int]], name: str, config: Any) -> Iterator[Batc
 
 
 def _answer(ids: Tensor, name: str, config: Any) -> Tensor | None:
-    """The start of what a decoder says; None where there is no decoder to ask."""
+    """Return the start token of each prompt's decoder; None for models without a decoder to run."""
     if not getattr(config, "is_encoder_decoder", False) or name.endswith((*ENCODERS, "EncoderModel")):
         return None
     keys = ("decoder_start_token_id", "bos_token_id", "pad_token_id")
-    start = next((found for key in keys if isinstance(found := getattr(config, key, None), int)), 0)
+    start = next((token for key in keys if isinstance(token := getattr(config, key, None), int)), 0)
     return torch.full((len(ids), 1), start)

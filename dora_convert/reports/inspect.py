@@ -1,46 +1,41 @@
-"""What `inspect` reports, as data: an adapter's anatomy, or a checkpoint's."""
+"""Hold the reports of inspect: of an adapter, and of a checkpoint."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-from .. import __version__
-from .merge import SCHEMA
+from . import Report
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inspection:
-    """What every REF has: where it is, its kind and format, and its tensors."""
+class Inspection(Report):
+    """The fields of every REF: its address, kind, format and tensors."""
 
     kind: str  # adapter | checkpoint
     format: str
     title: str
-    """What it is called: never a path."""
+    """A name without a path."""
     ref: str
     repo: str | None
     commit: str | None
     tensors: int
     parameters: int
-    """Elements; those that several tensors share count once, as their bytes do."""
+    """Number of elements; elements that tensors share count once."""
     bytes: int
     dtypes: Mapping[str, Mapping[str, int]]
-    """Each dtype's number of tensors, parameters and bytes."""
+    """Number of tensors, parameters and bytes of each dtype."""
     weights: tuple[Mapping[str, Any], ...]
-    """Tensors by name with layer numbers as `*`, dtype and shape, and how many there are of each."""
+    """Tensors grouped by name (layer numbers as `*`), dtype and shape, with the number in each group."""
     notes: tuple[str, ...]
     seconds: float
     command: str = "inspect"
 
-    def to_dict(self) -> dict[str, Any]:
-        """The report as `--json` prints it."""
-        return {"schema": SCHEMA, "version": __version__, **asdict(self)}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Module:
-    """What an adapter has for one weight."""
+    """An adapter's tensors for one weight."""
 
     target: str
     kind: str
@@ -50,20 +45,20 @@ class Module:
     rank: int | None = None
     scaling: float | None = None
     rule: str | None = None
-    """How the scaling came about."""
+    """The rule that gives the scaling."""
     experts: int | None = None
     rows: int | None = None
     shape: tuple[int, ...] | None = None
-    """Of what is saved whole, of trained rows, or of a bias."""
+    """Shape of a weight saved whole, of trained rows, or of a bias."""
     among: tuple[str, ...] = ()
-    """The weights that it may be for, where only a base can tell."""
+    """The weights that `target` may mean, if only a base can tell."""
     bytes: int
     tensors: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Landing:
-    """Where an adapter's tensors would go in a base, or why they would not."""
+    """The fate of an adapter's tensors in a base, or the reason why they do not match."""
 
     base: str
     fits: bool
@@ -71,7 +66,7 @@ class Landing:
     hint: str | None
     faults: tuple[Mapping[str, str], ...]
     ledger: tuple[Mapping[str, Any], ...]
-    """Every adapter tensor's fate; where something does not fit, empty or with unmatched ones."""
+    """The fate of every adapter tensor; empty or with unmatched tensors if `fits` is False."""
     tensors: Mapping[str, int]
     """Output tensors by fate."""
     warnings: tuple[str, ...]
@@ -79,26 +74,26 @@ class Landing:
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterReport(Inspection):
-    """What an adapter is."""
+    """The report on an adapter."""
 
     method: str
     base: str | None
-    """The base it was trained on, as its author named it."""
+    """The base's name in the adapter's config."""
     revision: str | None
     task: str | None
     layers: tuple[int, ...]
-    """The base's layers in the order of the trained model, where some were repeated or left out."""
+    """The base's layers in the order of the trained model, if layers were repeated or left out."""
     modules: tuple[Module, ...]
     ignored: Mapping[str, str]
     faults: tuple[Mapping[str, str], ...]
     refused: Mapping[str, Any] | None
-    """The error that a merge would stop with, where it is of a kind that is not merged."""
+    """The error of a merge, if the adapter is of a kind that is not merged."""
     landing: Landing | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointReport(Inspection):
-    """What a checkpoint is."""
+    """The report on a checkpoint."""
 
     architectures: tuple[str, ...]
     model_type: str | None
@@ -108,6 +103,6 @@ class CheckpointReport(Inspection):
     quantised: Mapping[str, Any] | None
     side_files: tuple[str, ...]
     left_behind: tuple[str, ...]
-    """Weights and the like that a loader does not use."""
+    """Files, such as stale weights, that a loader does not use."""
     merges: tuple[Mapping[str, Any], ...]
-    """What the receipts of earlier merges say, the latest first."""
+    """The receipts of earlier merges, the latest first."""

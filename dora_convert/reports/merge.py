@@ -1,47 +1,43 @@
-"""What a verb returns, and what `--json` prints of it."""
+"""Hold the reports of merge, of unmerge and of their dry runs."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from typing_extensions import Self
 
-from .. import __version__
 from ..errors import MalformedError
-from ..plan.plan import Plan
-from ..settings import Settings
 from ..sizes import peak_memory
-from .push import Pushed
+from . import Report
 
-if TYPE_CHECKING:  # these import torch, which a dry run does without
+if TYPE_CHECKING:
     from ..engine.precision import ComputeSpec
     from ..output.finished import Verdict
-
-SCHEMA = 1
-Finished = TypeVar("Finished", bound="MergeReport")
+    from ..plan.plan import Plan
+    from ..settings import Settings
+    from .push import Pushed
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
-    """What every verb that merges reports, whether it ran or only planned."""
+class PlanReport(Report):
+    """The fields that a run of a plan and its dry run share."""
 
     command: str
     base: str
     adapters: tuple[str, ...]
     out: str
     tensors: Mapping[str, int]
+    """Output tensors by fate."""
     ledger: tuple[Mapping[str, Any], ...]
+    """The fate of every adapter tensor."""
     undo: str
     warnings: tuple[str, ...]
     left_behind: tuple[str, ...]
+    """Files of the base that are not copied."""
     seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as `--json` prints it."""
-        return {"schema": SCHEMA, "version": __version__, **asdict(self)}
 
 
 def _common(plan: Plan, settings: Settings, out: str) -> dict[str, Any]:
@@ -61,7 +57,7 @@ def _common(plan: Plan, settings: Settings, out: str) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Verified:
-    """The self-check: elements compared, how many lie outside the bound, and the largest distance in ulps."""
+    """The self-check: elements compared, elements outside the bound, and the largest distance in ulps."""
 
     checked: int
     wrong_elements: int
@@ -69,8 +65,8 @@ class Verified:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergeReport(Report):
-    """What a merge did."""
+class MergeReport(PlanReport):
+    """The report of a finished merge."""
 
     device: str
     compute_dtype: str
@@ -78,29 +74,33 @@ class MergeReport(Report):
     peak_memory_bytes: int | None
     resumed: bool
     verified: Verified | None
+    """None for a merge without the self-check."""
     lost: float | None
+    """Share of the change's norm that rounding took, estimated on the self-check's sample."""
     pushed: Pushed | None = None
     outputs: Mapping[str, Any] | None = None
-    """What running the merged model found, as `verify --level outputs` reports it; None where it was not run."""
+    """The report of `verify --level outputs` on the merged model; None if no model was run."""
 
     @classmethod
     def of(
         cls,
         plan: Plan,
         settings: Settings,
+        *,
         out: str,
         spec: ComputeSpec,
         verdict: Verdict | None,
-        *,
         written: int,
         resumed: bool,
         pushed: Pushed | None = None,
         outputs: Mapping[str, Any] | None = None,
     ) -> MergeReport:
-        """The report of a finished merge; `lost` is the share of the change that rounding took, on the sample."""
-        found = None
+        """Return the report of a finished run of a plan; `written` is the number of bytes written."""
+        verified = None
         if verdict:
-            found = Verified(checked=verdict.checked, wrong_elements=verdict.wrong, max_ulp=verdict.max_ulp)
+            verified = Verified(
+                checked=verdict.checked, wrong_elements=verdict.wrong, max_ulp=verdict.max_ulp
+            )
         return cls(
             **_common(plan, settings, out),
             device=str(spec.device),
@@ -108,7 +108,7 @@ class MergeReport(Report):
             bytes_written=written,
             peak_memory_bytes=peak_memory(),
             resumed=resumed,
-            verified=found,
+            verified=verified,
             lost=verdict.lost if verdict else None,
             pushed=pushed,
             outputs=outputs,
@@ -116,7 +116,10 @@ class MergeReport(Report):
 
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> Self:
-        """A report from what `to_dict` made of it."""
+        """Return the report that `to_dict` turned into `values`, marked as resumed.
+
+        Raises MalformedError if a field is missing.
+        """
         try:
             fields = {name: values[name] for name in cls.__dataclass_fields__}
             fields["verified"] = values["verified"] and Verified(**values["verified"])
@@ -124,64 +127,52 @@ class MergeReport(Report):
                 fields["modules"] = tuple(Recovered(**module) for module in values["modules"])
         except (KeyError, TypeError) as error:
             raise MalformedError(
-                f"The journal of the finished run has no whole report: {error!r}."
+                f"The journal of the finished run does not hold a complete report: {error!r}."
             ) from error
         return cls(**fields | {"resumed": True})
 
 
 @dataclass(frozen=True)
 class Recovered:
-    """One tensor that a merge had changed, as it came back."""
+    """One tensor that a merge had changed, after the unmerge."""
 
     name: str
     bit_exact: bool
-    """Whether its hash proves that it is the base's."""
+    """True if its hash proves that it equals the base's tensor."""
     lost: int
-    """Elements for which the base may have held one of several values: all of them were merged to the same."""
+    """Elements that are ambiguous: several values of the base were merged into the same value."""
     elements: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class UnmergeReport(MergeReport):
-    """What an unmerging did; `exact` counts the tensors that the merge had changed, and those proven by hash."""
+    """The report of a finished unmerge."""
 
     merged: str
     exact: Mapping[str, int]
+    """`tensors`: recovered tensors; `bit_exact`: recovered tensors proven equal to the base's by hash."""
     modules: tuple[Recovered, ...]
 
     @classmethod
-    def undone(
-        cls,
-        plan: Plan,
-        settings: Settings,
-        out: str,
-        spec: ComputeSpec,
-        verdict: Verdict | None,
-        modules: Sequence[Recovered],
-        *,
-        base: str,
-        undo: str,
-        written: int,
-        resumed: bool,
-    ) -> UnmergeReport:
-        """The report of a finished unmerging."""
-        merge = MergeReport.of(plan, settings, out, spec, verdict, written=written, resumed=resumed)
-        fields = {name: getattr(merge, name) for name in merge.__dataclass_fields__}
-        fields |= {"command": "unmerge", "base": base, "merged": merge.base, "undo": undo}
+    def of_run(cls, run: MergeReport, *, base: str, undo: str, modules: Sequence[Recovered]) -> UnmergeReport:
+        """Return the report of an unmerge from the report of its run, whose base is the merged checkpoint."""
+        fields = {name: getattr(run, name) for name in MergeReport.__dataclass_fields__}
+        fields |= {"command": "unmerge", "base": base, "merged": run.base, "undo": undo}
         exact = sum(module.bit_exact for module in modules)
         return cls(**fields, exact={"tensors": len(modules), "bit_exact": exact}, modules=tuple(modules))
 
 
 @dataclass(frozen=True, kw_only=True)
-class DryRunReport(Report):
-    """What a merge would do: tensors and shards, their bytes, the undo record's, and the memory held."""
+class DryRunReport(PlanReport):
+    """The report of a merge or unmerge that was only planned."""
 
     plan: Mapping[str, int]
+    """Numbers of tensors and shards, bytes of the output and of the undo record, and bytes of memory."""
     dry_run: bool = True
 
     @classmethod
-    def of(cls, plan: Plan, settings: Settings, out: str, command: str = "merge") -> DryRunReport:
-        """The report of a plan; UsageError for a budget that would not do."""
+    def of(cls, plan: Plan, settings: Settings, *, out: str, command: str = "merge") -> DryRunReport:
+        """Return the report of a plan; raises UsageError if the memory budget is too small."""
         settings.check_memory(plan.memory)
         numbers = {
             "tensors": len(plan.items),
@@ -192,18 +183,3 @@ class DryRunReport(Report):
             "least_memory": plan.memory,
         }
         return cls(**(_common(plan, settings, out) | {"command": command}), plan=numbers)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PushReport(Pushed):
-    """What was pushed, or would be: the `state` of a file is uploaded, copied, unchanged, or planned."""
-
-    kind: str  # checkpoint | adapter
-    left_behind: tuple[str, ...]
-    dry_run: bool
-    seconds: float
-    command: str = "push"
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as `--json` prints it."""
-        return {"schema": SCHEMA, "version": __version__, **asdict(self)}

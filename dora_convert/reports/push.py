@@ -1,60 +1,41 @@
-"""What a push is asked for, and what comes of it."""
+"""Hold the report of a push, and of the upload that a merge does."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from ..errors import UsageError
-
-
-@dataclass(frozen=True)
-class Target:
-    """Where an upload goes, and how."""
-
-    repo: str
-    private: bool = False
-    create_pr: bool = False
-    message: str | None = None
-    token: str | None = field(default=None, repr=False)
-
-    @classmethod
-    def parse(
-        cls,
-        repo: str | None,
-        private: bool,  # noqa: FBT001 - in the order of the command line
-        create_pr: bool,  # noqa: FBT001
-        commit_message: str | None,
-        token: str | None,
-    ) -> Target | None:
-        """The target that a verb's options name; None without --push-to-hub, and then the others make no sense."""
-        if repo is not None:
-            return cls(repo, private, create_pr, commit_message, token)
-        for option, given in (
-            ("--private", private),
-            ("--create-pr", create_pr),
-            ("--commit-message", commit_message),
-        ):
-            if given:
-                raise UsageError(f"{option} goes with --push-to-hub.", hint="--push-to-hub REPO_ID")
-        return None
+from . import Report
 
 
 @dataclass(frozen=True)
-class Sent:
-    """One file of the commit: its path in the repo, bytes, and where it came from."""
+class PushedFile:
+    """One file of the commit: its path in the repo, its size in bytes, and its state."""
 
     path: str
     bytes: int
-    state: str  # uploaded | copied | unchanged
+    state: str  # uploaded | copied | unchanged | planned
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pushed:
-    """What came of an upload; `commit` is the repo's head where nothing was new."""
+    """The result of an upload."""
 
     repo: str
     url: str
     commit: str
-    files: tuple[Sent, ...]
+    """The new commit, or the repo's head if nothing was new."""
+    files: tuple[PushedFile, ...]
     deleted: tuple[str, ...]
     bytes_uploaded: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushReport(Pushed, Report):
+    """The report of a push or of its dry run."""
+
+    kind: str  # checkpoint | adapter
+    left_behind: tuple[str, ...]
+    """Files of the folder that are not uploaded."""
+    dry_run: bool
+    seconds: float
+    command: str = "push"

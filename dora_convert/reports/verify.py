@@ -1,43 +1,42 @@
-"""What `verify` reports, as data."""
+"""Hold the reports of verify: of the weights, and of the models' outputs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from .. import __version__
-from .merge import SCHEMA
+from . import Report
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckedModule:
-    """One tensor that an adapter has a part in."""
+    """One tensor that an adapter changes."""
 
     name: str
     elements: int
     wrong_elements: int
-    """Elements that no honest rounding explains."""
+    """Elements that no correct rounding explains."""
     max_ulp: int
-    """The largest distance from the rounded float64 result, in units in the last place of the merged dtype."""
+    """Largest distance from the rounded float64 result, in units in the last place of the merged dtype."""
     output_error: float | None
     """Relative error of W'x against the adapter's own forward, over the sample inputs."""
     output_floor: float | None
-    """What that error would be if every element were rounded perfectly."""
+    """The same error if every element were rounded correctly."""
     cause: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Untouched:
-    """The tensors that no adapter has a part in."""
+    """Number of tensors that no adapter changes, and how many are identical to the base's."""
 
     tensors: int
     identical: int
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerifyReport:
-    """Whether a merged checkpoint does what base and adapters do."""
+class VerifyReport(Report):
+    """The comparison of a merged checkpoint's weights with base and adapters."""
 
     base: str
     adapters: tuple[str, ...]
@@ -47,21 +46,17 @@ class VerifyReport:
     untouched: Untouched
     problems: tuple[str, ...]
     notes: tuple[str, ...]
-    """What differs and does not count."""
+    """Differences that do not count."""
     warnings: tuple[str, ...]
     ledger: tuple[Mapping[str, Any], ...]
     seconds: float
     level: str = "weights"
     command: str = "verify"
 
-    def to_dict(self) -> dict[str, Any]:
-        """The report as `--json` prints it."""
-        return {"schema": SCHEMA, "version": __version__, **asdict(self)}
-
 
 @dataclass(frozen=True, kw_only=True)
-class OutputsReport:
-    """Whether a merged checkpoint says what base and adapters say, on sample prompts."""
+class OutputsReport(Report):
+    """The comparison of a merged checkpoint's outputs with those of base and adapters, on sample prompts."""
 
     base: str
     adapters: tuple[str, ...]
@@ -70,27 +65,27 @@ class OutputsReport:
     architecture: str
     prompts: int
     positions: int
-    """Outputs compared: tokens of generating models, each with its logits; one of a classifier for each prompt."""
+    """Outputs compared: one a token for generating models, one a prompt for classifiers."""
     max_abs_logit_error: float
     mean_abs_logit_error: float
     rounding_floor: float
-    """The largest difference that half a unit in the last place of the merged weights' dtype leaves, or arithmetic."""
+    """Largest difference that rounding to the merged dtype, or float32 arithmetic, leaves."""
     mean_rounding_floor: float
     mean_margin: float
-    """How many times its floor the mean difference may be."""
+    """Largest allowed mean difference, in multiples of its floor."""
     max_margin: float
-    """The same for the largest."""
+    """Largest allowed maximum difference, in multiples of its floor."""
     mean_kl: float
     """KL(reference ‖ merged) in nats, averaged over positions."""
     top1_agreement: float
-    """Share of positions where both have the same largest output."""
+    """Share of positions where both models have the same largest output."""
     greedy_agreement: float | None
-    """Share of prompts that both continue with the same tokens; None for models that do not generate."""
+    """Share of prompts continued with the same tokens; None for models that do not generate."""
     device: str
     offloaded: bool
-    """Whether weights were read from their files block by block."""
+    """True if weights were read from their files block by block."""
     memory_bytes: int
-    """What it was estimated to take, beyond Python and its libraries."""
+    """Estimate of the memory needed, beyond Python and its libraries."""
     peak_memory_bytes: int | None
     problems: tuple[str, ...]
     notes: tuple[str, ...]
@@ -99,6 +94,15 @@ class OutputsReport:
     level: str = "outputs"
     command: str = "verify"
 
-    def to_dict(self) -> dict[str, Any]:
-        """The report as `--json` prints it."""
-        return {"schema": SCHEMA, "version": __version__, **asdict(self)}
+
+def figures(report: OutputsReport) -> Iterator[tuple[str, str, str, str]]:
+    """Yield rows for people: name, measured value, value of rounding alone, and largest allowed value."""
+    for name, error, floor, margin in (
+        ("mean |Δ|", report.mean_abs_logit_error, report.mean_rounding_floor, report.mean_margin),
+        ("max |Δ|", report.max_abs_logit_error, report.rounding_floor, report.max_margin),
+    ):
+        yield name, f"{error:.2e}", f"{floor:.2e}", f"{margin * floor:.2e}"
+    yield "mean KL", f"{report.mean_kl:.1e}", "", ""
+    yield "same top-1", f"{report.top1_agreement:.2%}", "", ""
+    if report.greedy_agreement is not None:
+        yield "same continuation", f"{report.greedy_agreement:.0%} of prompts", "", ""

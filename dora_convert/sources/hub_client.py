@@ -1,6 +1,6 @@
-"""What the Hub answers, in our words: its errors explained, and calls tried again where that can help.
+"""Call the Hub: explain its errors in our words, and retry calls where a retry can help.
 
-huggingface_hub tries some requests again by itself, and not others; `patiently` is for those others.
+huggingface_hub retries some requests by itself; `with_retries` is for the other ones.
 """
 
 from __future__ import annotations
@@ -17,35 +17,36 @@ from ..storage.refs import HubRef
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
 
-PASSING = (429, 500, 502, 503, 504)
-"""Status codes of servers that may answer otherwise in a moment."""
-CUT = ("RemoteProtocolError", "ReadError", "WriteError", "ReadTimeout", "ChunkedEncodingError")
-"""What HTTP libraries call a connection that was there and broke."""
+TEMPORARY = (429, 500, 502, 503, 504)
+"""Status codes of temporary failures."""
+BROKEN = ("RemoteProtocolError", "ReadError", "WriteError", "ReadTimeout", "ChunkedEncodingError")
+"""Names of the HTTP libraries' errors for a connection that broke."""
 WAITS = (0.5, 1.0, 2.0, 4.0)
+"""Seconds before each retry."""
 LONGEST_WAIT = 60.0
 
 Value = TypeVar("Value")
 
 
-def patiently(call: Callable[[], Value]) -> Value:
-    """What a call returns; tried again, some seconds later, while the Hub is busy or a connection breaks."""
+def with_retries(call: Callable[[], Value]) -> Value:
+    """Return the result of a call; retry after a pause while the Hub is busy or a connection breaks."""
     for wait in WAITS:
         try:
             return call()
         except Exception as error:  # noqa: PERF203 - a request, not a loop
-            asked = _asked_to_wait(error)
-            if asked is None:
+            requested = _requested_wait(error)
+            if requested is None:
                 raise
-            time.sleep(max(wait, min(asked, LONGEST_WAIT)))
+            time.sleep(max(wait, min(requested, LONGEST_WAIT)))
     return call()
 
 
-def _asked_to_wait(error: Exception) -> float | None:
-    """Seconds that a passing fault asks to wait for, mostly none; None where it will not pass."""
+def _requested_wait(error: Exception) -> float | None:
+    """Return the seconds that a temporary failure asks to wait, 0 by default; None for other errors."""
     cause = root_of(error)
-    if type(cause).__name__ in CUT:
+    if type(cause).__name__ in BROKEN:
         return 0.0
-    if status_of(cause) not in PASSING:
+    if status_of(cause) not in TEMPORARY:
         return None
     headers = cause.response.headers  # type: ignore[attr-defined]
     with contextlib.suppress(TypeError, ValueError):
@@ -54,13 +55,13 @@ def _asked_to_wait(error: Exception) -> float | None:
 
 
 def status_of(error: BaseException) -> int | None:
-    """The HTTP status of an error of huggingface_hub's, if it has one."""
+    """Return the HTTP status of an error of huggingface_hub, if it has one."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     return status if isinstance(status, int) else None
 
 
 def root_of(error: BaseException) -> BaseException:
-    """What is behind an error: uploads wrap what went wrong with a file, downloads say that the cache has none."""
+    """Return the cause of an error: uploads wrap a file's error, downloads report a missing cache entry."""
     while (
         type(error) is RuntimeError or type(error).__name__ == "LocalEntryNotFoundError"
     ) and error.__cause__:
@@ -68,8 +69,8 @@ def root_of(error: BaseException) -> BaseException:
     return error
 
 
-def unreachable() -> tuple[type[Exception], ...]:
-    """What huggingface_hub lets through when there is no connection: its HTTP library's errors, whichever that is."""
+def connection_errors() -> tuple[type[Exception], ...]:
+    """Return the errors that huggingface_hub raises without a connection: those of its HTTP library, too."""
     from huggingface_hub.errors import HfHubHTTPError
 
     foreign: list[type[Exception]] = [
@@ -82,15 +83,19 @@ def unreachable() -> tuple[type[Exception], ...]:
 
 
 @contextmanager
-def explained(ref: HubRef, what: str) -> Iterator[None]:
-    """Turn what goes wrong while reading a repo into our errors."""
+def reading_errors(ref: HubRef, what: str) -> Iterator[None]:
+    """Turn errors of reading a repo into our errors."""
     from huggingface_hub import errors
 
-    refusals: tuple[type[Exception], ...] = (errors.HfHubHTTPError, errors.EntryNotFoundError, *unreachable())
+    refusals: tuple[type[Exception], ...] = (
+        errors.HfHubHTTPError,
+        errors.EntryNotFoundError,
+        *connection_errors(),
+    )
     try:
         yield
     except errors.HFValidationError as error:
-        raise _no_name(ref, what) from error
+        raise _invalid_name(ref, what) from error
     except errors.GatedRepoError as error:
         raise HubError(
             f"{what} {ref} is gated.", hint="ask for access on its page, then hf auth login"
@@ -101,74 +106,75 @@ def explained(ref: HubRef, what: str) -> Iterator[None]:
             hint="check the spelling; for a private repo, hf auth login",
         ) from error
     except errors.RevisionNotFoundError as error:
-        raise HubError(f"{what} {ref}: the repo has no revision {ref.revision}.") from error
+        raise HubError(f"{what} {ref}: revision {ref.revision} not found.") from error
     except errors.RemoteEntryNotFoundError as error:
-        raise HubError(f"{what} {ref}: a file is missing there: {_file_of(error)}.") from error
+        raise HubError(f"{what} {ref}: file not found in the repo: {_file_of(error)}.") from error
     except refusals as error:
-        raise _refused(f"{what} {ref}", root_of(error), writing=False) from error
+        raise _refusal(f"{what} {ref}", root_of(error), writing=False) from error
 
 
 @contextmanager
-def explained_writing(repo: str) -> Iterator[None]:
-    """Turn what goes wrong while writing to a repo into our errors."""
+def writing_errors(repo: str) -> Iterator[None]:
+    """Turn errors of writing to a repo into our errors."""
     from huggingface_hub import errors
 
-    refusals: tuple[type[Exception], ...] = (errors.HfHubHTTPError, RuntimeError, ValueError, *unreachable())
+    refusals: tuple[type[Exception], ...] = (
+        errors.HfHubHTTPError,
+        RuntimeError,
+        ValueError,
+        *connection_errors(),
+    )
     try:
         yield
     except DoraConvertError:
         raise
     except errors.HFValidationError as error:
-        raise _no_name(repo, "REPO_ID") from error
+        raise _invalid_name(repo, "REPO_ID") from error
     except errors.LocalTokenNotFoundError as error:
-        raise HubError("There is no Hub token.", hint="hf auth login, or HF_TOKEN") from error
+        raise HubError("Hub token not found.", hint="hf auth login, or HF_TOKEN") from error
     except refusals as error:
-        raise _refused(repo, root_of(error), writing=True) from error
+        raise _refusal(repo, root_of(error), writing=True) from error
 
 
-def _no_name(ref: object, what: str) -> RefError:
-    return RefError(f"{what} {ref} is no name of a repo.", hint="a Hub repo is written org/name")
+def _invalid_name(ref: object, what: str) -> RefError:
+    return RefError(f"{what} {ref} is not a valid repo id.", hint="a Hub repo is written org/name")
 
 
-def _refused(where: str, error: BaseException, *, writing: bool) -> HubError:
-    """One sentence on what the Hub said, and what to do about it."""
-    status = status_of(error)
-    said = _said(error)
+def _refusal(subject: str, error: BaseException, *, writing: bool) -> HubError:
+    """Return an error with the Hub's answer in one sentence and a hint."""
+    status, words = status_of(error), _server_words(error)
     login = "hf auth login, with a token that may write" if writing else "hf auth login"
+    resume = "rerun the same command to resume"
     known = {
-        401: ("the Hub wants to know who you are", login),
+        401: ("the Hub does not know who you are", login),
         402: ("the Hub asks for payment or more space", "free some space, or see the plan of your account"),
-        403: (f"the Hub does not let you {'write' if writing else 'read'} there", login),
-        404: ("there is no such repo, or you may not see it", f"check the spelling; {login}"),
+        403: (f"the Hub does not let you {'write to' if writing else 'read'} this repo", login),
+        404: ("the repo does not exist, or you may not see it", f"check the spelling; {login}"),
         409: ("the name is taken", "choose another name"),
-        412: ("the repo has changed meanwhile", "the same command goes on from where it was"),
+        412: ("the repo has changed meanwhile", resume),
         413: ("too large for the Hub", "free some space, or cut it smaller with --max-shard-size"),
-        429: ("too many requests", "wait some minutes; the same command goes on from where it was"),
+        429: ("too many requests", f"wait some minutes; {resume}"),
     }
     if status in known:
         text, hint = known[status]
     elif status and status >= 500:
-        text, hint = f"the Hub is in trouble ({status})", "later, the same command goes on from where it was"
-    elif status is None and _is_offline(error):
+        text, hint = f"the Hub has a failure ({status})", f"later, {resume}"
+    elif status is None and type(error).__name__ == "OfflineModeIsEnabled":
         text, hint = "offline mode is on", "unset HF_HUB_OFFLINE"
-    elif status is None and isinstance(error, unreachable()):
-        text, hint = "the Hub cannot be reached, or the connection broke", "check the connection, and again"
+    elif status is None and isinstance(error, connection_errors()):
+        text, hint = "the Hub cannot be reached, or the connection broke", "check the connection, then rerun"
     else:
         text, hint = "the Hub answered", ""
-    return HubError(f"{where}: {text}{f': {said}' if said else '.'}", hint=hint or None)
+    return HubError(f"{subject}: {text}{f': {words}' if words else '.'}", hint=hint or None)
 
 
 def _file_of(error: HfHubHTTPError) -> str:
-    """The path in the repo that was asked for."""
-    return str(error.response.url).partition("/resolve/")[2].partition("/")[2] or "its name is not told"
+    """Return the path in the repo that a request was for."""
+    return str(error.response.url).partition("/resolve/")[2].partition("/")[2] or "unknown name"
 
 
-def _is_offline(error: BaseException) -> bool:
-    return type(error).__name__ == "OfflineModeIsEnabled"
-
-
-def _said(error: BaseException) -> str:
-    """The server's own words, or the error's last line."""
+def _server_words(error: BaseException) -> str:
+    """Return the server's message, or the error's first lines."""
     words = getattr(error, "server_message", None) or ("" if status_of(error) else str(error))
     lines = [line.strip() for line in str(words).splitlines() if line.strip()]
     return "; ".join(lines[:3])
@@ -176,13 +182,9 @@ def _said(error: BaseException) -> str:
 
 @contextmanager
 def without_bars() -> Iterator[None]:
-    """Keep huggingface_hub's progress bars down: there is one bar, and it is ours."""
+    """Turn off huggingface_hub's progress bars while the block runs: the only bar is ours."""
     from huggingface_hub import constants
-    from huggingface_hub.utils.tqdm import (
-        are_progress_bars_disabled,
-        disable_progress_bars,
-        enable_progress_bars,
-    )
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     if are_progress_bars_disabled() or constants.HF_HUB_DISABLE_PROGRESS_BARS is not None:
         yield

@@ -1,8 +1,8 @@
-"""REF → headers: what a REF is, without the weights of checkpoints. Those of a Hub repo stay there.
+"""Read what a REF names from its headers, and leave the weights of a remote checkpoint on the Hub.
 
-The head of each weight file comes by a range request through huggingface_hub's connection, as long as the index lets
-expect, and what is missing by another. Configs, indexes, receipts and adapters are small and go through its cache, as in
-`hub`.
+The header of each weight file comes by one range request, whose length is estimated from the index, and by a
+second one if the estimate was too short. Configs, indexes, receipts and adapters are small and are downloaded
+by `download`.
 """
 
 from __future__ import annotations
@@ -23,26 +23,27 @@ from ..storage.json_files import read_config
 from ..storage.refs import HubRef, Source, parse_ref
 from ..storage.safetensors import MAX_HEADER, Header, parse_header, read_header
 from .download import CONNECTIONS, download, fetch, wanted_of_base
-from .hub_client import explained, patiently
+from .hub_client import reading_errors, with_retries
 from .session import Session
 
 FIRST = 8192
-"""Bytes to ask for of a weight file of which no index tells more."""
+"""Bytes of the first request for a weight file without an index."""
 EMPTY, ENTRY = 128, 110
-"""Bytes of a header without tensors, and of what it says of one beside its name: most are shorter."""
+"""Bytes of a header without tensors, and of most entries of a tensor beside its name."""
 EMPTY_RANGE = 416
+"""HTTP status for a range behind the end of a file."""
 
 
 @dataclass(frozen=True)
 class RefListing:
-    """A REF with the names of the files in it, and as a checkpoint where it is one whose weights stay on the Hub."""
+    """A REF with the names of its files, and the headers of a checkpoint whose weights stay on the Hub."""
 
     source: Source
     names: tuple[str, ...] = ()
     remote: Checkpoint | None = None
 
     def checkpoint(self) -> Checkpoint:
-        """Return the headers as a checkpoint; raises what `open_checkpoint` does."""
+        """Return the headers as a checkpoint; raises the errors of `open_checkpoint`."""
         if not self.remote:
             refuse_adapter(self.source.path, self.source.name)
         return self.remote or open_checkpoint(self.source)
@@ -57,11 +58,11 @@ def look(
     revision: str | None = None,
     weights: Path | None = None,
 ) -> RefListing:
-    """Find what a REF names; adapters come whole, of a checkpoint on the Hub only headers and small files.
+    """List a REF: download an adapter, but of a checkpoint on the Hub only headers and small files.
 
-    Small files are the config and receipts, or with `whole` all that are no weights. `weights` is the folder that the
-    repo's weights will be in when they are read, by default the visit's. Without a connection, the cache's copy is
-    taken, as by `fetch`.
+    Small files are the config and receipts, or with `whole` all files but the weights. `weights` is the
+    folder that will hold the repo's weights once they are downloaded, by default the session's. Without a
+    connection the cache's copy is taken.
     """
     listings: list[Sequence[str]] = []
 
@@ -77,73 +78,81 @@ def look(
         folder = source.path
         return RefListing(source, tuple(entry.name for entry in folder.iterdir()) if folder.is_dir() else ())
     names = tuple(listings[0])
+    if detect(names):
+        return RefListing(source, names)
     folder = weights / source.subfolder if weights else source.path
-    return RefListing(
-        source,
-        names,
-        None if detect(names) else _open_remote(parsed, what, source, names, session, folder),
-    )
+    entry = _entry(parsed, what, source, names)
+    if entry.removesuffix(".index.json").endswith(PICKLES):
+        return RefListing(source, names, _cached_pickles(source))
+    with reading_errors(parsed, what):
+        return RefListing(source, names, _open_remote(source, names, entry, session, folder))
 
 
 def _is_small(name: str, names: Sequence[str]) -> bool:
-    """Whether a file is downloaded: an adapter's own ones, or a checkpoint's config and the receipts of merges."""
+    """Return True for files of an adapter, and for a checkpoint's config and receipts."""
     if detect(names):
         return is_adapter_file(name)
     return name == "config.json" or (name.startswith(f"{RECORD}/") and name.endswith("receipt.json"))
 
 
 def _open_remote(
-    ref: HubRef,
-    what: str,
-    source: Source,
-    names: Sequence[str],
-    session: Session,
-    folder: Path,
+    source: Source, names: Sequence[str], entry: str, session: Session, folder: Path
 ) -> Checkpoint:
-    entry = _entry(ref, what, source, names)
-    if entry.removesuffix(".index.json").endswith(PICKLES):
-        return _cached_pickles(source)
+    """Return a remote checkpoint from its headers; `entry` is its index or its only weight file."""
     table, index = None, entry if entry.endswith(".json") else None
-    with explained(ref, what):
-        if index:
-            table = weight_map(_small_file(source, index, session))
-        files = [entry] if table is None else sorted(set(table.values()))
-        if missing := [Fault(name, "missing") for name in files if name not in names]:
-            raise RefError(
-                f"The index of {source.name} names {len(missing)} files that do not exist.", faults=missing
-            )
-        headers = _headers(source, files, table or {}, session.token, folder)
+    if index:
+        path = f"{source.subfolder}/{index}" if source.subfolder else index
+        repo, commit = str(source.repo), str(source.commit)
+        place = session.place(repo, commit)
+        table = weight_map(download(repo, path, commit, token=session.token, folder=place))
+    files = [entry] if table is None else sorted(set(table.values()))
+    if missing := [Fault(name, "missing") for name in files if name not in names]:
+        raise RefError(
+            f"The index of {source.name} names {len(missing)} files that do not exist.", faults=missing
+        )
+    headers = _headers(source, files, table or {}, session.token, folder)
     notes: list[str] = []
     shards = assemble(source.name, headers, table, notes)
     others = [name for name in names if name not in {entry, *files}]
     visible = [name for name in others if not name.startswith((".", f"{RECORD}/"))]
-    sides, left = tuple(filter(is_side_file, others)), tuple(filter(is_weight_file, visible))
-    return Checkpoint(source, shards, index, read_config(source.path), sides, left, tuple(notes))
+    return Checkpoint(
+        source=source,
+        shards=shards,
+        index_name=index,
+        config=read_config(source.path),
+        side_files=tuple(filter(is_side_file, others)),
+        left_behind=tuple(filter(is_weight_file, visible)),
+        notes=tuple(notes),
+    )
 
 
 def _entry(ref: HubRef, what: str, source: Source, names: Sequence[str]) -> str:
-    """The file that a loader would start from; for REF, which may be either, the names of adapters in folders."""
+    """Return the file that a loader starts from.
+
+    Raises RefError if no weights are found; for REF the error names the folders with adapters.
+    """
     try:
         return weight_entry([name for name in names if "/" not in name], source.name)
     except RefError:
-        below = adapters_inside(names)
-        if not below or what != "REF":
+        folders = adapters_inside(names)
+        if not folders or what != "REF":
             raise
-        where = f"hf://{ref.repo}{f'@{ref.revision}' if ref.revision else ''}/{ref.subfolder}".rstrip("/")
+        address = f"hf://{ref.repo}{f'@{ref.revision}' if ref.revision else ''}/{ref.subfolder}".rstrip("/")
         raise RefError(
-            f"{source.name} has no {' or '.join(ANCHORS)}, but these folders inside it do: {', '.join(below[:10])}.",
-            hint=f"name one of them, such as {where}/{below[-1]}",
+            f"{source.name} has no {' or '.join(ANCHORS)}, but these folders inside it do: "
+            f"{', '.join(folders[:10])}.",
+            hint=f"name one of them, such as {address}/{folders[-1]}",
         ) from None
 
 
 def _cached_pickles(source: Source) -> Checkpoint:
-    """Torch's pickles say at many places what they hold, so they are not read from afar."""
+    """Return the cache's copy of a pickled checkpoint: pickles have no header that one request could read."""
     try:
         return open_checkpoint(source)
     except (RefError, OSError) as error:
         raise UnsupportedError(
             f"{source.name} keeps its weights as torch pickles, whose headers are not read from the Hub.",
-            hint=f"hf download {source.repo}, and again",
+            hint=f"hf download {source.repo}, then rerun",
         ) from error
 
 
@@ -156,40 +165,37 @@ def open_remote(
     revision: str | None = None,
     weights: Path | None = None,
 ) -> Checkpoint:
-    """A checkpoint by its headers, where it is on the Hub; its weights come later, but for torch's pickles.
+    """Open a checkpoint by its headers; weights on the Hub are downloaded later, torch's pickles now.
 
-    What `whole` and `weights` mean, `look` says.
+    `whole` and `weights` are as in `look`.
     """
     try:
-        seen = look(ref, what, session, whole=whole, revision=revision, weights=weights)
+        listing = look(ref, what, session, whole=whole, revision=revision, weights=weights)
     except UnsupportedError:
         return open_checkpoint(fetch(ref, what, wanted_of_base, session, revision=revision))
-    return seen.checkpoint()
-
-
-def _small_file(source: Source, name: str, session: Session) -> Path:
-    path = f"{source.subfolder}/{name}" if source.subfolder else name
-    repo, commit = str(source.repo), str(source.commit)
-    return download(repo, path, commit, session.token, session.place(repo, commit))
+    return listing.checkpoint()
 
 
 def _headers(
     source: Source, files: Sequence[str], table: Mapping[str, str], token: str | None, folder: Path
 ) -> dict[str, Header]:
-    """The header of each weight file, as if it were in a folder. How long one is, is guessed from the names that the index has for it."""
+    """Return the header of each weight file with paths as if the files were in `folder`.
+
+    The length of a header is estimated from the names that the index has for its file.
+    """
     prefix = f"{source.subfolder}/" if source.subfolder else ""
-    guess = dict.fromkeys(files, FIRST if not table else EMPTY)
+    lengths = dict.fromkeys(files, FIRST if not table else EMPTY)
     for name, file in table.items():
-        guess[file] += len(name.encode()) + ENTRY
+        lengths[file] += len(name.encode()) + ENTRY
 
     def header(file: str) -> Header:
         if (folder / file).is_file():
             return read_header(folder / file)
         url = (str(source.repo), prefix + file, str(source.commit))
-        head, size = read_range(*url, 0, guess[file], token)
+        head, size = read_range(*url, range(lengths[file]), token)
         length = 8 + int.from_bytes(head[:8], "little")
         if len(head) < min(length, size, 8 + MAX_HEADER):
-            head += read_range(*url, len(head), min(length, size), token)[0]
+            head += read_range(*url, range(len(head), min(length, size)), token)[0]
         try:
             return parse_header(folder / file, size, io.BytesIO(head))
         except MalformedError as error:
@@ -201,26 +207,24 @@ def _headers(
         return dict(zip(files, pool.map(header, files), strict=True))
 
 
-def read_range(
-    repo: str, path: str, revision: str, start: int, stop: int, token: str | None
-) -> tuple[bytes, int]:
-    """Bytes of a file on the Hub, as far as it has them, and how many it has in all."""
+def read_range(repo: str, path: str, revision: str, span: range, token: str | None) -> tuple[bytes, int]:
+    """Return the bytes of a remote file in `span`, as far as they exist, and the size of the file."""
     from huggingface_hub import hf_hub_url
-    from huggingface_hub.utils._headers import build_hf_headers
-    from huggingface_hub.utils._http import get_session, hf_raise_for_status
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-    headers = {**build_hf_headers(token=token), "Range": f"bytes={start}-{stop - 1}"}
+    headers = {**build_hf_headers(token=token), "Range": f"bytes={span.start}-{span.stop - 1}"}
     url = hf_hub_url(repo, path, revision=revision)
 
     def get() -> Any:
-        answer = get_session().get(url, headers=headers)
-        if answer.status_code != EMPTY_RANGE:
-            hf_raise_for_status(answer)
-        return answer
+        response = get_session().get(url, headers=headers)
+        if response.status_code != EMPTY_RANGE:
+            hf_raise_for_status(response)
+        return response
 
-    answer = patiently(get)
-    if answer.status_code == EMPTY_RANGE:
+    response = with_retries(get)
+    if response.status_code == EMPTY_RANGE:
         return b"", 0
-    if found := re.fullmatch(r"bytes \d+-\d+/(\d+)", answer.headers.get("Content-Range") or ""):
-        return answer.content, int(found[1])
-    return answer.content[start:stop], len(answer.content)  # a server that knows no ranges
+    if match := re.fullmatch(r"bytes \d+-\d+/(\d+)", response.headers.get("Content-Range") or ""):
+        return response.content, int(match[1])
+    content = response.content  # of a server without ranges: the whole file
+    return content[span.start : span.stop], len(content)

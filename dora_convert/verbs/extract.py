@@ -13,11 +13,12 @@ from ..adapters.updates import Decomposed, Full, LowRank
 from ..errors import PlanError, UnsupportedError
 from ..fitting.jobs import FittingPlan, Result, goal_of
 from ..fitting.pairs import Pair, Sorted, Sorting, model_names, short_names
-from ..fitting.report import MadeDryRun, MadeModule, MadeReport, share
+from ..fitting.report import share
 from ..fitting.session import FittingSession
+from ..hub.target import PushTarget
 from ..lazy_torch import without_collections
 from ..plan.planner import refuse_quantised
-from ..reports.push import Target
+from ..reports.fitting import FittedModule, MadeDryRun, MadeReport
 from ..settings import chosen
 from ..sizes import format_size
 from ..sources.inputs import open_base
@@ -74,8 +75,8 @@ def extract(
     single = compute_dtype != "float64"
     with FittingSession.begin(
         out, format=format, device=device, dtype=dtype, compute_dtype=compute_dtype, max_memory=max_memory, workers=workers,
-        include=include, exclude=exclude, ignore_field=(), base_model=base_model, cache=cache, token=token,
-        push=Target.parse(push_to_hub, private, create_pr, commit_message, token), overwrite=overwrite, on_progress=on_progress, on_notice=on_notice,
+        include=include, exclude=exclude, ignore_field=(), base_model=base_model, cache=cache, token=token, overwrite=overwrite,
+        push=PushTarget.parse(push_to_hub=push_to_hub, private=private, create_pr=create_pr, commit_message=commit_message, token=token), on_progress=on_progress, on_notice=on_notice,
     ) as making:  # fmt: skip
         both = _open(making, base, tuned)
         return _run(making, both, goal, kind, embeddings, dry_run, exact=exact_svd, single=single)
@@ -228,7 +229,7 @@ def _assemble(
     return {"": made}
 
 
-def _module(name: str, result: Result) -> MadeModule:
+def _module(name: str, result: Result) -> FittedModule:
     facts = result.facts
     names = {
         "one_percent": "rank_for_1_percent",
@@ -241,7 +242,7 @@ def _module(name: str, result: Result) -> MadeModule:
         if key in (*names, "lora_error", "converged", "steps")
     }
     error = share(facts["lost"], facts["change"])
-    return MadeModule(name=name, rank=facts["rank"], relative_error=error, details=details)
+    return FittedModule(name=name, rank=facts["rank"], relative_error=error, details=details)
 
 
 def _conclude(making: FittingSession, results: Mapping[str, Result]) -> dict[str, Any]:

@@ -12,12 +12,13 @@ from ..adapters.new_adapter import NewAdapter
 from ..adapters.updates import Decomposed, LowRank, tensors_of
 from ..errors import Fault, UnsupportedError, UsageError
 from ..fitting.jobs import FittingPlan, MatchedChange, Result, modules_besides, place_changes
-from ..fitting.report import MadeDryRun, MadeModule, MadeReport, share
+from ..fitting.report import share
 from ..fitting.session import FittingSession
 from ..formats.detect import Format
+from ..hub.target import PushTarget
 from ..naming.ties import is_embedding, is_head
 from ..plan.plan import Plan
-from ..reports.push import Target
+from ..reports.fitting import FittedModule, MadeDryRun, MadeReport
 from ..settings import chosen
 from ..storage.refs import PathLike
 
@@ -65,8 +66,8 @@ def from_lora(
     preserve = chosen(init, {"preserve": True, "pretrained": False}, "--init")
     with FittingSession.begin(
         out, format=format, device=device, dtype=dtype, compute_dtype=compute_dtype, max_memory=max_memory, workers=workers,
-        include=include, exclude=exclude, ignore_field=ignore_field, base_model=base_model, cache=cache, token=token,
-        push=Target.parse(push_to_hub, private, create_pr, commit_message, token), overwrite=overwrite, on_progress=on_progress, on_notice=on_notice,
+        include=include, exclude=exclude, ignore_field=ignore_field, base_model=base_model, cache=cache, token=token, overwrite=overwrite,
+        push=PushTarget.parse(push_to_hub=push_to_hub, private=private, create_pr=create_pr, commit_message=commit_message, token=token), on_progress=on_progress, on_notice=on_notice,
     ) as making:  # fmt: skip
         plan = making.plan(*making.open(base, lora, "from-lora"))
         _refuse_dora(plan.adapters[0])
@@ -164,7 +165,7 @@ def _assemble(
     return {"": whole, f"{REST}/": rest}
 
 
-def _module(name: str, result: Result) -> MadeModule:
+def _module(name: str, result: Result) -> FittedModule:
     facts = result.facts
     error = share(facts["lost"], facts["change"])
-    return MadeModule(name=name, rank=facts["rank"], relative_error=error, details={})
+    return FittedModule(name=name, rank=facts["rank"], relative_error=error, details={})

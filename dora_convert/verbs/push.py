@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 from ..errors import RefError
 from ..hub.push import FolderPush
-from ..reports.merge import PushReport
-from ..reports.push import Target
+from ..hub.target import PushTarget
+from ..reports.push import PushReport
 from ..settings import check_base_model
 from ..storage.refs import PathLike
 
@@ -41,5 +41,6 @@ def push(
     if not os.path.isdir(given) and os.path.isdir(repo_id):  # noqa: PTH112
         hint = shlex.join(["dora-convert", "push", repo_id, given])
         raise RefError(f"DIR and REPO_ID are swapped: {repo_id} is a folder.", hint=hint)
-    target = Target(repo_id, private, create_pr, commit_message, token)
-    return FolderPush(given, target, base_model, on_progress, on_notice).run(dry_run=dry_run)
+    target = PushTarget(repo_id, private=private, create_pr=create_pr, message=commit_message, token=token)
+    pushing = FolderPush(given, target, base_model=base_model, on_progress=on_progress, on_notice=on_notice)
+    return pushing.run(dry_run=dry_run)

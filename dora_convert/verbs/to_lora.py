@@ -12,12 +12,13 @@ from ..adapters.adapter import Change
 from ..adapters.new_adapter import NewAdapter
 from ..adapters.updates import Decomposed, Delta, LowRank, low_rank
 from ..fitting.jobs import HELD, FittingPlan, MatchedChange, Result, goal_of, modules_besides, place_changes
-from ..fitting.report import MadeDryRun, MadeModule, MadeReport, share
+from ..fitting.report import share
 from ..fitting.session import FittingSession
+from ..hub.target import PushTarget
 from ..naming.ties import is_embedding, is_head
 from ..plan.item import Edit, Item
 from ..plan.plan import Plan
-from ..reports.push import Target
+from ..reports.fitting import FittedModule, MadeDryRun, MadeReport
 from ..storage.refs import PathLike
 
 LOSSY = 0.05
@@ -66,8 +67,8 @@ def to_lora(
     goal = goal_of(rank, energy, max_error)
     with FittingSession.begin(
         out, format=format, device=device, dtype=dtype, compute_dtype=compute_dtype, max_memory=max_memory, workers=workers,
-        include=include, exclude=exclude, ignore_field=ignore_field, base_model=base_model, cache=cache, token=token,
-        push=Target.parse(push_to_hub, private, create_pr, commit_message, token), overwrite=overwrite, on_progress=on_progress, on_notice=on_notice,
+        include=include, exclude=exclude, ignore_field=ignore_field, base_model=base_model, cache=cache, token=token, overwrite=overwrite,
+        push=PushTarget.parse(push_to_hub=push_to_hub, private=private, create_pr=create_pr, commit_message=commit_message, token=token), on_progress=on_progress, on_notice=on_notice,
     ) as making:  # fmt: skip
         plan = making.plan(*making.open(base, adapter, "to-lora"))
         found = _sorted(plan, making, single=compute_dtype != "float64")
@@ -184,7 +185,7 @@ def low_rank_of(job: MatchedChange) -> LowRank:
     return low_rank(job.change.update)
 
 
-def _module(name: str, result: Result) -> MadeModule:
+def _module(name: str, result: Result) -> FittedModule:
     facts = result.facts
     details = {
         "output_error": share(facts["output_lost"], facts["output"]),
@@ -193,7 +194,7 @@ def _module(name: str, result: Result) -> MadeModule:
         "ranks_computed": facts["known"],
     }
     error = share(facts["lost"], facts["change"])
-    return MadeModule(name=name, rank=facts["rank"], relative_error=error, details=details)
+    return FittedModule(name=name, rank=facts["rank"], relative_error=error, details=details)
 
 
 def _conclude(

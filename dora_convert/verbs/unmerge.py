@@ -84,7 +84,7 @@ def unmerge(
             folder.refuse_inside(inputs)
         place = folder or _place(reversal, allow_lossy=allow_lossy)
         if dry_run:
-            return DryRunReport.of(reversal.plan, settings, place.given, "unmerge")
+            return DryRunReport.of(reversal.plan, settings, out=place.given, command="unmerge")
         return _restore(reversal, record, files, place, settings, session)
 
 
@@ -98,11 +98,11 @@ def _restore(
 ) -> UnmergeReport:
     """Carry it out, with what it reads of the Hub."""
     with without_collections():
-        from ..hub.streaming import inward
+        from ..hub.streaming import stream_inputs
         from ..undo.restore import restore
     later = [partial(following, reversal, record)] if reversal.places else []
     others = [reversal.original] if reversal.original else []
-    with inward(reversal.plan, others, session) as hub:
+    with stream_inputs(reversal.plan, others, session) as hub:
         return restore(reversal, files, place, settings, hub, *later)
 
 

@@ -18,7 +18,13 @@ from ..reports.html import check_page, write_page
 from ..reports.verify import OutputsReport, VerifyReport
 from ..settings import MAX_MEMORY, Settings, chosen
 from ..sources.inputs import find_adapter, open_base, open_inputs, refuse_swapped
-from ..sources.prefetch import bring_weights
+from ..sources.prefetch import download_weights as bring_weights
+from ..sources.download import fetch
+from ..formats.detect import wanted_of_adapter
+from ..sources.inputs import refuse_swapped
+from ..storage.spool import gather
+from ..sources.prefetch import download_weights
+from ..sources.remote_headers import open_far
 from ..sources.session import Session, open_session
 from ..storage.checkpoint import Checkpoint
 from ..storage.filenames import RECORD
@@ -151,6 +157,6 @@ def _compared(
     if not running:
         return verify_weights(plan, made, settings, session, samples)
     for each in (plan.base, made):
-        bring_weights(each, session)
+        download_weights(each, session)
     with prepared(plan, settings, *running) as comparison:
         return comparison.against(made)

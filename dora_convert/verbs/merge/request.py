@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ...errors import UsageError
-from ...hub.target import HubRoutes, place_of
+from ...hub.target import HubRoutes, transit_folder
 from ...lazy_torch import without_collections
 from ...optional_packages import need
 from ...output.folder import OutputFolder
@@ -56,7 +56,7 @@ def merge_beside(asked: MergeRequest, overwrite: bool) -> MergeReport | DryRunRe
             raise UsageError("--no-local keeps nothing that --verify-outputs could run.", hint="name an OUT")
         need("verify", "--verify-outputs")
     refs = [str(asked.base), *asked.adapters]
-    folder = OutputFolder(place_of(asked.out, routes, refs), overwrite=overwrite)
+    folder = OutputFolder(transit_folder(asked.out, routes, refs), overwrite=overwrite)
     folder.check()
     mode: Mode = "whole" if asked.verify_outputs else "brief" if asked.dry_run else "headers"
     plan = _plan(asked, folder.given if routes.local else "OUT", mode, routes.weights(folder))
@@ -122,9 +122,9 @@ def _carry_out(plan: Plan, folder: OutputFolder | InPlace, asked: MergeRequest) 
     if asked.dry_run:
         target = asked.routes.target
         out = folder.given if asked.routes.local or not target else target.repo
-        return DryRunReport.of(plan, asked.settings, out)
+        return DryRunReport.of(plan, asked.settings, out=out)
     with without_collections():
-        from ...hub.streaming import traffic
+        from ...hub.streaming import stream_merge as traffic
         from .pipeline import run_merge
     if isinstance(folder, InPlace):
         return run_merge(plan, folder, asked.settings)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from ...hub.target import HubRoutes
+from ...hub.target import HubRoutes, PushTarget
 from ...plan.options import parse_options
 from ...reports.merge import DryRunReport, MergeReport
-from ...reports.push import Target
 from ...settings import Settings
 from ...sources.session import open_session
 from ...storage.refs import PathLike, listed
@@ -59,7 +58,9 @@ def merge(
     kept = undo or ("exact" if in_place and not allow_lossy else "norms")
     selected = (include, exclude, allow_unmatched, ignore_field)
     options = parse_options(dtype, compute_dtype, max_shard_size, kept, *selected)
-    target = Target.parse(push_to_hub, private, create_pr, commit_message, token)
+    target = PushTarget.parse(
+        push_to_hub=push_to_hub, private=private, create_pr=create_pr, commit_message=commit_message, token=token
+    )  # fmt: skip
     routes = HubRoutes(target, cache=cache and not no_local, local=not no_local)
     told = (device, compute_dtype, max_memory, workers, verify, base_model, on_progress, on_notice)
     settings = Settings.parse(*told, token=token, cache=routes.cache)
