@@ -1,7 +1,7 @@
 """Move between base + adapter and checkpoint: LoRA and DoRA, streaming, exact.
 
     >>> import dora_convert
-    >>> reports.merge = dora_convert.merge("org/base", "org/adapter", "merged")  # doctest: +SKIP
+    >>> report = dora_convert.merge("org/base", "org/adapter", "merged")  # doctest: +SKIP
 
 The functions here are the verbs of the command line. torch is imported when one runs, not before.
 """
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from .verbs.extract import extract
     from .verbs.from_lora import from_lora
     from .verbs.inspect.verb import inspect
-    from .verbs.merge.verb import merge
+    from .verbs.merge import merge
     from .verbs.push import push
     from .verbs.to_lora import to_lora
     from .verbs.unmerge import unmerge
@@ -50,14 +50,14 @@ _MODULES = {
     "verbs.extract": ("extract",),
     "verbs.from_lora": ("from_lora",),
     "verbs.inspect.verb": ("inspect",),
-    "verbs.merge.verb": ("merge",),
+    "verbs.merge": ("merge",),
     "verbs.push": ("push",),
     "verbs.unmerge": ("unmerge",),
     "verbs.to_lora": ("to_lora",),
     "verbs.verify": ("verify",),
     "reports.verify": ("OutputsReport", "VerifyReport"),
 }  # fmt: skip
-"""Where each public name is defined."""
+"""The module that defines each public name."""
 _OWNER = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [

@@ -66,7 +66,7 @@ def command(refs: tuple[str, ...], *, as_json: bool, quiet: bool, verbose: bool,
             else "an ADAPTER and OUT, and mostly a BASE before them"
         )
         raise click.UsageError(f"merge needs {needed}.")
-    from ..verbs.merge.verb import merge
+    from ..verbs.merge import merge
 
     nowhere = chosen["in_place"] or chosen["no_local"]
     inputs, out = (refs, None) if nowhere else (refs[:-1], refs[-1])

@@ -1,9 +1,9 @@
-"""What from-lora, to-lora and extract return, and what `--json` prints of it."""
+"""Hold the reports that from-lora, to-lora and extract return."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from .. import __version__
 from ..reports.merge import SCHEMA
 from ..settings import Settings
 from ..sizes import peak_memory
-from .jobs import FittingPlan, Result
+from .jobs import FittingPlan
 
 if TYPE_CHECKING:  # which imports torch
     from .run import FittingRun
@@ -19,18 +19,18 @@ if TYPE_CHECKING:  # which imports torch
 
 @dataclass(frozen=True, kw_only=True)
 class MadeModule:
-    """One module of an adapter that was made, and how well it does what it was made of."""
+    """One module of a new adapter, and its error."""
 
     name: str
     rank: int
     relative_error: float
-    """‖ΔW − ΔW'‖/‖ΔW‖, Frobenius, measured: ΔW is what the input changes, ΔW' what the adapter does."""
+    """‖ΔW − ΔW'‖/‖ΔW‖, Frobenius, measured: ΔW is the input's change of W, ΔW' the new adapter's."""
     details: Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class MadeReport:
-    """What a verb that writes an adapter did."""
+    """The result of a verb that writes an adapter."""
 
     command: str
     base: str
@@ -39,7 +39,7 @@ class MadeReport:
     format: str
     modules: tuple[MadeModule, ...]
     relative_error: float
-    """As a module's, over all of them."""
+    """The same error over all modules together."""
     device: str
     compute_dtype: str
     bytes_written: int
@@ -48,10 +48,10 @@ class MadeReport:
     warnings: tuple[str, ...]
     seconds: float
     details: Mapping[str, Any]
-    """What only this verb reports."""
+    """Fields that only this verb reports."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as `--json` prints it; details stand beside the other fields."""
+        """Return the report as `--json` prints it; details stand beside the other fields."""
         return {"schema": SCHEMA, "version": __version__, **_flat(asdict(self))} | {
             "modules": [_flat(asdict(module)) for module in self.modules]
         }
@@ -59,7 +59,7 @@ class MadeReport:
 
 @dataclass(frozen=True, kw_only=True)
 class MadeDryRun:
-    """What a verb that writes an adapter would do: modules, bytes at most, and the memory held."""
+    """The plan of a verb that writes an adapter: modules, bytes at most, and the memory held."""
 
     command: str
     base: str
@@ -72,7 +72,7 @@ class MadeDryRun:
     dry_run: bool = True
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as `--json` prints it."""
+        """Return the report as `--json` prints it."""
         return {"schema": SCHEMA, "version": __version__, **asdict(self)}
 
 
@@ -80,31 +80,35 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
     return {**{key: value for key, value in values.items() if key != "details"}, **values["details"]}
 
 
-def _common(order: FittingPlan, settings: Settings, out: str) -> dict[str, Any]:
+def _common(plan: FittingPlan, settings: Settings, out: str) -> dict[str, Any]:
     return {
-        "command": order.command,
-        "base": order.bases[0].source.address,
-        "input": order.sources[-1].address,
+        "command": plan.command,
+        "base": plan.bases[0].source.address,
+        "input": plan.sources[-1].address,
         "out": out,
-        "format": order.format.NAME,
+        "format": plan.format.NAME,
         "warnings": tuple(settings.warnings),
         "seconds": round(time.monotonic() - settings.started, 3),
     }
 
 
-Describe = Callable[[str, Result], MadeModule]
-"""A module of the report, from its name and its result."""
-
-
 def report_of(
-    order: FittingPlan, settings: Settings, out: str, run: FittingRun, describe: Describe, **details: Any
+    plan: FittingPlan,
+    settings: Settings,
+    out: str,
+    run: FittingRun,
+    describe: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+    **details: Any,
 ) -> MadeReport:
-    """The report of a run that is over. Each result's facts hold `change`, ‖ΔW‖², and `lost`, what of it is not there."""
-    facts = [result.facts for result in run.results.values()]
+    """Return the report of a finished run; each result's facts hold `change`, ‖ΔW‖², and `lost`, ‖ΔW − ΔW'‖²."""
+    facts = {name: result.facts for name, result in run.results.items()}
     return MadeReport(
-        **_common(order, settings, out),
-        modules=tuple(describe(name, result) for name, result in run.results.items()),
-        relative_error=share(sum(fact["lost"] for fact in facts), sum(fact["change"] for fact in facts)),
+        **_common(plan, settings, out),
+        modules=tuple(
+            MadeModule(name=name, rank=fact["rank"], relative_error=error_of([fact]), details=describe(fact))
+            for name, fact in facts.items()
+        ),
+        relative_error=error_of(facts.values()),
         device=str(run.spec.device),
         compute_dtype=run.spec.compute_name,
         bytes_written=run.written,
@@ -114,19 +118,20 @@ def report_of(
     )
 
 
-def share(lost: float, change: float) -> float:
-    """The relative error whose squares these are; 0 where nothing changes."""
-    return float((lost / change) ** 0.5) if change else 0.0
+def error_of(facts: Collection[Mapping[str, Any]], lost: str = "lost", change: str = "change") -> float:
+    """Return the relative error of several modules together, whose squares are facts; 0 if nothing changes."""
+    total = sum(fact[change] for fact in facts)
+    return float((sum(fact[lost] for fact in facts) / total) ** 0.5) if total else 0.0
 
 
-def dry_run_of(order: FittingPlan, settings: Settings, out: str, **plan: Any) -> MadeDryRun:
-    """The report of an order that is not carried out; UsageError for a budget that would not do."""
-    settings.check_memory(order.memory)
+def dry_run_of(plan: FittingPlan, settings: Settings, out: str, **details: Any) -> MadeDryRun:
+    """Return the report of a plan that is not run; UsageError for a budget that does not suffice."""
+    settings.check_memory(plan.memory)
     numbers = {
-        "modules": [job.name for job in order.jobs],
-        "bytes_out": order.bytes_out,
-        "memory": min(settings.max_memory, settings.workers * order.memory),
-        "least_memory": order.memory,
-        **plan,
+        "modules": [job.name for job in plan.jobs],
+        "bytes_out": plan.bytes_out,
+        "memory": min(settings.max_memory, settings.workers * plan.memory),
+        "least_memory": plan.memory,
+        **details,
     }
-    return MadeDryRun(**_common(order, settings, out), plan=numbers)
+    return MadeDryRun(**_common(plan, settings, out), plan=numbers)

@@ -31,19 +31,15 @@ class HubRoutes:
         return None if self.cache else folder.record / INCOMING
 
 
-def place_of(out: PathLike | None, routes: HubRoutes, refs: Sequence[str]) -> Path:
-    """OUT; where nothing is to stay, a folder of this merge's own in the user's cache, for what is on its way.
+def transit_folder(out: PathLike | None, routes: HubRoutes, refs: Sequence[str]) -> Path:
+    """Return the folder, in the user's cache, of a merge that keeps nothing: files pass through it to the Hub.
 
-    Raises UsageError for an OUT too many or too few.
+    Raises UsageError for an OUT, and without --push-to-hub.
     """
-    if routes.local:
-        if out is None:
-            raise UsageError("merge needs OUT, or --in-place, or --push-to-hub REPO_ID --no-local.")
-        return Path(out)
     if routes.target is None:
         raise UsageError("--no-local goes with --push-to-hub.", hint="--push-to-hub REPO_ID")
     if out is not None:
-        raise UsageError("With --no-local there is no OUT.")
+        raise UsageError("--no-local takes no OUT.")
     from huggingface_hub import constants
 
     key = xxhash.xxh3_64_hexdigest("\n".join([constants.ENDPOINT, routes.target.repo, *refs]).encode())

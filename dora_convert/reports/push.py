@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ..errors import UsageError
+from ..options import PushOptions
 
 
 @dataclass(frozen=True)
@@ -18,21 +19,20 @@ class Target:
     token: str | None = field(default=None, repr=False)
 
     @classmethod
-    def parse(
-        cls,
-        repo: str | None,
-        private: bool,  # noqa: FBT001 - in the order of the command line
-        create_pr: bool,  # noqa: FBT001
-        commit_message: str | None,
-        token: str | None,
-    ) -> Target | None:
-        """The target that a verb's options name; None without --push-to-hub, and then the others make no sense."""
-        if repo is not None:
-            return cls(repo, private, create_pr, commit_message, token)
+    def parse(cls, options: PushOptions, token: str | None) -> Target | None:
+        """Return the target that a verb's options name; None without --push-to-hub.
+
+        Raises UsageError for options that need --push-to-hub.
+        """
+        private, create_pr, message = options["private"], options["create_pr"], options["commit_message"]
+        if options["push_to_hub"] is not None:
+            return cls(
+                options["push_to_hub"], private=private, create_pr=create_pr, message=message, token=token
+            )
         for option, given in (
             ("--private", private),
             ("--create-pr", create_pr),
-            ("--commit-message", commit_message),
+            ("--commit-message", message),
         ):
             if given:
                 raise UsageError(f"{option} goes with --push-to-hub.", hint="--push-to-hub REPO_ID")

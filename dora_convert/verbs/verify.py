@@ -1,22 +1,24 @@
-"""verify: whether a merged checkpoint does what base and adapters do."""
+"""verify: compare a merged checkpoint with what base and adapters do."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from typing_extensions import Unpack
+
 from ..errors import DoraConvertError, UsageError
-from ..lazy_torch import without_collections
+from ..lazy_imports import require_extra, without_collections
 from ..logits.prompts import gather_prompts
-from ..optional_packages import need
-from ..plan.options import Options, parse_options, parse_weights
+from ..options import VerifyOptions, takes
+from ..plan.options import parse_options, parse_weights
 from ..plan.plan import Plan
 from ..plan.planner import make_plan
 from ..reports.html import check_page, write_page
 from ..reports.verify import OutputsReport, VerifyReport
-from ..settings import MAX_MEMORY, Settings, chosen
+from ..settings import MAX_MEMORY, Settings, parse_choice
 from ..sources.download import fetch, wanted_of_adapter
 from ..sources.inputs import gather, refuse_swapped
 from ..sources.prefetch import bring_weights
@@ -31,127 +33,131 @@ if TYPE_CHECKING:
 LEVELS = "weights", "outputs"
 
 
+@takes(VerifyOptions)
 def verify(
     base: PathLike | None,
     adapters: PathLike | Sequence[PathLike],
     merged: PathLike,
-    *,
-    level: str = "weights",
-    weight: Sequence[float] = (),
-    samples: int = 8,
-    prompt: Sequence[str] = (),
-    prompts: PathLike | None = None,
-    device: str = "auto",
-    max_memory: str | int | None = None,
-    workers: int | None = None,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    allow_unmatched: bool = False,
-    ignore_field: Sequence[str] = (),
-    cache: bool = True,
-    token: str | None = None,
-    report: PathLike | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
-    on_notice: Callable[[str], None] | None = None,
+    **options: Unpack[VerifyOptions],
 ) -> VerifyReport | OutputsReport:
-    """Whether `merged` does what base and adapters do.
+    """Compare what `merged` does with what base and adapters do.
 
     At the level of weights, every element is compared with the float64 result; `samples` is the number of random inputs
     whose outputs are compared for each module, too. At the level of outputs, base and adapters, as PEFT runs them, and
     `merged` are run on texts: each of `prompt`, the lines of the file `prompts`, or built-in ones.
 
-    The report's `verdict` is "agree" or "differ"; DoraConvertError is raised where that cannot be decided. Weights and
-    options that are not given are those that a receipt in `merged` has. `max_memory` is 160MiB for weights, and for
-    outputs what the machine has. `report` is a path for an HTML page; a file there is replaced.
+    The report's `verdict` is "agree" or "differ"; DoraConvertError is raised if that cannot be decided. Weights and
+    options that are not given are read from a receipt in `merged`. `max_memory` is 160MiB for weights, and for outputs
+    the machine's free memory. `report` is a path for an HTML page; an existing file is replaced.
     """
-    chosen(level, dict.fromkeys(LEVELS), "--level")
-    texts = _texts(level, prompt, prompts)
-    options = parse_options("auto", "auto", None, "none", include, exclude, allow_unmatched, ignore_field)
-    if report is not None:
-        check_page(report)
-    named, held = None if base is None else os.fspath(base), MAX_MEMORY if max_memory is None else max_memory
-    told = (device, "auto", held, workers, True, None, on_progress, on_notice)
-    settings = Settings.parse(*told, token=token, cache=cache)
-    with open_session(token, cache=cache, notify=settings.notify) as session:
-        plan, made = _gather(named, listed(adapters), os.fspath(merged), weight, options, settings, session)
-        limit = None if max_memory is None else settings.max_memory
-        running = None if level == "weights" else (texts, limit)
-        found = _compared(plan, made, settings, session, samples, running)
-    if report is not None:
-        write_page(found, report)
-    return found
-
-
-def _gather(
-    base: str | None,
-    refs: Sequence[str],
-    where: str,
-    weight: Sequence[float],
-    options: Options,
-    settings: Settings,
-    session: Session,
-) -> tuple[Plan, Checkpoint]:
-    """What a merge would make, of what a receipt in MERGED says where the caller does not; and MERGED."""
-    weights = parse_weights(weight, len(refs))
-    if base is not None:
-        refuse_swapped(base, refs, where, "verify")
-    made = open_far(where, "MERGED", session)
-    if noted := _recorded(made, refs, session):
-        options = replace(
-            options,
-            ignore_field=(*options.ignore_field, *noted.ignore_field),
-            allow_unmatched=options.allow_unmatched or noted.allow_unmatched,
+    parse_choice(options["level"], dict.fromkeys(LEVELS), "--level")
+    texts = _texts(options)
+    if options["report"] is not None:
+        check_page(options["report"])
+    limit = options["max_memory"]
+    settings = Settings.parse(options, MAX_MEMORY if limit is None else limit)
+    with open_session(options["token"], cache=options["cache"], notify=settings.notify) as session:
+        request = VerifyRequest(
+            base=None if base is None else os.fspath(base),
+            adapters=listed(adapters),
+            merged=os.fspath(merged),
+            options=options,
+            settings=settings,
+            session=session,
         )
-        if not (weight or options.include or options.exclude):
-            weights, options = noted.weight, replace(options, include=noted.include, exclude=noted.exclude)
-            if str(noted):
-                settings.notify(f"as the receipt of MERGED says: {noted}")
-    accepted = options.ignore_field
-    checkpoint, opened = gather(base, refs, where, session, settings.notify, accepted, "verify")
-    return make_plan(checkpoint, opened, weights, options), made
+        plan, checkpoint = _plan(request)
+        report = _compare(plan, checkpoint, request, texts)
+    if options["report"] is not None:
+        write_page(report, options["report"])
+    return report
 
 
-def _texts(level: str, prompt: Sequence[str], prompts: PathLike | None) -> tuple[str, ...]:
-    """A caller's prompts, where they are of use; and whether models can be run at all."""
-    if level == "outputs":
-        need("verify", "--level outputs")
+@dataclass(frozen=True, kw_only=True)
+class VerifyRequest:
+    """The inputs and options of one comparison, checked."""
+
+    base: str | None
+    adapters: Sequence[str]
+    merged: str
+    options: VerifyOptions
+    settings: Settings
+    session: Session
+
+
+def _plan(request: VerifyRequest) -> tuple[Plan, Checkpoint]:
+    """Return the plan of the merge, with the options of MERGED's receipt unless the caller gives others; and MERGED."""
+    options, session, settings = request.options, request.session, request.settings
+    selection = parse_options(
+        include=options["include"],
+        exclude=options["exclude"],
+        allow_unmatched=options["allow_unmatched"],
+        ignore_field=options["ignore_field"],
+    )
+    weights = parse_weights(options["weight"], len(request.adapters))
+    if request.base is not None:
+        refuse_swapped(request.base, request.adapters, request.merged, "verify")
+    merged = open_far(request.merged, "MERGED", session)
+    if recorded := _recorded(merged, request):
+        selection = replace(
+            selection,
+            ignore_field=(*selection.ignore_field, *recorded.ignore_field),
+            allow_unmatched=selection.allow_unmatched or recorded.allow_unmatched,
+        )
+        if not (options["weight"] or selection.include or selection.exclude):
+            selection = replace(selection, include=recorded.include, exclude=recorded.exclude)
+            weights = recorded.weight
+            if str(recorded):
+                settings.notify(f"as the receipt of MERGED says: {recorded}")
+    base, adapters = gather(
+        request.base,
+        request.adapters,
+        request.merged,
+        session,
+        settings.notify,
+        accepted=selection.ignore_field,
+        verb="verify",
+    )
+    return make_plan(base, adapters, weights, selection), merged
+
+
+def _texts(options: VerifyOptions) -> tuple[str, ...]:
+    """Return the prompts to run models on; UsageError if models cannot be run, or are not to be run."""
+    prompt, prompts = options["prompt"], options["prompts"]
+    if options["level"] == "outputs":
+        require_extra("verify", "--level outputs")
         return gather_prompts([prompt] if isinstance(prompt, str) else prompt, prompts)
     if prompt or prompts is not None:
         raise UsageError("--prompt and --prompts are of use with --level outputs only.")
     return ()
 
 
-def _recorded(made: Checkpoint, refs: Sequence[str], session: Session) -> Recorded | None:
-    """What a receipt in MERGED says, if these adapters were merged. What is missing is complained about later."""
-    folder = made.source.path
+def _recorded(merged: Checkpoint, request: VerifyRequest) -> Recorded | None:
+    """Return the options in MERGED's receipt if these adapters were merged; the planner reports a missing adapter."""
+    folder = merged.source.path
     if not (folder / RECORD / RECEIPT).is_file():
         return None
     try:
-        paths = [fetch(ref, "ADAPTER", wanted_of_adapter, session).path for ref in refs]
+        sources = [fetch(ref, "ADAPTER", wanted_of_adapter, request.session) for ref in request.adapters]
     except DoraConvertError:
         return None
     with without_collections():
         from ..parity.recorded import read_recorded
-    return read_recorded(folder, paths)
+    return read_recorded(folder, [source.path for source in sources])
 
 
-def _compared(
-    plan: Plan,
-    made: Checkpoint,
-    settings: Settings,
-    session: Session,
-    samples: int,
-    running: tuple[Sequence[str], int | None] | None,
+def _compare(
+    plan: Plan, merged: Checkpoint, request: VerifyRequest, texts: Sequence[str]
 ) -> VerifyReport | OutputsReport:
-    """Weights compared; or what models say, where `running` holds prompts and a limit of memory."""
+    """Compare weights, or run both models on texts."""
+    options, settings, session = request.options, request.settings, request.session
+    if options["level"] == "weights":
+        with without_collections():
+            from ..parity.weights import verify_weights
+        return verify_weights(plan, merged, settings, session, options["samples"])
     with without_collections():
-        from ..parity.weights import verify_weights
-
-        if running:
-            from ..logits.compare import prepared
-    if not running:
-        return verify_weights(plan, made, settings, session, samples)
-    for each in (plan.base, made):
-        bring_weights(each, session)
-    with prepared(plan, settings, *running) as comparison:
-        return comparison.against(made)
+        from ..logits.compare import prepared
+    for checkpoint in (plan.base, merged):
+        bring_weights(checkpoint, session)
+    limit = None if options["max_memory"] is None else settings.max_memory
+    with prepared(plan, settings, texts, limit) as comparison:
+        return comparison.against(merged)
