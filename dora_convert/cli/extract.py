@@ -1,13 +1,18 @@
-"""dora-convert extract."""
+"""dora-convert extract: the command."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
+from typing_extensions import Unpack
 
 from . import options
-from .made import run_verb
+from .adapter_report import show
+from .sink import Sink
+
+if TYPE_CHECKING:
+    from ..options import ExtractOptions
 
 
 @click.command("extract")
@@ -26,7 +31,7 @@ from .made import run_verb
     type=click.Choice(["full", "lora", "skip"]),
     default="full",
     show_default=True,
-    help="What becomes of embeddings and heads that differ; skip leaves out norms and biases, too.",
+    help="Form of embeddings and heads that differ; skip leaves out norms and biases, too.",
 )
 @options.factoring
 @options.adapters_out
@@ -35,14 +40,12 @@ from .made import run_verb
 @options.writing
 @options.hub
 @options.talk
-def command(
-    base: str, tuned: str, out: str, *, as_json: bool, quiet: bool, verbose: bool, **chosen: Any
-) -> None:
+def command(base: str, tuned: str, out: str, *, sink: Sink, **keywords: Unpack[ExtractOptions]) -> None:
     """Make an adapter of a fine-tuned checkpoint.
 
     BASE and TUNED are folders or Hub repos (org/name[@revision]) with tensors of the same names. OUT is a PEFT adapter:
-    factors for the linear weights that differ, and everything else that differs whole. How good the factors are is said
-    by exactly one of --rank, --energy and --max-error, and is measured.
+    factors for the linear weights that differ, and everything else that differs whole. Exactly one of --rank, --energy
+    and --max-error sets the quality of the factors, which is measured.
 
     \b
     Examples:
@@ -51,4 +54,4 @@ def command(
     """
     from ..verbs.extract import extract
 
-    run_verb(extract, base, tuned, out, as_json=as_json, quiet=quiet, verbose=verbose, **chosen)
+    show(sink, extract(base, tuned, out, **keywords))

@@ -1,13 +1,18 @@
-"""dora-convert to-lora."""
+"""dora-convert to-lora: the command."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
+from typing_extensions import Unpack
 
 from . import options
-from .made import run_verb
+from .adapter_report import show
+from .sink import Sink
+
+if TYPE_CHECKING:
+    from ..options import ToLoraOptions
 
 
 @click.command("to-lora")
@@ -20,12 +25,12 @@ from .made import run_verb
 @options.writing
 @options.hub
 @options.talk
-def command(refs: tuple[str, ...], *, as_json: bool, quiet: bool, verbose: bool, **chosen: Any) -> None:
+def command(refs: tuple[str, ...], *, sink: Sink, **keywords: Unpack[ToLoraOptions]) -> None:
     """Make a plain LoRA of a DoRA or any other adapter, or a LoRA of another rank.
 
     BASE and ADAPTER are folders or Hub repos (org/name[@revision]). Without BASE, the base that the adapter names is
-    used. OUT is a PEFT adapter with, for each module, the best factors of what ADAPTER changes. How good they are is
-    said by exactly one of --rank, --energy and --max-error, and is measured.
+    used. OUT is a PEFT adapter with, for each module, the best factors of ADAPTER's change. Exactly one
+    of --rank, --energy and --max-error sets the quality of the factors, which is measured.
 
     \b
     Examples:
@@ -36,5 +41,5 @@ def command(refs: tuple[str, ...], *, as_json: bool, quiet: bool, verbose: bool,
         raise click.UsageError("to-lora needs an ADAPTER and OUT, and mostly a BASE before them.")
     from ..verbs.to_lora import to_lora
 
-    base = refs[0] if len(refs) > 2 else None
-    run_verb(to_lora, base, *refs[-2:], as_json=as_json, quiet=quiet, verbose=verbose, **chosen)
+    *base, adapter, out = refs
+    show(sink, to_lora(base[0] if base else None, adapter, out, **keywords))
