@@ -16,45 +16,26 @@ Verb = TypeVar("Verb", bound=Callable[..., Any])
 Path = str | os.PathLike[str]
 
 
-class TokenOptions(TypedDict, total=False):
-    """Verbs that may reach the Hub."""
-
-    token: Annotated[str | None, None]
-    """The Hub token; None for HF_TOKEN or the saved login. The token is neither printed nor stored."""
-
-
-class HubOptions(TokenOptions, total=False):
-    """Verbs that read from the Hub."""
-
-    cache: Annotated[bool, True]
-    """Keep downloads in the Hub cache; False removes them when the verb ends."""
-
-
-class CallbackOptions(TypedDict, total=False):
-    """Verbs that take a while."""
+class CallOptions(TypedDict, total=False):
+    """Verbs that take a while and may reach the Hub."""
 
     on_progress: Annotated[Callable[[int, int], None] | None, None]
     """Called with the bytes done and the bytes in all, from worker threads."""
     on_notice: Annotated[Callable[[str], None] | None, None]
     """Called with each notice and each warning."""
+    token: Annotated[str | None, None]
+    """The Hub token; None for HF_TOKEN or the saved login. The token is neither printed nor stored."""
 
 
-class RunOptions(HubOptions, CallbackOptions, total=False):
+class RunOptions(CallOptions, total=False):
     """Verbs that compute."""
 
     device: Annotated[str, "auto"]
     """auto, cpu, cuda, cuda:N or mps."""
     workers: Annotated[int | None, None]
     """Threads; None for one per processor."""
-
-
-class ComputeOptions(TypedDict, total=False):
-    """Verbs that compute what they write."""
-
-    compute_dtype: Annotated[str, "auto"]
-    """auto, float64 or float32; auto is float64."""
-    max_memory: Annotated[str | int, "160MiB"]
-    """Bytes held at once, beyond Python and torch."""
+    cache: Annotated[bool, True]
+    """Keep downloads in the Hub cache; False removes them when the verb ends."""
 
 
 class SelectOptions(TypedDict, total=False):
@@ -82,24 +63,6 @@ class MatchOptions(TypedDict, total=False):
     """Warn about adapter tensors that match nothing in the base, instead of raising."""
 
 
-class CommitOptions(TypedDict, total=False):
-    """Verbs that commit to the Hub."""
-
-    private: Annotated[bool, False]
-    """Create the repo private; False leaves the choice to the account's default."""
-    create_pr: Annotated[bool, False]
-    """Open a pull request instead of committing."""
-    commit_message: Annotated[str | None, None]
-    """The message of the commit or the pull request."""
-
-
-class PushOptions(CommitOptions, total=False):
-    """Verbs that may upload their result."""
-
-    push_to_hub: Annotated[str | None, None]
-    """The repo id to upload the result to."""
-
-
 class DryRunOptions(TypedDict, total=False):
     """Verbs that can say in advance what they would do."""
 
@@ -107,27 +70,37 @@ class DryRunOptions(TypedDict, total=False):
     """Return the plan and write nothing."""
 
 
-class WriteOptions(DryRunOptions, total=False):
-    """Verbs that write a folder."""
+class CommitOptions(TypedDict, total=False):
+    """Verbs that may commit to the Hub, with a model card."""
 
-    overwrite: Annotated[bool, False]
-    """Replace an existing `out` of the same kind, if this package wrote it."""
-
-
-class CardOptions(TypedDict, total=False):
-    """Verbs that write a model card."""
-
+    private: Annotated[bool, False]
+    """Create the repo private; False leaves the choice to the account's default."""
+    create_pr: Annotated[bool, False]
+    """Open a pull request instead of committing."""
+    commit_message: Annotated[str | None, None]
+    """The message of the commit or the pull request."""
     base_model: Annotated[str | None, None]
     """The base's repo id for the card, if only a path is known."""
 
 
-class OutputOptions(
-    RunOptions, ComputeOptions, SelectOptions, PushOptions, WriteOptions, CardOptions, total=False
-):
+class WriteOptions(RunOptions, DryRunOptions, total=False):
+    """Verbs that compute and write a folder."""
+
+    compute_dtype: Annotated[str, "auto"]
+    """auto, float64 or float32; auto is float64."""
+    max_memory: Annotated[str | int, "160MiB"]
+    """Bytes held at once, beyond Python and torch."""
+    overwrite: Annotated[bool, False]
+    """Replace an existing `out` of the same kind, if this package wrote it."""
+
+
+class OutputOptions(WriteOptions, SelectOptions, CommitOptions, total=False):
     """Verbs that write a new model or adapter."""
 
     dtype: Annotated[str, "auto"]
     """The dtype to store: auto, bfloat16, float16 or float32."""
+    push_to_hub: Annotated[str | None, None]
+    """The repo id to upload the result to."""
 
 
 class CheckpointOptions(TypedDict, total=False):
@@ -154,7 +127,7 @@ class MergeOptions(OutputOptions, CheckpointOptions, FieldOptions, MatchOptions,
     """With `push_to_hub`, keep nothing on this machine; `out` is not given."""
 
 
-class UnmergeOptions(RunOptions, ComputeOptions, WriteOptions, CheckpointOptions, FieldOptions, total=False):
+class UnmergeOptions(WriteOptions, CheckpointOptions, FieldOptions, total=False):
     """The options of unmerge."""
 
     base: Annotated[Path | None, None]
@@ -220,7 +193,7 @@ class VerifyOptions(RunOptions, SelectOptions, FieldOptions, MatchOptions, total
     """Bytes held at once; None is 160MiB for weights and the free memory for outputs."""
 
 
-class UploadOptions(TokenOptions, CommitOptions, CardOptions, DryRunOptions, CallbackOptions, total=False):
+class UploadOptions(CallOptions, CommitOptions, DryRunOptions, total=False):
     """The options of push."""
 
 

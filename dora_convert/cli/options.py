@@ -44,7 +44,7 @@ arithmetic = stack(
     ),
 )
 compute = stack(arithmetic, memory("160MiB", "Bytes held at once, beyond Python and torch."), workers)
-factoring = stack(
+goal = stack(
     click.option(
         "--rank", type=click.IntRange(1), metavar="N", help="The rank, lowered for a module that needs less."
     ),

@@ -86,7 +86,7 @@ class FittingSession:
             exclude=options["exclude"],
             ignore_field=ignore_field,
         )
-        target = Target.parse(options, options["token"])
+        target = Target.parse(options)
         settings = Settings.parse(
             options,
             MAX_MEMORY if budget == "auto" else budget,

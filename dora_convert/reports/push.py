@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ..errors import UsageError
-from ..options import PushOptions
+from ..options import OutputOptions
 
 
 @dataclass(frozen=True)
@@ -19,23 +19,17 @@ class Target:
     token: str | None = field(default=None, repr=False)
 
     @classmethod
-    def parse(cls, options: PushOptions, token: str | None) -> Target | None:
+    def parse(cls, options: OutputOptions) -> Target | None:
         """Return the target that a verb's options name; None without --push-to-hub.
 
         Raises UsageError for options that need --push-to-hub.
         """
         private, create_pr, message = options["private"], options["create_pr"], options["commit_message"]
-        if options["push_to_hub"] is not None:
-            return cls(
-                options["push_to_hub"], private=private, create_pr=create_pr, message=message, token=token
-            )
-        for option, given in (
-            ("--private", private),
-            ("--create-pr", create_pr),
-            ("--commit-message", message),
-        ):
-            if given:
-                raise UsageError(f"{option} goes with --push-to-hub.", hint="--push-to-hub REPO_ID")
+        if (repo := options["push_to_hub"]) is not None:
+            return cls(repo, private, create_pr, message, options["token"])
+        given = {"--private": private, "--create-pr": create_pr, "--commit-message": message}
+        for option in filter(given.get, given):
+            raise UsageError(f"{option} goes with --push-to-hub.", hint="--push-to-hub REPO_ID")
         return None
 
 

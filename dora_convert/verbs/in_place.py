@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from ..errors import UsageError
-from ..options import CheckpointOptions, WriteOptions
+from ..options import MergeOptions, UnmergeOptions
 from ..output.in_place import InPlace
 from ..plan.plan import Plan
 from ..storage.checkpoint import Checkpoint, open_checkpoint
@@ -13,9 +13,7 @@ from ..storage.digests import xxh3
 from ..storage.refs import HubRef, PathLike, local_path, local_source, parse_ref
 from ..undo.record import read_record
 
-
-class InPlaceOptions(CheckpointOptions, WriteOptions, total=False):
-    """Options that depend on one another in place."""
+InPlaceOptions = MergeOptions | UnmergeOptions
 
 
 def refuse_options(options: InPlaceOptions) -> None:

@@ -32,12 +32,7 @@ def push(folder: PathLike, repo_id: str, **options: Unpack[UploadOptions]) -> Pu
     if not os.path.isdir(path) and os.path.isdir(repo_id):  # noqa: PTH112
         hint = shlex.join(["dora-convert", "push", repo_id, path])
         raise RefError(f"DIR and REPO_ID are swapped: {repo_id} is a folder.", hint=hint)
-    target = Target(
-        repo_id,
-        private=options["private"],
-        create_pr=options["create_pr"],
-        message=options["commit_message"],
-        token=options["token"],
-    )
+    private, create_pr, message = options["private"], options["create_pr"], options["commit_message"]
+    target = Target(repo_id, private, create_pr, message, options["token"])
     upload = FolderPush(path, target, options["base_model"], options["on_progress"], options["on_notice"])
     return upload.run(dry_run=options["dry_run"])

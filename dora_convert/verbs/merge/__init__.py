@@ -108,7 +108,7 @@ def _routes(options: MergeOptions) -> HubRoutes | None:
     from ...hub.target import HubRoutes
     from ...reports.push import Target
 
-    target = Target.parse(options, options["token"])
+    target = Target.parse(options)
     local = not options["no_local"]
     return HubRoutes(target, cache=options["cache"] and local, local=local)
 
