@@ -27,7 +27,7 @@ class CallOptions(TypedDict, total=False):
     """The Hub token; None for HF_TOKEN or the saved login. The token is neither printed nor stored."""
 
 
-class RunOptions(CallOptions, total=False):
+class ComputeOptions(CallOptions, total=False):
     """Verbs that compute."""
 
     device: Annotated[str, "auto"]
@@ -83,7 +83,7 @@ class CommitOptions(TypedDict, total=False):
     """The base's repo id for the card, if only a path is known."""
 
 
-class WriteOptions(RunOptions, DryRunOptions, total=False):
+class WriteOptions(ComputeOptions, DryRunOptions, total=False):
     """Verbs that compute and write a folder."""
 
     compute_dtype: Annotated[str, "auto"]
@@ -176,7 +176,7 @@ class ExtractOptions(FittingOptions, GoalOptions, total=False):
     """Embeddings and heads that differ: full saves them whole, lora fits factors, skip leaves them out."""
 
 
-class VerifyOptions(RunOptions, SelectOptions, FieldOptions, MatchOptions, total=False):
+class VerifyOptions(ComputeOptions, SelectOptions, FieldOptions, MatchOptions, total=False):
     """The options of verify."""
 
     level: Annotated[str, "weights"]

@@ -12,7 +12,7 @@ from typing import TypeVar
 from typing_extensions import Self
 
 from .errors import UsageError
-from .options import RunOptions
+from .options import ComputeOptions
 from .sizes import format_size, parse_size
 
 MOST_WORKERS = 8
@@ -44,7 +44,7 @@ class Settings:
     @classmethod
     def parse(
         cls,
-        options: RunOptions,
+        options: ComputeOptions,
         max_memory: str | int = MAX_MEMORY,
         *,
         compute_dtype: str = "auto",

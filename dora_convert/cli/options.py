@@ -55,6 +55,9 @@ goal = stack(
         "--max-error", type=float, metavar="F", help="Or the largest relative error of each module."
     ),
     click.option("--exact-svd", is_flag=True, help="Never use the randomised SVD, which large matrices get."),
+)
+factoring = stack(
+    goal,
     arithmetic,
     memory("auto", "Bytes held at once; auto grows to the need of the largest module."),
     workers,
