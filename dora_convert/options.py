@@ -1,7 +1,7 @@
-"""Declare every option of the verbs once: its type, its default and its meaning, in groups that verbs combine.
+"""Declare every option of the verbs once: its type in a group, its default and its help in a table.
 
-The second argument of `Annotated` is the default. A verb takes its group as `**options: Unpack[Group]`, and `takes`
-gives the verb a signature that lists them.
+A verb takes a group as `**options: Unpack[Group]`, and `takes` gives the verb a signature that lists the group. The
+command line makes its options of the same groups.
 """
 
 from __future__ import annotations
@@ -10,207 +10,252 @@ import os
 from collections.abc import Callable, Sequence
 from functools import wraps
 from inspect import Parameter, signature
-from typing import Annotated, Any, TypedDict, TypeVar, cast, get_type_hints
+from typing import Any, NamedTuple, TypedDict, TypeVar, cast, get_type_hints
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 Path = str | os.PathLike[str]
 
 
+class Option(NamedTuple):
+    """An option's default and help, and the values that the option takes."""
+
+    default: Any
+    help: str
+    metavar: str | None = None
+    choices: tuple[str, ...] = ()
+    least: int | None = None
+
+
+_BUDGET = "Bytes held at once, beyond Python and torch"
+
+# fmt: off
+OPTIONS = {
+    "init": Option("preserve", "preserve: m = ‖W + sBA‖, outputs as before; pretrained: m = ‖W‖, the paper's start.",
+                   choices=("preserve", "pretrained")),
+    "split": Option(False, "Leave modules that cannot be DoRA as LoRA in OUT/lora."),
+    "kind": Option("dora", "dora: magnitudes and factors; lora: factors alone.", choices=("dora", "lora")),
+    "embeddings": Option("full", "Form of embeddings and heads that differ; skip leaves out norms and biases, too.",
+                         choices=("full", "lora", "skip")),
+    "level": Option("weights", "Compare every element of the weights, or the models' outputs.",
+                    choices=("weights", "outputs")),
+    "samples": Option(8, "Random inputs whose outputs are compared, for each module.", "N", least=0),
+    "prompt": Option((), "Text to run the models on; repeatable.", "TEXT"),
+    "prompts": Option(None, "File with one more text a line; UTF-8.", "FILE"),
+    "report": Option(None, "Write the report as a self-contained page, too.", "FILE.html"),
+    "weight": Option((), "Strength, one per ADAPTER in their order.", "W"),
+    "base": Option(None, "The base itself, for values that no record holds: DoRA's norms, replaced tensors.", "REF"),
+    "rank": Option(None, "The rank, lowered for a module that needs less.", "N", least=1),
+    "energy": Option(None, "Or the share of squared singular values to keep.", "F"),
+    "max_error": Option(None, "Or the largest relative error of each module.", "F"),
+    "exact_svd": Option(False, "Never use the randomised SVD, which large matrices get."),
+    "format": Option("peft", "Format of the new adapter.", "NAME"),
+    "dtype": Option("auto", "Dtype to store; auto keeps each tensor's own, float32 for new factors. Magnitudes keep theirs.",
+                    choices=("auto", "bfloat16", "float16", "float32")),
+    "max_shard_size": Option(None, "Such as 5GB or 4GiB; default the base's own shards.", "SIZE"),
+    "device": Option("auto", "Device that computes.", "auto|cpu|cuda[:N]|mps"),
+    "compute_dtype": Option("auto", "Dtype of the arithmetic, rounded once at the end; auto is float64.",
+                            choices=("auto", "float64", "float32")),
+    "max_memory": Option("160MiB", f"{_BUDGET}.", "SIZE"),
+    "workers": Option(None, "Threads; default one per processor.", "N", least=1),
+    "include": Option((), "Only modules of this name; repeatable.", "GLOB"),
+    "exclude": Option((), "No modules of this name; repeatable.", "GLOB"),
+    "undo": Option(None, "Record that unmerge needs: norms (default; up to rounding) or exact (bit for bit).",
+                   choices=("norms", "exact", "none")),
+    "verify": Option(True, "Check a sample of the output before publishing."),
+    "verify_outputs": Option(False, "Run base + adapter and the output on sample prompts before publishing."),
+    "allow_unmatched": Option(False, "Warn about adapter tensors that match nothing in the base."),
+    "ignore_field": Option((), "Accept a field of adapter_config.json that this version refuses; repeatable.", "NAME"),
+    "base_model": Option(None, "The base's repo id for card and config, if only a path is known.", "ID"),
+    "push_to_hub": Option(None, "Upload the result, too, while it is written.", "REPO_ID"),
+    "private": Option(False, "Create the repo private; default the account's own."),
+    "create_pr": Option(False, "Open a pull request instead of committing."),
+    "commit_message": Option(None, "Message of the commit or the pull request.", "TEXT"),
+    "no_local": Option(False, "With --push-to-hub: keep nothing on this machine, take no OUT."),
+    "dry_run": Option(False, "Print the plan and write nothing."),
+    "overwrite": Option(False, "Replace an existing OUT."),
+    "in_place": Option(False, "Change the checkpoint itself; take no OUT."),
+    "allow_lossy": Option(False, "In place, do even what cannot be undone bit for bit."),
+    "cache": Option(True, "Keep downloads in the Hub cache, or remove them at the end."),
+    "token": Option(None, "Hub token; better is HF_TOKEN or hf auth login.", "TOKEN"),
+    "on_progress": Option(None, "Called with the bytes done and the bytes in all, from worker threads."),
+    "on_notice": Option(None, "Called with each notice and each warning."),
+}
+# fmt: on
+"""All options, in the order of help and signatures."""
+
+
 class CallOptions(TypedDict, total=False):
-    """Verbs that take a while and may reach the Hub."""
+    """Verbs that take a while."""
 
-    on_progress: Annotated[Callable[[int, int], None] | None, None]
-    """Called with the bytes done and the bytes in all, from worker threads."""
-    on_notice: Annotated[Callable[[str], None] | None, None]
-    """Called with each notice and each warning."""
-    token: Annotated[str | None, None]
-    """The Hub token; None for HF_TOKEN or the saved login. The token is neither printed nor stored."""
+    on_progress: Callable[[int, int], None] | None
+    on_notice: Callable[[str], None] | None
 
 
-class ComputeOptions(CallOptions, total=False):
-    """Verbs that compute."""
+class TokenOptions(TypedDict, total=False):
+    """Verbs that may reach the Hub."""
 
-    device: Annotated[str, "auto"]
-    """auto, cpu, cuda, cuda:N or mps."""
-    workers: Annotated[int | None, None]
-    """Threads; None for one per processor."""
-    cache: Annotated[bool, True]
-    """Keep downloads in the Hub cache; False removes them when the verb ends."""
+    token: str | None
+
+
+class HubOptions(TokenOptions, total=False):
+    """Verbs that read from the Hub."""
+
+    cache: bool
 
 
 class SelectOptions(TypedDict, total=False):
     """Verbs that may leave modules out."""
 
-    include: Annotated[Sequence[str], ()]
-    """Globs of the modules to take; none takes all."""
-    exclude: Annotated[Sequence[str], ()]
-    """Globs of the modules to leave out."""
+    include: Sequence[str]
+    exclude: Sequence[str]
 
 
 class FieldOptions(TypedDict, total=False):
     """Verbs that read adapters."""
 
-    ignore_field: Annotated[Sequence[str], ()]
-    """Fields of adapter_config.json to accept although this version refuses them."""
+    ignore_field: Sequence[str]
 
 
 class MatchOptions(TypedDict, total=False):
     """Verbs that match adapters with a base."""
 
-    weight: Annotated[Sequence[float], ()]
-    """Strengths of the adapters, in their order; none is 1 for each."""
-    allow_unmatched: Annotated[bool, False]
-    """Warn about adapter tensors that match nothing in the base, instead of raising."""
+    weight: Sequence[float]
+    allow_unmatched: bool
 
 
 class DryRunOptions(TypedDict, total=False):
     """Verbs that can say in advance what they would do."""
 
-    dry_run: Annotated[bool, False]
-    """Return the plan and write nothing."""
+    dry_run: bool
 
 
 class CommitOptions(TypedDict, total=False):
     """Verbs that may commit to the Hub, with a model card."""
 
-    private: Annotated[bool, False]
-    """Create the repo private; False leaves the choice to the account's default."""
-    create_pr: Annotated[bool, False]
-    """Open a pull request instead of committing."""
-    commit_message: Annotated[str | None, None]
-    """The message of the commit or the pull request."""
-    base_model: Annotated[str | None, None]
-    """The base's repo id for the card, if only a path is known."""
+    private: bool
+    create_pr: bool
+    commit_message: str | None
+    base_model: str | None
+
+
+class ComputeOptions(HubOptions, CallOptions, total=False):
+    """Verbs that compute."""
+
+    device: str
+    workers: int | None
 
 
 class WriteOptions(ComputeOptions, DryRunOptions, total=False):
     """Verbs that compute and write a folder."""
 
-    compute_dtype: Annotated[str, "auto"]
-    """auto, float64 or float32; auto is float64."""
-    max_memory: Annotated[str | int, "160MiB"]
-    """Bytes held at once, beyond Python and torch."""
-    overwrite: Annotated[bool, False]
-    """Replace an existing `out` of the same kind, if this package wrote it."""
+    compute_dtype: str
+    max_memory: str | int
+    overwrite: bool
 
 
-class OutputOptions(WriteOptions, SelectOptions, CommitOptions, total=False):
+class OutputOptions(SelectOptions, CommitOptions, WriteOptions, total=False):
     """Verbs that write a new model or adapter."""
 
-    dtype: Annotated[str, "auto"]
-    """The dtype to store: auto, bfloat16, float16 or float32."""
-    push_to_hub: Annotated[str | None, None]
-    """The repo id to upload the result to."""
+    dtype: str
+    push_to_hub: str | None
 
 
 class CheckpointOptions(TypedDict, total=False):
     """Verbs that write a checkpoint."""
 
-    max_shard_size: Annotated[str | int | None, None]
-    """Such as 5GB; None keeps the base's shards."""
-    verify: Annotated[bool, True]
-    """Check a sample of the output before publishing."""
-    in_place: Annotated[bool, False]
-    """Change the checkpoint itself; `out` is not given."""
-    allow_lossy: Annotated[bool, False]
-    """In place, do even what cannot be undone bit for bit."""
-
-
-class MergeOptions(OutputOptions, CheckpointOptions, FieldOptions, MatchOptions, total=False):
-    """The options of merge."""
-
-    undo: Annotated[str | None, None]
-    """The record to keep: norms, exact or none; None is exact in place unless `allow_lossy`, and norms otherwise."""
-    verify_outputs: Annotated[bool, False]
-    """Run base + adapter and the output on sample prompts before publishing."""
-    no_local: Annotated[bool, False]
-    """With `push_to_hub`, keep nothing on this machine; `out` is not given."""
-
-
-class UnmergeOptions(WriteOptions, CheckpointOptions, FieldOptions, total=False):
-    """The options of unmerge."""
-
-    base: Annotated[Path | None, None]
-    """The base itself, for values that no record holds."""
-
-
-class FittingOptions(OutputOptions, total=False):
-    """Verbs that write an adapter."""
-
-    format: Annotated[str, "peft"]
-    """The format of the adapter."""
+    max_shard_size: str | int | None
+    verify: bool
+    in_place: bool
+    allow_lossy: bool
 
 
 class GoalOptions(TypedDict, total=False):
     """Verbs that compute factors; exactly one of the first three is given."""
 
-    rank: Annotated[int | None, None]
-    """The rank, lowered for a module that needs less."""
-    energy: Annotated[float | None, None]
-    """The share of squared singular values to keep."""
-    max_error: Annotated[float | None, None]
-    """The largest relative error of each module's ΔW."""
-    exact_svd: Annotated[bool, False]
-    """Never use the randomised SVD."""
+    rank: int | None
+    energy: float | None
+    max_error: float | None
+    exact_svd: bool
 
 
-class FromLoraOptions(FittingOptions, FieldOptions, total=False):
+class MergeOptions(MatchOptions, FieldOptions, CheckpointOptions, OutputOptions, total=False):
+    """The options of merge."""
+
+    undo: str | None
+    verify_outputs: bool
+    no_local: bool
+
+
+class UnmergeOptions(FieldOptions, CheckpointOptions, WriteOptions, total=False):
+    """The options of unmerge."""
+
+    base: Path | None
+
+
+class FittingOptions(OutputOptions, total=False):
+    """Verbs that write an adapter."""
+
+    format: str
+
+
+class FromLoraOptions(FieldOptions, FittingOptions, total=False):
     """The options of from_lora."""
 
-    init: Annotated[str, "preserve"]
-    """preserve: m = ‖W + sBA‖; pretrained: m = ‖W‖."""
-    split: Annotated[bool, False]
-    """Leave modules that cannot be DoRA in a LoRA of their own, in `out`/lora."""
+    init: str
+    split: bool
 
 
-class ToLoraOptions(FittingOptions, FieldOptions, GoalOptions, total=False):
+class ToLoraOptions(GoalOptions, FieldOptions, FittingOptions, total=False):
     """The options of to_lora."""
 
 
-class ExtractOptions(FittingOptions, GoalOptions, total=False):
+class ExtractOptions(GoalOptions, FittingOptions, total=False):
     """The options of extract."""
 
-    kind: Annotated[str, "dora"]
-    """dora: m, B and A; lora: B and A."""
-    embeddings: Annotated[str, "full"]
-    """Embeddings and heads that differ: full saves them whole, lora fits factors, skip leaves them out."""
+    kind: str
+    embeddings: str
 
 
-class VerifyOptions(ComputeOptions, SelectOptions, FieldOptions, MatchOptions, total=False):
+class VerifyOptions(MatchOptions, SelectOptions, FieldOptions, ComputeOptions, total=False):
     """The options of verify."""
 
-    level: Annotated[str, "weights"]
-    """weights: compare every element; outputs: run the models."""
-    samples: Annotated[int, 8]
-    """Random inputs whose outputs are compared, for each module."""
-    prompt: Annotated[Sequence[str], ()]
-    """Texts to run the models on."""
-    prompts: Annotated[Path | None, None]
-    """A UTF-8 file with one more text a line."""
-    report: Annotated[Path | None, None]
-    """The HTML page to write; an existing file is replaced."""
-    max_memory: Annotated[str | int | None, None]
-    """Bytes held at once; None is 160MiB for weights and the free memory for outputs."""
+    level: str
+    samples: int
+    prompt: Sequence[str]
+    prompts: Path | None
+    report: Path | None
+    max_memory: str | int | None
 
 
-class UploadOptions(CallOptions, CommitOptions, DryRunOptions, total=False):
+class InspectOptions(FieldOptions, HubOptions, total=False):
+    """The options of inspect."""
+
+
+class UploadOptions(CommitOptions, DryRunOptions, TokenOptions, CallOptions, total=False):
     """The options of push."""
 
 
-def takes(group: type, **defaults: object) -> Callable[[Verb], Verb]:
-    """Return a decorator that gives a function the keywords of `group`, with `defaults` instead of the group's.
+_AUTO = Option("auto", f"{_BUDGET}; auto grows to the need of the largest module.", "SIZE")
+_FREE = Option(None, f"{_BUDGET}; default 160MiB for weights, the free memory for outputs.", "SIZE")
+_MEMORY = {ToLoraOptions: _AUTO, ExtractOptions: _AUTO, VerifyOptions: _FREE}
+"""The memory budget of verbs that do not stream with a fixed one."""
+
+
+def options_of(group: type) -> dict[str, tuple[Any, Option]]:
+    """Return the type and the declaration of every option of a group."""
+    kinds = get_type_hints(group)
+    table = {**OPTIONS, "max_memory": _MEMORY.get(group, OPTIONS["max_memory"])}
+    return {name: (kinds[name], option) for name, option in table.items() if name in kinds}
+
+
+def takes(group: type) -> Callable[[Verb], Verb]:
+    """Return a decorator that gives a function the options of a group as keywords.
 
     The function is called with a value for every option. A keyword that is not in the group raises TypeError.
     """
-    hints = get_type_hints(group, include_extras=True)
     keywords = [
-        Parameter(
-            name,
-            Parameter.KEYWORD_ONLY,
-            annotation=hint.__origin__,
-            default=defaults.get(name, hint.__metadata__[0]),
-        )
-        for name, hint in hints.items()
+        Parameter(name, Parameter.KEYWORD_ONLY, default=option.default, annotation=kind)
+        for name, (kind, option) in options_of(group).items()
     ]
 
     def decorate(verb: Verb) -> Verb:

@@ -2,44 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import click
 from typing_extensions import Unpack
 
-from . import options
+from ..options import ExtractOptions
 from .adapter_report import show
+from .options import takes
 from .sink import Sink
-
-if TYPE_CHECKING:
-    from ..options import ExtractOptions
 
 
 @click.command("extract")
 @click.argument("base")
 @click.argument("tuned")
 @click.argument("out")
-@click.option(
-    "--kind",
-    type=click.Choice(["dora", "lora"]),
-    default="dora",
-    show_default=True,
-    help="dora: magnitudes and factors; lora: factors alone.",
-)
-@click.option(
-    "--embeddings",
-    type=click.Choice(["full", "lora", "skip"]),
-    default="full",
-    show_default=True,
-    help="Form of embeddings and heads that differ; skip leaves out norms and biases, too.",
-)
-@options.factoring
-@options.adapters_out
-@options.pushing
-@options.select
-@options.writing
-@options.hub
-@options.talk
+@takes(ExtractOptions)
 def command(base: str, tuned: str, out: str, *, sink: Sink, **keywords: Unpack[ExtractOptions]) -> None:
     """Make an adapter of a fine-tuned checkpoint.
 

@@ -2,37 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import click
 from typing_extensions import Unpack
 
-from . import options
+from ..options import FromLoraOptions
 from .adapter_report import show
+from .options import takes
 from .sink import Sink
-
-if TYPE_CHECKING:
-    from ..options import FromLoraOptions
 
 
 @click.command("from-lora")
 @click.argument("refs", nargs=-1, metavar="[BASE] LORA OUT", required=True)
-@click.option(
-    "--init",
-    type=click.Choice(["preserve", "pretrained"]),
-    default="preserve",
-    show_default=True,
-    help="preserve: m = ‖W + sBA‖, outputs as before; pretrained: m = ‖W‖, the paper's start of training.",
-)
-@click.option("--split", is_flag=True, help="Leave modules that cannot be DoRA as LoRA in OUT/lora.")
-@options.adapters_out
-@options.pushing
-@options.compute
-@options.select
-@options.reading
-@options.writing
-@options.hub
-@options.talk
+@takes(FromLoraOptions)
 def command(refs: tuple[str, ...], *, sink: Sink, **keywords: Unpack[FromLoraOptions]) -> None:
     """Make a DoRA of a LoRA, with the same outputs.
 

@@ -6,10 +6,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
+from typing_extensions import Unpack
 
+from ..options import InspectOptions
 from ..sizes import format_size
-from . import options
 from .merge import ledger_table
+from .options import takes
 from .sink import Sink, printable, table
 
 if TYPE_CHECKING:
@@ -24,10 +26,8 @@ SHOWN = 10
 @click.command("inspect")
 @click.argument("ref")
 @click.option("--base", metavar="REF", help="Show the place of each adapter tensor in this base.")
-@options.reading
-@options.hub
-@options.answer
-def command(ref: str, *, sink: Sink, **keywords: Any) -> None:
+@takes(InspectOptions)
+def command(ref: str, *, sink: Sink, base: str | None, **keywords: Unpack[InspectOptions]) -> None:
     """Describe an adapter or a checkpoint from its headers, never from its weights.
 
     REF is a folder, a single weight file or a Hub repo (org/name[@revision]). Of a model on the Hub, only the headers of
@@ -41,7 +41,7 @@ def command(ref: str, *, sink: Sink, **keywords: Any) -> None:
     """
     from ..verbs.inspect.verb import inspect
 
-    report = inspect(ref, **keywords)
+    report = inspect(ref, base, **keywords)
     sink.show(report, f"{report.kind} {report.title}", lambda every: parts(report, every=every))
 
 

@@ -10,52 +10,21 @@ from typing import TYPE_CHECKING, Any
 import click
 from typing_extensions import Unpack
 
+from ..options import MergeOptions
 from ..sizes import format_size
-from . import options
+from .options import takes
 from .sink import Sink, printable, table
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..options import MergeOptions
     from ..reports.inspect import Landing
     from ..reports.merge import DryRunReport, MergeReport
 
 
 @click.command("merge")
 @click.argument("refs", nargs=-1, metavar="[BASE] ADAPTER... OUT", required=True)
-@options.strength
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
-    default="auto",
-    help="Dtype of every floating tensor written; auto keeps each tensor's own.",
-)
-@options.max_shard_size
-@options.compute
-@options.select
-@click.option(
-    "--undo",
-    type=click.Choice(["norms", "exact", "none"]),
-    help="Record that unmerge needs: norms (default; up to rounding) or exact (bit for bit).",
-)
-@options.verify
-@click.option(
-    "--verify-outputs",
-    is_flag=True,
-    help="Run base + adapter and the output on sample prompts before publishing.",
-)
-@options.matching
-@options.reading
-@options.base_model
-@options.pushing
-@click.option(
-    "--no-local", is_flag=True, help="With --push-to-hub: keep nothing on this machine, take no OUT."
-)
-@options.writing
-@options.in_place
-@options.hub
-@options.talk
+@takes(MergeOptions)
 def command(refs: tuple[str, ...], *, sink: Sink, **keywords: Unpack[MergeOptions]) -> None:
     """Fold LoRA and DoRA adapters into a base checkpoint.
 

@@ -8,25 +8,21 @@ from typing import TYPE_CHECKING
 import click
 from typing_extensions import Unpack
 
+from ..options import UploadOptions
 from ..sizes import format_size
-from . import options
+from .options import takes
 from .sink import Sink, printable, table
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..options import UploadOptions
     from ..reports.merge import PushReport
 
 
 @click.command("push")
 @click.argument("folder", metavar="DIR")
 @click.argument("repo_id", metavar="REPO_ID")
-@options.repo
-@options.base_model
-@click.option("--dry-run", is_flag=True, help="Check DIR, list the files to upload, and upload nothing.")
-@options.token
-@options.talk
+@takes(UploadOptions)
 def command(folder: str, repo_id: str, *, sink: Sink, **keywords: Unpack[UploadOptions]) -> None:
     """Upload a merged checkpoint or an adapter to the Hub.
 

@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import click
 from typing_extensions import Unpack
 
-from . import options
+from ..options import ToLoraOptions
 from .adapter_report import show
+from .options import takes
 from .sink import Sink
-
-if TYPE_CHECKING:
-    from ..options import ToLoraOptions
 
 
 @click.command("to-lora")
 @click.argument("refs", nargs=-1, metavar="[BASE] ADAPTER OUT", required=True)
-@options.factoring
-@options.adapters_out
-@options.pushing
-@options.select
-@options.reading
-@options.writing
-@options.hub
-@options.talk
+@takes(ToLoraOptions)
 def command(refs: tuple[str, ...], *, sink: Sink, **keywords: Unpack[ToLoraOptions]) -> None:
     """Make a plain LoRA of a DoRA or any other adapter, or a LoRA of another rank.
 

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 import click
 from typing_extensions import Unpack
 
-from . import options
+from ..options import UnmergeOptions
 from .merge import ledger_table, summary
+from .options import takes
 from .sink import Sink, table
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..options import UnmergeOptions
     from ..reports.merge import DryRunReport, Recovered, UnmergeReport
 
 SHOWN = 10
@@ -24,19 +24,7 @@ SHOWN = 10
 
 @click.command("unmerge")
 @click.argument("refs", nargs=-1, metavar="MERGED ADAPTER... OUT", required=True)
-@click.option(
-    "--base",
-    metavar="REF",
-    help="The base itself, for values that no record holds: DoRA's norms, replaced tensors.",
-)
-@options.max_shard_size
-@options.compute
-@options.verify
-@options.reading
-@options.writing
-@options.in_place
-@options.hub
-@options.talk
+@takes(UnmergeOptions)
 def command(refs: tuple[str, ...], *, sink: Sink, **keywords: Unpack[UnmergeOptions]) -> None:
     """Take adapters out of a merged checkpoint again.
 

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, cast
 import click
 from typing_extensions import Unpack
 
+from ..options import VerifyOptions
 from ..reports.figures import figures
-from . import options
+from .options import takes
 from .sink import Sink, printable, table
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..options import VerifyOptions
     from ..reports.verify import CheckedModule, OutputsReport, VerifyReport
 
 SHOWN = 10
@@ -24,41 +24,7 @@ SHOWN = 10
 
 @click.command("verify")
 @click.argument("refs", nargs=-1, metavar="BASE ADAPTER... MERGED", required=True)
-@click.option(
-    "--level",
-    type=click.Choice(["weights", "outputs"]),
-    default="weights",
-    show_default=True,
-    help="Compare every element of the weights, or the models' outputs.",
-)
-@options.strength
-@click.option(
-    "--samples",
-    type=click.IntRange(0),
-    default=8,
-    show_default=True,
-    metavar="N",
-    help="Random inputs whose outputs are compared, for each module.",
-)
-@click.option("--prompt", multiple=True, metavar="TEXT", help="Text to run the models on; repeatable.")
-@click.option("--prompts", type=click.Path(), metavar="FILE", help="File with one more text a line; UTF-8.")
-@click.option(
-    "--report",
-    type=click.Path(),
-    metavar="FILE.html",
-    help="Write the report as a self-contained page, too.",
-)
-@options.device
-@options.memory(
-    None,
-    "Bytes held at once, beyond Python and torch; default 160MiB for weights, the free memory for outputs.",
-)
-@options.workers
-@options.select
-@options.matching
-@options.reading
-@options.hub
-@options.talk
+@takes(VerifyOptions)
 def command(refs: tuple[str, ...], *, sink: Sink, **keywords: Unpack[VerifyOptions]) -> int:
     """Compare what MERGED does with what BASE and ADAPTER do.
 

@@ -44,7 +44,7 @@ DETAILS = {
 """The report's names of a module's facts."""
 
 
-@takes(ExtractOptions, max_memory="auto")
+@takes(ExtractOptions)
 def extract(
     base: PathLike, tuned: PathLike, out: PathLike, **options: Unpack[ExtractOptions]
 ) -> MadeReport | MadeDryRun:

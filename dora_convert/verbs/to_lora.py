@@ -39,7 +39,7 @@ COMPARED = 1 << 21
 """Elements of ΔW that are compared with the product of the factors at once, in float64."""
 
 
-@takes(ToLoraOptions, max_memory="auto")
+@takes(ToLoraOptions)
 def to_lora(
     base: PathLike | None, adapter: PathLike, out: PathLike, **options: Unpack[ToLoraOptions]
 ) -> MadeReport | MadeDryRun:
