@@ -46,8 +46,8 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "errors": (
-        "DoraConvertError", "HubError", "MalformedError", "NumericalError", "OutputError", "PlanError", "RefError",
-        "UnsupportedError", "UsageError", "VerificationError",
+        "DoraConvertError", "HubError", "MalformedError", "NumericalError", "OutputError", "PlanError",
+        "RefError", "UnsupportedError", "UsageError", "VerificationError",
     ),
     "fitting.report": ("MadeDryRun", "MadeReport"),
     "reports.inspect": ("AdapterReport", "CheckpointReport"),

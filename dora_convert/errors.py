@@ -19,7 +19,8 @@ Catch `DoraConvertError` for all of them:
     except dora_convert.DoraConvertError as error:
         print(error, error.hint)
 
-A new class is added when a caller would handle it differently, not when a message differs. Keep them picklable.
+A new class is added when a caller would handle it differently, not when a message differs. Keep them
+picklable.
 """
 
 from __future__ import annotations
@@ -36,12 +37,12 @@ class Fault(NamedTuple):
 
 
 def _text(text: str) -> str:
-    """Return text that any encoding takes: halves of surrogate pairs, from names that are not text, are escaped."""
+    """Return text that any encoding takes: halves of surrogate pairs, from names of files, are escaped."""
     return text.encode(errors="backslashreplace").decode()
 
 
 def _line(text: str, longest: int) -> str:
-    """Return one line for a terminal: unprintable characters are escaped, and the middle of a long line left out."""
+    """Return one line for a terminal: unprintable characters escaped, the middle of a long line left out."""
     text = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
     half = longest // 2
     return text if len(text) <= longest else f"{text[:half]} … {text[-half:]}"

@@ -1,4 +1,4 @@
-"""Import heavy packages only when a verb needs them: torch quickly, optional packages with a hint if they are missing."""
+"""Import torch quickly, and optional packages with a hint if they are missing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EXTRAS = {"verify": ("transformers", "accelerate", "peft")}
 
 @contextmanager
 def without_collections() -> Iterator[None]:
-    """Switch garbage collection off while torch is imported: collecting takes a third of the time and finds nothing."""
+    """Import torch without garbage collection, which takes a third of the time and finds nothing."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,7 +1,7 @@
 """Declare every option of the verbs once: its type in a group, its default and its help in a table.
 
-A verb takes a group as `**options: Unpack[Group]`, and `takes` gives the verb a signature that lists the group. The
-command line makes its options of the same groups.
+A verb takes a group as `**options: Unpack[Group]`, and `takes` gives the verb a signature that lists the
+group. The command line makes its options of the same groups.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ _BUDGET = "Bytes held at once, beyond Python and torch"
 
 # fmt: off
 OPTIONS = {
-    "init": Option("preserve", "preserve: m = ‖W + sBA‖, outputs as before; pretrained: m = ‖W‖, the paper's start.",
+    "init": Option("preserve", "preserve: m = ‖W + sBA‖, same outputs; pretrained: m = ‖W‖, as the paper.",
                    choices=("preserve", "pretrained")),
     "split": Option(False, "Leave modules that cannot be DoRA as LoRA in OUT/lora."),
     "kind": Option("dora", "dora: magnitudes and factors; lora: factors alone.", choices=("dora", "lora")),
-    "embeddings": Option("full", "Form of embeddings and heads that differ; skip leaves out norms and biases, too.",
+    "embeddings": Option("full", "Embeddings and heads that differ; skip leaves out norms and biases, too.",
                          choices=("full", "lora", "skip")),
     "level": Option("weights", "Compare every element of the weights, or the models' outputs.",
                     choices=("weights", "outputs")),
@@ -43,13 +43,13 @@ OPTIONS = {
     "prompts": Option(None, "File with one more text a line; UTF-8.", "FILE"),
     "report": Option(None, "Write the report as a self-contained page, too.", "FILE.html"),
     "weight": Option((), "Strength, one per ADAPTER in their order.", "W"),
-    "base": Option(None, "The base itself, for values that no record holds: DoRA's norms, replaced tensors.", "REF"),
+    "base": Option(None, "The base itself, for values that no record holds.", "REF"),
     "rank": Option(None, "The rank, lowered for a module that needs less.", "N", least=1),
     "energy": Option(None, "Or the share of squared singular values to keep.", "F"),
     "max_error": Option(None, "Or the largest relative error of each module.", "F"),
     "exact_svd": Option(False, "Never use the randomised SVD, which large matrices get."),
     "format": Option("peft", "Format of the new adapter.", "NAME"),
-    "dtype": Option("auto", "Dtype to store; auto keeps each tensor's own, float32 for new factors. Magnitudes keep theirs.",
+    "dtype": Option("auto", "Dtype to store, except for magnitudes; auto keeps each tensor's own.",
                     choices=("auto", "bfloat16", "float16", "float32")),
     "max_shard_size": Option(None, "Such as 5GB or 4GiB; default the base's own shards.", "SIZE"),
     "device": Option("auto", "Device that computes.", "auto|cpu|cuda[:N]|mps"),
@@ -64,7 +64,7 @@ OPTIONS = {
     "verify": Option(True, "Check a sample of the output before publishing."),
     "verify_outputs": Option(False, "Run base + adapter and the output on sample prompts before publishing."),
     "allow_unmatched": Option(False, "Warn about adapter tensors that match nothing in the base."),
-    "ignore_field": Option((), "Accept a field of adapter_config.json that this version refuses; repeatable.", "NAME"),
+    "ignore_field": Option((), "Accept a field of adapter_config.json that is refused otherwise.", "NAME"),
     "base_model": Option(None, "The base's repo id for card and config, if only a path is known.", "ID"),
     "push_to_hub": Option(None, "Upload the result, too, while it is written.", "REPO_ID"),
     "private": Option(False, "Create the repo private; default the account's own."),

@@ -51,7 +51,7 @@ class Settings:
         verify: bool = True,
         base_model: str | None = None,
     ) -> Self:
-        """Return a caller's choices, checked; UsageError for an unknown device, a size or a repo id that is invalid."""
+        """Return a caller's choices, checked; UsageError for an invalid device, size or repo id."""
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", options["device"]):
             raise UsageError(f"--device {options['device']!r} is not one of auto, cpu, cuda, cuda:N, mps.")
         return cls(

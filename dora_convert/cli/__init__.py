@@ -56,7 +56,7 @@ class Lazy(click.Group):
 
 
 def colour() -> bool | None:
-    """Return the choice of NO_COLOR and FORCE_COLOR, which Click does not read; None leaves it to the terminal."""
+    """Return the choice of NO_COLOR and FORCE_COLOR, which Click does not read; None for the terminal's."""
     if os.environ.get("NO_COLOR"):
         return False
     return True if os.environ.get("FORCE_COLOR") else None
@@ -84,8 +84,9 @@ def main(args: Sequence[str] | None = None) -> None:
         error.show()
         code = error.exit_code
     except (Exception, KeyboardInterrupt) as error:
-        # CPython remembers a Ctrl-C that came while it ran a string, as dataclasses do, even where that was caught, and
-        # with -m dies of it in the end instead of leaving with our code. Running another string makes it forget.
+        # CPython remembers a Ctrl-C that came while it ran a string, as dataclasses do, even if that was
+        # caught, and with -m dies of it at the end instead of exiting with our code. Running another
+        # string clears it.
         exec("")  # noqa: S102
         if os.environ.get("DORA_CONVERT_DEBUG"):
             raise

@@ -37,8 +37,8 @@ def _planned(plan: dict[str, Any]) -> Iterator[str]:
     """Yield the sizes of a plan."""
     yield f"{len(plan['modules'])} modules; nothing was written"
     yield (
-        f"would write at most {format_size(plan['bytes_out'])}, holding {format_size(plan['memory'])} in memory "
-        f"(at least {format_size(plan['least_memory'])})"
+        f"would write at most {format_size(plan['bytes_out'])}, holding {format_size(plan['memory'])} "
+        f"in memory (at least {format_size(plan['least_memory'])})"
     )
 
 

@@ -19,9 +19,9 @@ from .sink import Sink
 def command(base: str, tuned: str, out: str, *, sink: Sink, **keywords: Unpack[ExtractOptions]) -> None:
     """Make an adapter of a fine-tuned checkpoint.
 
-    BASE and TUNED are folders or Hub repos (org/name[@revision]) with tensors of the same names. OUT is a PEFT adapter:
-    factors for the linear weights that differ, and everything else that differs whole. Exactly one of --rank, --energy
-    and --max-error sets the quality of the factors, which is measured.
+    BASE and TUNED are folders or Hub repos (org/name[@revision]) with tensors of the same names. OUT is a
+    PEFT adapter: factors for the linear weights that differ, and everything else that differs whole. Exactly
+    one of --rank, --energy and --max-error sets the quality of the factors, which is measured.
 
     \b
     Examples:

@@ -17,8 +17,8 @@ from .sink import Sink
 def command(refs: tuple[str, ...], *, sink: Sink, **keywords: Unpack[FromLoraOptions]) -> None:
     """Make a DoRA of a LoRA, with the same outputs.
 
-    BASE and LORA are folders or Hub repos (org/name[@revision]). Without BASE, the base that the adapter names is used.
-    OUT is a PEFT adapter: the same factors, and for each module the magnitude m = ‖W + sBA‖.
+    BASE and LORA are folders or Hub repos (org/name[@revision]). Without BASE, the base that the adapter
+    names is used. OUT is a PEFT adapter: the same factors, and for each module the magnitude m = ‖W + sBA‖.
 
     \b
     Examples:

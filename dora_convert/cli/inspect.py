@@ -30,8 +30,8 @@ SHOWN = 10
 def command(ref: str, *, sink: Sink, base: str | None, **keywords: Unpack[InspectOptions]) -> None:
     """Describe an adapter or a checkpoint from its headers, never from its weights.
 
-    REF is a folder, a single weight file or a Hub repo (org/name[@revision]). Of a model on the Hub, only the headers of
-    its weight files are downloaded.
+    REF is a folder, a single weight file or a Hub repo (org/name[@revision]). Of a model on the Hub, only the
+    headers of its weight files are downloaded.
 
     \b
     Examples:
@@ -129,7 +129,7 @@ def about_adapter(report: AdapterReport, *, every: bool) -> Iterator[str]:
 
 
 def about_landing(landing: Landing, *, every: bool) -> Iterator[str]:
-    """Yield whether an adapter matches a base, and the reasons."""
+    """Yield the match of an adapter with a base, or the faults."""
     yield from (f"warning: {warning}" for warning in landing.warnings)
     if landing.fits:
         counts = ", ".join(

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 def command(refs: tuple[str, ...], *, sink: Sink, **keywords: Unpack[MergeOptions]) -> None:
     """Fold LoRA and DoRA adapters into a base checkpoint.
 
-    BASE and ADAPTER are folders or Hub repos (org/name[@revision]). Without BASE, the base that the adapter names is
-    used. OUT is a new folder with the base's files, its weights merged, and a record of what was done in
-    OUT/dora_convert.
+    BASE and ADAPTER are folders or Hub repos (org/name[@revision]). Without BASE, the base that the adapter
+    names is used. OUT is a new folder with the base's files, its weights merged, and a record of what was
+    done in OUT/dora_convert.
 
     \b
     Examples:
@@ -77,7 +77,7 @@ def fold_name(name: str) -> str:
 
 
 def summary(report: MergeReport | DryRunReport) -> Iterator[str]:
-    """Yield what a merge did, or would do, in a few lines."""
+    """Yield the results of a merge, or of its plan, in a few lines."""
     counts, values = report.tensors, report.to_dict()
     added = f"{counts['added']} added, " if counts["added"] else ""
     tensors = (
@@ -105,8 +105,8 @@ def written(values: Mapping[str, Any]) -> str:
 def _planned(plan: Mapping[str, int]) -> str:
     """Return the sizes of a plan."""
     return (
-        f"would write {format_size(plan['bytes_out'])} in {plan['shards']} files and an undo record of at most "
-        f"{format_size(plan['undo_bytes'])}, holding {format_size(plan['memory'])} in memory"
+        f"would write {format_size(plan['bytes_out'])} in {plan['shards']} files and an undo record of "
+        f"at most {format_size(plan['undo_bytes'])}, holding {format_size(plan['memory'])} in memory"
     )
 
 

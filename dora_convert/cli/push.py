@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 def command(folder: str, repo_id: str, *, sink: Sink, **keywords: Unpack[UploadOptions]) -> None:
     """Upload a merged checkpoint or an adapter to the Hub.
 
-    DIR is only read. DIR must be complete, and is checked against its receipt first. Large files are uploaded one by one
-    before the commit, so that the repo never shows half a model. The same command resumes an interrupted upload. The
-    answer is the URL.
+    DIR is only read. DIR must be complete, and is checked against its receipt first. Large files are uploaded
+    one by one before the commit, so that the repo never shows half a model. The same command resumes an
+    interrupted upload. The answer is the URL.
 
     \b
     Examples:

@@ -60,7 +60,7 @@ class Sink:
             self._bar.close()
 
     def show(self, report: Answer, short: str, parts: Callable[[bool], Iterable[Table | str]]) -> None:
-        """Print the answer: JSON, with --quiet `short`, else the tables and lines that `parts(verbose)` yields."""
+        """Print the answer: JSON, `short` with --quiet, else the tables and lines of `parts(verbose)`."""
         self._close()
         if self._json:
             click.echo(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))

@@ -17,9 +17,9 @@ from .sink import Sink
 def command(refs: tuple[str, ...], *, sink: Sink, **keywords: Unpack[ToLoraOptions]) -> None:
     """Make a plain LoRA of a DoRA or any other adapter, or a LoRA of another rank.
 
-    BASE and ADAPTER are folders or Hub repos (org/name[@revision]). Without BASE, the base that the adapter names is
-    used. OUT is a PEFT adapter with, for each module, the best factors of ADAPTER's change. Exactly one
-    of --rank, --energy and --max-error sets the quality of the factors, which is measured.
+    BASE and ADAPTER are folders or Hub repos (org/name[@revision]). Without BASE, the base that the adapter
+    names is used. OUT is a PEFT adapter with, for each module, the best factors of ADAPTER's change. Exactly
+    one of --rank, --energy and --max-error sets the quality of the factors, which is measured.
 
     \b
     Examples:

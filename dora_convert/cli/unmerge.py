@@ -28,9 +28,9 @@ SHOWN = 10
 def command(refs: tuple[str, ...], *, sink: Sink, **keywords: Unpack[UnmergeOptions]) -> None:
     """Take adapters out of a merged checkpoint again.
 
-    MERGED is an output of merge, with its record in MERGED/dora_convert; every ADAPTER is one that was merged. OUT is a
-    new folder with the base: bit for bit after merge --undo exact, up to rounding otherwise. The report says how many
-    tensors are proven to be the base's by their hashes.
+    MERGED is an output of merge, with its record in MERGED/dora_convert; every ADAPTER is one that was
+    merged. OUT is a new folder with the base: bit for bit after merge --undo exact, up to rounding otherwise.
+    The report says how many tensors are proven to be the base's by their hashes.
 
     \b
     Examples:

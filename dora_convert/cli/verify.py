@@ -28,12 +28,12 @@ SHOWN = 10
 def command(refs: tuple[str, ...], *, sink: Sink, **keywords: Unpack[VerifyOptions]) -> int:
     """Compare what MERGED does with what BASE and ADAPTER do.
 
-    Every element is compared with the float64 result, whichever tool wrote MERGED, and every module's outputs with the
-    adapter's own. Rounding is told from mistakes, and known mistakes are named. The exit code is 0 if they agree, 1 if
-    they differ, 2 if that cannot be decided.
+    Every element is compared with the float64 result, whichever tool wrote MERGED, and every module's outputs
+    with the adapter's own. Rounding is told from mistakes, and known mistakes are named. The exit code is 0
+    if they agree, 1 if they differ, 2 if that cannot be decided.
 
-    With --level outputs, base + adapter, as PEFT runs them, and MERGED are run on prompts, and their logits are
-    compared. That needs pip install 'dora-convert[verify]'.
+    With --level outputs, base + adapter, as PEFT runs them, and MERGED are run on prompts, and their logits
+    are compared. That needs pip install 'dora-convert[verify]'.
 
     \b
     Examples:
@@ -68,7 +68,8 @@ def parts(report: VerifyReport | OutputsReport, *, every: bool) -> Iterator[Tabl
 def _outputs(report: OutputsReport) -> Iterator[Table | str]:
     """Yield the difference of two models' outputs."""
     yield table(("outputs", ">difference", ">rounding alone", ">passes up to"), figures(report))
-    yield f"{report.prompts} prompts, {report.positions:,} positions of {report.architecture} on {report.device}"
+    positions = f"{report.positions:,} positions of {report.architecture}"
+    yield f"{report.prompts} prompts, {positions} on {report.device}"
     yield from (printable(f"problem: {problem}") for problem in report.problems)
     yield from (printable(f"note: {note}") for note in report.notes)
     yield f"verdict: {report.verdict}"

@@ -41,8 +41,8 @@ def compress(
 ) -> Fitted:
     """Return A (r, in, …) and B (out, r, …) with scaling 1, and their loss of ΔW = apply(W) − W.
 
-    `goal` is a rank, an energy or a max_error. With `single`, ΔW is held in single precision. `biases` are those on
-    lora_B, by module; their scaling becomes 1, too.
+    `goal` is a rank, an energy or a max_error. With `single`, ΔW is held in single precision. `biases` are
+    those on lora_B, by module; their scaling becomes 1, too.
     """
     weight = _Weight(job, buffers)
     change = weight.change(torch.float32 if single else buffers.spec.compute)
@@ -95,8 +95,8 @@ class _Weight:
             D[start:stop] = self._applied(W, start, stop) - before
         if not maths.all_finite(D):
             raise NumericalError(
-                f"{self._job.name}: ΔW is not finite: W + sBA has outputs whose weights are all zero, or W holds NaN "
-                "or Inf.",
+                f"{self._job.name}: ΔW is not finite: W + sBA has outputs whose weights are all zero, "
+                "or W holds NaN or Inf.",
                 hint="--exclude leaves the module out",
             )
         return D.T if self._turned else D
@@ -122,7 +122,7 @@ class _Weight:
         return (s * right.T, left.T) if self._turned else (s * left, right)
 
     def lost(self, rows: Rows, B: Tensor, A: Tensor) -> dict[str, float]:
-        """Return ‖ΔW‖² and BA's loss of it; and, unless the loss is rounding, the same of W'x for random inputs x."""
+        """Return ‖ΔW‖² and BA's loss of it; the same of W'x for random x, unless the loss is rounding."""
         lost, change = compared(rows, B, A)
         facts = {"change": change, "lost": lost, "output": 0.0, "output_lost": 0.0}
         if lost > EXACT**2 * change:

@@ -55,7 +55,7 @@ def extract_module(
     single: bool,
     dtype: str | None,
 ) -> Fitted:
-    """Return the factors of TUNED − BASE (and m, for a DoRA), and their loss; no factors if nothing differs after all."""
+    """Return the factors of TUNED − BASE (and m, for a DoRA), and their loss; none for no difference."""
     working = torch.float32 if single else buffers.spec.compute
     stored, wide = TORCH[dtype or "F32"], buffers.spec.compute
     if kind == "lora":
@@ -80,9 +80,8 @@ def extract_module(
 
 def _ranks(factors: Factors) -> dict[str, Any]:
     """Return the ranks that smaller errors would need."""
-    return {
-        "one_percent": factors.rank_for(0.01), "one_permille": factors.rank_for(0.001), "known": len(factors.S),
-    }  # fmt: skip
+    ranks = {"one_percent": factors.rank_for(0.01), "one_permille": factors.rank_for(0.001)}
+    return {**ranks, "known": len(factors.S)}
 
 
 def _matrix(stored: StoredTensor, buffers: DeviceBuffers, dtype: torch.dtype, job: Pair) -> Tensor:

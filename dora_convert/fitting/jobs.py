@@ -125,13 +125,14 @@ def find_format(name: str) -> Format:
 
 
 def parse_goal(options: GoalOptions) -> dict[str, Any]:
-    """Return the one of rank, energy and max_error that is given; UsageError for none, several, or an invalid value."""
+    """Return the given one of rank, energy and max_error; UsageError for none or several."""
     rank = options["rank"]
     shares = {"energy": options["energy"], "max_error": options["max_error"]}
     goal = {name: value for name, value in {"rank": rank, **shares}.items() if value is not None}
     if len(goal) != 1:
         raise UsageError(
-            f"{'More than one' if goal else 'None'} of --rank, --energy and --max-error is given; exactly one is needed.",
+            f"{'More than one' if goal else 'None'} of --rank, --energy and --max-error is given; "
+            "exactly one is needed.",
             hint="such as --rank 32, --energy 0.99 or --max-error 0.01",
         )
     if rank is not None and (not isinstance(rank, Integral) or rank < 1):
@@ -150,7 +151,7 @@ def goal_words(goal: Mapping[str, Any]) -> list[str]:
 def match_changes(
     plan: Plan, cost: Callable[[Item, Edit], int]
 ) -> tuple[list[MatchedChange], list[Change], list[Change]]:
-    """Return the changes of a plan's only adapter: matched ones with factors, other ones with factors, and the rest.
+    """Return an adapter's changes: matched ones with factors, unmatched ones with factors, and the rest.
 
     A change that --include or --exclude leaves out is in none of the three.
     """

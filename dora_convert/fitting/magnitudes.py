@@ -18,7 +18,7 @@ Norms = tuple[Tensor, Tensor]
 
 
 def magnitudes(job: MatchedChange, buffers: DeviceBuffers, *, preserve: bool) -> Fitted:
-    """Return m = ‖W + sBA‖ (2), or ‖W‖ if outputs need not be preserved, from blocks of rows; stored in float32.
+    """Return m = ‖W + sBA‖ (2), or ‖W‖ without `preserve`, from blocks of rows; stored in float32.
 
     Raises NumericalError if an output's norm is zero: DoRA's m/n is then undefined.
     """
@@ -39,7 +39,8 @@ def magnitudes(job: MatchedChange, buffers: DeviceBuffers, *, preserve: bool) ->
     m, n = (torch.cat(norms) for norms in zip(*blocks, strict=True))
     if zeros := int((n == 0).sum()):
         raise NumericalError(
-            f"{job.name}: W + sBA has {zeros} outputs whose weights are all zero, so DoRA's m/‖V‖ is undefined.",
+            f"{job.name}: W + sBA has {zeros} outputs whose weights are all zero, "
+            "so DoRA's m/‖V‖ is undefined.",
             hint="--exclude leaves the module out",
         )
     assert edit.low

@@ -1,6 +1,7 @@
 """Sort the tensors in which a base and a fine-tuned checkpoint differ: fitted, saved whole, or left out.
 
-Names are the model's: checkpoints saved without their head (GPT-2's on the Hub) get the prefix of the whole model.
+Names are the model's: checkpoints saved without their head (GPT-2's on the Hub) get the prefix of the whole
+model.
 """
 
 from __future__ import annotations
@@ -143,7 +144,8 @@ class DifferenceSorter:
         resized = before is not None and before.shape != after.shape
         table = is_table(name) or is_head(name)
         if resized and not table:
-            self._sorted.faults.append(Fault(name, f"is {after.shape} in TUNED and {before.shape} in BASE"))  # type: ignore[union-attr]
+            assert before
+            self._sorted.faults.append(Fault(name, f"is {after.shape} in TUNED and {before.shape} in BASE"))
         elif self._embeddings == "skip" and before is not None:
             if resized:
                 why = f"has {after.shape[0]} rows in TUNED: its new tokens cannot be left out"
@@ -225,7 +227,7 @@ def is_table(name: str) -> bool:
 
 
 def short_names(targets: Collection[str], names: Mapping[str, StoredTensor]) -> Iterator[str]:
-    """Yield modules by the last part of their names if all modules of that part are meant, else by their whole names."""
+    """Yield modules by the last part of their names if all such modules are targets, else by whole names."""
     kinds = {name.rpartition(".")[0] for name in names if len(names[name].shape) > 1}
     for target in targets:
         leaf = target.rpartition(".")[2]

@@ -24,7 +24,7 @@ class MadeModule:
     name: str
     rank: int
     relative_error: float
-    """‖ΔW − ΔW'‖/‖ΔW‖, Frobenius, measured: ΔW is the input's change of W, ΔW' the new adapter's."""
+    """‖ΔW − ΔW'‖/‖ΔW‖, Frobenius, measured: ΔW is the input's change of W, ΔW' the adapter's."""
     details: Mapping[str, Any]
 
 
@@ -77,6 +77,7 @@ class MadeDryRun:
 
 
 def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    """Return fields with the details beside them."""
     return {**{key: value for key, value in values.items() if key != "details"}, **values["details"]}
 
 
@@ -100,7 +101,7 @@ def report_of(
     describe: Callable[[Mapping[str, Any]], Mapping[str, Any]],
     **details: Any,
 ) -> MadeReport:
-    """Return the report of a finished run; each result's facts hold `change`, ‖ΔW‖², and `lost`, ‖ΔW − ΔW'‖²."""
+    """Return the report of a run. A result's facts hold `change`, ‖ΔW‖², and `lost`, ‖ΔW − ΔW'‖²."""
     facts = {name: result.facts for name, result in run.results.items()}
     return MadeReport(
         **_common(plan, settings, out),
@@ -119,7 +120,7 @@ def report_of(
 
 
 def error_of(facts: Collection[Mapping[str, Any]], lost: str = "lost", change: str = "change") -> float:
-    """Return the relative error of several modules together, whose squares are facts; 0 if nothing changes."""
+    """Return the relative error of several modules, √(Σ lost / Σ change); 0 if nothing changes."""
     total = sum(fact[change] for fact in facts)
     return float((sum(fact[lost] for fact in facts) / total) ** 0.5) if total else 0.0
 

@@ -1,7 +1,7 @@
 """Run a fitting plan: fit each module within the memory budget, then write and publish the adapters.
 
-Fitted tensors go to a spool, and into the journal once they are synced, so that the same command resumes an interrupted
-run. Names and config are written at the end, when ranks are known.
+Fitted tensors go to a spool, and into the journal once they are synced, so that the same command resumes an
+interrupted run. Names and config are written at the end, when ranks are known.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ def run_plan(
 ) -> FittingRun:
     """Fit the modules of a plan, and publish the adapters.
 
-    Raises UsageError for a device or a budget that does not suffice, NumericalError for NaN, Inf and overflow,
-    OutputError for a full disk. OUT does not exist then.
+    Raises UsageError for a device or a budget that does not suffice, NumericalError for NaN, Inf and
+    overflow, OutputError for a full disk. OUT does not exist then.
     """
     spec = settle(plan.memory, settings)
     settings.notify(
@@ -197,7 +197,7 @@ def _result(record: Record, spool: Spool) -> Result:
 
 
 def _part(name: str, stored: StoredTensor, dtype: str, spool: Spool, reader: Reader) -> Part:
-    """Return a tensor as a part of the spool; a tensor of a checkpoint is copied into the spool, chunk by chunk."""
+    """Return a tensor as a part of the spool; a checkpoint's tensor is copied there, chunk by chunk."""
     if stored.path == spool.path and stored.dtype == dtype:
         return Part(name, dtype, stored.shape, (Segment(stored.start, stored.nbytes),))
     pieces = []

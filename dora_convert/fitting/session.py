@@ -1,4 +1,4 @@
-"""Begin and end a verb that writes an adapter: check options, open inputs, run the plan or describe it, report."""
+"""Begin and end a verb that writes an adapter: check options, open inputs, run the plan, report."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:  # which imports torch
 
 
 class Fitter(ABC):
-    """One verb's way to an adapter: its plan, its arithmetic, the adapter made of the results, and its report."""
+    """One verb's way to an adapter: its plan, its arithmetic, its result, and its report."""
 
     @abstractmethod
     def plan(self) -> FittingPlan:

@@ -53,7 +53,7 @@ def parse_options(
     allow_unmatched: bool = False,
     ignore_field: Sequence[str] = (),
 ) -> Options:
-    """Return a plan's options from names and sizes as a caller writes them; UsageError for what is not valid."""
+    """Return a plan's options from names and sizes as a caller writes them; UsageError for an invalid one."""
     return Options(
         dtype=parse_choice(dtype, DTYPES, "--dtype"),
         compute_dtype=parse_choice(compute_dtype, COMPUTE_DTYPES, "--compute-dtype"),

@@ -48,11 +48,11 @@ DETAILS = {
 def extract(
     base: PathLike, tuned: PathLike, out: PathLike, **options: Unpack[ExtractOptions]
 ) -> MadeReport | MadeDryRun:
-    """Make an adapter of what fine-tuning did: `kind` "dora" (m, B and A) or "lora" (the best factors of TUNED − BASE).
+    """Make an adapter of a fine-tuned checkpoint: `kind` "dora" (m, B, A) or "lora" (B, A).
 
-    Linear weights that differ get factors, by exactly one of `rank`, `energy` and `max_error`. Norms, biases and
-    convolutions that differ are saved whole. `embeddings` decides about embeddings and heads: "full", "lora", or "skip",
-    which leaves out all that has no factors.
+    Linear weights that differ get factors, by exactly one of `rank`, `energy` and `max_error`. Norms, biases
+    and convolutions that differ are saved whole. `embeddings` decides about embeddings and heads: "full",
+    "lora", or "skip", which leaves out all that has no factors.
 
     Raises DoraConvertError, and then leaves nothing under `out`.
     """
@@ -105,7 +105,7 @@ def _differing(base: Checkpoint, tuned: Checkpoint, session: FittingSession) -> 
 
 
 def _check(differences: Differences, session: FittingSession, tuned: Checkpoint) -> None:
-    """Raise all faults at once; tell what is saved whole, what is left out, and how large that is."""
+    """Raise all faults at once; report the tensors saved whole and those left out."""
     settings, dry_run, whole = session.settings, session.options["dry_run"], differences.whole
     if differences.faults:
         raise PlanError(
@@ -132,7 +132,7 @@ def _check(differences: Differences, session: FittingSession, tuned: Checkpoint)
 
 @dataclass(frozen=True, kw_only=True)
 class _Extraction(Fitter):
-    """Fits factors, and magnitudes for a DoRA, of what fine-tuning did."""
+    """Fits factors, and magnitudes for a DoRA, to the change by fine-tuning."""
 
     session: FittingSession
     base: Checkpoint

@@ -37,8 +37,8 @@ def from_lora(
     """Make a DoRA of a LoRA: the same factors, and m = ‖W + sBA‖, so that outputs stay as they are.
 
     `base` and `lora` are folders or Hub repos; a base of None is the one that the adapter names. With `init`
-    "pretrained", m = ‖W‖, the start of DoRA's paper. With `split`, modules that cannot be DoRA stay LoRA, in an adapter
-    of their own in `out`/lora; otherwise they are an error that names them all.
+    "pretrained", m = ‖W‖, the start of DoRA's paper. With `split`, modules that cannot be DoRA stay LoRA, in
+    an adapter of their own in `out`/lora; otherwise they are an error that names them all.
 
     Raises DoraConvertError, and then leaves nothing under `out`.
     """
@@ -76,7 +76,7 @@ class _LoraChanges:
 
 
 def _divide(matched: Plan, session: FittingSession, *, split: bool) -> _LoraChanges:
-    """Return the changes by their fate; UnsupportedError lists those that cannot be DoRA, unless they may be split off."""
+    """Return the changes by their fate; without `split`, UnsupportedError lists those that cannot be DoRA."""
     adapter, width = matched.adapters[0], matched.options.width
     jobs, unmatched, others = match_changes(matched, lambda item, _: item.cost(width))
     faults = {change.target: TIED for change in unmatched}
@@ -130,7 +130,7 @@ class _FromLora(Fitter):
         return partial(magnitudes, preserve=self.options["init"] == "preserve")
 
     def assemble(self, results: Mapping[str, Result]) -> dict[str, NewAdapter]:
-        """Return the DoRA, and the LoRA of what cannot be DoRA in a sub-folder."""
+        """Return the DoRA, and in a sub-folder the LoRA of modules that cannot be DoRA."""
         changes, adapter = self.changes, self.matched.adapters[0]
         decomposed = [
             replace(job.change, update=Decomposed(low, results[job.name].tensors["m"]))

@@ -1,4 +1,4 @@
-"""Check what merge and unmerge need to change a checkpoint in place, and open its folder for the change."""
+"""Check the options of merge and unmerge in place, and open the checkpoint that they change."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def refuse_lossy(undo: str, options: InPlaceOptions) -> None:
 
 
 def refuse_out(ref: PathLike | None, role: str, out: PathLike | None) -> PathLike:
-    """Return the local checkpoint to change; UsageError for an OUT, and for a repo before anything is downloaded."""
+    """Return the local checkpoint to change; UsageError for an OUT, or a repo before it is downloaded."""
     if ref is None or out is not None:
         raise UsageError(f"--in-place takes {role} and ADAPTER, and no OUT.")
     if isinstance(parsed := parse_ref(os.fspath(ref), role), HubRef):

@@ -18,14 +18,14 @@ from ..storage.refs import PathLike
 
 @takes(UploadOptions)
 def push(folder: PathLike, repo_id: str, **options: Unpack[UploadOptions]) -> PushReport:
-    """Upload a merged checkpoint or an adapter to `repo_id`, which is created if it does not exist, in one commit.
+    """Upload a merged checkpoint or an adapter to `repo_id` in one commit; a missing repo is created.
 
-    `folder` is only read. Large files are uploaded one by one before the commit, so that the repo never shows half a
-    model. The same call resumes an interrupted upload. A README in the folder is kept; without one, a card is written,
-    with `base_model` as the base's repo id. `dry_run` checks the folder and uploads nothing.
+    `folder` is only read. Large files are uploaded one by one before the commit, so that the repo never shows
+    half a model. The same call resumes an interrupted upload. A README in the folder is kept; without one, a
+    card is written, with `base_model` as the base's repo id. `dry_run` checks the folder and uploads nothing.
 
-    Raises DoraConvertError, and then nothing was committed: VerificationError if tensors differ from the folder's
-    receipt, HubError if the Hub refuses.
+    Raises DoraConvertError, and then nothing was committed: VerificationError if tensors differ from the
+    folder's receipt, HubError if the Hub refuses.
     """
     check_base_model(options["base_model"])
     path = os.fspath(folder)

@@ -45,8 +45,8 @@ def to_lora(
 ) -> MadeReport | MadeDryRun:
     """Make a plain LoRA of an adapter: for each module the best factors of ΔW = apply(W) − W.
 
-    Exactly one of `rank`, `energy` (the share of squared singular values that is kept) and `max_error` (relative, of
-    each module's ΔW) says how good. A rank above what a module needs is lowered for it.
+    Exactly one of `rank`, `energy` (the share of squared singular values that is kept) and `max_error`
+    (relative, of each module's ΔW) says how good. A rank above what a module needs is lowered for it.
 
     Raises DoraConvertError, and then leaves nothing under `out`.
     """
@@ -60,7 +60,7 @@ def to_lora(
 
 @dataclass(frozen=True)
 class _AdapterChanges:
-    """The changes of an adapter: those that get new factors, those that keep theirs, and those without factors."""
+    """The changes of an adapter: with new factors, with their own, and without factors."""
 
     jobs: list[MatchedChange]
     kept: list[MatchedChange]
@@ -90,7 +90,7 @@ def _divide(matched: Plan, session: FittingSession) -> _AdapterChanges:
 
 
 def _cost(matched: Plan, session: FittingSession, item: Item, edit: Edit) -> int:
-    """Return the bytes that a job holds: blocks, factors, and, unless it is a plain LoRA, copies of the matrix."""
+    """Return the bytes that a job holds: blocks, factors, and, except for a plain LoRA, matrices."""
     plain = not edit.decomposed and not item.start
     factors = 8 * 4 * (edit.low.rank if edit.low else 0) * sum(item.source.matrix)
     matrix = 24 * min(item.source.numel, COMPARED)
@@ -115,7 +115,7 @@ def _factors(job: MatchedChange) -> LowRank:
 
 @dataclass(frozen=True)
 class _ToLora(Fitter):
-    """Fits the factors of what an adapter changes."""
+    """Fits factors to the changes of an adapter."""
 
     session: FittingSession
     matched: Plan

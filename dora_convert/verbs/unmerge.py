@@ -48,11 +48,12 @@ def unmerge(
     out: PathLike | None = None,
     **options: Unpack[UnmergeOptions],
 ) -> UnmergeReport | DryRunReport:
-    """Take adapters out of what `merge` made of a base: bit for bit if its record is exact, else up to rounding.
+    """Take adapters out of a merged base: bit for bit if the merge's record is exact, else up to rounding.
 
-    `adapters` are the very ones that were merged; `base` is the base itself, for values that no record holds. With
-    `in_place`, `out` is not given: `merged` becomes the base where it is, which needs an exact record unless
-    `allow_lossy` is set. The report's `exact` says how many tensors are proven to be the base's by their hashes.
+    `adapters` are the very ones that were merged; `base` is the base itself, for values that no record holds.
+    With `in_place`, `out` is not given: `merged` becomes the base where it is, which needs an exact record
+    unless `allow_lossy` is set. The report's `exact` says how many tensors are proven to be the base's by
+    their hashes.
 
     Raises DoraConvertError, and then leaves nothing under `out`.
     """
@@ -90,7 +91,7 @@ class UnmergeRequest:
 
 @dataclass(frozen=True)
 class _Inputs:
-    """The headers of what an unmerge reads."""
+    """The headers of an unmerge's inputs."""
 
     merged: Checkpoint
     base: Checkpoint | None
@@ -111,7 +112,7 @@ class _Inputs:
 
 
 def _finished(request: UnmergeRequest) -> UnmergeReport | None:
-    """Publish what an interrupted run has staged in place; return its report if it ran the same command."""
+    """Publish the files that an interrupted run has staged in place; return its report."""
     if not request.options["in_place"]:
         return None
     folder = refuse_out(request.merged, "MERGED", request.out)
@@ -178,7 +179,8 @@ def _open(request: UnmergeRequest) -> _Inputs:
             hint="perhaps it was undone already; without a record, name an OUT",
         )
     request.settings.warn(
-        f"{merged.source.name} has no record of a merge: weights of 1 are assumed, and what rounding took is lost"
+        f"{merged.source.name} has no record of a merge: weights of 1 are assumed, "
+        "and what rounding took is lost"
     )
     record = no_record(merged, len(adapters), accepted, list(base_files(merged)))
     return _Inputs(merged, base, record, adapters, range(len(adapters)))
@@ -186,7 +188,8 @@ def _open(request: UnmergeRequest) -> _Inputs:
 
 def _warn_of_torn(merged: Checkpoint, record: Record, base: Checkpoint | None, settings: Settings) -> None:
     """Warn about a receipt whose undo record is missing; RefError if only that record restores the base."""
-    why = f"{merged.source.name} was merged with --undo {record.options.undo}, and its {RECORD}/{UNDO} is missing"
+    merge = f"{merged.source.name} was merged with --undo {record.options.undo}"
+    why = f"{merge}, and its {RECORD}/{UNDO} is missing"
     if record.options.exact and not base:
         raise RefError(f"{why}.", hint="bring it back, name the base with --base, or copy the base itself")
     settings.warn(f"{why}: what rounding took is lost")

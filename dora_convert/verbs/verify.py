@@ -42,13 +42,15 @@ def verify(
 ) -> VerifyReport | OutputsReport:
     """Compare what `merged` does with what base and adapters do.
 
-    At the level of weights, every element is compared with the float64 result; `samples` is the number of random inputs
-    whose outputs are compared for each module, too. At the level of outputs, base and adapters, as PEFT runs them, and
-    `merged` are run on texts: each of `prompt`, the lines of the file `prompts`, or built-in ones.
+    At the level of weights, every element is compared with the float64 result; `samples` is the number of
+    random inputs whose outputs are compared for each module, too. At the level of outputs, base and adapters,
+    as PEFT runs them, and `merged` are run on texts: each of `prompt`, the lines of the file `prompts`, or
+    built-in ones.
 
-    The report's `verdict` is "agree" or "differ"; DoraConvertError is raised if that cannot be decided. Weights and
-    options that are not given are read from a receipt in `merged`. `max_memory` is 160MiB for weights, and for outputs
-    the machine's free memory. `report` is a path for an HTML page; an existing file is replaced.
+    The report's `verdict` is "agree" or "differ"; DoraConvertError is raised if that cannot be decided.
+    Weights and options that are not given are read from a receipt in `merged`. `max_memory` is 160MiB for
+    weights, and for outputs the machine's free memory. `report` is a path for an HTML page; an existing file
+    is replaced.
     """
     parse_choice(options["level"], dict.fromkeys(LEVELS), "--level")
     texts = _texts(options)
@@ -85,7 +87,7 @@ class VerifyRequest:
 
 
 def _plan(request: VerifyRequest) -> tuple[Plan, Checkpoint]:
-    """Return the plan of the merge, with the options of MERGED's receipt unless the caller gives others; and MERGED."""
+    """Return the plan of the merge, with the options of MERGED's receipt by default; and MERGED."""
     options, session, settings = request.options, request.session, request.settings
     selection = parse_options(
         include=options["include"],
@@ -132,7 +134,7 @@ def _texts(options: VerifyOptions) -> tuple[str, ...]:
 
 
 def _recorded(merged: Checkpoint, request: VerifyRequest) -> Recorded | None:
-    """Return the options in MERGED's receipt if these adapters were merged; the planner reports a missing adapter."""
+    """Return the options in MERGED's receipt; None without one, or for an adapter that is reported later."""
     folder = merged.source.path
     if not (folder / RECORD / RECEIPT).is_file():
         return None

@@ -43,9 +43,10 @@ def merge(
 ) -> MergeReport | DryRunReport:
     """Fold adapters into a base checkpoint: W' = W + Σ wᵢ·(applyᵢ(W) − W), each element rounded once.
 
-    `base` and each of `adapters` is a folder or a Hub repo; a base of None is the one that the first adapter names.
-    `out` is not given with `in_place` or `no_local`. `on_progress` is called with bytes done and in all, from worker
-    threads. docs/cli.md explains the options. Raises DoraConvertError, and then leaves nothing under `out`.
+    `base` and each of `adapters` is a folder or a Hub repo; a base of None is the one that the first adapter
+    names. `out` is not given with `in_place` or `no_local`. `on_progress` is called with bytes done and in
+    all, from worker threads. docs/cli.md explains the options. Raises DoraConvertError, and then leaves
+    nothing under `out`.
     """
     if options["in_place"] or options["allow_lossy"]:
         from ..in_place import refuse_options
@@ -101,7 +102,7 @@ class MergeRequest:
 
 
 def _routes(options: MergeOptions) -> HubRoutes | None:
-    """Return the ways to the Hub that a caller asks for; UsageError for options that contradict each other."""
+    """Return the ways to the Hub that the options name; UsageError for options without --push-to-hub."""
     names = ("push_to_hub", "private", "create_pr", "commit_message", "no_local")
     if not any(options[name] for name in names):  # type: ignore[literal-required]
         return None
@@ -146,7 +147,7 @@ def _folder(request: MergeRequest) -> Path:
 
 
 def _merge_in_place(request: MergeRequest) -> MergeReport | DryRunReport:
-    """Change the base itself; first publish what an interrupted run has staged."""
+    """Change the base itself; first publish the files that an interrupted run has staged."""
     from ...output.in_place import finished
     from .. import in_place
 
@@ -171,7 +172,7 @@ def _merge_in_place(request: MergeRequest) -> MergeReport | DryRunReport:
 
 
 def _open_base(request: MergeRequest, folder: OutputFolder, ref: str, revision: str | None) -> Checkpoint:
-    """Return the base's headers, whose weights are downloaded while the plan runs; or a whole base that is to be run."""
+    """Return a base whose weights are downloaded while the plan runs; whole for --verify-outputs."""
     session, options = request.session, request.options
     if options["verify_outputs"]:
         return open_checkpoint(fetch(ref, "BASE", wanted_of_base, session, revision=revision))
