@@ -43,7 +43,7 @@ from .jobs import FittingPlan, Job, Result
 NAMES = {dtype: name for name, dtype in TORCH.items()}
 
 
-Fit = Callable[[Any, DeviceBuffers], "Fitted"]
+FitJob = Callable[[Any, DeviceBuffers], "Fitted"]
 """Fits one job."""
 Assemble = Callable[[Mapping[str, Result]], Mapping[str, NewAdapter]]
 """Makes adapters of the results, by their sub-folders of OUT."""
@@ -73,10 +73,10 @@ def run_plan(
     settings: Settings,
     reader: Reader,
     *,
-    fit: Fit,
+    fit: FitJob,
     assemble: Assemble,
 ) -> FittingRun:
-    """Fit the modules of a plan, and publish the adapters.
+    """FitJob the modules of a plan, and publish the adapters.
 
     Raises UsageError for a device or a budget that does not suffice, NumericalError for NaN, Inf and
     overflow, OutputError for a full disk. OUT does not exist then.
@@ -135,7 +135,7 @@ class _Run:
         pieces = [tensor[2] for record in self.records.values() for tensor in record["tensors"].values()]
         return max((start + length for start, length in pieces), default=0)
 
-    def execute(self, fit: Fit, spec: ComputeSpec) -> None:
+    def execute(self, fit: FitJob, spec: ComputeSpec) -> None:
         """Run every job that is not done yet."""
         budget, pool = Budget(self.settings.max_memory), WorkerPool(spec, self.reader)
 

@@ -31,7 +31,7 @@ from .jobs import FittingPlan, Result, find_format
 from .report import MadeDryRun, MadeReport, dry_run_of, report_of
 
 if TYPE_CHECKING:  # which imports torch
-    from .run import Fit
+    from .run import FitJob
 
 
 class Fitter(ABC):
@@ -42,7 +42,7 @@ class Fitter(ABC):
         """Return the modules to fit, and how large the result will be."""
 
     @abstractmethod
-    def load(self) -> Fit:
+    def load(self) -> FitJob:
         """Import and return the arithmetic of one job; the plan is made without torch."""
 
     @abstractmethod

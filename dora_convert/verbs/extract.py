@@ -29,7 +29,7 @@ from ..storage.checkpoint import Checkpoint
 from ..storage.refs import PathLike
 
 if TYPE_CHECKING:
-    from ..fitting.run import Fit
+    from ..fitting.run import FitJob
 
 KINDS = ("dora", "lora")
 EMBEDDINGS = ("full", "lora", "skip")
@@ -172,7 +172,7 @@ class _Extraction(Fitter):
             carried=tuple({tensor.path: None for tensor in whole.values()}),
         )
 
-    def load(self) -> Fit:
+    def load(self) -> FitJob:
         """Return the decomposition of one weight's change."""
         from ..fitting.extract import extract_module
 

@@ -23,7 +23,7 @@ from ..settings import parse_choice
 from ..storage.refs import PathLike
 
 if TYPE_CHECKING:
-    from ..fitting.run import Fit
+    from ..fitting.run import FitJob
 
 TIED = "serves as embedding and as head, whose norms run along different axes"
 REST = "lora"
@@ -123,7 +123,7 @@ class _FromLora(Fitter):
             dtype=self.session.selection.dtype,
         )
 
-    def load(self) -> Fit:
+    def load(self) -> FitJob:
         """Return the computation of one module's m."""
         from ..fitting.magnitudes import magnitudes
 

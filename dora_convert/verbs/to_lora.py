@@ -31,7 +31,7 @@ from ..plan.plan import Plan
 from ..storage.refs import PathLike
 
 if TYPE_CHECKING:
-    from ..fitting.run import Fit
+    from ..fitting.run import FitJob
 
 LOSSY = 0.05
 """The relative error above which merging is the better way out."""
@@ -146,7 +146,7 @@ class _ToLora(Fitter):
             dtype=self.session.selection.dtype,
         )
 
-    def load(self) -> Fit:
+    def load(self) -> FitJob:
         """Return the truncated SVD of one module's ΔW."""
         from ..fitting.compress import compress
 
