@@ -76,7 +76,7 @@ def run_plan(
     fit: FitJob,
     assemble: Assemble,
 ) -> FittingRun:
-    """FitJob the modules of a plan, and publish the adapters.
+    """Fit the modules of a plan, and publish the adapters.
 
     Raises UsageError for a device or a budget that does not suffice, NumericalError for NaN, Inf and
     overflow, OutputError for a full disk. OUT does not exist then.
