@@ -1,9 +1,9 @@
 """Move between base + adapter and checkpoint: LoRA and DoRA, streaming, exact.
 
     >>> import dora_convert
-    >>> reports.merge = dora_convert.merge("org/base", "org/adapter", "merged")  # doctest: +SKIP
+    >>> report = dora_convert.merge("org/base", "org/adapter", "merged")  # doctest: +SKIP
 
-The functions here are the verbs of the command line. torch is imported when one runs, not before.
+The functions are the verbs of the command line. torch is imported when a verb runs, not before.
 """
 
 from __future__ import annotations
@@ -14,86 +14,59 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .errors import (
-        DoraConvertError,
-        HubError,
-        MalformedError,
-        NumericalError,
-        OutputError,
-        PlanError,
-        RefError,
-        UnsupportedError,
-        UsageError,
-        VerificationError,
-    )
-    from .reports.fitting import MadeDryRun, MadeReport
-    from .reports.inspect import AdapterReport, CheckpointReport
-    from .reports.merge import DryRunReport, MergeReport, Recovered, UnmergeReport
-    from .reports.push import PushReport
-    from .reports.verify import OutputsReport, VerifyReport
-    from .verbs.extract import extract
-    from .verbs.from_lora import from_lora
-    from .verbs.inspect.verb import inspect
-    from .verbs.merge.verb import merge
-    from .verbs.push import push
-    from .verbs.to_lora import to_lora
-    from .verbs.unmerge import unmerge
-    from .verbs.verify import verify
+    from .errors import DoraConvertError as DoraConvertError
+    from .errors import HubError as HubError
+    from .errors import MalformedError as MalformedError
+    from .errors import NumericalError as NumericalError
+    from .errors import OutputError as OutputError
+    from .errors import PlanError as PlanError
+    from .errors import RefError as RefError
+    from .errors import UnsupportedError as UnsupportedError
+    from .errors import UsageError as UsageError
+    from .errors import VerificationError as VerificationError
+    from .reports.fitting import MadeDryRun as MadeDryRun
+    from .reports.fitting import MadeReport as MadeReport
+    from .reports.inspect import AdapterReport as AdapterReport
+    from .reports.inspect import CheckpointReport as CheckpointReport
+    from .reports.merge import DryRunReport as DryRunReport
+    from .reports.merge import MergeReport as MergeReport
+    from .reports.merge import Recovered as Recovered
+    from .reports.merge import UnmergeReport as UnmergeReport
+    from .reports.push import PushReport as PushReport
+    from .reports.verify import OutputsReport as OutputsReport
+    from .reports.verify import VerifyReport as VerifyReport
+    from .verbs.extract import extract as extract
+    from .verbs.from_lora import from_lora as from_lora
+    from .verbs.inspect.verb import inspect as inspect
+    from .verbs.merge import merge as merge
+    from .verbs.push import push as push
+    from .verbs.to_lora import to_lora as to_lora
+    from .verbs.unmerge import unmerge as unmerge
+    from .verbs.verify import verify as verify
 
 _MODULES = {
     "errors": (
-        "DoraConvertError", "HubError", "MalformedError", "NumericalError", "OutputError", "PlanError", "RefError",
-        "UnsupportedError", "UsageError", "VerificationError",
+        "DoraConvertError", "HubError", "MalformedError", "NumericalError", "OutputError", "PlanError",
+        "RefError", "UnsupportedError", "UsageError", "VerificationError",
     ),
-    "reports.inspect": ("AdapterReport", "CheckpointReport"),
     "reports.fitting": ("MadeDryRun", "MadeReport"),
+    "reports.inspect": ("AdapterReport", "CheckpointReport"),
     "reports.merge": ("DryRunReport", "MergeReport", "Recovered", "UnmergeReport"),
     "reports.push": ("PushReport",),
+    "reports.verify": ("OutputsReport", "VerifyReport"),
     "verbs.extract": ("extract",),
     "verbs.from_lora": ("from_lora",),
     "verbs.inspect.verb": ("inspect",),
-    "verbs.merge.verb": ("merge",),
+    "verbs.merge": ("merge",),
     "verbs.push": ("push",),
-    "verbs.unmerge": ("unmerge",),
     "verbs.to_lora": ("to_lora",),
+    "verbs.unmerge": ("unmerge",),
     "verbs.verify": ("verify",),
-    "reports.verify": ("OutputsReport", "VerifyReport"),
 }  # fmt: skip
-"""Where each public name is defined."""
+"""The module that defines each public name."""
 _OWNER = {name: module for module, names in _MODULES.items() for name in names}
 
-__all__ = [
-    "AdapterReport",
-    "CheckpointReport",
-    "DoraConvertError",
-    "DryRunReport",
-    "HubError",
-    "MadeDryRun",
-    "MadeReport",
-    "MalformedError",
-    "MergeReport",
-    "NumericalError",
-    "OutputError",
-    "OutputsReport",
-    "PlanError",
-    "PushReport",
-    "Recovered",
-    "RefError",
-    "UnmergeReport",
-    "UnsupportedError",
-    "UsageError",
-    "VerificationError",
-    "VerifyReport",
-    "__version__",
-    "extract",
-    "from_lora",
-    "inspect",
-    "merge",
-    "push",
-    "to_lora",
-    "unmerge",
-    "verify",
-]
+__all__ = ["__version__", *_OWNER]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:

@@ -1,15 +1,15 @@
-"""Everything that can go wrong, as one tree.
+"""Define every error that this package raises, as one tree.
 
     DoraConvertError            exit code 2
     ├── UsageError              options that contradict each other or the input
-    ├── RefError                a BASE, ADAPTER or OUT that is not there, or not what it should be
+    ├── RefError                a BASE, ADAPTER or OUT that does not exist, or is something else
     ├── MalformedError          a file that breaks its own format
-    ├── UnsupportedError        understood, and refused: says which part and what to do instead
+    ├── UnsupportedError        recognised and refused: names the part and the way out
     ├── PlanError               base and adapter do not fit; carries every fault
-    ├── NumericalError          NaN, Inf or overflow: names the tensor and whose fault it is
+    ├── NumericalError          NaN, Inf or overflow: names the tensor and the file at fault
     ├── OutputError             OUT exists, is locked, or cannot be written
-    ├── HubError                the Hub said no, or nothing
-    ├── VerificationError       the output is not what was computed; exit code 1
+    ├── HubError                the Hub refused or could not be reached
+    ├── VerificationError       the output differs from what was computed; exit code 1
     └── InterruptedRunError     Ctrl-C on the command line; exit code 130
 
 Catch `DoraConvertError` for all of them:
@@ -19,7 +19,8 @@ Catch `DoraConvertError` for all of them:
     except dora_convert.DoraConvertError as error:
         print(error, error.hint)
 
-A new class is added when a caller would handle it differently, not when a message differs. Keep them picklable.
+A new class is added when a caller would handle it differently, not when a message differs. Keep them
+picklable.
 """
 
 from __future__ import annotations
@@ -36,19 +37,19 @@ class Fault(NamedTuple):
 
 
 def _text(text: str) -> str:
-    """Text that any encoding takes: halves of surrogate pairs, from names that are no text, are escaped."""
+    """Return text that any encoding takes: halves of surrogate pairs, from names of files, are escaped."""
     return text.encode(errors="backslashreplace").decode()
 
 
 def _line(text: str, longest: int) -> str:
-    """One line for a terminal: names may hold anything, so what cannot be printed is escaped, and the middle left out."""
+    """Return one line for a terminal: unprintable characters escaped, the middle of a long line left out."""
     text = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
     half = longest // 2
     return text if len(text) <= longest else f"{text[:half]} … {text[-half:]}"
 
 
 def shown(value: object) -> str:
-    """A value from somebody's file, as a message can hold it: on one line, and not for ever."""
+    """Return a value from a file as a message can hold it: on one line, and not too long."""
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]}…"
 
@@ -67,7 +68,7 @@ class DoraConvertError(Exception):
         self.faults = tuple(faults)
 
     def text(self, limit: int = 10) -> str:
-        """The message and its faults, one a line, at most `limit` of them."""
+        """Return the message and its faults, one a line, at most `limit` of them."""
         shown = [Fault(_line(what, 150), _line(why, 300)) for what, why in self.faults[:limit]]
         width = min(60, max((len(fault.what) for fault in shown), default=0))
         lines, last = [_line(self.message, 600)], None
@@ -79,7 +80,7 @@ class DoraConvertError(Exception):
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, object]:
-        """The error as `--json` prints it, with all faults."""
+        """Return the error as `--json` prints it, with all faults."""
         hint = _text(self.hint) if self.hint else None
         body: dict[str, object] = {"kind": self.kind, "message": _text(self.message), "hint": hint}
         if self.faults:
@@ -94,7 +95,7 @@ class UsageError(DoraConvertError, ValueError):
 
 
 class RefError(DoraConvertError, ValueError):
-    """A BASE, ADAPTER or OUT that is not there, or not what it should be."""
+    """A BASE, ADAPTER or OUT that does not exist, or is something else."""
 
     kind = "reference"
 
@@ -106,7 +107,7 @@ class MalformedError(DoraConvertError, ValueError):
 
 
 class UnsupportedError(DoraConvertError, NotImplementedError):
-    """Recognised and refused, by name, with the way out."""
+    """Something recognised and refused, by name, with the way out."""
 
     kind = "unsupported"
 
@@ -136,7 +137,7 @@ class HubError(DoraConvertError):
 
 
 class VerificationError(DoraConvertError):
-    """What was written is not what should have been; nothing is published."""
+    """Output that differs from what was computed; nothing is published."""
 
     kind = "verification"
     exit_code = 1

@@ -1,4 +1,4 @@
-"""Sizes as people write them, and how much memory this process has used."""
+"""Parse and format sizes as people write them, and measure this process's memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _UNITS = {"": 1} | {
 
 
 def parse_size(text: str | int, option: str) -> int:
-    """Bytes in a size such as 5GB (powers of ten), 160MiB (powers of two) or a plain number."""
+    """Return the bytes in a size such as 5GB (powers of ten), 160MiB (powers of two) or a plain number."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?i?B?)", str(text).strip())
     if not match or match[2] not in _UNITS or not (size := int(float(match[1]) * _UNITS[match[2]])):
         raise UsageError(f"{option} {text!r} is not a size.", hint=f"{option} 500MB, 5GB or 160MiB")
@@ -23,7 +23,7 @@ def parse_size(text: str | int, option: str) -> int:
 
 
 def format_size(nbytes: float) -> str:
-    """Bytes for reading: three digits and a power of ten."""
+    """Return a size for reading: three digits and a power of ten."""
     for unit in ("B", "kB", "MB", "GB"):
         if nbytes < 999.5:
             return f"{nbytes:.3g} {unit}"
@@ -32,7 +32,7 @@ def format_size(nbytes: float) -> str:
 
 
 def peak_memory() -> int | None:
-    """The most bytes this process has had in memory, or None where the system does not tell."""
+    """Return the most bytes that this process has had in memory; None if the system does not tell."""
     status = Path("/proc/self/status")
     if status.exists():
         match = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())

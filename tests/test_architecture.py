@@ -62,6 +62,7 @@ FREE_OF_TORCH = {
 TALKS = {"click", "rich", "tqdm"}
 TOP_LEVEL = 10
 LONGEST_FILE, LONGEST_FUNCTION = 300, 50
+MOST_POSITIONAL = 5
 ARITHMETIC = {"engine/tensor", "engine/factors", "engine/device_buffers", "engine/executor"}
 
 
@@ -181,6 +182,13 @@ def test_nothing_is_long(name):
     for node in ast.walk(TREES[name]):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < LONGEST_FUNCTION, f"{name}: {node.name}"
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_calls_name_their_arguments(name):
+    """No call passes more than five positional arguments; a reader cannot tell more of them apart."""
+    calls = [node for node in ast.walk(TREES[name]) if isinstance(node, ast.Call)]
+    assert [ast.unparse(call) for call in calls if len(call.args) > MOST_POSITIONAL] == []
 
 
 def test_class_names_occur_once():

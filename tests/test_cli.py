@@ -222,7 +222,7 @@ def test_interrupt(run, tmp_path, base, adapter, monkeypatch):
     monkeypatch.setattr(ShardFiles, "write", stop)
     code, _, err = run("merge", base.path, adapter, tmp_path / "out")
     assert code == 130
-    assert "the same command continues it" in err
+    assert "rerun the same command to resume" in err
 
 
 def test_interrupted_while_importing(tmp_path):

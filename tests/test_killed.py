@@ -102,7 +102,7 @@ def test_interrupted_while_another_waits(pair, tmp_path):
     stopped = first.wait()
     assert stopped.returncode == 130, stopped.stderr
     error = json.loads(stopped.stderr.splitlines()[-1])["error"]
-    assert "the same command continues it" in error["hint"]
+    assert "rerun the same command to resume" in error["hint"]
     assert "Traceback" not in stopped.stderr
     assert not out.exists()
     assert json.loads(run(words, out, "--json").stdout)["resumed"] is True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import pickle
 import subprocess
 import sys
@@ -28,6 +29,18 @@ def test_exported_names():
         assert getattr(dora_convert, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'unmerg'"):
         dora_convert.unmerg  # noqa: B018
+
+
+def test_signatures_list_every_option():
+    """Options are declared in groups, and yet a signature shows each one; a keyword that is not an option is named."""
+    parameters = inspect.signature(dora_convert.merge).parameters
+    assert parameters["device"].default == "auto"
+    assert parameters["device"].annotation is str
+    assert parameters["on_notice"].kind is inspect.Parameter.KEYWORD_ONLY
+    assert inspect.signature(dora_convert.to_lora).parameters["max_memory"].default == "auto"
+    assert "exact_svd: bool = False" in str(inspect.signature(dora_convert.extract))
+    with pytest.raises(TypeError, match=r"merge\(\) got an unexpected keyword argument 'devise'"):
+        dora_convert.merge("base", "adapter", "out", devise="cpu")
 
 
 def test_version_is_the_distributions():

@@ -47,7 +47,7 @@ def test_names_that_are_taken_or_none(hub, push, merged):
         (("a/b/c",), {}, "a/b/c is not a valid repo id"),
         (("me/m",), {"HF_ENDPOINT": "http://127.0.0.1:9"}, "the Hub cannot be reached"),
         (("me/m",), {"HF_HUB_OFFLINE": "1"}, "offline mode is on"),
-        (("me/m", "--base-model", "./base"), {}, "--base-model './base' is no repo id"),
+        (("me/m", "--base-model", "./base"), {}, "--base-model './base' is not a valid repo id"),
     ]
     for words, environment, message in cases:
         done = push(merged, *words, **environment)

@@ -1,6 +1,6 @@
-"""The command line: a Click group whose commands are imported when they are called.
+"""Run the command line: a Click group whose commands are imported when they are called.
 
-Commands gather options, call the library, and hand the report to a sink. They never compute and never print.
+Commands collect options, call the library, and hand the report to a sink. They never compute and never print.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ COMMANDS = {
     "from-lora": "LoRA to DoRA, outputs preserved",
     "to-lora": "DoRA, or any adapter, to LoRA by SVD; LoRA to another rank",
     "extract": "fine-tuned checkpoint to adapter",
-    "verify": "does a merged checkpoint do what base + adapter do?",
-    "inspect": "what is this? headers only, local or remote",
+    "verify": "compare a merged checkpoint with base + adapter",
+    "inspect": "describe an adapter or a checkpoint from its headers, local or remote",
     "push": "upload a checkpoint or an adapter, with a model card",
 }
 READING = frozenset({"verify", "inspect", "push"})
-"""Verbs that write nothing here anyway."""
+"""Verbs that write nothing on this machine."""
 
 
 class Lazy(click.Group):
-    """A group that knows its commands by name and imports one when it is asked for."""
+    """A group that knows its commands by name and imports a command when it is called."""
 
     def __init__(self, **attributes: Any) -> None:
         super().__init__(**attributes)
         self.commands = dict.fromkeys(COMMANDS)  # type: ignore[assignment] # names: for "did you mean"
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
-        """All verbs, in the order of a typical session."""
+        """Return all verbs, in the order of a typical session."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
-        """The command of a verb, from the module of the same name."""
+        """Return the command of a verb, from the module of the same name."""
         if cmd_name not in COMMANDS:
             return None
         command: click.Command = import_module(f".{cmd_name.replace('-', '_')}", __name__).command
@@ -56,7 +56,7 @@ class Lazy(click.Group):
 
 
 def colour() -> bool | None:
-    """NO_COLOR and FORCE_COLOR, which Click does not read; None leaves it to the terminal."""
+    """Return the choice of NO_COLOR and FORCE_COLOR, which Click does not read; None for the terminal's."""
     if os.environ.get("NO_COLOR"):
         return False
     return True if os.environ.get("FORCE_COLOR") else None
@@ -76,7 +76,7 @@ def group(ctx: click.Context) -> None:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the command line; leaves by SystemExit, with the code that docs/cli.md gives."""
+    """Run the command line; raises SystemExit with the exit code that docs/cli.md gives."""
     words = list(sys.argv[1:] if args is None else args)
     try:
         code = group.main(words, prog_name="dora-convert", standalone_mode=False)
@@ -84,8 +84,9 @@ def main(args: Sequence[str] | None = None) -> None:
         error.show()
         code = error.exit_code
     except (Exception, KeyboardInterrupt) as error:
-        # CPython remembers a Ctrl-C that came while it ran a string, as dataclasses do, even where that was caught, and
-        # with -m dies of it in the end instead of leaving with our code. Running another string makes it forget.
+        # CPython remembers a Ctrl-C that came while it ran a string, as dataclasses do, even if that was
+        # caught, and with -m dies of it at the end instead of exiting with our code. Running another
+        # string clears it.
         exec("")  # noqa: S102
         if os.environ.get("DORA_CONVERT_DEBUG"):
             raise
@@ -94,16 +95,17 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def fail(error: BaseException, *, as_json: bool, reads: bool = False) -> int:
-    """Say what went wrong, on stderr; the exit code. Of verbs that only read, what was written goes without saying."""
+    """Print an error on stderr and return the exit code; `reads` leaves out that nothing was written."""
     if isinstance(error, click.ClickException) and not as_json:
         error.show()
         return error.exit_code
-    known = _in_words(error)
+    known = _translate(error)
     show_error(known, as_json=as_json, colour=colour(), outcome=not reads)
     return known.exit_code
 
 
-def _in_words(error: BaseException) -> DoraConvertError:
+def _translate(error: BaseException) -> DoraConvertError:
+    """Return any error as one of ours."""
     match error:
         case DoraConvertError():
             return error
@@ -111,7 +113,7 @@ def _in_words(error: BaseException) -> DoraConvertError:
             return UsageError(error.format_message())
         case KeyboardInterrupt() | click.Abort():
             return InterruptedRunError(
-                "Interrupted.", hint="what is done is kept; the same command continues it"
+                "Interrupted.", hint="finished tensors are kept; rerun the same command to resume"
             )
         case OSError():
             return DoraConvertError(f"{error.filename or 'the system'}: {error.strerror or error}.")

@@ -1,38 +1,24 @@
-"""dora-convert from-lora."""
+"""dora-convert from-lora: the command."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import click
+from typing_extensions import Unpack
 
-from . import options
-from .made import run_verb
+from ..options import FromLoraOptions
+from .adapter_report import show
+from .options import takes
+from .sink import Sink
 
 
 @click.command("from-lora")
 @click.argument("refs", nargs=-1, metavar="[BASE] LORA OUT", required=True)
-@click.option(
-    "--init",
-    type=click.Choice(["preserve", "pretrained"]),
-    default="preserve",
-    show_default=True,
-    help="preserve: m = ‖W + sBA‖, outputs as before; pretrained: m = ‖W‖, the paper's start of training.",
-)
-@click.option("--split", is_flag=True, help="Leave what cannot be DoRA as LoRA in OUT/lora.")
-@options.adapters_out
-@options.pushing
-@options.compute
-@options.select
-@options.reading
-@options.writing
-@options.hub
-@options.talk
-def command(refs: tuple[str, ...], *, as_json: bool, quiet: bool, verbose: bool, **chosen: Any) -> None:
+@takes(FromLoraOptions)
+def command(refs: tuple[str, ...], *, sink: Sink, **keywords: Unpack[FromLoraOptions]) -> None:
     """Make a DoRA of a LoRA, with the same outputs.
 
-    BASE and LORA are folders or Hub repos (org/name[@revision]). Without BASE, the base that the adapter names is used.
-    OUT is a PEFT adapter: the same factors, and for each module the magnitude m = ‖W + sBA‖.
+    BASE and LORA are folders or Hub repos (org/name[@revision]). Without BASE, the base that the adapter
+    names is used. OUT is a PEFT adapter: the same factors, and for each module the magnitude m = ‖W + sBA‖.
 
     \b
     Examples:
@@ -43,5 +29,5 @@ def command(refs: tuple[str, ...], *, as_json: bool, quiet: bool, verbose: bool,
         raise click.UsageError("from-lora needs a LORA and OUT, and mostly a BASE before them.")
     from ..verbs.from_lora import from_lora
 
-    base = refs[0] if len(refs) > 2 else None
-    run_verb(from_lora, base, *refs[-2:], as_json=as_json, quiet=quiet, verbose=verbose, **chosen)
+    *base, adapter, out = refs
+    show(sink, from_lora(base[0] if base else None, adapter, out, **keywords))

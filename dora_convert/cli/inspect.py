@@ -1,4 +1,4 @@
-"""dora-convert inspect."""
+"""dora-convert inspect: the command, and its report for people."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
+from typing_extensions import Unpack
 
+from ..options import InspectOptions
 from ..sizes import format_size
-from . import options
-from .sink import Sink, ledger_table, printable, table
+from .merge import ledger_table
+from .options import takes
+from .sink import Sink, printable, table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -17,20 +20,18 @@ if TYPE_CHECKING:
     from ..reports.inspect import AdapterReport, CheckpointReport, Landing, Module
 
 SHOWN = 10
-"""How many of a list are shown without --verbose."""
+"""Entries of a list that are shown without --verbose."""
 
 
 @click.command("inspect")
 @click.argument("ref")
-@click.option("--base", metavar="REF", help="Show where each adapter tensor would land in this base.")
-@options.reading
-@options.hub
-@options.talk
-def command(ref: str, *, as_json: bool, quiet: bool, verbose: bool, **chosen: Any) -> None:
-    """What is this? Told from headers, never from weights.
+@click.option("--base", metavar="REF", help="Show the place of each adapter tensor in this base.")
+@takes(InspectOptions)
+def command(ref: str, *, sink: Sink, base: str | None, **keywords: Unpack[InspectOptions]) -> None:
+    """Describe an adapter or a checkpoint from its headers, never from its weights.
 
-    REF is an adapter or a checkpoint: a folder, a single weight file or a Hub repo (org/name[@revision]). Of a model on
-    the Hub, only the headers of its weight files are fetched.
+    REF is a folder, a single weight file or a Hub repo (org/name[@revision]). Of a model on the Hub, only the
+    headers of its weight files are downloaded.
 
     \b
     Examples:
@@ -40,13 +41,12 @@ def command(ref: str, *, as_json: bool, quiet: bool, verbose: bool, **chosen: An
     """
     from ..verbs.inspect.verb import inspect
 
-    sink = Sink(as_json=as_json, quiet=quiet, verbose=verbose)
-    report = inspect(ref, **chosen)
+    report = inspect(ref, base, **keywords)
     sink.show(report, f"{report.kind} {report.title}", lambda every: parts(report, every=every))
 
 
 def parts(report: AdapterReport | CheckpointReport, *, every: bool) -> Iterator[Table | str]:
-    """The report for people: tables first, then what it comes to in a few lines."""
+    """Yield the report for people: tables first, then a few lines."""
     from ..reports.inspect import AdapterReport
 
     if isinstance(report, AdapterReport):
@@ -64,7 +64,7 @@ def parts(report: AdapterReport | CheckpointReport, *, every: bool) -> Iterator[
 
 
 def modules_table(modules: Iterable[Module], *, every: bool) -> Table:
-    """What an adapter has for which kind of weight, layers counted together; `every` lists each one."""
+    """Return an adapter's changes by kind of weight, layers counted together; `every` lists each weight."""
     groups: dict[tuple[str, ...], list[Module]] = {}
     for module in modules:
         scaling = "" if module.scaling is None else f"{module.scaling:g}"
@@ -78,6 +78,7 @@ def modules_table(modules: Iterable[Module], *, every: bool) -> Table:
 
 
 def _method(module: Module) -> str:
+    """Return the kind of a module's change."""
     if module.rows is not None:
         return f"{module.rows} trained rows"
     if module.method == "whole":
@@ -86,21 +87,23 @@ def _method(module: Module) -> str:
 
 
 def _numbers(modules: Sequence[Module]) -> str:
+    """Return the ranks of some modules."""
     return ", ".join(map(str, sorted({module.rank for module in modules if module.rank is not None})))
 
 
 def _shape(shape: Sequence[int]) -> str:
+    """Return a shape for reading."""
     return " × ".join(map(str, shape)) or "scalar"
 
 
 def weights_table(weights: Iterable[Mapping[str, Any]]) -> Table:
-    """Tensors by kind, layers counted together."""
-    rows = [(found["kind"], found["tensors"], found["dtype"], _shape(found["shape"])) for found in weights]
+    """Return tensors by kind, layers counted together."""
+    rows = [(kind["kind"], kind["tensors"], kind["dtype"], _shape(kind["shape"])) for kind in weights]
     return table(("tensor", ">n", "dtype", "shape"), rows)
 
 
 def about_adapter(report: AdapterReport, *, every: bool) -> Iterator[str]:
-    """What an adapter is, in a few lines."""
+    """Yield the facts of an adapter, in a few lines."""
     yield f"adapter: {report.title}, {report.method} in the {report.format} format"
     base = (
         f"{report.base}{f' at {report.revision}' if report.revision else ''}" if report.base else "not said"
@@ -126,7 +129,7 @@ def about_adapter(report: AdapterReport, *, every: bool) -> Iterator[str]:
 
 
 def about_landing(landing: Landing, *, every: bool) -> Iterator[str]:
-    """Whether an adapter fits a base."""
+    """Yield the match of an adapter with a base, or the faults."""
     yield from (f"warning: {warning}" for warning in landing.warnings)
     if landing.fits:
         counts = ", ".join(
@@ -141,6 +144,7 @@ def about_landing(landing: Landing, *, every: bool) -> Iterator[str]:
 
 
 def _listed(faults: Sequence[Mapping[str, str]], *, every: bool) -> Iterator[str]:
+    """Yield faults, one a line."""
     shown = len(faults) if every else SHOWN
     yield from (f"  {fault['what']}  {fault['why']}" for fault in faults[:shown])
     if len(faults) > shown:
@@ -148,9 +152,9 @@ def _listed(faults: Sequence[Mapping[str, str]], *, every: bool) -> Iterator[str
 
 
 def about_checkpoint(report: CheckpointReport, *, every: bool) -> Iterator[str]:
-    """What a checkpoint is, in a few lines."""
-    what = ", ".join(report.architectures) or "model"
-    yield f"checkpoint: {report.title}, {what}{f' ({report.model_type})' if report.model_type else ''}"
+    """Yield the facts of a checkpoint, in a few lines."""
+    model = ", ".join(report.architectures) or "model"
+    yield f"checkpoint: {report.title}, {model}{f' ({report.model_type})' if report.model_type else ''}"
     files = report.index or report.shards[0]["file"]
     yield f"stored as {report.format}: {files}{f', {len(report.shards)} shards' if report.index else ''}"
     if every:
@@ -160,8 +164,8 @@ def about_checkpoint(report: CheckpointReport, *, every: bool) -> Iterator[str]:
         )
     yield _totals(report)
     if report.tied:
-        where = "stored under both names" if report.tied["head_stored"] else "stored once"
-        yield f"tied: {report.tied['head']} is {report.tied['embedding']}, {where}"
+        stored = "stored under both names" if report.tied["head_stored"] else "stored once"
+        yield f"tied: {report.tied['head']} is {report.tied['embedding']}, {stored}"
     if report.quantised:
         bits = f", {report.quantised['bits']} bits" if report.quantised["bits"] else ""
         yield f"quantised: {report.quantised['method']}{bits}"
@@ -177,7 +181,7 @@ def about_checkpoint(report: CheckpointReport, *, every: bool) -> Iterator[str]:
 
 
 def about_merge(merge: Mapping[str, Any]) -> str:
-    """What an earlier merge's receipt says, in a line."""
+    """Return the facts of an earlier merge, from its receipt, in a line."""
     if "error" in merge:
         return f"note: {merge['error']}"
     adapters = ", ".join(map(_merged, merge["adapters"]))
@@ -189,12 +193,14 @@ def about_merge(merge: Mapping[str, Any]) -> str:
 
 
 def _merged(adapter: Mapping[str, Any]) -> str:
+    """Return a merged adapter's name, kind and weight."""
     weight = "" if adapter["weight"] in (None, 1) else f", weight {adapter['weight']}"
     return f"{adapter['name']} ({adapter['kind']}{weight})"
 
 
 def _totals(report: AdapterReport | CheckpointReport) -> str:
-    dtypes = ", ".join(f"{found['tensors']} {name}" for name, found in report.dtypes.items())
+    """Return the number and size of all tensors."""
+    dtypes = ", ".join(f"{total['tensors']} {name}" for name, total in report.dtypes.items())
     return (
         f"{report.tensors} tensors ({dtypes}), {report.parameters:,} parameters, {format_size(report.bytes)}"
     )

@@ -1,55 +1,36 @@
-"""dora-convert merge."""
+"""dora-convert merge: the command, and its report for people."""
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import click
+from typing_extensions import Unpack
 
-from . import options
-from .sink import Sink
+from ..options import MergeOptions
+from ..sizes import format_size
+from .options import takes
+from .sink import Sink, printable, table
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ..reports.inspect import Landing
+    from ..reports.merge import DryRunReport, MergeReport
 
 
 @click.command("merge")
 @click.argument("refs", nargs=-1, metavar="[BASE] ADAPTER... OUT", required=True)
-@options.strength
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
-    default="auto",
-    help="Of every floating tensor written; auto keeps each one's own.",
-)
-@click.option(
-    "--max-shard-size", metavar="SIZE", help="Such as 5GB or 4GiB; default the base's own sharding."
-)
-@options.compute
-@options.select
-@click.option(
-    "--undo",
-    type=click.Choice(["norms", "exact", "none"]),
-    help="What to keep so that the merge can be undone: norms (default; up to rounding) or exact (bit for bit).",
-)
-@click.option("--verify/--no-verify", default=True, help="Check a sample of the output before publishing it.")
-@click.option(
-    "--verify-outputs",
-    is_flag=True,
-    help="Run base + adapter and the output on sample prompts before publishing it.",
-)
-@options.matching
-@options.reading
-@options.base_model
-@options.pushing
-@click.option("--no-local", is_flag=True, help="With --push-to-hub: no OUT, nothing stays on this machine.")
-@options.writing
-@options.placing
-@options.hub
-@options.talk
-def command(refs: tuple[str, ...], *, as_json: bool, quiet: bool, verbose: bool, **chosen: Any) -> None:
+@takes(MergeOptions)
+def command(refs: tuple[str, ...], *, sink: Sink, **keywords: Unpack[MergeOptions]) -> None:
     """Fold LoRA and DoRA adapters into a base checkpoint.
 
-    BASE and ADAPTER are folders or Hub repos (org/name[@revision]). Without BASE, the base that the adapter names is
-    used. OUT is a new folder with the base's files, its weights merged, and a record of what was done in
-    OUT/dora_convert.
+    BASE and ADAPTER are folders or Hub repos (org/name[@revision]). Without BASE, the base that the adapter
+    names is used. OUT is a new folder with the base's files, its weights merged, and a record of what was
+    done in OUT/dora_convert.
 
     \b
     Examples:
@@ -59,21 +40,88 @@ def command(refs: tuple[str, ...], *, as_json: bool, quiet: bool, verbose: bool,
       dora-convert merge org/base ./style ./facts ./merged --weight 0.5 --weight 1
       dora-convert merge org/base me/adapter --push-to-hub me/merged --no-local
     """
-    if len(refs) < (1 if chosen["no_local"] else 2):
-        needed = (
-            "a BASE and an ADAPTER"
-            if chosen["in_place"]
-            else "an ADAPTER and OUT, and mostly a BASE before them"
+    if len(refs) < (1 if keywords["no_local"] else 2):
+        inputs_and_out = "an ADAPTER and OUT, and mostly a BASE before them"
+        raise click.UsageError(
+            f"merge needs {'a BASE and an ADAPTER' if keywords['in_place'] else inputs_and_out}."
         )
-        raise click.UsageError(f"merge needs {needed}.")
-    from ..verbs.merge.verb import merge
+    from ..verbs.merge import merge
 
-    nowhere = chosen["in_place"] or chosen["no_local"]
-    inputs, out = (refs, None) if nowhere else (refs[:-1], refs[-1])
+    has_out = not (keywords["in_place"] or keywords["no_local"])
+    inputs, out = (refs[:-1], refs[-1]) if has_out else (refs, None)
     base, adapters = (inputs[0], inputs[1:]) if len(inputs) > 1 else (None, inputs)
-    sink = Sink(as_json=as_json, quiet=quiet, verbose=verbose)
-    try:
-        report = merge(base, adapters, out, on_progress=sink.progress, on_notice=sink.notice, **chosen)
-    finally:
-        sink.close()
-    sink.result(report)
+    report = merge(base, adapters, out, **keywords)
+    sink.show(report, report.out, lambda every: parts(report, every=every))
+
+
+def parts(report: MergeReport | DryRunReport, *, every: bool) -> Iterator[Table | str]:
+    """Yield the report for people: the ledger, and a summary."""
+    yield ledger_table(report, every=every)
+    yield from summary(report)
+
+
+def ledger_table(report: MergeReport | DryRunReport | Landing, *, every: bool) -> Table:
+    """Return the ledger by kind of weight, layers counted together; `every` lists each weight."""
+    groups: dict[tuple[str, str], set[str]] = {}
+    for entry in report.ledger:
+        name = entry["into"][0].removesuffix(".weight") if entry["into"] else entry["tensor"]
+        group = (name if every else fold_name(name), f"{entry['fate']}: {entry['why']}")
+        groups.setdefault(group, set()).add(name)
+    rows = [(kind, len(names), fate) for (kind, fate), names in groups.items()]
+    return table(("module", ">n", "fate"), rows)
+
+
+def fold_name(name: str) -> str:
+    """Return a tensor's name without its layer numbers and PEFT's prefix."""
+    return re.sub(r"\.\d+\.", ".*.", name.removeprefix("base_model.model."))
+
+
+def summary(report: MergeReport | DryRunReport) -> Iterator[str]:
+    """Yield the results of a merge, or of its plan, in a few lines."""
+    counts, values = report.tensors, report.to_dict()
+    added = f"{counts['added']} added, " if counts["added"] else ""
+    tensors = (
+        f"{counts['total']} tensors: {counts['merged']} merged, {counts['replaced']} replaced, {added}"
+        f"{counts['copied']} copied"
+    )
+    fates = Counter(entry["fate"] for entry in report.ledger)
+    yield f"{len(report.ledger)} adapter tensors: " + ", ".join(f"{n} {fate}" for fate, n in fates.items())
+    if "plan" in values:
+        yield f"{tensors}; nothing was written"
+        yield _planned(values["plan"])
+    else:
+        yield f"{tensors}; {written(values)}"
+        yield from _checks(values)
+    yield printable(f"out: {report.out}")
+
+
+def written(values: Mapping[str, Any]) -> str:
+    """Return the size, time and peak memory of a run."""
+    peak = values["peak_memory_bytes"]
+    memory = f"peak memory {format_size(peak)}" if peak else "peak memory unknown"
+    return f"{format_size(values['bytes_written'])} in {values['seconds']:.1f} s, {memory}"
+
+
+def _planned(plan: Mapping[str, int]) -> str:
+    """Return the sizes of a plan."""
+    return (
+        f"would write {format_size(plan['bytes_out'])} in {plan['shards']} files and an undo record of "
+        f"at most {format_size(plan['undo_bytes'])}, holding {format_size(plan['memory'])} in memory"
+    )
+
+
+def _checks(values: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the results of the self-check, the upload, and the comparison of outputs."""
+    if checked := values["verified"]:
+        lost = "" if values["lost"] is None else f"; rounding took {values['lost']:.2%} of the change"
+        yield (
+            f"checked: {checked['wrong_elements']} of {checked['checked']:,} elements wrong, "
+            f"at most {checked['max_ulp']} ulp from the exact result{lost}"
+        )
+    if pushed := values["pushed"]:
+        yield printable(f"pushed: {pushed['url']}, {format_size(pushed['bytes_uploaded'])}")
+    if outputs := values["outputs"]:
+        yield (
+            f"outputs: {outputs['verdict']}, {outputs['max_abs_logit_error']:.2g} apart at most; "
+            f"rounding alone leaves {outputs['rounding_floor']:.2g}"
+        )

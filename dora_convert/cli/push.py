@@ -1,14 +1,16 @@
-"""dora-convert push."""
+"""dora-convert push: the command, and its report for people."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
+from typing_extensions import Unpack
 
+from ..options import UploadOptions
 from ..sizes import format_size
-from . import options
+from .options import takes
 from .sink import Sink, printable, table
 
 if TYPE_CHECKING:
@@ -20,17 +22,13 @@ if TYPE_CHECKING:
 @click.command("push")
 @click.argument("folder", metavar="DIR")
 @click.argument("repo_id", metavar="REPO_ID")
-@options.repo
-@options.base_model
-@click.option("--dry-run", is_flag=True, help="Check DIR, list what would be uploaded, and send nothing.")
-@options.token
-@options.talk
-def command(folder: str, repo_id: str, *, as_json: bool, quiet: bool, verbose: bool, **chosen: Any) -> None:
+@takes(UploadOptions)
+def command(folder: str, repo_id: str, *, sink: Sink, **keywords: Unpack[UploadOptions]) -> None:
     """Upload a merged checkpoint or an adapter to the Hub.
 
-    DIR is only read. It must be whole, and what its receipt says is checked first. Large files go up one by one and one
-    commit comes last: the repo never shows half a model, and the same command goes on where it was cut off. The answer
-    is the URL.
+    DIR is only read. DIR must be complete, and is checked against its receipt first. Large files are uploaded
+    one by one before the commit, so that the repo never shows half a model. The same command resumes an
+    interrupted upload. The answer is the URL.
 
     \b
     Examples:
@@ -39,16 +37,12 @@ def command(folder: str, repo_id: str, *, as_json: bool, quiet: bool, verbose: b
     """
     from ..verbs.push import push
 
-    sink = Sink(as_json=as_json, quiet=quiet, verbose=verbose)
-    try:
-        report = push(folder, repo_id, on_progress=sink.progress, on_notice=sink.notice, **chosen)
-    finally:
-        sink.close()
+    report = push(folder, repo_id, **keywords)
     sink.show(report, report.url or report.repo, lambda every: parts(report, every=every))
 
 
 def parts(report: PushReport, *, every: bool) -> Iterator[Table | str]:
-    """The report for people: every file if asked for, and what it comes to."""
+    """Yield the report for people: the files with --verbose or --dry-run, and a summary."""
     if every or report.dry_run:
         rows = [(file.path, format_size(file.bytes), file.state) for file in report.files]
         yield table(("file", ">size", "state"), rows)
@@ -59,6 +53,6 @@ def parts(report: PushReport, *, every: bool) -> Iterator[Table | str]:
         return
     same = sum(file.state == "unchanged" for file in report.files)
     copied = sum(file.state == "copied" for file in report.files)
-    there = f"{same} of them unchanged" + (f", {copied} copied on the Hub" if copied else "")
-    yield f"{len(report.files)} files, {there}; {size} uploaded in {report.seconds:.1f} s"
+    reused = f"{same} of them unchanged" + (f", {copied} copied on the Hub" if copied else "")
+    yield f"{len(report.files)} files, {reused}; {size} uploaded in {report.seconds:.1f} s"
     yield report.url

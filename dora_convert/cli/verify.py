@@ -1,14 +1,16 @@
-"""dora-convert verify."""
+"""dora-convert verify: the command, and its report for people."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import click
+from typing_extensions import Unpack
 
+from ..options import VerifyOptions
 from ..reports.verify import figures
-from . import options
+from .options import takes
 from .sink import Sink, printable, table
 
 if TYPE_CHECKING:
@@ -17,56 +19,21 @@ if TYPE_CHECKING:
     from ..reports.verify import CheckedModule, OutputsReport, VerifyReport
 
 SHOWN = 10
-"""How many modules and problems are shown without --verbose."""
+"""Modules and problems that are shown without --verbose."""
 
 
 @click.command("verify")
 @click.argument("refs", nargs=-1, metavar="BASE ADAPTER... MERGED", required=True)
-@click.option(
-    "--level",
-    type=click.Choice(["weights", "outputs"]),
-    default="weights",
-    show_default=True,
-    help="What is compared: every element, or what the models say.",
-)
-@options.strength
-@click.option(
-    "--samples",
-    type=click.IntRange(0),
-    default=8,
-    show_default=True,
-    metavar="N",
-    help="Random inputs whose outputs are compared, for each module.",
-)
-@click.option("--prompt", multiple=True, metavar="TEXT", help="What outputs are compared on; repeatable.")
-@click.option("--prompts", type=click.Path(), metavar="FILE", help="More of them, one a line; UTF-8.")
-@click.option(
-    "--report",
-    type=click.Path(),
-    metavar="FILE.html",
-    help="Write a self-contained page of what was found, too.",
-)
-@options.device
-@click.option(
-    "--max-memory",
-    metavar="SIZE",
-    help="Bytes held at once, beyond Python and torch; default 160MiB for weights, what is free for outputs.",
-)
-@options.workers
-@options.select
-@options.matching
-@options.reading
-@options.hub
-@options.talk
-def command(refs: tuple[str, ...], *, as_json: bool, quiet: bool, verbose: bool, **chosen: Any) -> int:
-    """Whether MERGED does what BASE and ADAPTER do.
+@takes(VerifyOptions)
+def command(refs: tuple[str, ...], *, sink: Sink, **keywords: Unpack[VerifyOptions]) -> int:
+    """Compare what MERGED does with what BASE and ADAPTER do.
 
-    Every element is compared with the float64 result, whoever made MERGED, and every module's outputs with the
-    adapter's own. Rounding is told from mistakes, and known mistakes are called by their names. The exit code is 0 where
-    they agree, 1 where they differ, 2 where that cannot be decided.
+    Every element is compared with the float64 result, whichever tool wrote MERGED, and every module's outputs
+    with the adapter's own. Rounding is told from mistakes, and known mistakes are named. The exit code is 0
+    if they agree, 1 if they differ, 2 if that cannot be decided.
 
-    With --level outputs, base + adapter as PEFT runs them and MERGED are run on prompts, and what they say is compared.
-    That needs pip install 'dora-convert[verify]'.
+    With --level outputs, base + adapter, as PEFT runs them, and MERGED are run on prompts, and their logits
+    are compared. That needs pip install 'dora-convert[verify]'.
 
     \b
     Examples:
@@ -79,17 +46,13 @@ def command(refs: tuple[str, ...], *, as_json: bool, quiet: bool, verbose: bool,
     from ..verbs.verify import verify
 
     base, *adapters, merged = refs
-    sink = Sink(as_json=as_json, quiet=quiet, verbose=verbose)
-    try:
-        report = verify(base, adapters, merged, on_progress=sink.progress, on_notice=sink.notice, **chosen)
-    finally:
-        sink.close()
+    report = verify(base, adapters, merged, **keywords)
     sink.show(report, report.verdict, lambda every: parts(report, every=every))
     return 0 if report.verdict == "agree" else 1
 
 
 def parts(report: VerifyReport | OutputsReport, *, every: bool) -> Iterator[Table | str]:
-    """The report for people: figures, the worst modules first, then what they come to."""
+    """Yield the report for people: the worst modules first, then the verdict."""
     if report.level == "outputs":
         yield from _outputs(cast("OutputsReport", report))
         return
@@ -103,20 +66,22 @@ def parts(report: VerifyReport | OutputsReport, *, every: bool) -> Iterator[Tabl
 
 
 def _outputs(report: OutputsReport) -> Iterator[Table | str]:
-    """What two models said, and how far that is apart."""
+    """Yield the difference of two models' outputs."""
     yield table(("outputs", ">difference", ">rounding alone", ">passes up to"), figures(report))
-    yield f"{report.prompts} prompts, {report.positions:,} positions of {report.architecture} on {report.device}"
+    positions = f"{report.positions:,} positions of {report.architecture}"
+    yield f"{report.prompts} prompts, {positions} on {report.device}"
     yield from (printable(f"problem: {problem}") for problem in report.problems)
     yield from (printable(f"note: {note}") for note in report.notes)
     yield f"verdict: {report.verdict}"
 
 
 def _badness(module: CheckedModule) -> tuple[int, float]:
+    """Return a key that sorts modules by their errors."""
     return module.wrong_elements, module.output_error or 0.0
 
 
 def modules_table(modules: Sequence[CheckedModule]) -> Table:
-    """What was found in each module; an output's error means something next to what rounding alone leaves."""
+    """Return each module's errors; the error of rounding alone stands beside the output's error."""
     rows = [
         (
             module.name.removesuffix(".weight"),
@@ -131,11 +96,12 @@ def modules_table(modules: Sequence[CheckedModule]) -> Table:
 
 
 def _share(value: float | None) -> str:
+    """Return a relative error, or a dash for an unknown one."""
     return "–" if value is None else f"{value:.1e}"
 
 
 def about(report: VerifyReport, *, every: bool) -> Iterator[str]:
-    """The verdict and its reasons, in a few lines."""
+    """Yield the verdict and its reasons, in a few lines."""
     untouched = report.untouched
     elements = sum(module.elements for module in report.modules)
     wrong = sum(module.wrong_elements for module in report.modules)

@@ -43,7 +43,7 @@ class Transfers(Protocol):
     def attach(self, files: ShardFiles) -> None:
         """Take the open shards of the output."""
 
-    def made(self, shard: str) -> None:
+    def shard_finished(self, shard: str) -> None:
         """Note that a shard is finished and, if checked, right; called by workers."""
 
     def settle(self) -> None:
@@ -166,7 +166,7 @@ def run(plan: Plan, output: Output, settings: Settings, options: RunOptions) -> 
             maker=options.maker,
             checker=options.check(output.partial, plan, reader) if options.check else None,
             progress=progress,
-            on_shard=hub.made if hub else None,
+            on_shard=hub.shard_finished if hub else None,
             output=output,
             hashed=options.hashed,
         )

@@ -1,4 +1,4 @@
-"""to-lora's arithmetic: what an adapter adds to one weight, as the best factors of a rank or an error."""
+"""Compute the best factors, of a rank or an error, of what an adapter adds to one weight."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from ..errors import NumericalError
 from ..maths import lora as maths
 from ..maths.svd import BLOCK, Factors, compared, resize, squared, truncated_svd
 from .jobs import MatchedChange
-from .run import Made, rounded
+from .run import Fitted, rounded
 
 Rows = Callable[[slice], Tensor]
 
 SAME = 1e-6
-"""A DoRA whose m/‖V‖ differ from 1 by no more than this is a LoRA: float32 has magnitudes no better."""
+"""A DoRA whose m/‖V‖ differ from 1 by at most this is a LoRA: float32 magnitudes are no more exact."""
 EXACT = 1e-6
-"""A relative error that is the rounding of factors to float32."""
+"""The relative error of rounding factors to float32."""
 SAMPLES = 8
 
 
@@ -37,37 +37,38 @@ def compress(
     exact: bool,
     single: bool,
     dtype: str | None,
-    shifts: Mapping[str, Delta],
-) -> Made:
-    """A (r, in, …) and B (out, r, …) with scaling 1, and what they lose of ΔW = apply(W) − W.
+    biases: Mapping[str, Delta],
+) -> Fitted:
+    """Return A (r, in, …) and B (out, r, …) with scaling 1, and their loss of ΔW = apply(W) − W.
 
-    `goal` is a rank, an energy or a max_error; ΔW is held in single precision where `single` is set. `shifts` are the
-    biases of lora_B by their module, whose scaling becomes 1, too.
+    `goal` is a rank, an energy or a max_error. With `single`, ΔW is held in single precision. `biases` are
+    those on lora_B, by module; their scaling becomes 1, too.
     """
     weight = _Weight(job, buffers)
     change = weight.change(torch.float32 if single else buffers.spec.compute)
     if change is None or weight.is_lora():
         left, right = weight.factors()
-        made = resize(left, right, **goal)
+        factors = resize(left, right, **goal)
     else:
-        made = truncated_svd(change, exact=exact, **goal)
-    B, A = _stored(job, made, dtype)
+        factors = truncated_svd(change, exact=exact, **goal)
+    B, A = _stored(job, factors, dtype)
 
     def rows(block: slice) -> Tensor:
+        """Return rows of ΔW."""
         return left[block] @ right if change is None else change[block].to(weight.like)
 
     facts: dict[str, Any] = weight.lost(rows, B.to(weight.like), A.to(weight.like))
-    facts |= {"rank": A.shape[0], "known": len(made.S), "complete": made.exact}
-    facts |= {"one_percent": made.rank_for(0.01), "one_permille": made.rank_for(0.001)}
+    facts |= {"rank": A.shape[0], "known": len(factors.S), "complete": factors.exact}
+    facts |= {"one_percent": factors.rank_for(0.01), "one_permille": factors.rank_for(0.001)}
     inputs = weight.inputs
     tensors = {"A": A.view(A.shape[0], *inputs), "B": B.view(*B.shape, *[1] * (len(inputs) - 1))}
-    if shift := shifts.get(job.name.rpartition(".")[0]):
-        tensors["b"] = (shift.scale * buffers.whole(shift.value)).flatten().to(TORCH[dtype or "F32"])
-    return Made(tensors, facts)
+    if bias := biases.get(job.name.rpartition(".")[0]):
+        tensors["b"] = (bias.scale * buffers.whole(bias.value)).flatten().to(TORCH[dtype or "F32"])
+    return Fitted(tensors, facts)
 
 
 class _Weight:
-    """A weight, and what an adapter does to it."""
+    """A weight, and an adapter's change of it."""
 
     def __init__(self, job: MatchedChange, buffers: DeviceBuffers) -> None:
         self._job, self._item, self._buffers = job, job.item, buffers
@@ -83,7 +84,7 @@ class _Weight:
         return (shape[0],) if self._turned else shape[1:]
 
     def change(self, dtype: torch.dtype) -> Tensor | None:
-        """ΔW (out, in), rounded to `dtype` after the subtraction; None where it is s·BA by definition."""
+        """Return ΔW (out, in), rounded to `dtype` after the subtraction; None if ΔW is s·BA by definition."""
         if self._operand.m is None and not self._item.start:
             return None
         D = torch.empty(self._item.source.matrix, dtype=dtype, device=self._buffers.spec.device)
@@ -94,24 +95,25 @@ class _Weight:
             D[start:stop] = self._applied(W, start, stop) - before
         if not maths.all_finite(D):
             raise NumericalError(
-                f"{self._job.name}: ΔW is not finite: W + sBA has outputs whose weights are all zero, or W holds NaN "
-                "or Inf.",
+                f"{self._job.name}: ΔW is not finite: W + sBA has outputs whose weights are all zero, "
+                "or W holds NaN or Inf.",
                 hint="--exclude leaves the module out",
             )
         return D.T if self._turned else D
 
     def is_lora(self) -> bool:
-        """Whether it is a DoRA whose magnitudes are the norms that it would have without them."""
+        """Return True for a DoRA whose magnitudes equal the norms of W + sBA."""
         m, n = self._operand.m, self._operand.n
         return m is not None and not self._item.start and bool((m / torch.cat(n) - 1).abs().max() <= SAME)
 
     def _applied(self, W: Tensor, start: int, stop: int) -> Tensor:
+        """Return a block of W' for a block of W, which is overwritten."""
         if self._operand.m is None:
             return self._operand.add_(W, start, stop)
         return self._operand.decompose_(W, start, stop)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """s·B (out, r) and A (r, in), dense, with any diagonal in one of them."""
+        """Return s·B (out, r) and A (r, in), dense, with any diagonal in one of them."""
         assert self._operand.factors
         assert self._job.edit.low
         left = self._operand.factors.left(0, self._item.source.matrix[0])
@@ -120,7 +122,7 @@ class _Weight:
         return (s * right.T, left.T) if self._turned else (s * left, right)
 
     def lost(self, rows: Rows, B: Tensor, A: Tensor) -> dict[str, float]:
-        """‖ΔW‖² and what BA loses of it; the same of the outputs W'x for some random inputs x, where that is anything."""
+        """Return ‖ΔW‖² and BA's loss of it; the same of W'x for random x, unless the loss is rounding."""
         lost, change = compared(rows, B, A)
         facts = {"change": change, "lost": lost, "output": 0.0, "output_lost": 0.0}
         if lost > EXACT**2 * change:
@@ -134,7 +136,7 @@ class _Weight:
         return facts
 
     def _outputs(self, x: Tensor) -> Tensor:
-        """W'x, (out, samples)."""
+        """Return W'x, (out, samples)."""
         pieces = []
         for start, stop in self._item.spans():
             W = self._values.block(self._buffers.raw(self._item.source, start, stop), start, stop)
@@ -143,10 +145,10 @@ class _Weight:
         return torch.stack(pieces).sum(0) if self._turned else torch.cat(pieces)
 
 
-def _stored(job: MatchedChange, made: Factors, dtype: str | None) -> tuple[Tensor, Tensor]:
-    """B and A as they will be stored: rounded once, and of rank 1 where nothing is left."""
-    B, A = made.B, made.A
-    if not made.rank:
+def _stored(job: MatchedChange, factors: Factors, dtype: str | None) -> tuple[Tensor, Tensor]:
+    """Return B and A as they will be stored: rounded once, and of rank 1 if nothing is left."""
+    B, A = factors.B, factors.A
+    if not factors.rank:
         B, A = B.new_zeros(len(B), 1), A.new_zeros(1, A.shape[1])
-    wanted = TORCH[dtype or "F32"]
-    return rounded(B.double(), wanted, job.name), rounded(A.double(), wanted, job.name)
+    stored = TORCH[dtype or "F32"]
+    return rounded(B.double(), stored, job.name), rounded(A.double(), stored, job.name)

@@ -1,4 +1,4 @@
-"""extract's arithmetic: which tensors of two checkpoints differ, and the factors of what fine-tuning did to one weight."""
+"""Find the tensors in which two checkpoints differ, and fit the factors of one weight's change."""
 
 from __future__ import annotations
 
@@ -19,20 +19,21 @@ from ..plan.item import spans
 from ..storage.reader import Reader
 from ..storage.safetensors import BITS, FLOATS, StoredTensor
 from .pairs import Pair
-from .run import Made, rounded
+from .run import Fitted, rounded
 
 
 def differing(both: Mapping[str, tuple[StoredTensor, StoredTensor]], reader: Reader) -> set[str]:
-    """The names under which two checkpoints hold other values; of two dtypes, in the coarser one."""
-    found = set()
+    """Return the names of tensors that differ; tensors of two dtypes are compared in the coarser one."""
+    names = set()
     for name, (before, after) in both.items():
         if not _same(before, after, reader):
-            found.add(name)
+            names.add(name)
         reader.done(name)
-    return found
+    return names
 
 
 def _same(one: StoredTensor, other: StoredTensor, reader: Reader) -> bool:
+    """Return True if two tensors hold the same values."""
     if one.shape != other.shape:
         return False
     if one.dtype == other.dtype or not {one.dtype, other.dtype} <= set(FLOATS):
@@ -53,38 +54,38 @@ def extract_module(
     exact: bool,
     single: bool,
     dtype: str | None,
-) -> Made:
-    """Factors of TUNED − BASE (and m, for DoRA), and what they lose of it; none where nothing differs after all."""
-    held = torch.float32 if single else buffers.spec.compute
+) -> Fitted:
+    """Return the factors of TUNED − BASE (and m, for a DoRA), and their loss; none for no difference."""
+    working = torch.float32 if single else buffers.spec.compute
     stored, wide = TORCH[dtype or "F32"], buffers.spec.compute
     if kind == "lora":
-        D = _difference(job, buffers, held)
-        found = truncated_svd(D, exact=exact, **goal)
-        B, A = (rounded(x.to(wide), stored, job.name) for x in (found.B, found.A))
+        D = _difference(job, buffers, working)
+        factors = truncated_svd(D, exact=exact, **goal)
+        B, A = (rounded(x.to(wide), stored, job.name) for x in (factors.B, factors.A))
         lost, change = compared(lambda rows: D[rows].to(wide), B.to(wide), A.to(wide))
-        facts = {"rank": found.rank, "change": change, "lost": lost, **_ranks(found)}
-        return Made({"A": A, "B": B} if found.rank else {}, facts)
-    W, tuned = _matrix(job.base, buffers, held, job), _matrix(job.tuned, buffers, held, job)
+        facts = {"rank": factors.rank, "change": change, "lost": lost, **_ranks(factors)}
+        return Fitted({"A": A, "B": B} if factors.rank else {}, facts)
+    W, tuned = _matrix(job.base, buffers, working, job), _matrix(job.tuned, buffers, working, job)
     dora = extract_dora(W, tuned, exact=exact, **goal)
     B, A = (rounded(x.to(wide), stored, job.name) for x in (dora.B, dora.A))
     m, lost, change = _measured(W, tuned, B.to(wide), A.to(wide))
     facts = {"rank": dora.rank, "change": change, "lost": lost}
     facts |= {"converged": dora.converged, "steps": dora.steps}
     if not dora.rank:
-        return Made({}, facts)
+        return Fitted({}, facts)
     del W, tuned
-    facts["lora_error"] = truncated_svd(_difference(job, buffers, held), rank=dora.rank, exact=exact).error
-    return Made({"A": A, "B": B, "m": m}, facts)
+    facts["lora_error"] = truncated_svd(_difference(job, buffers, working), rank=dora.rank, exact=exact).error
+    return Fitted({"A": A, "B": B, "m": m}, facts)
 
 
-def _ranks(found: Factors) -> dict[str, Any]:
-    return {
-        "one_percent": found.rank_for(0.01), "one_permille": found.rank_for(0.001), "known": len(found.S),
-    }  # fmt: skip
+def _ranks(factors: Factors) -> dict[str, Any]:
+    """Return the ranks that smaller errors would need."""
+    ranks = {"one_percent": factors.rank_for(0.01), "one_permille": factors.rank_for(0.001)}
+    return {**ranks, "known": len(factors.S)}
 
 
 def _matrix(stored: StoredTensor, buffers: DeviceBuffers, dtype: torch.dtype, job: Pair) -> Tensor:
-    """A weight as (out, in), in a dtype that its values fit."""
+    """Return a weight as (out, in); NumericalError for NaN and Inf."""
     matrix = torch.empty(stored.matrix, dtype=dtype, device=buffers.spec.device)
     for start, stop in spans(*stored.matrix):
         matrix[start:stop] = buffers.raw(stored, start, stop).to(buffers.spec.device)
@@ -96,7 +97,7 @@ def _matrix(stored: StoredTensor, buffers: DeviceBuffers, dtype: torch.dtype, jo
 
 
 def _difference(job: Pair, buffers: DeviceBuffers, dtype: torch.dtype) -> Tensor:
-    """TUNED − BASE as (out, in): subtracted in the compute dtype, then rounded to `dtype`."""
+    """Return TUNED − BASE as (out, in): subtracted in the compute dtype, then rounded to `dtype`."""
     D = torch.empty(job.base.matrix, dtype=dtype, device=buffers.spec.device)
     for start, stop in spans(*job.base.matrix):
         W = buffers.computed(buffers.raw(job.base, start, stop))
@@ -107,14 +108,14 @@ def _difference(job: Pair, buffers: DeviceBuffers, dtype: torch.dtype) -> Tensor
 
 
 def _measured(W: Tensor, tuned: Tensor, B: Tensor, A: Tensor) -> tuple[Tensor, float, float]:
-    """m for the factors as they are stored, by least squares: ⟨W', V⟩/‖V‖; what is lost, squared, and ‖W' − W‖²."""
-    found, lost, change = [], 0.0, 0.0
+    """Return m for the stored factors by least squares, ⟨W', V⟩/‖V‖, the squared loss, and ‖W' − W‖²."""
+    blocks, lost, change = [], 0.0, 0.0
     for start, stop in spans(*W.shape):
         before, after = W[start:stop].to(B), tuned[start:stop].to(B)
         change += squared(after - before)
         V = before + B[start:stop] @ A
         n = maths.norms(V, 1)
         m = ((after * V).sum(1) / n).nan_to_num(0.0).float()
-        found.append(m)
+        blocks.append(m)
         lost += squared(after - maths.rescale_(V, m.to(B), n, axis=1).nan_to_num(0.0))
-    return torch.cat(found), lost, change
+    return torch.cat(blocks), lost, change

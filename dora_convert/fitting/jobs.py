@@ -1,4 +1,4 @@
-"""What a verb that writes an adapter has decided from headers: which modules are computed, at what cost, from what."""
+"""Plan a new adapter from headers: which modules are fitted, from which tensors, at what cost."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..adapters.adapter import Adapter, Change
-from ..adapters.new_adapter import NewAdapter
 from ..adapters.updates import Decomposed, LowRank, low_rank
 from ..errors import UsageError
 from ..formats.detect import Format
+from ..options import GoalOptions
 from ..plan.item import Edit, Item
 from ..plan.plan import Plan
 from ..storage.checkpoint import Checkpoint
@@ -20,7 +20,7 @@ from ..storage.refs import Source
 from ..storage.safetensors import StoredTensor
 
 HELD = {"lora": 10, "dora": 16}
-"""How often a module's matrix is held at once, in the dtype it is computed in."""
+"""Copies of a module's matrix that are held at once, in the dtype of the arithmetic."""
 
 
 class Job(Protocol):
@@ -28,11 +28,11 @@ class Job(Protocol):
 
     @property
     def name(self) -> str:
-        """What the adapter calls it; no two jobs share one."""
+        """The module's name in the adapter; unique among the jobs."""
 
     @property
     def cost(self) -> int:
-        """Bytes held while it is made."""
+        """Bytes held while the job runs."""
 
     @property
     def nbytes(self) -> int:
@@ -40,62 +40,59 @@ class Job(Protocol):
 
     @property
     def reads(self) -> tuple[Path, ...]:
-        """The files of checkpoints that it reads."""
+        """The files of checkpoints that the job reads."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a job: its tensors by what they are (A, B, m, …), and what the report says of it."""
+    """A finished job: its tensors by role (A, B, m, …), and the numbers for the report."""
 
     tensors: Mapping[str, StoredTensor]
     facts: Mapping[str, Any]
 
 
-Assemble = Callable[[Mapping[str, Result]], Mapping[str, NewAdapter]]
-"""Makes the adapters of the results: each under the sub-folder it goes to, "" being OUT itself."""
-
-
 @dataclass(frozen=True)
 class FittingPlan:
-    """An adapter to be written."""
+    """An adapter to write: its jobs and the options that decide their results."""
 
     command: str
     words: tuple[str, ...]
-    """The rest of the command line that makes it again, inputs by title."""
+    """The command line after the verb, with inputs by title, for the model card."""
     bases: tuple[Checkpoint, ...]
     jobs: Sequence[Job]
     format: Format
     bytes_out: int
-    """The most that the output can take."""
+    """Bytes of the output, at most."""
     terms: Mapping[str, Any] = field(default_factory=dict)
     """The options that decide the result."""
-    makes_dora: bool = False
+    is_dora: bool = False
     like: Adapter | None = None
+    """The adapter that is converted, if there is one."""
     dtype: str | None = None
     carried: tuple[Path, ...] = ()
-    """Files of checkpoints that hold tensors which go into the adapter as they are."""
+    """Files of checkpoints with tensors that are copied into the adapter."""
 
     @property
     def memory(self) -> int:
-        """Bytes that the costliest job holds: the least that a budget can be."""
+        """Bytes that the costliest job holds, which is the least budget."""
         return max((job.cost for job in self.jobs), default=0)
 
     @property
     def needs(self) -> dict[str, tuple[Path, ...]]:
-        """The files that each job reads, file by file, so that few are needed long; "" is the writing at the end."""
+        """The files that each job reads, jobs of the same file together; "" is the writing at the end."""
         reads = {job.name: job.reads for job in sorted(self.jobs, key=lambda job: job.reads)}
         return {**reads, "": self.carried}
 
     @property
     def sources(self) -> tuple[Source, ...]:
-        """Base and other inputs, in the order of the command line."""
+        """The inputs, in the order of the command line."""
         others = (self.like.source,) if self.like else ()
         return (*(base.source for base in self.bases), *others)
 
 
 @dataclass(frozen=True)
 class MatchedChange:
-    """A change that has factors, and the tensor of the base that it is for."""
+    """A change that has factors, and the tensor of the base that the change is for."""
 
     change: Change
     item: Item
@@ -104,60 +101,66 @@ class MatchedChange:
 
     @property
     def name(self) -> str:
-        """The weight, as the adapter calls it."""
+        """The weight's name in the adapter."""
         return self.change.target
 
     @property
     def nbytes(self) -> int:
-        """What is read of the base."""
+        """Bytes read from the base."""
         return self.item.source.nbytes
 
     @property
     def reads(self) -> tuple[Path, ...]:
-        """The base's file that it is in."""
+        """The base's file with the weight."""
         return (self.item.source.path,)
 
 
-def goal_of(rank: int | None, energy: float | None, max_error: float | None) -> dict[str, Any]:
-    """The one of the three that is given, under its name; UsageError for none, several, or what nothing can have."""
-    goals = {"rank": rank, "energy": energy, "max_error": max_error}
-    given = {name: value for name, value in goals.items() if value is not None}
-    if len(given) != 1:
-        count = "None" if not given else "More than one"
+def parse_goal(options: GoalOptions) -> dict[str, Any]:
+    """Return the given one of rank, energy and max_error; UsageError for none or several."""
+    rank = options["rank"]
+    shares = {"energy": options["energy"], "max_error": options["max_error"]}
+    goal = {name: value for name, value in {"rank": rank, **shares}.items() if value is not None}
+    if len(goal) != 1:
         raise UsageError(
-            f"{count} of --rank, --energy and --max-error is given; exactly one is needed.",
+            f"{'More than one' if goal else 'None'} of --rank, --energy and --max-error is given; "
+            "exactly one is needed.",
             hint="such as --rank 32, --energy 0.99 or --max-error 0.01",
         )
     if rank is not None and (not isinstance(rank, Integral) or rank < 1):
         raise UsageError(f"--rank {rank}: a rank is a whole number, 1 or more.")
-    for name, value in (("energy", energy), ("max-error", max_error)):
+    for name, value in shares.items():
         if value is not None and (not isinstance(value, Real) or not 0 < value < 1):
-            raise UsageError(f"--{name} {value}: a share lies between 0 and 1.")
-    return given
+            raise UsageError(f"--{name.replace('_', '-')} {value}: a share lies between 0 and 1.")
+    return goal
 
 
-def place_changes(
+def goal_words(goal: Mapping[str, Any]) -> list[str]:
+    """Return a goal as words of the command line."""
+    return [word for name, value in goal.items() for word in (f"--{name.replace('_', '-')}", f"{value:g}")]
+
+
+def match_changes(
     plan: Plan, cost: Callable[[Item, Edit], int]
 ) -> tuple[list[MatchedChange], list[Change], list[Change]]:
-    """The changes of a plan's only adapter: those that have factors and a place, others with factors, and the rest.
+    """Return an adapter's changes: matched ones with factors, unmatched ones with factors, and the rest.
 
-    What was left out by name is in none of them.
+    A change that --include or --exclude leaves out is in none of the three.
     """
-    places = {edit.low.A.name: (item, edit) for item in plan.items for edit in item.edits if edit.low}
-    placed, unplaced, others = [], [], []
+    slots = {edit.low.A.name: (item, edit) for item in plan.items for edit in item.edits if edit.low}
+    matched, unmatched, others = [], [], []
     for change in plan.adapters[0].changes:
         if not plan.options.selects(change.module):
             continue
         if not isinstance(change.update, LowRank | Decomposed):
             others.append(change)
-        elif found := places.get(low_rank(change.update).A.name):
-            placed.append(MatchedChange(change, *found, cost(*found)))
+        elif slot := slots.get(low_rank(change.update).A.name):
+            matched.append(MatchedChange(change, *slot, cost(*slot)))
         else:
-            unplaced.append(change)
-    return placed, unplaced, others
+            unmatched.append(change)
+    return matched, unmatched, others
 
 
-def modules_besides(plan: Plan, placed: Collection[MatchedChange]) -> frozenset[str]:
-    """The modules of a plan's base for which none of some factors are, by their names in the base."""
-    adapted = {job.item.name for job in placed}
+def modules_besides(plan: Plan, jobs: Collection[MatchedChange]) -> frozenset[str]:
+    """Return the names of the base's modules that none of some jobs fits."""
+    adapted = {job.item.name for job in jobs}
     return frozenset(name.rpartition(".")[0] for name in plan.base.tensors if name not in adapted)

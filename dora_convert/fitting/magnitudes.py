@@ -1,4 +1,4 @@
-"""from-lora's arithmetic: the magnitudes that make a DoRA of a LoRA."""
+"""Compute the magnitudes that make a DoRA of a LoRA."""
 
 from __future__ import annotations
 
@@ -11,34 +11,36 @@ from ..engine.tensor import SourceValues
 from ..errors import NumericalError
 from ..maths import lora as maths
 from .jobs import MatchedChange
-from .run import Made
+from .run import Fitted
 
-Pair = tuple[Tensor, Tensor]
+Norms = tuple[Tensor, Tensor]
+"""m and n of a block."""
 
 
-def magnitudes(job: MatchedChange, buffers: DeviceBuffers, *, preserve: bool) -> Made:
-    """m = ‖W + sBA‖ (2), or ‖W‖ where outputs need not be preserved, from blocks of rows; stored in float32.
+def magnitudes(job: MatchedChange, buffers: DeviceBuffers, *, preserve: bool) -> Fitted:
+    """Return m = ‖W + sBA‖ (2), or ‖W‖ without `preserve`, from blocks of rows; stored in float32.
 
-    Raises NumericalError where an output's norm is zero: DoRA's m/n is then undefined.
+    Raises NumericalError if an output's norm is zero: DoRA's m/n is then undefined.
     """
     edit, spans = job.edit, list(job.item.spans())
     operand, values = LoadedEdit.load(edit, buffers), SourceValues(job.item, buffers)
     assert operand.factors
     gram = operand.factors.right(0)
     gram = gram @ gram.T
-    found: list[Pair] = []
+    blocks: list[Norms] = []
     size = 0.0
     for start, stop in spans:
         W = values.block(buffers.raw(job.item.source, start, stop), start, stop)
         before = W if preserve else maths.norms(W, edit.axis)
         after = maths.norms(operand.add_(W, start, stop), edit.axis)
-        found = _gathered(found, after if preserve else before, after, edit.axis)
+        blocks = _gathered(blocks, after if preserve else before, after, edit.axis)
         left = operand.factors.left(start, stop)
         size += float((left @ gram * left).sum())
-    m, n = (torch.cat(norms) for norms in zip(*found, strict=True))
+    m, n = (torch.cat(norms) for norms in zip(*blocks, strict=True))
     if zeros := int((n == 0).sum()):
         raise NumericalError(
-            f"{job.name}: W + sBA has {zeros} outputs whose weights are all zero, so DoRA's m/‖V‖ is undefined.",
+            f"{job.name}: W + sBA has {zeros} outputs whose weights are all zero, "
+            "so DoRA's m/‖V‖ is undefined.",
             hint="--exclude leaves the module out",
         )
     assert edit.low
@@ -47,11 +49,11 @@ def magnitudes(job: MatchedChange, buffers: DeviceBuffers, *, preserve: bool) ->
     change = edit.low.scale**2 * max(size, 0.0)
     shape = (1, -1, *[1] * (len(edit.low.A.shape) - 2)) if len(edit.low.A.shape) > 2 else (-1,)
     facts = {"rank": edit.low.rank, "change": change, "lost": lost}
-    return Made({"m": stored.view(shape)}, facts)
+    return Fitted({"m": stored.view(shape)}, facts)
 
 
-def _gathered(found: list[Pair], m: Tensor, n: Tensor, axis: int) -> list[Pair]:
-    """The norms of one more block: one after another along rows, added up along columns."""
-    if axis == 1 or not found:
-        return [*found, (m, n)]
-    return [(found[0][0].hypot(m), found[0][1].hypot(n))]
+def _gathered(blocks: list[Norms], m: Tensor, n: Tensor, axis: int) -> list[Norms]:
+    """Return the norms with one more block's: appended along rows, added up along columns."""
+    if axis == 1 or not blocks:
+        return [*blocks, (m, n)]
+    return [(blocks[0][0].hypot(m), blocks[0][1].hypot(n))]

@@ -1,45 +1,51 @@
-"""What from-lora, to-lora and extract return, and what `--json` prints of it."""
+"""Make the reports of from-lora, to-lora and extract."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..reports.fitting import FittedModule, MadeDryRun, MadeReport
 from ..settings import Settings
 from ..sizes import peak_memory
-from .jobs import FittingPlan, Result
+from .jobs import FittingPlan
 
 if TYPE_CHECKING:  # which imports torch
     from .run import FittingRun
 
 
-def _common(order: FittingPlan, settings: Settings, out: str) -> dict[str, Any]:
+def _common(plan: FittingPlan, settings: Settings, out: str) -> dict[str, Any]:
     return {
-        "command": order.command,
-        "base": order.bases[0].source.address,
-        "input": order.sources[-1].address,
+        "command": plan.command,
+        "base": plan.bases[0].source.address,
+        "input": plan.sources[-1].address,
         "out": out,
-        "format": order.format.NAME,
+        "format": plan.format.NAME,
         "warnings": tuple(settings.warnings),
         "seconds": round(time.monotonic() - settings.started, 3),
     }
 
 
-Describe = Callable[[str, Result], FittedModule]
-"""A module of the report, from its name and its result."""
-
-
 def report_of(
-    order: FittingPlan, settings: Settings, out: str, run: FittingRun, describe: Describe, **details: Any
+    plan: FittingPlan,
+    settings: Settings,
+    out: str,
+    run: FittingRun,
+    describe: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+    **details: Any,
 ) -> MadeReport:
-    """The report of a run that is over. Each result's facts hold `change`, ‖ΔW‖², and `lost`, what of it is not there."""
-    facts = [result.facts for result in run.results.values()]
+    """Return the report of a run. A result's facts hold `change`, ‖ΔW‖², and `lost`, ‖ΔW − ΔW'‖²."""
+    facts = {name: result.facts for name, result in run.results.items()}
     return MadeReport(
-        **_common(order, settings, out),
-        modules=tuple(describe(name, result) for name, result in run.results.items()),
-        relative_error=share(sum(fact["lost"] for fact in facts), sum(fact["change"] for fact in facts)),
+        **_common(plan, settings, out),
+        modules=tuple(
+            FittedModule(
+                name=name, rank=fact["rank"], relative_error=error_of([fact]), details=describe(fact)
+            )
+            for name, fact in facts.items()
+        ),
+        relative_error=error_of(facts.values()),
         device=str(run.spec.device),
         compute_dtype=run.spec.compute_name,
         bytes_written=run.written,
@@ -49,19 +55,20 @@ def report_of(
     )
 
 
-def share(lost: float, change: float) -> float:
-    """The relative error whose squares these are; 0 where nothing changes."""
-    return float((lost / change) ** 0.5) if change else 0.0
+def error_of(facts: Collection[Mapping[str, Any]], lost: str = "lost", change: str = "change") -> float:
+    """Return the relative error of several modules, √(Σ lost / Σ change); 0 if nothing changes."""
+    total = sum(fact[change] for fact in facts)
+    return float((sum(fact[lost] for fact in facts) / total) ** 0.5) if total else 0.0
 
 
-def dry_run_of(order: FittingPlan, settings: Settings, out: str, **plan: Any) -> MadeDryRun:
-    """The report of an order that is not carried out; UsageError for a budget that would not do."""
-    settings.check_memory(order.memory)
+def dry_run_of(plan: FittingPlan, settings: Settings, out: str, **details: Any) -> MadeDryRun:
+    """Return the report of a plan that is not run; UsageError for a budget that does not suffice."""
+    settings.check_memory(plan.memory)
     numbers = {
-        "modules": [job.name for job in order.jobs],
-        "bytes_out": order.bytes_out,
-        "memory": min(settings.max_memory, settings.workers * order.memory),
-        "least_memory": order.memory,
-        **plan,
+        "modules": [job.name for job in plan.jobs],
+        "bytes_out": plan.bytes_out,
+        "memory": min(settings.max_memory, settings.workers * plan.memory),
+        "least_memory": plan.memory,
+        **details,
     }
-    return MadeDryRun(**_common(order, settings, out), plan=numbers)
+    return MadeDryRun(**_common(plan, settings, out), plan=numbers)

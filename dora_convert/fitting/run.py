@@ -1,7 +1,7 @@
-"""Carry an order out: make each module's tensors within the budget, then write, and publish, the adapters they are for.
+"""Run a fitting plan: fit each module within the memory budget, then write and publish the adapters.
 
-What is made goes to a spool, and is entered in the journal once it is synced, so that the same command continues an
-unfinished run; names and config are made at the end, when ranks are known.
+Fitted tensors go to a spool, and into the journal once they are synced, so that the same command resumes an
+interrupted run. Names and config are written at the end, when ranks are known.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from ..adapters.new_adapter import Files
+from ..adapters.new_adapter import Files, NewAdapter
 from ..engine.device_buffers import DeviceBuffers
 from ..engine.host_memory import as_bytes
 from ..engine.precision import TORCH, ComputeSpec
@@ -38,14 +38,20 @@ from ..storage.reader import Reader
 from ..storage.safetensors import FLOATS, StoredTensor
 from ..storage.spool import Segment, Spool, SpooledTensor
 from .card import adapter_card_bytes
-from .jobs import Assemble, FittingPlan, Job, Result
+from .jobs import FittingPlan, Job, Result
 
 NAMES = {dtype: name for name, dtype in TORCH.items()}
 
 
+FitJob = Callable[[Any, DeviceBuffers], "Fitted"]
+"""Fits one job."""
+Assemble = Callable[[Mapping[str, Result]], Mapping[str, NewAdapter]]
+"""Makes adapters of the results, by their sub-folders of OUT."""
+
+
 @dataclass(frozen=True)
-class Made:
-    """A job's tensors, as they are to be stored, and what the report says of it (JSON values)."""
+class Fitted:
+    """A job's tensors, as they will be stored, and the numbers for the report (JSON values)."""
 
     tensors: Mapping[str, Tensor]
     facts: Mapping[str, Any]
@@ -53,7 +59,7 @@ class Made:
 
 @dataclass
 class FittingRun:
-    """A run that is over."""
+    """A finished run."""
 
     results: Mapping[str, Result]
     spec: ComputeSpec
@@ -61,41 +67,42 @@ class FittingRun:
     written: int
 
 
-def craft(
-    order: FittingPlan,
+def run_plan(
+    plan: FittingPlan,
     folder: OutputFolder,
     settings: Settings,
-    work: Callable[[Any, DeviceBuffers], Made],
-    assemble: Assemble,
     reader: Reader,
+    *,
+    fit: FitJob,
+    assemble: Assemble,
 ) -> FittingRun:
-    """Make and publish an adapter of what a reader reads.
+    """Fit the modules of a plan, and publish the adapters.
 
-    Raises UsageError for a device or a budget that will not do, NumericalError for NaN, Inf and overflow, OutputError
-    for a disk that does not take the result. OUT does not exist then.
+    Raises UsageError for a device or a budget that does not suffice, NumericalError for NaN, Inf and
+    overflow, OutputError for a full disk. OUT does not exist then.
     """
-    spec = choose_compute(order.memory, settings)
+    spec = choose_compute(plan.memory, settings)
     settings.notify(
-        f"memory: at most {format_size(settings.max_memory)}; one module takes {format_size(order.memory)}"
+        f"memory: at most {format_size(settings.max_memory)}; one module takes {format_size(plan.memory)}"
     )
-    adapters = [scan_adapter(order.like)] if order.like else []
-    folder.check_space(2 * order.bytes_out)
+    adapters = [scan_adapter(plan.like)] if plan.like else []
+    folder.check_space(2 * plan.bytes_out)
     with entered(folder):
-        terms = {**order.terms, "command": order.command, "format": order.format.NAME, "dtype": order.dtype}
-        key = journal_key(spec, folder.identity(order.bases), adapters=adapters, **terms)
-        earlier = resume(folder, key, [], lambda: True, FittedLine)
-        lines = earlier.lines if earlier else []
+        terms = {**plan.terms, "command": plan.command, "format": plan.format.NAME, "dtype": plan.dtype}
+        key = journal_key(spec, folder.identity(plan.bases), adapters=adapters, **terms)
+        unfinished = resume(folder, key, [], lambda: True, FittedLine)
+        lines = unfinished.lines if unfinished else []
         with ExitStack() as stack:
-            run = _Run(order, settings, reader, {line.made: line for line in lines})
+            run = _Run(plan, settings, reader, {line.made: line for line in lines})
             run.spool = stack.enter_context(closing(Spool(folder.state / SPOOL, run.end)))
-            with closing(Journal(folder.state / JOURNAL, key, earlier)) as run.journal:
-                run.execute(work, spec)
+            with closing(Journal(folder.state / JOURNAL, key, unfinished)) as run.journal:
+                run.execute(fit, spec)
             results = run.results()
             written = sum(
-                _write(where, order.format.save(made), order, folder, run.spool, reader)
-                for where, made in assemble(results).items()
+                run.write(where, plan.format.save(adapter), folder)
+                for where, adapter in assemble(results).items()
             )
-            _put_side_files(order, folder, settings)
+            _put_side_files(plan, folder, settings)
         folder.publish()
     return FittingRun(results, spec, bool(lines), written)
 
@@ -116,12 +123,12 @@ class FittedLine(msgspec.Struct, frozen=True):
 
 @dataclass
 class _Run:
-    """The jobs of an order: what is made of them, and in which piece of the spool it is."""
+    """The jobs of a plan, and the journal lines of the finished ones."""
 
-    order: FittingPlan
+    plan: FittingPlan
     settings: Settings
     reader: Reader
-    made: dict[str, FittedLine]
+    lines: dict[str, FittedLine]
     spool: Spool = field(init=False)
     journal: Journal = field(init=False)
     _read: int = 0
@@ -130,11 +137,13 @@ class _Run:
 
     @property
     def end(self) -> int:
-        """How much of the spool is in use."""
-        return max((each.end for line in self.made.values() for each in line.tensors.values()), default=0)
+        """Bytes of the spool in use."""
+        return max(
+            (tensor.end for line in self.lines.values() for tensor in line.tensors.values()), default=0
+        )
 
-    def execute(self, work: Callable[[Any, DeviceBuffers], Made], spec: ComputeSpec) -> None:
-        """Do every job that is not done yet."""
+    def execute(self, fit: FitJob, spec: ComputeSpec) -> None:
+        """Run every job that is not done yet."""
         start = partial(DeviceBuffers, spec, self.reader)
         workers = WorkerPool(self.settings.max_memory, start, self.reader.stop)
 
@@ -142,29 +151,28 @@ class _Run:
             with workers.holding(job.cost):
                 workers.check()
                 with buffers.working():
-                    self._keep(job, work(job, buffers))
+                    self._keep(job, fit(job, buffers))
             self.reader.done(job.name)
 
-        for name in self.made:
+        for name in self.lines:
             self.reader.done(name)
         todo = [
-            job for job in sorted(self.order.jobs, key=lambda job: job.reads) if job.name not in self.made
+            job for job in sorted(self.plan.jobs, key=lambda job: job.reads) if job.name not in self.lines
         ]
-        self._total = sum(job.nbytes for job in self.order.jobs)
+        self._total = sum(job.nbytes for job in self.plan.jobs)
         self._read = self._total - sum(job.nbytes for job in todo)
         workers.run(self.settings.workers, [partial(one, job) for job in todo])
 
-    def _keep(self, job: Job, made: Made) -> None:
-        """Bring a job's tensors to the spool, and enter them."""
+    def _keep(self, job: Job, fitted: Fitted) -> None:
+        """Write a job's tensors to the spool, and enter them in the journal."""
         tensors = {}
-        for role, tensor in made.tensors.items():
+        for role, tensor in fitted.tensors.items():
             host = tensor.detach().cpu().contiguous()
             if not maths.all_finite(host):
                 raise NumericalError(f"{job.name} comes out as NaN or Inf.", hint="is the base damaged?")
-            segments = (self.spool.add(as_bytes(host)),)
-            name = f"{job.name} {role}"
+            name, segments = f"{job.name} {role}", (self.spool.add(as_bytes(host)),)
             tensors[role] = SpooledTensor(name, NAMES[host.dtype], tuple(host.shape), segments)
-        self.made[job.name] = line = FittedLine(job.name, tensors, dict(made.facts))
+        self.lines[job.name] = line = FittedLine(job.name, tensors, dict(fitted.facts))
         self.journal.add(line, [self.spool.descriptor])
         with self._lock:
             self._read += job.nbytes
@@ -172,11 +180,23 @@ class _Run:
                 self.settings.on_progress(self._read, self._total)
 
     def results(self) -> dict[str, Result]:
-        """What is made, in the order of the jobs: tensors that lie in the spool."""
-        return {job.name: _result(self.made[job.name], self.spool) for job in self.order.jobs}
+        """Return the results in the order of the jobs; their tensors lie in the spool."""
+        return {job.name: _result(self.lines[job.name], self.spool) for job in self.plan.jobs}
+
+    def write(self, where: str, files: Files, folder: OutputFolder) -> int:
+        """Write one adapter's files; return the bytes of its tensors."""
+        for name, data in files.small.items():
+            folder.put(f"{where}{name}", data)
+        parts = []
+        for name, stored in files.tensors.items():
+            dtype = self.plan.dtype if stored.dtype in FLOATS and name not in files.keep else None
+            parts.append(_part(name, stored, dtype or stored.dtype, self.spool, self.reader))
+        self.spool.lay_out(parts, folder.partial / f"{where}{files.weights}", files.metadata)
+        return sum(segment.length for part in parts for segment in part.segments)
 
 
 def _result(line: FittedLine, spool: Spool) -> Result:
+    """Return a job's result from its line of the journal."""
     tensors = {
         role: StoredTensor(each.name, each.dtype, each.shape, spool.path, each.segments[0].start)
         for role, each in line.tensors.items()
@@ -184,22 +204,8 @@ def _result(line: FittedLine, spool: Spool) -> Result:
     return Result(tensors, line.facts)
 
 
-def _write(
-    where: str, files: Files, order: FittingPlan, folder: OutputFolder, spool: Spool, reader: Reader
-) -> int:
-    """One adapter's files; the bytes of its tensors."""
-    for name, data in files.small.items():
-        folder.put(f"{where}{name}", data)
-    parts = []
-    for name, stored in files.tensors.items():
-        dtype = order.dtype if stored.dtype in FLOATS and name not in files.keep else None
-        parts.append(_part(name, stored, dtype or stored.dtype, spool, reader))
-    spool.lay_out(parts, folder.partial / f"{where}{files.weights}", files.metadata)
-    return sum(segment.length for part in parts for segment in part.segments)
-
-
 def _part(name: str, stored: StoredTensor, dtype: str, spool: Spool, reader: Reader) -> SpooledTensor:
-    """A tensor as a part of the spool: it lies there already, or is copied, chunk by chunk."""
+    """Return a tensor as a part of the spool; a checkpoint's tensor is copied there, piece by piece."""
     if stored.path == spool.path and stored.dtype == dtype:
         return SpooledTensor(name, dtype, stored.shape, (Segment(stored.start, stored.nbytes),))
     pieces = []
@@ -213,13 +219,13 @@ def _part(name: str, stored: StoredTensor, dtype: str, spool: Spool, reader: Rea
 
 
 def _converted(chunk: memoryview, stored: StoredTensor, dtype: str) -> memoryview:
-    """Elements rounded once to another dtype; NumericalError for what it cannot hold."""
+    """Return elements rounded once to another dtype; NumericalError for an overflow."""
     x = torch.frombuffer(chunk, dtype=TORCH[stored.dtype]).double()
     return as_bytes(rounded(x, TORCH[dtype], stored.name))
 
 
 def rounded(x: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """x rounded once to a dtype; NumericalError where that has not the range for it."""
+    """Return x rounded once to a dtype; NumericalError for an overflow."""
     y = maths.round_to(x.contiguous(), torch.empty(x.shape, dtype=dtype, device=x.device))
     if not maths.all_finite(y) and maths.all_finite(x):
         raise NumericalError(
@@ -228,9 +234,9 @@ def rounded(x: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     return y
 
 
-def _put_side_files(order: FittingPlan, folder: OutputFolder, settings: Settings) -> None:
-    """What lies beside the adapter: its model card, and the tokenizer of what it is made from."""
-    source = order.sources[-1].path
+def _put_side_files(plan: FittingPlan, folder: OutputFolder, settings: Settings) -> None:
+    """Write the model card, and the tokenizer of the last input."""
+    source = plan.sources[-1].path
     for name in tokenizer_files(source) if source.is_dir() else ():
         folder.put(name, source / name)
-    folder.put(NAME, adapter_card_bytes(order, settings.base_model))
+    folder.put(NAME, adapter_card_bytes(plan, settings.base_model))

@@ -9,6 +9,7 @@ from pathlib import Path
 import xxhash
 
 from ..errors import UsageError
+from ..options import OutputOptions
 from ..output.folder import OutputFolder
 from ..storage.refs import PathLike
 
@@ -27,23 +28,16 @@ class PushTarget:
     token: str | None = field(default=None, repr=False)
 
     @classmethod
-    def parse(
-        cls,
-        *,
-        push_to_hub: str | None,
-        private: bool,
-        create_pr: bool,
-        commit_message: str | None,
-        token: str | None,
-    ) -> PushTarget | None:
+    def parse(cls, options: OutputOptions) -> PushTarget | None:
         """Return the target that a verb's options name, or None without --push-to-hub.
 
         Raises UsageError for an option that needs --push-to-hub.
         """
-        if push_to_hub is not None:
-            return cls(push_to_hub, private, create_pr, commit_message, token)
-        options = {"--private": private, "--create-pr": create_pr, "--commit-message": commit_message}
-        for option in filter(options.get, options):
+        private, create_pr, message = options["private"], options["create_pr"], options["commit_message"]
+        if (repo := options["push_to_hub"]) is not None:
+            return cls(repo, private, create_pr, message, options["token"])
+        given = {"--private": private, "--create-pr": create_pr, "--commit-message": message}
+        for option in filter(given.get, given):
             raise UsageError(f"{option} goes with --push-to-hub.", hint="--push-to-hub REPO_ID")
         return None
 
@@ -64,14 +58,10 @@ class HubRoutes:
 
 
 def transit_folder(out: PathLike | None, routes: HubRoutes, refs: Sequence[str]) -> Path:
-    """Return OUT, or a folder in the user's cache if the output only goes to the Hub.
+    """Return the folder, in the user's cache, of a merge that keeps nothing: files pass through it to the Hub.
 
-    Raises UsageError for a missing OUT, or for an OUT that is not allowed.
+    Raises UsageError for an OUT, and without --push-to-hub.
     """
-    if routes.local:
-        if out is None:
-            raise UsageError("merge needs OUT, or --in-place, or --push-to-hub REPO_ID --no-local.")
-        return Path(out)
     if routes.target is None:
         raise UsageError("--no-local goes with --push-to-hub.", hint="--push-to-hub REPO_ID")
     if out is not None:

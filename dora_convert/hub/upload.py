@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from ..errors import HubError
 from ..reports.push import Pushed, PushedFile
 from ..sources.hub_client import status_of, with_retries, without_bars, writing_errors
-from ..storage.reader import hash_of
 from ..storage.journal import JournalKey
+from ..storage.reader import hash_of
 from .server_copy import CopySource
 from .target import PushTarget
 from .upload_journal import UploadedFile, UploadJournal

@@ -1,4 +1,4 @@
-"""The options that decide a plan, and how they are written."""
+"""Hold the options that decide a plan, and parse them as a caller writes them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from ..errors import UsageError
-from ..settings import chosen
+from ..settings import parse_choice
 from ..sizes import parse_size
 from ..storage.safetensors import BITS, CONFIG_DTYPES
 
@@ -19,10 +19,10 @@ UNDO = {"norms": "norms", "exact": "exact", "none": "none"}
 
 @dataclass(frozen=True)
 class Options:
-    """What a caller may choose that changes the output."""
+    """The choices of a caller that change the output."""
 
     dtype: str | None = None
-    """The safetensors dtype of every floating tensor, or None: each keeps its own."""
+    """The safetensors dtype of every floating tensor; None keeps each tensor's own."""
     compute_dtype: str = "F64"
     max_shard_size: int | None = None
     undo: str = "norms"
@@ -30,11 +30,11 @@ class Options:
     exclude: tuple[str, ...] = ()
     allow_unmatched: bool = False
     ignore_field: tuple[str, ...] = ()
-    """Fields of adapters' configs that are not to be refused."""
+    """Fields of adapters' configs that are accepted although this version refuses them."""
 
     @property
     def exact(self) -> bool:
-        """Whether what rounding loses is kept, too."""
+        """True if the undo record holds even what rounding loses."""
         return self.undo == "exact"
 
     @property
@@ -49,21 +49,22 @@ class Options:
 
 
 def parse_options(
-    dtype: str,
-    compute_dtype: str,
-    max_shard_size: str | int | None,
-    undo: str,
-    include: Sequence[str],
-    exclude: Sequence[str],
-    allow_unmatched: bool,  # noqa: FBT001 - in the order of the command line
-    ignore_field: Sequence[str],
+    *,
+    dtype: str = "auto",
+    compute_dtype: str = "auto",
+    max_shard_size: str | int | None = None,
+    undo: str = "none",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    allow_unmatched: bool = False,
+    ignore_field: Sequence[str] = (),
 ) -> Options:
-    """Options as a plan has them, from their names and sizes as people write them."""
+    """Return a plan's options from names and sizes as a caller writes them; UsageError for an invalid one."""
     return Options(
-        dtype=chosen(dtype, DTYPES, "--dtype"),
-        compute_dtype=chosen(compute_dtype, COMPUTE_DTYPES, "--compute-dtype"),
+        dtype=parse_choice(dtype, DTYPES, "--dtype"),
+        compute_dtype=parse_choice(compute_dtype, COMPUTE_DTYPES, "--compute-dtype"),
         max_shard_size=None if max_shard_size is None else parse_size(max_shard_size, "--max-shard-size"),
-        undo=chosen(undo, UNDO, "--undo"),
+        undo=parse_choice(undo, UNDO, "--undo"),
         include=tuple(include),
         exclude=tuple(exclude),
         allow_unmatched=allow_unmatched,
@@ -71,10 +72,12 @@ def parse_options(
     )
 
 
-def parse_weights(given: Sequence[float], count: int) -> tuple[float, ...]:
-    """One finite weight for each adapter; none at all means one each."""
-    if given and len(given) != count:
-        raise UsageError(f"{len(given)} --weight for {count} adapters.", hint="give one per ADAPTER, or none")
-    if not all(map(math.isfinite, given)):
+def parse_weights(weights: Sequence[float], count: int) -> tuple[float, ...]:
+    """Return one finite weight for each adapter; no weights at all means 1 for each."""
+    if weights and len(weights) != count:
+        raise UsageError(
+            f"{len(weights)} --weight for {count} adapters.", hint="give one per ADAPTER, or none"
+        )
+    if not all(map(math.isfinite, weights)):
         raise UsageError("--weight must be a finite number.")
-    return tuple(given) or (1.0,) * count
+    return tuple(weights) or (1.0,) * count

@@ -14,7 +14,7 @@ from ..errors import Fault, RefError, VerificationError
 from ..output.finished import TensorResult, copied_name
 from ..output.side_files import SideFile
 from ..plan.item import Item
-from ..reports.merge import Recovered, UnmergeReport
+from ..reports.merge import MergeReport, Recovered, UnmergeReport
 from ..settings import Settings
 from ..storage.reader import Digest, Reader
 from .expected_base import RecoveryCheck
@@ -71,11 +71,17 @@ def restore(
         modules = _prove_or_discard(reversal, finished.progress.done, copied, output)
         for file in (*files, *later(finished.progress.done)):
             output.put(file.name, file.source)
-        report = UnmergeReport.undone(
-            plan, settings, out=output.given, spec=spec, verdict=verdict, modules=modules,
-            base=reversal.record.receipt.base.title, undo=reversal.record.options.undo,
-            written=finished.written, resumed=bool(unfinished and unfinished.lines),
-        )  # fmt: skip
+        ended = MergeReport.of(
+            plan,
+            settings,
+            out=output.given,
+            spec=spec,
+            verdict=verdict,
+            written=finished.written,
+            resumed=bool(unfinished and unfinished.lines),
+        )
+        base, undo = reversal.record.receipt.base.title, reversal.record.options.undo
+        report = UnmergeReport.of_run(ended, base=base, undo=undo, modules=modules)
         output.publish(report.to_dict(), left_over(plan.base, reversal.record, files))
     return report
 

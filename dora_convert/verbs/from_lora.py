@@ -1,171 +1,151 @@
-"""from-lora: a DoRA of a LoRA, with the same outputs."""
+"""from-lora: make a DoRA of a LoRA, with the same outputs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING
+
+from typing_extensions import Unpack
 
 from ..adapters.adapter import Adapter, Change
 from ..adapters.new_adapter import NewAdapter
 from ..adapters.updates import Decomposed, LowRank, tensors_of
 from ..errors import Fault, UnsupportedError, UsageError
-from ..fitting.jobs import FittingPlan, MatchedChange, Result, modules_besides, place_changes
-from ..fitting.report import share
-from ..fitting.session import FittingSession
-from ..formats.detect import Format
-from ..hub.target import PushTarget
+from ..fitting.jobs import FittingPlan, MatchedChange, Result, match_changes, modules_besides
+from ..fitting.session import Fitter, FittingSession
 from ..naming.ties import is_embedding, is_head
+from ..options import FromLoraOptions, takes
 from ..plan.plan import Plan
-from ..reports.fitting import FittedModule, MadeDryRun, MadeReport
-from ..settings import chosen
+from ..reports.fitting import MadeDryRun, MadeReport
+from ..settings import parse_choice
 from ..storage.refs import PathLike
+
+if TYPE_CHECKING:
+    from ..fitting.run import FitJob
 
 TIED = "serves as embedding and as head, whose norms run along different axes"
 REST = "lora"
-"""The sub-folder of OUT for what stays a LoRA."""
+"""The sub-folder of OUT for modules that stay a LoRA."""
 
 
+@takes(FromLoraOptions)
 def from_lora(
-    base: PathLike | None,
-    lora: PathLike,
-    out: PathLike,
-    *,
-    init: str = "preserve",
-    split: bool = False,
-    format: str = "peft",  # noqa: A002 - the option's name
-    device: str = "auto",
-    dtype: str = "auto",
-    compute_dtype: str = "auto",
-    max_memory: str | int = "160MiB",
-    workers: int | None = None,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    ignore_field: Sequence[str] = (),
-    base_model: str | None = None,
-    push_to_hub: str | None = None,
-    private: bool = False,
-    create_pr: bool = False,
-    commit_message: str | None = None,
-    cache: bool = True,
-    token: str | None = None,
-    dry_run: bool = False,
-    overwrite: bool = False,
-    on_progress: Callable[[int, int], None] | None = None,
-    on_notice: Callable[[str], None] | None = None,
+    base: PathLike | None, lora: PathLike, out: PathLike, **options: Unpack[FromLoraOptions]
 ) -> MadeReport | MadeDryRun:
     """Make a DoRA of a LoRA: the same factors, and m = ‖W + sBA‖, so that outputs stay as they are.
 
     `base` and `lora` are folders or Hub repos; a base of None is the one that the adapter names. With `init`
-    "pretrained", m = ‖W‖, the start of DoRA's paper. With `split`, modules that cannot be DoRA stay LoRA, in an adapter
-    of their own in `out`/lora; otherwise they are an error that names them all.
+    "pretrained", m = ‖W‖, the start of DoRA's paper. With `split`, modules that cannot be DoRA stay LoRA, in
+    an adapter of their own in `out`/lora; otherwise they are an error that names them all.
 
     Raises DoraConvertError, and then leaves nothing under `out`.
     """
-    preserve = chosen(init, {"preserve": True, "pretrained": False}, "--init")
-    with FittingSession.begin(
-        out, format=format, device=device, dtype=dtype, compute_dtype=compute_dtype, max_memory=max_memory, workers=workers,
-        include=include, exclude=exclude, ignore_field=ignore_field, base_model=base_model, cache=cache, token=token, overwrite=overwrite,
-        push=PushTarget.parse(push_to_hub=push_to_hub, private=private, create_pr=create_pr, commit_message=commit_message, token=token), on_progress=on_progress, on_notice=on_notice,
-    ) as making:  # fmt: skip
-        plan = making.plan(*making.open(base, lora, "from-lora"))
-        _refuse_dora(plan.adapters[0])
-        sorted_ = _sorted(plan, making.saves, split=split)
-        order = _order(plan, making, sorted_, init=init, split=split)
-        return making.finish(
-            order, partial(_work, preserve=preserve), partial(_assemble, sorted_, plan, base_model), _module,
-            dry_run=dry_run, init=init, left_as_lora=[change.target for change in sorted_.rest],
-        )  # fmt: skip
-
-
-def _work(*, preserve: bool) -> Callable[[MatchedChange, Any], Any]:
-    from ..fitting.magnitudes import magnitudes
-
-    return partial(magnitudes, preserve=preserve)
+    parse_choice(options["init"], dict.fromkeys(("preserve", "pretrained")), "--init")
+    with FittingSession.begin(out, options, options["ignore_field"]) as session:
+        matched = session.match(base, lora, "from-lora")
+        _refuse_dora(matched.adapters[0])
+        changes = _divide(matched, session, split=options["split"])
+        left = [change.target for change in changes.rest]
+        fitter = _FromLora(session, matched, changes, options)
+        return session.finish(fitter, init=options["init"], left_as_lora=left)
 
 
 def _refuse_dora(adapter: Adapter) -> None:
+    """Raise UsageError if a LoRA is a DoRA."""
     if any(isinstance(change.update, Decomposed) for change in adapter.changes):
         raise UsageError(
             f"The adapter {adapter.source.name} is a DoRA already.", hint="to-lora goes the other way"
         )
 
 
-class _Sorted(NamedTuple):
-    """The changes of a LoRA: what becomes DoRA, what cannot, and what has no factors."""
+@dataclass(frozen=True)
+class _LoraChanges:
+    """The changes of a LoRA: those that become DoRA, those that cannot, and those without factors."""
 
-    made: list[MatchedChange]
-    left: list[MatchedChange]
-    unplaced: list[Change]
+    jobs: list[MatchedChange]
+    refused: list[MatchedChange]
+    unmatched: list[Change]
     others: list[Change]
 
     @property
     def rest(self) -> list[Change]:
-        """What stays a LoRA."""
-        return [job.change for job in self.left] + self.unplaced
+        """The changes that stay a LoRA."""
+        return [job.change for job in self.refused] + self.unmatched
 
 
-def _sorted(plan: Plan, saves: Format, *, split: bool) -> _Sorted:
-    """Sort them; UnsupportedError names all that cannot be DoRA, unless they may be left."""
-    adapter, width = plan.adapters[0], plan.options.width
-    placed, unplaced, others = place_changes(plan, lambda item, _: item.cost(width))
-    faults = {change.target: TIED for change in unplaced}
-    for job in placed:
-        tied = unplaced and (is_embedding(job.name) or is_head(job.name))
-        if why := TIED if tied else saves.objection(job.change, job.item.name, adapter):
+def _divide(matched: Plan, session: FittingSession, *, split: bool) -> _LoraChanges:
+    """Return the changes by their fate; without `split`, UnsupportedError lists those that cannot be DoRA."""
+    adapter, width = matched.adapters[0], matched.options.width
+    jobs, unmatched, others = match_changes(matched, lambda item, _: item.cost(width))
+    faults = {change.target: TIED for change in unmatched}
+    for job in jobs:
+        tied = unmatched and (is_embedding(job.name) or is_head(job.name))
+        if why := TIED if tied else session.format.objection(job.change, job.item.name, adapter):
             faults[job.name] = why
-    made = [job for job in placed if job.name not in faults]
-    if not made or (faults and not split):
+    accepted = [job for job in jobs if job.name not in faults]
+    if not accepted or (faults and not split):
         raise UnsupportedError(
             f"{len(faults)} modules of {adapter.source.name} cannot be DoRA.",
             faults=[Fault(name, why) for name, why in faults.items()],
-            hint=f"--split leaves them LoRA, in an adapter of their own in OUT/{REST}" if made else None,
+            hint=f"--split leaves them LoRA, in an adapter of their own in OUT/{REST}" if accepted else None,
         )
-    return _Sorted(made, [job for job in placed if job.name in faults], unplaced, others)
+    return _LoraChanges(accepted, [job for job in jobs if job.name in faults], unmatched, others)
 
 
-def _order(plan: Plan, making: FittingSession, found: _Sorted, *, init: str, split: bool) -> FittingPlan:
-    """What is to be done, and how large it will be."""
-    changes = [*(job.change for job in found.made), *found.rest, *found.others]
-    carried = sum(tensor.nbytes for change in changes for tensor in tensors_of(change.update))
-    adapter = plan.adapters[0]
-    options = [*(["--init", init] if init != "preserve" else []), *(["--split"] if split else [])]
-    return FittingPlan(
-        command="from-lora",
-        words=(plan.base.source.title, adapter.source.title, "OUT", *options),
-        bases=(plan.base,),
-        jobs=found.made,
-        format=making.saves,
-        bytes_out=carried + sum(4 * job.edit.low.outputs for job in found.made if job.edit.low),
-        terms={"plan": plan.fingerprint, "init": init, "split": split},
-        makes_dora=True,
-        like=adapter,
-        dtype=making.options.dtype,
-    )
+@dataclass(frozen=True)
+class _FromLora(Fitter):
+    """Fits the magnitudes of a LoRA's modules."""
 
+    session: FittingSession
+    matched: Plan
+    changes: _LoraChanges
+    options: FromLoraOptions
 
-def _assemble(
-    found: _Sorted, plan: Plan, base_model: str | None, results: Mapping[str, Result]
-) -> dict[str, NewAdapter]:
-    """The DoRA; and what stays a LoRA, in a sub-folder."""
-    adapter = plan.adapters[0]
-    changes = [
-        replace(job.change, update=Decomposed(low, results[job.name].tensors["m"]))
-        for job in found.made
-        if isinstance(low := job.change.update, LowRank)
-    ]
-    before = sum(isinstance(change.update, LowRank) for change in adapter.changes)
-    targets = None if len(changes) == before else ()
-    besides = modules_besides(plan, found.made)
-    whole = NewAdapter((*changes, *found.others), adapter, base_model, targets=targets, besides=besides)
-    if not found.rest:
-        return {"": whole}
-    rest = replace(whole, changes=tuple(found.rest), besides=modules_besides(plan, found.left))
-    return {"": whole, f"{REST}/": rest}
+    def plan(self) -> FittingPlan:
+        """Return the modules whose magnitudes are computed."""
+        changes, adapter, base = self.changes, self.matched.adapters[0], self.matched.base
+        init, split = self.options["init"], self.options["split"]
+        copied = [*(job.change for job in changes.jobs), *changes.rest, *changes.others]
+        size = sum(tensor.nbytes for change in copied for tensor in tensors_of(change.update))
+        words = [*(["--init", init] if init != "preserve" else []), *(["--split"] if split else [])]
+        return FittingPlan(
+            command="from-lora",
+            words=(base.source.title, adapter.source.title, "OUT", *words),
+            bases=(base,),
+            jobs=changes.jobs,
+            format=self.session.format,
+            bytes_out=size + sum(4 * job.edit.low.outputs for job in changes.jobs if job.edit.low),
+            terms={"plan": self.matched.fingerprint, "init": init, "split": split},
+            is_dora=True,
+            like=adapter,
+            dtype=self.session.selection.dtype,
+        )
 
+    def load(self) -> FitJob:
+        """Return the computation of one module's m."""
+        from ..fitting.magnitudes import magnitudes
 
-def _module(name: str, result: Result) -> FittedModule:
-    facts = result.facts
-    error = share(facts["lost"], facts["change"])
-    return FittedModule(name=name, rank=facts["rank"], relative_error=error, details={})
+        return partial(magnitudes, preserve=self.options["init"] == "preserve")
+
+    def assemble(self, results: Mapping[str, Result]) -> dict[str, NewAdapter]:
+        """Return the DoRA, and in a sub-folder the LoRA of modules that cannot be DoRA."""
+        changes, adapter = self.changes, self.matched.adapters[0]
+        decomposed = [
+            replace(job.change, update=Decomposed(low, results[job.name].tensors["m"]))
+            for job in changes.jobs
+            if isinstance(low := job.change.update, LowRank)
+        ]
+        before = sum(isinstance(change.update, LowRank) for change in adapter.changes)
+        dora = NewAdapter(
+            (*decomposed, *changes.others),
+            adapter,
+            self.session.base_model,
+            targets=None if len(decomposed) == before else (),
+            besides=modules_besides(self.matched, changes.jobs),
+        )
+        if not changes.rest:
+            return {"": dora}
+        besides = modules_besides(self.matched, changes.refused)
+        return {"": dora, f"{REST}/": replace(dora, changes=tuple(changes.rest), besides=besides)}

@@ -1,30 +1,26 @@
-"""verify: whether a merged checkpoint does what base and adapters do."""
+"""verify: compare a merged checkpoint with what base and adapters do."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from typing_extensions import Unpack
+
 from ..errors import DoraConvertError, UsageError
-from ..lazy_torch import without_collections
+from ..lazy_imports import require_extra, without_collections
 from ..logits.prompts import gather_prompts
-from ..optional_packages import need
-from ..plan.options import Options, parse_options, parse_weights
+from ..options import VerifyOptions, takes
+from ..plan.options import parse_options, parse_weights
 from ..plan.plan import Plan
 from ..plan.planner import make_plan
 from ..reports.html import check_page, write_page
 from ..reports.verify import OutputsReport, VerifyReport
-from ..settings import MAX_MEMORY, Settings, chosen
+from ..settings import MAX_MEMORY, Settings, parse_choice
 from ..sources.inputs import find_adapter, open_base, open_inputs, refuse_swapped
-from ..sources.prefetch import download_weights as bring_weights
-from ..sources.download import fetch
-from ..formats.detect import wanted_of_adapter
-from ..sources.inputs import refuse_swapped
-from ..storage.spool import gather
 from ..sources.prefetch import download_weights
-from ..sources.remote_headers import open_far
 from ..sources.session import Session, open_session
 from ..storage.checkpoint import Checkpoint
 from ..storage.filenames import RECORD
@@ -36,127 +32,127 @@ if TYPE_CHECKING:
 LEVELS = "weights", "outputs"
 
 
+@takes(VerifyOptions)
 def verify(
     base: PathLike | None,
     adapters: PathLike | Sequence[PathLike],
     merged: PathLike,
-    *,
-    level: str = "weights",
-    weight: Sequence[float] = (),
-    samples: int = 8,
-    prompt: Sequence[str] = (),
-    prompts: PathLike | None = None,
-    device: str = "auto",
-    max_memory: str | int | None = None,
-    workers: int | None = None,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    allow_unmatched: bool = False,
-    ignore_field: Sequence[str] = (),
-    cache: bool = True,
-    token: str | None = None,
-    report: PathLike | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
-    on_notice: Callable[[str], None] | None = None,
+    **options: Unpack[VerifyOptions],
 ) -> VerifyReport | OutputsReport:
-    """Whether `merged` does what base and adapters do.
+    """Compare what `merged` does with what base and adapters do.
 
-    At the level of weights, every element is compared with the float64 result; `samples` is the number of random inputs
-    whose outputs are compared for each module, too. At the level of outputs, base and adapters, as PEFT runs them, and
-    `merged` are run on texts: each of `prompt`, the lines of the file `prompts`, or built-in ones.
+    At the level of weights, every element is compared with the float64 result; `samples` is the number of
+    random inputs whose outputs are compared for each module, too. At the level of outputs, base and adapters,
+    as PEFT runs them, and `merged` are run on texts: each of `prompt`, the lines of the file `prompts`, or
+    built-in ones.
 
-    The report's `verdict` is "agree" or "differ"; DoraConvertError is raised where that cannot be decided. Weights and
-    options that are not given are those that a receipt in `merged` has. `max_memory` is 160MiB for weights, and for
-    outputs what the machine has. `report` is a path for an HTML page; a file there is replaced.
+    The report's `verdict` is "agree" or "differ"; DoraConvertError is raised if that cannot be decided.
+    Weights and options that are not given are read from a receipt in `merged`. `max_memory` is 160MiB for
+    weights, and for outputs the machine's free memory. `report` is a path for an HTML page; an existing file
+    is replaced.
     """
-    chosen(level, dict.fromkeys(LEVELS), "--level")
-    texts = _texts(level, prompt, prompts)
-    options = parse_options("auto", "auto", None, "none", include, exclude, allow_unmatched, ignore_field)
-    if report is not None:
-        check_page(report)
-    named, held = None if base is None else os.fspath(base), MAX_MEMORY if max_memory is None else max_memory
-    told = (device, "auto", held, workers, True, None, on_progress, on_notice)
-    settings = Settings.parse(*told, token=token, cache=cache)
-    with open_session(token, cache=cache, notify=settings.notify) as session:
-        plan, made = _gather(named, listed(adapters), os.fspath(merged), weight, options, settings, session)
-        limit = None if max_memory is None else settings.max_memory
-        running = None if level == "weights" else (texts, limit)
-        found = _compared(plan, made, settings, session, samples, running)
-    if report is not None:
-        write_page(found, report)
-    return found
-
-
-def _gather(
-    base: str | None,
-    refs: Sequence[str],
-    where: str,
-    weight: Sequence[float],
-    options: Options,
-    settings: Settings,
-    session: Session,
-) -> tuple[Plan, Checkpoint]:
-    """What a merge would make, of what a receipt in MERGED says where the caller does not; and MERGED."""
-    weights = parse_weights(weight, len(refs))
-    if base is not None:
-        refuse_swapped(base, refs, where, "verify")
-    made = open_base(where, "MERGED", session)
-    if receipt := _receipt(made, refs, session):
-        options = replace(
-            options,
-            ignore_field=(*options.ignore_field, *receipt.options.ignore_field),
-            allow_unmatched=options.allow_unmatched or receipt.allows_unmatched,
+    parse_choice(options["level"], dict.fromkeys(LEVELS), "--level")
+    texts = _texts(options)
+    if options["report"] is not None:
+        check_page(options["report"])
+    limit = options["max_memory"]
+    settings = Settings.parse(options, MAX_MEMORY if limit is None else limit)
+    with open_session(options["token"], cache=options["cache"], notify=settings.notify) as session:
+        request = VerifyRequest(
+            base=None if base is None else os.fspath(base),
+            adapters=listed(adapters),
+            merged=os.fspath(merged),
+            options=options,
+            settings=settings,
+            session=session,
         )
-        if not (weight or options.include or options.exclude):
-            chosen, weights = receipt.options, receipt.weights
-            options = replace(options, include=chosen.include, exclude=chosen.exclude)
+        plan, checkpoint = _plan(request)
+        report = _compare(plan, checkpoint, request, texts)
+    if options["report"] is not None:
+        write_page(report, options["report"])
+    return report
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyRequest:
+    """The inputs and options of one comparison, checked."""
+
+    base: str | None
+    adapters: Sequence[str]
+    merged: str
+    options: VerifyOptions
+    settings: Settings
+    session: Session
+
+
+def _plan(request: VerifyRequest) -> tuple[Plan, Checkpoint]:
+    """Return the plan of the merge, with the options of MERGED's receipt by default; and MERGED."""
+    options, session, settings = request.options, request.session, request.settings
+    selection = parse_options(
+        include=options["include"],
+        exclude=options["exclude"],
+        allow_unmatched=options["allow_unmatched"],
+        ignore_field=options["ignore_field"],
+    )
+    weights = parse_weights(options["weight"], len(request.adapters))
+    if request.base is not None:
+        refuse_swapped(request.base, request.adapters, request.merged, "verify")
+    merged = open_base(request.merged, "MERGED", session)
+    if receipt := _receipt(merged, request):
+        selection = replace(
+            selection,
+            ignore_field=(*selection.ignore_field, *receipt.options.ignore_field),
+            allow_unmatched=selection.allow_unmatched or receipt.allows_unmatched,
+        )
+        if not (options["weight"] or selection.include or selection.exclude):
+            weights, chosen = receipt.weights, receipt.options
+            selection = replace(selection, include=chosen.include, exclude=chosen.exclude)
             if receipt.flags:
                 settings.notify(f"as the receipt of MERGED says: {receipt.flags}")
-    accepted = options.ignore_field
-    checkpoint, opened = open_inputs(base, refs, session, out=where, verb="verify", accepted=accepted)
-    return make_plan(checkpoint, opened, weights, options), made
+    accepted = selection.ignore_field
+    base, adapters = open_inputs(
+        request.base, request.adapters, session, out=request.merged, verb="verify", accepted=accepted
+    )
+    return make_plan(base, adapters, weights, selection), merged
 
 
-def _texts(level: str, prompt: Sequence[str], prompts: PathLike | None) -> tuple[str, ...]:
-    """A caller's prompts, where they are of use; and whether models can be run at all."""
-    if level == "outputs":
-        need("verify", "--level outputs")
+def _texts(options: VerifyOptions) -> tuple[str, ...]:
+    """Return the prompts to run models on; UsageError if models cannot be run, or are not to be run."""
+    prompt, prompts = options["prompt"], options["prompts"]
+    if options["level"] == "outputs":
+        require_extra("verify", "--level outputs")
         return gather_prompts([prompt] if isinstance(prompt, str) else prompt, prompts)
     if prompt or prompts is not None:
         raise UsageError("--prompt and --prompts are of use with --level outputs only.")
     return ()
 
 
-def _receipt(made: Checkpoint, refs: Sequence[str], session: Session) -> Receipt | None:
-    """Return the receipt of MERGED, if these adapters were merged. Missing adapters are refused later."""
+def _receipt(merged: Checkpoint, request: VerifyRequest) -> Receipt | None:
+    """Return MERGED's receipt if these adapters were merged. Missing adapters are refused later."""
     from ..output.receipt import read_receipt
 
-    if not (receipt := read_receipt(made.source.path / RECORD)):
+    if not (receipt := read_receipt(merged.source.path / RECORD)):
         return None
     try:
-        paths = [find_adapter(ref, session).path for ref in refs]
+        folders = [find_adapter(ref, request.session).path for ref in request.adapters]
     except DoraConvertError:
         return None
-    return receipt if receipt.is_of(paths) else None
+    return receipt if receipt.is_of(folders) else None
 
 
-def _compared(
-    plan: Plan,
-    made: Checkpoint,
-    settings: Settings,
-    session: Session,
-    samples: int,
-    running: tuple[Sequence[str], int | None] | None,
+def _compare(
+    plan: Plan, merged: Checkpoint, request: VerifyRequest, texts: Sequence[str]
 ) -> VerifyReport | OutputsReport:
-    """Weights compared; or what models say, where `running` holds prompts and a limit of memory."""
+    """Compare weights, or run both models on texts."""
+    options, settings, session = request.options, request.settings, request.session
+    if options["level"] == "weights":
+        with without_collections():
+            from ..parity.weights import verify_weights
+        return verify_weights(plan, merged, settings, session, options["samples"])
     with without_collections():
-        from ..parity.weights import verify_weights
-
-        if running:
-            from ..logits.compare import prepared
-    if not running:
-        return verify_weights(plan, made, settings, session, samples)
-    for each in (plan.base, made):
-        download_weights(each, session)
-    with prepared(plan, settings, *running) as comparison:
-        return comparison.against(made)
+        from ..logits.compare import prepared
+    for checkpoint in (plan.base, merged):
+        download_weights(checkpoint, session)
+    limit = None if options["max_memory"] is None else settings.max_memory
+    with prepared(plan, settings, texts, limit) as comparison:
+        return comparison.against(merged)

@@ -1,1 +1,228 @@
-"""Merge adapters into a base."""
+"""merge: fold adapters into a base, from the request over the plan to the published output."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from typing_extensions import Unpack
+
+from ...errors import UsageError
+from ...lazy_imports import require_extra, without_collections
+from ...options import MergeOptions, takes
+from ...output.folder import OutputFolder
+from ...plan.options import Options, parse_options, parse_weights
+from ...plan.plan import Plan
+from ...plan.planner import make_plan
+from ...reports.merge import DryRunReport, MergeReport
+from ...settings import Settings
+from ...sources.inputs import Mode, doubts, open_inputs
+from ...sources.session import Session, open_session
+from ...storage.refs import PathLike, listed
+
+if TYPE_CHECKING:
+    from ...hub.streaming import HubStreaming
+    from ...hub.target import HubRoutes
+    from .pipeline import Examine
+
+
+@takes(MergeOptions)
+def merge(
+    base: PathLike | None,
+    adapters: PathLike | Sequence[PathLike],
+    out: PathLike | None = None,
+    **options: Unpack[MergeOptions],
+) -> MergeReport | DryRunReport:
+    """Fold adapters into a base checkpoint: W' = W + Σ wᵢ·(applyᵢ(W) − W), each element rounded once.
+
+    `base` and each of `adapters` is a folder or a Hub repo; a base of None is the one that the first adapter
+    names. `out` is not given with `in_place` or `no_local`. `on_progress` is called with bytes done and in
+    all, from worker threads. docs/cli.md explains the options. Raises DoraConvertError, and then leaves
+    nothing under `out`.
+    """
+    if options["in_place"] or options["allow_lossy"]:
+        from ..in_place import refuse_options
+
+        refuse_options(options)
+    selection = parse_options(
+        dtype=options["dtype"],
+        compute_dtype=options["compute_dtype"],
+        max_shard_size=options["max_shard_size"],
+        undo=options["undo"] or ("exact" if options["in_place"] and not options["allow_lossy"] else "norms"),
+        include=options["include"],
+        exclude=options["exclude"],
+        allow_unmatched=options["allow_unmatched"],
+        ignore_field=options["ignore_field"],
+    )
+    routes = _routes(options)
+    settings = Settings.parse(
+        options,
+        options["max_memory"],
+        compute_dtype=options["compute_dtype"],
+        verify=options["verify"],
+        base_model=options["base_model"],
+    )
+    cache = options["cache"] and not options["no_local"]
+    with open_session(options["token"], cache=cache, notify=settings.notify) as session:
+        request = MergeRequest(
+            base=base,
+            adapters=listed(adapters),
+            out=out,
+            options=options,
+            selection=selection,
+            settings=settings,
+            session=session,
+            routes=routes,
+        )
+        return _merge_in_place(request) if options["in_place"] else _merge_beside(request)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeRequest:
+    """The inputs and options of one merge, checked."""
+
+    base: PathLike | None
+    adapters: Sequence[str]
+    out: PathLike | None
+    options: MergeOptions
+    selection: Options
+    """The options that decide the plan."""
+    settings: Settings
+    session: Session
+    routes: HubRoutes | None
+    """The ways to the Hub; None if nothing is uploaded."""
+
+
+def _routes(options: MergeOptions) -> HubRoutes | None:
+    """Return the ways to the Hub that the options name; UsageError for options without --push-to-hub."""
+    names = ("push_to_hub", "private", "create_pr", "commit_message", "no_local")
+    if not any(options[name] for name in names):  # type: ignore[literal-required]
+        return None
+    from ...hub.target import HubRoutes, PushTarget
+
+    target = PushTarget.parse(options)
+    local = not options["no_local"]
+    return HubRoutes(target, cache=options["cache"] and local, local=local)
+
+
+def _merge_beside(request: MergeRequest) -> MergeReport | DryRunReport:
+    """Write OUT beside the base, or only on the Hub."""
+    options, routes = request.options, request.routes
+    if options["verify_outputs"]:
+        if options["no_local"]:
+            raise UsageError("--no-local keeps nothing that --verify-outputs could run.", hint="name an OUT")
+        require_extra("verify", "--verify-outputs")
+    folder = OutputFolder(_folder(request), overwrite=options["overwrite"])
+    folder.check()
+    out = "OUT" if options["no_local"] else folder.given
+    plan = _plan(request, out, _mode(request), _weights_folder(request, folder))
+    folder.refuse_inside([plan.base.source.path, *(adapter.source.path for adapter in plan.adapters)])
+    if options["dry_run"]:
+        remote = routes.target if routes and not routes.local else None
+        return DryRunReport.of(plan, request.settings, out=remote.repo if remote else folder.given)
+    with without_collections():
+        from .pipeline import run_merge
+    with _streaming(request, plan, folder) as hub, _examiner(request, plan) as examine:
+        return run_merge(plan, folder, request.settings, hub, examine)
+
+
+def _folder(request: MergeRequest) -> Path:
+    """Return OUT, or the folder that shards pass through on their way to the Hub."""
+    if request.routes and not request.routes.local:
+        from ...hub.target import transit_folder
+
+        return transit_folder(request.out, request.routes, [str(request.base), *request.adapters])
+    if request.out is None:
+        raise UsageError("merge needs OUT, or --in-place, or --push-to-hub REPO_ID --no-local.")
+    return Path(request.out)
+
+
+def _merge_in_place(request: MergeRequest) -> MergeReport | DryRunReport:
+    """Change the base itself; first publish the files that an interrupted run has staged."""
+    from ...output.in_place import finished
+    from .. import in_place
+
+    options, settings = request.options, request.settings
+    base = in_place.refuse_out(request.base, "BASE", request.out)
+    if request.routes or options["verify_outputs"]:
+        raise UsageError(
+            "--in-place goes neither with --push-to-hub nor with --verify-outputs.",
+            hint="dora-convert push, or dora-convert verify --level outputs, afterwards",
+        )
+    in_place.refuse_lossy(request.selection.undo, options)
+    if report := finished(base, "merge", request.adapters, settings):
+        return MergeReport.read(report)
+    plan = _plan(request, "--in-place", "local")
+    place = in_place.open_place(plan)
+    in_place.refuse_merged(plan, place)
+    if options["dry_run"]:
+        return DryRunReport.of(plan, settings, out=place.given)
+    with without_collections():
+        from .pipeline import run_merge
+    return run_merge(plan, place, settings)
+
+
+def _plan(request: MergeRequest, out: str, mode: Mode, weights: Path | None = None) -> Plan:
+    """Open the inputs, warn about oddities, and decide every output tensor.
+
+    `out` is the last word of the command line, for hints.
+    """
+    settings = request.settings
+    strengths = parse_weights(request.options["weight"], len(request.adapters))
+    checkpoint, adapters = open_inputs(
+        None if request.base is None else os.fspath(request.base),
+        request.adapters,
+        request.session,
+        out=out,
+        accepted=request.selection.ignore_field,
+        mode=mode,
+        weights=weights,
+    )
+    for doubt in doubts(checkpoint, adapters):
+        settings.warn(doubt)
+    return make_plan(checkpoint, adapters, strengths, request.selection)
+
+
+def _mode(request: MergeRequest) -> Mode:
+    """Return how much of a base on the Hub is downloaded before the plan is made."""
+    if request.options["verify_outputs"]:
+        return "whole"
+    return "brief" if request.options["dry_run"] else "headers"
+
+
+def _weights_folder(request: MergeRequest, folder: OutputFolder) -> Path | None:
+    """Return the folder for a base's weights that do not stay; None for the cache."""
+    if request.session.cache:
+        return None
+    from ...hub.target import INCOMING
+
+    return folder.state / INCOMING
+
+
+def _streaming(
+    request: MergeRequest, plan: Plan, folder: OutputFolder
+) -> AbstractContextManager[HubStreaming | None]:
+    """Return the download of the base's weights and the upload of shards, while the plan runs."""
+    if plan.base.is_here and not request.routes:
+        return nullcontext()
+    from ...hub.streaming import stream_merge
+    from ...hub.target import HubRoutes
+
+    routes = request.routes or HubRoutes(cache=request.session.cache)
+    return stream_merge(plan, routes, request.session, folder)
+
+
+@contextmanager
+def _examiner(request: MergeRequest, plan: Plan) -> Iterator[Examine | None]:
+    """Yield a function that runs the output on sample prompts, if --verify-outputs asks for it."""
+    if not request.options["verify_outputs"]:
+        yield None
+        return
+    from ...logits.compare import prepared
+
+    with prepared(plan, request.settings, (), None) as comparison:
+        yield comparison.against

@@ -60,7 +60,7 @@ def run_merge(
     files = side_files(plan)
     merge = _Merge(plan, output, settings, spec=spec, hashes=hashes, hub=hub)
     merge.look_at_base()
-    needed = hub.most(plan) if hub else output.bytes_needed(plan)
+    needed = hub.room(plan) if hub else output.bytes_needed(plan)
     output.check_space(needed + 2 * plan.undo_bytes + sum(file.nbytes for file in files))
     with entered(output):
         done, unfinished = merge.write_tensors()
@@ -104,7 +104,7 @@ class _Merge:
 
             rehearse(plan, self.settings, self.spec, maker)
         if hub:
-            hub.enter(output.partial)
+            hub.begin(output.partial)
         options = RunOptions(
             spec=self.spec,
             key=key,
