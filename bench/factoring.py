@@ -40,11 +40,7 @@ def timed(rounds: int, runs: dict[str, Callable[[], object]]) -> dict[str, float
 def svd(name: str, D: Tensor, rank: int, rounds: int) -> None:
     S = torch.linalg.svdvals(D).double()
     took = timed(
-        rounds,
-        {
-            "full": lambda: torch.linalg.svd(D, full_matrices=False),
-            "ours": lambda: truncated_svd(D, rank=rank),
-        },
+        rounds, {"full": lambda: torch.linalg.svd(D, full_matrices=False), "ours": lambda: truncated_svd(D, rank=rank)}
     )
     best, ours = float(S[rank:].norm() / S.norm()), truncated_svd(D, rank=rank).error
     print(
@@ -76,13 +72,9 @@ def main(size: int = 4096, rank: int = 32, rounds: int = 3) -> None:
         f"a LoRA's {truncated_svd(delta, rank=rank // 2).error:.3f}"
     )
     X = torch.randn(size, rank + 10)
-    took_by = timed(
-        20,
-        {"dense": lambda: delta @ X, "structured": lambda: (d - 1) * (W @ X) + d * (B @ (A @ X))},
-    )
+    took_by = timed(20, {"dense": lambda: delta @ X, "structured": lambda: (d - 1) * (W @ X) + d * (B @ (A @ X))})
     print(
-        f"a product with ΔW: dense {took_by['dense'] * 1e3:.1f} ms, "
-        f"by structure {took_by['structured'] * 1e3:.1f} ms"
+        f"a product with ΔW: dense {took_by['dense'] * 1e3:.1f} ms, by structure {took_by['structured'] * 1e3:.1f} ms"
     )
 
 

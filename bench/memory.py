@@ -63,9 +63,7 @@ def main() -> None:
     for title, made in cases.items():
         shutil.rmtree(root, ignore_errors=True)
         if isinstance(made, bool):
-            subprocess.run(
-                [sys.executable, __file__, "--large", str(made), "--folder", str(root)], check=True
-            )
+            subprocess.run([sys.executable, __file__, "--large", str(made), "--folder", str(root)], check=True)
         else:
             subprocess.run([sys.executable, str(HERE / "synthetic.py"), str(root), *made], check=True)
         words = ["merge", str(root / "base"), str(root / "dora"), str(root / "out"), "-q"]

@@ -55,16 +55,7 @@ def commands(folder: Path, out: Path, *, peft: bool) -> dict[str, list[str]]:
     base = str(folder / "base")
     found = {"import torch": [sys.executable, "-c", "import torch"]}
     for kind in ("dora", "lora", "qv"):
-        found[kind] = [
-            sys.executable,
-            "-m",
-            "dora_convert",
-            "merge",
-            base,
-            str(folder / kind),
-            str(out),
-            "-q",
-        ]
+        found[kind] = [sys.executable, "-m", "dora_convert", "merge", base, str(folder / kind), str(out), "-q"]
     if peft:
         for kind in ("dora", "lora"):
             found[f"peft {kind}"] = [sys.executable, "-c", PEFT, base, str(folder / kind), str(out)]
@@ -93,9 +84,7 @@ def main() -> None:
             took, held = run(command, out)
             seconds.setdefault(name, []).append(took)
             peak[name] = max(peak.get(name, 0), held)
-        print(
-            f"round {number + 1}: " + ", ".join(f"{name} {each[-1]:.2f} s" for name, each in seconds.items())
-        )
+        print(f"round {number + 1}: " + ", ".join(f"{name} {each[-1]:.2f} s" for name, each in seconds.items()))
     shutil.rmtree(out)
     report(seconds, peak)
 

@@ -26,9 +26,7 @@ from tests.toy import rounded
 def exact(base: str, adapter: str) -> dict[str, torch.Tensor]:
     """Return the weights of PEFT's merge of a float64 model."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
-    merged = (
-        PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False).double().merge_and_unload()
-    )
+    merged = PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False).double().merge_and_unload()
     return {name: weight for name, weight in merged.state_dict().items() if weight.dim() == 2}
 
 

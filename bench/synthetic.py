@@ -35,9 +35,7 @@ def shapes(layers: int) -> dict[str, tuple[int, ...]]:
     for layer in range(layers):
         prefix = f"model.layers.{layer}"
         found |= {f"{prefix}.{name}.weight": shape for name, shape in LINEAR.items()}
-        found |= {
-            f"{prefix}.{name}.weight": (HIDDEN,) for name in ("input_layernorm", "post_attention_layernorm")
-        }
+        found |= {f"{prefix}.{name}.weight": (HIDDEN,) for name in ("input_layernorm", "post_attention_layernorm")}
     return found | {"model.norm.weight": (HIDDEN,)}
 
 

@@ -67,11 +67,7 @@ def main(base: str, out: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     config = LoraConfig(
-        r=4,
-        lora_alpha=16,
-        use_dora=True,
-        target_modules=["q_proj", "v_proj", "o_proj"],
-        task_type="CAUSAL_LM",
+        r=4, lora_alpha=16, use_dora=True, target_modules=["q_proj", "v_proj", "o_proj"], task_type="CAUSAL_LM"
     )
     model = get_peft_model(model, config)
     pairs = json.loads((Path(__file__).parent / "pirate.json").read_text())

@@ -18,12 +18,8 @@ the options.
 """
 
 
-def help_of(
-    command: click.Command, name: str, parent: click.Context | None = None
-) -> tuple[str, click.Context]:
-    context = click.Context(
-        command, info_name=name, parent=parent, terminal_width=WIDTH, **command.context_settings
-    )
+def help_of(command: click.Command, name: str, parent: click.Context | None = None) -> tuple[str, click.Context]:
+    context = click.Context(command, info_name=name, parent=parent, terminal_width=WIDTH, **command.context_settings)
     return f"```text\n{command.get_help(context)}\n```\n", context
 
 

@@ -135,9 +135,7 @@ def run(root: Path, seconds: float, seed: int, start: int) -> int:
 
 def where(error: BaseException) -> str:
     """Return the key that identifies a failure: the error's type, and the last line of ours in its traceback."""
-    frames = [
-        frame for frame in traceback.extract_tb(error.__traceback__) if "dora_convert" in frame.filename
-    ]
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "dora_convert" in frame.filename]
     return f"{type(error).__name__} {frames[-1].filename}:{frames[-1].lineno}" if frames else repr(error)
 
 

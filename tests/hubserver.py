@@ -78,9 +78,7 @@ class Hub(ThreadingHTTPServer):
         self.faults: list[Fault] = []
         self.sent: list[tuple[str, int]] = []
         self.taken: set[str] = set()
-        self.copies = (
-            "yes"  # or "no": files are not copied to other repos; or "lost": they are not there afterwards
-        )
+        self.copies = "yes"  # or "no": files are not copied to other repos; or "lost": they are not there afterwards
         self.copied: list[str] = []
         self.on_read: Callable[[str], None] = lambda _: None
         self.lock = threading.Lock()
@@ -201,14 +199,7 @@ class Handler(BaseHTTPRequestHandler):
         if not (commit := repo.commit_of(revision or "main")):
             return self.refuse(404, "RevisionNotFound")
         siblings = [{"rfilename": file} for file in repo.files()]
-        body = {
-            "_id": "1",
-            "id": name,
-            "sha": commit,
-            "siblings": siblings,
-            "private": repo.private,
-            "tags": [],
-        }
+        body = {"_id": "1", "id": name, "sha": commit, "siblings": siblings, "private": repo.private, "tags": []}
         self.reply(200, body)
 
     def tree(self, name, _revision):
@@ -247,9 +238,7 @@ class Handler(BaseHTTPRequestHandler):
         asked = json.loads(self.body)
         name = f"{asked.get('organization') or 'me'}/{asked['name']}"
         if name in self.server.repos or name in self.server.taken:
-            return self.reply(
-                409, {"error": f"You already created {name}", "url": f"{self.server.url}/{name}"}
-            )
+            return self.reply(409, {"error": f"You already created {name}", "url": f"{self.server.url}/{name}"})
         folder = self.server.root / "created" / name
         folder.mkdir(parents=True)
         self.server.created.append(asked)
@@ -334,9 +323,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def content(self, line):
         value = line["value"]
-        return (
-            base64.b64decode(value["content"]) if line["key"] == "file" else self.server.blobs[value["oid"]]
-        )
+        return base64.b64decode(value["content"]) if line["key"] == "file" else self.server.blobs[value["oid"]]
 
 
 def entry(name, path):
@@ -390,9 +377,4 @@ def start(hub, home, *words, **environment):
 def settings(hub, home, **environment):
     """The environment in which huggingface_hub talks to this server over LFS."""
     env = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
-    return env | {
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_ETAG_TIMEOUT": "2",
-        "HF_TOKEN": "hf_secret",
-        **environment,
-    }
+    return env | {"HF_HUB_DISABLE_XET": "1", "HF_HUB_ETAG_TIMEOUT": "2", "HF_TOKEN": "hf_secret", **environment}

@@ -91,9 +91,7 @@ for number in range(deaths):
     if seen == "model":
         shutil.copytree(folder, work / f"seen{number}")
     again = code
-    for more in (chance.randrange(1, total), 10**9)[
-        number % 2 :
-    ]:  # every other time killed once more meanwhile
+    for more in (chance.randrange(1, total), 10**9)[number % 2 :]:  # every other time killed once more meanwhile
         last = state(folder)
         again = child(folder, more) if again else 0
     found.append({"at": at, "code": code, "state": seen, "last": last, "again": again})

@@ -131,11 +131,7 @@ class Plain(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv1, self.conv2, self.linear = (
-            nn.Conv1d(7, 24, 3),
-            nn.Conv2d(24, 32, (1, 2)),
-            nn.Linear(32, 32),
-        )
+        self.conv1, self.conv2, self.linear = (nn.Conv1d(7, 24, 3), nn.Conv2d(24, 32, (1, 2)), nn.Linear(32, 32))
         self.attn = nn.MultiheadAttention(32, 4, batch_first=True)
         self.router, self.experts, self.last = nn.Linear(32, 3), Experts(), Matrix()
 

@@ -54,9 +54,7 @@ class Process:
         return subprocess.CompletedProcess(self._words, code, out, err)
 
 
-def _alone(
-    words: list[str], environment: Mapping[str, str], out: IO[bytes], err: IO[bytes]
-) -> subprocess.Popen[bytes]:
+def _alone(words: list[str], environment: Mapping[str, str], out: IO[bytes], err: IO[bytes]) -> subprocess.Popen[bytes]:
     """A process that begins from nothing, where none can be forked."""
     started = words if words[0] == "-c" else ["-m", "dora_convert", *words]
     known = dict(environment) | {"PYTHONPATH": str(ROOT)}

@@ -91,9 +91,7 @@ def test_every_layer_kind(tmp_path, dtype, variant):
     merged = load_file(tmp_path / "out/model.safetensors")
 
     oracle = (
-        PeftModel.from_pretrained(base.double(), tmp_path / "adapter", autocast_adapter_dtype=False)
-        .double()
-        .eval()
+        PeftModel.from_pretrained(base.double(), tmp_path / "adapter", autocast_adapter_dtype=False).double().eval()
     )
     x = inputs()
     want = oracle(x)
@@ -117,9 +115,7 @@ def test_conv1d_square(tmp_path):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    config = GPT2Config(
-        n_layer=2, n_embd=24, n_head=2, vocab_size=60, n_positions=16, tie_word_embeddings=False
-    )
+    config = GPT2Config(n_layer=2, n_embd=24, n_head=2, vocab_size=60, n_positions=16, tie_word_embeddings=False)
     model = GPT2LMHeadModel(config).eval()
     model.save_pretrained(tmp_path / "base")
     lora = LoraConfig(
@@ -139,17 +135,7 @@ def test_llama(tmp_path):
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval()
     model.save_pretrained(tmp_path / "base", max_shard_size="20KB")
-    targets = [
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "o_proj",
-        "gate_proj",
-        "up_proj",
-        "down_proj",
-        "embed_tokens",
-        "lm_head",
-    ]
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens", "lm_head"]
     lora = LoraConfig(r=4, lora_alpha=8, use_dora=True, target_modules=targets)
     check_logits(tmp_path, model, lora, LlamaForCausalLM, tolerance=2e-6)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
@@ -160,9 +146,7 @@ def test_resnet(tmp_path):
     from transformers import ResNetConfig, ResNetForImageClassification
 
     torch.manual_seed(0)
-    config = ResNetConfig(
-        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_labels=3, layer_type="basic"
-    )
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_labels=3, layer_type="basic")
     model = ResNetForImageClassification(config).eval()
     model.save_pretrained(tmp_path / "base")
     lora = LoraConfig(r=4, lora_alpha=8, use_dora=True, target_modules=["convolution"])

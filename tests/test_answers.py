@@ -40,9 +40,7 @@ def test_busy_servers_are_waited_for(monkeypatch, errors, waits):
     assert slept == waits
 
 
-@pytest.mark.parametrize(
-    ("error", "calls"), [(RefusedError(503), 5), (RefusedError(404), 1), (KeyError(), 1)]
-)
+@pytest.mark.parametrize(("error", "calls"), [(RefusedError(503), 5), (RefusedError(404), 1), (KeyError(), 1)])
 def test_not_for_ever(monkeypatch, error, calls):
     """After four waits the error is the answer; one that will not pass is so at once."""
     seen = []

@@ -45,18 +45,7 @@ NEVER = {
 }
 """Rooms that a room knows nothing of, although they lie below it, or where it matters most."""
 
-FREE_OF_TORCH = {
-    "storage",
-    "plan",
-    "naming",
-    "formats",
-    "adapters",
-    "sources",
-    "output",
-    "reports",
-    "cli",
-    "",
-}
+FREE_OF_TORCH = {"storage", "plan", "naming", "formats", "adapters", "sources", "output", "reports", "cli", ""}
 """Rooms that import no torch when they are imported: headers are planned without it."""
 
 TALKS = {"click", "rich", "tqdm"}
@@ -193,7 +182,5 @@ def test_calls_name_their_arguments(name):
 
 def test_class_names_occur_once():
     """A reader who searches for a class finds one."""
-    names = [
-        node.name for tree in TREES.values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)
-    ]
+    names = [node.name for tree in TREES.values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
     assert [name for name, count in Counter(names).items() if count > 1] == []

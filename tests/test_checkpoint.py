@@ -59,9 +59,7 @@ def test_tensors_missing_from_the_index(base):
     assert checkpoint.tensors[doubled].path.name == shards[1]
 
 
-@pytest.mark.parametrize(
-    "name", ["../secret.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", "a\\b"]
-)
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", "a\\b"])
 def test_index_must_stay_in_the_folder(base, name):
     """File names in an index are plain names."""
     edit_json(base.path / "model.safetensors.index.json", weight_map={"x": name})
@@ -69,9 +67,7 @@ def test_index_must_stay_in_the_folder(base, name):
         opened(base.path)
 
 
-@pytest.mark.parametrize(
-    "content", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 1}}', "nonsense"]
-)
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 1}}', "nonsense"])
 def test_malformed_index(base, content):
     """An index that is not one."""
     (base.path / "model.safetensors.index.json").write_text(content)

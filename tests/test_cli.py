@@ -110,10 +110,7 @@ def test_swapped(run, tmp_path, base, adapter):
     """BASE and ADAPTER exchanged: the command that was meant."""
     code, _, err = run("merge", adapter, base.path, tmp_path / "out")
     assert code == 2
-    assert (
-        "Hint: " + shlex.join(["dora-convert", "merge", *map(str, (base.path, adapter, tmp_path / "out"))])
-        in err
-    )
+    assert "Hint: " + shlex.join(["dora-convert", "merge", *map(str, (base.path, adapter, tmp_path / "out"))]) in err
 
 
 def test_swapped_in_verify(run, tmp_path, base, adapter):
@@ -164,11 +161,7 @@ def test_mistakes(run, tmp_path, base, adapter, words, message, hint):
 
 def test_errors_as_json(run, tmp_path, base, adapter):
     """With --json, an error is one JSON document on stderr, a mistake in the command line included."""
-    for words in (
-        ["merge", base.path, "nonsense", tmp_path / "out"],
-        ["merge", "--frobnicate"],
-        ["merge", "x"],
-    ):
+    for words in (["merge", base.path, "nonsense", tmp_path / "out"], ["merge", "--frobnicate"], ["merge", "x"]):
         code, out, err = run(*words, "--json")
         assert (code, out) == (2, "")
         assert {"kind", "message", "hint"} <= json.loads(err)["error"].keys()
@@ -233,9 +226,7 @@ def test_interrupted_while_importing(tmp_path):
         "cli.main(['inspect', 'x'])\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.fspath(tmp_path), *sys.path])}
-    done = subprocess.run(
-        [sys.executable, "-m", "stopped"], env=environment, capture_output=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-m", "stopped"], env=environment, capture_output=True, check=False)
     assert done.returncode == 130
 
 

@@ -17,22 +17,7 @@ from dora_convert.errors import DoraConvertError, PlanError, UsageError
 
 from . import toy
 from .commands import exit_code
-from .peft_cases import (
-    GROWN,
-    IDS,
-    SIZES,
-    Case,
-    Tiny,
-    bert,
-    distance,
-    gpt2,
-    llama,
-    outputs,
-    save,
-    scrambled,
-    start,
-    t5,
-)
+from .peft_cases import GROWN, IDS, SIZES, Case, Tiny, bert, distance, gpt2, llama, outputs, save, scrambled, start, t5
 from .test_from_lora import TIED
 from .test_peft_matrix import noisy
 
@@ -140,9 +125,7 @@ def test_everything_changed(tmp_path, name, kind):
     with noisy():
         save(base(), tmp_path / "base")
         want = outputs(finetuned(start(case, tmp_path / "base"), tmp_path / "tuned"), inputs)
-        report = dora_convert.extract(
-            tmp_path / "base", tmp_path / "tuned", tmp_path / "out", kind=kind, rank=99
-        )
+        report = dora_convert.extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", kind=kind, rank=99)
         made = PeftModel.from_pretrained(start(case, tmp_path / "base"), tmp_path / "out").eval()
         assert distance(outputs(made, inputs), want) <= 1e-4
         dora_convert.merge(tmp_path / "base", tmp_path / "out", tmp_path / "merged")
@@ -171,9 +154,7 @@ def test_a_grown_vocabulary(tmp_path):
         assert distance(outputs(start(case, tmp_path / "merged"), GROWN), want) <= 1e-4
     assert {"lm_head.weight", "model.embed_tokens.weight"} <= set(report.details["saved_whole"])
     with pytest.raises(PlanError, match="no place in an adapter") as caught:
-        dora_convert.extract(
-            tmp_path / "base", tmp_path / "tuned", tmp_path / "no", rank=9, embeddings="skip"
-        )
+        dora_convert.extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "no", rank=9, embeddings="skip")
     assert {fault.what for fault in caught.value.faults} == {"lm_head.weight", "model.embed_tokens.weight"}
 
 
@@ -186,12 +167,7 @@ def test_embeddings(tmp_path, embeddings):
         save(llama()(), tmp_path / "base")
         want = outputs(finetuned(start(case, tmp_path / "base"), tmp_path / "tuned"), IDS)
         report = dora_convert.extract(
-            tmp_path / "base",
-            tmp_path / "tuned",
-            tmp_path / "out",
-            rank=99,
-            kind="lora",
-            embeddings=embeddings,
+            tmp_path / "base", tmp_path / "tuned", tmp_path / "out", rank=99, kind="lora", embeddings=embeddings
         )
         made = PeftModel.from_pretrained(start(case, tmp_path / "base"), tmp_path / "out").eval()
         apart = distance(outputs(made, IDS), want)
@@ -209,9 +185,7 @@ def test_a_tied_embedding_as_factors_is_refused(tmp_path):
         save(TIED(), tmp_path / "base")
         finetuned(start(case, tmp_path / "base"), tmp_path / "tuned")
     with pytest.raises(PlanError) as caught:
-        dora_convert.extract(
-            tmp_path / "base", tmp_path / "tuned", tmp_path / "out", rank=9, embeddings="lora"
-        )
+        dora_convert.extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", rank=9, embeddings="lora")
     assert "--embeddings full" in caught.value.text()
     assert not list(tmp_path.glob("out*"))
 
@@ -269,9 +243,7 @@ def test_an_embedding_tied_to_more_than_a_head(tmp_path):
         finetuned(start(Case(t5, lambda: None), tmp_path / "base"), tmp_path / "tuned")
     for embeddings in ("full", "lora"):
         with pytest.raises(PlanError) as caught:
-            dora_convert.extract(
-                tmp_path / "base", tmp_path / "tuned", tmp_path / "out", rank=9, embeddings=embeddings
-            )
+            dora_convert.extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", rank=9, embeddings=embeddings)
         assert [fault.what for fault in caught.value.faults] == ["shared.weight"]
         assert "--embeddings skip" in caught.value.text()
         assert "--embeddings full" not in caught.value.text()
@@ -354,11 +326,7 @@ def test_command_line(tmp_path, single, capsys):
     assert plan["least_memory"] > 4 * 96 * 40
     assert exit_code(*words, "--json") == 0
     report = json.loads(capsys.readouterr().out)
-    assert (report["command"], report["kind"], report["saved_whole"]) == (
-        "extract",
-        "dora",
-        ["model.norm.weight"],
-    )
+    assert (report["command"], report["kind"], report["saved_whole"]) == ("extract", "dora", ["model.norm.weight"])
     assert report["modules"][0].keys() >= {"name", "rank", "relative_error", "lora_error", "converged"}
     assert exit_code(*words[:-2], "--overwrite") == 2
     assert "--rank 32" in capsys.readouterr().err

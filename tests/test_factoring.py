@@ -20,8 +20,7 @@ def weight(out: int, width: int, seed: int = 0, decay: float = 0.4) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     least = min(out, width)
     U, V = (
-        torch.linalg.qr(torch.randn(size, least, generator=generator, dtype=torch.float64)).Q
-        for size in (out, width)
+        torch.linalg.qr(torch.randn(size, least, generator=generator, dtype=torch.float64)).Q for size in (out, width)
     )
     return 0.5 * (U * torch.arange(1.0, least + 1, dtype=torch.float64) ** -decay) @ V.T
 
@@ -30,8 +29,7 @@ def dora(W: Tensor, rank: int, seed: int = 0, strength: float = 0.1, spread: flo
     """W' of a DoRA by definition, every seventh row flipped: BA is `strength` of W, m is off by `spread`."""
     generator = torch.Generator().manual_seed(seed + 1)
     B, A = (
-        torch.randn(shape, generator=generator, dtype=torch.float64)
-        for shape in ((len(W), rank), (rank, W.shape[1]))
+        torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((len(W), rank), (rank, W.shape[1]))
     )
     X = B @ A
     V = W + X * (strength * W.norm() / X.norm())
@@ -45,9 +43,7 @@ def delta(out: int, width: int, rank: int) -> Tensor:
     W = weight(out, width)
     generator = torch.Generator().manual_seed(3)
     d = 1 + 0.03 * torch.randn(out, 1, generator=generator, dtype=torch.float64)
-    B, A = (
-        torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((out, rank), (rank, width))
-    )
+    B, A = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((out, rank), (rank, width)))
     X = B @ A
     return (d - 1) * W + d * X * (0.1 * W.norm() / X.norm())
 
@@ -109,14 +105,7 @@ def test_full_rank_is_the_matrix(shape):
     assert error(D, found) < 1e-5
 
 
-@given(
-    st.integers(1, 30),
-    st.integers(1, 30),
-    st.integers(0, 8),
-    st.integers(1, 40),
-    st.integers(0, 3),
-    st.booleans(),
-)
+@given(st.integers(1, 30), st.integers(1, 30), st.integers(0, 8), st.integers(1, 40), st.integers(0, 3), st.booleans())
 @settings(max_examples=150, deadline=None)
 def test_any_shape_and_rank(out, width, true, rank, seed, exact):
     """min(rank asked for, out, in, the matrix's own rank); the error is the best there is; S is split evenly."""
@@ -176,14 +165,7 @@ def test_numerical_rank_of_large_matrices():
 
 @pytest.mark.parametrize(
     "goal",
-    [
-        {},
-        {"rank": 2, "energy": 0.5},
-        {"rank": 0},
-        {"energy": 1.5},
-        {"max_error": -0.1},
-        {"max_error": float("nan")},
-    ],
+    [{}, {"rank": 2, "energy": 0.5}, {"rank": 0}, {"energy": 1.5}, {"max_error": -0.1}, {"max_error": float("nan")}],
 )
 def test_goals_that_nothing_reaches(goal):
     """One of the three, and a possible one."""

@@ -37,9 +37,7 @@ def test_a_merged_dora_is_found_again(shape, rank, dtype):
     assert found.converged
     assert distance(W, tuned, found) < (1e-6 if dtype == torch.float32 else 1e-12)
     assert found.error == pytest.approx(distance(W, tuned, found), rel=1e-2, abs=1e-14)
-    assert found.delta_error == pytest.approx(
-        found.error * float(tuned.norm() / (tuned - W).norm()), rel=1e-3
-    )
+    assert found.delta_error == pytest.approx(found.error * float(tuned.norm() / (tuned - W).norm()), rel=1e-3)
     assert truncated_svd(tuned - W, rank=rank).error > 0.01
 
 

@@ -13,9 +13,7 @@ from peft.tuners.lora.config import MontecloraConfig, VeloraConfig
 from safetensors.torch import load_file
 
 import dora_convert
-from dora_convert.errors import (
-    UsageError,
-)
+from dora_convert.errors import UsageError
 
 from . import peft_cases as tiny
 from . import toy
@@ -93,9 +91,7 @@ def apart(one, other) -> float:
     return float((one - other).abs().max() / other.abs().max())
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"), [(name, dtype) for name, case in CASES.items() for dtype in case.dtypes]
-)
+@pytest.mark.parametrize(("name", "dtype"), [(name, dtype) for name, case in CASES.items() for dtype in case.dtypes])
 def test_outputs_are_the_loras(tmp_path, name, dtype):
     """PEFT loads the DoRA, and its outputs differ from the LoRA's by rounding alone."""
     case = CASES[name]
@@ -109,9 +105,7 @@ def test_outputs_are_the_loras(tmp_path, name, dtype):
         assert apart(logits(after, case.inputs), want) <= case.slack * BOUND[dtype]
         assert apart(logits(start(case, tmp_path / "base").eval(), case.inputs), want) > 0.02
     assert report.relative_error < 1e-5
-    tensors, given = (
-        load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("dora", "adapter")
-    )
+    tensors, given = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("dora", "adapter"))
     for key, tensor in given.items():
         if "velora" not in key and "sampler" not in key:
             assert torch.equal(tensors[key], tensor), key
@@ -187,9 +181,7 @@ def test_bytes_do_not_depend_on_workers_or_memory(tmp_path, base):
     assert sorted(found[0]) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
     for dry_run in (True, False):
         with pytest.raises(UsageError, match="max-memory"):
-            dora_convert.from_lora(
-                base.path, adapter, tmp_path / "out9", max_memory=least - 1, dry_run=dry_run
-            )
+            dora_convert.from_lora(base.path, adapter, tmp_path / "out9", max_memory=least - 1, dry_run=dry_run)
 
 
 def test_dtype_is_for_all_but_magnitudes(tmp_path, base):

@@ -12,12 +12,7 @@ from peft.tuners.lora.config import BdLoraConfig, KasaConfig
 from safetensors.torch import load_file, save_file
 
 import dora_convert
-from dora_convert.errors import (
-    DoraConvertError,
-    NumericalError,
-    OutputError,
-    UnsupportedError,
-)
+from dora_convert.errors import DoraConvertError, NumericalError, OutputError, UnsupportedError
 
 from . import peft_cases as tiny
 from . import toy

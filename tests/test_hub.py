@@ -22,9 +22,7 @@ def hub(tmp_path):
     (base.path / "pytorch_model.bin").write_bytes(b"x" * 5000)
     (base.path / "original").mkdir()
     (base.path / "original/consolidated.00.pth").write_bytes(b"x" * 5000)
-    adapter = make_adapter(
-        root / "adapter", base, dora=True, base_model_name_or_path="org/base", revision="v2"
-    )
+    adapter = make_adapter(root / "adapter", base, dora=True, base_model_name_or_path="org/base", revision="v2")
     (adapter / "optimizer.pt").write_bytes(b"x" * 5000)
     make_adapter(root / "many", base, dora=False).rename(root / "many-x")
     (root / "many").mkdir()
@@ -53,9 +51,7 @@ def test_repos_give_the_same_bytes_as_folders(hub, tmp_path):
     for name in near.keys() - {"README.md", "dora_convert/receipt.json"}:
         assert remote[name] == near[name]
     receipt = json.loads(remote["dora_convert/receipt.json"])
-    assert (
-        receipt["base"].items() >= {"name": "org/base", "repo": "org/base", "commit": COMMIT["main"]}.items()
-    )
+    assert receipt["base"].items() >= {"name": "org/base", "repo": "org/base", "commit": COMMIT["main"]}.items()
     assert receipt["base"]["hash"] == json.loads(near["dora_convert/receipt.json"])["base"]["hash"]
     card = remote["README.md"].decode()
     assert "base_model: org/base\n" in card
@@ -165,11 +161,7 @@ def test_a_dry_run_reads_headers_only(tmp_path):
 
 @pytest.mark.parametrize(
     "verb",
-    [
-        ("to-lora", "--rank", "2"),
-        ("from-lora", "--include", "*up_proj"),
-        ("extract", "--rank", "2", "--kind", "lora"),
-    ],
+    [("to-lora", "--rank", "2"), ("from-lora", "--include", "*up_proj"), ("extract", "--rank", "2", "--kind", "lora")],
     ids=lambda v: v[0],
 )
 def test_adapters_are_planned_from_headers(hub, tmp_path, verb):

@@ -29,11 +29,7 @@ def model(tmp_path):
 
 
 def weights(folder):
-    return {
-        name: data
-        for name, data in contents(folder).items()
-        if name.endswith(".safetensors") and "/" not in name
-    }
+    return {name: data for name, data in contents(folder).items() if name.endswith(".safetensors") and "/" not in name}
 
 
 def test_there_and_back(tmp_path, model):
@@ -43,9 +39,7 @@ def test_there_and_back(tmp_path, model):
     dora_convert.merge(base.path, adapter, tmp_path / "out", undo="exact")
     report = dora_convert.merge(base.path, adapter, in_place=True)
     assert contents(base.path) == contents(tmp_path / "out") | {
-        name: data
-        for name, data in contents(base.path).items()
-        if name in ("README.md", "dora_convert/receipt.json")
+        name: data for name, data in contents(base.path).items() if name in ("README.md", "dora_convert/receipt.json")
     }
     assert report.undo == "exact"
     assert report.verified.wrong_elements == 0

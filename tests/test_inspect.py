@@ -7,13 +7,7 @@ import torch
 
 import dora_convert
 
-from .toy import (
-    HIDDEN,
-    edit_json,
-    make_base,
-    write_json,
-    write_shards,
-)
+from .toy import HIDDEN, edit_json, make_base, write_json, write_shards
 
 DOWN = "model.layers.0.mlp.down_proj.weight"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -78,11 +72,7 @@ def test_tied_without_a_head(run, base):
     tensors = {name: tensor for name, tensor in base.tensors.items() if name != HEAD}
     write_shards(base.path, tensors, 2)
     edit_json(base.path / "config.json", tie_word_embeddings=True)
-    assert dora_convert.inspect(base.path).tied == {
-        "embedding": EMBEDDING,
-        "head": HEAD,
-        "head_stored": False,
-    }
+    assert dora_convert.inspect(base.path).tied == {"embedding": EMBEDDING, "head": HEAD, "head_stored": False}
     assert f"tied: {HEAD} is {EMBEDDING}, stored once" in run("inspect", base.path)[1]
 
 
@@ -121,9 +111,7 @@ def test_merged(run, tmp_path, base, adapter):
     assert (last["verb"], last["undo"], last["base"]["name"]) == ("merge", "none", "once")
     assert (first["undo"], first["tensors"]) == ("norms", {"merged": 6})
     assert first["versions"]["dora_convert"] == dora_convert.__version__
-    assert [(found["name"], found["kind"], found["weight"]) for found in last["adapters"]] == [
-        ("adapter", "DoRA", 0.5)
-    ]
+    assert [(found["name"], found["kind"], found["weight"]) for found in last["adapters"]] == [("adapter", "DoRA", 0.5)]
     out = run("inspect", tmp_path / "twice")[1]
     assert "adapter (DoRA, weight 0.5) into once; undo none" in out
     assert "adapter (DoRA) into base; undo norms" in out

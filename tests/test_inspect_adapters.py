@@ -9,15 +9,7 @@ from safetensors.torch import load_file, save_file
 import dora_convert
 
 from .test_inspect import DOWN, EMBEDDING, HEAD, modules
-from .toy import (
-    HIDDEN,
-    VOCABULARY,
-    edit_json,
-    make_adapter,
-    make_base,
-    write_json,
-    write_shards,
-)
+from .toy import HIDDEN, VOCABULARY, edit_json, make_adapter, make_base, write_json, write_shards
 
 # --- adapters ---------------------------------------------------------------------------------------------------------
 
@@ -109,9 +101,7 @@ def test_landing_elsewhere(tmp_path, base, adapter):
 def test_landing_with_other_shapes(tmp_path, base, adapter):
     """If shapes contradict the base, every fault is listed, and the ledger is left out."""
     wide = make_base(tmp_path / "wide")
-    tensors = {
-        name: torch.zeros(*tensor.shape[:-1], tensor.shape[-1] + 8) for name, tensor in wide.tensors.items()
-    }
+    tensors = {name: torch.zeros(*tensor.shape[:-1], tensor.shape[-1] + 8) for name, tensor in wide.tensors.items()}
     write_shards(wide.path, tensors, 2)
     landing = dora_convert.inspect(adapter, wide.path).landing
     assert not landing.fits
@@ -150,18 +140,10 @@ def test_refused_methods_are_described(run, tmp_path, base):
     assert dora_convert.inspect(adapter, ignore_field=["init_lora_weights"]).refused is None
     prompts = tmp_path / "prompts"
     prompts.mkdir()
-    write_json(
-        prompts / "adapter_config.json",
-        {"peft_type": "PROMPT_TUNING", "base_model_name_or_path": "org/base"},
-    )
+    write_json(prompts / "adapter_config.json", {"peft_type": "PROMPT_TUNING", "base_model_name_or_path": "org/base"})
     save_file({"prompt_embeddings": torch.zeros(8, HIDDEN)}, prompts / "adapter_model.safetensors")
     report = dora_convert.inspect(prompts)
-    assert (report.method, report.base, report.tensors, report.modules) == (
-        "PROMPT_TUNING",
-        "org/base",
-        1,
-        (),
-    )
+    assert (report.method, report.base, report.tensors, report.modules) == ("PROMPT_TUNING", "org/base", 1, ())
     code, out, _ = run("inspect", prompts)
     assert code == 0
     assert "prompt_embeddings" in out

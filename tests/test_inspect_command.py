@@ -11,12 +11,7 @@ import sys
 import pytest
 import torch
 
-from .toy import (
-    contents,
-    make_adapter,
-    make_base,
-    write_shards,
-)
+from .toy import contents, make_adapter, make_base, write_shards
 
 # --- the command line -------------------------------------------------------------------------------------------------
 

@@ -14,14 +14,7 @@ import dora_convert
 from .hubserver import COMMIT, Hub
 from .hubserver import run as run_command
 from .test_inspect import EMBEDDING, HEAD
-from .toy import (
-    HIDDEN,
-    edit_json,
-    make_adapter,
-    make_base,
-    write_json,
-    write_shards,
-)
+from .toy import HIDDEN, edit_json, make_adapter, make_base, write_json, write_shards
 
 # --- the Hub ----------------------------------------------------------------------------------------------------------
 

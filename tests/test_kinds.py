@@ -11,16 +11,7 @@ from safetensors.torch import load_file
 import dora_convert
 from dora_convert.errors import PlanError
 
-from .toy import (
-    HIDDEN,
-    VOCABULARY,
-    edit_json,
-    load,
-    make_adapter,
-    make_base,
-    rounded,
-    write_shards,
-)
+from .toy import HIDDEN, VOCABULARY, edit_json, load, make_adapter, make_base, rounded, write_shards
 
 EMBEDDING = "model.embed_tokens.weight"
 E, D1, D2, RANK = 3, 20, 12, 4
@@ -50,9 +41,7 @@ def test_trained_rows(tmp_path, base):
     value = load_file(adapter / "adapter_model.safetensors")
     dora_convert.merge(base.path, adapter, tmp_path / "out")
     want = base.tensors[EMBEDDING].clone()
-    want[[5, 71, 0]] = value[
-        "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
-    ].bfloat16()
+    want[[5, 71, 0]] = value["base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"].bfloat16()
     assert torch.equal(load(tmp_path / "out")[EMBEDDING], want)
     record = load_file(tmp_path / "out/dora_convert/undo.safetensors")
     assert record[f"index/{EMBEDDING}"].tolist() == [0, 5, 71]

@@ -16,15 +16,7 @@ from .test_kinds import (
     head,
     tied,  # noqa: F401 - fixtures
 )
-from .toy import (
-    HIDDEN,
-    edit_json,
-    load,
-    make_adapter,
-    make_base,
-    write_json,
-    write_shards,
-)
+from .toy import HIDDEN, edit_json, load, make_adapter, make_base, write_json, write_shards
 
 
 def test_other_dtypes_are_passed_through(tmp_path, base, adapter):
@@ -55,9 +47,7 @@ def test_wrapped_names(tmp_path, base, adapter, infix):
     """torch.compile, FSDP and DataParallel leave their names; the same bytes come out."""
     dora_convert.merge(base.path, adapter, tmp_path / "plain")
     path = adapter / "adapter_model.safetensors"
-    tensors = {
-        k.replace("base_model.model.", f"base_model.model.{infix}"): v for k, v in load_file(path).items()
-    }
+    tensors = {k.replace("base_model.model.", f"base_model.model.{infix}"): v for k, v in load_file(path).items()}
     save_file(tensors, path)
     dora_convert.merge(base.path, adapter, tmp_path / "wrapped")
     plain, wrapped = load(tmp_path / "plain"), load(tmp_path / "wrapped")

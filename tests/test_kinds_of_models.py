@@ -17,14 +17,7 @@ from .test_kinds import (
     E,
     tied,  # noqa: F401 - fixtures
 )
-from .toy import (
-    edit_json,
-    load,
-    make_adapter,
-    make_base,
-    rounded,
-    write_shards,
-)
+from .toy import edit_json, load, make_adapter, make_base, rounded, write_shards
 
 
 @pytest.fixture
@@ -102,9 +95,7 @@ def test_the_self_check_sees_starts(tmp_path, base, monkeypatch, start):
     if start == "kasa":
         path = adapter / "adapter_model.safetensors"
         tensors = load_file(path)
-        diagonal = {
-            name.replace("lora_A.weight", "lora_diag"): torch.randn(4) for name in tensors if "lora_A" in name
-        }
+        diagonal = {name.replace("lora_A.weight", "lora_diag"): torch.randn(4) for name in tensors if "lora_A" in name}
         save_file(tensors | diagonal, path)
         edit_json(adapter / "adapter_config.json", kasa_config={"beta": 1})
     else:
@@ -118,9 +109,7 @@ def test_the_self_check_sees_starts(tmp_path, base, monkeypatch, start):
 def test_starts_need_the_whole_matrix(tmp_path, base):
     """More than the budget holds is refused, with the least that would do."""
     adapter = make_adapter(tmp_path / "a", base, dora=False, init_lora_weights="pissa")
-    plain = dora_convert.merge(
-        base.path, make_adapter(tmp_path / "b", base, dora=False), tmp_path / "x", dry_run=True
-    )
+    plain = dora_convert.merge(base.path, make_adapter(tmp_path / "b", base, dora=False), tmp_path / "x", dry_run=True)
     least = dora_convert.merge(base.path, adapter, tmp_path / "x", dry_run=True).plan["least_memory"]
     assert least > plain.plan["least_memory"]
     with pytest.raises(UsageError, match="does not hold"):

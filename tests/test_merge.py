@@ -69,9 +69,7 @@ def test_rounding_is_not_double(tmp_path):
     half_ulp, tiny = 2.0**-8, 2.0**-40
     save_file(
         {
-            "base_model.model.w.lora_A.weight": torch.stack(
-                [torch.full((48,), half_ulp), torch.full((48,), tiny)]
-            ),
+            "base_model.model.w.lora_A.weight": torch.stack([torch.full((48,), half_ulp), torch.full((48,), tiny)]),
             "base_model.model.w.lora_B.weight": torch.ones(32, 2),
         },
         adapter / "adapter_model.safetensors",
@@ -79,9 +77,7 @@ def test_rounding_is_not_double(tmp_path):
     write_json(adapter / "adapter_config.json", {"peft_type": "LORA", "r": 2, "lora_alpha": 2})
     dora_convert.merge(path, adapter, tmp_path / "out")
     merged = load(tmp_path / "out")["w.weight"]
-    assert (
-        merged == 1 + 2.0**-7
-    ).all()  # just above the tie; by way of float32 it would be the tie, and then 1
+    assert (merged == 1 + 2.0**-7).all()  # just above the tie; by way of float32 it would be the tie, and then 1
     assert (merged != (weight.double() + half_ulp + tiny).bfloat16()).all()
 
 
@@ -91,9 +87,7 @@ def test_output_bytes_do_not_depend_on_resources(tmp_path, monkeypatch):
     base = make_base(tmp_path / "base")
     adapter = make_adapter(tmp_path / "adapter", base, dora=True)
     found = []
-    for number, limits in enumerate(
-        ({}, {"workers": 1}, {"workers": 7}, {"max_memory": "60KB", "workers": 3})
-    ):
+    for number, limits in enumerate(({}, {"workers": 1}, {"workers": 7}, {"max_memory": "60KB", "workers": 3})):
         out = tmp_path / f"out{number}"
         dora_convert.merge(base.path, adapter, out, **limits)
         found.append(contents(out))
@@ -252,8 +246,7 @@ def test_weight_of_a_replacement_is_refused(tmp_path, base):
     """A replaced tensor has no half strength, and two adapters cannot both replace it."""
     extra = {"base_model.model.lm_head.weight": torch.randn(base.tensors["lm_head.weight"].shape)}
     paths = [
-        make_adapter(tmp_path / f"a{k}", base, dora=False, modules_to_save=["lm_head"], extra=extra)
-        for k in range(2)
+        make_adapter(tmp_path / f"a{k}", base, dora=False, modules_to_save=["lm_head"], extra=extra) for k in range(2)
     ]
     with pytest.raises(PlanError) as caught:
         dora_convert.merge(base.path, paths, tmp_path / "out", weight=[0.5, 1])

@@ -32,13 +32,7 @@ def made(tmp_path_factory):
 @pytest.fixture
 def hub(made, tmp_path):
     """A Hub with all of it, that counts the weight files here whenever it is asked for one."""
-    names = {
-        "org/base": "base",
-        "me/lora": "lora",
-        "me/dora": "dora",
-        "me/merged": "merged",
-        "me/bare": "bare",
-    }
+    names = {"org/base": "base", "me/lora": "lora", "me/dora": "dora", "me/merged": "merged", "me/bare": "bare"}
     server = Hub({repo: made / name for repo, name in names.items()}, tmp_path)
     server.most = 0
 
@@ -66,9 +60,7 @@ VERBS = {
 def test_the_same_and_nothing_stays(hub, made, tmp_path, verb):
     """As from folders; of many shards a few are here at a time, and in the end none, nor anything else."""
     far = [str(tmp_path / "far") if word == "OUT" else word for word in VERBS[verb]]
-    near = [
-        str(tmp_path / "near") if word == "OUT" else str(hub.repos.get(word, word)) for word in VERBS[verb]
-    ]
+    near = [str(tmp_path / "near") if word == "OUT" else str(hub.repos.get(word, word)) for word in VERBS[verb]]
     home = tmp_path / "home"
     verb = verb.partition(" ")[0]
     done = run(hub, home, verb, *far, "--no-cache", "--workers", "1", "--json")
@@ -114,9 +106,7 @@ def test_folders_inside_repos(hub, made, tmp_path):
     words = ("hf://me/all/base", "hf://me/all/dora", tmp_path / "out", "--no-cache", "--undo", "exact")
     done = run(hub, tmp_path / "home", "merge", *words)
     assert done.returncode == 0, done.stderr
-    weights = {
-        name: data for name, data in contents(made / "merged").items() if name.endswith(".safetensors")
-    }
+    weights = {name: data for name, data in contents(made / "merged").items() if name.endswith(".safetensors")}
     assert weights.items() <= contents(tmp_path / "out").items()
     assert not list((tmp_path / "home").rglob("*.safetensors"))
 

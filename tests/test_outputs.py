@@ -35,9 +35,7 @@ def llama(**fields):
 
 
 def gpt2():
-    config = transformers.GPT2Config(
-        vocab_size=WORDS, n_embd=24, n_layer=2, n_head=2, n_positions=64, eos_token_id=2
-    )
+    config = transformers.GPT2Config(vocab_size=WORDS, n_embd=24, n_layer=2, n_head=2, n_positions=64, eos_token_id=2)
     return transformers.GPT2LMHeadModel(config)
 
 
@@ -77,14 +75,7 @@ def trained(tmp_path, family="llama", dtype=BF16, *, dora=True, name="adapter", 
     if not base.exists():
         model.save_pretrained(base)
     torch.manual_seed(seed)
-    given = {
-        "r": 3,
-        "lora_alpha": 6,
-        "target_modules": targets,
-        "use_dora": dora,
-        "task_type": task,
-        **config,
-    }
+    given = {"r": 3, "lora_alpha": 6, "target_modules": targets, "use_dora": dora, "task_type": task, **config}
     wrapped = get_peft_model(copy.deepcopy(model), LoraConfig(**given))
     for key, value in wrapped.named_parameters():
         if "lora_B" in key or "embedding_B" in key:
@@ -126,9 +117,7 @@ def test_right_and_wrong_merges(tmp_path, family):
     base, adapter, out = merged(tmp_path, family)
     report = outputs(base, adapter, out)
     assert (report.verdict, report.problems) == ("agree", ())
-    assert (
-        0.2 < report.mean_abs_logit_error / report.mean_rounding_floor < (1.6 if report.positions > 30 else 4)
-    )
+    assert 0.2 < report.mean_abs_logit_error / report.mean_rounding_floor < (1.6 if report.positions > 30 else 4)
     assert report.architecture == json.loads((base / "config.json").read_text())["architectures"][0]
     assert (report.greedy_agreement is not None) == generates
     assert report.prompts == 8
@@ -149,14 +138,10 @@ def test_pefts_merges_agree(tmp_path, dtype, dora):
     base, adapter = trained(tmp_path, "llama", dtype, dora=dora)
     for safe in (True, False):
         model = transformers.LlamaForCausalLM.from_pretrained(base, dtype=dtype)
-        PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=safe).save_pretrained(
-            tmp_path / "out"
-        )
+        PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=safe).save_pretrained(tmp_path / "out")
         assert outputs(base, adapter, tmp_path / "out").verdict == "agree"
     dora_convert.merge(base, adapter, tmp_path / "part", exclude=["*.layers.1.mlp.down_proj"])
-    edit_json(
-        tmp_path / "part" / "dora_convert" / "receipt.json", verb="?"
-    )  # which would say what was left out
+    edit_json(tmp_path / "part" / "dora_convert" / "receipt.json", verb="?")  # which would say what was left out
     assert outputs(base, adapter, tmp_path / "part").verdict == "differ"
 
 
@@ -223,13 +208,7 @@ def test_offloaded_is_the_same(tmp_path, family, options):
     assert (whole.offloaded, part.offloaded, part.verdict) == (False, True, "agree")
     assert part.memory_bytes < whole.memory_bytes
     assert any("block by block" in text for text in notices)
-    figures = (
-        "max_abs_logit_error",
-        "mean_abs_logit_error",
-        "mean_rounding_floor",
-        "mean_kl",
-        "top1_agreement",
-    )
+    figures = ("max_abs_logit_error", "mean_abs_logit_error", "mean_rounding_floor", "mean_kl", "top1_agreement")
     for name in figures:
         assert getattr(part, name) == pytest.approx(getattr(whole, name), rel=1e-3), name
     wrong = changed(adapter, tmp_path / "scaled", lora_alpha=15)
@@ -251,9 +230,7 @@ def test_too_little_memory(tmp_path, monkeypatch):
 def test_several_adapters(tmp_path):
     """Plain LoRAs add up, as PEFT has them active together; what was never trained together is undecidable."""
     base, first = trained(tmp_path, dora=False)
-    _, second = trained(
-        tmp_path, dora=False, name="second", seed=1, target_modules=["q_proj", "up_proj"], r=5
-    )
+    _, second = trained(tmp_path, dora=False, name="second", seed=1, target_modules=["q_proj", "up_proj"], r=5)
     _, third = trained(tmp_path, name="third", seed=2)
     dora_convert.merge(base, [first, second], tmp_path / "out")
     assert outputs(base, [first, second], tmp_path / "out").verdict == "agree"

@@ -24,9 +24,7 @@ from .toy import edit_json, make_adapter, make_base
 def test_what_cannot_be_run(tmp_path, monkeypatch):
     """Adapters that PEFT does not load and models that transformers does not know are undecidable, with the reason."""
     base, adapter, out = merged(tmp_path, dora=False)
-    monkeypatch.setattr(
-        "peft.PeftModel.from_pretrained", lambda *_, **__: (_ for _ in ()).throw(ValueError("no\nway"))
-    )
+    monkeypatch.setattr("peft.PeftModel.from_pretrained", lambda *_, **__: (_ for _ in ()).throw(ValueError("no\nway")))
     with pytest.raises(DoraConvertError, match=r"cannot load adapter \(ValueError: no way\)"):
         outputs(base, adapter, out)
     toy.write_json(base / "config.json", {"architectures": ["ViTModel"], "model_type": "vit"})
@@ -83,21 +81,11 @@ def test_command_line(tmp_path, run):
     assert "LlamaForCausalLM on cpu, one model at a time, whole; about" in err
     assert read(page).count("span", **{"class": "agree"}) == 1
     dora_convert.merge(base, changed(adapter, tmp_path / "wrong", lora_alpha=15), tmp_path / "bad")
-    code, text, _ = run(
-        *words[:3], tmp_path / "bad", *words[4:], "--json", "--device", "cpu", "--report", page
-    )
+    code, text, _ = run(*words[:3], tmp_path / "bad", *words[4:], "--json", "--device", "cpu", "--report", page)
     report = json.loads(text)
     assert (code, report["verdict"], report["level"]) == (1, "differ", "outputs")
     assert report["max_abs_logit_error"] > report["rounding_floor"] > 0
-    assert {
-        "prompts",
-        "mean_kl",
-        "top1_agreement",
-        "schema",
-        "command",
-        "version",
-        "seconds",
-    } <= report.keys()
+    assert {"prompts", "mean_kl", "top1_agreement", "schema", "command", "version", "seconds"} <= report.keys()
     assert any(report["problems"][0][:40] in text for text in read(page).texts)
     code, _, err = run(*words, "--device", "cuda:7")
     assert (code, "usable CUDA devices" in err) == (2, True)
@@ -150,10 +138,7 @@ def test_merge_verifies_outputs(tmp_path, monkeypatch, run):
     report = json.loads(text)
     assert (code, report["resumed"], report["bytes_written"]) == (0, True, 0)
     assert (report["outputs"]["verdict"], report["outputs"]["prompts"]) == ("agree", 8)
-    assert (
-        dora_convert.merge(base, adapter, tmp_path / "again", verify_outputs=True).outputs["verdict"]
-        == "agree"
-    )
+    assert dora_convert.merge(base, adapter, tmp_path / "again", verify_outputs=True).outputs["verdict"] == "agree"
     assert dora_convert.merge(base, adapter, tmp_path / "other").outputs is None
     with pytest.raises(DoraConvertError, match="another --weight"):
         dora_convert.merge(base, adapter, tmp_path / "half", weight=[0.5], verify_outputs=True)

@@ -66,9 +66,7 @@ def test_agree_and_differ(tmp_path, run):
     assert page.count("span", **{"class": "differ"}) == 1
     assert page.count("circle", **{"class": "wrong"}) == page.count("tr", **{"class": "wrong"}) == 1
     assert {*report.problems, report.base, *report.adapters, report.merged} <= {*page.texts}
-    assert page.texts.index(SQUARE) < min(
-        page.texts.index(m.name) for m in report.modules if m.name != SQUARE
-    )
+    assert page.texts.index(SQUARE) < min(page.texts.index(m.name) for m in report.modules if m.name != SQUARE)
     assert not list(tmp_path.glob(".dora-convert-*.tmp"))
 
 

@@ -214,9 +214,7 @@ def merge(tmp_path: Path) -> None:
     dora_convert.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"), [(name, dtype) for name, case in CASES.items() for dtype in case.dtypes]
-)
+@pytest.mark.parametrize(("name", "dtype"), [(name, dtype) for name, case in CASES.items() for dtype in case.dtypes])
 def test_merged_is_what_peft_computes(tmp_path, name, dtype):
     """The merged model loads without a tensor missing and computes what was trained."""
     case = CASES[name]
@@ -260,9 +258,7 @@ def flat(config: dict) -> dict:
     """Nested keys with dots."""
     found = {}
     for key, value in config.items():
-        found |= (
-            {f"{key}.{k}": v for k, v in flat(value).items()} if isinstance(value, dict) else {key: value}
-        )
+        found |= {f"{key}.{k}": v for k, v in flat(value).items()} if isinstance(value, dict) else {key: value}
     return found
 
 

@@ -13,18 +13,7 @@ from hypothesis import strategies as st
 from dora_convert.errors import UnsupportedError
 from dora_convert.storage.torch_pickle import read_pickle
 
-from .pickles import (
-    DTYPES,
-    REFUSED,
-    STORAGE,
-    agree,
-    call,
-    legacy,
-    names,
-    raw,
-    refused,
-    rezip,
-)
+from .pickles import DTYPES, REFUSED, STORAGE, agree, call, legacy, names, raw, refused, rezip
 
 # what is read
 
@@ -59,9 +48,7 @@ def test_the_empty_dict(save):
 def test_shared_storage(save):
     """The same bytes under two names, and views at other offsets."""
     whole = torch.randn(10, 4)
-    tensors = agree(
-        save({"a": whole, "b": whole, "c": whole[3:7], "d": whole[9], "e": whole.view(5, 8)})
-    ).tensors
+    tensors = agree(save({"a": whole, "b": whole, "c": whole[3:7], "d": whole[9], "e": whole.view(5, 8)})).tensors
     assert tensors["a"].start == tensors["b"].start == tensors["e"].start == tensors["c"].start - 3 * 16
 
 
@@ -139,14 +126,10 @@ def test_zip64(tmp_path, monkeypatch):
 def test_any_dict(save, data):
     """Whatever the names, dtypes, shapes and offsets."""
     tensors = {}
-    for name in data.draw(
-        st.lists(st.text(st.characters(codec="utf-8"), max_size=9), unique=True, max_size=5)
-    ):
+    for name in data.draw(st.lists(st.text(st.characters(codec="utf-8"), max_size=9), unique=True, max_size=5)):
         dtype, shape = data.draw(st.sampled_from(DTYPES)), data.draw(st.lists(st.integers(0, 4), max_size=4))
         skip, numel = data.draw(st.integers(0, 3)), torch.Size(shape).numel()
-        whole = torch.randint(0, 2, ((skip + numel) * torch.empty(0, dtype=dtype).element_size(),)).to(
-            torch.uint8
-        )
+        whole = torch.randint(0, 2, ((skip + numel) * torch.empty(0, dtype=dtype).element_size(),)).to(torch.uint8)
         tensors[name] = whole.view(dtype)[skip:].view(shape)
     path = save(tensors)
     header, written = read_pickle(path), path.read_bytes()
@@ -169,22 +152,12 @@ def test_any_dict(save, data):
 )  # fmt: skip
 def test_views(save, tensor):
     """Bytes that are not the tensor's elements in order."""
-    refused(
-        save({"good": torch.ones(2), "bad.weight": tensor}), "'bad.weight'", "view", kind=UnsupportedError
-    )
+    refused(save({"good": torch.ones(2), "bad.weight": tensor}), "'bad.weight'", "view", kind=UnsupportedError)
 
 
 @pytest.mark.parametrize(
     ("value", "word"),
-    [
-        (3, "int"),
-        (2.5, "float"),
-        ("x", "str"),
-        (None, "none"),
-        ([1], "list"),
-        ((1,), "tuple"),
-        ({"b": 1}, "dict"),
-    ],
+    [(3, "int"), (2.5, "float"), ("x", "str"), (None, "none"), ([1], "list"), ((1,), "tuple"), ({"b": 1}, "dict")],
 )
 def test_other_values(save, value, word):
     """An entry that is no tensor is named."""

@@ -14,13 +14,7 @@ from dora_convert.errors import MalformedError, UnsupportedError
 from dora_convert.storage.safetensors import read_header
 from dora_convert.storage.torch_pickle import MAGIC
 
-from .pickles import (
-    agree,
-    contents,
-    refused,
-    rezip,
-    swap,
-)
+from .pickles import agree, contents, refused, rezip, swap
 
 
 def test_big_endian(save):
@@ -143,9 +137,7 @@ def test_damaged_pickle_in_an_archive(tmp_path):
 def test_records_in_other_places(tmp_path):
     """The directory says where a record is, and the record must agree."""
     torch.save({"a": torch.ones(4), "b": torch.zeros(4)}, tmp_path / "x.bin")
-    one, other = (
-        zipfile.ZipFile(tmp_path / "x.bin").getinfo(f"x/data/{key}").header_offset for key in (0, 1)
-    )
+    one, other = (zipfile.ZipFile(tmp_path / "x.bin").getinfo(f"x/data/{key}").header_offset for key in (0, 1))
     start = (tmp_path / "x.bin").read_bytes().index(b"PK\x01\x02")
     data = (tmp_path / "x.bin").read_bytes()
     directory = data[start:].replace(struct.pack("<I", one), struct.pack("<I", other))

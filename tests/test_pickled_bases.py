@@ -87,11 +87,7 @@ def test_a_single_file(tmp_path, adapter, name):
     report = dora_convert.merge(file, adapter, tmp_path / "out")
     assert report.verified.wrong_elements == 0
     written = name.replace(".bin", ".safetensors")
-    assert set(contents(tmp_path / "out")) == {
-        written,
-        "dora_convert/receipt.json",
-        "dora_convert/undo.safetensors",
-    }
+    assert set(contents(tmp_path / "out")) == {written, "dora_convert/receipt.json", "dora_convert/undo.safetensors"}
     merged = load_file(tmp_path / "out" / written)
     for key, x in exact(base, adapter).items():
         assert torch.equal(merged[key], rounded(x, torch.bfloat16)), key

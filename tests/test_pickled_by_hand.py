@@ -19,17 +19,7 @@ from dora_convert.storage import torch_pickle as pickled
 from dora_convert.storage.safetensors import BITS
 from dora_convert.storage.torch_pickle import MAGIC, PROTOCOL, read_pickle
 
-from .pickles import (
-    DTYPES,
-    REFUSED,
-    STORAGE,
-    agree,
-    call,
-    legacy,
-    refused,
-    tensor,
-    text,
-)
+from .pickles import DTYPES, REFUSED, STORAGE, agree, call, legacy, refused, tensor, text
 
 # what is hostile: pickles by hand
 
@@ -92,9 +82,7 @@ def test_nothing_named_is_torch():
 
 def test_torch_is_not_imported(save):
     """Neither by the module nor by what a file names."""
-    path = save(
-        {**{str(dtype): torch.ones(2).to(dtype) for dtype in DTYPES}, "p": torch.nn.Parameter(torch.ones(2))}
-    )
+    path = save({**{str(dtype): torch.ones(2).to(dtype) for dtype in DTYPES}, "p": torch.nn.Parameter(torch.ones(2))})
     code = (
         "import sys; from pathlib import Path; from dora_convert.storage.torch_pickle import read_pickle\n"
         "found = read_pickle(Path(sys.argv[1])).tensors\n"
@@ -173,9 +161,7 @@ def test_bombs(tmp_path, bomb):
         "try: read_pickle(Path(sys.argv[1]))\n"
         "except (MalformedError, UnsupportedError) as error: sys.stdout.write(error.message)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, path], capture_output=True, text=True, timeout=60, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, timeout=60, check=True)
     assert str(path) in done.stdout
 
 
@@ -207,15 +193,11 @@ def test_mutations(save, data):
     """Any file gives tensors that lie in it, or one of two errors."""
     torch.manual_seed(0)
     weight = torch.randn(4, 3)
-    path = save(
-        {"a": weight, "b": weight[1:], "c": torch.ones(2).half(), "d": torch.nn.Parameter(torch.ones(()))}
-    )
+    path = save({"a": weight, "b": weight[1:], "c": torch.ones(2).half(), "d": torch.nn.Parameter(torch.ones(()))})
     content = bytearray(path.read_bytes())
     for _ in range(data.draw(st.integers(1, 4))):
         place = data.draw(st.integers(0, len(content) - 1))
-        new = data.draw(
-            st.binary(max_size=6) | st.sampled_from([bytes([byte]) for byte in b"().}]QRtubsecXKJ0"])
-        )
+        new = data.draw(st.binary(max_size=6) | st.sampled_from([bytes([byte]) for byte in b"().}]QRtubsecXKJ0"]))
         content[place : place + data.draw(st.sampled_from([len(new), 0, 1]))] = new
     path.write_bytes(content)
     try:

@@ -81,9 +81,7 @@ def test_ten_faults_are_shown_and_all_are_kept(base, tmp_path):
     """The text stops at ten; the JSON has every one."""
     adapter = make_adapter(tmp_path / "many", base, dora=False)
     tensors = load_file(adapter / "adapter_model.safetensors")
-    save_file(
-        {k.replace("layers", "blocks"): v for k, v in tensors.items()}, adapter / "adapter_model.safetensors"
-    )
+    save_file({k.replace("layers", "blocks"): v for k, v in tensors.items()}, adapter / "adapter_model.safetensors")
     error = faults_of(base, adapter)
     assert "… and 2 more" in error.text()
     assert len(error.to_dict()["error"]["faults"]) == 12
@@ -152,10 +150,7 @@ def test_old_magnitude_names(base, adapter):
 
 def test_unmatched_tensors_may_be_allowed(base, adapter, tmp_path):
     """--allow-unmatched keeps them in the ledger, with the reason; other faults stay errors."""
-    extra = {
-        "self_attn.qkv.lora_A.weight": torch.ones(4, 40),
-        "self_attn.qkv.lora_B.weight": torch.ones(9, 4),
-    }
+    extra = {"self_attn.qkv.lora_A.weight": torch.ones(4, 40), "self_attn.qkv.lora_B.weight": torch.ones(9, 4)}
     change(adapter, **extra, **{"self_attn.qkv.lora_magnitude_vector": torch.ones(9)})
     report = dora_convert.merge(base.path, adapter, tmp_path / "out", allow_unmatched=True)
     unmatched = [entry for entry in report.ledger if entry["fate"] == "unmatched"]

@@ -137,9 +137,7 @@ def some_lost(seed: int):
         found = bytearray(chance.choice((len(node.safe), len(node.now))))
         for start in range(0, len(found), SECTOR):
             end = min(start + SECTOR, len(found))
-            found[start:end] = chance.choice((node.safe, bytes(node.now)))[start:end].ljust(
-                end - start, b"\0"
-            )
+            found[start:end] = chance.choice((node.safe, bytes(node.now)))[start:end].ljust(end - start, b"\0")
         return bytes(found)
 
     return loss
@@ -157,9 +155,7 @@ def read_log(path: Path) -> list[tuple[str, list[int], list[str], bytes]]:
         if verb == "create":
             verb = words.pop(2)
         numbers = [int(word) for word in words]
-        lengths = numbers[
-            {"write": 2, "file": 2, "folder": 2, "unlink": 1, "rename": 2}.get(verb, len(numbers)) :
-        ]
+        lengths = numbers[{"write": 2, "file": 2, "folder": 2, "unlink": 1, "rename": 2}.get(verb, len(numbers)) :]
         pieces = [raw[at + sum(lengths[:n]) : at + sum(lengths[: n + 1])] for n in range(len(lengths))]
         at += sum(lengths)
         names = [] if verb == "write" else [piece.decode() for piece in pieces]
@@ -173,9 +169,7 @@ def shim(tmp_path_factory):
     path = tmp_path_factory.mktemp("shim") / "power_loss.so"
     source = Path(__file__).with_name("power_loss.c")
     done = subprocess.run(
-        ["cc", "-shared", "-fPIC", "-O1", "-o", path, source, "-ldl", "-pthread"],
-        check=False,
-        capture_output=True,
+        ["cc", "-shared", "-fPIC", "-O1", "-o", path, source, "-ldl", "-pthread"], check=False, capture_output=True
     )
     if done.returncode:
         pytest.skip(f"power_loss.c does not compile here: {done.stderr.decode()[-500:]}")
@@ -305,9 +299,7 @@ def test_it_notices_when_bytes_are_not_synced_before_the_journal_speaks_of_them(
 def test_every_moment_of_a_run_that_goes_on(recording, shim, pair, tmp_path):
     """The run after a loss may meet the next one."""
     disk, log = copy.deepcopy(recording)
-    entries = [
-        n for n, (verb, _, _, data) in enumerate(log) if verb == "write" and data.startswith(b'{"made"')
-    ]
+    entries = [n for n, (verb, _, _, data) in enumerate(log) if verb == "write" and data.startswith(b'{"made"')]
     states = list(moments(disk, log[: entries[0] + 2], [all_unsynced_lost]))
     lay(states[-1][1], root := tmp_path / "root")
     tried, resumed, wrong = finish_all(*record(shim, pair, root), root, pair)

@@ -10,7 +10,7 @@ import pytest
 from dora_convert.errors import HubError
 from dora_convert.plan.options import Options
 from dora_convert.plan.planner import make_plan
-from dora_convert.sources.inputs import open_adapter
+from dora_convert.sources.inputs import read_adapter
 from dora_convert.sources.prefetch import Prefetch, shard_needs
 from dora_convert.storage.checkpoint import open_checkpoint
 from dora_convert.storage.refs import local_source
@@ -23,7 +23,7 @@ def plan(tmp_path):
     """The plan of a merge into six shards, whose base has gone to another folder once its headers were read."""
     base = make_base(tmp_path / "base", shards=6)
     adapter = make_adapter(tmp_path / "adapter", base, dora=True)
-    opened = [open_adapter(local_source(adapter))]
+    opened = [read_adapter(local_source(adapter))]
     made = make_plan(open_checkpoint(local_source(base.path)), opened, (1.0,), Options())
     shutil.move(base.path, tmp_path / "far")
     base.path.mkdir()

@@ -137,8 +137,5 @@ def test_any_lost_or_reshaped_tensor_is_an_error(tmp_path_factory, case, data):
     save_file(tensors, path)
     with pytest.raises(DoraConvertError) as caught:
         dora_convert.merge(root / "base", root / "adapter", root / "out")
-    assert (
-        name.removesuffix(".weight").rpartition(".")[0].removeprefix("base_model.model.")
-        in caught.value.text()
-    )
+    assert name.removesuffix(".weight").rpartition(".")[0].removeprefix("base_model.model.") in caught.value.text()
     assert not (root / "out").exists()

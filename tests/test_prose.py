@@ -13,11 +13,9 @@ PACKAGE = ROOT / "dora_convert"
 FILES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
 PAGES = [
-    path
-    for path in (*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")))
-    if path.stem != "cli-reference"
+    path for path in (*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))) if path.stem != "cli-reference"
 ]
-LONGEST_LINE, LONGEST_SENTENCE = 110, 35
+LONGEST_LINE, LONGEST_SENTENCE = 120, 35
 
 OPENING = re.compile(r"(?:What|Whether|Where|How)\b")
 ABSENCE = re.compile(r"\bis no (?!longer\b|more\b|different\b|less\b)|\bis there\b")
@@ -25,19 +23,7 @@ ABSENCE = re.compile(r"\bis no (?!longer\b|more\b|different\b|less\b)|\bis there
 
 CLASSES = {"Arrivals", "Choice", "Done", "Draft", "Fit", "Lane", "Misfit", "Stored"}
 MODULES = {
-    *(
-        "arrivals",
-        "craft",
-        "made",
-        "make",
-        "making",
-        "memo",
-        "merging",
-        "origin",
-        "outputs",
-        "parcel",
-        "placing",
-    ),
+    *("arrivals", "craft", "made", "make", "making", "memo", "merging", "origin", "outputs", "parcel", "placing"),
     *("produce", "restoring", "running", "traffic", "visit"),
 }
 IDENTIFIERS = {"arrivals", "craft", "making", "memo", "parcel", "produce", "there", "told", "traffic"}

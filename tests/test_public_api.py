@@ -56,9 +56,7 @@ def test_import_is_light():
 
 def test_errors_are_one_tree_and_picklable():
     """Every error is a DoraConvertError, has a kind of its own, and survives a process boundary."""
-    classes = [
-        value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, Exception)
-    ]
+    classes = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, Exception)]
     assert all(issubclass(found, dora_convert.DoraConvertError) for found in classes)
     assert len({found.kind for found in classes}) == len(classes)
     for found in classes:

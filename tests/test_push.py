@@ -15,9 +15,7 @@ import dora_convert
 from .hubserver import Hub, run, start
 from .toy import contents, edit_json, make_adapter, make_base
 
-BASE_CARD = (
-    "---\nlicense: apache-2.0\nlanguage:\n- en\n- de\npipeline_tag: text-generation\n---\n# the base\n"
-)
+BASE_CARD = "---\nlicense: apache-2.0\nlanguage:\n- en\n- de\npipeline_tag: text-generation\n---\n# the base\n"
 SHARDS = [f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3)]
 
 
@@ -251,10 +249,7 @@ def test_adapters(hub, push, tmp_path):
     (adapter / "checkpoint-10/adapter_model.safetensors").write_bytes(b"x")
     done = push(adapter, "me/adapter", "--json")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["left_behind"] == [
-        "checkpoint-10/adapter_model.safetensors",
-        "optimizer.pt",
-    ]
+    assert json.loads(done.stdout)["left_behind"] == ["checkpoint-10/adapter_model.safetensors", "optimizer.pt"]
     there = contents(hub.repos["me/adapter"])
     assert there.keys() == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
     card = ModelCard(there["README.md"].decode())
@@ -272,9 +267,7 @@ def test_base_that_an_adapter_names(hub, push, tmp_path):
     base = make_base(tmp_path / "base")
     hub.repos["org/base"] = base.path
     for name, there in (("org/base", "org/base"), ("models/llama", None)):
-        adapter = make_adapter(
-            tmp_path / name.replace("/", "-"), base, dora=False, base_model_name_or_path=name
-        )
+        adapter = make_adapter(tmp_path / name.replace("/", "-"), base, dora=False, base_model_name_or_path=name)
         assert push(adapter, "me/adapter").returncode == 0
         card = ModelCard(contents(hub.repos["me/adapter"])["README.md"].decode())
         assert card.data.base_model == there
@@ -304,13 +297,7 @@ def test_stale_weights(hub, push, merged):
     """Weights that a loader would take for the model's are deleted in the same commit; other files stay."""
     assert push(merged, "me/merged").returncode == 0
     repo = hub.repos["me/merged"]
-    for name in (
-        "model.safetensors",
-        "model-00004-of-00004.safetensors",
-        "pytorch_model.bin",
-        "notes.txt",
-        "q4.gguf",
-    ):
+    for name in ("model.safetensors", "model-00004-of-00004.safetensors", "pytorch_model.bin", "notes.txt", "q4.gguf"):
         (repo / name).write_bytes(b"x")
     done = push(merged, "me/merged", "--json")
     assert done.returncode == 0, done.stderr

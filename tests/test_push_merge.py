@@ -97,11 +97,7 @@ def same_weights(hub, made):
 
 
 def weights_on_disk(tmp_path):
-    return [
-        path
-        for path in (tmp_path / "home").rglob("*.safetensors")
-        if path.name != "adapter_model.safetensors"
-    ]
+    return [path for path in (tmp_path / "home").rglob("*.safetensors") if path.name != "adapter_model.safetensors"]
 
 
 def test_hub_to_hub(hub, far, made, tmp_path):
@@ -204,10 +200,7 @@ def test_card_of_a_single_file(hub, tmp_path):
 
 @pytest.mark.parametrize(
     "words",
-    [
-        ("to-lora", "base", "adapter", "--rank", "3"),
-        ("extract", "base", "merged", "--rank", "3", "--kind", "lora"),
-    ],
+    [("to-lora", "base", "adapter", "--rank", "3"), ("extract", "base", "merged", "--rank", "3", "--kind", "lora")],
     ids=lambda words: words[0],
 )
 def test_adapters_that_are_made_go_up(hub, made, tmp_path, words):

@@ -14,12 +14,7 @@ COMMIT = "POST .*/commit/"
     ("pattern", "status", "how", "message"),
     [
         ("POST /api/repos/create", 401, {}, "does not know who you are"),
-        (
-            "POST /api/repos/create",
-            403,
-            {"message": "no rights in this namespace"},
-            "no rights in this namespace",
-        ),
+        ("POST /api/repos/create", 403, {"message": "no rights in this namespace"}, "no rights in this namespace"),
         (".*", 401, {"times": 99}, "hf auth login"),
         ("objects/batch", 403, {}, "does not let you write to this repo"),
         ("objects/batch", 402, {"message": "private storage is full"}, "private storage is full"),

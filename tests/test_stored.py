@@ -41,10 +41,7 @@ def test_agrees_with_the_library(tmp_path):
             assert tensor.dtype == file.get_slice(name).get_dtype()
             buffer = memoryview(bytearray(tensor.nbytes))
             reader.read(tensor.path, tensor.start, buffer)
-            assert (
-                bytes(buffer)
-                == file.get_tensor(name).contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-            )
+            assert bytes(buffer) == file.get_tensor(name).contiguous().view(-1).view(torch.uint8).numpy().tobytes()
     reader.close()
 
 

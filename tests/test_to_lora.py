@@ -137,12 +137,7 @@ def test_resizing_a_lora(tmp_path, base):
         assert module.relative_error == pytest.approx(float(values[3:].norm() / values.norm()), rel=1e-5)
         assert apart(toy.low_rank(made, name), D) > 1e-3
     config = json.loads((tmp_path / "small/adapter_config.json").read_text())
-    assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]) == (
-        3,
-        3,
-        {},
-        {},
-    )
+    assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]) == (3, 3, {}, {})
 
 
 def test_a_dora_that_is_a_lora_keeps_its_rank(tmp_path, base):
@@ -254,9 +249,7 @@ def test_memory_is_announced(tmp_path, base, capsys):
     plan = dora_convert.to_lora(base.path, adapter, tmp_path / "out", rank=4, dry_run=True).plan
     assert plan["least_memory"] >= 4 * 4 * 96 * 40
     with pytest.raises(UsageError, match="does not hold") as caught:
-        dora_convert.to_lora(
-            base.path, adapter, tmp_path / "out", rank=4, max_memory=plan["least_memory"] - 1
-        )
+        dora_convert.to_lora(base.path, adapter, tmp_path / "out", rank=4, max_memory=plan["least_memory"] - 1)
     assert "is the least" in caught.value.hint
     one = dora_convert.to_lora(base.path, adapter, tmp_path / "one", rank=4, max_memory=plan["least_memory"])
     assert one.bytes_written <= plan["bytes_out"]
@@ -274,10 +267,7 @@ def test_command_line(tmp_path, base, capsys):
     assert (report["command"], report["format"]) == ("to-lora", "peft")
     assert report["modules"][0].keys() >= {"name", "rank", "relative_error", "output_error"}
     assert 0 < report["relative_error"] < 1
-    assert (
-        exit_code("to-lora", base.path, adapter, tmp_path / "dry", "--energy", 0.9, "--dry-run", "--json")
-        == 0
-    )
+    assert exit_code("to-lora", base.path, adapter, tmp_path / "dry", "--energy", 0.9, "--dry-run", "--json") == 0
     assert json.loads(capsys.readouterr().out)["plan"]["modules"]
     assert exit_code("to-lora", base.path, adapter, tmp_path / "two", "--rank", 8) == 0
     shown = capsys.readouterr()

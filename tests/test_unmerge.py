@@ -7,9 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import dora_convert
-from dora_convert.errors import (
-    UsageError,
-)
+from dora_convert.errors import UsageError
 
 from .test_resume import interrupted
 from .test_undo_exact import bits, same_as
@@ -92,9 +90,7 @@ def test_norms_are_right_up_to_rounding(tmp_path):
             assert torch.equal(got[name], W)
             continue
         prefix = f"base_model.model.{name.removesuffix('.weight')}"
-        change = (
-            1.5 * tensors[f"{prefix}.lora_B.weight"].double() @ tensors[f"{prefix}.lora_A.weight"].double()
-        )
+        change = 1.5 * tensors[f"{prefix}.lora_B.weight"].double() @ tensors[f"{prefix}.lora_A.weight"].double()
         n = (W.double() + change).norm(dim=1).float().double()
         m = tensors[f"{prefix}.lora_magnitude_vector"].double()
         want = merged[name].double() * (n / m)[:, None] - change

@@ -11,14 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import dora_convert
 from dora_convert.cli import main
-from dora_convert.errors import (
-    MalformedError,
-    OutputError,
-    RefError,
-    UnsupportedError,
-    UsageError,
-    VerificationError,
-)
+from dora_convert.errors import MalformedError, OutputError, RefError, UnsupportedError, UsageError, VerificationError
 
 from .test_undo_exact import same_as
 from .test_unmerge import merged  # noqa: F401 - fixtures
@@ -108,12 +101,7 @@ def test_a_dora_without_norms_is_refused(tmp_path, base, adapter):
             assert way in caught.value.hint
         said = []
         report = dora_convert.unmerge(
-            model,
-            adapter,
-            tmp_path / model.name / "../again",
-            base=base.path,
-            on_notice=said.append,
-            overwrite=True,
+            model, adapter, tmp_path / model.name / "../again", base=base.path, on_notice=said.append, overwrite=True
         )
         assert any("copying BASE is simpler" in text for text in said)
         close(base, load(tmp_path / "again"))
@@ -217,7 +205,5 @@ def test_one_of_several_loras(tmp_path, base):
     assert report.exact["tensors"] == 8
     assert all(module.bit_exact or module.lost for module in report.modules)
     close(base, load(tmp_path / "none"))
-    files = {
-        name: data for name, data in contents(tmp_path / "none").items() if not name.endswith(".safetensors")
-    }
+    files = {name: data for name, data in contents(tmp_path / "none").items() if not name.endswith(".safetensors")}
     assert files == {n: d for n, d in contents(base.path).items() if not n.endswith(".safetensors")}

@@ -149,10 +149,7 @@ def test_two_roundings_agree(tmp_path, dora, late, dtype):
 
 def test_saved_modules_rows_ties_and_weights(tmp_path, base, tied):
     """Replaced and added tensors and rows, and two adapters, agree when they are right, and not two ulps away."""
-    saved = PLAIN | {
-        "modules_to_save": ["lm_head"],
-        "extra": {f"base_model.model.{HEAD}": torch.ones(72, 40)},
-    }
+    saved = PLAIN | {"modules_to_save": ["lm_head"], "extra": {f"base_model.model.{HEAD}": torch.ones(72, 40)}}
     cases = [
         (base, make_adapter(tmp_path / "s", base, **saved), HEAD, 3),
         (base, tokens(tmp_path, base, [5, 71, 0]), EMBEDDING, 71),

@@ -78,15 +78,7 @@ def write_json(path: Path, value: object) -> None:
 
 
 def make_adapter(
-    path: Path,
-    base: Base,
-    *,
-    dora: bool,
-    targets=TARGETS,
-    rank: int = RANK,
-    seed: int = 2,
-    extra=None,
-    **config,
+    path: Path, base: Base, *, dora: bool, targets=TARGETS, rank: int = RANK, seed: int = 2, extra=None, **config
 ) -> Path:
     """Write a PEFT adapter for a base of `make_base`; `extra` holds further tensors, `config` further fields."""
     torch.manual_seed(seed)

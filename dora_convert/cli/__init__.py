@@ -118,10 +118,7 @@ def _translate(error: BaseException) -> DoraConvertError:
         case OSError():
             return DoraConvertError(f"{error.filename or 'the system'}: {error.strerror or error}.")
         case MemoryError():
-            return DoraConvertError(
-                "This machine has too little memory.", hint="a smaller --max-memory may help"
-            )
+            return DoraConvertError("This machine has too little memory.", hint="a smaller --max-memory may help")
     return DoraConvertError(
-        f"{type(error).__name__}: {error}",
-        hint="this is a bug; DORA_CONVERT_DEBUG=1 shows where, please report it",
+        f"{type(error).__name__}: {error}", hint="this is a bug; DORA_CONVERT_DEBUG=1 shows where, please report it"
     )

@@ -105,9 +105,7 @@ def weights_table(weights: Iterable[Mapping[str, Any]]) -> Table:
 def about_adapter(report: AdapterReport, *, every: bool) -> Iterator[str]:
     """Yield the facts of an adapter, in a few lines."""
     yield f"adapter: {report.title}, {report.method} in the {report.format} format"
-    base = (
-        f"{report.base}{f' at {report.revision}' if report.revision else ''}" if report.base else "not said"
-    )
+    base = f"{report.base}{f' at {report.revision}' if report.revision else ''}" if report.base else "not said"
     yield f"trained on: {base}{f', as {report.task}' if report.task else ''}"
     if report.layers:
         yield f"layers of the base, in this order: {', '.join(map(str, report.layers))}"
@@ -132,9 +130,7 @@ def about_landing(landing: Landing, *, every: bool) -> Iterator[str]:
     """Yield the match of an adapter with a base, or the faults."""
     yield from (f"warning: {warning}" for warning in landing.warnings)
     if landing.fits:
-        counts = ", ".join(
-            f"{landing.tensors[fate]} {fate}" for fate in ("merged", "replaced", "added", "copied")
-        )
+        counts = ", ".join(f"{landing.tensors[fate]} {fate}" for fate in ("merged", "replaced", "added", "copied"))
         yield f"fits {landing.base}: {landing.tensors['total']} tensors, {counts}"
         return
     yield f"does not fit {landing.base}: {landing.message}"
@@ -159,8 +155,7 @@ def about_checkpoint(report: CheckpointReport, *, every: bool) -> Iterator[str]:
     yield f"stored as {report.format}: {files}{f', {len(report.shards)} shards' if report.index else ''}"
     if every:
         yield from (
-            f"  {shard['file']}  {shard['tensors']} tensors, {format_size(shard['bytes'])}"
-            for shard in report.shards
+            f"  {shard['file']}  {shard['tensors']} tensors, {format_size(shard['bytes'])}" for shard in report.shards
         )
     yield _totals(report)
     if report.tied:
@@ -170,10 +165,7 @@ def about_checkpoint(report: CheckpointReport, *, every: bool) -> Iterator[str]:
         bits = f", {report.quantised['bits']} bits" if report.quantised["bits"] else ""
         yield f"quantised: {report.quantised['method']}{bits}"
     yield from map(about_merge, report.merges)
-    for label, names in (
-        ("beside the weights", report.side_files),
-        ("not part of the model", report.left_behind),
-    ):
+    for label, names in (("beside the weights", report.side_files), ("not part of the model", report.left_behind)):
         if names:
             shown = len(names) if every else SHOWN
             yield f"{label}: {', '.join(names[:shown])}{' …' if len(names) > shown else ''}"
@@ -201,6 +193,4 @@ def _merged(adapter: Mapping[str, Any]) -> str:
 def _totals(report: AdapterReport | CheckpointReport) -> str:
     """Return the number and size of all tensors."""
     dtypes = ", ".join(f"{total['tensors']} {name}" for name, total in report.dtypes.items())
-    return (
-        f"{report.tensors} tensors ({dtypes}), {report.parameters:,} parameters, {format_size(report.bytes)}"
-    )
+    return f"{report.tensors} tensors ({dtypes}), {report.parameters:,} parameters, {format_size(report.bytes)}"

@@ -42,9 +42,7 @@ def command(refs: tuple[str, ...], *, sink: Sink, **keywords: Unpack[MergeOption
     """
     if len(refs) < (1 if keywords["no_local"] else 2):
         inputs_and_out = "an ADAPTER and OUT, and mostly a BASE before them"
-        raise click.UsageError(
-            f"merge needs {'a BASE and an ADAPTER' if keywords['in_place'] else inputs_and_out}."
-        )
+        raise click.UsageError(f"merge needs {'a BASE and an ADAPTER' if keywords['in_place'] else inputs_and_out}.")
     from ..verbs.merge import merge
 
     has_out = not (keywords["in_place"] or keywords["no_local"])

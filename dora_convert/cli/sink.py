@@ -98,9 +98,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
     whole = max((len(row[0]) for row in cells), default=0) <= LONGEST_NAME
     for number, column in enumerate(columns):
         side: Literal["left", "right"] = "right" if column[0] == ">" else "left"
-        table.add_column(
-            column.removeprefix(">"), justify=side, overflow="fold", no_wrap=whole and not number
-        )
+        table.add_column(column.removeprefix(">"), justify=side, overflow="fold", no_wrap=whole and not number)
     for row in cells:
         table.add_row(*row)
     return table

@@ -39,9 +39,7 @@ def command(refs: tuple[str, ...], *, sink: Sink, **keywords: Unpack[UnmergeOpti
       dora-convert unmerge --in-place ./model ./adapter
     """
     if len(refs) < (2 if keywords["in_place"] else 3):
-        raise click.UsageError(
-            "unmerge needs MERGED, ADAPTER and OUT, or MERGED and ADAPTER with --in-place."
-        )
+        raise click.UsageError("unmerge needs MERGED, ADAPTER and OUT, or MERGED and ADAPTER with --in-place.")
     from ..verbs.unmerge import unmerge
 
     merged, *adapters = refs
@@ -68,10 +66,7 @@ def parts(report: UnmergeReport | DryRunReport, *, every: bool) -> Iterator[Tabl
 
 def _lost_table(modules: Sequence[Recovered]) -> Table:
     """Return the table of tensors that are not proven."""
-    rows = [
-        (module.name, f"{module.lost:,}", f"{module.lost / max(1, module.elements):.2%}")
-        for module in modules
-    ]
+    rows = [(module.name, f"{module.lost:,}", f"{module.lost / max(1, module.elements):.2%}") for module in modules]
     return table(("not proven to be the base's", ">elements lost to rounding", ">share"), rows)
 
 

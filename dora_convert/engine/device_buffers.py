@@ -42,9 +42,7 @@ class DeviceBuffers:
         if self._exact is None:
             mps = self.spec.device.type == "mps"
             device = torch.device("cpu") if mps else self.spec.device
-            self._exact = DeviceBuffers(
-                ComputeSpec(device, torch.float64, "exact"), self.reader, self._stream
-            )
+            self._exact = DeviceBuffers(ComputeSpec(device, torch.float64, "exact"), self.reader, self._stream)
         return self._exact
 
     def working(self) -> AbstractContextManager[object]:
@@ -114,9 +112,7 @@ class DeviceBuffers:
         if self._exact:
             self._exact.release()
 
-    def scratch(
-        self, name: str, shape: Sequence[int], dtype: torch.dtype, *, on_host: bool = False
-    ) -> Tensor:
+    def scratch(self, name: str, shape: Sequence[int], dtype: torch.dtype, *, on_host: bool = False) -> Tensor:
         """Return memory that the next call of the name reuses: fresh pages cost more than arithmetic."""
         nbytes = math.prod(shape) * dtype.itemsize
         buffer = self._buffers.get(name)

@@ -13,14 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
-from ..output.finished import (
-    FinishedLine,
-    Progress,
-    TensorResult,
-    Verdict,
-    copied_name,
-    kept_name,
-)
+from ..output.finished import FinishedLine, Progress, TensorResult, Verdict, copied_name, kept_name
 from ..output.shards import Copy, ShardFiles
 from ..plan.item import Item
 from ..plan.plan import Plan

@@ -92,10 +92,7 @@ class ExpertFactors:
         """Return A (r, in) and B (out, r) of the expert that a row belongs to."""
         if self._expert != (expert := start // self._height):
             self._expert = expert
-            A, B = self._pair = (
-                self._buffers.computed(self._A[expert]),
-                self._buffers.computed(self._B[:, :, expert]),
-            )
+            A, B = self._pair = (self._buffers.computed(self._A[expert]), self._buffers.computed(self._B[:, :, expert]))
             if self._fixed:
                 self._fixed.left_(A if self._transposed else B)
                 self._fixed.right_(B if self._transposed else A)

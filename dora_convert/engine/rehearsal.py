@@ -19,9 +19,7 @@ from .precision import ComputeSpec
 from .tensor import StartMaker
 
 
-def rehearse(
-    plan: Plan, settings: Settings, spec: ComputeSpec, maker: StartMaker
-) -> Mapping[str, TensorResult]:
+def rehearse(plan: Plan, settings: Settings, spec: ComputeSpec, maker: StartMaker) -> Mapping[str, TensorResult]:
     """Compute every tensor of a plan, and return the results by name."""
     with closing(Reader()) as reader:
         run = Run(

@@ -67,11 +67,7 @@ Observe = Callable[[Item, "MergeMaker", DeviceBuffers, Spool], "MergeObserver | 
 
 
 def write_tensor(
-    item: Item,
-    maker: TensorMaker,
-    buffers: DeviceBuffers,
-    shards: ShardFiles,
-    advance: Callable[[int], None],
+    item: Item, maker: TensorMaker, buffers: DeviceBuffers, shards: ShardFiles, advance: Callable[[int], None]
 ) -> TensorResult:
     """Write one tensor that is not a plain copy; `advance` is called with the bytes of each block.
 
@@ -97,13 +93,7 @@ class MergeMaker:
     proves_output = False
 
     def __init__(
-        self,
-        item: Item,
-        buffers: DeviceBuffers,
-        spool: Spool,
-        *,
-        prove: bool = False,
-        observe: Observe | None = None,
+        self, item: Item, buffers: DeviceBuffers, spool: Spool, *, prove: bool = False, observe: Observe | None = None
     ) -> None:
         """Load the edits; `prove` asks for the sha256 of the base's bytes, too."""
         self._item, self._buffers = item, buffers
@@ -221,14 +211,10 @@ def refuse_result(item: Item, raw: Tensor, result: Tensor) -> None:
         return
     if not torch.isfinite(raw).all():
         owner = "BASE's" if item.source is item.base else "The adapter's"
-        raise NumericalError(
-            f"{owner} tensor {item.source.name} holds NaN or Inf.", hint="the file is damaged"
-        )
+        raise NumericalError(f"{owner} tensor {item.source.name} holds NaN or Inf.", hint="the file is damaged")
     if torch.isnan(result).any():
         raise NumericalError(
             f"{item.name}: W + sBA has an output whose weights are all zero, so DoRA's m/‖V‖ is undefined.",
             hint="is this the base that the adapter was trained on?",
         )
-    raise NumericalError(
-        f"{item.name} overflows {item.dtype}.", hint="--dtype bfloat16 or float32 has the range"
-    )
+    raise NumericalError(f"{item.name} overflows {item.dtype}.", hint="--dtype bfloat16 or float32 has the range")

@@ -44,7 +44,7 @@ def compress(
     `goal` is a rank, an energy or a max_error. With `single`, ΔW is held in single precision. `biases` are
     those on lora_B, by module; their scaling becomes 1, too.
     """
-    weight = _Weight(job, buffers)
+    weight = _AdaptedWeight(job, buffers)
     change = weight.change(torch.float32 if single else buffers.spec.compute)
     if change is None or weight.is_lora():
         left, right = weight.factors()
@@ -67,7 +67,7 @@ def compress(
     return Fitted(tensors, facts)
 
 
-class _Weight:
+class _AdaptedWeight:
     """A weight, and an adapter's change of it."""
 
     def __init__(self, job: MatchedChange, buffers: DeviceBuffers) -> None:

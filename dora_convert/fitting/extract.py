@@ -90,9 +90,7 @@ def _matrix(stored: StoredTensor, buffers: DeviceBuffers, dtype: torch.dtype, jo
     for start, stop in spans(*stored.matrix):
         matrix[start:stop] = buffers.raw(stored, start, stop).to(buffers.spec.device)
     if not maths.all_finite(matrix):
-        raise NumericalError(
-            f"{stored.name} of {stored.path.name} holds NaN or Inf.", hint="the file is damaged"
-        )
+        raise NumericalError(f"{stored.name} of {stored.path.name} holds NaN or Inf.", hint="the file is damaged")
     return matrix.T if job.transposed else matrix
 
 

@@ -39,8 +39,7 @@ def magnitudes(job: MatchedChange, buffers: DeviceBuffers, *, preserve: bool) ->
     m, n = (torch.cat(norms) for norms in zip(*blocks, strict=True))
     if zeros := int((n == 0).sum()):
         raise NumericalError(
-            f"{job.name}: W + sBA has {zeros} outputs whose weights are all zero, "
-            "so DoRA's m/‖V‖ is undefined.",
+            f"{job.name}: W + sBA has {zeros} outputs whose weights are all zero, so DoRA's m/‖V‖ is undefined.",
             hint="--exclude leaves the module out",
         )
     assert edit.low

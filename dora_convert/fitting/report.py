@@ -40,9 +40,7 @@ def report_of(
     return MadeReport(
         **_common(plan, settings, out),
         modules=tuple(
-            FittedModule(
-                name=name, rank=fact["rank"], relative_error=error_of([fact]), details=describe(fact)
-            )
+            FittedModule(name=name, rank=fact["rank"], relative_error=error_of([fact]), details=describe(fact))
             for name, fact in facts.items()
         ),
         relative_error=error_of(facts.values()),

@@ -68,13 +68,7 @@ class FittingRun:
 
 
 def run_plan(
-    plan: FittingPlan,
-    folder: OutputFolder,
-    settings: Settings,
-    reader: Reader,
-    *,
-    fit: FitJob,
-    assemble: Assemble,
+    plan: FittingPlan, folder: OutputFolder, settings: Settings, reader: Reader, *, fit: FitJob, assemble: Assemble
 ) -> FittingRun:
     """Fit the modules of a plan, and publish the adapters.
 
@@ -82,9 +76,7 @@ def run_plan(
     overflow, OutputError for a full disk. OUT does not exist then.
     """
     spec = choose_compute(plan.memory, settings)
-    settings.notify(
-        f"memory: at most {format_size(settings.max_memory)}; one module takes {format_size(plan.memory)}"
-    )
+    settings.notify(f"memory: at most {format_size(settings.max_memory)}; one module takes {format_size(plan.memory)}")
     adapters = [scan_adapter(plan.like)] if plan.like else []
     folder.check_space(2 * plan.bytes_out)
     with entered(folder):
@@ -99,8 +91,7 @@ def run_plan(
                 run.execute(fit, spec)
             results = run.results()
             written = sum(
-                run.write(where, plan.format.save(adapter), folder)
-                for where, adapter in assemble(results).items()
+                run.write(where, plan.format.save(adapter), folder) for where, adapter in assemble(results).items()
             )
             _put_side_files(plan, folder, settings)
         folder.publish()
@@ -138,9 +129,7 @@ class _Run:
     @property
     def end(self) -> int:
         """Bytes of the spool in use."""
-        return max(
-            (tensor.end for line in self.lines.values() for tensor in line.tensors.values()), default=0
-        )
+        return max((tensor.end for line in self.lines.values() for tensor in line.tensors.values()), default=0)
 
     def execute(self, fit: FitJob, spec: ComputeSpec) -> None:
         """Run every job that is not done yet."""
@@ -156,9 +145,7 @@ class _Run:
 
         for name in self.lines:
             self.reader.done(name)
-        todo = [
-            job for job in sorted(self.plan.jobs, key=lambda job: job.reads) if job.name not in self.lines
-        ]
+        todo = [job for job in sorted(self.plan.jobs, key=lambda job: job.reads) if job.name not in self.lines]
         self._total = sum(job.nbytes for job in self.plan.jobs)
         self._read = self._total - sum(job.nbytes for job in todo)
         workers.run(self.settings.workers, [partial(one, job) for job in todo])
@@ -211,9 +198,7 @@ def _part(name: str, stored: StoredTensor, dtype: str, spool: Spool, reader: Rea
     pieces = []
     for chunk in reader.pieces(stored):
         if not holds_numbers(chunk, stored.dtype):
-            raise NumericalError(
-                f"{stored.name} of {stored.path.name} holds NaN or Inf.", hint="the file is damaged"
-            )
+            raise NumericalError(f"{stored.name} of {stored.path.name} holds NaN or Inf.", hint="the file is damaged")
         pieces.append(spool.add(chunk if stored.dtype == dtype else _converted(chunk, stored, dtype)))
     return SpooledTensor(name, dtype, stored.shape, tuple(pieces))
 
@@ -228,9 +213,7 @@ def rounded(x: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """Return x rounded once to a dtype; NumericalError for an overflow."""
     y = maths.round_to(x.contiguous(), torch.empty(x.shape, dtype=dtype, device=x.device))
     if not maths.all_finite(y) and maths.all_finite(x):
-        raise NumericalError(
-            f"{name} overflows {NAMES[dtype]}.", hint="--dtype bfloat16 or float32 has the range"
-        )
+        raise NumericalError(f"{name} overflows {NAMES[dtype]}.", hint="--dtype bfloat16 or float32 has the range")
     return y
 
 

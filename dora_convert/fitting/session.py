@@ -75,9 +75,7 @@ class FittingSession:
 
     @classmethod
     @contextmanager
-    def begin(
-        cls, out: PathLike, options: FittingOptions, ignore_field: Sequence[str] = ()
-    ) -> Iterator[Self]:
+    def begin(cls, out: PathLike, options: FittingOptions, ignore_field: Sequence[str] = ()) -> Iterator[Self]:
         """Check everything that can be checked before an input is opened; yield the session."""
         compute, budget = options["compute_dtype"], options["max_memory"]
         selection = parse_options(

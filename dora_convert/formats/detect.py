@@ -112,6 +112,5 @@ def refuse_adapter(where: Path | Sequence[str], name: str) -> None:
     """Raise RefError for an adapter that was named as a model."""
     if is_only_adapter(where):
         raise RefError(
-            f"{name} is an adapter, not a model.",
-            hint="dora-convert merge makes a model of base and adapter",
+            f"{name} is an adapter, not a model.", hint="dora-convert merge makes a model of base and adapter"
         )

@@ -65,10 +65,7 @@ def read_folder(folder: str) -> FolderContents:
 
 def _refuse_unfinished(path: Path) -> None:
     if (path / LOCK).exists() or (path / RECORD / JOURNAL).exists():
-        raise RefError(
-            f"DIR {path} is an unfinished output.",
-            hint="rerun the command that began it, then push",
-        )
+        raise RefError(f"DIR {path} is an unfinished output.", hint="rerun the command that began it, then push")
 
 
 def _is_hidden(name: str) -> bool:

@@ -80,9 +80,7 @@ class FolderPush:
             sizes[card.NAME] = len(self._card(contents))
         files = tuple(PushedFile(name, size, "planned") for name, size in sizes.items())
         total = sum(sizes.values())
-        return Pushed(
-            repo=self._target.repo, url="", commit="", files=files, deleted=(), bytes_uploaded=total
-        )
+        return Pushed(repo=self._target.repo, url="", commit="", files=files, deleted=(), bytes_uploaded=total)
 
     def _card(self, contents: FolderContents) -> bytes:
         """Return the folder's README, or a new card if there is none."""
@@ -147,9 +145,7 @@ def _push_journal(upload: Upload, folder: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
         upload.keep_journal(path)
     except Timeout as error:
-        raise HubError(
-            f"Another push of {folder} to {upload.repo} is running.", hint="wait for it to end"
-        ) from error
+        raise HubError(f"Another push of {folder} to {upload.repo} is running.", hint="wait for it to end") from error
     except OSError:  # a read-only cache: the server still knows its files
         lock.release()
     try:
@@ -172,9 +168,7 @@ def _is_on_hub(name: str, token: str | None) -> bool:
     if Path(name).expanduser().is_absolute() or name.startswith("."):
         return False
     try:
-        return not isinstance(parse_ref(name), Path) and with_retries(
-            lambda: HfApi(token=token).repo_exists(name)
-        )
+        return not isinstance(parse_ref(name), Path) and with_retries(lambda: HfApi(token=token).repo_exists(name))
     except Exception:  # noqa: BLE001 - the card then names no base
         return False
 

@@ -121,9 +121,7 @@ def stream_merge(
 
 
 @contextmanager
-def stream_inputs(
-    plan: Plan, others: Sequence[Checkpoint], session: Session
-) -> Iterator[HubStreaming | None]:
+def stream_inputs(plan: Plan, others: Sequence[Checkpoint], session: Session) -> Iterator[HubStreaming | None]:
     """Stream a plan's base and other checkpoints from the Hub; None if all weights are local."""
     inputs = prefetch((plan.base, *others), shard_needs(plan, *others), session)
     with _streaming(None, inputs, local=True) as hub:
@@ -131,9 +129,7 @@ def stream_inputs(
 
 
 @contextmanager
-def _streaming(
-    upload: Upload | None, inputs: Prefetch | None, *, local: bool
-) -> Iterator[HubStreaming | None]:
+def _streaming(upload: Upload | None, inputs: Prefetch | None, *, local: bool) -> Iterator[HubStreaming | None]:
     if not (upload or inputs):
         yield None
         return

@@ -69,9 +69,7 @@ class Upload:
                     hint="make it private in its settings first, or choose another name",
                 )
             self._head = str(info.sha)
-            tree = with_retries(
-                lambda: list(api.list_repo_tree(self.repo, recursive=True, revision=self._head))
-            )
+            tree = with_retries(lambda: list(api.list_repo_tree(self.repo, recursive=True, revision=self._head)))
         self.repo_files = {entry.path: entry for entry in tree if hasattr(entry, "blob_id")}
 
     def _create(self) -> Any:
@@ -144,9 +142,7 @@ class Upload:
         operation = CommitOperationAdd(name, path)
         self._notify(f"uploading {name}")
         with writing_errors(self.repo), without_bars():
-            with_retries(
-                lambda: self._api.preupload_lfs_files(self.repo, [operation], create_pr=self.target.create_pr)
-            )
+            with_retries(lambda: self._api.preupload_lfs_files(self.repo, [operation], create_pr=self.target.create_pr))
         if operation.path_or_fileobj == b"":  # preupload_lfs_files empties what it has uploaded
             self._enter(name, path, operation.upload_info.sha256.hex())
         else:  # a small file that goes with the commit itself
@@ -163,9 +159,7 @@ class Upload:
             return None
         with writing_errors(self.repo), without_bars():
             path = with_retries(
-                lambda: self._api.hf_hub_download(
-                    self.repo, name, revision=self._head, token=self.target.token
-                )
+                lambda: self._api.hf_hub_download(self.repo, name, revision=self._head, token=self.target.token)
             )
         return Path(path).read_bytes()
 
@@ -214,11 +208,7 @@ class Upload:
 
         def create() -> Any:
             return self._api.create_commit(
-                self.repo,
-                operations,
-                commit_message=message,
-                create_pr=self.target.create_pr,
-                parent_commit=self._head,
+                self.repo, operations, commit_message=message, create_pr=self.target.create_pr, parent_commit=self._head
             )
 
         with writing_errors(self.repo), without_bars():

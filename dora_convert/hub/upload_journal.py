@@ -38,9 +38,7 @@ def refused_copies(path: Path, key: JournalKey) -> frozenset[str] | None:
 class UploadJournal:
     """A journal of uploaded files; without a path nothing is kept."""
 
-    def __init__(
-        self, path: Path | None = None, key: JournalKey | None = None, *, by_name: bool = False
-    ) -> None:
+    def __init__(self, path: Path | None = None, key: JournalKey | None = None, *, by_name: bool = False) -> None:
         """Resume the journal at `path` if it has the same key, else start a new one.
 
         `by_name`: a file counts as uploaded even if the local file of its name has changed.

@@ -84,9 +84,7 @@ def refuse(plan: Plan) -> None:
             "The outputs level runs adapters through PEFT, and one is not PEFT's.", hint=WEIGHTS_LEVEL
         )
     if plan.options.include or plan.options.exclude:
-        raise UnsupportedError(
-            "The outputs level compares with whole adapters, not with parts.", hint=WEIGHTS_LEVEL
-        )
+        raise UnsupportedError("The outputs level compares with whole adapters, not with parts.", hint=WEIGHTS_LEVEL)
     if any(weight != 1 for weight in plan.weights):
         raise UnsupportedError("No model was trained at another --weight than 1.", hint=WEIGHTS_LEVEL)
     plain = all(
@@ -95,8 +93,7 @@ def refuse(plan: Plan) -> None:
     )
     if len(plan.adapters) > 1 and not plain:
         raise UnsupportedError(
-            "Several adapters were not trained together: only a sum of plain LoRAs can be compared.",
-            hint=WEIGHTS_LEVEL,
+            "Several adapters were not trained together: only a sum of plain LoRAs can be compared.", hint=WEIGHTS_LEVEL
         )
 
 

@@ -54,8 +54,7 @@ class ModelRunner:
             result = self.model(**{name: ids.to(self.device) for name, ids in inputs.items()})
         except (TypeError, ValueError, KeyError, AttributeError, IndexError, NotImplementedError) as error:
             raise UnsupportedError(
-                f"The model cannot be run on tokens alone ({type(error).__name__}: {error}).",
-                hint=WEIGHTS_LEVEL,
+                f"The model cannot be run on tokens alone ({type(error).__name__}: {error}).", hint=WEIGHTS_LEVEL
             ) from error
         return _main_output(result).float().cpu()
 

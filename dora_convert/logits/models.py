@@ -87,11 +87,7 @@ def view(checkpoint: Checkpoint, folder: Path) -> Path:
         (folder / name).symlink_to((root / shard.filename).resolve())
     if checkpoint.index_name:
         table = {t.name: shard.filename for shard in checkpoint.shards for t in shard.tensors}
-        stem = (
-            "model.safetensors"
-            if checkpoint.index_name.endswith(".safetensors.index.json")
-            else "pytorch_model.bin"
-        )
+        stem = "model.safetensors" if checkpoint.index_name.endswith(".safetensors.index.json") else "pytorch_model.bin"
         (folder / f"{stem}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": table}))
     return folder
 
@@ -107,26 +103,19 @@ def specify(folder: Path, wanted: Mapping[str, Any] | None) -> ModelSpec:
 
     wanted = wanted or {}
     if not (names := wanted.get("architectures")):
-        raise UnsupportedError(
-            "config.json names no architecture, so no model can be run.", hint=WEIGHTS_LEVEL
-        )
+        raise UnsupportedError("config.json names no architecture, so no model can be run.", hint=WEIGHTS_LEVEL)
     if wanted.get("quantization_config"):
         raise UnsupportedError("The model is quantised; its outputs are not compared.", hint=WEIGHTS_LEVEL)
     labels = {}
     if isinstance(table := wanted.get("id2label"), Mapping):
-        labels = {
-            "id2label": {int(key): value for key, value in table.items()},
-            "label2id": wanted.get("label2id"),
-        }
+        labels = {"id2label": {int(key): value for key, value in table.items()}, "label2id": wanted.get("label2id")}
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, **labels)
     except Exception as error:
         raise _not_run(f"transformers {transformers.__version__} does not know the model", error) from error
     model_class = getattr(transformers, names[0], None) or _similar_class(names[0], config)
     if model_class is None:
-        raise UnsupportedError(
-            f"transformers {transformers.__version__} has no {names[0]}.", hint=WEIGHTS_LEVEL
-        )
+        raise UnsupportedError(f"transformers {transformers.__version__} has no {names[0]}.", hint=WEIGHTS_LEVEL)
     return ModelSpec(names[0], model_class, config)
 
 
@@ -163,13 +152,7 @@ class ModelLoader:
         return ModelRunner(model, self.device, _generates(model)), missing
 
     def reference(
-        self,
-        spec: ModelSpec,
-        folder: Path,
-        adapters: Sequence[Adapter],
-        *,
-        vocabulary: int | None,
-        on_load: OnLoad,
+        self, spec: ModelSpec, folder: Path, adapters: Sequence[Adapter], *, vocabulary: int | None, on_load: OnLoad
     ) -> ModelRunner:
         """Load base and adapters as PEFT runs them; `on_load` is called after a block is read from disk.
 
@@ -207,9 +190,7 @@ class ModelLoader:
         except Exception as error:
             raise _not_run(f"{spec.name} cannot be loaded", error) from error
         if mismatched := info.get("mismatched_keys"):
-            raise MalformedError(
-                f"{spec.name} has other shapes than its config says: {min(map(str, mismatched))}."
-            )
+            raise MalformedError(f"{spec.name} has other shapes than its config says: {min(map(str, mismatched))}.")
         model.eval()
         model.config.use_cache = False
         return model, set(info["missing_keys"])
@@ -234,14 +215,10 @@ def _wrap(model: Any, adapters: Sequence[Adapter]) -> Any:
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            wrapped: Any = peft.PeftModel.from_pretrained(
-                model, os.fspath(first.source.path), is_trainable=False
-            )
+            wrapped: Any = peft.PeftModel.from_pretrained(model, os.fspath(first.source.path), is_trainable=False)
             missing = []
             for name, adapter in zip(names[1:], others, strict=True):
-                missing += wrapped.load_adapter(
-                    os.fspath(adapter.source.path), adapter_name=name
-                ).missing_keys
+                missing += wrapped.load_adapter(os.fspath(adapter.source.path), adapter_name=name).missing_keys
             if others:
                 wrapped.base_model.set_adapter(names)
     except Exception as error:
@@ -264,6 +241,5 @@ def _refuse_missing(wrapped: Any, missing: set[str]) -> None:
     }
     if random := sorted(missing - saved):
         raise UnsupportedError(
-            f"{len(random)} weights are neither in BASE nor in ADAPTER, such as {random[0]}.",
-            hint=WEIGHTS_LEVEL,
+            f"{len(random)} weights are neither in BASE nor in ADAPTER, such as {random[0]}.", hint=WEIGHTS_LEVEL
         )

@@ -48,8 +48,7 @@ class BlockWeights(Mapping[str, Tensor]):
         self._own = {
             name: value.data
             for name, value in block.named_parameters(remove_duplicate=False)
-            if value.device.type != "meta"
-            and (any(value.stride()) or plain_name(prefix + name) not in weights)
+            if value.device.type != "meta" and (any(value.stride()) or plain_name(prefix + name) not in weights)
         }
 
     def __getitem__(self, name: str) -> Tensor:

@@ -32,9 +32,7 @@ def half_ulp(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.ldexp(torch.full_like(magnitude, finest.eps / 4), torch.frexp(magnitude).exponent)
 
 
-def perturb(
-    root: nn.Module, prefix: str, stored: Mapping[str, torch.dtype], usual: torch.dtype, draw: int
-) -> None:
+def perturb(root: nn.Module, prefix: str, stored: Mapping[str, torch.dtype], usual: torch.dtype, draw: int) -> None:
     """Perturb the weights below a module that adapters change, and round all others to their stored dtype.
 
     `prefix` is the module's name with its dot, `stored` the dtypes of a merged checkpoint's tensors, `usual`

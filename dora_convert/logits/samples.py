@@ -69,9 +69,7 @@ def make_samples(texts: Sequence[str], folders: Sequence[Path], name: str, confi
         notes.append(f"no tokenizer; {len(rows)} prompts of made-up token ids")
     rows = [row for row in rows if row]
     if not rows or max(map(max, rows)) >= size:
-        raise UnsupportedError(
-            "The tokenizer does not match the model's vocabulary.", hint="verify --level weights"
-        )
+        raise UnsupportedError("The tokenizer does not match the model's vocabulary.", hint="verify --level weights")
     return Samples(tuple(_batched(rows, name, config)), tuple(notes))
 
 
@@ -103,9 +101,7 @@ def _tokenizer(folder: Path) -> Any:
     """Return the tokenizer in a folder; None if it does not exist or cannot be loaded."""
     import transformers
 
-    if not any(
-        (folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
-    ):
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
         return None
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -123,9 +119,7 @@ def _made_up_ids(vocabulary: int, length: int, config: Any) -> list[list[int]]:
     end = getattr(config, "eos_token_id", None)
     special = {getattr(config, key, None) for key in ("pad_token_id", "eos_token_id")}
     usable = (
-        [token for token in range(vocabulary) if token not in special]
-        if vocabulary < 1000
-        else range(3, vocabulary)
+        [token for token in range(vocabulary) if token not in special] if vocabulary < 1000 else range(3, vocabulary)
     )
     generator = torch.Generator().manual_seed(0)
     chosen = torch.randint(len(usable), (len(BUILT_IN), length), generator=generator).tolist()

@@ -21,9 +21,7 @@ SMALL = 1 << 20  # elements: matrices up to this size are computed in float64
 FIRST, LAST = 4, 128  # the least and the largest rank of the search for scales that reach an error
 USEFUL = 0.9  # of a LoRA's distance at the same rank: the search ends with scales that leave more
 NO_SCALE = 1e-4  # of ‖w'‖/‖w‖: a smaller |d| would make B huge
-LARGEST = (
-    10  # of ‖w'‖/‖w‖: a larger |d| would make V a small difference of W and BA, which PEFT's arithmetic loses
-)
+LARGEST = 10  # of ‖w'‖/‖w‖: a larger |d| would make V a small difference of W and BA, which PEFT's arithmetic loses
 
 
 @dataclass(frozen=True)

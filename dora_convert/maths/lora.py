@@ -96,9 +96,7 @@ def coefficients(
         return g, [(g != 0).to(g.dtype)]
     total = 1.0 + sum(w * (each - 1) for each, w in zip(f, weights, strict=True) if each is not None)
     g = _where_finite(1 / torch.as_tensor(total))
-    return g, [
-        _where_finite(w * g if each is None else w * each * g) for each, w in zip(f, weights, strict=True)
-    ]
+    return g, [_where_finite(w * g if each is None else w * each * g) for each, w in zip(f, weights, strict=True)]
 
 
 def _where_finite(x: Tensor) -> Tensor:

@@ -21,9 +21,7 @@ from torch import Tensor
 
 from .svd import OVERSAMPLE, Goal, compared, squared, subspace
 
-EXACT_UP_TO = (
-    128  # rows or columns, whichever are fewer: up to here LAPACK's SVD is as fast as a subspace step
-)
+EXACT_UP_TO = 128  # rows or columns, whichever are fewer: up to here LAPACK's SVD is as fast as a subspace step
 STEPS = 1000  # from one start, at most
 SETTLED = 1e-7  # a relative change of the squared distance that counts as none
 STARTS = 12  # at most

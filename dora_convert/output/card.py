@@ -24,7 +24,7 @@ from ..storage.safetensors import CONFIG_DTYPES
 
 NAME = "README.md"
 INHERITED = ("license", "license_name", "license_link", "language")
-"""What a card takes from the base's own."""
+"""Fields that a card takes from the base's card."""
 
 _MARK = re.compile(rb"<!-- dora-convert card ([0-9a-f]{32}) -->\n?\Z")
 
@@ -81,12 +81,7 @@ def _body(facts: Facts) -> Iterator[str]:
     if facts.command:
         yield from (f"Made by {facts.made_by}:", "", *_shell(facts.command))
     if facts.checks:
-        yield from (
-            "Checked against a float64 recomputation before it was published:",
-            "",
-            "| | |",
-            "|---|---|",
-        )
+        yield from ("Checked against a float64 recomputation before it was published:", "", "| | |", "|---|---|")
         yield from (f"| {name} | {value} |" for name, value in facts.checks)
         yield ""
     if facts.unmerge:
@@ -140,9 +135,7 @@ def card_bytes(plan: Plan, base_model: str | None, checks: Sequence[tuple[str, s
     base, counts, names = plan.base, plan.counts(), [adapter.source for adapter in plan.adapters]
     metadata = {} if base.is_file else metadata_of(base.root / NAME)
     kinds = tuple(sorted({adapter.kind for adapter in plan.adapters}))
-    undo = (
-        () if plan.options.undo == "none" else ("unmerge", "MERGED", *(each.title for each in names), "OUT")
-    )
+    undo = () if plan.options.undo == "none" else ("unmerge", "MERGED", *(each.title for each in names), "OUT")
     facts = Facts(
         title=f"{base.source.name} with {', '.join(source.name for source in names)}",
         about=f"{' and '.join(kinds)} folded into the weights of {base.source.name}. "

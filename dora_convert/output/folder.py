@@ -118,9 +118,7 @@ class OutputFolder:
         except OSError as error:
             self.leave()
             where = f"{error.filename}: " if error.filename not in (None, str(self.partial)) else ""
-            raise OutputError(
-                f"{self.partial} cannot be written: {where}{error.strerror or error}."
-            ) from error
+            raise OutputError(f"{self.partial} cannot be written: {where}{error.strerror or error}.") from error
         try:
             self.check()  # another run may have published OUT since this one began
         except OutputError:

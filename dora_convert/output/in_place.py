@@ -85,9 +85,7 @@ class InPlace:
         """Raise UnsupportedError, with every reason, for other headers and for shared files."""
         if faults := [*self._other_headers(plan), *self._shared(plan)]:
             raise UnsupportedError(
-                f"{self.given} cannot be changed in place.",
-                faults=faults,
-                hint="name an OUT instead of --in-place",
+                f"{self.given} cannot be changed in place.", faults=faults, hint="name an OUT instead of --in-place"
             )
 
     def _other_headers(self, plan: Plan) -> Iterator[Fault]:
@@ -131,9 +129,7 @@ class InPlace:
     def check_space(self, nbytes: int) -> None:
         """Refuse a disk without so many free bytes."""
         if (free := shutil.disk_usage(self.partial).free) < nbytes:
-            raise OutputError(
-                f"{self.partial} has {format_size(free)} free; {format_size(nbytes)} are needed."
-            )
+            raise OutputError(f"{self.partial} has {format_size(free)} free; {format_size(nbytes)} are needed.")
 
     def open(self) -> None:
         """Create the state folder, or enter the one of an unfinished run, and lock it."""
@@ -280,9 +276,7 @@ def _remove_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-def finished(
-    folder: PathLike, verb: str, adapters: Sequence[str], settings: Settings
-) -> dict[str, Any] | None:
+def finished(folder: PathLike, verb: str, adapters: Sequence[str], settings: Settings) -> dict[str, Any] | None:
     """Finish a run whose files are all staged, and return its report if the same command began it."""
     output = InPlace(Path(folder))
     if not output.state.is_dir():

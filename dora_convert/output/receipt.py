@@ -62,7 +62,7 @@ class MergedAdapter(MergedSource, frozen=True, kw_only=True):
     """The xxh3-128 of each file."""
 
 
-class MergeOptions(Struct, frozen=True, kw_only=True):
+class RecordedOptions(Struct, frozen=True, kw_only=True):
     """The options of a merge, as far as they decide what was done to which tensor."""
 
     device: str | UnsetType = UNSET
@@ -132,7 +132,7 @@ class Receipt(Struct, frozen=True, kw_only=True, omit_defaults=True):
     versions: dict[str, str]
     base: MergedBase
     adapters: tuple[MergedAdapter, ...]
-    options: MergeOptions
+    options: RecordedOptions
     tensors: dict[str, MergedTensor]
     copied: dict[str, str] = {}
     """The xxh3-128 of tensors that no adapter touched, where a run has computed it."""
@@ -214,16 +214,14 @@ def new_receipt(
     sha256 of the base's side files. `computed` names the device, the compute dtype and torch's version.
     """
     options = plan.options
-    copied = {
-        item.name: results[key].written_hash for item in plan.items if (key := copied_name(item)) in results
-    }
+    copied = {item.name: results[key].written_hash for item in plan.items if (key := copied_name(item)) in results}
     return Receipt(
         schema=SCHEMA,
         verb="merge",
         versions={"dora_convert": __version__, "torch": computed["torch"].partition("+")[0]},
         base=MergedBase(**_source(plan.base.source), hash=_base_hash(plan, results)),
         adapters=tuple(map(_adapter, plan.adapters, plan.weights, hashes)),
-        options=MergeOptions(
+        options=RecordedOptions(
             device=computed["device"],
             compute_dtype=computed["compute_dtype"],
             dtype=options.dtype,
@@ -278,8 +276,7 @@ def _layout(plan: Plan) -> BaseLayout:
     """Return the base's files, with the headers of those that the output has otherwise."""
     base = plan.base
     written = {
-        shard.filename: tuple((item.name, item.dtype, item.shape) for item in shard.items)
-        for shard in plan.shards
+        shard.filename: tuple((item.name, item.dtype, item.shape) for item in shard.items) for shard in plan.shards
     }
     shards = []
     for shard in base.shards:

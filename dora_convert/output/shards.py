@@ -55,13 +55,7 @@ class ShardFiles:
     """The open shards of a plan, in a folder."""
 
     def __init__(
-        self,
-        folder: Path,
-        plan: Plan,
-        *,
-        create: bool,
-        sparse: bool = False,
-        starts: Mapping[str, int] | None = None,
+        self, folder: Path, plan: Plan, *, create: bool, sparse: bool = False, starts: Mapping[str, int] | None = None
     ) -> None:
         """Open every shard; with `create`, write the headers, allocate the space and sync.
 

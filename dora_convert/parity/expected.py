@@ -52,8 +52,7 @@ class Expected:
         self._start = self._without_start()
         self._pairs = [self._pair(edit.low, edit) if edit.low else None for edit in item.edits]
         self._m = [
-            self._load(edit.update.m).flatten() if isinstance(edit.update, Decomposed) else None
-            for edit in item.edits
+            self._load(edit.update.m).flatten() if isinstance(edit.update, Decomposed) else None for edit in item.edits
         ]
         self._column_norms = [
             self._measure(number) if edit.two_passes else None for number, edit in enumerate(item.edits)
@@ -116,9 +115,7 @@ class Expected:
                 if part.n is not None:
                     tolerance += abs(edit.weight) * self._several_roundings(edit, part, W, x)
             if self._start is not None:  # rounded before, after products of the whole matrix in float32
-                slack = (
-                    slack + 2 * half_ulp(W, self.item.source.dtype) + 64 * EPSILON * self._start.abs().max()
-                )
+                slack = slack + 2 * half_ulp(W, self.item.source.dtype) + 64 * EPSILON * self._start.abs().max()
             tolerance += abs(edit.weight) * part.f.abs() * slack
         return tolerance
 
@@ -212,9 +209,7 @@ class Expected:
         """Return the factors to hold: both for experts, else the one with the stored matrix's columns."""
         if low.experts:
             return self._all(low.A), self._all(low.B)
-        held = _dense(
-            self._load(low.B if edit.transposed else low.A), low.blocks[1 if edit.transposed else 0]
-        )
+        held = _dense(self._load(low.B if edit.transposed else low.A), low.blocks[1 if edit.transposed else 0])
         if low.d:
             d = self._load(low.d).flatten()
             held = held * d if edit.transposed else held * d[:, None]

@@ -71,9 +71,7 @@ def _refuse_unreadable(path: Path, names: set[str]) -> None:
         with safe_open(path, framework="pt") as file:
             tensors = set(file.keys())
     except SafetensorError as error:
-        raise VerificationError(
-            f"{path.name}: safetensors cannot read what was written ({error})."
-        ) from error
+        raise VerificationError(f"{path.name}: safetensors cannot read what was written ({error}).") from error
     if tensors != names:
         raise VerificationError(f"{path.name}: safetensors finds other tensors than were written.")
 
@@ -118,9 +116,7 @@ def _square(x: Tensor) -> float:
     return float(torch.linalg.vector_norm(x).square())
 
 
-def distance(
-    got: Tensor, expected: Expected, rows: Sequence[int], *, rounded_once: bool
-) -> tuple[Tensor, int]:
+def distance(got: Tensor, expected: Expected, rows: Sequence[int], *, rounded_once: bool) -> tuple[Tensor, int]:
     """Return the elements of some rows that lie outside the bound, and the largest distance in ulps."""
     dtype = expected.item.dtype
     x, _ = expected.rows(rows)

@@ -85,9 +85,7 @@ class Parity:
         return (self.outputs.floor / self.outputs.size) ** 0.5 if self.outputs.size else None
 
 
-def compare_all(
-    item: Item, written: StoredTensor, reader: Reader, samples: int, device: torch.device = CPU
-) -> Parity:
+def compare_all(item: Item, written: StoredTensor, reader: Reader, samples: int, device: torch.device = CPU) -> Parity:
     """Compare every element of a tensor, in the stored dtype, and the outputs for some random inputs."""
     item = replace(item, dtype=written.dtype)
     written = replace(written, shape=item.source.shape)  # as it is computed: experts one below the other
@@ -155,11 +153,7 @@ def count_off(x: Tensor, got: Tensor, dtype: str) -> int:
 
 
 def _add_outputs(
-    parity: Parity,
-    rows: Sequence[int],
-    weights: tuple[Tensor, Tensor],
-    x: Tensor,
-    forward: Callable[..., Tensor],
+    parity: Parity, rows: Sequence[int], weights: tuple[Tensor, Tensor], x: Tensor, forward: Callable[..., Tensor]
 ) -> None:
     """Add the outputs of some rows for inputs x; `weights` are these rows as stored, and rounded perfectly."""
     item, outputs = parity.item, parity.outputs

@@ -24,9 +24,7 @@ from .headers import Pairing, config_problems, pair
 from .tensor import Parity, compare_all
 
 
-def verify_weights(
-    plan: Plan, merged: Checkpoint, settings: Settings, session: Session, samples: int
-) -> VerifyReport:
+def verify_weights(plan: Plan, merged: Checkpoint, settings: Settings, session: Session, samples: int) -> VerifyReport:
     """Compare every tensor, and the outputs of each merged module for some random inputs.
 
     Raises NumericalError if an adapter holds NaN or Inf.

@@ -109,10 +109,7 @@ class PlanBuilder:
                 yield change
         for targets, group in groups.items():
             assignments = [
-                [
-                    replace(change, target=target, among=())
-                    for change, target in zip(group, order, strict=True)
-                ]
+                [replace(change, target=target, among=()) for change, target in zip(group, order, strict=True)]
                 for order in permutations(targets)
             ]
             fitting = [changes for changes in assignments if all(self._fits(each, names) for each in changes)]

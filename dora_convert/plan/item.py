@@ -172,9 +172,7 @@ class Item:
         rows, columns = self.matrix
         height = block_height(rows // self.experts, columns)
         block = height * columns
-        host = block * max(
-            self.source.itemsize, BITS[self.dtype] // 8, self.base.itemsize if self.base else 0
-        )
+        host = block * max(self.source.itemsize, BITS[self.dtype] // 8, self.base.itemsize if self.base else 0)
         total = host + block * (width + 4) + (host + 8 * block if self.replaced else 0)
         if len(self.edits) > 1:
             total += 2 * block * width

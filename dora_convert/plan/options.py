@@ -75,9 +75,7 @@ def parse_options(
 def parse_weights(weights: Sequence[float], count: int) -> tuple[float, ...]:
     """Return one finite weight for each adapter; no weights at all means 1 for each."""
     if weights and len(weights) != count:
-        raise UsageError(
-            f"{len(weights)} --weight for {count} adapters.", hint="give one per ADAPTER, or none"
-        )
+        raise UsageError(f"{len(weights)} --weight for {count} adapters.", hint="give one per ADAPTER, or none")
     if not all(map(math.isfinite, weights)):
         raise UsageError("--weight must be a finite number.")
     return tuple(weights) or (1.0,) * count

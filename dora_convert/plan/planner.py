@@ -23,9 +23,7 @@ from .plan import Plan
 from .sharding import lay_out
 
 
-def make_plan(
-    base: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[float], options: Options
-) -> Plan:
+def make_plan(base: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[float], options: Options) -> Plan:
     """Decide every output tensor.
 
     Raises UnsupportedError for bases that are refused as a whole, UsageError for weights that cannot be
@@ -87,9 +85,7 @@ def _resolvers(tree: Checkpoint, adapters: Sequence[Adapter], options: Options) 
 
 def _targets(adapter: Adapter, options: Options) -> list[str]:
     """Return the targets that the base must have, under whatever names."""
-    inner = [
-        change for change in adapter.changes if options.selects(change.module) and not is_head(change.target)
-    ]
+    inner = [change for change in adapter.changes if options.selects(change.module) and not is_head(change.target)]
     certain = [change.target for change in inner if not isinstance(change.update, Full | Rows)]
     return certain or [change.target for change in inner]
 
@@ -136,9 +132,7 @@ def _resized(items: Mapping[str, Item]) -> dict[str, tuple[int, int]]:
     return {
         name: (item.base.shape[0], item.shape[0])
         for name, item in items.items()
-        if item.base
-        and (is_embedding(name) or is_head(name))
-        and item.base.shape[:1] != item.source.shape[:1]
+        if item.base and (is_embedding(name) or is_head(name)) and item.base.shape[:1] != item.source.shape[:1]
     }
 
 
@@ -156,10 +150,7 @@ def _resized_alone(items: Mapping[str, Item], resized: Mapping[str, tuple[int, i
 
 
 def _output_config(
-    builder: PlanBuilder,
-    items: Mapping[str, Item],
-    resized: Mapping[str, tuple[int, int]],
-    tasks: Sequence[str],
+    builder: PlanBuilder, items: Mapping[str, Item], resized: Mapping[str, tuple[int, int]], tasks: Sequence[str]
 ) -> Mapping[str, Any] | None:
     """Return the output's config."""
     config = builder.base.config

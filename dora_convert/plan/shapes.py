@@ -30,9 +30,7 @@ class Match:
     transposed: bool = False
 
 
-def match_shape(
-    update: Update, name: str, shape: Shape, dtype: str, model_types: frozenset[str]
-) -> Match | Mismatch:
+def match_shape(update: Update, name: str, shape: Shape, dtype: str, model_types: frozenset[str]) -> Match | Mismatch:
     """Match an update with a tensor of the output, given by its name, shape and dtype."""
     if dtype not in FLOATS and not (isinstance(update, Full) and update.value.dtype == dtype):
         return Mismatch(f"{name} is stored as {dtype}; quantised weights are not merged yet")

@@ -36,9 +36,7 @@ def check_page(path: str | os.PathLike[str]) -> None:
         raise _refusal(page, error) from error
     if not stat.S_ISREG(mode):
         what = "is a folder" if stat.S_ISDIR(mode) else "is not a regular file"
-        raise OutputError(
-            f"cannot write the report {page}: it {what}", hint="name a file: --report FILE.html"
-        )
+        raise OutputError(f"cannot write the report {page}: it {what}", hint="name a file: --report FILE.html")
 
 
 def write_page(report: VerifyReport | OutputsReport, path: str | os.PathLike[str]) -> None:
@@ -81,9 +79,7 @@ def render(report: VerifyReport | OutputsReport) -> str:
     if isinstance(report, OutputsReport):
         facts = {"figures": list(figures(report)), "modules": (), "chart": None}
     else:
-        modules = sorted(
-            report.modules, key=lambda m: (m.wrong_elements, m.output_error or 0.0), reverse=True
-        )
+        modules = sorted(report.modules, key=lambda m: (m.wrong_elements, m.output_error or 0.0), reverse=True)
         facts = {"figures": (), "modules": modules, "chart": _chart(modules)}
     return templates.get_template("page.html.j2").render(report=report, **facts)
 

@@ -98,9 +98,7 @@ class MergeReport(PlanReport):
         """Return the report of a finished run of a plan; `written` is the number of bytes written."""
         verified = None
         if verdict:
-            verified = Verified(
-                checked=verdict.checked, wrong_elements=verdict.wrong, max_ulp=verdict.max_ulp
-            )
+            verified = Verified(checked=verdict.checked, wrong_elements=verdict.wrong, max_ulp=verdict.max_ulp)
         return cls(
             **_common(plan, settings, out),
             device=str(spec.device),

@@ -23,11 +23,11 @@ ANCHORS = (*ADAPTERS, "config.json", "model.safetensors")
 """Files that show whether a repo is in the cache."""
 CONNECTIONS = 8
 
-Choice = Callable[[Sequence[str]], Sequence[str]]
+ChooseFiles = Callable[[Sequence[str]], Sequence[str]]
 """Chooses the files to download from the names of a repo's files."""
 
 
-def fetch(ref: str, what: str, wanted: Choice, session: Session, *, revision: str | None = None) -> Source:
+def fetch(ref: str, what: str, wanted: ChooseFiles, session: Session, *, revision: str | None = None) -> Source:
     """Return a REF as local files; from a Hub repo only the files that `wanted` chooses are downloaded.
 
     Raises RefError if the REF does not exist, HubError if the Hub refuses or cannot be reached.
@@ -40,16 +40,14 @@ def fetch(ref: str, what: str, wanted: Choice, session: Session, *, revision: st
     return _download_repo(parsed, what, wanted, session)
 
 
-def _download_repo(ref: HubRef, what: str, wanted: Choice, session: Session) -> Source:
+def _download_repo(ref: HubRef, what: str, wanted: ChooseFiles, session: Session) -> Source:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
     prefix = f"{ref.subfolder}/" if ref.subfolder else ""
     with reading_errors(ref, what):
         try:
-            info = with_retries(
-                lambda: HfApi(token=session.token).model_info(ref.repo, revision=ref.revision)
-            )
+            info = with_retries(lambda: HfApi(token=session.token).model_info(ref.repo, revision=ref.revision))
         except HfHubHTTPError:
             raise
         except connection_errors() as error:
@@ -88,9 +86,7 @@ def hashes_of(repo: str, commit: str, token: str | None) -> dict[str, str]:
     """Return the sha256 that the Hub names for each large file, by path."""
     from huggingface_hub import HfApi
 
-    tree = with_retries(
-        lambda: list(HfApi(token=token).list_repo_tree(repo, recursive=True, revision=commit))
-    )
+    tree = with_retries(lambda: list(HfApi(token=token).list_repo_tree(repo, recursive=True, revision=commit)))
     large = [(entry.path, getattr(entry, "lfs", None)) for entry in tree]
     return {path: lfs.sha256 for path, lfs in large if lfs}
 
@@ -111,9 +107,7 @@ def download(
     from huggingface_hub import hf_hub_download
 
     cached = not folder and _is_cached(repo, name, revision)
-    path = Path(
-        with_retries(lambda: hf_hub_download(repo, name, revision=revision, token=token, local_dir=folder))
-    )
+    path = Path(with_retries(lambda: hf_hub_download(repo, name, revision=revision, token=token, local_dir=folder)))
     blob = path.resolve()
     if not cached and sha256 and file_sha256(blob) != sha256:
         path.unlink()

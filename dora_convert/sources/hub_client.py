@@ -62,9 +62,7 @@ def status_of(error: BaseException) -> int | None:
 
 def root_of(error: BaseException) -> BaseException:
     """Return the cause of an error: uploads wrap a file's error, downloads report a missing cache entry."""
-    while (
-        type(error) is RuntimeError or type(error).__name__ == "LocalEntryNotFoundError"
-    ) and error.__cause__:
+    while (type(error) is RuntimeError or type(error).__name__ == "LocalEntryNotFoundError") and error.__cause__:
         error = error.__cause__
     return error
 
@@ -76,8 +74,7 @@ def connection_errors() -> tuple[type[Exception], ...]:
     foreign: list[type[Exception]] = [
         base
         for base in HfHubHTTPError.__mro__
-        if issubclass(base, Exception)
-        and base.__module__.partition(".")[0] not in ("builtins", "huggingface_hub")
+        if issubclass(base, Exception) and base.__module__.partition(".")[0] not in ("builtins", "huggingface_hub")
     ]
     return (ConnectionError, TimeoutError, *foreign)
 
@@ -87,19 +84,13 @@ def reading_errors(ref: HubRef, what: str) -> Iterator[None]:
     """Turn errors of reading a repo into our errors."""
     from huggingface_hub import errors
 
-    refusals: tuple[type[Exception], ...] = (
-        errors.HfHubHTTPError,
-        errors.EntryNotFoundError,
-        *connection_errors(),
-    )
+    refusals: tuple[type[Exception], ...] = (errors.HfHubHTTPError, errors.EntryNotFoundError, *connection_errors())
     try:
         yield
     except errors.HFValidationError as error:
         raise _invalid_name(ref, what) from error
     except errors.GatedRepoError as error:
-        raise HubError(
-            f"{what} {ref} is gated.", hint="ask for access on its page, then hf auth login"
-        ) from error
+        raise HubError(f"{what} {ref} is gated.", hint="ask for access on its page, then hf auth login") from error
     except errors.RepositoryNotFoundError as error:
         raise HubError(
             f"{what} {ref} is neither a local path nor a repo on the Hub that you may see.",
@@ -118,12 +109,7 @@ def writing_errors(repo: str) -> Iterator[None]:
     """Turn errors of writing to a repo into our errors."""
     from huggingface_hub import errors
 
-    refusals: tuple[type[Exception], ...] = (
-        errors.HfHubHTTPError,
-        RuntimeError,
-        ValueError,
-        *connection_errors(),
-    )
+    refusals: tuple[type[Exception], ...] = (errors.HfHubHTTPError, RuntimeError, ValueError, *connection_errors())
     try:
         yield
     except DoraConvertError:

@@ -128,9 +128,7 @@ def _not_an_adapter(source: Source) -> RefError:
     """Return an error that says what the folder is instead, and where the adapter might be."""
     root, lacking = source.path, f"has no {' or '.join(ANCHORS)}"
     if root.is_file():
-        return RefError(
-            f"ADAPTER {source.name} is a file; name the folder it lies in.", hint=str(root.parent)
-        )
+        return RefError(f"ADAPTER {source.name} is a file; name the folder it lies in.", hint=str(root.parent))
     if below := adapters_inside(root):
         return RefError(
             f"ADAPTER {source.name} {lacking}, but these folders inside it do: {', '.join(below[:10])}.",
@@ -159,9 +157,7 @@ def _base_of(adapter: Adapter, ref: str, out: str, verb: str) -> tuple[str, str 
     """Return the REF of the base that an adapter was trained on, and the revision that the adapter names."""
     again = f"name it: dora-convert {verb} BASE {shlex.quote(ref)} {shlex.quote(out)}"
     if not adapter.base:
-        raise RefError(
-            f"The adapter {adapter.source.name} does not say which base it was trained on.", hint=again
-        )
+        raise RefError(f"The adapter {adapter.source.name} does not say which base it was trained on.", hint=again)
     if match := QUANTISED_NAME.search(adapter.base):
         raise UsageError(
             f"The adapter {adapter.source.name} was trained on {adapter.base}, a quantised copy. "

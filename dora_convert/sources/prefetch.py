@@ -147,10 +147,7 @@ class Prefetch:
 def shard_needs(plan: Plan, *others: Checkpoint) -> Needs:
     """Return, for each output shard, the files of the base and of other checkpoints that the shard reads."""
     weights = {tensor.path for each in (plan.base, *others) for tensor in each.tensors.values()}
-    needs = {
-        shard.filename: dict.fromkeys(path for path in shard.inputs if path in weights)
-        for shard in plan.shards
-    }
+    needs = {shard.filename: dict.fromkeys(path for path in shard.inputs if path in weights) for shard in plan.shards}
     for tensor in plan.lost:
         needs[plan.lost_with[tensor.name]].setdefault(tensor.path)
     return needs
@@ -159,9 +156,7 @@ def shard_needs(plan: Plan, *others: Checkpoint) -> Needs:
 class WeightDownload:
     """Downloads one weight file of some checkpoints at each call."""
 
-    def __init__(
-        self, checkpoints: Iterable[Checkpoint], session: Session, folder: Path | None = None
-    ) -> None:
+    def __init__(self, checkpoints: Iterable[Checkpoint], session: Session, folder: Path | None = None) -> None:
         """`folder` takes the files, by default the session's folder or the cache."""
         self._sources = {tensor.path: each.source for each in checkpoints for tensor in each.tensors.values()}
         self._session, self._folder = session, folder

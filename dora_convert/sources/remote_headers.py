@@ -95,9 +95,7 @@ def _is_small(name: str, names: Sequence[str]) -> bool:
     return name == "config.json" or (name.startswith(f"{RECORD}/") and name.endswith("receipt.json"))
 
 
-def _open_remote(
-    source: Source, names: Sequence[str], entry: str, session: Session, folder: Path
-) -> Checkpoint:
+def _open_remote(source: Source, names: Sequence[str], entry: str, session: Session, folder: Path) -> Checkpoint:
     """Return a remote checkpoint from its headers; `entry` is its index or its only weight file."""
     table, index = None, entry if entry.endswith(".json") else None
     if index:
@@ -107,9 +105,7 @@ def _open_remote(
         table = weight_map(download(repo, path, commit, token=session.token, folder=place))
     files = [entry] if table is None else sorted(set(table.values()))
     if missing := [Fault(name, "missing") for name in files if name not in names]:
-        raise RefError(
-            f"The index of {source.name} names {len(missing)} files that do not exist.", faults=missing
-        )
+        raise RefError(f"The index of {source.name} names {len(missing)} files that do not exist.", faults=missing)
     headers = _headers(source, files, table or {}, session.token, folder)
     notes: list[str] = []
     shards = assemble(source.name, headers, table, notes)
@@ -139,8 +135,7 @@ def _entry(ref: HubRef, what: str, source: Source, names: Sequence[str]) -> str:
             raise
         address = f"hf://{ref.repo}{f'@{ref.revision}' if ref.revision else ''}/{ref.subfolder}".rstrip("/")
         raise RefError(
-            f"{source.name} has no {' or '.join(ANCHORS)}, but these folders inside it do: "
-            f"{', '.join(folders[:10])}.",
+            f"{source.name} has no {' or '.join(ANCHORS)}, but these folders inside it do: {', '.join(folders[:10])}.",
             hint=f"name one of them, such as {address}/{folders[-1]}",
         ) from None
 
@@ -199,9 +194,7 @@ def _headers(
         try:
             return parse_header(folder / file, size, io.BytesIO(head))
         except MalformedError as error:
-            raise MalformedError(
-                f"{source.name}: the header of {file} is damaged: {error.message}"
-            ) from error
+            raise MalformedError(f"{source.name}: the header of {file} is damaged: {error.message}") from error
 
     with ThreadPoolExecutor(CONNECTIONS) as pool:
         return dict(zip(files, pool.map(header, files), strict=True))

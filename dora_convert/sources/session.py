@@ -40,9 +40,7 @@ class Session:
             self._folder = self._lock = None
 
 
-def open_session(
-    token: str | None, *, cache: bool, notify: Callable[[str], None] | None = None
-) -> closing[Session]:
+def open_session(token: str | None, *, cache: bool, notify: Callable[[str], None] | None = None) -> closing[Session]:
     """Open a run's session in a `with` statement, whose end removes downloads outside the cache."""
     return closing(Session(token, cache=cache, notify=notify))
 

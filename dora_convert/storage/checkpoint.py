@@ -137,10 +137,10 @@ def open_checkpoint(source: Source, *, unfinished: bool = False) -> Checkpoint:
         source,
         shards,
         name if sharded else None,
-        read_config(root),
-        side_files,
-        left_behind,
-        tuple(notes),
+        config=read_config(root),
+        side_files=side_files,
+        left_behind=left_behind,
+        notes=tuple(notes),
     )
 
 
@@ -172,15 +172,12 @@ def weight_entry(names: Sequence[str], where: str) -> str:
             if f"{stem}{suffix}" in names:
                 return f"{stem}{suffix}"
         indexes = sorted(name for name in names if name.endswith(f"{kinds[0]}.index.json"))
-        entries = indexes or sorted(
-            name for name in names if name.endswith(kinds) and not OF_TRAINING.match(name)
-        )
+        entries = indexes or sorted(name for name in names if name.endswith(kinds) and not OF_TRAINING.match(name))
         if len(entries) == 1:
             return entries[0]
         if entries:
             raise RefError(
-                f"{where} holds several models and no {stem}{kinds[0]}: {', '.join(entries)}.",
-                hint="name one file",
+                f"{where} holds several models and no {stem}{kinds[0]}: {', '.join(entries)}.", hint="name one file"
             )
     if other := sorted(name for name in names if name.endswith((".gguf", ".h5", ".msgpack"))):
         raise UnsupportedError(
@@ -218,9 +215,7 @@ def assemble(
 ) -> tuple[Shard, ...]:
     """Return headers, by file name, as shards; raise MalformedError if an index contradicts them."""
     table = index or {}
-    absent = [
-        Fault(name, f"not in {file}") for name, file in table.items() if name not in headers[file].tensors
-    ]
+    absent = [Fault(name, f"not in {file}") for name, file in table.items() if name not in headers[file].tensors]
     if absent:
         raise MalformedError(f"The index of {where} is wrong about {len(absent)} tensors.", faults=absent)
     owner = dict(table)

@@ -98,9 +98,7 @@ class Journal:
         sync_path(path.parent)
         self._thread = Background("journal", self._keep, gather=BATCH_SECONDS)
 
-    def add(
-        self, line: JournalLine, descriptors: Collection[int], then: Callable[[], None] | None = None
-    ) -> None:
+    def add(self, line: JournalLine, descriptors: Collection[int], then: Callable[[], None] | None = None) -> None:
         """Write a line once the open files that hold its bytes are synced; call `then` after that."""
         self._thread.put((line, descriptors, then))
 

@@ -19,9 +19,7 @@ from ..errors import RefError
 PathLike = str | os.PathLike[str]
 
 _REPO = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[^/\s]+(?:/[^/\s]+)*?))?")
-_HF_URI = re.compile(
-    r"hf://(?:models/)?(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^/\s]+))?(?:/(?P<subfolder>\S+))?"
-)
+_HF_URI = re.compile(r"hf://(?:models/)?(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^/\s]+))?(?:/(?P<subfolder>\S+))?")
 
 
 @dataclass(frozen=True)

@@ -100,14 +100,11 @@ def open_file(path: Path) -> Iterator[BinaryIO]:
     """
     try:
         if not stat.S_ISREG(path.stat().st_mode):
-            raise MalformedError(
-                f"{path} is a {'folder' if path.is_dir() else 'pipe or device'}, not a file."
-            )
+            raise MalformedError(f"{path} is a {'folder' if path.is_dir() else 'pipe or device'}, not a file.")
         with path.open("rb") as file:
             if file.read(len(LFS_POINTER)) == LFS_POINTER:
                 raise MalformedError(
-                    f"{path} is a Git LFS pointer, not the file itself.",
-                    hint="git lfs pull, or download it again",
+                    f"{path} is a Git LFS pointer, not the file itself.", hint="git lfs pull, or download it again"
                 )
             file.seek(0)
             yield file
@@ -150,9 +147,7 @@ def _load_json(path: Path, raw: bytes) -> dict[str, Any]:
 
     try:
         text = raw.decode()
-        header = json.loads(
-            text, object_pairs_hook=unique, parse_int=count, parse_float=count, parse_constant=count
-        )
+        header = json.loads(text, object_pairs_hook=unique, parse_int=count, parse_float=count, parse_constant=count)
         if "\\u" in text:  # half a surrogate pair is not a character
             json.dumps(header, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
@@ -191,8 +186,7 @@ def _entry(path: Path, body: int, name: str, entry: Any) -> StoredTensor:
     tensor = StoredTensor(name, dtype, tuple(shape), path, body + offsets[0])
     if not is_possible(shape) or tensor.numel * BITS[dtype] != 8 * (offsets[1] - offsets[0]):
         raise MalformedError(
-            f"{path}: {name} is declared as {dtype} {list(shape)}, "
-            f"which is not {offsets[1] - offsets[0]} bytes."
+            f"{path}: {name} is declared as {dtype} {list(shape)}, which is not {offsets[1] - offsets[0]} bytes."
         )
     return tensor
 

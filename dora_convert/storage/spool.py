@@ -53,9 +53,7 @@ class Spool:
         """Create a spool, or open the first `end` bytes of an unfinished run's."""
         self.path = path
         if end and (not path.exists() or path.stat().st_size < end):
-            raise MalformedError(
-                f"{path} is shorter than its journal says.", hint="remove it and begin again"
-            )
+            raise MalformedError(f"{path} is shorter than its journal says.", hint="remove it and begin again")
         self._file = path.open("r+b" if end else "w+b")
         self._file.truncate(end)
         self._file.seek(end)
@@ -77,9 +75,7 @@ class Spool:
             self._end += len(data)
         return segment
 
-    def lay_out(
-        self, tensors: Sequence[SpooledTensor], path: Path, metadata: Mapping[str, str] | None = None
-    ) -> None:
+    def lay_out(self, tensors: Sequence[SpooledTensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
         """Write tensors as a safetensors file, in the order given."""
         entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
         header = _header(entries, tensors)

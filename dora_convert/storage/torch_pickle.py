@@ -83,7 +83,7 @@ _GLOBALS: dict[str, Any] = {
     "torch._utils _rebuild_tensor": _Tensor,
     "torch._utils _rebuild_tensor_v2": _Tensor,
     "torch._utils _rebuild_tensor_v3":
-        lambda a, b, c, d, e, f, dtype, g=None: _Tensor(a, b, c, d, e, f, g, dtype),
+        lambda a, b, c, d, e, f, dtype, g=None: _Tensor(a, b, c, d, e, hooks=f, view=g, dtype=dtype),
     "torch._utils _rebuild_parameter": lambda data, _grad, _hooks: data,
     "torch._utils _rebuild_parameter_with_state": lambda data, _grad, _hooks, _state: data,
     "torch.storage UntypedStorage": _Dtype("U8"),
@@ -99,7 +99,7 @@ class _Machine:
         self.path = path
         self.stack: list[Any] = []
         self.marks: list[int] = []
-        self.memo: dict[int, Any] = {}
+        self.numbered: dict[int, Any] = {}
         self.storages: dict[str, _Storage] = {}
 
     def run(self, file: IO[bytes]) -> Any:
@@ -169,9 +169,9 @@ _OPCODES: dict[str, Callable[[_Machine, Any], object]] = {
     "SETITEMS": lambda m, _: m.update(m.group()),
     "APPEND": lambda m, _: list.append(m.stack[-2], m.stack.pop()),
     "APPENDS": lambda m, _: list.extend(m.stack[m.marks[-1] - 1], m.group()),
-    **dict.fromkeys(("BINPUT", "LONG_BINPUT"), lambda m, index: m.memo.update({index: m.stack[-1]})),
-    "MEMOIZE": lambda m, _: m.memo.update({len(m.memo): m.stack[-1]}),
-    **dict.fromkeys(("BINGET", "LONG_BINGET"), lambda m, index: m.stack.append(m.memo[index])),
+    **dict.fromkeys(("BINPUT", "LONG_BINPUT"), lambda m, index: m.numbered.update({index: m.stack[-1]})),
+    "MEMOIZE": lambda m, _: m.numbered.update({len(m.numbered): m.stack[-1]}),
+    **dict.fromkeys(("BINGET", "LONG_BINGET"), lambda m, index: m.stack.append(m.numbered[index])),
     "GLOBAL": _Machine.find,
     "STACK_GLOBAL": lambda m, _: m.find(" ".join(m.last(2))),
     "REDUCE": lambda m, _: m.stack.append(m.stack.pop(-2)(*m.stack.pop())),
@@ -193,9 +193,7 @@ def read_pickle(path: Path) -> Header:
         raise
     except _DAMAGE as error:
         raise MalformedError(f"{path} is damaged, or torch.save did not write it.", hint=AGAIN) from error
-    return Header(
-        {tensor.name: tensor for tensor in sorted(tensors, key=lambda it: (it.start, it.nbytes))}, {}
-    )
+    return Header({tensor.name: tensor for tensor in sorted(tensors, key=lambda it: (it.start, it.nbytes))}, {})
 
 
 def _read(path: Path, size: int, file: IO[bytes]) -> tuple[Any, dict[str, int]]:

@@ -15,9 +15,7 @@ from ..storage.reader import sha256
 from .record import MergeRecord, not_as_written
 
 
-def restored_files(
-    merged: Checkpoint, record: MergeRecord, plan: Plan, original: Checkpoint | None
-) -> list[SideFile]:
+def restored_files(merged: Checkpoint, record: MergeRecord, plan: Plan, original: Checkpoint | None) -> list[SideFile]:
     """Return the base's side files, from the record, from MERGED, or from `original`, the base itself.
 
     Side files that a merge without an undo record has replaced are left out. The record of the merge before,

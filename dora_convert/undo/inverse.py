@@ -41,17 +41,14 @@ class HeldFactors:
 class Inverse:
     """W = g·W' − Σ cᵢ·Δᵢ (7) for one item, in float64."""
 
-    def __init__(
-        self, item: Item, buffers: DeviceBuffers, *, exact: bool, taken: tuple[Tensor, Tensor] | None
-    ) -> None:
+    def __init__(self, item: Item, buffers: DeviceBuffers, *, exact: bool, taken: tuple[Tensor, Tensor] | None) -> None:
         """Load the edits; `exact` asks for the same bits everywhere.
 
         `taken` are the factors of the part that training began without.
         """
         self._edits, self._buffers = item.edits, buffers
         self.operands = [
-            LoadedEdit.load(edit, buffers, _fixed_point(edit, buffers) if exact else None)
-            for edit in item.edits
+            LoadedEdit.load(edit, buffers, _fixed_point(edit, buffers) if exact else None) for edit in item.edits
         ]
         if taken and exact:
             left, right = taken

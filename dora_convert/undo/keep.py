@@ -21,9 +21,7 @@ from .inverse import Inverse, recorded
 from .packing import pack
 
 
-def keeper(
-    plan: Plan, item: Item, maker: MergeMaker, buffers: DeviceBuffers, spool: Spool
-) -> UndoKeeper | None:
+def keeper(plan: Plan, item: Item, maker: MergeMaker, buffers: DeviceBuffers, spool: Spool) -> UndoKeeper | None:
     """Return the keeper of an item's undo record; None if an unmerge needs the output alone."""
     if not plan.remembers(item) or not item.undo_bytes(exact=plan.options.exact):
         return None
@@ -33,9 +31,7 @@ def keeper(
 class UndoKeeper:
     """Keeps what an unmerge of one tensor needs, while the tensor is merged."""
 
-    def __init__(
-        self, item: Item, maker: MergeMaker, buffers: DeviceBuffers, spool: Spool, *, exact: bool
-    ) -> None:
+    def __init__(self, item: Item, maker: MergeMaker, buffers: DeviceBuffers, spool: Spool, *, exact: bool) -> None:
         self._item, self._operands, self._taken = item, maker.edits, maker.values.taken
         self._buffers, self._spool = buffers, spool
         self._rows = ReplacedRows(spool)
@@ -114,9 +110,7 @@ class RoundingLoss:
             self._inverse.predict_(self._exact.lift(result), start, stop, as_kept), TORCH[base.dtype]
         )
         integers = maths.INTEGERS[base.itemsize]
-        ordinals, lost = (
-            self._exact.scratch(name, raw.shape, integers, on_host=True) for name in ("ordinals", "lost")
-        )
+        ordinals, lost = (self._exact.scratch(name, raw.shape, integers, on_host=True) for name in ("ordinals", "lost"))
         maths.ordinals(raw, lost).sub_(maths.ordinals(predicted, ordinals))
         if own := [row - start for row in self._rows if start <= row < stop]:
             lost[own] = 0  # these rows are in the record, or in the adapter

@@ -21,15 +21,7 @@ from typing import Any
 
 from ..adapters.adapter import Adapter
 from ..errors import Fault, MalformedError, RefError, UsageError
-from ..output.receipt import (
-    BaseLayout,
-    BaseShard,
-    MergedAdapter,
-    MergedBase,
-    MergeOptions,
-    Receipt,
-    read_receipt,
-)
+from ..output.receipt import BaseLayout, BaseShard, MergedAdapter, MergedBase, Receipt, RecordedOptions, read_receipt
 from ..plan.options import Options
 from ..plan.sharding import converted
 from ..storage.checkpoint import Checkpoint, Shard
@@ -100,9 +92,7 @@ def read_record(merged: Checkpoint) -> MergeRecord | None:
     return MergeRecord(receipt, read_header(folder / UNDO).tensors)
 
 
-def no_record(
-    merged: Checkpoint, adapters: int, ignore_field: Sequence[str], files: Sequence[str]
-) -> MergeRecord:
+def no_record(merged: Checkpoint, adapters: int, ignore_field: Sequence[str], files: Sequence[str]) -> MergeRecord:
     """Return what is assumed without a record: weights of 1, and a base with the same headers and files."""
     shards = tuple(
         BaseShard(
@@ -118,13 +108,8 @@ def no_record(
         versions={},
         base=MergedBase(name=merged.source.name),
         adapters=(MergedAdapter(name="", kind="", weight=1.0, files={}),) * adapters,
-        options=MergeOptions(
-            compute_dtype="float64",
-            dtype=None,
-            undo="none",
-            include=(),
-            exclude=(),
-            ignore_field=tuple(ignore_field),
+        options=RecordedOptions(
+            compute_dtype="float64", dtype=None, undo="none", include=(), exclude=(), ignore_field=tuple(ignore_field)
         ),
         tensors={},
         kept={},
@@ -146,9 +131,7 @@ def rebuilt(record: MergeRecord, merged: Checkpoint) -> Checkpoint:
         shards = tuple(_shard(noted, layout, merged) for noted in layout.shards)
         config = _config(record, merged)
     except (KeyError, ValueError) as error:
-        raise MalformedError(
-            f"{merged.root / RECORD / RECEIPT} does not say how the base was: {error!r}."
-        ) from error
+        raise MalformedError(f"{merged.root / RECORD / RECEIPT} does not say how the base was: {error!r}.") from error
     return Checkpoint(Source(merged.root, base.name, base.repo, base.commit), shards, layout.index, config)
 
 
@@ -196,11 +179,7 @@ def in_order(
     """
     merged, numbers = record.receipt.adapters, list[int]()
     for adapter, files in zip(adapters, hashes, strict=True):
-        free = [
-            number
-            for number, other in enumerate(merged)
-            if other.files == dict(files) and number not in numbers
-        ]
+        free = [number for number, other in enumerate(merged) if other.files == dict(files) and number not in numbers]
         if not free:
             raise _not_merged(adapter, files, merged)
         numbers.append(free[0])
@@ -208,9 +187,7 @@ def in_order(
     return [adapters[position] for position in order], sorted(numbers)
 
 
-def _not_merged(
-    adapter: Adapter, files: Mapping[str, str], merged: Sequence[MergedAdapter]
-) -> RefError | UsageError:
+def _not_merged(adapter: Adapter, files: Mapping[str, str], merged: Sequence[MergedAdapter]) -> RefError | UsageError:
     """Return the error that an adapter was not merged, or not so often."""
     if any(other.files == dict(files) for other in merged):
         return UsageError(f"ADAPTER {adapter.source.name} is given more often than it was merged.")
@@ -222,8 +199,7 @@ def _not_merged(
         if files.get(name) != nearest.get(name)
     ]
     return RefError(
-        f"ADAPTER {adapter.source.name} is not the one that was merged"
-        f" ({', '.join(other.name for other in merged)}).",
+        f"ADAPTER {adapter.source.name} is not the one that was merged ({', '.join(other.name for other in merged)}).",
         faults=faults,
         hint="name the very adapter that was merged, unchanged",
     )

@@ -29,11 +29,7 @@ GONE = ("ulps/", "norm/", "start/")
 
 
 def plan_removal(
-    merged: Checkpoint,
-    record: MergeRecord,
-    adapters: Sequence[Adapter],
-    places: Sequence[int],
-    options: Options,
+    merged: Checkpoint, record: MergeRecord, adapters: Sequence[Adapter], places: Sequence[int], options: Options
 ) -> UnmergePlan:
     """Decide every tensor of the merge without some of its adapters, whose numbers in the merge are `places`.
 
@@ -69,9 +65,7 @@ def remaining_files(merged: Checkpoint) -> list[SideFile]:
     return [SideFile(name, merged.root / name) for name in [*names, *before]]
 
 
-def following(
-    reversal: UnmergePlan, record: MergeRecord, results: Mapping[str, TensorResult]
-) -> list[SideFile]:
+def following(reversal: UnmergePlan, record: MergeRecord, results: Mapping[str, TensorResult]) -> list[SideFile]:
     """Return the record of the merge that remains, without what only all adapters together could use."""
     receipt = _remaining(reversal, record, results)
     kept = [stored for name, stored in record.tensors.items() if not name.startswith(GONE)]
@@ -105,9 +99,7 @@ def _remaining(reversal: UnmergePlan, record: MergeRecord, results: Mapping[str,
     undo = "norms" if receipt.options.undo == "exact" else receipt.options.undo
     return replace(
         receipt,
-        adapters=tuple(
-            adapter for number, adapter in enumerate(receipt.adapters) if number not in reversal.places
-        ),
+        adapters=tuple(adapter for number, adapter in enumerate(receipt.adapters) if number not in reversal.places),
         options=replace(receipt.options, undo=undo),
         tensors={name: _without_proof(entry) for name, entry in tensors.items()},
         ledger=tuple(ledger),

@@ -71,17 +71,12 @@ def restore(
         modules = _prove_or_discard(reversal, finished.progress.done, copied, output)
         for file in (*files, *later(finished.progress.done)):
             output.put(file.name, file.source)
-        ended = MergeReport.of(
-            plan,
-            settings,
-            out=output.given,
-            spec=spec,
-            verdict=verdict,
-            written=finished.written,
-            resumed=bool(unfinished and unfinished.lines),
+        resumed = bool(unfinished and unfinished.lines)
+        report = MergeReport.of(
+            plan, settings, out=output.given, spec=spec, verdict=verdict, written=finished.written, resumed=resumed
         )
         base, undo = reversal.record.receipt.base.title, reversal.record.options.undo
-        report = UnmergeReport.of_run(ended, base=base, undo=undo, modules=modules)
+        report = UnmergeReport.of_run(report, base=base, undo=undo, modules=modules)
         output.publish(report.to_dict(), left_over(plan.base, reversal.record, files))
     return report
 
@@ -158,9 +153,7 @@ def _known(reversal: UnmergePlan, name: str) -> Known:
     return reversal.known.get(name, Known())
 
 
-def _recovered(
-    reversal: UnmergePlan, done: Mapping[str, TensorResult], copied: Proofs
-) -> Iterator[Recovered]:
+def _recovered(reversal: UnmergePlan, done: Mapping[str, TensorResult], copied: Proofs) -> Iterator[Recovered]:
     """Yield every tensor that the merge had changed, and the word if its hash is the base's."""
     for item in reversal.plan.items:
         known = _known(reversal, item.name)

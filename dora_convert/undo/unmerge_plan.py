@@ -71,9 +71,7 @@ def plan_unmerge(
     base = original if original and record.assumed else rebuilt(record, merged)
     merge = make_plan(base, adapters, record.receipt.weights, record.options)
     _compare(merge, merged, record)
-    ways = {
-        name: _recovered(tensor, merge, merged, record, original) for name, tensor in base.tensors.items()
-    }
+    ways = {name: _recovered(tensor, merge, merged, record, original) for name, tensor in base.tensors.items()}
     if faults := [fault for fault in ways.values() if isinstance(fault, Fault)]:
         raise UnsupportedError(
             f"{merged.source.name} and the adapter alone cannot restore {len(faults)} tensors of the base.",
@@ -83,21 +81,14 @@ def plan_unmerge(
     items = {name: item for name, item in ways.items() if isinstance(item, Item)}
     shards, index_name = _laid_out(base, items, options.max_shard_size)
     plan = replace(
-        merge,
-        base=merged,
-        options=replace(options, undo="none"),
-        shards=shards,
-        index_name=index_name,
-        config=None,
+        merge, base=merged, options=replace(options, undo="none"), shards=shards, index_name=index_name, config=None
     )
     known = _known(merge, record)
     read = {(item.source.path, item.source.start) for item in plan.items if item.undo}
     unread = {
         name: stored
         for name, stored in merged.tensors.items()
-        if (entry := record.receipt.tensors.get(name))
-        and entry.written
-        and (stored.path, stored.start) not in read
+        if (entry := record.receipt.tensors.get(name)) and entry.written and (stored.path, stored.start) not in read
     }
     return UnmergePlan(plan, record, known, unread, original)
 
@@ -109,9 +100,7 @@ def _laid_out(
     if max_shard_size is not None:
         return lay_out(base, items, max_shard_size)
     shards = tuple(
-        OutputShard(
-            converted(shard.filename), shard.metadata, tuple(items[tensor.name] for tensor in shard.tensors)
-        )
+        OutputShard(converted(shard.filename), shard.metadata, tuple(items[tensor.name] for tensor in shard.tensors))
         for shard in base.shards
     )
     return shards, base.index_name and converted(base.index_name)
@@ -168,19 +157,13 @@ def _recovered(
     source = replace(merged.tensors[item.name], shape=item.source.shape)
     rows, columns = source.matrix
     norms = tuple(
-        record.find(f"norm/{number}", name, "F32", [rows if edit.axis else columns])
-        if edit.decomposed
-        else None
+        record.find(f"norm/{number}", name, "F32", [rows if edit.axis else columns]) if edit.decomposed else None
         for number, edit in enumerate(item.edits)
     )
     left = record.find("start/left", name, "F32", [rows, None])
     right = record.find("start/right", name, "F32", [left.shape[1] if left else None, columns])
     if item.start and not (left and right):
-        return (
-            _copy(tensor, own)
-            if own
-            else Fault(name, f"no record holds what {item.start.start} took from it")
-        )
+        return _copy(tensor, own) if own else Fault(name, f"no record holds what {item.start.start} took from it")
     taken = (left, right) if left and right else None
     undo = Undo(norms, taken, _kept(tensor, record), record.find("ulps", name, "U8", [None]))
     if any(edit.decomposed and not n for edit, n in zip(item.edits, norms, strict=True)):

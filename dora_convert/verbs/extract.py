@@ -76,10 +76,7 @@ def extract(
             session=session, base=before, tuned=after, differences=differences, options=options, goal=goal
         )
         return session.finish(
-            fitter,
-            kind=options["kind"],
-            saved_whole=sorted(differences.whole),
-            skipped=differences.skipped,
+            fitter, kind=options["kind"], saved_whole=sorted(differences.whole), skipped=differences.skipped
         )
 
 

@@ -55,9 +55,7 @@ def from_lora(
 def _refuse_dora(adapter: Adapter) -> None:
     """Raise UsageError if a LoRA is a DoRA."""
     if any(isinstance(change.update, Decomposed) for change in adapter.changes):
-        raise UsageError(
-            f"The adapter {adapter.source.name} is a DoRA already.", hint="to-lora goes the other way"
-        )
+        raise UsageError(f"The adapter {adapter.source.name} is a DoRA already.", hint="to-lora goes the other way")
 
 
 @dataclass(frozen=True)

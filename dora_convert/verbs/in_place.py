@@ -21,9 +21,7 @@ def refuse_options(options: InPlaceOptions) -> None:
     if options["in_place"] and options["overwrite"]:
         raise UsageError("--in-place writes no OUT that --overwrite could replace.")
     if options["allow_lossy"] and not options["in_place"]:
-        raise UsageError(
-            "--allow-lossy goes with --in-place.", hint="a merge into OUT loses nothing: BASE stays"
-        )
+        raise UsageError("--allow-lossy goes with --in-place.", hint="a merge into OUT loses nothing: BASE stays")
 
 
 def refuse_lossy(undo: str, options: InPlaceOptions) -> None:

@@ -73,9 +73,7 @@ class _AdapterChanges:
         """The biases on lora_B of modules that get new factors."""
         modules = {job.name.rpartition(".")[0] for job in self.jobs}
         updates = {change.target.rpartition(".")[0]: change.update for change in self.others}
-        return {
-            name: update for name, update in updates.items() if isinstance(update, Delta) and name in modules
-        }
+        return {name: update for name, update in updates.items() if isinstance(update, Delta) and name in modules}
 
 
 def _divide(matched: Plan, session: FittingSession) -> _AdapterChanges:
@@ -198,9 +196,7 @@ class _ToLora(Fitter):
         warn = self.session.settings.warn
         facts = [result.facts for result in results.values()]
         error = error_of(facts)
-        factors = sum(
-            results[job.name].facts["rank"] * sum(job.item.source.matrix) for job in self.changes.jobs
-        )
+        factors = sum(results[job.name].facts["rank"] * sum(job.item.source.matrix) for job in self.changes.jobs)
         dense = sum(job.item.source.numel for job in self.changes.jobs)
         better = error > LOSSY or factors > dense / 2
         if better:

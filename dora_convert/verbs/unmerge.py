@@ -102,10 +102,7 @@ class _Inputs:
     def paths(self) -> list[Path]:
         """The inputs' folders."""
         checkpoints = [self.merged, self.base] if self.base else [self.merged]
-        sources = [
-            *(checkpoint.source for checkpoint in checkpoints),
-            *(adapter.source for adapter in self.adapters),
-        ]
+        sources = [*(checkpoint.source for checkpoint in checkpoints), *(adapter.source for adapter in self.adapters)]
         return [source.path for source in sources]
 
 
@@ -137,11 +134,7 @@ def _unmerge(request: UnmergeRequest) -> UnmergeReport | DryRunReport:
 
 
 def _restore(
-    request: UnmergeRequest,
-    reversal: UnmergePlan,
-    record: MergeRecord,
-    files: Sequence[SideFile],
-    output: Output,
+    request: UnmergeRequest, reversal: UnmergePlan, record: MergeRecord, files: Sequence[SideFile], output: Output
 ) -> UnmergeReport:
     """Run the plan while its inputs are downloaded."""
     with without_collections():
@@ -172,16 +165,13 @@ def _open(request: UnmergeRequest) -> _Inputs:
             hint="perhaps it was undone already; without a record, name an OUT",
         )
     request.settings.warn(
-        f"{merged.source.name} has no record of a merge: weights of 1 are assumed, "
-        "and what rounding took is lost"
+        f"{merged.source.name} has no record of a merge: weights of 1 are assumed, and what rounding took is lost"
     )
     record = no_record(merged, len(adapters), accepted, list(base_files(merged)))
     return _Inputs(merged, base, record, adapters, range(len(adapters)))
 
 
-def _warn_of_torn(
-    merged: Checkpoint, record: MergeRecord, base: Checkpoint | None, settings: Settings
-) -> None:
+def _warn_of_torn(merged: Checkpoint, record: MergeRecord, base: Checkpoint | None, settings: Settings) -> None:
     """Warn about a receipt whose undo record is missing; RefError if only that record restores the base."""
     merge = f"{merged.source.name} was merged with --undo {record.options.undo}"
     why = f"{merge}, and its {RECORD}/{UNDO} is missing"

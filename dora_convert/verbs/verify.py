@@ -34,10 +34,7 @@ LEVELS = "weights", "outputs"
 
 @takes(VerifyOptions)
 def verify(
-    base: PathLike | None,
-    adapters: PathLike | Sequence[PathLike],
-    merged: PathLike,
-    **options: Unpack[VerifyOptions],
+    base: PathLike | None, adapters: PathLike | Sequence[PathLike], merged: PathLike, **options: Unpack[VerifyOptions]
 ) -> VerifyReport | OutputsReport:
     """Compare what `merged` does with what base and adapters do.
 

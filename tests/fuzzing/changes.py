@@ -99,9 +99,7 @@ def change_body(chance: random.Random, data: bytes) -> bytes:
     start = 8 + int.from_bytes(data[:8], "little")
     raw = bytearray(data)
     for _ in range(chance.choice((1, 1, 2, 8))):
-        raw[chance.randrange(start, len(raw))] = chance.choice(
-            (0, 1, 0x7F, 0x80, 0xFF, chance.randrange(256))
-        )
+        raw[chance.randrange(start, len(raw))] = chance.choice((0, 1, 0x7F, 0x80, 0xFF, chance.randrange(256)))
     return bytes(raw)
 
 

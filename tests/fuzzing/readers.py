@@ -23,15 +23,7 @@ from dora_convert.storage.safetensors import StoredTensor, read_header
 from dora_convert.storage.torch_pickle import read_pickle
 from dora_convert.undo.packing import Unpacker
 
-from .changes import (
-    Change,
-    change_body,
-    change_bytes,
-    change_header,
-    change_json,
-    change_lines,
-    change_packed,
-)
+from .changes import Change, change_body, change_bytes, change_header, change_json, change_lines, change_packed
 from .seeds import COUNT, INTEGERS
 
 SHARD = "model-00001-of-00002.safetensors"
@@ -39,13 +31,7 @@ INDEX, CONFIG = "model.safetensors.index.json", "config.json"
 SETTINGS, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 RECEIPT, UNDO = "dora_convert/receipt.json", "dora_convert/undo.safetensors"
 JOURNAL, IN_PLACE = "dora_convert/journal.jsonl", ".dora-convert-in-place/journal.jsonl"
-BROKEN = {
-    SHARD: change_header,
-    TENSORS: change_header,
-    INDEX: change_json,
-    CONFIG: change_json,
-    SETTINGS: change_json,
-}
+BROKEN = {SHARD: change_header, TENSORS: change_header, INDEX: change_json, CONFIG: change_json, SETTINGS: change_json}
 """How files of these names are broken."""
 
 Read = Callable[[Path], object]
@@ -76,9 +62,7 @@ def unpickle_as_both(path: Path) -> None:
     except (RuntimeError, pickle.UnpicklingError, ValueError, TypeError, KeyError, AttributeError, EOFError):
         return
     shapes = {name: list(tensor.shape) for name, tensor in found.items()}
-    assert shapes == {name: list(tensor.shape) for name, tensor in header.tensors.items()}, (
-        "torch finds others"
-    )
+    assert shapes == {name: list(tensor.shape) for name, tensor in header.tensors.items()}, "torch finds others"
 
 
 def unpack(path: Path) -> None:
@@ -187,15 +171,11 @@ TARGETS = [
     Target(f"way/norms/{RECEIPT}", change_json, making("unmerge", "way/norms", "way/adapter")),
     Target(f"way/norms/{UNDO}", change_header, making("unmerge", "way/norms", "way/adapter")),
     *_broken("way/merged", (SHARD, INDEX, CONFIG), unmerge),
-    Target(
-        f"stopped/merge.partial/{JOURNAL}", change_lines, continuing("merge", "base", "adapter", undo="exact")
-    ),
+    Target(f"stopped/merge.partial/{JOURNAL}", change_lines, continuing("merge", "base", "adapter", undo="exact")),
     Target(f"stopped/unmerge.partial/{JOURNAL}", change_lines, continuing("unmerge", "merged", "adapter")),
     Target(f"place/changing/{IN_PLACE}", change_lines, in_place("changing")),
     Target(f"place/staged/{IN_PLACE}", change_lines, in_place("staged")),
-    *_broken(
-        "way/tuned", (SHARD, INDEX, CONFIG), making("extract", "way/base", "way/tuned", kind="lora", rank=3)
-    ),
+    *_broken("way/tuned", (SHARD, INDEX, CONFIG), making("extract", "way/base", "way/tuned", kind="lora", rank=3)),
     *_broken("way/tuned", (SHARD, CONFIG), making("extract", "way/base", "way/tuned", kind="dora", rank=3)),
     *_broken("adapter", (SETTINGS, TENSORS), making("to_lora", "base", "adapter", rank=9)),
     *_broken("lora", (SETTINGS, TENSORS), making("from_lora", "base", "lora")),

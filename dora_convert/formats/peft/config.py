@@ -165,8 +165,7 @@ class Config(Struct, frozen=True):
             return f"alpha {self.alpha:g} / init_r {self.adalora}"
         keys = [_first_key(pattern, module) for pattern in (self.alpha_pattern, self.rank_pattern)]
         alpha, rank = (
-            f" ({name}_pattern {key!r})" if key else ""
-            for name, key in zip(("alpha", "rank"), keys, strict=True)
+            f" ({name}_pattern {key!r})" if key else "" for name, key in zip(("alpha", "rank"), keys, strict=True)
         )
         numbers = _first_match(self.alpha_pattern, module, self.alpha), self.rank(module)
         return f"alpha {numbers[0]:g}{alpha} / {'√' if self.use_rslora else ''}rank {numbers[1]}{rank}"

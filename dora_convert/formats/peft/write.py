@@ -57,7 +57,7 @@ def shares_rank(change: Change, tensor: str, like: Adapter) -> str | None:
     if tensor.endswith("in_proj_weight") or ".base_layer." in low.A.name:
         return "a part of MultiheadAttention"
     if low.experts or (config and _is_parameter(change.target, config)):
-        return "a parameter that is no layer's weight (target_parameters)"
+        return "a parameter, not a layer's weight (target_parameters)"
     return None
 
 

@@ -36,9 +36,7 @@ def census(base: Checkpoint, started: float) -> CheckpointReport:
     notes = [*base.notes, *_doubts(base, quantised)]
     return CheckpointReport(
         kind="checkpoint",
-        format="safetensors"
-        if entry.removesuffix(".index.json").endswith(".safetensors")
-        else "torch pickle",
+        format="safetensors" if entry.removesuffix(".index.json").endswith(".safetensors") else "torch pickle",
         architectures=tuple(map(str, named)) if isinstance(named, list) else (),
         model_type=model_type if isinstance(model_type, str) else None,
         shards=tuple(
@@ -116,9 +114,7 @@ def _merge(receipt: Receipt) -> dict[str, Any]:
     }
 
 
-def common(
-    source: Source, tensors: Collection[StoredTensor], notes: Sequence[str], started: float
-) -> dict[str, Any]:
+def common(source: Source, tensors: Collection[StoredTensor], notes: Sequence[str], started: float) -> dict[str, Any]:
     """Return the fields that all reports have."""
     dtypes: dict[str, list[StoredTensor]] = {}
     for tensor in tensors:

@@ -65,11 +65,7 @@ def _open(listing: RefListing) -> Checkpoint:
 
 
 def _describe_adapter(
-    source: Source,
-    names: Sequence[str],
-    base: Checkpoint | None,
-    accepted: Collection[str],
-    started: float,
+    source: Source, names: Sequence[str], base: Checkpoint | None, accepted: Collection[str], started: float
 ) -> AdapterReport:
     adapter, refusal = read_or_refuse(source, accepted)
     beside = model_weights(names)
@@ -144,9 +140,7 @@ def _landing(base: Checkpoint, adapter: Adapter, refusal: DoraConvertError | Non
     )
 
 
-def _try_plan(
-    base: Checkpoint, adapter: Adapter, options: Options
-) -> tuple[Plan | None, DoraConvertError | None]:
+def _try_plan(base: Checkpoint, adapter: Adapter, options: Options) -> tuple[Plan | None, DoraConvertError | None]:
     try:
         return make_plan(base, [adapter], (1.0,), options), None
     except (PlanError, UnsupportedError, UsageError) as error:

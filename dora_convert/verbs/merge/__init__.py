@@ -203,9 +203,7 @@ def _weights_folder(request: MergeRequest, folder: OutputFolder) -> Path | None:
     return folder.state / INCOMING
 
 
-def _streaming(
-    request: MergeRequest, plan: Plan, folder: OutputFolder
-) -> AbstractContextManager[HubStreaming | None]:
+def _streaming(request: MergeRequest, plan: Plan, folder: OutputFolder) -> AbstractContextManager[HubStreaming | None]:
     """Return the download of the base's weights and the upload of shards, while the plan runs."""
     if plan.base.is_here and not request.routes:
         return nullcontext()

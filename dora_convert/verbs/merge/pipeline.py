@@ -43,11 +43,7 @@ Examine = Callable[[Checkpoint], "OutputsReport"]
 
 
 def run_merge(
-    plan: Plan,
-    output: Output,
-    settings: Settings,
-    hub: HubStreaming | None = None,
-    examine: Examine | None = None,
+    plan: Plan, output: Output, settings: Settings, hub: HubStreaming | None = None, examine: Examine | None = None
 ) -> MergeReport:
     """Run a merge's plan, and publish the result if `examine` finds no difference; with `hub`, push it, too.
 
