@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from toy import make_adapter, make_base
+from .toy import make_adapter, make_base
 
 ROOT = Path(__file__).parent.parent
 MOST_MODULES, MOST_FILES = 60, 20
