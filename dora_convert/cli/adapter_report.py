@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from ..sizes import format_size
+from ..settings import format_size
 from .merge import fold_name, written
 from .sink import Sink, printable, table
 

@@ -9,7 +9,7 @@ import click
 from typing_extensions import Unpack
 
 from ..options import InspectOptions
-from ..sizes import format_size
+from ..settings import format_size
 from .merge import ledger_table
 from .options import takes
 from .sink import Sink, printable, table
@@ -39,7 +39,7 @@ def command(ref: str, *, sink: Sink, base: str | None, **keywords: Unpack[Inspec
       dora-convert inspect ./adapter --base org/base
       dora-convert inspect org/base --json
     """
-    from ..verbs.inspect.verb import inspect
+    from ..verbs.inspect import inspect
 
     report = inspect(ref, base, **keywords)
     sink.show(report, f"{report.kind} {report.title}", lambda every: parts(report, every=every))

@@ -9,7 +9,7 @@ import click
 from typing_extensions import Unpack
 
 from ..options import UploadOptions
-from ..sizes import format_size
+from ..settings import format_size
 from .options import takes
 from .sink import Sink, printable, table
 

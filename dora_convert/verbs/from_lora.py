@@ -19,7 +19,6 @@ from ..naming.ties import is_embedding, is_head
 from ..options import FromLoraOptions, takes
 from ..plan.plan import Plan
 from ..reports.fitting import MadeDryRun, MadeReport
-from ..settings import parse_choice
 from ..storage.refs import PathLike
 
 if TYPE_CHECKING:
@@ -42,8 +41,7 @@ def from_lora(
 
     Raises DoraConvertError, and then leaves nothing under `out`.
     """
-    parse_choice(options["init"], dict.fromkeys(("preserve", "pretrained")), "--init")
-    with FittingSession.begin(out, options, options["ignore_field"]) as session:
+    with FittingSession.begin(out, options) as session:
         matched = session.match(base, lora, "from-lora")
         _refuse_dora(matched.adapters[0])
         changes = _divide(matched, session, split=options["split"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +13,6 @@ from typing_extensions import Unpack
 
 from ..adapters.adapter import Adapter
 from ..errors import RefError, UsageError
-from ..lazy_imports import without_collections
 from ..options import UnmergeOptions, takes
 from ..output.folder import new_folder
 from ..output.in_place import InPlace, finished
@@ -22,7 +21,7 @@ from ..plan.item import Undo
 from ..plan.options import Options, parse_options
 from ..plan.plan import Plan
 from ..reports.merge import DryRunReport, UnmergeReport
-from ..settings import Settings
+from ..settings import Settings, without_collections
 from ..sources.inputs import open_adapter, open_base, refuse_swapped
 from ..sources.session import Session, open_session
 from ..storage.checkpoint import Checkpoint
@@ -56,10 +55,8 @@ def unmerge(
     Raises DoraConvertError, and then leaves nothing under `out`.
     """
     refuse_options(options)
-    compute = options["compute_dtype"]
-    shards = options["max_shard_size"]
-    selection = parse_options(compute_dtype=compute, max_shard_size=shards, allow_unmatched=True)
-    settings = Settings.parse(options, options["max_memory"], compute_dtype=compute, verify=options["verify"])
+    selection = replace(parse_options(options), ignore_field=(), allow_unmatched=True)
+    settings = Settings.parse(options)
     with open_session(options["token"], cache=options["cache"], notify=settings.notify) as session:
         request = UnmergeRequest(
             merged=os.fspath(merged),

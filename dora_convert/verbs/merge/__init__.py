@@ -5,21 +5,20 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from typing_extensions import Unpack
 
 from ...errors import UsageError
-from ...lazy_imports import require_extra, without_collections
 from ...options import MergeOptions, takes
 from ...output.folder import OutputFolder
 from ...plan.options import Options, parse_options, parse_weights
 from ...plan.plan import Plan
 from ...plan.planner import make_plan
 from ...reports.merge import DryRunReport, MergeReport
-from ...settings import Settings
+from ...settings import Settings, require_extra, without_collections
 from ...sources.inputs import Mode, doubts, open_inputs
 from ...sources.session import Session, open_session
 from ...storage.refs import PathLike, listed
@@ -48,24 +47,10 @@ def merge(
         from ..in_place import refuse_options
 
         refuse_options(options)
-    selection = parse_options(
-        dtype=options["dtype"],
-        compute_dtype=options["compute_dtype"],
-        max_shard_size=options["max_shard_size"],
-        undo=options["undo"] or ("exact" if options["in_place"] and not options["allow_lossy"] else "norms"),
-        include=options["include"],
-        exclude=options["exclude"],
-        allow_unmatched=options["allow_unmatched"],
-        ignore_field=options["ignore_field"],
-    )
+    undo = options["undo"] or ("exact" if options["in_place"] and not options["allow_lossy"] else "norms")
+    selection = replace(parse_options(options), undo=undo)
     routes = _routes(options)
-    settings = Settings.parse(
-        options,
-        options["max_memory"],
-        compute_dtype=options["compute_dtype"],
-        verify=options["verify"],
-        base_model=options["base_model"],
-    )
+    settings = Settings.parse(options)
     cache = options["cache"] and not options["no_local"]
     with open_session(options["token"], cache=cache, notify=settings.notify) as session:
         request = MergeRequest(
