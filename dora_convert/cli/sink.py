@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import click
 from typing_extensions import Self
@@ -16,8 +16,12 @@ if TYPE_CHECKING:
     from rich.table import Table
     from tqdm import tqdm
 
+SHOWN = 10
+"""Entries of a list that are shown without --verbose."""
 LONGEST_NAME = 40
 """Characters of a name that is not broken into lines."""
+
+Entry = TypeVar("Entry")
 
 
 class Answer(Protocol):
@@ -59,15 +63,15 @@ class Sink:
         if self._bar is not None:
             self._bar.close()
 
-    def show(self, report: Answer, short: str, parts: Callable[[bool], Iterable[Table | str]]) -> None:
-        """Print the answer: JSON, `short` with --quiet, else the tables and lines of `parts(verbose)`."""
+    def show(self, report: Answer, short: str, parts: Callable[..., Iterable[Table | str]]) -> None:
+        """Print the answer: JSON, `short` with --quiet, else the tables and lines of `parts(report, every=…)`."""
         self._close()
         if self._json:
             click.echo(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
         elif self._quiet:
             click.echo(short)
         else:
-            self._draw(parts(self._verbose))
+            self._draw(parts(report, every=self._verbose))
 
     @staticmethod
     def _draw(parts: Iterable[Table | str]) -> None:
@@ -80,6 +84,22 @@ class Sink:
                 click.echo(part)
             else:
                 console.print(part)
+
+
+def cut(entries: Sequence[Entry], *, every: bool) -> Sequence[Entry]:
+    """Return the entries of a list that are shown; `every` shows all."""
+    return entries if every else entries[:SHOWN]
+
+
+def rest(entries: Sequence[object], what: str, *, every: bool) -> Iterator[str]:
+    """Yield a line on the entries that are not shown, if there are any."""
+    if len(entries) > SHOWN and not every:
+        yield f"… and {len(entries) - SHOWN} {what} more (--verbose)"
+
+
+def joined(names: Sequence[str], *, every: bool) -> str:
+    """Return names in one line."""
+    return ", ".join(cut(names, every=every)) + (" …" if len(names) > SHOWN and not every else "")
 
 
 def printable(text: str) -> str:

@@ -11,21 +11,18 @@ from typing_extensions import Unpack
 from ..options import VerifyOptions
 from ..reports.verify import figures
 from .options import takes
-from .sink import Sink, printable, table
+from .sink import Sink, cut, printable, rest, table
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from ..reports.verify import CheckedModule, OutputsReport, VerifyReport
 
-SHOWN = 10
-"""Modules and problems that are shown without --verbose."""
-
 
 @click.command("verify")
 @click.argument("refs", nargs=-1, metavar="BASE ADAPTER... MERGED", required=True)
 @takes(VerifyOptions)
-def command(refs: tuple[str, ...], *, sink: Sink, **keywords: Unpack[VerifyOptions]) -> int:
+def verify(refs: tuple[str, ...], *, sink: Sink, **keywords: Unpack[VerifyOptions]) -> int:
     """Compare what MERGED does with what BASE and ADAPTER do.
 
     Every element is compared with the float64 result, whichever tool wrote MERGED, and every module's outputs
@@ -43,11 +40,11 @@ def command(refs: tuple[str, ...], *, sink: Sink, **keywords: Unpack[VerifyOptio
     """
     if len(refs) < 3:
         raise click.UsageError("verify needs BASE, ADAPTER and MERGED.")
-    from ..verbs.verify import verify
+    from ..verbs.verify import verify as verb
 
     base, *adapters, merged = refs
-    report = verify(base, adapters, merged, **keywords)
-    sink.show(report, report.verdict, lambda every: parts(report, every=every))
+    report = verb(base, adapters, merged, **keywords)
+    sink.show(report, report.verdict, parts)
     return 0 if report.verdict == "agree" else 1
 
 
@@ -59,9 +56,8 @@ def parts(report: VerifyReport | OutputsReport, *, every: bool) -> Iterator[Tabl
     report = cast("VerifyReport", report)
     worst = sorted(report.modules, key=_badness, reverse=True)
     if worst:
-        yield modules_table(worst if every else worst[:SHOWN])
-    if len(worst) > SHOWN and not every:
-        yield f"… and {len(worst) - SHOWN} modules more (--verbose)"
+        yield modules_table(cut(worst, every=every))
+    yield from rest(worst, "modules", every=every)
     yield from map(printable, about(report, every=every))
 
 
@@ -107,9 +103,7 @@ def about(report: VerifyReport, *, every: bool) -> Iterator[str]:
     wrong = sum(module.wrong_elements for module in report.modules)
     yield f"{len(report.modules)} modules: {wrong:,} of {elements:,} elements wrong"
     yield f"{untouched.tensors} untouched tensors: {untouched.identical} identical"
-    shown = report.problems if every else report.problems[:SHOWN]
-    yield from (f"problem: {problem}" for problem in shown)
-    if len(report.problems) > len(shown):
-        yield f"… and {len(report.problems) - len(shown)} problems more (--verbose)"
-    yield from (f"note: {note}" for note in report.notes[: None if every else SHOWN])
+    yield from (f"problem: {problem}" for problem in cut(report.problems, every=every))
+    yield from rest(report.problems, "problems", every=every)
+    yield from (f"note: {note}" for note in cut(report.notes, every=every))
     yield f"verdict: {report.verdict}"
