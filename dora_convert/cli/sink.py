@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import click
-from typing_extensions import Self
 
 from ..errors import DoraConvertError
 
@@ -38,12 +37,6 @@ class Sink:
         self._json, self._quiet, self._verbose = as_json, quiet, verbose
         self._bar: tqdm[Any] | None = None
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._close()
-
     def notice(self, text: str) -> None:
         """Print a notice or a warning on stderr."""
         if not self._quiet:
@@ -58,14 +51,14 @@ class Sink:
             self._bar = tqdm(total=total, unit="B", unit_scale=True, disable=off)
         self._bar.update(done - self._bar.n)
 
-    def _close(self) -> None:
+    def close(self) -> None:
         """Remove the progress bar."""
         if self._bar is not None:
             self._bar.close()
 
     def show(self, report: Answer, short: str, parts: Callable[..., Iterable[Table | str]]) -> None:
         """Print the answer: JSON, `short` with --quiet, else the tables and lines of `parts(report, every=…)`."""
-        self._close()
+        self.close()
         if self._json:
             click.echo(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
         elif self._quiet:

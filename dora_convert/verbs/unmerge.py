@@ -67,7 +67,7 @@ def unmerge(
             settings=settings,
             session=session,
         )
-        return _finished(request) or _unmerge(request)
+        return _unmerge(request)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,20 +103,15 @@ class _Inputs:
         return [source.path for source in sources]
 
 
-def _finished(request: UnmergeRequest) -> UnmergeReport | None:
-    """Publish the files that an interrupted run has staged in place; return its report."""
-    if not request.options["in_place"]:
-        return None
-    folder = refuse_out(request.merged, "MERGED", request.out)
-    report = finished(folder, "unmerge", request.adapters, request.settings)
-    return UnmergeReport.read(report) if report else None
-
-
 def _unmerge(request: UnmergeRequest) -> UnmergeReport | DryRunReport:
-    """Open the inputs, plan, and run the plan."""
-    options, settings = request.options, request.settings
-    in_place = options["in_place"]
-    folder = None if in_place else new_folder(request.out, "unmerge", overwrite=options["overwrite"])
+    """Open the inputs, plan, and run the plan; first publish the files that a run in place has staged."""
+    options, settings, folder = request.options, request.settings, None
+    if options["in_place"]:
+        path = refuse_out(request.merged, "MERGED", request.out)
+        if report := finished(path, "unmerge", request.adapters, settings):
+            return UnmergeReport.read(report)
+    else:
+        folder = new_folder(request.out, "unmerge", overwrite=options["overwrite"])
     last = folder.given if folder else "--in-place"
     refuse_swapped(request.merged, request.adapters, last, "unmerge", "MERGED")
     inputs = _open(request)

@@ -23,7 +23,7 @@ from ...plan.planner import make_plan
 from ...reports.inspect import AdapterReport, CheckpointReport, Landing, Module
 from ...sources.inputs import doubts, open_base, read_adapter, read_or_refuse
 from ...sources.remote_headers import RefListing, look
-from ...sources.session import Session, open_session
+from ...sources.session import open_session
 from ...storage.checkpoint import Checkpoint
 from ...storage.refs import PathLike, Source, local_path, local_source
 from .census import census, common, fold
@@ -40,21 +40,14 @@ def inspect(
 
     Raises DoraConvertError for a REF that cannot be read, or is neither.
     """
+    started, ref, base = time.monotonic(), os.fspath(ref), None if base is None else os.fspath(base)
     with open_session(options["token"], cache=options["cache"]) as session:
-        return _inspect(os.fspath(ref), None if base is None else os.fspath(base), options["ignore_field"], session)
-
-
-def _inspect(
-    ref: str, base: str | None, accepted: Collection[str], session: Session
-) -> AdapterReport | CheckpointReport:
-    """Describe a REF; an adapter that does not fit is no error."""
-    started = time.monotonic()
-    listing = look(ref, "REF", session)
-    source = _folder_of_adapter(listing.source)
-    if detect(source.path):
-        against = None if base is None else open_base(base, "BASE", session, "brief")
-        return _describe_adapter(source, listing.names, against, accepted, started)
-    checkpoint = _open(listing)
+        listing = look(ref, "REF", session)
+        source = _folder_of_adapter(listing.source)
+        if detect(source.path):
+            against = None if base is None else open_base(base, "BASE", session, "brief")
+            return _describe_adapter(source, listing.names, against, options["ignore_field"], started)
+        checkpoint = _open(listing)
     if base is not None:
         swapped = detect(local_path(base, "BASE"))
         hint = shlex.join(["dora-convert", "inspect", base, "--base", ref])

@@ -21,6 +21,7 @@ from ...reports.merge import DryRunReport, MergeReport
 from ...settings import Settings, require_extra, without_collections
 from ...sources.inputs import Mode, doubts, open_inputs
 from ...sources.session import Session, open_session
+from ...storage.filenames import INCOMING
 from ...storage.refs import PathLike, listed
 
 if TYPE_CHECKING:
@@ -104,7 +105,8 @@ def _merge_beside(request: MergeRequest) -> MergeReport | DryRunReport:
     folder = OutputFolder(_folder(request), overwrite=options["overwrite"])
     folder.check()
     out = "OUT" if options["no_local"] else folder.given
-    plan = _plan(request, out, _mode(request), _weights_folder(request, folder))
+    weights = None if request.session.cache else folder.state / INCOMING
+    plan = _plan(request, out, _mode(request), weights)
     folder.refuse_inside([plan.base.source.path, *(adapter.source.path for adapter in plan.adapters)])
     if options["dry_run"]:
         remote = routes.target if routes and not routes.local else None
@@ -177,15 +179,6 @@ def _mode(request: MergeRequest) -> Mode:
     if request.options["verify_outputs"]:
         return "whole"
     return "brief" if request.options["dry_run"] else "headers"
-
-
-def _weights_folder(request: MergeRequest, folder: OutputFolder) -> Path | None:
-    """Return the folder for a base's weights that do not stay; None for the cache."""
-    if request.session.cache:
-        return None
-    from ...hub.target import INCOMING
-
-    return folder.state / INCOMING
 
 
 def _streaming(request: MergeRequest, plan: Plan, folder: OutputFolder) -> AbstractContextManager[HubStreaming | None]:
