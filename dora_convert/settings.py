@@ -48,15 +48,13 @@ class Settings:
     started: float = field(default_factory=time.monotonic)
     warnings: list[str] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        check_base_model(self.base_model)
-
     @classmethod
     def parse(cls, options: Mapping[str, Any]) -> Self:
         """Return the choices among a verb's options; UsageError for an invalid device, size or repo id."""
         device, budget = options["device"], options["max_memory"]
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
             raise UsageError(f"--device {device!r} is not one of auto, cpu, cuda, cuda:N, mps.")
+        check_base_model(options.get("base_model"))
         return cls(
             device=device,
             compute_dtype=options.get("compute_dtype", "auto"),

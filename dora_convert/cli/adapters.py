@@ -107,7 +107,6 @@ def parts(report: MadeReport | MadeDryRun, *, every: bool) -> Iterator[Table | s
 
 
 def _planned(plan: dict[str, Any]) -> Iterator[str]:
-    """Yield the sizes of a plan."""
     yield f"{len(plan['modules'])} modules; nothing was written"
     yield (
         f"would write at most {format_size(plan['bytes_out'])}, holding {format_size(plan['memory'])} "
@@ -131,13 +130,11 @@ def _modules_table(modules: list[dict[str, Any]], *, every: bool) -> Table:
 
 
 def _ranks(modules: list[dict[str, Any]]) -> str:
-    """Return the rank of some modules, or the least and the largest."""
     ranks = sorted({module["rank"] for module in modules})
     return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} – {ranks[-1]}"
 
 
 def _largest(modules: list[dict[str, Any]], key: str) -> str:
-    """Return the largest of a number that some modules have."""
     values = [module[key] for module in modules if module.get(key) is not None]
     return f"{max(values):.2g}" if values else ""
 

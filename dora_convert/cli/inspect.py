@@ -9,6 +9,7 @@ import click
 from typing_extensions import Unpack
 
 from ..options import InspectOptions
+from ..reports.inspect import AdapterReport, CheckpointReport, Landing, Module
 from ..settings import format_size
 from .merge import ledger_table
 from .options import takes
@@ -16,8 +17,6 @@ from .sink import Sink, cut, joined, printable, table
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-    from ..reports.inspect import AdapterReport, CheckpointReport, Landing, Module
 
 
 @click.command("inspect")
@@ -44,8 +43,6 @@ def inspect(ref: str, *, sink: Sink, base: str | None, **keywords: Unpack[Inspec
 
 def parts(report: AdapterReport | CheckpointReport, *, every: bool) -> Iterator[Table | str]:
     """Yield the report for people: tables first, then a few lines."""
-    from ..reports.inspect import AdapterReport
-
     if isinstance(report, AdapterReport):
         if report.modules:
             yield modules_table(report.modules, every=every)
@@ -75,7 +72,6 @@ def modules_table(modules: Iterable[Module], *, every: bool) -> Table:
 
 
 def _method(module: Module) -> str:
-    """Return the kind of a module's change."""
     if module.rows is not None:
         return f"{module.rows} trained rows"
     if module.method == "whole":
@@ -84,12 +80,10 @@ def _method(module: Module) -> str:
 
 
 def _numbers(modules: Sequence[Module]) -> str:
-    """Return the ranks of some modules."""
     return ", ".join(map(str, sorted({module.rank for module in modules if module.rank is not None})))
 
 
 def _shape(shape: Sequence[int]) -> str:
-    """Return a shape for reading."""
     return " × ".join(map(str, shape)) or "scalar"
 
 
@@ -181,12 +175,10 @@ def about_merge(merge: Mapping[str, Any]) -> str:
 
 
 def _merged(adapter: Mapping[str, Any]) -> str:
-    """Return a merged adapter's name, kind and weight."""
     weight = "" if adapter["weight"] in (None, 1) else f", weight {adapter['weight']}"
     return f"{adapter['name']} ({adapter['kind']}{weight})"
 
 
 def _totals(report: AdapterReport | CheckpointReport) -> str:
-    """Return the number and size of all tensors."""
     dtypes = ", ".join(f"{total['tensors']} {name}" for name, total in report.dtypes.items())
     return f"{report.tensors} tensors ({dtypes}), {report.parameters:,} parameters, {format_size(report.bytes)}"

@@ -101,7 +101,6 @@ def written(values: Mapping[str, Any]) -> str:
 
 
 def _planned(plan: Mapping[str, int]) -> str:
-    """Return the sizes of a plan."""
     return (
         f"would write {format_size(plan['bytes_out'])} in {plan['shards']} files and an undo record of "
         f"at most {format_size(plan['undo_bytes'])}, holding {format_size(plan['memory'])} in memory"

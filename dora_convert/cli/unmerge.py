@@ -61,13 +61,11 @@ def parts(report: UnmergeReport | DryRunReport, *, every: bool) -> Iterator[Tabl
 
 
 def _lost_table(modules: Sequence[Recovered]) -> Table:
-    """Return the table of tensors that are not proven."""
     rows = [(module.name, f"{module.lost:,}", f"{module.lost / max(1, module.elements):.2%}") for module in modules]
     return table(("not proven to be the base's", ">elements lost to rounding", ">share"), rows)
 
 
 def _proven(modules: Sequence[Recovered]) -> str:
-    """Return the number of proven tensors, and of lost elements."""
     exact, lost = sum(module.bit_exact for module in modules), sum(module.lost for module in modules)
     text = f"{exact} of {len(modules)} recovered tensors are the base's, bit for bit, by their hashes"
     return f"{text}; rounding took {lost:,} elements" if lost else text

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import click
 from typing_extensions import Unpack
 
 from ..options import VerifyOptions
-from ..reports.verify import figures
+from ..reports.verify import CheckedModule, OutputsReport, VerifyReport, figures
 from .options import takes
 from .sink import Sink, cut, printable, rest, table
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-    from ..reports.verify import CheckedModule, OutputsReport, VerifyReport
 
 
 @click.command("verify")
@@ -50,10 +48,9 @@ def verify(refs: tuple[str, ...], *, sink: Sink, **keywords: Unpack[VerifyOption
 
 def parts(report: VerifyReport | OutputsReport, *, every: bool) -> Iterator[Table | str]:
     """Yield the report for people: the worst modules first, then the verdict."""
-    if report.level == "outputs":
-        yield from _outputs(cast("OutputsReport", report))
+    if isinstance(report, OutputsReport):
+        yield from _outputs(report)
         return
-    report = cast("VerifyReport", report)
     worst = sorted(report.modules, key=_badness, reverse=True)
     if worst:
         yield modules_table(cut(worst, every=every))
@@ -62,7 +59,6 @@ def parts(report: VerifyReport | OutputsReport, *, every: bool) -> Iterator[Tabl
 
 
 def _outputs(report: OutputsReport) -> Iterator[Table | str]:
-    """Yield the difference of two models' outputs."""
     yield table(("outputs", ">difference", ">rounding alone", ">passes up to"), figures(report))
     positions = f"{report.positions:,} positions of {report.architecture}"
     yield f"{report.prompts} prompts, {positions} on {report.device}"
@@ -72,7 +68,6 @@ def _outputs(report: OutputsReport) -> Iterator[Table | str]:
 
 
 def _badness(module: CheckedModule) -> tuple[int, float]:
-    """Return a key that sorts modules by their errors."""
     return module.wrong_elements, module.output_error or 0.0
 
 
@@ -92,7 +87,6 @@ def modules_table(modules: Sequence[CheckedModule]) -> Table:
 
 
 def _share(value: float | None) -> str:
-    """Return a relative error, or a dash for an unknown one."""
     return "–" if value is None else f"{value:.1e}"
 
 

@@ -69,7 +69,6 @@ def extract(
 
 
 def _open(session: FittingSession, base: PathLike, tuned: PathLike) -> tuple[Checkpoint, Checkpoint]:
-    """Return the headers of both checkpoints."""
     before = open_base(os.fspath(base), "BASE", session.session)
     after = open_base(os.fspath(tuned), "TUNED", session.session)
     for checkpoint in (before, after):

@@ -107,7 +107,6 @@ def _largest_rank(job: MatchedChange, goal: Mapping[str, Any]) -> int:
 
 
 def _factors(job: MatchedChange) -> LowRank:
-    """Return the factors that the adapter has for a job."""
     assert isinstance(job.change.update, LowRank | Decomposed)
     return low_rank(job.change.update)
 

@@ -6,7 +6,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from typing_extensions import Unpack
@@ -95,13 +94,6 @@ class _Inputs:
     places: Sequence[int]
     """The adapters' positions among all that were merged."""
 
-    @property
-    def paths(self) -> list[Path]:
-        """The inputs' folders."""
-        checkpoints = [self.merged, self.base] if self.base else [self.merged]
-        sources = [*(checkpoint.source for checkpoint in checkpoints), *(adapter.source for adapter in self.adapters)]
-        return [source.path for source in sources]
-
 
 def _unmerge(request: UnmergeRequest) -> UnmergeReport | DryRunReport:
     """Open the inputs, plan, and run the plan; first publish the files that a run in place has staged."""
@@ -118,7 +110,9 @@ def _unmerge(request: UnmergeRequest) -> UnmergeReport | DryRunReport:
     reversal = _plan(request, inputs)
     files = _files(reversal, settings)
     if folder:
-        folder.refuse_inside(inputs.paths)
+        checkpoints = [inputs.merged, *([inputs.base] if inputs.base else [])]
+        folder.refuse_inside([checkpoint.source.path for checkpoint in checkpoints])
+        folder.refuse_inside([adapter.source.path for adapter in inputs.adapters])
     output = folder or _open_place(reversal, options)
     if options["dry_run"]:
         return DryRunReport.of(reversal.plan, settings, out=output.given, command="unmerge")
@@ -187,7 +181,6 @@ def _plan(request: UnmergeRequest, inputs: _Inputs) -> UnmergePlan:
 
 
 def _reads(plan: Plan, checkpoint: Checkpoint) -> bool:
-    """Return True if a plan reads weights of a checkpoint."""
     read = {stored.path for item in plan.items for stored in (item.source, *(item.undo or Undo()).tensors)}
     return not read.isdisjoint(tensor.path for tensor in checkpoint.tensors.values())
 

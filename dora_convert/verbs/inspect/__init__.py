@@ -89,7 +89,9 @@ def _describe_adapter(
         modules=tuple(_module(change, adapter) for change in adapter.changes),
         ignored=dict(adapter.ignored),
         faults=_faults(adapter.faults),
-        refused=_refused(refusal) if refusal else None,
+        refused={"message": refusal.message, "hint": refusal.hint, "faults": list(_faults(refusal.faults))}
+        if refusal
+        else None,
         landing=_landing(base, adapter, refusal) if base else None,
         **common(source, adapter.tensors.values(), notes, started),
     )
@@ -121,10 +123,6 @@ def _module(change: Change, adapter: Adapter) -> Module:
         tensors=tuple(tensor.name for tensor in tensors),
         **facts,
     )
-
-
-def _refused(error: DoraConvertError) -> dict[str, Any]:
-    return {"message": error.message, "hint": error.hint, "faults": list(_faults(error.faults))}
 
 
 def _faults(faults: Sequence[Fault]) -> tuple[Mapping[str, str], ...]:
