@@ -51,20 +51,27 @@ def compress(
         factors = resize(left, right, **goal)
     else:
         factors = truncated_svd(change, exact=exact, **goal)
-    B, A = _stored(job, factors, dtype)
+    B, A = factors.B, factors.A
+    if not factors.rank:
+        B, A = B.new_zeros(len(B), 1), A.new_zeros(1, A.shape[1])
+    B, A = (rounded(x, dtype, job.name) for x in (B, A))
 
     def rows(block: slice) -> Tensor:
         """Return rows of ΔW."""
         return left[block] @ right if change is None else change[block].to(weight.like)
 
-    facts: dict[str, Any] = weight.lost(rows, B.to(weight.like), A.to(weight.like))
-    facts |= {"rank": A.shape[0], "known": len(factors.S), "complete": factors.exact}
-    facts |= {"one_percent": factors.rank_for(0.01), "one_permille": factors.rank_for(0.001)}
+    lost = weight.lost(rows, B.to(weight.like), A.to(weight.like))
     inputs = weight.inputs
-    tensors = {"A": A.view(A.shape[0], *inputs), "B": B.view(*B.shape, *[1] * (len(inputs) - 1))}
+    tensors = {"A": A.view(-1, *inputs), "B": B.view(*B.shape, *[1] * (len(inputs) - 1))}
     if bias := biases.get(job.name.rpartition(".")[0]):
         tensors["b"] = (bias.scale * buffers.whole(bias.value)).flatten().to(TORCH[dtype or "F32"])
-    return Fitted(tensors, facts)
+    return Fitted(tensors, {"rank": len(A), **lost, **ranks_for(factors)})
+
+
+def ranks_for(factors: Factors) -> dict[str, int | None]:
+    """Return the ranks that smaller errors would need, and the number of singular values computed."""
+    errors = {"one_percent": factors.rank_for(0.01), "one_permille": factors.rank_for(0.001)}
+    return {**errors, "known": len(factors.S)}
 
 
 class _AdaptedWeight:
@@ -143,12 +150,3 @@ class _AdaptedWeight:
             W = self._applied(W, start, stop)
             pieces.append(W.T @ x[start:stop] if self._turned else W @ x)
         return torch.stack(pieces).sum(0) if self._turned else torch.cat(pieces)
-
-
-def _stored(job: MatchedChange, factors: Factors, dtype: str | None) -> tuple[Tensor, Tensor]:
-    """Return B and A as they will be stored: rounded once, and of rank 1 if nothing is left."""
-    B, A = factors.B, factors.A
-    if not factors.rank:
-        B, A = B.new_zeros(len(B), 1), A.new_zeros(1, A.shape[1])
-    stored = TORCH[dtype or "F32"]
-    return rounded(B.double(), stored, job.name), rounded(A.double(), stored, job.name)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from ..errors import Fault
 from ..naming.families import HEAD_TOPS, INNER, RENAMED, TABLES
@@ -17,30 +16,16 @@ from ..plan.options import Options
 from ..plan.shapes import is_conv1d
 from ..storage.checkpoint import Checkpoint
 from ..storage.safetensors import FLOATS, StoredTensor
-from .jobs import HELD
+from .jobs import HELD, Job
 
 
 @dataclass(frozen=True)
-class Pair:
-    """One weight before and after fine-tuning."""
+class Pair(Job):
+    """One weight before and after fine-tuning: the inputs."""
 
-    name: str
-    base: StoredTensor
-    tuned: StoredTensor
     transposed: bool
     """True if the weight is stored as (in, out), like embeddings and GPT-2's Conv1D."""
-    cost: int
-    embedding: bool = False
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes read."""
-        return self.base.nbytes + self.tuned.nbytes
-
-    @property
-    def reads(self) -> tuple[Path, ...]:
-        """The files of both weights."""
-        return (self.base.path, self.tuned.path)
+    embedding: bool
 
 
 @dataclass
@@ -124,7 +109,7 @@ class DifferenceSorter:
             return True
         turned = table or is_conv1d(name, self._types)
         cost = self._held * after.numel + (16 << 20)
-        self._sorted.pairs.append(Pair(name, before, after, turned, cost, embedding=table))
+        self._sorted.pairs.append(Pair(name, (before, after), cost, turned, embedding=table))
         return True
 
     def _rest(self, name: str) -> None:

@@ -144,7 +144,7 @@ class _Extraction(Fitter):
         pairs, whole = self.differences.pairs, self.differences.whole
         size = sum(tensor.nbytes for tensor in whole.values())
         for pair in pairs:
-            rows, columns = pair.base.matrix
+            rows, columns = pair.inputs[0].matrix
             rank = min(self.goal.get("rank", rows), rows, columns)
             size += 4 * rank * (rows + columns) + 4 * max(rows, columns)
         words = [*goal_words(self.goal), "--kind", kind]
@@ -193,7 +193,7 @@ class _Extraction(Fitter):
             targets.append(pair.name.rpartition(".")[0])
         changes += [Change(name, Full(value)) for name, value in self.differences.whole.items()]
         architectures = (self.tuned.config or {}).get("architectures")
-        source, base_model = self.base.source, self.session.base_model
+        source, base_model = self.base.source, self.session.settings.base_model
         adapter = NewAdapter(
             tuple(changes),
             base=base_model or source.repo,
