@@ -31,7 +31,7 @@ from ..output.card import NAME, Facts, inherited, metadata_of, pipeline_of, rend
 from ..output.folder import OutputFolder
 from ..output.side_files import tokenizer_files
 from ..settings import Settings
-from ..sizes import format_size
+from ..sizes import format_size, peak_memory
 from ..storage.filenames import JOURNAL, SPOOL
 from ..storage.journal import Journal
 from ..storage.json_files import Real
@@ -56,21 +56,10 @@ class Fitted:
     facts: Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class FittingRun:
-    """A finished run."""
-
-    results: Mapping[str, Result]
-    spec: ComputeSpec
-    resumed: bool
-    written: int
-    """Bytes of the new adapters' tensors."""
-
-
 def run_plan(
     plan: FittingPlan, folder: OutputFolder, settings: Settings, reader: Reader, *, fit: FitJob, assemble: Assemble
-) -> FittingRun:
-    """Fit the modules of a plan, and publish the adapters.
+) -> tuple[dict[str, Result], dict[str, Any]]:
+    """Fit the modules of a plan, and publish the adapters; return the results, and fields of the report.
 
     Raises UsageError for a device or a budget that does not suffice, NumericalError for NaN, Inf and
     overflow, OutputError for a full disk. OUT does not exist then.
@@ -95,7 +84,8 @@ def run_plan(
             written = sum(run.write(where, plan.format.save(adapter), folder) for where, adapter in adapters_out)
             _put_side_files(plan, folder, settings)
         folder.publish()
-    return FittingRun(results, spec, resumed, written)
+    facts = {"device": str(spec.device), "compute_dtype": spec.compute_name, "peak_memory_bytes": peak_memory()}
+    return results, {**facts, "bytes_written": written, "resumed": resumed}
 
 
 class FittedLine(msgspec.Struct, frozen=True):

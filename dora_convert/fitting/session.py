@@ -25,7 +25,6 @@ from ..plan.plan import Plan
 from ..plan.planner import make_plan
 from ..reports.fitting import FittedModule, MadeDryRun, MadeReport
 from ..settings import MAX_MEMORY, Settings
-from ..sizes import peak_memory
 from ..sources.inputs import doubts, open_inputs
 from ..sources.prefetch import reading
 from ..sources.session import Session, open_session
@@ -142,11 +141,11 @@ class FittingSession:
 
             fit = fitter.load()
         with reading(plan.bases, plan.needs, self.session) as reader:
-            run = run_plan(plan, self.folder, settings, reader, fit=fit, assemble=fitter.assemble)
-        details |= fitter.conclude(run.results)
+            results, fields = run_plan(plan, self.folder, settings, reader, fit=fit, assemble=fitter.assemble)
+        details |= fitter.conclude(results)
         if pushed := push_output(self.folder.given, self.target, settings):
             details["pushed"] = asdict(pushed)
-        facts = {name: result.facts for name, result in run.results.items()}
+        facts = {name: result.facts for name, result in results.items()}
         return MadeReport(
             modules=tuple(
                 FittedModule(
@@ -155,12 +154,8 @@ class FittingSession:
                 for name, fact in facts.items()
             ),
             relative_error=error_of(facts.values()),
-            device=str(run.spec.device),
-            compute_dtype=run.spec.compute_name,
-            bytes_written=run.written,
-            peak_memory_bytes=peak_memory(),
-            resumed=run.resumed,
             details=details,
+            **fields,
             **self._facts(plan),
         )
 

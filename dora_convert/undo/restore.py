@@ -14,7 +14,7 @@ from ..errors import Fault, RefError, VerificationError
 from ..output.finished import TensorResult, copied_name
 from ..output.side_files import SideFile
 from ..plan.item import Item
-from ..reports.merge import MergeReport, Recovered, UnmergeReport
+from ..reports.merge import Recovered, UnmergeReport
 from ..settings import Settings
 from ..storage.reader import Digest, Reader
 from .expected_base import RecoveryCheck
@@ -72,11 +72,21 @@ def restore(
         for file in (*files, *later(finished.progress.done)):
             output.put(file.name, file.source)
         resumed = bool(unfinished and unfinished.lines)
-        report = MergeReport.of(
-            plan, settings, out=output.given, spec=spec, verdict=verdict, written=finished.written, resumed=resumed
+        report = UnmergeReport.of(
+            plan,
+            settings,
+            out=output.given,
+            spec=spec,
+            verdict=verdict,
+            bytes_written=finished.written,
+            resumed=resumed,
+            command="unmerge",
+            base=reversal.record.receipt.base.title,
+            merged=plan.base.source.address,
+            undo=reversal.record.options.undo,
+            exact={"tensors": len(modules), "bit_exact": sum(module.bit_exact for module in modules)},
+            modules=tuple(modules),
         )
-        base, undo = reversal.record.receipt.base.title, reversal.record.options.undo
-        report = UnmergeReport.of_run(report, base=base, undo=undo, modules=modules)
         output.publish(report.to_dict(), left_over(plan.base, reversal.record, files))
     return report
 

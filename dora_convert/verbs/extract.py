@@ -15,7 +15,7 @@ from ..adapters.new_adapter import NewAdapter
 from ..adapters.updates import Decomposed, Full, LowRank
 from ..errors import PlanError, UnsupportedError
 from ..fitting.jobs import FittingPlan, Result, goal_words, parse_goal
-from ..fitting.pairs import Differences, DifferenceSorter, model_names, short_names
+from ..fitting.pairs import Differences, model_names, short_names
 from ..fitting.session import Fitter, FittingSession
 from ..lazy_imports import without_collections
 from ..options import ExtractOptions, takes
@@ -62,7 +62,7 @@ def extract(
     with FittingSession.begin(out, options) as session:
         before, after = _open(session, base, tuned)
         names = None if options["dry_run"] else _differing(before, after, session)
-        differences = DifferenceSorter(
+        differences = Differences(
             before,
             after,
             names,
@@ -70,7 +70,7 @@ def extract(
             embeddings=options["embeddings"],
             kind=options["kind"],
             single=session.single,
-        ).run()
+        )
         _check(differences, session, after)
         fitter = _Extraction(
             session=session, base=before, tuned=after, differences=differences, options=options, goal=goal
