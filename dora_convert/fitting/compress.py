@@ -20,8 +20,6 @@ from ..maths.svd import BLOCK, Factors, compared, resize, squared, truncated_svd
 from .jobs import MatchedChange
 from .run import Fitted, rounded
 
-Rows = Callable[[slice], Tensor]
-
 SAME = 1e-6
 """A DoRA whose m/‖V‖ differ from 1 by at most this is a LoRA: float32 magnitudes are no more exact."""
 EXACT = 1e-6
@@ -61,7 +59,8 @@ def compress(
         return left[block] @ right if change is None else change[block].to(weight.like)
 
     lost = weight.lost(rows, B.to(weight.like), A.to(weight.like))
-    inputs = weight.inputs
+    shape = job.item.source.shape
+    inputs = shape[:1] if job.edit.transposed else shape[1:]  # of A: (in, …)
     tensors = {"A": A.view(-1, *inputs), "B": B.view(*B.shape, *[1] * (len(inputs) - 1))}
     if bias := biases.get(job.name.rpartition(".")[0]):
         tensors["b"] = (bias.scale * buffers.whole(bias.value)).flatten().to(TORCH[dtype or "F32"])
@@ -83,12 +82,6 @@ class _AdaptedWeight:
         self._operand, self._values = LoadedEdit.load(job.edit, buffers), SourceValues(job.item, buffers)
         self.like = torch.empty(0, dtype=buffers.spec.compute, device=buffers.spec.device)
         measure(self._item, [self._operand], self._values, buffers)
-
-    @property
-    def inputs(self) -> tuple[int, ...]:
-        """The shape of a row of A: (in, …)."""
-        shape = self._item.source.shape
-        return (shape[0],) if self._turned else shape[1:]
 
     def change(self, dtype: torch.dtype) -> Tensor | None:
         """Return ΔW (out, in), rounded to `dtype` after the subtraction; None if ΔW is s·BA by definition."""
@@ -128,7 +121,7 @@ class _AdaptedWeight:
         s = self._job.edit.low.scale
         return (s * right.T, left.T) if self._turned else (s * left, right)
 
-    def lost(self, rows: Rows, B: Tensor, A: Tensor) -> dict[str, float]:
+    def lost(self, rows: Callable[[slice], Tensor], B: Tensor, A: Tensor) -> dict[str, float]:
         """Return ‖ΔW‖² and BA's loss of it; the same of W'x for random x, unless the loss is rounding."""
         lost, change = compared(rows, B, A)
         facts = {"change": change, "lost": lost, "output": 0.0, "output_lost": 0.0}

@@ -14,7 +14,7 @@ from ..engine.precision import TORCH
 from ..errors import NumericalError
 from ..maths import lora as maths
 from ..maths.dora_fit import extract_dora
-from ..maths.svd import compared, squared, truncated_svd
+from ..maths.svd import compared, truncated_svd
 from ..plan.item import spans
 from ..storage.reader import Reader
 from ..storage.safetensors import BITS, FLOATS, StoredTensor
@@ -66,15 +66,14 @@ def extract_module(
         facts = {"rank": factors.rank, "change": change, "lost": lost, **ranks_for(factors)}
         return Fitted({"A": A, "B": B} if factors.rank else {}, facts)
     W, tuned = (_matrix(stored, buffers, working, transposed=job.transposed) for stored in job.inputs)
-    dora = extract_dora(W, tuned, exact=exact, **goal)
-    B, A = (rounded(x, dtype, job.name) for x in (dora.B, dora.A))
-    m, lost, change = _measured(W, tuned, B.to(wide), A.to(wide))
-    facts = {"rank": dora.rank, "change": change, "lost": lost, "converged": dora.converged, "steps": dora.steps}
+    dora = extract_dora(W, tuned, exact=exact, store=lambda x: rounded(x, dtype, job.name), **goal)
+    facts = {"rank": dora.rank, "change": dora.change**2, "lost": (dora.delta_error * dora.change) ** 2}
+    facts |= {"converged": dora.converged, "steps": dora.steps}
     if not dora.rank:
         return Fitted({}, facts)
     del W, tuned
     facts["lora_error"] = truncated_svd(_difference(job, buffers, working), rank=dora.rank, exact=exact).error
-    return Fitted({"A": A, "B": B, "m": m}, facts)
+    return Fitted({"A": dora.A, "B": dora.B, "m": dora.m.float()}, facts)
 
 
 def _matrix(stored: StoredTensor, buffers: DeviceBuffers, dtype: torch.dtype, *, transposed: bool) -> Tensor:
@@ -97,17 +96,3 @@ def _difference(job: Pair, buffers: DeviceBuffers, dtype: torch.dtype) -> Tensor
     if not maths.all_finite(D):
         raise NumericalError(f"{job.name} holds NaN or Inf in BASE or TUNED.", hint="a file is damaged")
     return D.T if job.transposed else D
-
-
-def _measured(W: Tensor, tuned: Tensor, B: Tensor, A: Tensor) -> tuple[Tensor, float, float]:
-    """Return m for the stored factors by least squares, ⟨W', V⟩/‖V‖, the squared loss, and ‖W' − W‖²."""
-    blocks, lost, change = [], 0.0, 0.0
-    for start, stop in spans(*W.shape):
-        before, after = W[start:stop].to(B), tuned[start:stop].to(B)
-        change += squared(after - before)
-        V = before + B[start:stop] @ A
-        n = maths.norms(V, 1)
-        m = ((after * V).sum(1) / n).nan_to_num(0.0).float()
-        blocks.append(m)
-        lost += squared(after - maths.rescale_(V, m.to(B), n, axis=1).nan_to_num(0.0))
-    return torch.cat(blocks), lost, change

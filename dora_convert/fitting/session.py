@@ -77,10 +77,9 @@ class FittingSession:
     @contextmanager
     def begin(cls, out: PathLike, options: FittingOptions, ignore_field: Sequence[str] = ()) -> Iterator[Self]:
         """Check everything that can be checked before an input is opened; yield the session."""
-        compute, budget = options["compute_dtype"], options["max_memory"]
         selection = parse_options(
             dtype=options["dtype"],
-            compute_dtype=compute,
+            compute_dtype=options["compute_dtype"],
             include=options["include"],
             exclude=options["exclude"],
             ignore_field=ignore_field,
@@ -88,8 +87,8 @@ class FittingSession:
         target = PushTarget.parse(options)
         settings = Settings.parse(
             options,
-            MAX_MEMORY if budget == "auto" else budget,
-            compute_dtype=compute,
+            MAX_MEMORY if options["max_memory"] == "auto" else options["max_memory"],
+            compute_dtype=options["compute_dtype"],
             verify=False,
             base_model=options["base_model"],
         )

@@ -25,13 +25,11 @@ class FittedModule:
 class FittingReport(Report):
     """The fields that a run of a plan and its dry run share."""
 
-    command: str
     base: str
     input: str
     out: str
     format: str
     warnings: tuple[str, ...]
-    seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)

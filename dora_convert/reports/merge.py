@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 class PlanReport(Report):
     """The fields that a run of a plan and its dry run share."""
 
-    command: str
     base: str
     adapters: tuple[str, ...]
     out: str
@@ -37,7 +36,6 @@ class PlanReport(Report):
     warnings: tuple[str, ...]
     left_behind: tuple[str, ...]
     """Files of the base that are not copied."""
-    seconds: float
 
 
 def _common(plan: Plan, settings: Settings, out: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 
@@ -71,24 +71,23 @@ def restore(
         modules = _prove_or_discard(reversal, finished.progress.done, copied, output)
         for file in (*files, *later(finished.progress.done)):
             output.put(file.name, file.source)
-        resumed = bool(unfinished and unfinished.lines)
-        report = UnmergeReport.of(
-            plan,
-            settings,
-            out=output.given,
-            spec=spec,
-            verdict=verdict,
-            bytes_written=finished.written,
-            resumed=resumed,
-            command="unmerge",
-            base=reversal.record.receipt.base.title,
-            merged=plan.base.source.address,
-            undo=reversal.record.options.undo,
-            exact={"tensors": len(modules), "bit_exact": sum(module.bit_exact for module in modules)},
-            modules=tuple(modules),
-        )
+        fields = _fields(reversal, modules)
+        fields |= {"bytes_written": finished.written, "resumed": bool(unfinished and unfinished.lines)}
+        report = UnmergeReport.of(plan, settings, out=output.given, spec=spec, verdict=verdict, **fields)
         output.publish(report.to_dict(), left_over(plan.base, reversal.record, files))
     return report
+
+
+def _fields(reversal: UnmergePlan, modules: Sequence[Recovered]) -> dict[str, Any]:
+    """Return the fields of the report that a merge's report lacks or fills otherwise."""
+    return {
+        "command": "unmerge",
+        "base": reversal.record.receipt.base.title,
+        "merged": reversal.plan.base.source.address,
+        "undo": reversal.record.options.undo,
+        "exact": {"tensors": len(modules), "bit_exact": sum(module.bit_exact for module in modules)},
+        "modules": tuple(modules),
+    }
 
 
 def _copied(reversal: UnmergePlan, hub: Transfers | None) -> Proofs:
