@@ -77,7 +77,7 @@ def run_plan(
         end = max((tensor.end for line in lines.values() for tensor in line.tensors.values()), default=0)
         with closing(Spool(folder.state / SPOOL, end)) as spool:
             with closing(Journal(folder.state / JOURNAL, key, unfinished)) as journal:
-                run = _Run(plan, settings, reader, spool, journal, lines)
+                run = _Run(plan, settings, reader, spool=spool, journal=journal, lines=lines)
                 run.execute(fit, spec)
             results = {job.name: _result(lines[job.name], spool) for job in plan.jobs}
             adapters_out = assemble(results).items()
