@@ -29,15 +29,7 @@ PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out
 """
 
 
-def sync(folder: Path) -> None:
-    for path in folder.iterdir():
-        if path.is_file():
-            descriptor = os.open(path, os.O_RDWR)
-            os.fsync(descriptor)
-            os.close(descriptor)
-
-
-def run(command: list[str], out: Path, *, synced: bool = False) -> tuple[float, int]:
+def run(command: list[str], out: Path) -> tuple[float, int]:
     """Run one process and return its seconds and its peak resident bytes."""
     shutil.rmtree(out, ignore_errors=True)
     started = time.perf_counter()
@@ -46,8 +38,6 @@ def run(command: list[str], out: Path, *, synced: bool = False) -> tuple[float, 
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         sys.exit(f"{command} failed: {message.decode()}")
-    if synced:
-        sync(out)
     return time.perf_counter() - started, usage.ru_maxrss * 1024
 
 
@@ -71,14 +61,12 @@ def main() -> None:
     if not (chosen.folder / "qv").exists():
         subprocess.run([sys.executable, str(HERE / "synthetic.py"), str(chosen.folder)], check=True)
     out = chosen.folder / "out"
-    for path in (chosen.folder / "base").glob("*.safetensors"):
-        with path.open("rb") as file:  # into the page cache
-            while file.read(1 << 24):
-                pass
+    base = chosen.folder / "base"
+    subprocess.run(["cat", *base.glob("*.safetensors")], stdout=subprocess.DEVNULL, check=True)  # into the page cache
     seconds: dict[str, list[float]] = {}
     peak: dict[str, int] = {}
     for number in range(chosen.rounds):
-        copied, _ = run(["cp", "-r", str(chosen.folder / "base"), str(out)], out, synced=True)
+        copied, _ = run(["sh", "-c", 'cp -r "$0" "$1" && sync "$1"/*', str(base), str(out)], out)
         seconds.setdefault("cp", []).append(copied)
         for name, command in commands(chosen.folder, out, peft=not chosen.skip_peft).items():
             took, held = run(command, out)

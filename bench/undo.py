@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
+from merge import run
 from safetensors import safe_open
 
 from dora_convert.settings import format_size
@@ -51,11 +50,8 @@ def main() -> None:
 
 
 def timed(verb: str, *words: object) -> float:
-    """Return the seconds of one command, start and end of the process included."""
-    command = [sys.executable, "-m", "dora_convert", verb, *map(str, words), "--overwrite", "--quiet"]
-    start = time.perf_counter()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return time.perf_counter() - start
+    """Return the seconds of one command, start and end of the process included; the third word is OUT."""
+    return run([sys.executable, "-m", "dora_convert", verb, *map(str, words[:3]), *words[3:], "-q"], Path(words[2]))[0]
 
 
 def lost(base: Path, again: Path) -> int:

@@ -20,8 +20,6 @@ from ..maths.svd import BLOCK, Factors, compared, resize, squared, truncated_svd
 from .jobs import MatchedChange
 from .run import Fitted, rounded
 
-Rows = Callable[[slice], Tensor]
-
 SAME = 1e-6
 """A DoRA whose m/‖V‖ differ from 1 by at most this is a LoRA: float32 magnitudes are no more exact."""
 EXACT = 1e-6
@@ -51,20 +49,28 @@ def compress(
         factors = resize(left, right, **goal)
     else:
         factors = truncated_svd(change, exact=exact, **goal)
-    B, A = _stored(job, factors, dtype)
+    B, A = factors.B, factors.A
+    if not factors.rank:
+        B, A = B.new_zeros(len(B), 1), A.new_zeros(1, A.shape[1])
+    B, A = (rounded(x, dtype, job.name) for x in (B, A))
 
     def rows(block: slice) -> Tensor:
         """Return rows of ΔW."""
         return left[block] @ right if change is None else change[block].to(weight.like)
 
-    facts: dict[str, Any] = weight.lost(rows, B.to(weight.like), A.to(weight.like))
-    facts |= {"rank": A.shape[0], "known": len(factors.S), "complete": factors.exact}
-    facts |= {"one_percent": factors.rank_for(0.01), "one_permille": factors.rank_for(0.001)}
-    inputs = weight.inputs
-    tensors = {"A": A.view(A.shape[0], *inputs), "B": B.view(*B.shape, *[1] * (len(inputs) - 1))}
+    lost = weight.lost(rows, B.to(weight.like), A.to(weight.like))
+    shape = job.item.source.shape
+    inputs = shape[:1] if job.edit.transposed else shape[1:]  # of A: (in, …)
+    tensors = {"A": A.view(-1, *inputs), "B": B.view(*B.shape, *[1] * (len(inputs) - 1))}
     if bias := biases.get(job.name.rpartition(".")[0]):
         tensors["b"] = (bias.scale * buffers.whole(bias.value)).flatten().to(TORCH[dtype or "F32"])
-    return Fitted(tensors, facts)
+    return Fitted(tensors, {"rank": len(A), **lost, **ranks_for(factors)})
+
+
+def ranks_for(factors: Factors) -> dict[str, int | None]:
+    """Return the ranks that smaller errors would need, and the number of singular values computed."""
+    errors = {"one_percent": factors.rank_for(0.01), "one_permille": factors.rank_for(0.001)}
+    return {**errors, "known": len(factors.S)}
 
 
 class _AdaptedWeight:
@@ -76,12 +82,6 @@ class _AdaptedWeight:
         self._operand, self._values = LoadedEdit.load(job.edit, buffers), SourceValues(job.item, buffers)
         self.like = torch.empty(0, dtype=buffers.spec.compute, device=buffers.spec.device)
         measure(self._item, [self._operand], self._values, buffers)
-
-    @property
-    def inputs(self) -> tuple[int, ...]:
-        """The shape of a row of A: (in, …)."""
-        shape = self._item.source.shape
-        return (shape[0],) if self._turned else shape[1:]
 
     def change(self, dtype: torch.dtype) -> Tensor | None:
         """Return ΔW (out, in), rounded to `dtype` after the subtraction; None if ΔW is s·BA by definition."""
@@ -121,7 +121,7 @@ class _AdaptedWeight:
         s = self._job.edit.low.scale
         return (s * right.T, left.T) if self._turned else (s * left, right)
 
-    def lost(self, rows: Rows, B: Tensor, A: Tensor) -> dict[str, float]:
+    def lost(self, rows: Callable[[slice], Tensor], B: Tensor, A: Tensor) -> dict[str, float]:
         """Return ‖ΔW‖² and BA's loss of it; the same of W'x for random x, unless the loss is rounding."""
         lost, change = compared(rows, B, A)
         facts = {"change": change, "lost": lost, "output": 0.0, "output_lost": 0.0}
@@ -143,12 +143,3 @@ class _AdaptedWeight:
             W = self._applied(W, start, stop)
             pieces.append(W.T @ x[start:stop] if self._turned else W @ x)
         return torch.stack(pieces).sum(0) if self._turned else torch.cat(pieces)
-
-
-def _stored(job: MatchedChange, factors: Factors, dtype: str | None) -> tuple[Tensor, Tensor]:
-    """Return B and A as they will be stored: rounded once, and of rank 1 if nothing is left."""
-    B, A = factors.B, factors.A
-    if not factors.rank:
-        B, A = B.new_zeros(len(B), 1), A.new_zeros(1, A.shape[1])
-    stored = TORCH[dtype or "F32"]
-    return rounded(B.double(), stored, job.name), rounded(A.double(), stored, job.name)

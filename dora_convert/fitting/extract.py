@@ -14,10 +14,11 @@ from ..engine.precision import TORCH
 from ..errors import NumericalError
 from ..maths import lora as maths
 from ..maths.dora_fit import extract_dora
-from ..maths.svd import Factors, compared, squared, truncated_svd
+from ..maths.svd import compared, truncated_svd
 from ..plan.item import spans
 from ..storage.reader import Reader
 from ..storage.safetensors import BITS, FLOATS, StoredTensor
+from .compress import ranks_for
 from .pairs import Pair
 from .run import Fitted, rounded
 
@@ -56,64 +57,42 @@ def extract_module(
     dtype: str | None,
 ) -> Fitted:
     """Return the factors of TUNED − BASE (and m, for a DoRA), and their loss; none for no difference."""
-    working = torch.float32 if single else buffers.spec.compute
-    stored, wide = TORCH[dtype or "F32"], buffers.spec.compute
+    working, wide = torch.float32 if single else buffers.spec.compute, buffers.spec.compute
     if kind == "lora":
         D = _difference(job, buffers, working)
         factors = truncated_svd(D, exact=exact, **goal)
-        B, A = (rounded(x.to(wide), stored, job.name) for x in (factors.B, factors.A))
+        B, A = (rounded(x, dtype, job.name) for x in (factors.B, factors.A))
         lost, change = compared(lambda rows: D[rows].to(wide), B.to(wide), A.to(wide))
-        facts = {"rank": factors.rank, "change": change, "lost": lost, **_ranks(factors)}
+        facts = {"rank": factors.rank, "change": change, "lost": lost, **ranks_for(factors)}
         return Fitted({"A": A, "B": B} if factors.rank else {}, facts)
-    W, tuned = _matrix(job.base, buffers, working, job), _matrix(job.tuned, buffers, working, job)
-    dora = extract_dora(W, tuned, exact=exact, **goal)
-    B, A = (rounded(x.to(wide), stored, job.name) for x in (dora.B, dora.A))
-    m, lost, change = _measured(W, tuned, B.to(wide), A.to(wide))
-    facts = {"rank": dora.rank, "change": change, "lost": lost}
+    W, tuned = (_matrix(stored, buffers, working, transposed=job.transposed) for stored in job.inputs)
+    dora = extract_dora(W, tuned, exact=exact, store=lambda x: rounded(x, dtype, job.name), **goal)
+    facts = {"rank": dora.rank, "change": dora.change**2, "lost": (dora.delta_error * dora.change) ** 2}
     facts |= {"converged": dora.converged, "steps": dora.steps}
     if not dora.rank:
         return Fitted({}, facts)
     del W, tuned
     facts["lora_error"] = truncated_svd(_difference(job, buffers, working), rank=dora.rank, exact=exact).error
-    return Fitted({"A": A, "B": B, "m": m}, facts)
+    return Fitted({"A": dora.A, "B": dora.B, "m": dora.m.float()}, facts)
 
 
-def _ranks(factors: Factors) -> dict[str, Any]:
-    """Return the ranks that smaller errors would need."""
-    ranks = {"one_percent": factors.rank_for(0.01), "one_permille": factors.rank_for(0.001)}
-    return {**ranks, "known": len(factors.S)}
-
-
-def _matrix(stored: StoredTensor, buffers: DeviceBuffers, dtype: torch.dtype, job: Pair) -> Tensor:
+def _matrix(stored: StoredTensor, buffers: DeviceBuffers, dtype: torch.dtype, *, transposed: bool) -> Tensor:
     """Return a weight as (out, in); NumericalError for NaN and Inf."""
     matrix = torch.empty(stored.matrix, dtype=dtype, device=buffers.spec.device)
     for start, stop in spans(*stored.matrix):
         matrix[start:stop] = buffers.raw(stored, start, stop).to(buffers.spec.device)
     if not maths.all_finite(matrix):
         raise NumericalError(f"{stored.name} of {stored.path.name} holds NaN or Inf.", hint="the file is damaged")
-    return matrix.T if job.transposed else matrix
+    return matrix.T if transposed else matrix
 
 
 def _difference(job: Pair, buffers: DeviceBuffers, dtype: torch.dtype) -> Tensor:
     """Return TUNED − BASE as (out, in): subtracted in the compute dtype, then rounded to `dtype`."""
-    D = torch.empty(job.base.matrix, dtype=dtype, device=buffers.spec.device)
-    for start, stop in spans(*job.base.matrix):
-        W = buffers.computed(buffers.raw(job.base, start, stop))
-        D[start:stop] = buffers.computed(buffers.raw(job.tuned, start, stop)) - W
+    base, tuned = job.inputs
+    D = torch.empty(base.matrix, dtype=dtype, device=buffers.spec.device)
+    for start, stop in spans(*base.matrix):
+        W = buffers.computed(buffers.raw(base, start, stop))
+        D[start:stop] = buffers.computed(buffers.raw(tuned, start, stop)) - W
     if not maths.all_finite(D):
         raise NumericalError(f"{job.name} holds NaN or Inf in BASE or TUNED.", hint="a file is damaged")
     return D.T if job.transposed else D
-
-
-def _measured(W: Tensor, tuned: Tensor, B: Tensor, A: Tensor) -> tuple[Tensor, float, float]:
-    """Return m for the stored factors by least squares, ⟨W', V⟩/‖V‖, the squared loss, and ‖W' − W‖²."""
-    blocks, lost, change = [], 0.0, 0.0
-    for start, stop in spans(*W.shape):
-        before, after = W[start:stop].to(B), tuned[start:stop].to(B)
-        change += squared(after - before)
-        V = before + B[start:stop] @ A
-        n = maths.norms(V, 1)
-        m = ((after * V).sum(1) / n).nan_to_num(0.0).float()
-        blocks.append(m)
-        lost += squared(after - maths.rescale_(V, m.to(B), n, axis=1).nan_to_num(0.0))
-    return torch.cat(blocks), lost, change

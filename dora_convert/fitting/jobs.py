@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from ..adapters.adapter import Adapter, Change
 from ..adapters.updates import Decomposed, LowRank, low_rank
@@ -23,24 +23,26 @@ HELD = {"lora": 10, "dora": 16}
 """Copies of a module's matrix that are held at once, in the dtype of the arithmetic."""
 
 
-class Job(Protocol):
+@dataclass(frozen=True)
+class Job:
     """One module's part of a new adapter."""
 
-    @property
-    def name(self) -> str:
-        """The module's name in the adapter; unique among the jobs."""
-
-    @property
-    def cost(self) -> int:
-        """Bytes held while the job runs."""
+    name: str
+    """The weight's name in the adapter; unique among the jobs."""
+    inputs: tuple[StoredTensor, ...]
+    """The tensors of checkpoints that the job reads."""
+    cost: int
+    """Bytes held while the job runs."""
 
     @property
     def nbytes(self) -> int:
         """Bytes read, for the progress bar."""
+        return sum(tensor.nbytes for tensor in self.inputs)
 
     @property
     def reads(self) -> tuple[Path, ...]:
-        """The files of checkpoints that the job reads."""
+        """The files that the job reads."""
+        return tuple(tensor.path for tensor in self.inputs)
 
 
 @dataclass(frozen=True)
@@ -86,50 +88,32 @@ class FittingPlan:
     @property
     def sources(self) -> tuple[Source, ...]:
         """The inputs, in the order of the command line."""
-        others = (self.like.source,) if self.like else ()
-        return (*(base.source for base in self.bases), *others)
+        return (*(base.source for base in self.bases), *([self.like.source] if self.like else []))
 
 
 @dataclass(frozen=True)
-class MatchedChange:
+class MatchedChange(Job):
     """A change that has factors, and the tensor of the base that the change is for."""
 
     change: Change
     item: Item
     edit: Edit
-    cost: int
-
-    @property
-    def name(self) -> str:
-        """The weight's name in the adapter."""
-        return self.change.target
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes read from the base."""
-        return self.item.source.nbytes
-
-    @property
-    def reads(self) -> tuple[Path, ...]:
-        """The base's file with the weight."""
-        return (self.item.source.path,)
 
 
 def parse_goal(options: GoalOptions) -> dict[str, Any]:
     """Return the given one of rank, energy and max_error; UsageError for none or several."""
-    rank = options["rank"]
-    shares = {"energy": options["energy"], "max_error": options["max_error"]}
-    goal = {name: value for name, value in {"rank": rank, **shares}.items() if value is not None}
+    every = {"rank": options["rank"], "energy": options["energy"], "max_error": options["max_error"]}
+    goal = {name: value for name, value in every.items() if value is not None}
     if len(goal) != 1:
         raise UsageError(
             f"{'More than one' if goal else 'None'} of --rank, --energy and --max-error is given; "
             "exactly one is needed.",
             hint="such as --rank 32, --energy 0.99 or --max-error 0.01",
         )
-    if rank is not None and (not isinstance(rank, Integral) or rank < 1):
-        raise UsageError(f"--rank {rank}: a rank is a whole number, 1 or more.")
-    for name, value in shares.items():
-        if value is not None and (not isinstance(value, Real) or not 0 < value < 1):
+    for name, value in goal.items():
+        if name == "rank" and (not isinstance(value, Integral) or value < 1):
+            raise UsageError(f"--rank {value}: a rank is a whole number, 1 or more.")
+        if name != "rank" and (not isinstance(value, Real) or not 0 < value < 1):
             raise UsageError(f"--{name.replace('_', '-')} {value}: a share lies between 0 and 1.")
     return goal
 
@@ -154,7 +138,7 @@ def match_changes(
         if not isinstance(change.update, LowRank | Decomposed):
             others.append(change)
         elif slot := slots.get(low_rank(change.update).A.name):
-            matched.append(MatchedChange(change, *slot, cost(*slot)))
+            matched.append(MatchedChange(change.target, (slot[0].source,), cost(*slot), change, *slot))
         else:
             unmatched.append(change)
     return matched, unmatched, others
@@ -164,3 +148,9 @@ def modules_besides(plan: Plan, jobs: Collection[MatchedChange]) -> frozenset[st
     """Return the names of the base's modules that none of some jobs fits."""
     adapted = {job.item.name for job in jobs}
     return frozenset(name.rpartition(".")[0] for name in plan.base.tensors if name not in adapted)
+
+
+def error_of(facts: Collection[Mapping[str, Any]], lost: str = "lost", change: str = "change") -> float:
+    """Return the relative error of several modules, √(Σ lost / Σ change); 0 if nothing changes."""
+    total = sum(fact[change] for fact in facts)
+    return float((sum(fact[lost] for fact in facts) / total) ** 0.5) if total else 0.0

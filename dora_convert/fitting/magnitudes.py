@@ -13,9 +13,6 @@ from ..maths import lora as maths
 from .jobs import MatchedChange
 from .run import Fitted
 
-Norms = tuple[Tensor, Tensor]
-"""m and n of a block."""
-
 
 def magnitudes(job: MatchedChange, buffers: DeviceBuffers, *, preserve: bool) -> Fitted:
     """Return m = ‖W + sBA‖ (2), or ‖W‖ without `preserve`, from blocks of rows; stored in float32.
@@ -27,7 +24,7 @@ def magnitudes(job: MatchedChange, buffers: DeviceBuffers, *, preserve: bool) ->
     assert operand.factors
     gram = operand.factors.right(0)
     gram = gram @ gram.T
-    blocks: list[Norms] = []
+    blocks: list[tuple[Tensor, Tensor]] = []  # m and n
     size = 0.0
     for start, stop in spans:
         W = values.block(buffers.raw(job.item.source, start, stop), start, stop)
@@ -51,7 +48,7 @@ def magnitudes(job: MatchedChange, buffers: DeviceBuffers, *, preserve: bool) ->
     return Fitted({"m": stored.view(shape)}, facts)
 
 
-def _gathered(blocks: list[Norms], m: Tensor, n: Tensor, axis: int) -> list[Norms]:
+def _gathered(blocks: list[tuple[Tensor, Tensor]], m: Tensor, n: Tensor, axis: int) -> list[tuple[Tensor, Tensor]]:
     """Return the norms with one more block's: appended along rows, added up along columns."""
     if axis == 1 or not blocks:
         return [*blocks, (m, n)]

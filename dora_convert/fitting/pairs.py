@@ -6,54 +6,26 @@ model.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 from ..errors import Fault
 from ..naming.families import HEAD_TOPS, INNER, RENAMED, TABLES
-from ..naming.ties import Tie, find_tie, is_embedding, is_head
+from ..naming.ties import find_tie, is_embedding, is_head
 from ..plan.options import Options
 from ..plan.shapes import is_conv1d
 from ..storage.checkpoint import Checkpoint
 from ..storage.safetensors import FLOATS, StoredTensor
-from .jobs import HELD
+from .jobs import HELD, Job
 
 
 @dataclass(frozen=True)
-class Pair:
-    """One weight before and after fine-tuning."""
+class Pair(Job):
+    """One weight before and after fine-tuning: the inputs."""
 
-    name: str
-    base: StoredTensor
-    tuned: StoredTensor
     transposed: bool
     """True if the weight is stored as (in, out), like embeddings and GPT-2's Conv1D."""
-    cost: int
-    embedding: bool = False
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes read."""
-        return self.base.nbytes + self.tuned.nbytes
-
-    @property
-    def reads(self) -> tuple[Path, ...]:
-        """The files of both weights."""
-        return (self.base.path, self.tuned.path)
-
-
-@dataclass
-class Differences:
-    """The tensors that differ, by their fate."""
-
-    pairs: list[Pair] = field(default_factory=list)
-    whole: dict[str, StoredTensor] = field(default_factory=dict)
-    """Tensors saved as TUNED has them, by name."""
-    skipped: list[str] = field(default_factory=list)
-    faults: list[Fault] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    keeps_ties: bool = False
+    embedding: bool
 
 
 def model_names(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
@@ -67,8 +39,8 @@ def model_names(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
     return {name if is_head(name) else prefix + name: tensor for name, tensor in checkpoint.tensors.items()}
 
 
-class DifferenceSorter:
-    """Decides the fate of each tensor that differs, or of all tensors if `differing` is None."""
+class Differences:
+    """The tensors that differ, by their fate; all tensors if `differing` is None."""
 
     def __init__(
         self,
@@ -81,25 +53,34 @@ class DifferenceSorter:
         kind: str,
         single: bool,
     ) -> None:
+        self.pairs: list[Pair] = []
+        self.whole: dict[str, StoredTensor] = {}
+        """Tensors saved as TUNED has them, by name."""
+        self.skipped: list[str] = []
+        self.faults: list[Fault] = []
+        self.notes: list[str] = []
+        self.keeps_ties = False
         self._types = base.model_types | tuned.model_types
         self._before, self._after = model_names(base), model_names(tuned)
         self._differing, self._options, self._embeddings = differing, options, embeddings
         self._held = HELD[kind] * (4 if single else 8)
-        self._tie: Tie | None = find_tie(tuned)
-        self._sorted = Differences()
+        self._tie = find_tie(tuned)
         if renamed := sorted(self._types & RENAMED):
-            self._sorted.notes.append(
+            self.notes.append(
                 f"{renamed[0]} checkpoints name tensors otherwise than modules: PEFT may not find all of them"
             )
+        self._sort()
 
-    def run(self) -> Differences:
-        """Return the tensors by their fate; factors come first, because they decide how a bias is saved."""
+    def _sort(self) -> None:
+        """Decide the fate of each tensor; factors come first, because they decide how a bias is saved."""
         names = [name for name in self._after if self._concerns(name)]
         for name in [name for name in names if not self._factored(name)]:
             self._rest(name)
         self._missing()
-        self._close()
-        return self._sorted
+        # PEFT matches modules_to_save with the ends of names: modules that it also finds are saved, too.
+        while modules := self._caught():
+            for module in modules:
+                self._save_module(module)
 
     def _concerns(self, name: str) -> bool:
         """Return True if a tensor may differ and is not left out by name."""
@@ -119,12 +100,12 @@ class DifferenceSorter:
             return False
         if self._is_tied(name) and not self._refused(name):
             why = "is tied to its head: PEFT merges factors of such an embedding wrongly"
-            self._sorted.faults.append(Fault(name, f"{why}; --embeddings full or skip"))
+            self.faults.append(Fault(name, f"{why}; --embeddings full or skip"))
         if self._is_tied(name):
             return True
         turned = table or is_conv1d(name, self._types)
         cost = self._held * after.numel + (16 << 20)
-        self._sorted.pairs.append(Pair(name, before, after, turned, cost, embedding=table))
+        self.pairs.append(Pair(name, (before, after), cost, turned, embedding=table))
         return True
 
     def _rest(self, name: str) -> None:
@@ -134,15 +115,15 @@ class DifferenceSorter:
         table = is_table(name) or is_head(name)
         if resized and not table:
             assert before
-            self._sorted.faults.append(Fault(name, f"is {after.shape} in TUNED and {before.shape} in BASE"))
+            self.faults.append(Fault(name, f"is {after.shape} in TUNED and {before.shape} in BASE"))
         elif self._embeddings == "skip" and before is not None:
             if resized:
                 why = f"has {after.shape[0]} rows in TUNED: its new tokens cannot be left out"
-                self._sorted.faults.append(Fault(name, f"{why}; --embeddings full"))
-            self._sorted.skipped.append(name)
+                self.faults.append(Fault(name, f"{why}; --embeddings full"))
+            self.skipped.append(name)
         else:
             if resized and self._embeddings == "lora":
-                self._sorted.notes.append(f"{name} is saved whole: it has another number of rows than BASE's")
+                self.notes.append(f"{name} is saved whole: it has another number of rows than BASE's")
             self._save(name)
 
     def _save(self, name: str) -> None:
@@ -150,22 +131,22 @@ class DifferenceSorter:
         module, _, leaf = name.rpartition(".")
         parts = [other for other in self._after if other.startswith(f"{module}.")]
         inside = next((other for other in parts if "." in other[len(module) + 1 :]), "")
-        adapted = any(pair.name == f"{module}.weight" for pair in self._sorted.pairs)
+        adapted = any(pair.name == f"{module}.weight" for pair in self.pairs)
         if leaf == "bias" and (adapted or inside):
-            self._sorted.whole[name] = self._after[name]  # a bias may come alone
+            self.whole[name] = self._after[name]  # a bias may come alone
         elif self._refused(name):
             pass
         elif inside:
             why = f"belongs to a module that has others inside, such as {inside}: no adapter holds it"
-            self._sorted.faults.append(Fault(name, f"{why}; --embeddings skip leaves it out"))
+            self.faults.append(Fault(name, f"{why}; --embeddings skip leaves it out"))
         else:
             self._save_module(module)
             if self._tie and self._is_tied(name) and not self._tie.stored:
-                self._sorted.keeps_ties = True
-                self._sorted.whole[self._tie.head] = self._after[name]
+                self.keeps_ties = True
+                self.whole[self._tie.head] = self._after[name]
                 head = self._tie.head.rpartition(".")[0]
                 if bias := self._after.get(f"{head.rpartition('.')[0]}.bias"):  # BERT's is the decoder's, too
-                    self._sorted.whole[f"{head}.bias"] = bias
+                    self.whole[f"{head}.bias"] = bias
 
     def _is_tied(self, name: str) -> bool:
         """Return True for a tied embedding and its head."""
@@ -175,13 +156,13 @@ class DifferenceSorter:
         """Enter a fault for a tensor tied in a way that no adapter holds; return True if one was entered."""
         if not (self._tie and self._tie.refusal and self._is_tied(name)):
             return False
-        self._sorted.faults.append(Fault(name, f"{self._tie.refusal}; --embeddings skip leaves it out"))
+        self.faults.append(Fault(name, f"{self._tie.refusal}; --embeddings skip leaves it out"))
         return True
 
     def _save_module(self, module: str) -> None:
         """Enter all tensors of a module to be saved whole, and none as factors."""
-        self._sorted.whole |= {n: x for n, x in self._after.items() if n.rpartition(".")[0] == module}
-        self._sorted.pairs = [pair for pair in self._sorted.pairs if pair.name.rpartition(".")[0] != module]
+        self.whole |= {n: x for n, x in self._after.items() if n.rpartition(".")[0] == module}
+        self.pairs = [pair for pair in self.pairs if pair.name.rpartition(".")[0] != module]
 
     def _missing(self) -> None:
         """Enter a fault for each weight that only BASE has; buffers and replaced heads may be missing."""
@@ -189,25 +170,17 @@ class DifferenceSorter:
         for name in self._before:
             wanted = name.endswith(".weight") and not is_head(name) and name.partition(".")[0] not in tops
             if name not in self._after and wanted and self._options.selects(name.rpartition(".")[0]):
-                self._sorted.faults.append(Fault(name, "is in BASE and not in TUNED"))
-
-    def _close(self) -> None:
-        """Save modules that PEFT also matches with modules_to_save, whose names match the ends of names."""
-        while modules := self._caught():
-            for module in modules:
-                self._save_module(module)
+                self.faults.append(Fault(name, "is in BASE and not in TUNED"))
 
     def _caught(self) -> set[str]:
         """Return the modules that PEFT would save by mistake."""
-        adapted = {pair.name.rpartition(".")[0] for pair in self._sorted.pairs}
-        saved = {name.rpartition(".")[0] for name in self._sorted.whole} - adapted
-        every = {name.rpartition(".")[0] for name in self._after}
-        return {
-            module
-            for module in every
-            - {name.rpartition(".")[0] for name in self._sorted.whole if name.rpartition(".")[0] in saved}
-            if any(module.endswith(name) for name in saved)
-        }
+        saved = _modules(self.whole) - _modules(pair.name for pair in self.pairs)
+        others = _modules(self._after) - saved
+        return {module for module in others if any(module.endswith(name) for name in saved)}
+
+
+def _modules(names: Iterable[str]) -> set[str]:
+    return {name.rpartition(".")[0] for name in names}
 
 
 def is_table(name: str) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, closing
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ import msgspec
 import torch
 from torch import Tensor
 
+from .. import __version__
 from ..adapters.new_adapter import Files, NewAdapter
 from ..engine.device_buffers import DeviceBuffers
 from ..engine.host_memory import as_bytes
@@ -26,21 +27,19 @@ from ..engine.run import choose_compute, entered, journal_key, resume
 from ..engine.workers import WorkerPool
 from ..errors import NumericalError
 from ..maths import lora as maths
-from ..output.card import NAME
+from ..output.card import NAME, Facts, inherited, metadata_of, pipeline_of, render, source_row
 from ..output.folder import OutputFolder
 from ..output.side_files import tokenizer_files
-from ..settings import Settings, format_size
+from ..settings import Settings, format_size, peak_memory
 from ..storage.filenames import JOURNAL, SPOOL
 from ..storage.journal import Journal
 from ..storage.json_files import Real
 from ..storage.reader import Reader
 from ..storage.safetensors import FLOATS, StoredTensor
 from ..storage.spool import Segment, Spool, SpooledTensor
-from .card import adapter_card_bytes
 from .jobs import FittingPlan, Job, Result
 
 NAMES = {dtype: name for name, dtype in TORCH.items()}
-
 
 FitJob = Callable[[Any, DeviceBuffers], "Fitted"]
 """Fits one job."""
@@ -56,20 +55,10 @@ class Fitted:
     facts: Mapping[str, Any]
 
 
-@dataclass
-class FittingRun:
-    """A finished run."""
-
-    results: Mapping[str, Result]
-    spec: ComputeSpec
-    resumed: bool
-    written: int
-
-
 def run_plan(
     plan: FittingPlan, folder: OutputFolder, settings: Settings, reader: Reader, *, fit: FitJob, assemble: Assemble
-) -> FittingRun:
-    """Fit the modules of a plan, and publish the adapters.
+) -> tuple[dict[str, Result], dict[str, Any]]:
+    """Fit the modules of a plan, and publish the adapters; return the results, and fields of the report.
 
     Raises UsageError for a device or a budget that does not suffice, NumericalError for NaN, Inf and
     overflow, OutputError for a full disk. OUT does not exist then.
@@ -82,19 +71,20 @@ def run_plan(
         terms = {**plan.terms, "command": plan.command, "format": plan.format.NAME, "dtype": plan.dtype}
         key = journal_key(spec, folder.identity(plan.bases), adapters=adapters, **terms)
         unfinished = resume(folder, key, [], lambda: True, FittedLine)
-        lines = unfinished.lines if unfinished else []
-        with ExitStack() as stack:
-            run = _Run(plan, settings, reader, {line.made: line for line in lines})
-            run.spool = stack.enter_context(closing(Spool(folder.state / SPOOL, run.end)))
-            with closing(Journal(folder.state / JOURNAL, key, unfinished)) as run.journal:
+        lines = {line.made: line for line in unfinished.lines} if unfinished else {}
+        resumed = bool(lines)
+        end = max((tensor.end for line in lines.values() for tensor in line.tensors.values()), default=0)
+        with closing(Spool(folder.state / SPOOL, end)) as spool:
+            with closing(Journal(folder.state / JOURNAL, key, unfinished)) as journal:
+                run = _Run(plan, settings, reader, spool=spool, journal=journal, lines=lines)
                 run.execute(fit, spec)
-            results = run.results()
-            written = sum(
-                run.write(where, plan.format.save(adapter), folder) for where, adapter in assemble(results).items()
-            )
+            results = {job.name: _result(lines[job.name], spool) for job in plan.jobs}
+            adapters_out = assemble(results).items()
+            written = sum(run.write(where, plan.format.save(adapter), folder) for where, adapter in adapters_out)
             _put_side_files(plan, folder, settings)
         folder.publish()
-    return FittingRun(results, spec, bool(lines), written)
+    facts = {"device": str(spec.device), "compute_dtype": spec.compute_name, "peak_memory_bytes": peak_memory()}
+    return results, {**facts, "bytes_written": written, "resumed": resumed}
 
 
 class FittedLine(msgspec.Struct, frozen=True):
@@ -118,17 +108,12 @@ class _Run:
     plan: FittingPlan
     settings: Settings
     reader: Reader
+    spool: Spool
+    journal: Journal
     lines: dict[str, FittedLine]
-    spool: Spool = field(init=False)
-    journal: Journal = field(init=False)
     _read: int = 0
     _total: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    @property
-    def end(self) -> int:
-        """Bytes of the spool in use."""
-        return max((tensor.end for line in self.lines.values() for tensor in line.tensors.values()), default=0)
 
     def execute(self, fit: FitJob, spec: ComputeSpec) -> None:
         """Run every job that is not done yet."""
@@ -165,10 +150,6 @@ class _Run:
             if self.settings.on_progress:
                 self.settings.on_progress(self._read, self._total)
 
-    def results(self) -> dict[str, Result]:
-        """Return the results in the order of the jobs; their tensors lie in the spool."""
-        return {job.name: _result(self.lines[job.name], self.spool) for job in self.plan.jobs}
-
     def write(self, where: str, files: Files, folder: OutputFolder) -> int:
         """Write one adapter's files; return the bytes of its tensors."""
         for name, data in files.small.items():
@@ -176,9 +157,22 @@ class _Run:
         parts = []
         for name, stored in files.tensors.items():
             dtype = self.plan.dtype if stored.dtype in FLOATS and name not in files.keep else None
-            parts.append(_part(name, stored, dtype or stored.dtype, self.spool, self.reader))
+            parts.append(self._part(name, stored, dtype or stored.dtype))
         self.spool.lay_out(parts, folder.partial / f"{where}{files.weights}", files.metadata)
         return sum(segment.length for part in parts for segment in part.segments)
+
+    def _part(self, name: str, stored: StoredTensor, dtype: str) -> SpooledTensor:
+        """Return a tensor as a part of the spool; a checkpoint's tensor is copied there, piece by piece."""
+        if stored.path == self.spool.path and stored.dtype == dtype:
+            return SpooledTensor(name, dtype, stored.shape, (Segment(stored.start, stored.nbytes),))
+        pieces = []
+        for chunk in self.reader.pieces(stored):
+            if not holds_numbers(chunk, stored.dtype):
+                raise NumericalError(
+                    f"{stored.name} of {stored.path.name} holds NaN or Inf.", hint="the file is damaged"
+                )
+            pieces.append(self.spool.add(chunk if stored.dtype == dtype else _converted(chunk, stored, dtype)))
+        return SpooledTensor(name, dtype, stored.shape, tuple(pieces))
 
 
 def _result(line: FittedLine, spool: Spool) -> Result:
@@ -190,29 +184,17 @@ def _result(line: FittedLine, spool: Spool) -> Result:
     return Result(tensors, line.facts)
 
 
-def _part(name: str, stored: StoredTensor, dtype: str, spool: Spool, reader: Reader) -> SpooledTensor:
-    """Return a tensor as a part of the spool; a checkpoint's tensor is copied there, piece by piece."""
-    if stored.path == spool.path and stored.dtype == dtype:
-        return SpooledTensor(name, dtype, stored.shape, (Segment(stored.start, stored.nbytes),))
-    pieces = []
-    for chunk in reader.pieces(stored):
-        if not holds_numbers(chunk, stored.dtype):
-            raise NumericalError(f"{stored.name} of {stored.path.name} holds NaN or Inf.", hint="the file is damaged")
-        pieces.append(spool.add(chunk if stored.dtype == dtype else _converted(chunk, stored, dtype)))
-    return SpooledTensor(name, dtype, stored.shape, tuple(pieces))
-
-
 def _converted(chunk: memoryview, stored: StoredTensor, dtype: str) -> memoryview:
     """Return elements rounded once to another dtype; NumericalError for an overflow."""
-    x = torch.frombuffer(chunk, dtype=TORCH[stored.dtype]).double()
-    return as_bytes(rounded(x, TORCH[dtype], stored.name))
+    return as_bytes(rounded(torch.frombuffer(chunk, dtype=TORCH[stored.dtype]).double(), dtype, stored.name))
 
 
-def rounded(x: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """Return x rounded once to a dtype; NumericalError for an overflow."""
-    y = maths.round_to(x.contiguous(), torch.empty(x.shape, dtype=dtype, device=x.device))
+def rounded(x: Tensor, dtype: str | None, name: str) -> Tensor:
+    """Return x rounded once to a dtype, by default float32; NumericalError for an overflow."""
+    dtype = dtype or "F32"
+    y = maths.round_to(x.contiguous(), torch.empty(x.shape, dtype=TORCH[dtype], device=x.device))
     if not maths.all_finite(y) and maths.all_finite(x):
-        raise NumericalError(f"{name} overflows {NAMES[dtype]}.", hint="--dtype bfloat16 or float32 has the range")
+        raise NumericalError(f"{name} overflows {dtype}.", hint="--dtype bfloat16 or float32 has the range")
     return y
 
 
@@ -221,4 +203,25 @@ def _put_side_files(plan: FittingPlan, folder: OutputFolder, settings: Settings)
     source = plan.sources[-1].path
     for name in tokenizer_files(source) if source.is_dir() else ():
         folder.put(name, source / name)
-    folder.put(NAME, adapter_card_bytes(plan, settings.base_model))
+    folder.put(NAME, _card(plan, settings.base_model))
+
+
+def _card(plan: FittingPlan, base_model: str | None) -> bytes:
+    """Return the model card."""
+    base, kind = plan.bases[0], "DoRA" if plan.is_dora else "LoRA"
+    metadata = {} if base.is_file else metadata_of(base.root / NAME)
+    roles = ("base", *(["tuned"] if len(plan.bases) > 1 else []), *(["adapter"] if plan.like else []))
+    facts = Facts(
+        title=f"{kind} of {plan.sources[-1].name}",
+        about=f"A {kind} adapter for {base.source.name}.",
+        kinds=(kind,),
+        relation="adapter",
+        base_model=base_model or base.source.repo,
+        library=plan.format.LIBRARY,
+        pipeline=pipeline_of(base.config, metadata),
+        inherited=inherited(metadata),
+        sources=tuple(source_row(role, source) for role, source in zip(roles, plan.sources, strict=True)),
+        made_by=f"`{plan.command}` of dora-convert {__version__}",
+        command=("dora-convert", plan.command, *plan.words),
+    )
+    return render(facts)

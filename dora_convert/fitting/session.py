@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,14 +22,13 @@ from ..output.folder import OutputFolder
 from ..plan.options import Options, parse_options
 from ..plan.plan import Plan
 from ..plan.planner import make_plan
-from ..reports.fitting import MadeDryRun, MadeReport
+from ..reports.fitting import FittedModule, MadeDryRun, MadeReport
 from ..settings import Settings, without_collections
 from ..sources.inputs import doubts, open_inputs
 from ..sources.prefetch import reading
 from ..sources.session import Session, open_session
 from ..storage.refs import PathLike
-from .jobs import FittingPlan, Result
-from .report import dry_run_of, report_of
+from .jobs import FittingPlan, Result, error_of
 
 if TYPE_CHECKING:  # which imports torch
     from .run import FitJob
@@ -95,11 +95,6 @@ class FittingSession:
         """True if whole matrices are held in single precision."""
         return self.options["compute_dtype"] != "float64"
 
-    @property
-    def base_model(self) -> str | None:
-        """The base's repo id, as the caller gave it."""
-        return self.options["base_model"]
-
     def match(self, base: PathLike | None, adapter: PathLike, verb: str) -> Plan:
         """Open a base and an adapter, and match each of the adapter's tensors with the base.
 
@@ -120,18 +115,53 @@ class FittingSession:
 
     def finish(self, fitter: Fitter, **details: Any) -> MadeReport | MadeDryRun:
         """Run a fitter's plan and publish the adapter, or describe the plan; `details` go into the report."""
-        plan, settings, out = fitter.plan(), self.settings, self.folder.given
+        plan, settings = fitter.plan(), self.settings
         if self.options["max_memory"] == "auto":
             settings.max_memory = max(settings.max_memory, plan.memory)
         if self.options["dry_run"]:
-            return dry_run_of(plan, settings, out, **details)
+            return MadeDryRun(plan=self._numbers(plan) | details, **self._facts(plan))
         with without_collections():
             from .run import run_plan
 
             fit = fitter.load()
         with reading(plan.bases, plan.needs, self.session) as reader:
-            run = run_plan(plan, self.folder, settings, reader, fit=fit, assemble=fitter.assemble)
-        details |= fitter.conclude(run.results)
-        if pushed := push_output(out, self.target, settings):
+            results, fields = run_plan(plan, self.folder, settings, reader, fit=fit, assemble=fitter.assemble)
+        details |= fitter.conclude(results)
+        if pushed := push_output(self.folder.given, self.target, settings):
             details["pushed"] = asdict(pushed)
-        return report_of(plan, settings, out, run, fitter.describe, **details)
+        facts = {name: result.facts for name, result in results.items()}
+        return MadeReport(
+            modules=tuple(
+                FittedModule(
+                    name=name, rank=fact["rank"], relative_error=error_of([fact]), details=fitter.describe(fact)
+                )
+                for name, fact in facts.items()
+            ),
+            relative_error=error_of(facts.values()),
+            details=details,
+            **fields,
+            **self._facts(plan),
+        )
+
+    def _facts(self, plan: FittingPlan) -> dict[str, Any]:
+        """Return the fields that the reports of a run and of a dry run share."""
+        return {
+            "command": plan.command,
+            "base": plan.bases[0].source.address,
+            "input": plan.sources[-1].address,
+            "out": self.folder.given,
+            "format": plan.format.NAME,
+            "warnings": tuple(self.settings.warnings),
+            "seconds": round(time.monotonic() - self.settings.started, 3),
+        }
+
+    def _numbers(self, plan: FittingPlan) -> dict[str, Any]:
+        """Return the modules and the sizes of a plan; UsageError for a budget that does not suffice."""
+        settings = self.settings
+        settings.check_memory(plan.memory)
+        return {
+            "modules": [job.name for job in plan.jobs],
+            "bytes_out": plan.bytes_out,
+            "memory": min(settings.max_memory, settings.workers * plan.memory),
+            "least_memory": plan.memory,
+        }

@@ -8,7 +8,7 @@ and A, and least squares give m.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +38,8 @@ class DoraFactors:
     """‖m·V/‖V‖ − W'‖/‖W'‖, measured"""
     delta_error: float
     """the same distance relative to ‖W' − W‖, as a LoRA's error is"""
+    change: float
+    """‖W' − W‖"""
     converged: bool
     """True if the search for the scales ended by itself"""
     steps: int
@@ -57,12 +59,13 @@ def extract_dora(
     energy: float | None = None,
     max_error: float | None = None,
     exact: bool = False,
+    store: Callable[[Tensor], Tensor] | None = None,
 ) -> DoraFactors:
     """Return the DoRA nearest to W' of a given rank, or of about the least rank that reaches a goal.
 
     `energy` and `max_error` are goals for W' − W. The rank is 0 if W' is W, and at least 1 otherwise. A
     distance of a unit of the dtype's precision, relative to ‖W'‖, counts as rounding. Matrices of up to SMALL
-    elements are computed in float64.
+    elements are computed in float64. `store` rounds B and A as they will be stored, before m is fitted to them.
     """
     goal, dtype = Goal.of(rank, energy, max_error), W.dtype
     if W.numel() <= SMALL and W.device.type != "mps":
@@ -70,16 +73,24 @@ def extract_dora(
     change, size = sum(squared(w - t) for w, t in _blocks(W, tuned)) ** 0.5, squared(tuned) ** 0.5
     if change == 0:
         B, A = W.new_zeros(len(W), 0, dtype=dtype), W.new_zeros(0, W.shape[1], dtype=dtype)
-        return DoraFactors(B, A, dots(W, W).sqrt().to(dtype), 0.0, 0.0, converged=True, steps=0)
+        return DoraFactors(
+            B, A, dots(W, W).sqrt().to(dtype), error=0.0, delta_error=0.0, change=0.0, converged=True, steps=0
+        )
     rounding = torch.finfo(dtype).eps * size
     allowed = max(goal.error * change, rounding)
     scales = find_scales(W, tuned, goal.rank, rounding) if goal.rank else _least(W, tuned, allowed, rounding)
     B, A = _factors(W, tuned, scales.d, rank=goal.rank, allowed=allowed, exact=exact)
-    B, A = B.to(dtype), A.to(dtype)
+    B, A = (store(x) if store else x.to(dtype) for x in (B, A))
     m, distance = _magnitudes(W, tuned, B, A, dtype)
-    error = distance / size if size else float(distance > 0)
     return DoraFactors(
-        B, A, m, error=error, delta_error=distance / change, converged=scales.converged, steps=scales.steps
+        B,
+        A,
+        m,
+        error=distance / size if size else float(distance > 0),
+        delta_error=distance / change,
+        change=change,
+        converged=scales.converged,
+        steps=scales.steps,
     )
 
 

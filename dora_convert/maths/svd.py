@@ -94,17 +94,19 @@ def truncated_svd(
     """
     goal, least = Goal.of(rank, energy, max_error), min(D.shape)
     noise = noise_of(D) if noise is None else noise
-    if exact or least <= EXACT_UP_TO:
-        return _exactly(D, goal, noise)
     width = goal.rank or FIRST
     start: Tensor | None = None
-    while width + OVERSAMPLE <= least // 4:
+    while not exact and least > EXACT_UP_TO and width + OVERSAMPLE <= least // 4:
         U, Q, R = subspace(D, width, goal, start)
-        factors = _project(D, (U, Q, R), goal, noise)
+        left, S, right = torch.linalg.svd(R.T)
+        beyond, _ = compared(lambda rows: D[rows], U, (Q @ R).T)
+        svd = (U @ left, S, right @ Q.T)
+        factors = _split(svd, lambda rows: D[rows], goal, beyond=beyond, noise=noise, dtype=D.dtype)
         if goal.rank or factors.rank <= width:
             return factors
         width, start = 2 * width, Q
-    return _exactly(D, goal, noise)
+    svd = torch.linalg.svd(D, full_matrices=False)
+    return _split(svd, lambda rows: D[rows], goal, noise=noise, dtype=D.dtype)
 
 
 def resize(
@@ -163,12 +165,6 @@ def compared(rows: Callable[[slice], Tensor], B: Tensor, A: Tensor) -> tuple[flo
     return rest, total
 
 
-def _exactly(D: Tensor, goal: Goal, noise: float) -> Factors:
-    """Factor D by LAPACK's SVD."""
-    svd = torch.linalg.svd(D, full_matrices=False)
-    return _split(svd, lambda rows: D[rows], goal, noise=noise, dtype=D.dtype)
-
-
 def subspace(D: Tensor, width: int, goal: Goal, start: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Return U (out, k), Q (in, k), R (k, k); U(QR)ᵀ is D on about its first `width` singular vectors.
 
@@ -189,15 +185,6 @@ def subspace(D: Tensor, width: int, goal: Goal, start: Tensor | None = None) -> 
             break
         before = rest
     return U, Q, R
-
-
-def _project(D: Tensor, projection: tuple[Tensor, Tensor, Tensor], goal: Goal, noise: float) -> Factors:
-    """Return factors of D from its projection U(QR)ᵀ."""
-    U, Q, R = projection
-    left, S, right = torch.linalg.svd(R.T)
-    beyond, _ = compared(lambda rows: D[rows], U, (Q @ R).T)
-    svd = (U @ left, S, right @ Q.T)
-    return _split(svd, lambda rows: D[rows], goal, beyond=beyond, noise=noise, dtype=D.dtype)
 
 
 def _split(

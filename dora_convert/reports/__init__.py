@@ -15,6 +15,9 @@ SCHEMA = 1
 class Report:
     """The report of one verb; each verb adds its fields."""
 
+    command: str
+    seconds: float
+
     def to_dict(self) -> dict[str, Any]:
         """Return the report as `--json` prints it."""
         return {"schema": SCHEMA, "version": __version__, **asdict(self)}

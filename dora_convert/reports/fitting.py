@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-from .. import __version__
-from . import SCHEMA, Report
+from . import Report
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,14 +22,20 @@ class FittedModule:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MadeReport:
-    """The report of a verb that fits an adapter."""
+class FittingReport(Report):
+    """The fields that a run of a plan and its dry run share."""
 
-    command: str
     base: str
     input: str
     out: str
     format: str
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MadeReport(FittingReport):
+    """The report of a verb that fits an adapter."""
+
     modules: tuple[FittedModule, ...]
     relative_error: float
     """The relative error over all modules together."""
@@ -39,33 +44,21 @@ class MadeReport:
     bytes_written: int
     peak_memory_bytes: int | None
     resumed: bool
-    warnings: tuple[str, ...]
-    seconds: float
     details: Mapping[str, Any]
     """Fields that only this verb reports."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as `--json` prints it; details become fields beside the others."""
-        return {"schema": SCHEMA, "version": __version__, **_flat(asdict(self))} | {
-            "modules": [_flat(asdict(module)) for module in self.modules]
-        }
-
-
-def _flat(values: dict[str, Any]) -> dict[str, Any]:
-    return {**{key: value for key, value in values.items() if key != "details"}, **values["details"]}
+        values = super().to_dict()
+        for each in (values, *values["modules"]):
+            each.update(each.pop("details"))
+        return values
 
 
 @dataclass(frozen=True, kw_only=True)
-class MadeDryRun(Report):
+class MadeDryRun(FittingReport):
     """The report of a verb that would fit an adapter."""
 
-    command: str
-    base: str
-    input: str
-    out: str
-    format: str
     plan: Mapping[str, Any]
     """Names of the modules, the most bytes of output, and bytes of memory."""
-    warnings: tuple[str, ...]
-    seconds: float
     dry_run: bool = True

@@ -123,11 +123,12 @@ class _Axis:
 def _chart(modules: Sequence[CheckedModule]) -> dict[str, Any] | None:
     """Return the chart of each module's error against the error of rounding alone; None without errors."""
     points = [
-        (module, module.output_floor, module.output_error)
+        (module, floor, error)
         for module in reversed(modules)  # the wrong ones are drawn last, on top
-        if module.output_floor is not None and module.output_error is not None
+        if (floor := module.output_floor) is not None
+        and (error := module.output_error) is not None
+        and not math.isnan(floor + error)
     ]
-    points = [(module, floor, error) for module, floor, error in points if not math.isnan(floor + error)]
     if not points:
         return None
     across = _Axis.around((floor for _, floor, _ in points), LEFT, RIGHT)

@@ -29,7 +29,6 @@ class Inspection(Report):
     weights: tuple[Mapping[str, Any], ...]
     """Tensors grouped by name (layer numbers as `*`), dtype and shape, with the number in each group."""
     notes: tuple[str, ...]
-    seconds: float
     command: str = "inspect"
 
 

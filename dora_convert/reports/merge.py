@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 class PlanReport(Report):
     """The fields that a run of a plan and its dry run share."""
 
-    command: str
     base: str
     adapters: tuple[str, ...]
     out: str
@@ -36,7 +35,6 @@ class PlanReport(Report):
     warnings: tuple[str, ...]
     left_behind: tuple[str, ...]
     """Files of the base that are not copied."""
-    seconds: float
 
 
 def _common(plan: Plan, settings: Settings, out: str) -> dict[str, Any]:
@@ -82,34 +80,20 @@ class MergeReport(PlanReport):
 
     @classmethod
     def of(
-        cls,
-        plan: Plan,
-        settings: Settings,
-        *,
-        out: str,
-        spec: ComputeSpec,
-        verdict: Verdict | None,
-        written: int,
-        resumed: bool,
-        pushed: Pushed | None = None,
-        outputs: Mapping[str, Any] | None = None,
-    ) -> MergeReport:
-        """Return the report of a finished run of a plan; `written` is the number of bytes written."""
+        cls, plan: Plan, settings: Settings, *, out: str, spec: ComputeSpec, verdict: Verdict | None, **fields: Any
+    ) -> Self:
+        """Return the report of a finished run of a plan; `fields` are the other fields, or replace some."""
         verified = None
         if verdict:
             verified = Verified(checked=verdict.checked, wrong_elements=verdict.wrong, max_ulp=verdict.max_ulp)
-        return cls(
-            **_common(plan, settings, out),
-            device=str(spec.device),
-            compute_dtype=spec.compute_name,
-            bytes_written=written,
-            peak_memory_bytes=peak_memory(),
-            resumed=resumed,
-            verified=verified,
-            lost=verdict.lost if verdict else None,
-            pushed=pushed,
-            outputs=outputs,
-        )
+        computed = {
+            "device": str(spec.device),
+            "compute_dtype": spec.compute_name,
+            "peak_memory_bytes": peak_memory(),
+            "verified": verified,
+            "lost": verdict.lost if verdict else None,
+        }
+        return cls(**_common(plan, settings, out) | computed | fields)
 
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> Self:
@@ -149,14 +133,6 @@ class UnmergeReport(MergeReport):
     exact: Mapping[str, int]
     """`tensors`: recovered tensors; `bit_exact`: recovered tensors proven equal to the base's by hash."""
     modules: tuple[Recovered, ...]
-
-    @classmethod
-    def of_run(cls, run: MergeReport, *, base: str, undo: str, modules: Sequence[Recovered]) -> UnmergeReport:
-        """Return the report of an unmerge from the report of its run, whose base is the merged checkpoint."""
-        fields = {name: getattr(run, name) for name in MergeReport.__dataclass_fields__}
-        fields |= {"command": "unmerge", "base": base, "merged": run.base, "undo": undo}
-        exact = sum(module.bit_exact for module in modules)
-        return cls(**fields, exact={"tensors": len(modules), "bit_exact": exact}, modules=tuple(modules))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,5 +37,4 @@ class PushReport(Pushed, Report):
     left_behind: tuple[str, ...]
     """Files of the folder that are not uploaded."""
     dry_run: bool
-    seconds: float
     command: str = "push"

@@ -35,33 +35,34 @@ class Untouched:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerifyReport(Report):
-    """The comparison of a merged checkpoint's weights with base and adapters."""
+class ComparisonReport(Report):
+    """The fields that both levels of verify share."""
 
     base: str
     adapters: tuple[str, ...]
     merged: str
     verdict: str  # agree | differ
-    modules: tuple[CheckedModule, ...]
-    untouched: Untouched
     problems: tuple[str, ...]
     notes: tuple[str, ...]
     """Differences that do not count."""
     warnings: tuple[str, ...]
-    ledger: tuple[Mapping[str, Any], ...]
-    seconds: float
-    level: str = "weights"
     command: str = "verify"
 
 
 @dataclass(frozen=True, kw_only=True)
-class OutputsReport(Report):
+class VerifyReport(ComparisonReport):
+    """The comparison of a merged checkpoint's weights with base and adapters."""
+
+    modules: tuple[CheckedModule, ...]
+    untouched: Untouched
+    ledger: tuple[Mapping[str, Any], ...]
+    level: str = "weights"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputsReport(ComparisonReport):
     """The comparison of a merged checkpoint's outputs with those of base and adapters, on sample prompts."""
 
-    base: str
-    adapters: tuple[str, ...]
-    merged: str
-    verdict: str  # agree | differ
     architecture: str
     prompts: int
     positions: int
@@ -87,12 +88,7 @@ class OutputsReport(Report):
     memory_bytes: int
     """Estimate of the memory needed, beyond Python and its libraries."""
     peak_memory_bytes: int | None
-    problems: tuple[str, ...]
-    notes: tuple[str, ...]
-    warnings: tuple[str, ...]
-    seconds: float
     level: str = "outputs"
-    command: str = "verify"
 
 
 def figures(report: OutputsReport) -> Iterator[tuple[str, str, str, str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 
@@ -14,7 +14,7 @@ from ..errors import Fault, RefError, VerificationError
 from ..output.finished import TensorResult, copied_name
 from ..output.side_files import SideFile
 from ..plan.item import Item
-from ..reports.merge import MergeReport, Recovered, UnmergeReport
+from ..reports.merge import Recovered, UnmergeReport
 from ..settings import Settings
 from ..storage.reader import Digest, Reader
 from .expected_base import RecoveryCheck
@@ -71,14 +71,23 @@ def restore(
         modules = _prove_or_discard(reversal, finished.progress.done, copied, output)
         for file in (*files, *later(finished.progress.done)):
             output.put(file.name, file.source)
-        resumed = bool(unfinished and unfinished.lines)
-        report = MergeReport.of(
-            plan, settings, out=output.given, spec=spec, verdict=verdict, written=finished.written, resumed=resumed
-        )
-        base, undo = reversal.record.receipt.base.title, reversal.record.options.undo
-        report = UnmergeReport.of_run(report, base=base, undo=undo, modules=modules)
+        fields = _fields(reversal, modules)
+        fields |= {"bytes_written": finished.written, "resumed": bool(unfinished and unfinished.lines)}
+        report = UnmergeReport.of(plan, settings, out=output.given, spec=spec, verdict=verdict, **fields)
         output.publish(report.to_dict(), left_over(plan.base, reversal.record, files))
     return report
+
+
+def _fields(reversal: UnmergePlan, modules: Sequence[Recovered]) -> dict[str, Any]:
+    """Return the fields of the report that a merge's report lacks or fills otherwise."""
+    return {
+        "command": "unmerge",
+        "base": reversal.record.receipt.base.title,
+        "merged": reversal.plan.base.source.address,
+        "undo": reversal.record.options.undo,
+        "exact": {"tensors": len(modules), "bit_exact": sum(module.bit_exact for module in modules)},
+        "modules": tuple(modules),
+    }
 
 
 def _copied(reversal: UnmergePlan, hub: Transfers | None) -> Proofs:

@@ -15,7 +15,7 @@ from ..adapters.new_adapter import NewAdapter
 from ..adapters.updates import Decomposed, Full, LowRank
 from ..errors import PlanError, UnsupportedError
 from ..fitting.jobs import FittingPlan, Result, goal_words, parse_goal
-from ..fitting.pairs import Differences, DifferenceSorter, model_names, short_names
+from ..fitting.pairs import Differences, model_names, short_names
 from ..fitting.session import Fitter, FittingSession
 from ..options import ExtractOptions, takes
 from ..plan.planner import refuse_quantised
@@ -56,16 +56,22 @@ def extract(
     with FittingSession.begin(out, options) as session:
         before, after = _open(session, base, tuned)
         names = None if options["dry_run"] else _differing(before, after, session)
-        kind, embeddings = options["kind"], options["embeddings"]
-        sorter = DifferenceSorter(
-            before, after, names, session.selection, embeddings=embeddings, kind=kind, single=session.single
+        differences = Differences(
+            before,
+            after,
+            names,
+            session.selection,
+            embeddings=options["embeddings"],
+            kind=options["kind"],
+            single=session.single,
         )
-        differences = sorter.run()
         _check(differences, session, after)
         fitter = _Extraction(
             session=session, base=before, tuned=after, differences=differences, options=options, goal=goal
         )
-        return session.finish(fitter, kind=kind, saved_whole=sorted(differences.whole), skipped=differences.skipped)
+        return session.finish(
+            fitter, kind=options["kind"], saved_whole=sorted(differences.whole), skipped=differences.skipped
+        )
 
 
 def _open(session: FittingSession, base: PathLike, tuned: PathLike) -> tuple[Checkpoint, Checkpoint]:
@@ -131,7 +137,7 @@ class _Extraction(Fitter):
         pairs, whole, session = self.differences.pairs, self.differences.whole, self.session
         size = sum(tensor.nbytes for tensor in whole.values())
         for pair in pairs:
-            rows, columns = pair.base.matrix
+            rows, columns = pair.inputs[0].matrix
             rank = min(self.goal.get("rank", rows), rows, columns)
             size += 4 * rank * (rows + columns) + 4 * max(rows, columns)
         words = [*goal_words(self.goal), "--kind", kind]
@@ -175,7 +181,7 @@ class _Extraction(Fitter):
             targets.append(pair.name.rpartition(".")[0])
         changes += [Change(name, Full(value)) for name, value in self.differences.whole.items()]
         architectures = (self.tuned.config or {}).get("architectures")
-        source, base_model = self.base.source, self.session.base_model
+        source, base_model = self.base.source, self.session.settings.base_model
         adapter = NewAdapter(
             tuple(changes),
             base=base_model or source.repo,

@@ -133,7 +133,7 @@ class _FromLora(Fitter):
         dora = NewAdapter(
             (*decomposed, *changes.others),
             adapter,
-            self.session.base_model,
+            self.session.settings.base_model,
             targets=None if len(decomposed) == before else (),
             besides=modules_besides(self.matched, changes.jobs),
         )

@@ -17,12 +17,12 @@ from ..fitting.jobs import (
     FittingPlan,
     MatchedChange,
     Result,
+    error_of,
     goal_words,
     match_changes,
     modules_besides,
     parse_goal,
 )
-from ..fitting.report import error_of
 from ..fitting.session import Fitter, FittingSession
 from ..naming.ties import is_embedding, is_head
 from ..options import ToLoraOptions, takes
@@ -171,7 +171,7 @@ class _ToLora(Fitter):
         lora = NewAdapter(
             tuple(changes),
             adapter,
-            self.session.base_model,
+            self.session.settings.base_model,
             targets=None if before == after and not pruned else (),
             besides=modules_besides(self.matched, [*divided.jobs, *divided.kept]),
         )

@@ -146,7 +146,7 @@ class _Merge:
             spec=self.spec,
             verdict=verdict,
             pushed=pushed,
-            written=done.written,
+            bytes_written=done.written,
             resumed=bool(unfinished and unfinished.lines),
             outputs=outputs.to_dict() if outputs else None,
         )
