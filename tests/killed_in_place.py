@@ -15,9 +15,10 @@ import sys
 import traceback
 from pathlib import Path
 
+from dora_convert.output.shards import ShardFiles
+
 import dora_convert
 from dora_convert.errors import RefError
-from dora_convert.output.shards import ShardFiles
 from dora_convert.plan import item as plan_item
 from dora_convert.storage import journal
 from dora_convert.storage.checkpoint import open_checkpoint

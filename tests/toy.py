@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
-
 from dora_convert.output.shards import ShardFiles
+from safetensors.torch import load_file, save_file
 
 HIDDEN, WIDE, VOCABULARY = 40, 96, 72
 SHAPES = {

@@ -19,10 +19,8 @@ from torch import Tensor
 
 from ..adapters.new_adapter import Files, NewAdapter
 from ..engine.device_buffers import DeviceBuffers
-from ..engine.host_memory import as_bytes
-from ..engine.precision import TORCH, ComputeSpec
-from ..engine.preflight import holds_numbers, scan_adapter
-from ..engine.run import choose_compute, entered, journal_key, resume
+from ..engine.precision import TORCH, ComputeSpec, as_bytes, holds_numbers, scan_adapter
+from ..engine.run import choose_compute, journal_key
 from ..engine.workers import WorkerPool
 from ..errors import NumericalError
 from ..maths import lora as maths
@@ -79,10 +77,10 @@ def run_plan(
     settings.notify(f"memory: at most {format_size(settings.max_memory)}; one module takes {format_size(plan.memory)}")
     adapters = [scan_adapter(plan.like)] if plan.like else []
     folder.check_space(2 * plan.bytes_out)
-    with entered(folder):
+    with folder.entered():
         terms = {**plan.terms, "command": plan.command, "format": plan.format.NAME, "dtype": plan.dtype}
         key = journal_key(spec, folder.identity(plan.bases), adapters=adapters, **terms)
-        unfinished = resume(folder, key, [], lambda: True, FittedLine)
+        unfinished = folder.resume(key, [], lambda: True, FittedLine)
         lines = unfinished.lines if unfinished else []
         with ExitStack() as stack:
             run = _Run(plan, settings, reader, {line.made: line for line in lines})

@@ -14,7 +14,7 @@ from ..sizes import peak_memory
 from . import Report
 
 if TYPE_CHECKING:
-    from ..engine.precision import ComputeSpec
+    from ..engine.run import Run
     from ..output.finished import Verdict
     from ..plan.plan import Plan
     from ..settings import Settings
@@ -86,26 +86,24 @@ class MergeReport(PlanReport):
         cls,
         plan: Plan,
         settings: Settings,
+        run: Run,
         *,
         out: str,
-        spec: ComputeSpec,
         verdict: Verdict | None,
-        written: int,
-        resumed: bool,
         pushed: Pushed | None = None,
         outputs: Mapping[str, Any] | None = None,
     ) -> MergeReport:
-        """Return the report of a finished run of a plan; `written` is the number of bytes written."""
+        """Return the report of a finished run of a plan."""
         verified = None
         if verdict:
             verified = Verified(checked=verdict.checked, wrong_elements=verdict.wrong, max_ulp=verdict.max_ulp)
         return cls(
             **_common(plan, settings, out),
-            device=str(spec.device),
-            compute_dtype=spec.compute_name,
-            bytes_written=written,
+            device=str(run.spec.device),
+            compute_dtype=run.spec.compute_name,
+            bytes_written=run.written,
             peak_memory_bytes=peak_memory(),
-            resumed=resumed,
+            resumed=run.resumed,
             verified=verified,
             lost=verdict.lost if verdict else None,
             pushed=pushed,

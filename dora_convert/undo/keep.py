@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from ..engine.device_buffers import DeviceBuffers
-from ..engine.host_memory import as_bytes
-from ..engine.precision import TORCH
+from ..engine.precision import TORCH, as_bytes
 from ..engine.tensor import MergeMaker
 from ..maths import lora as maths
 from ..plan.item import Item

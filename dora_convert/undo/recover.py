@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from ..engine.device_buffers import DeviceBuffers
-from ..engine.host_memory import as_bytes
-from ..engine.precision import TORCH, half_ulp
+from ..engine.precision import TORCH, as_bytes, half_ulp
 from ..maths import lora as maths
 from ..output.finished import TensorResult
 from ..plan.item import Item, spans

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import xxhash
 
-from ..engine.preflight import scan_adapter
-from ..engine.run import RunOptions, Transfers, choose_compute, entered, judge, resume_plan, run, run_key
+from ..engine.precision import scan_adapter
+from ..engine.run import Transfers, choose_compute, resume_plan, run
 from ..errors import Fault, RefError, VerificationError
-from ..output.finished import TensorResult, copied_name
+from ..output.finished import TensorResult, copied_name, judge
 from ..output.side_files import SideFile
 from ..plan.item import Item
 from ..reports.merge import MergeReport, Recovered, UnmergeReport
@@ -49,32 +49,30 @@ def restore(
     hashes = [scan_adapter(adapter) for adapter in plan.adapters]
     output.check_space(output.bytes_needed(plan) + sum(file.nbytes for file in files))
     copied = _copied(reversal, hub)
-    with entered(output):
+    with output.entered():
         receipt = xxhash.xxh3_128_hexdigest(reversal.record.receipt.to_bytes())
-        key = run_key(plan, output, hashes, spec) | {"receipt": receipt}
-        unfinished = resume_plan(output, plan, key)
+        key, unfinished = resume_plan(output, plan, hashes, spec, receipt=receipt)
         if output.in_place and not unfinished:
             from ..engine.rehearsal import rehearse
 
             _prove(reversal, rehearse(plan, settings, spec, RecoveryMaker), copied)
-        options = RunOptions(
-            spec=spec,
+        finished = run(
+            plan,
+            output,
+            settings,
             key=key,
             unfinished=unfinished,
-            maker=RecoveryMaker,
             check=RecoveryCheck if settings.verify else None,
             hub=hub,
+            spec=spec,
+            maker=RecoveryMaker,
             hashed=() if output.in_place else {item.name for item in _untouched(reversal)},
         )
-        finished = run(plan, output, settings, options)
         verdict = judge(plan, finished.progress.done) if settings.verify else None
         modules = _prove_or_discard(reversal, finished.progress.done, copied, output)
         for file in (*files, *later(finished.progress.done)):
             output.put(file.name, file.source)
-        resumed = bool(unfinished and unfinished.lines)
-        report = MergeReport.of(
-            plan, settings, out=output.given, spec=spec, verdict=verdict, written=finished.written, resumed=resumed
-        )
+        report = MergeReport.of(plan, settings, finished, out=output.given, verdict=verdict)
         base, undo = reversal.record.receipt.base.title, reversal.record.options.undo
         report = UnmergeReport.of_run(report, base=base, undo=undo, modules=modules)
         output.publish(report.to_dict(), left_over(plan.base, reversal.record, files))
