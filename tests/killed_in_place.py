@@ -15,7 +15,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from dora_convert.output.shards import ShardFiles
+from dora_convert.output.output import ShardFiles
 
 import dora_convert
 from dora_convert.errors import RefError

@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from dora_convert.output.shards import ShardFiles
+from dora_convert.output.output import ShardFiles
 from safetensors.torch import load_file, save_file
 
 from dora_convert import __version__

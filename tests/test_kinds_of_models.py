@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dora_convert.output.shards import ShardFiles
+from dora_convert.output.output import ShardFiles
 from safetensors.torch import load_file, save_file
 
 import dora_convert

@@ -23,7 +23,7 @@ DRIVER = """
     import dora_convert
     from dora_convert.plan import item as plan_item
     from dora_convert.storage import journal
-    from dora_convert.output.shards import ShardFiles
+    from dora_convert.output.output import ShardFiles
 
     base, adapter, out, allowed = *sys.argv[1:4], int(sys.argv[4])
     plan_item.BLOCK_ELEMENTS, journal.BATCH_SECONDS = 1 << 10, 0.0

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from dora_convert.output.shards import ShardFiles
+from dora_convert.output.output import ShardFiles
 from safetensors.torch import load_file, save_file
 
 HIDDEN, WIDE, VOCABULARY = 40, 96, 72
