@@ -15,10 +15,9 @@ import sys
 import traceback
 from pathlib import Path
 
-from dora_convert.output.output import ShardFiles
-
 import dora_convert
 from dora_convert.errors import RefError
+from dora_convert.output.output import ShardFiles
 from dora_convert.plan import item as plan_item
 from dora_convert.storage import journal
 from dora_convert.storage.checkpoint import open_checkpoint

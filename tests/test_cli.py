@@ -9,11 +9,11 @@ import subprocess
 import sys
 
 import pytest
-from dora_convert.output.output import ShardFiles
 from safetensors.torch import load_file, save_file
 
 from dora_convert import __version__
 from dora_convert.cli import main
+from dora_convert.output.output import ShardFiles
 
 from .toy import contents, edit_json, make_adapter
 

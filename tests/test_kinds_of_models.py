@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dora_convert.output.output import ShardFiles
 from safetensors.torch import load_file, save_file
 
 import dora_convert
 from dora_convert.errors import DoraConvertError, PlanError, UsageError, VerificationError
+from dora_convert.output.output import ShardFiles
 
 from .test_kinds import (
     D1,

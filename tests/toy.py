@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from dora_convert.output.output import ShardFiles
 from safetensors.torch import load_file, save_file
+
+from dora_convert.output.output import ShardFiles
 
 HIDDEN, WIDE, VOCABULARY = 40, 96, 72
 SHAPES = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,14 +24,19 @@ OTHER_BASE = 0.5
 """A median |m/‖W‖ − 1| above this means that m was trained on other weights."""
 
 
-class FactorPair(Protocol):
-    """The factors of V = W + s·left·right, for any block of rows of the stored weight."""
+class FactorPair:
+    """The factors of V = W + s·left·right, held whole, for any block of rows of the stored weight."""
+
+    def __init__(self, left: Tensor, right: Tensor) -> None:
+        self._left, self._right = left, right
 
     def left(self, start: int, stop: int) -> Tensor:
         """Return rows of the factor that has the weight's rows: (stop − start, r)."""
+        return self._left[start:stop]
 
-    def right(self, start: int) -> Tensor:
+    def right(self, start: int) -> Tensor:  # noqa: ARG002 - the same for all rows
         """Return the factor with the weight's columns, (r, columns), for a block that begins at `start`."""
+        return self._right
 
 
 class FixedPoint(NamedTuple):
@@ -52,7 +57,7 @@ class FixedPoint(NamedTuple):
         return maths.to_fixed_(x, self.right, self.rank)
 
 
-class StreamedFactors:
+class StreamedFactors(FactorPair):
     """Factors of one weight: the right one is held, the left one is read with each block."""
 
     def __init__(
@@ -66,10 +71,6 @@ class StreamedFactors:
         self._right = right.T if transposed else right
         if fixed:
             fixed.right_(self._right)
-
-    def right(self, start: int) -> Tensor:  # noqa: ARG002 - the same for all rows
-        """Return the right factor: (r, columns)."""
-        return self._right
 
     def left(self, start: int, stop: int) -> Tensor:
         """Read rows of the left factor: (stop − start, r)."""
@@ -86,7 +87,7 @@ class StreamedFactors:
         return maths.block_diagonal(part, low.blocks[1], start, low.outputs)
 
 
-class ExpertFactors:
+class ExpertFactors(FactorPair):
     """Factors of experts that lie one below the other: held as stored, and cut expert by expert."""
 
     def __init__(

@@ -117,7 +117,8 @@ class Run:
         """
         shard_of, done = self.shards.shard_of, self.progress.done
         copies = [copy for copy in self.shards.copies(self.plan) if copy[2:] not in self.progress.copied]
-        items = [item for item in self.plan.items if not item.verbatim and not self._is_finished(item)]
+        finished = {name for name, result in done.items() if result.verdict or not self.checker}
+        items = [item for item in self.plan.items if not item.verbatim and item.name not in finished]
         left = [*(copy.length for copy in copies), *(item.nbytes for item in items)]
         self._skipped = self.plan.bytes_out - sum(left)
         yield from ((copy.shard, partial(self._copy, copy)) for copy in copies)
@@ -128,10 +129,6 @@ class Run:
         for item in self.plan.items:
             if item.name in self.hashed and copied_name(item) not in done:
                 yield shard_of(item), partial(self._hash, item)
-
-    def _is_finished(self, item: Item) -> bool:
-        done = self.progress.done.get(item.name)
-        return done is not None and not (self.checker and done.verdict is None)
 
     def _copy(self, copy: Copy, _: DeviceBuffers) -> None:
         self.advance(0)

@@ -47,13 +47,12 @@ class Verdict:
 
     def rows(self) -> list[tuple[str, str]]:
         """Return the rows of a model card's table of checks."""
-        lost = [] if self.lost is None else [("share of the change lost to rounding", f"{self.lost:.2%}")]
-        return [
+        rows = [
             ("elements compared", f"{self.checked:,}"),
             ("wrong", f"{self.wrong:,}"),
             ("largest distance from the rounded result", f"{self.max_ulp} ulp"),
-            *lost,
         ]
+        return rows if self.lost is None else [*rows, ("share of the change lost to rounding", f"{self.lost:.2%}")]
 
 
 @dataclass(frozen=True)

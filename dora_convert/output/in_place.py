@@ -266,7 +266,5 @@ def finished(folder: PathLike, verb: str, adapters: Sequence[str], settings: Set
     if report is None:
         return None
     settings.notify(f"{report['command']} --in-place of an earlier run is finished")
-    same = report["command"] == verb and [Path(name).name for name in report["adapters"]] == [
-        Path(name).name for name in adapters
-    ]
-    return report if same else None
+    names = [[Path(name).name for name in given] for given in (report["adapters"], adapters)]
+    return report if report["command"] == verb and names[0] == names[1] else None

@@ -97,8 +97,7 @@ class RecoveryMaker:
         """
         if self._ulps:
             return None
-        half = half_ulp(x, self._item.source.dtype)
-        g = self._inverse.gain(norms, start, stop)
+        half, (g, _) = half_ulp(x, self._item.source.dtype), self._inverse.coefficients(norms, start, stop)
         return half if g is None else half.mul_(g.abs())
 
     def _replaced(self, stored: StoredTensor, k: int) -> Tensor:
