@@ -114,6 +114,8 @@ class ExpectedBase(Expected):
     def _norms(self, number: int, rows: Sequence[int] = (0,)) -> Tensor:
         """Return the norms of one edit: measured on the base's own tensor, or as recorded."""
         stored = self._undo.norms[number]
-        n = self._load(stored) if stored else self._original and self._original.part(number, rows).n
-        assert n is not None
+        if stored:
+            return self._load(stored).flatten()
+        n = self._original and self._original.part(number, rows).n
+        assert isinstance(n, Tensor)
         return n.flatten()

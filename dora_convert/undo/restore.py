@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import xxhash
 
-from ..engine.precision import scan_adapter
-from ..engine.run import Transfers, choose_compute, resume_plan, run
+from ..engine.precision import ComputeSpec, scan_adapter
+from ..engine.run import Hashes, Run, Transfers, choose_compute, resume_plan, run
 from ..errors import Fault, RefError, VerificationError
 from ..output.finished import TensorResult, copied_name, judge
 from ..output.side_files import SideFile
@@ -49,37 +49,52 @@ def restore(
     output.check_space(output.bytes_needed(plan) + sum(file.nbytes for file in files))
     copied = _copied(reversal, hub)
     with output.entered():
-        receipt = xxhash.xxh3_128_hexdigest(reversal.record.receipt.to_bytes())
-        key, unfinished = resume_plan(output, plan, hashes, spec, receipt=receipt)
-        if output.in_place and not unfinished:
-            from ..engine.rehearsal import rehearse
-
-            _prove(reversal, rehearse(plan, settings, spec, RecoveryMaker), copied)
-        finished = run(
-            plan,
-            output,
-            settings,
-            key=key,
-            unfinished=unfinished,
-            check=RecoveryCheck if settings.verify else None,
-            hub=hub,
-            spec=spec,
-            maker=RecoveryMaker,
-            hashed=() if output.in_place else reversal.copies(),
-        )
-        verdict = judge(plan, finished.progress.done) if settings.verify else None
+        finished = _recover(reversal, output, settings, hub, spec=spec, hashes=hashes, copied=copied)
+        done = finished.progress.done
+        verdict = judge(plan, done) if settings.verify else None
         try:
-            modules = _prove(reversal, finished.progress.done, copied)
+            modules = _prove(reversal, done, copied)
         except (RefError, VerificationError):  # the output cannot be resumed
             output.discard()
             raise
-        for file in (*files, *later(finished.progress.done)):
+        for file in (*files, *later(done)):
             output.put(file.name, file.source)
         report = MergeReport.of(plan, settings, finished, out=output.given, verdict=verdict)
         base, undo = reversal.record.receipt.base.title, reversal.record.options.undo
         report = UnmergeReport.of_run(report, base=base, undo=undo, modules=modules)
         output.publish(report.to_dict(), left_over(plan.base, reversal.record, files))
     return report
+
+
+def _recover(
+    reversal: UnmergePlan,
+    output: Output,
+    settings: Settings,
+    hub: Transfers | None,
+    *,
+    spec: ComputeSpec,
+    hashes: Hashes,
+    copied: Proofs,
+) -> Run:
+    """Write every tensor of the base, from the start or from an unfinished run."""
+    receipt = xxhash.xxh3_128_hexdigest(reversal.record.receipt.to_bytes())
+    key, unfinished = resume_plan(output, reversal.plan, hashes, spec, receipt=receipt)
+    if output.in_place and not unfinished:
+        from ..engine.rehearsal import rehearse
+
+        _prove(reversal, rehearse(reversal.plan, settings, spec, RecoveryMaker), copied)
+    return run(
+        reversal.plan,
+        output,
+        settings,
+        key=key,
+        unfinished=unfinished,
+        check=RecoveryCheck if settings.verify else None,
+        hub=hub,
+        spec=spec,
+        maker=RecoveryMaker,
+        hashed=() if output.in_place else reversal.copies(),
+    )
 
 
 def _copied(reversal: UnmergePlan, hub: Transfers | None) -> Proofs:
