@@ -52,7 +52,7 @@ TALKS = {"click", "rich", "tqdm"}
 TOP_LEVEL = 10
 LONGEST_FILE, LONGEST_FUNCTION = 300, 50
 MOST_POSITIONAL = 5
-ARITHMETIC = {"engine/tensor", "engine/factors", "engine/device_buffers", "engine/executor"}
+ARITHMETIC = {"engine/tensor", "engine/factors", "engine/device_buffers", "engine/run"}
 
 
 def room(name: str) -> str:

@@ -23,7 +23,7 @@ DRIVER = """
     import dora_convert
     from dora_convert.plan import item as plan_item
     from dora_convert.storage import journal
-    from dora_convert.output.shards import ShardFiles
+    from dora_convert.output.output import ShardFiles
 
     base, adapter, out, allowed = *sys.argv[1:4], int(sys.argv[4])
     plan_item.BLOCK_ELEMENTS, journal.BATCH_SECONDS = 1 << 10, 0.0
@@ -220,11 +220,10 @@ def test_read_only_parent(tmp_path, base, adapter):
 
 def test_disk_full(tmp_path, base, adapter, monkeypatch):
     """Space is counted before anything is written; when it runs out all the same, the error says what to do."""
-    from dora_convert.output import folder
-    from dora_convert.output import shards as writer
+    from dora_convert.output import output as writer
 
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(folder.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(writer.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(OutputError, match="has 1 kB free; the output needs"):
         dora_convert.merge(base.path, adapter, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))

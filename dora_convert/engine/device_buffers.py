@@ -13,8 +13,7 @@ from torch import Tensor
 from ..maths import lora as maths
 from ..storage.reader import Reader
 from ..storage.safetensors import StoredTensor
-from .host_memory import as_bytes, empty
-from .precision import TORCH, ComputeSpec
+from .precision import TORCH, ComputeSpec, as_bytes, empty
 
 FACTOR_ELEMENTS = 1 << 18
 

@@ -1,26 +1,42 @@
-"""Load the tensors of an edit, and apply the edit to any block of rows of the stored weight."""
+"""Load the tensors of an edit, compare them with the base, and apply the edit to any block of the stored weight."""
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..adapters.updates import Decomposed, Delta, LowRank
 from ..maths import lora as maths
 from ..plan.item import Edit
+from ..plan.plan import Plan
+from ..storage.reader import Reader
+from ..storage.safetensors import StoredTensor
 from .device_buffers import DeviceBuffers
+from .precision import ComputeSpec
+
+SAMPLED_ROWS = 16
+SAMPLED_FOR_COLUMNS = 256
+OTHER_BASE = 0.5
+"""A median |m/‖W‖ − 1| above this means that m was trained on other weights."""
 
 
-class FactorPair(Protocol):
-    """The factors of V = W + s·left·right, for any block of rows of the stored weight."""
+class FactorPair:
+    """The factors of V = W + s·left·right, held whole, for any block of rows of the stored weight."""
+
+    def __init__(self, left: Tensor, right: Tensor) -> None:
+        self._left, self._right = left, right
 
     def left(self, start: int, stop: int) -> Tensor:
         """Return rows of the factor that has the weight's rows: (stop − start, r)."""
+        return self._left[start:stop]
 
-    def right(self, start: int) -> Tensor:
+    def right(self, start: int) -> Tensor:  # noqa: ARG002 - the same for all rows
         """Return the factor with the weight's columns, (r, columns), for a block that begins at `start`."""
+        return self._right
 
 
 class FixedPoint(NamedTuple):
@@ -41,7 +57,7 @@ class FixedPoint(NamedTuple):
         return maths.to_fixed_(x, self.right, self.rank)
 
 
-class StreamedFactors:
+class StreamedFactors(FactorPair):
     """Factors of one weight: the right one is held, the left one is read with each block."""
 
     def __init__(
@@ -55,10 +71,6 @@ class StreamedFactors:
         self._right = right.T if transposed else right
         if fixed:
             fixed.right_(self._right)
-
-    def right(self, start: int) -> Tensor:  # noqa: ARG002 - the same for all rows
-        """Return the right factor: (r, columns)."""
-        return self._right
 
     def left(self, start: int, stop: int) -> Tensor:
         """Read rows of the left factor: (stop − start, r)."""
@@ -75,7 +87,7 @@ class StreamedFactors:
         return maths.block_diagonal(part, low.blocks[1], start, low.outputs)
 
 
-class ExpertFactors:
+class ExpertFactors(FactorPair):
     """Factors of experts that lie one below the other: held as stored, and cut expert by expert."""
 
     def __init__(
@@ -155,3 +167,36 @@ class LoadedEdit:
             return maths.rescale_(V, self.m, self.n[0], axis=0)
         self.n.append(maths.norms(V, axis=1))
         return maths.rescale_(V, self.m[start:stop], self.n[-1], axis=1)
+
+
+def doubt_base(plan: Plan) -> str | None:
+    """Return a warning if DoRA magnitudes do not look like norms of this base, from a sample of its rows."""
+    with closing(Reader()) as reader:
+        buffers = DeviceBuffers(ComputeSpec(torch.device("cpu"), torch.float64, "sample"), reader)
+        ratios = [
+            _deviation(item.source, edit, edit.update, buffers)
+            for item in plan.items
+            for edit in item.edits
+            if isinstance(edit.update, Decomposed)
+        ]
+    if not ratios or (median := torch.cat(ratios).nanmedian().item()) <= OTHER_BASE:
+        return None
+    return (
+        f"another base? The adapter's magnitudes differ from the norms of {plan.base.source.name} by "
+        f"{median:.0%} in the median; those of its own base differ by a few percent."
+    )
+
+
+def _deviation(tensor: StoredTensor, edit: Edit, update: Decomposed, buffers: DeviceBuffers) -> Tensor:
+    """Return |m/‖W‖ − 1| for some outputs of one weight."""
+    m = buffers.whole(update.m).flatten()
+    rows = tensor.matrix[0]
+    wanted = SAMPLED_FOR_COLUMNS if edit.two_passes else SAMPLED_ROWS
+    chosen = sorted({round(k * (rows - 1) / max(1, wanted - 1)) for k in range(min(wanted, rows))})
+    sample = torch.cat([buffers.rows(tensor, row, row + 1) for row in chosen])
+    if edit.two_passes:  # the norm of a column, estimated from some of its elements
+        n = maths.norms(sample, axis=0) * (rows / len(chosen)) ** 0.5
+    else:
+        n, m = maths.norms(sample, axis=1), m[chosen]
+    deviation: Tensor = (m / n - 1).abs()
+    return deviation

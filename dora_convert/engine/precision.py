@@ -1,20 +1,36 @@
-"""Choose the device and the dtype of arithmetic, and measure rounding in units in the last place (ulps)."""
+"""Choose the device and the dtype of arithmetic; hold, read, check and round tensors on the host.
+
+Distances to rounded values are counted in units in the last place (ulps).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import ctypes
+import math
+import mmap
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..errors import UsageError
+from ..adapters.adapter import Adapter
+from ..errors import Fault, NumericalError, UsageError
+from ..maths import lora as maths
+from ..storage.reader import Reader, xxh3
+from ..storage.safetensors import FLOATS, StoredTensor
 
 TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """torch's dtypes by their safetensors names, for all dtypes that arithmetic is done on."""
 GRID = {"BF16": (8, -126), "F16": (11, -14), "F32": (24, -126), "F64": (53, -1022)}
 """Precision in bits and the least exponent of each dtype."""
+OWN_PAGES = 1 << 20
+"""Bytes from which a tensor gets pages of its own.
+
+The C library keeps the pages of freed large tensors, in pieces that the next tensor often does not fit. Two
+copies of the largest factor would stay resident for each worker.
+"""
 
 
 @dataclass(frozen=True)
@@ -113,3 +129,83 @@ def ordinal(x: Tensor, dtype: str) -> Tensor:
     kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[TORCH[dtype].itemsize]
     bits = x.to(TORCH[dtype]).view(kind).long()
     return torch.where(bits < 0, -(bits & torch.iinfo(kind).max), bits)
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return an uninitialised CPU tensor whose memory goes back to the system with the tensor."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes < OWN_PAGES:
+        return torch.empty(tuple(shape), dtype=dtype, device="cpu")
+    return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=dtype).view(tuple(shape))
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """Return the bytes of a contiguous CPU tensor without a copy; the bytes keep the tensor alive."""
+    nbytes = tensor.numel() * tensor.element_size()
+    array = (ctypes.c_ubyte * nbytes).from_address(tensor.data_ptr())
+    array.owner = tensor  # type: ignore[attr-defined]
+    return memoryview(array).cast("B")
+
+
+def read_rows(reader: Reader, tensor: StoredTensor, rows: Sequence[int]) -> Tensor:
+    """Read some rows of a stored tensor's matrix, in the stored dtype."""
+    width = tensor.matrix[1]
+    runs = [(start * width, count * width) for start, count in _runs(rows)]
+    return _gather(reader, tensor, runs).view(len(rows), width)
+
+
+def read_columns(reader: Reader, tensor: StoredTensor, columns: Sequence[int]) -> Tensor:
+    """Read some columns of a stored tensor's matrix, in the stored dtype."""
+    height, width = tensor.matrix
+    runs = [(row * width + start, count) for row in range(height) for start, count in _runs(columns)]
+    return _gather(reader, tensor, runs).view(height, len(columns))
+
+
+def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """Return (start, count) of each run of neighbours."""
+    if isinstance(numbers, range):
+        return [(numbers.start, len(numbers))]
+    runs: list[tuple[int, int]] = []
+    for number in numbers:
+        if runs and sum(runs[-1]) == number:
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+        else:
+            runs.append((number, 1))
+    return runs
+
+
+def _gather(reader: Reader, tensor: StoredTensor, runs: Sequence[tuple[int, int]]) -> Tensor:
+    """Read runs of elements, each given by (first, count), into one flat tensor."""
+    size = tensor.itemsize
+    data = bytearray(size * sum(count for _, count in runs))
+    view, position = memoryview(data), 0
+    for first, count in runs:
+        reader.read(tensor.path, tensor.start + first * size, view[position : position + count * size])
+        position += count * size
+    dtype = TORCH[tensor.dtype]
+    return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+
+
+def scan_adapter(adapter: Adapter) -> dict[str, str]:
+    """Return the xxh3-128 of each of an adapter's files, by name.
+
+    Raises NumericalError, naming every tensor that holds NaN or Inf.
+    """
+    hashes = {path.name: xxh3(path) for path in adapter.files}
+    with closing(Reader()) as reader:
+        damaged = [
+            tensor
+            for tensor in adapter.tensors.values()
+            if not all(holds_numbers(piece, tensor.dtype) for piece in reader.pieces(tensor))
+        ]
+    if damaged:
+        raise NumericalError(
+            f"The adapter {adapter.source.name} is damaged.",
+            faults=[Fault(tensor.name, "holds NaN or Inf") for tensor in damaged],
+        )
+    return hashes
+
+
+def holds_numbers(piece: memoryview, dtype: str) -> bool:
+    """Return True if no element is NaN or infinite, in dtypes that have such values."""
+    return dtype not in FLOATS or maths.all_finite(torch.frombuffer(piece, dtype=TORCH[dtype]))

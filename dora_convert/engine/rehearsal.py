@@ -7,15 +7,15 @@ from contextlib import closing
 from dataclasses import replace
 
 from ..output.finished import TensorResult
-from ..output.shards import Copy, ShardFiles
+from ..output.output import Copy, ShardFiles
 from ..plan.item import Item
 from ..plan.plan import Plan
 from ..settings import Settings
 from ..storage.journal import Journal
 from ..storage.reader import Reader
 from ..storage.spool import Segment, Spool
-from .executor import Run
 from .precision import ComputeSpec
+from .run import Run
 from .tensor import StartMaker
 
 
@@ -26,38 +26,34 @@ def rehearse(plan: Plan, settings: Settings, spec: ComputeSpec, maker: StartMake
             plan=plan,
             settings=replace(settings, on_progress=None),
             spec=spec,
-            shards=NoShards(),
+            shards=_NoShards(),
             reader=reader,
-            spool=NoSpool(),
-            journal=NoJournal(),
+            spool=_NoSpool(),
+            journal=_NoJournal(),
             maker=maker,
         )
         run.execute()
     return run.progress.done
 
 
-class NoShards(ShardFiles):
+class _NoShards(ShardFiles):
     """Shards that take nothing."""
 
     def __init__(self) -> None: ...
 
-    def copies(self, plan: Plan) -> Iterator[Copy]:  # noqa: ARG002
-        """Return nothing: copies cannot fail in arithmetic."""
+    def copies(self, plan: Plan) -> Iterator[Copy]:  # noqa: ARG002 - copies cannot fail in arithmetic
         return iter(())
 
-    def write(self, item: Item, offset: int, data: memoryview) -> None:
-        """Write nothing."""
+    def write(self, item: Item, offset: int, data: memoryview) -> None: ...
 
     def shard_of(self, item: Item) -> str:  # noqa: ARG002
-        """Return no name."""
         return ""
 
     def descriptor(self, shard: str) -> int:  # noqa: ARG002
-        """Return no open file."""
         return -1
 
 
-class NoSpool(Spool):
+class _NoSpool(Spool):
     """A spool that keeps nothing."""
 
     descriptor = -1
@@ -65,14 +61,12 @@ class NoSpool(Spool):
     def __init__(self) -> None: ...
 
     def add(self, data: bytes | memoryview) -> Segment:
-        """Keep nothing."""
         return Segment(0, len(data))
 
 
-class NoJournal(Journal):
+class _NoJournal(Journal):
     """A journal that keeps nothing."""
 
     def __init__(self) -> None: ...
 
-    def add(self, line: object, descriptors: Collection[int], then: object = None) -> None:
-        """Enter nothing."""
+    def add(self, line: object, descriptors: Collection[int], then: object = None) -> None: ...

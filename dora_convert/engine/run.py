@@ -1,34 +1,49 @@
-"""Run a plan from its unfinished start, if there is one, to the verdict of the self-check."""
+"""Run a plan: workers take each tensor from read to write, block by block, within the memory budget.
+
+One worker computes a tensor with one torch thread, in blocks that depend on the tensor's shape alone. So the
+bytes of the tensor do not depend on the number of workers, on their order, or on their memory.
+"""
 
 from __future__ import annotations
 
 import json
+import threading
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 
 from .. import __version__
-from ..errors import Fault, NumericalError, OutputError, VerificationError
-from ..output.finished import FinishedLine, Progress, TensorResult, Verdict
-from ..output.shards import ShardFiles
+from ..output.finished import FinishedLine, Progress, TensorResult, Verdict, copied_name, kept_name
+from ..output.output import Copy, Output, ShardFiles
+from ..plan.item import Item
 from ..plan.plan import Plan
 from ..settings import Settings
-from ..storage.filenames import JOURNAL, RECORD, SPOOL
-from ..storage.journal import Journal, JournalKey, UnfinishedRun, read_journal
-from ..storage.reader import Reader
-from ..storage.spool import Spool
-from .executor import Checker, Run
+from ..storage.filenames import JOURNAL, SPOOL
+from ..storage.journal import Journal, JournalKey, UnfinishedRun
+from ..storage.reader import Digest, Reader
+from ..storage.safetensors import StoredTensor
+from ..storage.spool import Spool, SpooledTensor
+from .device_buffers import DeviceBuffers
 from .precision import ComputeSpec, choose
-from .tensor import StartMaker
+from .tensor import StartMaker, write_tensor
+from .workers import WorkerPool
 
-if TYPE_CHECKING:
-    from ..output.output import Output
-
+Task = Callable[[DeviceBuffers], None]
 Hashes = Sequence[Mapping[str, str]]
+"""For each adapter, the xxh3-128 of its files by name."""
+
+
+class Checker(Protocol):
+    """Compares written tensors with their definitions."""
+
+    def check(self, item: Item, digest: str) -> Verdict:
+        """Return the verdict on one tensor; `digest` is the xxh3-128 of its written bytes."""
 
 
 class Transfers(Protocol):
@@ -40,8 +55,8 @@ class Transfers(Protocol):
     def reader(self) -> Reader:
         """Return a reader that waits for files that are downloaded."""
 
-    def attach(self, files: ShardFiles) -> None:
-        """Take the open shards of the output."""
+    def begin(self, folder: Path, shards: ShardFiles) -> None:
+        """Take the output's folder and its open shards, and resume earlier uploads."""
 
     def shard_finished(self, shard: str) -> None:
         """Note that a shard is finished and, if checked, right; called by workers."""
@@ -50,21 +65,141 @@ class Transfers(Protocol):
         """Wait until all finished shards are uploaded."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunOptions:
-    """A verb's part in the run of a plan."""
+@dataclass(kw_only=True)
+class Run:
+    """One execution of a plan."""
 
+    plan: Plan
+    settings: Settings
     spec: ComputeSpec
-    key: JournalKey
-    """Everything that decides the output's bytes; the journal's first line."""
-    unfinished: UnfinishedRun | None
-    """The run that is resumed."""
+    shards: ShardFiles
+    reader: Reader
+    spool: Spool
+    journal: Journal
     maker: StartMaker
-    check: Callable[[Path, Plan, Reader], Checker] | None = None
-    """Starts the check of a written folder; None for no check."""
+    """Starts the maker of a tensor."""
+    checker: Checker | None = None
+    progress: Progress = field(default_factory=Progress)
     hub: Transfers | None = None
+    output: Output | None = None
+    """Makes a tensor's source safe to read, and learns when it is settled; None for a rehearsal."""
     hashed: Collection[str] = ()
     """Names of copied tensors whose hashes are wanted."""
+    resumed: bool = False
+    """True if an earlier run had finished some of the work."""
+    written: int = 0
+    _skipped: int = 0
+    _waiting: Counter[str] = field(default_factory=Counter)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _workers: WorkerPool[DeviceBuffers] = field(init=False)
+
+    def __post_init__(self) -> None:
+        start = partial(DeviceBuffers, self.spec, self.reader)
+        self._workers = WorkerPool(self.settings.max_memory, start, self.reader.stop)
+        self._tight = self.settings.workers * self.plan.memory > self.settings.max_memory
+
+    def execute(self) -> None:
+        """Write every output tensor that is not finished yet."""
+        tasks = list(self._tasks())
+        if self.hub:
+            order = {shard.filename: number for number, shard in enumerate(self.plan.shards)}
+            tasks.sort(key=lambda task: order[task[0]])
+        self._waiting.update(shard for shard, _ in tasks)
+        for shard in self.plan.shards:
+            if not self._waiting[shard.filename]:
+                self._finish(shard.filename)
+        self._workers.run(self.settings.workers, [task for _, task in tasks])
+
+    def _tasks(self) -> Iterator[tuple[str, Task]]:
+        """Yield each task after the name of its shard.
+
+        Copies come first: they need no arithmetic, so the disk is busy from the start.
+        """
+        shard_of, done = self.shards.shard_of, self.progress.done
+        copies = [copy for copy in self.shards.copies(self.plan) if copy[2:] not in self.progress.copied]
+        finished = {name for name, result in done.items() if result.verdict or not self.checker}
+        items = [item for item in self.plan.items if not item.verbatim and item.name not in finished]
+        left = [*(copy.length for copy in copies), *(item.nbytes for item in items)]
+        self._skipped = self.plan.bytes_out - sum(left)
+        yield from ((copy.shard, partial(self._copy, copy)) for copy in copies)
+        yield from ((shard_of(item), partial(self._compute, item)) for item in items)
+        for tensor in self.plan.lost:
+            if kept_name(tensor) not in done:
+                yield self.plan.lost_with[tensor.name], partial(self._keep, tensor)
+        for item in self.plan.items:
+            if item.name in self.hashed and copied_name(item) not in done:
+                yield shard_of(item), partial(self._hash, item)
+
+    def _copy(self, copy: Copy, _: DeviceBuffers) -> None:
+        self.advance(0)
+        self.shards.copy(copy, self.reader)
+        self.journal.add(FinishedLine(copied=copy[2:]), [self.shards.descriptor(copy.shard)])
+        self.advance(copy.length)
+        self._finish(copy.shard)
+
+    def _hash(self, item: Item, _: DeviceBuffers) -> None:
+        """Enter the hash of a copied tensor."""
+        self.advance(0)
+        digest = self.reader.digest(item.source).fast
+        self._enter(copied_name(item), TensorResult(digest, digest, None), [])
+        self._finish(self.shards.shard_of(item))
+
+    def _compute(self, item: Item, buffers: DeviceBuffers) -> None:
+        item = self.output.prepare(item, self.reader) if self.output else item
+        shard = self.shards.shard_of(item)
+        with self._workers.holding(self.plan.cost(item)):
+            with buffers.working():
+                maker = self.maker(item, buffers, self.spool)
+                result = write_tensor(item, maker, buffers, self.shards, self.advance)
+            del maker  # with its factors, before another worker takes the memory
+            if self.checker:
+                result = replace(result, verdict=self.checker.check(item, result.written_hash))
+            if self._tight:
+                buffers.release()
+        if result.verdict and result.verdict.wrong:
+            self.progress.done[item.name] = result
+            return
+        settled = partial(self.output.settled, item) if self.output else None
+        self._enter(item.name, result, [self.shards.descriptor(shard), self.spool.descriptor], settled)
+        self._finish(shard)
+
+    def _keep(self, tensor: StoredTensor, _: DeviceBuffers) -> None:
+        """Copy a whole tensor of the base into the undo record.
+
+        The tensor's shard waits for this task, so that the tensor's file is still on this machine.
+        """
+        digest, segments = Digest(proof=self.plan.options.exact), []
+        for piece in self.reader.pieces(tensor):
+            digest.update(piece)
+            segments.append(self.spool.add(piece))
+            self.advance(0)
+        part = SpooledTensor(kept_name(tensor), tensor.dtype, tensor.shape, tuple(segments))
+        result = TensorResult(digest.fast, digest.fast, digest.proof, (part,))
+        self._enter(part.name, result, [self.spool.descriptor])
+        self._finish(self.plan.lost_with[tensor.name])
+
+    def _enter(
+        self, name: str, result: TensorResult, files: Collection[int], then: Callable[[], None] | None = None
+    ) -> None:
+        """Note a result, and enter it in the journal once `files` are synced."""
+        self.progress.done[name] = result
+        self.journal.add(FinishedLine(name, result), files, then)
+
+    def _finish(self, shard: str) -> None:
+        """Count a task of a shard as done; report the shard after its last task."""
+        with self._lock:
+            self._waiting[shard] -= 1
+            ready = self._waiting[shard] <= 0
+        if ready and self.hub:
+            self.hub.shard_finished(shard)
+
+    def advance(self, nbytes: int) -> None:
+        """Count bytes written, and stop the worker that calls if another has failed."""
+        self._workers.check()
+        with self._lock:
+            self.written += nbytes
+            if self.settings.on_progress:
+                self.settings.on_progress(self._skipped + self.written, self.plan.bytes_out)
 
 
 def choose_compute(least: int, settings: Settings) -> ComputeSpec:
@@ -76,27 +211,6 @@ def choose_compute(least: int, settings: Settings) -> ComputeSpec:
     spec = choose(settings.device, settings.compute_dtype)
     settings.notify(f"device: {spec}")
     return spec
-
-
-@contextmanager
-def entered(output: Output) -> Iterator[None]:
-    """Open and lock an output; after an error keep it if the same command can resume the run."""
-    output.open()
-    try:
-        yield
-    except NumericalError:
-        output.discard()
-        raise
-    except OSError as error:
-        kept = (output.state / JOURNAL).exists()
-        output.leave() if kept else output.discard()
-        raise OutputError(
-            f"{output.out} cannot be written: {error.strerror or error}.",
-            hint=f"{output.partial} stays; rerun the same command to resume" if kept else None,
-        ) from error
-    except BaseException:
-        output.leave()
-        raise
 
 
 def journal_key(spec: ComputeSpec, identity: Mapping[str, Any], **inputs: Any) -> JournalKey:
@@ -112,40 +226,35 @@ def journal_key(spec: ComputeSpec, identity: Mapping[str, Any], **inputs: Any) -
     return as_read_back
 
 
-def resume(
-    output: Output, key: JournalKey, keep: list[str], complete: Callable[[], bool], line_type: type
-) -> UnfinishedRun | None:
-    """Return the journal of an unfinished run with the same key, or None and an empty output.
+def resume_plan(
+    output: Output, plan: Plan, hashes: Hashes, spec: ComputeSpec, **inputs: str
+) -> tuple[JournalKey, UnfinishedRun | None]:
+    """Return the key of a plan's run, and the journal of an unfinished run with this key, or an empty output.
 
-    `keep` names the files that the run goes on with, `complete` says that all of them exist, and `line_type`
-    is the type of the journal's lines.
+    `hashes` are those of the adapters' files; `inputs` are hashes of other files that decide bytes.
     """
-    path = output.state / JOURNAL
-    unfinished = read_journal(path)
-    if unfinished and unfinished.key == key and complete():
-        output.clear(keep=[RECORD, *keep])
-        return read_journal(path, line_type)
-    if unfinished and unfinished.key != key and not output.overwrite:
-        raise OutputError(f"{output.partial} holds an unfinished run of something else.", hint=output.WAY_OUT)
-    output.clear()
-    return None
-
-
-def run_key(plan: Plan, output: Output, hashes: Hashes, spec: ComputeSpec) -> JournalKey:
-    """Return everything that decides the bytes of a plan's output."""
+    inputs = {"plan": plan.fingerprint, **inputs}
     adapters = [dict(files) for files in hashes]
-    return journal_key(spec, output.identity([plan.base]), plan=plan.fingerprint, adapters=adapters)
-
-
-def resume_plan(output: Output, plan: Plan, key: JournalKey) -> UnfinishedRun | None:
-    """Return the journal of an unfinished run of the same plan, or None and an empty output."""
+    key = journal_key(spec, output.identity([plan.base]), adapters=adapters, **inputs)
     names = [shard.filename for shard in plan.shards]
-    return resume(output, key, names, lambda: output.resumable(plan), FinishedLine)
+    return key, output.resume(key, names, lambda: output.resumable(plan), FinishedLine)
 
 
-def run(plan: Plan, output: Output, settings: Settings, options: RunOptions) -> Run:
-    """Write every tensor that is not finished yet; all bytes and the journal are synced afterwards."""
-    hub, unfinished = options.hub, options.unfinished
+def run(
+    plan: Plan,
+    output: Output,
+    settings: Settings,
+    *,
+    key: JournalKey,
+    unfinished: UnfinishedRun | None,
+    check: Callable[[Path, Plan, Reader], Checker] | None,
+    hub: Transfers | None,
+    **details: Any,
+) -> Run:
+    """Write every tensor that is not finished yet; all bytes and the journal are synced afterwards.
+
+    `check` starts the check of the written folder; None for no check. `details` are fields of `Run`.
+    """
     progress = Progress.of(unfinished.lines if unfinished else ())
     with ExitStack() as stack:
         reader = stack.enter_context(closing(hub.reader() if hub else Reader()))
@@ -153,42 +262,23 @@ def run(plan: Plan, output: Output, settings: Settings, options: RunOptions) -> 
         sparse = hub is not None and not hub.local
         shards = stack.enter_context(closing(output.open_shards(plan, new=unfinished is None, sparse=sparse)))
         if hub:
-            hub.attach(shards)
+            hub.begin(output.partial, shards)
         output.sync()
         execution = Run(
             plan=plan,
             settings=settings,
-            spec=options.spec,
             shards=shards,
             reader=reader,
             spool=spool,
-            journal=stack.enter_context(closing(Journal(output.state / JOURNAL, options.key, unfinished))),
-            maker=options.maker,
-            checker=options.check(output.partial, plan, reader) if options.check else None,
+            journal=stack.enter_context(closing(Journal(output.state / JOURNAL, key, unfinished))),
+            checker=check(output.partial, plan, reader) if check else None,
             progress=progress,
-            on_shard=hub.shard_finished if hub else None,
+            hub=hub,
             output=output,
-            hashed=options.hashed,
+            resumed=bool(unfinished and unfinished.lines),
+            **details,
         )
         execution.execute()
         if hub:
             hub.settle()
     return execution
-
-
-def judge(plan: Plan, done: Mapping[str, TensorResult]) -> Verdict:
-    """Return the sum of all verdicts; raise VerificationError, naming every tensor that is wrong."""
-    total, faults = Verdict(), []
-    for item in plan.items:
-        if item.name in done and (verdict := done[item.name].verdict):
-            total += verdict
-            if verdict.wrong:
-                why = f"{verdict.wrong} of {verdict.checked} elements, up to {verdict.max_ulp} ulp"
-                faults.append(Fault(item.name, why))
-    if faults:
-        raise VerificationError(
-            f"The self-check failed: {len(faults)} tensors on disk are not what was computed.",
-            faults=faults,
-            hint="the disk or the memory may be faulty; rerun the same command to write these tensors again",
-        )
-    return total

@@ -15,15 +15,14 @@ from torch import Tensor
 from ..errors import NumericalError
 from ..maths import lora as maths
 from ..output.finished import TensorResult
-from ..output.shards import ShardFiles
+from ..output.output import ShardFiles
 from ..plan.item import Item
 from ..storage.reader import Digest
 from ..storage.safetensors import BITS
 from ..storage.spool import Spool, SpooledTensor
 from .device_buffers import DeviceBuffers
 from .factors import LoadedEdit
-from .host_memory import as_bytes
-from .precision import TORCH
+from .precision import TORCH, as_bytes
 
 
 class TensorMaker(Protocol):

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from ..engine.device_buffers import DeviceBuffers
-from ..engine.host_memory import read_rows
-from ..engine.precision import TORCH
+from ..engine.precision import TORCH, read_rows
 from ..errors import NumericalError
 from ..maths import lora as maths
 from ..maths.dora_fit import extract_dora

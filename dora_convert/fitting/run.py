@@ -20,10 +20,8 @@ from torch import Tensor
 from .. import __version__
 from ..adapters.new_adapter import Files, NewAdapter
 from ..engine.device_buffers import DeviceBuffers
-from ..engine.host_memory import as_bytes
-from ..engine.precision import TORCH, ComputeSpec
-from ..engine.preflight import holds_numbers, scan_adapter
-from ..engine.run import choose_compute, entered, journal_key, resume
+from ..engine.precision import TORCH, ComputeSpec, as_bytes, holds_numbers, scan_adapter
+from ..engine.run import choose_compute, journal_key
 from ..engine.workers import WorkerPool
 from ..errors import NumericalError
 from ..maths import lora as maths
@@ -67,10 +65,10 @@ def run_plan(
     settings.notify(f"memory: at most {format_size(settings.max_memory)}; one module takes {format_size(plan.memory)}")
     adapters = [scan_adapter(plan.like)] if plan.like else []
     folder.check_space(2 * plan.bytes_out)
-    with entered(folder):
+    with folder.entered():
         terms = {**plan.terms, "command": plan.command, "format": plan.format.NAME, "dtype": plan.dtype}
         key = journal_key(spec, folder.identity(plan.bases), adapters=adapters, **terms)
-        unfinished = resume(folder, key, [], lambda: True, FittedLine)
+        unfinished = folder.resume(key, [], lambda: True, FittedLine)
         lines = {line.made: line for line in unfinished.lines} if unfinished else {}
         resumed = bool(lines)
         end = max((tensor.end for line in lines.values() for tensor in line.tensors.values()), default=0)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..output.folder import LOCK, OutputFolder
-from ..output.shards import ShardFiles
+from ..output.output import ShardFiles
 from ..plan.plan import Plan
 from ..reports.push import Pushed
 from ..sources.hub_client import without_bars
@@ -35,9 +35,9 @@ class HubStreaming:
         self._shards: ShardFiles
         self._folder: Path
 
-    def begin(self, folder: Path) -> None:
-        """Start or resume the uploads from OUT.partial."""
-        self._folder = folder
+    def begin(self, folder: Path, shards: ShardFiles) -> None:
+        """Start or resume the uploads from OUT.partial, whose shards are open."""
+        self._folder, self._shards = folder, shards
         if self._upload:
             self._upload.keep_journal(folder / RECORD / UPLOADS, by_name=not self.local)
             self._uploads = ShardUploads(self._upload, folder, self._shard_uploaded)
@@ -50,10 +50,6 @@ class HubStreaming:
     def reader(self) -> Reader:
         """Return a reader that waits for files until they are downloaded."""
         return self._inputs.reader() if self._inputs else Reader()
-
-    def attach(self, shards: ShardFiles) -> None:
-        """Take the open shards of the output."""
-        self._shards = shards
 
     def shard_finished(self, shard: str) -> None:
         """Drop inputs that only a finished and checked shard needed, and upload the shard."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engine.host_memory import as_bytes, empty
+from ..engine.precision import as_bytes, empty
 from ..errors import OutputError, UnsupportedError
 
 WEIGHTS_LEVEL = "verify --level weights needs no model code"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import msgspec
 
+from ..errors import Fault, VerificationError
 from ..plan.item import Item
+from ..plan.plan import Plan
 from ..storage.json_files import Count, Real
 from ..storage.safetensors import StoredTensor
 from ..storage.spool import SpooledTensor
@@ -45,13 +47,12 @@ class Verdict:
 
     def rows(self) -> list[tuple[str, str]]:
         """Return the rows of a model card's table of checks."""
-        lost = [] if self.lost is None else [("share of the change lost to rounding", f"{self.lost:.2%}")]
-        return [
+        rows = [
             ("elements compared", f"{self.checked:,}"),
             ("wrong", f"{self.wrong:,}"),
             ("largest distance from the rounded result", f"{self.max_ulp} ulp"),
-            *lost,
         ]
+        return rows if self.lost is None else [*rows, ("share of the change lost to rounding", f"{self.lost:.2%}")]
 
 
 @dataclass(frozen=True)
@@ -117,3 +118,21 @@ def kept_name(tensor: StoredTensor) -> str:
 def copied_name(item: Item) -> str:
     """Return the name under which the hash of a copied tensor is kept."""
     return f"copied/{item.name}"
+
+
+def judge(plan: Plan, done: Mapping[str, TensorResult]) -> Verdict:
+    """Return the sum of all verdicts; raise VerificationError, naming every tensor that is wrong."""
+    total, faults = Verdict(), []
+    for item in plan.items:
+        if item.name in done and (verdict := done[item.name].verdict):
+            total += verdict
+            if verdict.wrong:
+                why = f"{verdict.wrong} of {verdict.checked} elements, up to {verdict.max_ulp} ulp"
+                faults.append(Fault(item.name, why))
+    if faults:
+        raise VerificationError(
+            f"The self-check failed: {len(faults)} tensors on disk are not what was computed.",
+            faults=faults,
+            hint="the disk or the memory may be faulty; rerun the same command to write these tensors again",
+        )
+    return total

@@ -16,16 +16,12 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..errors import OutputError, UsageError
-from ..plan.item import Item
 from ..plan.plan import Plan
-from ..settings import format_size
 from ..storage.checkpoint import Checkpoint
 from ..storage.filenames import JOURNAL, RECORD, SPOOL, UPLOADS, is_text
 from ..storage.journal import sync_path
-from ..storage.reader import Reader
 from ..storage.refs import PathLike
-from .shards import ShardFiles, shards_exist
-from .side_files import copy_or_write
+from .output import Output, ShardFiles
 
 try:
     import fcntl
@@ -36,11 +32,10 @@ LOCK = ".lock"
 MARKER = ".dora-convert-replaced"
 
 
-class OutputFolder:
-    """A new folder for the output: an `Output`."""
+class OutputFolder(Output):
+    """A new folder for the output."""
 
     WAY_OUT = "--overwrite starts over; the unfinished run is lost"
-    in_place = False
 
     def __init__(self, out: Path, *, overwrite: bool) -> None:
         """Refuse an OUT whose name no folder can have."""
@@ -93,15 +88,10 @@ class OutputFolder:
             if out == folder or folder in out.parents or out in folder.parents:
                 raise OutputError(f"OUT {self.out} overlaps the input {path}.", hint="choose another folder")
 
-    def check_space(self, nbytes: int) -> None:
-        """Refuse a disk without so many free bytes, less the bytes of an unfinished run."""
-        parent = next(parent for parent in self.partial.parents if parent.exists())
-        nbytes -= sum(_allocated(path) for path in self.partial.rglob("*") if path.is_file())
-        if (free := shutil.disk_usage(parent).free) < nbytes:
-            raise OutputError(
-                f"{parent} has {format_size(free)} free; the output needs {format_size(nbytes)}.",
-                hint="free some space, or choose an OUT on another disk",
-            )
+    def _bytes_done(self) -> int:
+        """Return the bytes that OUT.partial takes: fewer than its files' sizes if they have holes."""
+        stats = [path.stat() for path in self.partial.rglob("*") if path.is_file()]
+        return sum(int(getattr(stat, "st_blocks", -(-stat.st_size // 512))) * 512 for stat in stats)
 
     def open(self) -> None:
         """Create OUT.partial, or enter the one of an unfinished run, and lock it."""
@@ -158,19 +148,11 @@ class OutputFolder:
                 _remove(entry)
         self.state.mkdir(exist_ok=True)
 
-    def put(self, name: str, source: bytes | Path) -> None:
-        """Write a small file, or copy one; the umask decides its permissions."""
-        copy_or_write(self.path(name), source)
-
     def path(self, name: str) -> Path:
         """Return the path that a file beside the weights is written to."""
         path = self.partial / name
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
-
-    def resumable(self, plan: Plan) -> bool:
-        """Return True if all shards of a plan exist, at their full sizes."""
-        return shards_exist(self.partial, plan)
 
     def sync(self) -> None:
         """Sync names and small files to the disk."""
@@ -181,20 +163,9 @@ class OutputFolder:
         """Return JSON values that identify the bases among others with the same headers, without a read."""
         return {"base": [line for base in bases for line in _identity(base)]}
 
-    def prepare(self, item: Item, reader: Reader) -> Item:  # noqa: ARG002 - as of InPlace
-        """Return the item unchanged: no input is overwritten."""
-        return item
-
-    def settled(self, item: Item) -> None:
-        """Do nothing: no old bytes are kept."""
-
     def open_shards(self, plan: Plan, *, new: bool, sparse: bool = False) -> ShardFiles:
         """Create the shards in OUT.partial, or open the shards of an unfinished run."""
         return ShardFiles(self.partial, plan, create=new, sparse=sparse)
-
-    def bytes_needed(self, plan: Plan) -> int:
-        """Return the bytes that the weights of a plan take."""
-        return plan.bytes_out
 
     def publish(self, report: object = None, removed: Sequence[str] = ()) -> None:  # noqa: ARG002
         """Rename OUT.partial to OUT; all files are synced before the rename, the name after it."""
@@ -274,12 +245,6 @@ def _remove_marked(folder: Path) -> None:
             _remove(entry)
     (folder / MARKER).unlink()
     folder.rmdir()
-
-
-def _allocated(path: Path) -> int:
-    """Return the bytes that a file takes on the disk: fewer than its size if it has holes."""
-    stat = path.stat()
-    return int(getattr(stat, "st_blocks", -(-stat.st_size // 512))) * 512
 
 
 def _is_model(folder: Path) -> bool:

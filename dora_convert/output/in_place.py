@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 from ..errors import Fault, OutputError, UnsupportedError
 from ..plan.item import Item
 from ..plan.plan import Plan
-from ..settings import Settings, format_size
+from ..settings import Settings
 from ..storage.checkpoint import Checkpoint, Shard
 from ..storage.filenames import IN_PLACE, JOURNAL, RECORD, is_inside, list_files
 from ..storage.journal import Journal, read_journal, sync_path
@@ -36,8 +36,7 @@ from ..storage.reader import Reader
 from ..storage.refs import PathLike
 from ..storage.safetensors import StoredTensor
 from .folder import LOCK
-from .shards import ShardFiles
-from .side_files import copy_or_write
+from .output import Output, ShardFiles
 
 SPARE = 16
 """Old tensors that may wait for the new ones to be synced."""
@@ -58,12 +57,11 @@ class StagedLine(msgspec.Struct, frozen=True):
         msgspec.convert((self.report.get("command"), self.report.get("adapters")), tuple[str, list[str]])
 
 
-class InPlace:
-    """A folder while it is changed: an `Output`."""
+class InPlace(Output):
+    """A checkpoint while it is changed."""
 
     WAY_OUT = "rerun the command that began it to resume"
     in_place = True
-    overwrite = False
 
     def __init__(self, path: Path, shards: Sequence[Shard] = (), index_name: str | None = None) -> None:
         """Take a folder, and the shards of the checkpoint in it."""
@@ -125,11 +123,6 @@ class InPlace:
         """Return the bytes that the copies of old tensors may take."""
         return SPARE * max((item.nbytes for item in plan.items if not item.verbatim), default=0)
 
-    def check_space(self, nbytes: int) -> None:
-        """Refuse a disk without so many free bytes."""
-        if (free := shutil.disk_usage(self.partial).free) < nbytes:
-            raise OutputError(f"{self.partial} has {format_size(free)} free; {format_size(nbytes)} are needed.")
-
     def open(self) -> None:
         """Create the state folder, or enter the one of an unfinished run, and lock it."""
         try:
@@ -190,7 +183,7 @@ class InPlace:
     def put(self, name: str, source: bytes | Path) -> None:
         """Stage a file, unless it is the folder's own."""
         if source != self.partial / name:
-            copy_or_write(self.path(name), source)
+            super().put(name, source)
 
     def sync(self) -> None:
         """Sync names and small files to the disk."""
@@ -244,19 +237,6 @@ class InPlace:
             sync_path(self.partial)
 
 
-def _copy_old(stored: StoredTensor, path: Path, reader: Reader) -> None:
-    """Copy a tensor's bytes to a file that is whole, and synced, once it has its name."""
-    path.parent.mkdir(exist_ok=True)
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        for piece in reader.pieces(stored):
-            file.write(piece)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
-    sync_path(path.parent)
-
-
 def _moved(item: Item, stored: StoredTensor | None) -> str:
     """Return the reason why a tensor cannot be written over a stored one; empty if it can."""
     if not stored:
@@ -286,7 +266,5 @@ def finished(folder: PathLike, verb: str, adapters: Sequence[str], settings: Set
     if report is None:
         return None
     settings.notify(f"{report['command']} --in-place of an earlier run is finished")
-    same = report["command"] == verb and [Path(name).name for name in report["adapters"]] == [
-        Path(name).name for name in adapters
-    ]
-    return report if same else None
+    names = [[Path(name).name for name in given] for given in (report["adapters"], adapters)]
+    return report if report["command"] == verb and names[0] == names[1] else None

@@ -17,7 +17,6 @@ import xxhash
 from msgspec import UNSET, Struct, UnsetType
 
 from .. import __version__
-from ..adapters.adapter import Adapter
 from ..plan.item import Item
 from ..plan.plan import Entry, Plan
 from ..plan.sharding import converted
@@ -214,13 +213,19 @@ def new_receipt(
     sha256 of the base's side files. `computed` names the device, the compute dtype and torch's version.
     """
     options = plan.options
+    kept = {tensor.name: results[kept_name(tensor)] for tensor in plan.lost}
     copied = {item.name: results[key].written_hash for item in plan.items if (key := copied_name(item)) in results}
     return Receipt(
         schema=SCHEMA,
         verb="merge",
         versions={"dora_convert": __version__, "torch": computed["torch"].partition("+")[0]},
         base=MergedBase(**_source(plan.base.source), hash=_base_hash(plan, results)),
-        adapters=tuple(map(_adapter, plan.adapters, plan.weights, hashes)),
+        adapters=tuple(
+            MergedAdapter(
+                **_source(adapter.source), format=adapter.format, kind=adapter.kind, weight=weight, files=dict(files)
+            )
+            for adapter, weight, files in zip(plan.adapters, plan.weights, hashes, strict=True)
+        ),
         options=RecordedOptions(
             device=computed["device"],
             compute_dtype=computed["compute_dtype"],
@@ -232,17 +237,12 @@ def new_receipt(
         ),
         tensors={item.name: _tensor(item, results) for item in plan.items if item.noted},
         copied=copied,
-        kept={tensor.name: _kept(results[kept_name(tensor)]) for tensor in plan.lost},
+        kept={name: KeptTensor(result.base_hash, result.proof) for name, result in kept.items()},
         layout=_layout(plan),
         side_files={file.name: file.fate for file in files},
         base_files=dict(base_files),
         ledger=plan.ledger,
     )
-
-
-def _adapter(adapter: Adapter, weight: float, files: Mapping[str, str]) -> MergedAdapter:
-    about: dict[str, Any] = {"format": adapter.format, "kind": adapter.kind, "weight": weight}
-    return MergedAdapter(**_source(adapter.source), **about, files=dict(files))
 
 
 def _source(source: Source) -> dict[str, Any]:
@@ -266,10 +266,6 @@ def _tensor(item: Item, results: Mapping[str, TensorResult]) -> MergedTensor:
     undo = tuple(part.name for part in result.parts)
     hashes = {"base": result.base_hash, "written": result.written_hash, "base_sha256": result.proof}
     return MergedTensor(item.fate, of, undo=undo, **hashes)
-
-
-def _kept(result: TensorResult) -> KeptTensor:
-    return KeptTensor(result.base_hash, result.proof)
 
 
 def _layout(plan: Plan) -> BaseLayout:

@@ -10,8 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..engine.host_memory import read_rows
-from ..engine.precision import nearest
+from ..engine.precision import nearest, read_rows
 from ..plan.item import Item
 from ..storage.reader import Reader
 from ..storage.safetensors import StoredTensor

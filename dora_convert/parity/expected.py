@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from ..adapters.updates import Decomposed, Delta, LowRank, Start, tensors_of
-from ..engine.host_memory import empty, read_columns, read_rows
-from ..engine.precision import GRID, TORCH, half_ulp
+from ..engine.precision import GRID, TORCH, empty, half_ulp, read_columns, read_rows
 from ..plan.item import Edit, Item
 from ..storage.reader import Reader
 from ..storage.safetensors import StoredTensor

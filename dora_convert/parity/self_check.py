@@ -20,8 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..engine.host_memory import read_rows
-from ..engine.precision import nearest, ordinal
+from ..engine.precision import nearest, ordinal, read_rows
 from ..errors import VerificationError
 from ..output.finished import Verdict
 from ..plan.item import Item

@@ -14,8 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..engine.host_memory import read_rows
-from ..engine.precision import TORCH, nearest
+from ..engine.precision import TORCH, nearest, read_rows
 from ..plan.item import Item
 from ..storage.reader import Reader
 from ..storage.safetensors import StoredTensor

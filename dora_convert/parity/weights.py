@@ -7,8 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import partial
 
-from ..engine.precision import choose
-from ..engine.preflight import scan_adapter
+from ..engine.precision import choose, scan_adapter
 from ..engine.workers import WorkerPool
 from ..plan.item import Item
 from ..plan.plan import Plan

@@ -14,7 +14,7 @@ from ..settings import Settings, peak_memory
 from . import Report
 
 if TYPE_CHECKING:
-    from ..engine.precision import ComputeSpec
+    from ..engine.run import Run
     from ..output.finished import Verdict
     from ..plan.plan import Plan
     from .push import Pushed
@@ -79,17 +79,17 @@ class MergeReport(PlanReport):
     """The report of `verify --level outputs` on the merged model; None if no model was run."""
 
     @classmethod
-    def of(
-        cls, plan: Plan, settings: Settings, *, out: str, spec: ComputeSpec, verdict: Verdict | None, **fields: Any
-    ) -> Self:
+    def of(cls, plan: Plan, settings: Settings, run: Run, *, out: str, verdict: Verdict | None, **fields: Any) -> Self:
         """Return the report of a finished run of a plan; `fields` are the other fields, or replace some."""
         verified = None
         if verdict:
             verified = Verified(checked=verdict.checked, wrong_elements=verdict.wrong, max_ulp=verdict.max_ulp)
         computed = {
-            "device": str(spec.device),
-            "compute_dtype": spec.compute_name,
+            "device": str(run.spec.device),
+            "compute_dtype": run.spec.compute_name,
+            "bytes_written": run.written,
             "peak_memory_bytes": peak_memory(),
+            "resumed": run.resumed,
             "verified": verified,
             "lost": verdict.lost if verdict else None,
         }

@@ -106,20 +106,16 @@ class ExpectedBase(Expected):
         return None
 
     def _row_norms(self, number: int, V: Tensor, rows: Sequence[int]) -> Tensor:  # noqa: ARG002
-        if self._original:
-            n = self._original.part(number, rows).n
-            assert n is not None
-            return n.flatten()
-        return self._recorded(number)[list(rows)]
+        return self._norms(number, rows) if self._original else self._norms(number)[list(rows)]
 
     def _measure(self, number: int) -> Tensor:
-        if self._original:
-            n = self._original.part(number, [0]).n
-            assert n is not None
-            return n
-        return self._recorded(number)
+        return self._norms(number)
 
-    def _recorded(self, number: int) -> Tensor:
+    def _norms(self, number: int, rows: Sequence[int] = (0,)) -> Tensor:
+        """Return the norms of one edit: measured on the base's own tensor, or as recorded."""
         stored = self._undo.norms[number]
-        assert stored
-        return self._load(stored).flatten()
+        if stored:
+            return self._load(stored).flatten()
+        n = self._original and self._original.part(number, rows).n
+        assert isinstance(n, Tensor)
+        return n.flatten()

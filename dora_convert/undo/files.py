@@ -46,6 +46,13 @@ def restored_files(merged: Checkpoint, record: MergeRecord, plan: Plan, original
     return [*found, *(SideFile(f"{RECORD}/{name}", before / name, "restored") for name in earlier)]
 
 
+def remaining_files(merged: Checkpoint) -> list[SideFile]:
+    """Return the side files without the card and the record, which name the removed adapter."""
+    names = [name for name in base_files(merged) if name != "README.md"]
+    before = [name for name in list_files(merged.root) if name.startswith(f"{RECORD}/{PREVIOUS}/")]
+    return [SideFile(name, merged.root / name) for name in [*names, *before]]
+
+
 def left_over(merged: Checkpoint, record: MergeRecord, files: Sequence[SideFile]) -> list[str]:
     """Return the side files that a merge brought and its base did not have."""
     ours = {name for name in list_files(merged.root) if name.startswith(f"{RECORD}/")}

@@ -9,7 +9,6 @@ factors.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,22 +19,6 @@ from ..engine.factors import FactorPair, FixedPoint, LoadedEdit
 from ..maths import lora as maths
 from ..plan.item import Edit, Item
 from ..storage.safetensors import StoredTensor
-
-
-@dataclass
-class HeldFactors:
-    """Two factors that are held whole."""
-
-    whole_left: Tensor
-    whole_right: Tensor
-
-    def left(self, start: int, stop: int) -> Tensor:
-        """Return rows of the left factor: (stop − start, r)."""
-        return self.whole_left[start:stop]
-
-    def right(self, start: int) -> Tensor:  # noqa: ARG002 - the same for all rows
-        """Return the right factor: (r, columns)."""
-        return self.whole_right
 
 
 class Inverse:
@@ -54,11 +37,11 @@ class Inverse:
             left, right = taken
             fixed = FixedPoint(float(left.abs().max()), float(right.abs().max()), right.shape[0])
             taken = fixed.left_(left.clone()), fixed.right_(right.clone())
-        self._taken = HeldFactors(*taken) if taken else None
+        self._taken = FactorPair(*taken) if taken else None
 
     def predict_(self, x: Tensor, start: int, stop: int, norms: Sequence[Tensor | None]) -> Tensor:
         """Compute W from W' in place; `norms` are those of the block's rows, or of all columns."""
-        g, factors = self._coefficients(norms, start, stop)
+        g, factors = self.coefficients(norms, start, stop)
         if g is not None:
             x.mul_(g)
         for number, c in enumerate(factors):
@@ -67,13 +50,10 @@ class Inverse:
             x.add_(self._product(self._taken, start, stop))
         return x if maths.all_finite(x) else x.nan_to_num_(0.0, 0.0, 0.0)
 
-    def gain(self, norms: Sequence[Tensor | None], start: int, stop: int) -> Tensor | None:
-        """Return g of a block; None if g is 1."""
-        return self._coefficients(norms, start, stop)[0]
-
-    def _coefficients(
+    def coefficients(
         self, norms: Sequence[Tensor | None], start: int, stop: int
     ) -> tuple[Tensor | None, list[Tensor | float]]:
+        """Return g of a block, None if g is 1, and c of each edit."""
         f = [self._f(number, n, start, stop) for number, n in enumerate(norms)]
         return maths.coefficients(f, [edit.weight for edit in self._edits])
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from ..engine.device_buffers import DeviceBuffers
-from ..engine.host_memory import as_bytes
-from ..engine.precision import TORCH
+from ..engine.precision import TORCH, as_bytes
 from ..engine.tensor import MergeMaker
 from ..maths import lora as maths
 from ..plan.item import Item
@@ -34,7 +33,8 @@ class UndoKeeper:
     def __init__(self, item: Item, maker: MergeMaker, buffers: DeviceBuffers, spool: Spool, *, exact: bool) -> None:
         self._item, self._operands, self._taken = item, maker.edits, maker.values.taken
         self._buffers, self._spool = buffers, spool
-        self._rows = ReplacedRows(spool)
+        self._index: list[int] = []
+        self._segments: list[Segment] = []
         exact = exact and item.source is item.base
         self._loss = RoundingLoss(item, self._taken, buffers, spool) if exact else None
 
@@ -46,7 +46,7 @@ class UndoKeeper:
 
     def beyond(self, base: memoryview, start: int, stop: int) -> None:
         """Keep the base's rows beyond the output's last row."""
-        self._rows.add(range(start, stop), bytes(base))
+        self._add(range(start, stop), bytes(base))
 
     def _keep_rows(self, start: int, base: Tensor, new: Tensor) -> None:
         """Keep the base's rows that a replacement changes; float32 cannot tell for a float64."""
@@ -55,7 +55,13 @@ class UndoKeeper:
         if self._buffers.spec.compute == torch.float32 and "F64" in stored:
             differ.fill_(True)
         if len(rows := differ.any(dim=1).nonzero().flatten()):
-            self._rows.add((rows + start).tolist(), bytes(as_bytes(base[rows])))
+            self._add((rows + start).tolist(), bytes(as_bytes(base[rows])))
+
+    def _add(self, rows: Iterable[int], data: bytes) -> None:
+        """Spool some of the base's rows: their bytes now, their numbers at the end."""
+        if data:
+            self._index.extend(rows)
+            self._segments.append(self._spool.add(data))
 
     def after(self, raw: Tensor, result: Tensor, start: int) -> None:
         """Keep what rounding took from the base's rows, for an exact record."""
@@ -68,7 +74,11 @@ class UndoKeeper:
         item = self._item
         if not item.base:
             return ()
-        parts = self._rows.parts(item.origin, item.base.dtype, item.base.matrix[1])
+        parts = []
+        if count := len(self._index):
+            numbers, columns = struct.pack(f"<{count}q", *self._index), item.base.matrix[1]
+            rows = SpooledTensor(f"rows/{item.origin}", item.base.dtype, (count, columns), tuple(self._segments))
+            parts = [rows, SpooledTensor(f"index/{item.origin}", "I64", (count,), (self._spool.add(numbers),))]
         if item.source is not item.base:
             return tuple(parts)
         for number, operand in enumerate(self._operands):
@@ -120,28 +130,3 @@ class RoundingLoss:
         """Return one tensor of bytes: the packed blocks."""
         length = sum(segment.length for segment in self.segments)
         return [SpooledTensor(f"ulps/{self.item.origin}", "U8", (length,), tuple(self.segments))]
-
-
-@dataclass
-class ReplacedRows:
-    """Spools the base's rows that a replacement changes."""
-
-    spool: Spool
-    index: list[int] = field(default_factory=list)
-    segments: list[Segment] = field(default_factory=list)
-
-    def add(self, rows: Iterable[int], data: bytes) -> None:
-        """Spool some rows: their numbers, and their bytes in the same order."""
-        if data:
-            self.index.extend(rows)
-            self.segments.append(self.spool.add(data))
-
-    def parts(self, tensor: str, dtype: str, columns: int) -> list[SpooledTensor]:
-        """Return the undo record's tensors for these rows; none if no row differs."""
-        if not self.index:
-            return []
-        numbers = self.spool.add(struct.pack(f"<{len(self.index)}q", *self.index))
-        return [
-            SpooledTensor(f"rows/{tensor}", dtype, (len(self.index), columns), tuple(self.segments)),
-            SpooledTensor(f"index/{tensor}", "I64", (len(self.index),), (numbers,)),
-        ]

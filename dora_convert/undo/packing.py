@@ -14,7 +14,7 @@ import torch
 import zstandard
 from torch import Tensor
 
-from ..engine.host_memory import as_bytes
+from ..engine.precision import as_bytes
 from ..errors import MalformedError
 from ..plan.item import ROWS_MULTIPLE
 from ..storage.reader import Reader

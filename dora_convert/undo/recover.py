@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from ..engine.device_buffers import DeviceBuffers
-from ..engine.host_memory import as_bytes
-from ..engine.precision import TORCH, half_ulp
+from ..engine.precision import TORCH, as_bytes, half_ulp
 from ..maths import lora as maths
 from ..output.finished import TensorResult
 from ..plan.item import Item, spans
@@ -98,8 +97,7 @@ class RecoveryMaker:
         """
         if self._ulps:
             return None
-        half = half_ulp(x, self._item.source.dtype)
-        g = self._inverse.gain(norms, start, stop)
+        half, (g, _) = half_ulp(x, self._item.source.dtype), self._inverse.coefficients(norms, start, stop)
         return half if g is None else half.mul_(g.abs())
 
     def _replaced(self, stored: StoredTensor, k: int) -> Tensor:

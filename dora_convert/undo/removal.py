@@ -19,7 +19,7 @@ from ..output.receipt import MergedTensor, Receipt
 from ..output.side_files import SideFile, base_files
 from ..plan.options import Options
 from ..storage.checkpoint import Checkpoint
-from ..storage.filenames import RECEIPT, RECORD, UNDO, list_files
+from ..storage.filenames import RECEIPT, RECORD, UNDO
 from ..storage.spool import gather
 from .record import MergeRecord, no_record, rebuilt
 from .unmerge_plan import Known, UnmergePlan, plan_unmerge
@@ -29,15 +29,15 @@ GONE = ("ulps/", "norm/", "start/")
 
 
 def plan_removal(
-    merged: Checkpoint, record: MergeRecord, adapters: Sequence[Adapter], places: Sequence[int], options: Options
+    merged: Checkpoint, record: MergeRecord, adapters: Sequence[Adapter], numbers: Sequence[int], options: Options
 ) -> UnmergePlan:
-    """Decide every tensor of the merge without some of its adapters, whose numbers in the merge are `places`.
+    """Decide every tensor of the merge without some of its adapters, whose numbers in the merge are `numbers`.
 
     Raises UsageError if one of the merge's adapters is not a LoRA, UnsupportedError if one replaces
     something.
     """
     receipt = record.receipt
-    missing = [adapter.name for number, adapter in enumerate(receipt.adapters) if number not in places]
+    missing = [adapter.name for number, adapter in enumerate(receipt.adapters) if number not in numbers]
     if not all(adapter.kind == "LoRA" for adapter in receipt.adapters):
         raise UsageError(
             f"{merged.source.name} was merged with {', '.join(missing)}, too, and not all of them are LoRAs.",
@@ -47,7 +47,7 @@ def plan_removal(
     assumed = no_record(merged, 0, chosen.ignore_field, list(base_files(merged)))
     partial = replace(
         assumed.receipt,
-        adapters=tuple(receipt.adapters[number] for number in places),
+        adapters=tuple(receipt.adapters[number] for number in numbers),
         options=replace(assumed.receipt.options, include=chosen.include, exclude=chosen.exclude),
         tensors=receipt.tensors,
     )
@@ -55,14 +55,7 @@ def plan_removal(
     undone = [item.name for item in reversal.plan.items if item.undo]
     entries = {name: receipt.tensors.get(name) for name in undone}
     known = {name: Known(written=entry.written if entry else None) for name, entry in entries.items()}
-    return dataclasses.replace(reversal, known=known, places=tuple(places))
-
-
-def remaining_files(merged: Checkpoint) -> list[SideFile]:
-    """Return the side files without the card and the record, which name the removed adapter."""
-    names = [name for name in base_files(merged) if name != "README.md"]
-    before = [name for name in list_files(merged.root) if name.startswith(f"{RECORD}/previous/")]
-    return [SideFile(name, merged.root / name) for name in [*names, *before]]
+    return dataclasses.replace(reversal, known=known, numbers=tuple(numbers))
 
 
 def following(reversal: UnmergePlan, record: MergeRecord, results: Mapping[str, TensorResult]) -> list[SideFile]:
@@ -99,7 +92,7 @@ def _remaining(reversal: UnmergePlan, record: MergeRecord, results: Mapping[str,
     undo = "norms" if receipt.options.undo == "exact" else receipt.options.undo
     return replace(
         receipt,
-        adapters=tuple(adapter for number, adapter in enumerate(receipt.adapters) if number not in reversal.places),
+        adapters=tuple(adapter for number, adapter in enumerate(receipt.adapters) if number not in reversal.numbers),
         options=replace(receipt.options, undo=undo),
         tensors={name: _without_proof(entry) for name, entry in tensors.items()},
         ledger=tuple(ledger),

@@ -36,6 +36,10 @@ class Known:
     written: str | None = None
     """xxh3-128 of the bytes that the merge wrote instead."""
 
+    def are_of(self, fast: str, proof: str | None) -> bool:
+        """Return True if some bytes with these hashes are the base's; the sha256 decides if it is known."""
+        return proof == self.proof if self.proof else fast == self.base
+
 
 @dataclass(frozen=True)
 class UnmergePlan:
@@ -49,8 +53,21 @@ class UnmergePlan:
     """Tensors of MERGED that the merge wrote and the unmerge does not read."""
     original: Checkpoint | None = None
     """The base itself, if the caller has it."""
-    places: tuple[int, ...] = ()
+    numbers: tuple[int, ...] = ()
     """The numbers of the adapters that are taken out, if some of the merge's adapters stay."""
+
+    @property
+    def untouched(self) -> Mapping[str, str]:
+        """The receipt's hashes of tensors that no adapter touched."""
+        return self.record.receipt.copied
+
+    def hashes(self, name: str) -> Known:
+        """Return the hashes of a tensor of the base, as far as the receipt holds them."""
+        return self.known.get(name, Known())
+
+    def copies(self) -> set[str]:
+        """Return the names of copied tensors whose hashes the receipt holds."""
+        return {item.name for item in self.plan.items if item.verbatim and item.source.name in self.untouched}
 
 
 def plan_unmerge(
@@ -118,12 +135,8 @@ def _compare(merge: Plan, merged: Checkpoint, record: MergeRecord) -> None:
             f"The receipt of {merged.source.name} tells of another merge than this version would make of it.",
             hint=f"dora-convert {version} made it and can undo it",
         )
-    faults = [
-        Fault(item.name, _difference(item, merged.tensors.get(item.name)))
-        for item in merge.items
-        if _difference(item, merged.tensors.get(item.name))
-    ]
-    if faults:
+    differences = {item.name: _difference(item, merged.tensors.get(item.name)) for item in merge.items}
+    if faults := [Fault(name, why) for name, why in differences.items() if why]:
         raise not_as_written(merged, faults)
 
 

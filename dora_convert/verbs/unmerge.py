@@ -27,9 +27,9 @@ from ..storage.checkpoint import Checkpoint
 from ..storage.filenames import RECORD, UNDO
 from ..storage.reader import xxh3
 from ..storage.refs import PathLike, listed
-from ..undo.files import restored_files
+from ..undo.files import remaining_files, restored_files
 from ..undo.record import MergeRecord, in_order, no_record, read_record
-from ..undo.removal import following, plan_removal, remaining_files
+from ..undo.removal import following, plan_removal
 from ..undo.unmerge_plan import UnmergePlan, plan_unmerge
 from .in_place import open_place, refuse_lossy, refuse_options, refuse_out
 
@@ -91,7 +91,7 @@ class _Inputs:
     base: Checkpoint | None
     record: MergeRecord
     adapters: Sequence[Adapter]
-    places: Sequence[int]
+    numbers: Sequence[int]
     """The adapters' positions among all that were merged."""
 
 
@@ -126,7 +126,7 @@ def _restore(
     with without_collections():
         from ..hub.streaming import stream_inputs
         from ..undo.restore import restore
-    later = {"later": partial(following, reversal, record)} if reversal.places else {}
+    later = {"later": partial(following, reversal, record)} if reversal.numbers else {}
     others = [reversal.original] if reversal.original else []
     with stream_inputs(reversal.plan, others, request.session) as hub:
         return restore(reversal, files, output, request.settings, hub=hub, **later)
@@ -169,8 +169,8 @@ def _warn_of_torn(merged: Checkpoint, record: MergeRecord, base: Checkpoint | No
 def _plan(request: UnmergeRequest, inputs: _Inputs) -> UnmergePlan:
     """Decide how every tensor of the base is restored."""
     merged, record, base, settings = inputs.merged, inputs.record, inputs.base, request.settings
-    if len(inputs.places) < len(record.receipt.weights):
-        reversal = plan_removal(merged, record, inputs.adapters, inputs.places, request.selection)
+    if len(inputs.numbers) < len(record.receipt.weights):
+        reversal = plan_removal(merged, record, inputs.adapters, inputs.numbers, request.selection)
     else:
         reversal = plan_unmerge(merged, record, inputs.adapters, request.selection, base)
     if base and record.options.undo != "none" and not _reads(reversal.plan, base):
@@ -187,7 +187,7 @@ def _reads(plan: Plan, checkpoint: Checkpoint) -> bool:
 
 def _files(reversal: UnmergePlan, settings: Settings) -> list[SideFile]:
     """Return the files beside the weights; warn about files that cannot be restored."""
-    if reversal.places:
+    if reversal.numbers:
         return remaining_files(reversal.plan.base)
     files = restored_files(reversal.plan.base, reversal.record, reversal.plan, reversal.original)
     if missing := sorted(reversal.record.receipt.base_files.keys() - {file.name for file in files}):
@@ -197,7 +197,7 @@ def _files(reversal: UnmergePlan, settings: Settings) -> list[SideFile]:
 
 def _open_place(reversal: UnmergePlan, options: UnmergeOptions) -> InPlace:
     """Return MERGED itself as the output; UsageError if it may not be changed."""
-    if reversal.places:
+    if reversal.numbers:
         raise UsageError("--in-place takes all adapters out together.", hint="name all of them, or an OUT")
     refuse_lossy(reversal.record.options.undo, options)
     return open_place(reversal.plan)

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ... import __version__
-from ...engine.executor import Run
-from ...engine.preflight import doubt_base, scan_adapter
-from ...engine.run import Hashes, RunOptions, choose_compute, entered, judge, resume_plan, run, run_key
+from ...engine.factors import doubt_base
+from ...engine.precision import scan_adapter
+from ...engine.run import Hashes, Run, choose_compute, resume_plan, run
 from ...engine.tensor import MergeMaker
 from ...errors import Fault, VerificationError
 from ...output.card import card_bytes
-from ...output.finished import TensorResult, Verdict, kept_name
+from ...output.finished import TensorResult, Verdict, judge, kept_name
 from ...output.receipt import new_receipt
 from ...output.side_files import SideFile, base_files, originals, side_files, with_card
 from ...parity.self_check import SelfCheck
@@ -26,7 +25,6 @@ from ...reports.merge import MergeReport
 from ...settings import Settings
 from ...storage.checkpoint import Checkpoint, open_checkpoint
 from ...storage.filenames import RECEIPT, RECORD, SPOOL, UNDO
-from ...storage.journal import UnfinishedRun
 from ...storage.reader import sha256
 from ...storage.refs import local_source
 from ...storage.spool import Spool, SpooledTensor
@@ -54,108 +52,84 @@ def run_merge(
     spec = choose_compute(plan.memory, settings)
     hashes = [scan_adapter(adapter) for adapter in plan.adapters]
     files = side_files(plan)
-    merge = _Merge(plan, output, settings, spec=spec, hashes=hashes, hub=hub)
-    merge.look_at_base()
+    seen = _look_at_base(plan, settings)
     needed = hub.room(plan) if hub else output.bytes_needed(plan)
     output.check_space(needed + 2 * plan.undo_bytes + sum(file.nbytes for file in files))
-    with entered(output):
-        done, unfinished = merge.write_tensors()
-        merge.look_at_base()
-        verdict = judge(plan, done.progress.done) if settings.verify else None
-        if _is_unchanged(plan, done.progress.done):
+    with output.entered():
+        done = _write_tensors(plan, output, settings, hub, spec=spec, hashes=hashes)
+        results = done.progress.done
+        if not seen:
+            _look_at_base(plan, settings)
+        verdict = judge(plan, results) if settings.verify else None
+        if _is_unchanged(plan, results):
             settings.warn("the adapter changes nothing: every element is as in the base")
         card = card_bytes(plan, settings.base_model, verdict.rows() if verdict else ())
-        merge.write_files(with_card(files, card), done)
-        outputs = _examine(output, examine) if examine else None
-        return merge.publish(card, done, unfinished, verdict, outputs)
+        _write_files(done, output, with_card(files, card), hashes)
+        outputs = _examine(output, examine).to_dict() if examine else None
+        return _publish(done, output, hub, card, verdict=verdict, outputs=outputs)
 
 
-@dataclass
-class _Merge:
-    """One merge on its way from the plan to the published output."""
+def _look_at_base(plan: Plan, settings: Settings) -> bool:
+    """Warn of a base that does not look like the adapter's; return False if the weights are not local yet."""
+    if plan.base.is_here and (doubt := doubt_base(plan)):
+        settings.warn(doubt)
+    return plan.base.is_here
 
-    plan: Plan
-    output: Output
-    settings: Settings
-    spec: ComputeSpec
-    hashes: Hashes
-    hub: HubStreaming | None
-    looked: bool = False
 
-    def look_at_base(self) -> None:
-        """Warn once of a base that does not look like the adapter's, as soon as its weights are local."""
-        if self.plan.base.is_here and not self.looked:
-            self.looked = True
-            if doubt := doubt_base(self.plan):
-                self.settings.warn(doubt)
+def _write_tensors(
+    plan: Plan, output: Output, settings: Settings, hub: HubStreaming | None, *, spec: ComputeSpec, hashes: Hashes
+) -> Run:
+    """Write every tensor, from the start or from an unfinished run."""
+    maker = partial(MergeMaker, prove=plan.options.exact, observe=_observe(plan))
+    key, unfinished = resume_plan(output, plan, hashes, spec)
+    if output.in_place and not unfinished:
+        from ...engine.rehearsal import rehearse
 
-    def write_tensors(self) -> tuple[Run, UnfinishedRun | None]:
-        """Write every tensor, from the start or from an unfinished run; return the latter, too."""
-        plan, output, hub = self.plan, self.output, self.hub
-        maker = partial(MergeMaker, prove=plan.options.exact, observe=_observe(plan))
-        key = run_key(plan, output, self.hashes, self.spec)
-        unfinished = resume_plan(output, plan, key)
-        if output.in_place and not unfinished:
-            from ...engine.rehearsal import rehearse
+        rehearse(plan, settings, spec, maker)
+    return run(
+        plan,
+        output,
+        settings,
+        key=key,
+        unfinished=unfinished,
+        check=SelfCheck if settings.verify else None,
+        hub=hub,
+        spec=spec,
+        maker=maker,
+        hashed=_hashed(plan, output),
+    )
 
-            rehearse(plan, self.settings, self.spec, maker)
-        if hub:
-            hub.begin(output.partial)
-        options = RunOptions(
-            spec=self.spec,
-            key=key,
-            unfinished=unfinished,
-            maker=maker,
-            check=SelfCheck if self.settings.verify else None,
-            hub=hub,
-            hashed=_hashed(plan, output),
-        )
-        return run(plan, output, self.settings, options), unfinished
 
-    def write_files(self, files: Sequence[SideFile], done: Run) -> None:
-        """Write everything beside the weights: side files, the undo record, the receipt."""
-        plan, output, results = self.plan, self.output, done.progress.done
-        for file in files:
-            output.put(file.name, file.source)
-        if plan.options.undo != "none":
-            with closing(Spool(output.state / SPOOL, done.progress.spooled)) as spool:
-                parts = [*_kept(plan, results), *_originals(plan, files, spool)]
-                spool.lay_out(parts, output.path(f"{RECORD}/{UNDO}"))
-        proofs = {name: sha256(path) for name, path in base_files(plan.base).items()}
-        spec = self.spec
-        computed = {"device": spec.device.type, "compute_dtype": spec.compute_name, "torch": torch.__version__}
-        receipt = new_receipt(plan, results, self.hashes, files, base_files=proofs, computed=computed)
-        output.put(f"{RECORD}/{RECEIPT}", receipt.to_bytes())
+def _write_files(done: Run, output: Output, files: Sequence[SideFile], hashes: Hashes) -> None:
+    """Write everything beside the weights: side files, the undo record, the receipt."""
+    plan, results, spec = done.plan, done.progress.done, done.spec
+    for file in files:
+        output.put(file.name, file.source)
+    if plan.options.undo != "none":
+        with closing(Spool(output.state / SPOOL, done.progress.spooled)) as spool:
+            parts = [*_kept(plan, results), *_originals(plan, files, spool)]
+            spool.lay_out(parts, output.path(f"{RECORD}/{UNDO}"))
+    proofs = {name: sha256(path) for name, path in base_files(plan.base).items()}
+    computed = {"device": spec.device.type, "compute_dtype": spec.compute_name, "torch": torch.__version__}
+    receipt = new_receipt(plan, results, hashes, files, base_files=proofs, computed=computed)
+    output.put(f"{RECORD}/{RECEIPT}", receipt.to_bytes())
 
-    def publish(
-        self,
-        card: bytes,
-        done: Run,
-        unfinished: UnfinishedRun | None,
-        verdict: Verdict | None,
-        outputs: OutputsReport | None,
-    ) -> MergeReport:
-        """Commit to the Hub if asked, give the output its final name, and return the report."""
-        hub, output = self.hub, self.output
-        pushed = hub.finish(card, f"Merge with dora-convert {__version__}") if hub else None
-        away = pushed.url if pushed and hub and not hub.local else None
-        report = MergeReport.of(
-            self.plan,
-            self.settings,
-            out=away or output.given,
-            spec=self.spec,
-            verdict=verdict,
-            pushed=pushed,
-            bytes_written=done.written,
-            resumed=bool(unfinished and unfinished.lines),
-            outputs=outputs.to_dict() if outputs else None,
-        )
-        if away:
-            output.discard()
-        else:
-            stale = [] if self.plan.options.undo != "none" else [f"{RECORD}/{UNDO}"]
-            output.publish(report.to_dict(), stale)
-        return report
+
+def _publish(
+    done: Run, output: Output, hub: HubStreaming | None, card: bytes, *, verdict: Verdict | None, outputs: Any
+) -> MergeReport:
+    """Commit to the Hub if asked, give the output its final name, and return the report."""
+    plan = done.plan
+    pushed = hub.finish(card, f"Merge with dora-convert {__version__}") if hub else None
+    away = pushed.url if pushed and hub and not hub.local else None
+    report = MergeReport.of(
+        plan, done.settings, done, out=away or output.given, verdict=verdict, pushed=pushed, outputs=outputs
+    )
+    if away:
+        output.discard()
+    else:
+        output.publish(report.to_dict(), [] if plan.options.undo != "none" else [f"{RECORD}/{UNDO}"])
+    return report
 
 
 def _observe(plan: Plan) -> Observe | None:
