@@ -6,16 +6,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
-from ..engine.precision import scan_adapter
-from ..engine.run import Transfers, choose_compute
+import xxhash
+
+from ..engine.precision import ComputeSpec, scan_adapter
+from ..engine.run import Hashes, Run, Transfers, choose_compute, resume_plan, run
 from ..errors import Fault, RefError, VerificationError
 from ..output.finished import TensorResult, copied_name, judge
 from ..output.side_files import SideFile
 from ..reports.merge import Recovered, UnmergeReport
 from ..settings import Settings
 from ..storage.reader import Digest, Reader
+from .expected_base import RecoveryCheck
 from .files import left_over
 from .record import not_as_written
+from .recover import RecoveryMaker
 from .unmerge_plan import UnmergePlan
 
 if TYPE_CHECKING:
@@ -59,6 +63,37 @@ def restore(
         report = UnmergeReport.of(plan, settings, finished, out=output.given, verdict=verdict, **fields)
         output.publish(report.to_dict(), left_over(plan.base, reversal.record, files))
     return report
+
+
+def _recover(
+    reversal: UnmergePlan,
+    output: Output,
+    settings: Settings,
+    hub: Transfers | None,
+    *,
+    spec: ComputeSpec,
+    hashes: Hashes,
+    copied: Proofs,
+) -> Run:
+    """Write every tensor of the base, from the start or from an unfinished run."""
+    receipt = xxhash.xxh3_128_hexdigest(reversal.record.receipt.to_bytes())
+    key, unfinished = resume_plan(output, reversal.plan, hashes, spec, receipt=receipt)
+    if output.in_place and not unfinished:
+        from ..engine.rehearsal import rehearse
+
+        _prove(reversal, rehearse(reversal.plan, settings, spec, RecoveryMaker), copied)
+    return run(
+        reversal.plan,
+        output,
+        settings,
+        key=key,
+        unfinished=unfinished,
+        check=RecoveryCheck if settings.verify else None,
+        hub=hub,
+        spec=spec,
+        maker=RecoveryMaker,
+        hashed=() if output.in_place else reversal.copies(),
+    )
 
 
 def _fields(reversal: UnmergePlan, modules: Sequence[Recovered]) -> dict[str, Any]:
