@@ -26,7 +26,7 @@ from ..reports.fitting import MadeDryRun, MadeReport
 from ..settings import MAX_MEMORY, Settings
 from ..sources.inputs import doubts, open_inputs
 from ..sources.prefetch import reading
-from ..sources.session import Session, open_session
+from ..sources.session import Session
 from ..storage.refs import PathLike
 from .jobs import FittingPlan, Result
 from .report import dry_run_of, report_of
@@ -93,7 +93,7 @@ class FittingSession:
             verify=False,
             base_model=options["base_model"],
         )
-        with open_session(options["token"], cache=options["cache"], notify=settings.notify) as session:
+        with Session(options["token"], cache=options["cache"], notify=settings.notify) as session:
             fitting = cls(
                 options=options,
                 selection=selection,

@@ -17,7 +17,7 @@ from ..plan.plan import Plan
 from ..storage.background import Background
 from ..storage.checkpoint import Checkpoint
 from ..storage.reader import Reader
-from ..storage.refs import HubRef, Source
+from ..storage.refs import HubRef
 from .download import download, download_all, hashes_of
 from .hub_client import reading_errors, without_bars
 from .session import Session
@@ -158,38 +158,33 @@ class WeightDownload:
 
     def __init__(self, checkpoints: Iterable[Checkpoint], session: Session, folder: Path | None = None) -> None:
         """`folder` takes the files, by default the session's folder or the cache."""
-        self._sources = {tensor.path: each.source for each in checkpoints for tensor in each.tensors.values()}
+        self._refs = {tensor.path: each.source.hub for each in checkpoints for tensor in each.tensors.values()}
         self._session, self._folder = session, folder
-        self._hashes: dict[Source, dict[str, str]] = {}
+        self._hashes: dict[HubRef, dict[str, str]] = {}
 
     def __call__(self, path: Path) -> None:
         """Download a weight file; other paths are left for their reader to refuse."""
-        if path not in self._sources:
+        if path not in self._refs:
             return
-        source, session = self._sources[path], self._session
-        repo, commit = str(source.repo), str(source.commit)
-        name = f"{source.subfolder}/{path.name}" if source.subfolder else path.name
-        with reading_errors(HubRef(repo, commit, source.subfolder), source.name):
-            if source not in self._hashes:
-                self._hashes[source] = hashes_of(repo, commit, session.token)
+        ref, session = self._refs[path], self._session
+        with reading_errors(ref, "Repo"):
+            if ref not in self._hashes:
+                self._hashes[ref] = hashes_of(ref, session)
             session.notify(f"downloading {path.name}")
-            folder = self._folder or session.place(repo, commit)
-            sha256 = self._hashes[source].get(name, "")
-            download(repo, name, commit, token=session.token, folder=folder, sha256=sha256)
+            download(ref, path.name, session, folder=self._folder, sha256=self._hashes[ref].get(path.name))
 
 
 def download_weights(checkpoint: Checkpoint, session: Session, files: Collection[Path] | None = None) -> None:
     """Download a checkpoint's weights, or only some of its files, unless its weights are local."""
     if checkpoint.is_here:
         return
-    source = checkpoint.source
     names = [
         shard.filename
         for shard in checkpoint.shards
         if files is None or any(tensor.path in files for tensor in shard.tensors)
     ]
-    with reading_errors(HubRef(str(source.repo), source.commit, source.subfolder), source.name):
-        download_all(source, names, session)
+    with reading_errors(checkpoint.source.hub, "Repo"):
+        download_all(checkpoint.source.hub, names, session)
 
 
 def prefetch(checkpoints: Iterable[Checkpoint], needs: Needs, session: Session) -> Prefetch | None:

@@ -7,7 +7,7 @@ index, as in transformers' loader.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -132,7 +132,11 @@ def open_checkpoint(source: Source, *, unfinished: bool = False) -> Checkpoint:
     notes: list[str] = []
     sharded = name.endswith(".json")
     shards = _sharded(root, weight_map(root / name), notes) if sharded else (_shard(root / name),)
-    side_files, left_behind = _survey(root, {name, *(shard.filename for shard in shards)})
+    used = {name, *(shard.filename for shard in shards)}
+    names = [name for name in list_files(root) if name not in used and not name.startswith(IN_PLACE)]
+    if odd := [name for name in names if not is_text(name)]:
+        raise MalformedError(f"{root} holds a file whose name is not UTF-8: {odd[0]!r}.", hint="rename it")
+    side_files, left_behind = sort_files(names)
     return Checkpoint(
         source,
         shards,
@@ -201,13 +205,16 @@ def weight_map(path: Path) -> dict[str, str]:
 
 def _sharded(root: Path, table: Mapping[str, str], notes: list[str]) -> tuple[Shard, ...]:
     """Return the shards that an index names; a tensor it does not list counts if no other shard has it."""
-    filenames = sorted(set(table.values()))
-    if missing := [name for name in filenames if not (root / name).exists()]:
-        raise RefError(
-            f"The index of {root.name} names {len(missing)} files that do not exist.",
-            faults=[Fault(name, "missing") for name in missing],
-        )
+    filenames = shard_files(root.name, table, lambda name: (root / name).exists())
     return assemble(root.name, {name: read_weights(root / name) for name in filenames}, table, notes)
+
+
+def shard_files(where: str, table: Mapping[str, str], exists: Callable[[str], bool]) -> list[str]:
+    """Return the files that an index names, sorted; raise RefError if one does not exist."""
+    filenames = sorted(set(table.values()))
+    if missing := [Fault(name, "missing") for name in filenames if not exists(name)]:
+        raise RefError(f"The index of {where} names {len(missing)} files that do not exist.", faults=missing)
+    return filenames
 
 
 def assemble(
@@ -234,10 +241,8 @@ def _owned(filename: str, header: Header, owner: Mapping[str, str]) -> Shard:
     return Shard(filename, header.metadata, tensors)
 
 
-def _survey(root: Path, used: set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the files beside the weights: side files to copy, and other weights to leave behind."""
-    names = [name for name in list_files(root) if name not in used and not name.startswith(IN_PLACE)]
-    if odd := [name for name in names if not is_text(name)]:
-        raise MalformedError(f"{root} holds a file whose name is not UTF-8: {odd[0]!r}.", hint="rename it")
+def sort_files(names: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Sort the files beside the weights: side files to copy, and other weights to leave behind."""
+    names = list(names)
     visible = [name for name in names if not name.startswith((".", RECORD + "/"))]
     return tuple(filter(is_side_file, names)), tuple(filter(is_weight_file, visible))

@@ -24,7 +24,7 @@ from ..plan.plan import Plan
 from ..reports.merge import DryRunReport, UnmergeReport
 from ..settings import Settings
 from ..sources.inputs import open_adapter, open_base, refuse_swapped
-from ..sources.session import Session, open_session
+from ..sources.session import Session
 from ..storage.checkpoint import Checkpoint
 from ..storage.filenames import RECORD, UNDO
 from ..storage.reader import xxh3
@@ -60,7 +60,7 @@ def unmerge(
     shards = options["max_shard_size"]
     selection = parse_options(compute_dtype=compute, max_shard_size=shards, allow_unmatched=True)
     settings = Settings.parse(options, options["max_memory"], compute_dtype=compute, verify=options["verify"])
-    with open_session(options["token"], cache=options["cache"], notify=settings.notify) as session:
+    with Session(options["token"], cache=options["cache"], notify=settings.notify) as session:
         request = UnmergeRequest(
             merged=os.fspath(merged),
             adapters=listed(adapters),

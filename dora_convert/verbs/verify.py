@@ -21,7 +21,7 @@ from ..reports.verify import OutputsReport, VerifyReport
 from ..settings import MAX_MEMORY, Settings, parse_choice
 from ..sources.inputs import find_adapter, open_base, open_inputs, refuse_swapped
 from ..sources.prefetch import download_weights
-from ..sources.session import Session, open_session
+from ..sources.session import Session
 from ..storage.checkpoint import Checkpoint
 from ..storage.filenames import RECORD
 from ..storage.refs import PathLike, listed
@@ -54,7 +54,7 @@ def verify(
         check_page(options["report"])
     limit = options["max_memory"]
     settings = Settings.parse(options, MAX_MEMORY if limit is None else limit)
-    with open_session(options["token"], cache=options["cache"], notify=settings.notify) as session:
+    with Session(options["token"], cache=options["cache"], notify=settings.notify) as session:
         request = VerifyRequest(
             base=None if base is None else os.fspath(base),
             adapters=listed(adapters),

@@ -21,7 +21,7 @@ from ...sources.inputs import doubts, open_base, read_adapter, read_or_refuse
 from ...sources.remote_headers import RefListing, look
 from ...sources.session import Session
 from ...storage.checkpoint import Checkpoint
-from ...storage.refs import Source, local_path, local_source
+from ...storage.refs import Source, local_path, local_source, parse_ref
 from .census import census, common, fold
 
 
@@ -34,7 +34,7 @@ def inspect_ref(
     error.
     """
     started = time.monotonic()
-    listing = look(ref, "REF", session)
+    listing = look(parse_ref(ref), "REF", session)
     source = _folder_of_adapter(listing.source)
     if detect(source.path):
         against = None if base is None else open_base(base, "BASE", session, "brief")

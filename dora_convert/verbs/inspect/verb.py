@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 
 from ...reports.inspect import AdapterReport, CheckpointReport
-from ...sources.session import open_session
+from ...sources.session import Session
 from ...storage.refs import PathLike
 from .describe import inspect_ref
 
@@ -26,5 +26,5 @@ def inspect(
 
     Raises DoraConvertError for a REF that cannot be read, or is neither.
     """
-    with open_session(token, cache=cache) as session:
+    with Session(token, cache=cache) as session:
         return inspect_ref(os.fspath(ref), None if base is None else os.fspath(base), ignore_field, session)

@@ -21,7 +21,7 @@ from ...plan.planner import make_plan
 from ...reports.merge import DryRunReport, MergeReport
 from ...settings import Settings
 from ...sources.inputs import Mode, doubts, open_inputs
-from ...sources.session import Session, open_session
+from ...sources.session import Session
 from ...storage.refs import PathLike, listed
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def merge(
         base_model=options["base_model"],
     )
     cache = options["cache"] and not options["no_local"]
-    with open_session(options["token"], cache=cache, notify=settings.notify) as session:
+    with Session(options["token"], cache=cache, notify=settings.notify) as session:
         request = MergeRequest(
             base=base,
             adapters=listed(adapters),
