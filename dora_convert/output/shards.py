@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from ..plan.item import Item
 from ..plan.plan import Plan
-from ..plan.sharding import header_bytes
 from ..storage.reader import Reader
+from ..storage.safetensors import encode_header
 
 COPY_BYTES = 64 << 20
 SLICE_BYTES = 1 << 20
@@ -46,7 +46,7 @@ def shards_exist(folder: Path, plan: Plan) -> bool:
     return all(
         (folder / shard.filename).is_file()
         and (folder / shard.filename).stat().st_size
-        == len(header_bytes(shard)) + sum(item.nbytes for item in shard.items)
+        == len(encode_header(shard.items, shard.metadata)) + sum(item.nbytes for item in shard.items)
         for shard in plan.shards
     )
 
@@ -62,7 +62,8 @@ class ShardFiles:
         `sparse` shards take space only as they are filled. `starts` are the offsets of tensors in files that
         other tools wrote.
         """
-        self._folder, self._heads = folder, {shard.filename: header_bytes(shard) for shard in plan.shards}
+        self._folder = folder
+        self._heads = {shard.filename: encode_header(shard.items, shard.metadata) for shard in plan.shards}
         self._files: dict[str, int] = {}
         self._start: dict[str, tuple[str, int]] = {}
         self._seeking = threading.Lock()

@@ -48,9 +48,8 @@ def _requested_wait(error: Exception) -> float | None:
         return 0.0
     if status_of(cause) not in TEMPORARY:
         return None
-    headers = cause.response.headers  # type: ignore[attr-defined]
     with contextlib.suppress(TypeError, ValueError):
-        return float(headers.get("Retry-After"))
+        return float(cause.response.headers.get("Retry-After"))  # type: ignore[attr-defined]
     return 0.0
 
 

@@ -14,7 +14,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -205,8 +205,13 @@ def _check_tiling(path: Path, tensors: list[StoredTensor], body: int, size: int)
         )
 
 
-def encode_header(entries: Mapping[str, object]) -> bytes:
-    """Return entries as the bytes that open a safetensors file."""
+def encode_header(tensors: Iterable[Any], metadata: Mapping[str, str] | None = None) -> bytes:
+    """Return the bytes that open a safetensors file of tensors, or of things like tensors, one after the other."""
+    entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    position = 0
+    for tensor in tensors:
+        offsets = [position, position := position + tensor.nbytes]
+        entries[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": offsets}
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
