@@ -157,9 +157,9 @@ def _load_json(path: Path, raw: bytes) -> dict[str, Any]:
     return header
 
 
-def are_counts(value: object, kind: type = list) -> TypeGuard[Sequence[int]]:
+def are_counts(value: object, kind: type[Sequence[Any]] = list) -> TypeGuard[Sequence[int]]:
     """Return True for a list, or another kind of sequence, of numbers of elements or bytes."""
-    return type(value) is kind and all(type(item) is int and 0 <= item < 1 << 63 for item in value)  # type: ignore[attr-defined]
+    return isinstance(value, kind) and all(type(item) is int and 0 <= item < 1 << 63 for item in value)
 
 
 def is_possible(shape: Sequence[int]) -> bool:
