@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 import dora_convert
-from dora_convert.sources.session import open_session
+from dora_convert.sources.session import Session
 
 from .hubserver import Hub, run
 from .test_outputs import merged
@@ -136,11 +136,11 @@ def test_what_killed_runs_left_is_removed(tmp_path, monkeypatch):
     left = tmp_path / "dora_convert/visits/left"
     (left / "org--base@1").mkdir(parents=True)
     (left / "org--base@1/model.safetensors").write_bytes(b"half of it")
-    with open_session(None, cache=False) as first:
+    with Session(None, cache=False) as first:
         held = first.place("org/base", "1")
         held.mkdir()
         assert not left.exists()
-        with open_session(None, cache=False) as second:
+        with Session(None, cache=False) as second:
             second.place("org/base", "1")
             assert held.exists()
     assert list(left.parent.iterdir()) == []

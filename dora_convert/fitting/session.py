@@ -26,7 +26,7 @@ from ..reports.fitting import FittedModule, MadeDryRun, MadeReport
 from ..settings import Settings, without_collections
 from ..sources.inputs import doubts, open_inputs
 from ..sources.prefetch import reading
-from ..sources.session import Session, open_session
+from ..sources.session import Session
 from ..storage.refs import PathLike
 from .jobs import FittingPlan, Result, error_of
 
@@ -77,7 +77,7 @@ class FittingSession:
     def begin(cls, out: PathLike, options: FittingOptions) -> Iterator[Self]:
         """Check everything that can be checked before an input is opened; yield the session."""
         selection, target, settings = parse_options(options), PushTarget.parse(options), Settings.parse(options)
-        with open_session(options["token"], cache=options["cache"], notify=settings.notify) as session:
+        with Session(options["token"], cache=options["cache"], notify=settings.notify) as session:
             fitting = cls(
                 options=options,
                 selection=selection,

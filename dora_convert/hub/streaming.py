@@ -12,7 +12,7 @@ from ..output.output import ShardFiles
 from ..plan.plan import Plan
 from ..reports.push import Pushed
 from ..sources.hub_client import without_bars
-from ..sources.prefetch import MOST_FILES, Prefetch, WeightDownload, prefetch, shard_needs
+from ..sources.prefetch import MOST_FILES, Prefetch, prefetch, shard_needs, weight_download
 from ..sources.session import Session
 from ..storage.checkpoint import Checkpoint
 from ..storage.filenames import INCOMING, JOURNAL, RECORD, SPOOL, UPLOADS, list_files
@@ -107,7 +107,7 @@ def stream_merge(
     if remote or not local:
         inputs = Prefetch(
             shard_needs(plan),
-            WeightDownload([plan.base], session, routes.weights(folder)) if remote else None,
+            weight_download([plan.base], session, routes.weights(folder)) if remote else None,
             keep=routes.cache,
             most_files=None if local and routes.cache else MOST_FILES,
             outputs=not local,

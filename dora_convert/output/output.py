@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 from ..errors import NumericalError, OutputError
 from ..plan.item import Item
 from ..plan.plan import Plan
-from ..plan.sharding import header_bytes
 from ..settings import format_size
 from ..storage.checkpoint import Checkpoint
 from ..storage.filenames import JOURNAL, RECORD
 from ..storage.journal import JournalKey, UnfinishedRun, read_journal
 from ..storage.reader import Reader
+from ..storage.safetensors import encode_header
 from .side_files import copy_or_write
 
 COPY_BYTES = 64 << 20
@@ -115,7 +115,7 @@ class Output(ABC):
         """Return True if all shards of a plan exist, at their full sizes."""
         for shard in plan.shards:
             path, nbytes = self.partial / shard.filename, sum(item.nbytes for item in shard.items)
-            if not path.is_file() or path.stat().st_size != len(header_bytes(shard)) + nbytes:
+            if not path.is_file() or path.stat().st_size != len(encode_header(shard.items, shard.metadata)) + nbytes:
                 return False
         return True
 
@@ -194,7 +194,10 @@ class ShardFiles:
         `sparse` shards take space only as they are filled. `starts` are the offsets of tensors in files that
         other tools wrote.
         """
-        self._folder, self._heads = folder, {shard.filename: header_bytes(shard) for shard in plan.shards}
+        self._folder, self._heads = (
+            folder,
+            {shard.filename: encode_header(shard.items, shard.metadata) for shard in plan.shards},
+        )
         self._files: dict[str, int] = {}
         self._start: dict[str, tuple[str, int]] = {}
         self._seeking = threading.Lock()

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from ..storage.checkpoint import Checkpoint
 from ..storage.filenames import INDEX_SUFFIX
-from ..storage.safetensors import BITS, encode_header
+from ..storage.safetensors import BITS
 from .item import Item
 from .plan import OutputShard, Plan
 
@@ -91,17 +91,6 @@ def _stem(base: Checkpoint) -> str:
     """Return the base's name for its weight files, without numbers; usually `model`."""
     name = converted(base.index_name or base.shards[0].filename)
     return re.sub(r"-\d{5}-of-\d{5}$", "", name.removesuffix(INDEX_SUFFIX).removesuffix(".safetensors"))
-
-
-def header_bytes(shard: OutputShard) -> bytes:
-    """Return a safetensors header, with its length prefix and its padding to eight bytes."""
-    entries: dict[str, object] = {"__metadata__": dict(shard.metadata)} if shard.metadata else {}
-    position = 0
-    for item in shard.items:
-        offsets = [position, position + item.nbytes]
-        entries[item.name] = {"dtype": item.dtype, "shape": list(item.shape), "data_offsets": offsets}
-        position += item.nbytes
-    return encode_header(entries)
 
 
 def index_bytes(plan: Plan) -> bytes:

@@ -9,13 +9,10 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from ..errors import DoraConvertError, HubError, RefError
 from ..storage.refs import HubRef
-
-if TYPE_CHECKING:
-    from huggingface_hub.errors import HfHubHTTPError
 
 TEMPORARY = (429, 500, 502, 503, 504)
 """Status codes of temporary failures."""
@@ -48,9 +45,8 @@ def _requested_wait(error: Exception) -> float | None:
         return 0.0
     if status_of(cause) not in TEMPORARY:
         return None
-    headers = cause.response.headers  # type: ignore[attr-defined]
     with contextlib.suppress(TypeError, ValueError):
-        return float(headers.get("Retry-After"))
+        return float(cause.response.headers.get("Retry-After"))  # type: ignore[attr-defined]
     return 0.0
 
 
@@ -99,7 +95,8 @@ def reading_errors(ref: HubRef, what: str) -> Iterator[None]:
     except errors.RevisionNotFoundError as error:
         raise HubError(f"{what} {ref}: revision {ref.revision} not found.") from error
     except errors.RemoteEntryNotFoundError as error:
-        raise HubError(f"{what} {ref}: file not found in the repo: {_file_of(error)}.") from error
+        path = str(error.response.url).partition("/resolve/")[2].partition("/")[2] or "unknown name"
+        raise HubError(f"{what} {ref}: file not found in the repo: {path}.") from error
     except refusals as error:
         raise _refusal(f"{what} {ref}", root_of(error), writing=False) from error
 
@@ -152,11 +149,6 @@ def _refusal(subject: str, error: BaseException, *, writing: bool) -> HubError:
     else:
         text, hint = "the Hub answered", ""
     return HubError(f"{subject}: {text}{f': {words}' if words else '.'}", hint=hint or None)
-
-
-def _file_of(error: HfHubHTTPError) -> str:
-    """Return the path in the repo that a request was for."""
-    return str(error.response.url).partition("/resolve/")[2].partition("/")[2] or "unknown name"
 
 
 def _server_words(error: BaseException) -> str:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -24,7 +26,6 @@ from ..formats.detect import (
 )
 from ..storage.checkpoint import Checkpoint, open_checkpoint
 from ..storage.refs import HubRef, Source, local_path, local_source, parse_ref
-from .download import fetch
 from .session import Session
 
 Mode = Literal["brief", "headers", "whole", "local"]
@@ -75,17 +76,17 @@ def open_base(
     Mode "local" takes a local path only, which an earlier run may have begun to change in place.
     """
     parsed = local_path(ref, what) if mode == "local" else parse_ref(ref, what)
-    if isinstance(parsed, Path):
-        source = local_source(parsed)
-    elif mode == "whole":
+    if isinstance(parsed, HubRef):
         from .download import fetch, wanted_of_base
+        from .remote_headers import look
 
-        source = fetch(ref, what, wanted_of_base, session, revision=revision)
+        parsed = replace(parsed, revision=parsed.revision or revision)
+        if mode != "whole":
+            with suppress(UnsupportedError):  # torch's pickles have no headers that are read from the Hub
+                return look(parsed, what, session, whole=mode == "headers", weights=weights).checkpoint()
+        source = fetch(parsed, what, wanted_of_base, session)
     else:
-        from .remote_headers import open_remote
-
-        whole = mode == "headers"
-        return open_remote(ref, what, session, whole=whole, revision=revision, weights=weights)
+        source = local_source(parsed)
     refuse_adapter(source.path, source.name)
     return open_checkpoint(source, unfinished=mode == "local")
 
@@ -100,8 +101,9 @@ def find_adapter(ref: str, session: Session) -> Source:
     parsed = parse_ref(ref, "ADAPTER")
     if isinstance(parsed, Path):
         return local_source(parsed)
+    from .download import fetch
 
-    return fetch(ref, "ADAPTER", wanted_of_adapter, session)
+    return fetch(parsed, "ADAPTER", wanted_of_adapter, session)
 
 
 def read_adapter(source: Source, accepted: Collection[str] = ()) -> Adapter:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
+from functools import cache
 from pathlib import Path
 
 from ..errors import HubError
@@ -17,7 +18,6 @@ from ..plan.plan import Plan
 from ..storage.background import Background
 from ..storage.checkpoint import Checkpoint
 from ..storage.reader import Reader
-from ..storage.refs import HubRef, Source
 from .download import download, download_all, hashes_of
 from .hub_client import reading_errors, without_bars
 from .session import Session
@@ -48,6 +48,7 @@ class Prefetch:
         """
         self._download_file, self._keep = download, keep
         self._needs = needs
+        self.inputs = list(dict.fromkeys(path for paths in needs.values() for path in paths))
         self._users = {path: {task for task, paths in needs.items() if path in paths} for path in self.inputs}
         most = max((len(paths) for paths in needs.values()), default=1)
         self._free = float("inf") if most_files is None else max(most_files, most + 2)
@@ -58,11 +59,6 @@ class Prefetch:
         self._readers: list[Reader] = []
         self._thread = Background("download", self._download, claim=self._claim)
         self._changed = self._thread.changed
-
-    @property
-    def inputs(self) -> list[Path]:
-        """The input files, in the order in which they are needed."""
-        return list(dict.fromkeys(path for paths in self._needs.values() for path in paths))
 
     def reader(self) -> Reader:
         """Return a reader that waits for downloads, and closes files before they are removed."""
@@ -153,43 +149,33 @@ def shard_needs(plan: Plan, *others: Checkpoint) -> Needs:
     return needs
 
 
-class WeightDownload:
-    """Downloads one weight file of some checkpoints at each call."""
+def weight_download(
+    checkpoints: Iterable[Checkpoint], session: Session, folder: Path | None = None
+) -> Callable[[Path], None]:
+    """Return a function that downloads one weight file, by default into the session's folder or the cache."""
+    refs = {tensor.path: each.source.hub for each in checkpoints for tensor in each.tensors.values()}
+    hashes = cache(lambda ref: hashes_of(ref, session))
 
-    def __init__(self, checkpoints: Iterable[Checkpoint], session: Session, folder: Path | None = None) -> None:
-        """`folder` takes the files, by default the session's folder or the cache."""
-        self._sources = {tensor.path: each.source for each in checkpoints for tensor in each.tensors.values()}
-        self._session, self._folder = session, folder
-        self._hashes: dict[Source, dict[str, str]] = {}
+    def download_file(path: Path) -> None:
+        if ref := refs.get(path):  # other paths are left for their reader to refuse
+            with reading_errors(ref, "Repo"):
+                session.notify(f"downloading {path.name}")
+                download(ref, path.name, session, folder=folder, sha256=hashes(ref).get(path.name))
 
-    def __call__(self, path: Path) -> None:
-        """Download a weight file; other paths are left for their reader to refuse."""
-        if path not in self._sources:
-            return
-        source, session = self._sources[path], self._session
-        repo, commit = str(source.repo), str(source.commit)
-        name = f"{source.subfolder}/{path.name}" if source.subfolder else path.name
-        with reading_errors(HubRef(repo, commit, source.subfolder), source.name):
-            if source not in self._hashes:
-                self._hashes[source] = hashes_of(repo, commit, session.token)
-            session.notify(f"downloading {path.name}")
-            folder = self._folder or session.place(repo, commit)
-            sha256 = self._hashes[source].get(name, "")
-            download(repo, name, commit, token=session.token, folder=folder, sha256=sha256)
+    return download_file
 
 
 def download_weights(checkpoint: Checkpoint, session: Session, files: Collection[Path] | None = None) -> None:
     """Download a checkpoint's weights, or only some of its files, unless its weights are local."""
     if checkpoint.is_here:
         return
-    source = checkpoint.source
     names = [
         shard.filename
         for shard in checkpoint.shards
         if files is None or any(tensor.path in files for tensor in shard.tensors)
     ]
-    with reading_errors(HubRef(str(source.repo), source.commit, source.subfolder), source.name):
-        download_all(source, names, session)
+    with reading_errors(checkpoint.source.hub, "Repo"):
+        download_all(checkpoint.source.hub, names, session)
 
 
 def prefetch(checkpoints: Iterable[Checkpoint], needs: Needs, session: Session) -> Prefetch | None:
@@ -209,7 +195,7 @@ def prefetch(checkpoints: Iterable[Checkpoint], needs: Needs, session: Session) 
         local = {path for paths in needs.values() for path in paths}
         for checkpoint in remote:
             download_weights(checkpoint, session, local)
-    return Prefetch(needs, WeightDownload(remote, session), keep=session.cache, local=local)
+    return Prefetch(needs, weight_download(remote, session), keep=session.cache, local=local)
 
 
 @contextmanager

@@ -15,14 +15,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import Fault, MalformedError, RefError, UnsupportedError
+from ..errors import MalformedError, RefError, UnsupportedError
 from ..formats.detect import ANCHORS, adapters_inside, detect, is_adapter_file, refuse_adapter
-from ..storage.checkpoint import Checkpoint, assemble, open_checkpoint, weight_entry, weight_map
-from ..storage.filenames import PICKLES, RECORD, is_side_file, is_weight_file
+from ..storage.checkpoint import (
+    Checkpoint,
+    assemble,
+    open_checkpoint,
+    shard_files,
+    sort_files,
+    weight_entry,
+    weight_map,
+)
+from ..storage.filenames import PICKLES, RECORD, is_weight_file
 from ..storage.json_files import read_config
-from ..storage.refs import HubRef, Source, parse_ref
+from ..storage.refs import HubRef, Source, local_source
 from ..storage.safetensors import MAX_HEADER, Header, parse_header, read_header
-from .download import CONNECTIONS, download, fetch, wanted_of_base
+from .download import CONNECTIONS, download, fetch
 from .hub_client import reading_errors, with_retries
 from .session import Session
 
@@ -50,13 +58,7 @@ class RefListing:
 
 
 def look(
-    ref: str,
-    what: str,
-    session: Session,
-    *,
-    whole: bool = False,
-    revision: str | None = None,
-    weights: Path | None = None,
+    ref: Path | HubRef, what: str, session: Session, *, whole: bool = False, weights: Path | None = None
 ) -> RefListing:
     """List a REF: download an adapter, but of a checkpoint on the Hub only headers and small files.
 
@@ -72,19 +74,18 @@ def look(
             return [name for name in names if not is_weight_file(name) or name.startswith(f"{RECORD}/")]
         return [name for name in names if _is_small(name, names)]
 
-    source = fetch(ref, what, wanted, session, revision=revision)
-    parsed = parse_ref(ref, what)
-    if isinstance(parsed, Path) or not listings:
-        folder = source.path
+    source = local_source(ref) if isinstance(ref, Path) else fetch(ref, what, wanted, session)
+    folder = source.path
+    if isinstance(ref, Path) or not listings:
         return RefListing(source, tuple(entry.name for entry in folder.iterdir()) if folder.is_dir() else ())
     names = tuple(listings[0])
     if detect(names):
         return RefListing(source, names)
-    folder = weights / source.subfolder if weights else source.path
-    entry = _entry(parsed, what, source, names)
+    folder = weights / source.subfolder if weights else folder
+    entry = _entry(ref, what, source, names)
     if entry.removesuffix(".index.json").endswith(PICKLES):
         return RefListing(source, names, _cached_pickles(source))
-    with reading_errors(parsed, what):
+    with reading_errors(ref, what):
         return RefListing(source, names, _open_remote(source, names, entry, session, folder))
 
 
@@ -97,27 +98,19 @@ def _is_small(name: str, names: Sequence[str]) -> bool:
 
 def _open_remote(source: Source, names: Sequence[str], entry: str, session: Session, folder: Path) -> Checkpoint:
     """Return a remote checkpoint from its headers; `entry` is its index or its only weight file."""
-    table, index = None, entry if entry.endswith(".json") else None
-    if index:
-        path = f"{source.subfolder}/{index}" if source.subfolder else index
-        repo, commit = str(source.repo), str(source.commit)
-        place = session.place(repo, commit)
-        table = weight_map(download(repo, path, commit, token=session.token, folder=place))
-    files = [entry] if table is None else sorted(set(table.values()))
-    if missing := [Fault(name, "missing") for name in files if name not in names]:
-        raise RefError(f"The index of {source.name} names {len(missing)} files that do not exist.", faults=missing)
+    table = weight_map(download(source.hub, entry, session)) if entry.endswith(".json") else None
+    files = [entry] if table is None else shard_files(source.name, table, names.__contains__)
     headers = _headers(source, files, table or {}, session.token, folder)
     notes: list[str] = []
     shards = assemble(source.name, headers, table, notes)
-    others = [name for name in names if name not in {entry, *files}]
-    visible = [name for name in others if not name.startswith((".", f"{RECORD}/"))]
+    side_files, left_behind = sort_files(name for name in names if name not in {entry, *files})
     return Checkpoint(
-        source=source,
-        shards=shards,
-        index_name=index,
+        source,
+        shards,
+        entry if table is not None else None,
         config=read_config(source.path),
-        side_files=tuple(filter(is_side_file, others)),
-        left_behind=tuple(filter(is_weight_file, visible)),
+        side_files=side_files,
+        left_behind=left_behind,
         notes=tuple(notes),
     )
 
@@ -133,10 +126,9 @@ def _entry(ref: HubRef, what: str, source: Source, names: Sequence[str]) -> str:
         folders = adapters_inside(names)
         if not folders or what != "REF":
             raise
-        address = f"hf://{ref.repo}{f'@{ref.revision}' if ref.revision else ''}/{ref.subfolder}".rstrip("/")
         raise RefError(
             f"{source.name} has no {' or '.join(ANCHORS)}, but these folders inside it do: {', '.join(folders[:10])}.",
-            hint=f"name one of them, such as {address}/{folders[-1]}",
+            hint=f"name one of them, such as hf://{ref}/{folders[-1]}",
         ) from None
 
 
@@ -151,26 +143,6 @@ def _cached_pickles(source: Source) -> Checkpoint:
         ) from error
 
 
-def open_remote(
-    ref: str,
-    what: str,
-    session: Session,
-    *,
-    whole: bool = True,
-    revision: str | None = None,
-    weights: Path | None = None,
-) -> Checkpoint:
-    """Open a checkpoint by its headers; weights on the Hub are downloaded later, torch's pickles now.
-
-    `whole` and `weights` are as in `look`.
-    """
-    try:
-        listing = look(ref, what, session, whole=whole, revision=revision, weights=weights)
-    except UnsupportedError:
-        return open_checkpoint(fetch(ref, what, wanted_of_base, session, revision=revision))
-    return listing.checkpoint()
-
-
 def _headers(
     source: Source, files: Sequence[str], table: Mapping[str, str], token: str | None, folder: Path
 ) -> dict[str, Header]:
@@ -178,7 +150,6 @@ def _headers(
 
     The length of a header is estimated from the names that the index has for its file.
     """
-    prefix = f"{source.subfolder}/" if source.subfolder else ""
     lengths = dict.fromkeys(files, FIRST if not table else EMPTY)
     for name, file in table.items():
         lengths[file] += len(name.encode()) + ENTRY
@@ -186,11 +157,10 @@ def _headers(
     def header(file: str) -> Header:
         if (folder / file).is_file():
             return read_header(folder / file)
-        url = (str(source.repo), prefix + file, str(source.commit))
-        head, size = read_range(*url, range(lengths[file]), token)
+        head, size = read_range(source.hub, file, range(lengths[file]), token)
         length = 8 + int.from_bytes(head[:8], "little")
         if len(head) < min(length, size, 8 + MAX_HEADER):
-            head += read_range(*url, range(len(head), min(length, size)), token)[0]
+            head += read_range(source.hub, file, range(len(head), min(length, size)), token)[0]
         try:
             return parse_header(folder / file, size, io.BytesIO(head))
         except MalformedError as error:
@@ -200,13 +170,13 @@ def _headers(
         return dict(zip(files, pool.map(header, files), strict=True))
 
 
-def read_range(repo: str, path: str, revision: str, span: range, token: str | None) -> tuple[bytes, int]:
+def read_range(ref: HubRef, name: str, span: range, token: str | None) -> tuple[bytes, int]:
     """Return the bytes of a remote file in `span`, as far as they exist, and the size of the file."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
     headers = {**build_hf_headers(token=token), "Range": f"bytes={span.start}-{span.stop - 1}"}
-    url = hf_hub_url(repo, path, revision=revision)
+    url = hf_hub_url(ref.repo, ref.in_repo(name), revision=ref.revision)
 
     def get() -> Any:
         response = get_session().get(url, headers=headers)

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from contextlib import closing, suppress
+from contextlib import suppress
 from pathlib import Path
 from tempfile import mkdtemp
 
 from filelock import FileLock, Timeout
+from typing_extensions import Self
 
 LOCK = ".lock"
 
 
 class Session:
-    """One run's settings for reading repos. With `cache`, downloads stay in huggingface_hub's cache."""
+    """One run's settings for reading repos, for a `with` statement, whose end removes downloads that do not stay.
+
+    With `cache`, downloads stay in huggingface_hub's cache.
+    """
 
     def __init__(
         self, token: str | None = None, *, cache: bool = True, notify: Callable[[str], None] | None = None
@@ -33,16 +37,12 @@ class Session:
             self._folder, self._lock = _new_folder()
         return self._folder / f"{repo.replace('/', '--')}@{commit}"
 
-    def close(self) -> None:
-        """Remove the downloads, unless they are in the cache."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         if self._folder and self._lock:
             _remove(self._folder, self._lock)
-            self._folder = self._lock = None
-
-
-def open_session(token: str | None, *, cache: bool, notify: Callable[[str], None] | None = None) -> closing[Session]:
-    """Open a run's session in a `with` statement, whose end removes downloads outside the cache."""
-    return closing(Session(token, cache=cache, notify=notify))
 
 
 def _new_folder() -> tuple[Path, FileLock]:

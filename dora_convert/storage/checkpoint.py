@@ -7,7 +7,7 @@ index, as in transformers' loader.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -100,16 +100,12 @@ class Checkpoint:
         return frozenset(name for name in names if isinstance(name, str))
 
     @property
-    def configs(self) -> Iterator[Mapping[str, Any]]:
-        """The config and the configs nested in it, the outermost first."""
-        return _nested(self.config)
-
-
-def _nested(config: object) -> Iterator[Mapping[str, Any]]:
-    if isinstance(config, Mapping):
-        yield config
-        for value in config.values():
-            yield from _nested(value)
+    def configs(self) -> list[Mapping[str, Any]]:
+        """The config and the configs nested in it, an outer one before its inner ones."""
+        found = [self.config] if self.config is not None else []
+        for config in found:
+            found += [value for value in config.values() if isinstance(value, Mapping)]
+        return found
 
 
 def open_checkpoint(source: Source, *, unfinished: bool = False) -> Checkpoint:
@@ -122,7 +118,9 @@ def open_checkpoint(source: Source, *, unfinished: bool = False) -> Checkpoint:
     """
     root = source.path
     if root.is_file():
-        return Checkpoint(source, (_shard(root),), None, read_config(root.parent))
+        return Checkpoint(
+            source, assemble(root.name, {root.name: read_weights(root)}, None, []), None, read_config(root.parent)
+        )
     if not unfinished and (root / IN_PLACE / JOURNAL).exists():
         raise RefError(
             f"{source.name} is being changed in place, and that was not finished.",
@@ -130,23 +128,23 @@ def open_checkpoint(source: Source, *, unfinished: bool = False) -> Checkpoint:
         )
     name = weight_entry([entry.name for entry in root.iterdir()], source.name)
     notes: list[str] = []
-    sharded = name.endswith(".json")
-    shards = _sharded(root, weight_map(root / name), notes) if sharded else (_shard(root / name),)
-    side_files, left_behind = _survey(root, {name, *(shard.filename for shard in shards)})
+    table = weight_map(root / name) if name.endswith(".json") else None
+    files = [name] if table is None else shard_files(root.name, table, lambda name: (root / name).exists())
+    shards = assemble(root.name, {file: read_weights(root / file) for file in files}, table, notes)
+    used = {name, *files}
+    names = [name for name in list_files(root) if name not in used and not name.startswith(IN_PLACE)]
+    if odd := [name for name in names if not is_text(name)]:
+        raise MalformedError(f"{root} holds a file whose name is not UTF-8: {odd[0]!r}.", hint="rename it")
+    side_files, left_behind = sort_files(names)
     return Checkpoint(
         source,
         shards,
-        name if sharded else None,
+        name if table is not None else None,
         config=read_config(root),
         side_files=side_files,
         left_behind=left_behind,
         notes=tuple(notes),
     )
-
-
-def _shard(path: Path) -> Shard:
-    header = read_weights(path)
-    return Shard(path.name, header.metadata, tuple(header.tensors.values()))
 
 
 def read_weights(path: Path) -> Header:
@@ -199,45 +197,38 @@ def weight_map(path: Path) -> dict[str, str]:
     return table
 
 
-def _sharded(root: Path, table: Mapping[str, str], notes: list[str]) -> tuple[Shard, ...]:
-    """Return the shards that an index names; a tensor it does not list counts if no other shard has it."""
+def shard_files(where: str, table: Mapping[str, str], exists: Callable[[str], bool]) -> list[str]:
+    """Return the files that an index names, sorted; raise RefError if one does not exist."""
     filenames = sorted(set(table.values()))
-    if missing := [name for name in filenames if not (root / name).exists()]:
-        raise RefError(
-            f"The index of {root.name} names {len(missing)} files that do not exist.",
-            faults=[Fault(name, "missing") for name in missing],
-        )
-    return assemble(root.name, {name: read_weights(root / name) for name in filenames}, table, notes)
+    if missing := [Fault(name, "missing") for name in filenames if not exists(name)]:
+        raise RefError(f"The index of {where} names {len(missing)} files that do not exist.", faults=missing)
+    return filenames
 
 
 def assemble(
     where: str, headers: Mapping[str, Header], index: Mapping[str, str] | None, notes: list[str]
 ) -> tuple[Shard, ...]:
-    """Return headers, by file name, as shards; raise MalformedError if an index contradicts them."""
+    """Return headers, by file name, as shards; raise MalformedError if an index contradicts them.
+
+    A tensor that the index does not list counts if no other shard has it.
+    """
     table = index or {}
     absent = [Fault(name, f"not in {file}") for name, file in table.items() if name not in headers[file].tensors]
     if absent:
         raise MalformedError(f"The index of {where} is wrong about {len(absent)} tensors.", faults=absent)
     owner = dict(table)
     for filename, header in headers.items():
-        unlisted = [name for name in header.tensors if owner.setdefault(name, filename) == filename]
-        notes += [
-            f"{name} is in {filename} but not in the index; it is kept"
-            for name in unlisted
-            if index is not None and name not in table
-        ]
-    return tuple(_owned(filename, header, owner) for filename, header in headers.items())
+        kept = [name for name in header.tensors if owner.setdefault(name, filename) == filename and name not in table]
+        if index is not None:
+            notes += [f"{name} is in {filename} but not in the index; it is kept" for name in kept]
+    return tuple(
+        Shard(file, header.metadata, tuple(each for each in header.tensors.values() if owner[each.name] == file))
+        for file, header in headers.items()
+    )
 
 
-def _owned(filename: str, header: Header, owner: Mapping[str, str]) -> Shard:
-    tensors = tuple(tensor for tensor in header.tensors.values() if owner[tensor.name] == filename)
-    return Shard(filename, header.metadata, tensors)
-
-
-def _survey(root: Path, used: set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the files beside the weights: side files to copy, and other weights to leave behind."""
-    names = [name for name in list_files(root) if name not in used and not name.startswith(IN_PLACE)]
-    if odd := [name for name in names if not is_text(name)]:
-        raise MalformedError(f"{root} holds a file whose name is not UTF-8: {odd[0]!r}.", hint="rename it")
+def sort_files(names: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Sort the files beside the weights: side files to copy, and other weights to leave behind."""
+    names = list(names)
     visible = [name for name in names if not name.startswith((".", RECORD + "/"))]
     return tuple(filter(is_side_file, names)), tuple(filter(is_weight_file, visible))

@@ -31,8 +31,6 @@ JournalKey = dict[str, Any]
 JournalLine = Any
 """A msgspec Struct, or a JSON object."""
 
-Pending = tuple[JournalLine, Collection[int], Callable[[], None] | None]
-
 
 class UnfinishedRun(NamedTuple):
     """The journal of a run that did not finish."""
@@ -57,16 +55,12 @@ def read_journal(path: Path, line_type: Any = dict[str, Any]) -> UnfinishedRun |
                 break
             key = key if raw else value
             raw.append(line)
-    lines = [_decoded(path, number, line, line_type) for number, line in enumerate(raw[1:], 2)]
-    return UnfinishedRun(key, lines, sum(map(len, raw))) if raw else None
-
-
-def _decoded(path: Path, number: int, line: bytes, line_type: Any) -> JournalLine:
     try:
-        return msgspec.json.decode(line, type=line_type)
+        lines = [msgspec.json.decode(line, type=line_type) for line in raw[1:]]
     except (msgspec.DecodeError, RecursionError) as error:
         hint = "was the journal edited? without it, the unfinished run cannot be resumed"
-        raise malformed(error, f"{path} is damaged: line {number}", hint) from error
+        raise malformed(error, f"{path} is damaged", hint) from error
+    return UnfinishedRun(key, lines, sum(map(len, raw))) if raw else None
 
 
 def sync_path(path: Path) -> None:
@@ -109,7 +103,7 @@ class Journal:
         finally:
             self._file.close()
 
-    def _keep(self, batch: list[Pending]) -> None:
+    def _keep(self, batch: list[tuple[JournalLine, Collection[int], Callable[[], None] | None]]) -> None:
         """Sync the files that lines speak of, write the lines, and call what comes after."""
         for descriptor in sorted({each for _, written, _ in batch for each in written}):
             os.fsync(descriptor)

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypedDict, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -29,11 +29,18 @@ Real = Annotated[float, Meta(gt=-1e300, lt=1e300)]
 Dtype = Annotated[str, one_of(*BITS)]
 """A safetensors dtype."""
 
-CONFIG_TYPES = {
-    "architectures": list, "model_type": str, "vocab_size": int, "tie_word_embeddings": bool,
-    "torch_dtype": str, "text_config": dict, "quantization_config": dict, "num_hidden_layers": int,
-}  # fmt: skip
-CALLED = {list: "a list", str: "a string", int: "a whole number", bool: "true or false", dict: "an object"}
+
+class ConfigFields(TypedDict, total=False):
+    """The fields of a base's config, and of the configs nested in it, that a merge reads."""
+
+    architectures: list[str] | None
+    model_type: str | None
+    vocab_size: int | None
+    num_hidden_layers: int | None
+    tie_word_embeddings: bool | None
+    torch_dtype: str | None
+    text_config: dict[str, Any] | None
+    quantization_config: dict[str, Any] | None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -82,11 +89,7 @@ def read_config(root: Path) -> dict[str, Any] | None:
 
 def _check_types(config: Mapping[str, Any], path: Path) -> None:
     """Raise MalformedError if a field that a merge reads, nested fields too, has a wrong type."""
-    for key, value in config.items():
-        wanted = CONFIG_TYPES.get(key)
-        if wanted and value is not None and type(value) is not wanted:
-            raise MalformedError(f"{path}: {key} must be {CALLED[wanted]}, not {shown(value)}.")
-        if key == "architectures" and value and not all(isinstance(name, str) for name in value):
-            raise MalformedError(f"{path}: architectures must be a list of names, not {shown(value)}.")
+    checked(config, ConfigFields, str(path))
+    for value in config.values():
         if isinstance(value, dict):
             _check_types(value, path)

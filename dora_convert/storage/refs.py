@@ -34,6 +34,10 @@ class HubRef:
         at = f"@{self.revision}" if self.revision else ""
         return f"{self.repo}{at}{'/' + self.subfolder if self.subfolder else ''}"
 
+    def in_repo(self, name: str) -> str:
+        """Return the path in the repo of a file in the folder."""
+        return f"{self.subfolder}/{name}" if self.subfolder else name
+
 
 @dataclass(frozen=True)
 class Source:
@@ -46,12 +50,16 @@ class Source:
     subfolder: str = ""
 
     @property
+    def hub(self) -> HubRef:
+        """The repo at its commit."""
+        return HubRef(str(self.repo), self.commit, self.subfolder)
+
+    @property
     def title(self) -> str:
         """The name in receipts and cards, as a REF: never a path."""
         if not self.repo:
             return self.name
-        pinned = f"{self.repo}@{self.commit}"
-        return f"hf://{pinned}/{self.subfolder}" if self.subfolder else pinned
+        return f"{'hf://' if self.subfolder else ''}{self.hub}"
 
     @property
     def address(self) -> str:

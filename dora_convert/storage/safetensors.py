@@ -14,7 +14,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,7 +123,7 @@ def parse_header(path: Path, size: int, file: BinaryIO) -> Header:
     entries = _load_json(path, file.read(length))
     metadata = entries.pop("__metadata__", {})
     metadata = {} if metadata is None else metadata
-    if not _is_string_map(metadata):
+    if not (isinstance(metadata, dict) and all(isinstance(text, str) for text in metadata.values())):
         raise MalformedError(f"{path}: __metadata__ must map strings to strings.")
     unsorted = [_entry(path, 8 + length, name, entry) for name, entry in entries.items()]
     tensors = sorted(unsorted, key=lambda tensor: (tensor.start, tensor.nbytes))
@@ -157,12 +157,9 @@ def _load_json(path: Path, raw: bytes) -> dict[str, Any]:
     return header
 
 
-def _is_string_map(value: object) -> bool:
-    return isinstance(value, dict) and all(isinstance(item, str) for item in value.values())
-
-
-def _is_counts(value: object) -> TypeGuard[list[int]]:
-    return isinstance(value, list) and all(type(item) is int for item in value)
+def are_counts(value: object, kind: type[Sequence[Any]] = list) -> TypeGuard[Sequence[int]]:
+    """Return True for a list, or another kind of sequence, of numbers of elements or bytes."""
+    return isinstance(value, kind) and all(type(item) is int and 0 <= item < 1 << 63 for item in value)
 
 
 def is_possible(shape: Sequence[int]) -> bool:
@@ -179,7 +176,7 @@ def _entry(path: Path, body: int, name: str, entry: Any) -> StoredTensor:
     """Return one header entry as a tensor, checked against its own dtype and shape."""
     fields: dict[str, Any] = entry if isinstance(entry, dict) and len(entry) == 3 else {}
     shape, offsets, dtype = fields.get("shape"), fields.get("data_offsets"), fields.get("dtype")
-    if not (_is_counts(shape) and _is_counts(offsets) and len(offsets) == 2 and isinstance(dtype, str)):
+    if not (are_counts(shape) and are_counts(offsets) and len(offsets) == 2 and isinstance(dtype, str)):
         raise MalformedError(f"{path}: the header entry of {name} is malformed.")
     if dtype not in BITS:
         raise MalformedError(f"{path}: {name} has the unknown dtype {dtype}.")
@@ -205,8 +202,13 @@ def _check_tiling(path: Path, tensors: list[StoredTensor], body: int, size: int)
         )
 
 
-def encode_header(entries: Mapping[str, object]) -> bytes:
-    """Return entries as the bytes that open a safetensors file."""
+def encode_header(tensors: Iterable[Any], metadata: Mapping[str, str] | None = None) -> bytes:
+    """Return the bytes that open a safetensors file of tensors, or of things like tensors, one after the other."""
+    entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    position = 0
+    for tensor in tensors:
+        offsets = [position, position := position + tensor.nbytes]
+        entries[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": offsets}
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text

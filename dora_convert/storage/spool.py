@@ -77,10 +77,8 @@ class Spool:
 
     def lay_out(self, tensors: Sequence[SpooledTensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
         """Write tensors as a safetensors file, in the order given."""
-        entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
-        header = _header(entries, tensors)
         with path.open("wb") as file, closing(Reader()) as reader:
-            file.write(header)
+            file.write(encode_header(tensors, metadata))
             for start, length in (segment for tensor in tensors for segment in tensor.segments):
                 for piece in reader.span(self.path, start, length):
                     file.write(piece)
@@ -92,13 +90,4 @@ class Spool:
 
 def gather(tensors: Sequence[StoredTensor]) -> bytes:
     """Return stored tensors, of any files, as the bytes of one safetensors file."""
-    return b"".join([_header({}, tensors), *map(read_whole, tensors)])
-
-
-def _header(entries: dict[str, object], tensors: Sequence[SpooledTensor | StoredTensor]) -> bytes:
-    """Return the header of a safetensors file: `entries`, and the tensors one after the other."""
-    position = 0
-    for tensor in tensors:
-        offsets = [position, position := position + tensor.nbytes]
-        entries[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": offsets}
-    return encode_header(entries)
+    return b"".join([encode_header(tensors), *map(read_whole, tensors)])

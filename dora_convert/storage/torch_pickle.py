@@ -23,10 +23,10 @@ import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import IO, Any, NamedTuple, TypeGuard
+from typing import IO, Any, NamedTuple
 
 from ..errors import DoraConvertError, MalformedError, UnsupportedError, shown
-from .safetensors import BITS, Header, StoredTensor, open_file
+from .safetensors import BITS, Header, StoredTensor, are_counts, open_file
 
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 
@@ -141,7 +141,7 @@ class _Machine:
     def storage(self) -> None:
         """Push a storage from its dtype, key, device and number of elements; old files add None."""
         kind, dtype, key, _device, numel, *view = self.stack.pop()
-        fits = type(key) is str and isinstance(dtype, _Dtype) and _are_counts((numel,))
+        fits = type(key) is str and isinstance(dtype, _Dtype) and are_counts((numel,), tuple)
         if kind != "storage" or not fits or view not in ([], [None]):
             raise TypeError("not a storage")
         storage = _Storage(dtype.name, key, numel, numel * BITS[dtype.name] // 8)
@@ -269,7 +269,7 @@ def _entries(path: Path, tree: Any) -> dict[str, _Tensor]:
 
 def _stored(path: Path, name: str, tensor: _Tensor, starts: Mapping[str, int]) -> StoredTensor:
     storage, offset, shape, stride, *_, view, dtype = tensor
-    counts = all(map(_are_counts, ((offset,), shape, stride))) and len(shape) == len(stride) <= 64
+    counts = all(are_counts(each, tuple) for each in ((offset,), shape, stride)) and len(shape) == len(stride) <= 64
     if not counts or not isinstance(storage, _Storage) or not isinstance(dtype, _Dtype | None):
         raise MalformedError(f"{path}: {shown(name)} is not described as a tensor should be.")
     steps = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
@@ -283,10 +283,6 @@ def _stored(path: Path, name: str, tensor: _Tensor, starts: Mapping[str, int]) -
     if first + stored.nbytes > storage.nbytes:
         raise MalformedError(f"{path}: {shown(name)} is larger than its storage.")
     return stored
-
-
-def _are_counts(value: object) -> TypeGuard[tuple[int, ...]]:
-    return type(value) is tuple and all(type(item) is int and 0 <= item < 1 << 63 for item in value)
 
 
 def _kind(value: object) -> str:

@@ -22,7 +22,7 @@ from ..plan.plan import Plan
 from ..reports.merge import DryRunReport, UnmergeReport
 from ..settings import Settings, without_collections
 from ..sources.inputs import open_adapter, open_base, refuse_swapped
-from ..sources.session import Session, open_session
+from ..sources.session import Session
 from ..storage.checkpoint import Checkpoint
 from ..storage.filenames import RECORD, UNDO
 from ..storage.reader import xxh3
@@ -56,7 +56,7 @@ def unmerge(
     refuse_options(options)
     selection = replace(parse_options(options), ignore_field=(), allow_unmatched=True)
     settings = Settings.parse(options)
-    with open_session(options["token"], cache=options["cache"], notify=settings.notify) as session:
+    with Session(options["token"], cache=options["cache"], notify=settings.notify) as session:
         request = UnmergeRequest(
             merged=os.fspath(merged),
             adapters=listed(adapters),

@@ -20,7 +20,7 @@ from ..reports.verify import OutputsReport, VerifyReport
 from ..settings import Settings, require_extra, without_collections
 from ..sources.inputs import find_adapter, open_base, open_inputs, refuse_swapped
 from ..sources.prefetch import download_weights
-from ..sources.session import Session, open_session
+from ..sources.session import Session
 from ..storage.checkpoint import Checkpoint
 from ..storage.filenames import RECORD
 from ..storage.refs import PathLike, listed
@@ -49,7 +49,7 @@ def verify(
     if options["report"] is not None:
         check_page(options["report"])
     settings = Settings.parse(options)
-    with open_session(options["token"], cache=options["cache"], notify=settings.notify) as session:
+    with Session(options["token"], cache=options["cache"], notify=settings.notify) as session:
         request = VerifyRequest(
             base=None if base is None else os.fspath(base),
             adapters=listed(adapters),

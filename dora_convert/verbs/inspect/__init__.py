@@ -23,9 +23,9 @@ from ...plan.planner import make_plan
 from ...reports.inspect import AdapterReport, CheckpointReport, Landing, Module
 from ...sources.inputs import doubts, open_base, read_adapter, read_or_refuse
 from ...sources.remote_headers import RefListing, look
-from ...sources.session import open_session
+from ...sources.session import Session
 from ...storage.checkpoint import Checkpoint
-from ...storage.refs import PathLike, Source, local_path, local_source
+from ...storage.refs import PathLike, Source, local_path, local_source, parse_ref
 from .census import census, common, fold
 
 
@@ -41,8 +41,8 @@ def inspect(
     Raises DoraConvertError for a REF that cannot be read, or is neither.
     """
     started, ref, base = time.monotonic(), os.fspath(ref), None if base is None else os.fspath(base)
-    with open_session(options["token"], cache=options["cache"]) as session:
-        listing = look(ref, "REF", session)
+    with Session(options["token"], cache=options["cache"]) as session:
+        listing = look(parse_ref(ref), "REF", session)
         source = _folder_of_adapter(listing.source)
         if detect(source.path):
             against = None if base is None else open_base(base, "BASE", session, "brief")

@@ -20,7 +20,7 @@ from ...plan.planner import make_plan
 from ...reports.merge import DryRunReport, MergeReport
 from ...settings import Settings, require_extra, without_collections
 from ...sources.inputs import Mode, doubts, open_inputs
-from ...sources.session import Session, open_session
+from ...sources.session import Session
 from ...storage.filenames import INCOMING
 from ...storage.refs import PathLike, listed
 
@@ -53,7 +53,7 @@ def merge(
     routes = _routes(options)
     settings = Settings.parse(options)
     cache = options["cache"] and not options["no_local"]
-    with open_session(options["token"], cache=cache, notify=settings.notify) as session:
+    with Session(options["token"], cache=cache, notify=settings.notify) as session:
         request = MergeRequest(
             base=base,
             adapters=listed(adapters),
