@@ -5,11 +5,11 @@ Only complete folders are accepted: a checkpoint with all its shards, or an adap
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 from ..adapters.adapter import Adapter
 from ..errors import Fault, MalformedError, RefError, VerificationError
@@ -23,7 +23,6 @@ from ..storage.reader import Reader
 from ..storage.refs import Source, local_path, local_source
 from ..storage.safetensors import StoredTensor
 
-RECEIPT_PATH = f"{RECORD}/{RECEIPT}"
 HASHERS = 2
 
 
@@ -34,16 +33,12 @@ class FolderContents:
     source: Source
     adapter: Adapter | None
     """None for a checkpoint."""
-    names: tuple[str, ...]
-    """Paths of the uploaded files inside the folder, sorted."""
+    sizes: Mapping[str, int]
+    """The size of each uploaded file, by its path inside the folder, sorted."""
     left_behind: tuple[str, ...]
     """Paths of the other files, sorted."""
     tensors: Mapping[str, StoredTensor]
-    receipt: Receipt | None = None
-
-    def path(self, name: str) -> Path:
-        """Return the path of a file."""
-        return self.source.path / name
+    receipt: Receipt | None
 
 
 def read_folder(folder: str) -> FolderContents:
@@ -55,60 +50,43 @@ def read_folder(folder: str) -> FolderContents:
     if not path.is_dir():
         what = "is a file; name the folder it lies in" if path.exists() else "does not exist"
         raise RefError(f"DIR {folder!r} {what}.", hint="dora-convert push DIR REPO_ID")
-    _refuse_unfinished(path)
-    source = local_source(path)
-    files = [name for name in list_files(path) if not _is_hidden(name)]
-    if detect(path):
-        return _adapter_contents(source, files)
-    return _checkpoint_contents(source, files)
-
-
-def _refuse_unfinished(path: Path) -> None:
     if (path / LOCK).exists() or (path / RECORD / JOURNAL).exists():
         raise RefError(f"DIR {path} is an unfinished output.", hint="rerun the command that began it, then push")
+    source = local_source(path)
+    adapter, tensors, weights = _read_model(source)
+    files = [name for name in list_files(path) if not _is_hidden(name)]
+    names = [name for name in files if name in weights or _is_beside(name, adapter)]
+    return FolderContents(
+        source=source,
+        adapter=adapter,
+        sizes={name: (path / name).stat().st_size for name in names},
+        left_behind=tuple(sorted(set(files) - set(names))),
+        tensors=tensors,
+        receipt=read_receipt(path / RECORD),
+    )
+
+
+def _read_model(source: Source) -> tuple[Adapter | None, Mapping[str, StoredTensor], set[str | None]]:
+    """Read the headers of an adapter or a checkpoint; return its tensors and the names of a checkpoint's files."""
+    if not detect(source.path):
+        opened = open_checkpoint(source)
+        return None, opened.tensors, {*(shard.filename for shard in opened.shards), opened.index_name}
+    adapter, _ = read_or_refuse(source, ())
+    if adapter.faults:
+        raise MalformedError(f"The adapter {source.name} contradicts itself.", faults=adapter.faults)
+    return adapter, adapter.tensors, set()
 
 
 def _is_hidden(name: str) -> bool:
     """Return True for files of git, of a cache or of an editor."""
-    parts = PurePosixPath(name).parts
-    return any(part.startswith(".") or part == "__pycache__" for part in parts)
+    return any(part.startswith(".") or part == "__pycache__" for part in PurePosixPath(name).parts)
 
 
-def _checkpoint_contents(source: Source, files: Sequence[str]) -> FolderContents:
-    opened = open_checkpoint(source)
-    weights = {shard.filename for shard in opened.shards} | {opened.index_name or ""}
-    names = [name for name in files if name in weights or _in_record(name) or not is_weight_file(name)]
-    return _contents(source, None, names, files, opened.tensors)
-
-
-def _adapter_contents(source: Source, files: Sequence[str]) -> FolderContents:
-    adapter, _ = read_or_refuse(source, ())
-    if adapter.faults:
-        raise MalformedError(f"The adapter {source.name} contradicts itself.", faults=adapter.faults)
-    names = [name for name in files if _is_of_adapter(name)]
-    return _contents(source, adapter, names, files, adapter.tensors)
-
-
-def _is_of_adapter(name: str) -> bool:
-    """Return True if a file belongs to the adapter, and not to the training that wrote it."""
-    of_training = is_weight_file(name) or name.startswith("checkpoint-")
-    return is_adapter_file(name) or _in_record(name) or not of_training
-
-
-def _in_record(name: str) -> bool:
-    return name.startswith(f"{RECORD}/")
-
-
-def _contents(
-    source: Source,
-    adapter: Adapter | None,
-    names: Sequence[str],
-    files: Sequence[str],
-    tensors: Mapping[str, StoredTensor],
-) -> FolderContents:
-    receipt = read_receipt(source.path / RECORD) if RECEIPT_PATH in names else None
-    left_behind = tuple(sorted(set(files) - set(names)))
-    return FolderContents(source, adapter, tuple(sorted(names)), left_behind, tensors, receipt=receipt)
+def _is_beside(name: str, adapter: Adapter | None) -> bool:
+    """Return True if a file belongs to the model beside its weights, and not to the training that wrote it."""
+    if name.startswith(f"{RECORD}/") or (adapter and is_adapter_file(name)):
+        return True
+    return not (is_weight_file(name) or (adapter and name.startswith("checkpoint-")))
 
 
 def check_receipt(contents: FolderContents) -> int:
@@ -116,7 +94,10 @@ def check_receipt(contents: FolderContents) -> int:
 
     Raises VerificationError with the names of all tensors that differ.
     """
-    written = _hashes(contents.receipt) if contents.receipt else {}
+    written: dict[str, str] = {}
+    if receipt := contents.receipt:
+        written = {name: entry.written for name, entry in receipt.tensors.items() if entry.written}
+        written.update(receipt.copied)
     with closing(Reader()) as reader, ThreadPoolExecutor(HASHERS) as pool:
         tensors = [contents.tensors[name] for name in written if name in contents.tensors]
         digests = pool.map(reader.digest, tensors)
@@ -130,12 +111,6 @@ def check_receipt(contents: FolderContents) -> int:
         raise VerificationError(
             f"{contents.source.name} does not match its receipt: {len(faults)} tensors differ.",
             faults=faults,
-            hint=f"write it again; if it was changed on purpose, remove {RECEIPT_PATH}",
+            hint=f"write it again; if it was changed on purpose, remove {RECORD}/{RECEIPT}",
         )
     return len(hashes)
-
-
-def _hashes(receipt: Receipt) -> dict[str, str]:
-    """Return the hash of each written or copied tensor of a receipt, by name."""
-    written = {name: entry.written for name, entry in receipt.tensors.items() if entry.written}
-    return {**written, **receipt.copied}

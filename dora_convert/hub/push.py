@@ -15,121 +15,99 @@ from .. import __version__
 from ..errors import HubError
 from ..formats.detect import find_format
 from ..output import card
-from ..output.receipt import Receipt
 from ..reports.push import Pushed, PushedFile, PushReport
 from ..settings import Settings
-from ..sources.hub_client import with_retries
+from ..sources.hub_client import with_retries, without_bars
 from ..storage.json_files import read_config
 from ..storage.refs import parse_ref
-from .commit import commit, is_large
+from .commit import commit_folder
 from .folder_contents import FolderContents, check_receipt, read_folder
 from .target import PushTarget
 from .upload import Upload
 
 
-class FolderPush:
-    """One push of one folder."""
-
-    def __init__(
-        self,
-        folder: str,
-        target: PushTarget,
-        *,
-        base_model: str | None = None,
-        on_progress: Callable[[int, int], None] | None = None,
-        on_notice: Callable[[str], None] | None = None,
-    ) -> None:
-        self._folder, self._target, self._base_model = folder, target, base_model
-        self._on_progress, self._notify = on_progress, on_notice or (lambda _: None)
-        self._started = time.monotonic()
-
-    def run(self, *, dry_run: bool) -> PushReport:
-        """Push the folder, or only check it and report; raises the errors that `verbs.push` names."""
-        contents = read_folder(self._folder)
-        if contents.left_behind:
-            shown = ", ".join(contents.left_behind[:5]) + (" …" if len(contents.left_behind) > 5 else "")
-            self._notify(f"not uploaded, no part of the model: {shown}")
-        if checked := check_receipt(contents):
-            self._notify(f"{checked} tensors match the receipt")
-        if dry_run:
-            return self._report(contents, self._planned(contents), dry_run=True)
-        upload = Upload(self._target, self._notify)
-        upload.open()
-        if receipt := contents.receipt:
-            upload.copy_from(receipt.base.repo, receipt.base.commit)
-        folder = contents.source.path
-        message = f"Upload {contents.source.name} with dora-convert {__version__}"
-        with contextlib.closing(upload), _push_journal(upload, folder):
-            self._send_large(contents, upload)
-            pushed = commit(upload, folder, contents.names, self._card(contents), message)
-        return self._report(contents, pushed)
-
-    def _send_large(self, contents: FolderContents, upload: Upload) -> None:
-        sizes = {name: contents.path(name).stat().st_size for name in contents.names}
-        done, total = 0, sum(sizes.values())
-        for name, size in sizes.items():
-            if is_large(name, size):
-                upload.send(name, contents.path(name))
-                done += size
-                if self._on_progress:
-                    self._on_progress(done, total)
-
-    def _planned(self, contents: FolderContents) -> Pushed:
-        sizes = {name: contents.path(name).stat().st_size for name in contents.names}
-        if card.NAME not in sizes:
-            sizes[card.NAME] = len(self._card(contents))
-        files = tuple(PushedFile(name, size, "planned") for name, size in sizes.items())
+def push_folder(
+    folder: str,
+    target: PushTarget,
+    *,
+    base_model: str | None = None,
+    dry_run: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
+    on_notice: Callable[[str], None] | None = None,
+) -> PushReport:
+    """Push a folder, or with `dry_run` only check it and report; raises the errors that `verbs.push` names."""
+    started, notify = time.monotonic(), on_notice or (lambda _: None)
+    contents = read_folder(folder)
+    if left := contents.left_behind:
+        notify(f"not uploaded, no part of the model: {', '.join(left[:5])}{' …' if len(left) > 5 else ''}")
+    if checked := check_receipt(contents):
+        notify(f"{checked} tensors match the receipt")
+    if dry_run:
+        sizes = {card.NAME: len(_card(contents, target, base_model)), **contents.sizes}
+        files = tuple(PushedFile(name, size, "planned") for name, size in sorted(sizes.items()))
         total = sum(sizes.values())
-        return Pushed(repo=self._target.repo, url="", commit="", files=files, deleted=(), bytes_uploaded=total)
+        pushed = Pushed(repo=target.repo, url="", commit="", files=files, deleted=(), bytes_uploaded=total)
+    else:
+        pushed = _upload(contents, Upload(target, notify), base_model, on_progress or (lambda *_: None))
+    return PushReport(
+        **vars(pushed),
+        kind="adapter" if contents.adapter else "checkpoint",
+        left_behind=left,
+        dry_run=dry_run,
+        seconds=round(time.monotonic() - started, 3),
+    )
 
-    def _card(self, contents: FolderContents) -> bytes:
-        """Return the folder's README, or a new card if there is none."""
-        if card.NAME in contents.names:
-            return contents.path(card.NAME).read_bytes()
-        return card.render(self._facts(contents))
 
-    def _facts(self, contents: FolderContents) -> card.Facts:
-        receipt = contents.receipt
-        name, adapter = contents.source.name, contents.adapter
-        config = read_config(contents.source.path)
-        kinds = tuple(merged.kind for merged in receipt.adapters) if receipt else ()
-        sources = tuple(_sources(receipt)) if receipt else ()
-        about = f"{name}, a checkpoint."
-        if adapter:
-            parameters = sum(tensor.numel for tensor in adapter.tensors.values())
-            kinds = (adapter.kind,)
-            about = f"{adapter.kind}, {len(adapter.changes)} modules, {parameters:,} parameters."
-        elif sources:
-            about = f"{' and '.join(kinds)} folded into the weights of {sources[0][1]}."
-        return card.Facts(
-            title=name,
-            about=about,
-            kinds=kinds,
-            relation="adapter" if adapter else "finetune",
-            base_model=self._base(contents),
-            library=find_format(adapter.format).LIBRARY if adapter else "transformers" if config else None,
-            pipeline=card.pipeline_of(config, {}),
-            sources=sources,
-            record=bool(receipt),
-        )
+def _upload(
+    contents: FolderContents, upload: Upload, base_model: str | None, on_progress: Callable[[int, int], None]
+) -> Pushed:
+    upload.open()
+    if receipt := contents.receipt:
+        upload.copy_from(receipt.base.repo, receipt.base.commit)
+    folder, done, total = contents.source.path, 0, sum(contents.sizes.values())
 
-    def _base(self, contents: FolderContents) -> str | None:
-        """Return the base's repo id from the caller, the receipt, or the adapter's config if it is a repo."""
-        if self._base_model:
-            return self._base_model
-        if contents.adapter is None:
-            return contents.receipt.base.repo if contents.receipt else None
-        name = contents.adapter.base
-        return name if name and _is_on_hub(name, self._target.token) else None
+    def add(size: int) -> None:
+        nonlocal done
+        done += size
+        on_progress(done, total)
 
-    def _report(self, contents: FolderContents, pushed: Pushed, *, dry_run: bool = False) -> PushReport:
-        return PushReport(
-            **vars(pushed),
-            kind="adapter" if contents.adapter else "checkpoint",
-            left_behind=contents.left_behind,
-            dry_run=dry_run,
-            seconds=round(time.monotonic() - self._started, 3),
-        )
+    message = f"Upload {contents.source.name} with dora-convert {__version__}"
+    with contextlib.closing(upload), without_bars(), _push_journal(upload, folder):
+        readme = _card(contents, upload.target, base_model)
+        return commit_folder(upload, folder, list(contents.sizes), readme, message, on_sent=add)
+
+
+def _card(contents: FolderContents, target: PushTarget, base_model: str | None) -> bytes:
+    """Return the folder's README, or a new card if there is none."""
+    source, receipt, adapter = contents.source, contents.receipt, contents.adapter
+    if card.NAME in contents.sizes:
+        return (source.path / card.NAME).read_bytes()
+    config = read_config(source.path)
+    kinds: tuple[str, ...] = ()
+    about, base, library = f"{source.name}, a checkpoint.", None, "transformers" if config else None
+    sources: list[tuple[str, str, str]] = []
+    if receipt:
+        kinds, base = tuple(merged.kind for merged in receipt.adapters), receipt.base.repo
+        about = f"{' and '.join(kinds)} folded into the weights of {receipt.base.title}."
+        inputs = [("base", receipt.base), *(("adapter", merged) for merged in receipt.adapters)]
+        sources = [(role, merged.title, merged.commit or "") for role, merged in inputs]
+    if adapter:
+        kinds, library = (adapter.kind,), find_format(adapter.format).LIBRARY
+        parameters = sum(tensor.numel for tensor in adapter.tensors.values())
+        about = f"{adapter.kind}, {len(adapter.changes)} modules, {parameters:,} parameters."
+        base = adapter.base if not base_model and _is_on_hub(adapter.base, target.token) else None
+    facts = card.Facts(
+        title=source.name,
+        about=about,
+        kinds=kinds,
+        relation="adapter" if adapter else "finetune",
+        base_model=base_model or base,
+        library=library,
+        pipeline=card.pipeline_of(config, {}),
+        sources=tuple(sources),
+        record=bool(receipt),
+    )
+    return card.render(facts)
 
 
 @contextlib.contextmanager
@@ -154,18 +132,11 @@ def _push_journal(upload: Upload, folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _sources(receipt: Receipt) -> Iterator[tuple[str, str, str]]:
-    """Yield the role, title and commit of the base and of each adapter."""
-    yield "base", receipt.base.title, receipt.base.commit or ""
-    for adapter in receipt.adapters:
-        yield "adapter", adapter.title, adapter.commit or ""
-
-
-def _is_on_hub(name: str, token: str | None) -> bool:
+def _is_on_hub(name: str | None, token: str | None) -> bool:
     """Return True if a base's name, which may be a path on another machine, is a repo on the Hub."""
     from huggingface_hub import HfApi
 
-    if Path(name).expanduser().is_absolute() or name.startswith("."):
+    if not name or Path(name).expanduser().is_absolute() or name.startswith("."):
         return False
     try:
         return not isinstance(parse_ref(name), Path) and with_retries(lambda: HfApi(token=token).repo_exists(name))
@@ -180,9 +151,8 @@ def push_output(out: str, target: PushTarget | None, settings: Settings) -> Push
     """
     if target is None:
         return None
-    push = FolderPush(out, target, base_model=settings.base_model, on_notice=settings.on_notice)
     try:
-        return push.run(dry_run=False)
+        return push_folder(out, target, base_model=settings.base_model, on_notice=settings.on_notice)
     except HubError as error:
         error.hint = f"{out} is complete; to resume: dora-convert push {shlex.quote(out)} {target.repo}"
         raise

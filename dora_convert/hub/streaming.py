@@ -14,11 +14,12 @@ from ..reports.push import Pushed
 from ..sources.hub_client import without_bars
 from ..sources.prefetch import MOST_FILES, Prefetch, prefetch, shard_needs, weight_download
 from ..sources.session import Session
+from ..storage.background import Background
 from ..storage.checkpoint import Checkpoint
 from ..storage.filenames import INCOMING, JOURNAL, RECORD, SPOOL, UPLOADS, list_files
 from ..storage.reader import Reader
-from .commit import ShardUploads, commit, is_large
-from .target import HubRoutes
+from .commit import commit_folder
+from .target import PushTarget
 from .upload import Upload
 from .upload_journal import refused_copies
 
@@ -31,7 +32,7 @@ class HubStreaming:
 
     def __init__(self, upload: Upload | None, inputs: Prefetch | None, *, local: bool) -> None:
         self._upload, self._inputs, self.local = upload, inputs, local
-        self._uploads: ShardUploads | None = None
+        self._uploads: Background[str] = Background("upload", self._send)
         self._shards: ShardFiles
         self._folder: Path
 
@@ -40,7 +41,6 @@ class HubStreaming:
         self._folder, self._shards = folder, shards
         if self._upload:
             self._upload.keep_journal(folder / RECORD / UPLOADS, by_name=not self.local)
-            self._uploads = ShardUploads(self._upload, folder, self._shard_uploaded)
 
     def room(self, plan: Plan) -> int:
         """Return the most bytes that the outputs take on the disk at once."""
@@ -55,19 +55,21 @@ class HubStreaming:
         """Drop inputs that only a finished and checked shard needed, and upload the shard."""
         if self._inputs:
             self._inputs.done(shard)
-        if self._uploads:
-            self._uploads.add(shard)
+        if self._upload:
+            self._uploads.put(shard)
 
-    def _shard_uploaded(self, shard: str) -> None:
-        if not self.local:
-            self._shards.hollow(shard)
-            if self._inputs:
-                self._inputs.uploaded(shard)
+    def _send(self, shards: list[str]) -> None:
+        assert self._upload
+        for shard in shards:
+            self._upload.send(shard, self._folder / shard)
+            if not self.local:
+                self._shards.hollow(shard)
+                if self._inputs:
+                    self._inputs.uploaded(shard)
 
     def settle(self) -> None:
         """Wait until all finished shards are uploaded."""
-        if self._uploads:
-            self._uploads.wait()
+        self._uploads.finish()
 
     def finish(self, readme: bytes, message: str) -> Pushed | None:
         """Upload the remaining files of OUT.partial and commit; None if nothing is pushed."""
@@ -75,16 +77,11 @@ class HubStreaming:
         if not self._upload:
             return None
         names = [name for name in list_files(self._folder) if name not in NOT_OF_OUT]
-        for name in names:
-            path = self._folder / name
-            if is_large(name, path.stat().st_size) and not self._upload.has(name):
-                self._upload.send(name, path)
-        return commit(self._upload, self._folder, names, readme, message)
+        return commit_folder(self._upload, self._folder, names, readme, message)
 
     def close(self) -> None:
         """Stop downloads and uploads; the journal of the uploads stays for the next run."""
-        if self._uploads:
-            self._uploads.abandon()
+        self._uploads.stop()
         if self._inputs:
             self._inputs.close()
         if self._upload:
@@ -93,12 +90,15 @@ class HubStreaming:
 
 @contextmanager
 def stream_merge(
-    plan: Plan, routes: HubRoutes, session: Session, folder: OutputFolder
+    plan: Plan, target: PushTarget | None, session: Session, folder: OutputFolder, weights: Path | None
 ) -> Iterator[HubStreaming | None]:
-    """Stream a merge's base from the Hub and its output to the Hub; None if neither is needed."""
-    local, upload = routes.local, None
-    if routes.target:
-        upload = Upload(routes.target, session.notify)
+    """Stream a merge's base from the Hub and its output to the Hub; None if neither is needed.
+
+    `weights` is the folder for the base's weights; None stands for the cache.
+    """
+    local, upload = target is None or target.local, None
+    if target:
+        upload = Upload(target, session.notify)
         upload.open()
         upload.copy_from(plan.base.source.repo, plan.base.source.commit)
         if not local:
@@ -107,9 +107,9 @@ def stream_merge(
     if remote or not local:
         inputs = Prefetch(
             shard_needs(plan),
-            weight_download([plan.base], session, routes.weights(folder)) if remote else None,
-            keep=routes.cache,
-            most_files=None if local and routes.cache else MOST_FILES,
+            weight_download([plan.base], session, weights) if remote else None,
+            keep=session.cache,
+            most_files=None if local and session.cache else MOST_FILES,
             outputs=not local,
         )
     with _streaming(upload, inputs, local=local) as hub:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import HubError
 from ..reports.push import Pushed, PushedFile
-from ..sources.hub_client import status_of, with_retries, without_bars, writing_errors
+from ..sources.hub_client import status_of, with_retries, writing_errors
 from ..storage.journal import JournalKey
 from ..storage.reader import hash_of
 from .server_copy import CopySource
@@ -94,9 +94,9 @@ class Upload:
         self._journal = UploadJournal(path, self.key, by_name=by_name)
         self._journal.refuse(self.refused_copies)
 
-    def copy_from(self, repo: object, commit: object) -> None:
+    def copy_from(self, repo: str | None, commit: str | None) -> None:
         """Name a repo of this Hub, at a commit, that may hold some of the large files already."""
-        if isinstance(repo, str) and isinstance(commit, str) and repo != self.repo:
+        if repo and commit and repo != self.repo:
             self._copies = CopySource(self._api, repo, commit, self._notify)
 
     def has(self, name: str) -> bool:
@@ -114,9 +114,9 @@ class Upload:
         size = path.stat().st_size
         if self._is_unchanged(name, path):
             self._files[name] = PushedFile(name, size, "unchanged")
-        elif sha256 := self._copy(name, path):
+        elif self._copies and self._journal.may_copy(name) and (sha256 := self._copies.copy(path, self.repo)):
             self._notify(f"copied on the Hub: {name}")
-            self._operations[name] = _operation_of(self._enter(name, path, sha256))
+            self._operations[name] = self._enter(name, path, sha256)
             self._files[name] = PushedFile(name, size, "copied")
         else:
             self._upload(name, path)
@@ -131,17 +131,12 @@ class Upload:
         if not committed:
             self._operations[name] = _operation_of(known)
 
-    def _copy(self, name: str, path: Path) -> str | None:
-        """Copy a file on the server and return its sha256; None if no copy was made or copies are refused."""
-        copies = self._copies if self._journal.may_copy(name) else None
-        return copies.copy(path, self.repo) if copies else None
-
     def _upload(self, name: str, path: Path) -> None:
         from huggingface_hub import CommitOperationAdd
 
         operation = CommitOperationAdd(name, path)
         self._notify(f"uploading {name}")
-        with writing_errors(self.repo), without_bars():
+        with writing_errors(self.repo):
             with_retries(lambda: self._api.preupload_lfs_files(self.repo, [operation], create_pr=self.target.create_pr))
         if operation.path_or_fileobj == b"":  # preupload_lfs_files empties what it has uploaded
             self._enter(name, path, operation.upload_info.sha256.hex())
@@ -149,15 +144,18 @@ class Upload:
             operation = CommitOperationAdd(name, path.read_bytes())
         self._operations[name] = operation
 
-    def _enter(self, name: str, path: Path, sha256: str) -> UploadedFile:
+    def _enter(self, name: str, path: Path, sha256: str) -> CommitOperationAdd:
+        """Enter a file that the server has into the journal, and return the operation that commits it."""
         stat = path.stat()
-        return self._journal.enter(name, stat.st_size, stat.st_mtime_ns, sha256)
+        file = UploadedFile(name, stat.st_size, stat.st_mtime_ns, sha256)
+        self._journal.enter(file)
+        return _operation_of(file)
 
     def read(self, name: str) -> bytes | None:
         """Return a small file of the repo as `open` found it; None if the repo does not have it."""
         if name not in self.repo_files:
             return None
-        with writing_errors(self.repo), without_bars():
+        with writing_errors(self.repo):
             path = with_retries(
                 lambda: self._api.hf_hub_download(self.repo, name, revision=self._head, token=self.target.token)
             )
@@ -211,7 +209,7 @@ class Upload:
                 self.repo, operations, commit_message=message, create_pr=self.target.create_pr, parent_commit=self._head
             )
 
-        with writing_errors(self.repo), without_bars():
+        with writing_errors(self.repo):
             try:
                 commit = with_retries(create)
             except Exception as error:

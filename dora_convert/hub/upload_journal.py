@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 import msgspec
 
-from ..storage.journal import JournalKey, read_journal
+from ..storage.journal import JournalKey, UnfinishedRun, read_journal
 from ..storage.json_files import Count
 
 REFUSED = "not to be copied"
@@ -26,12 +26,16 @@ class UploadedFile(msgspec.Struct, frozen=True):
     sha256: str
 
 
+def _read(path: Path, key: JournalKey | None) -> UnfinishedRun | None:
+    earlier = read_journal(path, UploadedFile)
+    return earlier if earlier and earlier.key == key else None
+
+
 def refused_copies(path: Path, key: JournalKey) -> frozenset[str] | None:
     """Return the files that a journal says must not be copied; None without a journal of this key."""
-    earlier = read_journal(path)
-    if not earlier or earlier.key != key:
+    if not (earlier := _read(path, key)):
         return None
-    latest = {str(line.get("name")): line.get("sha256") for line in earlier.lines}
+    latest = {file.name: file.sha256 for file in earlier.lines}
     return frozenset(name for name, sha256 in latest.items() if sha256 == REFUSED)
 
 
@@ -48,38 +52,33 @@ class UploadJournal:
         self._file: BinaryIO | None = None
         if path is None:
             return
-        earlier = read_journal(path, UploadedFile)
-        if earlier and earlier.key != key:
-            earlier = None
+        earlier = _read(path, key)
         path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("r+b" if earlier else "w+b")
         if earlier:
             self._uploaded = {file.name: file for file in earlier.lines}
-        self._file = path.open("r+b" if earlier else "w+b")
-        self._file.truncate(earlier.end if earlier else 0)
-        self._file.seek(0, os.SEEK_END)
-        if not earlier:
+            self._file.truncate(earlier.end)
+            self._file.seek(0, os.SEEK_END)
+        else:
             self._write(json.dumps(key).encode())
 
     def known(self, name: str, path: Path) -> UploadedFile | None:
         """Return the line of a file, unless `path` holds another file by now."""
         known = self._uploaded.get(name)
-        if known and known.sha256 == REFUSED:
+        if not known or known.sha256 == REFUSED:
             return None
-        if known and not self._by_name and path.exists():
+        if not self._by_name and path.exists():
             stat = path.stat()
             return known if (known.bytes, known.mtime) == (stat.st_size, stat.st_mtime_ns) else None
         return known
 
     def may_copy(self, name: str) -> bool:
         """Return True if no copy of this file was refused."""
-        known = self._uploaded.get(name)
-        return known is None or known.sha256 != REFUSED
+        return name not in self._uploaded or self._uploaded[name].sha256 != REFUSED
 
-    def enter(self, name: str, nbytes: int, mtime: int, sha256: str) -> UploadedFile:
-        """Enter an uploaded file and return its line."""
-        file = UploadedFile(name, nbytes, mtime, sha256)
+    def enter(self, file: UploadedFile) -> None:
+        """Enter an uploaded file."""
         self._write(msgspec.json.encode(file))
-        return file
 
     def _write(self, line: bytes) -> None:
         """Append a line and sync it: the local file may be deleted right afterwards."""
@@ -91,7 +90,8 @@ class UploadJournal:
     def refuse(self, names: Iterable[str]) -> None:
         """Enter files that must be uploaded because the Hub refused a commit with copies of them."""
         for name in names:
-            self._uploaded[name] = self.enter(name, 0, 0, REFUSED)
+            self._uploaded[name] = UploadedFile(name, 0, 0, REFUSED)
+            self.enter(self._uploaded[name])
 
     def remove(self, refused: Iterable[str] = ()) -> None:
         """Remove the journal; if copies were refused, start a new one with their names."""

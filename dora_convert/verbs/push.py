@@ -8,7 +8,7 @@ import shlex
 from typing_extensions import Unpack
 
 from ..errors import RefError
-from ..hub.push import FolderPush
+from ..hub.push import push_folder
 from ..hub.target import PushTarget
 from ..options import UploadOptions, takes
 from ..reports.push import PushReport
@@ -33,6 +33,11 @@ def push(folder: PathLike, repo_id: str, **options: Unpack[UploadOptions]) -> Pu
         hint = shlex.join(["dora-convert", "push", repo_id, path])
         raise RefError(f"DIR and REPO_ID are swapped: {repo_id} is a folder.", hint=hint)
     target = PushTarget(repo_id, options["private"], options["create_pr"], options["commit_message"], options["token"])
-    base_model, on_progress, on_notice = options["base_model"], options["on_progress"], options["on_notice"]
-    upload = FolderPush(path, target, base_model=base_model, on_progress=on_progress, on_notice=on_notice)
-    return upload.run(dry_run=options["dry_run"])
+    return push_folder(
+        path,
+        target,
+        base_model=options["base_model"],
+        dry_run=options["dry_run"],
+        on_progress=options["on_progress"],
+        on_notice=options["on_notice"],
+    )

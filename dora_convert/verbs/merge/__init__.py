@@ -26,7 +26,7 @@ from ...storage.refs import PathLike, listed
 
 if TYPE_CHECKING:
     from ...hub.streaming import HubStreaming
-    from ...hub.target import HubRoutes
+    from ...hub.target import PushTarget
     from .pipeline import Examine
 
 
@@ -50,7 +50,7 @@ def merge(
         refuse_options(options)
     undo = options["undo"] or ("exact" if options["in_place"] and not options["allow_lossy"] else "norms")
     selection = replace(parse_options(options), undo=undo)
-    routes = _routes(options)
+    target = _target(options)
     settings = Settings.parse(options)
     cache = options["cache"] and not options["no_local"]
     with Session(options["token"], cache=cache, notify=settings.notify) as session:
@@ -62,7 +62,7 @@ def merge(
             selection=selection,
             settings=settings,
             session=session,
-            routes=routes,
+            target=target,
         )
         return _merge_in_place(request) if options["in_place"] else _merge_beside(request)
 
@@ -79,25 +79,23 @@ class MergeRequest:
     """The options that decide the plan."""
     settings: Settings
     session: Session
-    routes: HubRoutes | None
-    """The ways to the Hub; None if nothing is uploaded."""
+    target: PushTarget | None
+    """The repo on the Hub that the result is uploaded to."""
 
 
-def _routes(options: MergeOptions) -> HubRoutes | None:
-    """Return the ways to the Hub that the options name; UsageError for options without --push-to-hub."""
+def _target(options: MergeOptions) -> PushTarget | None:
+    """Return the repo that the options name; UsageError for options without --push-to-hub."""
     names = ("push_to_hub", "private", "create_pr", "commit_message", "no_local")
     if not any(options[name] for name in names):  # type: ignore[literal-required]
         return None
-    from ...hub.target import HubRoutes, PushTarget
+    from ...hub.target import PushTarget
 
-    target = PushTarget.parse(options)
-    local = not options["no_local"]
-    return HubRoutes(target, cache=options["cache"] and local, local=local)
+    return PushTarget.parse(options, local=not options["no_local"])
 
 
 def _merge_beside(request: MergeRequest) -> MergeReport | DryRunReport:
     """Write OUT beside the base, or only on the Hub."""
-    options, routes = request.options, request.routes
+    options, target = request.options, request.target
     if options["verify_outputs"]:
         if options["no_local"]:
             raise UsageError("--no-local keeps nothing that --verify-outputs could run.", hint="name an OUT")
@@ -109,8 +107,8 @@ def _merge_beside(request: MergeRequest) -> MergeReport | DryRunReport:
     plan = _plan(request, out, _mode(request), weights)
     folder.refuse_inside([plan.base.source.path, *(adapter.source.path for adapter in plan.adapters)])
     if options["dry_run"]:
-        remote = routes.target if routes and not routes.local else None
-        return DryRunReport.of(plan, request.settings, out=remote.repo if remote else folder.given)
+        where = folder.given if target is None or target.local else target.repo
+        return DryRunReport.of(plan, request.settings, out=where)
     with without_collections():
         from .pipeline import run_merge
     with _streaming(request, plan, folder) as hub, _examiner(request, plan) as examine:
@@ -119,10 +117,8 @@ def _merge_beside(request: MergeRequest) -> MergeReport | DryRunReport:
 
 def _folder(request: MergeRequest) -> Path:
     """Return OUT, or the folder that shards pass through on their way to the Hub."""
-    if request.routes and not request.routes.local:
-        from ...hub.target import transit_folder
-
-        return transit_folder(request.out, request.routes, [str(request.base), *request.adapters])
+    if request.target and not request.target.local:
+        return request.target.transit_folder(request.out, [str(request.base), *request.adapters])
     if request.out is None:
         raise UsageError("merge needs OUT, or --in-place, or --push-to-hub REPO_ID --no-local.")
     return Path(request.out)
@@ -135,7 +131,7 @@ def _merge_in_place(request: MergeRequest) -> MergeReport | DryRunReport:
 
     options, settings = request.options, request.settings
     base = in_place.refuse_out(request.base, "BASE", request.out)
-    if request.routes or options["verify_outputs"]:
+    if request.target or options["verify_outputs"]:
         raise UsageError(
             "--in-place goes neither with --push-to-hub nor with --verify-outputs.",
             hint="dora-convert push, or dora-convert verify --level outputs, afterwards",
@@ -183,13 +179,12 @@ def _mode(request: MergeRequest) -> Mode:
 
 def _streaming(request: MergeRequest, plan: Plan, folder: OutputFolder) -> AbstractContextManager[HubStreaming | None]:
     """Return the download of the base's weights and the upload of shards, while the plan runs."""
-    if plan.base.is_here and not request.routes:
+    if plan.base.is_here and not request.target:
         return nullcontext()
     from ...hub.streaming import stream_merge
-    from ...hub.target import HubRoutes
 
-    routes = request.routes or HubRoutes(cache=request.session.cache)
-    return stream_merge(plan, routes, request.session, folder)
+    weights = None if request.session.cache else folder.state / INCOMING
+    return stream_merge(plan, request.target, request.session, folder, weights)
 
 
 @contextmanager
