@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ..storage.safetensors import StoredTensor
-from .adapter import Adapter, Change
-from .updates import Decomposed, LowRank, Update, low_rank, tensors_of
+from .adapter import Adapter, Change, Decomposed, LowRank, Update, low_rank, tensors_of
 
 
 @dataclass(frozen=True)

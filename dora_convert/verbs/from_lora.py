@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 
 from typing_extensions import Unpack
 
-from ..adapters.adapter import Adapter, Change
+from ..adapters.adapter import Adapter, Change, Decomposed, LowRank, tensors_of
 from ..adapters.new_adapter import NewAdapter
-from ..adapters.updates import Decomposed, LowRank, tensors_of
 from ..errors import Fault, UnsupportedError, UsageError
 from ..fitting.jobs import FittingPlan, MatchedChange, Result, match_changes, modules_besides
 from ..fitting.session import Fitter, FittingSession

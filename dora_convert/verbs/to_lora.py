@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import Unpack
 
-from ..adapters.adapter import Change
+from ..adapters.adapter import Change, Decomposed, Delta, LowRank, low_rank
 from ..adapters.new_adapter import NewAdapter
-from ..adapters.updates import Decomposed, Delta, LowRank, low_rank
 from ..fitting.jobs import (
     HELD,
     FittingPlan,

@@ -27,8 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...adapters.adapter import Adapter, Change
-from ...adapters.updates import Full, Rows
+from ...adapters.adapter import Adapter, Change, Full, Rows
 from ...errors import Fault, MalformedError, UnsupportedError
 from ...storage.checkpoint import read_weights
 from ...storage.json_files import read_json

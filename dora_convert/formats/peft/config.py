@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from msgspec import Meta, Struct, field
 
-from ...adapters.updates import Start
+from ...adapters.adapter import Start
 from ...errors import shown
 from ...storage.json_files import checked
 from .fields import STARTS

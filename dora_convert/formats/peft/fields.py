@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from ...adapters.updates import Start
+from ...adapters.adapter import Start
 from ...errors import Fault, UnsupportedError
 
 _USED = {

@@ -6,8 +6,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
-from ...adapters.adapter import Change
-from ...adapters.updates import Decomposed, Delta, LowRank, Start, Update
+from ...adapters.adapter import Change, Decomposed, Delta, LowRank, Start, Update
 from ...errors import Fault
 from ...storage.safetensors import FLOATS, StoredTensor
 from .config import Config

@@ -13,9 +13,8 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from ...adapters.adapter import Adapter, Change
+from ...adapters.adapter import Adapter, Change, Decomposed, Delta, Full, LowRank, Rows, Start, low_rank
 from ...adapters.new_adapter import Files, NewAdapter
-from ...adapters.updates import Decomposed, Delta, Full, LowRank, Rows, Start, low_rank
 from ...storage.json_files import read_json
 from ...storage.safetensors import StoredTensor
 from .config import Config
