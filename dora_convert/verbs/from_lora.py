@@ -79,7 +79,7 @@ def _divide(matched: Plan, session: FittingSession, *, split: bool) -> _LoraChan
     faults = {change.target: TIED for change in unmatched}
     for job in jobs:
         tied = unmatched and (is_embedding(job.name) or is_head(job.name))
-        if why := TIED if tied else session.format.objection(job.change, job.item.name, adapter):
+        if why := TIED if tied else session.format.writer().objection(job.change, job.item.name, adapter):
             faults[job.name] = why
     accepted = [job for job in jobs if job.name not in faults]
     if not accepted or (faults and not split):

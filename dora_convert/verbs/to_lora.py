@@ -81,7 +81,7 @@ def _divide(matched: Plan, session: FittingSession) -> _AdapterChanges:
     kept = [
         job
         for job in jobs
-        if session.format.shares_rank(job.change, job.item.name, matched.adapters[0])
+        if session.format.writer().shares_rank(job.change, job.item.name, matched.adapters[0])
         or (unmatched and (is_embedding(job.name) or is_head(job.name)))
     ]
     return _AdapterChanges([job for job in jobs if job not in kept], kept, unmatched, others)
