@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..adapters.updates import Decomposed, Delta, LowRank
+from ..adapters.adapter import Decomposed, Delta, LowRank
 from ..maths import lora as maths
 from ..plan.item import Edit
 from ..plan.plan import Plan

@@ -77,8 +77,8 @@ def run_plan(
                 run = _Run(plan, settings, reader, spool=spool, journal=journal, lines=lines)
                 run.execute(fit, spec)
             results = {job.name: _result(lines[job.name], spool) for job in plan.jobs}
-            adapters_out = assemble(results).items()
-            written = sum(run.write(where, plan.format.save(adapter), folder) for where, adapter in adapters_out)
+            writer, adapters_out = plan.format.writer(), assemble(results).items()
+            written = sum(run.write(where, writer.save(adapter), folder) for where, adapter in adapters_out)
             _put_side_files(plan, folder, settings)
         folder.publish()
     facts = {"device": str(spec.device), "compute_dtype": spec.compute_name, "peak_memory_bytes": peak_memory()}

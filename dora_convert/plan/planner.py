@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ..adapters.adapter import Adapter
-from ..adapters.updates import Full, Rows
+from ..adapters.adapter import Adapter, Full, Rows
 from ..errors import Fault, PlanError, UnsupportedError
 from ..naming.resolve import NameResolver
 from ..naming.ties import Tie, find_tie, is_embedding, is_head

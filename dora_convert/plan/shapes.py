@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from ..adapters.updates import Decomposed, Delta, Full, LowRank, Rows, Start, Update, low_rank
+from ..adapters.adapter import Decomposed, Delta, Full, LowRank, Rows, Start, Update, low_rank
 from ..naming.families import CONV1D_MODELS, CONV1D_MODULES, TURNED_EXPERTS
 from ..storage.safetensors import FLOATS
 
