@@ -24,7 +24,7 @@ from ..fitting.jobs import (
 )
 from ..fitting.report import error_of
 from ..fitting.session import Fitter, FittingSession
-from ..naming.ties import is_embedding, is_head
+from ..naming.resolve import is_embedding, is_head
 from ..options import ToLoraOptions, takes
 from ..plan.item import Edit, Item
 from ..plan.plan import Plan
