@@ -91,8 +91,7 @@ def unwrapped(name: str) -> str:
 def explain_missing(target: str, names: NameResolver, base: Checkpoint) -> str:
     """Return why the base has no such tensor: another layout, a missing bias, or a typo."""
     if names.ambiguous:
-        examples = ", ".join(prefix.apply(target) for prefix in names.ambiguous[:3])
-        return f"could be any of {examples}"
+        return f"could be any of {', '.join(prefix.apply(target) for prefix in names.ambiguous[:3])}"
     module, _, leaf = names.prefix.apply(target).rpartition(".")
     if families := sorted(base.model_types & RENAMED):
         return f"{families[0]} checkpoints name tensors otherwise than modules; not matched yet"

@@ -37,15 +37,10 @@ def replicate(base: Checkpoint, layers: Sequence[int]) -> Checkpoint:
         return [f"{match['before']}{number}{match['after']}" for number in numbers]
 
     config = base.config and _with_layers(base.config, layers, count)
-    return replace(_renamed(base, copies), config=config)
+    return replace(with_names(base, copies), config=config)
 
 
-def prefixed(base: Checkpoint, prefix: str) -> Checkpoint:
-    """Return the base with a prefix before the name of every tensor."""
-    return _renamed(base, lambda name: [prefix + name])
-
-
-def _renamed(base: Checkpoint, names: Callable[[str], Sequence[str]]) -> Checkpoint:
+def with_names(base: Checkpoint, names: Callable[[str], Sequence[str]]) -> Checkpoint:
     """Return the base with every tensor under its new names."""
 
     def under_new_names(shard: Shard) -> Shard:

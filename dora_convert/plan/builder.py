@@ -35,11 +35,11 @@ class PlanBuilder:
 
     def __init__(self, base: Checkpoint, tie: Tie | None, options: Options) -> None:
         self.base, self.tie, self.options = base, tie, options
-        self.targets: dict[str, TargetTensor] = {}
-        seen: set[str] = set()
-        for name, tensor in base.tensors.items():
-            self.targets[name] = TargetTensor(tensor, tensor, added=base.stored_name(name) in seen)
-            seen.add(base.stored_name(name))
+        first = {base.stored_name(name): name for name in reversed(list(base.tensors))}
+        self.targets = {
+            name: TargetTensor(tensor, tensor, added=first[base.stored_name(name)] != name)
+            for name, tensor in base.tensors.items()
+        }
         self.untied = False
         self.ledger: list[Entry] = []
         self.faults: list[Fault] = []

@@ -34,9 +34,9 @@ def make_plan(base: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[f
     tasks = [adapter.task for adapter in adapters if adapter.task]
     tie = find_tie(tree, tasks)
     if prefix := _prefix(adapters, names, tie, options):
-        from ..naming.views import prefixed
+        from ..naming.views import with_names
 
-        tree = prefixed(tree, prefix)
+        tree = with_names(tree, lambda name: [prefix + name])
         names, tie = _resolvers(tree, adapters, options), find_tie(tree, tasks)
     builder = PlanBuilder(tree, tie, options)
     for adapter, resolver, weight in zip(adapters, names, weights, strict=True):

@@ -32,19 +32,13 @@ def match_shape(update: Update, name: str, shape: Shape, dtype: str, model_types
             return f"is saved as {value.dtype}, but {name} is {dtype}"
         case Full(value) | Delta(value):
             return Match(update) if value.shape == shape else f"has shape {value.shape}; {name} has {shape}"
-        case Rows():
-            return _match_rows(update, name, shape)
+        case Rows(value, index):
+            if value.dtype not in FLOATS or value.shape != (len(index), *shape[1:]):
+                return f"has shape {value.shape} for {len(index)} rows of {name}, which has {shape}"
+            beyond = [row for row in index if row >= shape[0]]
+            return f"is for row {beyond[0]}; {name} has {shape[0]}" if beyond else Match(update)
         case LowRank() | Decomposed():
             return _match_low_rank(update, name, shape, model_types)
-
-
-def _match_rows(update: Rows, name: str, shape: Shape) -> Match | str:
-    value, index = update.value, update.index
-    if value.dtype not in FLOATS or value.shape != (len(index), *shape[1:]):
-        return f"has shape {value.shape} for {len(index)} rows of {name}, which has {shape}"
-    if beyond := [row for row in index if row >= shape[0]]:
-        return f"is for row {beyond[0]}; {name} has {shape[0]}"
-    return Match(update)
 
 
 def _match_low_rank(update: LowRank | Decomposed, name: str, shape: Shape, model_types: frozenset[str]) -> Match | str:
