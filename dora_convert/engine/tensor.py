@@ -16,7 +16,7 @@ from ..errors import NumericalError
 from ..maths import lora as maths
 from ..output.finished import TensorResult
 from ..output.output import ShardFiles
-from ..plan.item import Item
+from ..plan.item import Item, spans
 from ..storage.reader import Digest
 from ..storage.safetensors import BITS
 from ..storage.spool import Spool, SpooledTensor
@@ -131,7 +131,7 @@ class MergeMaker:
     def result(self, written: Digest) -> TensorResult:
         """Return the hashes of both tensors, and the parts of the undo record."""
         item = self._item
-        for start, stop in item.base_spans():
+        for start, stop in spans(*item.base.matrix) if item.base else ():
             if item.base and stop > (first := max(start, item.source.matrix[0])):
                 data = as_bytes(self._buffers.raw(item.base, first, stop, "base"))
                 self._base.update(data)

@@ -1,4 +1,4 @@
-"""Translate an adapter's tensor names to the base's, and explain the names that the base does not have.
+"""Translate an adapter's tensor names to the base's, explain names that the base lacks, and find tied weights.
 
 Names on disk are taken for module names, as most families have them. `families.RENAMED` lists the other
 families: they are refused once a name fails to match.
@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
 
 from ..storage.checkpoint import Checkpoint
 from ..storage.safetensors import StoredTensor
-from .families import RENAMED
-from .ties import is_head
-
-WRAPPER = "module"
-"""DistributedDataParallel's name for the model inside it. Formats know the names of other wrappers."""
+from .families import EMBEDDINGS, HEADLESS, HEADS, OTHER_HEADS, RENAMED, SCALED
 
 
 @dataclass(frozen=True)
@@ -70,16 +66,11 @@ class NameResolver:
                 break
             drop, rest = "".join(f"{part}." for part in parts[:dropped]), ".".join(parts[dropped:])
             adds = {name.removesuffix(rest) for name in self._tensors if f".{name}".endswith(f".{rest}")}
-            fitting = tuple(Prefix(drop, add) for add in sorted(adds) if self._leads_all(drop, add, targets))
-            if fitting:
-                return fitting
+            outside = [Prefix(drop, add) for add in sorted(adds) if not any(map(str.isdigit, add.split(".")))]
+            leading = [one for one in outside if all(one.apply(target) in self._tensors for target in targets)]
+            if leading:
+                return tuple(leading)
         return ()
-
-    def _leads_all(self, drop: str, add: str, targets: Sequence[str]) -> bool:
-        inside_layers = any(part.isdigit() for part in add.split("."))
-        return not inside_layers and all(
-            target.startswith(drop) and add + target.removeprefix(drop) in self._tensors for target in targets
-        )
 
 
 def _stored_names(name: str) -> Iterator[str]:
@@ -93,15 +84,14 @@ def _stored_names(name: str) -> Iterator[str]:
 
 
 def unwrapped(name: str) -> str:
-    """Return a name without the part that a data-parallel wrapper puts in."""
-    return ".".join(part for part in name.split(".") if part != WRAPPER)
+    """Return a name without DistributedDataParallel's part; formats know the names of other wrappers."""
+    return ".".join(part for part in name.split(".") if part != "module")
 
 
 def explain_missing(target: str, names: NameResolver, base: Checkpoint) -> str:
     """Return why the base has no such tensor: another layout, a missing bias, or a typo."""
     if names.ambiguous:
-        examples = ", ".join(prefix.apply(target) for prefix in names.ambiguous[:3])
-        return f"could be any of {examples}"
+        return f"could be any of {', '.join(prefix.apply(target) for prefix in names.ambiguous[:3])}"
     module, _, leaf = names.prefix.apply(target).rpartition(".")
     if families := sorted(base.model_types & RENAMED):
         return f"{families[0]} checkpoints name tensors otherwise than modules; not matched yet"
@@ -120,16 +110,89 @@ def closest(module: str, siblings: Sequence[str], base: Checkpoint) -> list[str]
         leaves = [name.rpartition(".")[2] for name in siblings]
         return [f"…{name}" for name in difflib.get_close_matches(leaf, leaves, 3, 0)]
     numbers = re.findall(r"\d+", module)
-    return [_numbered(kind, numbers) for kind in _similar(re.sub(r"\d+", "*", module), base.module_kinds)]
-
-
-def _numbered(kind: str, numbers: Sequence[str]) -> str:
-    """Return a kind with its stars replaced by numbers, as many as there are."""
-    remaining = iter(numbers)
-    return re.sub(r"\*", lambda star: next(remaining, star[0]), kind)
+    kinds = _similar(re.sub(r"\d+", "*", module), base.module_kinds)
+    return [reduce(lambda name, number: name.replace("*", number, 1), numbers, kind) for kind in kinds]
 
 
 @lru_cache
 def _similar(kind: str, kinds: Sequence[str]) -> list[str]:
     """Return similar kinds. Cached: a model has few kinds, however many layers and experts it has."""
     return difflib.get_close_matches(kind, kinds, 3, 0.5)
+
+
+@dataclass(frozen=True)
+class Tie:
+    """The names of a tied embedding and head.
+
+    An adapter that changes one side only makes two weights of the one: training left the other side as it was.
+    """
+
+    embedding: str
+    head: str
+    stored: bool = False
+    """True if the head is on disk, too."""
+    refusal: str | None = None
+    """The reason if adapters on either tensor cannot be merged."""
+
+
+def find_tie(base: Checkpoint, tasks: Collection[str] = ()) -> Tie | None:
+    """Return the tie between a base's head and its input embedding; None if they are two weights.
+
+    `tasks` are model classes, or ends of their names, that the base was trained inside: a bare model has no
+    head of its own.
+
+    Without a flag in the config, transformers' default holds: tied, if the architecture has a head and the
+    checkpoint has none, or has the same bytes under both names.
+    """
+    heads = [name for name in base.tensors if is_head(name)]
+    embeddings = [name for name in base.tensors if is_embedding(name)]
+    if not (base.config and embeddings):
+        return None
+    embedding = min(embeddings, key=len)
+    first, *others = (base.tensors[name] for name in (embedding, *heads))
+    shared = any((first.path, first.start) == (other.path, other.start) for other in others)
+    if not _says_tied(base, tasks, default=shared or not heads):
+        return None
+    head = heads[0] if heads else _absent_head(embedding, base)
+    refusal = None
+    if base.model_types & SCALED or embedding.endswith("shared.weight"):
+        refusal = f"{embedding} is tied to more than the output head; adapters on it are not merged"
+    elif len(embeddings) > 1 or len(heads) > 1:
+        refusal = "the base has several embeddings or heads that may be tied; adapters on them are not merged"
+    return Tie(embedding, head, bool(heads), refusal)
+
+
+def _says_tied(base: Checkpoint, tasks: Collection[str], *, default: bool) -> bool:
+    """Return True if the config ties them, for architectures that have a head."""
+    values = (config.get("tie_word_embeddings") for config in base.configs)
+    flags = [flag for flag in values if isinstance(flag, bool)]
+    architectures = (base.config or {}).get("architectures")
+    names = [str(name) for name in architectures] if isinstance(architectures, list) else []
+    if any(map(_has_head, tasks)):
+        names = [name for name in names if _has_head(name)] or list(tasks)
+    return (flags[0] if flags else default and bool(names)) and all(map(_has_head, names))
+
+
+def _has_head(architecture: str) -> bool:
+    """Return True if models of a class predict tokens."""
+    return architecture.endswith("HeadModel") or not architecture.endswith(HEADLESS)
+
+
+def _absent_head(embedding: str, base: Checkpoint) -> str:
+    """Return the name of a head that is not on disk."""
+    prefix, nested, _ = embedding.partition("language_model.model.")
+    if nested:
+        return f"{prefix}language_model.lm_head.weight"
+    modules = (module for family, module in OTHER_HEADS.items() if family in base.model_types)
+    return f"{next(modules, 'lm_head')}.weight"
+
+
+def is_embedding(tensor: str) -> bool:
+    """Return True if a tensor is an input embedding, by its module's name."""
+    module, _, leaf = tensor.rpartition(".")
+    return leaf == "weight" and module.rpartition(".")[2] in EMBEDDINGS
+
+
+def is_head(tensor: str) -> bool:
+    """Return True if a tensor is an output head's weight, by its module's name."""
+    return f".{tensor}".endswith(tuple(f".{head}.weight" for head in HEADS))

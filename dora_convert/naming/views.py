@@ -12,7 +12,6 @@ from typing import Any
 
 from ..errors import PlanError
 from ..storage.checkpoint import Checkpoint, Shard
-from ..storage.safetensors import StoredTensor
 from .families import COUNTS, LAYERS
 
 
@@ -31,33 +30,24 @@ def replicate(base: Checkpoint, layers: Sequence[int]) -> Checkpoint:
     if max(layers) >= count:
         raise PlanError(f"layer_replication names layer {max(layers)}; the base has {count}.")
 
-    def copies(tensor: StoredTensor) -> list[str]:
-        if not (match := re.fullmatch(LAYERS, tensor.name)):
-            return [tensor.name]
-        return [
-            f"{match['before']}{number}{match['after']}"
-            for number, layer in enumerate(layers)
-            if layer == int(match["number"])
-        ]
+    def copies(name: str) -> list[str]:
+        if not (match := re.fullmatch(LAYERS, name)):
+            return [name]
+        numbers = [number for number, layer in enumerate(layers) if layer == int(match["number"])]
+        return [f"{match['before']}{number}{match['after']}" for number in numbers]
 
     config = base.config and _with_layers(base.config, layers, count)
-    return replace(_renamed(base, copies), config=config)
+    return replace(with_names(base, copies), config=config)
 
 
-def prefixed(base: Checkpoint, prefix: str) -> Checkpoint:
-    """Return the base with a prefix before the name of every tensor."""
-    return _renamed(base, lambda tensor: [prefix + tensor.name])
-
-
-def _renamed(base: Checkpoint, names: Callable[[StoredTensor], Sequence[str]]) -> Checkpoint:
+def with_names(base: Checkpoint, names: Callable[[str], Sequence[str]]) -> Checkpoint:
     """Return the base with every tensor under its new names."""
-    shards: list[Shard] = []
-    renamed: dict[str, str] = {}
-    for shard in base.shards:
-        copies = [replace(tensor, name=name) for tensor in shard.tensors for name in names(tensor)]
-        renamed |= {name: base.stored_name(tensor.name) for tensor in shard.tensors for name in names(tensor)}
-        shards.append(replace(shard, tensors=tuple(copies)))
-    return replace(base, shards=tuple(shards), renamed=renamed)
+
+    def under_new_names(shard: Shard) -> Shard:
+        return replace(shard, tensors=tuple(replace(old, name=new) for old in shard.tensors for new in names(old.name)))
+
+    renamed = {new: base.stored_name(old) for old in base.tensors for new in names(old)}
+    return replace(base, shards=tuple(map(under_new_names, base.shards)), renamed=renamed)
 
 
 def _with_layers(config: Mapping[str, Any], layers: Sequence[int], count: int) -> dict[str, Any]:

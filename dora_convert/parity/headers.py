@@ -8,8 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..naming.resolve import NameResolver
-from ..naming.ties import find_tie
+from ..naming.resolve import NameResolver, find_tie
 from ..plan.item import Item
 from ..plan.plan import Plan
 from ..storage.checkpoint import Checkpoint

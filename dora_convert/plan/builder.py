@@ -8,15 +8,14 @@ from itertools import permutations
 
 from ..adapters.adapter import Adapter, Change, Decomposed, Delta, Full, LowRank, Rows, Update, low_rank, tensors_of
 from ..errors import Fault
-from ..naming.resolve import NameResolver, explain_missing
-from ..naming.ties import Tie, is_embedding, is_head
+from ..naming.resolve import NameResolver, Tie, explain_missing, is_embedding, is_head
 from ..storage.checkpoint import Checkpoint
 from ..storage.reader import same_bytes
 from ..storage.safetensors import FLOATS, StoredTensor
 from .item import Edit, Item
 from .options import Options
 from .plan import Entry
-from .shapes import Match, Mismatch, match_shape
+from .shapes import Match, match_shape
 
 
 @dataclass
@@ -29,36 +28,23 @@ class TargetTensor:
     rows: list[Rows] = field(default_factory=list)
     edits: list[Edit] = field(default_factory=list)
 
-    @property
-    def touched(self) -> bool:
-        """True if an adapter changes the tensor."""
-        return bool(self.source is not self.base or self.rows or self.edits)
-
-
-@dataclass(frozen=True)
-class TiedChange:
-    """A change to one side of a tie, or to both, kept until all adapters are known."""
-
-    change: Change
-    sides: tuple[str, ...]
-    weight: float
-
 
 class PlanBuilder:
     """Collects what adapters do to the tensors of a base, and every fault."""
 
     def __init__(self, base: Checkpoint, tie: Tie | None, options: Options) -> None:
         self.base, self.tie, self.options = base, tie, options
-        self.targets: dict[str, TargetTensor] = {}
-        seen: set[str] = set()
-        for name, tensor in base.tensors.items():
-            self.targets[name] = TargetTensor(tensor, tensor, added=base.stored_name(name) in seen)
-            seen.add(base.stored_name(name))
+        first = {base.stored_name(name): name for name in reversed(list(base.tensors))}
+        self.targets = {
+            name: TargetTensor(tensor, tensor, added=first[base.stored_name(name)] != name)
+            for name, tensor in base.tensors.items()
+        }
         self.untied = False
         self.ledger: list[Entry] = []
         self.faults: list[Fault] = []
-        self._tied_changes: list[TiedChange] = []
-        self._modules = {name.rpartition(".")[0] for name in base.tensors}
+        self._tied_changes: list[tuple[Change, tuple[str, ...], float]] = []
+        """Changes to one side of the tie, or to both, and their weights; kept until all adapters are known."""
+        self._names = {*base.tensors, *(name.rpartition(".")[0] for name in base.tensors)}
 
     def add(self, adapter: Adapter, names: NameResolver, weight: float) -> None:
         """Apply every change of an adapter; replacements come before additions."""
@@ -79,21 +65,18 @@ class PlanBuilder:
             self._fault(update, refusal)
         elif name:
             self._apply(update, name, weight)
-        elif isinstance(update, Full) and update.may_add and self._is_new(change):
-            self._add_tensor(update, change.target, weight)
-        elif self.options.allow_unmatched:
-            self._enter(update, "unmatched", (), explain_missing(change.target, names, self.base))
+        elif isinstance(update, Full) and update.may_add and not {change.module, change.target} & self._names:
+            self.targets[change.target] = TargetTensor(update.value, None, added=True)
+            self._names.add(change.target)
+            if weight != 1:
+                self._fault(update, f"adds {change.target}, which has no weight of {weight:g}")
+            self._enter(update, "added", (change.target,), "the base has no such module")
         else:
-            self._fault(update, explain_missing(change.target, names, self.base))
-
-    def _is_new(self, change: Change) -> bool:
-        return change.target not in self.targets and change.module not in self._modules
-
-    def _add_tensor(self, update: Full, name: str, weight: float) -> None:
-        if weight != 1:
-            self._fault(update, f"adds {name}, which has no weight of {weight:g}")
-        self.targets[name] = TargetTensor(update.value, None, added=True)
-        self._enter(update, "added", (name,), "the base has no such module")
+            why = explain_missing(change.target, names, self.base)
+            if self.options.allow_unmatched:
+                self._enter(update, "unmatched", (), why)
+            else:
+                self._fault(update, why)
 
     def _told_apart(self, changes: Sequence[Change], names: NameResolver) -> Iterator[Change]:
         """Yield every change with one target.
@@ -107,22 +90,22 @@ class PlanBuilder:
             else:
                 yield change
         for targets, group in groups.items():
-            assignments = [
+            fitting = [
                 [replace(change, target=target, among=()) for change, target in zip(group, order, strict=True)]
                 for order in permutations(targets)
+                if all(self._fits(change.update, names.find(name)) for change, name in zip(group, order, strict=True))
             ]
-            fitting = [changes for changes in assignments if all(self._fits(each, names) for each in changes)]
             if len(fitting) == 1:
                 yield from fitting[0]
             else:
                 for change in group:
                     self._fault(change.update, f"may be for any of {', '.join(targets)}: shapes do not tell")
 
-    def _fits(self, change: Change, names: NameResolver) -> bool:
-        if not (name := names.find(change.target)):
-            return False
-        tensor, types = self.targets[name].source, self.base.model_types
-        return isinstance(match_shape(change.update, name, tensor.shape, tensor.dtype, types), Match)
+    def _fits(self, update: Update, name: str | None) -> bool:
+        return name is not None and isinstance(self._match(update, name, self.targets[name].source.shape), Match)
+
+    def _match(self, update: Update, name: str, shape: tuple[int, ...]) -> Match | str:
+        return match_shape(update, name, shape, self.targets[name].source.dtype, self.base.model_types)
 
     def _keep_tied(self, change: Change, name: str | None, adapter: Adapter, weight: float) -> None:
         """Decide which sides of the tie a change is for, and keep the change."""
@@ -142,7 +125,7 @@ class PlanBuilder:
                 return
         elif not self._means_both(change.update, other, on_embedding=on_embedding):
             sides = (embedding if on_embedding else head,)
-        self._tied_changes.append(TiedChange(change, sides, weight))
+        self._tied_changes.append((change, sides, weight))
 
     def _means_both(self, update: Update, other: Change | None, *, on_embedding: bool) -> bool:
         """Return True if a change of one side is meant for both: new tokens, and another number of tokens."""
@@ -156,20 +139,23 @@ class PlanBuilder:
         """Apply the kept changes: to one weight if both sides change alike, else to two weights."""
         if not self._tied_changes or not self.tie:
             return
-        self.untied = any(len(tied.sides) == 1 for tied in self._tied_changes)
+        self.untied = any(len(sides) == 1 for _, sides, _ in self._tied_changes)
         if self.untied and not self.tie.stored:
             source = self.targets[self.tie.embedding].source
             self.targets[self.tie.head] = TargetTensor(source, source, added=True)
-        for tied in self._tied_changes:
-            sides = tuple(side for side in tied.sides if side in self.targets)
-            for side in sides:
-                self._apply(tied.change.update, side, tied.weight, into=sides)
+        for change, sides, weight in self._tied_changes:
+            into = tuple(side for side in sides if side in self.targets)
+            for side in into:
+                self._apply(change.update, side, weight, into)
 
     def _apply(self, update: Update, name: str, weight: float, into: tuple[str, ...] = ()) -> None:
         """Add an update to its tensor, or note why the update does not match."""
-        target, shape = self.targets[name], self._new_shape(update, name)
-        match match_shape(update, name, shape, target.source.dtype, self.base.model_types):
-            case Mismatch(why):
+        target = self.targets[name]
+        shape = target.source.shape
+        if isinstance(update, Full) and (is_embedding(name) or is_head(name)):
+            shape = (*update.value.shape[:1], *shape[1:])  # only an embedding or a head may have other rows
+        match self._match(update, name, shape):
+            case str(why):
                 self._fault(update, why)
             case Match(Full() as full):
                 self._replace(full, name, weight)
@@ -180,13 +166,6 @@ class PlanBuilder:
         if name == (into or (name,))[0]:  # one entry for both sides of a tie
             fate = "replaced" if isinstance(update, (Full, Rows)) else "merged"
             self._enter(update, fate, into or (name,), describe(update))
-
-    def _new_shape(self, update: Update, name: str) -> tuple[int, ...]:
-        """Return the shape that an update must have: only an embedding or a head may have other rows."""
-        shape = self.targets[name].source.shape
-        if isinstance(update, Full) and (is_embedding(name) or is_head(name)):
-            return (*update.value.shape[:1], *shape[1:])
-        return shape
 
     def _replace(self, update: Full, name: str, weight: float) -> None:
         target = self.targets[name]
@@ -214,11 +193,9 @@ class PlanBuilder:
     def _fault(self, update: Update, why: str) -> None:
         self.faults += [Fault(tensor.name, why) for tensor in tensors_of(update)]
 
-    def items(self) -> dict[str, Item]:
-        """Return every output tensor by name."""
-        return {name: self._item(name, target) for name, target in self.targets.items()}
-
-    def _item(self, name: str, target: TargetTensor) -> Item:
+    def item(self, name: str) -> Item:
+        """Return an output tensor."""
+        target = self.targets[name]
         dtype = (target.base or target.source).dtype
         base = target.base and _stacked(target.base, target.edits)
         item = Item(
@@ -258,10 +235,8 @@ def _is_copy(one: Update, other: Update) -> bool:
 
 def _stacked(tensor: StoredTensor, edits: Sequence[Edit]) -> StoredTensor:
     """Return edited experts as one matrix, one below the other; any other tensor as it is."""
-    if not any(edit.low and edit.low.experts for edit in edits):
-        return tensor
-    count, rows, columns = tensor.shape
-    return replace(tensor, shape=(count * rows, columns))
+    stacked = any(edit.low and edit.low.experts for edit in edits)
+    return replace(tensor, shape=(tensor.numel // tensor.shape[2], tensor.shape[2])) if stacked else tensor
 
 
 def describe(update: Update) -> str:

@@ -37,15 +37,15 @@ class Edit:
         """True if the update sets magnitudes."""
         return isinstance(self.update, Decomposed)
 
-    @cached_property
+    @property
     def axis(self) -> int:
         """The axis of the stored matrix that a magnitude's norm runs along."""
         return 0 if self.transposed else 1
 
-    @cached_property
+    @property
     def two_passes(self) -> bool:
         """True if norms need the whole tensor before its first row can be written."""
-        return self.decomposed and self.axis == 0
+        return self.decomposed and self.transposed
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,7 @@ class Undo:
     @property
     def tensors(self) -> tuple[StoredTensor, ...]:
         """Every tensor of this part."""
-        fields = (*self.norms, *(self.taken or ()), *(self.kept or ()), self.ulps, self.original)
-        return tuple(stored for stored in fields if stored)
+        return tuple(filter(None, (*self.norms, *(self.taken or ()), *(self.kept or ()), self.ulps, self.original)))
 
 
 @dataclass(frozen=True)
@@ -118,9 +117,8 @@ class Item:
             return "added"
         if self.edits:
             return "merged"
-        if self.replaced or (self.undo and self.undo.kept):
-            return "replaced"
-        return "copied" if self.verbatim else "converted"
+        copied = "copied" if self.verbatim else "converted"
+        return "replaced" if self.replaced or (self.undo and self.undo.kept) else copied
 
     @property
     def changed(self) -> bool:
@@ -132,33 +130,19 @@ class Item:
         """True if receipts list the tensor: the base does not have the same tensor under the same name."""
         return self.changed or self.added or self.origin != self.name or not self.verbatim
 
-    @property
-    def beyond_recovery(self) -> bool:
-        """True if the adapter's bytes replace the base's, as for counters: nothing is compared then."""
-        return self.base is not None and self.replaced and self.verbatim
-
-    @property
-    def low_ranks(self) -> tuple[LowRank, ...]:
-        """The low-rank parts of the edits."""
-        return tuple(edit.low for edit in self.edits if edit.low)
-
     @cached_property
     def start(self) -> LowRank | None:
         """The update whose training began with other base weights than those on disk."""
-        return next((low for low in self.low_ranks if low.start), None)
+        return next((edit.low for edit in self.edits if edit.low and edit.low.start), None)
 
     @cached_property
     def experts(self) -> int:
         """The number of matrices that lie one below the other in `source`, each with its own factors."""
-        return max((low.experts for low in self.low_ranks), default=0) or 1
+        return max((edit.low.experts for edit in self.edits if edit.low), default=0) or 1
 
     def spans(self) -> Iterator[tuple[int, int]]:
         """Yield the blocks of rows; no block holds rows of two experts."""
         return spans(*self.matrix, self.experts)
-
-    def base_spans(self) -> Iterator[tuple[int, int]]:
-        """Yield the blocks of rows of the base's tensor."""
-        return spans(*self.base.matrix) if self.base else iter(())
 
     def cost(self, width: int, *, exact: bool = False) -> int:
         """Return the bytes that a worker holds: a block's buffers and factors, at `width` bytes an element.

@@ -7,7 +7,8 @@ reports print it.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 import xxhash
 
-from ..adapters.adapter import Adapter, Delta, tensors_of
+from ..adapters.adapter import Adapter, Delta, low_rank, tensors_of
 from ..storage.checkpoint import Checkpoint
 from ..storage.safetensors import StoredTensor
 from .item import Edit, Item
@@ -52,7 +53,7 @@ class Entry:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the entry as reports and receipts hold it."""
-        return {"tensor": self.tensor, "fate": self.fate, "into": list(self.into), "why": self.why}
+        return {**vars(self), "into": list(self.into)}
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,8 @@ class Plan:
         """The output tensor that recovers each base tensor, by the base tensor's name on disk."""
         remains: dict[str, Item] = {}
         for item in sorted(self.items, key=lambda item: (not item.verbatim, item.added)):
-            if item.base and not item.beyond_recovery:
+            lost = item.replaced and item.verbatim  # an adapter's counter instead of the base's
+            if item.base and not lost:
                 remains.setdefault(item.origin, item)
         return remains
 
@@ -126,15 +128,10 @@ class Plan:
 
     def counts(self) -> dict[str, int]:
         """Return the number of tensors of each fate; converted tensors count as copied, too."""
-        fates = [item.fate for item in self.items]
-        return {
-            "total": len(fates),
-            "merged": fates.count("merged"),
-            "replaced": fates.count("replaced"),
-            "added": fates.count("added"),
-            "copied": fates.count("copied") + fates.count("converted"),
-            "converted": fates.count("converted"),
-        }
+        fates = Counter(item.fate for item in self.items)
+        fates["copied"] += fates["converted"]
+        kinds = ("merged", "replaced", "added", "copied", "converted")
+        return {"total": len(self.items)} | {kind: fates[kind] for kind in kinds}
 
     @property
     def output_config(self) -> Mapping[str, Any] | None:
@@ -143,29 +140,25 @@ class Plan:
 
     @cached_property
     def fingerprint(self) -> str:
-        """xxh3-128 of the plan's description."""
-        return xxhash.xxh3_128_hexdigest("\n".join(self.describe()).encode())
-
-    def describe(self) -> Iterator[str]:
-        """Yield the plan as canonical JSON lines, without paths: equal plans give equal lines."""
-        yield json.dumps([self.options.compute_dtype, self.options.undo, self.index_name, self.config])
+        """xxh3-128 of the plan as JSON lines without paths: equal plans have equal fingerprints."""
+        lines: list[Any] = [[self.options.compute_dtype, self.options.undo, self.index_name, self.config]]
         for shard in self.shards:
-            yield json.dumps([shard.filename, dict(shard.metadata)])
-            for item in shard.items:
-                yield json.dumps(_describe(item))
+            lines += [[shard.filename, dict(shard.metadata)], *map(_describe, shard.items)]
+        return xxhash.xxh3_128_hexdigest("\n".join(map(json.dumps, lines)).encode())
 
 
 def _describe(item: Item) -> list[Any]:
     rows = [[rows.value.name, rows.index] for rows in item.rows]
-    edits = [[type(edit.update).__name__, edit.transposed, edit.weight, *_terms(edit)] for edit in item.edits]
+    edits = [_describe_edit(edit) for edit in item.edits]
     undo = [[stored.name for stored in item.undo.tensors]] if item.undo else []
     names = [item.name, item.dtype, item.shape, item.origin, item.source.name]
     return [*names, item.replaced, rows, edits, *undo]
 
 
-def _terms(edit: Edit) -> list[Any]:
-    """Return the tensors and numbers of an edit."""
+def _describe_edit(edit: Edit) -> list[Any]:
     names = [tensor.name for tensor in tensors_of(edit.update)]
-    if not (low := edit.low):
-        return [names, edit.update.scale if isinstance(edit.update, Delta) else None]
-    return [names, low.rank, low.scale, low.blocks, low.experts, low.start and low.start.value]
+    known: list[Any] = [type(edit.update).__name__, edit.transposed, edit.weight, names]
+    if isinstance(edit.update, Delta):
+        return [*known, edit.update.scale]
+    low = low_rank(edit.update)
+    return [*known, low.rank, low.scale, low.blocks, low.experts, low.start and low.start.value]

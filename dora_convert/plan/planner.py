@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ..adapters.adapter import Adapter, Full, Rows
+from ..adapters.adapter import Adapter, Full, Rows, Update
 from ..errors import Fault, PlanError, UnsupportedError
-from ..naming.resolve import NameResolver
-from ..naming.ties import Tie, find_tie, is_embedding, is_head
+from ..naming.resolve import NameResolver, Tie, find_tie, is_embedding, is_head
 from ..storage.checkpoint import Checkpoint
 from .builder import PlanBuilder
 from .item import Item
@@ -34,18 +33,18 @@ def make_plan(base: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[f
     tasks = [adapter.task for adapter in adapters if adapter.task]
     tie = find_tie(tree, tasks)
     if prefix := _prefix(adapters, names, tie, options):
-        from ..naming.views import prefixed
+        from ..naming.views import with_names
 
-        tree = prefixed(tree, prefix)
+        tree = with_names(tree, lambda name: [prefix + name])
         names, tie = _resolvers(tree, adapters, options), find_tie(tree, tasks)
     builder = PlanBuilder(tree, tie, options)
     for adapter, resolver, weight in zip(adapters, names, weights, strict=True):
         builder.add(adapter, resolver, weight)
     builder.settle_ties()
-    items = builder.items()
+    items = {name: builder.item(name) for name in builder.targets}
     resized = _resized(items)
     builder.faults += _resized_alone(items, resized)
-    _check(builder, adapters)
+    _check(builder.faults, items, adapters)
     config = _output_config(builder, items, resized, tasks)
     shards, index_name = lay_out(tree, items, options.max_shard_size)
     changed = config if config != base.config else None
@@ -96,32 +95,30 @@ def _prefix(
     prefixes = {
         resolver.prefix.drop
         for adapter, resolver in zip(adapters, names, strict=True)
-        if resolver.prefix.drop and not resolver.prefix.add and _needs_head(adapter, resolver, tie, options)
+        if resolver.prefix.drop and not resolver.prefix.add
+        for change in adapter.changes
+        if options.selects(change.module) and _needs_head(change.update, resolver.find(change.target), tie)
     }
     return prefixes.pop() if len(prefixes) == 1 else None
 
 
-def _needs_head(adapter: Adapter, names: NameResolver, tie: Tie | None, options: Options) -> bool:
-    """Return True if an adapter brings a head that the base lacks, or makes a head of the embedding."""
-    for change in adapter.changes:
-        name = names.find(change.target)
-        brings = isinstance(change.update, Full) and change.update.may_add and not name
-        unties = tie and not tie.stored and name == tie.embedding and not isinstance(change.update, Rows)
-        if (brings or unties) and options.selects(change.module):
-            return True
-    return False
+def _needs_head(update: Update, name: str | None, tie: Tie | None) -> bool:
+    """Return True if an update brings a head that the base lacks, or makes a head of the embedding."""
+    if isinstance(update, Full) and update.may_add and not name:
+        return True
+    return bool(tie and not tie.stored and name == tie.embedding and not isinstance(update, Rows))
 
 
-def _check(builder: PlanBuilder, adapters: Sequence[Adapter]) -> None:
+def _check(faults: Sequence[Fault], items: Mapping[str, Item], adapters: Sequence[Adapter]) -> None:
     """Raise all faults at once."""
-    if builder.faults:
+    if faults:
         wrong = "contradict themselves, or " if any(adapter.faults for adapter in adapters) else ""
         raise PlanError(
-            f"{len(builder.faults)} adapter tensors {wrong}have no place in the base.",
-            faults=builder.faults,
+            f"{len(faults)} adapter tensors {wrong}have no place in the base.",
+            faults=faults,
             hint="is this the base that the adapter was trained on?",
         )
-    if not any(target.touched for target in builder.targets.values()):
+    if not any(item.changed for item in items.values()):
         names = ", ".join(adapter.source.name for adapter in adapters)
         raise PlanError(f"Nothing to merge: no tensor of {names} is left to apply.")
 

@@ -16,13 +16,6 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Mismatch:
-    """The reason why an update does not match a tensor."""
-
-    why: str
-
-
-@dataclass(frozen=True)
 class Match:
     """A matched update, and whether its weight is stored transposed."""
 
@@ -30,42 +23,33 @@ class Match:
     transposed: bool = False
 
 
-def match_shape(update: Update, name: str, shape: Shape, dtype: str, model_types: frozenset[str]) -> Match | Mismatch:
-    """Match an update with a tensor of the output, given by its name, shape and dtype."""
+def match_shape(update: Update, name: str, shape: Shape, dtype: str, model_types: frozenset[str]) -> Match | str:
+    """Match an update with a tensor of the output, given by its name, shape and dtype; else return the reason."""
     if dtype not in FLOATS and not (isinstance(update, Full) and update.value.dtype == dtype):
-        return Mismatch(f"{name} is stored as {dtype}; quantised weights are not merged yet")
+        return f"{name} is stored as {dtype}; quantised weights are not merged yet"
     match update:
         case Full(value) if value.dtype not in FLOATS and value.dtype != dtype:
-            return Mismatch(f"is saved as {value.dtype}, but {name} is {dtype}")
+            return f"is saved as {value.dtype}, but {name} is {dtype}"
         case Full(value) | Delta(value):
-            same = value.shape == shape
-            return Match(update) if same else Mismatch(f"has shape {value.shape}; {name} has {shape}")
-        case Rows():
-            return _match_rows(update, name, shape)
+            return Match(update) if value.shape == shape else f"has shape {value.shape}; {name} has {shape}"
+        case Rows(value, index):
+            if value.dtype not in FLOATS or value.shape != (len(index), *shape[1:]):
+                return f"has shape {value.shape} for {len(index)} rows of {name}, which has {shape}"
+            beyond = [row for row in index if row >= shape[0]]
+            return f"is for row {beyond[0]}; {name} has {shape[0]}" if beyond else Match(update)
         case LowRank() | Decomposed():
             return _match_low_rank(update, name, shape, model_types)
 
 
-def _match_rows(update: Rows, name: str, shape: Shape) -> Match | Mismatch:
-    value, index = update.value, update.index
-    if value.dtype not in FLOATS or value.shape != (len(index), *shape[1:]):
-        return Mismatch(f"has shape {value.shape} for {len(index)} rows of {name}, which has {shape}")
-    if beyond := [row for row in index if row >= shape[0]]:
-        return Mismatch(f"is for row {beyond[0]}; {name} has {shape[0]}")
-    return Match(update)
-
-
-def _match_low_rank(
-    update: LowRank | Decomposed, name: str, shape: Shape, model_types: frozenset[str]
-) -> Match | Mismatch:
+def _match_low_rank(update: LowRank | Decomposed, name: str, shape: Shape, model_types: frozenset[str]) -> Match | str:
     """Match factor shapes with the stored weight; the model's type decides for square weights."""
     low = low_rank(update)
     if len(shape) == 3 and len(low.A.shape) == len(low.B.shape) == 2:
         return _match_experts(update, replace(low, experts=low.experts or 1), shape, model_types)
     if low.experts > 1:
-        return Mismatch(f"is for {low.experts} experts; {name} has shape {shape}")
+        return f"is for {low.experts} experts; {name} has shape {shape}"
     if isinstance(update, Decomposed) and update.m.numel != low.outputs:
-        return Mismatch(f"its magnitude has {update.m.numel} elements for {low.outputs} outputs")
+        return f"its magnitude has {update.m.numel} elements for {low.outputs} outputs"
     wide = len(low.inputs) == 1 < len(shape) - 1  # AdaLoRA keeps a convolution's A flat
     stored = (shape[0], math.prod(shape[1:])) if wide else shape
     straight = stored == (low.outputs, *low.inputs) and low.B.shape[2:] == (1,) * (len(low.A.shape) - 2)
@@ -76,16 +60,16 @@ def _match_low_rank(
         turned = is_conv1d(name, model_types)
         straight = not turned
     if turned and low.start in (Start.OLORA, Start.KASA):
-        return Mismatch(f"{low.start.value} does not work on weights stored as (in, out)")
+        return f"{low.start.value} does not work on weights stored as (in, out)"
     return Match(update, transposed=turned) if straight or turned else _wrong_factors(low, shape)
 
 
 def _match_experts(
     update: LowRank | Decomposed, low: LowRank, shape: Shape, model_types: frozenset[str]
-) -> Match | Mismatch:
+) -> Match | str:
     """Match factors of all experts at once with one tensor of three dimensions."""
     if isinstance(update, Decomposed) or low.start or low.d or low.blocks != (1, 1):
-        return Mismatch("only plain LoRA is trained on experts")
+        return "only plain LoRA is trained on experts"
     count, rows, columns = shape
     straight = (low.outputs, *low.inputs) == (rows, columns)
     turned = (*low.inputs, low.outputs) == (rows, columns)
@@ -96,8 +80,8 @@ def _match_experts(
     return Match(low, transposed=turned)
 
 
-def _wrong_factors(low: LowRank, shape: Shape) -> Mismatch:
-    return Mismatch(f"lora_A {low.A.shape} and lora_B {low.B.shape} do not make its weight of shape {shape}")
+def _wrong_factors(low: LowRank, shape: Shape) -> str:
+    return f"lora_A {low.A.shape} and lora_B {low.B.shape} do not make its weight of shape {shape}"
 
 
 def is_conv1d(tensor: str, model_types: frozenset[str]) -> bool:

@@ -37,21 +37,23 @@ def lay_out(
             if group or len(groups) == 1
         ), base.index_name and converted(base.index_name)
     groups = _cut([item for group in groups for item in group], max_shard_size)
-    stem, metadata = _stem(base), base.shards[0].metadata
-    if len(groups) == 1:
-        return (OutputShard(f"{stem}.safetensors", metadata, _aligned(groups[0])),), None
+    stem = converted(base.index_name or base.shards[0].filename)  # usually `model`
+    stem = re.sub(r"-\d{5}-of-\d{5}$", "", stem.removesuffix(INDEX_SUFFIX).removesuffix(".safetensors"))
+    several = len(groups) > 1
     return tuple(
-        OutputShard(f"{stem}-{number:05d}-of-{len(groups):05d}.safetensors", metadata, _aligned(group))
+        OutputShard(
+            f"{stem}-{number:05d}-of-{len(groups):05d}.safetensors" if several else f"{stem}.safetensors",
+            base.shards[0].metadata,
+            _aligned(group),
+        )
         for number, group in enumerate(groups, 1)
-    ), stem + INDEX_SUFFIX
+    ), stem + INDEX_SUFFIX if several else None
 
 
 def _as_base(base: Checkpoint, items: Mapping[str, Item]) -> list[list[Item]]:
     """Return the items shard by shard, in the base's order."""
     owner = {tensor.name: number for number, shard in enumerate(base.shards) for tensor in shard.tensors}
-    groups: list[list[Item]] = [[] for _ in base.shards]
-    for name in owner:
-        groups[owner[name]].append(items[name])
+    groups = [[items[tensor.name] for tensor in shard.tensors] for shard in base.shards]
     for item in items.values():
         if item.name not in owner:
             groups[owner[item.base.name] if item.base else -1].append(item)
@@ -85,12 +87,6 @@ def _cut(items: Sequence[Item], limit: int) -> list[list[Item]]:
         groups[-1].append(item)
         room -= item.nbytes
     return groups
-
-
-def _stem(base: Checkpoint) -> str:
-    """Return the base's name for its weight files, without numbers; usually `model`."""
-    name = converted(base.index_name or base.shards[0].filename)
-    return re.sub(r"-\d{5}-of-\d{5}$", "", name.removesuffix(INDEX_SUFFIX).removesuffix(".safetensors"))
 
 
 def index_bytes(plan: Plan) -> bytes:

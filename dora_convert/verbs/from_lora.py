@@ -14,7 +14,7 @@ from ..adapters.new_adapter import NewAdapter
 from ..errors import Fault, UnsupportedError, UsageError
 from ..fitting.jobs import FittingPlan, MatchedChange, Result, match_changes, modules_besides
 from ..fitting.session import Fitter, FittingSession
-from ..naming.ties import is_embedding, is_head
+from ..naming.resolve import is_embedding, is_head
 from ..options import FromLoraOptions, takes
 from ..plan.plan import Plan
 from ..reports.fitting import MadeDryRun, MadeReport

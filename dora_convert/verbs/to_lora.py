@@ -23,7 +23,7 @@ from ..fitting.jobs import (
     parse_goal,
 )
 from ..fitting.session import Fitter, FittingSession
-from ..naming.ties import is_embedding, is_head
+from ..naming.resolve import is_embedding, is_head
 from ..options import ToLoraOptions, takes
 from ..plan.item import Edit, Item
 from ..plan.plan import Plan

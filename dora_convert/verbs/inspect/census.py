@@ -12,7 +12,7 @@ from typing import Any
 from msgspec import to_builtins
 
 from ...errors import MalformedError
-from ...naming.ties import find_tie
+from ...naming.resolve import find_tie
 from ...output.receipt import Receipt, read_receipt
 from ...reports.inspect import CheckpointReport
 from ...storage.checkpoint import Checkpoint
