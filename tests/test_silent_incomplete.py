@@ -68,7 +68,9 @@ def missed(base: Path, adapter: Path, opened: str = "LlamaForCausalLM") -> set[s
 def said(report: Any) -> set[str]:
     """The modules that a report's ledger has as missing; its warnings name them, too."""
     entries = [entry for entry in report.ledger if entry["fate"] == "missing"]
-    modules = {PARTS.sub("", entry["tensor"].removeprefix(PREFIX)).removesuffix(".weight") for entry in entries}
+    modules = {
+        PARTS.sub("", entry["tensor"].removeprefix(PREFIX)).removesuffix(".weight") for entry in entries
+    }
     text = "\n".join(report.warnings)
     assert bool(modules) == bool(re.search(r"(?i)lacks|missing|not in", text)), text
     assert all(module in text for module in sorted(modules)[:3])
@@ -147,7 +149,7 @@ def test_verify_does_not_pass_it_over(tmp_path):
     report = dora_convert.verify(base, adapter, tmp_path / "out")
     assert report.verdict == "agree"
     assert said(report) == missed(base, adapter)
-    with pytest.raises(DoraConvertError, match="strict|missing|lacks"):
+    with pytest.raises(DoraConvertError, match=r"strict|missing|lacks"):
         dora_convert.verify(base, adapter, tmp_path / "out", strict=True)
 
 

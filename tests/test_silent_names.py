@@ -60,7 +60,9 @@ def train(tmp_path: Path, names, config: LoraConfig) -> tuple[Path, Path, dict[s
     model.save_pretrained(tmp_path / "adapter")
     want = merged(model, names)
     again = merged(PeftModel.from_pretrained(net(*names), tmp_path / "adapter"), names)
-    assert all(torch.equal(want[name], tensor) for name, tensor in again.items()), "PEFT loads another adapter"
+    assert all(torch.equal(want[name], tensor) for name, tensor in again.items()), (
+        "PEFT loads another adapter"
+    )
     return tmp_path / "base", tmp_path / "adapter", want
 
 
@@ -172,9 +174,12 @@ def test_what_other_savers_leave_in_names_is_still_taken_out(tmp_path, case, oth
 
 def test_a_name_with_two_readings_is_an_error(tmp_path):
     """`default.fc` trained in one adapter, and the same tensor under `fc` with the adapter's name left in: one of each."""
-    base, adapter, want = train(tmp_path, ["fc", "default.fc"], lora(r"default\.fc"))
+    base, adapter, _ = train(tmp_path, ["fc", "default.fc"], lora(r"default\.fc"))
     tensors = load_file(adapter / FILE)
-    tensors |= {name.replace("default.fc.lora_B", "default.fc.lora_B.default"): x.clone() for name, x in tensors.items()}
+    tensors |= {
+        name.replace("default.fc.lora_B", "default.fc.lora_B.default"): x.clone()
+        for name, x in tensors.items()
+    }
     save_file(tensors, adapter / FILE, {"format": "pt"})
     with pytest.raises(DoraConvertError) as caught:
         dora_convert.merge(base, adapter, tmp_path / "out")

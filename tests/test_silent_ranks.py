@@ -173,7 +173,9 @@ def test_modules_of_other_ranks(tmp_path, single):
             tensors[name] = (tensor[:2] if "lora_A" in name else tensor[:, :2]).contiguous()
     save_file(tensors, adapter / FILE, {"format": "pt"})
     scales = {"k_proj": 6 / 2, "up_proj": 30 / 6}
-    deltas = {name: scales.get(name.rpartition(".")[2], 1.0) * B @ A for name, (B, A) in factors(adapter).items()}
+    deltas = {
+        name: scales.get(name.rpartition(".")[2], 1.0) * B @ A for name, (B, A) in factors(adapter).items()
+    }
     dora_convert.to_lora(single.path, adapter, tmp_path / "lora", rank=16)
     assert one_rank(tmp_path / "lora") == 6
     for loader in LOADERS:
