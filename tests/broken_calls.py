@@ -5,6 +5,7 @@ of calls is written to, and the command's words. Counted are the calls that chan
 something. What is killed in the middle of a write has written half of it.
 """
 
+# ruff: noqa: FBT002 - open has such arguments
 from __future__ import annotations
 
 import builtins
