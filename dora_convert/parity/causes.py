@@ -1,8 +1,8 @@
 """Explain a wrong tensor by a known mistake of merges, if the mistake explains all of its rows.
 
-The written tensor must be the mistake's result, up to roundings, in every block of rows. It must also be told
-from the right result: on the line from the mistake's result to the right one, the tensor lies at the start,
-within the standard error. Some rows are tried first, then the whole tensor.
+The written tensor must be the mistake's result, up to roundings, in every block of rows. It must also be much
+closer to this result than the right result is, and at the start of the line between both, within the standard
+error. Some rows are tried first, then the whole tensor.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from .expected import Expected
 
 CLOSE = 3.0
 """Largest distance from a mistake's result, in rounding errors of this result."""
-APART = 0.05
-"""Largest standard error of a place on the line from a mistake's result to the right one."""
+CLEARER = 3.0
+"""Least distance of the right result from a mistake's, in distances from the mistake's result."""
 BIAS = 0.002
-"""Largest distance on this line from a mistake's result, beside 3 standard errors."""
+"""Largest part of the way from a mistake's result to the right one, beside 3 standard errors."""
 SAMPLE_ELEMENTS = 1 << 16
 """Elements of the rows that are tried first."""
 BLOCK_ELEMENTS = 1 << 14
@@ -102,7 +102,7 @@ def _explains(mistake: Mistake, blocks: Iterable[Rows], dtype: str) -> bool:
     if not apart:
         return not elements  # the right result is the mistake's
     spread = math.sqrt(error / elements / apart)
-    return spread <= APART and abs(along / apart) <= 3 * spread + BIAS
+    return error * CLEARER**2 <= apart and abs(along / apart) <= 3 * spread + BIAS
 
 
 def _mistakes(expected: Expected) -> Iterator[tuple[str, Mistake]]:
