@@ -28,6 +28,7 @@ CLEARER = 3.0
 """Least distance of the right result from a mistake's, in distances from the mistake's result."""
 BIAS = 0.002
 """Largest part of the way from a mistake's result to the right one, beside 3 standard errors."""
+UNMERGED = "not merged: it is the base's"
 SAMPLE_ELEMENTS = 1 << 16
 """Elements of the rows that are tried first."""
 BLOCK_ELEMENTS = 1 << 14
@@ -65,11 +66,12 @@ def find_cause(expected: Expected, written: StoredTensor, reader: Reader) -> str
         return _explains(mistake, sample, item.dtype) and _explains(mistake, rest, item.dtype)
 
     causes = [what for what, mistake in _mistakes(expected) if explains(mistake)]
-    if not causes and not item.edits[0].two_passes:
-        known = {what: factor for what, factor in _factors(item).items() if explains(_scaled(item, factor))}
-        factor = next(iter(known.values()), None) or _fitted(item, sample)
-        if known or explains(_scaled(item, factor)):
-            causes = [f"the scaling is off by a factor of {factor:.4g}" + (": " if known else "") + ", or ".join(known)]
+    if UNMERGED not in causes and not item.edits[0].two_passes:
+        factors = {what: factor for what, factor in _factors(item).items() if explains(_scaled(item, factor))}
+        factor = next(iter(factors.values())) if factors else _fitted(item, sample)
+        if factors or explains(_scaled(item, factor)):
+            why = f": {', or '.join(factors)}" if factors else ""
+            causes.insert(0, f"the scaling is off by a factor of {factor:.4g}{why}")
     return ", or ".join(causes) or None
 
 
@@ -109,7 +111,7 @@ def _mistakes(expected: Expected) -> Iterator[tuple[str, Mistake]]:
     """Yield the mistakes that this update allows, except for factors of its scaling."""
     item, edit = expected.item, expected.item.edits[0]
     rows, columns = item.matrix
-    yield "not merged: it is the base's", lambda rows: rows.W
+    yield UNMERGED, lambda rows: rows.W
     if edit.decomposed:
         lost = "the magnitude was dropped: plain LoRA was merged where DoRA was due"
         yield lost, lambda rows: rows.W + edit.weight * rows.delta
