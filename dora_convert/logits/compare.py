@@ -78,6 +78,13 @@ def prepared(plan: Plan, settings: Settings, texts: Sequence[str], limit: int | 
         )
 
 
+def _new_vocabulary(plan: Plan, spec: ModelSpec) -> int | None:
+    """Return the trained model's number of tokens; None if it is the base's."""
+    config = plan.output_config or {}
+    size: int | None = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+    return None if size == vocabulary(spec.config) else size
+
+
 def refuse(plan: Plan) -> None:
     """Raise UnsupportedError if the adapters were not trained as one model, or cannot be loaded as one."""
     if any(adapter.format != "peft" for adapter in plan.adapters):
@@ -95,13 +102,6 @@ def refuse(plan: Plan) -> None:
 
 def _is_plain(adapter: Adapter) -> bool:
     return adapter.kind == "LoRA" and all(isinstance(change.update, LowRank) for change in adapter.changes)
-
-
-def _new_vocabulary(plan: Plan, spec: ModelSpec) -> int | None:
-    """Return the trained model's number of tokens; None if it is the base's."""
-    config = plan.output_config or {}
-    size: int | None = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
-    return None if size == vocabulary(spec.config) else size
 
 
 def _choose_memory(
