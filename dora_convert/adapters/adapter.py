@@ -44,6 +44,8 @@ class LowRank:
     square: tuple[bool, bool] = (False, False)
     """True if square experts are (in, out): for models that say so of themselves, and for others."""
     start: Start | None = None
+    rslora: bool = False
+    """True if s is alpha/√r instead of alpha/r."""
 
     @property
     def rank(self) -> int:

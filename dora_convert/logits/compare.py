@@ -61,7 +61,7 @@ def prepared(plan: Plan, settings: Settings, texts: Sequence[str], limit: int | 
             base = view(plan.base, scratch / "base")
             spec = specify(base, plan.output_config)
             folders = [*(adapter.source.path for adapter in plan.adapters), base]
-            samples = make_samples(texts, folders, spec.name, spec.config)
+            samples = make_samples(texts, folders, spec.name, spec.config, _new_vocabulary(plan, spec))
             memory = _choose_memory(plan, spec, samples, limit, device)
         for note in samples.notes:
             settings.notify(note)
@@ -74,6 +74,13 @@ def prepared(plan: Plan, settings: Settings, texts: Sequence[str], limit: int | 
         yield Comparison(
             plan=plan, settings=settings, spec=spec, samples=samples, memory=memory, loader=loader, base=base
         )
+
+
+def _new_vocabulary(plan: Plan, spec: ModelSpec) -> int | None:
+    """Return the trained model's number of tokens; None if it is the base's."""
+    config = plan.output_config or {}
+    size: int | None = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+    return None if size == vocabulary(spec.config) else size
 
 
 def refuse(plan: Plan) -> None:
@@ -180,7 +187,7 @@ class Comparison:
 
     def _reference(self, kept: OutputFiles) -> tuple[list[Batch], Difference]:
         """Keep the outputs of base and adapters, and measure their change under perturbed weights."""
-        new = self._new_vocabulary()
+        new = _new_vocabulary(self.plan, self.spec)
         runner = self.loader.reference(self.spec, self.base, self.plan.adapters, vocabulary=new, on_load=self._perturb)
         batches = [runner.extend(prompt) for prompt in self.samples.batches]
         for number, batch in enumerate(batches):
@@ -198,12 +205,6 @@ class Comparison:
                 floor.add(kept[f"{number}.moved"], outputs)
                 kept[f"{number}.moved"] = outputs
         return batches, floor
-
-    def _new_vocabulary(self) -> int | None:
-        """Return the trained model's number of tokens; None if it is the base's."""
-        config = self.plan.output_config or {}
-        size: int | None = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
-        return None if size == vocabulary(self.spec.config) else size
 
     def _perturb(self, prefix: str, module: nn.Module, first: int = 1) -> None:
         """Perturb a module by all draws from the `first`; one that was read from its files has none yet."""

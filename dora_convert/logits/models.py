@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..adapters.adapter import Adapter
 from ..errors import MalformedError, UnsupportedError
@@ -155,13 +156,15 @@ class ModelLoader:
             if self.offload:
                 hint = "a larger --max-memory"
                 raise UnsupportedError("A model with a new vocabulary is only compared whole.", hint=hint)
-            model.resize_token_embeddings(vocabulary, mean_resizing=False)
+            _resize(model, vocabulary)
         generates = bool(model.can_generate())
         weights: Mapping[str, Any] = {}
         if self.offload:
             weights = weights_on_disk(model)
             stand_in(model, weights, _saved_whole(adapters))
         wrapped = _wrap(model, adapters)
+        if vocabulary:
+            _fill_new_rows(wrapped.get_base_model())
         _refuse_missing(wrapped, missing)
         if self.offload:
             attach(wrapped.get_base_model(), weights, self.device, on_load)
@@ -183,6 +186,36 @@ class ModelLoader:
         model.eval()
         model.config.use_cache = False
         return model, set(info["missing_keys"])
+
+
+def _resize(model: Any, vocabulary: int) -> None:
+    """Give a model another number of tokens; NaN fills new rows until an adapter's file does."""
+    old = model.get_input_embeddings().num_embeddings
+    model.resize_token_embeddings(vocabulary, mean_resizing=False)
+    for side in _sides(model):
+        side.weight.data[old:] = torch.nan
+
+
+def _sides(model: Any) -> list[Any]:
+    """Return a model's embedding, and its head if it has one."""
+    return [side for side in (model.get_input_embeddings(), model.get_output_embeddings()) if side is not None]
+
+
+def _fill_new_rows(model: Any) -> None:
+    """Give embedding or head the other's new rows, if no file has its own: as resizing tied weights made them."""
+    weights = [_weight(side) for side in _sides(model)]
+    for side, other in zip(weights, reversed(weights), strict=True):
+        new = side.isnan().any(dim=1)
+        side[new] = other[new]
+
+
+def _weight(module: Any) -> Tensor:
+    """Return the weight that PEFT's model computes with: the adapter's if it saved the module, else the base's."""
+    module = getattr(module, "token_adapter", module)
+    for saved in getattr(module, "modules_to_save", {}).values():
+        module = saved
+    weight: Tensor = getattr(module, "base_layer", module).weight.data
+    return weight
 
 
 def _saved_whole(adapters: Sequence[Adapter]) -> Callable[[str], bool]:

@@ -43,14 +43,17 @@ class Samples:
         return max(len(batch.ids) * (batch.ids.shape[1] + CONTINUATION + 1) for batch in self.batches)
 
 
-def make_samples(texts: Sequence[str], folders: Sequence[Path], name: str, config: Any) -> Samples:
+def make_samples(
+    texts: Sequence[str], folders: Sequence[Path], name: str, config: Any, size: int | None = None
+) -> Samples:
     """Return token ids of a caller's prompts, or of the built-in prompts without `texts`.
 
-    The first tokenizer in `folders` is used. `name` is the model's class, such as LlamaForCausalLM.
+    The first tokenizer in `folders` is used. `name` is the model's class, such as LlamaForCausalLM. `size` is
+    the number of tokens in the trained model's vocabulary, if that is not the config's.
 
     Raises UnsupportedError if a caller's text cannot be turned into token ids.
     """
-    size = vocabulary(config)
+    size = size or vocabulary(config)
     tokenizer = next(filter(None, map(_tokenizer, folders)), None)
     most = _most_tokens(config)
     notes = []

@@ -1,10 +1,16 @@
-"""Explain a wrong tensor: try the known mistakes of merges, one after another, on some of its rows."""
+"""Explain a wrong tensor by a known mistake of merges, if the mistake explains all of its rows.
+
+The written tensor must be the mistake's result, up to roundings, in every block of rows. It must also be much
+closer to this result than the right result is, and at the start of the line between both, within the standard
+error. Some rows are tried first, then the whole tensor.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,114 +23,198 @@ from .expected import Expected
 
 CLOSE = 3.0
 """Largest distance from a mistake's result, in rounding errors of this result."""
-FACTOR = 0.02
-"""Largest relative distance of a fitted factor from a known one."""
+CLEARER = 3.0
+"""Least distance of the right result from a mistake's, in distances from the mistake's result."""
+BIAS = 0.002
+"""Largest part of the way from a mistake's result to the right one, beside 3 standard errors."""
+UNMERGED = "not merged: it is the base's"
+SAMPLE_ELEMENTS = 1 << 16
+"""Elements of the rows that are tried first."""
+BLOCK_ELEMENTS = 1 << 14
+STEPS = 4
+"""Steps of Newton's method for a factor; plain LoRA is linear, and needs one."""
 
 
-Guess = tuple[str, Tensor]
-"""A mistake, and some rows as this mistake leaves them."""
+class Rows(NamedTuple):
+    """Some rows of a wrong tensor."""
+
+    numbers: Sequence[int]
+    got: Tensor
+    W: Tensor  # before the merge
+    delta: Tensor  # sBA
+    x: Tensor  # the right result
+    f: Tensor  # m/n; 1 for LoRA
+    m: Tensor | None  # magnitudes that scale rows
 
 
-def find_cause(item: Item, written: StoredTensor, rows: Sequence[int], reader: Reader) -> str | None:
-    """Return the mistake that explains some wrong rows, in words; None if no known mistake does."""
+Mistake = Callable[[Rows], Tensor]
+"""Returns some rows as a mistake leaves them."""
+
+
+def find_cause(expected: Expected, written: StoredTensor, reader: Reader) -> str | None:
+    """Return the mistakes that explain a wrong tensor, in words; None if no known mistake does."""
+    item = expected.item
     if len(item.edits) != 1 or not (low := item.edits[0].low) or item.replaced or low.start:
         return None
-    expected, written = Expected(item, reader), replace(written, shape=item.source.shape)
-    rows = next(expected.chunks(sorted(rows)))
-    got = read_rows(reader, written, rows).double()
-    guesses = _guesses(expected, rows, got)
-    return next((what for what, guess in guesses if _explains(guess, got, item.dtype)), None)
+    total, columns = item.matrix
+    step = max(1, total * columns // SAMPLE_ELEMENTS)
+    sample = list(_read(expected, written, reader, list(range(0, total, step))))
+
+    def explains(mistake: Mistake) -> bool:
+        rest = _read(expected, written, reader, range(total)) if step > 1 else ()
+        return _explains(mistake, sample, item.dtype) and _explains(mistake, rest, item.dtype)
+
+    causes = [what for what, mistake in _mistakes(expected) if explains(mistake)]
+    if UNMERGED not in causes and not item.edits[0].two_passes:
+        factors = {what: factor for what, factor in _factors(item).items() if explains(_scaled(item, factor))}
+        factor = next(iter(factors.values())) if factors else _fitted(item, sample)
+        if factors or explains(_scaled(item, factor)):
+            why = f": {', or '.join(factors)}" if factors else ""
+            causes.insert(0, f"the scaling is off by a factor of {factor:.4g}{why}")
+    return ", or ".join(causes) or None
 
 
-def _explains(guess: Tensor, got: Tensor, dtype: str) -> bool:
-    """Return True if some rows are those of a mistake, up to a rounding or two."""
-    error = torch.linalg.vector_norm(nearest(guess, dtype) - guess)
-    floor = CLOSE * error + 1e-6 * torch.linalg.vector_norm(guess)
-    return bool(torch.linalg.vector_norm(got - guess) <= floor)
+def _read(expected: Expected, written: StoredTensor, reader: Reader, rows: Sequence[int]) -> Iterator[Rows]:
+    """Yield rows of a wrong tensor and of everything that it should come from, block by block."""
+    by_rows = None if expected.item.edits[0].two_passes else expected.m[0]
+    for numbers in expected.chunks(rows, BLOCK_ELEMENTS):
+        W, (part,), x = expected.block(numbers)
+        got = read_rows(reader, written, numbers).to(W.device).double()
+        m = None if by_rows is None else by_rows[list(numbers), None]
+        yield Rows(numbers, got, W, part.delta, x, part.f, m)
 
 
-def _guesses(expected: Expected, rows: Sequence[int], got: Tensor) -> Iterator[Guess]:
-    item = expected.item
-    edit = item.edits[0]
-    W, delta = expected.before(rows), expected.part(0, rows).delta
-    yield "not merged: it is the base's", W
+def _explains(mistake: Mistake, blocks: Iterable[Rows], dtype: str) -> bool:
+    """Return True if a mistake leaves these rows, and not the right merge or something between the two.
+
+    Both results are rounded as they were when they were written: the rounding of a small change is no noise.
+    """
+    error = along = apart = 0.0
+    elements = 0
+    for rows in blocks:
+        result = mistake(rows)
+        rounded = nearest(result, dtype)
+        off, right = rows.got - rounded, nearest(rows.x, dtype) - rounded
+        floor = CLOSE * torch.linalg.vector_norm(rounded - result) + 1e-6 * torch.linalg.vector_norm(result)
+        if not torch.linalg.vector_norm(off) <= floor:
+            return False
+        error, along = error + float((off * off).sum()), along + float((off * right).sum())
+        apart, elements = apart + float((right * right).sum()), elements + off.numel()
+    if not apart:
+        return not elements  # the right result is the mistake's
+    spread = math.sqrt(error / elements / apart)
+    return error * CLEARER**2 <= apart and abs(along / apart) <= 3 * spread + BIAS
+
+
+def _mistakes(expected: Expected) -> Iterator[tuple[str, Mistake]]:
+    """Yield the mistakes that this update allows, except for factors of its scaling."""
+    item, edit = expected.item, expected.item.edits[0]
+    rows, columns = item.matrix
+    yield UNMERGED, lambda rows: rows.W
     if edit.decomposed:
-        yield "the magnitude was dropped: plain LoRA was merged where DoRA was due", W + delta
+        lost = "the magnitude was dropped: plain LoRA was merged where DoRA was due"
+        yield lost, lambda rows: rows.W + edit.weight * rows.delta
+        if edit.weight != 1:
+            yield f"merged at weight 1 instead of {edit.weight:g}", lambda rows: (rows.W + rows.delta) * rows.f
+    if edit.decomposed and not edit.two_passes:
+        yield "merged twice", lambda rows: rows.x + edit.weight * (_grown(rows.x + rows.delta, rows) - rows.x)
+    if rows == columns and item.experts == 1:  # square weights accept wrong axes silently
         if not edit.two_passes:
-            yield "merged twice", _normalised(expected.rows(rows)[0] + delta, expected, rows)
-            if math.isfinite(k := _direction(got, W, delta)):
-                yield _scaling(k, expected), _normalised(W + k * delta, expected, rows)
-    elif factor := _fitted(got - W, delta):
-        what = "merged twice" if abs(factor - 2) < FACTOR else _scaling(factor, expected)
-        yield what, W + factor * delta
-    rows_, columns = item.source.matrix
-    if rows_ == columns and item.experts == 1 and not (edit.low and edit.low.experts):
-        yield from _turned(expected, rows, W)
+            yield "a factor is transposed", _transposed(expected)
+        if edit.decomposed:
+            yield "the magnitude is on the wrong axis", _wrong_axis(expected)
 
 
-def _fitted(change: Tensor, delta: Tensor) -> float | None:
-    """Return the factor of the adapter's delta that comes closest to a change."""
-    size = float(delta.square().sum())
-    return float((change * delta).sum()) / size if size else None
+def _grown(V: Tensor, rows: Rows) -> Tensor:
+    """Return V with rows as long as their magnitudes; V itself for LoRA."""
+    return V if rows.m is None else V.mul(rows.m / torch.linalg.vector_norm(V, dim=1, keepdim=True))
 
 
-def _factors(expected: Expected) -> dict[str, float]:
+def _scaled(item: Item, factor: float) -> Mistake:
+    """Return the mistake of a scaling that is off by a factor."""
+    weight = item.edits[0].weight
+    return lambda rows: rows.W + weight * (_grown(rows.W + factor * rows.delta, rows) - rows.W)
+
+
+def _transposed(expected: Expected) -> Mistake:
+    """Return the mistake of a transposed delta."""
+    edit = expected.item.edits[0]
+
+    @cache
+    def factors() -> tuple[Tensor, Tensor, float]:
+        return expected.factors(0, range(expected.item.matrix[0]))
+
+    def mistake(rows: Rows) -> Tensor:
+        left, right, scale = factors()
+        delta = scale * (right.T[list(rows.numbers)] @ left.T)
+        return rows.W + edit.weight * (_grown(rows.W + delta, rows) - rows.W)
+
+    return mistake
+
+
+def _wrong_axis(expected: Expected) -> Mistake:
+    """Return the mistake of magnitudes that scale columns where rows were due, or the other way round."""
+    edit, m = expected.item.edits[0], expected.m[0]
+    assert m is not None
+
+    @cache
+    def norms() -> Tensor:
+        squares = torch.zeros_like(m)
+        for numbers in expected.chunks(range(len(m))):
+            W, (part,), _ = expected.block(numbers)
+            squares += (W + part.delta).square().sum(dim=0)
+        return squares.sqrt()
+
+    def mistake(rows: Rows) -> Tensor:
+        V = rows.W + rows.delta
+        if edit.two_passes:
+            rows = rows._replace(m=m[list(rows.numbers), None])
+        scaled = _grown(V, rows) if edit.two_passes else V * (m / norms())
+        return rows.W + edit.weight * (scaled - rows.W)
+
+    return mistake
+
+
+def _factors(item: Item) -> dict[str, float]:
     """Return scalings that other tools use, relative to the right one."""
-    low = expected.item.edits[0].low
-    assert low
-    r = low.rank
-    return {
-        "alpha instead of alpha/r": float(r),
-        "alpha/√r instead of alpha/r": math.sqrt(r),
-        "alpha/r instead of alpha/√r": 1 / math.sqrt(r),
-        "divided by r twice": 1 / r,
-        "no scaling at all": 1 / low.scale,
-        "half of it": 0.5,
-        "twice of it": 2.0,
+    edit = item.edits[0]
+    assert edit.low
+    r, rslora = edit.low.rank, edit.low.rslora
+    right = "alpha/√r" if rslora else "alpha/r"
+    factors = {
+        f"merged at weight 1 instead of {edit.weight:g}": 1.0
+        if edit.decomposed or not edit.weight
+        else 1 / edit.weight,
+        "merged twice": 1.0 if edit.decomposed else 2.0,
+        f"alpha instead of {right}": math.sqrt(r) if rslora else r,
+        f"{'alpha/r' if rslora else 'alpha/√r'} instead of {right}": math.sqrt(r) ** (-1 if rslora else 1),
+        "divided by r twice": 1.0 if rslora else 1 / r,
+        "no scaling at all": 1 / edit.low.scale if edit.low.scale else 1.0,
     }
+    return {what: factor for what, factor in factors.items() if factor != 1}
 
 
-def _scaling(factor: float, expected: Expected) -> str:
-    """Describe a wrong factor."""
-    known = (name for name, k in _factors(expected).items() if abs(factor / k - 1) < FACTOR)
-    name = next(known, None)
-    return f"the scaling is off by a factor of {factor:.4g}" + (f": {name}" if name else "")
+def _fitted(item: Item, sample: Sequence[Rows]) -> float:
+    """Return the factor of the scaling that comes closest to some rows, by Newton's method."""
+    factor = 1.0 if sample[0].m is None else _direction(sample)
+    for _ in range(STEPS):
+        error = size = 0.0
+        for rows in sample:
+            V = rows.W + factor * rows.delta
+            slope = rows.delta
+            if rows.m is not None:
+                squares = V.square().sum(dim=1, keepdim=True)
+                slope = (slope - V * ((V * slope).sum(dim=1, keepdim=True) / squares)) * rows.m / squares.sqrt()
+            slope = item.edits[0].weight * slope
+            error += float(((rows.got - nearest(_scaled(item, factor)(rows), item.dtype)) * slope).sum())
+            size += float(slope.square().sum())
+        factor += error / size if size else 0.0
+    return factor
 
 
-def _normalised(V: Tensor, expected: Expected, rows: Sequence[int]) -> Tensor:
-    """Return some rows of V with the lengths that the merge gives them."""
-    m = torch.linalg.vector_norm(expected.rows(rows)[0], dim=1, keepdim=True)
-    return torch.div(V * m, torch.linalg.vector_norm(V, dim=1, keepdim=True))
-
-
-def _direction(got: Tensor, W: Tensor, delta: Tensor) -> float:
+def _direction(sample: Sequence[Rows]) -> float:
     """Return the k for which rows point along W + k·Δ: the median of the rows' least squares."""
+    W, delta, got = (torch.cat(parts) for parts in zip(*((r.W, r.delta, r.got) for r in sample), strict=True))
     a, b, c = (W * W).sum(1), (W * delta).sum(1), (delta * delta).sum(1)
     p, q = (W * got).sum(1), (delta * got).sum(1)
     return float(((a * q - b * p) / (c * p - b * q)).nanmedian())
-
-
-def _turned(expected: Expected, rows: Sequence[int], W: Tensor) -> Iterator[Guess]:
-    """Guess a transposed delta, or a magnitude on the wrong axis: square weights accept both silently."""
-    everything = range(expected.item.source.matrix[0])
-    delta = torch.cat([expected.part(0, chunk).delta for chunk in expected.chunks(everything)])
-    edit, turned = expected.item.edits[0], delta.T[list(rows)]
-    m = expected.m[0]
-    if m is None:
-        yield "a factor is transposed", W + turned
-        return
-    V = W + turned
-    if not edit.two_passes:
-        size = torch.linalg.vector_norm(V, dim=1, keepdim=True)
-        yield "a factor is transposed", V * (m[list(rows), None] / size)
-    squares, axis = torch.zeros(len(everything), dtype=torch.float64), 1 if edit.two_passes else 0
-    for chunk in expected.chunks(everything):
-        part = (expected.before(chunk) + delta[list(chunk)]).square()
-        if axis == 0:
-            squares += part.sum(dim=0)
-        else:
-            squares[list(chunk)] = part.sum(dim=1)
-    f = m / squares.sqrt()
-    V = W + delta[list(rows)]
-    wrong = V * f if axis == 0 else V * f[list(rows), None]
-    yield "the magnitude is on the wrong axis", wrong

@@ -92,7 +92,7 @@ class Expected:
         before = (block.W.T if by_columns else block.W) @ x
         y = before.clone()
         for number, (edit, part) in enumerate(zip(self.item.edits, block.parts, strict=True)):
-            left, right, scale = self._factors(number, rows)
+            left, right, scale = self.factors(number, rows)
             change = scale * (right.T @ (left.T @ x) if by_columns else left @ (right @ x))
             f = part.f.view(-1, 1) if part.f.dim() else part.f
             y += edit.weight * ((before + change) * f - before)
@@ -105,7 +105,7 @@ class Expected:
         for edit, part in zip(self.item.edits, self._parts(W, rows), strict=True):
             slack = (part.terms + 2) * EPSILON * (part.size() + W.abs())
             if not rounded_once:
-                slack = slack + half_ulp(part.delta, _coarser(edit, dtype))
+                slack = slack + half_ulp(part.delta, coarser(edit, dtype))
                 if part.n is not None:
                     tolerance += abs(edit.weight) * self._several_roundings(edit, part, W, x)
             if self._start is not None:  # rounded before, after products of the whole matrix in float32
@@ -143,7 +143,7 @@ class Expected:
 
     def _several_roundings(self, edit: Edit, part: EditPart, W: Tensor, x: Tensor) -> Tensor:
         """Return the further error of a DoRA that was rounded at V, m/n, the delta's norm or the change."""
-        dtype = _coarser(edit, self.item.dtype)
+        dtype = coarser(edit, self.item.dtype)
         assert part.n is not None
         moved = half_ulp(part.delta, dtype).square().sum(dim=edit.axis, keepdim=True)
         seen, whole = part.delta.shape[edit.axis], self.item.source.matrix[edit.axis]
@@ -167,7 +167,7 @@ class Expected:
         if isinstance(edit.update, Delta):
             delta = edit.update.scale * self._load(edit.update.value)
             return EditPart(delta, one, delta.abs, 1)
-        left, right, scale = self._factors(number, rows)
+        left, right, scale = self.factors(number, rows)
         delta = scale * torch.einsum("kr,rc->kc", left, right)
         if m is None:
             f = one
@@ -186,7 +186,7 @@ class Expected:
         """Return ‖W + sBA‖ along the columns, from the whole tensor."""
         squares = torch.zeros(self.item.source.matrix[1], dtype=torch.float64, device=self._device)
         for chunk in self.chunks(range(self.item.source.matrix[0])):
-            left, right, scale = self._factors(number, chunk)
+            left, right, scale = self.factors(number, chunk)
             V = self.before(chunk) + scale * torch.einsum("kr,rc->kc", left, right)
             squares += torch.einsum("kc,kc->c", V, V)
         return squares.sqrt()
@@ -202,7 +202,7 @@ class Expected:
             held = held * d if edit.transposed else held * d[:, None]
         return (held,)
 
-    def _factors(self, number: int, rows: Sequence[int]) -> tuple[Tensor, Tensor, float]:
+    def factors(self, number: int, rows: Sequence[int]) -> tuple[Tensor, Tensor, float]:
         """Return the factors of some rows of the stored matrix, (rows, r) and (r, columns), and s."""
         edit, held = self.item.edits[number], self._held[number]
         low = edit.low
@@ -236,7 +236,7 @@ class Expected:
         return loaded.to(self._device)
 
 
-def _coarser(edit: Edit, dtype: str) -> str:
+def coarser(edit: Edit, dtype: str) -> str:
     """Return the dtype that a delta may be rounded to: the weight's, or a coarser one of the adapter's."""
     coarse = [tensor.dtype for tensor in tensors_of(edit.update) if tensor.dtype in ("BF16", "F16")]
     return min([dtype, *coarse], key=lambda name: GRID[name][0])

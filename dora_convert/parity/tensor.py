@@ -1,8 +1,8 @@
 """Compare one tensor of a merged checkpoint with its definition: all elements, and sample outputs.
 
 The first pass over the tensor counts the elements that differ from the rounded float64 result. The count
-tells how often the tool that wrote the tensor rounded. The second pass measures how far the differing
-elements are off.
+tells if the tool that wrote the tensor rounded once. A tool that rounds more often moves rows at random, and
+not a whole module in one direction. The second pass measures how far the differing elements are off.
 """
 
 from __future__ import annotations
@@ -13,18 +13,20 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..engine.precision import TORCH, nearest, read_rows
+from ..engine.precision import GRID, TORCH, half_ulp, nearest, read_rows
 from ..plan.item import Item
 from ..reports.verify import CheckedModule
 from ..storage.reader import Reader
 from ..storage.safetensors import StoredTensor
 from .causes import find_cause
-from .expected import CPU, Block, Expected
-from .self_check import distance, rounded_once
+from .expected import CPU, Block, Expected, coarser
+from .self_check import distance
 
 CHUNK_ELEMENTS = 3 << 15
-SUSPECTS = 256
-"""Wrong rows that are kept to find the cause."""
+ROUNDED_ONCE = 0.001
+"""Largest share of elements off the rounded result after one rounding; float32 leaves a third of it."""
+FEW = 2
+"""So many elements off the rounded result prove nothing in a small tensor."""
 
 
 class Outputs:
@@ -69,6 +71,49 @@ class Outputs:
         return ((error / size) ** 0.5, (floor / size) ** 0.5) if size else (None, None)
 
 
+class Lengths:
+    """The lengths of a DoRA's rows, or columns, as written and by definition."""
+
+    def __init__(self, expected: Expected) -> None:
+        edits = expected.item.edits
+        self._number = next((number for number, edit in enumerate(edits) if edit.decomposed), None)
+        if self._number is None:
+            return
+        self._axis, m = edits[self._number].axis, expected.m[self._number]
+        assert m is not None
+        self._numbers = torch.stack([m, *torch.zeros(4, len(m), dtype=m.dtype, device=m.device)])
+        """For each row or column: m, n, m/n, and the sums of error·x and of x²."""
+        self._grid = coarser(edits[self._number], expected.item.dtype)
+        self._weight = sum(abs(edit.weight) for edit in edits)
+
+    def add(self, rows: Sequence[int], block: Block, got: Tensor) -> None:
+        """Add some rows that differ from the rounded result."""
+        if self._number is None:
+            return
+        part = block.parts[self._number]
+        assert part.n is not None
+        numbers = self._numbers[:, rows[0] : rows[-1] + 1] if self._axis else self._numbers
+        numbers[1], numbers[2] = part.n.flatten(), part.f.flatten()
+        numbers[3] += ((got.double() - block.x) * block.x).sum(self._axis)
+        numbers[4] += block.x.square().sum(self._axis)
+
+    def biased(self) -> bool:
+        """Return True if rows are longer, or shorter, on average than roundings of m, n and m/n make them.
+
+        The roundings of k different numbers are independent: their mean is k**-½ of one.
+        """
+        if self._number is None:
+            return False
+        numbers = self._numbers[:, self._numbers[4] > 0]
+        if not numbers.numel():
+            return False
+        one = 2.0 ** -GRID[self._grid][0]
+        eighths = (numbers[:3] / (half_ulp(numbers[:3].contiguous(), self._grid) / 4)).round()
+        granted = sum(min(1.0, 2 * len(each.unique()) ** -0.5) for each in eighths)
+        mean = float((numbers[3] / numbers[4]).mean())
+        return bool(abs(mean) > self._weight * one * granted)
+
+
 def compare_all(
     item: Item, written: StoredTensor, reader: Reader, samples: int, device: torch.device = CPU
 ) -> CheckedModule:
@@ -77,23 +122,22 @@ def compare_all(
     written = replace(written, shape=item.source.shape)  # as it is computed: experts one below the other
     expected = Expected(item, reader, device)
     outputs = Outputs(expected, samples if item.changed and len(item.shape) > 1 else 0, device)
-    differing, total = [], 0
+    differing, total, lengths = [], 0, Lengths(expected)
     for rows in expected.chunks(range(item.matrix[0]), CHUNK_ELEMENTS):
         block, raw = expected.block(rows), read_rows(reader, written, rows).to(device)
         if off := count_off(block.x, raw, item.dtype):
             differing.append(rows)
             total += off
+            lengths.add(rows, block, raw)
         if outputs.x.numel():
             got = raw.double()
             outputs.add(rows, block, got, nearest(block.x, item.dtype) if off else got)
     outputs.finish()
-    once, number, most, suspects = rounded_once(total, written.numel), 0, 0, list[int]()
+    once, number, most = total <= max(FEW, ROUNDED_ONCE * written.numel) or lengths.biased(), 0, 0
     for rows in differing:
         got = read_rows(reader, written, rows).to(device).double()
         wrong, ulp = distance(got, expected, rows, rounded_once=once)
-        number, most = number + int(wrong.sum()), max(most, ulp)
-        if len(suspects) < SUSPECTS:
-            suspects += [rows[k] for k in wrong.any(dim=1).nonzero().flatten().tolist()]
+        number, most = number + wrong, max(most, ulp)
     error, floor = outputs.relative()
     return CheckedModule(
         name=item.name,
@@ -102,7 +146,7 @@ def compare_all(
         max_ulp=most,
         output_error=error,
         output_floor=floor,
-        cause=find_cause(item, written, suspects, reader) if number and item.changed else None,
+        cause=find_cause(expected, written, reader) if number and item.changed else None,
     )
 
 

@@ -124,6 +124,7 @@ def _update(weight: _Weight, parts: Parts, config: Config, start: Start | None) 
         experts=A.shape[0] // rank if config.parameters and A.shape[0] != rank else 0,
         square=config.square_experts(),
         start=start if linear else None,  # embeddings and convolutions begin as usual
+        rslora=config.use_rslora,
     )
     return Decomposed(update, parts["m"]) if "m" in parts else update
 
