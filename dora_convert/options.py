@@ -44,9 +44,11 @@ OPTIONS = {
     "report": Option(None, "Write the report as a self-contained page, too.", "FILE.html"),
     "weight": Option((), "Strength, one per ADAPTER in their order.", "W"),
     "base": Option(None, "The base itself, for values that no record holds.", "REF"),
-    "rank": Option(None, "The rank, lowered for a module that needs less.", "N", least=1),
+    "rank": Option(None, "The rank, lowered if no module has so much to give.", "N", least=1),
     "energy": Option(None, "Or the share of squared singular values to keep.", "F"),
     "max_error": Option(None, "Or the largest relative error of each module.", "F"),
+    "ranks": Option("one", "one: the largest that any module needs, for all; per-module: each its own, which not all "
+                    "programs read right.", choices=("one", "per-module")),
     "exact_svd": Option(False, "Never use the randomised SVD, which large matrices get."),
     "format": Option("peft", "Format of the new adapter.", "NAME"),
     "dtype": Option("auto", "Dtype to store, except for magnitudes; auto keeps each tensor's own.",
@@ -175,6 +177,7 @@ class GoalOptions(TypedDict, total=False):
     rank: int | None
     energy: float | None
     max_error: float | None
+    ranks: str
     exact_svd: bool
 
 

@@ -15,10 +15,12 @@ from ..formats.detect import Format
 from ..options import GoalOptions
 from ..plan.item import Edit, Item
 from ..plan.plan import Plan
+from ..settings import parse_choice
 from ..storage.checkpoint import Checkpoint
 from ..storage.refs import Source
 from ..storage.safetensors import StoredTensor
 
+RANKS = ("one", "per-module")
 HELD = {"lora": 10, "dora": 16}
 """Copies of a module's matrix that are held at once, in the dtype of the arithmetic."""
 
@@ -66,7 +68,11 @@ class FittingPlan:
     bytes_out: int
     """Bytes of the output, at most."""
     terms: Mapping[str, Any] = field(default_factory=dict)
-    """The options that decide the result."""
+    """The other options that decide the result."""
+    goal: Mapping[str, Any] = field(default_factory=dict)
+    """The rank, the energy or the error of each module."""
+    one_rank: bool = False
+    """True if all modules get the largest rank that any of them needs."""
     is_dora: bool = False
     like: Adapter | None = None
     """The adapter that is converted, if there is one."""
@@ -115,12 +121,24 @@ def parse_goal(options: GoalOptions) -> dict[str, Any]:
             raise UsageError(f"--rank {value}: a rank is a whole number, 1 or more.")
         if name != "rank" and (not isinstance(value, Real) or not 0 < value < 1):
             raise UsageError(f"--{name.replace('_', '-')} {value}: a share lies between 0 and 1.")
+    parse_choice(options["ranks"], dict.fromkeys(RANKS), "--ranks")
     return goal
 
 
-def goal_words(goal: Mapping[str, Any]) -> list[str]:
+def goal_words(goal: Mapping[str, Any], ranks: str) -> list[str]:
     """Return a goal as words of the command line."""
-    return [word for name, value in goal.items() for word in (f"--{name.replace('_', '-')}", f"{value:g}")]
+    words = [word for name, value in goal.items() for word in (f"--{name.replace('_', '-')}", f"{value:g}")]
+    return words if ranks == "one" else [*words, "--ranks", ranks]
+
+
+def doubt_ranks(ranks: Collection[int]) -> str | None:
+    """Return a warning about modules of different ranks; None if they have one rank."""
+    if len(set(ranks)) < 2:
+        return None
+    return (
+        f"modules have different ranks: llama.cpp and others that read one alpha compute another scaling "
+        f"for those below rank {max(ranks)}"
+    )
 
 
 def match_changes(

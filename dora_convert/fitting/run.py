@@ -7,7 +7,7 @@ interrupted run. Names and config are written at the end, when ranks are known.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
@@ -42,8 +42,8 @@ from .jobs import FittingPlan, Job, Result
 
 NAMES = {dtype: name for name, dtype in TORCH.items()}
 
-FitJob = Callable[[Any, DeviceBuffers], "Fitted"]
-"""Fits one job."""
+FitJob = Callable[..., "Fitted"]
+"""Fits one job, with a worker's buffers; if asked, for another `goal` than the plan's."""
 Assemble = Callable[[Mapping[str, Result]], Mapping[str, NewAdapter]]
 """Makes adapters of the results, by their sub-folders of OUT."""
 
@@ -67,9 +67,10 @@ def run_plan(
     spec = choose_compute(plan.memory, settings)
     settings.notify(f"memory: at most {format_size(settings.max_memory)}; one module takes {format_size(plan.memory)}")
     adapters = [scan_adapter(plan.like)] if plan.like else []
-    folder.check_space(2 * plan.bytes_out)
+    folder.check_space((3 if plan.one_rank else 2) * plan.bytes_out)
     with entered(folder):
-        terms = {**plan.terms, "command": plan.command, "format": plan.format.NAME, "dtype": plan.dtype}
+        terms = {**plan.terms, "goal": plan.goal, "command": plan.command, "format": plan.format.NAME}
+        terms |= {"one_rank": plan.one_rank, "dtype": plan.dtype}
         key = journal_key(spec, folder.identity(plan.bases), adapters=adapters, **terms)
         unfinished = resume(folder, key, [], lambda: True, FittedLine)
         lines = {line.made: line for line in unfinished.lines} if unfinished else {}
@@ -117,23 +118,39 @@ class _Run:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def execute(self, fit: FitJob, spec: ComputeSpec) -> None:
-        """Run every job that is not done yet."""
+        """Run every job that is not done yet; for one rank, run those again whose modules have a smaller one."""
         start = partial(DeviceBuffers, spec, self.reader)
         workers = WorkerPool(self.settings.max_memory, start, self.reader.stop)
+        self._total = sum(job.nbytes for job in self.plan.jobs)
+        for line in self.lines.values():
+            self._release(line)
+        todo = [job for job in self.plan.jobs if job.name not in self.lines]
+        self._read = self._total - sum(job.nbytes for job in todo)
+        self._fit(todo, fit, workers)
+        if not self.plan.one_rank:
+            return
+        rank = max((line.facts["rank"] for line in self.lines.values()), default=0)
+        todo = [job for job in self.plan.jobs if 0 < self.lines[job.name].facts["rank"] < rank]
+        self._total += sum(job.nbytes for job in todo)
+        self._fit(todo, lambda job, buffers: _padded(fit(job, buffers, goal={"rank": rank}), rank), workers)
+
+    def _fit(self, jobs: Collection[Job], fit: FitJob, workers: WorkerPool[DeviceBuffers]) -> None:
+        """Run jobs, those that read the same file together."""
 
         def one(job: Job, buffers: DeviceBuffers) -> None:
             with workers.holding(job.cost):
                 workers.check()
                 with buffers.working():
                     self._keep(job, fit(job, buffers))
-            self.reader.done(job.name)
+            self._release(self.lines[job.name])
 
-        for name in self.lines:
-            self.reader.done(name)
-        todo = [job for job in sorted(self.plan.jobs, key=lambda job: job.reads) if job.name not in self.lines]
-        self._total = sum(job.nbytes for job in self.plan.jobs)
-        self._read = self._total - sum(job.nbytes for job in todo)
+        todo = sorted(jobs, key=lambda job: job.reads)
         workers.run(self.settings.workers, [partial(one, job) for job in todo])
+
+    def _release(self, line: FittedLine) -> None:
+        """Let the reader remove a module's files, unless the module may be fitted again at a larger rank."""
+        if not self.plan.one_rank or line.facts["rank"] == self.plan.goal.get("rank"):
+            self.reader.done(line.made)
 
     def _keep(self, job: Job, fitted: Fitted) -> None:
         """Write a job's tensors to the spool, and enter them in the journal."""
@@ -174,6 +191,15 @@ class _Run:
                 )
             pieces.append(self.spool.add(chunk if stored.dtype == dtype else _converted(chunk, stored, dtype)))
         return SpooledTensor(name, dtype, stored.shape, tuple(pieces))
+
+
+def _padded(fitted: Fitted, rank: int) -> Fitted:
+    """Return factors of exactly this rank: zeros fill the rank that a module cannot have."""
+    A, B = fitted.tensors["A"], fitted.tensors["B"]
+    missing = rank - len(A)
+    A = torch.cat((A, A.new_zeros(missing, *A.shape[1:])))
+    B = torch.cat((B, B.new_zeros(len(B), missing, *B.shape[2:])), dim=1)
+    return Fitted({**fitted.tensors, "A": A, "B": B}, {**fitted.facts, "rank": rank})
 
 
 def _result(line: FittedLine, spool: Spool) -> Result:

@@ -17,6 +17,7 @@ from ..fitting.jobs import (
     FittingPlan,
     MatchedChange,
     Result,
+    doubt_ranks,
     error_of,
     goal_words,
     match_changes,
@@ -47,7 +48,8 @@ def to_lora(
     """Make a plain LoRA of an adapter: for each module the best factors of ΔW = apply(W) − W.
 
     Exactly one of `rank`, `energy` (the share of squared singular values that is kept) and `max_error`
-    (relative, of each module's ΔW) says how good. A rank above what a module needs is lowered for it.
+    (relative, of each module's ΔW) says how good. All modules get the largest rank that any of them needs, or
+    with `ranks` "per-module" each the least that it needs.
 
     Raises DoraConvertError, and then leaves nothing under `out`.
     """
@@ -55,7 +57,7 @@ def to_lora(
     with FittingSession.begin(out, options, options["ignore_field"]) as session:
         matched = session.match(base, adapter, "to-lora")
         changes = _divide(matched, session)
-        fitter = _ToLora(session, matched, changes, goal, exact=options["exact_svd"])
+        fitter = _ToLora(session, matched, changes, options, goal)
         return session.finish(fitter, kept=[job.name for job in changes.kept])
 
 
@@ -119,28 +121,27 @@ class _ToLora(Fitter):
     session: FittingSession
     matched: Plan
     changes: _AdapterChanges
+    options: ToLoraOptions
     goal: Mapping[str, Any]
-    exact: bool
 
     def plan(self) -> FittingPlan:
         """Return the modules that get new factors."""
         adapter, base = self.matched.adapters[0], self.matched.base
+        jobs, one_rank = self.changes.jobs, self.options["ranks"] == "one"
+        ranks = [_largest_rank(job, self.goal) for job in jobs]
+        ranks = [max(ranks)] * len(jobs) if one_rank and jobs else ranks
         size = sum(tensor.nbytes for tensor in adapter.tensors.values())
-        for job in self.changes.jobs:
-            size += 4 * _largest_rank(job, self.goal) * sum(job.item.source.matrix)
+        size += sum(4 * rank * sum(job.item.source.matrix) for rank, job in zip(ranks, jobs, strict=True))
         return FittingPlan(
             command="to-lora",
-            words=(base.source.title, adapter.source.title, "OUT", *goal_words(self.goal)),
+            words=(base.source.title, adapter.source.title, "OUT", *goal_words(self.goal, self.options["ranks"])),
             bases=(base,),
-            jobs=self.changes.jobs,
+            jobs=jobs,
             format=self.session.format,
             bytes_out=size,
-            terms={
-                "plan": self.matched.fingerprint,
-                "goal": self.goal,
-                "exact": self.exact,
-                "single": self.session.single,
-            },
+            terms={"plan": self.matched.fingerprint, "exact": self.options["exact_svd"], "single": self.session.single},
+            goal=self.goal,
+            one_rank=one_rank,
             like=adapter,
             dtype=self.session.selection.dtype,
         )
@@ -152,7 +153,7 @@ class _ToLora(Fitter):
         return partial(
             compress,
             goal=self.goal,
-            exact=self.exact,
+            exact=self.options["exact_svd"],
             single=self.session.single,
             dtype=self.session.selection.dtype,
             biases=self.changes.biases,
@@ -203,7 +204,11 @@ class _ToLora(Fitter):
             lost = f"{error:.0%} of the change is lost"
             why = lost if error > LOSSY else "its factors are as large as the weights"
             warn(f"merging would be the better way out: {why}")
+        ranks = [fact["rank"] for fact in facts]
         for job in self.changes.kept:
             if (rank := _factors(job).rank) > self.goal.get("rank", rank):
                 warn(f"{job.name} stays at rank {rank}: PEFT has one rank for several weights")
+            ranks.append(rank)
+        if doubt := doubt_ranks(ranks):
+            warn(doubt)
         return {"output_error": error_of(facts, "output_lost", "output"), "merging_is_better": better}
