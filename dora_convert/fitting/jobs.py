@@ -131,13 +131,13 @@ def goal_words(goal: Mapping[str, Any], ranks: str) -> list[str]:
     return words if ranks == "one" else [*words, "--ranks", ranks]
 
 
-def doubt_ranks(ranks: Collection[int]) -> str | None:
-    """Return a warning about modules of different ranks; None if they have one rank."""
-    if len(set(ranks)) < 2:
+def doubt_ranks(facts: Collection[Mapping[str, Any]], others: Collection[LowRank] = ()) -> str | None:
+    """Return a warning about fitted and other factors that differ in rank or scaling; None if they do not."""
+    if len({*((fact["rank"], 1.0) for fact in facts), *((low.rank, low.scale) for low in others)}) < 2:
         return None
     return (
-        f"modules have different ranks: llama.cpp and others that read one alpha compute another scaling "
-        f"for those below rank {max(ranks)}"
+        "modules have different ranks or scalings: PEFT reads them right; "
+        "llama.cpp and others that read one alpha for all modules compute other weights"
     )
 
 

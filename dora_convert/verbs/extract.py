@@ -209,8 +209,7 @@ class _Extraction(Fitter):
 
     def conclude(self, results: Mapping[str, Result]) -> dict[str, Any]:
         """Return the error that a LoRA would have, and True if all searches converged."""
-        ranks = [result.facts["rank"] for result in results.values() if result.tensors]
-        if doubt := doubt_ranks(ranks):
+        if doubt := doubt_ranks([result.facts for result in results.values() if result.tensors]):
             self.session.settings.warn(doubt)
         facts = [result.facts for result in results.values() if "lora_error" in result.facts]
         if not facts:

@@ -204,11 +204,11 @@ class _ToLora(Fitter):
             lost = f"{error:.0%} of the change is lost"
             why = lost if error > LOSSY else "its factors are as large as the weights"
             warn(f"merging would be the better way out: {why}")
-        ranks = [fact["rank"] for fact in facts]
         for job in self.changes.kept:
             if (rank := _factors(job).rank) > self.goal.get("rank", rank):
                 warn(f"{job.name} stays at rank {rank}: PEFT has one rank for several weights")
-            ranks.append(rank)
-        if doubt := doubt_ranks(ranks):
+        others = [job.change.update for job in self.changes.kept]
+        others += [change.update for change in self.changes.unmatched]
+        if doubt := doubt_ranks(facts, [low_rank(each) for each in others if isinstance(each, LowRank | Decomposed)]):
             warn(doubt)
         return {"output_error": error_of(facts, "output_lost", "output"), "merging_is_better": better}
