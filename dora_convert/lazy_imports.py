@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import signal
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -22,12 +23,24 @@ def without_collections() -> Iterator[None]:
     enabled = gc.isenabled()
     gc.disable()
     try:
-        with _uninterrupted():
+        with _uninterrupted(), _without_numpy():
             yield
         gc.freeze()  # imported modules never become garbage
     finally:
         if enabled:
             gc.enable()
+
+
+@contextmanager
+def _without_numpy() -> Iterator[None]:
+    """Ignore torch's warning that numpy is missing: nothing here needs numpy."""
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy")
+    mine = warnings.filters[0]
+    try:
+        yield
+    finally:  # catch_warnings would also drop the filters that the imported packages set
+        if mine in warnings.filters:
+            warnings.filters.remove(mine)  # type: ignore[attr-defined]
 
 
 @contextmanager

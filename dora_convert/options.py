@@ -53,6 +53,7 @@ OPTIONS = {
     "format": Option("peft", "Format of the new adapter.", "NAME"),
     "dtype": Option("auto", "Dtype to store, except for magnitudes; auto keeps each tensor's own.",
                     choices=("auto", "bfloat16", "float16", "float32")),
+    "legacy_config": Option(False, "Write config.json's rope_parameters in the older fields, too."),
     "max_shard_size": Option(None, "Such as 5GB or 4GiB; default the base's own shards.", "SIZE"),
     "device": Option("auto", "Device that computes.", "auto|cpu|cuda[:N]|mps"),
     "compute_dtype": Option("auto", "Dtype of the arithmetic, rounded once at the end; auto is float64.",
@@ -185,6 +186,7 @@ class MergeOptions(MatchOptions, FieldOptions, CheckpointOptions, OutputOptions,
     """The options of merge."""
 
     undo: str | None
+    legacy_config: bool
     verify_outputs: bool
     no_local: bool
 

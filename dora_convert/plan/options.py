@@ -31,6 +31,8 @@ class Options:
     allow_unmatched: bool = False
     ignore_field: tuple[str, ...] = ()
     """Fields of adapters' configs that are accepted although this version refuses them."""
+    legacy_config: bool = False
+    """True if config.json gets the fields of transformers 4, too."""
 
     @property
     def exact(self) -> bool:
@@ -58,6 +60,7 @@ def parse_options(
     exclude: Sequence[str] = (),
     allow_unmatched: bool = False,
     ignore_field: Sequence[str] = (),
+    legacy_config: bool = False,
 ) -> Options:
     """Return a plan's options from names and sizes as a caller writes them; UsageError for an invalid one."""
     return Options(
@@ -69,6 +72,7 @@ def parse_options(
         exclude=tuple(exclude),
         allow_unmatched=allow_unmatched,
         ignore_field=tuple(ignore_field),
+        legacy_config=legacy_config,
     )
 
 
