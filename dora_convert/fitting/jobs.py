@@ -86,12 +86,6 @@ class FittingPlan:
         return max((job.cost for job in self.jobs), default=0)
 
     @property
-    def needs(self) -> dict[str, tuple[Path, ...]]:
-        """The files that each job reads, jobs of the same file together; "" is the writing at the end."""
-        reads = {job.name: job.reads for job in sorted(self.jobs, key=lambda job: job.reads)}
-        return {**reads, "": self.carried}
-
-    @property
     def sources(self) -> tuple[Source, ...]:
         """The inputs, in the order of the command line."""
         return (*(base.source for base in self.bases), *([self.like.source] if self.like else []))
@@ -106,8 +100,13 @@ class MatchedChange(Job):
     edit: Edit
 
 
+def needs_of(jobs: Collection[Job]) -> dict[str, tuple[Path, ...]]:
+    """Return the files that each job reads, jobs of the same file together."""
+    return {job.name: job.reads for job in sorted(jobs, key=lambda job: job.reads)}
+
+
 def parse_goal(options: GoalOptions) -> dict[str, Any]:
-    """Return the given one of rank, energy and max_error; UsageError for none or several."""
+    """Return the given one of rank, energy and max_error; UsageError for none, several, or invalid --ranks."""
     every = {"rank": options["rank"], "energy": options["energy"], "max_error": options["max_error"]}
     goal = {name: value for name, value in every.items() if value is not None}
     if len(goal) != 1:

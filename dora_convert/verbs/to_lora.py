@@ -80,7 +80,8 @@ class _AdapterChanges:
 
 def _divide(matched: Plan, session: FittingSession) -> _AdapterChanges:
     """Return the changes by their fate."""
-    jobs, unmatched, others = match_changes(matched, partial(_cost, matched, session))
+    rank = max((low.rank for item in matched.items for low in item.low_ranks), default=0)
+    jobs, unmatched, others = match_changes(matched, partial(_cost, matched, session, rank))
     kept = [
         job
         for job in jobs
@@ -90,10 +91,13 @@ def _divide(matched: Plan, session: FittingSession) -> _AdapterChanges:
     return _AdapterChanges([job for job in jobs if job not in kept], kept, unmatched, others)
 
 
-def _cost(matched: Plan, session: FittingSession, item: Item, edit: Edit) -> int:
-    """Return the bytes that a job holds: blocks, factors, and, except for a plain LoRA, matrices."""
+def _cost(matched: Plan, session: FittingSession, rank: int, item: Item, edit: Edit) -> int:
+    """Return the bytes that a job holds: blocks, factors, and, except for a plain LoRA, matrices.
+
+    `rank` is the largest of the adapter's, which all modules may get.
+    """
     plain = not edit.decomposed and not item.start
-    factors = 8 * 4 * (edit.low.rank if edit.low else 0) * sum(item.source.matrix)
+    factors = 8 * 4 * rank * sum(item.source.matrix)
     matrix = 24 * min(item.source.numel, COMPARED)
     if not plain:
         matrix = max(matrix, HELD["lora"] * (4 if session.single else 8) * item.source.numel)
