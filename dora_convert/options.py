@@ -46,13 +46,16 @@ OPTIONS = {
     "report": Option(None, "Write the report as a self-contained page, too.", "FILE.html"),
     "weight": Option((), "Strength, one per ADAPTER in their order.", "W"),
     "base": Option(None, "The base itself, for values that no record holds.", "REF"),
-    "rank": Option(None, "The rank, lowered for a module that needs less.", "N", least=1),
+    "rank": Option(None, "The rank, lowered if no module has so much to give.", "N", least=1),
     "energy": Option(None, "Or the share of squared singular values to keep.", "F"),
     "max_error": Option(None, "Or the largest relative error of each module.", "F"),
+    "ranks": Option("one", "one: the largest that any module needs, for all; per-module: each its own, which not all "
+                    "programs read right.", choices=("one", "per-module")),
     "exact_svd": Option(False, "Never use the randomised SVD, which large matrices get."),
     "format": Option("peft", "Format of the new adapter.", "NAME"),
     "dtype": Option("auto", "Dtype to store, except for magnitudes; auto keeps each tensor's own.",
                     choices=("auto", "bfloat16", "float16", "float32")),
+    "legacy_config": Option(False, "Write config.json's rope_parameters in the older fields, too."),
     "max_shard_size": Option(None, "Such as 5GB or 4GiB; default the base's own shards.", "SIZE"),
     "device": Option("auto", "Device that computes.", "auto|cpu|cuda[:N]|mps"),
     "compute_dtype": Option("auto", "Dtype of the arithmetic, rounded once at the end; auto is float64.",
@@ -172,6 +175,7 @@ class GoalOptions(TypedDict, total=False):
     rank: int | None
     energy: float | None
     max_error: float | None
+    ranks: str
     exact_svd: bool
 
 
@@ -179,6 +183,7 @@ class MergeOptions(MatchOptions, FieldOptions, CheckpointOptions, OutputOptions,
     """The options of merge."""
 
     undo: str | None
+    legacy_config: bool
     verify_outputs: bool
     no_local: bool
 

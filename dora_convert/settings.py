@@ -8,6 +8,7 @@ import re
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -135,7 +136,7 @@ def without_collections() -> Iterator[None]:
     enabled = gc.isenabled()
     gc.disable()
     try:
-        with _uninterrupted():
+        with _uninterrupted(), _without_numpy():
             yield
         gc.freeze()  # imported modules never become garbage
     finally:
@@ -158,6 +159,18 @@ def _uninterrupted() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
     if caught:
         signal.raise_signal(signal.SIGINT)
+
+
+@contextmanager
+def _without_numpy() -> Iterator[None]:
+    """Ignore torch's warning that numpy is missing: nothing here needs numpy."""
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy")
+    mine = warnings.filters[0]
+    try:
+        yield
+    finally:  # catch_warnings would also drop the filters that the imported packages set
+        if mine in warnings.filters:
+            warnings.filters.remove(mine)  # type: ignore[attr-defined]
 
 
 def require_extra(extra: str, purpose: str) -> None:

@@ -346,6 +346,16 @@ def test_rope_by_kind_of_layer(tmp_path, base, adapter):
     assert (config["rope_theta"], config["rope_local_base_freq"]) == (1000000.0, 10000.0)
 
 
+def test_legacy_config_without_a_rope(tmp_path, base, adapter):
+    """An option that has no effect says so; in place, where config.json cannot change, it is refused."""
+    report = dora_convert.merge(base.path, adapter, tmp_path / "out", legacy_config=True)
+    assert any("--legacy-config" in text for text in report.warnings)
+    edit_json(base.path / "config.json", rope_parameters=ROPE["plain"][0])
+    with pytest.raises(DoraConvertError) as caught:
+        dora_convert.merge(base.path, adapter, in_place=True, legacy_config=True)
+    assert "config.json" in str(caught.value.faults)
+
+
 def test_old_configs_are_not_contradicted(tmp_path, base, adapter):
     """A config that has both forms already keeps both; where they contradict each other, that is an error."""
     edit_json(base.path / "config.json", rope_parameters={"rope_type": "default", "rope_theta": 5.0}, rope_theta=7.0)

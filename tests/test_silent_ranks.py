@@ -244,6 +244,33 @@ def test_a_rerun_after_an_interruption_has_the_same_rank(tmp_path, single, dora)
         assert (tmp_path / "0" / name).read_bytes() == (tmp_path / "1" / name).read_bytes()
 
 
+@pytest.mark.parametrize("calls", [3, 8, 10])
+def test_an_interrupted_run_goes_on(tmp_path, single, dora, monkeypatch, calls):
+    """In the first round or in the second, at the rank of all: what is in the journal is not fitted again."""
+    from dora_convert.fitting import compress
+    from dora_convert.storage import journal
+
+    honest, seen = compress.compress, []
+
+    def counts(job, buffers, **options):
+        seen.append(job.name)
+        if len(seen) == calls:
+            raise KeyboardInterrupt
+        return honest(job, buffers, **options)
+
+    monkeypatch.setattr(compress, "compress", counts)
+    monkeypatch.setattr(journal, "BATCH_SECONDS", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        dora_convert.to_lora(single.path, dora, tmp_path / "out", max_error=0.2, workers=1)
+    assert dora_convert.to_lora(single.path, dora, tmp_path / "out", max_error=0.2, workers=1).resumed
+    fits, modules = len(seen) - 1, len(factors(tmp_path / "out"))
+    assert modules < fits < 2 * modules
+    dora_convert.to_lora(single.path, dora, tmp_path / "whole", max_error=0.2)
+    assert len(seen) == 2 * fits + 1
+    for name in (FILE, CONFIG):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+
 def test_peft_itself_agrees(tmp_path):
     """A real model, loaded and merged by PEFT: its weights are those of the best factors."""
     torch.manual_seed(0)

@@ -158,7 +158,9 @@ def test_ranks_by_module(tmp_path, goal):
     case = Case(llama(num_hidden_layers=12), lora(use_dora=True))
     with noisy():
         oracle(case, "float32", tmp_path)
-        report = dora_convert.to_lora(tmp_path / "base", tmp_path / "adapter", tmp_path / "lora", **goal)
+        report = dora_convert.to_lora(
+            tmp_path / "base", tmp_path / "adapter", tmp_path / "lora", ranks="per-module", **goal
+        )
         made = loaded(case, tmp_path, "lora")
     bound = goal.get("max_error") or (1 - goal["energy"]) ** 0.5
     ranks = {module.name.removesuffix(".weight"): module.rank for module in report.modules}
@@ -198,16 +200,19 @@ def test_the_error_is_that_of_what_is_stored(tmp_path, base):
 
 
 def test_a_module_that_changes_nothing(tmp_path, base):
-    """B = 0: rank 1 of zeros, since PEFT knows no rank 0."""
+    """B = 0: zeros of the rank of all, or of rank 1, since PEFT knows no rank 0."""
     adapter = toy.make_adapter(tmp_path / "lora", base, dora=False)
     tensors = load_file(adapter / "adapter_model.safetensors")
     key = "base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"
     tensors[key].zero_()
     save_file(tensors, adapter / "adapter_model.safetensors")
-    report = dora_convert.to_lora(base.path, adapter, tmp_path / "out", max_error=0.3)
-    found = {module.name: module for module in report.modules}["model.layers.0.mlp.up_proj.weight"]
-    assert (found.rank, found.relative_error) == (1, 0)
-    assert not load_file(tmp_path / "out/adapter_model.safetensors")[key].any()
+    for ranks, rank in ("per-module", 1), ("one", 4):
+        report = dora_convert.to_lora(base.path, adapter, tmp_path / ranks, max_error=0.3, ranks=ranks)
+        module = {module.name: module for module in report.modules}["model.layers.0.mlp.up_proj.weight"]
+        assert (module.rank, module.relative_error) == (rank, 0)
+        stored = load_file(tmp_path / ranks / "adapter_model.safetensors")[key]
+        assert stored.shape[1] == rank
+        assert not stored.any()
 
 
 @pytest.mark.parametrize(

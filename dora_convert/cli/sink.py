@@ -49,6 +49,7 @@ class Sink:
 
             off = True if self._quiet or os.environ.get("TQDM_DISABLE") else None
             self._bar = tqdm(total=total, unit="B", unit_scale=True, disable=off)
+        self._bar.total = total
         self._bar.update(done - self._bar.n)
 
     def close(self) -> None:

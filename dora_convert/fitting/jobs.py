@@ -18,6 +18,7 @@ from ..storage.checkpoint import Checkpoint
 from ..storage.refs import Source
 from ..storage.safetensors import StoredTensor
 
+RANKS = ("one", "per-module")
 HELD = {"lora": 10, "dora": 16}
 """Copies of a module's matrix that are held at once, in the dtype of the arithmetic."""
 
@@ -65,7 +66,11 @@ class FittingPlan:
     bytes_out: int
     """Bytes of the output, at most."""
     terms: Mapping[str, Any] = field(default_factory=dict)
-    """The options that decide the result."""
+    """The other options that decide the result."""
+    goal: Mapping[str, Any] = field(default_factory=dict)
+    """The rank, the energy or the error of each module."""
+    one_rank: bool = False
+    """True if all modules get the largest rank that any of them needs."""
     is_dora: bool = False
     like: Adapter | None = None
     """The adapter that is converted, if there is one."""
@@ -77,12 +82,6 @@ class FittingPlan:
     def memory(self) -> int:
         """Bytes that the costliest job holds, which is the least budget."""
         return max((job.cost for job in self.jobs), default=0)
-
-    @property
-    def needs(self) -> dict[str, tuple[Path, ...]]:
-        """The files that each job reads, jobs of the same file together; "" is the writing at the end."""
-        reads = {job.name: job.reads for job in sorted(self.jobs, key=lambda job: job.reads)}
-        return {**reads, "": self.carried}
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -97,6 +96,11 @@ class MatchedChange(Job):
     change: Change
     item: Item
     edit: Edit
+
+
+def needs_of(jobs: Collection[Job]) -> dict[str, tuple[Path, ...]]:
+    """Return the files that each job reads, jobs of the same file together."""
+    return {job.name: job.reads for job in sorted(jobs, key=lambda job: job.reads)}
 
 
 def parse_goal(options: GoalOptions) -> dict[str, Any]:
@@ -117,9 +121,20 @@ def parse_goal(options: GoalOptions) -> dict[str, Any]:
     return goal
 
 
-def goal_words(goal: Mapping[str, Any]) -> list[str]:
+def goal_words(goal: Mapping[str, Any], ranks: str) -> list[str]:
     """Return a goal as words of the command line."""
-    return [word for name, value in goal.items() for word in (f"--{name.replace('_', '-')}", f"{value:g}")]
+    words = [word for name, value in goal.items() for word in (f"--{name.replace('_', '-')}", f"{value:g}")]
+    return words if ranks == "one" else [*words, "--ranks", ranks]
+
+
+def doubt_ranks(facts: Collection[Mapping[str, Any]], others: Collection[LowRank] = ()) -> str | None:
+    """Return a warning about fitted and other factors that differ in rank or scaling; None if they do not."""
+    if len({*((fact["rank"], 1.0) for fact in facts), *((low.rank, low.scale) for low in others)}) < 2:
+        return None
+    return (
+        "modules have different ranks or scalings: PEFT reads them right; "
+        "llama.cpp and others that read one alpha for all modules compute other weights"
+    )
 
 
 def match_changes(

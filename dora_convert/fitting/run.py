@@ -7,10 +7,11 @@ interrupted run. Names and config are written at the end, when ranks are known.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
-from contextlib import closing
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -35,12 +36,14 @@ from ..storage.json_files import Real
 from ..storage.reader import Reader
 from ..storage.safetensors import FLOATS, StoredTensor
 from ..storage.spool import Segment, Spool, SpooledTensor
-from .jobs import FittingPlan, Job, Result
+from .jobs import FittingPlan, Job, Result, needs_of
 
 NAMES = {dtype: name for name, dtype in TORCH.items()}
 
-FitJob = Callable[[Any, DeviceBuffers], "Fitted"]
-"""Fits one job."""
+FitJob = Callable[..., "Fitted"]
+"""Fits one job, with a worker's buffers; if asked, for another `goal` than the plan's."""
+Inputs = Callable[[Mapping[str, Collection[Path]]], AbstractContextManager[Reader]]
+"""Opens a reader for the files that each job reads."""
 Assemble = Callable[[Mapping[str, Result]], Mapping[str, NewAdapter]]
 """Makes adapters of the results, by their sub-folders of OUT."""
 
@@ -54,7 +57,7 @@ class Fitted:
 
 
 def run_plan(
-    plan: FittingPlan, folder: OutputFolder, settings: Settings, reader: Reader, *, fit: FitJob, assemble: Assemble
+    plan: FittingPlan, folder: OutputFolder, settings: Settings, inputs: Inputs, *, fit: FitJob, assemble: Assemble
 ) -> tuple[dict[str, Result], dict[str, Any]]:
     """Fit the modules of a plan, and publish the adapters; return the results, and fields of the report.
 
@@ -64,21 +67,28 @@ def run_plan(
     spec = choose_compute(plan.memory, settings)
     settings.notify(f"memory: at most {format_size(settings.max_memory)}; one module takes {format_size(plan.memory)}")
     adapters = [scan_adapter(plan.like)] if plan.like else []
-    folder.check_space(2 * plan.bytes_out)
+    folder.check_space((3 if plan.one_rank else 2) * plan.bytes_out)
     with folder.entered():
-        terms = {**plan.terms, "command": plan.command, "format": plan.format.NAME, "dtype": plan.dtype}
+        terms = {**plan.terms, "goal": plan.goal, "command": plan.command, "format": plan.format.NAME}
+        terms |= {"one_rank": plan.one_rank, "dtype": plan.dtype}
         key = journal_key(spec, folder.identity(plan.bases), adapters=adapters, **terms)
         unfinished = folder.resume(key, [], lambda: True, FittedLine)
         lines = {line.made: line for line in unfinished.lines} if unfinished else {}
         resumed = bool(lines)
         end = max((tensor.end for line in lines.values() for tensor in line.tensors.values()), default=0)
-        with closing(Spool(folder.state / SPOOL, end)) as spool:
+        with closing(Spool(folder.state / SPOOL, end)) as spool, ExitStack() as stack:
             with closing(Journal(folder.state / JOURNAL, key, unfinished)) as journal:
-                run = _Run(plan, settings, reader, spool=spool, journal=journal, lines=lines)
-                run.execute(fit, spec)
+                run = _Run(plan, settings, spec, spool=spool, journal=journal, lines=lines)
+                todo = run.unfinished()
+                with inputs(needs_of(todo)) as reader:
+                    run.execute(todo, fit, reader)
+                rank = max((line.facts["rank"] for line in lines.values()), default=0)
+                todo = run.smaller(rank) if plan.one_rank else []
+                reader = stack.enter_context(inputs({**needs_of(todo), "": plan.carried}))
+                run.execute(todo, partial(_fit_at, fit, rank), reader)
             results = {job.name: _result(lines[job.name], spool) for job in plan.jobs}
             writer, adapters_out = plan.format.writer(), assemble(results).items()
-            written = sum(run.write(where, writer.save(adapter), folder) for where, adapter in adapters_out)
+            written = sum(run.write(where, writer.save(each), folder, reader) for where, each in adapters_out)
             _put_side_files(plan, folder, settings)
         folder.publish()
     facts = {"device": str(spec.device), "compute_dtype": spec.compute_name, "peak_memory_bytes": peak_memory()}
@@ -105,7 +115,7 @@ class _Run:
 
     plan: FittingPlan
     settings: Settings
-    reader: Reader
+    spec: ComputeSpec
     spool: Spool
     journal: Journal
     lines: dict[str, FittedLine]
@@ -113,23 +123,30 @@ class _Run:
     _total: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def execute(self, fit: FitJob, spec: ComputeSpec) -> None:
-        """Run every job that is not done yet."""
-        start = partial(DeviceBuffers, spec, self.reader)
-        workers = WorkerPool(self.settings.max_memory, start, self.reader.stop)
+    def unfinished(self) -> list[Job]:
+        """Return the jobs that are not done yet."""
+        todo = [job for job in self.plan.jobs if job.name not in self.lines]
+        self._read = sum(job.nbytes for job in self.plan.jobs) - sum(job.nbytes for job in todo)
+        self._total = self._read
+        return todo
+
+    def smaller(self, rank: int) -> list[Job]:
+        """Return the jobs that found factors of a smaller rank."""
+        return [job for job in self.plan.jobs if 0 < self.lines[job.name].facts["rank"] < rank]
+
+    def execute(self, jobs: Collection[Job], fit: FitJob, reader: Reader) -> None:
+        """Run some jobs, those that read the same file together."""
+        workers = WorkerPool(self.settings.max_memory, partial(DeviceBuffers, self.spec, reader), reader.stop)
+        self._total += sum(job.nbytes for job in jobs)
 
         def one(job: Job, buffers: DeviceBuffers) -> None:
             with workers.holding(job.cost):
                 workers.check()
                 with buffers.working():
                     self._keep(job, fit(job, buffers))
-            self.reader.done(job.name)
+            reader.done(job.name)
 
-        for name in self.lines:
-            self.reader.done(name)
-        todo = [job for job in sorted(self.plan.jobs, key=lambda job: job.reads) if job.name not in self.lines]
-        self._total = sum(job.nbytes for job in self.plan.jobs)
-        self._read = self._total - sum(job.nbytes for job in todo)
+        todo = sorted(jobs, key=lambda job: job.reads)
         workers.run(self.settings.workers, [partial(one, job) for job in todo])
 
     def _keep(self, job: Job, fitted: Fitted) -> None:
@@ -148,29 +165,39 @@ class _Run:
             if self.settings.on_progress:
                 self.settings.on_progress(self._read, self._total)
 
-    def write(self, where: str, files: Files, folder: OutputFolder) -> int:
+    def write(self, where: str, files: Files, folder: OutputFolder, reader: Reader) -> int:
         """Write one adapter's files; return the bytes of its tensors."""
         for name, data in files.small.items():
             folder.put(f"{where}{name}", data)
         parts = []
         for name, stored in files.tensors.items():
             dtype = self.plan.dtype if stored.dtype in FLOATS and name not in files.keep else None
-            parts.append(self._part(name, stored, dtype or stored.dtype))
+            parts.append(self._part(name, stored, dtype or stored.dtype, reader))
         self.spool.lay_out(parts, folder.partial / f"{where}{files.weights}", files.metadata)
         return sum(segment.length for part in parts for segment in part.segments)
 
-    def _part(self, name: str, stored: StoredTensor, dtype: str) -> SpooledTensor:
+    def _part(self, name: str, stored: StoredTensor, dtype: str, reader: Reader) -> SpooledTensor:
         """Return a tensor as a part of the spool; a checkpoint's tensor is copied there, piece by piece."""
         if stored.path == self.spool.path and stored.dtype == dtype:
             return SpooledTensor(name, dtype, stored.shape, (Segment(stored.start, stored.nbytes),))
         pieces = []
-        for chunk in self.reader.pieces(stored):
+        for chunk in reader.pieces(stored):
             if not holds_numbers(chunk, stored.dtype):
                 raise NumericalError(
                     f"{stored.name} of {stored.path.name} holds NaN or Inf.", hint="the file is damaged"
                 )
             pieces.append(self.spool.add(chunk if stored.dtype == dtype else _converted(chunk, stored, dtype)))
         return SpooledTensor(name, dtype, stored.shape, tuple(pieces))
+
+
+def _fit_at(fit: FitJob, rank: int, job: Job, buffers: DeviceBuffers) -> Fitted:
+    """Return factors of exactly this rank: zeros fill the rank that a module cannot have."""
+    fitted = fit(job, buffers, goal={"rank": rank})
+    A, B = fitted.tensors["A"], fitted.tensors["B"]
+    missing = rank - len(A)
+    A = torch.cat((A, A.new_zeros(missing, *A.shape[1:])))
+    B = torch.cat((B, B.new_zeros(len(B), missing, *B.shape[2:])), dim=1)
+    return Fitted({**fitted.tensors, "A": A, "B": B}, {**fitted.facts, "rank": rank})
 
 
 def _result(line: FittedLine, spool: Spool) -> Result:

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,8 +125,8 @@ class FittingSession:
             from .run import run_plan
 
             fit = fitter.load()
-        with reading(plan.bases, plan.needs, self.session) as reader:
-            results, fields = run_plan(plan, self.folder, settings, reader, fit=fit, assemble=fitter.assemble)
+        inputs = partial(reading, plan.bases, session=self.session)
+        results, fields = run_plan(plan, self.folder, settings, inputs, fit=fit, assemble=fitter.assemble)
         details |= fitter.conclude(results)
         if pushed := push_output(self.folder.given, self.target, settings):
             details["pushed"] = asdict(pushed)

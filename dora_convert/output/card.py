@@ -172,6 +172,7 @@ def command(plan: Plan) -> list[str]:
         *(("--ignore-field", name) for name in options.ignore_field),
     ):
         words += [flag, str(value)] if value else []
+    words += ["--legacy-config"] if options.legacy_config else []
     return [*words, "--allow-unmatched"] if options.allow_unmatched else words
 
 

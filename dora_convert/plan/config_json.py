@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ..errors import MalformedError
 from ..naming.families import BEFORE_LABELS, LABEL_LAYERS, SUFFIXES
 from ..storage.safetensors import CONFIG_DTYPES
 
@@ -33,6 +34,33 @@ def with_dtype(config: Config, dtype: str) -> Config:
 def untied(config: Config) -> Config:
     """Return a config that says that embedding and head are two weights."""
     return {**_rewrite(config, "tie_word_embeddings", lambda _: False), "tie_word_embeddings": False}
+
+
+def with_legacy_rope(config: Config) -> dict[str, Any]:
+    """Return a config whose rope_parameters also stand in the fields that transformers 4 has for them.
+
+    Raises MalformedError if such a field exists and differs.
+    """
+    changed = {name: with_legacy_rope(value) if isinstance(value, Mapping) else value for name, value in config.items()}
+    for name, value in _legacy_rope(config.get("rope_parameters")).items():
+        if changed.get(name) is None:
+            changed[name] = value
+        elif changed[name] != value:
+            raise MalformedError(f"config.json: {name} is {changed[name]!r}, but rope_parameters says {value!r}.")
+    return changed
+
+
+def _legacy_rope(parameters: Any) -> dict[str, Any]:
+    """Return the older fields of rope_parameters; parameters by kind of layer are those of Gemma 3."""
+    if not isinstance(parameters, Mapping):
+        return {}
+    if "full_attention" in parameters:
+        local = _legacy_rope(parameters.get("sliding_attention")).get("rope_theta")
+        return _legacy_rope(parameters["full_attention"]) | ({"rope_local_base_freq": local} if local else {})
+    fields = {name: parameters[name] for name in ("rope_theta", "partial_rotary_factor") if name in parameters}
+    if parameters.get("rope_type", "default") != "default":
+        fields["rope_scaling"] = {name: value for name, value in parameters.items() if name not in fields}
+    return fields
 
 
 def with_vocabulary(config: Config, old: int, new: int) -> Config:

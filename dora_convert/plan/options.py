@@ -30,6 +30,8 @@ class Options:
     allow_unmatched: bool = False
     ignore_field: tuple[str, ...] = ()
     """Fields of adapters' configs that are accepted although this version refuses them."""
+    legacy_config: bool = False
+    """True if config.json gets the fields of transformers 4, too."""
 
     @property
     def exact(self) -> bool:
@@ -59,6 +61,7 @@ def parse_options(given: Mapping[str, Any]) -> Options:
         exclude=tuple(given.get("exclude", ())),
         allow_unmatched=given.get("allow_unmatched", False),
         ignore_field=tuple(given.get("ignore_field", ())),
+        legacy_config=given.get("legacy_config", False),
     )
 
 

@@ -151,19 +151,20 @@ def _output_config(
     """Return the output's config."""
     config = builder.base.config
     added = {name: item.shape for name, item in items.items() if item.added and item.base is None}
-    if config is None or not (builder.options.dtype or builder.untied or resized or added):
+    options = builder.options
+    if config is None or not (options.dtype or options.legacy_config or builder.untied or resized or added):
         return config
     from . import config_json
 
-    if builder.options.dtype:
-        config = config_json.with_dtype(config, builder.options.dtype)
+    if options.dtype:
+        config = config_json.with_dtype(config, options.dtype)
     if builder.untied:
         config = config_json.untied(config)
     for old, new in list(resized.values())[:1]:
         config = config_json.with_vocabulary(config, old, new)
     if added or (builder.untied and builder.base.renamed):
         config = config_json.with_head(config, next(iter(tasks), None), added)
-    return config
+    return config_json.with_legacy_rope(config) if options.legacy_config else config
 
 
 def refuse_quantised(base: Checkpoint) -> None:

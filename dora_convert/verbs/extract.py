@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 from ..adapters.adapter import Change, Decomposed, Full, LowRank
 from ..adapters.new_adapter import NewAdapter
 from ..errors import PlanError, UnsupportedError
-from ..fitting.jobs import FittingPlan, Result, goal_words, parse_goal
+from ..fitting.jobs import FittingPlan, Result, doubt_ranks, goal_words, parse_goal
 from ..fitting.pairs import Differences, model_names, short_names
 from ..fitting.session import Fitter, FittingSession
 from ..options import ExtractOptions, takes
@@ -45,7 +45,8 @@ def extract(
 ) -> MadeReport | MadeDryRun:
     """Make an adapter of a fine-tuned checkpoint: `kind` "dora" (m, B, A) or "lora" (B, A).
 
-    Linear weights that differ get factors, by exactly one of `rank`, `energy` and `max_error`. Norms, biases
+    Linear weights that differ get factors, by exactly one of `rank`, `energy` and `max_error`; `ranks` "one"
+    gives all of them the largest rank that any needs, "per-module" each its own. Norms, biases
     and convolutions that differ are saved whole. `embeddings` decides about embeddings and heads: "full",
     "lora", or "skip", which leaves out all that has no factors.
 
@@ -135,11 +136,12 @@ class _Extraction(Fitter):
         kind, embeddings = self.options["kind"], self.options["embeddings"]
         pairs, whole, session = self.differences.pairs, self.differences.whole, self.session
         size = sum(tensor.nbytes for tensor in whole.values())
-        for pair in pairs:
+        ranks = [min(self.goal.get("rank", pair.inputs[0].numel), *pair.inputs[0].matrix) for pair in pairs]
+        one_rank = self.options["ranks"] == "one"
+        for rank, pair in zip(ranks, pairs, strict=True):
             rows, columns = pair.inputs[0].matrix
-            rank = min(self.goal.get("rank", rows), rows, columns)
-            size += 4 * rank * (rows + columns) + 4 * max(rows, columns)
-        words = [*goal_words(self.goal), "--kind", kind]
+            size += 4 * (max(ranks) if one_rank else rank) * (rows + columns) + 4 * max(rows, columns)
+        words = [*goal_words(self.goal, self.options["ranks"]), "--kind", kind]
         words += ["--embeddings", embeddings] if embeddings != "full" else []
         names = [[pair.name for pair in pairs], sorted(whole)]
         terms = {"goal": self.goal, "kind": kind, "names": names}
@@ -151,6 +153,8 @@ class _Extraction(Fitter):
             format=session.format,
             bytes_out=size,
             terms={**terms, "exact": self.options["exact_svd"], "single": session.single},
+            goal=self.goal,
+            one_rank=one_rank,
             is_dora=kind == "dora",
             dtype=session.selection.dtype,
             carried=tuple({tensor.path: None for tensor in whole.values()}),
@@ -198,6 +202,8 @@ class _Extraction(Fitter):
 
     def conclude(self, results: Mapping[str, Result]) -> dict[str, Any]:
         """Return the error that a LoRA would have, and True if all searches converged."""
+        if doubt := doubt_ranks([result.facts for result in results.values() if result.tensors]):
+            self.session.settings.warn(doubt)
         facts = [result.facts for result in results.values() if "lora_error" in result.facts]
         if not facts:
             return {}

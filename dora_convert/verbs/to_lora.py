@@ -16,6 +16,7 @@ from ..fitting.jobs import (
     FittingPlan,
     MatchedChange,
     Result,
+    doubt_ranks,
     error_of,
     goal_words,
     match_changes,
@@ -46,7 +47,8 @@ def to_lora(
     """Make a plain LoRA of an adapter: for each module the best factors of ΔW = apply(W) − W.
 
     Exactly one of `rank`, `energy` (the share of squared singular values that is kept) and `max_error`
-    (relative, of each module's ΔW) says how good. A rank above what a module needs is lowered for it.
+    (relative, of each module's ΔW) says how good. All modules get the largest rank that any of them needs, or
+    with `ranks` "per-module" each the least that it needs.
 
     Raises DoraConvertError, and then leaves nothing under `out`.
     """
@@ -54,7 +56,7 @@ def to_lora(
     with FittingSession.begin(out, options) as session:
         matched = session.match(base, adapter, "to-lora")
         changes = _divide(matched, session)
-        fitter = _ToLora(session, matched, changes, goal, exact=options["exact_svd"])
+        fitter = _ToLora(session, matched, changes, options, goal)
         return session.finish(fitter, kept=[job.name for job in changes.kept])
 
 
@@ -77,7 +79,8 @@ class _AdapterChanges:
 
 def _divide(matched: Plan, session: FittingSession) -> _AdapterChanges:
     """Return the changes by their fate."""
-    jobs, unmatched, others = match_changes(matched, partial(_cost, matched, session))
+    rank = max((edit.low.rank for item in matched.items for edit in item.edits if edit.low), default=0)
+    jobs, unmatched, others = match_changes(matched, partial(_cost, matched, session, rank))
     kept = [
         job
         for job in jobs
@@ -87,10 +90,13 @@ def _divide(matched: Plan, session: FittingSession) -> _AdapterChanges:
     return _AdapterChanges([job for job in jobs if job not in kept], kept, unmatched, others)
 
 
-def _cost(matched: Plan, session: FittingSession, item: Item, edit: Edit) -> int:
-    """Return the bytes that a job holds: blocks, factors, and, except for a plain LoRA, matrices."""
+def _cost(matched: Plan, session: FittingSession, rank: int, item: Item, edit: Edit) -> int:
+    """Return the bytes that a job holds: blocks, factors, and, except for a plain LoRA, matrices.
+
+    `rank` is the largest of the adapter's, which all modules may get.
+    """
     plain = not edit.decomposed and not item.start
-    factors = 8 * 4 * (edit.low.rank if edit.low else 0) * sum(item.source.matrix)
+    factors = 8 * 4 * rank * sum(item.source.matrix)
     matrix = 24 * min(item.source.numel, COMPARED)
     if not plain:
         matrix = max(matrix, HELD["lora"] * (4 if session.single else 8) * item.source.numel)
@@ -117,24 +123,28 @@ class _ToLora(Fitter):
     session: FittingSession
     matched: Plan
     changes: _AdapterChanges
+    options: ToLoraOptions
     goal: Mapping[str, Any]
-    exact: bool
 
     def plan(self) -> FittingPlan:
         """Return the modules that get new factors."""
         adapter, base = self.matched.adapters[0], self.matched.base
+        jobs, one_rank = self.changes.jobs, self.options["ranks"] == "one"
+        ranks = [_largest_rank(job, self.goal) for job in jobs]
+        ranks = [max(ranks)] * len(jobs) if one_rank and jobs else ranks
         size = sum(tensor.nbytes for tensor in adapter.tensors.values())
-        for job in self.changes.jobs:
-            size += 4 * _largest_rank(job, self.goal) * sum(job.item.source.matrix)
-        terms = {"plan": self.matched.fingerprint, "goal": self.goal}
+        size += sum(4 * rank * sum(job.item.source.matrix) for rank, job in zip(ranks, jobs, strict=True))
+        terms = {"plan": self.matched.fingerprint}
         return FittingPlan(
             command="to-lora",
-            words=(base.source.title, adapter.source.title, "OUT", *goal_words(self.goal)),
+            words=(base.source.title, adapter.source.title, "OUT", *goal_words(self.goal, self.options["ranks"])),
             bases=(base,),
-            jobs=self.changes.jobs,
+            jobs=jobs,
             format=self.session.format,
             bytes_out=size,
-            terms={**terms, "exact": self.exact, "single": self.session.single},
+            terms={**terms, "exact": self.options["exact_svd"], "single": self.session.single},
+            goal=self.goal,
+            one_rank=one_rank,
             like=adapter,
             dtype=self.session.selection.dtype,
         )
@@ -146,7 +156,7 @@ class _ToLora(Fitter):
         return partial(
             compress,
             goal=self.goal,
-            exact=self.exact,
+            exact=self.options["exact_svd"],
             single=self.session.single,
             dtype=self.session.selection.dtype,
             biases=self.changes.biases,
@@ -200,4 +210,8 @@ class _ToLora(Fitter):
         for job in self.changes.kept:
             if (rank := _factors(job).rank) > self.goal.get("rank", rank):
                 warn(f"{job.name} stays at rank {rank}: PEFT has one rank for several weights")
+        others = [job.change.update for job in self.changes.kept]
+        others += [change.update for change in self.changes.unmatched]
+        if doubt := doubt_ranks(facts, [low_rank(each) for each in others if isinstance(each, LowRank | Decomposed)]):
+            warn(doubt)
         return {"output_error": error_of(facts, "output_lost", "output"), "merging_is_better": better}

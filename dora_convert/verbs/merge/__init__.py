@@ -167,7 +167,12 @@ def _plan(request: MergeRequest, out: str, mode: Mode, weights: Path | None = No
     )
     for doubt in doubts(checkpoint, adapters):
         settings.warn(doubt)
-    return make_plan(checkpoint, adapters, strengths, request.selection)
+    plan = make_plan(checkpoint, adapters, strengths, request.selection)
+    if request.selection.legacy_config and plan.config is None:
+        settings.warn(
+            "--legacy-config changes nothing: config.json has no rope_parameters, or the older fields already"
+        )
+    return plan
 
 
 def _mode(request: MergeRequest) -> Mode:
