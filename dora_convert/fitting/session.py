@@ -19,12 +19,13 @@ from ..hub.target import PushTarget
 from ..lazy_imports import without_collections
 from ..options import FittingOptions
 from ..output.folder import OutputFolder
+from ..output.lineage import doubts
 from ..plan.options import Options, parse_options
 from ..plan.plan import Plan
 from ..plan.planner import make_plan
 from ..reports.fitting import MadeDryRun, MadeReport
 from ..settings import MAX_MEMORY, Settings
-from ..sources.inputs import doubts, open_inputs
+from ..sources.inputs import open_inputs
 from ..sources.prefetch import reading
 from ..sources.session import Session, open_session
 from ..storage.refs import PathLike

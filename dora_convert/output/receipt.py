@@ -61,6 +61,13 @@ class MergedAdapter(MergedSource, frozen=True, kw_only=True):
     files: dict[str, str]
     """The xxh3-128 of each file."""
 
+    def is_in(self, folder: Path) -> bool:
+        """Return True if a folder holds the adapter's files with the receipt's hashes."""
+        return bool(self.files) and all(
+            is_plain(name) and (folder / name).is_file() and xxh3(folder / name) == digest
+            for name, digest in self.files.items()
+        )
+
 
 class RecordedOptions(Struct, frozen=True, kw_only=True):
     """The options of a merge, as far as they decide what was done to which tensor."""
@@ -172,20 +179,12 @@ class Receipt(Struct, frozen=True, kw_only=True, omit_defaults=True):
     def is_of(self, adapters: Sequence[Path]) -> bool:
         """Return True if a merge of the adapters in these folders left the receipt."""
         pairs = zip(self.adapters, adapters, strict=False)
-        same = len(self.adapters) == len(adapters) and all(_is_same(merged, path) for merged, path in pairs)
+        same = len(self.adapters) == len(adapters) and all(merged.is_in(path) for merged, path in pairs)
         return self.verb == "merge" and same
 
     def to_bytes(self) -> bytes:
         """Return the receipt as it is written."""
         return (json.dumps(msgspec.to_builtins(self), indent=1, ensure_ascii=False) + "\n").encode()
-
-
-def _is_same(merged: MergedAdapter, folder: Path) -> bool:
-    """Return True if a folder holds an adapter's files with the receipt's hashes."""
-    return bool(merged.files) and all(
-        is_plain(name) and (folder / name).is_file() and xxh3(folder / name) == digest
-        for name, digest in merged.files.items()
-    )
 
 
 def read_receipt(record: Path) -> Receipt | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -173,19 +173,7 @@ def _base_of(adapter: Adapter, ref: str, out: str, verb: str) -> tuple[str, str 
     return name, adapter.revision
 
 
-def doubts(base: Checkpoint, adapters: Sequence[Adapter]) -> Iterator[str]:
-    """Yield warnings that need no tensor: another base than the adapter names, and unused files."""
-    for adapter in adapters:
-        if adapter.base and not _same_model(adapter.base, base):
-            name = base.source.repo or base.source.name
-            yield f"{adapter.source.name} was trained on {adapter.base}; BASE is {name}"
-    yield from base.notes
-    if base.left_behind:
-        names = ", ".join(base.left_behind[:5]) + (" …" if len(base.left_behind) > 5 else "")
-        yield f"not copied, stale beside merged weights: {names}"
-
-
-def _same_model(name: str, base: Checkpoint) -> bool:
+def is_same_model(name: str, base: Checkpoint) -> bool:
     """Return True if an adapter's name for its base can mean this base."""
     if base.source.repo:
         return name.lower() == base.source.repo.lower()

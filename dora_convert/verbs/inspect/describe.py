@@ -12,12 +12,13 @@ from ...adapters.adapter import Adapter, Change
 from ...adapters.updates import Decomposed, Delta, Full, LowRank, Rows, low_rank, tensors_of
 from ...errors import DoraConvertError, Fault, PlanError, RefError, UnsupportedError, UsageError
 from ...formats.detect import adapters_inside, detect, is_adapter_file, model_weights
+from ...output.lineage import doubts
 from ...plan.builder import describe
 from ...plan.options import Options
 from ...plan.plan import Plan
 from ...plan.planner import make_plan
 from ...reports.inspect import AdapterReport, CheckpointReport, Landing, Module
-from ...sources.inputs import doubts, open_base, read_adapter, read_or_refuse
+from ...sources.inputs import open_base, read_adapter, read_or_refuse
 from ...sources.remote_headers import RefListing, look
 from ...sources.session import Session
 from ...storage.checkpoint import Checkpoint

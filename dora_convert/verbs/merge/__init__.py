@@ -15,12 +15,13 @@ from ...errors import UsageError
 from ...lazy_imports import require_extra, without_collections
 from ...options import MergeOptions, takes
 from ...output.folder import OutputFolder
+from ...output.lineage import doubts
 from ...plan.options import Options, parse_options, parse_weights
 from ...plan.plan import Plan
 from ...plan.planner import make_plan
 from ...reports.merge import DryRunReport, MergeReport
 from ...settings import Settings
-from ...sources.inputs import Mode, doubts, open_inputs
+from ...sources.inputs import Mode, open_inputs
 from ...sources.session import Session, open_session
 from ...storage.refs import PathLike, listed
 
