@@ -243,7 +243,7 @@ def test_copied_tensors_that_are_not_what_the_receipt_says(hub, push, made, tmp_
 def test_adapters(hub, push, tmp_path):
     """An adapter goes up without what training left beside it; its card says whose adapter it is, never by a path."""
     base = make_base(tmp_path / "base")
-    adapter = make_adapter(tmp_path / "adapter", base, dora=True, base_model_name_or_path=str(base.path))
+    adapter = make_adapter(tmp_path / "adapter", base, dora=True)
     (adapter / "optimizer.pt").write_bytes(b"x")
     (adapter / "checkpoint-10").mkdir()
     (adapter / "checkpoint-10/adapter_model.safetensors").write_bytes(b"x")

@@ -5,11 +5,11 @@ Only complete folders are accepted: a checkpoint with all its shards, or an adap
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 from ..adapters.adapter import Adapter
 from ..errors import Fault, MalformedError, RefError, VerificationError
@@ -56,6 +56,7 @@ def read_folder(folder: str) -> FolderContents:
     adapter, tensors, weights = _read_model(source)
     files = [name for name in list_files(path) if not _is_hidden(name)]
     names = [name for name in files if name in weights or _is_beside(name, adapter)]
+    _refuse_links(path, names)
     return FolderContents(
         source=source,
         adapter=adapter,
@@ -75,6 +76,24 @@ def _read_model(source: Source) -> tuple[Adapter | None, Mapping[str, StoredTens
     if adapter.faults:
         raise MalformedError(f"The adapter {source.name} contradicts itself.", faults=adapter.faults)
     return adapter, adapter.tensors, set()
+
+
+def _refuse_links(folder: Path, names: Sequence[str]) -> None:
+    """Refuse links that lead out of the folder; the Hub's cache links a repo's files to its own `blobs`."""
+    root = folder.resolve()
+    inside = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
+    targets = {name: (folder / name).resolve() for name in names}
+    faults = [
+        Fault(name, f"is a link to {target}")
+        for name, target in targets.items()
+        if not any(target.is_relative_to(known) for known in inside)
+    ]
+    if faults:
+        raise RefError(
+            f"{folder} holds links to files outside it; push uploads no such link.",
+            faults=faults,
+            hint="put the file itself in the place of each link",
+        )
 
 
 def _is_hidden(name: str) -> bool:
