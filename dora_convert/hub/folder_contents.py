@@ -19,7 +19,7 @@ from ..output.receipt import Receipt, read_receipt
 from ..sources.inputs import read_or_refuse
 from ..storage.checkpoint import open_checkpoint
 from ..storage.filenames import JOURNAL, RECEIPT, RECORD, is_weight_file, list_files
-from ..storage.reader import Reader
+from ..storage.reader import Reader, sha256
 from ..storage.refs import Source, local_path, local_source
 from ..storage.safetensors import StoredTensor
 
@@ -106,6 +106,18 @@ def _is_beside(name: str, adapter: Adapter | None) -> bool:
     if name.startswith(f"{RECORD}/") or (adapter and is_adapter_file(name)):
         return True
     return not (is_weight_file(name) or (adapter and name.startswith("checkpoint-")))
+
+
+def edited_files(contents: FolderContents) -> list[str]:
+    """Return the files beside the weights that a merge copied from its base, and that differ by now."""
+    if not (receipt := contents.receipt):
+        return []
+    copied = {name: proof for name, proof in receipt.base_files.items() if receipt.side_files.get(name) == "copied"}
+    return [
+        name
+        for name, proof in copied.items()
+        if proof and (name not in contents.sizes or proof != sha256(contents.source.path / name))
+    ]
 
 
 def check_receipt(contents: FolderContents) -> int:

@@ -21,7 +21,7 @@ from ..sources.hub_client import with_retries, without_bars
 from ..storage.json_files import read_config
 from ..storage.refs import parse_ref
 from .commit import commit_folder
-from .folder_contents import FolderContents, check_receipt, read_folder
+from .folder_contents import FolderContents, check_receipt, edited_files, read_folder
 from .local_paths import Outgoing
 from .target import PushTarget
 from .upload import Upload
@@ -42,7 +42,11 @@ def push_folder(
     if left := contents.left_behind:
         notify(f"not uploaded, no part of the model: {', '.join(left[:5])}{' …' if len(left) > 5 else ''}")
     if checked := check_receipt(contents):
-        notify(f"{checked} tensors match the receipt")
+        unknown = len(contents.tensors) - checked
+        others = f"; it has no hash of {unknown} others" if unknown else ""
+        notify(f"{checked} tensors match the receipt{others}")
+    if names := edited_files(contents):
+        notify(f"edited since the merge, so that unmerge refuses what is uploaded: {', '.join(names)}")
     outgoing = _outgoing(contents, base_model, notify)
     if dry_run:
         edited = {card.NAME: _new_card(contents, target, base_model), **outgoing.files}
