@@ -14,6 +14,7 @@ from typing_extensions import Self
 
 from ..adapters.new_adapter import NewAdapter
 from ..formats.detect import Format, find_format
+from ..hub.local_paths import refuse_path
 from ..hub.push import push_output
 from ..hub.target import PushTarget
 from ..lazy_imports import without_collections
@@ -131,6 +132,8 @@ class FittingSession:
             verb=verb,
         )
         self.folder.refuse_inside([checkpoint.source.path, adapters[0].source.path])
+        if self.target:
+            refuse_path(adapters[0], self.base_model or checkpoint.source.repo)
         for doubt in doubts(checkpoint, adapters):
             self.settings.warn(doubt)
         return make_plan(checkpoint, adapters, (1.0,), replace(self.selection, dtype=None))

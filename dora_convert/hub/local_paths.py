@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import Fault, MalformedError, RefError
+from ..adapters.adapter import Adapter
+from ..errors import Fault, MalformedError, RefError, UsageError
 from ..output import card
 from ..storage.filenames import RECEIPT, RECORD
 from ..storage.json_files import read_json
@@ -89,8 +90,7 @@ class Outgoing:
         """Add a README, with the base's repo id; a base that somebody wrote into the README is kept."""
         self.files[card.NAME] = readme
         fields = card.front_matter(readme)
-        named = fields.get("base_model") or []
-        bases = [named] if isinstance(named, str) else [name for name in named if isinstance(name, str)]
+        bases = _bases(fields)
         paths = [name for name in (*bases, *_tagged(fields)) if is_local(name)]
         if paths and not self._base:
             self._faults.append(Fault(card.NAME, f"base_model is {paths[0]}"))
@@ -112,6 +112,27 @@ class Outgoing:
                 faults=tuple(self._faults),
                 hint="--base-model org/name replaces it in what is uploaded",
             )
+
+
+def base_of(readme: bytes) -> str | None:
+    """Return the repo that a README names as its only base."""
+    bases = _bases(card.front_matter(readme))
+    return bases[0] if len(bases) == 1 and not is_local(bases[0]) else None
+
+
+def refuse_path(adapter: Adapter, base: str | None) -> None:
+    """Refuse an adapter that cannot be uploaded because it names a path as its base, and no repo is known."""
+    if not base and is_local(adapter.base):
+        raise UsageError(
+            f"{adapter.source.name} names {adapter.base}, a path of this machine, as its base: it cannot be uploaded.",
+            hint="--base-model org/name replaces the path",
+        )
+
+
+def _bases(fields: Mapping[str, Any]) -> list[str]:
+    """Return the bases that a card names, by repo or path."""
+    named = fields.get("base_model") or []
+    return [name for name in ([named] if isinstance(named, str) else named) if isinstance(name, str)]
 
 
 def _tagged(fields: Mapping[str, Any]) -> Iterator[str]:

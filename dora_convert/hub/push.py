@@ -12,7 +12,7 @@ import xxhash
 from filelock import FileLock, Timeout
 
 from .. import __version__
-from ..errors import HubError, RefError
+from ..errors import HubError
 from ..formats.detect import find_format
 from ..output import card
 from ..reports.push import Pushed, PushedFile, PushReport
@@ -22,7 +22,7 @@ from ..storage.json_files import read_config
 from ..storage.refs import parse_ref
 from .commit import commit_folder
 from .folder_contents import FolderContents, check_receipt, edited_files, read_folder
-from .local_paths import Outgoing
+from .local_paths import Outgoing, base_of
 from .target import PushTarget
 from .upload import Upload
 
@@ -68,11 +68,12 @@ def push_folder(
 def _outgoing(contents: FolderContents, base_model: str | None, notify: Callable[[str], None]) -> Outgoing:
     """Return the files that are uploaded with other bytes; refuse paths of this machine that nothing replaces."""
     folder, receipt = contents.source.path, contents.receipt
-    base = base_model or (receipt.base.repo if receipt else None)
+    readme = (folder / card.NAME).read_bytes() if card.NAME in contents.sizes else b""
+    base = base_model or (receipt.base.repo if receipt else None) or base_of(readme)
     outgoing = Outgoing(folder, base, given=base_model is not None, notify=notify)
     outgoing.add_configs(contents.sizes)
     if card.NAME in contents.sizes:
-        outgoing.add_card((folder / card.NAME).read_bytes(), "adapter" if contents.adapter else "finetune")
+        outgoing.add_card(readme, "adapter" if contents.adapter else "finetune")
     outgoing.refuse_paths()
     return outgoing
 
@@ -168,7 +169,7 @@ def _is_on_hub(name: str | None, token: str | None) -> bool:
 def push_output(out: str, target: PushTarget | None, settings: Settings) -> PushReport | None:
     """Push the published output of a verb, if a target is given.
 
-    Raises HubError or RefError with the `push` command in its hint: OUT is complete in any case.
+    Raises HubError with the `push` command as its hint: OUT is complete whatever the Hub answers.
     """
     if target is None:
         return None
@@ -176,7 +177,4 @@ def push_output(out: str, target: PushTarget | None, settings: Settings) -> Push
         return push_folder(out, target, base_model=settings.base_model, on_notice=settings.on_notice)
     except HubError as error:
         error.hint = f"{out} is complete; to resume: dora-convert push {shlex.quote(out)} {target.repo}"
-        raise
-    except RefError as error:  # a path of this machine, which only the caller can replace
-        error.hint = f"{out} is complete; dora-convert push {shlex.quote(out)} {target.repo} --base-model org/name"
         raise
