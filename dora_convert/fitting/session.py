@@ -26,7 +26,7 @@ from ..plan.plan import Plan
 from ..plan.planner import make_plan
 from ..reports.fitting import MadeDryRun, MadeReport
 from ..settings import MAX_MEMORY, Settings
-from ..sources.inputs import open_inputs
+from ..sources.inputs import open_inputs, unused
 from ..sources.prefetch import reading
 from ..sources.session import Session, open_session
 from ..storage.refs import PathLike
@@ -134,7 +134,7 @@ class FittingSession:
         self.folder.refuse_inside([checkpoint.source.path, adapters[0].source.path])
         if self.target:
             refuse_path(adapters[0], self.base_model or checkpoint.source.repo)
-        for doubt in doubts(checkpoint, adapters):
+        for doubt in (*doubts(checkpoint, adapters), *unused(checkpoint)):
             self.settings.warn(doubt)
         return make_plan(checkpoint, adapters, (1.0,), replace(self.selection, dtype=None))
 

@@ -19,7 +19,9 @@ from ..storage.json_files import read_json
 
 BASE = "base_model_name_or_path"
 """The field of an adapter's config that loaders need."""
-FIELDS = (BASE, "_name_or_path", "name_or_path", "tokenizer_file")
+FILES = ("tokenizer_file", "best_model_checkpoint")
+"""Fields of configs that hold a path for which no repo can stand."""
+FIELDS = (BASE, "_name_or_path", "name_or_path", *FILES)
 """Fields of configs that hold the name or path that something was loaded from."""
 _LOCAL = re.compile(r"(?i)/|~|\.{1,2}([/\\]|$)|[a-z]:[/\\]|\\\\|file:")
 _TAG = re.compile(r"base_model:(?:(?:adapter|finetune|merge|quantized):)?")
@@ -44,7 +46,7 @@ class Outgoing:
     def add_configs(self, names: Iterable[str]) -> None:
         """Replace paths in the configs among some files of the folder; a receipt follows the replaced files."""
         for name in names:
-            if name.endswith("config.json") and not name.startswith(f"{RECORD}/"):
+            if name.endswith(("config.json", "trainer_state.json")) and not name.startswith(f"{RECORD}/"):
                 self._add_config(name)
         receipt = self._folder / RECORD / RECEIPT
         if self.files and receipt.is_file():
@@ -77,7 +79,7 @@ class Outgoing:
         """Return the name to upload instead of a field's value; None to leave the field out."""
         if not (is_local(old) or (self._given and key == BASE and old and "/" not in str(old))):
             return old
-        if key == "tokenizer_file" or (key != BASE and not self._base):
+        if key in FILES or (key != BASE and not self._base):
             self._notify(f"{file} goes up without {key}, a path of this machine: {old}")
             return None
         if not self._base:

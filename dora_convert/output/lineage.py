@@ -8,7 +8,7 @@ from pathlib import Path
 from ..adapters.adapter import Adapter
 from ..adapters.updates import Decomposed, Full, LowRank
 from ..errors import DoraConvertError
-from ..sources.inputs import is_same_model
+from ..sources.inputs import strangers
 from ..storage.checkpoint import Checkpoint
 from ..storage.filenames import RECORD
 from ..storage.refs import Source, local_path
@@ -17,27 +17,19 @@ from .side_files import PREVIOUS
 
 
 def doubts(base: Checkpoint, adapters: Sequence[Adapter]) -> Iterator[str]:
-    """Yield warnings that need no tensor: chains, another base than an adapter names, and unused files."""
+    """Yield warnings about adapters that name another base than BASE: chains, and bases that no receipt explains."""
     yield from chains(base, adapters)
     merged = _receipts(base.root)
-    for adapter in adapters:
-        if not adapter.base or is_same_model(adapter.base, base) or _is_result(adapter, merged):
-            continue
-        if not any(_is_trained_on(adapter, first) for first in adapters):
+    for adapter in strangers(base, adapters):
+        if not (_is_result(adapter, merged) or any(_is_trained_on(adapter, first) for first in adapters)):
             name = base.source.repo or base.source.name
             yield f"{adapter.source.name} was trained on {adapter.base}; BASE is {name}"
-    yield from base.notes
-    if base.left_behind:
-        names = ", ".join(base.left_behind[:5]) + (" …" if len(base.left_behind) > 5 else "")
-        yield f"not copied, stale beside merged weights: {names}"
 
 
 def chains(base: Checkpoint, adapters: Sequence[Adapter]) -> Iterator[str]:
     """Yield a warning for each adapter that was trained on the merge of another, if their sum differs from that."""
     for first in adapters:
-        for later in adapters:
-            if later.base and is_same_model(later.base, base):
-                continue
+        for later in strangers(base, adapters):
             if _is_trained_on(later, first) and _reads_base(later, first):
                 one, two = first.source.name, later.source.name
                 yield (

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -173,7 +173,20 @@ def _base_of(adapter: Adapter, ref: str, out: str, verb: str) -> tuple[str, str 
     return name, adapter.revision
 
 
-def is_same_model(name: str, base: Checkpoint) -> bool:
+def unused(base: Checkpoint) -> Iterator[str]:
+    """Yield warnings about files of a base that take no part."""
+    yield from base.notes
+    if base.left_behind:
+        names = ", ".join(base.left_behind[:5]) + (" …" if len(base.left_behind) > 5 else "")
+        yield f"not copied, stale beside merged weights: {names}"
+
+
+def strangers(base: Checkpoint, adapters: Sequence[Adapter]) -> list[Adapter]:
+    """Return the adapters that name another base than BASE."""
+    return [adapter for adapter in adapters if adapter.base and not _same_model(adapter.base, base)]
+
+
+def _same_model(name: str, base: Checkpoint) -> bool:
     """Return True if an adapter's name for its base can mean this base."""
     if base.source.repo:
         return name.lower() == base.source.repo.lower()

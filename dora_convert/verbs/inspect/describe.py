@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from ...adapters.adapter import Adapter, Change
@@ -128,7 +127,6 @@ def _landing(base: Checkpoint, adapter: Adapter, refusal: DoraConvertError | Non
     plan, error = (None, refusal) if refusal else _try_plan(base, adapter, Options())
     if error and not refusal:  # plan the tensors that do fit, if the rest only has no place
         plan, _ = _try_plan(base, adapter, Options(allow_unmatched=True))
-    other_base = doubts(replace(base, notes=(), left_behind=()), [adapter])
     return Landing(
         base=base.source.address,
         fits=error is None,
@@ -137,7 +135,7 @@ def _landing(base: Checkpoint, adapter: Adapter, refusal: DoraConvertError | Non
         faults=_faults(error.faults if error else ()),
         ledger=tuple(entry.to_dict() for entry in plan.ledger) if plan else (),
         tensors=plan.counts() if plan else {},
-        warnings=tuple(other_base),
+        warnings=tuple(doubts(base, [adapter])),
     )
 
 

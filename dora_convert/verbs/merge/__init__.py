@@ -15,13 +15,12 @@ from ...errors import UsageError
 from ...lazy_imports import require_extra, without_collections
 from ...options import MergeOptions, takes
 from ...output.folder import OutputFolder
-from ...output.lineage import doubts
 from ...plan.options import Options, parse_options, parse_weights
 from ...plan.plan import Plan
 from ...plan.planner import make_plan
 from ...reports.merge import DryRunReport, MergeReport
 from ...settings import Settings
-from ...sources.inputs import Mode, open_inputs
+from ...sources.inputs import Mode, open_inputs, strangers, unused
 from ...sources.session import Session, open_session
 from ...storage.refs import PathLike, listed
 
@@ -179,8 +178,13 @@ def _plan(request: MergeRequest, out: str, mode: Mode, weights: Path | None = No
         mode=mode,
         weights=weights,
     )
-    for doubt in doubts(checkpoint, adapters):
-        settings.warn(doubt)
+    if strangers(checkpoint, adapters):
+        from ...output.lineage import doubts
+
+        for doubt in doubts(checkpoint, adapters):
+            settings.warn(doubt)
+    for note in unused(checkpoint):
+        settings.warn(note)
     return make_plan(checkpoint, adapters, strengths, request.selection)
 
 
