@@ -18,14 +18,15 @@ from msgspec import UNSET, Struct, UnsetType
 
 from .. import __version__
 from ..adapters.adapter import Adapter
+from ..errors import Fault
 from ..plan.item import Item
 from ..plan.plan import Entry, Plan
 from ..plan.sharding import converted
 from ..storage.filenames import RECEIPT, is_inside, is_plain
 from ..storage.json_files import Count, Dtype, Real, checked, one_of, read_json
-from ..storage.reader import xxh3
+from ..storage.reader import Reader, xxh3
 from ..storage.refs import Source
-from ..storage.safetensors import CONFIG_DTYPES, is_possible
+from ..storage.safetensors import CONFIG_DTYPES, StoredTensor, is_possible
 from .finished import TensorResult, copied_name, kept_name
 from .side_files import SideFile
 
@@ -142,8 +143,10 @@ class Receipt(Struct, frozen=True, kw_only=True, omit_defaults=True):
     options: RecordedOptions
     tensors: dict[str, MergedTensor]
     copied: dict[str, str] = {}
-    """The xxh3-128 of tensors that no adapter touched, where a run has computed it."""
+    """The xxh3-128 of tensors that no adapter touched; older merges computed it with exact records only."""
     kept: dict[str, KeptTensor]
+    undo_record: dict[str, str] = {}
+    """The xxh3-128 of each tensor in undo.safetensors; older merges did not compute it."""
     layout: BaseLayout
     side_files: dict[str, str]
     base_files: dict[str, str | None]
@@ -181,6 +184,15 @@ class Receipt(Struct, frozen=True, kw_only=True, omit_defaults=True):
         pairs = zip(self.adapters, adapters, strict=False)
         same = len(self.adapters) == len(adapters) and all(merged.is_in(path) for merged, path in pairs)
         return self.verb == "merge" and same
+
+    def damaged(self, record: Mapping[str, StoredTensor], reader: Reader) -> list[Fault]:
+        """Return a fault for each tensor of an undo record that differs from what the merge wrote."""
+        found = {name: reader.digest(record[name]).fast for name in self.undo_record if name in record}
+        return [
+            Fault(name, "is not what was written" if name in found else "is missing")
+            for name, digest in self.undo_record.items()
+            if found.get(name) != digest
+        ]
 
     def to_bytes(self) -> bytes:
         """Return the receipt as it is written."""
