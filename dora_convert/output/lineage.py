@@ -23,7 +23,8 @@ def doubts(base: Checkpoint, adapters: Sequence[Adapter]) -> Iterator[str]:
     for adapter in strangers(base, adapters):
         if not (_is_result(adapter, merged) or any(_is_trained_on(adapter, first) for first in adapters)):
             name = base.source.repo or base.source.name
-            yield f"{adapter.source.name} was trained on {adapter.base}; BASE is {name}"
+            kind = f" ({', '.join(sorted(base.model_types))})" if base.model_types else ""
+            yield f"{adapter.source.name} was trained on {adapter.base}; BASE is {name}{kind}"
 
 
 def chains(base: Checkpoint, adapters: Sequence[Adapter]) -> Iterator[str]:

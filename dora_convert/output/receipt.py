@@ -17,7 +17,6 @@ import xxhash
 from msgspec import UNSET, Struct, UnsetType
 
 from .. import __version__
-from ..adapters.adapter import Adapter
 from ..errors import Fault
 from ..plan.item import Item
 from ..plan.plan import Entry, Plan
@@ -188,11 +187,8 @@ class Receipt(Struct, frozen=True, kw_only=True, omit_defaults=True):
     def damaged(self, record: Mapping[str, StoredTensor], reader: Reader) -> list[Fault]:
         """Return a fault for each tensor of an undo record that differs from what the merge wrote."""
         found = {name: reader.digest(record[name]).fast for name in self.undo_record if name in record}
-        return [
-            Fault(name, "is not what was written" if name in found else "is missing")
-            for name, digest in self.undo_record.items()
-            if found.get(name) != digest
-        ]
+        wrong = [name for name, digest in self.undo_record.items() if found.get(name) != digest]
+        return [Fault(name, "is not what was written" if name in found else "is missing") for name in wrong]
 
     def to_bytes(self) -> bytes:
         """Return the receipt as it is written."""
@@ -226,12 +222,18 @@ def new_receipt(
     """
     options = plan.options
     copied = {item.name: results[key].written_hash for item in plan.items if (key := copied_name(item)) in results}
+    kept = {tensor.name: results[kept_name(tensor)] for tensor in plan.lost}
     return Receipt(
         schema=SCHEMA,
         verb="merge",
         versions={"dora_convert": __version__, "torch": computed["torch"].partition("+")[0]},
         base=MergedBase(**_source(plan.base.source), hash=_base_hash(plan, results)),
-        adapters=tuple(map(_adapter, plan.adapters, plan.weights, hashes)),
+        adapters=tuple(
+            MergedAdapter(
+                **_source(adapter.source), format=adapter.format, kind=adapter.kind, weight=weight, files=dict(files)
+            )
+            for adapter, weight, files in zip(plan.adapters, plan.weights, hashes, strict=True)
+        ),
         options=RecordedOptions(
             device=computed["device"],
             compute_dtype=computed["compute_dtype"],
@@ -243,17 +245,12 @@ def new_receipt(
         ),
         tensors={item.name: _tensor(item, results) for item in plan.items if item.noted},
         copied=copied,
-        kept={tensor.name: _kept(results[kept_name(tensor)]) for tensor in plan.lost},
+        kept={name: KeptTensor(result.base_hash, result.proof) for name, result in kept.items()},
         layout=_layout(plan),
         side_files={file.name: file.fate for file in files},
         base_files=dict(base_files),
         ledger=plan.ledger,
     )
-
-
-def _adapter(adapter: Adapter, weight: float, files: Mapping[str, str]) -> MergedAdapter:
-    about: dict[str, Any] = {"format": adapter.format, "kind": adapter.kind, "weight": weight}
-    return MergedAdapter(**_source(adapter.source), **about, files=dict(files))
 
 
 def _source(source: Source) -> dict[str, Any]:
@@ -277,10 +274,6 @@ def _tensor(item: Item, results: Mapping[str, TensorResult]) -> MergedTensor:
     undo = tuple(part.name for part in result.parts)
     hashes = {"base": result.base_hash, "written": result.written_hash, "base_sha256": result.proof}
     return MergedTensor(item.fate, of, undo=undo, **hashes)
-
-
-def _kept(result: TensorResult) -> KeptTensor:
-    return KeptTensor(result.base_hash, result.proof)
 
 
 def _layout(plan: Plan) -> BaseLayout:
