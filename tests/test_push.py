@@ -243,7 +243,7 @@ def test_copied_tensors_that_are_not_what_the_receipt_says(hub, push, made, tmp_
 def test_adapters(hub, push, tmp_path):
     """An adapter goes up without what training left beside it; its card says whose adapter it is, never by a path."""
     base = make_base(tmp_path / "base")
-    adapter = make_adapter(tmp_path / "adapter", base, dora=True, base_model_name_or_path=str(base.path))
+    adapter = make_adapter(tmp_path / "adapter", base, dora=True)
     (adapter / "optimizer.pt").write_bytes(b"x")
     (adapter / "checkpoint-10").mkdir()
     (adapter / "checkpoint-10/adapter_model.safetensors").write_bytes(b"x")
@@ -260,6 +260,32 @@ def test_adapters(hub, push, tmp_path):
     card = ModelCard(contents(hub.repos["me/adapter"])["README.md"].decode())
     assert (card.data.base_model, card.data.base_model_relation) == ("org/base", "adapter")
     assert card.data.tags == ["dora", "dora-convert"]
+
+
+def test_a_model_without_its_paths_can_be_unmerged(hub, push, tmp_path):
+    """A path in config.json is left out of what goes up; the receipt that goes up vouches for no other config.json."""
+    base = make_base(tmp_path / "base")
+    edit_json(base.path / "config.json", _name_or_path="/home/me/base")
+    adapter = make_adapter(tmp_path / "adapter", base, dora=True)
+    dora_convert.merge(base.path, adapter, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    done = push(tmp_path / "out", "me/out")
+    assert done.returncode == 0, done.stderr
+    assert "config.json goes up without _name_or_path" in done.stderr
+    assert contents(tmp_path / "out") == before
+    dora_convert.unmerge(hub.repos["me/out"], adapter, tmp_path / "back")
+    config = json.loads((base.path / "config.json").read_text())
+    del config["_name_or_path"]
+    assert json.loads((tmp_path / "back/config.json").read_text()) == config
+
+
+def test_files_edited_since_the_merge(hub, push, merged):
+    """They go up, and it is said that unmerge will not take them."""
+    edit_json(merged / "config.json", extra=1)
+    done = push(merged, "me/merged", "--dry-run")
+    assert done.returncode == 0
+    assert "edited since the merge" in done.stderr
+    assert "config.json" in done.stderr
 
 
 def test_base_that_an_adapter_names(hub, push, tmp_path):

@@ -11,7 +11,7 @@ import dora_convert
 
 from .hubserver import run
 from .test_push import SHARDS, commits, hub, killed, made, merge  # noqa: F401 - fixtures
-from .toy import Base, contents, make_adapter, make_base
+from .toy import Base, contents, edit_json, make_adapter, make_base
 
 
 def test_merge_to_the_hub(hub, merge, made, tmp_path):
@@ -212,3 +212,33 @@ def test_adapters_that_are_made_go_up(hub, made, tmp_path, words):
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["pushed"]["repo"] == "me/made"
     assert contents(hub.repos["me/made"]) == contents(tmp_path / "out")
+
+
+@pytest.mark.parametrize("options", [(), ("--no-local",)])
+def test_paths_in_a_streamed_upload(hub, tmp_path, options):
+    """A path in the base's config stays in OUT, and is left out of what goes up; the upload says so."""
+    base = make_base(tmp_path / "base", shards=2)
+    edit_json(base.path / "config.json", _name_or_path="/home/me/base")
+    adapter = make_adapter(tmp_path / "adapter", base, dora=True)
+    out = () if options else (tmp_path / "out",)
+    done = run(hub, tmp_path / "home", "merge", base.path, adapter, *out, "--push-to-hub", "me/m", *options)
+    assert done.returncode == 0, done.stderr
+    assert "config.json goes up without _name_or_path" in done.stderr
+    assert not [name for name, data in contents(hub.repos["me/m"]).items() if b"/home/me" in data]
+    if out:
+        assert (tmp_path / "out/config.json").read_bytes() == (base.path / "config.json").read_bytes()
+
+
+def test_an_adapter_that_cannot_be_uploaded(hub, tmp_path):
+    """It is refused before anything is computed; with the base's repo id it goes up."""
+    base = make_base(tmp_path / "base")
+    lora = make_adapter(tmp_path / "lora", base, dora=False, base_model_name_or_path="/home/me/base")
+    words = ["from-lora", base.path, lora, tmp_path / "out", "--push-to-hub", "me/dora"]
+    done = run(hub, tmp_path / "home", *words)
+    assert done.returncode == 2
+    assert "/home/me/base" in done.stderr
+    assert "--base-model" in done.stderr
+    assert not (tmp_path / "out").exists()
+    assert run(hub, tmp_path / "home", *words, "--base-model", "org/base").returncode == 0
+    there = contents(hub.repos["me/dora"])
+    assert json.loads(there["adapter_config.json"])["base_model_name_or_path"] == "org/base"

@@ -18,7 +18,6 @@ from ..storage.checkpoint import Checkpoint
 from ..storage.refs import Source
 from ..storage.safetensors import StoredTensor
 
-RANKS = ("one", "per-module")
 HELD = {"lora": 10, "dora": 16}
 """Copies of a module's matrix that are held at once, in the dtype of the arithmetic."""
 

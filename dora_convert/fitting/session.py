@@ -16,16 +16,18 @@ from typing_extensions import Self
 
 from ..adapters.new_adapter import NewAdapter
 from ..formats.detect import Format, find_format
+from ..hub.local_paths import refuse_path
 from ..hub.push import push_output
 from ..hub.target import PushTarget
 from ..options import FittingOptions
 from ..output.folder import OutputFolder
+from ..output.lineage import doubts
 from ..plan.options import Options, parse_options
 from ..plan.plan import Plan
 from ..plan.planner import make_plan
 from ..reports.fitting import FittedModule, MadeDryRun, MadeReport
 from ..settings import Settings, without_collections
-from ..sources.inputs import doubts, open_inputs
+from ..sources.inputs import open_inputs, unused
 from ..sources.prefetch import reading
 from ..sources.session import Session
 from ..storage.refs import PathLike
@@ -110,7 +112,9 @@ class FittingSession:
             verb=verb,
         )
         self.folder.refuse_inside([checkpoint.source.path, adapters[0].source.path])
-        for doubt in doubts(checkpoint, adapters):
+        if self.target:
+            refuse_path(adapters[0], self.settings.base_model or checkpoint.source.repo)
+        for doubt in (*doubts(checkpoint, adapters), *unused(checkpoint)):
             self.settings.warn(doubt)
         return make_plan(checkpoint, adapters, (1.0,), replace(self.selection, dtype=None))
 

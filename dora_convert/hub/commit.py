@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 from ..formats.detect import FORMATS
@@ -22,18 +22,22 @@ def commit_folder(
     readme: bytes,
     message: str,
     *,
+    edited: Mapping[str, bytes],
     on_sent: Callable[[int], None] = lambda _: None,
 ) -> Pushed:
     """Upload the large files that are not uploaded yet, commit everything, and delete stale weights from the repo.
 
-    `on_sent` is called with the size of each large file. A card that somebody has written or edited in the
+    `edited` holds the files that are uploaded with other bytes than the folder's. `on_sent` is called with
+    the size of each large file. A card that somebody has written or edited in the
     repo is never replaced by a card that nobody has edited.
     """
     small: dict[str, Path | bytes] = {}
     for name in names:
         path = folder / name
         size = path.stat().st_size
-        if size < LARGE and (not is_weight_file(name) or name.endswith(".json")):
+        if name in edited:
+            small[name] = edited[name]
+        elif size < LARGE and (not is_weight_file(name) or name.endswith(".json")):
             small[name] = path
         elif not upload.has(name):
             upload.send(name, path)

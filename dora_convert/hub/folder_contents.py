@@ -5,11 +5,11 @@ Only complete folders are accepted: a checkpoint with all its shards, or an adap
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 from ..adapters.adapter import Adapter
 from ..errors import Fault, MalformedError, RefError, VerificationError
@@ -18,10 +18,10 @@ from ..output.folder import LOCK
 from ..output.receipt import Receipt, read_receipt
 from ..sources.inputs import read_or_refuse
 from ..storage.checkpoint import open_checkpoint
-from ..storage.filenames import JOURNAL, RECEIPT, RECORD, is_weight_file, list_files
-from ..storage.reader import Reader
+from ..storage.filenames import JOURNAL, RECEIPT, RECORD, UNDO, is_weight_file, list_files
+from ..storage.reader import Reader, sha256
 from ..storage.refs import Source, local_path, local_source
-from ..storage.safetensors import StoredTensor
+from ..storage.safetensors import StoredTensor, read_header
 
 HASHERS = 2
 
@@ -56,6 +56,7 @@ def read_folder(folder: str) -> FolderContents:
     adapter, tensors, weights = _read_model(source)
     files = [name for name in list_files(path) if not _is_hidden(name)]
     names = [name for name in files if name in weights or _is_beside(name, adapter)]
+    _refuse_links(path, names)
     return FolderContents(
         source=source,
         adapter=adapter,
@@ -77,6 +78,24 @@ def _read_model(source: Source) -> tuple[Adapter | None, Mapping[str, StoredTens
     return adapter, adapter.tensors, set()
 
 
+def _refuse_links(folder: Path, names: Sequence[str]) -> None:
+    """Refuse links that lead out of the folder; the Hub's cache links a repo's files to its own `blobs`."""
+    root = folder.resolve()
+    inside = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
+    targets = {name: (folder / name).resolve() for name in names}
+    faults = [
+        Fault(name, f"is a link to {target}")
+        for name, target in targets.items()
+        if not any(target.is_relative_to(known) for known in inside)
+    ]
+    if faults:
+        raise RefError(
+            f"{folder} holds links to files outside it; push uploads no such link.",
+            faults=faults,
+            hint="put the file itself in the place of each link",
+        )
+
+
 def _is_hidden(name: str) -> bool:
     """Return True for files of git, of a cache or of an editor."""
     return any(part.startswith(".") or part == "__pycache__" for part in PurePosixPath(name).parts)
@@ -89,10 +108,22 @@ def _is_beside(name: str, adapter: Adapter | None) -> bool:
     return not (is_weight_file(name) or (adapter and name.startswith("checkpoint-")))
 
 
+def edited_files(contents: FolderContents) -> list[str]:
+    """Return the files beside the weights that a merge copied from its base, and that differ by now."""
+    if not (receipt := contents.receipt):
+        return []
+    copied = {name: proof for name, proof in receipt.base_files.items() if receipt.side_files.get(name) == "copied"}
+    return [
+        name
+        for name, proof in copied.items()
+        if proof and (name not in contents.sizes or proof != sha256(contents.source.path / name))
+    ]
+
+
 def check_receipt(contents: FolderContents) -> int:
     """Compare every tensor that the receipt has a hash of, and return the number of tensors compared.
 
-    Raises VerificationError with the names of all tensors that differ.
+    Raises VerificationError with the names of all tensors that differ, those of the undo record included.
     """
     written: dict[str, str] = {}
     if receipt := contents.receipt:
@@ -102,11 +133,15 @@ def check_receipt(contents: FolderContents) -> int:
         tensors = [contents.tensors[name] for name in written if name in contents.tensors]
         digests = pool.map(reader.digest, tensors)
         hashes = {tensor.name: digest.fast for tensor, digest in zip(tensors, digests, strict=True)}
+        record = contents.source.path / RECORD / UNDO
+        undo = read_header(record).tensors if record.is_file() else {}
+        damaged = receipt.damaged(undo, reader) if receipt else []
     faults = [
         Fault(name, "differs from what was written" if name in hashes else "is missing")
         for name, expected in written.items()
         if hashes.get(name) != expected
     ]
+    faults += [Fault(f"{UNDO}: {name}", why) for name, why in damaged]
     if faults:
         raise VerificationError(
             f"{contents.source.name} does not match its receipt: {len(faults)} tensors differ.",

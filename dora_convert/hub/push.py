@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import xxhash
@@ -21,7 +21,8 @@ from ..sources.hub_client import with_retries, without_bars
 from ..storage.json_files import read_config
 from ..storage.refs import parse_ref
 from .commit import commit_folder
-from .folder_contents import FolderContents, check_receipt, read_folder
+from .folder_contents import FolderContents, check_receipt, edited_files, read_folder
+from .local_paths import Outgoing, base_of
 from .target import PushTarget
 from .upload import Upload
 
@@ -41,14 +42,20 @@ def push_folder(
     if left := contents.left_behind:
         notify(f"not uploaded, no part of the model: {', '.join(left[:5])}{' …' if len(left) > 5 else ''}")
     if checked := check_receipt(contents):
-        notify(f"{checked} tensors match the receipt")
+        unknown = len(contents.tensors) - checked
+        others = f"; it has no hash of {unknown} others" if unknown else ""
+        notify(f"{checked} tensors match the receipt{others}")
+    if names := edited_files(contents):
+        notify(f"edited since the merge, so that unmerge refuses what is uploaded: {', '.join(names)}")
+    outgoing = _outgoing(contents, base_model, notify)
     if dry_run:
-        sizes = {card.NAME: len(_card(contents, target, base_model)), **contents.sizes}
+        edited = {card.NAME: _new_card(contents, target, base_model), **outgoing.files}
+        sizes = {**contents.sizes, **{name: len(data) for name, data in edited.items()}}
         files = tuple(PushedFile(name, size, "planned") for name, size in sorted(sizes.items()))
         total = sum(sizes.values())
         pushed = Pushed(repo=target.repo, url="", commit="", files=files, deleted=(), bytes_uploaded=total)
     else:
-        pushed = _upload(contents, Upload(target, notify), base_model, on_progress or (lambda *_: None))
+        pushed = _upload(contents, outgoing.files, Upload(target, notify), base_model, on_progress or (lambda *_: None))
     return PushReport(
         **vars(pushed),
         kind="adapter" if contents.adapter else "checkpoint",
@@ -58,8 +65,25 @@ def push_folder(
     )
 
 
+def _outgoing(contents: FolderContents, base_model: str | None, notify: Callable[[str], None]) -> Outgoing:
+    """Return the files that are uploaded with other bytes; refuse paths of this machine that nothing replaces."""
+    folder, receipt = contents.source.path, contents.receipt
+    readme = (folder / card.NAME).read_bytes() if card.NAME in contents.sizes else b""
+    base = base_model or (receipt.base.repo if receipt else None) or base_of(readme)
+    outgoing = Outgoing(folder, base, given=base_model is not None, notify=notify)
+    outgoing.add_configs(contents.sizes)
+    if card.NAME in contents.sizes:
+        outgoing.add_card(readme, "adapter" if contents.adapter else "finetune")
+    outgoing.refuse_paths()
+    return outgoing
+
+
 def _upload(
-    contents: FolderContents, upload: Upload, base_model: str | None, on_progress: Callable[[int, int], None]
+    contents: FolderContents,
+    edited: Mapping[str, bytes],
+    upload: Upload,
+    base_model: str | None,
+    on_progress: Callable[[int, int], None],
 ) -> Pushed:
     upload.open()
     if receipt := contents.receipt:
@@ -73,15 +97,13 @@ def _upload(
 
     message = f"Upload {contents.source.name} with dora-convert {__version__}"
     with contextlib.closing(upload), without_bars(), _push_journal(upload, folder):
-        readme = _card(contents, upload.target, base_model)
-        return commit_folder(upload, folder, list(contents.sizes), readme, message, on_sent=add)
+        readme = edited.get(card.NAME) or _new_card(contents, upload.target, base_model)
+        return commit_folder(upload, folder, list(contents.sizes), readme, message, edited=edited, on_sent=add)
 
 
-def _card(contents: FolderContents, target: PushTarget, base_model: str | None) -> bytes:
-    """Return the folder's README, or a new card if there is none."""
+def _new_card(contents: FolderContents, target: PushTarget, base_model: str | None) -> bytes:
+    """Return a card for a folder that has none."""
     source, receipt, adapter = contents.source, contents.receipt, contents.adapter
-    if card.NAME in contents.sizes:
-        return (source.path / card.NAME).read_bytes()
     config = read_config(source.path)
     kinds: tuple[str, ...] = ()
     about, base, library = f"{source.name}, a checkpoint.", None, "transformers" if config else None

@@ -19,6 +19,7 @@ from ..storage.checkpoint import Checkpoint
 from ..storage.filenames import INCOMING, JOURNAL, RECORD, SPOOL, UPLOADS, list_files
 from ..storage.reader import Reader
 from .commit import commit_folder
+from .local_paths import Outgoing
 from .target import PushTarget
 from .upload import Upload
 from .upload_journal import refused_copies
@@ -77,7 +78,9 @@ class HubStreaming:
         if not self._upload:
             return None
         names = [name for name in list_files(self._folder) if name not in NOT_OF_OUT]
-        return commit_folder(self._upload, self._folder, names, readme, message)
+        outgoing = Outgoing(self._folder, None, given=False, notify=self._upload.notify)
+        outgoing.add_configs(names)
+        return commit_folder(self._upload, self._folder, names, readme, message, edited=outgoing.files)
 
     def close(self) -> None:
         """Stop downloads and uploads; the journal of the uploads stays for the next run."""

@@ -33,7 +33,7 @@ class Upload:
     """The files that one run uploads, until they are committed together."""
 
     def __init__(self, target: PushTarget, notify: Callable[[str], None]) -> None:
-        self.target, self._notify = target, notify
+        self.target, self.notify = target, notify
         self.repo = target.repo
         self.repo_files: Mapping[str, Any] = {}
         """The repo's files by path, as huggingface_hub lists them."""
@@ -97,7 +97,7 @@ class Upload:
     def copy_from(self, repo: str | None, commit: str | None) -> None:
         """Name a repo of this Hub, at a commit, that may hold some of the large files already."""
         if repo and commit and repo != self.repo:
-            self._copies = CopySource(self._api, repo, commit, self._notify)
+            self._copies = CopySource(self._api, repo, commit, self.notify)
 
     def has(self, name: str) -> bool:
         """Return True if a file was uploaded, copied or skipped in this run."""
@@ -115,7 +115,7 @@ class Upload:
         if self._is_unchanged(name, path):
             self._files[name] = PushedFile(name, size, "unchanged")
         elif self._copies and self._journal.may_copy(name) and (sha256 := self._copies.copy(path, self.repo)):
-            self._notify(f"copied on the Hub: {name}")
+            self.notify(f"copied on the Hub: {name}")
             self._operations[name] = self._enter(name, path, sha256)
             self._files[name] = PushedFile(name, size, "copied")
         else:
@@ -135,7 +135,7 @@ class Upload:
         from huggingface_hub import CommitOperationAdd
 
         operation = CommitOperationAdd(name, path)
-        self._notify(f"uploading {name}")
+        self.notify(f"uploading {name}")
         with writing_errors(self.repo):
             with_retries(lambda: self._api.preupload_lfs_files(self.repo, [operation], create_pr=self.target.create_pr))
         if operation.path_or_fileobj == b"":  # preupload_lfs_files empties what it has uploaded

@@ -67,7 +67,11 @@ def render(facts: Facts) -> bytes:
         "tags": [*tags, "dora-convert"],
     }
     data = ModelCardData(**fields)
-    text = f"---\n{data.to_yaml(line_break=chr(10))}\n---\n\n" + "\n".join(_body(facts)) + "\n"
+    return _marked(f"---\n{data.to_yaml(line_break=chr(10))}\n---\n\n" + "\n".join(_body(facts)) + "\n")
+
+
+def _marked(text: str) -> bytes:
+    """Return a card with the hash of its text."""
     digest = xxhash.xxh3_128_hexdigest(text.encode())
     return f"{text}<!-- dora-convert card {digest} -->\n".encode()
 
@@ -102,17 +106,36 @@ def is_unedited(card: bytes) -> bool:
 
 def metadata_of(readme: Path) -> dict[str, Any]:
     """Return the front matter of a README; empty if there is none, or none that can be read."""
+    try:
+        return front_matter(readme.read_bytes())
+    except OSError:
+        return {}
+
+
+def front_matter(readme: bytes) -> dict[str, Any]:
+    """Return the front matter of a README's text, as `metadata_of` does."""
     from huggingface_hub import ModelCard
 
     try:
-        text = readme.read_text(encoding="utf-8")
-        if not text.startswith("---"):
+        if not readme.startswith(b"---"):
             return {}
-        data = ModelCard(text, ignore_metadata_errors=True).data
+        data = ModelCard(readme.decode(), ignore_metadata_errors=True).data
         metadata: dict[str, Any] = data.to_dict()  # type: ignore[no-untyped-call]
     except Exception:  # noqa: BLE001 - YAML of any content: the new card does without
         return {}
     return metadata
+
+
+def with_base(readme: bytes, base_model: str, relation: str | None, tags: Sequence[object]) -> bytes:
+    """Return a README with another base and other tags; a card of `render` stays one that nobody has edited."""
+    from huggingface_hub import ModelCard
+
+    unedited = is_unedited(readme)
+    edited = ModelCard(_MARK.sub(b"", readme).decode(), ignore_metadata_errors=True)
+    edited.data["base_model"], edited.data["tags"] = base_model, list(tags) or None
+    if relation:
+        edited.data["base_model_relation"] = relation
+    return _marked(str(edited)) if unedited else str(edited).encode()
 
 
 def inherited(metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,14 +17,15 @@ import xxhash
 from msgspec import UNSET, Struct, UnsetType
 
 from .. import __version__
+from ..errors import Fault
 from ..plan.item import Item
 from ..plan.plan import Entry, Plan
 from ..plan.sharding import converted
 from ..storage.filenames import RECEIPT, is_inside, is_plain
 from ..storage.json_files import Count, Dtype, Real, checked, one_of, read_json
-from ..storage.reader import xxh3
+from ..storage.reader import Reader, xxh3
 from ..storage.refs import Source
-from ..storage.safetensors import CONFIG_DTYPES, is_possible
+from ..storage.safetensors import CONFIG_DTYPES, StoredTensor, is_possible
 from .finished import TensorResult, copied_name, kept_name
 from .side_files import SideFile
 
@@ -59,6 +60,13 @@ class MergedAdapter(MergedSource, frozen=True, kw_only=True):
     weight: Real
     files: dict[str, str]
     """The xxh3-128 of each file."""
+
+    def is_in(self, folder: Path) -> bool:
+        """Return True if a folder holds the adapter's files with the receipt's hashes."""
+        return bool(self.files) and all(
+            is_plain(name) and (folder / name).is_file() and xxh3(folder / name) == digest
+            for name, digest in self.files.items()
+        )
 
 
 class RecordedOptions(Struct, frozen=True, kw_only=True):
@@ -134,8 +142,10 @@ class Receipt(Struct, frozen=True, kw_only=True, omit_defaults=True):
     options: RecordedOptions
     tensors: dict[str, MergedTensor]
     copied: dict[str, str] = {}
-    """The xxh3-128 of tensors that no adapter touched, where a run has computed it."""
+    """The xxh3-128 of tensors that no adapter touched; older merges computed it with exact records only."""
     kept: dict[str, KeptTensor]
+    undo_record: dict[str, str] = {}
+    """The xxh3-128 of each tensor in undo.safetensors; older merges did not compute it."""
     layout: BaseLayout
     side_files: dict[str, str]
     base_files: dict[str, str | None]
@@ -171,20 +181,18 @@ class Receipt(Struct, frozen=True, kw_only=True, omit_defaults=True):
     def is_of(self, adapters: Sequence[Path]) -> bool:
         """Return True if a merge of the adapters in these folders left the receipt."""
         pairs = zip(self.adapters, adapters, strict=False)
-        same = len(self.adapters) == len(adapters) and all(_is_same(merged, path) for merged, path in pairs)
+        same = len(self.adapters) == len(adapters) and all(merged.is_in(path) for merged, path in pairs)
         return self.verb == "merge" and same
+
+    def damaged(self, record: Mapping[str, StoredTensor], reader: Reader) -> list[Fault]:
+        """Return a fault for each tensor of an undo record that differs from what the merge wrote."""
+        found = {name: reader.digest(record[name]).fast for name in self.undo_record if name in record}
+        wrong = [name for name, digest in self.undo_record.items() if found.get(name) != digest]
+        return [Fault(name, "is not what was written" if name in found else "is missing") for name in wrong]
 
     def to_bytes(self) -> bytes:
         """Return the receipt as it is written."""
         return (json.dumps(msgspec.to_builtins(self), indent=1, ensure_ascii=False) + "\n").encode()
-
-
-def _is_same(merged: MergedAdapter, folder: Path) -> bool:
-    """Return True if a folder holds an adapter's files with the receipt's hashes."""
-    return bool(merged.files) and all(
-        is_plain(name) and (folder / name).is_file() and xxh3(folder / name) == digest
-        for name, digest in merged.files.items()
-    )
 
 
 def read_receipt(record: Path) -> Receipt | None:
@@ -215,6 +223,7 @@ def new_receipt(
     options = plan.options
     kept = {tensor.name: results[kept_name(tensor)] for tensor in plan.lost}
     copied = {item.name: results[key].written_hash for item in plan.items if (key := copied_name(item)) in results}
+    kept = {tensor.name: results[kept_name(tensor)] for tensor in plan.lost}
     return Receipt(
         schema=SCHEMA,
         verb="merge",

@@ -175,16 +175,17 @@ def _base_of(adapter: Adapter, ref: str, out: str, verb: str) -> tuple[str, str 
     return name, adapter.revision
 
 
-def doubts(base: Checkpoint, adapters: Sequence[Adapter]) -> Iterator[str]:
-    """Yield warnings that need no tensor: another base than the adapter names, and unused files."""
-    for adapter in adapters:
-        if adapter.base and not _same_model(adapter.base, base):
-            name = base.source.repo or base.source.name
-            yield f"{adapter.source.name} was trained on {adapter.base}; BASE is {name}"
+def unused(base: Checkpoint) -> Iterator[str]:
+    """Yield warnings about files of a base that take no part."""
     yield from base.notes
     if base.left_behind:
         names = ", ".join(base.left_behind[:5]) + (" …" if len(base.left_behind) > 5 else "")
         yield f"not copied, stale beside merged weights: {names}"
+
+
+def strangers(base: Checkpoint, adapters: Sequence[Adapter]) -> list[Adapter]:
+    """Return the adapters that name another base than BASE."""
+    return [adapter for adapter in adapters if adapter.base and not _same_model(adapter.base, base)]
 
 
 def _same_model(name: str, base: Checkpoint) -> bool:

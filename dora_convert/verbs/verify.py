@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from typing_extensions import Unpack
 
 from ..errors import DoraConvertError, UsageError
 from ..logits.prompts import gather_prompts
 from ..options import VerifyOptions, takes
+from ..output.lineage import chains
+from ..output.receipt import Receipt, read_receipt
 from ..plan.options import parse_options, parse_weights
 from ..plan.plan import Plan
 from ..plan.planner import make_plan
@@ -24,9 +25,6 @@ from ..sources.session import Session
 from ..storage.checkpoint import Checkpoint
 from ..storage.filenames import RECORD
 from ..storage.refs import PathLike, listed
-
-if TYPE_CHECKING:
-    from ..output.receipt import Receipt
 
 
 @takes(VerifyOptions)
@@ -100,6 +98,8 @@ def _plan(request: VerifyRequest) -> tuple[Plan, Checkpoint]:
     base, adapters = open_inputs(
         request.base, request.adapters, session, out=request.merged, verb="verify", accepted=accepted
     )
+    for doubt in chains(base, adapters):
+        settings.warn(doubt)
     return make_plan(base, adapters, weights, selection), merged
 
 
@@ -116,8 +116,6 @@ def _texts(options: VerifyOptions) -> tuple[str, ...]:
 
 def _receipt(merged: Checkpoint, request: VerifyRequest) -> Receipt | None:
     """Return MERGED's receipt if these adapters were merged. Missing adapters are refused later."""
-    from ..output.receipt import read_receipt
-
     if not (receipt := read_receipt(merged.source.path / RECORD)):
         return None
     try:

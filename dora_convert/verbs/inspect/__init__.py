@@ -15,12 +15,13 @@ from ...adapters.adapter import Adapter, Change, Decomposed, Delta, Full, LowRan
 from ...errors import DoraConvertError, Fault, PlanError, RefError, UnsupportedError, UsageError
 from ...formats.detect import adapters_inside, detect, is_adapter_file, model_weights
 from ...options import InspectOptions, takes
+from ...output.lineage import doubts
 from ...plan.builder import describe
 from ...plan.options import Options
 from ...plan.plan import Plan
 from ...plan.planner import make_plan
 from ...reports.inspect import AdapterReport, CheckpointReport, Landing, Module
-from ...sources.inputs import doubts, open_base, read_adapter, read_or_refuse
+from ...sources.inputs import open_base, read_adapter, read_or_refuse
 from ...sources.remote_headers import RefListing, look
 from ...sources.session import Session
 from ...storage.checkpoint import Checkpoint
@@ -132,7 +133,6 @@ def _landing(base: Checkpoint, adapter: Adapter, refusal: DoraConvertError | Non
     plan, error = (None, refusal) if refusal else _try_plan(base, adapter, Options())
     if error and not refusal:  # plan the tensors that do fit, if the rest only has no place
         plan, _ = _try_plan(base, adapter, Options(allow_unmatched=True))
-    other_base = doubts(replace(base, notes=(), left_behind=()), [adapter])
     return Landing(
         base=base.source.address,
         fits=error is None,
@@ -141,7 +141,7 @@ def _landing(base: Checkpoint, adapter: Adapter, refusal: DoraConvertError | Non
         faults=_faults(error.faults if error else ()),
         ledger=tuple(entry.to_dict() for entry in plan.ledger) if plan else (),
         tensors=plan.counts() if plan else {},
-        warnings=tuple(other_base),
+        warnings=tuple(doubts(base, [adapter])),
     )
 
 

@@ -19,7 +19,7 @@ from ...plan.plan import Plan
 from ...plan.planner import make_plan
 from ...reports.merge import DryRunReport, MergeReport
 from ...settings import Settings, require_extra, without_collections
-from ...sources.inputs import Mode, doubts, open_inputs
+from ...sources.inputs import Mode, open_inputs, strangers, unused
 from ...sources.session import Session
 from ...storage.filenames import INCOMING
 from ...storage.refs import PathLike, listed
@@ -165,8 +165,11 @@ def _plan(request: MergeRequest, out: str, mode: Mode, weights: Path | None = No
         mode=mode,
         weights=weights,
     )
-    for doubt in doubts(checkpoint, adapters):
-        settings.warn(doubt)
+    if strangers(checkpoint, adapters):
+        for doubt in doubts(checkpoint, adapters):
+            settings.warn(doubt)
+    for note in unused(checkpoint):
+        settings.warn(note)
     plan = make_plan(checkpoint, adapters, strengths, request.selection)
     if request.selection.legacy_config and plan.config is None:
         settings.warn(
