@@ -6,7 +6,6 @@ import os
 import shlex
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from typing_extensions import Unpack

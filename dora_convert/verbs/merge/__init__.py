@@ -166,6 +166,8 @@ def _plan(request: MergeRequest, out: str, mode: Mode, weights: Path | None = No
         weights=weights,
     )
     if strangers(checkpoint, adapters):
+        from ...output.lineage import doubts
+
         for doubt in doubts(checkpoint, adapters):
             settings.warn(doubt)
     for note in unused(checkpoint):
