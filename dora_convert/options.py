@@ -7,15 +7,26 @@ group. The command line makes its options of the same groups.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 from inspect import Parameter, signature
-from typing import Any, NamedTuple, TypedDict, TypeVar, cast, get_type_hints
+from numbers import Real
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeVar, cast, get_args, get_type_hints
 
 from .errors import UsageError
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 Path = str | os.PathLike[str]
+if TYPE_CHECKING:
+    import torch
+
+    Dtype = str | torch.dtype
+    Device = str | torch.device
+else:  # signatures and help name no type of torch, which is imported later
+    Dtype = Device = str
+
+SHORT_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+"""Further names of choices."""
 
 
 class Option(NamedTuple):
@@ -52,11 +63,11 @@ OPTIONS = {
     "exact_svd": Option(False, "Never use the randomised SVD, which large matrices get."),
     "format": Option("peft", "Format of the new adapter.", "NAME"),
     "dtype": Option("auto", "Dtype to store, except for magnitudes; auto keeps each tensor's own.",
-                    choices=("auto", "bfloat16", "float16", "float32")),
+                    "auto|bfloat16|float16|float32", choices=("auto", "bfloat16", "float16", "float32")),
     "max_shard_size": Option(None, "Such as 5GB or 4GiB; default the base's own shards.", "SIZE"),
     "device": Option("auto", "Device that computes.", "auto|cpu|cuda[:N]|mps"),
     "compute_dtype": Option("auto", "Dtype of the arithmetic, rounded once at the end; auto is float64.",
-                            choices=("auto", "float64", "float32")),
+                            "auto|float64|float32", choices=("auto", "float64", "float32")),
     "max_memory": Option("160MiB", f"{_BUDGET}.", "SIZE"),
     "workers": Option(None, "Threads; default one per processor.", "N", least=1),
     "include": Option((), "Only modules of this name; repeatable.", "GLOB"),
@@ -121,7 +132,7 @@ class FieldOptions(TypedDict, total=False):
 class MatchOptions(TypedDict, total=False):
     """Verbs that match adapters with a base."""
 
-    weight: Sequence[float]
+    weight: Sequence[float] | float
     allow_unmatched: bool
 
 
@@ -137,14 +148,14 @@ class CommitOptions(TypedDict, total=False):
 class ComputeOptions(HubOptions, CallOptions, total=False):
     """Verbs that compute."""
 
-    device: str
+    device: Device
     workers: int | None
 
 
 class WriteOptions(ComputeOptions, total=False):
     """Verbs that compute and write a folder."""
 
-    compute_dtype: str
+    compute_dtype: Dtype
     max_memory: str | int
     dry_run: bool
     overwrite: bool
@@ -153,7 +164,7 @@ class WriteOptions(ComputeOptions, total=False):
 class OutputOptions(SelectOptions, CommitOptions, WriteOptions, total=False):
     """Verbs that write a new model or adapter."""
 
-    dtype: str
+    dtype: Dtype
     push_to_hub: str | None
 
 
@@ -252,9 +263,10 @@ def takes(group: type) -> Callable[[Verb], Verb]:
 
     The function is called with a value for every option. A keyword that is not in the group raises TypeError.
     """
+    declared = options_of(group)
     keywords = [
         Parameter(name, Parameter.KEYWORD_ONLY, default=option.default, annotation=kind)
-        for name, (kind, option) in options_of(group).items()
+        for name, (kind, option) in declared.items()
     ]
 
     def decorate(verb: Verb) -> Verb:
@@ -268,7 +280,8 @@ def takes(group: type) -> Callable[[Verb], Verb]:
             except TypeError as error:
                 raise TypeError(f"{verb.__name__}() {error}") from None
             bound.apply_defaults()
-            _check_choices(bound.arguments)
+            for name, (kind, option) in declared.items():
+                bound.arguments[name] = _given(name, bound.arguments[name], kind, option)
             return verb(*bound.args, **bound.kwargs)
 
         complete.__signature__ = listed  # type: ignore[attr-defined]
@@ -277,12 +290,28 @@ def takes(group: type) -> Callable[[Verb], Verb]:
     return decorate
 
 
-def _check_choices(arguments: Mapping[str, Any]) -> None:
-    """Raise UsageError for a value that is not among its option's choices."""
-    for name, value in arguments.items():
-        choices = OPTIONS[name].choices if name in OPTIONS else ()
-        if choices and value is not None and value not in choices:
-            raise UsageError(f"{flag(name)} {value!r} is not one of {', '.join(choices)}.")
+def _given(name: str, value: Any, kind: Any, option: Option) -> Any:
+    """Return an option's value as the verbs expect it; UsageError for a value of another kind.
+
+    A lone text or number is a list of one, and an object of torch is its name.
+    """
+    if option.default == ():
+        return _listed(name, value, float if float in get_args(kind) else str)
+    if value is None or not (option.choices or name == "device"):
+        return value
+    word = str(value).removeprefix("torch.")
+    word = SHORT_NAMES.get(word, word)
+    if option.choices and word not in option.choices:
+        raise UsageError(f"{flag(name)} {value!r} is not one of {', '.join(option.choices)}.")
+    return word
+
+
+def _listed(name: str, value: Any, kind: type[str | float]) -> tuple[Any, ...]:
+    """Return the value of an option that takes several, as a tuple of texts or of numbers."""
+    values = (value,) if isinstance(value, str | bytes) or not isinstance(value, Iterable) else tuple(value)
+    if not all(isinstance(each, str if kind is str else Real) for each in values):
+        raise UsageError(f"{flag(name)} {value!r} is not {'text' if kind is str else 'a number'}, or a list of such.")
+    return values
 
 
 def flag(name: str) -> str:

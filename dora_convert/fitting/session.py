@@ -23,7 +23,7 @@ from ..plan.plan import Plan
 from ..plan.planner import make_plan
 from ..reports.fitting import MadeDryRun, MadeReport
 from ..settings import Settings, without_collections
-from ..sources.inputs import doubts, open_inputs
+from ..sources.inputs import doubts, modules_of, open_inputs
 from ..sources.prefetch import reading
 from ..sources.session import Session, open_session
 from ..storage.refs import PathLike
@@ -116,6 +116,7 @@ class FittingSession:
         self.folder.refuse_inside([checkpoint.source.path, adapters[0].source.path])
         for doubt in doubts(checkpoint, adapters):
             self.settings.warn(doubt)
+        self.selection.check_globs(modules_of(adapters))
         return make_plan(checkpoint, adapters, (1.0,), replace(self.selection, dtype=None))
 
     def finish(self, fitter: Fitter, **details: Any) -> MadeReport | MadeDryRun:

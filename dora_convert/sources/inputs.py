@@ -173,6 +173,11 @@ def _base_of(adapter: Adapter, ref: str, out: str, verb: str) -> tuple[str, str 
     return name, adapter.revision
 
 
+def modules_of(adapters: Sequence[Adapter]) -> list[str]:
+    """Return the names of the modules that adapters change, each once."""
+    return [*dict.fromkeys(change.module for adapter in adapters for change in adapter.changes)]
+
+
 def doubts(base: Checkpoint, adapters: Sequence[Adapter]) -> Iterator[str]:
     """Yield warnings that need no tensor: another base than the adapter names, and unused files."""
     for adapter in adapters:

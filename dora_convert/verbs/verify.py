@@ -18,7 +18,7 @@ from ..plan.planner import make_plan
 from ..reports.html import check_page, write_page
 from ..reports.verify import OutputsReport, VerifyReport
 from ..settings import Settings, require_extra, without_collections
-from ..sources.inputs import find_adapter, open_base, open_inputs, refuse_swapped
+from ..sources.inputs import find_adapter, modules_of, open_base, open_inputs, refuse_swapped
 from ..sources.prefetch import download_weights
 from ..sources.session import Session, open_session
 from ..storage.checkpoint import Checkpoint
@@ -100,6 +100,7 @@ def _plan(request: VerifyRequest) -> tuple[Plan, Checkpoint]:
     base, adapters = open_inputs(
         request.base, request.adapters, session, out=request.merged, verb="verify", accepted=accepted
     )
+    parse_options(options).check_globs(modules_of(adapters))
     return make_plan(base, adapters, weights, selection), merged
 
 
@@ -108,7 +109,7 @@ def _texts(options: VerifyOptions) -> tuple[str, ...]:
     prompt, prompts = options["prompt"], options["prompts"]
     if options["level"] == "outputs":
         require_extra("verify", "--level outputs")
-        return gather_prompts([prompt] if isinstance(prompt, str) else prompt, prompts)
+        return gather_prompts(prompt, prompts)
     if prompt or prompts is not None:
         raise UsageError("--prompt and --prompts are of use with --level outputs only.")
     return ()

@@ -19,7 +19,7 @@ from ...plan.plan import Plan
 from ...plan.planner import make_plan
 from ...reports.merge import DryRunReport, MergeReport
 from ...settings import Settings, require_extra, without_collections
-from ...sources.inputs import Mode, doubts, open_inputs
+from ...sources.inputs import Mode, doubts, modules_of, open_inputs
 from ...sources.session import Session, open_session
 from ...storage.filenames import INCOMING
 from ...storage.refs import PathLike, listed
@@ -171,6 +171,7 @@ def _plan(request: MergeRequest, out: str, mode: Mode, weights: Path | None = No
     )
     for doubt in doubts(checkpoint, adapters):
         settings.warn(doubt)
+    request.selection.check_globs(modules_of(adapters))
     return make_plan(checkpoint, adapters, strengths, request.selection)
 
 
