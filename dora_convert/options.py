@@ -13,7 +13,7 @@ from inspect import Parameter, signature
 from numbers import Real
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeVar, cast, get_args, get_type_hints
 
-from .errors import UsageError
+from .errors import UsageError, printable
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 Path = str | os.PathLike[str]
@@ -293,10 +293,12 @@ def takes(group: type) -> Callable[[Verb], Verb]:
 def _given(name: str, value: Any, kind: Any, option: Option) -> Any:
     """Return an option's value as the verbs expect it; UsageError for a value of another kind.
 
-    A lone text or number is a list of one, and an object of torch is its name.
+    A lone text or number is a list of one, and an object of torch is its name. Notices are printable.
     """
     if option.default == ():
         return _listed(name, value, float if float in get_args(kind) else str)
+    if name == "on_notice" and value:
+        return lambda text: value(printable(text))
     if value is None or not (option.choices or name == "device"):
         return value
     word = str(value).removeprefix("torch.")

@@ -147,6 +147,8 @@ def run(plan: Plan, output: Output, settings: Settings, options: RunOptions) -> 
     """Write every tensor that is not finished yet; all bytes and the journal are synced afterwards."""
     hub, unfinished = options.hub, options.unfinished
     progress = Progress.of(unfinished.lines if unfinished else ())
+    if progress.done:
+        settings.notify(f"resumed: {len(progress.done)} of {len(plan.items)} tensors were finished before")
     with ExitStack() as stack:
         reader = stack.enter_context(closing(hub.reader() if hub else Reader()))
         spool = stack.enter_context(closing(Spool(output.state / SPOOL, progress.spooled)))

@@ -83,6 +83,8 @@ def run_plan(
         key = journal_key(spec, folder.identity(plan.bases), adapters=adapters, **terms)
         unfinished = resume(folder, key, [], lambda: True, FittedLine)
         lines = unfinished.lines if unfinished else []
+        if lines:
+            settings.notify(f"resumed: {len(lines)} of {len(plan.jobs)} modules were finished before")
         with ExitStack() as stack:
             run = _Run(plan, settings, reader, {line.made: line for line in lines})
             run.spool = stack.enter_context(closing(Spool(folder.state / SPOOL, run.end)))

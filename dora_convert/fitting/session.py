@@ -84,7 +84,7 @@ class FittingSession:
                 settings=settings,
                 session=session,
                 format=find_format(options["format"]),
-                folder=OutputFolder(Path(out), overwrite=options["overwrite"]),
+                folder=OutputFolder(Path(out), overwrite=options["overwrite"], kind="an adapter"),
                 target=target,
             )
             fitting.folder.check()

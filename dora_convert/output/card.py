@@ -17,6 +17,7 @@ from typing import Any
 import xxhash
 
 from .. import __version__
+from ..errors import printable
 from ..naming.families import PIPELINES
 from ..plan.plan import Plan
 from ..storage.refs import Source
@@ -67,7 +68,8 @@ def render(facts: Facts) -> bytes:
         "tags": [*tags, "dora-convert"],
     }
     data = ModelCardData(**fields)
-    text = f"---\n{data.to_yaml(line_break=chr(10))}\n---\n\n" + "\n".join(_body(facts)) + "\n"
+    lines = ["---", *data.to_yaml(line_break="\n").split("\n"), "---", "", *_body(facts), ""]
+    text = "\n".join(map(printable, lines))
     digest = xxhash.xxh3_128_hexdigest(text.encode())
     return f"{text}<!-- dora-convert card {digest} -->\n".encode()
 

@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
@@ -26,6 +26,9 @@ from ..storage.reader import Reader
 from ..storage.refs import PathLike
 from .shards import ShardFiles, shards_exist
 from .side_files import copy_or_write
+
+if TYPE_CHECKING:
+    from .existing import Kind
 
 try:
     import fcntl
@@ -42,8 +45,9 @@ class OutputFolder:
     WAY_OUT = "--overwrite starts over; the unfinished run is lost"
     in_place = False
 
-    def __init__(self, out: Path, *, overwrite: bool) -> None:
+    def __init__(self, out: Path, *, overwrite: bool, kind: Kind = "a model") -> None:
         """Refuse an OUT whose name no folder can have."""
+        self.kind = kind
         self.given = str(out)
         out = Path(os.path.abspath(out))  # noqa: PTH100 - a link stays a link
         if not out.name or "\0" in self.given or not is_text(str(out)):
@@ -64,14 +68,9 @@ class OutputFolder:
             raise OutputError(f"OUT {self.out} cannot be created: {parent} is not a folder.")
         if not os.path.lexists(self.out):
             return
-        if not self.overwrite:
-            raise OutputError(f"OUT {self.out} exists.", hint="choose another name, or --overwrite")
-        if not self.out.is_dir() or self.out.is_symlink():
-            raise OutputError(f"OUT {self.out} is not a folder; it is not replaced.")
-        if not _is_model(self.out):
-            raise OutputError(
-                f"OUT {self.out} does not look like a model; it is not replaced.", hint="remove it yourself"
-            )
+        from .existing import refuse_existing
+
+        refuse_existing(self.out, self.kind, overwrite=self.overwrite)
         if self.old.exists():
             raise OutputError(f"{self.old} exists; a replaced OUT is moved there.", hint="move it away")
 
@@ -280,12 +279,6 @@ def _allocated(path: Path) -> int:
     """Return the bytes that a file takes on the disk: fewer than its size if it has holes."""
     stat = path.stat()
     return int(getattr(stat, "st_blocks", -(-stat.st_size // 512))) * 512
-
-
-def _is_model(folder: Path) -> bool:
-    names = {entry.name for entry in folder.iterdir()}
-    known = names & {"config.json", RECORD}
-    return not names or bool(known) or any(name.endswith(".safetensors") for name in names)
 
 
 def _identity(base: Checkpoint) -> list[list[Any]]:

@@ -73,6 +73,7 @@ def _open(session: FittingSession, base: PathLike, tuned: PathLike) -> tuple[Che
     after = open_base(os.fspath(tuned), "TUNED", session.session)
     for checkpoint in (before, after):
         refuse_quantised(checkpoint)
+    session.selection.check_globs([name.rpartition(".")[0] for name in (*model_names(before), *model_names(after))])
     session.folder.refuse_inside([before.source.path, after.source.path])
     return before, after
 
