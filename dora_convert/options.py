@@ -1,19 +1,14 @@
 """Declare every option of the verbs once: its type in a group, its default and its help in a table.
 
-A verb takes a group as `**options: Unpack[Group]`, and `takes` gives the verb a signature that lists the
-group. The command line makes its options of the same groups.
+A verb takes a group as `**options: Unpack[Group]`, and `verbs.takes` gives the verb a signature that lists
+the group. The command line makes its options of the same groups.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
-from functools import wraps
-from inspect import Parameter, signature
-from numbers import Real
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeVar, cast, get_args, get_type_hints
-
-from .errors import UsageError, printable
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeVar, get_type_hints
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 Path = str | os.PathLike[str]
@@ -63,11 +58,11 @@ OPTIONS = {
     "exact_svd": Option(False, "Never use the randomised SVD, which large matrices get."),
     "format": Option("peft", "Format of the new adapter.", "NAME"),
     "dtype": Option("auto", "Dtype to store, except for magnitudes; auto keeps each tensor's own.",
-                    "auto|bfloat16|float16|float32", choices=("auto", "bfloat16", "float16", "float32")),
+                    choices=("auto", "bfloat16", "float16", "float32")),
     "max_shard_size": Option(None, "Such as 5GB or 4GiB; default the base's own shards.", "SIZE"),
     "device": Option("auto", "Device that computes.", "auto|cpu|cuda[:N]|mps"),
     "compute_dtype": Option("auto", "Dtype of the arithmetic, rounded once at the end; auto is float64.",
-                            "auto|float64|float32", choices=("auto", "float64", "float32")),
+                            choices=("auto", "float64", "float32")),
     "max_memory": Option("160MiB", f"{_BUDGET}.", "SIZE"),
     "workers": Option(None, "Threads; default one per processor.", "N", least=1),
     "include": Option((), "Only modules of this name; repeatable.", "GLOB"),
@@ -256,64 +251,6 @@ def options_of(group: type) -> dict[str, tuple[Any, Option]]:
     kinds = get_type_hints(group)
     table = {**OPTIONS, "max_memory": _MEMORY.get(group, OPTIONS["max_memory"])}
     return {name: (kinds[name], option) for name, option in table.items() if name in kinds}
-
-
-def takes(group: type) -> Callable[[Verb], Verb]:
-    """Return a decorator that gives a function the options of a group as keywords.
-
-    The function is called with a value for every option. A keyword that is not in the group raises TypeError.
-    """
-    declared = options_of(group)
-    keywords = [
-        Parameter(name, Parameter.KEYWORD_ONLY, default=option.default, annotation=kind)
-        for name, (kind, option) in declared.items()
-    ]
-
-    def decorate(verb: Verb) -> Verb:
-        plain = signature(verb)
-        listed = plain.replace(parameters=[*list(plain.parameters.values())[:-1], *keywords])
-
-        @wraps(verb)
-        def complete(*args: Any, **options: Any) -> Any:
-            try:
-                bound = listed.bind(*args, **options)
-            except TypeError as error:
-                raise TypeError(f"{verb.__name__}() {error}") from None
-            bound.apply_defaults()
-            for name, (kind, option) in declared.items():
-                bound.arguments[name] = _given(name, bound.arguments[name], kind, option)
-            return verb(*bound.args, **bound.kwargs)
-
-        complete.__signature__ = listed  # type: ignore[attr-defined]
-        return cast("Verb", complete)
-
-    return decorate
-
-
-def _given(name: str, value: Any, kind: Any, option: Option) -> Any:
-    """Return an option's value as the verbs expect it; UsageError for a value of another kind.
-
-    A lone text or number is a list of one, and an object of torch is its name. Notices are printable.
-    """
-    if option.default == ():
-        return _listed(name, value, float if float in get_args(kind) else str)
-    if name == "on_notice" and value:
-        return lambda text: value(printable(text))
-    if value is None or not (option.choices or name == "device"):
-        return value
-    word = str(value).removeprefix("torch.")
-    word = SHORT_NAMES.get(word, word)
-    if option.choices and word not in option.choices:
-        raise UsageError(f"{flag(name)} {value!r} is not one of {', '.join(option.choices)}.")
-    return word
-
-
-def _listed(name: str, value: Any, kind: type[str | float]) -> tuple[Any, ...]:
-    """Return the value of an option that takes several, as a tuple of texts or of numbers."""
-    values = (value,) if isinstance(value, str | bytes) or not isinstance(value, Iterable) else tuple(value)
-    if not all(isinstance(each, str if kind is str else Real) for each in values):
-        raise UsageError(f"{flag(name)} {value!r} is not {'text' if kind is str else 'a number'}, or a list of such.")
-    return values
 
 
 def flag(name: str) -> str:

@@ -59,7 +59,7 @@ def _option(name: str, kind: Any, option: Option) -> Callable[[Command], Command
         multiple=default == (),
         default=None if default == () else default,
         show_default=default not in (None, (), "auto"),
-        metavar=option.metavar,
+        metavar=option.metavar or (f"[{'|'.join(option.choices)}]" if option.choices else None),
         help=option.help,
     )
 

@@ -17,7 +17,7 @@ from ..errors import PlanError, UnsupportedError
 from ..fitting.jobs import FittingPlan, Result, goal_words, parse_goal
 from ..fitting.pairs import Differences, DifferenceSorter, model_names, short_names
 from ..fitting.session import Fitter, FittingSession
-from ..options import ExtractOptions, takes
+from ..options import ExtractOptions
 from ..plan.planner import refuse_quantised
 from ..reports.fitting import MadeDryRun, MadeReport
 from ..settings import format_size, without_collections
@@ -25,6 +25,7 @@ from ..sources.inputs import open_base
 from ..sources.prefetch import reading
 from ..storage.checkpoint import Checkpoint
 from ..storage.refs import PathLike
+from . import takes
 
 if TYPE_CHECKING:
     from ..fitting.run import FitJob

@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 
 from ..errors import DoraConvertError, UsageError
 from ..logits.prompts import gather_prompts
-from ..options import VerifyOptions, takes
+from ..options import VerifyOptions
 from ..plan.options import parse_options, parse_weights
 from ..plan.plan import Plan
 from ..plan.planner import make_plan
@@ -24,6 +24,7 @@ from ..sources.session import Session, open_session
 from ..storage.checkpoint import Checkpoint
 from ..storage.filenames import RECORD
 from ..storage.refs import PathLike, listed
+from . import takes
 
 if TYPE_CHECKING:
     from ..output.receipt import Receipt

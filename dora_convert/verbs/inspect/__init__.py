@@ -15,7 +15,7 @@ from ...adapters.adapter import Adapter, Change
 from ...adapters.updates import Decomposed, Delta, Full, LowRank, Rows, low_rank, tensors_of
 from ...errors import DoraConvertError, Fault, PlanError, RefError, UnsupportedError, UsageError
 from ...formats.detect import adapters_inside, detect, is_adapter_file, model_weights
-from ...options import InspectOptions, takes
+from ...options import InspectOptions
 from ...plan.builder import describe
 from ...plan.options import Options
 from ...plan.plan import Plan
@@ -26,6 +26,7 @@ from ...sources.remote_headers import RefListing, look
 from ...sources.session import open_session
 from ...storage.checkpoint import Checkpoint
 from ...storage.refs import PathLike, Source, local_path, local_source
+from .. import takes
 from .census import census, common, fold
 
 

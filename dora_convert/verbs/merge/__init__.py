@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from typing_extensions import Unpack
 
 from ...errors import UsageError
-from ...options import MergeOptions, takes
+from ...options import MergeOptions
 from ...output.folder import OutputFolder
 from ...plan.options import Options, parse_options, parse_weights
 from ...plan.plan import Plan
@@ -23,6 +23,7 @@ from ...sources.inputs import Mode, doubts, modules_of, open_inputs
 from ...sources.session import Session, open_session
 from ...storage.filenames import INCOMING
 from ...storage.refs import PathLike, listed
+from .. import takes
 
 if TYPE_CHECKING:
     from ...hub.streaming import HubStreaming
