@@ -56,6 +56,11 @@ def _device(name: str) -> tuple[torch.device, str]:
     if name.startswith("cuda"):
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         index = int(name.partition(":")[2] or 0)
+        if not (torch.version.cuda or torch.version.hip):
+            raise UsageError(
+                f"--device {name}: this torch, {torch.__version__}, is a CPU build.",
+                hint="install a build with CUDA: https://pytorch.org/get-started/locally",
+            )
         if index >= count:
             raise UsageError(f"--device {name}: this machine has {count} usable CUDA devices.")
         return torch.device("cuda", index), "as asked"
