@@ -337,7 +337,7 @@ ROWS = {
     "BASE is a pipe": (words("{root}/f", "{root}/adapter", "{root}/out", first=made("f", os.mkfifo)), "not a folder or a file"),
     "ADAPTER is a pipe": (words("{root}/base", "{root}/f", "{root}/out", first=made("f", os.mkfifo)), "not a folder or a file"),
     "BASE leads nowhere": (words("{root}/l", "{root}/adapter", "{root}/out", first=made("l", dangling)), "does not exist"),
-    "BASE has nothing": (words("{root}/o", "{root}/adapter", "{root}/out", first=made("o", Path.mkdir)), "no safetensors weights"),
+    "BASE has nothing": (words("{root}/o", "{root}/adapter", "{root}/out", first=made("o", Path.mkdir)), "is empty"),
     "ADAPTER has nothing": (words("{root}/base", "{root}/o", "{root}/out", first=made("o", Path.mkdir)), "no adapter_config.json"),
     "BASE is no name": (words("hf://../..", "{root}/adapter", "{root}/out"), "not a valid repo id"),
     "BASE is not to be had": (words("org/name", "{root}/adapter", "{root}/out"), "cannot be reached"),

@@ -130,16 +130,18 @@ def snapshot_folder(repo: str, commit: str) -> Path:
 
 def _cached_repo(ref: HubRef, prefix: str, what: str, error: Exception) -> Source:
     """Return the cache's copy of a repo without a connection; the copy may be incomplete."""
-    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub import constants, try_to_load_from_cache
 
     for name in ANCHORS:
         path = try_to_load_from_cache(ref.repo, prefix + name, revision=ref.revision)
         if isinstance(path, str):
             commit = Path(path.removesuffix(prefix + name)).name
             return Source(Path(path).parent, ref.repo, ref.repo, commit, ref.subfolder)
+    offline = constants.HF_HUB_OFFLINE
     raise HubError(
-        f"{what} {ref} is not a local path, the Hub cannot be reached, and the cache has no copy.",
-        hint="check the spelling and the connection",
+        f"{what} {ref} is not a local path, the Hub cannot be reached{' with HF_HUB_OFFLINE' if offline else ''}, "
+        "and the cache has no copy.",
+        hint="check the spelling, or unset HF_HUB_OFFLINE" if offline else "check the spelling and the connection",
     ) from error
 
 

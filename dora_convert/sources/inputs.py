@@ -183,7 +183,8 @@ def doubts(base: Checkpoint, adapters: Sequence[Adapter]) -> Iterator[str]:
     for adapter in adapters:
         if adapter.base and not _same_model(adapter.base, base):
             name = base.source.repo or base.source.name
-            yield f"{adapter.source.name} was trained on {adapter.base}; BASE is {name}"
+            kind = f" ({', '.join(sorted(base.model_types))})" if base.model_types else ""
+            yield f"{adapter.source.name} was trained on {adapter.base}; BASE is {name}{kind}"
     yield from base.notes
     if base.left_behind:
         names = ", ".join(base.left_behind[:5]) + (" …" if len(base.left_behind) > 5 else "")
