@@ -33,6 +33,7 @@ COMMANDS = {
 ADAPTERS = frozenset({"from-lora", "to-lora", "extract"})
 """Verbs that write an adapter: their commands are in one module."""
 STREAMS = {"stdin": "r", "stdout": "w", "stderr": "w"}
+MORE_FILES = "ulimit -n 1024, then the same command"
 READING = frozenset({"verify", "inspect", "push"})
 """Verbs that write nothing on this machine."""
 
@@ -142,6 +143,7 @@ def _translate(error: BaseException) -> DoraConvertError:
     """Return any error as one of ours."""
     match error:
         case DoraConvertError():
+            error.hint = error.hint or (MORE_FILES if _out_of_files(error) else None)
             return error
         case click.ClickException():
             return UsageError(error.format_message())
@@ -150,9 +152,7 @@ def _translate(error: BaseException) -> DoraConvertError:
                 "Interrupted.", hint="finished tensors are kept; rerun the same command to resume"
             )
         case _ if _out_of_files(error):
-            return DoraConvertError(
-                "Too many open files for this process.", hint="ulimit -n 1024, then the same command"
-            )
+            return DoraConvertError("Too many open files for this process.", hint=MORE_FILES)
         case OSError():
             return DoraConvertError(f"{error.filename or 'the system'}: {error.strerror or error}.")
         case MemoryError():
