@@ -44,7 +44,7 @@ def main() -> None:
             line += f"  record {format_size(size):>8}"
             print(f"{line}  {size / whole:.2%} of the base")
         for kind in kinds[1:]:
-            again = Path(folder) / "again"
+            again = Path(folder) / f"again-{kind}"
             took = timed("unmerge", Path(folder) / kind, chosen.adapter, again)
             print(f"unmerge, {kind:6}     {took:6.2f} s  lost {lost(chosen.base, again):,} elements")
 

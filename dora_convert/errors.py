@@ -25,6 +25,7 @@ picklable.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
 
@@ -41,9 +42,14 @@ def _text(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
+def printable(text: str) -> str:
+    """Return text for a terminal: control characters, which names in files may hold, are escaped."""
+    return re.sub(r"[^ -~]", lambda match: match[0] if match[0].isprintable() else ascii(match[0])[1:-1], text)
+
+
 def _line(text: str, longest: int) -> str:
-    """Return one line for a terminal: unprintable characters escaped, the middle of a long line left out."""
-    text = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+    """Return one line for a terminal, without the middle of a long one."""
+    text = printable(text)
     half = longest // 2
     return text if len(text) <= longest else f"{text[:half]} … {text[-half:]}"
 
@@ -60,7 +66,8 @@ class DoraConvertError(Exception):
     kind: ClassVar[str] = "error"
     """The error's name in JSON."""
     exit_code: ClassVar[int] = 2
-    outcome: ClassVar[str] = "Nothing was written."
+    outcome: str = "Nothing was written."
+    """A sentence about OUT; empty if the message says it."""
 
     def __init_subclass__(cls, kind: str | None = None) -> None:
         cls.kind = kind or cls.kind

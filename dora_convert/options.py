@@ -1,21 +1,27 @@
 """Declare every option of the verbs once: its type in a group, its default and its help in a table.
 
-A verb takes a group as `**options: Unpack[Group]`, and `takes` gives the verb a signature that lists the
-group. The command line makes its options of the same groups.
+A verb takes a group as `**options: Unpack[Group]`, and `verbs.takes` gives the verb a signature that lists
+the group. The command line makes its options of the same groups.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
-from inspect import Parameter, signature
-from typing import Any, NamedTuple, TypedDict, TypeVar, cast, get_type_hints
-
-from .errors import UsageError
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeVar, get_type_hints
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 Path = str | os.PathLike[str]
+if TYPE_CHECKING:
+    import torch
+
+    Dtype = str | torch.dtype
+    Device = str | torch.device
+else:  # signatures and help name no type of torch, which is imported later
+    Dtype = Device = str
+
+SHORT_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+"""Further names of choices."""
 
 
 class Option(NamedTuple):
@@ -124,7 +130,7 @@ class FieldOptions(TypedDict, total=False):
 class MatchOptions(TypedDict, total=False):
     """Verbs that match adapters with a base."""
 
-    weight: Sequence[float]
+    weight: Sequence[float] | float
     allow_unmatched: bool
 
 
@@ -140,14 +146,14 @@ class CommitOptions(TypedDict, total=False):
 class ComputeOptions(HubOptions, CallOptions, total=False):
     """Verbs that compute."""
 
-    device: str
+    device: Device
     workers: int | None
 
 
 class WriteOptions(ComputeOptions, total=False):
     """Verbs that compute and write a folder."""
 
-    compute_dtype: str
+    compute_dtype: Dtype
     max_memory: str | int
     dry_run: bool
     overwrite: bool
@@ -156,7 +162,7 @@ class WriteOptions(ComputeOptions, total=False):
 class OutputOptions(SelectOptions, CommitOptions, WriteOptions, total=False):
     """Verbs that write a new model or adapter."""
 
-    dtype: str
+    dtype: Dtype
     push_to_hub: str | None
 
 
@@ -250,44 +256,6 @@ def options_of(group: type) -> dict[str, tuple[Any, Option]]:
     kinds = get_type_hints(group)
     table = {**OPTIONS, "max_memory": _MEMORY.get(group, OPTIONS["max_memory"])}
     return {name: (kinds[name], option) for name, option in table.items() if name in kinds}
-
-
-def takes(group: type) -> Callable[[Verb], Verb]:
-    """Return a decorator that gives a function the options of a group as keywords.
-
-    The function is called with a value for every option. A keyword that is not in the group raises TypeError.
-    """
-    keywords = [
-        Parameter(name, Parameter.KEYWORD_ONLY, default=option.default, annotation=kind)
-        for name, (kind, option) in options_of(group).items()
-    ]
-
-    def decorate(verb: Verb) -> Verb:
-        plain = signature(verb)
-        listed = plain.replace(parameters=[*list(plain.parameters.values())[:-1], *keywords])
-
-        @wraps(verb)
-        def complete(*args: Any, **options: Any) -> Any:
-            try:
-                bound = listed.bind(*args, **options)
-            except TypeError as error:
-                raise TypeError(f"{verb.__name__}() {error}") from None
-            bound.apply_defaults()
-            _check_choices(bound.arguments)
-            return verb(*bound.args, **bound.kwargs)
-
-        complete.__signature__ = listed  # type: ignore[attr-defined]
-        return cast("Verb", complete)
-
-    return decorate
-
-
-def _check_choices(arguments: Mapping[str, Any]) -> None:
-    """Raise UsageError for a value that is not among its option's choices."""
-    for name, value in arguments.items():
-        choices = OPTIONS[name].choices if name in OPTIONS else ()
-        if choices and value is not None and value not in choices:
-            raise UsageError(f"{flag(name)} {value!r} is not one of {', '.join(choices)}.")
 
 
 def flag(name: str) -> str:

@@ -132,7 +132,10 @@ def peak_memory() -> int | None:
 
 @contextmanager
 def without_collections() -> Iterator[None]:
-    """Import torch without garbage collection, which takes a third of the time and finds nothing."""
+    """Import torch without garbage collection, which takes a third of the time and finds nothing.
+
+    NumPy is not needed, and so torch's warning that NumPy is missing is of no use.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -95,7 +95,7 @@ def test_landing_elsewhere(tmp_path, base, adapter):
     assert len(landing.faults) == 9
     assert "no place in the base" in landing.message
     assert {entry["fate"] for entry in landing.ledger} == {"merged", "unmatched"}
-    assert landing.warnings == ("adapter was trained on base; BASE is other",)
+    assert landing.warnings == ("adapter was trained on base; BASE is other (llama)",)
 
 
 def test_landing_with_other_shapes(tmp_path, base, adapter):

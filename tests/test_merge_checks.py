@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 
@@ -108,19 +109,26 @@ def test_another_base_is_doubted(tmp_path, base, adapter):
 
 
 def test_existing_out(tmp_path, base, adapter):
-    """An existing OUT is refused before any work; --overwrite replaces a model and nothing else."""
+    """An existing OUT is refused before any work; --overwrite replaces a merge of ours and nothing else."""
     out = tmp_path / "out"
     out.mkdir()
     (out / "precious.txt").write_text("mine")
     with pytest.raises(OutputError) as caught:
         dora_convert.merge(base.path, adapter, out)
-    assert "--overwrite" in caught.value.hint
-    with pytest.raises(OutputError, match="does not look like a model"):
+    assert "--overwrite" not in caught.value.hint
+    with pytest.raises(OutputError, match="was not written by dora-convert"):
         dora_convert.merge(base.path, adapter, out, overwrite=True)
     (out / "config.json").write_text("{}")
+    with pytest.raises(OutputError, match="did not write"):
+        dora_convert.merge(base.path, adapter, out, overwrite=True)
+    assert (out / "precious.txt").read_text() == "mine"
+    shutil.rmtree(out)
+    dora_convert.merge(base.path, adapter, out)
+    with pytest.raises(OutputError) as caught:
+        dora_convert.merge(base.path, adapter, out)
+    assert "--overwrite" in caught.value.hint
     dora_convert.merge(base.path, adapter, out, overwrite=True)
     same(load(out), exact(base, adapter), torch.bfloat16)
-    assert not (out / "precious.txt").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "out"]
 
 

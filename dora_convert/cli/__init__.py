@@ -5,16 +5,19 @@ Commands collect options, call the library, and hand the report to a sink. They 
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
-from typing import Any
+from io import StringIO
+from typing import Any, TextIO
 
 import click
 
 from .. import __version__
-from ..errors import DoraConvertError, InterruptedRunError, UsageError
+from ..errors import DoraConvertError, InterruptedRunError, UsageError, printable
 from .sink import show_error
 
 COMMANDS = {
@@ -29,6 +32,8 @@ COMMANDS = {
 }
 ADAPTERS = frozenset({"from-lora", "to-lora", "extract"})
 """Verbs that write an adapter: their commands are in one module."""
+STREAMS = {"stdin": "r", "stdout": "w", "stderr": "w"}
+MORE_FILES = "ulimit -n 1024, then the same command"
 READING = frozenset({"verify", "inspect", "push"})
 """Verbs that write nothing on this machine."""
 
@@ -81,6 +86,8 @@ def group(ctx: click.Context) -> None:
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; raises SystemExit with the exit code that docs/cli.md gives."""
     words = list(sys.argv[1:] if args is None else args)
+    for number, (name, mode) in enumerate(STREAMS.items()):
+        _open_if_closed(number, name, mode)
     try:
         code = group.main(words, prog_name="dora-convert", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -94,16 +101,41 @@ def main(args: Sequence[str] | None = None) -> None:
         if os.environ.get("DORA_CONVERT_DEBUG"):
             raise
         code = fail(error, as_json="--json" in words, reads=bool(READING.intersection(words[:1])))
+    if args is None:
+        _drop_unwritten(sys.stdout)
+        _drop_unwritten(sys.stderr)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _open_if_closed(number: int, name: str, mode: str) -> None:
+    """Open a closed standard stream as the null device, or the next file that is opened would be taken for it."""
+    try:
+        os.fstat(number)
+    except OSError:
+        os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115
+
+
+def _drop_unwritten(stream: TextIO) -> None:
+    """Drop text that a stream does not take, or Python would fail over it after the exit code is known."""
+    try:
+        stream.flush()
+    except OSError:
+        with open(os.devnull, "wb") as nowhere:  # noqa: PTH123
+            os.dup2(nowhere.fileno(), stream.fileno())
 
 
 def fail(error: BaseException, *, as_json: bool, reads: bool = False) -> int:
     """Print an error on stderr and return the exit code; `reads` leaves out that nothing was written."""
     if isinstance(error, click.ClickException) and not as_json:
-        error.show()
+        text = StringIO()
+        error.show(text)
+        click.echo("\n".join(map(printable, text.getvalue().splitlines())), err=True)
         return error.exit_code
     known = _translate(error)
-    show_error(known, as_json=as_json, colour=colour(), outcome=not reads)
+    with suppress(OSError):  # the exit code tells what a full device does not
+        show_error(known, in_json=as_json, colour=colour(), outcome=not reads)
     return known.exit_code
 
 
@@ -111,6 +143,7 @@ def _translate(error: BaseException) -> DoraConvertError:
     """Return any error as one of ours."""
     match error:
         case DoraConvertError():
+            error.hint = error.hint or (MORE_FILES if _out_of_files(error) else None)
             return error
         case click.ClickException():
             return UsageError(error.format_message())
@@ -118,6 +151,8 @@ def _translate(error: BaseException) -> DoraConvertError:
             return InterruptedRunError(
                 "Interrupted.", hint="finished tensors are kept; rerun the same command to resume"
             )
+        case _ if _out_of_files(error):
+            return DoraConvertError("Too many open files for this process.", hint=MORE_FILES)
         case OSError():
             return DoraConvertError(f"{error.filename or 'the system'}: {error.strerror or error}.")
         case MemoryError():
@@ -125,3 +160,12 @@ def _translate(error: BaseException) -> DoraConvertError:
     return DoraConvertError(
         f"{type(error).__name__}: {error}", hint="this is a bug; DORA_CONVERT_DEBUG=1 shows where, please report it"
     )
+
+
+def _out_of_files(error: BaseException | None) -> bool:
+    """Return True if an error began with too many open files, which importing a module may hide."""
+    while error:
+        if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE) or os.strerror(errno.EMFILE) in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -12,7 +12,7 @@ from ..options import ExtractOptions, FromLoraOptions, ToLoraOptions
 from ..settings import format_size
 from .merge import fold_name, written
 from .options import takes
-from .sink import Sink, joined, printable, table
+from .sink import Sink, joined, table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -102,8 +102,8 @@ def parts(report: MadeReport | MadeDryRun, *, every: bool) -> Iterator[Table | s
         yield from _planned(values["plan"])
     else:
         yield _modules_table(values["modules"], every=every)
-        yield from map(printable, _summary(values, every=every))
-    yield printable(f"out: {report.out}")
+        yield from _summary(values, every=every)
+    yield f"out: {report.out}"
 
 
 def _planned(plan: dict[str, Any]) -> Iterator[str]:

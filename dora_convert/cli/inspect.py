@@ -13,7 +13,7 @@ from ..reports.inspect import AdapterReport, CheckpointReport, Landing, Module
 from ..settings import format_size
 from .merge import ledger_table
 from .options import takes
-from .sink import Sink, cut, joined, printable, table
+from .sink import Sink, cut, joined, table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -54,7 +54,7 @@ def parts(report: AdapterReport | CheckpointReport, *, every: bool) -> Iterator[
     else:
         yield weights_table(report.weights)
         lines = about_checkpoint(report, every=every)
-    yield from map(printable, lines)
+    yield from lines
 
 
 def modules_table(modules: Iterable[Module], *, every: bool) -> Table:

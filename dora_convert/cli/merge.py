@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 from ..options import MergeOptions
 from ..settings import format_size
 from .options import takes
-from .sink import Sink, printable, table
+from .sink import Sink, table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -90,7 +90,7 @@ def summary(report: MergeReport | DryRunReport) -> Iterator[str]:
     else:
         yield f"{tensors}; {written(values)}"
         yield from _checks(values)
-    yield printable(f"out: {report.out}")
+    yield f"out: {report.out}"
 
 
 def written(values: Mapping[str, Any]) -> str:
@@ -116,7 +116,7 @@ def _checks(values: Mapping[str, Any]) -> Iterator[str]:
             f"at most {checked['max_ulp']} ulp from the exact result{lost}"
         )
     if pushed := values["pushed"]:
-        yield printable(f"pushed: {pushed['url']}, {format_size(pushed['bytes_uploaded'])}")
+        yield f"pushed: {pushed['url']}, {format_size(pushed['bytes_uploaded'])}"
     if outputs := values["outputs"]:
         yield (
             f"outputs: {outputs['verdict']}, {outputs['max_abs_logit_error']:.2g} apart at most; "

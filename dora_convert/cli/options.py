@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 import click
 
-from ..options import Option, Path, flag, options_of
+from ..options import SHORT_NAMES, Option, Path, flag, options_of
 from .sink import Sink
 
 Command = Callable[..., Any]
@@ -59,7 +59,7 @@ def _option(name: str, kind: Any, option: Option) -> Callable[[Command], Command
         multiple=default == (),
         default=None if default == () else default,
         show_default=default not in (None, (), "auto"),
-        metavar=option.metavar,
+        metavar=option.metavar or (f"[{'|'.join(option.choices)}]" if option.choices else None),
         help=option.help,
     )
 
@@ -67,7 +67,8 @@ def _option(name: str, kind: Any, option: Option) -> Callable[[Command], Command
 def _type(kind: Any, option: Option) -> Any:
     """Return the type that checks a word of the command line."""
     if option.choices:
-        return click.Choice(option.choices)
+        short = [word for word, name in SHORT_NAMES.items() if name in option.choices]
+        return click.Choice([*option.choices, *short])
     if option.least is not None:
         return click.IntRange(option.least)
     if float in get_args(kind):

@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 from ..options import UploadOptions
 from ..settings import format_size
 from .options import takes
-from .sink import Sink, printable, table
+from .sink import Sink, table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -46,7 +46,7 @@ def parts(report: PushReport, *, every: bool) -> Iterator[Table | str]:
     if every or report.dry_run:
         rows = [(file.path, format_size(file.bytes), file.state) for file in report.files]
         yield table(("file", ">size", "state"), rows)
-    yield from (f"deleted, stale beside these weights: {printable(name)}" for name in report.deleted)
+    yield from (f"deleted, stale beside these weights: {name}" for name in report.deleted)
     size = format_size(report.bytes_uploaded)
     if report.dry_run:
         yield f"{len(report.files)} files, {size}; nothing was uploaded"

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import click
 
-from ..errors import DoraConvertError
+from ..errors import DoraConvertError, printable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -17,6 +20,8 @@ if TYPE_CHECKING:
 
 SHOWN = 10
 """Entries of a list that are shown without --verbose."""
+UNFOLDED = 1 << 16
+"""Columns of a table that is not drawn on a terminal: programs read it line by line."""
 LONGEST_NAME = 40
 """Characters of a name that is not broken into lines."""
 
@@ -38,9 +43,10 @@ class Sink:
         self._bar: tqdm[Any] | None = None
 
     def notice(self, text: str) -> None:
-        """Print a notice or a warning on stderr."""
+        """Print a notice or a warning on stderr; a full device is no reason to stop the work."""
         if not self._quiet:
-            click.echo(text, err=True)
+            with suppress(OSError):
+                click.echo(text, err=True)
 
     def progress(self, done: int, total: int) -> None:
         """Move the one progress bar; it is silent off a terminal."""
@@ -60,24 +66,45 @@ class Sink:
     def show(self, report: Answer, short: str, parts: Callable[..., Iterable[Table | str]]) -> None:
         """Print the answer: JSON, `short` with --quiet, else the tables and lines of `parts(report, every=…)`."""
         self.close()
-        if self._json:
-            click.echo(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
-        elif self._quiet:
-            click.echo(short)
-        else:
-            self._draw(parts(report, every=self._verbose))
-
-    @staticmethod
-    def _draw(parts: Iterable[Table | str]) -> None:
-        """Print tables and lines."""
-        from rich.console import Console
-
-        console = Console(highlight=False, markup=False)
-        for part in parts:
-            if isinstance(part, str):
-                click.echo(part)
+        try:
+            if self._json:
+                click.echo(as_json(report.to_dict(), indent=2))
+            elif self._quiet:
+                click.echo(short)
             else:
-                console.print(part)
+                draw(parts(report, every=self._verbose))
+        except BrokenPipeError:  # as in `| head`: the reader has seen enough
+            pass
+        except OSError as error:
+            raise AnswerError(
+                f"The answer cannot be written to stdout: {error.strerror or error}.",
+                hint=f"the work is done; the answer in short: {short}",
+            ) from error
+
+
+class AnswerError(DoraConvertError, kind="answer"):
+    """An answer that cannot be printed; the work is done."""
+
+    outcome = ""
+
+
+def draw(parts: Iterable[Table | str]) -> None:
+    """Print tables and lines: on a terminal wrapped at words, elsewhere one line each."""
+    from rich.console import Console
+    from rich.text import Text
+
+    width = None if sys.stdout and sys.stdout.isatty() else UNFOLDED
+    console = Console(highlight=False, markup=False, width=width)
+    for part in parts:
+        with console.capture() as drawn:
+            console.print(Text(printable(part)) if isinstance(part, str) else part)
+        click.echo(drawn.get(), nl=False)
+
+
+def as_json(value: object, indent: int | None = None) -> str:
+    """Return a JSON document whose control characters are escaped, those beyond ASCII included."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    return re.sub(r"[^\n -~]", lambda match: match[0] if match[0].isprintable() else json.dumps(match[0])[1:-1], text)
 
 
 def cut(entries: Sequence[Entry], *, every: bool) -> Sequence[Entry]:
@@ -94,11 +121,6 @@ def rest(entries: Sequence[object], what: str, *, every: bool) -> Iterator[str]:
 def joined(names: Sequence[str], *, every: bool) -> str:
     """Return names in one line."""
     return ", ".join(cut(names, every=every)) + (" …" if len(names) > SHOWN and not every else "")
-
-
-def printable(text: str) -> str:
-    """Return one line for a terminal: unprintable characters, which names may hold, are escaped."""
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
@@ -118,13 +140,13 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
     return table
 
 
-def show_error(error: DoraConvertError, *, as_json: bool, colour: bool | None, outcome: bool = True) -> None:
+def show_error(error: DoraConvertError, *, in_json: bool, colour: bool | None, outcome: bool = True) -> None:
     """Print an error on stderr: one JSON document, or text for people."""
-    if as_json:
-        click.echo(json.dumps(error.to_dict(), ensure_ascii=False), err=True)
+    if in_json:
+        click.echo(as_json(error.to_dict()), err=True)
         return
     click.echo(f"{click.style('Error:', fg='red', bold=True)} {error.text()}", err=True, color=colour)
-    if outcome:
+    if outcome and error.outcome:
         click.echo(error.outcome, err=True)
     if error.hint:
-        click.echo(f"Hint: {error.hint}", err=True)
+        click.echo(f"Hint: {printable(error.hint)}", err=True)

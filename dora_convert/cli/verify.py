@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 from ..options import VerifyOptions
 from ..reports.verify import CheckedModule, OutputsReport, VerifyReport, figures
 from .options import takes
-from .sink import Sink, cut, printable, rest, table
+from .sink import Sink, cut, rest, table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -55,15 +55,15 @@ def parts(report: VerifyReport | OutputsReport, *, every: bool) -> Iterator[Tabl
     if worst:
         yield modules_table(cut(worst, every=every))
     yield from rest(worst, "modules", every=every)
-    yield from map(printable, about(report, every=every))
+    yield from about(report, every=every)
 
 
 def _outputs(report: OutputsReport) -> Iterator[Table | str]:
     yield table(("outputs", ">difference", ">rounding alone", ">passes up to"), figures(report))
     positions = f"{report.positions:,} positions of {report.architecture}"
     yield f"{report.prompts} prompts, {positions} on {report.device}"
-    yield from (printable(f"problem: {problem}") for problem in report.problems)
-    yield from (printable(f"note: {note}") for note in report.notes)
+    yield from (f"problem: {problem}" for problem in report.problems)
+    yield from (f"note: {note}" for note in report.notes)
     yield f"verdict: {report.verdict}"
 
 

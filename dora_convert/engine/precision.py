@@ -73,7 +73,12 @@ def _device(name: str) -> tuple[torch.device, str]:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         index = int(name.partition(":")[2] or 0)
         if index >= count:
-            raise UsageError(f"--device {name}: this machine has {count} usable CUDA devices.")
+            is_cpu = not (torch.version.cuda or torch.version.hip)
+            why = f": torch {torch.__version__} is a CPU build" if is_cpu else ""
+            raise UsageError(
+                f"--device {name}: this machine has {count} usable CUDA devices{why}.",
+                hint="install a build with CUDA: https://pytorch.org/get-started/locally" if is_cpu else None,
+            )
         return torch.device("cuda", index), "as asked"
     if name == "mps" and not torch.backends.mps.is_available():
         raise UsageError("--device mps: this machine has no mps device.")

@@ -256,6 +256,8 @@ def run(
     `check` starts the check of the written folder; None for no check. `details` are fields of `Run`.
     """
     progress = Progress.of(unfinished.lines if unfinished else ())
+    if progress.done:
+        settings.notify(f"resumed: {len(progress.done)} of {len(plan.items)} tensors were finished before")
     with ExitStack() as stack:
         reader = stack.enter_context(closing(hub.reader() if hub else Reader()))
         spool = stack.enter_context(closing(Spool(output.state / SPOOL, progress.spooled)))

@@ -75,6 +75,8 @@ def run_plan(
         unfinished = folder.resume(key, [], lambda: True, FittedLine)
         lines = {line.made: line for line in unfinished.lines} if unfinished else {}
         resumed = bool(lines)
+        if lines:
+            settings.notify(f"resumed: {len(lines)} of {len(plan.jobs)} modules were finished before")
         end = max((tensor.end for line in lines.values() for tensor in line.tensors.values()), default=0)
         with closing(Spool(folder.state / SPOOL, end)) as spool, ExitStack() as stack:
             with closing(Journal(folder.state / JOURNAL, key, unfinished)) as journal:

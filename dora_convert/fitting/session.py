@@ -27,7 +27,7 @@ from ..plan.plan import Plan
 from ..plan.planner import make_plan
 from ..reports.fitting import FittedModule, MadeDryRun, MadeReport
 from ..settings import Settings, without_collections
-from ..sources.inputs import open_inputs, unused
+from ..sources.inputs import modules_of, open_inputs, unused
 from ..sources.prefetch import reading
 from ..sources.session import Session
 from ..storage.refs import PathLike
@@ -87,7 +87,7 @@ class FittingSession:
                 settings=settings,
                 session=session,
                 format=find_format(options["format"]),
-                folder=OutputFolder(Path(out), overwrite=options["overwrite"]),
+                folder=OutputFolder(Path(out), overwrite=options["overwrite"], kind="an adapter"),
                 target=target,
             )
             fitting.folder.check()
@@ -116,6 +116,7 @@ class FittingSession:
             refuse_path(adapters[0], self.settings.base_model or checkpoint.source.repo)
         for doubt in (*doubts(checkpoint, adapters), *unused(checkpoint)):
             self.settings.warn(doubt)
+        self.selection.check_globs(modules_of(adapters))
         return make_plan(checkpoint, adapters, (1.0,), replace(self.selection, dtype=None))
 
     def finish(self, fitter: Fitter, **details: Any) -> MadeReport | MadeDryRun:

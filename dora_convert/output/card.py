@@ -17,6 +17,7 @@ from typing import Any
 import xxhash
 
 from .. import __version__
+from ..errors import printable
 from ..naming.families import PIPELINES
 from ..plan.plan import Plan
 from ..storage.refs import Source
@@ -67,7 +68,8 @@ def render(facts: Facts) -> bytes:
         "tags": [*tags, "dora-convert"],
     }
     data = ModelCardData(**fields)
-    return _marked(f"---\n{data.to_yaml(line_break=chr(10))}\n---\n\n" + "\n".join(_body(facts)) + "\n")
+    lines = ["---", *data.to_yaml(line_break="\n").split("\n"), "---", "", *_body(facts), ""]
+    return _marked("\n".join(map(printable, lines)))
 
 
 def _marked(text: str) -> bytes:

@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
@@ -22,6 +22,9 @@ from ..storage.filenames import JOURNAL, RECORD, SPOOL, UPLOADS, is_text
 from ..storage.journal import sync_path
 from ..storage.refs import PathLike
 from .output import Output, ShardFiles
+
+if TYPE_CHECKING:
+    from .existing import Kind
 
 try:
     import fcntl
@@ -37,8 +40,9 @@ class OutputFolder(Output):
 
     WAY_OUT = "--overwrite starts over; the unfinished run is lost"
 
-    def __init__(self, out: Path, *, overwrite: bool) -> None:
+    def __init__(self, out: Path, *, overwrite: bool, kind: Kind = "a model") -> None:
         """Refuse an OUT whose name no folder can have."""
+        self.kind = kind
         self.given = str(out)
         out = Path(os.path.abspath(out))  # noqa: PTH100 - a link stays a link
         if not out.name or "\0" in self.given or not is_text(str(out)):
@@ -59,14 +63,9 @@ class OutputFolder(Output):
             raise OutputError(f"OUT {self.out} cannot be created: {parent} is not a folder.")
         if not os.path.lexists(self.out):
             return
-        if not self.overwrite:
-            raise OutputError(f"OUT {self.out} exists.", hint="choose another name, or --overwrite")
-        if not self.out.is_dir() or self.out.is_symlink():
-            raise OutputError(f"OUT {self.out} is not a folder; it is not replaced.")
-        if not _is_model(self.out):
-            raise OutputError(
-                f"OUT {self.out} does not look like a model; it is not replaced.", hint="remove it yourself"
-            )
+        from .existing import refuse_existing
+
+        refuse_existing(self.out, self.kind, overwrite=self.overwrite)
         if self.old.exists():
             raise OutputError(f"{self.old} exists; a replaced OUT is moved there.", hint="move it away")
 
@@ -245,12 +244,6 @@ def _remove_marked(folder: Path) -> None:
             _remove(entry)
     (folder / MARKER).unlink()
     folder.rmdir()
-
-
-def _is_model(folder: Path) -> bool:
-    names = {entry.name for entry in folder.iterdir()}
-    known = names & {"config.json", RECORD}
-    return not names or bool(known) or any(name.endswith(".safetensors") for name in names)
 
 
 def _identity(base: Checkpoint) -> list[list[Any]]:

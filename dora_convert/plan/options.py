@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -45,8 +47,24 @@ class Options:
 
     def selects(self, module: str) -> bool:
         """Return True if --include and --exclude leave a module in."""
-        included = not self.include or any(fnmatchcase(module, glob) for glob in self.include)
-        return included and not any(fnmatchcase(module, glob) for glob in self.exclude)
+        included = not self.include or any(_matches(module, glob) for glob in self.include)
+        return included and not any(_matches(module, glob) for glob in self.exclude)
+
+    def check_globs(self, modules: Collection[str]) -> None:
+        """Raise UsageError if a glob matches none of the modules that could be chosen."""
+        for option, globs in (("--include", self.include), ("--exclude", self.exclude)):
+            for glob in globs:
+                if not any(_matches(module, glob) for module in modules):
+                    kinds = Counter(re.sub(r"\.\d+(?=\.|$)", ".*", module) for module in modules)
+                    shown = ", ".join(f"{kind} ({count})" for kind, count in [*kinds.items()][:20])
+                    raise UsageError(f"{option} {glob} matches no module. The modules are {shown}.")
+
+
+def _matches(module: str, glob: str) -> bool:
+    """Return True if a glob matches a module's name; a name without wildcards matches the ends of names, too."""
+    if any(wildcard in glob for wildcard in "*?["):
+        return fnmatchcase(module, glob)
+    return f".{module}".endswith(f".{glob}")
 
 
 def parse_options(given: Mapping[str, Any]) -> Options:
@@ -57,18 +75,19 @@ def parse_options(given: Mapping[str, Any]) -> Options:
         compute_dtype=COMPUTE_DTYPES[given.get("compute_dtype", "auto")],
         max_shard_size=None if size is None else parse_size(size, "--max-shard-size"),
         undo=given.get("undo") or "none",
-        include=tuple(given.get("include", ())),
-        exclude=tuple(given.get("exclude", ())),
+        include=given.get("include", ()),
+        exclude=given.get("exclude", ()),
         allow_unmatched=given.get("allow_unmatched", False),
-        ignore_field=tuple(given.get("ignore_field", ())),
+        ignore_field=given.get("ignore_field", ()),
         legacy_config=given.get("legacy_config", False),
     )
 
 
-def parse_weights(weights: Sequence[float], count: int) -> tuple[float, ...]:
+def parse_weights(given: Sequence[float] | float, count: int) -> tuple[float, ...]:
     """Return one finite weight for each adapter; no weights at all means 1 for each."""
+    weights = tuple(given) if isinstance(given, Sequence) else (given,)
     if weights and len(weights) != count:
         raise UsageError(f"{len(weights)} --weight for {count} adapters.", hint="give one per ADAPTER, or none")
     if not all(map(math.isfinite, weights)):
         raise UsageError("--weight must be a finite number.")
-    return tuple(weights) or (1.0,) * count
+    return weights or (1.0,) * count

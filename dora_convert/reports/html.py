@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import OutputError
+from ..errors import OutputError, printable
 from .verify import CheckedModule, OutputsReport, VerifyReport, figures
 
 LEFT, RIGHT, TOP, BOTTOM = 70, 705, 15, 370
@@ -69,7 +69,7 @@ def render(report: VerifyReport | OutputsReport) -> str:
     templates = Environment(
         loader=PackageLoader("dora_convert", "reports"),
         autoescape=True,
-        finalize=_printable,
+        finalize=lambda value: printable(value) if isinstance(value, str) else value,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -82,13 +82,6 @@ def render(report: VerifyReport | OutputsReport) -> str:
         modules = sorted(report.modules, key=lambda m: (m.wrong_elements, m.output_error or 0.0), reverse=True)
         facts = {"figures": (), "modules": modules, "chart": _chart(modules)}
     return templates.get_template("page.html.j2").render(report=report, **facts)
-
-
-def _printable(value: object) -> object:
-    """Return a text with its unprintable characters spelt out; other values stay."""
-    if not isinstance(value, str):
-        return value
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in value)
 
 
 @dataclass(frozen=True)

@@ -117,14 +117,18 @@ def snapshot_folder(repo: str, commit: str) -> Path:
 
 def _cached_repo(ref: HubRef, what: str, error: Exception) -> Source:
     """Return the cache's copy of a repo without a connection; the copy may be incomplete."""
+    from huggingface_hub import constants
+
     for name in ANCHORS:
         if path := _cached(ref, name):
             folder = path.parent
             commit = folder.parents[ref.subfolder.count("/")].name if ref.subfolder else folder.name
             return Source(folder, ref.repo, ref.repo, commit, ref.subfolder)
+    offline = constants.HF_HUB_OFFLINE
     raise HubError(
-        f"{what} {ref} is not a local path, the Hub cannot be reached, and the cache has no copy.",
-        hint="check the spelling and the connection",
+        f"{what} {ref} is not a local path, the Hub cannot be reached{' with HF_HUB_OFFLINE' if offline else ''}, "
+        "and the cache has no copy.",
+        hint="check the spelling, or unset HF_HUB_OFFLINE" if offline else "check the spelling and the connection",
     ) from error
 
 

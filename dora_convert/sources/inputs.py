@@ -175,6 +175,11 @@ def _base_of(adapter: Adapter, ref: str, out: str, verb: str) -> tuple[str, str 
     return name, adapter.revision
 
 
+def modules_of(adapters: Sequence[Adapter]) -> list[str]:
+    """Return the names of the modules that adapters change, each once."""
+    return [*dict.fromkeys(change.module for adapter in adapters for change in adapter.changes)]
+
+
 def unused(base: Checkpoint) -> Iterator[str]:
     """Yield warnings about files of a base that take no part."""
     yield from base.notes

@@ -177,7 +177,9 @@ def weight_entry(names: Sequence[str], where: str) -> str:
             raise RefError(
                 f"{where} holds several models and no {stem}{kinds[0]}: {', '.join(entries)}.", hint="name one file"
             )
-    if other := sorted(name for name in names if name.endswith((".gguf", ".h5", ".msgpack"))):
+    if not names:
+        raise RefError(f"{where} is empty.", hint="name the folder with the model's files")
+    if other := sorted(name for name in names if name.endswith((".gguf", ".h5", ".msgpack", ".ckpt"))):
         raise UnsupportedError(
             f"{where} has no safetensors weights, only {', '.join(other[:3])}: not read yet.",
             hint="save the model as safetensors, or name a revision that has them",

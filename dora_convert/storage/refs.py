@@ -3,6 +3,7 @@
 ./folder                              a local directory; a local path wins over a repo id
 org/name, org/name@revision           a repo on the Hugging Face Hub
 hf://org/name[@revision][/subfolder]  the same, never a local path
+https://huggingface.co/org/name       the same, as a browser shows it
 """
 
 from __future__ import annotations
@@ -77,9 +78,26 @@ def parse_ref(ref: str, what: str = "REF") -> Path | HubRef:
     if path.exists() or path.is_symlink():
         kind = "not a folder or a file" if path.exists() else "a link to a path that does not exist"
         raise RefError(f"{what} {ref!r} is {kind}.")
+    from .addresses import read_address
+
+    if address := read_address(ref, what):
+        return HubRef(*address)
+    if ref.endswith("@") or ref.count("@") > 1:
+        raise RefError(f"{what} {ref!r} names no revision, or several.", hint="a Hub repo is written org/name@revision")
     if (match := _REPO.fullmatch(ref)) and not ref.startswith((".", "~")):
         return HubRef(match["repo"], match["revision"])
+    refuse_unfinished(path, what)
     raise RefError(f"{what} {ref!r} does not exist.", hint=_similar(path) or "a Hub repo is written org/name")
+
+
+def refuse_unfinished(path: Path, what: str) -> None:
+    """Raise RefError for an output that a run has begun and not finished."""
+    partial = path.with_name(f"{path.name}.partial")
+    if path.name and not path.exists() and partial.is_dir():
+        raise RefError(
+            f"{what} {path} does not exist, only {partial.name}: an unfinished output.",
+            hint="rerun the command that began it to resume",
+        )
 
 
 def local_path(ref: str, what: str) -> Path:

@@ -16,7 +16,7 @@ from ..errors import PlanError, UnsupportedError
 from ..fitting.jobs import FittingPlan, Result, doubt_ranks, goal_words, parse_goal
 from ..fitting.pairs import Differences, model_names, short_names
 from ..fitting.session import Fitter, FittingSession
-from ..options import ExtractOptions, takes
+from ..options import ExtractOptions
 from ..plan.planner import refuse_quantised
 from ..reports.fitting import MadeDryRun, MadeReport
 from ..settings import format_size, without_collections
@@ -24,6 +24,7 @@ from ..sources.inputs import open_base
 from ..sources.prefetch import reading
 from ..storage.checkpoint import Checkpoint
 from ..storage.refs import PathLike
+from . import takes
 
 if TYPE_CHECKING:
     from ..fitting.run import FitJob
@@ -79,6 +80,7 @@ def _open(session: FittingSession, base: PathLike, tuned: PathLike) -> tuple[Che
     after = open_base(os.fspath(tuned), "TUNED", session.session)
     for checkpoint in (before, after):
         refuse_quantised(checkpoint)
+    session.selection.check_globs([name.rpartition(".")[0] for name in (*model_names(before), *model_names(after))])
     session.folder.refuse_inside([before.source.path, after.source.path])
     return before, after
 

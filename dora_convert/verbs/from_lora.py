@@ -15,10 +15,11 @@ from ..errors import Fault, UnsupportedError, UsageError
 from ..fitting.jobs import FittingPlan, MatchedChange, Result, match_changes, modules_besides
 from ..fitting.session import Fitter, FittingSession
 from ..naming.resolve import is_embedding, is_head
-from ..options import FromLoraOptions, takes
+from ..options import FromLoraOptions
 from ..plan.plan import Plan
 from ..reports.fitting import MadeDryRun, MadeReport
 from ..storage.refs import PathLike
+from . import takes
 
 if TYPE_CHECKING:
     from ..fitting.run import FitJob

@@ -10,10 +10,11 @@ from typing_extensions import Unpack
 from ..errors import RefError
 from ..hub.push import push_folder
 from ..hub.target import PushTarget
-from ..options import UploadOptions, takes
+from ..options import UploadOptions
 from ..reports.push import PushReport
 from ..settings import check_base_model
 from ..storage.refs import PathLike
+from . import takes
 
 
 @takes(UploadOptions)

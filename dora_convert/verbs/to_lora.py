@@ -25,11 +25,12 @@ from ..fitting.jobs import (
 )
 from ..fitting.session import Fitter, FittingSession
 from ..naming.resolve import is_embedding, is_head
-from ..options import ToLoraOptions, takes
+from ..options import ToLoraOptions
 from ..plan.item import Edit, Item
 from ..plan.plan import Plan
 from ..reports.fitting import MadeDryRun, MadeReport
 from ..storage.refs import PathLike
+from . import takes
 
 if TYPE_CHECKING:
     from ..fitting.run import FitJob

@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 
 from ..adapters.adapter import Adapter
 from ..errors import RefError, UsageError
-from ..options import UnmergeOptions, takes
+from ..options import UnmergeOptions
 from ..output.folder import new_folder
 from ..output.in_place import InPlace, finished
 from ..output.side_files import SideFile, base_files
@@ -31,6 +31,7 @@ from ..undo.files import remaining_files, restored_files
 from ..undo.record import MergeRecord, in_order, no_record, read_record
 from ..undo.removal import following, plan_removal
 from ..undo.unmerge_plan import UnmergePlan, plan_unmerge
+from . import takes
 from .in_place import open_place, refuse_lossy, refuse_options, refuse_out
 
 if TYPE_CHECKING:

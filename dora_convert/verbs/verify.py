@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 
 from ..errors import DoraConvertError, UsageError
 from ..logits.prompts import gather_prompts
-from ..options import VerifyOptions, takes
+from ..options import VerifyOptions
 from ..output.lineage import chains
 from ..output.receipt import Receipt, read_receipt
 from ..plan.options import parse_options, parse_weights
@@ -19,12 +19,13 @@ from ..plan.planner import make_plan
 from ..reports.html import check_page, write_page
 from ..reports.verify import OutputsReport, VerifyReport
 from ..settings import Settings, require_extra, without_collections
-from ..sources.inputs import find_adapter, open_base, open_inputs, refuse_swapped
+from ..sources.inputs import find_adapter, modules_of, open_base, open_inputs, refuse_swapped
 from ..sources.prefetch import download_weights
 from ..sources.session import Session
 from ..storage.checkpoint import Checkpoint
 from ..storage.filenames import RECORD
 from ..storage.refs import PathLike, listed
+from . import takes
 
 
 @takes(VerifyOptions)
@@ -100,6 +101,7 @@ def _plan(request: VerifyRequest) -> tuple[Plan, Checkpoint]:
     )
     for doubt in chains(base, adapters):
         settings.warn(doubt)
+    parse_options(options).check_globs(modules_of(adapters))
     return make_plan(base, adapters, weights, selection), merged
 
 
@@ -108,7 +110,7 @@ def _texts(options: VerifyOptions) -> tuple[str, ...]:
     prompt, prompts = options["prompt"], options["prompts"]
     if options["level"] == "outputs":
         require_extra("verify", "--level outputs")
-        return gather_prompts([prompt] if isinstance(prompt, str) else prompt, prompts)
+        return gather_prompts(prompt, prompts)
     if prompt or prompts is not None:
         raise UsageError("--prompt and --prompts are of use with --level outputs only.")
     return ()

@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 from ...adapters.adapter import Adapter, Change, Decomposed, Delta, Full, LowRank, Rows, low_rank, tensors_of
 from ...errors import DoraConvertError, Fault, PlanError, RefError, UnsupportedError, UsageError
 from ...formats.detect import adapters_inside, detect, is_adapter_file, model_weights
-from ...options import InspectOptions, takes
+from ...options import InspectOptions
 from ...output.lineage import doubts
 from ...plan.builder import describe
 from ...plan.options import Options
@@ -25,6 +25,7 @@ from ...sources.remote_headers import RefListing, look
 from ...sources.session import Session
 from ...storage.checkpoint import Checkpoint
 from ...storage.refs import PathLike, Source, local_path, local_source, parse_ref
+from .. import takes
 from .census import census, common, fold
 
 

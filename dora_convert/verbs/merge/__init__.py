@@ -12,17 +12,18 @@ from typing import TYPE_CHECKING
 from typing_extensions import Unpack
 
 from ...errors import UsageError
-from ...options import MergeOptions, takes
+from ...options import MergeOptions
 from ...output.folder import OutputFolder
 from ...plan.options import Options, parse_options, parse_weights
 from ...plan.plan import Plan
 from ...plan.planner import make_plan
 from ...reports.merge import DryRunReport, MergeReport
 from ...settings import Settings, require_extra, without_collections
-from ...sources.inputs import Mode, open_inputs, strangers, unused
+from ...sources.inputs import Mode, modules_of, open_inputs, strangers, unused
 from ...sources.session import Session
 from ...storage.filenames import INCOMING
 from ...storage.refs import PathLike, listed
+from .. import takes
 
 if TYPE_CHECKING:
     from ...hub.streaming import HubStreaming
@@ -172,6 +173,7 @@ def _plan(request: MergeRequest, out: str, mode: Mode, weights: Path | None = No
             settings.warn(doubt)
     for note in unused(checkpoint):
         settings.warn(note)
+    request.selection.check_globs(modules_of(adapters))
     plan = make_plan(checkpoint, adapters, strengths, request.selection)
     if request.selection.legacy_config and plan.config is None:
         settings.warn(
