@@ -59,13 +59,17 @@ class DoraConvertError(Exception):
 
     kind: ClassVar[str] = "error"
     exit_code: ClassVar[int] = 2
-    outcome: ClassVar[str] = "Nothing was written."
+    outcome: str = "Nothing was written."
+    """What became of the output."""
 
-    def __init__(self, message: str, *, hint: str | None = None, faults: Sequence[Fault] = ()) -> None:
+    def __init__(
+        self, message: str, *, hint: str | None = None, faults: Sequence[Fault] = (), outcome: str | None = None
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
         self.faults = tuple(faults)
+        self.outcome = outcome or self.outcome
 
     def text(self, limit: int = 10) -> str:
         """Return the message and its faults, one a line, at most `limit` of them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from .errors import UsageError
@@ -33,9 +34,8 @@ def format_size(nbytes: float) -> str:
 
 def peak_memory() -> int | None:
     """Return the most bytes that this process has had in memory; None if the system does not tell."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        match = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+    with suppress(OSError):
+        match = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
         return int(match[1]) * 1024 if match else None
     try:
         import resource

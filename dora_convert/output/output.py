@@ -107,6 +107,11 @@ class Output(ABC):
                 hint="free some space, or choose an OUT on another disk",
             )
 
+    @property
+    def begun(self) -> bool:
+        """True if a run has begun to write and has not ended."""
+        return (self.state / JOURNAL).exists()
+
     def _bytes_done(self) -> int:
         """Return the bytes that an unfinished run takes on the disk."""
         return 0
@@ -129,19 +134,37 @@ class Output(ABC):
         self.open()
         try:
             yield
-        except NumericalError:
-            self.discard()
-            raise
-        except OSError as error:
-            kept = (self.state / JOURNAL).exists()
-            self.leave() if kept else self.discard()
+        except BaseException as error:
+            begun = self.begun
+            left = self._abandon(keep=begun if isinstance(error, OSError) else not isinstance(error, NumericalError))
+            if not isinstance(error, OSError):
+                raise
+            hints = [f"{self.partial} stays; rerun the same command to resume" if begun else "", left]
             raise OutputError(
                 f"{self.out} cannot be written: {error.strerror or error}.",
-                hint=f"{self.partial} stays; rerun the same command to resume" if kept else None,
+                hint="; ".join(filter(None, hints)) or None,
+                outcome="What is done is kept." if begun else None,
             ) from error
-        except BaseException:
-            self.leave()
-            raise
+
+    def _abandon(self, *, keep: bool) -> str:
+        """Leave or discard an output that failed; return the reason if even that fails."""
+        try:
+            self.leave() if keep else self.discard()
+        except OSError as error:
+            return f"{self.partial} could not be removed: {error.strerror or error}"
+        return ""
+
+    @contextmanager
+    def tidied(self) -> Iterator[None]:
+        """Say that the output is complete if the steps inside fail: they remove what nothing needs any more."""
+        try:
+            yield
+        except OSError as error:
+            raise OutputError(
+                f"{self.out} is complete, but the cleanup after it failed: {error.strerror or error}.",
+                hint=error.filename and f"{error.filename} is not needed any more",
+                outcome="The output is complete.",
+            ) from error
 
     def resume(
         self, key: JournalKey, keep: list[str], complete: Callable[[], bool], line_type: type
