@@ -7,7 +7,7 @@ from contextlib import closing
 from dataclasses import replace
 
 from ..output.finished import TensorResult
-from ..output.output import Copy, ShardFiles
+from ..output.shards import Copy, ShardFiles
 from ..plan.item import Item
 from ..plan.plan import Plan
 from ..settings import Settings

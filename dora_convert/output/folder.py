@@ -22,7 +22,8 @@ from ..storage.checkpoint import Checkpoint
 from ..storage.filenames import JOURNAL, RECORD, SPOOL, UPLOADS, is_text
 from ..storage.journal import sync_path
 from ..storage.refs import PathLike
-from .output import Output, ShardFiles
+from .output import Output
+from .shards import ShardFiles
 
 try:
     import fcntl

@@ -36,7 +36,8 @@ from ..storage.reader import Reader
 from ..storage.refs import PathLike
 from ..storage.safetensors import StoredTensor
 from .folder import LOCK
-from .output import Output, ShardFiles
+from .output import Output
+from .shards import ShardFiles
 
 SPARE = 16
 """Old tensors that may wait for the new ones to be synced."""

@@ -18,7 +18,7 @@ from ...errors import Fault, VerificationError
 from ...output.card import card_bytes
 from ...output.finished import TensorResult, Verdict, judge, kept_name
 from ...output.receipt import new_receipt
-from ...output.side_files import SideFile, base_files, originals, side_files, with_card
+from ...output.side_files import SideFile, adopted_sets, base_files, originals, side_files, with_card
 from ...parity.self_check import SelfCheck
 from ...plan.plan import Plan
 from ...reports.merge import MergeReport
@@ -52,6 +52,8 @@ def run_merge(
     spec = choose_compute(plan.memory, settings)
     hashes = [scan_adapter(adapter) for adapter in plan.adapters]
     files = side_files(plan)
+    for adopted in () if plan.base.is_file else adopted_sets(plan):
+        (settings.warn if adopted.rivals else settings.notify)(adopted.notice(plan.base))
     seen = _look_at_base(plan, settings)
     needed = hub.room(plan) if hub else output.bytes_needed(plan)
     output.check_space(needed + 2 * plan.undo_bytes + sum(file.nbytes for file in files))
@@ -66,7 +68,7 @@ def run_merge(
         card = card_bytes(plan, settings.base_model, verdict.rows() if verdict else ())
         _write_files(done, output, with_card(files, card), hashes)
         outputs = _examine(output, examine).to_dict() if examine else None
-        return _publish(done, output, hub, card, verdict=verdict, outputs=outputs)
+        return _publish(done, output, hub, files, card=card, verdict=verdict, outputs=outputs)
 
 
 def _look_at_base(plan: Plan, settings: Settings) -> bool:
@@ -116,7 +118,14 @@ def _write_files(done: Run, output: Output, files: Sequence[SideFile], hashes: H
 
 
 def _publish(
-    done: Run, output: Output, hub: HubStreaming | None, card: bytes, *, verdict: Verdict | None, outputs: Any
+    done: Run,
+    output: Output,
+    hub: HubStreaming | None,
+    files: Sequence[SideFile],
+    *,
+    card: bytes,
+    verdict: Verdict | None,
+    outputs: Any,
 ) -> MergeReport:
     """Commit to the Hub if asked, give the output its final name, and return the report."""
     plan = done.plan
@@ -128,7 +137,8 @@ def _publish(
     if away:
         output.discard()
     else:
-        output.publish(report.to_dict(), [] if plan.options.undo != "none" else [f"{RECORD}/{UNDO}"])
+        stale = [] if plan.options.undo != "none" else [f"{RECORD}/{UNDO}"]
+        output.publish(report.to_dict(), stale + sorted(base_files(plan.base).keys() - {file.name for file in files}))
     return report
 
 
