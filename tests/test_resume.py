@@ -224,7 +224,7 @@ def test_disk_full(tmp_path, base, adapter, monkeypatch):
     from dora_convert.output import shards as writer
 
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(writer.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(OutputError, match="has 1 kB free; the output needs"):
         dora_convert.merge(base.path, adapter, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))

@@ -24,7 +24,7 @@ from ..engine.run import choose_compute, journal_key
 from ..engine.workers import WorkerPool
 from ..errors import NumericalError
 from ..maths import lora as maths
-from ..output.card import NAME
+from ..output.card import NAME, inherited
 from ..output.folder import OutputFolder
 from ..output.side_files import tokenizer_files
 from ..settings import Settings
@@ -35,7 +35,7 @@ from ..storage.json_files import Real
 from ..storage.reader import Reader
 from ..storage.safetensors import FLOATS, StoredTensor
 from ..storage.spool import Segment, Spool, SpooledTensor
-from .card import adapter_card_bytes
+from .card import adapter_card_bytes, works_of
 from .jobs import FittingPlan, Job, Result
 
 NAMES = {dtype: name for name, dtype in TORCH.items()}
@@ -220,4 +220,7 @@ def _put_side_files(plan: FittingPlan, folder: OutputFolder, settings: Settings)
     source = plan.sources[-1].path
     for name in tokenizer_files(source) if source.is_dir() else ():
         folder.put(name, source / name)
-    folder.put(NAME, adapter_card_bytes(plan, settings.base_model))
+    fields = inherited(works_of(plan))
+    if fields.notice:
+        settings.notify(fields.notice)
+    folder.put(NAME, adapter_card_bytes(plan, settings.base_model, fields))

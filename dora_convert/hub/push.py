@@ -107,8 +107,9 @@ class FolderPush:
             kinds=kinds,
             relation="adapter" if adapter else "finetune",
             base_model=self._base(contents),
-            library=find_format(adapter.format).LIBRARY if adapter else "transformers" if config else None,
+            library=find_format(adapter.format).LIBRARY if adapter else card.library_of(config),
             pipeline=card.pipeline_of(config, {}),
+            config=config,
             sources=sources,
             record=bool(receipt),
         )

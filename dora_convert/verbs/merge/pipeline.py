@@ -15,7 +15,7 @@ from ...engine.precision import scan_adapter
 from ...engine.run import Hashes, Run, choose_compute, resume_plan, run
 from ...engine.tensor import MergeMaker
 from ...errors import Fault, VerificationError
-from ...output.card import card_bytes
+from ...output.card import card_bytes, inherited, works_of
 from ...output.finished import TensorResult, Verdict, judge, kept_name
 from ...output.receipt import new_receipt
 from ...output.side_files import SideFile, adopted_sets, base_files, originals, side_files, with_card
@@ -54,6 +54,9 @@ def run_merge(
     files = side_files(plan)
     for adopted in () if plan.base.is_file else adopted_sets(plan):
         (settings.warn if adopted.rivals else settings.notify)(adopted.notice(plan.base))
+    fields = inherited(works_of(plan))
+    if fields.notice:
+        settings.notify(fields.notice)
     seen = _look_at_base(plan, settings)
     needed = hub.room(plan) if hub else output.bytes_needed(plan)
     output.check_space(needed + 2 * plan.undo_bytes + sum(file.nbytes for file in files))
@@ -65,7 +68,7 @@ def run_merge(
         verdict = judge(plan, results) if settings.verify else None
         if _is_unchanged(plan, results):
             settings.warn("the adapter changes nothing: every element is as in the base")
-        card = card_bytes(plan, settings.base_model, verdict.rows() if verdict else ())
+        card = card_bytes(plan, settings.base_model, fields, verdict.rows() if verdict else ())
         _write_files(done, output, with_card(files, card), hashes)
         outputs = _examine(output, examine).to_dict() if examine else None
         return _publish(done, output, hub, files, card=card, verdict=verdict, outputs=outputs)
