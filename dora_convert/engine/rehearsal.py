@@ -19,8 +19,10 @@ from .run import Run
 from .tensor import StartMaker
 
 
-def rehearse(plan: Plan, settings: Settings, spec: ComputeSpec, maker: StartMaker) -> Mapping[str, TensorResult]:
-    """Compute every tensor of a plan, and return the results by name."""
+def rehearse(
+    plan: Plan, settings: Settings, spec: ComputeSpec, maker: StartMaker, hashed: Collection[str] = ()
+) -> Mapping[str, TensorResult]:
+    """Compute every tensor of a plan, hash those in `hashed`, and return the results by name."""
     with closing(Reader()) as reader:
         run = Run(
             plan=plan,
@@ -31,6 +33,7 @@ def rehearse(plan: Plan, settings: Settings, spec: ComputeSpec, maker: StartMake
             spool=_NoSpool(),
             journal=_NoJournal(),
             maker=maker,
+            hashed=hashed,
         )
         run.execute()
     return run.progress.done

@@ -18,10 +18,10 @@ from ..output.folder import LOCK
 from ..output.receipt import Receipt, read_receipt
 from ..sources.inputs import read_or_refuse
 from ..storage.checkpoint import open_checkpoint
-from ..storage.filenames import JOURNAL, RECEIPT, RECORD, is_weight_file, list_files
+from ..storage.filenames import JOURNAL, RECEIPT, RECORD, UNDO, is_weight_file, list_files
 from ..storage.reader import Reader
 from ..storage.refs import Source, local_path, local_source
-from ..storage.safetensors import StoredTensor
+from ..storage.safetensors import StoredTensor, read_header
 
 RECEIPT_PATH = f"{RECORD}/{RECEIPT}"
 HASHERS = 2
@@ -114,18 +114,22 @@ def _contents(
 def check_receipt(contents: FolderContents) -> int:
     """Compare every tensor that the receipt has a hash of, and return the number of tensors compared.
 
-    Raises VerificationError with the names of all tensors that differ.
+    Raises VerificationError with the names of all tensors that differ, those of the undo record included.
     """
     written = _hashes(contents.receipt) if contents.receipt else {}
     with closing(Reader()) as reader, ThreadPoolExecutor(HASHERS) as pool:
         tensors = [contents.tensors[name] for name in written if name in contents.tensors]
         digests = pool.map(reader.digest, tensors)
         hashes = {tensor.name: digest.fast for tensor, digest in zip(tensors, digests, strict=True)}
+        record = contents.path(f"{RECORD}/{UNDO}")
+        undo = read_header(record).tensors if record.is_file() else {}
+        damaged = contents.receipt.damaged(undo, reader) if contents.receipt else []
     faults = [
         Fault(name, "differs from what was written" if name in hashes else "is missing")
         for name, expected in written.items()
         if hashes.get(name) != expected
     ]
+    faults += [Fault(f"{UNDO}: {name}", why) for name, why in damaged]
     if faults:
         raise VerificationError(
             f"{contents.source.name} does not match its receipt: {len(faults)} tensors differ.",

@@ -17,14 +17,15 @@ import xxhash
 from msgspec import UNSET, Struct, UnsetType
 
 from .. import __version__
+from ..errors import Fault
 from ..plan.item import Item
 from ..plan.plan import Entry, Plan
 from ..plan.sharding import converted
 from ..storage.filenames import RECEIPT, is_inside, is_plain
 from ..storage.json_files import Count, Dtype, Real, checked, one_of, read_json
-from ..storage.reader import xxh3
+from ..storage.reader import Reader, xxh3
 from ..storage.refs import Source
-from ..storage.safetensors import CONFIG_DTYPES, is_possible
+from ..storage.safetensors import CONFIG_DTYPES, StoredTensor, is_possible
 from .finished import TensorResult, copied_name, kept_name
 from .side_files import SideFile
 
@@ -134,8 +135,10 @@ class Receipt(Struct, frozen=True, kw_only=True, omit_defaults=True):
     options: RecordedOptions
     tensors: dict[str, MergedTensor]
     copied: dict[str, str] = {}
-    """The xxh3-128 of tensors that no adapter touched, where a run has computed it."""
+    """The xxh3-128 of tensors that no adapter touched; older merges computed it with exact records only."""
     kept: dict[str, KeptTensor]
+    undo_record: dict[str, str] = {}
+    """The xxh3-128 of each tensor in undo.safetensors; older merges did not compute it."""
     layout: BaseLayout
     side_files: dict[str, str]
     base_files: dict[str, str | None]
@@ -174,6 +177,15 @@ class Receipt(Struct, frozen=True, kw_only=True, omit_defaults=True):
         same = len(self.adapters) == len(adapters) and all(_is_same(merged, path) for merged, path in pairs)
         return self.verb == "merge" and same
 
+    def damaged(self, record: Mapping[str, StoredTensor], reader: Reader) -> list[Fault]:
+        """Return a fault for each tensor of an undo record that differs from what the merge wrote."""
+        found = {name: reader.digest(record[name]).fast for name in self.undo_record if name in record}
+        return [
+            Fault(name, "is not what was written" if name in found else "is missing")
+            for name, digest in self.undo_record.items()
+            if found.get(name) != digest
+        ]
+
     def to_bytes(self) -> bytes:
         """Return the receipt as it is written."""
         return (json.dumps(msgspec.to_builtins(self), indent=1, ensure_ascii=False) + "\n").encode()
@@ -205,12 +217,14 @@ def new_receipt(
     hashes: Sequence[Mapping[str, str]],
     files: Sequence[SideFile],
     base_files: Mapping[str, str],
+    undo_record: Mapping[str, str],
     computed: Mapping[str, str],
 ) -> Receipt:
     """Return the receipt of a finished merge.
 
     `hashes` holds for each adapter the xxh3-128 of its files, `files` the side files, and `base_files` the
-    sha256 of the base's side files. `computed` names the device, the compute dtype and torch's version.
+    sha256 of the base's side files. `undo_record` holds the hashes of the undo record's tensors. `computed`
+    names the device, the compute dtype and torch's version.
     """
     options = plan.options
     kept = {tensor.name: results[kept_name(tensor)] for tensor in plan.lost}
@@ -238,6 +252,7 @@ def new_receipt(
         tensors={item.name: _tensor(item, results) for item in plan.items if item.noted},
         copied=copied,
         kept={name: KeptTensor(result.base_hash, result.proof) for name, result in kept.items()},
+        undo_record=dict(undo_record),
         layout=_layout(plan),
         side_files={file.name: file.fate for file in files},
         base_files=dict(base_files),

@@ -101,7 +101,7 @@ def _write_tensors(
         hub=hub,
         spec=spec,
         maker=maker,
-        hashed=_hashed(plan, output),
+        hashed={item.name for item in plan.items if item.verbatim},
     )
 
 
@@ -110,13 +110,14 @@ def _write_files(done: Run, output: Output, files: Sequence[SideFile], hashes: H
     plan, results, spec = done.plan, done.progress.done, done.spec
     for file in files:
         output.put(file.name, file.source)
+    hashed: dict[str, str] = {}
     if plan.options.undo != "none":
         with closing(Spool(output.state / SPOOL, done.progress.spooled)) as spool:
             parts = [*_kept(plan, results), *_originals(plan, files, spool)]
-            spool.lay_out(parts, output.path(f"{RECORD}/{UNDO}"))
+            hashed = spool.lay_out(parts, output.path(f"{RECORD}/{UNDO}"))
     proofs = {name: sha256(path) for name, path in base_files(plan.base).items()}
     computed = {"device": spec.device.type, "compute_dtype": spec.compute_name, "torch": torch.__version__}
-    receipt = new_receipt(plan, results, hashes, files, base_files=proofs, computed=computed)
+    receipt = new_receipt(plan, results, hashes, files, base_files=proofs, undo_record=hashed, computed=computed)
     output.put(f"{RECORD}/{RECEIPT}", receipt.to_bytes())
 
 
@@ -152,12 +153,6 @@ def _observe(plan: Plan) -> Observe | None:
     from ...undo.keep import keeper
 
     return partial(keeper, plan)
-
-
-def _hashed(plan: Plan, output: Output) -> set[str]:
-    """Return the copied tensors whose hashes an exact record holds; none in place."""
-    wanted = plan.options.exact and not output.in_place
-    return {item.name for item in plan.items if wanted and item.verbatim}
 
 
 def _examine(output: Output, examine: Examine) -> OutputsReport:
