@@ -60,7 +60,7 @@ class DoraConvertError(Exception):
     kind: ClassVar[str] = "error"
     exit_code: ClassVar[int] = 2
     outcome: str = "Nothing was written."
-    """What became of the output."""
+    """A sentence about the output, printed after the message."""
 
     def __init__(
         self, message: str, *, hint: str | None = None, faults: Sequence[Fault] = (), outcome: str | None = None

@@ -29,8 +29,6 @@ from ..storage.safetensors import CONFIG_DTYPES, StoredTensor, is_possible
 from .finished import TensorResult, copied_name, kept_name
 from .side_files import SideFile
 
-SCHEMA = 1
-
 
 class MergedSource(Struct, frozen=True, kw_only=True):
     """A checkpoint or adapter that was merged."""
@@ -173,17 +171,15 @@ class Receipt(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     def is_of(self, adapters: Sequence[Path]) -> bool:
         """Return True if a merge of the adapters in these folders left the receipt."""
-        pairs = zip(self.adapters, adapters, strict=False)
-        same = len(self.adapters) == len(adapters) and all(_is_same(merged, path) for merged, path in pairs)
+        same = len(self.adapters) == len(adapters) and all(map(_is_same, self.adapters, adapters))
         return self.verb == "merge" and same
 
     def damaged(self, record: Mapping[str, StoredTensor], reader: Reader) -> list[Fault]:
         """Return a fault for each tensor of an undo record that differs from what the merge wrote."""
-        found = {name: reader.digest(record[name]).fast for name in self.undo_record if name in record}
         return [
-            Fault(name, "is not what was written" if name in found else "is missing")
+            Fault(name, "is not what was written" if name in record else "is missing")
             for name, digest in self.undo_record.items()
-            if found.get(name) != digest
+            if name not in record or reader.digest(record[name]).fast != digest
         ]
 
     def to_bytes(self) -> bytes:
@@ -230,7 +226,7 @@ def new_receipt(
     kept = {tensor.name: results[kept_name(tensor)] for tensor in plan.lost}
     copied = {item.name: results[key].written_hash for item in plan.items if (key := copied_name(item)) in results}
     return Receipt(
-        schema=SCHEMA,
+        schema=1,
         verb="merge",
         versions={"dora_convert": __version__, "torch": computed["torch"].partition("+")[0]},
         base=MergedBase(**_source(plan.base.source), hash=_base_hash(plan, results)),
@@ -275,12 +271,11 @@ def _base_hash(plan: Plan, results: Mapping[str, TensorResult]) -> str:
 
 def _tensor(item: Item, results: Mapping[str, TensorResult]) -> MergedTensor:
     """Return the entry of one output tensor; a copied tensor has no hashes."""
-    of = item.origin if item.origin != item.name else None
+    of = None if item.origin == item.name else item.origin
     if not (result := results.get(item.name)):
         return MergedTensor(item.fate, of)
-    undo = tuple(part.name for part in result.parts)
-    hashes = {"base": result.base_hash, "written": result.written_hash, "base_sha256": result.proof}
-    return MergedTensor(item.fate, of, undo=undo, **hashes)
+    names = tuple(part.name for part in result.parts)
+    return MergedTensor(item.fate, of, result.base_hash, result.written_hash, undo=names, base_sha256=result.proof)
 
 
 def _layout(plan: Plan) -> BaseLayout:
@@ -292,8 +287,7 @@ def _layout(plan: Plan) -> BaseLayout:
     shards = []
     for shard in base.shards:
         name, rows = converted(shard.filename), tuple((t.name, t.dtype, t.shape) for t in shard.tensors)
-        same = written.get(name) == rows
-        shards.append(BaseShard(name) if same else BaseShard(name, dict(shard.metadata), rows))
+        shards.append(BaseShard(name) if written.get(name) == rows else BaseShard(name, dict(shard.metadata), rows))
     tensors = base.tensors.values()
     shared = len({(tensor.path, tensor.start) for tensor in tensors}) < len(tensors)  # as torch.save does
     lone = base.is_file and bool(base.config)

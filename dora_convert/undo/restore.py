@@ -109,9 +109,10 @@ def _copied(reversal: UnmergePlan, hub: Transfers | None) -> Proofs:
     receipt = reversal.record.receipt
     tensors = receipt.tensors
     with closing(hub.reader() if hub else Reader()) as reader:
-        if damaged := receipt.damaged(reversal.record.tensors, reader):
+        record = reversal.record
+        if damaged := [] if record.torn else receipt.damaged(record.tensors, reader):
             raise MalformedError(
-                f"{RECORD}/{UNDO}, the undo record of {reversal.plan.base.source.name}, is damaged.",
+                f"{RECORD}/{UNDO} of {reversal.plan.base.source.name} is damaged: {damaged[0].what} {damaged[0].why}.",
                 faults=damaged,
                 hint="merge again; or remove the file, and name the base with --base",
             )
