@@ -72,11 +72,14 @@ class DoraConvertError(Exception):
     def __init_subclass__(cls, kind: str | None = None) -> None:
         cls.kind = kind or cls.kind
 
-    def __init__(self, message: str, *, hint: str | None = None, faults: Sequence[Fault] = ()) -> None:
+    def __init__(
+        self, message: str, *, hint: str | None = None, faults: Sequence[Fault] = (), outcome: str | None = None
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
         self.faults = tuple(faults)
+        self.outcome = outcome or self.outcome
 
     def text(self, limit: int = 10) -> str:
         """Return the message and its faults, one a line, at most `limit` of them."""

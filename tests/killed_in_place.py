@@ -17,7 +17,7 @@ from pathlib import Path
 
 import dora_convert
 from dora_convert.errors import RefError
-from dora_convert.output.output import ShardFiles
+from dora_convert.output.shards import ShardFiles
 from dora_convert.plan import item as plan_item
 from dora_convert.storage import journal
 from dora_convert.storage.checkpoint import open_checkpoint

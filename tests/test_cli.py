@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from dora_convert import __version__
 from dora_convert.cli import main
-from dora_convert.output.output import ShardFiles
+from dora_convert.output.shards import ShardFiles
 
 from .toy import contents, edit_json, make_adapter
 

@@ -18,7 +18,7 @@ SLOW = """
 import sys, time
 from dora_convert.storage import journal
 from dora_convert.cli import main
-from dora_convert.output.output import ShardFiles
+from dora_convert.output.shards import ShardFiles
 
 write, seen, most, pause = ShardFiles.write, [], int(sys.argv.pop(1)), float(sys.argv.pop(1))
 journal.BATCH_SECONDS = 0.0

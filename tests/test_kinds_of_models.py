@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 import dora_convert
 from dora_convert.errors import DoraConvertError, PlanError, UsageError, VerificationError
-from dora_convert.output.output import ShardFiles
+from dora_convert.output.shards import ShardFiles
 
 from .test_kinds import (
     D1,

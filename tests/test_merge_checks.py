@@ -143,7 +143,7 @@ def test_out_may_not_overlap_an_input(tmp_path, base, adapter, where):
 
 def test_self_check_finds_a_wrong_byte(tmp_path, base, adapter, monkeypatch):
     """The self-check reads the disk: one flipped bit in a sampled row fails the merge, and nothing is published."""
-    from dora_convert.output.output import ShardFiles
+    from dora_convert.output.shards import ShardFiles
 
     write = ShardFiles.write
 

@@ -23,7 +23,7 @@ DRIVER = """
     import dora_convert
     from dora_convert.plan import item as plan_item
     from dora_convert.storage import journal
-    from dora_convert.output.output import ShardFiles
+    from dora_convert.output.shards import ShardFiles
 
     base, adapter, out, allowed = *sys.argv[1:4], int(sys.argv[4])
     plan_item.BLOCK_ELEMENTS, journal.BATCH_SECONDS = 1 << 10, 0.0
@@ -198,6 +198,7 @@ def test_someone_elses_old_folder_stays(tmp_path, base, adapter):
     """OUT.old that we did not make is not deleted."""
     dora_convert.merge(base.path, adapter, tmp_path / "out")
     (tmp_path / "out.old").mkdir()
+    (tmp_path / "out.old" / "notes").touch()
     with pytest.raises(OutputError, match=r"out\.old exists"):
         dora_convert.merge(base.path, adapter, tmp_path / "out", overwrite=True)
 
@@ -220,10 +221,10 @@ def test_read_only_parent(tmp_path, base, adapter):
 
 def test_disk_full(tmp_path, base, adapter, monkeypatch):
     """Space is counted before anything is written; when it runs out all the same, the error says what to do."""
-    from dora_convert.output import output as writer
+    from dora_convert.output import shards as writer
 
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(writer.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(OutputError, match="has 1 kB free; the output needs"):
         dora_convert.merge(base.path, adapter, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))

@@ -49,7 +49,7 @@ def test_the_adapters_template_wins(tmp_path, base, adapter, theirs, ours):
     put(base.path, filled(theirs, "of the base"))
     put(adapter, filled(ours, "of the adapter"))
     said = []
-    dora_convert.merge(base.path, adapter, tmp_path / "out", on_notice=said.append)
+    dora_convert.merge(base.path, adapter, tmp_path / "out", undo="exact", on_notice=said.append)
     assert template_of(tmp_path / "out") == "of the adapter"
     assert not any(
         b"of the base" in data for name, data in contents(tmp_path / "out").items() if "dora_convert/" not in name

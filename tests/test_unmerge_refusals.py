@@ -79,6 +79,10 @@ def test_a_damaged_record_is_found_out(tmp_path, merged, adapter):
     tensors = load_file(path)
     tensors["norm/0/model.layers.0.mlp.up_proj.weight"][7] *= 1.5
     save_file(tensors, path)
+    with pytest.raises(MalformedError, match=r"norm/0/model\.layers\.0\.mlp\.up_proj\.weight is not what was written"):
+        dora_convert.unmerge(merged, adapter, tmp_path / "again")
+    receipt = merged / "dora_convert/receipt.json"  # as an older version left it
+    edit_json(receipt, undo_record={})
     with pytest.raises(VerificationError, match="differ from the base's") as caught:
         dora_convert.unmerge(merged, adapter, tmp_path / "again")
     assert [fault.what for fault in caught.value.faults] == ["model.layers.0.mlp.up_proj.weight"]

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from dora_convert.output.output import ShardFiles
+from dora_convert.output.shards import ShardFiles
 
 HIDDEN, WIDE, VOCABULARY = 40, 96, 72
 SHAPES = {

@@ -7,7 +7,7 @@ from contextlib import closing
 from dataclasses import replace
 
 from ..output.finished import TensorResult
-from ..output.output import Copy, ShardFiles
+from ..output.shards import Copy, ShardFiles
 from ..plan.item import Item
 from ..plan.plan import Plan
 from ..settings import Settings
@@ -19,8 +19,10 @@ from .run import Run
 from .tensor import StartMaker
 
 
-def rehearse(plan: Plan, settings: Settings, spec: ComputeSpec, maker: StartMaker) -> Mapping[str, TensorResult]:
-    """Compute every tensor of a plan, and return the results by name."""
+def rehearse(
+    plan: Plan, settings: Settings, spec: ComputeSpec, maker: StartMaker, hashed: Collection[str] = ()
+) -> Mapping[str, TensorResult]:
+    """Compute every tensor of a plan, hash those in `hashed`, and return the results by name."""
     with closing(Reader()) as reader:
         run = Run(
             plan=plan,
@@ -31,6 +33,7 @@ def rehearse(plan: Plan, settings: Settings, spec: ComputeSpec, maker: StartMake
             spool=_NoSpool(),
             journal=_NoJournal(),
             maker=maker,
+            hashed=hashed,
         )
         run.execute()
     return run.progress.done

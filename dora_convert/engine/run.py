@@ -20,7 +20,8 @@ import torch
 
 from .. import __version__
 from ..output.finished import FinishedLine, Progress, TensorResult, Verdict, copied_name, kept_name
-from ..output.output import Copy, Output, ShardFiles
+from ..output.output import Output
+from ..output.shards import Copy, ShardFiles
 from ..plan.item import Item
 from ..plan.plan import Plan
 from ..settings import Settings

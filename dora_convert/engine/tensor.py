@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import NumericalError
 from ..maths import lora as maths
 from ..output.finished import TensorResult
-from ..output.output import ShardFiles
+from ..output.shards import ShardFiles
 from ..plan.item import Item, spans
 from ..storage.reader import Digest
 from ..storage.safetensors import BITS

@@ -26,7 +26,7 @@ from ..engine.run import choose_compute, journal_key
 from ..engine.workers import WorkerPool
 from ..errors import NumericalError
 from ..maths import lora as maths
-from ..output.card import NAME, Facts, inherited, metadata_of, pipeline_of, render, source_row
+from ..output.card import NAME, Facts, Inherited, base_repo, inherited, metadata_of, pipeline_of, render, source_row
 from ..output.folder import OutputFolder
 from ..output.side_files import tokenizer_files
 from ..settings import Settings, format_size, peak_memory
@@ -34,6 +34,7 @@ from ..storage.filenames import JOURNAL, SPOOL
 from ..storage.journal import Journal
 from ..storage.json_files import Real
 from ..storage.reader import Reader
+from ..storage.refs import Source
 from ..storage.safetensors import FLOATS, StoredTensor
 from ..storage.spool import Segment, Spool, SpooledTensor
 from .jobs import FittingPlan, Job, Result, needs_of
@@ -230,24 +231,29 @@ def _put_side_files(plan: FittingPlan, folder: OutputFolder, settings: Settings)
     source = plan.sources[-1].path
     for name in tokenizer_files(source) if source.is_dir() else ():
         folder.put(name, source / name)
-    folder.put(NAME, _card(plan, settings.base_model))
+    roles = ("base", *(["tuned"] if len(plan.bases) > 1 else []), *(["adapter"] if plan.like else []))
+    works = dict(zip(roles, plan.sources, strict=True))
+    fields = inherited({role: work.path for role, work in works.items()})
+    if fields.notice:
+        settings.notify(fields.notice)
+    folder.put(NAME, _card(plan, works, settings.base_model, fields))
 
 
-def _card(plan: FittingPlan, base_model: str | None) -> bytes:
-    """Return the model card."""
+def _card(plan: FittingPlan, works: Mapping[str, Source], base_model: str | None, fields: Inherited) -> bytes:
+    """Return the model card; `works` are the inputs by role."""
     base, kind = plan.bases[0], "DoRA" if plan.is_dora else "LoRA"
     metadata = {} if base.is_file else metadata_of(base.root / NAME)
-    roles = ("base", *(["tuned"] if len(plan.bases) > 1 else []), *(["adapter"] if plan.like else []))
     facts = Facts(
         title=f"{kind} of {plan.sources[-1].name}",
         about=f"A {kind} adapter for {base.source.name}.",
         kinds=(kind,),
         relation="adapter",
-        base_model=base_model or base.source.repo,
+        base_model=base_model or base_repo(base, [plan.like] if plan.like else []),
         library=plan.format.LIBRARY,
         pipeline=pipeline_of(base.config, metadata),
-        inherited=inherited(metadata),
-        sources=tuple(source_row(role, source) for role, source in zip(roles, plan.sources, strict=True)),
+        inherited=fields,
+        config=base.config,
+        sources=tuple(source_row(role, source) for role, source in works.items()),
         made_by=f"`{plan.command}` of dora-convert {__version__}",
         command=("dora-convert", plan.command, *plan.words),
     )

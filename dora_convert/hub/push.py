@@ -106,7 +106,7 @@ def _new_card(contents: FolderContents, target: PushTarget, base_model: str | No
     source, receipt, adapter = contents.source, contents.receipt, contents.adapter
     config = read_config(source.path)
     kinds: tuple[str, ...] = ()
-    about, base, library = f"{source.name}, a checkpoint.", None, "transformers" if config else None
+    about, base, library = f"{source.name}, a checkpoint.", None, card.library_of(config)
     sources: list[tuple[str, str, str]] = []
     if receipt:
         kinds, base = tuple(merged.kind for merged in receipt.adapters), receipt.base.repo
@@ -126,6 +126,7 @@ def _new_card(contents: FolderContents, target: PushTarget, base_model: str | No
         base_model=base_model or base,
         library=library,
         pipeline=card.pipeline_of(config, {}),
+        config=config,
         sources=tuple(sources),
         record=bool(receipt),
     )

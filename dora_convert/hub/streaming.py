@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..output.folder import LOCK, OutputFolder
-from ..output.output import ShardFiles
+from ..output.shards import ShardFiles
 from ..plan.plan import Plan
 from ..reports.push import Pushed
 from ..sources.hub_client import without_bars

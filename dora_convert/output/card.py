@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,19 @@ from typing import Any
 import xxhash
 
 from .. import __version__
+from ..adapters.adapter import Adapter
 from ..errors import printable
 from ..naming.families import PIPELINES
 from ..plan.plan import Plan
+from ..storage.checkpoint import Checkpoint
 from ..storage.refs import Source
 from ..storage.safetensors import CONFIG_DTYPES
+from .licences import Licence, explained, strictest
 
 NAME = "README.md"
-INHERITED = ("license", "license_name", "license_link", "language")
-"""Fields that a card takes from the base's card."""
+LISTS = ("language", "datasets")
+"""Fields that a card takes from the cards of all works, as lists."""
+REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 _MARK = re.compile(rb"<!-- dora-convert card ([0-9a-f]{32}) -->\n?\Z")
 
@@ -42,8 +46,9 @@ class Facts:
     """The base's repo id; None if only a path is known."""
     library: str | None = None
     pipeline: str | None = None
-    inherited: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of the base's card."""
+    inherited: Inherited = field(default_factory=lambda: Inherited({}))
+    config: Mapping[str, Any] | None = None
+    """The config of the model that is loaded."""
     sources: tuple[tuple[str, str, str], ...] = ()
     """Role, name and commit."""
     made_by: str = ""
@@ -60,7 +65,7 @@ def render(facts: Facts) -> bytes:
 
     tags = [kind.lower() for kind in facts.kinds] + (["merged"] if facts.relation == "finetune" else [])
     fields: dict[str, Any] = {
-        **facts.inherited,
+        **facts.inherited.fields,
         "library_name": facts.library,
         "pipeline_tag": facts.pipeline,
         "base_model": facts.base_model,
@@ -80,6 +85,9 @@ def _marked(text: str) -> bytes:
 
 def _body(facts: Facts) -> Iterator[str]:
     yield from (f"# {facts.title}", "", facts.about, "")
+    yield from _usage(facts)
+    if facts.inherited.notice:
+        yield from (f"{facts.inherited.notice[0].upper()}{facts.inherited.notice[1:]}.", "")
     if facts.sources:
         yield from ("| | name | commit |", "|---|---|---|")
         yield from (f"| {role} | {name} | {commit} |" for role, name, commit in facts.sources)
@@ -94,6 +102,43 @@ def _body(facts: Facts) -> Iterator[str]:
         yield from ("To take it out again:", "", *_shell(facts.unmerge))
     if facts.record:
         yield from ("`dora_convert/receipt.json` lists every tensor that changed with its hashes.", "")
+
+
+def _usage(facts: Facts) -> Iterator[str]:
+    """Yield the lines that show how the model is loaded; none for a library that is not known here."""
+    config = facts.config or {}
+    auto, base = auto_class(config), facts.base_model or "BASE"
+    if facts.library == "transformers":
+        lines = [f"from transformers import {auto}", "", f'model = {auto}.from_pretrained("OUT", dtype="auto")']
+    elif facts.library == "peft":
+        lines = [
+            "from peft import PeftModel",
+            f"from transformers import {auto}",
+            "",
+            f'model = {auto}.from_pretrained("{base}", dtype="auto")',
+            'model = PeftModel.from_pretrained(model, "OUT")',
+        ]
+    elif facts.library == "diffusers" and str(name := config.get("_class_name")).isidentifier():
+        lines = [f"from diffusers import {name}", "", f'model = {name}.from_pretrained("OUT")']
+    else:
+        return
+    yield from ("```python", *lines, "```", "")
+
+
+def auto_class(config: Mapping[str, Any]) -> str:
+    """Return the class of transformers that loads a model, from its architecture."""
+    for name in config.get("architectures") or ():
+        for end in PIPELINES:
+            if str(name).endswith(end):
+                return "AutoModel" + end.replace("LMHeadModel", "ForCausalLM")
+    return "AutoModel"
+
+
+def library_of(config: Mapping[str, Any] | None) -> str | None:
+    """Return the library that loads a model, from its config."""
+    if not config:
+        return None
+    return "diffusers" if config.keys() & {"_class_name", "_diffusers_version"} else "transformers"
 
 
 def _shell(command: Sequence[str]) -> list[str]:
@@ -140,9 +185,42 @@ def with_base(readme: bytes, base_model: str, relation: str | None, tags: Sequen
     return _marked(str(edited)) if unedited else str(edited).encode()
 
 
-def inherited(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields that models derived from a model keep."""
-    return {name: metadata[name] for name in INHERITED if metadata.get(name)}
+@dataclass(frozen=True)
+class Inherited:
+    """The fields that a card takes from the cards of the works that the model is made of."""
+
+    fields: Mapping[str, Any]
+    notice: str | None = None
+    """A sentence about licences that differ."""
+
+
+def inherited(works: Mapping[str, Path]) -> Inherited:
+    """Return the fields that a model inherits from some works: their folders, by role, the base first."""
+    cards = {role: metadata_of(folder / NAME) for role, folder in works.items() if folder.is_dir()}
+    licences = {role: found for role, metadata in cards.items() if (found := Licence.of(metadata))}
+    licence = strictest(licences)
+    fields: dict[str, Any] = {name: value for name, value in (licence or Licence(""))._asdict().items() if value}
+    for name in LISTS:
+        values = [_listed(metadata.get(name)) for metadata in reversed(cards.values())]
+        if merged := list(dict.fromkeys(value for each in values for value in each)):
+            fields[name] = merged[0] if len(merged) == 1 and name == "language" else merged
+    return Inherited(fields, explained(licences, licence))
+
+
+def _listed(value: object) -> list[str]:
+    values = [value] if isinstance(value, str) else value
+    return [each for each in values if isinstance(each, str)] if isinstance(values, list) else []
+
+
+def base_repo(base: Checkpoint, adapters: Iterable[Adapter]) -> str | None:
+    """Return the base's repo id: its own, or the one that an adapter gives if the base's name agrees."""
+    if base.source.repo:
+        return base.source.repo
+    known = {base.source.name, str((base.config or {}).get("_name_or_path", "")).rstrip("/").rpartition("/")[2]}
+    for name in (adapter.base for adapter in adapters):
+        if name and REPO_ID.fullmatch(name) and name.rpartition("/")[2] in known and not Path(name).exists():
+            return name
+    return None
 
 
 def pipeline_of(config: Mapping[str, Any] | None, metadata: Mapping[str, Any]) -> str | None:
@@ -155,7 +233,14 @@ def pipeline_of(config: Mapping[str, Any] | None, metadata: Mapping[str, Any]) -
     return tag if isinstance(tag, str) else None
 
 
-def card_bytes(plan: Plan, base_model: str | None, checks: Sequence[tuple[str, str]] = ()) -> bytes:
+def works_of(plan: Plan) -> dict[str, Path]:
+    """Return the folders of a merge's inputs, by role."""
+    adapters = [adapter.source for adapter in plan.adapters]
+    roles = ["adapter"] if len(adapters) == 1 else [f"adapter {source.name}" for source in adapters]
+    return {"base": plan.base.source.path, **{role: source.path for role, source in zip(roles, adapters, strict=True)}}
+
+
+def card_bytes(plan: Plan, base_model: str | None, fields: Inherited, checks: Sequence[tuple[str, str]] = ()) -> bytes:
     """Render README.md for a merge's OUT; `checks` are the rows of the self-check's table."""
     base, counts, names = plan.base, plan.counts(), [adapter.source for adapter in plan.adapters]
     metadata = {} if base.is_file else metadata_of(base.root / NAME)
@@ -167,10 +252,11 @@ def card_bytes(plan: Plan, base_model: str | None, checks: Sequence[tuple[str, s
         f"{counts['merged']} tensors merged, {counts['replaced']} replaced, {counts['copied']} copied as they were.",
         kinds=kinds,
         relation="finetune",
-        base_model=base_model or base.source.repo,
-        library="transformers" if base.model_types else None,
+        base_model=base_model or base_repo(base, plan.adapters),
+        library=library_of(plan.output_config),
         pipeline=pipeline_of(plan.output_config, metadata),
-        inherited=inherited(metadata),
+        inherited=fields,
+        config=plan.output_config,
         sources=(source_row("base", base.source), *(source_row("adapter", source) for source in names)),
         made_by=f"dora-convert {__version__}",
         command=tuple(command(plan)),

@@ -10,6 +10,7 @@ import errno
 import os
 import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,8 @@ from ..storage.checkpoint import Checkpoint
 from ..storage.filenames import JOURNAL, RECORD, SPOOL, UPLOADS, is_text
 from ..storage.journal import sync_path
 from ..storage.refs import PathLike
-from .output import Output, ShardFiles
+from .output import Output
+from .shards import ShardFiles
 
 if TYPE_CHECKING:
     from .existing import Kind
@@ -70,14 +72,17 @@ class OutputFolder(Output):
             raise OutputError(f"{self.old} exists; a replaced OUT is moved there.", hint="move it away")
 
     def _repair(self) -> None:
-        """Finish an earlier run that was killed after OUT had been moved aside to be replaced."""
+        """Finish an earlier run that was killed while it published OUT."""
         if (self.old / MARKER).exists():
             if self.out.exists():
                 _remove_marked(self.old)
             else:
                 self.old.rename(self.out)
+        elif self.old.is_dir() and not any(self.old.iterdir()):
+            self.old.rmdir()
         if (self.out / MARKER).exists():
             (self.out / MARKER).unlink()
+        _remove_empty_record(self.out)
 
     def refuse_inside(self, inputs: Iterable[Path]) -> None:
         """Refuse to write into, over or around an input's folder."""
@@ -111,7 +116,7 @@ class OutputFolder(Output):
         try:
             self.check()  # another run may have published OUT since this one began
         except OutputError:
-            self.leave() if (self.state / JOURNAL).exists() else self.discard()
+            self._abandon(keep=self.begun)
             raise
 
     def _refuse_foreign(self) -> None:
@@ -175,13 +180,20 @@ class OutputFolder(Output):
             (self.out / MARKER).touch()
             sync_path(self.out)
         self._strip()
-        if replaced:
-            self.out.rename(self.old)
-        self.partial.rename(self.out)
-        sync_path(self.out.parent)
-        self.leave()
-        if replaced:
-            _remove_marked(self.old)
+        try:
+            if replaced:
+                self.out.rename(self.old)
+            self.partial.rename(self.out)
+        except OSError:
+            with suppress(OSError):
+                self._repair()
+            raise
+        with self.tidied():
+            _remove_empty_record(self.out)
+            sync_path(self.out.parent)
+            self.leave()
+            if replaced:
+                _remove_marked(self.old)
 
     def _strip(self) -> None:
         """Remove the files that OUT does not have; the journal first, since it names the others."""
@@ -191,8 +203,6 @@ class OutputFolder(Output):
         (self.state / UPLOADS).unlink(missing_ok=True)
         self._unlock()
         sync_path(self.state)
-        if not any(self.state.iterdir()):  # an adapter has no record, nor has a base without a merge before
-            self.state.rmdir()
         sync_path(self.partial)
 
     def leave(self) -> None:
@@ -204,9 +214,12 @@ class OutputFolder(Output):
 
     def discard(self) -> None:
         """Unlock, and remove OUT.partial, which is not worth resuming."""
-        self._unlock()
-        shutil.rmtree(self.partial, ignore_errors=True)
-        self.leave()
+        try:
+            self._unlock()
+            if self.partial.exists():
+                shutil.rmtree(self.partial)
+        finally:
+            self.leave()
 
     def _unlock(self) -> None:
         self._lock.release()
@@ -235,6 +248,13 @@ def _remove(entry: Path) -> None:
         shutil.rmtree(entry)
     else:
         entry.unlink()
+
+
+def _remove_empty_record(out: Path) -> None:
+    """Remove the folder of the record if nothing is in it: an adapter has none, nor has a base that no merge wrote."""
+    if (out / RECORD).is_dir() and not any((out / RECORD).iterdir()):
+        (out / RECORD).rmdir()
+        sync_path(out)
 
 
 def _remove_marked(folder: Path) -> None:

@@ -3,7 +3,7 @@
 Beside the weights, in `.dora-convert-in-place/`, lie
 
     journal.jsonl   the key, then a line for each finished tensor; the last line says that files are staged
-    old/<name>      the old bytes of a tensor that is overwritten, synced before the first write
+    old/<hash>      the old bytes of a tensor that is overwritten, synced before the first write
     new/<name>      the new files beside the weights, moved to their final names at the end
 
 A tensor is computed from its old bytes alone, so the same command repairs a tensor that a kill left half
@@ -19,9 +19,9 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import msgspec
+import xxhash
 from filelock import FileLock, Timeout
 
 from ..errors import Fault, OutputError, UnsupportedError
@@ -36,7 +36,8 @@ from ..storage.reader import Reader
 from ..storage.refs import PathLike
 from ..storage.safetensors import StoredTensor
 from .folder import LOCK
-from .output import Output, ShardFiles
+from .output import Output
+from .shards import ShardFiles
 
 SPARE = 16
 """Old tensors that may wait for the new ones to be synced."""
@@ -72,11 +73,6 @@ class InPlace(Output):
         self.out = self.partial = path
         self.state = self.partial / IN_PLACE
         self._lock = FileLock(self.state / LOCK)
-
-    @property
-    def begun(self) -> bool:
-        """True if a run has begun to change weights and has not ended."""
-        return (self.state / JOURNAL).exists()
 
     def refuse(self, plan: Plan) -> None:
         """Raise UnsupportedError, with every reason, for other headers and for shared files."""
@@ -172,7 +168,8 @@ class InPlace(Output):
         self._old(item).unlink(missing_ok=True)
 
     def _old(self, item: Item) -> Path:
-        return self.state / "old" / (quote(item.name, safe="")[-200:] + ".old")
+        """Return the path of a tensor's old bytes: a hash, since file systems fold case and limit lengths."""
+        return self.state / "old" / f"{xxhash.xxh3_128_hexdigest(item.name.encode())}.old"
 
     def path(self, name: str) -> Path:
         """Return the path that a file beside the weights is staged at until all files are."""
@@ -222,7 +219,8 @@ class InPlace(Output):
             sync_path(path)
         sync_path(self.partial)
         (self.state / JOURNAL).unlink()
-        self.discard()
+        with self.tidied():
+            self.discard()
         return line.report
 
     def leave(self) -> None:
@@ -232,8 +230,8 @@ class InPlace(Output):
     def discard(self) -> None:
         """Unlock, and remove the state unless a journal says that weights were changed."""
         self._lock.release()
-        if not self.begun:
-            shutil.rmtree(self.state, ignore_errors=True)
+        if not self.begun and self.state.is_dir():
+            shutil.rmtree(self.state)
             sync_path(self.partial)
 
 
@@ -260,9 +258,9 @@ def finished(folder: PathLike, verb: str, adapters: Sequence[str], settings: Set
     output = InPlace(Path(folder))
     if not output.state.is_dir():
         return None
-    output.open()
-    report = output.finish()
-    output.leave()
+    with output.entered():
+        report = output.finish()
+        output.leave()
     if report is None:
         return None
     settings.notify(f"{report['command']} --in-place of an earlier run is finished")

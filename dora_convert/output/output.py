@@ -1,19 +1,13 @@
-"""Define the output of a run: a folder, its shard files, and the rules to enter and to resume it.
-
-Shards are written headers first, then tensors in any order, from any thread.
-"""
+"""Define the output of a run: the folder that is filled, and the rules to enter, resume and tidy it."""
 
 from __future__ import annotations
 
-import errno
-import os
 import shutil
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..errors import NumericalError, OutputError
 from ..plan.item import Item
@@ -24,12 +18,8 @@ from ..storage.filenames import JOURNAL, RECORD
 from ..storage.journal import JournalKey, UnfinishedRun, read_journal
 from ..storage.reader import Reader
 from ..storage.safetensors import encode_header
+from .shards import ShardFiles
 from .side_files import copy_or_write
-
-COPY_BYTES = 64 << 20
-SLICE_BYTES = 1 << 20
-_NO_KERNEL_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM}
-_BINARY = getattr(os, "O_BINARY", 0)
 
 
 class Output(ABC):
@@ -107,6 +97,11 @@ class Output(ABC):
                 hint="free some space, or choose an OUT on another disk",
             )
 
+    @property
+    def begun(self) -> bool:
+        """True if a run has begun to write and has not ended."""
+        return (self.state / JOURNAL).exists()
+
     def _bytes_done(self) -> int:
         """Return the bytes that an unfinished run takes on the disk."""
         return 0
@@ -129,19 +124,37 @@ class Output(ABC):
         self.open()
         try:
             yield
-        except NumericalError:
-            self.discard()
-            raise
-        except OSError as error:
-            kept = (self.state / JOURNAL).exists()
-            self.leave() if kept else self.discard()
+        except BaseException as error:
+            begun = self.begun
+            left = self._abandon(keep=begun if isinstance(error, OSError) else not isinstance(error, NumericalError))
+            if not isinstance(error, OSError):
+                raise
+            hints = [f"{self.partial} stays; rerun the same command to resume" if begun else "", left]
             raise OutputError(
                 f"{self.out} cannot be written: {error.strerror or error}.",
-                hint=f"{self.partial} stays; rerun the same command to resume" if kept else None,
+                hint="; ".join(filter(None, hints)) or None,
+                outcome="What is done is kept." if begun else None,
             ) from error
-        except BaseException:
-            self.leave()
-            raise
+
+    def _abandon(self, *, keep: bool) -> str:
+        """Leave or discard an output that failed; return the reason if even that fails."""
+        try:
+            self.leave() if keep else self.discard()
+        except OSError as error:
+            return f"{self.partial} could not be removed: {error.strerror or error}"
+        return ""
+
+    @contextmanager
+    def tidied(self) -> Iterator[None]:
+        """Say that the output is complete if the steps inside fail: they remove what nothing needs any more."""
+        try:
+            yield
+        except OSError as error:
+            raise OutputError(
+                f"{self.out} is complete, but the cleanup after it failed: {error.strerror or error}.",
+                hint=error.filename and f"{error.filename} is not needed any more",
+                outcome="The output is complete.",
+            ) from error
 
     def resume(
         self, key: JournalKey, keep: list[str], complete: Callable[[], bool], line_type: type
@@ -160,144 +173,3 @@ class Output(ABC):
             raise OutputError(f"{self.partial} holds an unfinished run of something else.", hint=self.WAY_OUT)
         self.clear()
         return None
-
-
-class Copy(NamedTuple):
-    """A range of bytes to copy from an offset of a file to an offset of a shard."""
-
-    path: Path
-    source: int
-    shard: str
-    target: int
-    length: int
-
-    def reaches(self, other: Copy) -> bool:
-        """Return True if the other range begins where this range ends, on both sides."""
-        end = self._replace(source=self.source + self.length, target=self.target + self.length)
-        return end[:4] == other[:4]
-
-    def pieces(self) -> Iterator[Copy]:
-        """Yield the range in pieces that workers can share."""
-        for done in range(0, self.length, COPY_BYTES):
-            length = min(COPY_BYTES, self.length - done)
-            yield Copy(self.path, self.source + done, self.shard, self.target + done, length)
-
-
-class ShardFiles:
-    """The open shards of a plan, in a folder."""
-
-    def __init__(
-        self, folder: Path, plan: Plan, *, create: bool, sparse: bool = False, starts: Mapping[str, int] | None = None
-    ) -> None:
-        """Open every shard; with `create`, write the headers, allocate the space and sync.
-
-        `sparse` shards take space only as they are filled. `starts` are the offsets of tensors in files that
-        other tools wrote.
-        """
-        self._folder, self._heads = (
-            folder,
-            {shard.filename: encode_header(shard.items, shard.metadata) for shard in plan.shards},
-        )
-        self._files: dict[str, int] = {}
-        self._start: dict[str, tuple[str, int]] = {}
-        self._seeking = threading.Lock()
-        for shard in plan.shards:
-            header = self._heads[shard.filename]
-            position = len(header)
-            for item in shard.items:
-                self._start[item.name] = (shard.filename, starts[item.name] if starts else position)
-                position += item.nbytes
-            flags = os.O_RDWR | _BINARY | (os.O_CREAT | os.O_EXCL if create else 0)
-            self._files[shard.filename] = descriptor = os.open(folder / shard.filename, flags, 0o666)
-            if create:
-                os.ftruncate(descriptor, position) if sparse else _allocate(descriptor, position)
-                self._write(descriptor, 0, memoryview(header))
-                os.fsync(descriptor)
-
-    def descriptor(self, shard: str) -> int:
-        """Return the open file descriptor of a shard."""
-        return self._files[shard]
-
-    def hollow(self, shard: str) -> None:
-        """Free a shard's space; size and header stay, so that a later run sees that the shard was written."""
-        descriptor = self._files[shard]
-        size = os.fstat(descriptor).st_size
-        os.ftruncate(descriptor, 0)
-        os.ftruncate(descriptor, size)
-        self._write(descriptor, 0, memoryview(self._heads[shard]))
-
-    def shard_of(self, item: Item) -> str:
-        """Return the name of the shard that holds a tensor."""
-        return self._start[item.name][0]
-
-    def write(self, item: Item, offset: int, data: memoryview) -> None:
-        """Write bytes of a tensor at an offset inside the tensor."""
-        shard, start = self._start[item.name]
-        self._write(self._files[shard], start + offset, data)
-
-    if hasattr(os, "pwrite"):
-
-        def _write(self, descriptor: int, position: int, data: memoryview) -> None:
-            # One large write per block costs twice as much as slices of it (docs/performance.md).
-            while len(data):
-                done = os.pwrite(descriptor, data[:SLICE_BYTES], position)
-                data, position = data[done:], position + done
-
-    else:  # Windows has no positional write
-
-        def _write(self, descriptor: int, position: int, data: memoryview) -> None:
-            with self._seeking:
-                os.lseek(descriptor, position, os.SEEK_SET)
-                while len(data):
-                    data = data[os.write(descriptor, data[:SLICE_BYTES]) :]
-
-    def copies(self, plan: Plan) -> Iterator[Copy]:
-        """Yield the ranges to copy as bytes: neighbours are joined, long runs cut into pieces."""
-        run: Copy | None = None
-        for item in plan.items:
-            if not item.verbatim or not item.nbytes:
-                continue
-            shard, start = self._start[item.name]
-            if item.source.path == self._folder / shard:
-                continue  # in place: nothing to copy
-            copy = Copy(item.source.path, item.source.start, shard, start, item.nbytes)
-            if run and run.reaches(copy):
-                run = run._replace(length=run.length + copy.length)
-                continue
-            if run:
-                yield from run.pieces()
-            run = copy
-        if run:
-            yield from run.pieces()
-
-    def copy(self, copy: Copy, reader: Reader) -> None:
-        """Copy a range of a file's bytes, inside the kernel if the system can."""
-        path, source, shard, target, length = copy
-        descriptor = self._files[shard]
-        if hasattr(os, "copy_file_range"):
-            file = reader.descriptor(path)
-            try:
-                while length and (done := os.copy_file_range(file, descriptor, length, source, target)):
-                    source, target, length = source + done, target + done, length - done
-            except OSError as error:
-                if error.errno not in _NO_KERNEL_COPY:
-                    raise
-        for piece in reader.span(path, source, length):
-            self._write(descriptor, target, piece)
-            target += len(piece)
-
-    def close(self) -> None:
-        """Close every shard."""
-        while self._files:
-            os.close(self._files.popitem()[1])
-
-
-def _allocate(descriptor: int, size: int) -> None:
-    """Size a file and allocate its space now: faster than growing it, and a full disk shows at once."""
-    os.ftruncate(descriptor, size)
-    if hasattr(os, "posix_fallocate") and size:
-        try:
-            os.posix_fallocate(descriptor, 0, size)
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-                raise

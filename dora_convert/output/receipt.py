@@ -29,8 +29,6 @@ from ..storage.safetensors import CONFIG_DTYPES, StoredTensor, is_possible
 from .finished import TensorResult, copied_name, kept_name
 from .side_files import SideFile
 
-SCHEMA = 1
-
 
 class MergedSource(Struct, frozen=True, kw_only=True):
     """A checkpoint or adapter that was merged."""
@@ -186,9 +184,11 @@ class Receipt(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     def damaged(self, record: Mapping[str, StoredTensor], reader: Reader) -> list[Fault]:
         """Return a fault for each tensor of an undo record that differs from what the merge wrote."""
-        found = {name: reader.digest(record[name]).fast for name in self.undo_record if name in record}
-        wrong = [name for name, digest in self.undo_record.items() if found.get(name) != digest]
-        return [Fault(name, "is not what was written" if name in found else "is missing") for name in wrong]
+        return [
+            Fault(name, "is not what was written" if name in record else "is missing")
+            for name, digest in self.undo_record.items()
+            if name not in record or reader.digest(record[name]).fast != digest
+        ]
 
     def to_bytes(self) -> bytes:
         """Return the receipt as it is written."""
@@ -213,19 +213,21 @@ def new_receipt(
     hashes: Sequence[Mapping[str, str]],
     files: Sequence[SideFile],
     base_files: Mapping[str, str],
+    undo_record: Mapping[str, str],
     computed: Mapping[str, str],
 ) -> Receipt:
     """Return the receipt of a finished merge.
 
     `hashes` holds for each adapter the xxh3-128 of its files, `files` the side files, and `base_files` the
-    sha256 of the base's side files. `computed` names the device, the compute dtype and torch's version.
+    sha256 of the base's side files. `undo_record` holds the hashes of the undo record's tensors. `computed`
+    names the device, the compute dtype and torch's version.
     """
     options = plan.options
     kept = {tensor.name: results[kept_name(tensor)] for tensor in plan.lost}
     copied = {item.name: results[key].written_hash for item in plan.items if (key := copied_name(item)) in results}
     kept = {tensor.name: results[kept_name(tensor)] for tensor in plan.lost}
     return Receipt(
-        schema=SCHEMA,
+        schema=1,
         verb="merge",
         versions={"dora_convert": __version__, "torch": computed["torch"].partition("+")[0]},
         base=MergedBase(**_source(plan.base.source), hash=_base_hash(plan, results)),
@@ -247,6 +249,7 @@ def new_receipt(
         tensors={item.name: _tensor(item, results) for item in plan.items if item.noted},
         copied=copied,
         kept={name: KeptTensor(result.base_hash, result.proof) for name, result in kept.items()},
+        undo_record=dict(undo_record),
         layout=_layout(plan),
         side_files={file.name: file.fate for file in files},
         base_files=dict(base_files),
@@ -269,12 +272,11 @@ def _base_hash(plan: Plan, results: Mapping[str, TensorResult]) -> str:
 
 def _tensor(item: Item, results: Mapping[str, TensorResult]) -> MergedTensor:
     """Return the entry of one output tensor; a copied tensor has no hashes."""
-    of = item.origin if item.origin != item.name else None
+    of = None if item.origin == item.name else item.origin
     if not (result := results.get(item.name)):
         return MergedTensor(item.fate, of)
-    undo = tuple(part.name for part in result.parts)
-    hashes = {"base": result.base_hash, "written": result.written_hash, "base_sha256": result.proof}
-    return MergedTensor(item.fate, of, undo=undo, **hashes)
+    names = tuple(part.name for part in result.parts)
+    return MergedTensor(item.fate, of, result.base_hash, result.written_hash, undo=names, base_sha256=result.proof)
 
 
 def _layout(plan: Plan) -> BaseLayout:
@@ -286,8 +288,7 @@ def _layout(plan: Plan) -> BaseLayout:
     shards = []
     for shard in base.shards:
         name, rows = converted(shard.filename), tuple((t.name, t.dtype, t.shape) for t in shard.tensors)
-        same = written.get(name) == rows
-        shards.append(BaseShard(name) if same else BaseShard(name, dict(shard.metadata), rows))
+        shards.append(BaseShard(name) if written.get(name) == rows else BaseShard(name, dict(shard.metadata), rows))
     tensors = base.tensors.values()
     shared = len({(tensor.path, tensor.start) for tensor in tensors}) < len(tensors)  # as torch.save does
     lone = base.is_file and bool(base.config)

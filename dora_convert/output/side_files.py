@@ -1,14 +1,16 @@
 """Decide the files beside the weights: the base's, the adapters' tokenizers, and those that must change.
 
 Files are copied byte for byte, because transformers rewrites tokenizers when it saves them. From an adapter's
-folder only tokenizer, processor and chat-template files are taken; they replace the base's.
+folder only tokenizer, chat template and processor are taken. Each is a set: all of its files come from one folder,
+and the base's files of the set are left out.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -19,14 +21,20 @@ from ..plan.plan import Plan
 from ..plan.sharding import index_bytes
 from ..storage.checkpoint import Checkpoint
 from ..storage.filenames import RECORD, list_files
+from ..storage.json_files import read_json
+from ..storage.reader import xxh3
+from ..storage.refs import Source
 from ..storage.safetensors import open_file
 from . import card
 
-FROM_ADAPTER = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
-    "spiece.model", "sentencepiece*.model", "chat_template*", "additional_chat_templates/*",
-    "*processor_config.json", "preprocessor_config.json",
+TOKENIZER = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model",
+    "sentencepiece*.model",
 )  # fmt: skip
+WHOLE_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.*", "*.model")
+"""Files without which there is no tokenizer; further ones alone replace nothing."""
+TEMPLATE = ("chat_template*", "additional_chat_templates/*")
+PROCESSOR = ("*processor_config.json",)
 
 PREVIOUS = "previous"
 """The folder inside a record that holds the previous merge's record."""
@@ -63,9 +71,11 @@ def side_files(plan: Plan) -> list[SideFile]:
         differs = before.is_file() and (before.read_bytes() != new or name == card.NAME)
         files[name] = SideFile(name, source, fate, before if differs else None)
 
-    for adapter in plan.adapters:
-        for name in tokenizer_files(adapter.source.path):
-            put(name, adapter.source.path / name, "from the adapter")
+    for adopted in adopted_sets(plan):
+        for name in adopted.replaced(base):
+            del files[name]
+        for name in adopted.files:
+            put(name, adopted.source.path / name, "from the adapter")
     if plan.config is not None:
         put("config.json", _json_bytes(plan.config), "edited")
     if plan.index_name:
@@ -115,10 +125,77 @@ def _readable(path: Path) -> Path:
         return path
 
 
+@dataclass(frozen=True)
+class AdoptedSet:
+    """A tokenizer, chat template or processor that an adapter brings, and all files of its kind."""
+
+    what: str
+    patterns: tuple[str, ...]
+    source: Source
+    rivals: tuple[str, ...] = ()
+    """The other adapters that bring one of the kind with other bytes."""
+
+    @property
+    def files(self) -> list[str]:
+        """The files of the set."""
+        return matching(list_files(self.source.path), self.patterns)
+
+    def replaced(self, base: Checkpoint) -> list[str]:
+        """Return the base's files of the kind."""
+        return matching(base.side_files, self.patterns)
+
+    def notice(self, base: Checkpoint) -> str:
+        """Return the sentence that says where the set comes from."""
+        gone = ", ".join(name for name in self.replaced(base) if name not in self.files)
+        rivals = f"; {' and '.join(self.rivals)} would bring another" if self.rivals else ""
+        return f"{self.what}: from {self.source.name}" + rivals + (f"; left out of the base's: {gone}" if gone else "")
+
+
+def adopted_sets(plan: Plan) -> list[AdoptedSet]:
+    """Return the sets that adapters bring, each from the last adapter that has one."""
+    sources = [adapter.source for adapter in plan.adapters]
+    tokenizers = [source for source in sources if _has(source, WHOLE_TOKENIZER)]
+    last = tokenizers[-1:]
+    templates = [source for source in sources if _has(source, TEMPLATE) or (source in last and _has_field(source))]
+    processors = [source for source in sources if _has(source, PROCESSOR)]
+    return [
+        AdoptedSet(what, patterns, found[-1], _rivals(found, patterns))
+        for what, patterns, found in (
+            ("tokenizer", TOKENIZER, tokenizers),
+            ("chat template", TEMPLATE, templates),
+            ("processor", PROCESSOR, processors),
+        )
+        if found
+    ]
+
+
+def _rivals(sources: Sequence[Source], patterns: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of the folders whose files of a set differ from those of the last one."""
+    sets = [
+        {name: xxh3(source.path / name) for name in matching(list_files(source.path), patterns)} for source in sources
+    ]
+    return tuple(source.name for source, files in zip(sources, sets, strict=True) if files != sets[-1])
+
+
+def _has(source: Source, patterns: Sequence[str]) -> bool:
+    return bool(matching(list_files(source.path), patterns))
+
+
+def _has_field(source: Source) -> bool:
+    """Return True if a folder's tokenizer_config.json holds a chat template."""
+    with suppress(MalformedError, OSError):
+        return bool(read_json(source.path / "tokenizer_config.json").get("chat_template"))
+    return False
+
+
 def tokenizer_files(folder: Path) -> list[str]:
-    """Return the tokenizer, processor and chat-template files of a folder, by name."""
-    names = list_files(folder)
-    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in FROM_ADAPTER)]
+    """Return the tokenizer, chat template and processor files of a folder, by name."""
+    return matching(list_files(folder), (*TOKENIZER, *TEMPLATE, *PROCESSOR))
+
+
+def matching(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
+    """Return the names that match one of some patterns."""
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
 def _previous_record(base: Checkpoint) -> list[Path]:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from ..errors import MalformedError
 from .json_files import Count, Dtype
-from .reader import Reader, read_whole
+from .reader import Digest, Reader, read_whole
 from .safetensors import BITS, StoredTensor, encode_header
 
 
@@ -75,13 +75,19 @@ class Spool:
             self._end += len(data)
         return segment
 
-    def lay_out(self, tensors: Sequence[SpooledTensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-        """Write tensors as a safetensors file, in the order given."""
+    def lay_out(
+        self, tensors: Sequence[SpooledTensor], path: Path, metadata: Mapping[str, str] | None = None
+    ) -> dict[str, str]:
+        """Write tensors as a safetensors file, in the order given; return the xxh3-128 of each tensor."""
         with path.open("wb") as file, closing(Reader()) as reader:
             file.write(encode_header(tensors, metadata))
-            for start, length in (segment for tensor in tensors for segment in tensor.segments):
-                for piece in reader.span(self.path, start, length):
-                    file.write(piece)
+            digests = {tensor.name: Digest(proof=False) for tensor in tensors}
+            for tensor in tensors:
+                for start, length in tensor.segments:
+                    for piece in reader.span(self.path, start, length):
+                        file.write(piece)
+                        digests[tensor.name].update(piece)
+        return {name: digest.fast for name, digest in digests.items()}
 
     def close(self) -> None:
         """Close the file, which stays on the disk."""

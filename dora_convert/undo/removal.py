@@ -97,6 +97,7 @@ def _remaining(reversal: UnmergePlan, record: MergeRecord, results: Mapping[str,
         tensors={name: _without_proof(entry) for name, entry in tensors.items()},
         ledger=tuple(ledger),
         rounded=rounded,
+        undo_record={name: digest for name, digest in receipt.undo_record.items() if not name.startswith(GONE)},
     )
 
 

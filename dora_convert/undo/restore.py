@@ -10,11 +10,12 @@ import xxhash
 
 from ..engine.precision import ComputeSpec, scan_adapter
 from ..engine.run import Hashes, Run, Transfers, choose_compute, resume_plan, run
-from ..errors import Fault, RefError, VerificationError
+from ..errors import Fault, MalformedError, RefError, VerificationError
 from ..output.finished import TensorResult, copied_name, judge
 from ..output.side_files import SideFile
 from ..reports.merge import Recovered, UnmergeReport
 from ..settings import Settings
+from ..storage.filenames import RECORD, UNDO
 from ..storage.reader import Digest, Reader
 from .expected_base import RecoveryCheck
 from .files import left_over
@@ -81,7 +82,8 @@ def _recover(
     if output.in_place and not unfinished:
         from ..engine.rehearsal import rehearse
 
-        _prove(reversal, rehearse(reversal.plan, settings, spec, RecoveryMaker), copied)
+        results = rehearse(reversal.plan, settings, spec, RecoveryMaker, reversal.copies())
+        _prove(reversal, results, copied)
     return run(
         reversal.plan,
         output,
@@ -111,11 +113,20 @@ def _fields(reversal: UnmergePlan, modules: Sequence[Recovered]) -> dict[str, An
 def _copied(reversal: UnmergePlan, hub: Transfers | None) -> Proofs:
     """Return the hashes of tensors that are copied though a merge changed them.
 
-    Raises RefError if a tensor that is not read differs from the receipt's.
+    Raises RefError if a tensor that is not read differs from the receipt's, MalformedError if one of the
+    undo record does.
     """
     faults, digests = [], {}
-    tensors = reversal.record.receipt.tensors
+    receipt = reversal.record.receipt
+    tensors = receipt.tensors
     with closing(hub.reader() if hub else Reader()) as reader:
+        record = reversal.record
+        if damaged := [] if record.torn else receipt.damaged(record.tensors, reader):
+            raise MalformedError(
+                f"{RECORD}/{UNDO} of {reversal.plan.base.source.name} is damaged: {damaged[0].what} {damaged[0].why}.",
+                faults=damaged,
+                hint="merge again; or remove the file, and name the base with --base",
+            )
         for name, stored in reversal.unread.items():
             if reader.digest(stored).fast != tensors[name].written:
                 faults.append(name)

@@ -15,10 +15,10 @@ from ...engine.precision import scan_adapter
 from ...engine.run import Hashes, Run, choose_compute, resume_plan, run
 from ...engine.tensor import MergeMaker
 from ...errors import Fault, VerificationError
-from ...output.card import card_bytes
+from ...output.card import card_bytes, inherited, works_of
 from ...output.finished import TensorResult, Verdict, judge, kept_name
 from ...output.receipt import new_receipt
-from ...output.side_files import SideFile, base_files, originals, side_files, with_card
+from ...output.side_files import SideFile, adopted_sets, base_files, originals, side_files, with_card
 from ...parity.self_check import SelfCheck
 from ...plan.plan import Plan
 from ...reports.merge import MergeReport
@@ -52,6 +52,11 @@ def run_merge(
     spec = choose_compute(plan.memory, settings)
     hashes = [scan_adapter(adapter) for adapter in plan.adapters]
     files = side_files(plan)
+    for adopted in () if plan.base.is_file else adopted_sets(plan):
+        (settings.warn if adopted.rivals else settings.notify)(adopted.notice(plan.base))
+    fields = inherited(works_of(plan))
+    if fields.notice:
+        settings.notify(fields.notice)
     seen = _look_at_base(plan, settings)
     needed = hub.room(plan) if hub else output.bytes_needed(plan)
     output.check_space(needed + 2 * plan.undo_bytes + sum(file.nbytes for file in files))
@@ -63,10 +68,10 @@ def run_merge(
         verdict = judge(plan, results) if settings.verify else None
         if _is_unchanged(plan, results):
             settings.warn("the adapter changes nothing: every element is as in the base")
-        card = card_bytes(plan, settings.base_model, verdict.rows() if verdict else ())
+        card = card_bytes(plan, settings.base_model, fields, verdict.rows() if verdict else ())
         _write_files(done, output, with_card(files, card), hashes)
         outputs = _examine(output, examine).to_dict() if examine else None
-        return _publish(done, output, hub, card, verdict=verdict, outputs=outputs)
+        return _publish(done, output, hub, files, card=card, verdict=verdict, outputs=outputs)
 
 
 def _look_at_base(plan: Plan, settings: Settings) -> bool:
@@ -96,7 +101,7 @@ def _write_tensors(
         hub=hub,
         spec=spec,
         maker=maker,
-        hashed=_hashed(plan, output),
+        hashed={item.name for item in plan.items if item.verbatim},
     )
 
 
@@ -105,18 +110,26 @@ def _write_files(done: Run, output: Output, files: Sequence[SideFile], hashes: H
     plan, results, spec = done.plan, done.progress.done, done.spec
     for file in files:
         output.put(file.name, file.source)
+    hashed: dict[str, str] = {}
     if plan.options.undo != "none":
         with closing(Spool(output.state / SPOOL, done.progress.spooled)) as spool:
             parts = [*_kept(plan, results), *_originals(plan, files, spool)]
-            spool.lay_out(parts, output.path(f"{RECORD}/{UNDO}"))
+            hashed = spool.lay_out(parts, output.path(f"{RECORD}/{UNDO}"))
     proofs = {name: sha256(path) for name, path in base_files(plan.base).items()}
     computed = {"device": spec.device.type, "compute_dtype": spec.compute_name, "torch": torch.__version__}
-    receipt = new_receipt(plan, results, hashes, files, base_files=proofs, computed=computed)
+    receipt = new_receipt(plan, results, hashes, files, base_files=proofs, undo_record=hashed, computed=computed)
     output.put(f"{RECORD}/{RECEIPT}", receipt.to_bytes())
 
 
 def _publish(
-    done: Run, output: Output, hub: HubStreaming | None, card: bytes, *, verdict: Verdict | None, outputs: Any
+    done: Run,
+    output: Output,
+    hub: HubStreaming | None,
+    files: Sequence[SideFile],
+    *,
+    card: bytes,
+    verdict: Verdict | None,
+    outputs: Any,
 ) -> MergeReport:
     """Commit to the Hub if asked, give the output its final name, and return the report."""
     plan = done.plan
@@ -128,7 +141,8 @@ def _publish(
     if away:
         output.discard()
     else:
-        output.publish(report.to_dict(), [] if plan.options.undo != "none" else [f"{RECORD}/{UNDO}"])
+        stale = [] if plan.options.undo != "none" else [f"{RECORD}/{UNDO}"]
+        output.publish(report.to_dict(), stale + sorted(base_files(plan.base).keys() - {file.name for file in files}))
     return report
 
 
@@ -139,12 +153,6 @@ def _observe(plan: Plan) -> Observe | None:
     from ...undo.keep import keeper
 
     return partial(keeper, plan)
-
-
-def _hashed(plan: Plan, output: Output) -> set[str]:
-    """Return the copied tensors whose hashes an exact record holds; none in place."""
-    wanted = plan.options.exact and not output.in_place
-    return {item.name for item in plan.items if wanted and item.verbatim}
 
 
 def _examine(output: Output, examine: Examine) -> OutputsReport:

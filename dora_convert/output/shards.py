@@ -1,0 +1,161 @@
+"""Write the shard files of an output: headers first, then tensors in any order, from any thread."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from ..plan.item import Item
+from ..plan.plan import Plan
+from ..storage.reader import Reader
+from ..storage.safetensors import encode_header
+
+COPY_BYTES = 64 << 20
+SLICE_BYTES = 1 << 20
+_NO_KERNEL_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM}
+_BINARY = getattr(os, "O_BINARY", 0)
+
+
+class Copy(NamedTuple):
+    """A range of bytes to copy from an offset of a file to an offset of a shard."""
+
+    path: Path
+    source: int
+    shard: str
+    target: int
+    length: int
+
+    def reaches(self, other: Copy) -> bool:
+        """Return True if the other range begins where this range ends, on both sides."""
+        end = self._replace(source=self.source + self.length, target=self.target + self.length)
+        return end[:4] == other[:4]
+
+    def pieces(self) -> Iterator[Copy]:
+        """Yield the range in pieces that workers can share."""
+        for done in range(0, self.length, COPY_BYTES):
+            length = min(COPY_BYTES, self.length - done)
+            yield Copy(self.path, self.source + done, self.shard, self.target + done, length)
+
+
+class ShardFiles:
+    """The open shards of a plan, in a folder."""
+
+    def __init__(
+        self, folder: Path, plan: Plan, *, create: bool, sparse: bool = False, starts: Mapping[str, int] | None = None
+    ) -> None:
+        """Open every shard; with `create`, write the headers, allocate the space and sync.
+
+        `sparse` shards take space only as they are filled. `starts` are the offsets of tensors in files that
+        other tools wrote.
+        """
+        self._folder, self._heads = (
+            folder,
+            {shard.filename: encode_header(shard.items, shard.metadata) for shard in plan.shards},
+        )
+        self._files: dict[str, int] = {}
+        self._start: dict[str, tuple[str, int]] = {}
+        self._seeking = threading.Lock()
+        for shard in plan.shards:
+            header = self._heads[shard.filename]
+            position = len(header)
+            for item in shard.items:
+                self._start[item.name] = (shard.filename, starts[item.name] if starts else position)
+                position += item.nbytes
+            flags = os.O_RDWR | _BINARY | (os.O_CREAT | os.O_EXCL if create else 0)
+            self._files[shard.filename] = descriptor = os.open(folder / shard.filename, flags, 0o666)
+            if create:
+                os.ftruncate(descriptor, position) if sparse else _allocate(descriptor, position)
+                self._write(descriptor, 0, memoryview(header))
+                os.fsync(descriptor)
+
+    def descriptor(self, shard: str) -> int:
+        """Return the open file descriptor of a shard."""
+        return self._files[shard]
+
+    def hollow(self, shard: str) -> None:
+        """Free a shard's space; size and header stay, so that a later run sees that the shard was written."""
+        descriptor = self._files[shard]
+        size = os.fstat(descriptor).st_size
+        os.ftruncate(descriptor, 0)
+        os.ftruncate(descriptor, size)
+        self._write(descriptor, 0, memoryview(self._heads[shard]))
+
+    def shard_of(self, item: Item) -> str:
+        """Return the name of the shard that holds a tensor."""
+        return self._start[item.name][0]
+
+    def write(self, item: Item, offset: int, data: memoryview) -> None:
+        """Write bytes of a tensor at an offset inside the tensor."""
+        shard, start = self._start[item.name]
+        self._write(self._files[shard], start + offset, data)
+
+    if hasattr(os, "pwrite"):
+
+        def _write(self, descriptor: int, position: int, data: memoryview) -> None:
+            # One large write per block costs twice as much as slices of it (docs/performance.md).
+            while len(data):
+                done = os.pwrite(descriptor, data[:SLICE_BYTES], position)
+                data, position = data[done:], position + done
+
+    else:  # Windows has no positional write
+
+        def _write(self, descriptor: int, position: int, data: memoryview) -> None:
+            with self._seeking:
+                os.lseek(descriptor, position, os.SEEK_SET)
+                while len(data):
+                    data = data[os.write(descriptor, data[:SLICE_BYTES]) :]
+
+    def copies(self, plan: Plan) -> Iterator[Copy]:
+        """Yield the ranges to copy as bytes: neighbours are joined, long runs cut into pieces."""
+        run: Copy | None = None
+        for item in plan.items:
+            if not item.verbatim or not item.nbytes:
+                continue
+            shard, start = self._start[item.name]
+            if item.source.path == self._folder / shard:
+                continue  # in place: nothing to copy
+            copy = Copy(item.source.path, item.source.start, shard, start, item.nbytes)
+            if run and run.reaches(copy):
+                run = run._replace(length=run.length + copy.length)
+                continue
+            if run:
+                yield from run.pieces()
+            run = copy
+        if run:
+            yield from run.pieces()
+
+    def copy(self, copy: Copy, reader: Reader) -> None:
+        """Copy a range of a file's bytes, inside the kernel if the system can."""
+        path, source, shard, target, length = copy
+        descriptor = self._files[shard]
+        if hasattr(os, "copy_file_range"):
+            file = reader.descriptor(path)
+            try:
+                while length and (done := os.copy_file_range(file, descriptor, length, source, target)):
+                    source, target, length = source + done, target + done, length - done
+            except OSError as error:
+                if error.errno not in _NO_KERNEL_COPY:
+                    raise
+        for piece in reader.span(path, source, length):
+            self._write(descriptor, target, piece)
+            target += len(piece)
+
+    def close(self) -> None:
+        """Close every shard."""
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+
+def _allocate(descriptor: int, size: int) -> None:
+    """Size a file and allocate its space now: faster than growing it, and a full disk shows at once."""
+    os.ftruncate(descriptor, size)
+    if hasattr(os, "posix_fallocate") and size:
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
