@@ -83,6 +83,8 @@ class Full:
     """True if the base may lack the tensor, as with a new classifier."""
     start: Start | None = None
     """The change of the base's weight before training continued on the result."""
+    copied: bool = False
+    """True if the tensor is in the file for its new rows only, and training changed none of them."""
 
 
 @dataclass(frozen=True)

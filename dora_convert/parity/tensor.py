@@ -88,7 +88,7 @@ class Parity:
 def compare_all(item: Item, written: StoredTensor, reader: Reader, samples: int, device: torch.device = CPU) -> Parity:
     """Compare every element of a tensor, in the stored dtype, and the outputs for some random inputs."""
     item = replace(item, dtype=written.dtype)
-    written = replace(written, shape=item.source.shape)  # as it is computed: experts one below the other
+    written = replace(written, shape=item.stacked)
     samples = samples if item.changed and len(item.shape) > 1 else 0
     expected = Expected(item, reader, device)
     parity = Parity(item, outputs=Outputs(samples))
@@ -120,7 +120,7 @@ def compare_all(item: Item, written: StoredTensor, reader: Reader, samples: int,
 
 def chunks(item: Item) -> Iterator[range]:
     """Yield all rows in chunks of bounded size; no chunk holds rows of two experts."""
-    total, columns = item.source.matrix
+    total, columns = item.matrix[0] + item.grown, item.matrix[1]
     part = max(1, total // item.experts)
     height = max(1, ROWS_ELEMENTS // max(1, columns))
     for first in range(0, total, part):

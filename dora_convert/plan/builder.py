@@ -29,6 +29,12 @@ class TargetTensor:
     rows: list[Rows] = field(default_factory=list)
     edits: list[Edit] = field(default_factory=list)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The tensor's shape, with the rows that adapters add below those of `source`."""
+        new = [1 + max(rows.index, default=-1) for rows in self.rows]
+        return (max(self.source.shape[0], *new), *self.source.shape[1:]) if new else self.source.shape
+
 
 class PlanBuilder:
     """Collects what adapters do to the tensors of a base, and every fault."""
@@ -41,6 +47,7 @@ class PlanBuilder:
             for name, tensor in base.tensors.items()
         }
         self.untied = False
+        self.warnings: list[str] = []
         self.ledger: list[Entry] = []
         self.faults: list[Fault] = []
         self._tied_changes: list[tuple[Change, tuple[str, ...], float]] = []
@@ -134,7 +141,7 @@ class PlanBuilder:
         if isinstance(update, Rows):
             return on_embedding
         rows = self.targets[self.tie.embedding].source.shape[0]
-        return isinstance(update, Full) and not other and update.value.shape[:1] != (rows,)
+        return isinstance(update, Full) and update.copied and not other and update.value.shape[:1] != (rows,)
 
     def settle_ties(self) -> None:
         """Apply the kept changes: to one weight if both sides change alike, else to two weights."""
@@ -148,11 +155,38 @@ class PlanBuilder:
             into = tuple(side for side in sides if side in self.targets)
             for side in into:
                 self._apply(change.update, side, weight, into)
+        if self.untied:
+            self._resize(self.tie.embedding, self.tie.head)
+            self._resize(self.tie.head, self.tie.embedding)
+
+    def _resize(self, name: str, other: str) -> None:
+        """Give one side of a former tie as many rows as an adapter's tensor for the other side has.
+
+        Its new rows are not in the adapter's file. They began as the other side's.
+        """
+        target, saved = self.targets[name], self.targets[other].source
+        if target.source is not target.base or saved is self.targets[other].base:
+            return
+        height, new = target.shape[0], saved.shape[0]
+        if new < height:
+            target.source = replace(target.source, shape=(new, *target.source.shape[1:]))
+        elif new > height:
+            start = saved.start + height * (saved.nbytes // new)
+            tail = replace(saved, shape=(new - height, *saved.shape[1:]), start=start)
+            target.rows.append(Rows(tail, tuple(range(height, new))))
+            self.ledger = [
+                replace(entry, into=(*entry.into, name)) if entry.tensor == saved.name and entry.into else entry
+                for entry in self.ledger
+            ]
+            self.warnings.append(
+                f"{new - height} new rows of {name} are in no file: "
+                f"they are taken from the adapter's {other}, where they began"
+            )
 
     def _apply(self, update: Update, name: str, weight: float, into: tuple[str, ...] = ()) -> None:
         """Add an update to its tensor, or note why the update does not match."""
         target = self.targets[name]
-        shape = target.source.shape
+        shape = target.shape if isinstance(update, Rows) else target.source.shape
         if isinstance(update, Full) and (is_embedding(name) or is_head(name)):
             shape = (*update.value.shape[:1], *shape[1:])  # only an embedding or a head may have other rows
         match self._match(update, name, shape):
@@ -202,7 +236,7 @@ class PlanBuilder:
         item = Item(
             name=name,
             dtype=self.options.dtype if self.options.dtype and dtype in FLOATS else dtype,
-            shape=target.source.shape,
+            shape=target.shape,
             source=base if target.source is target.base and base else _stacked(target.source, target.edits),
             base=base,
             rows=tuple(target.rows),
@@ -212,6 +246,8 @@ class PlanBuilder:
         )
         if item.edits and item.start and (len(item.edits) > 1 or item.edits[0].weight != 1):
             self._fault(item.start, f"began training with another {name}: it is merged alone and at weight 1")
+        for edit in item.edits if item.grown else ():
+            self._fault(edit.update, f"is for a {name} without the rows that another adapter adds")
         return item
 
 
@@ -231,7 +267,12 @@ def _begins_elsewhere(update: Update) -> str | None:
 
 def _is_copy(one: Update, other: Update) -> bool:
     """Return True if an adapter brings the same tensor for both sides of a tie."""
-    return isinstance(one, Full) and isinstance(other, Full) and same_bytes(one.value, other.value)
+    match one, other:
+        case Full(value), Full(copy):
+            return same_bytes(value, copy)
+        case Rows(value, index), Rows(copy, numbers):
+            return index == numbers and same_bytes(value, copy)
+    return False
 
 
 def _stacked(tensor: StoredTensor, edits: Sequence[Edit]) -> StoredTensor:

@@ -19,7 +19,10 @@ from .builder import PlanBuilder
 from .item import Item
 from .options import Options
 from .plan import Plan
+from .shapes import NO_FILE
 from .sharding import lay_out
+
+OTHER_BASE = "is this the base that the adapter was trained on?"
 
 
 def make_plan(base: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[float], options: Options) -> Plan:
@@ -63,6 +66,7 @@ def make_plan(base: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[f
         index_name=index_name,
         ledger=tuple(builder.ledger),
         config=changed,
+        warnings=tuple(builder.warnings),
     )
 
 
@@ -117,7 +121,7 @@ def _check(faults: Sequence[Fault], items: Mapping[str, Item], adapters: Sequenc
         raise PlanError(
             f"{len(faults)} adapter tensors {wrong}have no place in the base.",
             faults=faults,
-            hint="is this the base that the adapter was trained on?",
+            hint=None if all(NO_FILE in fault.why for fault in faults) else OTHER_BASE,
         )
     if not any(item.changed for item in items.values()):
         names = ", ".join(adapter.source.name for adapter in adapters)
@@ -129,7 +133,7 @@ def _resized(items: Mapping[str, Item]) -> dict[str, tuple[int, int]]:
     return {
         name: (item.base.shape[0], item.shape[0])
         for name, item in items.items()
-        if item.base and (is_embedding(name) or is_head(name)) and item.base.shape[:1] != item.source.shape[:1]
+        if item.base and (is_embedding(name) or is_head(name)) and item.base.shape[:1] != item.shape[:1]
     }
 
 

@@ -181,7 +181,8 @@ class Config(Struct, frozen=True):
         indices = self.token_indices
         tokens = indices if isinstance(indices, dict) else {"": indices}
         named = (rows for name, rows in tokens.items() if f".{module}".endswith(f".{name}"))
-        return next(named, tokens.get("", ()))
+        alone = next(iter(tokens.values())) if len(tokens) == 1 else ()  # a tied head has the embedding's rows
+        return next(named, tokens.get("", alone))
 
     def blocks(self, module: str) -> tuple[int, int]:
         """Return the numbers of diagonal blocks that A and B of a module have (BD-LoRA)."""
