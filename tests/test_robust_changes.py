@@ -46,9 +46,7 @@ def rewritten(path):
 
 def edited(path):
     """A text of the same size."""
-    path.write_bytes(
-        path.read_bytes().replace(b"128", b"129").replace(b'"lora_alpha": 6', b'"lora_alpha": 7')
-    )
+    path.write_bytes(path.read_bytes().replace(b"128", b"129").replace(b'"lora_alpha": 6', b'"lora_alpha": 7'))
 
 
 CHANGES = {
@@ -155,9 +153,7 @@ def test_a_base_that_was_read(tmp_path, base, adapter):
 def replacing(tmp_path, base):
     """A DoRA that replaces an embedding, too: its record holds norms, rows and their numbers."""
     extra = {"base_model.model.model.embed_tokens.weight": torch.randn(VOCABULARY, 40).bfloat16()}
-    return make_adapter(
-        tmp_path / "replacing", base, dora=True, extra=extra, modules_to_save=["embed_tokens"]
-    )
+    return make_adapter(tmp_path / "replacing", base, dora=True, extra=extra, modules_to_save=["embed_tokens"])
 
 
 def flip(path, name, place, bit):
@@ -193,9 +189,7 @@ def test_bits_of_the_undo_record(tmp_path, base, replacing, kind, bit, undo):
 
 
 @pytest.mark.parametrize("undo", ["norms", "exact", "none"])
-@pytest.mark.parametrize(
-    "name", ["model.norm.weight", "lm_head.weight", "model.layers.1.self_attn.q_proj.weight"]
-)
+@pytest.mark.parametrize("name", ["model.norm.weight", "lm_head.weight", "model.layers.1.self_attn.q_proj.weight"])
 def test_untouched_tensors_that_were_changed_since(tmp_path, base, adapter, name, undo):
     """What no adapter touched and somebody trained or damaged: not given back as the base's, not pushed as ours."""
     out = tmp_path / "out"

@@ -160,6 +160,7 @@ class _SortedTensors:
 
     def finish(self) -> None:
         """Turn each module's tensors into updates."""
+        self.config.refuse_slow_patterns({module.partition(".base_layer")[0] for module in self.modules})
         saved = {change.target for change in self.changes}
         for outcome in updates_of(self.modules, saved, self.config):
             if isinstance(outcome, Fault):
