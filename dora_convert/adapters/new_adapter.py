@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from ..storage.safetensors import StoredTensor
-from .adapter import Adapter, Change
-from .updates import Decomposed, LowRank, Update, low_rank, tensors_of
+from .adapter import Adapter, Change, Decomposed, LowRank, Update, low_rank, tensors_of
 
 
 @dataclass(frozen=True)
@@ -55,3 +55,16 @@ class Files:
     metadata: Mapping[str, str] = field(default_factory=lambda: {"format": "pt"})
     keep: frozenset[str] = frozenset()
     """Tensors that keep their dtype even if another one is asked for."""
+
+
+class Writer(Protocol):
+    """The names of a module that writes a format."""
+
+    def save(self, new: NewAdapter) -> Files:
+        """Return the files of a new adapter: headers of tensors by name, and small files."""
+
+    def objection(self, change: Change, tensor: str, like: Adapter) -> str | None:
+        """Return why an adapter's LoRA on a weight cannot be a DoRA; None if it can."""
+
+    def shares_rank(self, change: Change, tensor: str, like: Adapter) -> str | None:
+        """Return why an adapter's factors for a weight must keep their rank; None if they need not."""

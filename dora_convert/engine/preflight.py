@@ -6,8 +6,7 @@ from contextlib import closing
 
 import torch
 
-from ..adapters.adapter import Adapter
-from ..adapters.updates import Decomposed
+from ..adapters.adapter import Adapter, Decomposed
 from ..errors import Fault, NumericalError
 from ..maths import lora as maths
 from ..plan.item import Edit

@@ -90,8 +90,9 @@ def run_plan(
             with closing(Journal(folder.state / JOURNAL, key, unfinished)) as run.journal:
                 run.execute(fit, spec)
             results = run.results()
+            writer = plan.format.writer()
             written = sum(
-                run.write(where, plan.format.save(adapter), folder) for where, adapter in assemble(results).items()
+                run.write(where, writer.save(adapter), folder) for where, adapter in assemble(results).items()
             )
             _put_side_files(plan, folder, settings)
         folder.publish()

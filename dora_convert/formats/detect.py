@@ -9,14 +9,14 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from ..adapters.adapter import Adapter, Change
+from ..adapters.adapter import Adapter
 from ..errors import RefError, UsageError
 from ..storage.filenames import OF_TRAINING, is_weight_file
 from ..storage.refs import Source
 from . import peft
 
 if TYPE_CHECKING:
-    from ..adapters.new_adapter import Files, NewAdapter
+    from ..adapters.new_adapter import Writer
 
 
 class Format(Protocol):
@@ -30,8 +30,6 @@ class Format(Protocol):
     """The file that every adapter of the format has."""
     WEIGHTS: tuple[str, ...]
     """The files that may hold the tensors."""
-    PREFIX: str
-    """The beginning of tensor names before the module's name."""
 
     def recognises(self, names: Sequence[str], path: Path | None) -> bool:
         """Return True for files of this format; headers can be read if there is a local `path`."""
@@ -45,14 +43,8 @@ class Format(Protocol):
     def read_refused(self, source: Source) -> Adapter:
         """Read as much as can be said of an adapter that `read` refuses."""
 
-    def save(self, new: NewAdapter) -> Files:
-        """Return the files of a new adapter: headers of tensors by name, and small files."""
-
-    def objection(self, change: Change, tensor: str, like: Adapter) -> str | None:
-        """Return why an adapter's LoRA on a weight cannot be a DoRA; None if it can."""
-
-    def shares_rank(self, change: Change, tensor: str, like: Adapter) -> str | None:
-        """Return why an adapter's factors for a weight must keep their rank; None if they need not."""
+    def writer(self) -> Writer:
+        """Return the names that write the format, imported when they are needed."""
 
 
 FORMATS: tuple[Format, ...] = (peft,)

@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import nn
 
-from ..adapters.updates import LowRank
+from ..adapters.adapter import LowRank
 from ..engine.precision import TORCH, choose, full_precision
 from ..errors import UnsupportedError, UsageError
 from ..plan.plan import Plan

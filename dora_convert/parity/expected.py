@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..adapters.updates import Decomposed, Delta, LowRank, Start, tensors_of
+from ..adapters.adapter import Decomposed, Delta, LowRank, Start, tensors_of
 from ..engine.host_memory import empty, read_columns, read_rows
 from ..engine.precision import GRID, TORCH, half_ulp
 from ..plan.item import Edit, Item

@@ -16,8 +16,7 @@ from typing import Any
 
 import xxhash
 
-from ..adapters.adapter import Adapter
-from ..adapters.updates import Delta, low_rank, tensors_of
+from ..adapters.adapter import Adapter, Delta, low_rank, tensors_of
 from ..storage.checkpoint import Checkpoint
 from ..storage.safetensors import StoredTensor
 from .item import Edit, Item

@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ..adapters.adapter import Adapter
-from ..adapters.updates import Full, Rows, Update
+from ..adapters.adapter import Adapter, Full, Rows, Update
 from ..errors import Fault, PlanError, UnsupportedError
 from ..naming.resolve import NameResolver, Tie, find_tie, is_embedding, is_head
 from ..storage.checkpoint import Checkpoint
@@ -19,10 +18,7 @@ from .builder import PlanBuilder
 from .item import Item
 from .options import Options
 from .plan import Plan
-from .shapes import NO_FILE
 from .sharding import lay_out
-
-OTHER_BASE = "is this the base that the adapter was trained on?"
 
 
 def make_plan(base: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[float], options: Options) -> Plan:
@@ -121,11 +117,17 @@ def _check(faults: Sequence[Fault], items: Mapping[str, Item], adapters: Sequenc
         raise PlanError(
             f"{len(faults)} adapter tensors {wrong}have no place in the base.",
             faults=faults,
-            hint=None if all(NO_FILE in fault.why for fault in faults) else OTHER_BASE,
+            hint="is this the base that the adapter was trained on?" if _is_other_base(faults, adapters) else None,
         )
     if not any(item.changed for item in items.values()):
         names = ", ".join(adapter.source.name for adapter in adapters)
         raise PlanError(f"Nothing to merge: no tensor of {names} is left to apply.")
+
+
+def _is_other_base(faults: Sequence[Fault], adapters: Sequence[Adapter]) -> bool:
+    """Return True if most tensors do not fit the base, and no adapter contradicts itself."""
+    tensors = sum(len(adapter.tensors) for adapter in adapters)
+    return 2 * len(faults) >= tensors and not any(adapter.faults for adapter in adapters)
 
 
 def _resized(items: Mapping[str, Item]) -> dict[str, tuple[int, int]]:

@@ -9,13 +9,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ..adapters.updates import Decomposed, Delta, Full, LowRank, Rows, Start, Update, low_rank
+from ..adapters.adapter import Decomposed, Delta, Full, LowRank, Rows, Start, Update, low_rank
 from ..naming.families import CONV1D_MODELS, CONV1D_MODULES, TURNED_EXPERTS
 from ..naming.resolve import is_embedding, is_head
 from ..storage.safetensors import FLOATS
 
 Shape = tuple[int, ...]
-NO_FILE = "no file has it"
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ def _misplaced(index: Sequence[int], name: str, height: int) -> str | None:
     if new and not (is_embedding(name) or is_head(name)):
         return f"is for row {min(new)}; {name} has {height}"
     missing = next((row for row in range(height, height + len(new)) if row not in new), None)
-    return None if missing is None else f"row {missing} of {name} is new, and {NO_FILE}"
+    return None if missing is None else f"row {missing} of {name} is new, and no file has it"
 
 
 def _match_low_rank(update: LowRank | Decomposed, name: str, shape: Shape, model_types: frozenset[str]) -> Match | str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..adapters.updates import Delta
+from ..adapters.adapter import Delta
 from ..engine.device_buffers import FACTOR_ELEMENTS, DeviceBuffers
 from ..engine.factors import FactorPair, FixedPoint, LoadedEdit
 from ..maths import lora as maths

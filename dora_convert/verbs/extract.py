@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import Unpack
 
-from ..adapters.adapter import Change
+from ..adapters.adapter import Change, Decomposed, Full, LowRank
 from ..adapters.new_adapter import NewAdapter
-from ..adapters.updates import Decomposed, Full, LowRank
 from ..errors import PlanError, UnsupportedError
 from ..fitting.jobs import FittingPlan, Result, goal_words, parse_goal
 from ..fitting.pairs import Differences, DifferenceSorter, model_names, short_names

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 
 from typing_extensions import Unpack
 
-from ..adapters.adapter import Adapter, Change
+from ..adapters.adapter import Adapter, Change, Decomposed, LowRank, tensors_of
 from ..adapters.new_adapter import NewAdapter
-from ..adapters.updates import Decomposed, LowRank, tensors_of
 from ..errors import Fault, UnsupportedError, UsageError
 from ..fitting.jobs import FittingPlan, MatchedChange, Result, match_changes, modules_besides
 from ..fitting.session import Fitter, FittingSession
@@ -80,7 +79,7 @@ def _divide(matched: Plan, session: FittingSession, *, split: bool) -> _LoraChan
     faults = {change.target: TIED for change in unmatched}
     for job in jobs:
         tied = unmatched and (is_embedding(job.name) or is_head(job.name))
-        if why := TIED if tied else session.format.objection(job.change, job.item.name, adapter):
+        if why := TIED if tied else session.format.writer().objection(job.change, job.item.name, adapter):
             faults[job.name] = why
     accepted = [job for job in jobs if job.name not in faults]
     if not accepted or (faults and not split):

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import Unpack
 
-from ..adapters.adapter import Change
+from ..adapters.adapter import Change, Decomposed, Delta, LowRank, low_rank
 from ..adapters.new_adapter import NewAdapter
-from ..adapters.updates import Decomposed, Delta, LowRank, low_rank
 from ..fitting.jobs import (
     HELD,
     FittingPlan,
@@ -82,7 +81,7 @@ def _divide(matched: Plan, session: FittingSession) -> _AdapterChanges:
     kept = [
         job
         for job in jobs
-        if session.format.shares_rank(job.change, job.item.name, matched.adapters[0])
+        if session.format.writer().shares_rank(job.change, job.item.name, matched.adapters[0])
         or (unmatched and (is_embedding(job.name) or is_head(job.name)))
     ]
     return _AdapterChanges([job for job in jobs if job not in kept], kept, unmatched, others)

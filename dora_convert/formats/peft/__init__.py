@@ -16,7 +16,7 @@ Tensor names are `base_model.model.<module>` and a suffix, shapes for a weight o
 The scaling is alpha/r, or alpha/√r with `use_rslora`. `rank_pattern` and `alpha_pattern` may change r and
 alpha for a module: the first key in the order of the file that matches `(.*\.)?(key)$` counts.
 
-Everything else that a config can say is refused by name, never merged wrongly: see `fields.py`.
+Everything else that a config can say is refused by name, never merged wrongly: see `config.py`.
 """
 
 from __future__ import annotations
@@ -27,24 +27,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...adapters.adapter import Adapter, Change
-from ...adapters.updates import Full, Rows
+from ...adapters.adapter import Adapter, Change, Full, Rows
 from ...errors import Fault, MalformedError, UnsupportedError
 from ...storage.checkpoint import read_weights
 from ...storage.json_files import read_json
 from ...storage.refs import Source
 from ...storage.safetensors import StoredTensor
-from .config import Config, is_saved_embedding
-from .fields import refuse_unsupported
-from .modules import CONFIG, PARTS, PREFIX, TOKENS, WEIGHTS, plain, updates_of
+from .config import Config, is_saved_embedding, refuse_unsupported
+from .modules import CONFIG, PARTS, TOKENS, WEIGHTS, plain, updates_of
 
 if TYPE_CHECKING:
-    from ...adapters.new_adapter import Files, NewAdapter
+    from ...adapters.new_adapter import Writer
 
-__all__ = [
-    "ANCHOR", "LIBRARY", "NAME", "PREFIX", "WEIGHTS",
-    "objection", "owns", "read", "read_refused", "recognises", "save", "shares_rank",
-]  # fmt: skip
+__all__ = ["ANCHOR", "LIBRARY", "NAME", "WEIGHTS", "owns", "read", "read_refused", "recognises", "writer"]
 
 NAME = LIBRARY = "peft"
 ANCHOR = CONFIG
@@ -82,8 +77,8 @@ def read(source: Source, accepted: Collection[str] = ()) -> Adapter:
         changes=tuple(adapter.changes),
         tensors=tensors,
         files=(source.path / CONFIG, weights),
-        base=config.base,
-        revision=config.revision,
+        base=config.base or None,
+        revision=config.revision or None,
         ignored=adapter.ignored,
         faults=tuple(adapter.faults),
         keeps_ties=config.keeps_ties,
@@ -144,7 +139,7 @@ class _SortedTensors:
             self.changes.append(Change(target.replace(".base_layer.", "."), Full(tensor, start=start)))
         elif self.config.saves(target):
             self.changes.append(Change(target, Full(tensor, may_add=True)))
-        elif self.config.biases and target.endswith(".bias"):
+        elif self.config.bias != "none" and target.endswith(".bias"):
             self.changes.append(Change(target, Full(tensor)))
         else:
             self.faults.append(Fault(name, "neither a LoRA tensor nor part of modules_to_save"))
@@ -165,6 +160,7 @@ class _SortedTensors:
 
     def finish(self) -> None:
         """Turn each module's tensors into updates."""
+        self.config.refuse_slow_patterns({module.partition(".base_layer")[0] for module in self.modules})
         saved = {change.target for change in self.changes}
         for outcome in updates_of(self.modules, saved, self.config):
             if isinstance(outcome, Fault):
@@ -175,22 +171,8 @@ class _SortedTensors:
                 self.ignored |= outcome
 
 
-def save(new: NewAdapter) -> Files:
-    """Return the files of an adapter folder."""
-    from .write import save
+def writer() -> Writer:
+    """Return what writes the format. A merge never imports it."""
+    from . import write
 
-    return save(new)
-
-
-def objection(change: Change, tensor: str, like: Adapter) -> str | None:
-    """Return why PEFT cannot load a LoRA as a DoRA; None if it can."""
-    from .write import objection
-
-    return objection(change, tensor, like)
-
-
-def shares_rank(change: Change, tensor: str, like: Adapter) -> str | None:
-    """Return why a weight's factors must keep their rank; None if they need not."""
-    from .write import shares_rank
-
-    return shares_rank(change, tensor, like)
+    return write

@@ -1,26 +1,64 @@
-"""Read PEFT's `adapter_config.json`: the types of its fields, and what they say of a module or a tensor."""
+"""Read PEFT's `adapter_config.json`: what its fields say of a module or a tensor, and which fields are refused."""
 
 from __future__ import annotations
 
 import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from msgspec import Meta, Struct, field
 
-from ...adapters.updates import Start
-from ...errors import shown
+from ...adapters.adapter import Start
+from ...errors import Fault, UnsupportedError, shown
 from ...storage.json_files import checked
-from .fields import STARTS
+
+if TYPE_CHECKING:
+    from .patterns import PatternTable
 
 _EMBEDDINGS = ("embed_tokens", "lm_head")
 """Modules that PEFT saves whole of its own accord (its EMBEDDING_LAYER_NAMES)."""
 MOST_LAYERS = 10_000
 
-Number = TypeVar("Number", int, float)
+SCHEDULE = {"target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"}
+"""AdaLoRA's own fields, which only training reads."""
+_HARMLESS = SCHEDULE | {
+    # the trained modules and the course of training: the tensors on disk already tell
+    "lora_bias", "inference_mode", "exclude_modules", "lora_dropout", "layers_to_transform", "layers_pattern",
+    "runtime_config", "megatron_config", "megatron_core", "velora_config", "monteclora_config",
+    # starting points of training, which count only if init_lora_weights names them
+    "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+    # saved as the last layer had it, so shapes decide; and flags that only GPTQ layers read
+    "fan_in_fan_out", "use_qalora", "qalora_group_size",
+}  # fmt: skip
+_REFUSED = {
+    "alora_invocation_tokens": "an activated LoRA applies to some tokens only, so no single weight equals it",
+    "arrow_config": "an Arrow router chooses among adapters per token, so no single weight equals it",
+}
+_PER_INPUT = {
+    "XLORA", "POLY", "LILY", "SHADOW", "CARTRIDGE", "ADAPTION_PROMPT", "PROMPT_TUNING", "P_TUNING",
+    "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "CPT",
+}  # fmt: skip
+"""Methods that depend on the input or add to the input, so that no single weight equals them."""
+_PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica")
+"""Values of init_lora_weights with which training leaves the base as it is."""
+_RESIDUAL = "merge it into the residual base saved at training, with --ignore-field init_lora_weights"
+_LOST_STARTS = {
+    "pissa_niter": f"training began with a random approximation of the base's SVD, now lost: {_RESIDUAL}",
+    "corda": f"training moved the base by statistics that are not in the adapter: {_RESIDUAL}",
+    "loftq": f"training began with a quantised base: {_RESIDUAL}",
+    "lora_ga": f"training moved the base by gradients that are not in the adapter: {_RESIDUAL}",
+}
+TASKS = {
+    "LMHeadModel": "CAUSAL_LM", "ForCausalLM": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS", "ForQuestionAnswering": "QUESTION_ANS",
+}  # fmt: skip
+"""PEFT's name of a task by the end of a class name. PEFT wraps any other class as it is."""
+STARTS = {"pissa": Start.PISSA, "olora": Start.OLORA}
+
 Name = Annotated[str, Meta(min_length=1)]
 Rank = Annotated[int, Meta(gt=0, lt=2**60)]
 Row = Annotated[int, Meta(ge=0, lt=2**60)]
@@ -36,7 +74,7 @@ class BlockDiagonal(Struct, frozen=True):
     target_modules_bd_b: tuple[Name, ...] | None = None
 
 
-class Config(Struct, frozen=True):
+class Config(Struct, frozen=True, dict=True):
     """The fields of adapter_config.json that decide what a merge does, with PEFT's defaults."""
 
     peft_type: str = "LORA"
@@ -52,8 +90,8 @@ class Config(Struct, frozen=True):
     modules_to_save: tuple[Name, ...] = ()
     parameters: tuple[Name, ...] = field(name="target_parameters", default=())
     bias: Literal["none", "all", "lora_only"] = "none"
-    base_name: str = field(name="base_model_name_or_path", default="")
-    base_revision: str = field(name="revision", default="")
+    base: str = field(name="base_model_name_or_path", default="")
+    revision: str = ""
     layer_replication: tuple[tuple[Row, Row], ...] = ()
     """Ranges of layers, first and past the last."""
     token_indices: tuple[Row, ...] | dict[str, tuple[Row, ...]] = field(
@@ -90,21 +128,6 @@ class Config(Struct, frozen=True):
         return self.init_r if self.peft_type.upper() == "ADALORA" else None
 
     @property
-    def base(self) -> str | None:
-        """The name or path of the base."""
-        return self.base_name or None
-
-    @property
-    def revision(self) -> str | None:
-        """The base's revision."""
-        return self.base_revision or None
-
-    @property
-    def biases(self) -> bool:
-        """True if the adapter replaces biases."""
-        return self.bias != "none"
-
-    @property
     def layers(self) -> tuple[int, ...]:
         """The numbers of the base's layers in the order of the adapter's model; empty if none is repeated."""
         return tuple(layer for start, stop in self.layer_replication for layer in range(start, stop))
@@ -132,13 +155,7 @@ class Config(Struct, frozen=True):
         mapping = self.auto_mapping
         if isinstance(mapping, dict) and isinstance(name := mapping.get("base_model_class"), str):
             return name
-        endings = {
-            "SEQ_CLS": "ForSequenceClassification",
-            "TOKEN_CLS": "ForTokenClassification",
-            "QUESTION_ANS": "ForQuestionAnswering",
-            "CAUSAL_LM": "ForCausalLM",
-        }
-        return endings.get(str(self.task_type))
+        return {task: end for end, task in TASKS.items()}.get(str(self.task_type))
 
     @property
     def kind(self) -> str:
@@ -147,28 +164,49 @@ class Config(Struct, frozen=True):
             return "AdaLoRA"
         return "DoRA" if self.use_dora else self.start.value if self.start else "LoRA"
 
+    @cached_property
+    def _ranks(self) -> PatternTable[int]:
+        from .patterns import PatternTable
+
+        return PatternTable(self.rank_pattern)
+
+    @cached_property
+    def _alphas(self) -> PatternTable[float]:
+        from .patterns import PatternTable
+
+        return PatternTable(self.alpha_pattern)
+
+    def refuse_slow_patterns(self, modules: Collection[str]) -> None:
+        """Raise MalformedError if a key of a table takes too long to match with the names of modules."""
+        if not (self.rank_pattern or self.alpha_pattern):
+            return
+        from .patterns import as_key, refuse_slow
+
+        leaves = {name.rpartition(".")[2] for name in self.parameters}
+        names = {*modules, *(f"{module}.{leaf}" for module in modules for leaf in leaves)}
+        tables: dict[str, Collection[str]] = {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
+        refuse_slow([(field, key, as_key(key)) for field, table in tables.items() for key in table], names)
+
     def rank(self, module: str) -> int:
         """Return r of a module."""
-        return _first_match(self.rank_pattern, module, self.r)
+        return self._ranks.find(module, self.r)[0] if self.rank_pattern else self.r
 
     def scaling(self, module: str) -> float:
         """Return s of a module: alpha/r, alpha/√r (rsLoRA, arXiv:2312.03732), or AdaLoRA's alpha/init_r."""
         if self.adalora:
             return self.alpha / (self.adalora + 1e-5)
         rank = self.rank(module)
-        alpha = _first_match(self.alpha_pattern, module, self.alpha)
+        alpha = self._alphas.find(module, self.alpha)[0] if self.alpha_pattern else self.alpha
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def rule(self, module: str) -> str:
         """Return the formula of a module's scaling, for people."""
         if self.adalora:
             return f"alpha {self.alpha:g} / init_r {self.adalora}"
-        keys = [_first_key(pattern, module) for pattern in (self.alpha_pattern, self.rank_pattern)]
-        alpha, rank = (
-            f" ({name}_pattern {key!r})" if key else "" for name, key in zip(("alpha", "rank"), keys, strict=True)
-        )
-        numbers = _first_match(self.alpha_pattern, module, self.alpha), self.rank(module)
-        return f"alpha {numbers[0]:g}{alpha} / {'√' if self.use_rslora else ''}rank {numbers[1]}{rank}"
+        alpha, key = self._alphas.find(module, self.alpha) if self.alpha_pattern else (self.alpha, "")
+        text = f"alpha {alpha:g}" + (f" (alpha_pattern {key!r})" if key else "")
+        rank, key = self._ranks.find(module, self.r) if self.rank_pattern else (self.r, "")
+        return f"{text} / {'√' * self.use_rslora}rank {rank}" + (f" (rank_pattern {key!r})" if key else "")
 
     def saves(self, tensor: str) -> bool:
         """Return True if PEFT saves a tensor's module whole: as in PEFT, a suffix match without a dot."""
@@ -203,6 +241,40 @@ class Config(Struct, frozen=True):
         return (False, True) if self.version == (0, 19, 0) else (True, False)
 
 
+def refuse_unsupported(raw: Mapping[str, Any], name: str, accepted: Collection[str]) -> None:
+    """Refuse by name everything that this reader does not apply, except the `accepted` fields."""
+    kind = raw.get("peft_type")
+    if kind is None:
+        raise UnsupportedError(f"The adapter {name} is not PEFT's: its config has no peft_type.")
+    if not isinstance(kind, str) or kind.upper() not in ("LORA", "ADALORA"):
+        reason = "no single weight equals it" if str(kind) in _PER_INPUT else "only LORA and ADALORA are merged"
+        raise UnsupportedError(f"The adapter {name} is of peft_type {kind!r}: {reason}.")
+    faults = [
+        Fault(f"{field}={value!r}"[:60], why)
+        for field, value in raw.items()
+        if field not in accepted and value and value != "none" and (why := _objection(field, value))
+    ]
+    if faults:
+        raise UnsupportedError(
+            f"The adapter {name} uses what this version does not merge.",
+            faults=faults,
+            hint="--ignore-field NAME accepts a field that you know to change nothing",
+        )
+
+
+def _objection(field: str, value: Any) -> str | None:
+    """Return why a field that is set stops a merge; None if it does not."""
+    if field == "init_lora_weights" and isinstance(value, str):
+        start = value.lower()
+        if start in _PLAIN_STARTS or start in STARTS:
+            return None
+        known = (why for begins, why in _LOST_STARTS.items() if start.startswith(begins))
+        return next(known, "a start of training that this version does not know")
+    if field in _HARMLESS or field in Config.__struct_encode_fields__:
+        return None
+    return _REFUSED.get(field, "a field this version does not know")
+
+
 def is_saved_embedding(tensor: str) -> bool:
     """Return True if PEFT saves a tensor whole of its own accord, with an adapter or with new tokens."""
     parts = tensor.split(".")
@@ -211,17 +283,6 @@ def is_saved_embedding(tensor: str) -> bool:
 
 def _is_regex(pattern: str) -> bool:
     try:
-        re.compile(pattern)
+        return bool(re.compile(rf"(.*\.)?({pattern})$"))  # as PEFT uses it
     except re.error:
         return False
-    return True
-
-
-def _first_match(pattern: Mapping[str, Number], module: str, default: Number) -> Number:
-    """Return the value of the first key that matches, in the order of the file (PEFT's get_pattern_key)."""
-    key = _first_key(pattern, module)
-    return default if key is None else pattern[key]
-
-
-def _first_key(pattern: Mapping[str, Number], module: str) -> str | None:
-    return next((key for key in pattern if re.match(rf"(.*\.)?({key})$", module)), None)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
-from ...adapters.adapter import Change
-from ...adapters.updates import Decomposed, Delta, LowRank, Start, Update
+from ...adapters.adapter import Change, Decomposed, Delta, LowRank, Start, Update
 from ...errors import Fault
 from ...storage.safetensors import FLOATS, StoredTensor
 from .config import Config
@@ -57,9 +57,9 @@ def updates_of(
 
     The adapter brings the `saved` weights whole, as they were when training began.
     """
-    depths = _depths(modules)
+    wrappers = Counter(map(_outer, modules))
     for module, parts in modules.items():
-        weight = _weight(module, depths, config)
+        weight = _weight(module, wrappers, config)
         if isinstance(weight, Fault):
             yield weight
         elif config.adalora and all(0 in part.shape for part in parts.values()):
@@ -75,29 +75,25 @@ def updates_of(
                 yield Change(f"{change.module}.bias", Delta(bias, config.scaling(weight.key)), rule=rule)
 
 
-def _depths(modules: Mapping[str, Parts]) -> dict[str, list[int]]:
-    """Return the numbers of `.base_layer` that follow each module's name: how deep it is wrapped."""
-    depths: dict[str, list[int]] = {}
-    for module in modules:
-        outer = re.sub(r"(\.base_layer)+$", "", module)
-        depths.setdefault(outer, []).append((len(module) - len(outer)) // len(".base_layer"))
-    return depths
+def _outer(module: str) -> str:
+    """Return a module's name without the `.base_layer` that each wrapper inside another one adds."""
+    return re.sub(r"(\.base_layer)+$", "", module)
 
 
-def _weight(module: str, depths: Mapping[str, list[int]], config: Config) -> _Weight | Fault:
+def _weight(module: str, wrappers: Mapping[str, int], config: Config) -> _Weight | Fault:
     """Return the weight that a module's tensors are for."""
-    outer = re.sub(r"(\.base_layer)+$", "", module)
+    outer = _outer(module)
     if ".base_layer." in outer:  # MultiheadAttention wraps its out_proj, whose rank and alpha are its own
         outer, _, inner = outer.rpartition(".base_layer.")
         return _Weight(outer, f"{outer}.{inner}.weight", 2 if config.version <= TWICE_UNTIL else 1)
     leaves = _parameters(outer, config)
     if not leaves:
         return _Weight(outer, f"{outer}.weight")
-    if len(depths[outer]) != len(leaves):
-        return Fault(module, f"is wrapped {len(depths[outer])} times for {', '.join(leaves)}")
+    if wrappers[outer] != len(leaves):
+        return Fault(module, f"is wrapped {wrappers[outer]} times for {', '.join(leaves)}")
     known = len(leaves) == 1 or set(leaves) <= set(REGISTERED)
     ordered = sorted(leaves, key=REGISTERED.index) if known and len(leaves) > 1 else leaves
-    depth = (len(module) - len(outer)) // len(".base_layer")
+    depth = module.removeprefix(outer).count(".")
     target = f"{outer}.{ordered[-1 - depth]}"
     return _Weight(target, target, among=() if known else tuple(f"{outer}.{name}" for name in leaves))
 
@@ -141,9 +137,9 @@ def _contradiction(key: str, parts: Parts, config: Config) -> str | None:
         return "has a diagonal, as AdaLoRA and KaSA have; the config says it is neither"
     if odd := [part for part in parts.values() if part.dtype not in FLOATS]:
         return f"is stored as {odd[0].dtype}; adapters of that dtype are not merged"
-    if ("m" in parts) != config.use_dora:
-        if config.use_dora:
-            return "use_dora is set, but the module has no lora_magnitude_vector"
+    if config.use_dora and "m" not in parts:
+        return "use_dora is set, but the module has no lora_magnitude_vector"
+    if "m" in parts and not config.use_dora:
         return "has a lora_magnitude_vector, but use_dora is not set"
     if "b" in parts and config.use_dora:
         return "DoRA has no bias on lora_B"

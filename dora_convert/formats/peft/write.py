@@ -13,16 +13,13 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from ...adapters.adapter import Adapter, Change
+from ...adapters.adapter import Adapter, Change, Decomposed, Delta, Full, LowRank, Rows, Start, low_rank
 from ...adapters.new_adapter import Files, NewAdapter
-from ...adapters.updates import Decomposed, Delta, Full, LowRank, Rows, Start, low_rank
 from ...storage.json_files import read_json
 from ...storage.safetensors import StoredTensor
-from .config import Config
+from .config import SCHEDULE, TASKS, Config
 from .modules import CONFIG, PREFIX, TOKENS, WEIGHTS, plain
 
-LINEAR = {"A": ".lora_A.weight", "B": ".lora_B.weight"}
-EMBEDDING = {"A": ".lora_embedding_A", "B": ".lora_embedding_B"}
 MAGNITUDE = ".lora_magnitude_vector"
 _FRESH: Mapping[str, Any] = {
     "peft_type": "LORA", "task_type": None, "base_model_name_or_path": None, "revision": None,
@@ -30,14 +27,6 @@ _FRESH: Mapping[str, Any] = {
     "modules_to_save": None, "bias": "none", "use_dora": False, "use_rslora": False,
     "init_lora_weights": True, "rank_pattern": {}, "alpha_pattern": {}, "fan_in_fan_out": False,
 }  # fmt: skip
-_OF_ADALORA = (
-    "target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step",
-)  # fmt: skip
-_TASKS = {
-    "ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS", "ForQuestionAnswering": "QUESTION_ANS",
-}  # fmt: skip
-"""PEFT's name of a task by the end of a class name. PEFT wraps any other class as it is."""
 _CLASSIFIERS = ("classifier", "score")
 _HEADS = {"SEQ_CLS": _CLASSIFIERS, "TOKEN_CLS": _CLASSIFIERS, "QUESTION_ANS": ("qa_outputs",)}
 """The modules that PEFT expects to be saved whole for a task, by the ends of their names."""
@@ -89,9 +78,8 @@ def _named(change: Change, new: NewAdapter) -> Iterator[tuple[str, StoredTensor]
     match update:
         case LowRank() | Decomposed():
             low = low_rank(update)
-            suffixes = EMBEDDING if low.transposed else LINEAR
-            yield name(low.A, suffixes["A"])
-            yield name(low.B, suffixes["B"])
+            yield name(low.A, ".lora_embedding_A" if low.transposed else ".lora_A.weight")
+            yield name(low.B, ".lora_embedding_B" if low.transposed else ".lora_B.weight")
             if low.d:
                 yield name(low.d, ".lora_diag")
             if isinstance(update, Decomposed):
@@ -120,7 +108,7 @@ def _of(like: Adapter | None) -> tuple[dict[str, Any], Config | None]:
 def _config(new: NewAdapter) -> dict[str, Any]:
     """Return the fields of adapter_config.json."""
     before, config = _of(new.like)
-    raw = {**_FRESH, **{key: value for key, value in before.items() if key not in _OF_ADALORA}}
+    raw = {**_FRESH, **{key: value for key, value in before.items() if key not in {"init_r", *SCHEDULE}}}
     raw |= {"peft_type": "LORA", "inference_mode": True}
     raw |= {"base_model_name_or_path": new.base or raw["base_model_name_or_path"]}
     raw |= {"revision": new.revision or raw["revision"]} if not new.base else {"revision": new.revision}
@@ -142,7 +130,7 @@ def _task(new: NewAdapter, saved: Collection[str]) -> dict[str, Any]:
 
     There is no task if the head is not saved whole: PEFT would look for the head among the saved modules.
     """
-    task = next((task for end, task in _TASKS.items() if str(new.task).endswith(end)), None)
+    task = next((task for end, task in TASKS.items() if str(new.task).endswith(end)), None)
     if not (heads := _HEADS.get(task or "")):
         return {"task_type": task}
     inside = {head: [name for name in new.besides if f"{name}.".startswith(f"{head}.")] for head in heads}
@@ -162,23 +150,16 @@ def _numbers(new: NewAdapter, config: Config | None) -> dict[str, Any]:
         key = _key(change, low, config)
         own = config and new.carries(low)
         rank, scale = (config.rank(key), config.scaling(key)) if config and own else (low.rank, low.scale)
-        numbers[key] = (rank, rank * scale)
+        alpha = rank * scale
+        numbers[f"^{re.escape(key)}$"] = (rank, int(alpha) if alpha == int(alpha) else alpha)
     largest = max((rank for rank, _ in numbers.values()), default=1)
     return {
         "r": largest,
         "lora_alpha": largest,
         "use_rslora": False,
-        "rank_pattern": {_anchored(key): rank for key, (rank, _) in numbers.items() if rank != largest},
-        "alpha_pattern": {
-            _anchored(key): int(alpha) if alpha == int(alpha) else alpha
-            for key, (_, alpha) in numbers.items()
-            if alpha != largest
-        },
+        "rank_pattern": {key: rank for key, (rank, _) in numbers.items() if rank != largest},
+        "alpha_pattern": {key: alpha for key, (_, alpha) in numbers.items() if alpha != largest},
     }
-
-
-def _anchored(key: str) -> str:
-    return f"^{re.escape(key)}$"
 
 
 def _key(change: Change, low: LowRank, config: Config | None) -> str:

@@ -8,8 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ...adapters.adapter import Adapter, Change
-from ...adapters.updates import Decomposed, Delta, Full, LowRank, Rows, low_rank, tensors_of
+from ...adapters.adapter import Adapter, Change, Decomposed, Delta, Full, LowRank, Rows, low_rank, tensors_of
 from ...errors import DoraConvertError, Fault, PlanError, RefError, UnsupportedError, UsageError
 from ...formats.detect import adapters_inside, detect, is_adapter_file, model_weights
 from ...plan.builder import describe
