@@ -119,6 +119,15 @@ def low_rank(update: LowRank | Decomposed) -> LowRank:
     return update.inner if isinstance(update, Decomposed) else update
 
 
+WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Names that DistributedDataParallel, torch.compile, FSDP and activation checkpointing put into names."""
+
+
+def unwrapped(name: str) -> str:
+    """Return a name without the names that training programs put into it."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
 @dataclass(frozen=True)
 class Change:
     """One update, and the weight that it is for by the weight's name in the model's state dict."""

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, reduce
 
+from ..adapters.adapter import unwrapped
 from ..storage.checkpoint import Checkpoint
 from ..storage.safetensors import StoredTensor
 from .families import EMBEDDINGS, HEADLESS, HEADS, OTHER_HEADS, RENAMED, SCALED
@@ -55,6 +56,11 @@ class NameResolver:
                     return candidate
         return None
 
+    def settled(self, target: str) -> str:
+        """Return a target without the names of training programs, unless the base has the target as it is."""
+        name = self.prefix.apply(target)
+        return target if any(stored in self._tensors for stored in _stored_names(name)) else unwrapped(target)
+
     def _prefixes(self, targets: Sequence[str]) -> tuple[Prefix, ...]:
         """Return every prefix that leads all targets to tensors and drops least.
 
@@ -81,11 +87,6 @@ def _stored_names(name: str) -> Iterator[str]:
         yield f"{module}.in_proj_weight"  # MultiheadAttention
     if leaf == "bias":
         yield f"{module.removesuffix('.decoder')}.bias"  # the bias of BERT's decoder is its head's
-
-
-def unwrapped(name: str) -> str:
-    """Return a name without DistributedDataParallel's part; formats know the names of other wrappers."""
-    return ".".join(part for part in name.split(".") if part != "module")
 
 
 def explain_missing(target: str, names: NameResolver, base: Checkpoint) -> str:

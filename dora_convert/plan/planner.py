@@ -8,9 +8,10 @@ storage of weights.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from ..adapters.adapter import Adapter, Full, Rows, Update
+from ..adapters.adapter import Adapter, Full, Rows, Update, unwrapped
 from ..errors import Fault, PlanError, UnsupportedError
 from ..naming.resolve import NameResolver, Tie, find_tie, is_embedding, is_head
 from ..storage.checkpoint import Checkpoint
@@ -37,6 +38,7 @@ def make_plan(base: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[f
 
         tree = with_names(tree, lambda name: [prefix + name])
         names, tie = _resolvers(tree, adapters, options), find_tie(tree, tasks)
+    adapters = [_settled(adapter, resolver) for adapter, resolver in zip(adapters, names, strict=True)]
     builder = PlanBuilder(tree, tie, options)
     for adapter, resolver, weight in zip(adapters, names, weights, strict=True):
         builder.add(adapter, resolver, weight)
@@ -82,9 +84,22 @@ def _resolvers(tree: Checkpoint, adapters: Sequence[Adapter], options: Options) 
     return [NameResolver(tree.tensors, _targets(adapter, options)) for adapter in adapters]
 
 
+def _settled(adapter: Adapter, names: NameResolver) -> Adapter:
+    """Return an adapter whose changes have no names of training programs in them."""
+    if all(unwrapped(change.target) == change.target for change in adapter.changes):
+        return adapter
+    changes = (
+        replace(change, target=names.settled(change.target), among=tuple(map(names.settled, change.among)))
+        for change in adapter.changes
+    )
+    return replace(adapter, changes=tuple(changes))
+
+
 def _targets(adapter: Adapter, options: Options) -> list[str]:
     """Return the targets that the base must have, under whatever names."""
-    inner = [change for change in adapter.changes if options.selects(change.module) and not is_head(change.target)]
+    inner = [
+        change for change in adapter.changes if options.selects(unwrapped(change.module)) and not is_head(change.target)
+    ]
     certain = [change.target for change in inner if not isinstance(change.update, Full | Rows)]
     return certain or [change.target for change in inner]
 

@@ -27,14 +27,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...adapters.adapter import Adapter, Change, Full, Rows
+from ...adapters.adapter import Adapter, Change, Full, Rows, unwrapped
 from ...errors import Fault, MalformedError, UnsupportedError
 from ...storage.checkpoint import read_weights
 from ...storage.json_files import read_json
 from ...storage.refs import Source
 from ...storage.safetensors import StoredTensor
 from .config import Config, is_saved_embedding, refuse_unsupported
-from .modules import CONFIG, PARTS, TOKENS, WEIGHTS, plain, updates_of
+from .modules import CONFIG, WEIGHTS, updates_of
+from .names import PARTS, TOKENS, part_of, plain, without_base_layer, wrapped_whole
 
 if TYPE_CHECKING:
     from ...adapters.new_adapter import Writer
@@ -122,27 +123,49 @@ class _SortedTensors:
     faults: list[Fault] = field(default_factory=list)
     ignored: dict[str, str] = field(default_factory=dict)
     modules: dict[str, dict[str, StoredTensor]] = field(default_factory=dict)
+    others: list[tuple[str, str, StoredTensor]] = field(default_factory=list)
+    wrapped: set[str] = field(default_factory=set)
+    """Modules whose tokens are trained."""
 
     def sort(self, name: str, tensor: StoredTensor) -> None:
-        """Sort one tensor in."""
+        """Sort one tensor in by the end of its name; tensors of the model itself wait for all others."""
         target = plain(name)
-        if suffix := next((suffix for suffix in PARTS if target.endswith(suffix)), None):
-            self._add_part(target.removesuffix(suffix), PARTS[suffix], tensor)
-        elif suffix := next((suffix for suffix in TOKENS if target.endswith(suffix)), None):
-            self._add_rows(target.removesuffix(suffix), tensor)
+        module, end = part_of(target)
+        if end in PARTS:
+            self._add_part(module, PARTS[end], tensor)
+        else:
+            self.others.append((target, end, tensor))
+            self.wrapped |= {module} if end else set()
+
+    def _add_other(self, target: str, end: str, tensor: StoredTensor) -> None:
+        """Add a tensor that is not a part of a low-rank update."""
+        if end in TOKENS:
+            self._add_rows(target.removesuffix(end), tensor)
+        elif end:
+            self.changes.append(Change(f"{target.removesuffix(end)}.weight", Full(tensor, copied=True)))
         elif _OF_TRAINING.search(target):
-            self.ignored[name] = "used in training only"
-        elif ".original_module." in target:
-            self.ignored[name] = "what the base had there"
-        elif ".base_layer." in target or is_saved_embedding(target):
-            start = self.config.start if ".base_layer." in target else None
-            self.changes.append(Change(target.replace(".base_layer.", "."), Full(tensor, start=start)))
-        elif self.config.saves(target):
+            self.ignored[tensor.name] = "used in training only"
+        elif (whole := wrapped_whole(target)) and self.config.saves(f"{whole[0]}.weight"):
+            if whole[1] == "original_module":
+                self.ignored[tensor.name] = "what the base had there"
+            else:
+                self._add_full(whole[0] + whole[2], tensor)
+        else:
+            self._add_full(target, tensor)
+
+    def _add_full(self, target: str, tensor: StoredTensor) -> None:
+        """Add a tensor of the model itself."""
+        bare = without_base_layer(target, {*self.modules, *self.wrapped})
+        saves = self.config.saves(bare)
+        if bare != target or is_saved_embedding(unwrapped(bare)):
+            start = self.config.start if bare != target else None
+            self.changes.append(Change(bare, Full(tensor, start=start, copied=bare != target or not saves)))
+        elif saves:
             self.changes.append(Change(target, Full(tensor, may_add=True)))
         elif self.config.bias != "none" and target.endswith(".bias"):
             self.changes.append(Change(target, Full(tensor)))
         else:
-            self.faults.append(Fault(name, "neither a LoRA tensor nor part of modules_to_save"))
+            self.faults.append(Fault(tensor.name, "neither a LoRA tensor nor part of modules_to_save"))
 
     def _add_part(self, module: str, part: str, tensor: StoredTensor) -> None:
         parts = self.modules.setdefault(module, {})
@@ -160,7 +183,10 @@ class _SortedTensors:
 
     def finish(self) -> None:
         """Turn each module's tensors into updates."""
-        self.config.refuse_slow_patterns({module.partition(".base_layer")[0] for module in self.modules})
+        for other in self.others:
+            self._add_other(*other)
+        names = {module.partition(".base_layer")[0] for module in self.modules}
+        self.config.refuse_slow_patterns(names | set(map(unwrapped, names)))
         saved = {change.target for change in self.changes}
         for outcome in updates_of(self.modules, saved, self.config):
             if isinstance(outcome, Fault):

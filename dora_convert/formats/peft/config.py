@@ -187,6 +187,13 @@ class Config(Struct, frozen=True, dict=True):
         tables: dict[str, Collection[str]] = {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
         refuse_slow([(field, key, as_key(key)) for field, table in tables.items() for key in table], names)
 
+    def has_pattern(self, module: str) -> bool:
+        """Return True if a key of a table matches a module."""
+        return bool(
+            (self.rank_pattern and self._ranks.find(module, self.r)[1])
+            or (self.alpha_pattern and self._alphas.find(module, self.alpha)[1])
+        )
+
     def rank(self, module: str) -> int:
         """Return r of a module."""
         return self._ranks.find(module, self.r)[0] if self.rank_pattern else self.r
