@@ -145,13 +145,17 @@ class _SortedTensors:
             self.changes.append(Change(f"{target.removesuffix(end)}.weight", Full(tensor, copied=True)))
         elif _OF_TRAINING.search(target):
             self.ignored[tensor.name] = "used in training only"
-        elif (whole := wrapped_whole(target)) and self.config.saves(f"{whole[0]}.weight"):
+        elif (whole := wrapped_whole(target)) and self._may_be_whole(f"{whole[0]}.weight"):
             if whole[1] == "original_module":
                 self.ignored[tensor.name] = "what the base had there"
             else:
                 self._add_full(whole[0] + whole[2], tensor)
         else:
             self._add_full(target, tensor)
+
+    def _may_be_whole(self, target: str) -> bool:
+        """Return True if PEFT saves a weight's module whole, as the config says or of its own accord."""
+        return self.config.saves(target) or is_saved_embedding(unwrapped(target))
 
     def _add_full(self, target: str, tensor: StoredTensor) -> None:
         """Add a tensor of the model itself."""
