@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import nn
 
-from ..adapters.adapter import LowRank
+from ..adapters.adapter import Adapter, LowRank
 from ..engine.precision import TORCH, choose, full_precision
 from ..errors import UnsupportedError, UsageError
 from ..plan.plan import Plan
@@ -28,7 +28,7 @@ from ..sizes import format_size, peak_memory
 from ..storage.checkpoint import Checkpoint
 from ..storage.filenames import PICKLES
 from .difference import Difference
-from .forward import WEIGHTS_LEVEL, Batch, OutputFiles, continues_alike
+from .forward import Batch, OutputFiles, continues_alike, not_compared
 from .memory import MemoryChoice, choose_memory, estimate, skeleton
 from .models import ModelLoader, ModelSpec, quiet, specify, view
 from .rounding_floor import perturb
@@ -80,28 +80,26 @@ def prepared(plan: Plan, settings: Settings, texts: Sequence[str], limit: int | 
 def refuse(plan: Plan) -> None:
     """Raise UnsupportedError if the adapters were not trained as one model, or cannot be loaded as one."""
     if any(adapter.format != "peft" for adapter in plan.adapters):
-        raise UnsupportedError(
-            "The outputs level runs adapters through PEFT, and one is not PEFT's.", hint=WEIGHTS_LEVEL
-        )
-    if plan.options.include or plan.options.exclude:
-        raise UnsupportedError("The outputs level compares with whole adapters, not with parts.", hint=WEIGHTS_LEVEL)
-    if any(weight != 1 for weight in plan.weights):
-        raise UnsupportedError("No model was trained at another --weight than 1.", hint=WEIGHTS_LEVEL)
-    plain = all(
-        adapter.kind == "LoRA" and all(isinstance(change.update, LowRank) for change in adapter.changes)
-        for adapter in plan.adapters
-    )
-    if len(plan.adapters) > 1 and not plain:
-        raise UnsupportedError(
-            "Several adapters were not trained together: only a sum of plain LoRAs can be compared.", hint=WEIGHTS_LEVEL
-        )
+        reason = "The outputs level runs adapters through PEFT, and one is not PEFT's."
+    elif plan.options.include or plan.options.exclude:
+        reason = "The outputs level compares with whole adapters, not with parts."
+    elif any(weight != 1 for weight in plan.weights):
+        reason = "No model was trained at another --weight than 1."
+    elif len(plan.adapters) > 1 and not all(map(_is_plain, plan.adapters)):
+        reason = "Several adapters were not trained together: only a sum of plain LoRAs can be compared."
+    else:
+        return
+    raise not_compared(reason)
+
+
+def _is_plain(adapter: Adapter) -> bool:
+    return adapter.kind == "LoRA" and all(isinstance(change.update, LowRank) for change in adapter.changes)
 
 
 def _choose_memory(
     plan: Plan, spec: ModelSpec, samples: Samples, limit: int | None, device: torch.device
 ) -> MemoryChoice:
-    bare = skeleton(spec.model_class, spec.config)
-    need = estimate(bare, spec.config, plan, samples.tokens, samples.longest)
+    need = estimate(skeleton(spec.model_class, spec.config), spec.config, plan, samples.tokens, samples.longest)
     memory = choose_memory(need, limit, device)
     if memory.offload:
         _refuse_offload(plan.base)
@@ -115,10 +113,8 @@ def _choose_memory(
 
 def _refuse_offload(checkpoint: Checkpoint) -> None:
     if any(shard.filename.endswith(PICKLES) for shard in checkpoint.shards):
-        raise UnsupportedError(
-            f"{checkpoint.source.name} is too large for memory; only safetensors are read block by block.",
-            hint=WEIGHTS_LEVEL,
-        )
+        name = checkpoint.source.name
+        raise not_compared(f"{name} is too large for memory; only safetensors are read block by block.")
 
 
 @dataclass
@@ -153,52 +149,68 @@ class Comparison:
             batches, floor = self._reference(kept)
             gc.collect()
             difference, alike, problems = self._compare(spec, folder, batches, kept)
-        problems += _judge(difference, floor)
-        return self._report(merged, difference, floor, alike, problems, started=started)
+        limits = Limits.of(difference, floor)
+        problems += limits.excesses(difference)
+        count = max(1, difference.positions)
+        return OutputsReport(
+            base=self.plan.base.source.address,
+            adapters=tuple(adapter.source.address for adapter in self.plan.adapters),
+            merged=merged.source.address,
+            verdict="differ" if problems else "agree",
+            architecture=self.spec.name,
+            prompts=self.samples.count,
+            positions=difference.positions,
+            max_abs_logit_error=difference.largest,
+            mean_abs_logit_error=difference.mean,
+            rounding_floor=limits.largest,
+            mean_rounding_floor=limits.mean,
+            mean_margin=limits.mean_margin,
+            max_margin=LARGEST_MARGIN,
+            mean_kl=difference.divergence / count,
+            top1_agreement=difference.agreeing / count,
+            greedy_agreement=None if alike is None else alike / self.samples.count,
+            device=str(self.loader.device),
+            offloaded=self.memory.offload,
+            memory_bytes=self.memory.nbytes,
+            peak_memory_bytes=peak_memory(),
+            problems=tuple(problems),
+            notes=self.samples.notes,
+            warnings=tuple(self.settings.warnings),
+            seconds=round(time.monotonic() - started, 3),
+        )
 
     def _reference(self, kept: OutputFiles) -> tuple[list[Batch], Difference]:
         """Keep the outputs of base and adapters, and measure their change under perturbed weights."""
-        trained, size = self._vocabularies()
-        runner = self.loader.reference(
-            self.spec,
-            self.base,
-            self.plan.adapters,
-            vocabulary=trained if trained != size else None,
-            on_load=self._perturb_loaded,
-        )
+        new = self._new_vocabulary()
+        runner = self.loader.reference(self.spec, self.base, self.plan.adapters, vocabulary=new, on_load=self._perturb)
         batches = [runner.extend(prompt) for prompt in self.samples.batches]
         for number, batch in enumerate(batches):
             outputs = runner.outputs(batch)
             if outputs.isnan().any():
-                raise UnsupportedError(
-                    "The outputs of base and adapter are not numbers.", hint="do they belong together?"
-                )
+                hint = "do they belong together?"
+                raise UnsupportedError("The outputs of base and adapter are not numbers.", hint=hint)
             kept[f"{number}"] = kept[f"{number}.moved"] = outputs
         floor = Difference()
         for self.draw in range(1, DRAWS + 1):
             if not self.memory.offload:
-                self._perturb("", runner.model.get_base_model(), self.draw)
+                self._perturb("", runner.model.get_base_model(), first=self.draw)
             for number, batch in enumerate(batches):
                 outputs = runner.outputs(batch)
                 floor.add(kept[f"{number}.moved"], outputs)
                 kept[f"{number}.moved"] = outputs
         return batches, floor
 
-    def _vocabularies(self) -> tuple[int, int]:
-        """Return the sizes of the trained model's and of the base's vocabulary."""
-        size = vocabulary(self.spec.config)
+    def _new_vocabulary(self) -> int | None:
+        """Return the trained model's number of tokens; None if it is the base's."""
         config = self.plan.output_config or {}
-        inner = config.get("text_config") or {}
-        return config.get("vocab_size") or inner.get("vocab_size") or size, size
+        size: int | None = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+        return None if size == vocabulary(self.spec.config) else size
 
-    def _perturb_loaded(self, name: str, block: nn.Module) -> None:
-        """Perturb a block that was read from its files as often as the reference has been perturbed."""
-        for draw in range(1, self.draw + 1):
-            self._perturb(name, block, draw)
-
-    def _perturb(self, prefix: str, module: nn.Module, draw: int) -> None:
+    def _perturb(self, prefix: str, module: nn.Module, first: int = 1) -> None:
+        """Perturb a module by all draws from the `first`; one that was read from its files has none yet."""
         usual, _ = Counter(self.stored.values()).most_common(1)[0]
-        perturb(module, prefix, self.stored, usual, draw)
+        for draw in range(first, self.draw + 1):
+            perturb(module, prefix, self.stored, usual, draw)
 
     def _compare(
         self, spec: ModelSpec, folder: Path, batches: Sequence[Batch], kept: OutputFiles
@@ -219,67 +231,31 @@ class Comparison:
             alike += continues_alike(batch, outputs) if runner.generates else 0
         return difference, alike if runner.generates else None, problems
 
-    def _report(
-        self,
-        merged: Checkpoint,
-        difference: Difference,
-        floor: Difference,
-        alike: int | None,
-        problems: list[str],
-        *,
-        started: float,
-    ) -> OutputsReport:
-        largest, mean = _floors(floor)
-        count = max(1, difference.positions)
-        return OutputsReport(
-            base=self.plan.base.source.address,
-            adapters=tuple(adapter.source.address for adapter in self.plan.adapters),
-            merged=merged.source.address,
-            verdict="differ" if problems else "agree",
-            architecture=self.spec.name,
-            prompts=self.samples.count,
-            positions=difference.positions,
-            max_abs_logit_error=difference.largest,
-            mean_abs_logit_error=difference.mean,
-            rounding_floor=largest,
-            mean_rounding_floor=mean,
-            mean_margin=_mean_margin(difference),
-            max_margin=LARGEST_MARGIN,
-            mean_kl=difference.divergence / count,
-            top1_agreement=difference.agreeing / count,
-            greedy_agreement=None if alike is None else alike / self.samples.count,
-            device=str(self.loader.device),
-            offloaded=self.memory.offload,
-            memory_bytes=self.memory.nbytes,
-            peak_memory_bytes=peak_memory(),
-            problems=tuple(problems),
-            notes=self.samples.notes,
-            warnings=tuple(self.settings.warnings),
-            seconds=round(time.monotonic() - started, 3),
-        )
 
+@dataclass(frozen=True)
+class Limits:
+    """The differences that rounding or arithmetic alone leaves, and the multiple of their mean that is allowed."""
 
-def _floors(floor: Difference) -> tuple[float, float]:
-    """Return the largest and the mean difference that rounding or arithmetic alone leaves."""
-    noise = ARITHMETIC * floor.scale
-    return max(floor.largest, noise), max(floor.mean, noise / 16)
+    largest: float
+    mean: float
+    mean_margin: float
 
+    @classmethod
+    def of(cls, difference: Difference, floor: Difference) -> Limits:
+        """Return the limits of a difference from the difference that perturbed weights make."""
+        noise = ARITHMETIC * floor.scale
+        margin = MEAN_MARGIN if difference.classes > FEW else FEW_MARGIN
+        return cls(max(floor.largest, noise), max(floor.mean, noise / 16), margin)
 
-def _mean_margin(difference: Difference) -> float:
-    return MEAN_MARGIN if difference.classes > FEW else FEW_MARGIN
-
-
-def _judge(difference: Difference, floor: Difference) -> Iterator[str]:
-    """Yield a sentence for the mean and for the largest difference, if rounding does not explain it."""
-    largest, mean = _floors(floor)
-    yield from _excess("in the mean", difference.mean, mean, _mean_margin(difference))
-    yield from _excess("at most", difference.largest, largest, LARGEST_MARGIN)
-
-
-def _excess(how: str, error: float, floor: float, margin: float) -> Iterator[str]:
-    if error > margin * floor:
-        times = f"{error / floor:.3g} times" if floor else "more than"
-        yield (
-            f"the outputs differ {how} by {error:.2g}, {times} what rounding alone leaves ({floor:.2g}); "
-            f"{margin:g} times is the most that correct merges leave"
-        )
+    def excesses(self, difference: Difference) -> Iterator[str]:
+        """Yield a sentence for the mean and for the largest difference, if rounding does not explain it."""
+        for how, error, floor, margin in (
+            ("in the mean", difference.mean, self.mean, self.mean_margin),
+            ("at most", difference.largest, self.largest, LARGEST_MARGIN),
+        ):
+            if error > margin * floor:
+                times = f"{error / floor:.3g} times" if floor else "more than"
+                yield (
+                    f"the outputs differ {how} by {error:.2g}, {times} what rounding alone leaves ({floor:.2g}); "
+                    f"{margin:g} times is the most that correct merges leave"
+                )

@@ -12,10 +12,14 @@ from torch import Tensor
 from ..engine.host_memory import as_bytes, empty
 from ..errors import OutputError, UnsupportedError
 
-WEIGHTS_LEVEL = "verify --level weights needs no model code"
 CONTINUATION = 8
 """Tokens that a generating model adds to each prompt, greedily."""
 PLURAL = ("start_logits", "end_logits")
+
+
+def not_compared(why: str) -> UnsupportedError:
+    """Return the error that says why the outputs of a model are not compared."""
+    return UnsupportedError(why, hint="verify --level weights needs no model code")
 
 
 @dataclass
@@ -53,9 +57,8 @@ class ModelRunner:
         try:
             result = self.model(**{name: ids.to(self.device) for name, ids in inputs.items()})
         except (TypeError, ValueError, KeyError, AttributeError, IndexError, NotImplementedError) as error:
-            raise UnsupportedError(
-                f"The model cannot be run on tokens alone ({type(error).__name__}: {error}).", hint=WEIGHTS_LEVEL
-            ) from error
+            why = f"{type(error).__name__}: {error}"
+            raise not_compared(f"The model cannot be run on tokens alone ({why}).") from error
         return _main_output(result).float().cpu()
 
     def extend(self, batch: Batch) -> Batch:
@@ -74,9 +77,7 @@ def _main_output(result: Any) -> Tensor:
     for name in ("logits", "prediction_logits", "last_hidden_state"):
         if isinstance(output := result.get(name), Tensor) and output.ndim > 1:
             return output if output.ndim > 2 else output[:, None]
-    raise UnsupportedError(
-        f"The model's outputs ({', '.join(result)}) are neither logits nor hidden states.", hint=WEIGHTS_LEVEL
-    )
+    raise not_compared(f"The model's outputs ({', '.join(result)}) are neither logits nor hidden states.")
 
 
 def continues_alike(batch: Batch, logits: Tensor) -> int:

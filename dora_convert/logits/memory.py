@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
@@ -49,19 +49,13 @@ def skeleton(model_class: Any, config: Any) -> Any:
 
 def units(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the modules that are loaded one at a time: unsplit blocks, and all modules beside them."""
-    blocks = set(getattr(model, "_no_split_modules", None) or ())
-    yield from _units(model, "", blocks)
-
-
-def _units(module: nn.Module, name: str, blocks: set[str]) -> Iterator[tuple[str, nn.Module]]:
-    kind = type(module).__name__
-    owns = next(module.parameters(recurse=False), None) is not None or hasattr(module, "get_base_layer")
-    wrapped = hasattr(module, "modules_to_save") and hasattr(module, "active_adapters")
-    if kind in blocks or owns or wrapped:
-        yield name, module
-        return
-    for child, inner in module.named_children():
-        yield from _units(inner, f"{name}.{child}" if name else child, blocks)
+    blocks, within = set(getattr(model, "_no_split_modules", None) or ()), "/"
+    for name, module in model.named_modules(remove_duplicate=False):  # parents first
+        owns = next(module.parameters(recurse=False), None) is not None or hasattr(module, "get_base_layer")
+        wrapped = hasattr(module, "modules_to_save") and hasattr(module, "active_adapters")
+        if not name.startswith(within) and (type(module).__name__ in blocks or owns or wrapped):
+            within = f"{name}." if name else ""
+            yield name, module
 
 
 def estimate(model: nn.Module, config: Any, plan: Plan, tokens: int, longest: int) -> MemoryNeed:
@@ -113,12 +107,4 @@ def free_memory(device: torch.device) -> int:
     """Return the free bytes of a device; on the CPU the memory that the system says is available."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:  # noqa: PTH123 - not a user's path
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        pass
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return 1 << 62
+    return int(psutil.virtual_memory().available)

@@ -19,7 +19,7 @@ import torch
 from ..adapters.adapter import Adapter
 from ..errors import MalformedError, UnsupportedError
 from ..storage.checkpoint import Checkpoint
-from .forward import WEIGHTS_LEVEL, ModelRunner
+from .forward import ModelRunner, not_compared
 from .offload import OnLoad, attach, stand_in, weights_on_disk
 from .rounding_floor import plain_name
 
@@ -81,14 +81,12 @@ def view(checkpoint: Checkpoint, folder: Path) -> Path:
         if "/" not in name and (root / name).is_file() and not (folder / name).is_symlink():
             (folder / name).symlink_to((root / name).resolve())
     for shard in checkpoint.shards:
-        suffix = Path(shard.filename).suffix
-        stem = "model" if suffix == ".safetensors" else "pytorch_model"
-        name = shard.filename if checkpoint.index_name else f"{stem}{'.bin' if stem[0] == 'p' else suffix}"
+        alone = "model.safetensors" if shard.filename.endswith(".safetensors") else "pytorch_model.bin"
+        name = shard.filename if checkpoint.index_name else alone
         (folder / name).symlink_to((root / shard.filename).resolve())
     if checkpoint.index_name:
         table = {t.name: shard.filename for shard in checkpoint.shards for t in shard.tensors}
-        stem = "model.safetensors" if checkpoint.index_name.endswith(".safetensors.index.json") else "pytorch_model.bin"
-        (folder / f"{stem}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": table}))
+        (folder / f"{alone}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": table}))
     return folder
 
 
@@ -103,9 +101,9 @@ def specify(folder: Path, wanted: Mapping[str, Any] | None) -> ModelSpec:
 
     wanted = wanted or {}
     if not (names := wanted.get("architectures")):
-        raise UnsupportedError("config.json names no architecture, so no model can be run.", hint=WEIGHTS_LEVEL)
+        raise not_compared("config.json names no architecture, so no model can be run.")
     if wanted.get("quantization_config"):
-        raise UnsupportedError("The model is quantised; its outputs are not compared.", hint=WEIGHTS_LEVEL)
+        raise not_compared("The model is quantised; its outputs are not compared.")
     labels = {}
     if isinstance(table := wanted.get("id2label"), Mapping):
         labels = {"id2label": {int(key): value for key, value in table.items()}, "label2id": wanted.get("label2id")}
@@ -113,26 +111,18 @@ def specify(folder: Path, wanted: Mapping[str, Any] | None) -> ModelSpec:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, **labels)
     except Exception as error:
         raise _not_run(f"transformers {transformers.__version__} does not know the model", error) from error
-    model_class = getattr(transformers, names[0], None) or _similar_class(names[0], config)
+    similar = (getattr(transformers, table) for suffix, table in TASKS.items() if names[0].endswith(suffix))
+    model_class = getattr(transformers, names[0], None) or next(
+        (classes[type(config)] for classes in similar if type(config) in classes), None
+    )
     if model_class is None:
-        raise UnsupportedError(f"transformers {transformers.__version__} has no {names[0]}.", hint=WEIGHTS_LEVEL)
+        raise not_compared(f"transformers {transformers.__version__} has no {names[0]}.")
     return ModelSpec(names[0], model_class, config)
-
-
-def _similar_class(name: str, config: Any) -> Any:
-    """Return transformers' class for a config and the task in an architecture's name; None without one."""
-    import transformers
-
-    for suffix, table in TASKS.items():
-        classes = getattr(transformers, table)
-        if name.endswith(suffix) and type(config) in classes:
-            return classes[type(config)]
-    return None
 
 
 def _not_run(what: str, error: Exception) -> UnsupportedError:
     why = re.sub(r"\s+", " ", str(error)).strip()
-    return UnsupportedError(f"{what} ({type(error).__name__}: {why[:300]}).", hint=WEIGHTS_LEVEL)
+    return not_compared(f"{what} ({type(error).__name__}: {why[:300]}).")
 
 
 @dataclass(frozen=True)
@@ -149,7 +139,7 @@ class ModelLoader:
         model, missing = self._load(spec, folder)
         if self.offload:
             attach(model, weights_on_disk(model), self.device, lambda _name, _block: None)
-        return ModelRunner(model, self.device, _generates(model)), missing
+        return ModelRunner(model, self.device, bool(model.can_generate())), missing
 
     def reference(
         self, spec: ModelSpec, folder: Path, adapters: Sequence[Adapter], *, vocabulary: int | None, on_load: OnLoad
@@ -161,13 +151,12 @@ class ModelLoader:
         Raises UnsupportedError if transformers or PEFT cannot load them.
         """
         model, missing = self._load(spec, folder)
-        if self.offload and vocabulary:
-            raise UnsupportedError(
-                "A model with a new vocabulary is only compared whole.", hint="a larger --max-memory"
-            )
         if vocabulary:
+            if self.offload:
+                hint = "a larger --max-memory"
+                raise UnsupportedError("A model with a new vocabulary is only compared whole.", hint=hint)
             model.resize_token_embeddings(vocabulary, mean_resizing=False)
-        generates = _generates(model)
+        generates = bool(model.can_generate())
         weights: Mapping[str, Any] = {}
         if self.offload:
             weights = weights_on_disk(model)
@@ -196,10 +185,6 @@ class ModelLoader:
         return model, set(info["missing_keys"])
 
 
-def _generates(model: Any) -> bool:
-    return bool(model.can_generate())
-
-
 def _saved_whole(adapters: Sequence[Adapter]) -> Callable[[str], bool]:
     """Return a test of a weight's name: True if PEFT writes the adapter's weight over the base's."""
     names = {plain_name(name) for adapter in adapters for name in adapter.tensors if ".lora_" not in name}
@@ -225,10 +210,7 @@ def _wrap(model: Any, adapters: Sequence[Adapter]) -> Any:
         raise _not_run(f"PEFT {peft.__version__} cannot load {first.source.name}", error) from error
     missing += [str(warning.message) for warning in caught if "missing adapter keys" in str(warning.message)]
     if missing:
-        raise UnsupportedError(
-            f"PEFT {peft.__version__} does not find all of the adapter's tensors: {missing[0][:300]}",
-            hint=WEIGHTS_LEVEL,
-        )
+        raise not_compared(f"PEFT {peft.__version__} does not find all of the adapter's tensors: {missing[0][:300]}")
     return wrapped.eval()
 
 
@@ -240,6 +222,4 @@ def _refuse_missing(wrapped: Any, missing: set[str]) -> None:
         if ".modules_to_save." in name
     }
     if random := sorted(missing - saved):
-        raise UnsupportedError(
-            f"{len(random)} weights are neither in BASE nor in ADAPTER, such as {random[0]}.", hint=WEIGHTS_LEVEL
-        )
+        raise not_compared(f"{len(random)} weights are neither in BASE nor in ADAPTER, such as {random[0]}.")

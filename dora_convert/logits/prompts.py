@@ -62,9 +62,9 @@ def _lines(file: PathLike) -> list[str]:
     path = Path(file).expanduser()
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        if isinstance(error, OSError):
-            raise RefError(f"--prompts {path} cannot be read: {error.strerror or error}.") from error
+    except OSError as error:
+        raise RefError(f"--prompts {path} cannot be read: {error.strerror or error}.") from error
+    except ValueError as error:
         raise MalformedError(f"--prompts {path} is not UTF-8 text.") from error
     if lines := [line for line in text.splitlines() if line.strip()]:
         return lines

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor, nn
 
 WRAPPED = (".base_layer", ".original_module", ".modules_to_save.default", ".token_adapter")
@@ -48,18 +49,13 @@ def perturb(root: nn.Module, prefix: str, stored: Mapping[str, torch.dtype], usu
             for number, (key, weight, delta) in enumerate(_weights(layer)):
                 if id(weight) not in perturbed:
                     perturbed.add(id(weight))
-                    _add_noise(weight, delta, stored.get(f"{plain}.{key}", usual), _seed(plain, number, draw))
+                    seed = xxhash.xxh3_64_intdigest(f"{plain}/{number}/{draw}".encode()) >> 1
+                    _add_noise(weight, delta, stored.get(f"{plain}.{key}", usual), seed)
     for name, value in root.named_parameters():
         dtype = stored.get(plain_name(prefix + name))
         floating = value.is_floating_point() and id(value) not in perturbed
         if floating and dtype and dtype.itemsize < value.element_size():
             value.data.copy_(value.data.to(dtype))
-
-
-def _seed(name: str, number: int, draw: int) -> int:
-    import xxhash
-
-    return xxhash.xxh3_64_intdigest(f"{name}/{number}/{draw}".encode()) >> 1
 
 
 def _weights(layer: Any) -> Iterator[tuple[str, Tensor, Tensor | None]]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedError
-from .forward import CONTINUATION, WEIGHTS_LEVEL, Batch
+from .forward import CONTINUATION, Batch, not_compared
 from .prompts import BUILT_IN, LENGTH, LONGEST
 
 TOGETHER = 8
@@ -56,7 +56,8 @@ def make_samples(texts: Sequence[str], folders: Sequence[Path], name: str, confi
     notes = []
     if tokenizer is not None:
         limit = min(LONGEST if texts else LENGTH, most)
-        rows = [_ids(tokenizer, text, limit) for text in texts or BUILT_IN]
+        encoded = [tokenizer(text, truncation=True, max_length=limit)["input_ids"] for text in texts or BUILT_IN]
+        rows = [[int(token) for token in row] for row in encoded]
         if texts and any(len(row) == limit for row in rows):
             notes.append(f"prompts are cut at {limit} tokens")
     elif texts:
@@ -79,7 +80,7 @@ def vocabulary(config: Any) -> int:
     Raises UnsupportedError for models without a vocabulary.
     """
     if not isinstance(size := getattr(_text_config(config), "vocab_size", None), int):
-        raise UnsupportedError("The model does not take text.", hint=WEIGHTS_LEVEL)
+        raise not_compared("The model does not take text.")
     return size
 
 
@@ -110,17 +111,12 @@ def _tokenizer(folder: Path) -> Any:
         return None
 
 
-def _ids(tokenizer: Any, text: str, limit: int) -> list[int]:
-    return [int(token) for token in tokenizer(text, truncation=True, max_length=limit)["input_ids"]]
-
-
 def _made_up_ids(vocabulary: int, length: int, config: Any) -> list[list[int]]:
     """Return random ids, the same each time; only an encoder-decoder's prompts end with the end token."""
     end = getattr(config, "eos_token_id", None)
     special = {getattr(config, key, None) for key in ("pad_token_id", "eos_token_id")}
-    usable = (
-        [token for token in range(vocabulary) if token not in special] if vocabulary < 1000 else range(3, vocabulary)
-    )
+    small = vocabulary < 1000
+    usable = [token for token in range(vocabulary) if token not in special] if small else range(3, vocabulary)
     generator = torch.Generator().manual_seed(0)
     chosen = torch.randint(len(usable), (len(BUILT_IN), length), generator=generator).tolist()
     tail = [end] if getattr(config, "is_encoder_decoder", False) and isinstance(end, int) else []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,11 +22,8 @@ FACTOR = 0.02
 """Largest relative distance of a fitted factor from a known one."""
 
 
-class Guess(NamedTuple):
-    """A mistake, and some rows as this mistake leaves them."""
-
-    what: str
-    rows: Tensor
+Guess = tuple[str, Tensor]
+"""A mistake, and some rows as this mistake leaves them."""
 
 
 def find_cause(item: Item, written: StoredTensor, rows: Sequence[int], reader: Reader) -> str | None:
@@ -37,10 +33,8 @@ def find_cause(item: Item, written: StoredTensor, rows: Sequence[int], reader: R
     expected, written = Expected(item, reader), replace(written, shape=item.source.shape)
     rows = next(expected.chunks(sorted(rows)))
     got = read_rows(reader, written, rows).double()
-    for guess in _guesses(expected, rows, got):
-        if _explains(guess.rows, got, item.dtype):
-            return guess.what
-    return None
+    guesses = _guesses(expected, rows, got)
+    return next((what for what, guess in guesses if _explains(guess, got, item.dtype)), None)
 
 
 def _explains(guess: Tensor, got: Tensor, dtype: str) -> bool:
@@ -54,18 +48,16 @@ def _guesses(expected: Expected, rows: Sequence[int], got: Tensor) -> Iterator[G
     item = expected.item
     edit = item.edits[0]
     W, delta = expected.before(rows), expected.part(0, rows).delta
-    yield Guess("not merged: it is the base's", W)
+    yield "not merged: it is the base's", W
     if edit.decomposed:
-        yield Guess("the magnitude was dropped: plain LoRA was merged where DoRA was due", W + delta)
-        x, _ = expected.rows(rows)
+        yield "the magnitude was dropped: plain LoRA was merged where DoRA was due", W + delta
         if not edit.two_passes:
-            V = x + delta
-            m = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-            yield Guess("merged twice", V * m / torch.linalg.vector_norm(V, dim=1, keepdim=True))
-            yield from _scaled_dora(expected, rows, got)
+            yield "merged twice", _normalised(expected.rows(rows)[0] + delta, expected, rows)
+            if math.isfinite(k := _direction(got, W, delta)):
+                yield _scaling(k, expected), _normalised(W + k * delta, expected, rows)
     elif factor := _fitted(got - W, delta):
         what = "merged twice" if abs(factor - 2) < FACTOR else _scaling(factor, expected)
-        yield Guess(what, W + factor * delta)
+        yield what, W + factor * delta
     rows_, columns = item.source.matrix
     if rows_ == columns and item.experts == 1 and not (edit.low and edit.low.experts):
         yield from _turned(expected, rows, W)
@@ -100,14 +92,10 @@ def _scaling(factor: float, expected: Expected) -> str:
     return f"the scaling is off by a factor of {factor:.4g}" + (f": {name}" if name else "")
 
 
-def _scaled_dora(expected: Expected, rows: Sequence[int], got: Tensor) -> Iterator[Guess]:
-    """Guess the factor that the scaling was off by before the rows were normalised."""
-    W, delta, x = expected.before(rows), expected.part(0, rows).delta, expected.rows(rows)[0]
-    m = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    factor = _direction(got, W, delta)
-    if math.isfinite(factor):
-        V = W + factor * delta
-        yield Guess(_scaling(factor, expected), V * m / torch.linalg.vector_norm(V, dim=1, keepdim=True))
+def _normalised(V: Tensor, expected: Expected, rows: Sequence[int]) -> Tensor:
+    """Return some rows of V with the lengths that the merge gives them."""
+    m = torch.linalg.vector_norm(expected.rows(rows)[0], dim=1, keepdim=True)
+    return torch.div(V * m, torch.linalg.vector_norm(V, dim=1, keepdim=True))
 
 
 def _direction(got: Tensor, W: Tensor, delta: Tensor) -> float:
@@ -122,14 +110,14 @@ def _turned(expected: Expected, rows: Sequence[int], W: Tensor) -> Iterator[Gues
     everything = range(expected.item.source.matrix[0])
     delta = torch.cat([expected.part(0, chunk).delta for chunk in expected.chunks(everything)])
     edit, turned = expected.item.edits[0], delta.T[list(rows)]
-    m = expected.magnitude(0)
+    m = expected.m[0]
     if m is None:
-        yield Guess("a factor is transposed", W + turned)
+        yield "a factor is transposed", W + turned
         return
     V = W + turned
     if not edit.two_passes:
         size = torch.linalg.vector_norm(V, dim=1, keepdim=True)
-        yield Guess("a factor is transposed", V * (m[list(rows), None] / size))
+        yield "a factor is transposed", V * (m[list(rows), None] / size)
     squares, axis = torch.zeros(len(everything), dtype=torch.float64), 1 if edit.two_passes else 0
     for chunk in expected.chunks(everything):
         part = (expected.before(chunk) + delta[list(chunk)]).square()
@@ -140,4 +128,4 @@ def _turned(expected: Expected, rows: Sequence[int], W: Tensor) -> Iterator[Gues
     f = m / squares.sqrt()
     V = W + delta[list(rows)]
     wrong = V * f if axis == 0 else V * f[list(rows), None]
-    yield Guess("the magnitude is on the wrong axis", wrong)
+    yield "the magnitude is on the wrong axis", wrong

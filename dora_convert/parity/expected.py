@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -51,18 +50,16 @@ class Expected:
         self.item, self._reader, self._device = item, reader, device
         self._set = {row: (rows.value, k) for rows in item.rows for k, row in enumerate(rows.index)}
         self._start = self._without_start()
-        self._pairs = [self._pair(edit.low, edit) if edit.low else None for edit in item.edits]
-        self._m = [
-            self._load(edit.update.m).flatten() if isinstance(edit.update, Decomposed) else None for edit in item.edits
-        ]
-        self._column_norms = [
-            self._measure(number) if edit.two_passes else None for number, edit in enumerate(item.edits)
-        ]
+        self._held = [self._hold(edit.low, edit) if edit.low else () for edit in item.edits]
+        updates = [edit.update for edit in item.edits]
+        self.m = [self._load(update.m).flatten() if isinstance(update, Decomposed) else None for update in updates]
+        """For each edit, the magnitudes that it sets; None for LoRA."""
+        self._column_norms = [self._measure(k) if edit.two_passes else None for k, edit in enumerate(item.edits)]
 
-    def chunks(self, rows: Sequence[int]) -> Iterator[Sequence[int]]:
+    def chunks(self, rows: Sequence[int], elements: int = CHUNK_ELEMENTS) -> Iterator[Sequence[int]]:
         """Yield the rows in chunks of bounded size; no chunk holds rows of two experts."""
         total, columns = self.item.source.matrix
-        height, part = max(1, CHUNK_ELEMENTS // max(1, columns)), max(1, total // self.item.experts)
+        height, part = max(1, elements // max(1, columns)), max(1, total // self.item.experts)
         first = 0
         while first < len(rows):
             last = min(first + height, len(rows))
@@ -98,10 +95,8 @@ class Expected:
         before = (block.W.T if by_columns else block.W) @ x
         y = before.clone()
         for number, (edit, part) in enumerate(zip(self.item.edits, block.parts, strict=True)):
-            low = edit.low
-            assert low
-            left, right = self._factors(number, low, edit, rows)
-            change = low.scale * (right.T @ (left.T @ x) if by_columns else left @ (right @ x))
+            left, right, scale = self._factors(number, rows)
+            change = scale * (right.T @ (left.T @ x) if by_columns else left @ (right @ x))
             f = part.f.view(-1, 1) if part.f.dim() else part.f
             y += edit.weight * ((before + change) * f - before)
         return y
@@ -166,31 +161,26 @@ class Expected:
         """Return one edit's part in some rows."""
         return self._part(number, self.before(rows), rows)
 
-    def magnitude(self, number: int) -> Tensor | None:
-        """Return the magnitudes that one edit sets; None for LoRA."""
-        return self._m[number]
-
     def _parts(self, W: Tensor, rows: Sequence[int]) -> list[EditPart]:
         """Return every edit's part in some rows."""
         return [self._part(number, W, rows) for number in range(len(self.item.edits))]
 
     def _part(self, number: int, W: Tensor, rows: Sequence[int]) -> EditPart:
-        edit, m, n = self.item.edits[number], self._m[number], self._column_norms[number]
+        edit, m, n = self.item.edits[number], self.m[number], self._column_norms[number]
         one = torch.ones((), dtype=torch.float64, device=self._device)
         if isinstance(edit.update, Delta):
             delta = edit.update.scale * self._load(edit.update.value)
             return EditPart(delta, one, delta.abs, 1)
-        low = edit.low
-        assert low
-        left, right = self._factors(number, low, edit, rows)
-        delta = low.scale * torch.einsum("kr,rc->kc", left, right)
-        size = partial(_size, left, right, low.scale)
+        left, right, scale = self._factors(number, rows)
+        delta = scale * torch.einsum("kr,rc->kc", left, right)
         if m is None:
-            return EditPart(delta, one, size, low.rank)
-        if n is not None:
-            return EditPart(delta, m / n, size, low.rank, n)
-        n = self._row_norms(number, W + delta, rows)[:, None]
-        return EditPart(delta, m[list(rows), None] / n, size, low.rank, n)
+            f = one
+        elif n is not None:
+            f = m / n
+        else:
+            n = self._row_norms(number, W + delta, rows)[:, None]
+            f = m[list(rows), None] / n
+        return EditPart(delta, f, lambda: abs(scale) * (left.abs() @ right.abs()), left.shape[1], n)
 
     def _row_norms(self, number: int, V: Tensor, rows: Sequence[int]) -> Tensor:  # noqa: ARG002
         """Return ‖V‖ of some rows, for one edit."""
@@ -198,47 +188,45 @@ class Expected:
 
     def _measure(self, number: int) -> Tensor:
         """Return ‖W + sBA‖ along the columns, from the whole tensor."""
-        edit = self.item.edits[number]
-        low = edit.low
-        assert low
         squares = torch.zeros(self.item.source.matrix[1], dtype=torch.float64, device=self._device)
         for chunk in self.chunks(range(self.item.source.matrix[0])):
-            left, right = self._factors(number, low, edit, chunk)
-            V = self.before(chunk) + low.scale * torch.einsum("kr,rc->kc", left, right)
+            left, right, scale = self._factors(number, chunk)
+            V = self.before(chunk) + scale * torch.einsum("kr,rc->kc", left, right)
             squares += torch.einsum("kc,kc->c", V, V)
         return squares.sqrt()
 
-    def _pair(self, low: LowRank, edit: Edit) -> tuple[Tensor | None, Tensor | None]:
+    def _hold(self, low: LowRank, edit: Edit) -> tuple[Tensor, ...]:
         """Return the factors to hold: both for experts, else the one with the stored matrix's columns."""
         if low.experts:
-            return self._all(low.A), self._all(low.B)
+            pair = low.A, low.B
+            return tuple(read_rows(self._reader, each, range(each.matrix[0])).to(self._device) for each in pair)
         held = _dense(self._load(low.B if edit.transposed else low.A), low.blocks[1 if edit.transposed else 0])
         if low.d:
             d = self._load(low.d).flatten()
             held = held * d if edit.transposed else held * d[:, None]
-        return (None, held) if edit.transposed else (held, None)
+        return (held,)
 
-    def _factors(self, number: int, low: LowRank, edit: Edit, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Return the factors of some rows of the stored matrix: (rows, r) and (r, columns)."""
-        pair = self._pairs[number]
-        assert pair
-        A, B = pair
+    def _factors(self, number: int, rows: Sequence[int]) -> tuple[Tensor, Tensor, float]:
+        """Return the factors of some rows of the stored matrix, (rows, r) and (r, columns), and s."""
+        edit, held = self.item.edits[number], self._held[number]
+        low = edit.low
+        assert low
         if low.experts:
-            assert A is not None
-            assert B is not None
+            A, B = held
             height = low.inputs[0] if edit.transposed else low.outputs
             expert, inside = rows[0] // height, [row % height for row in rows]
-            A_e = A[expert * low.rank : (expert + 1) * low.rank].double()
-            B_e = B[:, expert :: low.experts].double()
-            return (A_e.T[inside], B_e.T) if edit.transposed else (B_e[inside], A_e)
-        if A is not None:  # not transposed
-            if low.blocks[1] > 1:
-                return _dense(self._load(low.B), low.blocks[1])[list(rows)], A
-            return self._load(low.B, rows), A
-        assert B is not None
+            A = A[expert * low.rank : (expert + 1) * low.rank].double()
+            B = B[:, expert :: low.experts].double()
+            return (A.T[inside], B.T, low.scale) if edit.transposed else (B[inside], A, low.scale)
+        if not edit.transposed:
+            dense = low.blocks[1] > 1
+            left = _dense(self._load(low.B), low.blocks[1])[list(rows)] if dense else self._load(low.B, rows)
+            return left, held[0], low.scale
         if low.blocks[0] > 1:
-            return _dense(self._load(low.A), low.blocks[0])[:, list(rows)].T, B.T
-        return read_columns(self._reader, low.A, rows).to(self._device).double().T, B.T
+            left = _dense(self._load(low.A), low.blocks[0])[:, list(rows)].T
+        else:
+            left = read_columns(self._reader, low.A, rows).to(self._device).double().T
+        return left, held[0].T, low.scale
 
     def _load(self, tensor: StoredTensor, rows: Sequence[int] | None = None) -> Tensor:
         """Read rows of a stored tensor's matrix, or all rows, in float64."""
@@ -251,14 +239,6 @@ class Expected:
             filled += len(part)
         return loaded.to(self._device)
 
-    def _all(self, tensor: StoredTensor) -> Tensor:
-        """Read a whole stored matrix, in the stored dtype."""
-        return read_rows(self._reader, tensor, range(tensor.matrix[0])).to(self._device)
-
-
-def _size(left: Tensor, right: Tensor, scale: float) -> Tensor:
-    return abs(scale) * (left.abs() @ right.abs())
-
 
 def _coarser(edit: Edit, dtype: str) -> str:
     """Return the dtype that a delta may be rounded to: the weight's, or a coarser one of the adapter's."""
@@ -268,7 +248,4 @@ def _coarser(edit: Edit, dtype: str) -> str:
 
 def _dense(stacked: Tensor, blocks: int) -> Tensor:
     """Return a block-diagonal matrix from its blocks, which lie one below the other."""
-    if blocks == 1:
-        return stacked
-    dense: Tensor = torch.block_diag(*stacked.chunk(blocks))  # type: ignore[no-untyped-call]
-    return dense
+    return torch.block_diag(*stacked.chunk(blocks)) if blocks > 1 else stacked  # type: ignore[no-untyped-call]

@@ -33,6 +33,10 @@ class Pairing:
     twins: list[tuple[StoredTensor, StoredTensor]] = field(default_factory=list)
     """Heads that are stored although they are tied, each with its embedding."""
 
+    def note(self, name: str, difference: str) -> None:
+        """Note a tensor that only one side has: a problem, if transformers does not compute the tensor anew."""
+        (self.notes if BUFFERS.search(name) else self.problems).append(f"{name} {difference}")
+
     def compare_twins(self, reader: Reader) -> None:
         """Compare each head that is stored although it is tied with its embedding."""
         for head, embedding in self.twins:
@@ -44,13 +48,12 @@ class Pairing:
 
 def pair(plan: Plan, merged: Checkpoint) -> Pairing:
     """Find each planned tensor in a merged checkpoint; a prefix that all names share is ignored."""
-    pairing = Pairing()
+    pairing, taken = Pairing(), set[str]()
     names = NameResolver(merged.tensors, [item.name for item in plan.items])
-    taken: set[str] = set()
     for item in plan.items:
         name = names.find(item.name)
         if name is None:
-            _miss(item, pairing)
+            pairing.note(item.name, "is missing from MERGED")
             continue
         taken.add(name)
         written = merged.tensors[name]
@@ -62,34 +65,25 @@ def pair(plan: Plan, merged: Checkpoint) -> Pairing:
             pairing.pairs.append((item, written))
     _compare_ties(plan, merged, taken, pairing)
     for name in sorted(merged.tensors.keys() - taken):
-        known = BUFFERS.search(name)
-        (pairing.notes if known else pairing.problems).append(f"{name} is in MERGED, but not in the plan")
+        pairing.note(name, "is in MERGED, but not in the plan")
     return pairing
-
-
-def _miss(item: Item, pairing: Pairing) -> None:
-    known = BUFFERS.search(item.name)
-    (pairing.notes if known else pairing.problems).append(f"{item.name} is missing from MERGED")
 
 
 def _compare_ties(plan: Plan, merged: Checkpoint, taken: set[str], pairing: Pairing) -> None:
     """Note a problem if embedding and head are tied and should not be, or the other way round."""
-    config = plan.output_config
+    config, problems = plan.output_config, pairing.problems
     before, after = find_tie(plan.base), find_tie(merged)
     if before is None or merged.config is None:
         return
     wanted = find_tie(replace(plan.base, config=config))
     untied = not wanted and bool(config and config.get("tie_word_embeddings") is False)
     if untied and after:
-        pairing.problems.append(
-            f"config.json ties {after.head} to {after.embedding}; the adapter made two weights of them"
-        )
+        problems.append(f"config.json ties {after.head} to {after.embedding}; the adapter made two weights of them")
     elif wanted and not after and before.head not in merged.tensors:
-        pairing.problems.append(
+        problems.append(
             f"config.json does not tie {before.head} to {before.embedding}, and MERGED has no {before.head}"
         )
-    extra = merged.tensors.get(before.head)
-    embedding = merged.tensors.get(before.embedding)
+    extra, embedding = merged.tensors.get(before.head), merged.tensors.get(before.embedding)
     if not untied and before.head not in taken and extra and embedding:
         taken.add(before.head)
         pairing.twins.append((extra, embedding))

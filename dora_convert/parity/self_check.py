@@ -42,6 +42,8 @@ FEW = 2
 class SelfCheck:
     """Compares tensors of a written folder, with headers read back from the disk, with the definitions."""
 
+    definition: type[Expected] = Expected
+
     def __init__(self, folder: Path, plan: Plan, reader: Reader) -> None:
         self._reader = reader
         self._seed = plan.fingerprint
@@ -59,12 +61,9 @@ class SelfCheck:
         return self._compare(item, written, digest)
 
     def _compare(self, item: Item, written: StoredTensor, digest: str) -> Verdict:  # noqa: ARG002 - for others
-        return self._compare_sample(Expected(item, self._reader), written)
-
-    def _compare_sample(self, expected: Expected, written: StoredTensor) -> Verdict:
-        item = expected.item
         written = replace(written, shape=item.stacked)
-        return compare(written, expected, sample_rows(item, f"{self._seed}/{item.name}"), self._reader)
+        rows = sample_rows(item, f"{self._seed}/{item.name}")
+        return compare(written, self.definition(item, self._reader), rows, self._reader)
 
 
 def _refuse_unreadable(path: Path, names: set[str]) -> None:
@@ -92,9 +91,8 @@ def sample_rows(item: Item, seed: str) -> list[int]:
 def compare(written: StoredTensor, expected: Expected, rows: Sequence[int], reader: Reader) -> Verdict:
     """Count the elements of some rows that are off, and measure the distance of these elements."""
     item = expected.item
-    chunks = list(expected.chunks(rows))
     total, suspects, off = Verdict(), [], 0
-    for chunk in chunks:
+    for chunk in expected.chunks(rows):
         x, base = expected.rows(chunk)
         got, rounded = read_rows(reader, written, chunk).double(), nearest(x, item.dtype)
         total += Verdict(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 from ..engine.precision import choose
@@ -19,9 +19,8 @@ from ..sources.session import Session
 from ..storage.checkpoint import Checkpoint
 from ..storage.reader import Reader
 from ..storage.safetensors import StoredTensor
-from .causes import find_cause
 from .headers import Pairing, config_problems, pair
-from .tensor import Parity, compare_all
+from .tensor import compare_all
 
 
 def verify_weights(plan: Plan, merged: Checkpoint, settings: Settings, session: Session, samples: int) -> VerifyReport:
@@ -35,13 +34,13 @@ def verify_weights(plan: Plan, merged: Checkpoint, settings: Settings, session: 
     needs = {item.name: (item.source.path, written.path) for item, written in pairing.pairs}
     with reading((plan.base, merged), needs, session) as reader:
         pairing.compare_twins(reader)
-        compared, identical = _compare(pairing, settings, samples, reader)
-        modules = [_module(parity, written, reader) for parity, written in compared if parity.item.changed]
-    untouched = [(item, written) for item, written in pairing.pairs if not item.changed]
-    differing = [item.name for item, _ in untouched if item.name not in identical]
+        results = _compare(pairing, settings, samples, reader)
+    modules = [result for result in results if isinstance(result, CheckedModule)]
+    untouched = [item.name for item, _ in pairing.pairs if not item.changed]
+    differing = [item.name for (item, _), result in zip(pairing.pairs, results, strict=True) if result is False]
     problems = [
         *pairing.problems,
-        *_of_base(plan, len(untouched), differing, modules),
+        *_of_base(plan, len(untouched), len(differing), modules),
         *_of_modules(modules),
         *(f"{name} differs from the base's" for name in differing),
         *config_problems(plan, merged),
@@ -52,7 +51,7 @@ def verify_weights(plan: Plan, merged: Checkpoint, settings: Settings, session: 
         merged=merged.source.address,
         verdict="differ" if problems else "agree",
         modules=tuple(modules),
-        untouched=Untouched(tensors=len(untouched), identical=len(identical)),
+        untouched=Untouched(tensors=len(untouched), identical=len(untouched) - len(differing)),
         problems=tuple(problems),
         notes=tuple(pairing.notes),
         warnings=tuple(settings.warnings),
@@ -61,50 +60,32 @@ def verify_weights(plan: Plan, merged: Checkpoint, settings: Settings, session: 
     )
 
 
-def _compare(
-    pairing: Pairing, settings: Settings, samples: int, reader: Reader
-) -> tuple[list[tuple[Parity, StoredTensor]], set[str]]:
-    """Compare every tensor; return the results of changed ones, and the names of right unchanged ones."""
-    done, total = [0], sum(written.nbytes for _, written in pairing.pairs)
+def _compare(pairing: Pairing, settings: Settings, samples: int, reader: Reader) -> list[CheckedModule | bool]:
+    """Compare every tensor; return the report of each changed one, and of others True if they are the base's."""
+    done, total = 0, sum(written.nbytes for _, written in pairing.pairs)
     spec = choose(settings.device, "float64")
     settings.notify(f"device: {spec}")
     workers: WorkerPool[None] = WorkerPool(settings.max_memory, lambda: None, reader.stop)
 
-    def compare(item: Item, written: StoredTensor, _: None) -> Parity | bool:
+    def compare(item: Item, written: StoredTensor, _: None) -> CheckedModule | bool:
+        nonlocal done
         workers.check()
         if item.verbatim and item.source.dtype == written.dtype:
-            result: Parity | bool = reader.same_bytes(item.source, written)
+            result: CheckedModule | bool = reader.same_bytes(item.source, written)
         else:
             with workers.holding(item.cost(8)):
-                parity = compare_all(item, written, reader, samples, spec.device)
-            result = parity if item.changed else not parity.wrong
+                module = compare_all(item, written, reader, samples, spec.device)
+            result = module if item.changed else not module.wrong_elements
         reader.done(item.name)
-        done[0] += written.nbytes
+        done += written.nbytes
         if settings.on_progress:
-            settings.on_progress(done[0], total)
+            settings.on_progress(done, total)
         return result
 
-    results = workers.run(settings.workers, [partial(compare, *pair) for pair in pairing.pairs])
-    both = list(zip(pairing.pairs, results, strict=True))
-    compared = [(parity, written) for (_, written), parity in both if isinstance(parity, Parity)]
-    return compared, {item.name for (item, _), right in both if right is True}
+    return workers.run(settings.workers, [partial(compare, *pair) for pair in pairing.pairs])
 
 
-def _module(parity: Parity, written: StoredTensor, reader: Reader) -> CheckedModule:
-    """Return one module's part of the report, with the cause if elements are wrong."""
-    cause = find_cause(parity.item, written, parity.suspects, reader) if parity.wrong else None
-    return CheckedModule(
-        name=parity.item.name,
-        elements=parity.elements,
-        wrong_elements=parity.wrong,
-        max_ulp=parity.max_ulp,
-        output_error=parity.output_error,
-        output_floor=parity.output_floor,
-        cause=cause,
-    )
-
-
-def _of_modules(modules: Iterable[CheckedModule]) -> Iterator[str]:
+def _of_modules(modules: Sequence[CheckedModule]) -> Iterator[str]:
     """Yield a problem for each wrong module, the worst first."""
     wrong = [module for module in modules if module.wrong_elements]
     for module in sorted(wrong, key=lambda module: -(module.output_error or 0)):
@@ -115,10 +96,10 @@ def _of_modules(modules: Iterable[CheckedModule]) -> Iterator[str]:
         )
 
 
-def _of_base(plan: Plan, untouched: int, differing: list[str], modules: list[CheckedModule]) -> Iterator[str]:
+def _of_base(plan: Plan, untouched: int, differing: int, modules: Sequence[CheckedModule]) -> Iterator[str]:
     """Yield a problem for another base, and one for a cause that several modules share."""
     unexplained = [module for module in modules if module.wrong_elements and not module.cause]
-    if len(differing) * 2 > untouched and len(unexplained) * 2 > len(modules):
+    if differing * 2 > untouched and len(unexplained) * 2 > len(modules):
         yield f"another base: most tensors that no adapter touches are not those of {plan.base.source.name}"
     causes = Counter(module.cause for module in modules if module.cause)
     for cause, count in causes.most_common(1):

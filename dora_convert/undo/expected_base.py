@@ -19,17 +19,6 @@ from ..storage.reader import Reader
 from ..storage.safetensors import StoredTensor
 
 
-class RecoveryCheck(SelfCheck):
-    """Compares recovered tensors with the base's, as far as the undo record tells them."""
-
-    def _compare(self, item: Item, written: StoredTensor, digest: str) -> Verdict:
-        """Compare a sample of rows; read a tensor that is recovered bit for bit back whole."""
-        if item.undo and item.undo.ulps:
-            same = self._reader.digest(written).fast == digest
-            return Verdict(written.numel, 0 if same else written.numel)
-        return self._compare_sample(ExpectedBase(item, self._reader), written)
-
-
 def replaced_rows(item: Item, reader: Reader) -> dict[int, tuple[StoredTensor, int]]:
     """Return the stored tensor and row that hold each replaced row of the base.
 
@@ -123,3 +112,16 @@ class ExpectedBase(Expected):
         stored = self._undo.norms[number]
         assert stored
         return self._load(stored).flatten()
+
+
+class RecoveryCheck(SelfCheck):
+    """Compares recovered tensors with the base's, as far as the undo record tells them."""
+
+    definition = ExpectedBase
+
+    def _compare(self, item: Item, written: StoredTensor, digest: str) -> Verdict:
+        """Compare a sample of rows; read a tensor that is recovered bit for bit back whole."""
+        if item.undo and item.undo.ulps:
+            same = self._reader.digest(written).fast == digest
+            return Verdict(written.numel, 0 if same else written.numel)
+        return super()._compare(item, written, digest)
