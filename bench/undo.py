@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from dora_convert.sizes import format_size
+from dora_convert.settings import format_size
 
 
 def main() -> None:

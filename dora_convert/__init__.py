@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from .reports.verify import VerifyReport as VerifyReport
     from .verbs.extract import extract as extract
     from .verbs.from_lora import from_lora as from_lora
-    from .verbs.inspect.verb import inspect as inspect
+    from .verbs.inspect import inspect as inspect
     from .verbs.merge import merge as merge
     from .verbs.push import push as push
     from .verbs.to_lora import to_lora as to_lora
@@ -56,7 +56,7 @@ _MODULES = {
     "reports.verify": ("OutputsReport", "VerifyReport"),
     "verbs.extract": ("extract",),
     "verbs.from_lora": ("from_lora",),
-    "verbs.inspect.verb": ("inspect",),
+    "verbs.inspect": ("inspect",),
     "verbs.merge": ("merge",),
     "verbs.push": ("push",),
     "verbs.to_lora": ("to_lora",),

@@ -58,8 +58,12 @@ class DoraConvertError(Exception):
     """The root: a message (what, where), optional faults, and an optional hint (what to type next)."""
 
     kind: ClassVar[str] = "error"
+    """The error's name in JSON."""
     exit_code: ClassVar[int] = 2
     outcome: ClassVar[str] = "Nothing was written."
+
+    def __init_subclass__(cls, kind: str | None = None) -> None:
+        cls.kind = kind or cls.kind
 
     def __init__(self, message: str, *, hint: str | None = None, faults: Sequence[Fault] = ()) -> None:
         super().__init__(message)
@@ -88,65 +92,47 @@ class DoraConvertError(Exception):
         return {"error": body}
 
 
-class UsageError(DoraConvertError, ValueError):
+class UsageError(DoraConvertError, ValueError, kind="usage"):
     """Options that contradict each other or the input."""
 
-    kind = "usage"
 
-
-class RefError(DoraConvertError, ValueError):
+class RefError(DoraConvertError, ValueError, kind="reference"):
     """A BASE, ADAPTER or OUT that does not exist, or is something else."""
 
-    kind = "reference"
 
-
-class MalformedError(DoraConvertError, ValueError):
+class MalformedError(DoraConvertError, ValueError, kind="malformed"):
     """A file that breaks its own format."""
 
-    kind = "malformed"
 
-
-class UnsupportedError(DoraConvertError, NotImplementedError):
+class UnsupportedError(DoraConvertError, NotImplementedError, kind="unsupported"):
     """Something recognised and refused, by name, with the way out."""
 
-    kind = "unsupported"
 
-
-class PlanError(DoraConvertError, ValueError):
+class PlanError(DoraConvertError, ValueError, kind="plan"):
     """Base and adapter do not fit together; `faults` lists every reason."""
 
-    kind = "plan"
 
-
-class NumericalError(DoraConvertError, ArithmeticError):
+class NumericalError(DoraConvertError, ArithmeticError, kind="numerical"):
     """NaN, Inf or overflow in a named tensor."""
 
-    kind = "numerical"
 
-
-class OutputError(DoraConvertError):
+class OutputError(DoraConvertError, kind="output"):
     """OUT exists, is in use, or cannot be written."""
 
-    kind = "output"
 
-
-class HubError(DoraConvertError):
+class HubError(DoraConvertError, kind="hub"):
     """The Hugging Face Hub refused or could not be reached."""
 
-    kind = "hub"
 
-
-class VerificationError(DoraConvertError):
+class VerificationError(DoraConvertError, kind="verification"):
     """Output that differs from what was computed; nothing is published."""
 
-    kind = "verification"
     exit_code = 1
     outcome = "Nothing was published."
 
 
-class InterruptedRunError(DoraConvertError):
+class InterruptedRunError(DoraConvertError, kind="interrupted"):
     """Ctrl-C; only the command line raises it."""
 
-    kind = "interrupted"
     exit_code = 130
     outcome = "Nothing was published."

@@ -7,10 +7,12 @@ group. The command line makes its options of the same groups.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from inspect import Parameter, signature
 from typing import Any, NamedTuple, TypedDict, TypeVar, cast, get_type_hints
+
+from .errors import UsageError
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 Path = str | os.PathLike[str]
@@ -123,12 +125,6 @@ class MatchOptions(TypedDict, total=False):
     allow_unmatched: bool
 
 
-class DryRunOptions(TypedDict, total=False):
-    """Verbs that can say in advance what they would do."""
-
-    dry_run: bool
-
-
 class CommitOptions(TypedDict, total=False):
     """Verbs that may commit to the Hub, with a model card."""
 
@@ -145,11 +141,12 @@ class ComputeOptions(HubOptions, CallOptions, total=False):
     workers: int | None
 
 
-class WriteOptions(ComputeOptions, DryRunOptions, total=False):
+class WriteOptions(ComputeOptions, total=False):
     """Verbs that compute and write a folder."""
 
     compute_dtype: str
     max_memory: str | int
+    dry_run: bool
     overwrite: bool
 
 
@@ -231,8 +228,10 @@ class InspectOptions(FieldOptions, HubOptions, total=False):
     """The options of inspect."""
 
 
-class UploadOptions(CommitOptions, DryRunOptions, TokenOptions, CallOptions, total=False):
+class UploadOptions(CommitOptions, TokenOptions, CallOptions, total=False):
     """The options of push."""
+
+    dry_run: bool
 
 
 _AUTO = Option("auto", f"{_BUDGET}; auto grows to the need of the largest module.", "SIZE")
@@ -269,9 +268,23 @@ def takes(group: type) -> Callable[[Verb], Verb]:
             except TypeError as error:
                 raise TypeError(f"{verb.__name__}() {error}") from None
             bound.apply_defaults()
+            _check_choices(bound.arguments)
             return verb(*bound.args, **bound.kwargs)
 
         complete.__signature__ = listed  # type: ignore[attr-defined]
         return cast("Verb", complete)
 
     return decorate
+
+
+def _check_choices(arguments: Mapping[str, Any]) -> None:
+    """Raise UsageError for a value that is not among its option's choices."""
+    for name, value in arguments.items():
+        choices = OPTIONS[name].choices if name in OPTIONS else ()
+        if choices and value is not None and value not in choices:
+            raise UsageError(f"{flag(name)} {value!r} is not one of {', '.join(choices)}.")
+
+
+def flag(name: str) -> str:
+    """Return an option's name on the command line."""
+    return f"--{name.replace('_', '-')}"

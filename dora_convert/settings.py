@@ -1,26 +1,36 @@
-"""Say how to run a plan: the choices of a caller that do not change the output."""
+"""Say how to run a plan on this machine: the choices that do not change the output, memory, and packages."""
 
 from __future__ import annotations
 
+import gc
 import os
 import re
+import signal
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TypeVar
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 from typing_extensions import Self
 
 from .errors import UsageError
-from .options import ComputeOptions
-from .sizes import format_size, parse_size
 
 MOST_WORKERS = 8
 MAX_MEMORY = "160MiB"
 """Bytes that streaming verbs hold at once by default."""
 REPO_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-
-Value = TypeVar("Value")
+EXTRAS = {"verify": ("transformers", "accelerate", "peft")}
+"""The packages of each extra."""
+_UNITS = {"": 1} | {
+    prefix + suffix: base**power
+    for suffix, base in (("B", 1000), ("iB", 1024))
+    for power, prefix in enumerate(("", "K", "M", "G", "T"))
+}
 
 
 @dataclass(kw_only=True)
@@ -31,36 +41,27 @@ class Settings:
     compute_dtype: str = "auto"
     max_memory: int
     workers: int
-    verify: bool = True
+    verify: bool = False
     base_model: str | None = None
     on_progress: Callable[[int, int], None] | None = None
     on_notice: Callable[[str], None] | None = None
     started: float = field(default_factory=time.monotonic)
     warnings: list[str] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        check_base_model(self.base_model)
-
     @classmethod
-    def parse(
-        cls,
-        options: ComputeOptions,
-        max_memory: str | int = MAX_MEMORY,
-        *,
-        compute_dtype: str = "auto",
-        verify: bool = True,
-        base_model: str | None = None,
-    ) -> Self:
-        """Return a caller's choices, checked; UsageError for an invalid device, size or repo id."""
-        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", options["device"]):
-            raise UsageError(f"--device {options['device']!r} is not one of auto, cpu, cuda, cuda:N, mps.")
+    def parse(cls, options: Mapping[str, Any]) -> Self:
+        """Return the choices among a verb's options; UsageError for an invalid device, size or repo id."""
+        device, budget = options["device"], options["max_memory"]
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
+            raise UsageError(f"--device {device!r} is not one of auto, cpu, cuda, cuda:N, mps.")
+        check_base_model(options.get("base_model"))
         return cls(
-            device=options["device"],
-            compute_dtype=compute_dtype,
-            max_memory=parse_size(max_memory, "--max-memory"),
+            device=device,
+            compute_dtype=options.get("compute_dtype", "auto"),
+            max_memory=parse_size(MAX_MEMORY if budget in (None, "auto") else budget, "--max-memory"),
             workers=options["workers"] or default_workers(),
-            verify=verify,
-            base_model=base_model,
+            verify=options.get("verify", False),
+            base_model=options.get("base_model"),
             on_progress=options["on_progress"],
             on_notice=options["on_notice"],
         )
@@ -90,14 +91,93 @@ def check_base_model(repo: str | None) -> None:
         raise UsageError(f"--base-model {repo!r} is not a valid repo id.", hint="write it as org/name")
 
 
-def parse_choice(name: str, choices: Mapping[str, Value], option: str) -> Value:
-    """Return the value of a choice by its name; UsageError lists all names."""
-    if name not in choices:
-        raise UsageError(f"{option} {name!r} is not one of {', '.join(choices)}.")
-    return choices[name]
-
-
 def default_workers() -> int:
     """Return the number of processors that this process may use, at least two and at most eight."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
     return max(2, min(count, MOST_WORKERS))
+
+
+def parse_size(text: str | int, option: str) -> int:
+    """Return the bytes in a size such as 5GB (powers of ten), 160MiB (powers of two) or a plain number."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?i?B?)", str(text).strip())
+    if not match or match[2] not in _UNITS or not (size := int(float(match[1]) * _UNITS[match[2]])):
+        raise UsageError(f"{option} {text!r} is not a size.", hint=f"{option} 500MB, 5GB or 160MiB")
+    return size
+
+
+def format_size(nbytes: float) -> str:
+    """Return a size for reading: three digits and a power of ten."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 999.5:
+            return f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.4g} TB"
+
+
+def peak_memory() -> int | None:
+    """Return the most bytes that this process has had in memory; None if the system does not tell."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        match = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+        return int(match[1]) * 1024 if match else None
+    try:
+        import resource
+        import sys
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+@contextmanager
+def without_collections() -> Iterator[None]:
+    """Import torch without garbage collection, which takes a third of the time and finds nothing."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        with _uninterrupted():
+            yield
+        gc.freeze()  # imported modules never become garbage
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Hold Ctrl-C back: in the middle of importing torch it is lost, or ends the process without a word."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or before is None:
+        yield
+        return
+    caught: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: caught.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if caught:
+        signal.raise_signal(signal.SIGINT)
+
+
+def require_extra(extra: str, purpose: str) -> None:
+    """Raise UsageError if a package of an extra is missing, with the command that installs it."""
+    with without_collections():
+        missing = [name for name in EXTRAS[extra] if not _is_installed(name)]
+    if missing:
+        names = " and ".join(filter(None, (", ".join(missing[:-1]), missing[-1])))
+        raise UsageError(
+            f"{purpose} needs {names}, which {'is' if len(missing) == 1 else 'are'} not installed.",
+            hint=f"pip install 'dora-convert[{extra}]'",
+        )
+
+
+def _is_installed(name: str) -> bool:
+    """Return True if a package can be imported; a folder of that name is not enough."""
+    try:
+        if find_spec(name) is None:
+            return False
+        import_module(name)
+    except (ImportError, ValueError):
+        return False
+    return True

@@ -27,6 +27,8 @@ COMMANDS = {
     "inspect": "describe an adapter or a checkpoint from its headers, local or remote",
     "push": "upload a checkpoint or an adapter, with a model card",
 }
+ADAPTERS = frozenset({"from-lora", "to-lora", "extract"})
+"""Verbs that write an adapter: their commands are in one module."""
 READING = frozenset({"verify", "inspect", "push"})
 """Verbs that write nothing on this machine."""
 
@@ -43,10 +45,11 @@ class Lazy(click.Group):
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
-        """Return the command of a verb, from the module of the same name."""
+        """Return the command of a verb, a function of the verb's name."""
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = import_module(f".{cmd_name.replace('-', '_')}", __name__).command
+        module = import_module(f".{'adapters' if cmd_name in ADAPTERS else cmd_name}", __name__)
+        command: click.Command = getattr(module, cmd_name.replace("-", "_"))
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002

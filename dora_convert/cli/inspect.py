@@ -9,25 +9,21 @@ import click
 from typing_extensions import Unpack
 
 from ..options import InspectOptions
-from ..sizes import format_size
+from ..reports.inspect import AdapterReport, CheckpointReport, Landing, Module
+from ..settings import format_size
 from .merge import ledger_table
 from .options import takes
-from .sink import Sink, printable, table
+from .sink import Sink, cut, joined, printable, table
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-    from ..reports.inspect import AdapterReport, CheckpointReport, Landing, Module
-
-SHOWN = 10
-"""Entries of a list that are shown without --verbose."""
 
 
 @click.command("inspect")
 @click.argument("ref")
 @click.option("--base", metavar="REF", help="Show the place of each adapter tensor in this base.")
 @takes(InspectOptions)
-def command(ref: str, *, sink: Sink, base: str | None, **keywords: Unpack[InspectOptions]) -> None:
+def inspect(ref: str, *, sink: Sink, base: str | None, **keywords: Unpack[InspectOptions]) -> None:
     """Describe an adapter or a checkpoint from its headers, never from its weights.
 
     REF is a folder, a single weight file or a Hub repo (org/name[@revision]). Of a model on the Hub, only the
@@ -39,16 +35,14 @@ def command(ref: str, *, sink: Sink, base: str | None, **keywords: Unpack[Inspec
       dora-convert inspect ./adapter --base org/base
       dora-convert inspect org/base --json
     """
-    from ..verbs.inspect.verb import inspect
+    from ..verbs.inspect import inspect as verb
 
-    report = inspect(ref, base, **keywords)
-    sink.show(report, f"{report.kind} {report.title}", lambda every: parts(report, every=every))
+    report = verb(ref, base, **keywords)
+    sink.show(report, f"{report.kind} {report.title}", parts)
 
 
 def parts(report: AdapterReport | CheckpointReport, *, every: bool) -> Iterator[Table | str]:
     """Yield the report for people: tables first, then a few lines."""
-    from ..reports.inspect import AdapterReport
-
     if isinstance(report, AdapterReport):
         if report.modules:
             yield modules_table(report.modules, every=every)
@@ -78,7 +72,6 @@ def modules_table(modules: Iterable[Module], *, every: bool) -> Table:
 
 
 def _method(module: Module) -> str:
-    """Return the kind of a module's change."""
     if module.rows is not None:
         return f"{module.rows} trained rows"
     if module.method == "whole":
@@ -87,12 +80,10 @@ def _method(module: Module) -> str:
 
 
 def _numbers(modules: Sequence[Module]) -> str:
-    """Return the ranks of some modules."""
     return ", ".join(map(str, sorted({module.rank for module in modules if module.rank is not None})))
 
 
 def _shape(shape: Sequence[int]) -> str:
-    """Return a shape for reading."""
     return " × ".join(map(str, shape)) or "scalar"
 
 
@@ -141,10 +132,10 @@ def about_landing(landing: Landing, *, every: bool) -> Iterator[str]:
 
 def _listed(faults: Sequence[Mapping[str, str]], *, every: bool) -> Iterator[str]:
     """Yield faults, one a line."""
-    shown = len(faults) if every else SHOWN
-    yield from (f"  {fault['what']}  {fault['why']}" for fault in faults[:shown])
-    if len(faults) > shown:
-        yield f"  … and {len(faults) - shown} more"
+    shown = cut(faults, every=every)
+    yield from (f"  {fault['what']}  {fault['why']}" for fault in shown)
+    if len(faults) > len(shown):
+        yield f"  … and {len(faults) - len(shown)} more"
 
 
 def about_checkpoint(report: CheckpointReport, *, every: bool) -> Iterator[str]:
@@ -167,8 +158,7 @@ def about_checkpoint(report: CheckpointReport, *, every: bool) -> Iterator[str]:
     yield from map(about_merge, report.merges)
     for label, names in (("beside the weights", report.side_files), ("not part of the model", report.left_behind)):
         if names:
-            shown = len(names) if every else SHOWN
-            yield f"{label}: {', '.join(names[:shown])}{' …' if len(names) > shown else ''}"
+            yield f"{label}: {joined(names, every=every)}"
     yield from (f"note: {note}" for note in report.notes)
 
 
@@ -185,12 +175,10 @@ def about_merge(merge: Mapping[str, Any]) -> str:
 
 
 def _merged(adapter: Mapping[str, Any]) -> str:
-    """Return a merged adapter's name, kind and weight."""
     weight = "" if adapter["weight"] in (None, 1) else f", weight {adapter['weight']}"
     return f"{adapter['name']} ({adapter['kind']}{weight})"
 
 
 def _totals(report: AdapterReport | CheckpointReport) -> str:
-    """Return the number and size of all tensors."""
     dtypes = ", ".join(f"{total['tensors']} {name}" for name, total in report.dtypes.items())
     return f"{report.tensors} tensors ({dtypes}), {report.parameters:,} parameters, {format_size(report.bytes)}"

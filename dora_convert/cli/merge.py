@@ -11,7 +11,7 @@ import click
 from typing_extensions import Unpack
 
 from ..options import MergeOptions
-from ..sizes import format_size
+from ..settings import format_size
 from .options import takes
 from .sink import Sink, printable, table
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 @click.command("merge")
 @click.argument("refs", nargs=-1, metavar="[BASE] ADAPTER... OUT", required=True)
 @takes(MergeOptions)
-def command(refs: tuple[str, ...], *, sink: Sink, **keywords: Unpack[MergeOptions]) -> None:
+def merge(refs: tuple[str, ...], *, sink: Sink, **keywords: Unpack[MergeOptions]) -> None:
     """Fold LoRA and DoRA adapters into a base checkpoint.
 
     BASE and ADAPTER are folders or Hub repos (org/name[@revision]). Without BASE, the base that the adapter
@@ -43,13 +43,13 @@ def command(refs: tuple[str, ...], *, sink: Sink, **keywords: Unpack[MergeOption
     if len(refs) < (1 if keywords["no_local"] else 2):
         inputs_and_out = "an ADAPTER and OUT, and mostly a BASE before them"
         raise click.UsageError(f"merge needs {'a BASE and an ADAPTER' if keywords['in_place'] else inputs_and_out}.")
-    from ..verbs.merge import merge
+    from ..verbs.merge import merge as verb
 
     has_out = not (keywords["in_place"] or keywords["no_local"])
     inputs, out = (refs[:-1], refs[-1]) if has_out else (refs, None)
     base, adapters = (inputs[0], inputs[1:]) if len(inputs) > 1 else (None, inputs)
-    report = merge(base, adapters, out, **keywords)
-    sink.show(report, report.out, lambda every: parts(report, every=every))
+    report = verb(base, adapters, out, **keywords)
+    sink.show(report, report.out, parts)
 
 
 def parts(report: MergeReport | DryRunReport, *, every: bool) -> Iterator[Table | str]:
@@ -101,7 +101,6 @@ def written(values: Mapping[str, Any]) -> str:
 
 
 def _planned(plan: Mapping[str, int]) -> str:
-    """Return the sizes of a plan."""
     return (
         f"would write {format_size(plan['bytes_out'])} in {plan['shards']} files and an undo record of "
         f"at most {format_size(plan['undo_bytes'])}, holding {format_size(plan['memory'])} in memory"

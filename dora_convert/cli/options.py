@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from functools import wraps
 from typing import Any, get_args
 
 import click
 
-from ..options import Option, Path, options_of
+from ..options import Option, Path, flag, options_of
 from .sink import Sink
 
 Command = Callable[..., Any]
@@ -30,7 +31,7 @@ def takes(group: type) -> Callable[[Command], Command]:
     def decorate(command: Command) -> Command:
         @wraps(command)
         def with_sink(*, as_json: bool, quiet: bool, verbose: bool, **keywords: Any) -> Any:
-            with Sink(as_json=as_json, quiet=quiet, verbose=verbose) as sink:
+            with closing(Sink(as_json=as_json, quiet=quiet, verbose=verbose)) as sink:
                 callbacks = {"on_progress": sink.progress, "on_notice": sink.notice}
                 keywords |= {name: call for name, call in callbacks.items() if name in options}
                 return command(sink=sink, **keywords)
@@ -48,12 +49,12 @@ def takes(group: type) -> Callable[[Command], Command]:
 
 def _option(name: str, kind: Any, option: Option) -> Callable[[Command], Command]:
     """Return one option of the command line."""
-    flag, default = f"--{name.replace('_', '-')}", option.default
+    default, word = option.default, flag(name)
     if kind is bool:
-        names = f"{flag}/--no-{flag[2:]}" if default else flag
+        names = f"{word}/--no-{word[2:]}" if default else word
         return click.option(names, is_flag=True, default=default, help=option.help)
     return click.option(
-        flag,
+        word,
         type=_type(kind, option),
         multiple=default == (),
         default=None if default == () else default,

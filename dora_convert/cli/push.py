@@ -9,7 +9,7 @@ import click
 from typing_extensions import Unpack
 
 from ..options import UploadOptions
-from ..sizes import format_size
+from ..settings import format_size
 from .options import takes
 from .sink import Sink, printable, table
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @click.argument("folder", metavar="DIR")
 @click.argument("repo_id", metavar="REPO_ID")
 @takes(UploadOptions)
-def command(folder: str, repo_id: str, *, sink: Sink, **keywords: Unpack[UploadOptions]) -> None:
+def push(folder: str, repo_id: str, *, sink: Sink, **keywords: Unpack[UploadOptions]) -> None:
     """Upload a merged checkpoint or an adapter to the Hub.
 
     DIR is only read. DIR must be complete, and is checked against its receipt first. Large files are uploaded
@@ -35,10 +35,10 @@ def command(folder: str, repo_id: str, *, sink: Sink, **keywords: Unpack[UploadO
       dora-convert push ./merged me/merged --private
       dora-convert push ./adapter me/adapter --base-model org/base
     """
-    from ..verbs.push import push
+    from ..verbs.push import push as verb
 
-    report = push(folder, repo_id, **keywords)
-    sink.show(report, report.url or report.repo, lambda every: parts(report, every=every))
+    report = verb(folder, repo_id, **keywords)
+    sink.show(report, report.url or report.repo, parts)
 
 
 def parts(report: PushReport, *, every: bool) -> Iterator[Table | str]:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import click
-from typing_extensions import Self
 
 from ..errors import DoraConvertError
 
@@ -16,8 +15,12 @@ if TYPE_CHECKING:
     from rich.table import Table
     from tqdm import tqdm
 
+SHOWN = 10
+"""Entries of a list that are shown without --verbose."""
 LONGEST_NAME = 40
 """Characters of a name that is not broken into lines."""
+
+Entry = TypeVar("Entry")
 
 
 class Answer(Protocol):
@@ -34,12 +37,6 @@ class Sink:
         self._json, self._quiet, self._verbose = as_json, quiet, verbose
         self._bar: tqdm[Any] | None = None
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._close()
-
     def notice(self, text: str) -> None:
         """Print a notice or a warning on stderr."""
         if not self._quiet:
@@ -54,20 +51,20 @@ class Sink:
             self._bar = tqdm(total=total, unit="B", unit_scale=True, disable=off)
         self._bar.update(done - self._bar.n)
 
-    def _close(self) -> None:
+    def close(self) -> None:
         """Remove the progress bar."""
         if self._bar is not None:
             self._bar.close()
 
-    def show(self, report: Answer, short: str, parts: Callable[[bool], Iterable[Table | str]]) -> None:
-        """Print the answer: JSON, `short` with --quiet, else the tables and lines of `parts(verbose)`."""
-        self._close()
+    def show(self, report: Answer, short: str, parts: Callable[..., Iterable[Table | str]]) -> None:
+        """Print the answer: JSON, `short` with --quiet, else the tables and lines of `parts(report, every=…)`."""
+        self.close()
         if self._json:
             click.echo(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
         elif self._quiet:
             click.echo(short)
         else:
-            self._draw(parts(self._verbose))
+            self._draw(parts(report, every=self._verbose))
 
     @staticmethod
     def _draw(parts: Iterable[Table | str]) -> None:
@@ -80,6 +77,22 @@ class Sink:
                 click.echo(part)
             else:
                 console.print(part)
+
+
+def cut(entries: Sequence[Entry], *, every: bool) -> Sequence[Entry]:
+    """Return the entries of a list that are shown; `every` shows all."""
+    return entries if every else entries[:SHOWN]
+
+
+def rest(entries: Sequence[object], what: str, *, every: bool) -> Iterator[str]:
+    """Yield a line on the entries that are not shown, if there are any."""
+    if len(entries) > SHOWN and not every:
+        yield f"… and {len(entries) - SHOWN} {what} more (--verbose)"
+
+
+def joined(names: Sequence[str], *, every: bool) -> str:
+    """Return names in one line."""
+    return ", ".join(cut(names, every=every)) + (" …" if len(names) > SHOWN and not every else "")
 
 
 def printable(text: str) -> str:

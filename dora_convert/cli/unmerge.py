@@ -11,21 +11,18 @@ from typing_extensions import Unpack
 from ..options import UnmergeOptions
 from .merge import ledger_table, summary
 from .options import takes
-from .sink import Sink, table
+from .sink import Sink, cut, rest, table
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from ..reports.merge import DryRunReport, Recovered, UnmergeReport
 
-SHOWN = 10
-"""Unproven tensors that are shown without --verbose."""
-
 
 @click.command("unmerge")
 @click.argument("refs", nargs=-1, metavar="MERGED ADAPTER... OUT", required=True)
 @takes(UnmergeOptions)
-def command(refs: tuple[str, ...], *, sink: Sink, **keywords: Unpack[UnmergeOptions]) -> None:
+def unmerge(refs: tuple[str, ...], *, sink: Sink, **keywords: Unpack[UnmergeOptions]) -> None:
     """Take adapters out of a merged checkpoint again.
 
     MERGED is an output of merge, with its record in MERGED/dora_convert; every ADAPTER is one that was
@@ -40,12 +37,12 @@ def command(refs: tuple[str, ...], *, sink: Sink, **keywords: Unpack[UnmergeOpti
     """
     if len(refs) < (2 if keywords["in_place"] else 3):
         raise click.UsageError("unmerge needs MERGED, ADAPTER and OUT, or MERGED and ADAPTER with --in-place.")
-    from ..verbs.unmerge import unmerge
+    from ..verbs.unmerge import unmerge as verb
 
     merged, *adapters = refs
     out = None if keywords["in_place"] else adapters.pop()
-    report = unmerge(merged, adapters, out, **keywords)
-    sink.show(report, report.out, lambda every: parts(report, every=every))
+    report = verb(merged, adapters, out, **keywords)
+    sink.show(report, report.out, parts)
 
 
 def parts(report: UnmergeReport | DryRunReport, *, every: bool) -> Iterator[Table | str]:
@@ -54,9 +51,8 @@ def parts(report: UnmergeReport | DryRunReport, *, every: bool) -> Iterator[Tabl
     modules: Sequence[Recovered] = getattr(report, "modules", ())
     if unproven := [module for module in modules if not module.bit_exact]:
         worst = sorted(unproven, key=lambda module: module.lost / max(1, module.elements), reverse=True)
-        yield _lost_table(worst if every else worst[:SHOWN])
-        if len(worst) > SHOWN and not every:
-            yield f"… and {len(worst) - SHOWN} tensors more (--verbose)"
+        yield _lost_table(cut(worst, every=every))
+        yield from rest(worst, "tensors", every=every)
     *lines, out = summary(report)
     yield from lines
     if modules:
@@ -65,13 +61,11 @@ def parts(report: UnmergeReport | DryRunReport, *, every: bool) -> Iterator[Tabl
 
 
 def _lost_table(modules: Sequence[Recovered]) -> Table:
-    """Return the table of tensors that are not proven."""
     rows = [(module.name, f"{module.lost:,}", f"{module.lost / max(1, module.elements):.2%}") for module in modules]
     return table(("not proven to be the base's", ">elements lost to rounding", ">share"), rows)
 
 
 def _proven(modules: Sequence[Recovered]) -> str:
-    """Return the number of proven tensors, and of lost elements."""
     exact, lost = sum(module.bit_exact for module in modules), sum(module.lost for module in modules)
     text = f"{exact} of {len(modules)} recovered tensors are the base's, bit for bit, by their hashes"
     return f"{text}; rounding took {lost:,} elements" if lost else text

@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import click
 from typing_extensions import Unpack
 
 from ..options import VerifyOptions
-from ..reports.verify import figures
+from ..reports.verify import CheckedModule, OutputsReport, VerifyReport, figures
 from .options import takes
-from .sink import Sink, printable, table
+from .sink import Sink, cut, printable, rest, table
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-    from ..reports.verify import CheckedModule, OutputsReport, VerifyReport
-
-SHOWN = 10
-"""Modules and problems that are shown without --verbose."""
 
 
 @click.command("verify")
 @click.argument("refs", nargs=-1, metavar="BASE ADAPTER... MERGED", required=True)
 @takes(VerifyOptions)
-def command(refs: tuple[str, ...], *, sink: Sink, **keywords: Unpack[VerifyOptions]) -> int:
+def verify(refs: tuple[str, ...], *, sink: Sink, **keywords: Unpack[VerifyOptions]) -> int:
     """Compare what MERGED does with what BASE and ADAPTER do.
 
     Every element is compared with the float64 result, whichever tool wrote MERGED, and every module's outputs
@@ -43,30 +38,27 @@ def command(refs: tuple[str, ...], *, sink: Sink, **keywords: Unpack[VerifyOptio
     """
     if len(refs) < 3:
         raise click.UsageError("verify needs BASE, ADAPTER and MERGED.")
-    from ..verbs.verify import verify
+    from ..verbs.verify import verify as verb
 
     base, *adapters, merged = refs
-    report = verify(base, adapters, merged, **keywords)
-    sink.show(report, report.verdict, lambda every: parts(report, every=every))
+    report = verb(base, adapters, merged, **keywords)
+    sink.show(report, report.verdict, parts)
     return 0 if report.verdict == "agree" else 1
 
 
 def parts(report: VerifyReport | OutputsReport, *, every: bool) -> Iterator[Table | str]:
     """Yield the report for people: the worst modules first, then the verdict."""
-    if report.level == "outputs":
-        yield from _outputs(cast("OutputsReport", report))
+    if isinstance(report, OutputsReport):
+        yield from _outputs(report)
         return
-    report = cast("VerifyReport", report)
     worst = sorted(report.modules, key=_badness, reverse=True)
     if worst:
-        yield modules_table(worst if every else worst[:SHOWN])
-    if len(worst) > SHOWN and not every:
-        yield f"… and {len(worst) - SHOWN} modules more (--verbose)"
+        yield modules_table(cut(worst, every=every))
+    yield from rest(worst, "modules", every=every)
     yield from map(printable, about(report, every=every))
 
 
 def _outputs(report: OutputsReport) -> Iterator[Table | str]:
-    """Yield the difference of two models' outputs."""
     yield table(("outputs", ">difference", ">rounding alone", ">passes up to"), figures(report))
     positions = f"{report.positions:,} positions of {report.architecture}"
     yield f"{report.prompts} prompts, {positions} on {report.device}"
@@ -76,7 +68,6 @@ def _outputs(report: OutputsReport) -> Iterator[Table | str]:
 
 
 def _badness(module: CheckedModule) -> tuple[int, float]:
-    """Return a key that sorts modules by their errors."""
     return module.wrong_elements, module.output_error or 0.0
 
 
@@ -96,7 +87,6 @@ def modules_table(modules: Sequence[CheckedModule]) -> Table:
 
 
 def _share(value: float | None) -> str:
-    """Return a relative error, or a dash for an unknown one."""
     return "–" if value is None else f"{value:.1e}"
 
 
@@ -107,9 +97,7 @@ def about(report: VerifyReport, *, every: bool) -> Iterator[str]:
     wrong = sum(module.wrong_elements for module in report.modules)
     yield f"{len(report.modules)} modules: {wrong:,} of {elements:,} elements wrong"
     yield f"{untouched.tensors} untouched tensors: {untouched.identical} identical"
-    shown = report.problems if every else report.problems[:SHOWN]
-    yield from (f"problem: {problem}" for problem in shown)
-    if len(report.problems) > len(shown):
-        yield f"… and {len(report.problems) - len(shown)} problems more (--verbose)"
-    yield from (f"note: {note}" for note in report.notes[: None if every else SHOWN])
+    yield from (f"problem: {problem}" for problem in cut(report.problems, every=every))
+    yield from rest(report.problems, "problems", every=every)
+    yield from (f"note: {note}" for note in cut(report.notes, every=every))
     yield f"verdict: {report.verdict}"

@@ -7,8 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..reports.fitting import FittedModule, MadeDryRun, MadeReport
-from ..settings import Settings
-from ..sizes import peak_memory
+from ..settings import Settings, peak_memory
 from .jobs import FittingPlan
 
 if TYPE_CHECKING:  # which imports torch

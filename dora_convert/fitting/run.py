@@ -29,8 +29,7 @@ from ..maths import lora as maths
 from ..output.card import NAME
 from ..output.folder import OutputFolder
 from ..output.side_files import tokenizer_files
-from ..settings import Settings
-from ..sizes import format_size
+from ..settings import Settings, format_size
 from ..storage.filenames import JOURNAL, SPOOL
 from ..storage.journal import Journal
 from ..storage.json_files import Real

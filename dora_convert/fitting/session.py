@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,14 +16,13 @@ from ..adapters.new_adapter import NewAdapter
 from ..formats.detect import Format, find_format
 from ..hub.push import push_output
 from ..hub.target import PushTarget
-from ..lazy_imports import without_collections
 from ..options import FittingOptions
 from ..output.folder import OutputFolder
 from ..plan.options import Options, parse_options
 from ..plan.plan import Plan
 from ..plan.planner import make_plan
 from ..reports.fitting import MadeDryRun, MadeReport
-from ..settings import MAX_MEMORY, Settings
+from ..settings import Settings, without_collections
 from ..sources.inputs import doubts, open_inputs
 from ..sources.prefetch import reading
 from ..sources.session import Session, open_session
@@ -75,24 +74,9 @@ class FittingSession:
 
     @classmethod
     @contextmanager
-    def begin(cls, out: PathLike, options: FittingOptions, ignore_field: Sequence[str] = ()) -> Iterator[Self]:
+    def begin(cls, out: PathLike, options: FittingOptions) -> Iterator[Self]:
         """Check everything that can be checked before an input is opened; yield the session."""
-        compute, budget = options["compute_dtype"], options["max_memory"]
-        selection = parse_options(
-            dtype=options["dtype"],
-            compute_dtype=compute,
-            include=options["include"],
-            exclude=options["exclude"],
-            ignore_field=ignore_field,
-        )
-        target = PushTarget.parse(options)
-        settings = Settings.parse(
-            options,
-            MAX_MEMORY if budget == "auto" else budget,
-            compute_dtype=compute,
-            verify=False,
-            base_model=options["base_model"],
-        )
+        selection, target, settings = parse_options(options), PushTarget.parse(options), Settings.parse(options)
         with open_session(options["token"], cache=options["cache"], notify=settings.notify) as session:
             fitting = cls(
                 options=options,

@@ -15,10 +15,10 @@ from ..sources.hub_client import without_bars
 from ..sources.prefetch import MOST_FILES, Prefetch, WeightDownload, prefetch, shard_needs
 from ..sources.session import Session
 from ..storage.checkpoint import Checkpoint
-from ..storage.filenames import JOURNAL, RECORD, SPOOL, UPLOADS, list_files
+from ..storage.filenames import INCOMING, JOURNAL, RECORD, SPOOL, UPLOADS, list_files
 from ..storage.reader import Reader
 from .commit import ShardUploads, commit, is_large
-from .target import INCOMING, HubRoutes
+from .target import HubRoutes
 from .upload import Upload
 from .upload_journal import refused_copies
 

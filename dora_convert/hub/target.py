@@ -11,10 +11,8 @@ import xxhash
 from ..errors import UsageError
 from ..options import OutputOptions
 from ..output.folder import OutputFolder
+from ..storage.filenames import INCOMING
 from ..storage.refs import PathLike
-
-INCOMING = "incoming"
-"""Folder in OUT.partial's record for downloaded inputs that do not stay."""
 
 
 @dataclass(frozen=True)

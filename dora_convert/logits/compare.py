@@ -23,8 +23,7 @@ from ..engine.precision import TORCH, choose, full_precision
 from ..errors import UnsupportedError, UsageError
 from ..plan.plan import Plan
 from ..reports.verify import OutputsReport
-from ..settings import Settings
-from ..sizes import format_size, peak_memory
+from ..settings import Settings, format_size, peak_memory
 from ..storage.checkpoint import Checkpoint
 from ..storage.filenames import PICKLES
 from .difference import Difference

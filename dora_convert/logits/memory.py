@@ -13,7 +13,7 @@ from torch import nn
 
 from ..errors import UsageError
 from ..plan.plan import Plan
-from ..sizes import format_size
+from ..settings import format_size
 
 WIDTH = 4
 """Bytes of an element: all models run in float32."""

@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from ..errors import OutputError, UsageError
 from ..plan.item import Item
 from ..plan.plan import Plan
-from ..sizes import format_size
+from ..settings import format_size
 from ..storage.checkpoint import Checkpoint
 from ..storage.filenames import JOURNAL, RECORD, SPOOL, UPLOADS, is_text
 from ..storage.journal import sync_path

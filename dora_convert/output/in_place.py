@@ -27,8 +27,7 @@ from filelock import FileLock, Timeout
 from ..errors import Fault, OutputError, UnsupportedError
 from ..plan.item import Item
 from ..plan.plan import Plan
-from ..settings import Settings
-from ..sizes import format_size
+from ..settings import Settings, format_size
 from ..storage.checkpoint import Checkpoint, Shard
 from ..storage.filenames import IN_PLACE, JOURNAL, RECORD, is_inside, list_files
 from ..storage.journal import Journal, read_journal, sync_path

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 from ..errors import UsageError
-from ..settings import parse_choice
-from ..sizes import parse_size
+from ..settings import parse_size
 from ..storage.safetensors import BITS, CONFIG_DTYPES
 
 DTYPES = {"auto": None} | {name: dtype for dtype, name in CONFIG_DTYPES.items()}
 COMPUTE_DTYPES = {"auto": "F64", "float64": "F64", "float32": "F32"}
-UNDO = {"norms": "norms", "exact": "exact", "none": "none"}
 
 
 @dataclass(frozen=True)
@@ -48,27 +47,18 @@ class Options:
         return included and not any(fnmatchcase(module, glob) for glob in self.exclude)
 
 
-def parse_options(
-    *,
-    dtype: str = "auto",
-    compute_dtype: str = "auto",
-    max_shard_size: str | int | None = None,
-    undo: str = "none",
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    allow_unmatched: bool = False,
-    ignore_field: Sequence[str] = (),
-) -> Options:
-    """Return a plan's options from names and sizes as a caller writes them; UsageError for an invalid one."""
+def parse_options(given: Mapping[str, Any]) -> Options:
+    """Return a plan's options from those of a verb, which may lack some; UsageError for an invalid size."""
+    size = given.get("max_shard_size")
     return Options(
-        dtype=parse_choice(dtype, DTYPES, "--dtype"),
-        compute_dtype=parse_choice(compute_dtype, COMPUTE_DTYPES, "--compute-dtype"),
-        max_shard_size=None if max_shard_size is None else parse_size(max_shard_size, "--max-shard-size"),
-        undo=parse_choice(undo, UNDO, "--undo"),
-        include=tuple(include),
-        exclude=tuple(exclude),
-        allow_unmatched=allow_unmatched,
-        ignore_field=tuple(ignore_field),
+        dtype=DTYPES[given.get("dtype", "auto")],
+        compute_dtype=COMPUTE_DTYPES[given.get("compute_dtype", "auto")],
+        max_shard_size=None if size is None else parse_size(size, "--max-shard-size"),
+        undo=given.get("undo") or "none",
+        include=tuple(given.get("include", ())),
+        exclude=tuple(given.get("exclude", ())),
+        allow_unmatched=given.get("allow_unmatched", False),
+        ignore_field=tuple(given.get("ignore_field", ())),
     )
 
 

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import Self
 
 from ..errors import MalformedError
-from ..sizes import peak_memory
+from ..settings import Settings, peak_memory
 from . import Report
 
 if TYPE_CHECKING:
     from ..engine.precision import ComputeSpec
     from ..output.finished import Verdict
     from ..plan.plan import Plan
-    from ..settings import Settings
     from .push import Pushed
 
 

@@ -14,6 +14,8 @@ JOURNAL = "journal.jsonl"
 """The finished copies and tensors of an unfinished run."""
 UPLOADS = "uploads.jsonl"
 """The uploaded files of an unfinished run, in the journal's form."""
+INCOMING = "incoming"
+"""The sub-folder of an unfinished run's record for downloads that do not stay."""
 IN_PLACE = ".dora-convert-in-place"
 """The sub-folder of a checkpoint that is being changed in place."""
 

@@ -16,12 +16,10 @@ from ..errors import PlanError, UnsupportedError
 from ..fitting.jobs import FittingPlan, Result, goal_words, parse_goal
 from ..fitting.pairs import Differences, DifferenceSorter, model_names, short_names
 from ..fitting.session import Fitter, FittingSession
-from ..lazy_imports import without_collections
 from ..options import ExtractOptions, takes
 from ..plan.planner import refuse_quantised
 from ..reports.fitting import MadeDryRun, MadeReport
-from ..settings import parse_choice
-from ..sizes import format_size
+from ..settings import format_size, without_collections
 from ..sources.inputs import open_base
 from ..sources.prefetch import reading
 from ..storage.checkpoint import Checkpoint
@@ -30,8 +28,6 @@ from ..storage.refs import PathLike
 if TYPE_CHECKING:
     from ..fitting.run import FitJob
 
-KINDS = ("dora", "lora")
-EMBEDDINGS = ("full", "lora", "skip")
 DETAILS = {
     "one_percent": "rank_for_1_percent",
     "one_permille": "rank_for_0.1_percent",
@@ -56,31 +52,22 @@ def extract(
     Raises DoraConvertError, and then leaves nothing under `out`.
     """
     goal = parse_goal(options)
-    parse_choice(options["kind"], dict.fromkeys(KINDS), "--kind")
-    parse_choice(options["embeddings"], dict.fromkeys(EMBEDDINGS), "--embeddings")
     with FittingSession.begin(out, options) as session:
         before, after = _open(session, base, tuned)
         names = None if options["dry_run"] else _differing(before, after, session)
-        differences = DifferenceSorter(
-            before,
-            after,
-            names,
-            session.selection,
-            embeddings=options["embeddings"],
-            kind=options["kind"],
-            single=session.single,
-        ).run()
+        kind, embeddings = options["kind"], options["embeddings"]
+        sorter = DifferenceSorter(
+            before, after, names, session.selection, embeddings=embeddings, kind=kind, single=session.single
+        )
+        differences = sorter.run()
         _check(differences, session, after)
         fitter = _Extraction(
             session=session, base=before, tuned=after, differences=differences, options=options, goal=goal
         )
-        return session.finish(
-            fitter, kind=options["kind"], saved_whole=sorted(differences.whole), skipped=differences.skipped
-        )
+        return session.finish(fitter, kind=kind, saved_whole=sorted(differences.whole), skipped=differences.skipped)
 
 
 def _open(session: FittingSession, base: PathLike, tuned: PathLike) -> tuple[Checkpoint, Checkpoint]:
-    """Return the headers of both checkpoints."""
     before = open_base(os.fspath(base), "BASE", session.session)
     after = open_base(os.fspath(tuned), "TUNED", session.session)
     for checkpoint in (before, after):
@@ -140,7 +127,7 @@ class _Extraction(Fitter):
     def plan(self) -> FittingPlan:
         """Return the weights that get factors."""
         kind, embeddings = self.options["kind"], self.options["embeddings"]
-        pairs, whole = self.differences.pairs, self.differences.whole
+        pairs, whole, session = self.differences.pairs, self.differences.whole, self.session
         size = sum(tensor.nbytes for tensor in whole.values())
         for pair in pairs:
             rows, columns = pair.base.matrix
@@ -149,22 +136,17 @@ class _Extraction(Fitter):
         words = [*goal_words(self.goal), "--kind", kind]
         words += ["--embeddings", embeddings] if embeddings != "full" else []
         names = [[pair.name for pair in pairs], sorted(whole)]
+        terms = {"goal": self.goal, "kind": kind, "names": names}
         return FittingPlan(
             command="extract",
             words=(self.base.source.title, self.tuned.source.title, "OUT", *words),
             bases=(self.base, self.tuned),
             jobs=pairs,
-            format=self.session.format,
+            format=session.format,
             bytes_out=size,
-            terms={
-                "goal": self.goal,
-                "kind": kind,
-                "names": names,
-                "exact": self.options["exact_svd"],
-                "single": self.session.single,
-            },
+            terms={**terms, "exact": self.options["exact_svd"], "single": session.single},
             is_dora=kind == "dora",
-            dtype=self.session.selection.dtype,
+            dtype=session.selection.dtype,
             carried=tuple({tensor.path: None for tensor in whole.values()}),
         )
 

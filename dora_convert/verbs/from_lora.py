@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from typing_extensions import Unpack
 
-from ..adapters.adapter import Adapter, Change, Decomposed, LowRank, tensors_of
+from ..adapters.adapter import Change, Decomposed, LowRank, tensors_of
 from ..adapters.new_adapter import NewAdapter
 from ..errors import Fault, UnsupportedError, UsageError
 from ..fitting.jobs import FittingPlan, MatchedChange, Result, match_changes, modules_besides
@@ -18,7 +18,6 @@ from ..naming.resolve import is_embedding, is_head
 from ..options import FromLoraOptions, takes
 from ..plan.plan import Plan
 from ..reports.fitting import MadeDryRun, MadeReport
-from ..settings import parse_choice
 from ..storage.refs import PathLike
 
 if TYPE_CHECKING:
@@ -41,20 +40,15 @@ def from_lora(
 
     Raises DoraConvertError, and then leaves nothing under `out`.
     """
-    parse_choice(options["init"], dict.fromkeys(("preserve", "pretrained")), "--init")
-    with FittingSession.begin(out, options, options["ignore_field"]) as session:
+    with FittingSession.begin(out, options) as session:
         matched = session.match(base, lora, "from-lora")
-        _refuse_dora(matched.adapters[0])
+        if any(isinstance(change.update, Decomposed) for change in matched.adapters[0].changes):
+            name = matched.adapters[0].source.name
+            raise UsageError(f"The adapter {name} is a DoRA already.", hint="to-lora goes the other way")
         changes = _divide(matched, session, split=options["split"])
         left = [change.target for change in changes.rest]
         fitter = _FromLora(session, matched, changes, options)
         return session.finish(fitter, init=options["init"], left_as_lora=left)
-
-
-def _refuse_dora(adapter: Adapter) -> None:
-    """Raise UsageError if a LoRA is a DoRA."""
-    if any(isinstance(change.update, Decomposed) for change in adapter.changes):
-        raise UsageError(f"The adapter {adapter.source.name} is a DoRA already.", hint="to-lora goes the other way")
 
 
 @dataclass(frozen=True)
@@ -106,7 +100,7 @@ class _FromLora(Fitter):
         init, split = self.options["init"], self.options["split"]
         copied = [*(job.change for job in changes.jobs), *changes.rest, *changes.others]
         size = sum(tensor.nbytes for change in copied for tensor in tensors_of(change.update))
-        words = [*(["--init", init] if init != "preserve" else []), *(["--split"] if split else [])]
+        words = (["--init", init] if init != "preserve" else []) + (["--split"] if split else [])
         return FittingPlan(
             command="from-lora",
             words=(base.source.title, adapter.source.title, "OUT", *words),

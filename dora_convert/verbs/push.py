@@ -32,13 +32,7 @@ def push(folder: PathLike, repo_id: str, **options: Unpack[UploadOptions]) -> Pu
     if not os.path.isdir(path) and os.path.isdir(repo_id):  # noqa: PTH112
         hint = shlex.join(["dora-convert", "push", repo_id, path])
         raise RefError(f"DIR and REPO_ID are swapped: {repo_id} is a folder.", hint=hint)
-    private, create_pr, message = options["private"], options["create_pr"], options["commit_message"]
-    target = PushTarget(repo_id, private, create_pr, message, options["token"])
-    upload = FolderPush(
-        path,
-        target,
-        base_model=options["base_model"],
-        on_progress=options["on_progress"],
-        on_notice=options["on_notice"],
-    )
+    target = PushTarget(repo_id, options["private"], options["create_pr"], options["commit_message"], options["token"])
+    base_model, on_progress, on_notice = options["base_model"], options["on_progress"], options["on_notice"]
+    upload = FolderPush(path, target, base_model=base_model, on_progress=on_progress, on_notice=on_notice)
     return upload.run(dry_run=options["dry_run"])

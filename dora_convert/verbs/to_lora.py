@@ -51,7 +51,7 @@ def to_lora(
     Raises DoraConvertError, and then leaves nothing under `out`.
     """
     goal = parse_goal(options)
-    with FittingSession.begin(out, options, options["ignore_field"]) as session:
+    with FittingSession.begin(out, options) as session:
         matched = session.match(base, adapter, "to-lora")
         changes = _divide(matched, session)
         fitter = _ToLora(session, matched, changes, goal, exact=options["exact_svd"])
@@ -106,7 +106,6 @@ def _largest_rank(job: MatchedChange, goal: Mapping[str, Any]) -> int:
 
 
 def _factors(job: MatchedChange) -> LowRank:
-    """Return the factors that the adapter has for a job."""
     assert isinstance(job.change.update, LowRank | Decomposed)
     return low_rank(job.change.update)
 
@@ -127,6 +126,7 @@ class _ToLora(Fitter):
         size = sum(tensor.nbytes for tensor in adapter.tensors.values())
         for job in self.changes.jobs:
             size += 4 * _largest_rank(job, self.goal) * sum(job.item.source.matrix)
+        terms = {"plan": self.matched.fingerprint, "goal": self.goal}
         return FittingPlan(
             command="to-lora",
             words=(base.source.title, adapter.source.title, "OUT", *goal_words(self.goal)),
@@ -134,12 +134,7 @@ class _ToLora(Fitter):
             jobs=self.changes.jobs,
             format=self.session.format,
             bytes_out=size,
-            terms={
-                "plan": self.matched.fingerprint,
-                "goal": self.goal,
-                "exact": self.exact,
-                "single": self.session.single,
-            },
+            terms={**terms, "exact": self.exact, "single": self.session.single},
             like=adapter,
             dtype=self.session.selection.dtype,
         )

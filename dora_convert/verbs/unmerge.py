@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from typing_extensions import Unpack
 
 from ..adapters.adapter import Adapter
 from ..errors import RefError, UsageError
-from ..lazy_imports import without_collections
 from ..options import UnmergeOptions, takes
 from ..output.folder import new_folder
 from ..output.in_place import InPlace, finished
@@ -22,7 +20,7 @@ from ..plan.item import Undo
 from ..plan.options import Options, parse_options
 from ..plan.plan import Plan
 from ..reports.merge import DryRunReport, UnmergeReport
-from ..settings import Settings
+from ..settings import Settings, without_collections
 from ..sources.inputs import open_adapter, open_base, refuse_swapped
 from ..sources.session import Session, open_session
 from ..storage.checkpoint import Checkpoint
@@ -56,10 +54,8 @@ def unmerge(
     Raises DoraConvertError, and then leaves nothing under `out`.
     """
     refuse_options(options)
-    compute = options["compute_dtype"]
-    shards = options["max_shard_size"]
-    selection = parse_options(compute_dtype=compute, max_shard_size=shards, allow_unmatched=True)
-    settings = Settings.parse(options, options["max_memory"], compute_dtype=compute, verify=options["verify"])
+    selection = replace(parse_options(options), ignore_field=(), allow_unmatched=True)
+    settings = Settings.parse(options)
     with open_session(options["token"], cache=options["cache"], notify=settings.notify) as session:
         request = UnmergeRequest(
             merged=os.fspath(merged),
@@ -70,7 +66,7 @@ def unmerge(
             settings=settings,
             session=session,
         )
-        return _finished(request) or _unmerge(request)
+        return _unmerge(request)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,35 +94,25 @@ class _Inputs:
     places: Sequence[int]
     """The adapters' positions among all that were merged."""
 
-    @property
-    def paths(self) -> list[Path]:
-        """The inputs' folders."""
-        checkpoints = [self.merged, self.base] if self.base else [self.merged]
-        sources = [*(checkpoint.source for checkpoint in checkpoints), *(adapter.source for adapter in self.adapters)]
-        return [source.path for source in sources]
-
-
-def _finished(request: UnmergeRequest) -> UnmergeReport | None:
-    """Publish the files that an interrupted run has staged in place; return its report."""
-    if not request.options["in_place"]:
-        return None
-    folder = refuse_out(request.merged, "MERGED", request.out)
-    report = finished(folder, "unmerge", request.adapters, request.settings)
-    return UnmergeReport.read(report) if report else None
-
 
 def _unmerge(request: UnmergeRequest) -> UnmergeReport | DryRunReport:
-    """Open the inputs, plan, and run the plan."""
-    options, settings = request.options, request.settings
-    in_place = options["in_place"]
-    folder = None if in_place else new_folder(request.out, "unmerge", overwrite=options["overwrite"])
+    """Open the inputs, plan, and run the plan; first publish the files that a run in place has staged."""
+    options, settings, folder = request.options, request.settings, None
+    if options["in_place"]:
+        path = refuse_out(request.merged, "MERGED", request.out)
+        if report := finished(path, "unmerge", request.adapters, settings):
+            return UnmergeReport.read(report)
+    else:
+        folder = new_folder(request.out, "unmerge", overwrite=options["overwrite"])
     last = folder.given if folder else "--in-place"
     refuse_swapped(request.merged, request.adapters, last, "unmerge", "MERGED")
     inputs = _open(request)
     reversal = _plan(request, inputs)
     files = _files(reversal, settings)
     if folder:
-        folder.refuse_inside(inputs.paths)
+        checkpoints = [inputs.merged, *([inputs.base] if inputs.base else [])]
+        folder.refuse_inside([checkpoint.source.path for checkpoint in checkpoints])
+        folder.refuse_inside([adapter.source.path for adapter in inputs.adapters])
     output = folder or _open_place(reversal, options)
     if options["dry_run"]:
         return DryRunReport.of(reversal.plan, settings, out=output.given, command="unmerge")
@@ -195,7 +181,6 @@ def _plan(request: UnmergeRequest, inputs: _Inputs) -> UnmergePlan:
 
 
 def _reads(plan: Plan, checkpoint: Checkpoint) -> bool:
-    """Return True if a plan reads weights of a checkpoint."""
     read = {stored.path for item in plan.items for stored in (item.source, *(item.undo or Undo()).tensors)}
     return not read.isdisjoint(tensor.path for tensor in checkpoint.tensors.values())
 

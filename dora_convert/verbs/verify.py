@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from typing_extensions import Unpack
 
 from ..errors import DoraConvertError, UsageError
-from ..lazy_imports import require_extra, without_collections
 from ..logits.prompts import gather_prompts
 from ..options import VerifyOptions, takes
 from ..plan.options import parse_options, parse_weights
@@ -18,7 +17,7 @@ from ..plan.plan import Plan
 from ..plan.planner import make_plan
 from ..reports.html import check_page, write_page
 from ..reports.verify import OutputsReport, VerifyReport
-from ..settings import MAX_MEMORY, Settings, parse_choice
+from ..settings import Settings, require_extra, without_collections
 from ..sources.inputs import find_adapter, open_base, open_inputs, refuse_swapped
 from ..sources.prefetch import download_weights
 from ..sources.session import Session, open_session
@@ -28,8 +27,6 @@ from ..storage.refs import PathLike, listed
 
 if TYPE_CHECKING:
     from ..output.receipt import Receipt
-
-LEVELS = "weights", "outputs"
 
 
 @takes(VerifyOptions)
@@ -48,12 +45,10 @@ def verify(
     weights, and for outputs the machine's free memory. `report` is a path for an HTML page; an existing file
     is replaced.
     """
-    parse_choice(options["level"], dict.fromkeys(LEVELS), "--level")
     texts = _texts(options)
     if options["report"] is not None:
         check_page(options["report"])
-    limit = options["max_memory"]
-    settings = Settings.parse(options, MAX_MEMORY if limit is None else limit)
+    settings = Settings.parse(options)
     with open_session(options["token"], cache=options["cache"], notify=settings.notify) as session:
         request = VerifyRequest(
             base=None if base is None else os.fspath(base),
@@ -85,12 +80,7 @@ class VerifyRequest:
 def _plan(request: VerifyRequest) -> tuple[Plan, Checkpoint]:
     """Return the plan of the merge, with the options of MERGED's receipt by default; and MERGED."""
     options, session, settings = request.options, request.session, request.settings
-    selection = parse_options(
-        include=options["include"],
-        exclude=options["exclude"],
-        allow_unmatched=options["allow_unmatched"],
-        ignore_field=options["ignore_field"],
-    )
+    selection = parse_options(options)
     weights = parse_weights(options["weight"], len(request.adapters))
     if request.base is not None:
         refuse_swapped(request.base, request.adapters, request.merged, "verify")

@@ -1,1 +1,152 @@
-"""Describe a REF: an adapter or a checkpoint."""
+"""inspect: describe an adapter or a checkpoint by its headers and small files alone."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from typing_extensions import Unpack
+
+from ...adapters.adapter import Adapter, Change, Decomposed, Delta, Full, LowRank, Rows, low_rank, tensors_of
+from ...errors import DoraConvertError, Fault, PlanError, RefError, UnsupportedError, UsageError
+from ...formats.detect import adapters_inside, detect, is_adapter_file, model_weights
+from ...options import InspectOptions, takes
+from ...plan.builder import describe
+from ...plan.options import Options
+from ...plan.plan import Plan
+from ...plan.planner import make_plan
+from ...reports.inspect import AdapterReport, CheckpointReport, Landing, Module
+from ...sources.inputs import doubts, open_base, read_adapter, read_or_refuse
+from ...sources.remote_headers import RefListing, look
+from ...sources.session import open_session
+from ...storage.checkpoint import Checkpoint
+from ...storage.refs import PathLike, Source, local_path, local_source
+from .census import census, common, fold
+
+
+@takes(InspectOptions)
+def inspect(
+    ref: PathLike, base: PathLike | None = None, **options: Unpack[InspectOptions]
+) -> AdapterReport | CheckpointReport:
+    """Describe an adapter or a checkpoint by its headers and small files; no weights are downloaded.
+
+    With `base`, the report of an adapter says where each of its tensors would land in the base, and lists
+    everything that does not fit. Without `cache`, downloads are removed at the end.
+
+    Raises DoraConvertError for a REF that cannot be read, or is neither.
+    """
+    started, ref, base = time.monotonic(), os.fspath(ref), None if base is None else os.fspath(base)
+    with open_session(options["token"], cache=options["cache"]) as session:
+        listing = look(ref, "REF", session)
+        source = _folder_of_adapter(listing.source)
+        if detect(source.path):
+            against = None if base is None else open_base(base, "BASE", session, "brief")
+            return _describe_adapter(source, listing.names, against, options["ignore_field"], started)
+        checkpoint = _open(listing)
+    if base is not None:
+        swapped = detect(local_path(base, "BASE"))
+        hint = shlex.join(["dora-convert", "inspect", base, "--base", ref])
+        raise UsageError(f"REF {ref} is a model; --base is for adapters.", hint=hint if swapped else None)
+    return census(checkpoint, started)
+
+
+def _folder_of_adapter(source: Source) -> Source:
+    """Return an adapter's folder for the name of a file inside the folder; any other source as it is."""
+    folder = source.path.parent
+    inside = source.path.is_file() and is_adapter_file(source.path.name)
+    return local_source(folder) if inside and detect(folder) else source
+
+
+def _open(listing: RefListing) -> Checkpoint:
+    """Return a checkpoint; for a folder without weights, raise an error that names the adapters inside."""
+    try:
+        return listing.checkpoint()
+    except RefError:
+        if adapters_inside(listing.source.path):
+            read_adapter(listing.source)  # raises
+        raise
+
+
+def _describe_adapter(
+    source: Source, names: Sequence[str], base: Checkpoint | None, accepted: Collection[str], started: float
+) -> AdapterReport:
+    adapter, refusal = read_or_refuse(source, accepted)
+    beside = model_weights(names)
+    notes = [f"holds a model's weights, too: {', '.join(beside[:5])}"] if beside else []
+    return AdapterReport(
+        kind="adapter",
+        format=adapter.format,
+        method=adapter.kind,
+        base=adapter.base,
+        revision=adapter.revision,
+        task=adapter.task,
+        layers=adapter.layers,
+        modules=tuple(_module(change, adapter) for change in adapter.changes),
+        ignored=dict(adapter.ignored),
+        faults=_faults(adapter.faults),
+        refused={"message": refusal.message, "hint": refusal.hint, "faults": list(_faults(refusal.faults))}
+        if refusal
+        else None,
+        landing=_landing(base, adapter, refusal) if base else None,
+        **common(source, adapter.tensors.values(), notes, started),
+    )
+
+
+def _module(change: Change, adapter: Adapter) -> Module:
+    tensors = tuple(tensors_of(change.update))
+    facts: dict[str, Any] = {}
+    match change.update:
+        case LowRank() | Decomposed() as update:
+            low = low_rank(update)
+            start = low.start.value if low.start else "AdaLoRA" if adapter.kind == "AdaLoRA" else "LoRA"
+            method = "DoRA" if isinstance(update, Decomposed) else start
+            facts = {"rank": low.rank, "scaling": low.scale, "experts": low.experts or None}
+        case Delta(value, scale):
+            method, facts = "bias", {"scaling": scale, "shape": value.shape}
+        case Full(value):
+            method, facts = "whole", {"shape": value.shape}
+        case Rows(value, index):
+            method, facts = "rows", {"rows": len(index), "shape": value.shape}
+    return Module(
+        target=change.target,
+        kind=fold(change.target),
+        method=method,
+        what=describe(change.update),
+        rule=change.rule or None,
+        among=change.among,
+        bytes=sum(tensor.nbytes for tensor in tensors),
+        tensors=tuple(tensor.name for tensor in tensors),
+        **facts,
+    )
+
+
+def _faults(faults: Sequence[Fault]) -> tuple[Mapping[str, str], ...]:
+    return tuple(fault._asdict() for fault in faults)
+
+
+def _landing(base: Checkpoint, adapter: Adapter, refusal: DoraConvertError | None) -> Landing:
+    plan, error = (None, refusal) if refusal else _try_plan(base, adapter, Options())
+    if error and not refusal:  # plan the tensors that do fit, if the rest only has no place
+        plan, _ = _try_plan(base, adapter, Options(allow_unmatched=True))
+    other_base = doubts(replace(base, notes=(), left_behind=()), [adapter])
+    return Landing(
+        base=base.source.address,
+        fits=error is None,
+        message=error.message if error else None,
+        hint=error.hint if error else None,
+        faults=_faults(error.faults if error else ()),
+        ledger=tuple(entry.to_dict() for entry in plan.ledger) if plan else (),
+        tensors=plan.counts() if plan else {},
+        warnings=tuple(other_base),
+    )
+
+
+def _try_plan(base: Checkpoint, adapter: Adapter, options: Options) -> tuple[Plan | None, DoraConvertError | None]:
+    try:
+        return make_plan(base, [adapter], (1.0,), options), None
+    except (PlanError, UnsupportedError, UsageError) as error:
+        return None, error

@@ -12,7 +12,7 @@ from typing import Any
 from msgspec import to_builtins
 
 from ...errors import MalformedError
-from ...naming.resolve import Tie, find_tie
+from ...naming.resolve import find_tie
 from ...output.receipt import Receipt, read_receipt
 from ...reports.inspect import CheckpointReport
 from ...storage.checkpoint import Checkpoint
@@ -30,8 +30,7 @@ _NUMBER = re.compile(r"(?:^|(?<=\.))\d+(?=\.|$)")
 def census(base: Checkpoint, started: float) -> CheckpointReport:
     """Return the report of a checkpoint's headers, config and receipts, begun at the time `started`."""
     config, entry = base.config or {}, base.index_name or base.shards[0].filename
-    named = config.get("architectures")
-    model_type = config.get("model_type")
+    named, model_type, tie = config.get("architectures"), config.get("model_type"), find_tie(base)
     quantised, merges = _quantised(base), list(_merges(base.root))
     notes = [*base.notes, *_doubts(base, quantised)]
     return CheckpointReport(
@@ -44,19 +43,13 @@ def census(base: Checkpoint, started: float) -> CheckpointReport:
             for shard in base.shards
         ),
         index=base.index_name,
-        tied=_tied(find_tie(base)),
+        tied={"embedding": tie.embedding, "head": tie.head, "head_stored": tie.stored} if tie else None,
         quantised=quantised,
         side_files=base.side_files,
         left_behind=base.left_behind,
         merges=tuple(merges),
         **common(base.source, base.tensors.values(), notes, started),
     )
-
-
-def _tied(tie: Tie | None) -> dict[str, Any] | None:
-    if tie is None:
-        return None
-    return {"embedding": tie.embedding, "head": tie.head, "head_stored": tie.stored}
 
 
 def _doubts(base: Checkpoint, quantised: Mapping[str, Any] | None) -> Iterator[str]:

@@ -5,23 +5,23 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from typing_extensions import Unpack
 
 from ...errors import UsageError
-from ...lazy_imports import require_extra, without_collections
 from ...options import MergeOptions, takes
 from ...output.folder import OutputFolder
 from ...plan.options import Options, parse_options, parse_weights
 from ...plan.plan import Plan
 from ...plan.planner import make_plan
 from ...reports.merge import DryRunReport, MergeReport
-from ...settings import Settings
+from ...settings import Settings, require_extra, without_collections
 from ...sources.inputs import Mode, doubts, open_inputs
 from ...sources.session import Session, open_session
+from ...storage.filenames import INCOMING
 from ...storage.refs import PathLike, listed
 
 if TYPE_CHECKING:
@@ -48,24 +48,10 @@ def merge(
         from ..in_place import refuse_options
 
         refuse_options(options)
-    selection = parse_options(
-        dtype=options["dtype"],
-        compute_dtype=options["compute_dtype"],
-        max_shard_size=options["max_shard_size"],
-        undo=options["undo"] or ("exact" if options["in_place"] and not options["allow_lossy"] else "norms"),
-        include=options["include"],
-        exclude=options["exclude"],
-        allow_unmatched=options["allow_unmatched"],
-        ignore_field=options["ignore_field"],
-    )
+    undo = options["undo"] or ("exact" if options["in_place"] and not options["allow_lossy"] else "norms")
+    selection = replace(parse_options(options), undo=undo)
     routes = _routes(options)
-    settings = Settings.parse(
-        options,
-        options["max_memory"],
-        compute_dtype=options["compute_dtype"],
-        verify=options["verify"],
-        base_model=options["base_model"],
-    )
+    settings = Settings.parse(options)
     cache = options["cache"] and not options["no_local"]
     with open_session(options["token"], cache=cache, notify=settings.notify) as session:
         request = MergeRequest(
@@ -119,7 +105,8 @@ def _merge_beside(request: MergeRequest) -> MergeReport | DryRunReport:
     folder = OutputFolder(_folder(request), overwrite=options["overwrite"])
     folder.check()
     out = "OUT" if options["no_local"] else folder.given
-    plan = _plan(request, out, _mode(request), _weights_folder(request, folder))
+    weights = None if request.session.cache else folder.state / INCOMING
+    plan = _plan(request, out, _mode(request), weights)
     folder.refuse_inside([plan.base.source.path, *(adapter.source.path for adapter in plan.adapters)])
     if options["dry_run"]:
         remote = routes.target if routes and not routes.local else None
@@ -192,15 +179,6 @@ def _mode(request: MergeRequest) -> Mode:
     if request.options["verify_outputs"]:
         return "whole"
     return "brief" if request.options["dry_run"] else "headers"
-
-
-def _weights_folder(request: MergeRequest, folder: OutputFolder) -> Path | None:
-    """Return the folder for a base's weights that do not stay; None for the cache."""
-    if request.session.cache:
-        return None
-    from ...hub.target import INCOMING
-
-    return folder.state / INCOMING
 
 
 def _streaming(request: MergeRequest, plan: Plan, folder: OutputFolder) -> AbstractContextManager[HubStreaming | None]:

@@ -122,11 +122,8 @@ class _Merge:
                 parts = [*_kept(plan, results), *_originals(plan, files, spool)]
                 spool.lay_out(parts, output.path(f"{RECORD}/{UNDO}"))
         proofs = {name: sha256(path) for name, path in base_files(plan.base).items()}
-        computed = {
-            "device": self.spec.device.type,
-            "compute_dtype": self.spec.compute_name,
-            "torch": torch.__version__,
-        }
+        spec = self.spec
+        computed = {"device": spec.device.type, "compute_dtype": spec.compute_name, "torch": torch.__version__}
         receipt = new_receipt(plan, results, self.hashes, files, base_files=proofs, computed=computed)
         output.put(f"{RECORD}/{RECEIPT}", receipt.to_bytes())
 
