@@ -116,7 +116,10 @@ class FittingSession:
         self.folder.refuse_inside([checkpoint.source.path, adapters[0].source.path])
         for doubt in doubts(checkpoint, adapters):
             self.settings.warn(doubt)
-        return make_plan(checkpoint, adapters, (1.0,), replace(self.selection, dtype=None))
+        plan = make_plan(checkpoint, adapters, (1.0,), replace(self.selection, dtype=None))
+        for doubt in plan.warnings:
+            self.settings.warn(doubt)
+        return plan
 
     def finish(self, fitter: Fitter, **details: Any) -> MadeReport | MadeDryRun:
         """Run a fitter's plan and publish the adapter, or describe the plan; `details` go into the report."""

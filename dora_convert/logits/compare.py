@@ -10,7 +10,7 @@ import gc
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from ..adapters.adapter import Adapter, LowRank
+from ..engine.host_memory import read_rows
 from ..engine.precision import TORCH, choose, full_precision
 from ..errors import UnsupportedError, UsageError
 from ..plan.plan import Plan
@@ -26,6 +27,7 @@ from ..reports.verify import OutputsReport
 from ..settings import Settings, format_size, peak_memory
 from ..storage.checkpoint import Checkpoint
 from ..storage.filenames import PICKLES
+from ..storage.reader import Reader
 from .difference import Difference
 from .forward import Batch, OutputFiles, continues_alike, not_compared
 from .memory import MemoryChoice, choose_memory, estimate, skeleton
@@ -61,7 +63,7 @@ def prepared(plan: Plan, settings: Settings, texts: Sequence[str], limit: int | 
             base = view(plan.base, scratch / "base")
             spec = specify(base, plan.output_config)
             folders = [*(adapter.source.path for adapter in plan.adapters), base]
-            samples = make_samples(texts, folders, spec.name, spec.config)
+            samples = make_samples(texts, folders, spec.name, spec.config, _new_vocabulary(plan, spec))
             memory = _choose_memory(plan, spec, samples, limit, device)
         for note in samples.notes:
             settings.notify(note)
@@ -74,6 +76,13 @@ def prepared(plan: Plan, settings: Settings, texts: Sequence[str], limit: int | 
         yield Comparison(
             plan=plan, settings=settings, spec=spec, samples=samples, memory=memory, loader=loader, base=base
         )
+
+
+def _new_vocabulary(plan: Plan, spec: ModelSpec) -> int | None:
+    """Return the trained model's number of tokens; None if it is the base's."""
+    config = plan.output_config or {}
+    size: int | None = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+    return None if size == vocabulary(spec.config) else size
 
 
 def refuse(plan: Plan) -> None:
@@ -180,8 +189,14 @@ class Comparison:
 
     def _reference(self, kept: OutputFiles) -> tuple[list[Batch], Difference]:
         """Keep the outputs of base and adapters, and measure their change under perturbed weights."""
-        new = self._new_vocabulary()
-        runner = self.loader.reference(self.spec, self.base, self.plan.adapters, vocabulary=new, on_load=self._perturb)
+        runner = self.loader.reference(
+            self.spec,
+            self.base,
+            self.plan.adapters,
+            vocabulary=_new_vocabulary(self.plan, self.spec),
+            on_resize=self._set_new_rows,
+            on_load=self._perturb,
+        )
         batches = [runner.extend(prompt) for prompt in self.samples.batches]
         for number, batch in enumerate(batches):
             outputs = runner.outputs(batch)
@@ -199,11 +214,14 @@ class Comparison:
                 kept[f"{number}.moved"] = outputs
         return batches, floor
 
-    def _new_vocabulary(self) -> int | None:
-        """Return the trained model's number of tokens; None if it is the base's."""
-        config = self.plan.output_config or {}
-        size: int | None = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
-        return None if size == vocabulary(self.spec.config) else size
+    def _set_new_rows(self, model: nn.Module) -> None:
+        """Set the planned rows of tensors that got new ones; PEFT leaves the rows that no file has at random."""
+        with closing(Reader()) as reader, torch.no_grad():
+            for item in self.plan.items:
+                for new in item.rows if item.grown else ():
+                    rows = read_rows(reader, new.value, range(len(new.index)))
+                    parameter = model.get_parameter(item.name)
+                    parameter[list(new.index)] = rows.to(parameter)
 
     def _perturb(self, prefix: str, module: nn.Module, first: int = 1) -> None:
         """Perturb a module by all draws from the `first`; one that was read from its files has none yet."""

@@ -142,11 +142,19 @@ class ModelLoader:
         return ModelRunner(model, self.device, bool(model.can_generate())), missing
 
     def reference(
-        self, spec: ModelSpec, folder: Path, adapters: Sequence[Adapter], *, vocabulary: int | None, on_load: OnLoad
+        self,
+        spec: ModelSpec,
+        folder: Path,
+        adapters: Sequence[Adapter],
+        *,
+        vocabulary: int | None,
+        on_resize: Callable[[Any], None],
+        on_load: OnLoad,
     ) -> ModelRunner:
         """Load base and adapters as PEFT runs them; `on_load` is called after a block is read from disk.
 
-        `vocabulary` is the number of tokens of the trained model if the base has another number.
+        `vocabulary` is the number of tokens of the trained model if the base has another number. `on_resize` is
+        then called before the adapters are loaded, and sets rows that no file of theirs has.
 
         Raises UnsupportedError if transformers or PEFT cannot load them.
         """
@@ -156,6 +164,7 @@ class ModelLoader:
                 hint = "a larger --max-memory"
                 raise UnsupportedError("A model with a new vocabulary is only compared whole.", hint=hint)
             model.resize_token_embeddings(vocabulary, mean_resizing=False)
+            on_resize(model)
         generates = bool(model.can_generate())
         weights: Mapping[str, Any] = {}
         if self.offload:

@@ -43,14 +43,16 @@ class Samples:
         return max(len(batch.ids) * (batch.ids.shape[1] + CONTINUATION + 1) for batch in self.batches)
 
 
-def make_samples(texts: Sequence[str], folders: Sequence[Path], name: str, config: Any) -> Samples:
+def make_samples(
+    texts: Sequence[str], folders: Sequence[Path], name: str, config: Any, new: int | None = None
+) -> Samples:
     """Return token ids of a caller's prompts, or of the built-in prompts without `texts`.
 
-    The first tokenizer in `folders` is used. `name` is the model's class, such as LlamaForCausalLM.
+    The first tokenizer in `folders` is used. `name` is the model's class, such as LlamaForCausalLM. `new` is
+    the trained model's number of tokens if it differs from that of `config`.
 
     Raises UnsupportedError if a caller's text cannot be turned into token ids.
     """
-    size = vocabulary(config)
     tokenizer = next(filter(None, map(_tokenizer, folders)), None)
     most = _most_tokens(config)
     notes = []
@@ -66,10 +68,10 @@ def make_samples(texts: Sequence[str], folders: Sequence[Path], name: str, confi
             hint="without --prompt and --prompts, token ids are made up",
         )
     else:
-        rows = _made_up_ids(size, min(LENGTH, most), config)
+        rows = _made_up_ids(vocabulary(config), min(LENGTH, most), config)
         notes.append(f"no tokenizer; {len(rows)} prompts of made-up token ids")
     rows = [row for row in rows if row]
-    if not rows or max(map(max, rows)) >= size:
+    if not rows or max(map(max, rows)) >= (new or vocabulary(config)):
         raise UnsupportedError("The tokenizer does not match the model's vocabulary.", hint="verify --level weights")
     return Samples(tuple(_batched(rows, name, config)), tuple(notes))
 

@@ -100,7 +100,10 @@ def _plan(request: VerifyRequest) -> tuple[Plan, Checkpoint]:
     base, adapters = open_inputs(
         request.base, request.adapters, session, out=request.merged, verb="verify", accepted=accepted
     )
-    return make_plan(base, adapters, weights, selection), merged
+    plan = make_plan(base, adapters, weights, selection)
+    for doubt in plan.warnings:
+        settings.warn(doubt)
+    return plan, merged
 
 
 def _texts(options: VerifyOptions) -> tuple[str, ...]:

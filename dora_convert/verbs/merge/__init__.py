@@ -14,6 +14,7 @@ from typing_extensions import Unpack
 from ...errors import UsageError
 from ...options import MergeOptions, takes
 from ...output.folder import OutputFolder
+from ...output.tokenizer import tokens_without_rows
 from ...plan.options import Options, parse_options, parse_weights
 from ...plan.plan import Plan
 from ...plan.planner import make_plan
@@ -171,7 +172,10 @@ def _plan(request: MergeRequest, out: str, mode: Mode, weights: Path | None = No
     )
     for doubt in doubts(checkpoint, adapters):
         settings.warn(doubt)
-    return make_plan(checkpoint, adapters, strengths, request.selection)
+    plan = make_plan(checkpoint, adapters, strengths, request.selection)
+    for doubt in (*plan.warnings, *tokens_without_rows(plan)):
+        settings.warn(doubt)
+    return plan
 
 
 def _mode(request: MergeRequest) -> Mode:
