@@ -169,3 +169,8 @@ class Adapter:
     """The base's layers in the order of the trained model, if layers were repeated or left out."""
     task: str | None = None
     """The class of the trained model, such as LlamaForSequenceClassification, or the end of its name."""
+
+    @property
+    def modules(self) -> frozenset[str]:
+        """The modules that the adapter changes, by their names in the model."""
+        return frozenset(name for each in self.changes for name in (each.module, unwrapped(each.module)))

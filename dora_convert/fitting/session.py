@@ -114,7 +114,7 @@ class FittingSession:
             verb=verb,
         )
         self.folder.refuse_inside([checkpoint.source.path, adapters[0].source.path])
-        for doubt in doubts(checkpoint, adapters):
+        for doubt in (*doubts(checkpoint, adapters), *self.selection.check_globs(adapters[0].modules)):
             self.settings.warn(doubt)
         plan = make_plan(checkpoint, adapters, (1.0,), replace(self.selection, dtype=None))
         for doubt in plan.warnings:

@@ -85,7 +85,7 @@ def sample_rows(item: Item, seed: str) -> list[int]:
         few = len(trained.index) <= MOST_ROWS
         sample |= set(trained.index if few else chance.sample(trained.index, MOST_ROWS))
     sample |= {chance.randrange(rows) for _ in range(RANDOM_ROWS if rows else 0)}
-    return sorted(sample)
+    return sorted(row for row in sample if row < rows + item.grown)  # an unmerge has no new rows
 
 
 def compare(written: StoredTensor, expected: Expected, rows: Sequence[int], reader: Reader) -> Verdict:

@@ -51,12 +51,15 @@ class PlanBuilder:
         self.faults: list[Fault] = []
         self._tied_changes: list[tuple[Change, tuple[str, ...], float]] = []
         """Changes to one side of the tie, or to both, and their weights; kept until all adapters are known."""
+        self._claimed: set[str] = set()
+        """The tensors that one adapter's deltas have been matched with."""
         self._names = {*base.tensors, *(name.rpartition(".")[0] for name in base.tensors)}
 
     def add(self, adapter: Adapter, names: NameResolver, weight: float) -> None:
         """Apply every change of an adapter; replacements come before additions."""
         self.ledger += [Entry(name, "ignored", (), why) for name, why in adapter.ignored.items()]
         self.faults += adapter.faults
+        self._claimed.clear()
         for change in sorted(self._told_apart(adapter.changes, names), key=_turn):
             if self.options.selects(change.module):
                 self._add_change(change, adapter, names, weight)
@@ -70,7 +73,10 @@ class PlanBuilder:
             self._keep_tied(change, name, adapter, weight)
         elif adapter.layers and (refusal := _begins_elsewhere(update)):
             self._fault(update, refusal)
+        elif name and _turn(change) == 2 and name in self._claimed:
+            self._fault(update, f"changes {name}, which another tensor of the same adapter changes, too")
         elif name:
+            self._claimed |= {name} if _turn(change) == 2 else set()
             self._apply(update, name, weight)
         elif isinstance(update, Full) and update.may_add and not {change.module, change.target} & self._names:
             self.targets[change.target] = TargetTensor(update.value, None, added=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -43,8 +44,27 @@ class Options:
 
     def selects(self, module: str) -> bool:
         """Return True if --include and --exclude leave a module in."""
-        included = not self.include or any(fnmatchcase(module, glob) for glob in self.include)
-        return included and not any(fnmatchcase(module, glob) for glob in self.exclude)
+        included = not self.include or any(_matches(module, glob) for glob in self.include)
+        return included and not any(_matches(module, glob) for glob in self.exclude)
+
+    def check_globs(self, modules: Collection[str]) -> Iterator[str]:
+        """Yield a warning for each --exclude that matches no module; raise UsageError for such an --include."""
+        kinds = sorted({re.sub(r"\d+", "*", module) for module in modules})
+        names = ", ".join(kinds[:10]) + (f" and {len(kinds) - 10} more" if len(kinds) > 10 else "")
+        for option, globs in (("--include", self.include), ("--exclude", self.exclude)):
+            for glob in globs:
+                if any(_matches(module, glob) for module in modules):
+                    continue
+                text = f"{option} {glob} matches no module; the modules are {names}"
+                if option == "--include":
+                    hint = "give a whole name with *, or the end of a name as in PEFT's target_modules"
+                    raise UsageError(f"{text}.", hint=hint)
+                yield text
+
+
+def _matches(module: str, glob: str) -> bool:
+    """Return True if a glob matches a module's name, or is the end of the name, as in PEFT's target_modules."""
+    return fnmatchcase(module, glob) or module.endswith(f".{glob}")
 
 
 def parse_options(given: Mapping[str, Any]) -> Options:

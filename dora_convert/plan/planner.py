@@ -46,7 +46,7 @@ def make_plan(base: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[f
     items = {name: builder.item(name) for name in builder.targets}
     resized = _resized(items)
     builder.faults += _resized_alone(items, resized)
-    _check(builder.faults, items, adapters)
+    _check(builder.faults, items, base, adapters)
     config = _output_config(builder, items, resized, tasks)
     shards, index_name = lay_out(tree, items, options.max_shard_size)
     changed = config if config != base.config else None
@@ -125,24 +125,29 @@ def _needs_head(update: Update, name: str | None, tie: Tie | None) -> bool:
     return bool(tie and not tie.stored and name == tie.embedding and not isinstance(update, Rows))
 
 
-def _check(faults: Sequence[Fault], items: Mapping[str, Item], adapters: Sequence[Adapter]) -> None:
+def _check(faults: Sequence[Fault], items: Mapping[str, Item], base: Checkpoint, adapters: Sequence[Adapter]) -> None:
     """Raise all faults at once."""
     if faults:
         wrong = "contradict themselves, or " if any(adapter.faults for adapter in adapters) else ""
         raise PlanError(
             f"{len(faults)} adapter tensors {wrong}have no place in the base.",
             faults=faults,
-            hint="is this the base that the adapter was trained on?" if _is_other_base(faults, adapters) else None,
+            hint=_other_base(base, adapters) if 2 * len(faults) >= sum(len(a.tensors) for a in adapters) else None,
         )
     if not any(item.changed for item in items.values()):
         names = ", ".join(adapter.source.name for adapter in adapters)
         raise PlanError(f"Nothing to merge: no tensor of {names} is left to apply.")
 
 
-def _is_other_base(faults: Sequence[Fault], adapters: Sequence[Adapter]) -> bool:
-    """Return True if most tensors do not fit the base, and no adapter contradicts itself."""
-    tensors = sum(len(adapter.tensors) for adapter in adapters)
-    return 2 * len(faults) >= tensors and not any(adapter.faults for adapter in adapters)
+def _other_base(base: Checkpoint, adapters: Sequence[Adapter]) -> str | None:
+    """Return a hint for adapters of which most tensors do not fit; None if one contradicts itself."""
+    if any(adapter.faults for adapter in adapters):
+        return None
+    kind = (base.config or {}).get("model_type")
+    names = [adapter.base for adapter in adapters if adapter.base and adapter.base != base.source.name]
+    facts = [f"the adapter names {names[0]}"] if names else []
+    facts += [f"BASE is a {kind} model"] if isinstance(kind, str) else []
+    return "is this the base that the adapter was trained on?" + (f" {', '.join(facts)}" if facts else "")
 
 
 def _resized(items: Mapping[str, Item]) -> dict[str, tuple[int, int]]:

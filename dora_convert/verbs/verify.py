@@ -100,8 +100,10 @@ def _plan(request: VerifyRequest) -> tuple[Plan, Checkpoint]:
     base, adapters = open_inputs(
         request.base, request.adapters, session, out=request.merged, verb="verify", accepted=accepted
     )
+    modules = {module for adapter in adapters for module in adapter.modules}
+    idle = list(parse_options(options).check_globs(modules))
     plan = make_plan(base, adapters, weights, selection)
-    for doubt in plan.warnings:
+    for doubt in (*idle, *plan.warnings):
         settings.warn(doubt)
     return plan, merged
 

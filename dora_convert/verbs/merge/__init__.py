@@ -170,7 +170,8 @@ def _plan(request: MergeRequest, out: str, mode: Mode, weights: Path | None = No
         mode=mode,
         weights=weights,
     )
-    for doubt in doubts(checkpoint, adapters):
+    modules = {module for adapter in adapters for module in adapter.modules}
+    for doubt in (*doubts(checkpoint, adapters), *request.selection.check_globs(modules)):
         settings.warn(doubt)
     plan = make_plan(checkpoint, adapters, strengths, request.selection)
     for doubt in (*plan.warnings, *tokens_without_rows(plan)):
