@@ -14,7 +14,7 @@ from typing_extensions import Unpack
 from ...errors import UsageError
 from ...options import MergeOptions, takes
 from ...output.folder import OutputFolder
-from ...output.tokenizer import tokens_without_rows
+from ...output.side_files import tokenizer_files
 from ...plan.options import Options, parse_options, parse_weights
 from ...plan.plan import Plan
 from ...plan.planner import make_plan
@@ -174,8 +174,13 @@ def _plan(request: MergeRequest, out: str, mode: Mode, weights: Path | None = No
     for doubt in (*doubts(checkpoint, adapters), *request.selection.check_globs(modules)):
         settings.warn(doubt)
     plan = make_plan(checkpoint, adapters, strengths, request.selection)
-    for doubt in (*plan.warnings, *tokens_without_rows(plan)):
+    for doubt in plan.warnings:
         settings.warn(doubt)
+    if any(tokenizer_files(adapter.source.path) for adapter in adapters):
+        from ...output.tokenizer import tokens_without_rows
+
+        for doubt in tokens_without_rows(plan):
+            settings.warn(doubt)
     return plan
 
 
