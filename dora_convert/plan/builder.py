@@ -51,8 +51,7 @@ class PlanBuilder:
         self.faults: list[Fault] = []
         self._tied_changes: list[tuple[Change, tuple[str, ...], float]] = []
         """Changes to one side of the tie, or to both, and their weights; kept until all adapters are known."""
-        self._claimed: set[str] = set()
-        """The tensors that one adapter's deltas have been matched with."""
+        self._claimed: set[str] = set()  # by deltas of the adapter at hand
         self._names = {*base.tensors, *(name.rpartition(".")[0] for name in base.tensors)}
 
     def add(self, adapter: Adapter, names: NameResolver, weight: float) -> None:
@@ -179,10 +178,9 @@ class PlanBuilder:
             start = saved.start + height * (saved.nbytes // new)
             tail = replace(saved, shape=(new - height, *saved.shape[1:]), start=start)
             target.rows.append(Rows(tail, tuple(range(height, new))))
-            self.ledger = [
-                replace(entry, into=(*entry.into, name)) if entry.tensor == saved.name and entry.into else entry
-                for entry in self.ledger
-            ]
+            for k, entry in enumerate(self.ledger):
+                if entry.tensor == saved.name and entry.into:
+                    self.ledger[k] = replace(entry, into=(*entry.into, name))
             self.warnings.append(
                 f"{new - height} new rows of {name} are in no file: "
                 f"they are taken from the adapter's {other}, where they began"
