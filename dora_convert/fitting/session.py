@@ -132,7 +132,12 @@ class FittingSession:
         self.folder.refuse_inside([checkpoint.source.path, adapters[0].source.path])
         for doubt in doubts(checkpoint, adapters):
             self.settings.warn(doubt)
-        return make_plan(checkpoint, adapters, (1.0,), replace(self.selection, dtype=None))
+        plan = make_plan(checkpoint, adapters, (1.0,), replace(self.selection, dtype=None))
+        if checkpoint.is_here and any(edit.decomposed for item in plan.items for edit in item.edits):
+            with without_collections():
+                from ..engine.preflight import check_magnitudes
+            check_magnitudes(plan)
+        return plan
 
     def finish(self, fitter: Fitter, **details: Any) -> MadeReport | MadeDryRun:
         """Run a fitter's plan and publish the adapter, or describe the plan; `details` go into the report."""

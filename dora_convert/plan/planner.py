@@ -119,11 +119,17 @@ def _check(builder: PlanBuilder, adapters: Sequence[Adapter]) -> None:
         raise PlanError(
             f"{len(builder.faults)} adapter tensors {wrong}have no place in the base.",
             faults=builder.faults,
-            hint="is this the base that the adapter was trained on?",
+            hint="is this the base that the adapter was trained on?" if _is_other_base(builder, adapters) else None,
         )
     if not any(target.touched for target in builder.targets.values()):
         names = ", ".join(adapter.source.name for adapter in adapters)
         raise PlanError(f"Nothing to merge: no tensor of {names} is left to apply.")
+
+
+def _is_other_base(builder: PlanBuilder, adapters: Sequence[Adapter]) -> bool:
+    """Return True if most tensors do not fit the base, and no adapter contradicts itself."""
+    tensors = sum(len(adapter.tensors) for adapter in adapters)
+    return 2 * len(builder.faults) >= tensors and not any(adapter.faults for adapter in adapters)
 
 
 def _resized(items: Mapping[str, Item]) -> dict[str, tuple[int, int]]:

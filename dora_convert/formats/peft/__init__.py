@@ -34,7 +34,7 @@ from ...storage.json_files import read_json
 from ...storage.refs import Source
 from ...storage.safetensors import StoredTensor
 from .config import Config, is_saved_embedding, refuse_unsupported
-from .modules import CONFIG, PARTS, TOKENS, WEIGHTS, plain, updates_of
+from .modules import CONFIG, EMPTY, PARTS, TOKENS, WEIGHTS, plain, updates_of
 
 if TYPE_CHECKING:
     from ...adapters.new_adapter import Writer
@@ -65,7 +65,8 @@ def read(source: Source, accepted: Collection[str] = ()) -> Adapter:
     refuse_unsupported(raw, source.name, accepted)
     config = Config.parse(raw, source.path / CONFIG)
     weights = _weights(source)
-    tensors = read_weights(weights).tensors
+    if not (tensors := read_weights(weights).tensors):
+        raise MalformedError(f"{weights} holds no tensors.")
     adapter = _SortedTensors(config)
     for name, tensor in tensors.items():
         adapter.sort(name, tensor)
@@ -130,6 +131,8 @@ class _SortedTensors:
             self._add_part(target.removesuffix(suffix), PARTS[suffix], tensor)
         elif suffix := next((suffix for suffix in TOKENS if target.endswith(suffix)), None):
             self._add_rows(target.removesuffix(suffix), tensor)
+        elif 0 in tensor.shape:
+            self.faults.append(Fault(name, EMPTY))
         elif _OF_TRAINING.search(target):
             self.ignored[name] = "used in training only"
         elif ".original_module." in target:
