@@ -85,8 +85,12 @@ def open_base(
         from .remote_headers import open_remote
 
         whole = mode == "headers"
-        return open_remote(ref, what, session, whole=whole, revision=revision, weights=weights)
+        remote = open_remote(ref, what, session, whole=whole, revision=revision, weights=weights)
+        refuse_foreign_tensors(remote, what)
+        return remote
     refuse_adapter(source.path, source.name)
+    if not (source.path / "config.json").exists():
+        refuse_foreign(source, what, is_base=True)
     return open_checkpoint(source, unfinished=mode == "local")
 
 
@@ -110,8 +114,35 @@ def read_adapter(source: Source, accepted: Collection[str] = ()) -> Adapter:
     Raises RefError if no format recognises the folder, and the errors of the format.
     """
     if known := detect(source.path):
-        return known.read(source, accepted)
+        try:
+            return known.read(source, accepted)
+        except UnsupportedError:
+            refuse_foreign(source)
+            raise
+    refuse_foreign(source)
     raise _not_an_adapter(source)
+
+
+def refuse_foreign(source: Source, what: str = "ADAPTER", *, is_base: bool = False) -> None:
+    """Raise an error that names the tool, if a tool wrote this adapter whose format is not read."""
+    from ..formats.foreign import name_foreign
+
+    if not (tool := name_foreign(source.path)):
+        return
+    if is_base:
+        raise RefError(f"{what} {source.name} is an adapter ({tool}), not a model.")
+    raise UnsupportedError(
+        f"{what} {source.name} is an adapter in the format of {tool}, which is not read yet.",
+        hint="convert it to PEFT's format, or merge it with the tool that wrote it",
+    )
+
+
+def refuse_foreign_tensors(checkpoint: Checkpoint, what: str) -> None:
+    """Raise RefError if the tensors of a checkpoint on the Hub are those of an adapter."""
+    from ..formats.foreign import name_tensors
+
+    if tool := name_tensors(checkpoint.tensors):
+        raise RefError(f"{what} {checkpoint.source.name} is an adapter ({tool}), not a model.")
 
 
 def read_or_refuse(source: Source, accepted: Collection[str]) -> tuple[Adapter, UnsupportedError | None]:
@@ -120,6 +151,7 @@ def read_or_refuse(source: Source, accepted: Collection[str]) -> tuple[Adapter, 
     try:
         return read_adapter(source, accepted), None
     except UnsupportedError as error:
+        refuse_foreign(source)
         assert known
         return known.read_refused(source), error
 
@@ -127,6 +159,8 @@ def read_or_refuse(source: Source, accepted: Collection[str]) -> tuple[Adapter, 
 def _not_an_adapter(source: Source) -> RefError:
     """Return an error that says what the folder is instead, and where the adapter might be."""
     root, lacking = source.path, f"has no {' or '.join(ANCHORS)}"
+    if root.is_file() and not detect(root.parent):
+        return RefError(f"ADAPTER {source.name} is not an adapter: one is a folder with {' or '.join(ANCHORS)}.")
     if root.is_file():
         return RefError(f"ADAPTER {source.name} is a file; name the folder it lies in.", hint=str(root.parent))
     if below := adapters_inside(root):

@@ -16,7 +16,7 @@ from ...plan.options import Options
 from ...plan.plan import Plan
 from ...plan.planner import make_plan
 from ...reports.inspect import AdapterReport, CheckpointReport, Landing, Module
-from ...sources.inputs import doubts, open_base, read_adapter, read_or_refuse
+from ...sources.inputs import doubts, open_base, read_adapter, read_or_refuse, refuse_foreign, refuse_foreign_tensors
 from ...sources.remote_headers import RefListing, look
 from ...sources.session import Session
 from ...storage.checkpoint import Checkpoint
@@ -38,7 +38,10 @@ def inspect_ref(
     if detect(source.path):
         against = None if base is None else open_base(base, "BASE", session, "brief")
         return _describe_adapter(source, listing.names, against, accepted, started)
+    if not (source.path / "config.json").exists():
+        refuse_foreign(source, "REF")
     checkpoint = _open(listing)
+    refuse_foreign_tensors(checkpoint, "REF")
     if base is not None:
         swapped = detect(local_path(base, "BASE"))
         hint = shlex.join(["dora-convert", "inspect", base, "--base", ref])
