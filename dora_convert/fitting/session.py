@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import Self
 
 from ..adapters.new_adapter import NewAdapter
+from ..errors import UnsupportedError
 from ..formats.detect import Format, find_format
 from ..hub.push import push_output
 from ..hub.target import PushTarget
 from ..lazy_imports import without_collections
-from ..options import FittingOptions
+from ..options import FieldOptions, FittingOptions
 from ..output.folder import OutputFolder
 from ..plan.options import Options, parse_options
 from ..plan.plan import Plan
@@ -75,15 +76,19 @@ class FittingSession:
 
     @classmethod
     @contextmanager
-    def begin(cls, out: PathLike, options: FittingOptions, ignore_field: Sequence[str] = ()) -> Iterator[Self]:
-        """Check everything that can be checked before an input is opened; yield the session."""
+    def begin(cls, out: PathLike, options: FittingOptions, reads: FieldOptions | None = None) -> Iterator[Self]:
+        """Check everything that can be checked before an input is opened; yield the session.
+
+        `reads` holds the options of a verb that reads an adapter.
+        """
         compute, budget = options["compute_dtype"], options["max_memory"]
         selection = parse_options(
             dtype=options["dtype"],
             compute_dtype=compute,
             include=options["include"],
             exclude=options["exclude"],
-            ignore_field=ignore_field,
+            ignore_field=reads["ignore_field"] if reads else (),
+            ignore_file=reads["ignore_file"] if reads else (),
         )
         target = PushTarget.parse(options)
         settings = Settings.parse(
@@ -126,10 +131,15 @@ class FittingSession:
             [os.fspath(adapter)],
             self.session,
             out=self.folder.given,
-            accepted=self.selection.ignore_field,
+            waived=self.selection.waived,
             verb=verb,
         )
         self.folder.refuse_inside([checkpoint.source.path, adapters[0].source.path])
+        if beside := [file.name for file in adapters[0].beside if file.fate == "applied"]:
+            raise UnsupportedError(
+                f"{verb} does not carry the weights beside {adapters[0].source.name}: {', '.join(beside)}.",
+                hint=f"{' '.join(f'--ignore-file {name}' for name in beside)} leaves them out",
+            )
         for doubt in doubts(checkpoint, adapters):
             self.settings.warn(doubt)
         plan = make_plan(checkpoint, adapters, (1.0,), replace(self.selection, dtype=None))

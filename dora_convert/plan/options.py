@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from ..adapters.adapter import Waived
 from ..errors import UsageError
 from ..settings import parse_choice
 from ..sizes import parse_size
@@ -31,6 +32,15 @@ class Options:
     allow_unmatched: bool = False
     ignore_field: tuple[str, ...] = ()
     """Fields of adapters' configs that are accepted although this version refuses them."""
+    ignore_file: tuple[str, ...] = ()
+    """Weight files beside adapters that are left out."""
+    strict: bool = False
+    """True if an adapter must hold all that its config says was trained."""
+
+    @property
+    def waived(self) -> Waived:
+        """The parts of adapters that the caller does without."""
+        return Waived(self.ignore_field, self.ignore_file)
 
     @property
     def exact(self) -> bool:
@@ -58,6 +68,8 @@ def parse_options(
     exclude: Sequence[str] = (),
     allow_unmatched: bool = False,
     ignore_field: Sequence[str] = (),
+    ignore_file: Sequence[str] = (),
+    strict: bool = False,
 ) -> Options:
     """Return a plan's options from names and sizes as a caller writes them; UsageError for an invalid one."""
     return Options(
@@ -69,6 +81,8 @@ def parse_options(
         exclude=tuple(exclude),
         allow_unmatched=allow_unmatched,
         ignore_field=tuple(ignore_field),
+        ignore_file=(ignore_file,) if isinstance(ignore_file, str) else tuple(ignore_file),
+        strict=strict,
     )
 
 

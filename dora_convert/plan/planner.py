@@ -116,10 +116,16 @@ def _check(builder: PlanBuilder, adapters: Sequence[Adapter]) -> None:
     """Raise all faults at once."""
     if builder.faults:
         wrong = "contradict themselves, or " if any(adapter.faults for adapter in adapters) else ""
+        beside = sum(map(len, builder.beside.values()))
+        only = beside == len(builder.faults) and len(builder.beside) == 1
+        what = f"tensors of {next(iter(builder.beside))}" if only else "adapter tensors"
+        hints = [f"--ignore-file {name} merges without it" for name in builder.beside]
+        if beside < len(builder.faults) and _is_other_base(builder, adapters):
+            hints.insert(0, "is this the base that the adapter was trained on?")
         raise PlanError(
-            f"{len(builder.faults)} adapter tensors {wrong}have no place in the base.",
+            f"{len(builder.faults)} {what} {wrong}have no place in the base.",
             faults=builder.faults,
-            hint="is this the base that the adapter was trained on?" if _is_other_base(builder, adapters) else None,
+            hint="; ".join(hints) or None,
         )
     if not any(target.touched for target in builder.targets.values()):
         names = ", ".join(adapter.source.name for adapter in adapters)

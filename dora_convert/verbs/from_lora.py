@@ -42,7 +42,7 @@ def from_lora(
     Raises DoraConvertError, and then leaves nothing under `out`.
     """
     parse_choice(options["init"], dict.fromkeys(("preserve", "pretrained")), "--init")
-    with FittingSession.begin(out, options, options["ignore_field"]) as session:
+    with FittingSession.begin(out, options, reads=options) as session:
         matched = session.match(base, lora, "from-lora")
         _refuse_dora(matched.adapters[0])
         changes = _divide(matched, session, split=options["split"])

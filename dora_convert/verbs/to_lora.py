@@ -51,7 +51,7 @@ def to_lora(
     Raises DoraConvertError, and then leaves nothing under `out`.
     """
     goal = parse_goal(options)
-    with FittingSession.begin(out, options, options["ignore_field"]) as session:
+    with FittingSession.begin(out, options, reads=options) as session:
         matched = session.match(base, adapter, "to-lora")
         changes = _divide(matched, session)
         fitter = _ToLora(session, matched, changes, goal, exact=options["exact_svd"])

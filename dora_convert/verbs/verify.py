@@ -90,6 +90,8 @@ def _plan(request: VerifyRequest) -> tuple[Plan, Checkpoint]:
         exclude=options["exclude"],
         allow_unmatched=options["allow_unmatched"],
         ignore_field=options["ignore_field"],
+        ignore_file=options["ignore_file"],
+        strict=options["strict"],
     )
     weights = parse_weights(options["weight"], len(request.adapters))
     if request.base is not None:
@@ -99,6 +101,7 @@ def _plan(request: VerifyRequest) -> tuple[Plan, Checkpoint]:
         selection = replace(
             selection,
             ignore_field=(*selection.ignore_field, *receipt.options.ignore_field),
+            ignore_file=(*selection.ignore_file, *(receipt.options.ignore_file or ())),
             allow_unmatched=selection.allow_unmatched or receipt.allows_unmatched,
         )
         if not (options["weight"] or selection.include or selection.exclude):
@@ -106,9 +109,9 @@ def _plan(request: VerifyRequest) -> tuple[Plan, Checkpoint]:
             selection = replace(selection, include=chosen.include, exclude=chosen.exclude)
             if receipt.flags:
                 settings.notify(f"as the receipt of MERGED says: {receipt.flags}")
-    accepted = selection.ignore_field
+    waived = selection.waived
     base, adapters = open_inputs(
-        request.base, request.adapters, session, out=request.merged, verb="verify", accepted=accepted
+        request.base, request.adapters, session, out=request.merged, verb="verify", waived=waived
     )
     return make_plan(base, adapters, weights, selection), merged
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ...adapters.adapter import Adapter, Change, Decomposed, Delta, Full, LowRank, Rows, low_rank, tensors_of
+from ...adapters.adapter import Adapter, Change, Decomposed, Delta, Full, LowRank, Rows, Waived, low_rank, tensors_of
 from ...errors import DoraConvertError, Fault, PlanError, RefError, UnsupportedError, UsageError
 from ...formats.detect import adapters_inside, detect, is_adapter_file, model_weights
 from ...plan.builder import describe
@@ -24,9 +24,7 @@ from ...storage.refs import Source, local_path, local_source
 from .census import census, common, fold
 
 
-def inspect_ref(
-    ref: str, base: str | None, accepted: Collection[str], session: Session
-) -> AdapterReport | CheckpointReport:
+def inspect_ref(ref: str, base: str | None, waived: Waived, session: Session) -> AdapterReport | CheckpointReport:
     """Describe a REF; with a base, describe where the adapter's tensors would land in the base.
 
     Raises DoraConvertError for a REF that cannot be read, or is neither. An adapter that does not fit is no
@@ -37,7 +35,7 @@ def inspect_ref(
     source = _folder_of_adapter(listing.source)
     if detect(source.path):
         against = None if base is None else open_base(base, "BASE", session, "brief")
-        return _describe_adapter(source, listing.names, against, accepted, started)
+        return _describe_adapter(source, listing.names, against, waived, started)
     if not (source.path / "config.json").exists():
         refuse_foreign(source, "REF")
     checkpoint = _open(listing)
@@ -67,11 +65,13 @@ def _open(listing: RefListing) -> Checkpoint:
 
 
 def _describe_adapter(
-    source: Source, names: Sequence[str], base: Checkpoint | None, accepted: Collection[str], started: float
+    source: Source, names: Sequence[str], base: Checkpoint | None, waived: Waived, started: float
 ) -> AdapterReport:
-    adapter, refusal = read_or_refuse(source, accepted)
-    beside = model_weights(names)
-    notes = [f"holds a model's weights, too: {', '.join(beside[:5])}"] if beside else []
+    adapter, refusal = read_or_refuse(source, waived)
+    others = [file for file in adapter.beside if file.fate != "model"]
+    models = [name for name in model_weights(names) if name not in {file.name for file in others}]
+    notes = [f"holds a model's weights, too: {', '.join(models[:5])}"] if models else []
+    notes += [f"weights beside the adapter: {file.name}, {file.tensors} tensors" for file in others]
     return AdapterReport(
         kind="adapter",
         format=adapter.format,

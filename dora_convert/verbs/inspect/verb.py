@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
+from ...plan.options import parse_options
 from ...reports.inspect import AdapterReport, CheckpointReport
 from ...sources.session import open_session
 from ...storage.refs import PathLike
@@ -16,6 +17,7 @@ def inspect(
     base: PathLike | None = None,
     *,
     ignore_field: Sequence[str] = (),
+    ignore_file: Sequence[str] = (),
     cache: bool = True,
     token: str | None = None,
 ) -> AdapterReport | CheckpointReport:
@@ -27,4 +29,5 @@ def inspect(
     Raises DoraConvertError for a REF that cannot be read, or is neither.
     """
     with open_session(token, cache=cache) as session:
-        return inspect_ref(os.fspath(ref), None if base is None else os.fspath(base), ignore_field, session)
+        waived = parse_options(ignore_field=ignore_field, ignore_file=ignore_file).waived
+        return inspect_ref(os.fspath(ref), None if base is None else os.fspath(base), waived, session)

@@ -57,6 +57,8 @@ def merge(
         exclude=options["exclude"],
         allow_unmatched=options["allow_unmatched"],
         ignore_field=options["ignore_field"],
+        ignore_file=options["ignore_file"],
+        strict=options["strict"],
     )
     routes = _routes(options)
     settings = Settings.parse(
@@ -178,7 +180,7 @@ def _plan(request: MergeRequest, out: str, mode: Mode, weights: Path | None = No
         request.adapters,
         request.session,
         out=out,
-        accepted=request.selection.ignore_field,
+        waived=request.selection.waived,
         mode=mode,
         weights=weights,
     )
