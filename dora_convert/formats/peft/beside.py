@@ -57,7 +57,7 @@ def read_beside(paths: Iterable[Path], ignored: Collection[str], adapted: Collec
         try:
             tensors = dict(read_weights(path).tensors)
         except DoraConvertError as error:
-            if name not in ignored:
+            if name not in ignored and not MODEL.match(name):
                 raise MalformedError(error.message, hint=f"--ignore-file {name} goes on without it") from error
             tensors = {}
         fate = "ignored" if name in ignored else "model" if _is_model(name, tensors, adapted) else "applied"
@@ -65,7 +65,7 @@ def read_beside(paths: Iterable[Path], ignored: Collection[str], adapted: Collec
 
 
 def _is_model(name: str, tensors: Collection[str], adapted: Collection[str]) -> bool:
-    """Return True for the weights of a whole model, with the adapter's change or beside the adapter's tensors."""
+    """Return True for the weights of a whole model, also for a file of such a name that cannot be read."""
     modules = {plain(tensor).replace(".base_layer", "").rpartition(".")[0] for tensor in tensors}
     holds_change = any(".lora_" in tensor for tensor in tensors) or not modules.isdisjoint(adapted)
-    return MODEL.match(name) is not None and holds_change
+    return MODEL.match(name) is not None and (holds_change or not tensors)
