@@ -6,7 +6,7 @@ headers (`StoredTensor`); values are read when a plan is run.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -88,6 +88,8 @@ class Full:
     """The change of the base's weight before training continued on the result."""
     copied: bool = False
     """True if the tensor is in the file for its new rows only, and training changed none of them."""
+    file: str = ""
+    """The file beside the adapter that brings the value; "" for the adapter's own."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,26 @@ class Change:
 
 
 @dataclass(frozen=True)
+class FileBeside:
+    """A weight file beside the adapter's own: its name, its fate, and its number of tensors."""
+
+    name: str
+    fate: str  # applied | ignored | model: a whole model, which is left out
+    tensors: int
+
+
+@dataclass(frozen=True)
+class Waived:
+    """The parts of adapters that a caller does without: fields that are not refused, and files that are left out."""
+
+    fields: Collection[str] = ()
+    files: Collection[str] = ()
+
+
+NOTHING = Waived()
+
+
+@dataclass(frozen=True)
 class Adapter:
     """Everything that a plan needs to know about an adapter."""
 
@@ -169,8 +191,19 @@ class Adapter:
     """The base's layers in the order of the trained model, if layers were repeated or left out."""
     task: str | None = None
     """The class of the trained model, such as LlamaForSequenceClassification, or the end of its name."""
+    beside: tuple[FileBeside, ...] = ()
+    """The weight files beside the adapter's own."""
 
     @property
     def modules(self) -> frozenset[str]:
         """The modules that the adapter changes, by their names in the model."""
         return frozenset(name for each in self.changes for name in (each.module, unwrapped(each.module)))
+
+    @property
+    def doubts(self) -> Iterator[str]:
+        """Warnings about files beside the adapter that are left out."""
+        for file in self.beside:
+            if file.fate == "ignored":
+                yield f"{file.name} was left out (--ignore-file): {file.tensors} tensors"
+        if models := [file.name for file in self.beside if file.fate == "model"]:
+            yield f"not applied, a model's weights beside {self.source.name}: {', '.join(models)}"

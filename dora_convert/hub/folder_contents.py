@@ -11,7 +11,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from ..adapters.adapter import Adapter
+from ..adapters.adapter import NOTHING, Adapter
 from ..errors import Fault, MalformedError, RefError, VerificationError
 from ..formats.detect import detect, is_adapter_file
 from ..output.folder import LOCK
@@ -82,7 +82,7 @@ def _checkpoint_contents(source: Source, files: Sequence[str]) -> FolderContents
 
 
 def _adapter_contents(source: Source, files: Sequence[str]) -> FolderContents:
-    adapter, _ = read_or_refuse(source, ())
+    adapter, _ = read_or_refuse(source, NOTHING)
     if adapter.faults:
         raise MalformedError(f"The adapter {source.name} contradicts itself.", faults=adapter.faults)
     names = [name for name in files if _is_of_adapter(name)]

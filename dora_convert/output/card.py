@@ -170,6 +170,7 @@ def command(plan: Plan) -> list[str]:
         *(("--include", glob) for glob in options.include),
         *(("--exclude", glob) for glob in options.exclude),
         *(("--ignore-field", name) for name in options.ignore_field),
+        *(("--ignore-file", name) for name in options.ignore_file),
     ):
         words += [flag, str(value)] if value else []
     return [*words, "--allow-unmatched"] if options.allow_unmatched else words

@@ -49,6 +49,8 @@ class PlanBuilder:
         self.warnings: list[str] = []
         self.ledger: list[Entry] = []
         self.faults: list[Fault] = []
+        self.beside: dict[str, list[Full]] = {}
+        """The updates at fault that come from files beside the adapters, by file."""
         self._tied_changes: list[tuple[Change, tuple[str, ...], float]] = []
         """Changes to one side of the tie, or to both, and their weights; kept until all adapters are known."""
         self._claimed: set[str] = set()  # by deltas of the adapter at hand
@@ -207,11 +209,11 @@ class PlanBuilder:
 
     def _replace(self, update: Full, name: str, weight: float) -> None:
         target = self.targets[name]
-        from_one_file = target.source.path == update.value.path
-        if from_one_file and same_bytes(target.source, update.value):
-            return  # one weight saved under two names
+        from_one_folder = target.source.path.parent == update.value.path.parent
+        if from_one_folder and same_bytes(target.source, update.value):
+            return  # one weight saved under two names, or in two files
         if target.source is not target.base:
-            culprit = "it" if from_one_file else "another adapter"
+            culprit = "it" if from_one_folder else "another adapter"
             self._fault(update, f"{culprit} replaces {name}, too, with other values")
         if weight != 1:
             self._fault(update, f"replaces {name}, which has no weight of {weight:g}")
@@ -229,6 +231,9 @@ class PlanBuilder:
         self.ledger += [Entry(tensor.name, fate, into, why) for tensor in tensors_of(update)]
 
     def _fault(self, update: Update, why: str) -> None:
+        if isinstance(update, Full) and update.file:
+            why = f"in {update.file}; {why}"
+            self.beside.setdefault(update.file, []).append(update)
         self.faults += [Fault(tensor.name, why) for tensor in tensors_of(update)]
 
     def item(self, name: str) -> Item:
@@ -287,8 +292,8 @@ def _stacked(tensor: StoredTensor, edits: Sequence[Edit]) -> StoredTensor:
 def describe(update: Update) -> str:
     """Return an update's kind and its numbers, in a few words."""
     match update:
-        case Full():
-            return "saved whole by the adapter"
+        case Full(file=file):
+            return f"saved whole in {file}" if file else "saved whole by the adapter"
         case Rows(_, index):
             return f"{len(index)} trained rows"
         case Delta(_, scale):

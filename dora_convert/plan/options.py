@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+from ..adapters.adapter import Waived
 from ..errors import UsageError
 from ..settings import parse_size
 from ..storage.safetensors import BITS, CONFIG_DTYPES
@@ -31,6 +32,15 @@ class Options:
     allow_unmatched: bool = False
     ignore_field: tuple[str, ...] = ()
     """Fields of adapters' configs that are accepted although this version refuses them."""
+    ignore_file: tuple[str, ...] = ()
+    """Weight files beside adapters that are left out."""
+    strict: bool = False
+    """True if an adapter must hold all that its config says was trained."""
+
+    @property
+    def waived(self) -> Waived:
+        """The parts of adapters that the caller does without."""
+        return Waived(self.ignore_field, self.ignore_file)
 
     @property
     def exact(self) -> bool:
@@ -79,6 +89,8 @@ def parse_options(given: Mapping[str, Any]) -> Options:
         exclude=tuple(given.get("exclude", ())),
         allow_unmatched=given.get("allow_unmatched", False),
         ignore_field=tuple(given.get("ignore_field", ())),
+        ignore_file=(files,) if isinstance(files := given.get("ignore_file", ()), str) else tuple(files),
+        strict=given.get("strict", False),
     )
 
 

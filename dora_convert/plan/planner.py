@@ -46,7 +46,7 @@ def make_plan(base: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[f
     items = {name: builder.item(name) for name in builder.targets}
     resized = _resized(items)
     builder.faults += _resized_alone(items, resized)
-    _check(builder.faults, items, base, adapters)
+    _check(builder, items, base, adapters)
     config = _output_config(builder, items, resized, tasks)
     shards, index_name = lay_out(tree, items, options.max_shard_size)
     changed = config if config != base.config else None
@@ -125,24 +125,27 @@ def _needs_head(update: Update, name: str | None, tie: Tie | None) -> bool:
     return bool(tie and not tie.stored and name == tie.embedding and not isinstance(update, Rows))
 
 
-def _check(faults: Sequence[Fault], items: Mapping[str, Item], base: Checkpoint, adapters: Sequence[Adapter]) -> None:
+def _check(builder: PlanBuilder, items: Mapping[str, Item], base: Checkpoint, adapters: Sequence[Adapter]) -> None:
     """Raise all faults at once."""
-    if faults:
+    if faults := builder.faults:
         wrong = "contradict themselves, or " if any(adapter.faults for adapter in adapters) else ""
+        beside = sum(map(len, builder.beside.values()))
+        only = beside == len(faults) and len(builder.beside) == 1
+        what = f"tensors of {next(iter(builder.beside))}" if only else "adapter tensors"
+        hints = [f"--ignore-file {name} merges without it" for name in builder.beside]
+        most = 2 * len(faults) >= sum(len(adapter.tensors) for adapter in adapters)
+        if beside < len(faults) and most and not any(adapter.faults for adapter in adapters):
+            hints.insert(0, _other_base(base, adapters))
         raise PlanError(
-            f"{len(faults)} adapter tensors {wrong}have no place in the base.",
-            faults=faults,
-            hint=_other_base(base, adapters) if 2 * len(faults) >= sum(len(a.tensors) for a in adapters) else None,
+            f"{len(faults)} {what} {wrong}have no place in the base.", faults=faults, hint="; ".join(hints) or None
         )
     if not any(item.changed for item in items.values()):
         names = ", ".join(adapter.source.name for adapter in adapters)
         raise PlanError(f"Nothing to merge: no tensor of {names} is left to apply.")
 
 
-def _other_base(base: Checkpoint, adapters: Sequence[Adapter]) -> str | None:
-    """Return a hint for adapters of which most tensors do not fit; None if one contradicts itself."""
-    if any(adapter.faults for adapter in adapters):
-        return None
+def _other_base(base: Checkpoint, adapters: Sequence[Adapter]) -> str:
+    """Return a hint for adapters of which most tensors do not fit."""
     kind = (base.config or {}).get("model_type")
     names = [adapter.base for adapter in adapters if adapter.base and adapter.base != base.source.name]
     facts = [f"the adapter names {names[0]}"] if names else []

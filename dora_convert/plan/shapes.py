@@ -29,6 +29,8 @@ def match_shape(update: Update, name: str, shape: Shape, dtype: str, model_types
     """Match an update with a tensor of the output, given by its name, shape and dtype; else return the reason."""
     if dtype not in FLOATS and not (isinstance(update, Full) and update.value.dtype == dtype):
         return f"{name} is stored as {dtype}; quantised weights are not merged yet"
+    if 0 in shape:
+        return f"the base's {name} is empty, as ZeRO-3 leaves tensors that it does not gather"
     match update:
         case Full(value) if value.dtype not in FLOATS and value.dtype != dtype:
             return f"is saved as {value.dtype}, but {name} is {dtype}"

@@ -89,6 +89,7 @@ def _plan(request: VerifyRequest) -> tuple[Plan, Checkpoint]:
         selection = replace(
             selection,
             ignore_field=(*selection.ignore_field, *receipt.options.ignore_field),
+            ignore_file=(*selection.ignore_file, *(receipt.options.ignore_file or ())),
             allow_unmatched=selection.allow_unmatched or receipt.allows_unmatched,
         )
         if not (options["weight"] or selection.include or selection.exclude):
@@ -96,9 +97,9 @@ def _plan(request: VerifyRequest) -> tuple[Plan, Checkpoint]:
             selection = replace(selection, include=chosen.include, exclude=chosen.exclude)
             if receipt.flags:
                 settings.notify(f"as the receipt of MERGED says: {receipt.flags}")
-    accepted = selection.ignore_field
+    waived = selection.waived
     base, adapters = open_inputs(
-        request.base, request.adapters, session, out=request.merged, verb="verify", accepted=accepted
+        request.base, request.adapters, session, out=request.merged, verb="verify", waived=waived
     )
     modules = {module for adapter in adapters for module in adapter.modules}
     idle = list(parse_options(options).check_globs(modules))

@@ -22,23 +22,25 @@ Everything else that a config can say is refused by name, never merged wrongly: 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...adapters.adapter import Adapter, Change, Full, Rows, unwrapped
+from ...adapters.adapter import NOTHING, Adapter, Change, Full, Rows, Waived, unwrapped
 from ...errors import Fault, MalformedError, UnsupportedError
 from ...storage.checkpoint import read_weights
+from ...storage.filenames import is_beside
 from ...storage.json_files import read_json
 from ...storage.refs import Source
 from ...storage.safetensors import StoredTensor
 from .config import Config, is_saved_embedding, refuse_unsupported
-from .modules import CONFIG, WEIGHTS, updates_of
+from .modules import CONFIG, EMPTY, WEIGHTS, updates_of
 from .names import PARTS, TOKENS, part_of, plain, without_base_layer, wrapped_whole
 
 if TYPE_CHECKING:
     from ...adapters.new_adapter import Writer
+    from .beside import ReadBeside
 
 __all__ = ["ANCHOR", "LIBRARY", "NAME", "WEIGHTS", "owns", "read", "read_refused", "recognises", "writer"]
 
@@ -57,27 +59,31 @@ def owns(name: str) -> bool:
     return name.startswith("adapter_") and "/" not in name
 
 
-def read(source: Source, accepted: Collection[str] = ()) -> Adapter:
-    """Read a PEFT adapter's config and headers; config fields in `accepted` are not refused.
+def read(source: Source, waived: Waived = NOTHING) -> Adapter:
+    """Read a PEFT adapter's config and headers, and those of weight files beside it.
 
     Raises MalformedError for values of a wrong type, UnsupportedError for known kinds that are refused.
     """
     raw = read_json(source.path / CONFIG)
-    refuse_unsupported(raw, source.name, accepted)
+    refuse_unsupported(raw, source.name, waived.fields)
     config = Config.parse(raw, source.path / CONFIG)
     weights = _weights(source)
-    tensors = read_weights(weights).tensors
+    if not (tensors := read_weights(weights).tensors):
+        raise MalformedError(f"{weights} holds no tensors.")
     adapter = _SortedTensors(config)
     for name, tensor in tensors.items():
         adapter.sort(name, tensor)
     adapter.finish()
+    files = _beside(source.path, waived, adapter)
+    applied = [file for file in files if file.fate == "applied"]
+    others = {f"{file.path.name}: {name}": tensor for file in applied for name, tensor in file.tensors.items()}
     return Adapter(
         source=source,
         format=NAME,
         kind=config.kind,
         changes=tuple(adapter.changes),
-        tensors=tensors,
-        files=(source.path / CONFIG, weights),
+        tensors={**tensors, **others},
+        files=(source.path / CONFIG, weights, *(file.path for file in applied)),
         base=config.base or None,
         revision=config.revision or None,
         ignored=adapter.ignored,
@@ -85,14 +91,31 @@ def read(source: Source, accepted: Collection[str] = ()) -> Adapter:
         keeps_ties=config.keeps_ties,
         layers=config.layers,
         task=config.task,
+        beside=tuple(file.about for file in files),
     )
 
 
-def read_refused(source: Source) -> Adapter:
+def _beside(folder: Path, waived: Waived, adapter: _SortedTensors) -> list[ReadBeside]:
+    """Read the weight files beside the adapter, and enter their tensors."""
+    paths = sorted(path for path in folder.iterdir() if path.is_file() and is_beside(path.name))
+    if not paths:
+        return []
+    from .beside import read_beside
+
+    files = list(read_beside(paths, waived.files, {change.module for change in adapter.changes}))
+    for file in files:
+        if file.fate == "applied":
+            adapter.changes += file.changes
+        elif file.fate == "ignored":
+            adapter.ignored |= dict.fromkeys(file.tensors, f"in {file.path.name}, which --ignore-file leaves out")
+    return files
+
+
+def read_refused(source: Source, waived: Waived = NOTHING) -> Adapter:
     """Read an adapter without refusing any field; of an unsupported method, read the tensors alone."""
     raw = read_json(source.path / CONFIG)
     try:
-        return read(source, tuple(raw))
+        return read(source, Waived(tuple(raw), waived.files))
     except UnsupportedError:
         weights, base = _weights(source), raw.get("base_model_name_or_path")
     return Adapter(
@@ -141,6 +164,8 @@ class _SortedTensors:
         """Add a tensor that is not a part of a low-rank update."""
         if end in TOKENS:
             self._add_rows(target.removesuffix(end), tensor)
+        elif 0 in tensor.shape:
+            self.faults.append(Fault(tensor.name, EMPTY))
         elif end:
             self.changes.append(Change(f"{target.removesuffix(end)}.weight", Full(tensor, copied=True)))
         elif _OF_TRAINING.search(target):

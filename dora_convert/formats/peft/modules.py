@@ -11,13 +11,14 @@ from ...adapters.adapter import Change, Decomposed, Delta, LowRank, Start, Updat
 from ...errors import Fault
 from ...storage.safetensors import FLOATS, StoredTensor
 from .config import Config
-from .names import part_of, plain
+from .names import PREFIX, part_of, plain
 
 CONFIG = "adapter_config.json"
 WEIGHTS: tuple[str, ...] = ("adapter_model.safetensors", "adapter_model.bin")
 Parts = Mapping[str, StoredTensor]
 REGISTERED = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
 """Parameters of experts in the order that modules register them: PEFT wraps the first one innermost."""
+EMPTY = "is empty: ZeRO-3 leaves such tensors if it does not gather them (stage3_gather_16bit_weights_on_model_save)"
 _CALLED = {"A": "lora_A", "B": "lora_B", "d": "lora_E"}
 TWICE_UNTIL = (0, 21, 2)
 """PEFT up to this version added MultiheadAttention's out_proj twice, in training too."""
@@ -124,6 +125,8 @@ def _contradiction(key: str, parts: Parts, config: Config) -> str | None:
     diagonal = {"d"} if config.adalora or config.start is Start.KASA else set()
     if missing := sorted(({"A", "B"} | diagonal) - parts.keys()):
         return f"has no {_CALLED[missing[0]] if missing[0] != 'd' or config.adalora else 'lora_diag'}"
+    if empty := [part for part in parts.values() if 0 in part.shape]:
+        return f"its {empty[0].name.removeprefix(PREFIX).removeprefix(key).lstrip('.')} {EMPTY}"
     if "d" in parts and not diagonal:
         return "has a diagonal, as AdaLoRA and KaSA have; the config says it is neither"
     if odd := [part for part in parts.values() if part.dtype not in FLOATS]:

@@ -44,6 +44,13 @@ def wrapped_whole(name: str) -> tuple[str, str, str] | None:
     return match.groups() if (match := _SAVED.fullmatch(name)) else None  # type: ignore[return-value] # three groups
 
 
+def in_model(name: str, wrapped: Collection[str]) -> str:
+    """Return the model's own name of a tensor that a trainer named as the running PEFT model does."""
+    target = plain(name)
+    whole = wrapped_whole(target)
+    return without_base_layer(whole[0] + whole[2] if whole else target, wrapped)
+
+
 def without_base_layer(name: str, wrapped: Collection[str]) -> str:
     """Return a name without each `base_layer` that follows the name of a wrapped module."""
     parts = name.split(".")

@@ -166,7 +166,7 @@ def _plan(request: MergeRequest, out: str, mode: Mode, weights: Path | None = No
         request.adapters,
         request.session,
         out=out,
-        accepted=request.selection.ignore_field,
+        waived=request.selection.waived,
         mode=mode,
         weights=weights,
     )

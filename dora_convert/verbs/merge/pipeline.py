@@ -12,7 +12,7 @@ import torch
 
 from ... import __version__
 from ...engine.executor import Run
-from ...engine.preflight import doubt_base, scan_adapter
+from ...engine.preflight import check_magnitudes, doubt_zeros, scan_adapter
 from ...engine.run import Hashes, RunOptions, choose_compute, entered, judge, resume_plan, run, run_key
 from ...engine.tensor import MergeMaker
 from ...errors import Fault, VerificationError
@@ -53,6 +53,8 @@ def run_merge(
     """
     spec = choose_compute(plan.memory, settings)
     hashes = [scan_adapter(adapter) for adapter in plan.adapters]
+    for doubt in filter(None, map(doubt_zeros, plan.adapters)):
+        settings.warn(doubt)
     files = side_files(plan)
     merge = _Merge(plan, output, settings, spec=spec, hashes=hashes, hub=hub)
     merge.look_at_base()
@@ -86,7 +88,7 @@ class _Merge:
         """Warn once of a base that does not look like the adapter's, as soon as its weights are local."""
         if self.plan.base.is_here and not self.looked:
             self.looked = True
-            if doubt := doubt_base(self.plan):
+            if doubt := check_magnitudes(self.plan):
                 self.settings.warn(doubt)
 
     def write_tensors(self) -> tuple[Run, UnfinishedRun | None]:
