@@ -6,7 +6,7 @@ headers (`StoredTensor`); values are read when a plan is run.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -180,6 +180,10 @@ class Adapter:
     """The base's layers in the order of the trained model, if layers were repeated or left out."""
     task: str | None = None
     """The class of the trained model, such as LlamaForSequenceClassification, or the end of its name."""
+    promised: Callable[[Mapping[str, Sequence[int]], Collection[str]], Collection[str]] | None = field(
+        default=None, compare=False
+    )
+    """Returns the weights that the config says were trained, of a model's tensors by name and of its linear layers."""
     beside: tuple[FileBeside, ...] = ()
     """The weight files beside the adapter's own."""
 

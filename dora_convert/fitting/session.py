@@ -143,6 +143,8 @@ class FittingSession:
         for doubt in doubts(checkpoint, adapters):
             self.settings.warn(doubt)
         plan = make_plan(checkpoint, adapters, (1.0,), replace(self.selection, dtype=None))
+        for warning in plan.warnings:
+            self.settings.warn(warning)
         if checkpoint.is_here and any(edit.decomposed for item in plan.items for edit in item.edits):
             with without_collections():
                 from ..engine.preflight import check_magnitudes

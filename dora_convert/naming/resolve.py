@@ -32,6 +32,12 @@ class Prefix:
         """Return the base's name of a tensor, as far as the prefix decides the name."""
         return self.add + name.removeprefix(self.drop) if name.startswith(self.drop) else name
 
+    def undo(self, name: str) -> str | None:
+        """Return the adapter's name of a base's tensor; None if the adapter's model does not have the tensor."""
+        if is_head(name) and not self.add:
+            return name
+        return self.drop + name.removeprefix(self.add) if name.startswith(self.add) else None
+
 
 class NameResolver:
     """Translates one adapter's names of weights to the base's names.
@@ -58,6 +64,10 @@ class NameResolver:
                 if candidate in self._tensors:
                     return candidate
         return None
+
+    def in_adapter(self, name: str) -> str | None:
+        """Return the adapter's name of a base's tensor; None if the adapter's model does not have the tensor."""
+        return self.prefix.undo(name)
 
     def _prefixes(self, targets: Sequence[str]) -> tuple[Prefix, ...]:
         """Return every prefix that leads all targets to tensors and drops least.

@@ -46,7 +46,7 @@ class Entry:
     """One line of the ledger: an adapter tensor, its fate, the output tensors that contain it, and why."""
 
     tensor: str
-    fate: str  # merged | replaced | added | ignored | unmatched
+    fate: str  # merged | replaced | added | ignored | unmatched | missing
     into: tuple[str, ...] = ()
     why: str = ""
 
@@ -68,6 +68,8 @@ class Plan:
     ledger: tuple[Entry, ...]
     config: Mapping[str, Any] | None = None
     """The output's config, if it differs from the base's."""
+    warnings: tuple[str, ...] = ()
+    """Doubts about the adapters."""
 
     @cached_property
     def items(self) -> tuple[Item, ...]:

@@ -113,7 +113,10 @@ def _plan(request: VerifyRequest) -> tuple[Plan, Checkpoint]:
     base, adapters = open_inputs(
         request.base, request.adapters, session, out=request.merged, verb="verify", waived=waived
     )
-    return make_plan(base, adapters, weights, selection), merged
+    plan = make_plan(base, adapters, weights, selection)
+    for warning in plan.warnings:
+        settings.warn(warning)
+    return plan, merged
 
 
 def _texts(options: VerifyOptions) -> tuple[str, ...]:

@@ -138,7 +138,7 @@ def _landing(base: Checkpoint, adapter: Adapter, refusal: DoraConvertError | Non
         faults=_faults(error.faults if error else ()),
         ledger=tuple(entry.to_dict() for entry in plan.ledger) if plan else (),
         tensors=plan.counts() if plan else {},
-        warnings=tuple(other_base),
+        warnings=(*other_base, *(plan.warnings if plan else ())),
     )
 
 

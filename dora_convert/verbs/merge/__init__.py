@@ -186,7 +186,10 @@ def _plan(request: MergeRequest, out: str, mode: Mode, weights: Path | None = No
     )
     for doubt in doubts(checkpoint, adapters):
         settings.warn(doubt)
-    return make_plan(checkpoint, adapters, strengths, request.selection)
+    plan = make_plan(checkpoint, adapters, strengths, request.selection)
+    for warning in plan.warnings:
+        settings.warn(warning)
+    return plan
 
 
 def _mode(request: MergeRequest) -> Mode:
