@@ -79,6 +79,10 @@ def prepared(plan: Plan, settings: Settings, texts: Sequence[str], limit: int | 
 
 def refuse(plan: Plan) -> None:
     """Raise UnsupportedError if the adapters were not trained as one model, or cannot be loaded as one."""
+    if files := [file.name for adapter in plan.adapters for file in adapter.beside if file.fate == "applied"]:
+        raise UnsupportedError(
+            f"PEFT runs an adapter without the weights beside it: {', '.join(files)}.", hint=WEIGHTS_LEVEL
+        )
     if any(adapter.format != "peft" for adapter in plan.adapters):
         raise UnsupportedError(
             "The outputs level runs adapters through PEFT, and one is not PEFT's.", hint=WEIGHTS_LEVEL
