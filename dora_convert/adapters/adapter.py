@@ -180,10 +180,10 @@ class Adapter:
     """The base's layers in the order of the trained model, if layers were repeated or left out."""
     task: str | None = None
     """The class of the trained model, such as LlamaForSequenceClassification, or the end of its name."""
-    promised: Callable[[Mapping[str, Sequence[int]], Collection[str]], Collection[str]] | None = field(
+    promised: Callable[[Mapping[str, Sequence[int]], Callable[[str], bool]], Collection[str]] | None = field(
         default=None, compare=False
     )
-    """Returns the weights that the config says were trained, of a model's tensors by name and of its linear layers."""
+    """Returns the weights that the config says were trained, of a model's tensors by name; the callable knows linear layers."""
     beside: tuple[FileBeside, ...] = ()
     """The weight files beside the adapter's own."""
 

@@ -34,7 +34,7 @@ class Prefix:
 
     def undo(self, name: str) -> str | None:
         """Return the adapter's name of a base's tensor; None if the adapter's model does not have the tensor."""
-        if is_head(name) and not self.add:
+        if self == Prefix() or (is_head(name) and not self.add):
             return name
         return self.drop + name.removeprefix(self.add) if name.startswith(self.add) else None
 

@@ -27,7 +27,6 @@ def find_missing(
     if not adapter.promised:
         return []
     shapes = {own: tensor.shape for name, tensor in base.tensors.items() if (own := names.in_adapter(name))}
-    linear = {name for name, shape in shapes.items() if len(shape) == 2 and _is_linear(name)}
     changes = [change for change in adapter.changes if not _is_frozen(change.update)]
     targets = [target for change in changes for target in (change.target, *change.among)]
     covered = {names.find(target) for target in targets}
@@ -36,7 +35,7 @@ def find_missing(
     has_experts = any(EXPERTS in target for target in targets)
     return sorted(
         name
-        for name in set(adapter.promised(shapes, linear))
+        for name in set(adapter.promised(shapes, lambda name: len(shapes[name]) == 2 and _is_linear(name)))
         if names.find(name) not in covered
         and options.selects(name.rpartition(".")[0])
         and (has_experts or EXPERTS not in name)

@@ -14,24 +14,24 @@ _FIRST_LAYER = r"[^.]*"
 
 
 def promised(
-    config: Config, pruned: Collection[str], shapes: Mapping[str, Sequence[int]], linear: Collection[str]
+    config: Config, pruned: Collection[str], shapes: Mapping[str, Sequence[int]], is_linear: Callable[[str], bool]
 ) -> list[str]:
-    """Return the weights that were trained, of a model's tensors by name; `linear` are its linear layers' weights.
+    """Return the weights that were trained, of a model's tensors by name; some are weights of linear layers.
 
     Modules that AdaLoRA has `pruned` hold nothing. `target_parameters` promise nothing, and neither do parts of
     MultiheadAttention. Raises MalformedError for a pattern that takes too long.
     """
     weights = {name.removesuffix(".weight"): name for name, shape in shapes.items() if len(shape) > 1}
-    names = [weights[module] for module in _targets(config, weights, linear) if module not in pruned]
-    names += [name for name in shapes if config.saves(name)]
+    names = [weights[module] for module in _targets(config, weights, is_linear) if module not in pruned]
+    names += [name for name in shapes if config.modules_to_save and config.saves(name)]
     return [*names, *(weights[module] for module in _embeddings(config, weights))]
 
 
-def _targets(config: Config, weights: Mapping[str, str], linear: Collection[str]) -> Iterator[str]:
+def _targets(config: Config, weights: Mapping[str, str], is_linear: Callable[[str], bool]) -> Iterator[str]:
     """Yield the modules that target_modules and its exceptions leave."""
     target = config.target_modules
     if isinstance(target, str) and target.lower() == "all-linear":
-        chosen: Callable[[str], object] = lambda module: weights[module] in linear  # noqa: E731
+        chosen: Callable[[str], object] = lambda module: is_linear(weights[module])  # noqa: E731
     else:
         chosen = _chooser(target, weights, "target_modules")
     excluded = _chooser(config.exclude_modules, weights, "exclude_modules")
