@@ -6,7 +6,7 @@ headers (`StoredTensor`); values are read when a plan is run.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -121,6 +121,21 @@ def low_rank(update: LowRank | Decomposed) -> LowRank:
     return update.inner if isinstance(update, Decomposed) else update
 
 
+def describe(update: Update) -> str:
+    """Return an update's kind and its numbers, in a few words."""
+    match update:
+        case Full(file=file):
+            return f"saved whole in {file}" if file else "saved whole by the adapter"
+        case Rows(_, index):
+            return f"{len(index)} trained rows"
+        case Delta(_, scale):
+            return f"LoRA's bias, scaling {scale:g}"
+        case LowRank() | Decomposed():
+            low = low_rank(update)
+            kind = "DoRA" if isinstance(update, Decomposed) else low.start.value if low.start else "LoRA"
+            return f"{kind}, rank {low.rank}, scaling {low.scale:g}"
+
+
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Names that DistributedDataParallel, torch.compile, FSDP and activation checkpointing put into names."""
 
@@ -191,6 +206,13 @@ class Adapter:
     """The base's layers in the order of the trained model, if layers were repeated or left out."""
     task: str | None = None
     """The class of the trained model, such as LlamaForSequenceClassification, or the end of its name."""
+    promised: Callable[[Mapping[str, Sequence[int]], Callable[[str], bool]], Collection[str]] | None = field(
+        default=None, compare=False
+    )
+    """Returns the weights that the config says were trained, of a model's tensors by name.
+
+    The callable tells linear layers from others.
+    """
     beside: tuple[FileBeside, ...] = ()
     """The weight files beside the adapter's own."""
 

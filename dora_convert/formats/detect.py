@@ -78,7 +78,8 @@ def is_adapter_file(name: str) -> bool:
 
 def wanted_of_adapter(names: Sequence[str]) -> list[str]:
     """Return the files to download: the adapter's own, trained weights beside them, a tokenizer's; no model."""
-    return [name for name in names if "/" not in name and (is_small_of_adapter(name) or not is_weight_file(name))]
+    is_wanted = is_small_of_adapter if detect(names) else is_adapter_file
+    return [name for name in names if "/" not in name and (is_wanted(name) or not is_weight_file(name))]
 
 
 def is_small_of_adapter(name: str) -> bool:

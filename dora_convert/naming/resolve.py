@@ -29,6 +29,12 @@ class Prefix:
         """Return the base's name of a tensor, as far as the prefix decides the name."""
         return self.add + name.removeprefix(self.drop) if name.startswith(self.drop) else name
 
+    def undo(self, name: str) -> str | None:
+        """Return the adapter's name of a base's tensor; None if the adapter's model does not have the tensor."""
+        if self == Prefix() or (is_head(name) and not self.add):
+            return name
+        return self.drop + name.removeprefix(self.add) if name.startswith(self.add) else None
+
 
 class NameResolver:
     """Translates one adapter's names of weights to the base's names.
@@ -60,6 +66,10 @@ class NameResolver:
         """Return a target without the names of training programs, unless the base has the target as it is."""
         name = self.prefix.apply(target)
         return target if any(stored in self._tensors for stored in _stored_names(name)) else unwrapped(target)
+
+    def in_adapter(self, name: str) -> str | None:
+        """Return the adapter's name of a base's tensor; None if the adapter's model does not have the tensor."""
+        return self.prefix.undo(name)
 
     def _prefixes(self, targets: Sequence[str]) -> tuple[Prefix, ...]:
         """Return every prefix that leads all targets to tensors and drops least.

@@ -6,7 +6,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import permutations
 
-from ..adapters.adapter import Adapter, Change, Decomposed, Delta, Full, LowRank, Rows, Update, low_rank, tensors_of
+from ..adapters.adapter import (
+    Adapter,
+    Change,
+    Decomposed,
+    Delta,
+    Full,
+    LowRank,
+    Rows,
+    Update,
+    describe,
+    low_rank,
+    tensors_of,
+)
 from ..errors import Fault
 from ..naming.resolve import NameResolver, Tie, explain_missing, is_embedding, is_head
 from ..storage.checkpoint import Checkpoint
@@ -161,9 +173,9 @@ class PlanBuilder:
             into = tuple(side for side in sides if side in self.targets)
             for side in into:
                 self._apply(change.update, side, weight, into)
-        if self.untied:
-            self._resize(self.tie.embedding, self.tie.head)
-            self._resize(self.tie.head, self.tie.embedding)
+        sides = (self.tie.embedding, self.tie.head)
+        for name, other in (sides, sides[::-1]) if self.untied else ():
+            self._resize(name, other)
 
     def _resize(self, name: str, other: str) -> None:
         """Give one side of a former tie as many rows as an adapter's tensor for the other side has.
@@ -287,18 +299,3 @@ def _stacked(tensor: StoredTensor, edits: Sequence[Edit]) -> StoredTensor:
     """Return edited experts as one matrix, one below the other; any other tensor as it is."""
     stacked = any(edit.low and edit.low.experts for edit in edits)
     return replace(tensor, shape=(tensor.numel // tensor.shape[2], tensor.shape[2])) if stacked else tensor
-
-
-def describe(update: Update) -> str:
-    """Return an update's kind and its numbers, in a few words."""
-    match update:
-        case Full(file=file):
-            return f"saved whole in {file}" if file else "saved whole by the adapter"
-        case Rows(_, index):
-            return f"{len(index)} trained rows"
-        case Delta(_, scale):
-            return f"LoRA's bias, scaling {scale:g}"
-        case LowRank() | Decomposed():
-            low = low_rank(update)
-            kind = "DoRA" if isinstance(update, Decomposed) else low.start.value if low.start else "LoRA"
-            return f"{kind}, rank {low.rank}, scaling {low.scale:g}"

@@ -47,7 +47,7 @@ class Entry:
     """One line of the ledger: an adapter tensor, its fate, the output tensors that contain it, and why."""
 
     tensor: str
-    fate: str  # merged | replaced | added | ignored | unmatched
+    fate: str  # merged | replaced | added | ignored | unmatched | missing
     into: tuple[str, ...] = ()
     why: str = ""
 

@@ -17,9 +17,12 @@ from ..naming.resolve import NameResolver, Tie, find_tie, is_embedding, is_head
 from ..storage.checkpoint import Checkpoint
 from .builder import PlanBuilder
 from .item import Item
+from .missing import SHOWN, find_missing
 from .options import Options
-from .plan import Plan
+from .plan import Entry, Plan
 from .sharding import lay_out
+
+LACKING = "the config says that it was trained, and the adapter has no tensor of it"
 
 
 def make_plan(base: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[float], options: Options) -> Plan:
@@ -47,6 +50,11 @@ def make_plan(base: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[f
     resized = _resized(items)
     builder.faults += _resized_alone(items, resized)
     _check(builder, items, base, adapters)
+    missing = [
+        find_missing(adapter, resolver, tree, tie, options) for adapter, resolver in zip(adapters, names, strict=True)
+    ]
+    builder.warnings += _warn_of_missing(adapters, missing, options)
+    builder.ledger += [Entry(name, "missing", (), LACKING) for each in missing for name in each]
     config = _output_config(builder, items, resized, tasks)
     shards, index_name = lay_out(tree, items, options.max_shard_size)
     changed = config if config != base.config else None
@@ -65,6 +73,26 @@ def make_plan(base: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[f
         ledger=tuple(builder.ledger),
         config=changed,
         warnings=tuple(builder.warnings),
+    )
+
+
+def _warn_of_missing(
+    adapters: Sequence[Adapter], missing: Sequence[Sequence[str]], options: Options
+) -> tuple[str, ...]:
+    """Return a warning for each adapter that is not complete; PlanError if the caller is strict."""
+    if options.strict and any(missing):
+        names = ", ".join(adapter.source.name for adapter, lacking in zip(adapters, missing, strict=True) if lacking)
+        raise PlanError(
+            f"{names} lacks what its config says was trained.",
+            faults=[Fault(name, LACKING) for lacking in missing for name in lacking],
+            hint="without --strict these weights stay as in the base",
+        )
+    return tuple(
+        f"{adapter.source.name} lacks {len(lacking)} modules that its config says were trained: "
+        f"{', '.join(name.removesuffix('.weight') for name in lacking[:SHOWN])}{' …' if lacking[SHOWN:] else ''}. "
+        "They stay as in the base; --strict makes this an error."
+        for adapter, lacking in zip(adapters, missing, strict=True)
+        if lacking
     )
 
 

@@ -24,6 +24,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,6 +38,7 @@ from ...storage.safetensors import StoredTensor
 from .config import Config, is_saved_embedding, refuse_unsupported
 from .modules import CONFIG, EMPTY, WEIGHTS, updates_of
 from .names import PARTS, TOKENS, part_of, plain, without_base_layer, wrapped_whole
+from .promises import promised
 
 if TYPE_CHECKING:
     from ...adapters.new_adapter import Writer
@@ -91,6 +93,7 @@ def read(source: Source, waived: Waived = NOTHING) -> Adapter:
         keeps_ties=config.keeps_ties,
         layers=config.layers,
         task=config.task,
+        promised=partial(promised, config, adapter.pruned),
         beside=tuple(file.about for file in files),
     )
 
@@ -209,6 +212,11 @@ class _SortedTensors:
             self.faults.append(Fault(tensor.name, why))
         else:
             self.changes.append(Change(f"{module}.weight", Rows(tensor, index)))
+
+    @property
+    def pruned(self) -> frozenset[str]:
+        """The modules whose tensors are all empty."""
+        return frozenset(name for name, parts in self.modules.items() if all(0 in x.shape for x in parts.values()))
 
     def finish(self) -> None:
         """Turn each module's tensors into updates."""

@@ -27,7 +27,7 @@ SCHEDULE = {"target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg
 """AdaLoRA's own fields, which only training reads."""
 _HARMLESS = SCHEDULE | {
     # the trained modules and the course of training: the tensors on disk already tell
-    "lora_bias", "inference_mode", "exclude_modules", "lora_dropout", "layers_to_transform", "layers_pattern",
+    "lora_bias", "inference_mode", "lora_dropout",
     "runtime_config", "megatron_config", "megatron_core", "velora_config", "monteclora_config",
     # starting points of training, which count only if init_lora_weights names them
     "loftq_config", "eva_config", "corda_config", "lora_ga_config",
@@ -102,6 +102,9 @@ class Config(Struct, frozen=True, dict=True):
     init_lora_weights: Any = None
     kasa_config: Any = None
     target_modules: Any = None
+    exclude_modules: Any = None
+    layers_to_transform: Any = None
+    layers_pattern: Any = None
     auto_mapping: Any = None
     task_type: Any = None
 

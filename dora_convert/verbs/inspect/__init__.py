@@ -11,11 +11,22 @@ from typing import Any
 
 from typing_extensions import Unpack
 
-from ...adapters.adapter import Adapter, Change, Decomposed, Delta, Full, LowRank, Rows, Waived, low_rank, tensors_of
+from ...adapters.adapter import (
+    Adapter,
+    Change,
+    Decomposed,
+    Delta,
+    Full,
+    LowRank,
+    Rows,
+    Waived,
+    describe,
+    low_rank,
+    tensors_of,
+)
 from ...errors import DoraConvertError, Fault, PlanError, RefError, UnsupportedError, UsageError
 from ...formats.detect import adapters_inside, detect, is_adapter_file, model_weights
 from ...options import InspectOptions, takes
-from ...plan.builder import describe
 from ...plan.options import Options, parse_options
 from ...plan.plan import Plan
 from ...plan.planner import make_plan
