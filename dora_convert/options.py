@@ -76,6 +76,8 @@ OPTIONS = {
     "verify_outputs": Option(False, "Run base + adapter and the output on sample prompts before publishing."),
     "allow_unmatched": Option(False, "Warn about adapter tensors that match nothing in the base."),
     "ignore_field": Option((), "Accept a field of adapter_config.json that is refused otherwise.", "NAME"),
+    "ignore_file": Option((), "Leave out a weight file beside the adapter; repeatable.", "NAME"),
+    "strict": Option(False, "Refuse an adapter that lacks what its config says was trained."),
     "base_model": Option(None, "The base's repo id for card and config, if only a path is known.", "ID"),
     "push_to_hub": Option(None, "Upload the result, too, while it is written.", "REPO_ID"),
     "private": Option(False, "Create the repo private; default the account's own."),
@@ -125,6 +127,7 @@ class FieldOptions(TypedDict, total=False):
     """Verbs that read adapters."""
 
     ignore_field: Sequence[str]
+    ignore_file: Sequence[str]
 
 
 class MatchOptions(TypedDict, total=False):
@@ -132,6 +135,7 @@ class MatchOptions(TypedDict, total=False):
 
     weight: Sequence[float] | float
     allow_unmatched: bool
+    strict: bool
 
 
 class CommitOptions(TypedDict, total=False):

@@ -146,7 +146,7 @@ def huge(digits):
 
 ROWS = {
     # a base's weights
-    "empty": (put(SHARD, b""), "not a safetensors file"),
+    "empty": (put(SHARD, b""), "is empty"),
     "seven bytes": (put(SHARD, b"1234567"), "not a safetensors file"),
     "only a length": (put(SHARD, bytes(8)), "not valid JSON"),
     "truncated header": (cut(SHARD, 100), "truncated"),
@@ -185,7 +185,7 @@ ROWS = {
     "header of a list": (header(SHARD, lambda entries: [entries]), "not a JSON object"),
     "header of null": (header(SHARD, lambda _: b"null"), "not a JSON object"),
     "weights by LFS": (put(SHARD, POINTER), "Git LFS pointer"),
-    "a web page": (put(SHARD, b"<!DOCTYPE html><html><body>404</body></html>"), "not a safetensors file"),
+    "a web page": (put(SHARD, b"<!DOCTYPE html><html><body>404</body></html>"), "an HTML page"),
     "a shard is a folder": (instead(SHARD, Path.mkdir), "is a folder"),
     "a shard is a pipe": (instead(SHARD, os.mkfifo), "is a pipe"),
     "a shard is a loop": (instead(SHARD, loop), "missing"),
@@ -273,7 +273,7 @@ ROWS = {
     "adapter by LFS": (put(TENSORS, POINTER), "Git LFS pointer"),
     "adapter truncated": (cut(TENSORS, -3), "truncated"),
     "adapter missing": (made(TENSORS, Path.unlink), "no adapter_model"),
-    "adapter without tensors": (tensors(lambda _: {}), "Nothing to merge"),
+    "adapter without tensors": (tensors(lambda _: {}), "holds no tensors"),
     "adapter is a folder": (instead(TENSORS, Path.mkdir), "is a folder"),
     "adapter is a pipe": (instead(TENSORS, os.mkfifo), "is a pipe"),
     "adapter leads nowhere": (instead(TENSORS, dangling), "adapter_model"),
@@ -291,7 +291,7 @@ ROWS = {
     "m a matrix": (parts(m=torch.ones(96, 2)), "magnitude"),
     "m a scalar": (parts(m=torch.tensor(1.0)), "magnitude"),
     "A a vector": (parts(A=torch.ones(160)), "lora_A is (160,)"),
-    "rank zero": (parts(A=torch.ones(0, 40), B=torch.ones(96, 0)), "lora_A is (0, 40)"),
+    "rank zero": (parts(A=torch.ones(0, 40), B=torch.ones(96, 0)), "lora_A.weight is empty"),
     "integers": (parts(A=torch.ones(4, 40, dtype=torch.int32)), "I32"),
     "fp8": (parts(A=torch.ones(4, 40).to(torch.float8_e4m3fn)), "F8_E4M3"),
     "a module of no base": (tensors(lambda all_: {k.replace("up_proj", "upp"): v for k, v in all_.items()}), "no such module"),

@@ -203,3 +203,18 @@ def test_remote_token(hub, remote):
     assert code == 0
     assert "hf_secret" not in out + err
     assert {token for _, path, token in hub.requests if "/base" in path} == {"Bearer hf_secret"}
+
+
+def test_trained_weights_beside_a_remote_adapter(hub, remote, tmp_path):
+    """They are downloaded with the adapter and applied; a model beside them, by its name, is not, and that is said."""
+    norm = "model.layers.0.input_layernorm.weight"
+    torch.save({norm: torch.full((HIDDEN,), 7.0).bfloat16()}, hub.repos["me/adapter"] / "non_lora_state_dict.bin")
+    code, out, err = remote("inspect", "me/adapter", "--json")
+    assert code == 0, err
+    assert "weights beside the adapter: non_lora_state_dict.bin, 1 tensors" in json.loads(out)["notes"]
+    code, out, err = remote("merge", "org/base", "me/adapter", tmp_path / "out", "--json")
+    assert code == 0, err
+    entries = [entry for entry in json.loads(out)["ledger"] if "non_lora_state_dict.bin" in entry["why"]]
+    assert [(entry["tensor"], entry["fate"]) for entry in entries] == [(norm, "replaced")]
+    assert "model.safetensors" in err
+    assert "me/adapter/model.safetensors" not in weights_sent(hub)

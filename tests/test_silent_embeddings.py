@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -249,6 +250,43 @@ def test_unmerge_takes_new_tokens_out_again(tmp_path):
     dora_convert.unmerge(tmp_path / "out", made.adapter, tmp_path / "back")
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "back" / name).read_bytes() == (made.base / name).read_bytes()
+
+
+@pytest.mark.parametrize("undo", ["norms", "exact"])
+@pytest.mark.parametrize("index", [[70, 71], [5, 71, 70]], ids=["new", "new, and an old one"])
+def test_unmerge_takes_trained_new_rows_out_again(tmp_path, index, undo):
+    """The new rows go, and an old one that was trained comes from the record."""
+    made = train(tmp_path, save=ALONE, trainable_token_indices=index)
+    dora_convert.merge(made.base, made.adapter, tmp_path / "out", undo=undo)
+    dora_convert.unmerge(tmp_path / "out", made.adapter, tmp_path / "back")
+    back, base = (load_file(folder / "model.safetensors") for folder in (tmp_path / "back", made.base))
+    assert back.keys() == base.keys()
+    assert torch.equal(back[EMBEDDING], base[EMBEDDING])
+    assert (tmp_path / "back/config.json").read_bytes() == (made.base / "config.json").read_bytes()
+
+
+def test_thousands_of_new_rows(tmp_path):
+    """Runs of rows are read at once: as many new tokens as a second language has take no longer than its bytes."""
+    torch.manual_seed(0)
+    old, new = 1000, 30_000
+    base = {EMBEDDING: torch.randn(old, 64), "model.layers.0.self_attn.q_proj.weight": torch.randn(64, 64)}
+    rows = torch.randn(new, 64)
+    index = [*range(old, old + new)]
+    for name in ("base", "adapter"):
+        (tmp_path / name).mkdir()
+    save_file(base, tmp_path / "base/model.safetensors", {"format": "pt"})
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": old}
+    write_json(tmp_path / "base/config.json", {**config, "tie_word_embeddings": True})
+    save_file(
+        {f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta": rows},
+        tmp_path / "adapter/adapter_model.safetensors",
+    )
+    write_json(tmp_path / "adapter/adapter_config.json", {"peft_type": "LORA", "trainable_token_indices": index})
+    start = time.monotonic()
+    dora_convert.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert time.monotonic() - start < 10
+    out = load_file(tmp_path / "out/model.safetensors")[EMBEDDING]
+    assert torch.equal(out, torch.cat([base[EMBEDDING], rows]))
 
 
 def test_a_tokenizer_with_tokens_that_no_row_is_for(tmp_path):

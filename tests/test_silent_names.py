@@ -181,3 +181,15 @@ def test_a_name_with_two_readings_is_an_error(tmp_path):
     with pytest.raises(DoraConvertError) as caught:
         dora_convert.merge(base, adapter, tmp_path / "out")
     assert "lora_B.default" in caught.value.text()
+
+
+def test_two_names_of_one_weight_are_an_error(tmp_path):
+    """`fc` with and without a wrapper's name: the base has one `fc`, which would be changed twice."""
+    base, adapter, _ = train(tmp_path, ["fc"], lora("fc"))
+    tensors = load_file(adapter / FILE)
+    tensors |= {name.replace("fc.", "_orig_mod.fc."): x.clone() for name, x in tensors.items()}
+    save_file(tensors, adapter / FILE, {"format": "pt"})
+    with pytest.raises(DoraConvertError) as caught:
+        dora_convert.merge(base, adapter, tmp_path / "out")
+    assert "fc.weight" in caught.value.text()
+    assert "another tensor of the same adapter" in caught.value.text()

@@ -6,7 +6,7 @@ headers (`StoredTensor`); values are read when a plan is run.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -88,6 +88,10 @@ class Full:
     """True if the base may lack the tensor, as with a new classifier."""
     start: Start | None = None
     """The change of the base's weight before training continued on the result."""
+    copied: bool = False
+    """True if the tensor is in the file for its new rows only, and training changed none of them."""
+    file: str = ""
+    """The file beside the adapter that brings the value; "" for the adapter's own."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,30 @@ def low_rank(update: LowRank | Decomposed) -> LowRank:
     return update.inner if isinstance(update, Decomposed) else update
 
 
+def describe(update: Update) -> str:
+    """Return an update's kind and its numbers, in a few words."""
+    match update:
+        case Full(file=file):
+            return f"saved whole in {file}" if file else "saved whole by the adapter"
+        case Rows(_, index):
+            return f"{len(index)} trained rows"
+        case Delta(_, scale):
+            return f"LoRA's bias, scaling {scale:g}"
+        case LowRank() | Decomposed():
+            low = low_rank(update)
+            kind = "DoRA" if isinstance(update, Decomposed) else low.start.value if low.start else "LoRA"
+            return f"{kind}, rank {low.rank}, scaling {low.scale:g}"
+
+
+WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Names that DistributedDataParallel, torch.compile, FSDP and activation checkpointing put into names."""
+
+
+def unwrapped(name: str) -> str:
+    """Return a name without the names that training programs put into it."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
 @dataclass(frozen=True)
 class Change:
     """One update, and the weight that it is for by the weight's name in the model's state dict."""
@@ -134,6 +162,26 @@ class Change:
     def module(self) -> str:
         """The name of the module that owns the target."""
         return self.target.rpartition(".")[0]
+
+
+@dataclass(frozen=True)
+class FileBeside:
+    """A weight file beside the adapter's own: its name, its fate, and its number of tensors."""
+
+    name: str
+    fate: str  # applied | ignored | model: a whole model, which is left out
+    tensors: int
+
+
+@dataclass(frozen=True)
+class Waived:
+    """The parts of adapters that a caller does without: fields that are not refused, and files that are left out."""
+
+    fields: Collection[str] = ()
+    files: Collection[str] = ()
+
+
+NOTHING = Waived()
 
 
 @dataclass(frozen=True)
@@ -160,3 +208,26 @@ class Adapter:
     """The base's layers in the order of the trained model, if layers were repeated or left out."""
     task: str | None = None
     """The class of the trained model, such as LlamaForSequenceClassification, or the end of its name."""
+    promised: Callable[[Mapping[str, Sequence[int]], Callable[[str], bool]], Collection[str]] | None = field(
+        default=None, compare=False
+    )
+    """Returns the weights that the config says were trained, of a model's tensors by name.
+
+    The callable tells linear layers from others.
+    """
+    beside: tuple[FileBeside, ...] = ()
+    """The weight files beside the adapter's own."""
+
+    @property
+    def modules(self) -> frozenset[str]:
+        """The modules that the adapter changes, by their names in the model."""
+        return frozenset(name for each in self.changes for name in (each.module, unwrapped(each.module)))
+
+    @property
+    def doubts(self) -> Iterator[str]:
+        """Warnings about files beside the adapter that are left out."""
+        for file in self.beside:
+            if file.fate == "ignored":
+                yield f"{file.name} was left out (--ignore-file): {file.tensors} tensors"
+        if models := [file.name for file in self.beside if file.fate == "model"]:
+            yield f"not applied, a model's weights beside {self.source.name}: {', '.join(models)}"

@@ -125,8 +125,15 @@ class MergeMaker:
             self._observer.before(base, W, start, stop)
 
     def rest(self) -> Iterable[tuple[int, memoryview]]:
-        """Return nothing: a merge has the source's rows only."""
-        return ()
+        """Yield the rows that an adapter adds below the source's."""
+        rows, columns = self._item.matrix
+        for start, stop in spans(self._item.grown, columns):
+            empty = self._buffers.scratch("work", (stop - start, columns), self._buffers.spec.compute)
+            W = self.values.set_rows_(empty, rows + start)
+            result = self._buffers.land(W, TORCH[self._item.dtype])
+            if not maths.all_finite(result):
+                refuse_result(self._item, W, result)
+            yield rows + start, as_bytes(result)
 
     def result(self, written: Digest) -> TensorResult:
         """Return the hashes of both tensors, and the parts of the undo record."""
@@ -168,10 +175,21 @@ class SourceValues:
     def block(self, raw: Tensor, start: int, stop: int) -> Tensor:
         """Return a block in the compute dtype, on the device, from its raw rows."""
         W = self._buffers.lift(raw if self._whole is None else self._whole[start:stop])
-        for row in range(start, stop) if self._rows else ():
-            if row in self._rows:
-                value, k = self._rows[row]
-                W[row - start] = self._buffers.rows(value, k, k + 1)[0]
+        return self.set_rows_(W, start) if self._rows else W
+
+    def set_rows_(self, W: Tensor, start: int) -> Tensor:
+        """Set the rows that an adapter brings, in a block that begins with row `start`; runs are read at once."""
+        row, stop = start, start + len(W)
+        while row < stop:
+            if not (first := self._rows.get(row)):
+                row += 1
+                continue
+            value, k = first
+            run = 1
+            while row + run < stop and self._rows.get(row + run) == (value, k + run):
+                run += 1
+            W[row - start : row - start + run] = self._buffers.rows(value, k, k + run)
+            row += run
         return W
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import Self
 
 from ..adapters.new_adapter import NewAdapter
+from ..errors import UnsupportedError
 from ..formats.detect import Format, find_format
 from ..hub.local_paths import refuse_path
 from ..hub.push import push_output
@@ -108,16 +109,28 @@ class FittingSession:
             [os.fspath(adapter)],
             self.session,
             out=self.folder.given,
-            accepted=self.selection.ignore_field,
+            waived=self.selection.waived,
             verb=verb,
         )
         self.folder.refuse_inside([checkpoint.source.path, adapters[0].source.path])
         if self.target:
             refuse_path(adapters[0], self.settings.base_model or checkpoint.source.repo)
-        for doubt in (*doubts(checkpoint, adapters), *unused(checkpoint)):
+        if beside := [file.name for file in adapters[0].beside if file.fate == "applied"]:
+            raise UnsupportedError(
+                f"{verb} does not carry the weights beside {adapters[0].source.name}: {', '.join(beside)}.",
+                hint=f"{' '.join(f'--ignore-file {name}' for name in beside)} leaves them out",
+            )
+        idle = self.selection.check_globs(modules_of(adapters))
+        for doubt in (*doubts(checkpoint, adapters), *unused(checkpoint, adapters), *idle):
             self.settings.warn(doubt)
-        self.selection.check_globs(modules_of(adapters))
-        return make_plan(checkpoint, adapters, (1.0,), replace(self.selection, dtype=None))
+        plan = make_plan(checkpoint, adapters, (1.0,), replace(self.selection, dtype=None))
+        for doubt in plan.warnings:
+            self.settings.warn(doubt)
+        if checkpoint.is_here and any(edit.decomposed for item in plan.items for edit in item.edits):
+            with without_collections():
+                from ..engine.factors import check_magnitudes
+            check_magnitudes(plan)
+        return plan
 
     def finish(self, fitter: Fitter, **details: Any) -> MadeReport | MadeDryRun:
         """Run a fitter's plan and publish the adapter, or describe the plan; `details` go into the report."""

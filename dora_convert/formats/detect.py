@@ -5,13 +5,13 @@ A format is a file or a folder with the names of `Format`, and one line in `FORM
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from ..adapters.adapter import Adapter
+from ..adapters.adapter import NOTHING, Adapter, Waived
 from ..errors import RefError, UsageError
-from ..storage.filenames import OF_TRAINING, is_weight_file
+from ..storage.filenames import MODEL, OF_TRAINING, is_beside, is_weight_file
 from ..storage.refs import Source
 from . import peft
 
@@ -37,10 +37,10 @@ class Format(Protocol):
     def owns(self, name: str) -> bool:
         """Return True if a file is the adapter's own, by its path in the folder."""
 
-    def read(self, source: Source, accepted: Collection[str] = ()) -> Adapter:
-        """Read the adapter's headers; config fields in `accepted` are not refused."""
+    def read(self, source: Source, waived: Waived = NOTHING) -> Adapter:
+        """Read the adapter's headers, without what is waived."""
 
-    def read_refused(self, source: Source) -> Adapter:
+    def read_refused(self, source: Source, waived: Waived = NOTHING) -> Adapter:
         """Read as much as can be said of an adapter that `read` refuses."""
 
     def writer(self) -> Writer:
@@ -77,8 +77,14 @@ def is_adapter_file(name: str) -> bool:
 
 
 def wanted_of_adapter(names: Sequence[str]) -> list[str]:
-    """Return the files to download: the adapter's own and a tokenizer's, no model beside them."""
-    return [name for name in names if "/" not in name and (is_adapter_file(name) or not is_weight_file(name))]
+    """Return the files to download: the adapter's own, trained weights beside them, a tokenizer's; no model."""
+    is_wanted = is_small_of_adapter if detect(names) else is_adapter_file
+    return [name for name in names if "/" not in name and (is_wanted(name) or not is_weight_file(name))]
+
+
+def is_small_of_adapter(name: str) -> bool:
+    """Return True for an adapter's own files, and for weights beside them that are no model by their names."""
+    return is_adapter_file(name) or (is_beside(name) and not MODEL.match(name))
 
 
 def adapters_inside(where: Path | Sequence[str]) -> list[str]:
@@ -97,7 +103,7 @@ def model_weights(where: Path | Sequence[str]) -> list[str]:
 
 def is_only_adapter(where: Path | Sequence[str]) -> bool:
     """Return True for an adapter without a model's weights beside it."""
-    return detect(where) is not None and not model_weights(where)
+    return detect(where) is not None and not any(map(MODEL.match, model_weights(where)))
 
 
 def refuse_adapter(where: Path | Sequence[str], name: str) -> None:

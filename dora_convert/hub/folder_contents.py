@@ -11,7 +11,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from ..adapters.adapter import Adapter
+from ..adapters.adapter import NOTHING, Adapter
 from ..errors import Fault, MalformedError, RefError, VerificationError
 from ..formats.detect import detect, is_adapter_file
 from ..output.folder import LOCK
@@ -73,7 +73,7 @@ def _read_model(source: Source) -> tuple[Adapter | None, Mapping[str, StoredTens
     if not detect(source.path):
         opened = open_checkpoint(source)
         return None, opened.tensors, {*(shard.filename for shard in opened.shards), opened.index_name}
-    adapter, _ = read_or_refuse(source, ())
+    adapter, _ = read_or_refuse(source, NOTHING)
     if adapter.faults:
         raise MalformedError(f"The adapter {source.name} contradicts itself.", faults=adapter.faults)
     return adapter, adapter.tensors, set()

@@ -85,7 +85,9 @@ def _new_vocabulary(plan: Plan, spec: ModelSpec) -> int | None:
 
 def refuse(plan: Plan) -> None:
     """Raise UnsupportedError if the adapters were not trained as one model, or cannot be loaded as one."""
-    if any(adapter.format != "peft" for adapter in plan.adapters):
+    if files := [file.name for adapter in plan.adapters for file in adapter.beside if file.fate == "applied"]:
+        reason = f"PEFT runs an adapter without the weights beside it: {', '.join(files)}."
+    elif any(adapter.format != "peft" for adapter in plan.adapters):
         reason = "The outputs level runs adapters through PEFT, and one is not PEFT's."
     elif plan.options.include or plan.options.exclude:
         reason = "The outputs level compares with whole adapters, not with parts."

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, reduce
 
+from ..adapters.adapter import unwrapped
 from ..storage.checkpoint import Checkpoint
 from ..storage.safetensors import StoredTensor
 from .families import EMBEDDINGS, HEADLESS, HEADS, OTHER_HEADS, RENAMED, SCALED
@@ -27,6 +28,12 @@ class Prefix:
     def apply(self, name: str) -> str:
         """Return the base's name of a tensor, as far as the prefix decides the name."""
         return self.add + name.removeprefix(self.drop) if name.startswith(self.drop) else name
+
+    def undo(self, name: str) -> str | None:
+        """Return the adapter's name of a base's tensor; None if the adapter's model does not have the tensor."""
+        if self == Prefix() or (is_head(name) and not self.add):
+            return name
+        return self.drop + name.removeprefix(self.add) if name.startswith(self.add) else None
 
 
 class NameResolver:
@@ -55,6 +62,15 @@ class NameResolver:
                     return candidate
         return None
 
+    def settled(self, target: str) -> str:
+        """Return a target without the names of training programs, unless the base has the target as it is."""
+        name = self.prefix.apply(target)
+        return target if any(stored in self._tensors for stored in _stored_names(name)) else unwrapped(target)
+
+    def in_adapter(self, name: str) -> str | None:
+        """Return the adapter's name of a base's tensor; None if the adapter's model does not have the tensor."""
+        return self.prefix.undo(name)
+
     def _prefixes(self, targets: Sequence[str]) -> tuple[Prefix, ...]:
         """Return every prefix that leads all targets to tensors and drops least.
 
@@ -81,11 +97,6 @@ def _stored_names(name: str) -> Iterator[str]:
         yield f"{module}.in_proj_weight"  # MultiheadAttention
     if leaf == "bias":
         yield f"{module.removesuffix('.decoder')}.bias"  # the bias of BERT's decoder is its head's
-
-
-def unwrapped(name: str) -> str:
-    """Return a name without DistributedDataParallel's part; formats know the names of other wrappers."""
-    return ".".join(part for part in name.split(".") if part != "module")
 
 
 def explain_missing(target: str, names: NameResolver, base: Checkpoint) -> str:

@@ -281,6 +281,7 @@ def command(plan: Plan) -> list[str]:
         *(("--include", glob) for glob in options.include),
         *(("--exclude", glob) for glob in options.exclude),
         *(("--ignore-field", name) for name in options.ignore_field),
+        *(("--ignore-file", name) for name in options.ignore_file),
     ):
         words += [flag, str(value)] if value else []
     words += ["--legacy-config"] if options.legacy_config else []

@@ -77,6 +77,7 @@ class RecordedOptions(Struct, frozen=True, kw_only=True):
     include: tuple[str, ...]
     exclude: tuple[str, ...]
     ignore_field: tuple[str, ...]
+    ignore_file: tuple[str, ...] | UnsetType = UNSET
 
 
 class MergedTensor(Struct, frozen=True, omit_defaults=True):
@@ -174,6 +175,7 @@ class Receipt(Struct, frozen=True, kw_only=True, omit_defaults=True):
         words += [f"--include {pattern}" for pattern in options.include]
         words += [f"--exclude {pattern}" for pattern in options.exclude]
         words += [f"--ignore-field {name}" for name in options.ignore_field]
+        words += [f"--ignore-file {name}" for name in options.ignore_file or ()]
         return " ".join([*words, *(["--allow-unmatched"] if self.allows_unmatched else [])])
 
     def is_of(self, adapters: Sequence[Path]) -> bool:
@@ -245,6 +247,7 @@ def new_receipt(
             include=options.include,
             exclude=options.exclude,
             ignore_field=options.ignore_field,
+            ignore_file=options.ignore_file or UNSET,
         ),
         tensors={item.name: _tensor(item, results) for item in plan.items if item.noted},
         copied=copied,

@@ -47,6 +47,7 @@ class Expected:
 
     def __init__(self, item: Item, reader: Reader, device: torch.device = CPU) -> None:
         self.item, self._reader, self._device = item, reader, device
+        self._set = {row: (rows.value, k) for rows in item.rows for k, row in enumerate(rows.index)}
         self._start = self._without_start()
         self._held = [self._hold(edit.low, edit) if edit.low else () for edit in item.edits]
         updates = [edit.update for edit in item.edits]
@@ -82,7 +83,8 @@ class Expected:
         """Return x, and the weight that the adapter is merged into: the base's, if the base has one."""
         W, _, x = self.block(rows)
         base = self.item.base
-        return x, self._load(base, rows) if base and base.shape == self.item.source.shape else W
+        same = base and base.shape == self.item.stacked
+        return x, self._load(base, rows) if base and same else W
 
     def forward(self, rows: Sequence[int], block: Block, x: Tensor, *, by_columns: bool) -> Tensor:
         """Return the adapter's own outputs for inputs x: Wx + s·B(Ax), times m/n, without the product BA.
@@ -115,12 +117,13 @@ class Expected:
 
     def before(self, rows: Sequence[int]) -> Tensor:
         """Return the stored weight less its start, with the rows that an adapter set, before any edit."""
-        W = self._load(self.item.source, rows) if self._start is None else self._start[list(rows)].double()
-        for trained in self.item.rows:
-            numbers = {row: number for number, row in enumerate(trained.index)}
-            for k, row in enumerate(rows):
-                if row in numbers:
-                    W[k] = self._load(trained.value, [numbers[row]])[0]
+        old = [row for row in rows if row < self.item.matrix[0]]
+        W = self._load(self.item.source, old) if self._start is None else self._start[old].double()
+        W = torch.cat([W, W.new_zeros(len(rows) - len(old), W.shape[1])]) if len(old) < len(rows) else W
+        for value in [trained.value for trained in self.item.rows]:
+            mine = [k for k, row in enumerate(rows) if row in self._set and self._set[row][0] is value]
+            if mine:
+                W[mine] = self._load(value, [self._set[rows[k]][1] for k in mine])
         return W
 
     def _without_start(self) -> Tensor | None:

@@ -119,11 +119,11 @@ def compare_all(
 ) -> CheckedModule:
     """Compare every element of a tensor, in the stored dtype, and the outputs for some random inputs."""
     item = replace(item, dtype=written.dtype)
-    written = replace(written, shape=item.source.shape)  # as it is computed: experts one below the other
+    written = replace(written, shape=item.stacked)
     expected = Expected(item, reader, device)
     outputs = Outputs(expected, samples if item.changed and len(item.shape) > 1 else 0, device)
     differing, total, lengths = [], 0, Lengths(expected)
-    for rows in expected.chunks(range(item.matrix[0]), CHUNK_ELEMENTS):
+    for rows in expected.chunks(range(item.matrix[0] + item.grown), CHUNK_ELEMENTS):
         block, raw = expected.block(rows), read_rows(reader, written, rows).to(device)
         if off := count_off(block.x, raw, item.dtype):
             differing.append(rows)

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
 
+from ..engine.factors import check_magnitudes
 from ..engine.precision import choose, scan_adapter
 from ..engine.workers import WorkerPool
 from ..plan.item import Item
@@ -25,10 +26,12 @@ from .tensor import compare_all
 def verify_weights(plan: Plan, merged: Checkpoint, settings: Settings, session: Session, samples: int) -> VerifyReport:
     """Compare every tensor, and the outputs of each merged module for some random inputs.
 
-    Raises NumericalError if an adapter holds NaN or Inf.
+    Raises NumericalError if an adapter holds NaN or Inf, UnsupportedError if its magnitudes are normalised.
     """
     for adapter in plan.adapters:
         scan_adapter(adapter)
+    if plan.base.is_here:
+        check_magnitudes(plan)
     pairing = pair(plan, merged)
     needs = {item.name: (item.source.path, written.path) for item, written in pairing.pairs}
     with reading((plan.base, merged), needs, session) as reader:

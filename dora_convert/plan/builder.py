@@ -6,7 +6,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import permutations
 
-from ..adapters.adapter import Adapter, Change, Decomposed, Delta, Full, LowRank, Rows, Update, low_rank, tensors_of
+from ..adapters.adapter import (
+    Adapter,
+    Change,
+    Decomposed,
+    Delta,
+    Full,
+    LowRank,
+    Rows,
+    Update,
+    describe,
+    low_rank,
+    tensors_of,
+)
 from ..errors import Fault
 from ..naming.resolve import NameResolver, Tie, explain_missing, is_embedding, is_head
 from ..storage.checkpoint import Checkpoint
@@ -28,6 +40,12 @@ class TargetTensor:
     rows: list[Rows] = field(default_factory=list)
     edits: list[Edit] = field(default_factory=list)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The tensor's shape, with the rows that adapters add below those of `source`."""
+        new = [1 + max(rows.index, default=-1) for rows in self.rows]
+        return (max(self.source.shape[0], *new), *self.source.shape[1:]) if new else self.source.shape
+
 
 class PlanBuilder:
     """Collects what adapters do to the tensors of a base, and every fault."""
@@ -40,16 +58,21 @@ class PlanBuilder:
             for name, tensor in base.tensors.items()
         }
         self.untied = False
+        self.warnings: list[str] = []
         self.ledger: list[Entry] = []
         self.faults: list[Fault] = []
+        self.beside: dict[str, list[Full]] = {}
+        """The updates at fault that come from files beside the adapters, by file."""
         self._tied_changes: list[tuple[Change, tuple[str, ...], float]] = []
         """Changes to one side of the tie, or to both, and their weights; kept until all adapters are known."""
+        self._claimed: set[str] = set()  # by deltas of the adapter at hand
         self._names = {*base.tensors, *(name.rpartition(".")[0] for name in base.tensors)}
 
     def add(self, adapter: Adapter, names: NameResolver, weight: float) -> None:
         """Apply every change of an adapter; replacements come before additions."""
         self.ledger += [Entry(name, "ignored", (), why) for name, why in adapter.ignored.items()]
         self.faults += adapter.faults
+        self._claimed.clear()
         for change in sorted(self._told_apart(adapter.changes, names), key=_turn):
             if self.options.selects(change.module):
                 self._add_change(change, adapter, names, weight)
@@ -63,7 +86,10 @@ class PlanBuilder:
             self._keep_tied(change, name, adapter, weight)
         elif adapter.layers and (refusal := _begins_elsewhere(update)):
             self._fault(update, refusal)
+        elif name and _turn(change) == 2 and name in self._claimed:
+            self._fault(update, f"changes {name}, which another tensor of the same adapter changes, too")
         elif name:
+            self._claimed |= {name} if _turn(change) == 2 else set()
             self._apply(update, name, weight)
         elif isinstance(update, Full) and update.may_add and not {change.module, change.target} & self._names:
             self.targets[change.target] = TargetTensor(update.value, None, added=True)
@@ -133,7 +159,7 @@ class PlanBuilder:
         if isinstance(update, Rows):
             return on_embedding
         rows = self.targets[self.tie.embedding].source.shape[0]
-        return isinstance(update, Full) and not other and update.value.shape[:1] != (rows,)
+        return isinstance(update, Full) and update.copied and not other and update.value.shape[:1] != (rows,)
 
     def settle_ties(self) -> None:
         """Apply the kept changes: to one weight if both sides change alike, else to two weights."""
@@ -147,11 +173,37 @@ class PlanBuilder:
             into = tuple(side for side in sides if side in self.targets)
             for side in into:
                 self._apply(change.update, side, weight, into)
+        sides = (self.tie.embedding, self.tie.head)
+        for name, other in (sides, sides[::-1]) if self.untied else ():
+            self._resize(name, other)
+
+    def _resize(self, name: str, other: str) -> None:
+        """Give one side of a former tie as many rows as an adapter's tensor for the other side has.
+
+        Its new rows are not in the adapter's file. They began as the other side's.
+        """
+        target, saved = self.targets[name], self.targets[other].source
+        if target.source is not target.base or saved is self.targets[other].base:
+            return
+        height, new = target.shape[0], saved.shape[0]
+        if new < height:
+            target.source = replace(target.source, shape=(new, *target.source.shape[1:]))
+        elif new > height:
+            start = saved.start + height * (saved.nbytes // new)
+            tail = replace(saved, shape=(new - height, *saved.shape[1:]), start=start)
+            target.rows.append(Rows(tail, tuple(range(height, new))))
+            for k, entry in enumerate(self.ledger):
+                if entry.tensor == saved.name and entry.into:
+                    self.ledger[k] = replace(entry, into=(*entry.into, name))
+            self.warnings.append(
+                f"{new - height} new rows of {name} are in no file: "
+                f"they are taken from the adapter's {other}, where they began"
+            )
 
     def _apply(self, update: Update, name: str, weight: float, into: tuple[str, ...] = ()) -> None:
         """Add an update to its tensor, or note why the update does not match."""
         target = self.targets[name]
-        shape = target.source.shape
+        shape = target.shape if isinstance(update, Rows) else target.source.shape
         if isinstance(update, Full) and (is_embedding(name) or is_head(name)):
             shape = (*update.value.shape[:1], *shape[1:])  # only an embedding or a head may have other rows
         match self._match(update, name, shape):
@@ -169,11 +221,11 @@ class PlanBuilder:
 
     def _replace(self, update: Full, name: str, weight: float) -> None:
         target = self.targets[name]
-        from_one_file = target.source.path == update.value.path
-        if from_one_file and same_bytes(target.source, update.value):
-            return  # one weight saved under two names
+        from_one_folder = target.source.path.parent == update.value.path.parent
+        if from_one_folder and same_bytes(target.source, update.value):
+            return  # one weight saved under two names, or in two files
         if target.source is not target.base:
-            culprit = "it" if from_one_file else "another adapter"
+            culprit = "it" if from_one_folder else "another adapter"
             self._fault(update, f"{culprit} replaces {name}, too, with other values")
         if weight != 1:
             self._fault(update, f"replaces {name}, which has no weight of {weight:g}")
@@ -191,6 +243,9 @@ class PlanBuilder:
         self.ledger += [Entry(tensor.name, fate, into, why) for tensor in tensors_of(update)]
 
     def _fault(self, update: Update, why: str) -> None:
+        if isinstance(update, Full) and update.file:
+            why = f"in {update.file}; {why}"
+            self.beside.setdefault(update.file, []).append(update)
         self.faults += [Fault(tensor.name, why) for tensor in tensors_of(update)]
 
     def item(self, name: str) -> Item:
@@ -201,7 +256,7 @@ class PlanBuilder:
         item = Item(
             name=name,
             dtype=self.options.dtype if self.options.dtype and dtype in FLOATS else dtype,
-            shape=target.source.shape,
+            shape=target.shape,
             source=base if target.source is target.base and base else _stacked(target.source, target.edits),
             base=base,
             rows=tuple(target.rows),
@@ -211,6 +266,8 @@ class PlanBuilder:
         )
         if item.edits and item.start and (len(item.edits) > 1 or item.edits[0].weight != 1):
             self._fault(item.start, f"began training with another {name}: it is merged alone and at weight 1")
+        for edit in item.edits if item.grown else ():
+            self._fault(edit.update, f"is for a {name} without the rows that another adapter adds")
         return item
 
 
@@ -230,25 +287,15 @@ def _begins_elsewhere(update: Update) -> str | None:
 
 def _is_copy(one: Update, other: Update) -> bool:
     """Return True if an adapter brings the same tensor for both sides of a tie."""
-    return isinstance(one, Full) and isinstance(other, Full) and same_bytes(one.value, other.value)
+    match one, other:
+        case Full(value), Full(copy):
+            return same_bytes(value, copy)
+        case Rows(value, index), Rows(copy, numbers):
+            return index == numbers and same_bytes(value, copy)
+    return False
 
 
 def _stacked(tensor: StoredTensor, edits: Sequence[Edit]) -> StoredTensor:
     """Return edited experts as one matrix, one below the other; any other tensor as it is."""
     stacked = any(edit.low and edit.low.experts for edit in edits)
     return replace(tensor, shape=(tensor.numel // tensor.shape[2], tensor.shape[2])) if stacked else tensor
-
-
-def describe(update: Update) -> str:
-    """Return an update's kind and its numbers, in a few words."""
-    match update:
-        case Full():
-            return "saved whole by the adapter"
-        case Rows(_, index):
-            return f"{len(index)} trained rows"
-        case Delta(_, scale):
-            return f"LoRA's bias, scaling {scale:g}"
-        case LowRank() | Decomposed():
-            low = low_rank(update)
-            kind = "DoRA" if isinstance(update, Decomposed) else low.start.value if low.start else "LoRA"
-            return f"{kind}, rank {low.rank}, scaling {low.scale:g}"

@@ -94,6 +94,22 @@ class Item:
         """`source` as a matrix: (rows, columns)."""
         return self.source.matrix
 
+    @cached_property
+    def grown(self) -> int:
+        """The number of output rows below those of `source`; `rows` holds all of them."""
+        return 0 if self.undo else max(0, sum(self.shape[:1]) - sum(self.source.shape[:1]))
+
+    @property
+    def stacked(self) -> tuple[int, ...]:
+        """The output's shape as it is computed: experts lie one below the other."""
+        return self.shape if self.grown else self.source.shape
+
+    @property
+    def extends(self) -> bool:
+        """True if the output is the base's tensor with new rows below."""
+        first = min((row for rows in self.rows for row in rows.index), default=0)
+        return bool(self.grown) and self.source is self.base and first >= self.matrix[0]
+
     @property
     def nbytes(self) -> int:
         """Bytes in the output."""
@@ -154,7 +170,7 @@ class Item:
         if self.undo:
             return self.inverse_cost()
         rows, columns = self.matrix
-        height = block_height(rows // self.experts, columns)
+        height = block_height(max(rows // self.experts, self.grown), columns)
         block = height * columns
         host = block * max(self.source.itemsize, BITS[self.dtype] // 8, self.base.itemsize if self.base else 0)
         total = host + block * (width + 4) + (host + 8 * block if self.replaced else 0)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+from ..adapters.adapter import Waived
 from ..errors import UsageError
 from ..settings import parse_size
 from ..storage.safetensors import BITS, CONFIG_DTYPES
@@ -34,6 +35,15 @@ class Options:
     """Fields of adapters' configs that are accepted although this version refuses them."""
     legacy_config: bool = False
     """True if config.json gets the fields of transformers 4, too."""
+    ignore_file: tuple[str, ...] = ()
+    """Weight files beside adapters that are left out."""
+    strict: bool = False
+    """True if an adapter must hold all that its config says was trained."""
+
+    @property
+    def waived(self) -> Waived:
+        """The parts of adapters that the caller does without."""
+        return Waived(self.ignore_field, self.ignore_file)
 
     @property
     def exact(self) -> bool:
@@ -50,14 +60,18 @@ class Options:
         included = not self.include or any(_matches(module, glob) for glob in self.include)
         return included and not any(_matches(module, glob) for glob in self.exclude)
 
-    def check_globs(self, modules: Collection[str]) -> None:
-        """Raise UsageError if a glob matches none of the modules that could be chosen."""
+    def check_globs(self, modules: Collection[str]) -> Iterator[str]:
+        """Yield a warning for each --exclude that matches no module; raise UsageError for such an --include."""
         for option, globs in (("--include", self.include), ("--exclude", self.exclude)):
             for glob in globs:
-                if not any(_matches(module, glob) for module in modules):
-                    kinds = Counter(re.sub(r"\.\d+(?=\.|$)", ".*", module) for module in modules)
-                    shown = ", ".join(f"{kind} ({count})" for kind, count in [*kinds.items()][:20])
-                    raise UsageError(f"{option} {glob} matches no module. The modules are {shown}.")
+                if any(_matches(module, glob) for module in modules):
+                    continue
+                kinds = Counter(re.sub(r"\.\d+(?=\.|$)", ".*", module) for module in sorted(modules))
+                shown = ", ".join(f"{kind} ({count})" for kind, count in [*kinds.items()][:20])
+                text = f"{option} {glob} matches no module"
+                if option == "--include":
+                    raise UsageError(f"{text}. The modules are {shown}.")
+                yield f"{text}; the modules are {shown}"
 
 
 def _matches(module: str, glob: str) -> bool:
@@ -79,6 +93,8 @@ def parse_options(given: Mapping[str, Any]) -> Options:
         exclude=given.get("exclude", ()),
         allow_unmatched=given.get("allow_unmatched", False),
         ignore_field=given.get("ignore_field", ()),
+        ignore_file=given.get("ignore_file", ()),
+        strict=given.get("strict", False),
         legacy_config=given.get("legacy_config", False),
     )
 

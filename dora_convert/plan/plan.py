@@ -47,7 +47,7 @@ class Entry:
     """One line of the ledger: an adapter tensor, its fate, the output tensors that contain it, and why."""
 
     tensor: str
-    fate: str  # merged | replaced | added | ignored | unmatched
+    fate: str  # merged | replaced | added | ignored | unmatched | missing
     into: tuple[str, ...] = ()
     why: str = ""
 
@@ -69,6 +69,8 @@ class Plan:
     ledger: tuple[Entry, ...]
     config: Mapping[str, Any] | None = None
     """The output's config, if it differs from the base's."""
+    warnings: tuple[str, ...] = ()
+    """Decisions that a user should know of."""
 
     @cached_property
     def items(self) -> tuple[Item, ...]:
@@ -102,7 +104,7 @@ class Plan:
     def remains(self) -> Mapping[str, Item]:
         """The output tensor that recovers each base tensor, by the base tensor's name on disk."""
         remains: dict[str, Item] = {}
-        for item in sorted(self.items, key=lambda item: (not item.verbatim, item.added)):
+        for item in sorted(self.items, key=lambda item: (not (item.verbatim or item.extends), item.added)):
             lost = item.replaced and item.verbatim  # an adapter's counter instead of the base's
             if item.base and not lost:
                 remains.setdefault(item.origin, item)

@@ -8,17 +8,21 @@ storage of weights.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from ..adapters.adapter import Adapter, Full, Rows, Update
+from ..adapters.adapter import Adapter, Full, Rows, Update, unwrapped
 from ..errors import Fault, PlanError, UnsupportedError
 from ..naming.resolve import NameResolver, Tie, find_tie, is_embedding, is_head
 from ..storage.checkpoint import Checkpoint
 from .builder import PlanBuilder
 from .item import Item
+from .missing import SHOWN, find_missing
 from .options import Options
-from .plan import Plan
+from .plan import Entry, Plan
 from .sharding import lay_out
+
+LACKING = "the config says that it was trained, and the adapter has no tensor of it"
 
 
 def make_plan(base: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[float], options: Options) -> Plan:
@@ -37,6 +41,7 @@ def make_plan(base: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[f
 
         tree = with_names(tree, lambda name: [prefix + name])
         names, tie = _resolvers(tree, adapters, options), find_tie(tree, tasks)
+    adapters = [_settled(adapter, resolver) for adapter, resolver in zip(adapters, names, strict=True)]
     builder = PlanBuilder(tree, tie, options)
     for adapter, resolver, weight in zip(adapters, names, weights, strict=True):
         builder.add(adapter, resolver, weight)
@@ -44,7 +49,12 @@ def make_plan(base: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[f
     items = {name: builder.item(name) for name in builder.targets}
     resized = _resized(items)
     builder.faults += _resized_alone(items, resized)
-    _check(builder.faults, items, adapters)
+    _check(builder, items, base, adapters)
+    missing = [
+        find_missing(adapter, resolver, tree, tie, options) for adapter, resolver in zip(adapters, names, strict=True)
+    ]
+    builder.warnings += _warn_of_missing(adapters, missing, options)
+    builder.ledger += [Entry(name, "missing", (), LACKING) for each in missing for name in each]
     config = _output_config(builder, items, resized, tasks)
     shards, index_name = lay_out(tree, items, options.max_shard_size)
     changed = config if config != base.config else None
@@ -62,6 +72,27 @@ def make_plan(base: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[f
         index_name=index_name,
         ledger=tuple(builder.ledger),
         config=changed,
+        warnings=tuple(builder.warnings),
+    )
+
+
+def _warn_of_missing(
+    adapters: Sequence[Adapter], missing: Sequence[Sequence[str]], options: Options
+) -> tuple[str, ...]:
+    """Return a warning for each adapter that is not complete; PlanError if the caller is strict."""
+    if options.strict and any(missing):
+        names = ", ".join(adapter.source.name for adapter, lacking in zip(adapters, missing, strict=True) if lacking)
+        raise PlanError(
+            f"{names} lacks what its config says was trained.",
+            faults=[Fault(name, LACKING) for lacking in missing for name in lacking],
+            hint="without --strict these weights stay as in the base",
+        )
+    return tuple(
+        f"{adapter.source.name} lacks {len(lacking)} modules that its config says were trained: "
+        f"{', '.join(name.removesuffix('.weight') for name in lacking[:SHOWN])}{' …' if lacking[SHOWN:] else ''}. "
+        "They stay as in the base; --strict makes this an error."
+        for adapter, lacking in zip(adapters, missing, strict=True)
+        if lacking
     )
 
 
@@ -81,9 +112,22 @@ def _resolvers(tree: Checkpoint, adapters: Sequence[Adapter], options: Options) 
     return [NameResolver(tree.tensors, _targets(adapter, options)) for adapter in adapters]
 
 
+def _settled(adapter: Adapter, names: NameResolver) -> Adapter:
+    """Return an adapter whose changes have no names of training programs in them."""
+    if all(unwrapped(change.target) == change.target for change in adapter.changes):
+        return adapter
+    changes = (
+        replace(change, target=names.settled(change.target), among=tuple(map(names.settled, change.among)))
+        for change in adapter.changes
+    )
+    return replace(adapter, changes=tuple(changes))
+
+
 def _targets(adapter: Adapter, options: Options) -> list[str]:
     """Return the targets that the base must have, under whatever names."""
-    inner = [change for change in adapter.changes if options.selects(change.module) and not is_head(change.target)]
+    inner = [
+        change for change in adapter.changes if options.selects(unwrapped(change.module)) and not is_head(change.target)
+    ]
     certain = [change.target for change in inner if not isinstance(change.update, Full | Rows)]
     return certain or [change.target for change in inner]
 
@@ -109,18 +153,32 @@ def _needs_head(update: Update, name: str | None, tie: Tie | None) -> bool:
     return bool(tie and not tie.stored and name == tie.embedding and not isinstance(update, Rows))
 
 
-def _check(faults: Sequence[Fault], items: Mapping[str, Item], adapters: Sequence[Adapter]) -> None:
+def _check(builder: PlanBuilder, items: Mapping[str, Item], base: Checkpoint, adapters: Sequence[Adapter]) -> None:
     """Raise all faults at once."""
-    if faults:
+    if faults := builder.faults:
         wrong = "contradict themselves, or " if any(adapter.faults for adapter in adapters) else ""
+        beside = sum(map(len, builder.beside.values()))
+        only = beside == len(faults) and len(builder.beside) == 1
+        what = f"tensors of {next(iter(builder.beside))}" if only else "adapter tensors"
+        hints = [f"--ignore-file {name} merges without it" for name in builder.beside]
+        most = 2 * len(faults) >= sum(len(adapter.tensors) for adapter in adapters)
+        if beside < len(faults) and most and not any(adapter.faults for adapter in adapters):
+            hints.insert(0, _other_base(base, adapters))
         raise PlanError(
-            f"{len(faults)} adapter tensors {wrong}have no place in the base.",
-            faults=faults,
-            hint="is this the base that the adapter was trained on?",
+            f"{len(faults)} {what} {wrong}have no place in the base.", faults=faults, hint="; ".join(hints) or None
         )
     if not any(item.changed for item in items.values()):
         names = ", ".join(adapter.source.name for adapter in adapters)
         raise PlanError(f"Nothing to merge: no tensor of {names} is left to apply.")
+
+
+def _other_base(base: Checkpoint, adapters: Sequence[Adapter]) -> str:
+    """Return a hint for adapters of which most tensors do not fit."""
+    kind = (base.config or {}).get("model_type")
+    names = [adapter.base for adapter in adapters if adapter.base and adapter.base != base.source.name]
+    facts = [f"the adapter names {names[0]}"] if names else []
+    facts += [f"BASE is a {kind} model"] if isinstance(kind, str) else []
+    return "is this the base that the adapter was trained on?" + (f" {', '.join(facts)}" if facts else "")
 
 
 def _resized(items: Mapping[str, Item]) -> dict[str, tuple[int, int]]:
@@ -128,7 +186,7 @@ def _resized(items: Mapping[str, Item]) -> dict[str, tuple[int, int]]:
     return {
         name: (item.base.shape[0], item.shape[0])
         for name, item in items.items()
-        if item.base and (is_embedding(name) or is_head(name)) and item.base.shape[:1] != item.source.shape[:1]
+        if item.base and (is_embedding(name) or is_head(name)) and item.base.shape[:1] != item.shape[:1]
     }
 
 

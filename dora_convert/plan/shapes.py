@@ -6,10 +6,12 @@ Shapes decide; for square weights, which shapes do not tell, the tables of `nami
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ..adapters.adapter import Decomposed, Delta, Full, LowRank, Rows, Start, Update, low_rank
 from ..naming.families import CONV1D_MODELS, CONV1D_MODULES, TURNED_EXPERTS
+from ..naming.resolve import is_embedding, is_head
 from ..storage.safetensors import FLOATS
 
 Shape = tuple[int, ...]
@@ -27,6 +29,8 @@ def match_shape(update: Update, name: str, shape: Shape, dtype: str, model_types
     """Match an update with a tensor of the output, given by its name, shape and dtype; else return the reason."""
     if dtype not in FLOATS and not (isinstance(update, Full) and update.value.dtype == dtype):
         return f"{name} is stored as {dtype}; quantised weights are not merged yet"
+    if 0 in shape:
+        return f"the base's {name} is empty, as ZeRO-3 leaves tensors that it does not gather"
     match update:
         case Full(value) if value.dtype not in FLOATS and value.dtype != dtype:
             return f"is saved as {value.dtype}, but {name} is {dtype}"
@@ -35,10 +39,18 @@ def match_shape(update: Update, name: str, shape: Shape, dtype: str, model_types
         case Rows(value, index):
             if value.dtype not in FLOATS or value.shape != (len(index), *shape[1:]):
                 return f"has shape {value.shape} for {len(index)} rows of {name}, which has {shape}"
-            beyond = [row for row in index if row >= shape[0]]
-            return f"is for row {beyond[0]}; {name} has {shape[0]}" if beyond else Match(update)
+            return _misplaced(index, name, shape[0]) or Match(update)
         case LowRank() | Decomposed():
             return _match_low_rank(update, name, shape, model_types)
+
+
+def _misplaced(index: Sequence[int], name: str, height: int) -> str | None:
+    """Return why some rows do not fit a tensor; an embedding or a head may get new rows without a gap."""
+    new = {row for row in index if row >= height}
+    if new and not (is_embedding(name) or is_head(name)):
+        return f"is for row {min(new)}; {name} has {height}"
+    missing = next((row for row in range(height, height + len(new)) if row not in new), None)
+    return None if missing is None else f"row {missing} of {name} is new, and no file has it"
 
 
 def _match_low_rank(update: LowRank | Decomposed, name: str, shape: Shape, model_types: frozenset[str]) -> Match | str:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from ..adapters.adapter import Adapter
+from ..adapters.adapter import NOTHING, Adapter, Waived
 from ..errors import RefError, UnsupportedError, UsageError
 from ..formats.detect import (
     ANCHORS,
@@ -39,7 +39,7 @@ def open_inputs(
     *,
     out: str,
     verb: str = "merge",
-    accepted: Collection[str] = (),
+    waived: Waived = NOTHING,
     mode: Mode = "headers",
     weights: Path | None = None,
 ) -> tuple[Checkpoint, list[Adapter]]:
@@ -52,7 +52,10 @@ def open_inputs(
     """
     if base is not None:
         refuse_swapped(base, adapters, out, verb)
-    opened = [open_adapter(ref, session, accepted) for ref in adapters]
+    opened = [open_adapter(ref, session, waived) for ref in adapters]
+    for name in waived.files:
+        if not any((adapter.source.path / name).is_file() for adapter in opened):
+            raise UsageError(f"--ignore-file {name}: no adapter has a file of that name.")
     ref, revision = (base, None) if base is not None else _base_of(opened[0], adapters[0], out, verb)
     checkpoint = open_base(ref, "BASE", session, mode, revision=revision, weights=weights)
     if base is None:
@@ -83,17 +86,21 @@ def open_base(
         parsed = replace(parsed, revision=parsed.revision or revision)
         if mode != "whole":
             with suppress(UnsupportedError):  # torch's pickles have no headers that are read from the Hub
-                return look(parsed, what, session, whole=mode == "headers", weights=weights).checkpoint()
+                remote = look(parsed, what, session, whole=mode == "headers", weights=weights).checkpoint()
+                refuse_foreign_tensors(remote, what)
+                return remote
         source = fetch(parsed, what, wanted_of_base, session)
     else:
         source = local_source(parsed)
     refuse_adapter(source.path, source.name)
+    if not (source.path / "config.json").exists():
+        refuse_foreign(source, what, is_base=True)
     return open_checkpoint(source, unfinished=mode == "local")
 
 
-def open_adapter(ref: str, session: Session, accepted: Collection[str] = ()) -> Adapter:
-    """Open an adapter; config fields in `accepted` are not refused."""
-    return read_adapter(find_adapter(ref, session), accepted)
+def open_adapter(ref: str, session: Session, waived: Waived = NOTHING) -> Adapter:
+    """Open an adapter; what is waived is left out."""
+    return read_adapter(find_adapter(ref, session), waived)
 
 
 def find_adapter(ref: str, session: Session) -> Source:
@@ -103,32 +110,72 @@ def find_adapter(ref: str, session: Session) -> Source:
         return local_source(parsed)
     from .download import fetch
 
-    return fetch(parsed, "ADAPTER", wanted_of_adapter, session)
+    left: list[str] = []
+
+    def wanted(names: Sequence[str]) -> list[str]:
+        chosen = wanted_of_adapter(names)
+        left.extend(name for name in model_weights(names) if name not in chosen)
+        return chosen
+
+    source = fetch(parsed, "ADAPTER", wanted, session)
+    if left:
+        session.notify(f"not downloaded, a model beside the adapter by its name: {', '.join(left[:5])}")
+    return source
 
 
-def read_adapter(source: Source, accepted: Collection[str] = ()) -> Adapter:
+def read_adapter(source: Source, waived: Waived = NOTHING) -> Adapter:
     """Recognise the format of an adapter folder and read its headers.
 
     Raises RefError if no format recognises the folder, and the errors of the format.
     """
     if known := detect(source.path):
-        return known.read(source, accepted)
+        try:
+            return known.read(source, waived)
+        except UnsupportedError:
+            refuse_foreign(source)
+            raise
+    refuse_foreign(source)
     raise _not_an_adapter(source)
 
 
-def read_or_refuse(source: Source, accepted: Collection[str]) -> tuple[Adapter, UnsupportedError | None]:
+def refuse_foreign(source: Source, what: str = "ADAPTER", *, is_base: bool = False) -> None:
+    """Raise an error that names the tool, if a tool wrote this adapter whose format is not read."""
+    from ..formats.foreign import name_foreign
+
+    if not (tool := name_foreign(source.path)):
+        return
+    if is_base:
+        raise RefError(f"{what} {source.name} is an adapter ({tool}), not a model.")
+    raise UnsupportedError(
+        f"{what} {source.name} is an adapter in the format of {tool}, which is not read yet.",
+        hint="convert it to PEFT's format, or merge it with the tool that wrote it",
+    )
+
+
+def refuse_foreign_tensors(checkpoint: Checkpoint, what: str) -> None:
+    """Raise RefError if the tensors of a checkpoint on the Hub are those of an adapter."""
+    from ..formats.foreign import name_tensors
+
+    if tool := name_tensors(checkpoint.tensors):
+        raise RefError(f"{what} {checkpoint.source.name} is an adapter ({tool}), not a model.")
+
+
+def read_or_refuse(source: Source, waived: Waived) -> tuple[Adapter, UnsupportedError | None]:
     """Return an adapter and the reason if it is refused; of a refused one, as much as can be said."""
     known = detect(source.path)
     try:
-        return read_adapter(source, accepted), None
+        return read_adapter(source, waived), None
     except UnsupportedError as error:
+        refuse_foreign(source)
         assert known
-        return known.read_refused(source), error
+        return known.read_refused(source, waived), error
 
 
 def _not_an_adapter(source: Source) -> RefError:
     """Return an error that says what the folder is instead, and where the adapter might be."""
     root, lacking = source.path, f"has no {' or '.join(ANCHORS)}"
+    if root.is_file() and not detect(root.parent):
+        return RefError(f"ADAPTER {source.name} is not an adapter: one is a folder with {' or '.join(ANCHORS)}.")
     if root.is_file():
         return RefError(f"ADAPTER {source.name} is a file; name the folder it lies in.", hint=str(root.parent))
     if below := adapters_inside(root):
@@ -175,13 +222,15 @@ def _base_of(adapter: Adapter, ref: str, out: str, verb: str) -> tuple[str, str 
     return name, adapter.revision
 
 
-def modules_of(adapters: Sequence[Adapter]) -> list[str]:
-    """Return the names of the modules that adapters change, each once."""
-    return [*dict.fromkeys(change.module for adapter in adapters for change in adapter.changes)]
+def modules_of(adapters: Sequence[Adapter]) -> set[str]:
+    """Return the names of the modules that adapters change."""
+    return {module for adapter in adapters for module in adapter.modules}
 
 
-def unused(base: Checkpoint) -> Iterator[str]:
-    """Yield warnings about files of a base that take no part."""
+def unused(base: Checkpoint, adapters: Sequence[Adapter]) -> Iterator[str]:
+    """Yield warnings about files of a base, or beside adapters, that take no part."""
+    for adapter in adapters:
+        yield from adapter.doubts
     yield from base.notes
     if base.left_behind:
         names = ", ".join(base.left_behind[:5]) + (" …" if len(base.left_behind) > 5 else "")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MalformedError, RefError, UnsupportedError
-from ..formats.detect import ANCHORS, adapters_inside, detect, is_adapter_file, refuse_adapter
+from ..formats.detect import ANCHORS, adapters_inside, detect, is_small_of_adapter, refuse_adapter
 from ..storage.checkpoint import (
     Checkpoint,
     assemble,
@@ -92,7 +92,7 @@ def look(
 def _is_small(name: str, names: Sequence[str]) -> bool:
     """Return True for files of an adapter, and for a checkpoint's config and receipts."""
     if detect(names):
-        return is_adapter_file(name)
+        return is_small_of_adapter(name)
     return name == "config.json" or (name.startswith(f"{RECORD}/") and name.endswith("receipt.json"))
 
 

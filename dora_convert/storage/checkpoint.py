@@ -28,7 +28,7 @@ from .filenames import (
 )
 from .json_files import read_config, read_json
 from .refs import Source
-from .safetensors import Header, StoredTensor, read_header
+from .safetensors import Header, StoredTensor, open_file, read_header
 
 
 @dataclass(frozen=True)
@@ -149,6 +149,12 @@ def open_checkpoint(source: Source, *, unfinished: bool = False) -> Checkpoint:
 
 def read_weights(path: Path) -> Header:
     """Read the header of a weight file, in the format that its suffix names."""
+    with open_file(path) as file:
+        start = file.read(16).lower()
+    if not start:
+        raise MalformedError(f"{path} is empty (0 bytes).", hint="download it again")
+    if start.startswith((b"<!doctype", b"<html")):
+        raise MalformedError(f"{path} is an HTML page, not weights.", hint="download it again, perhaps with a token")
     if path.suffix in PICKLES:
         from .torch_pickle import read_pickle
 

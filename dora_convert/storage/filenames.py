@@ -30,6 +30,8 @@ WEIGHT_SUFFIXES = (
 )  # fmt: skip
 """Weights and their indexes: stale beside merged weights, so never copied."""
 
+MODEL = re.compile(r"(pytorch_)?model(?![a-z])")
+"""Beginnings of the names that a whole model's weight files have."""
 WEIGHT_FOLDERS = ("original", "onnx", "openvino", "coreml", "metal", "gguf")
 ADAPTER_FILES = "adapter_"
 """The beginning of the names of an adapter's files, which may lie beside a model."""
@@ -62,6 +64,11 @@ def is_weight_file(name: str) -> bool:
     """Return True if a file, named by its path inside the folder, holds weights or an index of weights."""
     path = PurePosixPath(name)
     return path.name.endswith(WEIGHT_SUFFIXES) or path.parts[0] in WEIGHT_FOLDERS
+
+
+def is_beside(name: str) -> bool:
+    """Return True if a weight file in an adapter's folder may hold trained weights beside the adapter's own."""
+    return "/" not in name and name.endswith((".safetensors", *PICKLES)) and not OF_TRAINING.match(name)
 
 
 def is_side_file(name: str) -> bool:

@@ -71,6 +71,7 @@ class MergeRecord:
             exclude=options.exclude,
             allow_unmatched=not self.assumed,
             ignore_field=options.ignore_field,
+            ignore_file=options.ignore_file or (),
         )
 
     def file(self, name: str) -> bytes | None:

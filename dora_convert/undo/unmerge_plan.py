@@ -212,7 +212,7 @@ def _known(merge: Plan, record: MergeRecord) -> Mapping[str, Known]:
         if rounded:
             entry = MergedTensor("rounded", base=rounded[0])
         if item.base and entry and entry.base:
-            read = id(item) in mine and item.source is item.base
+            read = id(item) in mine and item.source is item.base and not item.grown  # new rows are not read
             written = entry.written if read else None
             found.setdefault(item.origin, Known(entry.base, entry.base_sha256, written))
     for name, kept in receipt.kept.items():

@@ -56,6 +56,9 @@ def extract(
     goal = parse_goal(options)
     with FittingSession.begin(out, options) as session:
         before, after = _open(session, base, tuned)
+        modules = {name.rpartition(".")[0] for name in model_names(after)}
+        for doubt in session.selection.check_globs(modules):
+            session.settings.warn(doubt)
         names = None if options["dry_run"] else _differing(before, after, session)
         differences = Differences(
             before,

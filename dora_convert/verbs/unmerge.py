@@ -55,7 +55,7 @@ def unmerge(
     Raises DoraConvertError, and then leaves nothing under `out`.
     """
     refuse_options(options)
-    selection = replace(parse_options(options), ignore_field=(), allow_unmatched=True)
+    selection = replace(parse_options(options), allow_unmatched=True)
     settings = Settings.parse(options)
     with Session(options["token"], cache=options["cache"], notify=settings.notify) as session:
         request = UnmergeRequest(
@@ -141,8 +141,8 @@ def _open(request: UnmergeRequest) -> _Inputs:
     record = read_record(merged)
     if record and record.torn:
         _warn_of_torn(merged, record, base, request.settings)
-    accepted = record.options.ignore_field if record else options["ignore_field"]
-    adapters = [open_adapter(ref, session, accepted) for ref in request.adapters]
+    waived = (record.options if record else request.selection).waived
+    adapters = [open_adapter(ref, session, waived) for ref in request.adapters]
     if record:
         hashes = [{path.name: xxh3(path) for path in adapter.files} for adapter in adapters]
         return _Inputs(merged, base, record, *in_order(record, adapters, hashes))
@@ -154,7 +154,7 @@ def _open(request: UnmergeRequest) -> _Inputs:
     request.settings.warn(
         f"{merged.source.name} has no record of a merge: weights of 1 are assumed, and what rounding took is lost"
     )
-    record = no_record(merged, len(adapters), accepted, list(base_files(merged)))
+    record = no_record(merged, len(adapters), options["ignore_field"], list(base_files(merged)))
     return _Inputs(merged, base, record, adapters, range(len(adapters)))
 
 

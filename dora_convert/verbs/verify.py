@@ -88,6 +88,7 @@ def _plan(request: VerifyRequest) -> tuple[Plan, Checkpoint]:
         selection = replace(
             selection,
             ignore_field=(*selection.ignore_field, *receipt.options.ignore_field),
+            ignore_file=(*selection.ignore_file, *(receipt.options.ignore_file or ())),
             allow_unmatched=selection.allow_unmatched or receipt.allows_unmatched,
         )
         if not (options["weight"] or selection.include or selection.exclude):
@@ -95,14 +96,17 @@ def _plan(request: VerifyRequest) -> tuple[Plan, Checkpoint]:
             selection = replace(selection, include=chosen.include, exclude=chosen.exclude)
             if receipt.flags:
                 settings.notify(f"as the receipt of MERGED says: {receipt.flags}")
-    accepted = selection.ignore_field
+    waived = selection.waived
     base, adapters = open_inputs(
-        request.base, request.adapters, session, out=request.merged, verb="verify", accepted=accepted
+        request.base, request.adapters, session, out=request.merged, verb="verify", waived=waived
     )
-    for doubt in chains(base, adapters):
+    idle = parse_options(options).check_globs(modules_of(adapters))
+    for doubt in (*chains(base, adapters), *idle):
         settings.warn(doubt)
-    parse_options(options).check_globs(modules_of(adapters))
-    return make_plan(base, adapters, weights, selection), merged
+    plan = make_plan(base, adapters, weights, selection)
+    for doubt in plan.warnings:
+        settings.warn(doubt)
+    return plan, merged
 
 
 def _texts(options: VerifyOptions) -> tuple[str, ...]:

@@ -22,22 +22,27 @@ Everything else that a config can say is refused by name, never merged wrongly: 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...adapters.adapter import Adapter, Change, Full, Rows
+from ...adapters.adapter import NOTHING, Adapter, Change, Full, Rows, Waived, unwrapped
 from ...errors import Fault, MalformedError, UnsupportedError
 from ...storage.checkpoint import read_weights
+from ...storage.filenames import is_beside
 from ...storage.json_files import read_json
 from ...storage.refs import Source
 from ...storage.safetensors import StoredTensor
 from .config import Config, is_saved_embedding, refuse_unsupported
-from .modules import CONFIG, PARTS, TOKENS, WEIGHTS, plain, updates_of
+from .modules import CONFIG, EMPTY, WEIGHTS, updates_of
+from .names import PARTS, TOKENS, part_of, plain, without_base_layer, wrapped_whole
+from .promises import promised
 
 if TYPE_CHECKING:
     from ...adapters.new_adapter import Writer
+    from .beside import ReadBeside
 
 __all__ = ["ANCHOR", "LIBRARY", "NAME", "WEIGHTS", "owns", "read", "read_refused", "recognises", "writer"]
 
@@ -56,27 +61,31 @@ def owns(name: str) -> bool:
     return name.startswith("adapter_") and "/" not in name
 
 
-def read(source: Source, accepted: Collection[str] = ()) -> Adapter:
-    """Read a PEFT adapter's config and headers; config fields in `accepted` are not refused.
+def read(source: Source, waived: Waived = NOTHING) -> Adapter:
+    """Read a PEFT adapter's config and headers, and those of weight files beside it.
 
     Raises MalformedError for values of a wrong type, UnsupportedError for known kinds that are refused.
     """
     raw = read_json(source.path / CONFIG)
-    refuse_unsupported(raw, source.name, accepted)
+    refuse_unsupported(raw, source.name, waived.fields)
     config = Config.parse(raw, source.path / CONFIG)
     weights = _weights(source)
-    tensors = read_weights(weights).tensors
+    if not (tensors := read_weights(weights).tensors):
+        raise MalformedError(f"{weights} holds no tensors.")
     adapter = _SortedTensors(config)
     for name, tensor in tensors.items():
         adapter.sort(name, tensor)
     adapter.finish()
+    files = _beside(source.path, waived, adapter)
+    applied = [file for file in files if file.fate == "applied"]
+    others = {f"{file.path.name}: {name}": tensor for file in applied for name, tensor in file.tensors.items()}
     return Adapter(
         source=source,
         format=NAME,
         kind=config.kind,
         changes=tuple(adapter.changes),
-        tensors=tensors,
-        files=(source.path / CONFIG, weights),
+        tensors={**tensors, **others},
+        files=(source.path / CONFIG, weights, *(file.path for file in applied)),
         base=config.base or None,
         revision=config.revision or None,
         ignored=adapter.ignored,
@@ -84,14 +93,32 @@ def read(source: Source, accepted: Collection[str] = ()) -> Adapter:
         keeps_ties=config.keeps_ties,
         layers=config.layers,
         task=config.task,
+        promised=partial(promised, config, adapter.pruned),
+        beside=tuple(file.about for file in files),
     )
 
 
-def read_refused(source: Source) -> Adapter:
+def _beside(folder: Path, waived: Waived, adapter: _SortedTensors) -> list[ReadBeside]:
+    """Read the weight files beside the adapter, and enter their tensors."""
+    paths = sorted(path for path in folder.iterdir() if path.is_file() and is_beside(path.name))
+    if not paths:
+        return []
+    from .beside import read_beside
+
+    files = list(read_beside(paths, waived.files, {change.module for change in adapter.changes}))
+    for file in files:
+        if file.fate == "applied":
+            adapter.changes += file.changes
+        elif file.fate == "ignored":
+            adapter.ignored |= dict.fromkeys(file.tensors, f"in {file.path.name}, which --ignore-file leaves out")
+    return files
+
+
+def read_refused(source: Source, waived: Waived = NOTHING) -> Adapter:
     """Read an adapter without refusing any field; of an unsupported method, read the tensors alone."""
     raw = read_json(source.path / CONFIG)
     try:
-        return read(source, tuple(raw))
+        return read(source, Waived(tuple(raw), waived.files))
     except UnsupportedError:
         weights, base = _weights(source), raw.get("base_model_name_or_path")
     return Adapter(
@@ -122,27 +149,55 @@ class _SortedTensors:
     faults: list[Fault] = field(default_factory=list)
     ignored: dict[str, str] = field(default_factory=dict)
     modules: dict[str, dict[str, StoredTensor]] = field(default_factory=dict)
+    others: list[tuple[str, str, StoredTensor]] = field(default_factory=list)
+    wrapped: set[str] = field(default_factory=set)
+    """Modules whose tokens are trained."""
 
     def sort(self, name: str, tensor: StoredTensor) -> None:
-        """Sort one tensor in."""
+        """Sort one tensor in by the end of its name; tensors of the model itself wait for all others."""
         target = plain(name)
-        if suffix := next((suffix for suffix in PARTS if target.endswith(suffix)), None):
-            self._add_part(target.removesuffix(suffix), PARTS[suffix], tensor)
-        elif suffix := next((suffix for suffix in TOKENS if target.endswith(suffix)), None):
-            self._add_rows(target.removesuffix(suffix), tensor)
+        module, end = part_of(target)
+        if end in PARTS:
+            self._add_part(module, PARTS[end], tensor)
+        else:
+            self.others.append((target, end, tensor))
+            self.wrapped |= {module} if end else set()
+
+    def _add_other(self, target: str, end: str, tensor: StoredTensor) -> None:
+        """Add a tensor that is not a part of a low-rank update."""
+        if end in TOKENS:
+            self._add_rows(target.removesuffix(end), tensor)
+        elif 0 in tensor.shape:
+            self.faults.append(Fault(tensor.name, EMPTY))
+        elif end:
+            self.changes.append(Change(f"{target.removesuffix(end)}.weight", Full(tensor, copied=True)))
         elif _OF_TRAINING.search(target):
-            self.ignored[name] = "used in training only"
-        elif ".original_module." in target:
-            self.ignored[name] = "what the base had there"
-        elif ".base_layer." in target or is_saved_embedding(target):
-            start = self.config.start if ".base_layer." in target else None
-            self.changes.append(Change(target.replace(".base_layer.", "."), Full(tensor, start=start)))
-        elif self.config.saves(target):
+            self.ignored[tensor.name] = "used in training only"
+        elif (whole := wrapped_whole(target)) and self._may_be_whole(f"{whole[0]}.weight"):
+            if whole[1] == "original_module":
+                self.ignored[tensor.name] = "what the base had there"
+            else:
+                self._add_full(whole[0] + whole[2], tensor)
+        else:
+            self._add_full(target, tensor)
+
+    def _may_be_whole(self, target: str) -> bool:
+        """Return True if PEFT saves a weight's module whole, as the config says or of its own accord."""
+        return self.config.saves(target) or is_saved_embedding(unwrapped(target))
+
+    def _add_full(self, target: str, tensor: StoredTensor) -> None:
+        """Add a tensor of the model itself."""
+        bare = without_base_layer(target, {*self.modules, *self.wrapped})
+        saves = self.config.saves(bare)
+        if bare != target or is_saved_embedding(unwrapped(bare)):
+            start = self.config.start if bare != target else None
+            self.changes.append(Change(bare, Full(tensor, start=start, copied=bare != target or not saves)))
+        elif saves:
             self.changes.append(Change(target, Full(tensor, may_add=True)))
         elif self.config.bias != "none" and target.endswith(".bias"):
             self.changes.append(Change(target, Full(tensor)))
         else:
-            self.faults.append(Fault(name, "neither a LoRA tensor nor part of modules_to_save"))
+            self.faults.append(Fault(tensor.name, "neither a LoRA tensor nor part of modules_to_save"))
 
     def _add_part(self, module: str, part: str, tensor: StoredTensor) -> None:
         parts = self.modules.setdefault(module, {})
@@ -158,8 +213,17 @@ class _SortedTensors:
         else:
             self.changes.append(Change(f"{module}.weight", Rows(tensor, index)))
 
+    @property
+    def pruned(self) -> frozenset[str]:
+        """The modules whose tensors are all empty."""
+        return frozenset(name for name, parts in self.modules.items() if all(0 in x.shape for x in parts.values()))
+
     def finish(self) -> None:
         """Turn each module's tensors into updates."""
+        for other in self.others:
+            self._add_other(*other)
+        names = {module.partition(".base_layer")[0] for module in self.modules}
+        self.config.refuse_slow_patterns(names | set(map(unwrapped, names)))
         saved = {change.target for change in self.changes}
         for outcome in updates_of(self.modules, saved, self.config):
             if isinstance(outcome, Fault):

@@ -6,14 +6,18 @@ import math
 import re
 import sys
 from collections.abc import Collection, Mapping
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from msgspec import Meta, Struct, field
 
 from ...adapters.adapter import Start
 from ...errors import Fault, UnsupportedError, shown
 from ...storage.json_files import checked
+
+if TYPE_CHECKING:
+    from .patterns import PatternTable
 
 _EMBEDDINGS = ("embed_tokens", "lm_head")
 """Modules that PEFT saves whole of its own accord (its EMBEDDING_LAYER_NAMES)."""
@@ -23,7 +27,7 @@ SCHEDULE = {"target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg
 """AdaLoRA's own fields, which only training reads."""
 _HARMLESS = SCHEDULE | {
     # the trained modules and the course of training: the tensors on disk already tell
-    "lora_bias", "inference_mode", "exclude_modules", "lora_dropout", "layers_to_transform", "layers_pattern",
+    "lora_bias", "inference_mode", "lora_dropout",
     "runtime_config", "megatron_config", "megatron_core", "velora_config", "monteclora_config",
     # starting points of training, which count only if init_lora_weights names them
     "loftq_config", "eva_config", "corda_config", "lora_ga_config",
@@ -55,7 +59,6 @@ TASKS = {
 """PEFT's name of a task by the end of a class name. PEFT wraps any other class as it is."""
 STARTS = {"pissa": Start.PISSA, "olora": Start.OLORA}
 
-Number = TypeVar("Number", int, float)
 Name = Annotated[str, Meta(min_length=1)]
 Rank = Annotated[int, Meta(gt=0, lt=2**60)]
 Row = Annotated[int, Meta(ge=0, lt=2**60)]
@@ -71,7 +74,7 @@ class BlockDiagonal(Struct, frozen=True):
     target_modules_bd_b: tuple[Name, ...] | None = None
 
 
-class Config(Struct, frozen=True):
+class Config(Struct, frozen=True, dict=True):
     """The fields of adapter_config.json that decide what a merge does, with PEFT's defaults."""
 
     peft_type: str = "LORA"
@@ -99,6 +102,9 @@ class Config(Struct, frozen=True):
     init_lora_weights: Any = None
     kasa_config: Any = None
     target_modules: Any = None
+    exclude_modules: Any = None
+    layers_to_transform: Any = None
+    layers_pattern: Any = None
     auto_mapping: Any = None
     task_type: Any = None
 
@@ -161,25 +167,55 @@ class Config(Struct, frozen=True):
             return "AdaLoRA"
         return "DoRA" if self.use_dora else self.start.value if self.start else "LoRA"
 
+    @cached_property
+    def _ranks(self) -> PatternTable[int]:
+        from .patterns import PatternTable
+
+        return PatternTable(self.rank_pattern)
+
+    @cached_property
+    def _alphas(self) -> PatternTable[float]:
+        from .patterns import PatternTable
+
+        return PatternTable(self.alpha_pattern)
+
+    def refuse_slow_patterns(self, modules: Collection[str]) -> None:
+        """Raise MalformedError if a key of a table takes too long to match with the names of modules."""
+        if not (self.rank_pattern or self.alpha_pattern):
+            return
+        from .patterns import as_key, refuse_slow
+
+        leaves = {name.rpartition(".")[2] for name in self.parameters}
+        names = {*modules, *(f"{module}.{leaf}" for module in modules for leaf in leaves)}
+        tables: dict[str, Collection[str]] = {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
+        refuse_slow([(field, key, as_key(key)) for field, table in tables.items() for key in table], names)
+
+    def has_pattern(self, module: str) -> bool:
+        """Return True if a key of a table matches a module."""
+        return bool(
+            (self.rank_pattern and self._ranks.find(module, self.r)[1])
+            or (self.alpha_pattern and self._alphas.find(module, self.alpha)[1])
+        )
+
     def rank(self, module: str) -> int:
         """Return r of a module."""
-        return _look_up(self.rank_pattern, module, self.r)[0]
+        return self._ranks.find(module, self.r)[0] if self.rank_pattern else self.r
 
     def scaling(self, module: str) -> float:
         """Return s of a module: alpha/r, alpha/√r (rsLoRA, arXiv:2312.03732), or AdaLoRA's alpha/init_r."""
         if self.adalora:
             return self.alpha / (self.adalora + 1e-5)
         rank = self.rank(module)
-        alpha, _ = _look_up(self.alpha_pattern, module, self.alpha)
+        alpha = self._alphas.find(module, self.alpha)[0] if self.alpha_pattern else self.alpha
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def rule(self, module: str) -> str:
         """Return the formula of a module's scaling, for people."""
         if self.adalora:
             return f"alpha {self.alpha:g} / init_r {self.adalora}"
-        alpha, key = _look_up(self.alpha_pattern, module, self.alpha)
+        alpha, key = self._alphas.find(module, self.alpha) if self.alpha_pattern else (self.alpha, "")
         text = f"alpha {alpha:g}" + (f" (alpha_pattern {key!r})" if key else "")
-        rank, key = _look_up(self.rank_pattern, module, self.r)
+        rank, key = self._ranks.find(module, self.r) if self.rank_pattern else (self.r, "")
         return f"{text} / {'√' * self.use_rslora}rank {rank}" + (f" (rank_pattern {key!r})" if key else "")
 
     def saves(self, tensor: str) -> bool:
@@ -193,7 +229,8 @@ class Config(Struct, frozen=True):
         indices = self.token_indices
         tokens = indices if isinstance(indices, dict) else {"": indices}
         named = (rows for name, rows in tokens.items() if f".{module}".endswith(f".{name}"))
-        return next(named, tokens.get("", ()))
+        alone = next(iter(tokens.values())) if len(tokens) == 1 else ()  # a tied head has the embedding's rows
+        return next(named, tokens.get("", alone))
 
     def blocks(self, module: str) -> tuple[int, int]:
         """Return the numbers of diagonal blocks that A and B of a module have (BD-LoRA)."""
@@ -256,12 +293,6 @@ def is_saved_embedding(tensor: str) -> bool:
 
 def _is_regex(pattern: str) -> bool:
     try:
-        return bool(re.compile(pattern))
+        return bool(re.compile(rf"(.*\.)?({pattern})$"))  # as PEFT uses it
     except re.error:
         return False
-
-
-def _look_up(patterns: Mapping[str, Number], module: str, default: Number) -> tuple[Number, str]:
-    """Return the first match's value, in the order of the file (PEFT's get_pattern_key), and its key."""
-    keys = (key for key in patterns if re.match(rf"(.*\.)?({key})$", module))
-    return next(((patterns[key], key) for key in keys), (default, ""))

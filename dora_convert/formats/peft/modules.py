@@ -7,27 +7,18 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
-from ...adapters.adapter import Change, Decomposed, Delta, LowRank, Start, Update
+from ...adapters.adapter import Change, Decomposed, Delta, LowRank, Start, Update, unwrapped
 from ...errors import Fault
 from ...storage.safetensors import FLOATS, StoredTensor
 from .config import Config
+from .names import PREFIX, part_of, plain
 
 CONFIG = "adapter_config.json"
 WEIGHTS: tuple[str, ...] = ("adapter_model.safetensors", "adapter_model.bin")
-PREFIX = "base_model.model."
-WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-"""Names that torch.compile, FSDP and activation checkpointing put into names."""
-DEFAULT = re.compile(r"\.modules_to_save(\.default)?(?=\.)|\.default(?=\.|$)")
-"""The adapter's name, which PEFT takes out when it saves and other programs leave in."""
-PARTS = {
-    ".lora_A.weight": "A", ".lora_A": "A", ".lora_B.weight": "B", ".lora_B": "B", ".lora_embedding_A": "A",
-    ".lora_embedding_B": "B", ".lora_magnitude_vector": "m", ".lora_magnitude_vector.weight": "m",
-    ".lora_E": "d", ".lora_diag": "d", ".lora_B.bias": "b",
-}  # fmt: skip
-TOKENS = (".token_adapter.trainable_tokens_delta", ".trainable_tokens_delta")
 Parts = Mapping[str, StoredTensor]
 REGISTERED = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
 """Parameters of experts in the order that modules register them: PEFT wraps the first one innermost."""
+EMPTY = "is empty: ZeRO-3 leaves such tensors if it does not gather them (stage3_gather_16bit_weights_on_model_save)"
 _CALLED = {"A": "lora_A", "B": "lora_B", "d": "lora_E"}
 TWICE_UNTIL = (0, 21, 2)
 """PEFT up to this version added MultiheadAttention's out_proj twice, in training too."""
@@ -42,14 +33,6 @@ class _Weight(NamedTuple):
     among: tuple[str, ...] = ()
 
 
-def plain(name: str) -> str:
-    """Return a tensor's name without the names of PEFT's and other wrappers."""
-    target = DEFAULT.sub("", WRAPPERS.sub("", name))
-    while target.startswith(PREFIX):
-        target = target.removeprefix(PREFIX)
-    return target
-
-
 def updates_of(
     modules: Mapping[str, Parts], saved: Collection[str], config: Config
 ) -> Iterator[Change | Fault | dict[str, str]]:
@@ -57,9 +40,9 @@ def updates_of(
 
     The adapter brings the `saved` weights whole, as they were when training began.
     """
-    wrappers = Counter(map(_outer, modules))
+    wrappers = Counter(_outer(module) for module in modules)
     for module, parts in modules.items():
-        weight = _weight(module, wrappers, config)
+        weight = _weight(module, modules, wrappers, config)
         if isinstance(weight, Fault):
             yield weight
         elif config.adalora and all(0 in part.shape for part in parts.values()):
@@ -80,22 +63,31 @@ def _outer(module: str) -> str:
     return re.sub(r"(\.base_layer)+$", "", module)
 
 
-def _weight(module: str, wrappers: Mapping[str, int], config: Config) -> _Weight | Fault:
+def _weight(module: str, modules: Collection[str], wrappers: Mapping[str, int], config: Config) -> _Weight | Fault:
     """Return the weight that a module's tensors are for."""
+    attention, inside, leaf = module.rpartition(".base_layer.")
+    if inside and attention in modules:  # MultiheadAttention wraps its out_proj, whose rank and alpha are its own
+        key = _key(attention, modules, config)
+        return _Weight(key, f"{attention}.{leaf}.weight", 2 if config.version <= TWICE_UNTIL else 1)
     outer = _outer(module)
-    if ".base_layer." in outer:  # MultiheadAttention wraps its out_proj, whose rank and alpha are its own
-        outer, _, inner = outer.rpartition(".base_layer.")
-        return _Weight(outer, f"{outer}.{inner}.weight", 2 if config.version <= TWICE_UNTIL else 1)
     leaves = _parameters(outer, config)
     if not leaves:
-        return _Weight(outer, f"{outer}.weight")
+        return _Weight(_key(module, modules, config), f"{module}.weight")
     if wrappers[outer] != len(leaves):
         return Fault(module, f"is wrapped {wrappers[outer]} times for {', '.join(leaves)}")
     known = len(leaves) == 1 or set(leaves) <= set(REGISTERED)
     ordered = sorted(leaves, key=REGISTERED.index) if known and len(leaves) > 1 else leaves
     depth = module.removeprefix(outer).count(".")
     target = f"{outer}.{ordered[-1 - depth]}"
-    return _Weight(target, target, among=() if known else tuple(f"{outer}.{name}" for name in leaves))
+    return _Weight(
+        _key(target, modules, config), target, among=() if known else tuple(f"{outer}.{name}" for name in leaves)
+    )
+
+
+def _key(module: str, modules: Collection[str], config: Config) -> str:
+    """Return the name that patterns match: the live module's, unless a training program put a name into it."""
+    bare = unwrapped(module)
+    return module if bare in modules or config.has_pattern(module) else bare
 
 
 def _parameters(module: str, config: Config) -> list[str]:
@@ -112,7 +104,7 @@ def _parameters(module: str, config: Config) -> list[str]:
 
 def _update(weight: _Weight, parts: Parts, config: Config, start: Start | None) -> Update:
     A, rank = parts["A"], config.rank(weight.key)
-    embedding = re.search(r"\.lora_embedding_A\b", A.name) is not None
+    embedding = part_of(plain(A.name))[1] == ".lora_embedding_A"
     linear = len(A.shape) == 2 and not embedding
     update = LowRank(
         A,
@@ -134,6 +126,8 @@ def _contradiction(key: str, parts: Parts, config: Config) -> str | None:
     diagonal = {"d"} if config.adalora or config.start is Start.KASA else set()
     if missing := sorted(({"A", "B"} | diagonal) - parts.keys()):
         return f"has no {_CALLED[missing[0]] if missing[0] != 'd' or config.adalora else 'lora_diag'}"
+    if empty := [part for part in parts.values() if 0 in part.shape]:
+        return f"its {empty[0].name.removeprefix(PREFIX).removeprefix(key).lstrip('.')} {EMPTY}"
     if "d" in parts and not diagonal:
         return "has a diagonal, as AdaLoRA and KaSA have; the config says it is neither"
     if odd := [part for part in parts.values() if part.dtype not in FLOATS]:

@@ -13,12 +13,13 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from ...adapters.adapter import Adapter, Change, Decomposed, Delta, Full, LowRank, Rows, Start, low_rank
+from ...adapters.adapter import Adapter, Change, Decomposed, Delta, Full, LowRank, Rows, Start, low_rank, unwrapped
 from ...adapters.new_adapter import Files, NewAdapter
 from ...storage.json_files import read_json
 from ...storage.safetensors import StoredTensor
 from .config import SCHEDULE, TASKS, Config
-from .modules import CONFIG, PREFIX, TOKENS, WEIGHTS, plain
+from .modules import CONFIG, WEIGHTS
+from .names import PREFIX, TOKENS, part_of, plain
 
 MAGNITUDE = ".lora_magnitude_vector"
 _FRESH: Mapping[str, Any] = {
@@ -43,7 +44,7 @@ def save(new: NewAdapter) -> Files:
 def shares_rank(change: Change, tensor: str, like: Adapter) -> str | None:
     """Return why a weight's factors must keep their rank, which weights share; None if they need not."""
     low, (_, config) = low_rank(change.update), _of(like)  # type: ignore[arg-type] # has factors
-    if tensor.endswith("in_proj_weight") or ".base_layer." in low.A.name:
+    if tensor.endswith("in_proj_weight") or _attention(change, low):
         return "a part of MultiheadAttention"
     if low.experts or (config and _is_parameter(change.target, config)):
         return "a parameter, not a layer's weight (target_parameters)"
@@ -73,7 +74,7 @@ def _named(change: Change, new: NewAdapter) -> Iterator[tuple[str, StoredTensor]
 
     def name(stored: StoredTensor, suffix: str) -> tuple[str, StoredTensor]:
         own = new.like is not None and new.like.tensors.get(stored.name) is stored
-        return (PREFIX + plain(stored.name) if own else module + suffix, stored)
+        return (PREFIX + _own_name(change, plain(stored.name)) if own else module + suffix, stored)
 
     match update:
         case LowRank() | Decomposed():
@@ -166,8 +167,20 @@ def _key(change: Change, low: LowRank, config: Config | None) -> str:
     """Return the module that patterns match; for MultiheadAttention's out_proj, the outer module."""
     if config and _is_parameter(change.target, config):
         return change.target
-    name = plain(low.A.name)
-    return name.partition(".base_layer.")[0] if ".base_layer." in name else change.module
+    return _attention(change, low) or change.module
+
+
+def _attention(change: Change, low: LowRank) -> str | None:
+    """Return the MultiheadAttention that wraps an out_proj; None for the factors of other modules."""
+    outer, inside, leaf = part_of(plain(low.A.name))[0].rpartition(".base_layer.")
+    return outer if inside and unwrapped(f"{outer}.{leaf}") == unwrapped(change.module) else None
+
+
+def _own_name(change: Change, name: str) -> str:
+    """Return the name of an old adapter's tensor in a new file: as PEFT reads it, without other programs' names."""
+    if isinstance(change.update, Full) and ".base_layer." not in name:
+        return change.target
+    return name if unwrapped(change.target) != change.target else unwrapped(name)
 
 
 def _is_parameter(target: str, config: Config) -> bool:

@@ -5,22 +5,33 @@ from __future__ import annotations
 import os
 import shlex
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from typing_extensions import Unpack
 
-from ...adapters.adapter import Adapter, Change, Decomposed, Delta, Full, LowRank, Rows, low_rank, tensors_of
+from ...adapters.adapter import (
+    Adapter,
+    Change,
+    Decomposed,
+    Delta,
+    Full,
+    LowRank,
+    Rows,
+    Waived,
+    describe,
+    low_rank,
+    tensors_of,
+)
 from ...errors import DoraConvertError, Fault, PlanError, RefError, UnsupportedError, UsageError
 from ...formats.detect import adapters_inside, detect, is_adapter_file, model_weights
 from ...options import InspectOptions
 from ...output.lineage import doubts
-from ...plan.builder import describe
-from ...plan.options import Options
+from ...plan.options import Options, parse_options
 from ...plan.plan import Plan
 from ...plan.planner import make_plan
 from ...reports.inspect import AdapterReport, CheckpointReport, Landing, Module
-from ...sources.inputs import open_base, read_adapter, read_or_refuse
+from ...sources.inputs import open_base, read_adapter, read_or_refuse, refuse_foreign, refuse_foreign_tensors
 from ...sources.remote_headers import RefListing, look
 from ...sources.session import Session
 from ...storage.checkpoint import Checkpoint
@@ -46,8 +57,12 @@ def inspect(
         source = _folder_of_adapter(listing.source)
         if detect(source.path):
             against = None if base is None else open_base(base, "BASE", session, "brief")
-            return _describe_adapter(source, listing.names, against, options["ignore_field"], started)
+            waived = parse_options(options).waived
+            return _describe_adapter(source, listing.names, against, waived, started)
+        if not (source.path / "config.json").exists():
+            refuse_foreign(source, "REF")
         checkpoint = _open(listing)
+        refuse_foreign_tensors(checkpoint, "REF")
     if base is not None:
         swapped = detect(local_path(base, "BASE"))
         hint = shlex.join(["dora-convert", "inspect", base, "--base", ref])
@@ -73,11 +88,13 @@ def _open(listing: RefListing) -> Checkpoint:
 
 
 def _describe_adapter(
-    source: Source, names: Sequence[str], base: Checkpoint | None, accepted: Collection[str], started: float
+    source: Source, names: Sequence[str], base: Checkpoint | None, waived: Waived, started: float
 ) -> AdapterReport:
-    adapter, refusal = read_or_refuse(source, accepted)
-    beside = model_weights(names)
-    notes = [f"holds a model's weights, too: {', '.join(beside[:5])}"] if beside else []
+    adapter, refusal = read_or_refuse(source, waived)
+    others = [file for file in adapter.beside if file.fate != "model"]
+    models = [name for name in model_weights(names) if name not in {file.name for file in others}]
+    notes = [f"holds a model's weights, too: {', '.join(models[:5])}"] if models else []
+    notes += [f"weights beside the adapter: {file.name}, {file.tensors} tensors" for file in others]
     return AdapterReport(
         kind="adapter",
         format=adapter.format,
@@ -141,7 +158,7 @@ def _landing(base: Checkpoint, adapter: Adapter, refusal: DoraConvertError | Non
         faults=_faults(error.faults if error else ()),
         ledger=tuple(entry.to_dict() for entry in plan.ledger) if plan else (),
         tensors=plan.counts() if plan else {},
-        warnings=tuple(doubts(base, [adapter])),
+        warnings=(*doubts(base, [adapter]), *adapter.doubts, *(plan.warnings if plan else ())),
     )
 
 

@@ -14,6 +14,7 @@ from typing_extensions import Unpack
 from ...errors import UsageError
 from ...options import MergeOptions
 from ...output.folder import OutputFolder
+from ...output.side_files import tokenizer_files
 from ...plan.options import Options, parse_options, parse_weights
 from ...plan.plan import Plan
 from ...plan.planner import make_plan
@@ -162,7 +163,7 @@ def _plan(request: MergeRequest, out: str, mode: Mode, weights: Path | None = No
         request.adapters,
         request.session,
         out=out,
-        accepted=request.selection.ignore_field,
+        waived=request.selection.waived,
         mode=mode,
         weights=weights,
     )
@@ -171,14 +172,20 @@ def _plan(request: MergeRequest, out: str, mode: Mode, weights: Path | None = No
 
         for doubt in doubts(checkpoint, adapters):
             settings.warn(doubt)
-    for note in unused(checkpoint):
+    for note in (*unused(checkpoint, adapters), *request.selection.check_globs(modules_of(adapters))):
         settings.warn(note)
-    request.selection.check_globs(modules_of(adapters))
     plan = make_plan(checkpoint, adapters, strengths, request.selection)
+    for doubt in plan.warnings:
+        settings.warn(doubt)
     if request.selection.legacy_config and plan.config is None:
         settings.warn(
             "--legacy-config changes nothing: config.json has no rope_parameters, or the older fields already"
         )
+    if any(tokenizer_files(adapter.source.path) for adapter in adapters):
+        from ...output.tokenizer import tokens_without_rows
+
+        for doubt in tokens_without_rows(plan):
+            settings.warn(doubt)
     return plan
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ... import __version__
-from ...engine.factors import doubt_base
+from ...engine.factors import check_magnitudes, doubt_zeros
 from ...engine.precision import scan_adapter
 from ...engine.run import Hashes, Run, choose_compute, resume_plan, run
 from ...engine.tensor import MergeMaker
@@ -51,6 +51,8 @@ def run_merge(
     """
     spec = choose_compute(plan.memory, settings)
     hashes = [scan_adapter(adapter) for adapter in plan.adapters]
+    for doubt in filter(None, map(doubt_zeros, plan.adapters)):
+        settings.warn(doubt)
     files = side_files(plan)
     for adopted in () if plan.base.is_file else adopted_sets(plan):
         (settings.warn if adopted.rivals else settings.notify)(adopted.notice(plan.base))
@@ -76,7 +78,7 @@ def run_merge(
 
 def _look_at_base(plan: Plan, settings: Settings) -> bool:
     """Warn of a base that does not look like the adapter's; return False if the weights are not local yet."""
-    if plan.base.is_here and (doubt := doubt_base(plan)):
+    if plan.base.is_here and (doubt := check_magnitudes(plan)):
         settings.warn(doubt)
     return plan.base.is_here
 
