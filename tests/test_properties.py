@@ -68,7 +68,7 @@ def written(root, config, shapes, dtype, seed):
         s = of(config, "alpha", module) / (math.sqrt(rank) if config["use_rslora"] else rank)
         V = W.double() + s * B.double() @ A.double()
         if config["use_dora"]:
-            m = adapter[f"{prefix}.lora_magnitude_vector"] = torch.rand(out) + 0.5
+            m = adapter[f"{prefix}.lora_magnitude_vector"] = W.float().norm(dim=1) * (torch.rand(out) + 0.5)
             V = V * (m.double() / V.norm(dim=1))[:, None]
         base[f"{module}.weight"], want[f"{module}.weight"] = W, V
     for name in ("base", "adapter"):

@@ -183,7 +183,7 @@ class Adapter:
     promised: Callable[[Mapping[str, Sequence[int]], Callable[[str], bool]], Collection[str]] | None = field(
         default=None, compare=False
     )
-    """Returns the weights that the config says were trained, of a model's tensors by name; the callable knows linear layers."""
+    """Returns the weights that the config says were trained, of a model's tensors by name."""
     beside: tuple[FileBeside, ...] = ()
     """The weight files beside the adapter's own."""
 
