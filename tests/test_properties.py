@@ -104,7 +104,8 @@ json_values = st.recursive(
 FIELDS = [
     "peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "bias",
     "layer_replication", "target_parameters", "trainable_token_indices", "use_bdlora", "kasa_config", "peft_version",
-    "init_lora_weights", "auto_mapping", "task_type", "target_modules", "ensure_weight_tying", "revision", "unheard_of",
+    "init_lora_weights", "auto_mapping", "task_type", "target_modules", "ensure_weight_tying", "revision", "exclude_modules",
+    "layers_to_transform", "layers_pattern", "unheard_of",
 ]  # fmt: skip
 
 
