@@ -68,7 +68,7 @@ def written(root, config, shapes, dtype, seed):
         s = of(config, "alpha", module) / (math.sqrt(rank) if config["use_rslora"] else rank)
         V = W.double() + s * B.double() @ A.double()
         if config["use_dora"]:
-            m = adapter[f"{prefix}.lora_magnitude_vector"] = torch.rand(out) + 0.5
+            m = adapter[f"{prefix}.lora_magnitude_vector"] = W.float().norm(dim=1) * (torch.rand(out) + 0.5)
             V = V * (m.double() / V.norm(dim=1))[:, None]
         base[f"{module}.weight"], want[f"{module}.weight"] = W, V
     for name in ("base", "adapter"):
@@ -104,7 +104,8 @@ json_values = st.recursive(
 FIELDS = [
     "peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "bias",
     "layer_replication", "target_parameters", "trainable_token_indices", "use_bdlora", "kasa_config", "peft_version",
-    "init_lora_weights", "auto_mapping", "task_type", "target_modules", "ensure_weight_tying", "revision", "unheard_of",
+    "init_lora_weights", "auto_mapping", "task_type", "target_modules", "ensure_weight_tying", "revision", "exclude_modules",
+    "layers_to_transform", "layers_pattern", "unheard_of",
 ]  # fmt: skip
 
 

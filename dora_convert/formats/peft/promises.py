@@ -58,9 +58,10 @@ def _layers(config: Config, names: Collection[str]) -> Callable[[str], bool]:
     if wanted is None or wanted == []:
         return lambda _: True
     numbers = wanted if isinstance(wanted, list) else [wanted]
-    given = config.layers_pattern or _FIRST_LAYER
-    patterns = [given] if isinstance(given, str) else [name for name in given if isinstance(name, str)]
-    start = r".*?\." if given == _FIRST_LAYER else r"(?:^|.*?\.)"
+    given = config.layers_pattern
+    listed = given if isinstance(given, list) else [given]
+    patterns = [name for name in listed if isinstance(name, str) and name] or [_FIRST_LAYER]
+    start = r".*?\." if patterns == [_FIRST_LAYER] else r"(?:^|.*?\.)"
     number = _matcher([("layers_pattern", each, rf"{start}{each}\.(?P<number>\d+)\.") for each in patterns], names)
 
     def test(module: str) -> bool:
