@@ -1,35 +1,16 @@
-"""Load the tensors of an edit, compare them with the base, and apply the edit to any block of the stored weight."""
+"""Load the tensors of an edit, and apply the edit to any block of the stored weight."""
 
 from __future__ import annotations
 
-import math
-import statistics
-from collections.abc import Mapping
-from contextlib import closing
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from ..adapters.adapter import Adapter, Decomposed, Delta, LowRank, low_rank
-from ..errors import Fault, UnsupportedError
+from ..adapters.adapter import Decomposed, Delta, LowRank
 from ..maths import lora as maths
 from ..plan.item import Edit
-from ..plan.plan import Plan
-from ..storage.reader import Reader
-from ..storage.safetensors import StoredTensor
 from .device_buffers import DeviceBuffers
-from .precision import TORCH, ComputeSpec
-
-SAMPLED_ROWS = 16
-SAMPLED_FOR_COLUMNS = 256
-OTHER_BASE = 0.5
-"""A median |m/‖W‖ − 1| above this means that m was trained on other weights."""
-NEAR_ONE, FAR = 0.5, math.log(1.4)
-"""Normalised magnitudes are this near to 1 in the median, where log ‖W‖ is farther than this from 0."""
-PARTS = frozenset({2, 4, 8, 16, 32, 64, 128, 256})
-"""Numbers of ranks that share a tensor in ZeRO-3."""
 
 
 class FactorPair:
@@ -175,94 +156,3 @@ class LoadedEdit:
             return maths.rescale_(V, self.m, self.n[0], axis=0)
         self.n.append(maths.norms(V, axis=1))
         return maths.rescale_(V, self.m[start:stop], self.n[-1], axis=1)
-
-
-def doubt_zeros(adapter: Adapter) -> str | None:
-    """Return a warning if every lora_B has numbers in the same share of its rows only, all others being zero.
-
-    Modules that are zero as a whole were not trained. The first module that has another share ends the search.
-    """
-    parts: list[int] = []
-    with closing(Reader()) as reader:
-        for change in adapter.changes:
-            if not isinstance(change.update, LowRank | Decomposed):
-                continue
-            B = low_rank(change.update).B
-            raw = torch.frombuffer(bytearray().join(reader.pieces(B)), dtype=TORCH[B.dtype])
-            rows = raw.view(B.shape[0], -1).ne(0).any(dim=1).nonzero().flatten()
-            if not len(rows):
-                continue
-            parts.append(round(B.shape[0] / len(rows)))
-            in_one_run = int(rows[-1] - rows[0]) + 1 == len(rows)
-            if parts[-1] not in PARTS or parts[-1] != parts[0] or not in_one_run:
-                return None
-    if len(parts) < 2:
-        return None
-    return (
-        f"{parts[0] - 1}/{parts[0]} of the rows of every lora_B of {adapter.source.name} are exactly zero: "
-        "a ZeRO-3 save of one rank looks like that"
-    )
-
-
-def check_magnitudes(plan: Plan) -> str | None:
-    """Return a warning if DoRA magnitudes do not look like norms of this base, from a sample of its rows.
-
-    Raises UnsupportedError if magnitudes were divided by the norms of their weights.
-    """
-    with closing(Reader()) as reader:
-        buffers = DeviceBuffers(ComputeSpec(torch.device("cpu"), torch.float64, "sample"), reader)
-        samples = {
-            item.name: _sample(item.source, edit, edit.update, buffers)
-            for item in plan.items
-            for edit in item.edits
-            if isinstance(edit.update, Decomposed)
-        }
-    _refuse_normalised(plan, samples)
-    ratios = [(m / n - 1).abs() for m, n in samples.values()]
-    if not ratios or (median := torch.cat(ratios).nanmedian().item()) <= OTHER_BASE:
-        return None
-    return (
-        f"another base? The adapter's magnitudes differ from the norms of {plan.base.source.name} by "
-        f"{median:.0%} in the median; those of its own base differ by a few percent."
-    )
-
-
-def _refuse_normalised(plan: Plan, samples: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-    """Raise UnsupportedError for modules whose magnitudes are near 1, and whose rows are not."""
-    medians = {name: (m.nanmedian().item(), n.nanmedian().item()) for name, (m, n) in samples.items()}
-    near = {name: (m, n) for name, (m, n) in medians.items() if _is_near_one(m, n)}
-    others = [m / n for name, (m, n) in medians.items() if name not in near]
-    if not near or (others and abs(statistics.median(others) - 1) > OTHER_BASE):
-        return  # weights of another base explain the other modules
-    if len(near) > 1:  # and so they do if m is as far from ‖W‖ in every module, rather than near 1 in every module
-        m_differs = statistics.stdev(math.log(m) for m, _ in near.values())
-        if m_differs > statistics.stdev(math.log(m / n) for m, n in near.values()):
-            return
-    faults = [
-        Fault(name.removesuffix(".weight"), f"its magnitudes are {m:.2g} in the median, the rows of the base {n:.2g}")
-        for name, (m, n) in near.items()
-    ]
-    names = ", ".join(adapter.source.name for adapter in plan.adapters)
-    raise UnsupportedError(
-        f"The magnitudes of {len(faults)} modules of {names} are normalised: divided by the norms of the rows.",
-        faults=faults,
-        hint="TensorRT-LLM's normalize_weights.py writes m/‖V‖ under the same name: name the adapter before that",
-    )
-
-
-def _is_near_one(m: float, n: float) -> bool:
-    """Return True if magnitudes are near 1 in the median, and the norms of the rows are not."""
-    is_far = n > 0 and abs(math.log(n)) > FAR
-    return is_far and abs(m - 1) < NEAR_ONE and abs(math.log(m)) < abs(math.log(m / n)) / 2
-
-
-def _sample(tensor: StoredTensor, edit: Edit, update: Decomposed, buffers: DeviceBuffers) -> tuple[Tensor, Tensor]:
-    """Return m and ‖W‖ for some outputs of one weight."""
-    m = buffers.whole(update.m).flatten()
-    rows = tensor.matrix[0]
-    wanted = SAMPLED_FOR_COLUMNS if edit.two_passes else SAMPLED_ROWS
-    chosen = sorted({round(k * (rows - 1) / max(1, wanted - 1)) for k in range(min(wanted, rows))})
-    sample = torch.cat([buffers.rows(tensor, row, row + 1) for row in chosen])
-    if edit.two_passes:  # the norm of a column, estimated from some of its elements
-        return m, maths.norms(sample, axis=0) * (rows / len(chosen)) ** 0.5
-    return m[chosen], maths.norms(sample, axis=1)

@@ -128,7 +128,7 @@ class FittingSession:
             self.settings.warn(doubt)
         if checkpoint.is_here and any(edit.decomposed for item in plan.items for edit in item.edits):
             with without_collections():
-                from ..engine.factors import check_magnitudes
+                from ..engine.doubts import check_magnitudes
             check_magnitudes(plan)
         return plan
 

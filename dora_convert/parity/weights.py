@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-from ..engine.factors import check_magnitudes
+from ..engine.doubts import check_magnitudes
 from ..engine.precision import choose, scan_adapter
 from ..engine.workers import WorkerPool
 from ..plan.item import Item

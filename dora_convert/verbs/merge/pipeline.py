@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ... import __version__
-from ...engine.factors import check_magnitudes, doubt_zeros
+from ...engine.doubts import check_magnitudes, doubt_zeros
 from ...engine.precision import scan_adapter
 from ...engine.run import Hashes, Run, choose_compute, resume_plan, run
 from ...engine.tensor import MergeMaker
