@@ -185,8 +185,7 @@ class PlanBuilder:
         target, saved = self.targets[name], self.targets[other].source
         if target.source is not target.base or saved is self.targets[other].base:
             return
-        height, new = target.shape[0], saved.shape[0]
-        if new < height:
+        if (new := saved.shape[0]) < (height := target.shape[0]):
             target.source = replace(target.source, shape=(new, *target.source.shape[1:]))
         elif new > height:
             start = saved.start + height * (saved.nbytes // new)

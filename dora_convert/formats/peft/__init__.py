@@ -187,7 +187,9 @@ class _SortedTensors:
 
     def _add_full(self, target: str, tensor: StoredTensor) -> None:
         """Add a tensor of the model itself."""
-        bare = without_base_layer(target, {*self.modules, *self.wrapped})
+        outer = target.partition(".base_layer.")[0]  # PEFT saves a wrapped embedding or head whole
+        lone = {outer} if is_saved_embedding(f"{unwrapped(outer)}.weight") else set()
+        bare = without_base_layer(target, {*self.modules, *self.wrapped, *lone})
         saves = self.config.saves(bare)
         if bare != target or is_saved_embedding(unwrapped(bare)):
             start = self.config.start if bare != target else None
