@@ -54,9 +54,7 @@ class Raw(io.FileIO):
         return super().write(data)
 
 
-def counted_open(
-    file, mode="r", buffering=-1, encoding=None, errors=None, newline=None, closefd=True, opener=None
-):
+def counted_open(file, mode="r", buffering=-1, encoding=None, errors=None, newline=None, closefd=True, opener=None):
     writes = bool(set(mode) & set("wax+"))
     if isinstance(file, int) or not (writes or opening):
         return real_open(file, mode, buffering, encoding, errors, newline, closefd, opener)

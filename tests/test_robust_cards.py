@@ -35,11 +35,7 @@ def template_of(folder):
 
 FIELD = {"tokenizer_config.json": '{"chat_template": "%s"}', "tokenizer.json": '"%s"'}
 FILE = {"tokenizer_config.json": "{}", "chat_template.jinja": "%s", "tokenizer.json": '"%s"'}
-OLD = {
-    "tokenizer_config.json": "{}",
-    "chat_template.json": '{"chat_template": "%s"}',
-    "tokenizer.json": '"%s"',
-}
+OLD = {"tokenizer_config.json": "{}", "chat_template.json": '{"chat_template": "%s"}', "tokenizer.json": '"%s"'}
 
 
 def filled(files, word):
@@ -56,9 +52,7 @@ def test_the_adapters_template_wins(tmp_path, base, adapter, theirs, ours):
     dora_convert.merge(base.path, adapter, tmp_path / "out", on_notice=said.append)
     assert template_of(tmp_path / "out") == "of the adapter"
     assert not any(
-        b"of the base" in data
-        for name, data in contents(tmp_path / "out").items()
-        if "dora_convert/" not in name
+        b"of the base" in data for name, data in contents(tmp_path / "out").items() if "dora_convert/" not in name
     )
     assert any("tokenizer" in text and adapter.name in text for text in said)
     dora_convert.unmerge(tmp_path / "out", adapter, tmp_path / "back")
@@ -184,15 +178,11 @@ def test_usage(tmp_path, base, adapter):
 def test_the_base_that_the_adapter_names(tmp_path, base, verb):
     """A local copy of the base has no repo id; the adapter names one on the Hub."""
     lora = make_adapter(tmp_path / "lora", base, dora=False, base_model_name_or_path="org/base")
-    getattr(dora_convert, verb)(
-        base.path, lora, tmp_path / "out", **({"rank": 2} if verb == "to_lora" else {})
-    )
+    getattr(dora_convert, verb)(base.path, lora, tmp_path / "out", **({"rank": 2} if verb == "to_lora" else {}))
     assert card(tmp_path / "out").data.base_model == "org/base"
 
 
-@pytest.mark.parametrize(
-    "named", ["/home/me/base", "./base", "base", "C:\\models\\base", "~/base", "org/another"]
-)
+@pytest.mark.parametrize("named", ["/home/me/base", "./base", "base", "C:\\models\\base", "~/base", "org/another"])
 def test_names_that_are_no_repo(tmp_path, base, named):
     """A path, or the name of another model, is not put into a card."""
     lora = make_adapter(tmp_path / "lora", base, dora=False, base_model_name_or_path=named)
@@ -265,9 +255,7 @@ def local_adapter(tmp_path, base, named="/home/me/base"):
     return adapter
 
 
-@pytest.mark.parametrize(
-    "named", ["/home/me/base", "./base", "../base", "~/base", "C:\\Users\\me\\base", "/tmp/x"]
-)
+@pytest.mark.parametrize("named", ["/home/me/base", "./base", "../base", "~/base", "C:\\Users\\me\\base", "/tmp/x"])
 def test_local_paths_are_not_pushed(tmp_path, base, hub, named):
     """A path in config or card is an error that names the file and the way out."""
     adapter = local_adapter(tmp_path, base, named)
@@ -315,10 +303,7 @@ ROPE = {
     "plain": ({"rope_type": "default", "rope_theta": 500000.0}, {"rope_theta": 500000.0}),
     "llama 3": (
         {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0},
-        {
-            "rope_theta": 500000.0,
-            "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0},
-        },
+        {"rope_theta": 500000.0, "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}},
     ),
     "partial": (
         {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.4},
@@ -363,8 +348,6 @@ def test_rope_by_kind_of_layer(tmp_path, base, adapter):
 
 def test_old_configs_are_not_contradicted(tmp_path, base, adapter):
     """A config that has both forms already keeps both; where they contradict each other, that is an error."""
-    edit_json(
-        base.path / "config.json", rope_parameters={"rope_type": "default", "rope_theta": 5.0}, rope_theta=7.0
-    )
+    edit_json(base.path / "config.json", rope_parameters={"rope_type": "default", "rope_theta": 5.0}, rope_theta=7.0)
     with pytest.raises(DoraConvertError, match="rope_theta"):
         dora_convert.merge(base.path, adapter, tmp_path / "out", legacy_config=True)

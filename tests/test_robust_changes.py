@@ -46,9 +46,7 @@ def rewritten(path):
 
 def edited(path):
     """A text of the same size."""
-    path.write_bytes(
-        path.read_bytes().replace(b"128", b"129").replace(b'"lora_alpha": 6', b'"lora_alpha": 7')
-    )
+    path.write_bytes(path.read_bytes().replace(b"128", b"129").replace(b'"lora_alpha": 6', b'"lora_alpha": 7'))
 
 
 CHANGES = {
@@ -148,6 +146,21 @@ def test_a_base_that_was_read(tmp_path, base, adapter):
     assert dora_convert.merge(base.path, adapter, tmp_path / "out").resumed
 
 
+def linked(path):
+    """Another name for the file, as hard-linking backups make."""
+    os.link(path, path.with_name("another.name"))
+
+
+@pytest.mark.parametrize("act", [lambda path: path.chmod(0o600), linked], ids=["chmod", "link"])
+def test_what_changes_no_contents(tmp_path, base, adapter, act):
+    """Other permissions and another name change the file's ctime, too: the merge goes on, and is resumed."""
+    with stopped():
+        dora_convert.merge(base.path, adapter, tmp_path / "out", workers=1)
+    act(base.path / "model-00001-of-00002.safetensors")
+    touch = once(act, base.path / SHARD)
+    assert dora_convert.merge(base.path, adapter, tmp_path / "out", on_progress=touch, workers=1).resumed
+
+
 # after a merge
 
 
@@ -155,9 +168,7 @@ def test_a_base_that_was_read(tmp_path, base, adapter):
 def replacing(tmp_path, base):
     """A DoRA that replaces an embedding, too: its record holds norms, rows and their numbers."""
     extra = {"base_model.model.model.embed_tokens.weight": torch.randn(VOCABULARY, 40).bfloat16()}
-    return make_adapter(
-        tmp_path / "replacing", base, dora=True, extra=extra, modules_to_save=["embed_tokens"]
-    )
+    return make_adapter(tmp_path / "replacing", base, dora=True, extra=extra, modules_to_save=["embed_tokens"])
 
 
 def flip(path, name, place, bit):
@@ -193,9 +204,7 @@ def test_bits_of_the_undo_record(tmp_path, base, replacing, kind, bit, undo):
 
 
 @pytest.mark.parametrize("undo", ["norms", "exact", "none"])
-@pytest.mark.parametrize(
-    "name", ["model.norm.weight", "lm_head.weight", "model.layers.1.self_attn.q_proj.weight"]
-)
+@pytest.mark.parametrize("name", ["model.norm.weight", "lm_head.weight", "model.layers.1.self_attn.q_proj.weight"])
 def test_untouched_tensors_that_were_changed_since(tmp_path, base, adapter, name, undo):
     """What no adapter touched and somebody trained or damaged: not given back as the base's, not pushed as ours."""
     out = tmp_path / "out"

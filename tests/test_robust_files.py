@@ -147,9 +147,7 @@ resource.setrlimit(resource.RLIMIT_AS, (held + {limit}, held + {limit}))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and RLIMIT_AS")
-@pytest.mark.parametrize(
-    "where", ["base/notes.txt", "adapter/tokenizer.json", "base/README.md", "both/tokenizer.json"]
-)
+@pytest.mark.parametrize("where", ["base/notes.txt", "adapter/tokenizer.json", "base/README.md", "both/tokenizer.json"])
 def test_large_side_files_are_copied_in_pieces(tmp_path, base, adapter, where):
     """A side file of half a gigabyte takes no memory: copied, hashed and compared in pieces."""
     for folder in ("base", "adapter") if where.startswith("both") else (where.split("/")[0],):
@@ -248,14 +246,7 @@ def test_links_are_followed_where_it_is_asked_for(tmp_path, base, adapter, secre
 
 @pytest.mark.parametrize(
     "target",
-    [
-        "/proc/self/environ",
-        "/proc/self/maps",
-        "/dev/zero",
-        "/dev/null",
-        "/dev/fd/0",
-        "/sys/kernel/uevent_seqnum",
-    ],
+    ["/proc/self/environ", "/proc/self/maps", "/dev/zero", "/dev/null", "/dev/fd/0", "/sys/kernel/uevent_seqnum"],
 )
 @pytest.mark.parametrize("options", [(), ("--follow-links",)], ids=["", "followed"])
 def test_devices_and_proc_are_never_followed(tmp_path, base, adapter, target, options):

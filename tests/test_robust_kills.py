@@ -75,9 +75,7 @@ class Attempt:
                 shutil.copytree(self.inputs / before, self.root / "out")
         words = WORDS[self.kind].format(inputs=self.inputs).replace(" out", f" {self.root / 'out'}").split()
         told = str(self.root.with_suffix(".calls"))
-        self.process = Process(
-            ["-c", CODE, what, str(at), told, *words, "--workers", "1", *options], os.environ
-        )
+        self.process = Process(["-c", CODE, what, str(at), told, *words, "--workers", "1", *options], os.environ)
 
     def end(self):
         """Wait for it, and take its exit code and what it said."""

@@ -136,17 +136,13 @@ HEADERS = {
     "empty tensors": lambda: empty_tensors(1_000_000),
     "metadata": lambda: long_metadata(5_000_000),
     "dimensions": lambda: many_dimensions(20_000_000),
-    "entries of entries": lambda: header(
-        b'{"a":{' + b",".join(b'"%x":0' % n for n in range(5_000_000)) + b"}}"
-    ),
+    "entries of entries": lambda: header(b'{"a":{' + b",".join(b'"%x":0' % n for n in range(5_000_000)) + b"}}"),
     "lists": lambda: header(b'{"a":[' + b"[]," * 20_000_000 + b"0]}"),
 }
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and RLIMIT_AS")
-@pytest.mark.parametrize(
-    ("kind", "where"), [*((kind, "base") for kind in HEADERS), ("empty tensors", "adapter")]
-)
+@pytest.mark.parametrize(("kind", "where"), [*((kind, "base") for kind in HEADERS), ("empty tensors", "adapter")])
 def test_headers_of_millions(tmp_path, kind, where):
     """A header within its limit of bytes may not hold more entries than any model has: refused within little memory."""
     base = make_base(tmp_path / "base", shards=1)
@@ -188,9 +184,7 @@ def test_pickles_of_millions(tmp_path, base, kind, form):
             archive.writestr("archive/data.pkl", PICKLES[kind])
     else:
         path.write_bytes(
-            b"".join(
-                pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})
-            )
+            b"".join(pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}))
             + PICKLES[kind]
         )
     refused(run("inspect", path, prelude=LIMITED), path)

@@ -137,9 +137,7 @@ def test_page_addresses(tmp_path, adapter, run, ref, repo, verb):
     assert repo.partition("@")[0] in err
     assert "does not exist" not in err
     assert "offline" in err.lower() or "HF_HUB_OFFLINE" in err or "reached" in err
-    _, _, plain = run(
-        *[word if word != ref else (f"hf://{repo}" if "/sub" in repo else repo) for word in words]
-    )
+    _, _, plain = run(*[word if word != ref else (f"hf://{repo}" if "/sub" in repo else repo) for word in words])
     assert err == plain
 
 
@@ -197,8 +195,7 @@ def test_dtypes_that_are_none(tmp_path, base, adapter, run, word):
 
 
 @pytest.mark.parametrize(
-    ("glob", "count"),
-    [("k_proj", 2), ("mlp.up_proj", 2), ("*.k_proj", 2), ("*up_proj", 2), ("model.layers.0.*", 3)],
+    ("glob", "count"), [("k_proj", 2), ("mlp.up_proj", 2), ("*.k_proj", 2), ("*up_proj", 2), ("model.layers.0.*", 3)]
 )
 def test_include_by_the_end_of_a_name(tmp_path, base, adapter, run, glob, count):
     """--include k_proj means what PEFT's target_modules mean: a name, or the end of one."""
@@ -274,9 +271,7 @@ def test_an_output_that_is_unfinished(tmp_path, base, adapter, run, verb):
     assert "same command" in err or "command that began it" in err
 
 
-@pytest.mark.skipif(
-    torch.cuda.is_available() or torch.version.cuda is not None, reason="needs a CPU build of torch"
-)
+@pytest.mark.skipif(torch.cuda.is_available() or torch.version.cuda is not None, reason="needs a CPU build of torch")
 def test_cuda_without_cuda(tmp_path, base, adapter, run):
     """A CPU build of torch finds no device on any machine: that is the cause, and installing another the way out."""
     code, _, err = run("merge", base.path, adapter, tmp_path / "out", "--device", "cuda")

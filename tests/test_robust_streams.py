@@ -42,9 +42,7 @@ def clean(*texts):
 def hostile(tmp_path):
     """A base and an adapter whose every name is hostile."""
     base = make_base(tmp_path / "base", shards=1)
-    tensors = load_file(base.path / "model.safetensors") | {
-        f"extra.{EVIL}.weight": base.tensors["model.norm.weight"]
-    }
+    tensors = load_file(base.path / "model.safetensors") | {f"extra.{EVIL}.weight": base.tensors["model.norm.weight"]}
     save_file(tensors, base.path / "model.safetensors", {"format": "pt", EVIL: EVIL})
     (base.path / f"{EVIL}.gguf").touch()
     (base.path / f"{EVIL}.txt").touch()
@@ -65,17 +63,7 @@ def test_merge_prints_no_control_characters(tmp_path, hostile, run, options):
 
 @pytest.mark.parametrize(
     "verb",
-    [
-        "inspect base",
-        "inspect adapter",
-        "verify",
-        "unmerge",
-        "push",
-        "from-lora",
-        "to-lora",
-        "extract",
-        "no base",
-    ],
+    ["inspect base", "inspect adapter", "verify", "unmerge", "push", "from-lora", "to-lora", "extract", "no base"],
 )
 def test_other_verbs_print_none(tmp_path, hostile, run, verb):
     base, adapter = hostile
@@ -113,13 +101,7 @@ def test_words_of_the_command_line(run, words):
 
 @pytest.mark.parametrize(
     "change",
-    [
-        {EVIL: 1},
-        {"peft_type": EVIL},
-        {"init_lora_weights": EVIL},
-        {"rank_pattern": {f"({EVIL}": 4}},
-        {"bias": EVIL},
-    ],
+    [{EVIL: 1}, {"peft_type": EVIL}, {"init_lora_weights": EVIL}, {"rank_pattern": {f"({EVIL}": 4}}, {"bias": EVIL}],
 )
 def test_fields_of_an_adapter(tmp_path, base, adapter, run, change):
     edit_json(adapter / "adapter_config.json", **change)
@@ -247,9 +229,7 @@ def test_what_was_resumed_is_said(tmp_path, run, verb, words):
     dora_convert.merge(base.path, dora, tmp_path / "merged")
     words = [verb, *words.format(root=tmp_path).split()]
     shutil.copytree(tmp_path, tmp_path.with_name(f"{tmp_path.name}-copy"), dirs_exist_ok=True)
-    started = [
-        word.replace(str(tmp_path), str(tmp_path.with_name(f"{tmp_path.name}-copy"))) for word in words
-    ]
+    started = [word.replace(str(tmp_path), str(tmp_path.with_name(f"{tmp_path.name}-copy"))) for word in words]
     told = tmp_path / "calls"
     assert Process(["-c", BROKEN, "kill", "0", str(told), *started], os.environ).wait().returncode == 0
     at = int(told.read_text()) - (40 if "--in-place" in words else 14)
@@ -265,22 +245,16 @@ def test_nothing_is_said_of_what_was_not_resumed(tmp_path, base, adapter, run):
     assert "resum" not in (out + err).replace(str(tmp_path), "")
 
 
-LONG = (
-    "model.language_model.layers.0.self_attn.a_rather_long_name_of_a_module_as_some_models_have_them.q_proj"
-)
+LONG = "model.language_model.layers.0.self_attn.a_rather_long_name_of_a_module_as_some_models_have_them.q_proj"
 
 
-@pytest.mark.parametrize(
-    "words", [["inspect", "{base}", "-v"], ["merge", "{base}", "{adapter}", "{out}", "-v"]]
-)
+@pytest.mark.parametrize("words", [["inspect", "{base}", "-v"], ["merge", "{base}", "{adapter}", "{out}", "-v"]])
 def test_piped_tables_are_not_folded(tmp_path, words):
     """In a pipe there is no width: each name stands on a line of its own, for grep."""
     (tmp_path / "base").mkdir()
     tensors = {f"{LONG}.weight": torch.randn(8, 8)}
     save_file(tensors, tmp_path / "base/model.safetensors")
-    adapter = make_adapter(
-        tmp_path / "adapter", Base(tmp_path / "base", tensors), dora=True, targets=("q_proj",)
-    )
+    adapter = make_adapter(tmp_path / "adapter", Base(tmp_path / "base", tensors), dora=True, targets=("q_proj",))
     places = {"base": tmp_path / "base", "adapter": adapter, "out": tmp_path / "out"}
     done = command(*(word.format(**places) for word in words), COLUMNS="80")
     assert done.returncode == 0, done.stderr
@@ -298,17 +272,10 @@ def test_sentences_wrap_at_words(tmp_path, base, adapter, width):
 
     main, other = os.openpty()
     fcntl.ioctl(other, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "TQDM_DISABLE": "1",
-        "TERM": "xterm",
-        "NO_COLOR": "1",
-    }
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1", "TERM": "xterm", "NO_COLOR": "1"}
     environment.pop("COLUMNS", None)
     line = [sys.executable, "-m", "dora_convert", "merge", "base", "adapter", "out"]
-    with subprocess.Popen(
-        line, stdout=other, stderr=subprocess.PIPE, env=environment, cwd=tmp_path
-    ) as process:
+    with subprocess.Popen(line, stdout=other, stderr=subprocess.PIPE, env=environment, cwd=tmp_path) as process:
         os.close(other)
         shown = b""
         while True:
@@ -352,12 +319,8 @@ def test_without_numpy(tmp_path, base, adapter):
 def test_what_is_imported_is_declared():
     """Every package that ours imports is one that installing it brings."""
     text = (ROOT / "pyproject.toml").read_text()
-    named = {
-        name.lower().replace("-", "_") for name in re.findall(r'^\s+"([A-Za-z_-]+)[>=\[]', text, re.MULTILINE)
-    }
-    known = (
-        named | {"dora_convert", "accelerate", "peft", "transformers", "yaml"} | set(sys.stdlib_module_names)
-    )
+    named = {name.lower().replace("-", "_") for name in re.findall(r'^\s+"([A-Za-z_-]+)[>=\[]', text, re.MULTILINE)}
+    known = named | {"dora_convert", "accelerate", "peft", "transformers", "yaml"} | set(sys.stdlib_module_names)
     found = set()
     for path in (ROOT / "dora_convert").rglob("*.py"):
         found |= set(re.findall(r"^\s*(?:from|import) ([a-z_]+)", path.read_text(), re.MULTILINE))

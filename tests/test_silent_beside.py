@@ -56,9 +56,7 @@ def train(tmp_path, *, dora=False, **config) -> Trained:
             parameter.add_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(tmp_path / "base")
     targets = ["k_proj", "up_proj", "down_proj"]
-    model = get_peft_model(
-        model, LoraConfig(r=3, lora_alpha=6, use_dora=dora, target_modules=targets, **config)
-    )
+    model = get_peft_model(model, LoraConfig(r=3, lora_alpha=6, use_dora=dora, target_modules=targets, **config))
     for name, parameter in model.named_parameters():
         if name.endswith(("layernorm.weight", "norm.weight", "k_proj.base_layer.bias")):
             parameter.requires_grad_(True)

@@ -36,12 +36,7 @@ def kohya_without_metadata(path: Path) -> Path:
 
 def lycoris(path: Path) -> Path:
     name = "lycoris_model_layers_0_mlp_up_proj"
-    tensors = {
-        f"{name}.hada_w1_a": B,
-        f"{name}.hada_w1_b": A,
-        f"{name}.hada_w2_a": B + 1,
-        f"{name}.hada_w2_b": A + 1,
-    }
+    tensors = {f"{name}.hada_w1_a": B, f"{name}.hada_w1_b": A, f"{name}.hada_w2_a": B + 1, f"{name}.hada_w2_b": A + 1}
     save_file(tensors | {f"{name}.alpha": torch.tensor(4.0)}, path)
     return path
 
@@ -49,11 +44,7 @@ def lycoris(path: Path) -> Path:
 def lycoris_dora(path: Path) -> Path:
     name = "lycoris_model_layers_0_mlp_up_proj"
     save_file(
-        {
-            f"{name}.lora_down.weight": A,
-            f"{name}.lora_up.weight": B,
-            f"{name}.dora_scale": M[:, None].contiguous(),
-        },
+        {f"{name}.lora_down.weight": A, f"{name}.lora_up.weight": B, f"{name}.dora_scale": M[:, None].contiguous()},
         path,
     )
     return path
@@ -114,11 +105,7 @@ def gguf_adapter(path: Path) -> Path:
 
 
 MLX = saved({f"{UP}.lora_a": A.T, f"{UP}.lora_b": B.T})
-MLX_CONFIG = {
-    "fine_tune_type": "lora",
-    "num_layers": 2,
-    "lora_parameters": {"rank": 4, "scale": 20.0, "dropout": 0.0},
-}
+MLX_CONFIG = {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": {"rank": 4, "scale": 20.0, "dropout": 0.0}}
 HF = {
     "config": {"architecture": "lora", "r": 4, "alpha": 8, "use_dora": False},
     "version": "adapters.1.3.0",
@@ -142,11 +129,7 @@ NVLABS = saved({
     f"base_model.model.{UP}.weight_m_wdecomp.weight": M[:, None],
 })  # fmt: skip
 FSDP = saved(
-    {
-        f"{UP}.dora_layer.lora_A.weight": A,
-        f"{UP}.dora_layer.lora_B.weight": B,
-        f"{UP}.magnitude_layer.magnitude": M,
-    }
+    {f"{UP}.dora_layer.lora_A.weight": A, f"{UP}.dora_layer.lora_B.weight": B, f"{UP}.magnitude_layer.magnitude": M}
 )
 PROMPTS = saved({"prompt_embeddings": A})
 

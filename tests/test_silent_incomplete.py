@@ -68,9 +68,7 @@ def missed(base: Path, adapter: Path, opened: str = "LlamaForCausalLM") -> set[s
 def said(report: Any) -> set[str]:
     """The modules that a report's ledger has as missing; its warnings name them, too."""
     entries = [entry for entry in report.ledger if entry["fate"] == "missing"]
-    modules = {
-        PARTS.sub("", entry["tensor"].removeprefix(PREFIX)).removesuffix(".weight") for entry in entries
-    }
+    modules = {PARTS.sub("", entry["tensor"].removeprefix(PREFIX)).removesuffix(".weight") for entry in entries}
     text = "\n".join(report.warnings)
     assert bool(modules) == bool(re.search(r"(?i)lacks|missing|not in", text)), text
     assert all(module in text for module in sorted(modules)[:3])

@@ -60,9 +60,7 @@ def train(tmp_path: Path, names, config: LoraConfig) -> tuple[Path, Path, dict[s
     model.save_pretrained(tmp_path / "adapter")
     want = merged(model, names)
     again = merged(PeftModel.from_pretrained(net(*names), tmp_path / "adapter"), names)
-    assert all(torch.equal(want[name], tensor) for name, tensor in again.items()), (
-        "PEFT loads another adapter"
-    )
+    assert all(torch.equal(want[name], tensor) for name, tensor in again.items()), "PEFT loads another adapter"
     return tmp_path / "base", tmp_path / "adapter", want
 
 
@@ -177,8 +175,7 @@ def test_a_name_with_two_readings_is_an_error(tmp_path):
     base, adapter, _ = train(tmp_path, ["fc", "default.fc"], lora(r"default\.fc"))
     tensors = load_file(adapter / FILE)
     tensors |= {
-        name.replace("default.fc.lora_B", "default.fc.lora_B.default"): x.clone()
-        for name, x in tensors.items()
+        name.replace("default.fc.lora_B", "default.fc.lora_B.default"): x.clone() for name, x in tensors.items()
     }
     save_file(tensors, adapter / FILE, {"format": "pt"})
     with pytest.raises(DoraConvertError) as caught:

@@ -72,9 +72,7 @@ def as_peft(adapter: Path) -> dict[str, float]:
     found = {}
     for name in factors(adapter):
         rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), name), config.r)
-        alpha = config.alpha_pattern.get(
-            get_pattern_key(config.alpha_pattern.keys(), name), config.lora_alpha
-        )
+        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), name), config.lora_alpha)
         found[name] = alpha / (math.sqrt(rank) if config.use_rslora else rank)
     return found
 
@@ -173,9 +171,7 @@ def test_modules_of_other_ranks(tmp_path, single):
             tensors[name] = (tensor[:2] if "lora_A" in name else tensor[:, :2]).contiguous()
     save_file(tensors, adapter / FILE, {"format": "pt"})
     scales = {"k_proj": 6 / 2, "up_proj": 30 / 6}
-    deltas = {
-        name: scales.get(name.rpartition(".")[2], 1.0) * B @ A for name, (B, A) in factors(adapter).items()
-    }
+    deltas = {name: scales.get(name.rpartition(".")[2], 1.0) * B @ A for name, (B, A) in factors(adapter).items()}
     dora_convert.to_lora(single.path, adapter, tmp_path / "lora", rank=16)
     assert one_rank(tmp_path / "lora") == 6
     for loader in LOADERS:

@@ -18,9 +18,7 @@ FILE = "adapter_model.safetensors"
 
 
 def tensors(out: Path) -> dict[str, bytes]:
-    return {
-        name: data for name, data in contents(out).items() if name.endswith((".safetensors", "config.json"))
-    }
+    return {name: data for name, data in contents(out).items() if name.endswith((".safetensors", "config.json"))}
 
 
 @pytest.mark.parametrize("option", ["include", "exclude"])
@@ -97,9 +95,7 @@ def test_a_weight_is_a_list_of_one(tmp_path, base, adapter, weight):
         dora_convert.merge(base.path, [adapter, other], tmp_path / "two", weight=weight)
 
 
-@pytest.mark.parametrize(
-    "bad", [{"include": 5}, {"exclude": [1]}, {"ignore_field": b"x"}, {"weight": "0.5"}], ids=str
-)
+@pytest.mark.parametrize("bad", [{"include": 5}, {"exclude": [1]}, {"ignore_field": b"x"}, {"weight": "0.5"}], ids=str)
 def test_other_types_are_errors_of_ours(tmp_path, base, adapter, bad):
     """No TypeError from deep inside, and nothing merged under a misunderstanding."""
     with pytest.raises(DoraConvertError, match=next(iter(bad)).replace("_", "[-_]")):

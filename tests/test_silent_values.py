@@ -84,9 +84,7 @@ def test_magnitudes_of_weights_whose_rows_are_short_or_long(tmp_path, factor):
     write_shards(base.path, base.tensors, 1)
     adapter = make_adapter(tmp_path / "dora", base, dora=True)
     tensors = load_file(adapter / FILE)
-    save_file(
-        {name: x * factor if name.endswith(MAGNITUDE) else x for name, x in tensors.items()}, adapter / FILE
-    )
+    save_file({name: x * factor if name.endswith(MAGNITUDE) else x for name, x in tensors.items()}, adapter / FILE)
     report = dora_convert.merge(base.path, adapter, tmp_path / "out")
     for name, x in exact(base, adapter).items():
         torch.testing.assert_close(load(tmp_path / "out")[name], x.float(), rtol=1e-5, atol=1e-6)
@@ -143,9 +141,7 @@ def test_zeros_that_training_leaves_are_not(tmp_path, base, case):
     """Modules that were not trained are zero as a whole; pruned rows lie anywhere."""
     adapter = make_adapter(tmp_path / "a", base, dora=False)
     tensors = load_file(adapter / FILE)
-    tensors = {
-        name: FINE[case](name, x).contiguous() if "lora_B" in name else x for name, x in tensors.items()
-    }
+    tensors = {name: FINE[case](name, x).contiguous() if "lora_B" in name else x for name, x in tensors.items()}
     save_file(tensors, adapter / FILE)
     report = dora_convert.merge(base.path, adapter, tmp_path / "out")
     assert not any("ZeRO" in text for text in report.warnings)
@@ -229,14 +225,10 @@ def broken(tensors: dict[str, torch.Tensor], case: str) -> dict[str, torch.Tenso
         case "no lora_A":
             return {name: x for name, x in tensors.items() if "lora_A" not in name}
         case "other names":
-            return {
-                name.replace("mlp", "feed_forward").replace("self_attn", "attn"): x
-                for name, x in tensors.items()
-            }
+            return {name.replace("mlp", "feed_forward").replace("self_attn", "attn"): x for name, x in tensors.items()}
         case "other sizes":
             return {
-                name: torch.cat([x, x], dim=-1).contiguous() if "lora_A" in name else x
-                for name, x in tensors.items()
+                name: torch.cat([x, x], dim=-1).contiguous() if "lora_A" in name else x for name, x in tensors.items()
             }
     return tensors
 

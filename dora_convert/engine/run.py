@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from .. import __version__
-from ..errors import Fault, NumericalError, OutputError, VerificationError
+from ..adapters.adapter import Adapter
+from ..errors import Fault, MalformedError, NumericalError, OutputError, RefError, VerificationError
 from ..output.finished import FinishedLine, Progress, TensorResult, Verdict
 from ..output.shards import ShardFiles
 from ..plan.plan import Plan
 from ..settings import Settings
-from ..storage.filenames import JOURNAL, RECORD, SPOOL
+from ..storage.changes import FileStates, refuse_changed, same_lines
+from ..storage.checkpoint import Checkpoint
+from ..storage.filenames import JOURNAL, RECORD, SPOOL, is_weight_file
 from ..storage.journal import Journal, JournalKey, UnfinishedRun, read_journal
 from ..storage.reader import Reader
 from ..storage.spool import Spool
@@ -79,11 +82,21 @@ def choose_compute(least: int, settings: Settings) -> ComputeSpec:
 
 
 @contextmanager
-def entered(output: Output) -> Iterator[None]:
-    """Open and lock an output; after an error keep it if the same command can resume the run."""
+def entered(output: Output, *inputs: FileStates) -> Iterator[None]:
+    """Open and lock an output; after an error keep it if the same command can resume the run.
+
+    An error over `inputs` that have changed meanwhile is the error that they have changed.
+    """
     output.open()
     try:
-        yield
+        try:
+            yield
+        except (MalformedError, RefError, VerificationError):
+            refuse_changed(*inputs)
+            raise
+    except RefError:  # an input has changed: what is written is a mixture
+        output.leave() if output.in_place else output.discard()
+        raise
     except NumericalError:
         output.discard()
         raise
@@ -122,13 +135,25 @@ def resume(
     """
     path = output.state / JOURNAL
     unfinished = read_journal(path)
-    if unfinished and unfinished.key == key and complete():
+    if unfinished and _same_key(unfinished.key, key) and complete():
         output.clear(keep=[RECORD, *keep])
         return read_journal(path, line_type)
-    if unfinished and unfinished.key != key and not output.overwrite:
+    if unfinished and not _same_key(unfinished.key, key) and not output.overwrite:
         raise OutputError(f"{output.partial} holds an unfinished run of something else.", hint=output.WAY_OUT)
     output.clear()
     return None
+
+
+def _same_key(earlier: JournalKey, key: JournalKey) -> bool:
+    return {**earlier, "base": None} == {**key, "base": None} and same_lines(earlier.get("base"), key["base"])
+
+
+def input_states(output: Output, checkpoints: Iterable[Checkpoint], adapters: Iterable[Adapter]) -> list[FileStates]:
+    """Return the files that a run reads, to be compared before it publishes; in place, its own weights change."""
+    read = [each.states for each in checkpoints]
+    if output.in_place:
+        read = [{path: state for path, state in read[0].items() if not is_weight_file(path.name)}, *read[1:]]
+    return [*read, *(adapter.states for adapter in adapters)]
 
 
 def run_key(plan: Plan, output: Output, hashes: Hashes, spec: ComputeSpec) -> JournalKey:

@@ -22,7 +22,7 @@ from ..engine.device_buffers import DeviceBuffers
 from ..engine.host_memory import as_bytes
 from ..engine.precision import TORCH, ComputeSpec
 from ..engine.preflight import holds_numbers, scan_adapter
-from ..engine.run import choose_compute, entered, journal_key, resume
+from ..engine.run import choose_compute, entered, input_states, journal_key, resume
 from ..engine.workers import WorkerPool
 from ..errors import NumericalError
 from ..maths import lora as maths
@@ -31,6 +31,7 @@ from ..output.folder import OutputFolder
 from ..output.side_files import tokenizer_files
 from ..settings import Settings
 from ..sizes import format_size
+from ..storage.changes import refuse_changed
 from ..storage.filenames import JOURNAL, SPOOL
 from ..storage.journal import Journal
 from ..storage.json_files import Real
@@ -79,7 +80,8 @@ def run_plan(
     settings.notify(f"memory: at most {format_size(settings.max_memory)}; one module takes {format_size(plan.memory)}")
     adapters = [scan_adapter(plan.like)] if plan.like else []
     folder.check_space(2 * plan.bytes_out)
-    with entered(folder):
+    inputs = input_states(folder, plan.bases, [plan.like] if plan.like else [])
+    with entered(folder, *inputs):
         terms = {**plan.terms, "command": plan.command, "format": plan.format.NAME, "dtype": plan.dtype}
         key = journal_key(spec, folder.identity(plan.bases), adapters=adapters, **terms)
         unfinished = resume(folder, key, [], lambda: True, FittedLine)
@@ -94,6 +96,7 @@ def run_plan(
                 run.write(where, plan.format.save(adapter), folder) for where, adapter in assemble(results).items()
             )
             _put_side_files(plan, folder, settings)
+        refuse_changed(*inputs)
         folder.publish()
     return FittingRun(results, spec, bool(lines), written)
 

@@ -10,7 +10,6 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,9 @@ from ..errors import MalformedError
 from ..plan.plan import Plan
 from ..plan.sharding import index_bytes
 from ..storage.checkpoint import Checkpoint
-from ..storage.filenames import RECORD, list_files
+from ..storage.filenames import RECORD, is_tokenizer_file, list_files
 from ..storage.safetensors import open_file
 from . import card
-
-FROM_ADAPTER = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
-    "spiece.model", "sentencepiece*.model", "chat_template*", "additional_chat_templates/*",
-    "*processor_config.json", "preprocessor_config.json",
-)  # fmt: skip
 
 PREVIOUS = "previous"
 """The folder inside a record that holds the previous merge's record."""
@@ -117,8 +110,7 @@ def _readable(path: Path) -> Path:
 
 def tokenizer_files(folder: Path) -> list[str]:
     """Return the tokenizer, processor and chat-template files of a folder, by name."""
-    names = list_files(folder)
-    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in FROM_ADAPTER)]
+    return list(filter(is_tokenizer_file, list_files(folder)))
 
 
 def _previous_record(base: Checkpoint) -> list[Path]:

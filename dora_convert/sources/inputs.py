@@ -19,12 +19,15 @@ from ..formats.detect import (
     ANCHORS,
     adapters_inside,
     detect,
+    is_adapter_file,
     is_only_adapter,
     model_weights,
     refuse_adapter,
     wanted_of_adapter,
 )
+from ..storage.changes import file_states
 from ..storage.checkpoint import Checkpoint, open_checkpoint
+from ..storage.filenames import is_tokenizer_file, list_files
 from ..storage.refs import HubRef, Source, local_path, local_source, parse_ref
 from .session import Session
 
@@ -111,9 +114,12 @@ def read_adapter(source: Source, accepted: Collection[str] = ()) -> Adapter:
 
     Raises RefError if no format recognises the folder, and the errors of the format.
     """
-    if known := detect(source.path):
-        return known.read(source, accepted)
-    raise _not_an_adapter(source)
+    if not (known := detect(source.path)):
+        raise _not_an_adapter(source)
+    folder = source.path if source.path.is_dir() else source.path.parent
+    names = [name for name in list_files(folder) if is_adapter_file(name) or is_tokenizer_file(name)]
+    states = file_states(folder / name for name in names)
+    return replace(known.read(source, accepted), states=states)
 
 
 def read_or_refuse(source: Source, accepted: Collection[str]) -> tuple[Adapter, UnsupportedError | None]:

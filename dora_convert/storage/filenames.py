@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
 RECORD = "dora_convert"
@@ -31,7 +32,14 @@ WEIGHT_SUFFIXES = (
 WEIGHT_FOLDERS = ("original", "onnx", "openvino", "coreml", "metal", "gguf")
 ADAPTER_FILES = "adapter_"
 """The beginning of the names of an adapter's files, which may lie beside a model."""
-NOT_COPIED = ("README.md", ".lock")
+CARD = "README.md"
+NOT_COPIED = (CARD, ".lock")
+
+FROM_ADAPTER = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
+    "spiece.model", "sentencepiece*.model", "chat_template*", "additional_chat_templates/*",
+    "*processor_config.json", "preprocessor_config.json",
+)  # fmt: skip
 
 
 def is_plain(name: object) -> bool:
@@ -68,6 +76,11 @@ def is_side_file(name: str) -> bool:
     hidden = any(part in (".cache", "__pycache__") or part.startswith(".git") for part in parts)
     adapter = len(parts) == 1 and name.startswith(ADAPTER_FILES)
     return not (hidden or parts[0] == RECORD or adapter or name in NOT_COPIED or is_weight_file(name))
+
+
+def is_tokenizer_file(name: str) -> bool:
+    """Return True for the tokenizer, processor and chat-template files of an adapter, which a merge takes."""
+    return any(fnmatchcase(name, pattern) for pattern in FROM_ADAPTER)
 
 
 def list_files(root: Path) -> list[str]:

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 import xxhash
 
 from ..engine.preflight import scan_adapter
-from ..engine.run import RunOptions, Transfers, choose_compute, entered, judge, resume_plan, run, run_key
+from ..engine.run import RunOptions, Transfers, choose_compute, entered, input_states, judge, resume_plan, run, run_key
 from ..errors import Fault, RefError, VerificationError
 from ..output.finished import TensorResult, copied_name
 from ..output.side_files import SideFile
 from ..plan.item import Item
 from ..reports.merge import MergeReport, Recovered, UnmergeReport
 from ..settings import Settings
+from ..storage.changes import refuse_changed
 from ..storage.reader import Digest, Reader
 from .expected_base import RecoveryCheck
 from .files import left_over
@@ -49,7 +50,9 @@ def restore(
     hashes = [scan_adapter(adapter) for adapter in plan.adapters]
     output.check_space(output.bytes_needed(plan) + sum(file.nbytes for file in files))
     copied = _copied(reversal, hub)
-    with entered(output):
+    originals = [reversal.original] if reversal.original else []
+    inputs = input_states(output, [plan.base, *originals], plan.adapters)
+    with entered(output, *inputs):
         receipt = xxhash.xxh3_128_hexdigest(reversal.record.receipt.to_bytes())
         key = run_key(plan, output, hashes, spec) | {"receipt": receipt}
         unfinished = resume_plan(output, plan, key)
@@ -77,6 +80,7 @@ def restore(
         )
         base, undo = reversal.record.receipt.base.title, reversal.record.options.undo
         report = UnmergeReport.of_run(report, base=base, undo=undo, modules=modules)
+        refuse_changed(*inputs)
         output.publish(report.to_dict(), left_over(plan.base, reversal.record, files))
     return report
 

@@ -13,7 +13,7 @@ import torch
 from ... import __version__
 from ...engine.executor import Run
 from ...engine.preflight import doubt_base, scan_adapter
-from ...engine.run import Hashes, RunOptions, choose_compute, entered, judge, resume_plan, run, run_key
+from ...engine.run import Hashes, RunOptions, choose_compute, entered, input_states, judge, resume_plan, run, run_key
 from ...engine.tensor import MergeMaker
 from ...errors import Fault, VerificationError
 from ...output.card import card_bytes
@@ -24,6 +24,7 @@ from ...parity.self_check import SelfCheck
 from ...plan.plan import Plan
 from ...reports.merge import MergeReport
 from ...settings import Settings
+from ...storage.changes import refuse_changed
 from ...storage.checkpoint import Checkpoint, open_checkpoint
 from ...storage.filenames import RECEIPT, RECORD, SPOOL, UNDO
 from ...storage.journal import UnfinishedRun
@@ -58,7 +59,8 @@ def run_merge(
     merge.look_at_base()
     needed = hub.room(plan) if hub else output.bytes_needed(plan)
     output.check_space(needed + 2 * plan.undo_bytes + sum(file.nbytes for file in files))
-    with entered(output):
+    inputs = input_states(output, [plan.base], plan.adapters)
+    with entered(output, *inputs):
         done, unfinished = merge.write_tensors()
         merge.look_at_base()
         verdict = judge(plan, done.progress.done) if settings.verify else None
@@ -67,6 +69,7 @@ def run_merge(
         card = card_bytes(plan, settings.base_model, verdict.rows() if verdict else ())
         merge.write_files(with_card(files, card), done)
         outputs = _examine(output, examine) if examine else None
+        refuse_changed(*inputs)
         return merge.publish(card, done, unfinished, verdict, outputs)
 
 
