@@ -93,7 +93,9 @@ class FittingSession:
             verify=False,
             base_model=options["base_model"],
         )
-        with Session(options["token"], cache=options["cache"], notify=settings.notify) as session:
+        with Session(
+            options["token"], cache=options["cache"], notify=settings.notify, follow_links=options["follow_links"]
+        ) as session:
             fitting = cls(
                 options=options,
                 selection=selection,

@@ -57,6 +57,7 @@ def read_folder(folder: str) -> FolderContents:
         raise RefError(f"DIR {folder!r} {what}.", hint="dora-convert push DIR REPO_ID")
     _refuse_unfinished(path)
     source = local_source(path)
+    _refuse_links(path)
     files = [name for name in list_files(path) if not _is_hidden(name)]
     if detect(path):
         return _adapter_contents(source, files)
@@ -66,6 +67,17 @@ def read_folder(folder: str) -> FolderContents:
 def _refuse_unfinished(path: Path) -> None:
     if (path / LOCK).exists() or (path / RECORD / JOURNAL).exists():
         raise RefError(f"DIR {path} is an unfinished output.", hint="rerun the command that began it, then push")
+
+
+def _refuse_links(path: Path) -> None:
+    """Raise RefError for a folder with links: only files that lie in the folder are uploaded."""
+    links = (entry.relative_to(path).as_posix() for entry in path.rglob("*") if entry.is_symlink())
+    if faults := [Fault(name, "is a link") for name in sorted(links) if not _is_hidden(name)]:
+        raise RefError(
+            f"DIR {path} holds links, which are not uploaded: {faults[0].what}.",
+            faults=faults,
+            hint="put copies of the files in their place",
+        )
 
 
 def _is_hidden(name: str) -> bool:

@@ -28,6 +28,7 @@ from ..formats.detect import (
 from ..storage.changes import file_states
 from ..storage.checkpoint import Checkpoint, open_checkpoint
 from ..storage.filenames import is_tokenizer_file, list_files
+from ..storage.links import refuse_links
 from ..storage.refs import HubRef, Source, local_path, local_source, parse_ref
 from .session import Session
 
@@ -91,12 +92,23 @@ def open_base(
     else:
         source = local_source(parsed)
     refuse_adapter(source.path, source.name)
-    return open_checkpoint(source, unfinished=mode == "local")
+    checkpoint = open_checkpoint(source, unfinished=mode == "local")
+    _refuse_links(checkpoint.root, checkpoint, session)
+    return checkpoint
 
 
 def open_adapter(ref: str, session: Session, accepted: Collection[str] = ()) -> Adapter:
     """Open an adapter; config fields in `accepted` are not refused."""
-    return read_adapter(find_adapter(ref, session), accepted)
+    adapter = read_adapter(find_adapter(ref, session), accepted)
+    _refuse_links(adapter.source.path, adapter, session)
+    return adapter
+
+
+def _refuse_links(root: Path, opened: Checkpoint | Adapter, session: Session) -> None:
+    """Refuse links out of the folder if the run copies side files; weights may lie elsewhere."""
+    if session.follow_links is not None:
+        weights = {tensor.path for tensor in opened.tensors.values()}
+        refuse_links(root, opened.states.keys() - weights, follow=session.follow_links)
 
 
 def find_adapter(ref: str, session: Session) -> Source:

@@ -29,6 +29,7 @@ from .filenames import (
     list_files,
 )
 from .json_files import read_config, read_json
+from .links import linked_folders
 from .refs import Source
 from .safetensors import Header, StoredTensor, read_header
 
@@ -135,7 +136,7 @@ def open_checkpoint(source: Source, *, unfinished: bool = False) -> Checkpoint:
     if odd := [name for name in names if not is_text(name)]:
         raise MalformedError(f"{root} holds a file whose name is not UTF-8: {odd[0]!r}.", hint="rename it")
     states = file_states(root / name for name in names)
-    notes: list[str] = []
+    notes = [f"{name} is a link to a folder; it is not copied" for name in linked_folders(root)]
     table = weight_map(root / name) if name.endswith(".json") else None
     files = [name] if table is None else shard_files(root.name, table, lambda name: (root / name).exists())
     shards = assemble(root.name, {file: read_weights(root / file) for file in files}, table, notes)

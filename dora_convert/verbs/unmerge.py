@@ -60,7 +60,9 @@ def unmerge(
     shards = options["max_shard_size"]
     selection = parse_options(compute_dtype=compute, max_shard_size=shards, allow_unmatched=True)
     settings = Settings.parse(options, options["max_memory"], compute_dtype=compute, verify=options["verify"])
-    with Session(options["token"], cache=options["cache"], notify=settings.notify) as session:
+    with Session(
+        options["token"], cache=options["cache"], notify=settings.notify, follow_links=options["follow_links"]
+    ) as session:
         request = UnmergeRequest(
             merged=os.fspath(merged),
             adapters=listed(adapters),

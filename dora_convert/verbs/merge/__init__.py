@@ -67,7 +67,9 @@ def merge(
         base_model=options["base_model"],
     )
     cache = options["cache"] and not options["no_local"]
-    with Session(options["token"], cache=cache, notify=settings.notify) as session:
+    with Session(
+        options["token"], cache=cache, notify=settings.notify, follow_links=options["follow_links"]
+    ) as session:
         request = MergeRequest(
             base=base,
             adapters=listed(adapters),
