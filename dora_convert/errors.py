@@ -25,6 +25,7 @@ picklable.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
 
@@ -46,6 +47,13 @@ def _line(text: str, longest: int) -> str:
     text = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
     half = longest // 2
     return text if len(text) <= longest else f"{text[:half]} … {text[-half:]}"
+
+
+def hint_of(error: OSError) -> str | None:
+    """Return what to type after an error of the system, if something helps."""
+    if error.errno == errno.EMFILE:
+        return "this process may have more files open after: ulimit -n 1024"
+    return None
 
 
 def shown(value: object) -> str:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from ..output.finished import FinishedLine, Progress, TensorResult, Verdict, copied_name, kept_name
@@ -110,7 +111,7 @@ class Run:
     def _copy(self, copy: Copy, _: DeviceBuffers) -> None:
         self.advance(0)
         self.shards.copy(copy, self.reader)
-        self.journal.add(FinishedLine(copied=copy[2:]), [self.shards.descriptor(copy.shard)])
+        self.journal.add(FinishedLine(copied=copy[2:]), [self.shards.path(copy.shard)])
         self.advance(copy.length)
         self._finish(copy.shard)
 
@@ -137,7 +138,7 @@ class Run:
             self.progress.done[item.name] = result
             return
         settled = partial(self.output.settled, item) if self.output else None
-        self._enter(item.name, result, [self.shards.descriptor(shard), self.spool.descriptor], settled)
+        self._enter(item.name, result, [self.shards.path(shard), self.spool.path], settled)
         self._finish(shard)
 
     def _keep(self, tensor: StoredTensor, _: DeviceBuffers) -> None:
@@ -152,11 +153,11 @@ class Run:
             self.advance(0)
         part = SpooledTensor(kept_name(tensor), tensor.dtype, tensor.shape, tuple(segments))
         result = TensorResult(digest.fast, digest.fast, digest.proof, (part,))
-        self._enter(part.name, result, [self.spool.descriptor])
+        self._enter(part.name, result, [self.spool.path])
         self._finish(self.plan.lost_with[tensor.name])
 
     def _enter(
-        self, name: str, result: TensorResult, files: Collection[int], then: Callable[[], None] | None = None
+        self, name: str, result: TensorResult, files: Collection[Path], then: Callable[[], None] | None = None
     ) -> None:
         """Note a result, and enter it in the journal once `files` are synced."""
         self.progress.done[name] = result

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 
 from ..output.finished import TensorResult
 from ..output.shards import Copy, ShardFiles
@@ -52,15 +53,15 @@ class NoShards(ShardFiles):
         """Return no name."""
         return ""
 
-    def descriptor(self, shard: str) -> int:  # noqa: ARG002
-        """Return no open file."""
-        return -1
+    def path(self, shard: str) -> Path:  # noqa: ARG002
+        """Return no file."""
+        return Path()
 
 
 class NoSpool(Spool):
     """A spool that keeps nothing."""
 
-    descriptor = -1
+    path = Path()
 
     def __init__(self) -> None: ...
 
@@ -74,5 +75,5 @@ class NoJournal(Journal):
 
     def __init__(self) -> None: ...
 
-    def add(self, line: object, descriptors: Collection[int], then: object = None) -> None:
+    def add(self, line: object, files: Collection[Path], then: object = None) -> None:
         """Enter nothing."""

@@ -13,7 +13,7 @@ import torch
 
 from .. import __version__
 from ..adapters.adapter import Adapter
-from ..errors import Fault, MalformedError, NumericalError, OutputError, RefError, VerificationError
+from ..errors import Fault, MalformedError, NumericalError, OutputError, RefError, VerificationError, hint_of
 from ..output.finished import FinishedLine, Progress, TensorResult, Verdict
 from ..output.shards import ShardFiles
 from ..plan.plan import Plan
@@ -105,7 +105,7 @@ def entered(output: Output, *inputs: FileStates) -> Iterator[None]:
         output.leave() if kept else output.discard()
         raise OutputError(
             f"{output.out} cannot be written: {error.strerror or error}.",
-            hint=f"{output.partial} stays; rerun the same command to resume" if kept else None,
+            hint=hint_of(error) or (f"{output.partial} stays; rerun the same command to resume" if kept else None),
         ) from error
     except BaseException:
         output.leave()

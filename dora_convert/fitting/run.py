@@ -163,7 +163,7 @@ class _Run:
             name, segments = f"{job.name} {role}", (self.spool.add(as_bytes(host)),)
             tensors[role] = SpooledTensor(name, NAMES[host.dtype], tuple(host.shape), segments)
         self.lines[job.name] = line = FittedLine(job.name, tensors, dict(fitted.facts))
-        self.journal.add(line, [self.spool.descriptor])
+        self.journal.add(line, [self.spool.path])
         with self._lock:
             self._read += job.nbytes
             if self.settings.on_progress:

@@ -6,14 +6,15 @@ import hashlib
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
 from typing import Any, Protocol
 
 import xxhash
 
 from ..errors import MalformedError
-from .safetensors import StoredTensor
+from .open_files import OpenFiles
+from .safetensors import StoredTensor, unreadable
 
 PIECE_BYTES = 1 << 20
 """Bytes that are read at a time where a tensor or a file is read whole."""
@@ -33,26 +34,14 @@ class FileSupply(Protocol):
 
 
 class Reader:
-    """Positional reads from any thread; files are opened once and stay open until `close`.
+    """Positional reads from any thread.
 
     With `supply`, files may still be on their way: `supply` downloads and removes them.
     """
 
     def __init__(self, supply: FileSupply | None = None) -> None:
-        self._supply = supply
-        self._files: dict[Path, int] = {}
-        self._lock = threading.Lock()
-
-    def close(self) -> None:
-        """Close every file."""
-        while self._files:
-            os.close(self._files.popitem()[1])
-
-    def forget(self, path: Path) -> None:
-        """Close a file that is not read any more."""
-        with self._lock:
-            if path in self._files:
-                os.close(self._files.pop(path))
+        self._supply, self._files = supply, OpenFiles()
+        self.close, self.forget = self._files.close, self._files.forget
 
     def done(self, work: str) -> None:
         """Note that a piece of work reads nothing any more."""
@@ -64,26 +53,24 @@ class Reader:
         if self._supply:
             self._supply.close()
 
-    def descriptor(self, path: Path) -> int:
-        """Return the open file descriptor of a path, once the file is on this machine."""
+    def using(self, path: Path) -> AbstractContextManager[int]:
+        """Lend the descriptor of a file, once the file is on this machine."""
         if self._supply and path not in self._files:
             self._supply.need(path)
-        with self._lock:
-            if path not in self._files:
-                self._files[path] = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-            return self._files[path]
+        return self._files.using(path)
 
     def read(self, path: Path, offset: int, buffer: memoryview) -> None:
         """Fill the buffer from `offset`; raise MalformedError if the file ends first."""
         done = 0
-        while done < len(buffer):
-            try:
-                count = self._read_some(self.descriptor(path), buffer[done:], offset + done)
-            except OSError as error:
-                raise MalformedError(f"{path} cannot be read: {error.strerror}.") from error
-            if count == 0:
-                raise MalformedError(f"{path} became shorter while it was read.")
-            done += count
+        try:
+            with self.using(path) as descriptor:
+                while done < len(buffer):
+                    count = self._read_some(descriptor, buffer[done:], offset + done)
+                    if count == 0:
+                        raise MalformedError(f"{path} became shorter while it was read.")
+                    done += count
+        except OSError as error:
+            raise unreadable(path, error) from error
 
     def pieces(self, tensor: StoredTensor) -> Iterator[memoryview]:
         """Yield a tensor's bytes, a megabyte at a time; each piece overwrites the one before."""
@@ -118,9 +105,10 @@ class Reader:
             return os.preadv(descriptor, [buffer], offset)
 
     else:  # Windows has no positional read
+        _seeking = threading.Lock()
 
         def _read_some(self, descriptor: int, buffer: memoryview, offset: int) -> int:  # type: ignore[misc]
-            with self._lock:
+            with self._seeking:
                 os.lseek(descriptor, offset, os.SEEK_SET)
                 data = os.read(descriptor, len(buffer))
             buffer[: len(data)] = data

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard
 
-from ..errors import MalformedError
+from ..errors import MalformedError, hint_of
 
 BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
@@ -109,7 +109,12 @@ def open_file(path: Path) -> Iterator[BinaryIO]:
             file.seek(0)
             yield file
     except OSError as error:
-        raise MalformedError(f"{path} cannot be read: {error.strerror or error}.") from error
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: Path, error: OSError) -> MalformedError:
+    """Return the error that the system cannot read a file."""
+    return MalformedError(f"{path} cannot be read: {error.strerror or error}.", hint=hint_of(error))
 
 
 def parse_header(path: Path, size: int, file: BinaryIO) -> Header:

@@ -60,11 +60,6 @@ class Spool:
         self._lock = threading.Lock()
         self._end = end
 
-    @property
-    def descriptor(self) -> int:
-        """The open file's descriptor."""
-        return self._file.fileno()
-
     def add(self, data: bytes | memoryview) -> Segment:
         """Append bytes; return the segment that holds them."""
         with self._lock:
