@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from .. import __version__
-from ..errors import DoraConvertError, InterruptedRunError, UsageError
+from ..errors import DoraConvertError, InterruptedRunError, UsageError, hint_of
 from .sink import show_error
 
 COMMANDS = {
@@ -116,7 +116,8 @@ def _translate(error: BaseException) -> DoraConvertError:
                 "Interrupted.", hint="finished tensors are kept; rerun the same command to resume"
             )
         case OSError():
-            return DoraConvertError(f"{error.filename or 'the system'}: {error.strerror or error}.")
+            where = error.filename or "the system"
+            return DoraConvertError(f"{where}: {error.strerror or error}.", hint=hint_of(error))
         case MemoryError():
             return DoraConvertError("This machine has too little memory.", hint="a smaller --max-memory may help")
     return DoraConvertError(

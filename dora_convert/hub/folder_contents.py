@@ -20,7 +20,7 @@ from ..sources.inputs import read_or_refuse
 from ..storage.checkpoint import open_checkpoint
 from ..storage.filenames import JOURNAL, RECEIPT, RECORD, is_weight_file, list_files
 from ..storage.reader import Reader
-from ..storage.refs import Source, local_path, local_source
+from ..storage.refs import Source, local_path, local_source, refuse_unfinished
 from ..storage.safetensors import StoredTensor
 
 RECEIPT_PATH = f"{RECORD}/{RECEIPT}"
@@ -53,6 +53,7 @@ def read_folder(folder: str) -> FolderContents:
     """
     path = local_path(folder, "DIR")
     if not path.is_dir():
+        refuse_unfinished(path, f"DIR {folder!r}")
         what = "is a file; name the folder it lies in" if path.exists() else "does not exist"
         raise RefError(f"DIR {folder!r} {what}.", hint="dora-convert push DIR REPO_ID")
     _refuse_unfinished(path)

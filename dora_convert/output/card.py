@@ -100,12 +100,17 @@ def is_unedited(card: bytes) -> bool:
     return match is not None and xxhash.xxh3_128_hexdigest(card[: match.start()]).encode() == match[1]
 
 
+FRONT_MATTER = 1 << 20
+"""Characters of a README that are read for its front matter."""
+
+
 def metadata_of(readme: Path) -> dict[str, Any]:
     """Return the front matter of a README; empty if there is none, or none that can be read."""
     from huggingface_hub import ModelCard
 
     try:
-        text = readme.read_text(encoding="utf-8")
+        with readme.open(encoding="utf-8") as file:
+            text = file.read(FRONT_MATTER)
         if not text.startswith("---"):
             return {}
         data = ModelCard(text, ignore_metadata_errors=True).data

@@ -18,6 +18,7 @@ from ..plan.plan import Plan
 from ..plan.sharding import index_bytes
 from ..storage.checkpoint import Checkpoint
 from ..storage.filenames import RECORD, is_tokenizer_file, list_files
+from ..storage.reader import same_contents
 from ..storage.safetensors import open_file
 from . import card
 
@@ -52,8 +53,7 @@ def side_files(plan: Plan) -> list[SideFile]:
 
     def put(name: str, source: Path | bytes, fate: str) -> None:
         before = root / name
-        new = source if isinstance(source, bytes) else source.read_bytes()
-        differs = before.is_file() and (before.read_bytes() != new or name == card.NAME)
+        differs = before.is_file() and (name == card.NAME or not same_contents(before, source))
         files[name] = SideFile(name, source, fate, before if differs else None)
 
     for adapter in plan.adapters:

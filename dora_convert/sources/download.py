@@ -117,11 +117,18 @@ def snapshot_folder(repo: str, commit: str) -> Path:
 
 def _cached_repo(ref: HubRef, what: str, error: Exception) -> Source:
     """Return the cache's copy of a repo without a connection; the copy may be incomplete."""
+    from huggingface_hub import constants
+
     for name in ANCHORS:
         if path := _cached(ref, name):
             folder = path.parent
             commit = folder.parents[ref.subfolder.count("/")].name if ref.subfolder else folder.name
             return Source(folder, ref.repo, ref.repo, commit, ref.subfolder)
+    if constants.HF_HUB_OFFLINE:
+        raise HubError(
+            f"{what} {ref} is neither a local path nor in the cache, and HF_HUB_OFFLINE=1 forbids to ask the Hub.",
+            hint="unset HF_HUB_OFFLINE",
+        ) from error
     raise HubError(
         f"{what} {ref} is not a local path, the Hub cannot be reached, and the cache has no copy.",
         hint="check the spelling and the connection",

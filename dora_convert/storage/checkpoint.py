@@ -185,6 +185,13 @@ def weight_entry(names: Sequence[str], where: str) -> str:
             raise RefError(
                 f"{where} holds several models and no {stem}{kinds[0]}: {', '.join(entries)}.", hint="name one file"
             )
+    if not names:
+        raise RefError(f"{where} is empty.")
+    if old := sorted(name for name in names if name.endswith(".ckpt")):
+        raise UnsupportedError(
+            f"{where} has only {', '.join(old[:3])}: .ckpt files are not read.",
+            hint="save it as safetensors, such as with diffusers: from_single_file(FILE).save_pretrained(FOLDER)",
+        )
     if other := sorted(name for name in names if name.endswith((".gguf", ".h5", ".msgpack"))):
         raise UnsupportedError(
             f"{where} has no safetensors weights, only {', '.join(other[:3])}: not read yet.",

@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -119,6 +120,16 @@ def same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
     """Return True if two tensors on this machine have the same dtype, shape and contents; reads both."""
     with closing(Reader()) as reader:
         return reader.same_bytes(one, other)
+
+
+def same_contents(path: Path, other: Path | bytes) -> bool:
+    """Return True if a file holds some bytes, or the bytes of another file."""
+    if path.stat().st_size != (len(other) if isinstance(other, bytes) else other.stat().st_size):
+        return False
+    if isinstance(other, bytes):
+        return path.read_bytes() == other
+    with path.open("rb") as one, other.open("rb") as two:
+        return all(piece == two.read(PIECE_BYTES) for piece in iter(partial(one.read, PIECE_BYTES), b""))
 
 
 def read_whole(tensor: StoredTensor) -> bytes:

@@ -213,8 +213,4 @@ def _kept(plan: Plan, done: Mapping[str, TensorResult]) -> list[SpooledTensor]:
 
 def _originals(plan: Plan, files: Sequence[SideFile], spool: Spool) -> list[SpooledTensor]:
     """Spool the base's side files that OUT does not hold unchanged, as parts of the undo record."""
-    parts = []
-    for name, path in originals(plan.base, files).items():
-        data = path.read_bytes()
-        parts.append(SpooledTensor(f"file/{name}", "U8", (len(data),), (spool.add(data),)))
-    return parts
+    return [spool.add_file(path, f"file/{name}") for name, path in originals(plan.base, files).items()]
