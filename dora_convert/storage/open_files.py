@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from ..errors import MalformedError
 
 MOST_OPEN = 64
 SHARE = 4
@@ -63,6 +67,20 @@ class OpenFiles:
         """Close every file."""
         while self._files:
             os.close(self._files.popitem()[1].descriptor)
+
+
+class BoundedFile(io.FileIO):
+    """A file that is never read by more than so many bytes at once: zipfile reads a list of records as a whole."""
+
+    def __init__(self, path: Path, most: int) -> None:
+        super().__init__(path)
+        self._most = most
+
+    def read(self, size: int | None = -1, /) -> bytes | Any:
+        """Return the next bytes."""
+        if size is None or not 0 <= size <= self._most:
+            raise MalformedError(f"{self.name} has a part that is too long: at most {self._most} bytes are read.")
+        return super().read(size)
 
 
 def _most_open() -> int:

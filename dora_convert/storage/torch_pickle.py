@@ -26,6 +26,7 @@ from types import SimpleNamespace
 from typing import IO, Any, NamedTuple
 
 from ..errors import DoraConvertError, MalformedError, UnsupportedError, shown
+from .open_files import BoundedFile
 from .safetensors import BITS, MAX_DIMENSIONS, Header, StoredTensor, are_counts, open_file
 
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
@@ -212,7 +213,7 @@ def _read(path: Path, size: int, file: IO[bytes]) -> tuple[Any, dict[str, int]]:
 
 
 def _read_zip(path: Path, file: IO[bytes]) -> tuple[Any, dict[str, int]]:
-    with _Bounded(path) as bounded, zipfile.ZipFile(bounded) as archive:
+    with BoundedFile(path, MAX_PICKLE) as bounded, zipfile.ZipFile(bounded) as archive:
         names = archive.namelist()
         roots = [name[:-8] for name in names if name.endswith("/data.pkl") and name.count("/") == 1]
         if len(roots) != 1 or len(set(names)) != len(names):
@@ -227,16 +228,6 @@ def _read_zip(path: Path, file: IO[bytes]) -> tuple[Any, dict[str, int]]:
         if length < storage.nbytes:
             raise MalformedError(f"{path}: storage {shown(key)} is missing or too short.", hint=AGAIN)
     return tree, starts
-
-
-class _Bounded(io.FileIO):
-    """A file of which zipfile may read so many bytes at once: it reads the list of all records as a whole."""
-
-    def read(self, size: int | None = -1, /) -> bytes | Any:
-        """Return the next bytes."""
-        if size is None or not 0 <= size <= MAX_PICKLE:
-            raise MalformedError(f"{self.name}: more than {MAX_PICKLE} bytes of its list of records are not read.")
-        return super().read(size)
 
 
 def _range(path: Path, file: IO[bytes], archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[int, int]:
