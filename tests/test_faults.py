@@ -340,7 +340,7 @@ ROWS = {
     "BASE has nothing": (words("{root}/o", "{root}/adapter", "{root}/out", first=made("o", Path.mkdir)), "no safetensors weights"),
     "ADAPTER has nothing": (words("{root}/base", "{root}/o", "{root}/out", first=made("o", Path.mkdir)), "no adapter_config.json"),
     "BASE is no name": (words("hf://../..", "{root}/adapter", "{root}/out"), "not a valid repo id"),
-    "BASE is not to be had": (words("org/name", "{root}/adapter", "{root}/out"), "cannot be reached"),
+    "BASE is not to be had": (words("org/name", "{root}/adapter", "{root}/out"), "HF_HUB_OFFLINE"),
 }  # fmt: skip
 
 

@@ -27,8 +27,7 @@ from ..formats.detect import (
 )
 from ..storage.changes import file_states
 from ..storage.checkpoint import Checkpoint, open_checkpoint
-from ..storage.filenames import is_tokenizer_file, list_files
-from ..storage.links import refuse_links
+from ..storage.filenames import is_tokenizer_file, list_files, refuse_links
 from ..storage.refs import HubRef, Source, local_path, local_source, parse_ref
 from .session import Session
 

@@ -26,10 +26,10 @@ from .filenames import (
     is_side_file,
     is_text,
     is_weight_file,
+    linked_folders,
     list_files,
 )
 from .json_files import read_config, read_json
-from .links import linked_folders
 from .refs import Source
 from .safetensors import Header, StoredTensor, read_header
 
