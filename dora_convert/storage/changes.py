@@ -37,8 +37,14 @@ def _state(path: Path) -> FileState | None:
         stat = path.stat()
     except OSError:
         return None
-    attributes = [stat.st_mode, stat.st_uid, stat.st_gid, stat.st_nlink]
-    return FileState(stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, attributes, stat.st_dev)
+    return FileState(
+        inode=stat.st_ino,
+        size=stat.st_size,
+        mtime=stat.st_mtime_ns,
+        ctime=stat.st_ctime_ns,
+        attributes=[stat.st_mode, stat.st_uid, stat.st_gid, stat.st_nlink],
+        device=stat.st_dev,
+    )
 
 
 def change(before: FileState, after: FileState | None) -> str | None:

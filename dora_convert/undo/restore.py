@@ -45,16 +45,14 @@ def restore(
     Raises RefError if MERGED is not as a merge wrote it, VerificationError if a tensor differs from the
     base's though the record is exact, and every error of a merge. OUT does not exist then.
     """
-    plan = reversal.plan
+    plan, record = reversal.plan, reversal.record
     spec = choose_compute(plan.memory, settings)
     hashes = [scan_adapter(adapter) for adapter in plan.adapters]
     output.check_space(output.bytes_needed(plan) + sum(file.nbytes for file in files))
     copied = _copied(reversal, hub)
-    originals = [reversal.original] if reversal.original else []
-    inputs = input_states(output, [plan.base, *originals], plan.adapters)
+    inputs = input_states(output, filter(None, [plan.base, reversal.original]), plan.adapters)
     with entered(output, *inputs):
-        receipt = xxhash.xxh3_128_hexdigest(reversal.record.receipt.to_bytes())
-        key = run_key(plan, output, hashes, spec) | {"receipt": receipt}
+        key = run_key(plan, output, hashes, spec) | {"receipt": xxhash.xxh3_128_hexdigest(record.receipt.to_bytes())}
         unfinished = resume_plan(output, plan, key)
         if output.in_place and not unfinished:
             from ..engine.rehearsal import rehearse
@@ -78,10 +76,9 @@ def restore(
         report = MergeReport.of(
             plan, settings, out=output.given, spec=spec, verdict=verdict, written=finished.written, resumed=resumed
         )
-        base, undo = reversal.record.receipt.base.title, reversal.record.options.undo
-        report = UnmergeReport.of_run(report, base=base, undo=undo, modules=modules)
+        report = UnmergeReport.of_run(report, base=record.receipt.base.title, undo=record.options.undo, modules=modules)
         refuse_changed(*inputs)
-        output.publish(report.to_dict(), left_over(plan.base, reversal.record, files))
+        output.publish(report.to_dict(), left_over(plan.base, record, files))
     return report
 
 
