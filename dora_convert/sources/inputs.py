@@ -19,12 +19,15 @@ from ..formats.detect import (
     ANCHORS,
     adapters_inside,
     detect,
+    is_adapter_file,
     is_only_adapter,
     model_weights,
     refuse_adapter,
     wanted_of_adapter,
 )
+from ..storage.changes import file_states
 from ..storage.checkpoint import Checkpoint, open_checkpoint
+from ..storage.filenames import is_tokenizer_file, list_files, refuse_links
 from ..storage.refs import HubRef, Source, local_path, local_source, parse_ref
 from .session import Session
 
@@ -88,12 +91,23 @@ def open_base(
     else:
         source = local_source(parsed)
     refuse_adapter(source.path, source.name)
-    return open_checkpoint(source, unfinished=mode == "local")
+    checkpoint = open_checkpoint(source, unfinished=mode == "local")
+    _refuse_links(checkpoint.root, checkpoint, session)
+    return checkpoint
 
 
 def open_adapter(ref: str, session: Session, accepted: Collection[str] = ()) -> Adapter:
     """Open an adapter; config fields in `accepted` are not refused."""
-    return read_adapter(find_adapter(ref, session), accepted)
+    adapter = read_adapter(find_adapter(ref, session), accepted)
+    _refuse_links(adapter.source.path, adapter, session)
+    return adapter
+
+
+def _refuse_links(root: Path, opened: Checkpoint | Adapter, session: Session) -> None:
+    """Refuse links out of the folder if the run copies side files; weights may lie elsewhere."""
+    if session.follow_links is not None:
+        weights = {tensor.path for tensor in opened.tensors.values()}
+        refuse_links(root, opened.states.keys() - weights, follow=session.follow_links)
 
 
 def find_adapter(ref: str, session: Session) -> Source:
@@ -111,9 +125,12 @@ def read_adapter(source: Source, accepted: Collection[str] = ()) -> Adapter:
 
     Raises RefError if no format recognises the folder, and the errors of the format.
     """
-    if known := detect(source.path):
-        return known.read(source, accepted)
-    raise _not_an_adapter(source)
+    if not (known := detect(source.path)):
+        raise _not_an_adapter(source)
+    folder = source.path if source.path.is_dir() else source.path.parent
+    names = [name for name in list_files(folder) if is_adapter_file(name) or is_tokenizer_file(name)]
+    states = file_states(folder / name for name in names)
+    return replace(known.read(source, accepted), states=states)
 
 
 def read_or_refuse(source: Source, accepted: Collection[str]) -> tuple[Adapter, UnsupportedError | None]:
