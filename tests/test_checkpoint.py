@@ -97,7 +97,7 @@ def test_index_that_names_absent_tensors(base):
 @pytest.mark.parametrize(
     ("files", "error", "message"),
     [
-        ([], RefError, "no safetensors weights"),
+        ([], RefError, "is empty"),
         (["config.json"], RefError, "no safetensors weights"),
         (["pytorch_model.bin"], MalformedError, "pytorch_model.bin"),
         (["training_args.bin"], RefError, "no safetensors weights"),

@@ -131,7 +131,9 @@ def open_checkpoint(source: Source, *, unfinished: bool = False) -> Checkpoint:
             f"{source.name} is being changed in place, and that was not finished.",
             hint="run the same command with --in-place again",
         )
-    name = weight_entry([entry.name for entry in root.iterdir()], source.name)
+    if not (entries := [entry.name for entry in root.iterdir()]):
+        raise RefError(f"{source.name} is empty.")
+    name = weight_entry(entries, source.name)
     names = [name for name in list_files(root) if not name.startswith(IN_PLACE)]
     if odd := [name for name in names if not is_text(name)]:
         raise MalformedError(f"{root} holds a file whose name is not UTF-8: {odd[0]!r}.", hint="rename it")
@@ -185,8 +187,6 @@ def weight_entry(names: Sequence[str], where: str) -> str:
             raise RefError(
                 f"{where} holds several models and no {stem}{kinds[0]}: {', '.join(entries)}.", hint="name one file"
             )
-    if not names:
-        raise RefError(f"{where} is empty.")
     if old := sorted(name for name in names if name.endswith(".ckpt")):
         raise UnsupportedError(
             f"{where} has only {', '.join(old[:3])}: .ckpt files are not read.",
