@@ -151,15 +151,11 @@ def is_unedited(card: bytes) -> bool:
     return match is not None and xxhash.xxh3_128_hexdigest(card[: match.start()]).encode() == match[1]
 
 
-FRONT_MATTER = 1 << 20
-"""Characters of a README that are read for its front matter."""
-
-
 def metadata_of(readme: Path) -> dict[str, Any]:
     """Return the front matter of a README; empty if there is none, or none that can be read."""
     try:
         with readme.open(encoding="utf-8") as file:
-            return front_matter(file.read(FRONT_MATTER).encode())
+            return front_matter(file.read(1 << 20).encode())  # the start of a README of any size
     except (OSError, ValueError):
         return {}
 

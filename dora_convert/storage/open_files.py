@@ -78,9 +78,11 @@ class BoundedFile(io.FileIO):
 
     def read(self, size: int | None = -1, /) -> bytes | Any:
         """Return the next bytes."""
-        if size is None or not 0 <= size <= self._most:
+        whole = size is None or size < 0
+        data = super().read(self._most + 1 if whole else min(size or 0, self._most + 1))
+        if data and len(data) > self._most:
             raise MalformedError(f"{self.name} has a part that is too long: at most {self._most} bytes are read.")
-        return super().read(size)
+        return data
 
 
 def _most_open() -> int:
