@@ -25,9 +25,13 @@ picklable.
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
+
+MORE_FILES = "ulimit -n 1024, then the same command"
+"""The hint if a process may have no more files open."""
 
 
 class Fault(NamedTuple):
@@ -52,6 +56,11 @@ def _line(text: str, longest: int) -> str:
     text = printable(text)
     half = longest // 2
     return text if len(text) <= longest else f"{text[:half]} … {text[-half:]}"
+
+
+def hint_of(error: OSError) -> str | None:
+    """Return what to type after an error of the system, if something helps."""
+    return MORE_FILES if error.errno in (errno.EMFILE, errno.ENFILE) else None
 
 
 def shown(value: object) -> str:

@@ -85,6 +85,7 @@ OPTIONS = {
     "commit_message": Option(None, "Message of the commit or the pull request.", "TEXT"),
     "no_local": Option(False, "With --push-to-hub: keep nothing on this machine, take no OUT."),
     "dry_run": Option(False, "Print the plan and write nothing."),
+    "follow_links": Option(False, "Copy side files that are links to files elsewhere."),
     "overwrite": Option(False, "Replace an existing OUT."),
     "in_place": Option(False, "Change the checkpoint itself; take no OUT."),
     "allow_lossy": Option(False, "In place, do even what cannot be undone bit for bit."),
@@ -161,6 +162,7 @@ class WriteOptions(ComputeOptions, total=False):
     max_memory: str | int
     dry_run: bool
     overwrite: bool
+    follow_links: bool
 
 
 class OutputOptions(SelectOptions, CommitOptions, WriteOptions, total=False):

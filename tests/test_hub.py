@@ -85,7 +85,7 @@ def test_from_the_cache_when_offline(hub, tmp_path):
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
     done = merge(hub, tmp_path, "org/other", "me/adapter", tmp_path / "three", HF_HUB_OFFLINE="1")
     assert done.returncode == 2
-    assert "org/other is not a local path, the Hub cannot be reached" in done.stderr
+    assert "org/other is neither a local path nor in the cache, and HF_HUB_OFFLINE=1" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -189,12 +189,12 @@ def test_side_files(tmp_path, base, adapter):
 
 
 def test_side_files_may_be_links(tmp_path, base, adapter):
-    """A Hub cache is made of symbolic links; what they point to is copied."""
+    """A folder may be made of symbolic links; if the user says so, what they point to is copied."""
     linked = tmp_path / "linked"
     linked.mkdir()
     for path in base.path.iterdir():
         (linked / path.name).symlink_to(path)
-    dora_convert.merge(linked, adapter, tmp_path / "out")
+    dora_convert.merge(linked, adapter, tmp_path / "out", follow_links=True)
     same(load(tmp_path / "out"), exact(base, adapter), torch.bfloat16)
     assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
 

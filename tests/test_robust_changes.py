@@ -146,6 +146,21 @@ def test_a_base_that_was_read(tmp_path, base, adapter):
     assert dora_convert.merge(base.path, adapter, tmp_path / "out").resumed
 
 
+def linked(path):
+    """Another name for the file, as hard-linking backups make."""
+    os.link(path, path.parent.parent / f"another {path.name}")
+
+
+@pytest.mark.parametrize("act", [lambda path: path.chmod(0o640), linked], ids=["chmod", "link"])
+def test_what_changes_no_contents(tmp_path, base, adapter, act):
+    """Other permissions and another name change the file's ctime, too: the merge goes on, and is resumed."""
+    with stopped():
+        dora_convert.merge(base.path, adapter, tmp_path / "out", workers=1)
+    act(base.path / "model-00001-of-00002.safetensors")
+    touch = once(act, base.path / SHARD)
+    assert dora_convert.merge(base.path, adapter, tmp_path / "out", on_progress=touch, workers=1).resumed
+
+
 # after a merge
 
 

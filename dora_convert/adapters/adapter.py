@@ -12,6 +12,7 @@ from enum import Enum
 from pathlib import Path
 
 from ..errors import Fault
+from ..storage.changes import FileStates
 from ..storage.refs import Source
 from ..storage.safetensors import StoredTensor
 
@@ -206,6 +207,8 @@ class Adapter:
     """True if embedding and head were trained as one weight."""
     layers: tuple[int, ...] = ()
     """The base's layers in the order of the trained model, if layers were repeated or left out."""
+    states: FileStates = field(default_factory=dict)
+    """The files that a merge reads, as they were before their headers were read."""
     task: str | None = None
     """The class of the trained model, such as LlamaForSequenceClassification, or the end of its name."""
     promised: Callable[[Mapping[str, Sequence[int]], Callable[[str], bool]], Collection[str]] | None = field(

@@ -17,7 +17,7 @@ from typing import Any, TextIO
 import click
 
 from .. import __version__
-from ..errors import DoraConvertError, InterruptedRunError, UsageError, printable
+from ..errors import MORE_FILES, DoraConvertError, InterruptedRunError, UsageError, printable
 from .sink import show_error
 
 COMMANDS = {
@@ -33,7 +33,6 @@ COMMANDS = {
 ADAPTERS = frozenset({"from-lora", "to-lora", "extract"})
 """Verbs that write an adapter: their commands are in one module."""
 STREAMS = {"stdin": "r", "stdout": "w", "stderr": "w"}
-MORE_FILES = "ulimit -n 1024, then the same command"
 READING = frozenset({"verify", "inspect", "push"})
 """Verbs that write nothing on this machine."""
 

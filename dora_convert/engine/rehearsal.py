@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 
 from ..output.finished import TensorResult
 from ..output.shards import Copy, ShardFiles
@@ -52,14 +53,14 @@ class _NoShards(ShardFiles):
     def shard_of(self, item: Item) -> str:  # noqa: ARG002
         return ""
 
-    def descriptor(self, shard: str) -> int:  # noqa: ARG002
-        return -1
+    def path(self, shard: str) -> Path:  # noqa: ARG002
+        return Path()
 
 
 class _NoSpool(Spool):
     """A spool that keeps nothing."""
 
-    descriptor = -1
+    path = Path()
 
     def __init__(self) -> None: ...
 
@@ -72,4 +73,4 @@ class _NoJournal(Journal):
 
     def __init__(self) -> None: ...
 
-    def add(self, line: object, descriptors: Collection[int], then: object = None) -> None: ...
+    def add(self, line: object, files: Collection[Path], then: object = None) -> None: ...

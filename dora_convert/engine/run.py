@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,13 +19,16 @@ from typing import Any, Protocol
 import torch
 
 from .. import __version__
+from ..adapters.adapter import Adapter
 from ..output.finished import FinishedLine, Progress, TensorResult, Verdict, copied_name, kept_name
 from ..output.output import Output
 from ..output.shards import Copy, ShardFiles
 from ..plan.item import Item
 from ..plan.plan import Plan
 from ..settings import Settings
-from ..storage.filenames import JOURNAL, SPOOL
+from ..storage.changes import FileStates
+from ..storage.checkpoint import Checkpoint
+from ..storage.filenames import JOURNAL, SPOOL, is_weight_file
 from ..storage.journal import Journal, JournalKey, UnfinishedRun
 from ..storage.reader import Digest, Reader
 from ..storage.safetensors import StoredTensor
@@ -134,7 +137,7 @@ class Run:
     def _copy(self, copy: Copy, _: DeviceBuffers) -> None:
         self.advance(0)
         self.shards.copy(copy, self.reader)
-        self.journal.add(FinishedLine(copied=copy[2:]), [self.shards.descriptor(copy.shard)])
+        self.journal.add(FinishedLine(copied=copy[2:]), [self.shards.path(copy.shard)])
         self.advance(copy.length)
         self._finish(copy.shard)
 
@@ -161,7 +164,7 @@ class Run:
             self.progress.done[item.name] = result
             return
         settled = partial(self.output.settled, item) if self.output else None
-        self._enter(item.name, result, [self.shards.descriptor(shard), self.spool.descriptor], settled)
+        self._enter(item.name, result, [self.shards.path(shard), self.spool.path], settled)
         self._finish(shard)
 
     def _keep(self, tensor: StoredTensor, _: DeviceBuffers) -> None:
@@ -176,11 +179,11 @@ class Run:
             self.advance(0)
         part = SpooledTensor(kept_name(tensor), tensor.dtype, tensor.shape, tuple(segments))
         result = TensorResult(digest.fast, digest.fast, digest.proof, (part,))
-        self._enter(part.name, result, [self.spool.descriptor])
+        self._enter(part.name, result, [self.spool.path])
         self._finish(self.plan.lost_with[tensor.name])
 
     def _enter(
-        self, name: str, result: TensorResult, files: Collection[int], then: Callable[[], None] | None = None
+        self, name: str, result: TensorResult, files: Collection[Path], then: Callable[[], None] | None = None
     ) -> None:
         """Note a result, and enter it in the journal once `files` are synced."""
         self.progress.done[name] = result
@@ -212,6 +215,14 @@ def choose_compute(least: int, settings: Settings) -> ComputeSpec:
     spec = choose(settings.device, settings.compute_dtype)
     settings.notify(f"device: {spec}")
     return spec
+
+
+def input_states(output: Output, checkpoints: Iterable[Checkpoint], adapters: Iterable[Adapter]) -> list[FileStates]:
+    """Return the files that a run reads, to be compared before it publishes; in place, its own weights change."""
+    read = [each.states for each in checkpoints]
+    if output.in_place:
+        read = [{path: state for path, state in read[0].items() if not is_weight_file(path.name)}, *read[1:]]
+    return [*read, *(adapter.states for adapter in adapters)]
 
 
 def journal_key(spec: ComputeSpec, identity: Mapping[str, Any], **inputs: Any) -> JournalKey:

@@ -22,7 +22,7 @@ from .. import __version__
 from ..adapters.new_adapter import Files, NewAdapter
 from ..engine.device_buffers import DeviceBuffers
 from ..engine.precision import TORCH, ComputeSpec, as_bytes, holds_numbers, scan_adapter
-from ..engine.run import choose_compute, journal_key
+from ..engine.run import choose_compute, input_states, journal_key
 from ..engine.workers import WorkerPool
 from ..errors import NumericalError
 from ..maths import lora as maths
@@ -30,6 +30,7 @@ from ..output.card import NAME, Facts, Inherited, base_repo, inherited, metadata
 from ..output.folder import OutputFolder
 from ..output.side_files import tokenizer_files
 from ..settings import Settings, format_size, peak_memory
+from ..storage.changes import refuse_changed
 from ..storage.filenames import JOURNAL, SPOOL
 from ..storage.journal import Journal
 from ..storage.json_files import Real
@@ -69,7 +70,8 @@ def run_plan(
     settings.notify(f"memory: at most {format_size(settings.max_memory)}; one module takes {format_size(plan.memory)}")
     adapters = [scan_adapter(plan.like)] if plan.like else []
     folder.check_space((3 if plan.one_rank else 2) * plan.bytes_out)
-    with folder.entered():
+    read = input_states(folder, plan.bases, [plan.like] if plan.like else [])
+    with folder.entered(*read):
         terms = {**plan.terms, "goal": plan.goal, "command": plan.command, "format": plan.format.NAME}
         terms |= {"one_rank": plan.one_rank, "dtype": plan.dtype}
         key = journal_key(spec, folder.identity(plan.bases), adapters=adapters, **terms)
@@ -93,6 +95,7 @@ def run_plan(
             writer, adapters_out = plan.format.writer(), assemble(results).items()
             written = sum(run.write(where, writer.save(each), folder, reader) for where, each in adapters_out)
             _put_side_files(plan, folder, settings)
+        refuse_changed(*read)
         folder.publish()
     facts = {"device": str(spec.device), "compute_dtype": spec.compute_name, "peak_memory_bytes": peak_memory()}
     return results, {**facts, "bytes_written": written, "resumed": resumed}
@@ -162,7 +165,7 @@ class _Run:
             name, segments = f"{job.name} {role}", (self.spool.add(as_bytes(host)),)
             tensors[role] = SpooledTensor(name, NAMES[host.dtype], tuple(host.shape), segments)
         self.lines[job.name] = line = FittedLine(job.name, tensors, dict(fitted.facts))
-        self.journal.add(line, [self.spool.descriptor])
+        self.journal.add(line, [self.spool.path])
         with self._lock:
             self._read += job.nbytes
             if self.settings.on_progress:

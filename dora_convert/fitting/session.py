@@ -81,7 +81,9 @@ class FittingSession:
     def begin(cls, out: PathLike, options: FittingOptions) -> Iterator[Self]:
         """Check everything that can be checked before an input is opened; yield the session."""
         selection, target, settings = parse_options(options), PushTarget.parse(options), Settings.parse(options)
-        with Session(options["token"], cache=options["cache"], notify=settings.notify) as session:
+        with Session(
+            options["token"], cache=options["cache"], notify=settings.notify, follow_links=options["follow_links"]
+        ) as session:
             fitting = cls(
                 options=options,
                 selection=selection,

@@ -154,8 +154,9 @@ def is_unedited(card: bytes) -> bool:
 def metadata_of(readme: Path) -> dict[str, Any]:
     """Return the front matter of a README; empty if there is none, or none that can be read."""
     try:
-        return front_matter(readme.read_bytes())
-    except OSError:
+        with readme.open(encoding="utf-8") as file:
+            return front_matter(file.read(1 << 20).encode())  # the start of a README of any size
+    except (OSError, ValueError):
         return {}
 
 

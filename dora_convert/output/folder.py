@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 
 from ..errors import OutputError, UsageError
 from ..plan.plan import Plan
+from ..storage.changes import journal_lines
 from ..storage.checkpoint import Checkpoint
 from ..storage.filenames import JOURNAL, RECORD, SPOOL, UPLOADS, is_text
 from ..storage.journal import sync_path
@@ -267,8 +268,8 @@ def _remove_marked(folder: Path) -> None:
 
 
 def _identity(base: Checkpoint) -> list[list[Any]]:
-    """Return a base's commit, or else the path, size and time of each shard."""
+    """Return a base's commit, or else the path and the state of each shard."""
     if base.source.commit:
         return [[str(base.source.repo), base.source.commit]]
-    paths = [(base.root / shard.filename).resolve() for shard in base.shards]
-    return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+    weights = {base.root / shard.filename for shard in base.shards}
+    return journal_lines({path: state for path, state in base.states.items() if path in weights})

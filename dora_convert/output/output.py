@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..errors import NumericalError, OutputError
+from ..errors import MalformedError, NumericalError, OutputError, RefError, VerificationError, hint_of
 from ..plan.item import Item
 from ..plan.plan import Plan
 from ..settings import format_size
+from ..storage.changes import FileStates, refuse_changed, same_lines
 from ..storage.checkpoint import Checkpoint
 from ..storage.filenames import JOURNAL, RECORD
 from ..storage.journal import JournalKey, UnfinishedRun, read_journal
@@ -119,22 +120,35 @@ class Output(ABC):
         copy_or_write(self.path(name), source)
 
     @contextmanager
-    def entered(self) -> Iterator[None]:
-        """Open and lock the output; after an error keep it if the same command can resume the run."""
+    def entered(self, *inputs: FileStates) -> Iterator[None]:
+        """Open and lock the output; after an error keep it if the same command can resume the run.
+
+        An error over `inputs` that have changed meanwhile is the error that they have changed.
+        """
         self.open()
         try:
-            yield
+            with _unless_changed(*inputs):
+                yield
         except BaseException as error:
             begun = self.begun
-            left = self._abandon(keep=begun if isinstance(error, OSError) else not isinstance(error, NumericalError))
+            left = self._abandon(keep=self._is_kept(error))
             if not isinstance(error, OSError):
                 raise
-            hints = [f"{self.partial} stays; rerun the same command to resume" if begun else "", left]
+            stays = f"{self.partial} stays; rerun the same command to resume" if begun else ""
+            hints = [hint_of(error) or "", stays, left]
             raise OutputError(
                 f"{self.out} cannot be written: {error.strerror or error}.",
                 hint="; ".join(filter(None, hints)) or None,
                 outcome="What is done is kept." if begun else None,
             ) from error
+
+    def _is_kept(self, error: BaseException) -> bool:
+        """Return True if the same command can resume a run that ended with an error."""
+        if isinstance(error, OSError):
+            return self.begun
+        if isinstance(error, RefError):  # an input has changed: what is written is a mixture
+            return self.in_place
+        return not isinstance(error, NumericalError)
 
     def _abandon(self, *, keep: bool) -> str:
         """Leave or discard an output that failed; return the reason if even that fails."""
@@ -166,10 +180,25 @@ class Output(ABC):
         """
         path = self.state / JOURNAL
         unfinished = read_journal(path)
-        if unfinished and unfinished.key == key and complete():
+        if unfinished and _same_key(unfinished.key, key) and complete():
             self.clear(keep=[RECORD, *keep])
             return read_journal(path, line_type)
-        if unfinished and unfinished.key != key and not self.overwrite:
+        if unfinished and not _same_key(unfinished.key, key) and not self.overwrite:
             raise OutputError(f"{self.partial} holds an unfinished run of something else.", hint=self.WAY_OUT)
         self.clear()
         return None
+
+
+@contextmanager
+def _unless_changed(*inputs: FileStates) -> Iterator[None]:
+    """Turn an error over inputs into the error that they have changed, if they have."""
+    try:
+        yield
+    except (MalformedError, RefError, VerificationError):
+        refuse_changed(*inputs)
+        raise
+
+
+def _same_key(earlier: JournalKey, key: JournalKey) -> bool:
+    """Return True if an earlier run's key is of the same run; a base's attributes may have changed."""
+    return {**earlier, "base": None} == {**key, "base": None} and same_lines(earlier.get("base"), key["base"])

@@ -11,13 +11,13 @@ from typing import NamedTuple
 
 from ..plan.item import Item
 from ..plan.plan import Plan
+from ..storage.open_files import OpenFiles
 from ..storage.reader import Reader
 from ..storage.safetensors import encode_header
 
 COPY_BYTES = 64 << 20
 SLICE_BYTES = 1 << 20
 _NO_KERNEL_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM}
-_BINARY = getattr(os, "O_BINARY", 0)
 
 
 class Copy(NamedTuple):
@@ -42,21 +42,19 @@ class Copy(NamedTuple):
 
 
 class ShardFiles:
-    """The open shards of a plan, in a folder."""
+    """The shards of a plan, in a folder."""
 
     def __init__(
         self, folder: Path, plan: Plan, *, create: bool, sparse: bool = False, starts: Mapping[str, int] | None = None
     ) -> None:
-        """Open every shard; with `create`, write the headers, allocate the space and sync.
+        """Take the shards that exist; with `create`, write the headers, allocate the space and sync.
 
         `sparse` shards take space only as they are filled. `starts` are the offsets of tensors in files that
         other tools wrote.
         """
-        self._folder, self._heads = (
-            folder,
-            {shard.filename: encode_header(shard.items, shard.metadata) for shard in plan.shards},
-        )
-        self._files: dict[str, int] = {}
+        self._folder = folder
+        self._heads = {shard.filename: encode_header(shard.items, shard.metadata) for shard in plan.shards}
+        self._files = OpenFiles(os.O_RDWR)
         self._start: dict[str, tuple[str, int]] = {}
         self._seeking = threading.Lock()
         for shard in plan.shards:
@@ -65,24 +63,24 @@ class ShardFiles:
             for item in shard.items:
                 self._start[item.name] = (shard.filename, starts[item.name] if starts else position)
                 position += item.nbytes
-            flags = os.O_RDWR | _BINARY | (os.O_CREAT | os.O_EXCL if create else 0)
-            self._files[shard.filename] = descriptor = os.open(folder / shard.filename, flags, 0o666)
             if create:
-                os.ftruncate(descriptor, position) if sparse else _allocate(descriptor, position)
-                self._write(descriptor, 0, memoryview(header))
-                os.fsync(descriptor)
+                self.path(shard.filename).touch(exist_ok=False)
+                with self._files.using(self.path(shard.filename)) as descriptor:
+                    os.ftruncate(descriptor, position) if sparse else _allocate(descriptor, position)
+                    self._write(descriptor, 0, memoryview(header))
+                    os.fsync(descriptor)
 
-    def descriptor(self, shard: str) -> int:
-        """Return the open file descriptor of a shard."""
-        return self._files[shard]
+    def path(self, shard: str) -> Path:
+        """Return the path of a shard."""
+        return self._folder / shard
 
     def hollow(self, shard: str) -> None:
         """Free a shard's space; size and header stay, so that a later run sees that the shard was written."""
-        descriptor = self._files[shard]
-        size = os.fstat(descriptor).st_size
-        os.ftruncate(descriptor, 0)
-        os.ftruncate(descriptor, size)
-        self._write(descriptor, 0, memoryview(self._heads[shard]))
+        with self._files.using(self.path(shard)) as descriptor:
+            size = os.fstat(descriptor).st_size
+            os.ftruncate(descriptor, 0)
+            os.ftruncate(descriptor, size)
+            self._write(descriptor, 0, memoryview(self._heads[shard]))
 
     def shard_of(self, item: Item) -> str:
         """Return the name of the shard that holds a tensor."""
@@ -91,7 +89,8 @@ class ShardFiles:
     def write(self, item: Item, offset: int, data: memoryview) -> None:
         """Write bytes of a tensor at an offset inside the tensor."""
         shard, start = self._start[item.name]
-        self._write(self._files[shard], start + offset, data)
+        with self._files.using(self.path(shard)) as descriptor:
+            self._write(descriptor, start + offset, data)
 
     if hasattr(os, "pwrite"):
 
@@ -131,23 +130,21 @@ class ShardFiles:
     def copy(self, copy: Copy, reader: Reader) -> None:
         """Copy a range of a file's bytes, inside the kernel if the system can."""
         path, source, shard, target, length = copy
-        descriptor = self._files[shard]
-        if hasattr(os, "copy_file_range"):
-            file = reader.descriptor(path)
-            try:
-                while length and (done := os.copy_file_range(file, descriptor, length, source, target)):
-                    source, target, length = source + done, target + done, length - done
-            except OSError as error:
-                if error.errno not in _NO_KERNEL_COPY:
-                    raise
-        for piece in reader.span(path, source, length):
-            self._write(descriptor, target, piece)
-            target += len(piece)
+        with reader.using(path) as file, self._files.using(self.path(shard)) as descriptor:
+            if hasattr(os, "copy_file_range"):
+                try:
+                    while length and (done := os.copy_file_range(file, descriptor, length, source, target)):
+                        source, target, length = source + done, target + done, length - done
+                except OSError as error:
+                    if error.errno not in _NO_KERNEL_COPY:
+                        raise
+            for piece in reader.span(path, source, length):
+                self._write(descriptor, target, piece)
+                target += len(piece)
 
     def close(self) -> None:
         """Close every shard."""
-        while self._files:
-            os.close(self._files.popitem()[1])
+        self._files.close()
 
 
 def _allocate(descriptor: int, size: int) -> None:

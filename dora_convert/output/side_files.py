@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +19,15 @@ from ..errors import MalformedError
 from ..plan.plan import Plan
 from ..plan.sharding import index_bytes
 from ..storage.checkpoint import Checkpoint
-from ..storage.filenames import RECORD, list_files
+from ..storage.filenames import PROCESSOR, RECORD, TEMPLATE, TOKENIZER, is_tokenizer_file, list_files, matching
 from ..storage.json_files import read_json
-from ..storage.reader import xxh3
+from ..storage.reader import same_contents, xxh3
 from ..storage.refs import Source
 from ..storage.safetensors import open_file
 from . import card
 
-TOKENIZER = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model",
-    "sentencepiece*.model",
-)  # fmt: skip
 WHOLE_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.*", "*.model")
 """Files without which there is no tokenizer; further ones alone replace nothing."""
-TEMPLATE = ("chat_template*", "additional_chat_templates/*")
-PROCESSOR = ("*processor_config.json",)
 
 PREVIOUS = "previous"
 """The folder inside a record that holds the previous merge's record."""
@@ -67,8 +60,7 @@ def side_files(plan: Plan) -> list[SideFile]:
 
     def put(name: str, source: Path | bytes, fate: str) -> None:
         before = root / name
-        new = source if isinstance(source, bytes) else source.read_bytes()
-        differs = before.is_file() and (before.read_bytes() != new or name == card.NAME)
+        differs = before.is_file() and (name == card.NAME or not same_contents(before, source))
         files[name] = SideFile(name, source, fate, before if differs else None)
 
     for adopted in adopted_sets(plan):
@@ -190,12 +182,7 @@ def _has_field(source: Source) -> bool:
 
 def tokenizer_files(folder: Path) -> list[str]:
     """Return the tokenizer, chat template and processor files of a folder, by name."""
-    return matching(list_files(folder), (*TOKENIZER, *TEMPLATE, *PROCESSOR))
-
-
-def matching(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
-    """Return the names that match one of some patterns."""
-    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    return list(filter(is_tokenizer_file, list_files(folder)))
 
 
 def _previous_record(base: Checkpoint) -> list[Path]:

@@ -124,11 +124,14 @@ def _cached_repo(ref: HubRef, what: str, error: Exception) -> Source:
             folder = path.parent
             commit = folder.parents[ref.subfolder.count("/")].name if ref.subfolder else folder.name
             return Source(folder, ref.repo, ref.repo, commit, ref.subfolder)
-    offline = constants.HF_HUB_OFFLINE
+    if constants.HF_HUB_OFFLINE:
+        raise HubError(
+            f"{what} {ref} is neither a local path nor in the cache, and HF_HUB_OFFLINE=1 forbids to ask the Hub.",
+            hint="check the spelling, or unset HF_HUB_OFFLINE",
+        ) from error
     raise HubError(
-        f"{what} {ref} is not a local path, the Hub cannot be reached{' with HF_HUB_OFFLINE' if offline else ''}, "
-        "and the cache has no copy.",
-        hint="check the spelling, or unset HF_HUB_OFFLINE" if offline else "check the spelling and the connection",
+        f"{what} {ref} is not a local path, the Hub cannot be reached, and the cache has no copy.",
+        hint="check the spelling and the connection",
     ) from error
 
 

@@ -19,12 +19,15 @@ from ..formats.detect import (
     ANCHORS,
     adapters_inside,
     detect,
+    is_adapter_file,
     is_only_adapter,
     model_weights,
     refuse_adapter,
     wanted_of_adapter,
 )
+from ..storage.changes import file_states
 from ..storage.checkpoint import Checkpoint, open_checkpoint
+from ..storage.filenames import is_tokenizer_file, list_files, refuse_links
 from ..storage.refs import HubRef, Source, local_path, local_source, parse_ref
 from .session import Session
 
@@ -95,12 +98,23 @@ def open_base(
     refuse_adapter(source.path, source.name)
     if not (source.path / "config.json").exists():
         refuse_foreign(source, what, is_base=True)
-    return open_checkpoint(source, unfinished=mode == "local")
+    checkpoint = open_checkpoint(source, unfinished=mode == "local")
+    _refuse_links(checkpoint.root, checkpoint, session)
+    return checkpoint
 
 
 def open_adapter(ref: str, session: Session, waived: Waived = NOTHING) -> Adapter:
     """Open an adapter; what is waived is left out."""
-    return read_adapter(find_adapter(ref, session), waived)
+    adapter = read_adapter(find_adapter(ref, session), waived)
+    _refuse_links(adapter.source.path, adapter, session)
+    return adapter
+
+
+def _refuse_links(root: Path, opened: Checkpoint | Adapter, session: Session) -> None:
+    """Refuse links out of the folder if the run copies side files; weights may lie elsewhere."""
+    if session.follow_links is not None:
+        weights = {tensor.path for tensor in opened.tensors.values()}
+        refuse_links(root, opened.states.keys() - weights, follow=session.follow_links)
 
 
 def find_adapter(ref: str, session: Session) -> Source:
@@ -128,14 +142,17 @@ def read_adapter(source: Source, waived: Waived = NOTHING) -> Adapter:
 
     Raises RefError if no format recognises the folder, and the errors of the format.
     """
-    if known := detect(source.path):
-        try:
-            return known.read(source, waived)
-        except UnsupportedError:
-            refuse_foreign(source)
-            raise
-    refuse_foreign(source)
-    raise _not_an_adapter(source)
+    if not (known := detect(source.path)):
+        refuse_foreign(source)
+        raise _not_an_adapter(source)
+    folder = source.path if source.path.is_dir() else source.path.parent
+    names = [name for name in list_files(folder) if is_adapter_file(name) or is_tokenizer_file(name)]
+    states = file_states(folder / name for name in names)
+    try:
+        return replace(known.read(source, waived), states=states)
+    except UnsupportedError:
+        refuse_foreign(source)
+        raise
 
 
 def refuse_foreign(source: Source, what: str = "ADAPTER", *, is_base: bool = False) -> None:

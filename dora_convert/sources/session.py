@@ -21,10 +21,18 @@ class Session:
     """
 
     def __init__(
-        self, token: str | None = None, *, cache: bool = True, notify: Callable[[str], None] | None = None
+        self,
+        token: str | None = None,
+        *,
+        cache: bool = True,
+        notify: Callable[[str], None] | None = None,
+        follow_links: bool | None = None,
     ) -> None:
-        """`notify` is called with a line about each download."""
-        self.token, self.cache = token, cache
+        """`notify` is called with a line about each download.
+
+        `follow_links` says if a side file may be a link out of its folder; None if no side file is copied.
+        """
+        self.token, self.cache, self.follow_links = token, cache, follow_links
         self.notify: Callable[[str], None] = notify or (lambda _: None)
         self._folder: Path | None = None
         self._lock: FileLock | None = None

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import Fault, MalformedError, RefError, UnsupportedError, shown
+from .changes import FileStates, file_states
 from .filenames import (
+    CARD,
     IN_PLACE,
     JOURNAL,
     OF_TRAINING,
@@ -24,6 +26,7 @@ from .filenames import (
     is_side_file,
     is_text,
     is_weight_file,
+    linked_folders,
     list_files,
 )
 from .json_files import read_config, read_json
@@ -53,6 +56,8 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     renamed: Mapping[str, str] = field(default_factory=dict)
     """Names of tensors on disk, where they differ."""
+    states: FileStates = field(default_factory=dict)
+    """The local files that a merge reads, as they were before their headers were read."""
 
     @property
     def root(self) -> Path:
@@ -118,24 +123,28 @@ def open_checkpoint(source: Source, *, unfinished: bool = False) -> Checkpoint:
     """
     root = source.path
     if root.is_file():
-        return Checkpoint(
-            source, assemble(root.name, {root.name: read_weights(root)}, None, []), None, read_config(root.parent)
-        )
+        states = file_states([root, root.parent / "config.json"])
+        shards = assemble(root.name, {root.name: read_weights(root)}, None, [])
+        return Checkpoint(source, shards, None, read_config(root.parent), states=states)
     if not unfinished and (root / IN_PLACE / JOURNAL).exists():
         raise RefError(
             f"{source.name} is being changed in place, and that was not finished.",
             hint="run the same command with --in-place again",
         )
-    name = weight_entry([entry.name for entry in root.iterdir()], source.name)
-    notes: list[str] = []
+    if not (entries := [entry.name for entry in root.iterdir()]):
+        raise RefError(f"{source.name} is empty.", hint="name the folder with the model's files")
+    name = weight_entry(entries, source.name)
+    names = [name for name in list_files(root) if not name.startswith(IN_PLACE)]
+    if odd := [name for name in names if not is_text(name)]:
+        raise MalformedError(f"{root} holds a file whose name is not UTF-8: {odd[0]!r}.", hint="rename it")
+    states = file_states(root / name for name in names)
+    notes = [f"{name} is a link to a folder; it is not copied" for name in linked_folders(root)]
     table = weight_map(root / name) if name.endswith(".json") else None
     files = [name] if table is None else shard_files(root.name, table, lambda name: (root / name).exists())
     shards = assemble(root.name, {file: read_weights(root / file) for file in files}, table, notes)
     used = {name, *files}
-    names = [name for name in list_files(root) if name not in used and not name.startswith(IN_PLACE)]
-    if odd := [name for name in names if not is_text(name)]:
-        raise MalformedError(f"{root} holds a file whose name is not UTF-8: {odd[0]!r}.", hint="rename it")
-    side_files, left_behind = sort_files(names)
+    side_files, left_behind = sort_files(name for name in names if name not in used)
+    read = {*used, *side_files, CARD, *(name for name in names if name.startswith(f"{RECORD}/"))}
     return Checkpoint(
         source,
         shards,
@@ -144,6 +153,7 @@ def open_checkpoint(source: Source, *, unfinished: bool = False) -> Checkpoint:
         side_files=side_files,
         left_behind=left_behind,
         notes=tuple(notes),
+        states={path: state for path, state in states.items() if path.relative_to(root).as_posix() in read},
     )
 
 
@@ -183,9 +193,12 @@ def weight_entry(names: Sequence[str], where: str) -> str:
             raise RefError(
                 f"{where} holds several models and no {stem}{kinds[0]}: {', '.join(entries)}.", hint="name one file"
             )
-    if not names:
-        raise RefError(f"{where} is empty.", hint="name the folder with the model's files")
-    if other := sorted(name for name in names if name.endswith((".gguf", ".h5", ".msgpack", ".ckpt"))):
+    if old := sorted(name for name in names if name.endswith(".ckpt")):
+        raise UnsupportedError(
+            f"{where} has only {', '.join(old[:3])}: .ckpt files are not read.",
+            hint="save it as safetensors, such as with diffusers: from_single_file(FILE).save_pretrained(FOLDER)",
+        )
+    if other := sorted(name for name in names if name.endswith((".gguf", ".h5", ".msgpack"))):
         raise UnsupportedError(
             f"{where} has no safetensors weights, only {', '.join(other[:3])}: not read yet.",
             hint="save the model as safetensors, or name a revision that has them",

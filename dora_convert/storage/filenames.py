@@ -1,9 +1,17 @@
-"""Names of files: which belong to a model, which are ours, and which stay inside their folder."""
+"""Names of files: which belong to a model, which are ours, and which stay inside their folder.
+
+Symbolic links are followed only to files of the model, so that no other file is copied into an output.
+"""
 
 from __future__ import annotations
 
 import re
+import stat
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
+
+from ..errors import Fault, UnsupportedError
 
 RECORD = "dora_convert"
 """The sub-folder of an output that holds the receipt and the undo record."""
@@ -35,7 +43,18 @@ MODEL = re.compile(r"(pytorch_)?model(?![a-z])")
 WEIGHT_FOLDERS = ("original", "onnx", "openvino", "coreml", "metal", "gguf")
 ADAPTER_FILES = "adapter_"
 """The beginning of the names of an adapter's files, which may lie beside a model."""
-NOT_COPIED = ("README.md", ".lock")
+CARD = "README.md"
+NOT_COPIED = (CARD, ".lock")
+
+TOKENIZER = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model",
+    "sentencepiece*.model",
+)  # fmt: skip
+TEMPLATE = ("chat_template*", "additional_chat_templates/*")
+PROCESSOR = ("*processor_config.json",)
+
+NOT_FILES = ("/proc", "/sys", "/dev")
+"""File systems whose files hold what the kernel says, the user's environment included."""
 
 
 def is_plain(name: object) -> bool:
@@ -79,6 +98,59 @@ def is_side_file(name: str) -> bool:
     return not (hidden or parts[0] == RECORD or adapter or name in NOT_COPIED or is_weight_file(name))
 
 
+def is_tokenizer_file(name: str) -> bool:
+    """Return True for the tokenizer, processor and chat-template files of an adapter, which a merge takes."""
+    return bool(matching([name], (*TOKENIZER, *TEMPLATE, *PROCESSOR)))
+
+
+def matching(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
+    """Return the names that match one of some patterns."""
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+
 def list_files(root: Path) -> list[str]:
     """Return every file below a folder as a posix path, sorted; symbolic links are followed."""
     return sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+
+
+def refuse_links(root: Path, paths: Iterable[Path], *, follow: bool) -> None:
+    """Raise UnsupportedError, naming the link, if a file below `root` is a link to a file outside.
+
+    The blobs of a Hub cache belong to its snapshots. With `follow`, a link may lead to any regular file.
+    """
+    inside, faults, hint = [root.resolve(), *_blobs(root)], [], None
+    for path in sorted(paths):
+        real = path.resolve()
+        if any(folder == real or folder in real.parents for folder in inside):
+            continue
+        name = path.relative_to(root if root.is_dir() else root.parent).as_posix()
+        if not _is_regular(real):
+            faults.append(Fault(name, f"is a link to {real}, which is not a regular file"))
+        elif not follow:
+            faults.append(Fault(name, f"is a link to {real}"))
+            hint = f"--follow-links copies them, if you trust the origin of {root.name}"
+    if faults:
+        raise UnsupportedError(
+            f"{root.name} has links to files outside, which are not copied: {faults[0].what}.", faults=faults, hint=hint
+        )
+
+
+def linked_folders(root: Path) -> list[str]:
+    """Return the links to folders below a folder; their files are not listed."""
+    links = (path for path in root.rglob("*") if path.is_symlink() and path.is_dir())
+    return sorted(path.relative_to(root).as_posix() for path in links)
+
+
+def _blobs(root: Path) -> list[Path]:
+    """Return the folder of a cached repo's contents, if `root` is one of the repo's snapshots or lies in one."""
+    path = root.absolute()
+    repos = [parent.parent.parent for parent in (path, *path.parents) if parent.parent.name == "snapshots"]
+    return [(repo / "blobs").resolve() for repo in repos if "--" in repo.name]
+
+
+def _is_regular(path: Path) -> bool:
+    try:
+        kernel = {Path(folder).stat().st_dev for folder in NOT_FILES if Path(folder).is_dir()}
+        return stat.S_ISREG(path.stat().st_mode) and path.stat().st_dev not in kernel
+    except OSError:
+        return False

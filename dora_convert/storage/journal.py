@@ -92,9 +92,9 @@ class Journal:
         sync_path(path.parent)
         self._thread = Background("journal", self._keep, gather=BATCH_SECONDS)
 
-    def add(self, line: JournalLine, descriptors: Collection[int], then: Callable[[], None] | None = None) -> None:
-        """Write a line once the open files that hold its bytes are synced; call `then` after that."""
-        self._thread.put((line, descriptors, then))
+    def add(self, line: JournalLine, files: Collection[Path], then: Callable[[], None] | None = None) -> None:
+        """Write a line once the files that hold its bytes are synced; call `then` after that."""
+        self._thread.put((line, files, then))
 
     def close(self) -> None:
         """Write the pending lines and stop; raise the error of the thread, if it had one."""
@@ -103,10 +103,10 @@ class Journal:
         finally:
             self._file.close()
 
-    def _keep(self, batch: list[tuple[JournalLine, Collection[int], Callable[[], None] | None]]) -> None:
+    def _keep(self, batch: list[tuple[JournalLine, Collection[Path], Callable[[], None] | None]]) -> None:
         """Sync the files that lines speak of, write the lines, and call what comes after."""
-        for descriptor in sorted({each for _, written, _ in batch for each in written}):
-            os.fsync(descriptor)
+        for path in sorted({each for _, files, _ in batch for each in files}):
+            sync_path(path)
         self._append([msgspec.json.encode(line) for line, _, _ in batch])
         for _, _, then in batch:
             if then:

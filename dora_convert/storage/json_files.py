@@ -22,6 +22,9 @@ def one_of(*texts: str) -> Meta:
     return Meta(pattern=rf"\A({'|'.join(texts)})\Z")
 
 
+MAX_JSON, MAX_COMMAS = 64_000_000, 4_000_000
+"""Bytes and values of a file, enough for the receipt of 150,000 tensors."""
+
 Count = Annotated[int, Meta(ge=0, lt=2**60)]
 """A number of elements or bytes."""
 Real = Annotated[float, Meta(gt=-1e300, lt=1e300)]
@@ -47,7 +50,12 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file; raise MalformedError for anything else."""
     try:
         with open_file(path) as file:
-            text = file.read().decode("utf-8-sig")
+            raw = file.read(MAX_JSON + 1)
+        if len(raw) > MAX_JSON or raw.count(b",") > MAX_COMMAS:
+            raise MalformedError(
+                f"{path} is too large: JSON is read up to {MAX_JSON // 10**6} MB, {MAX_COMMAS} values."
+            )
+        text = raw.decode("utf-8-sig")
         value = json.loads(text)
         if "\\u" in text:  # half a surrogate pair is not a character, and cannot be written again
             json.dumps(value, ensure_ascii=False).encode()

@@ -6,14 +6,16 @@ import hashlib
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import xxhash
 
 from ..errors import MalformedError
-from .safetensors import StoredTensor
+from .open_files import OpenFiles
+from .safetensors import StoredTensor, unreadable
 
 PIECE_BYTES = 1 << 20
 """Bytes that are read at a time where a tensor or a file is read whole."""
@@ -33,26 +35,14 @@ class FileSupply(Protocol):
 
 
 class Reader:
-    """Positional reads from any thread; files are opened once and stay open until `close`.
+    """Positional reads from any thread.
 
     With `supply`, files may still be on their way: `supply` downloads and removes them.
     """
 
     def __init__(self, supply: FileSupply | None = None) -> None:
-        self._supply = supply
-        self._files: dict[Path, int] = {}
-        self._lock = threading.Lock()
-
-    def close(self) -> None:
-        """Close every file."""
-        while self._files:
-            os.close(self._files.popitem()[1])
-
-    def forget(self, path: Path) -> None:
-        """Close a file that is not read any more."""
-        with self._lock:
-            if path in self._files:
-                os.close(self._files.pop(path))
+        self._supply, self._files = supply, OpenFiles()
+        self.close, self.forget = self._files.close, self._files.forget
 
     def done(self, work: str) -> None:
         """Note that a piece of work reads nothing any more."""
@@ -64,26 +54,24 @@ class Reader:
         if self._supply:
             self._supply.close()
 
-    def descriptor(self, path: Path) -> int:
-        """Return the open file descriptor of a path, once the file is on this machine."""
+    def using(self, path: Path) -> AbstractContextManager[int]:
+        """Lend the descriptor of a file, once the file is on this machine."""
         if self._supply and path not in self._files:
             self._supply.need(path)
-        with self._lock:
-            if path not in self._files:
-                self._files[path] = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-            return self._files[path]
+        return self._files.using(path)
 
     def read(self, path: Path, offset: int, buffer: memoryview) -> None:
         """Fill the buffer from `offset`; raise MalformedError if the file ends first."""
         done = 0
-        while done < len(buffer):
-            try:
-                count = self._read_some(self.descriptor(path), buffer[done:], offset + done)
-            except OSError as error:
-                raise MalformedError(f"{path} cannot be read: {error.strerror}.") from error
-            if count == 0:
-                raise MalformedError(f"{path} became shorter while it was read.")
-            done += count
+        try:
+            with self.using(path) as descriptor:
+                while done < len(buffer):
+                    count = self._read_some(descriptor, buffer[done:], offset + done)
+                    if count == 0:
+                        raise MalformedError(f"{path} became shorter while it was read.")
+                    done += count
+        except OSError as error:
+            raise unreadable(path, error) from error
 
     def pieces(self, tensor: StoredTensor) -> Iterator[memoryview]:
         """Yield a tensor's bytes, a megabyte at a time; each piece overwrites the one before."""
@@ -118,9 +106,10 @@ class Reader:
             return os.preadv(descriptor, [buffer], offset)
 
     else:  # Windows has no positional read
+        _seeking = threading.Lock()
 
         def _read_some(self, descriptor: int, buffer: memoryview, offset: int) -> int:  # type: ignore[misc]
-            with self._lock:
+            with self._seeking:
                 os.lseek(descriptor, offset, os.SEEK_SET)
                 data = os.read(descriptor, len(buffer))
             buffer[: len(data)] = data
@@ -131,6 +120,16 @@ def same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
     """Return True if two tensors on this machine have the same dtype, shape and contents; reads both."""
     with closing(Reader()) as reader:
         return reader.same_bytes(one, other)
+
+
+def same_contents(path: Path, other: Path | bytes) -> bool:
+    """Return True if a file holds some bytes, or the bytes of another file."""
+    if path.stat().st_size != (len(other) if isinstance(other, bytes) else other.stat().st_size):
+        return False
+    if isinstance(other, bytes):
+        return path.read_bytes() == other
+    with path.open("rb") as one, other.open("rb") as two:
+        return all(piece == two.read(PIECE_BYTES) for piece in iter(partial(one.read, PIECE_BYTES), b""))
 
 
 def read_whole(tensor: StoredTensor) -> bytes:

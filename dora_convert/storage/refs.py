@@ -2,8 +2,8 @@
 
 ./folder                              a local directory; a local path wins over a repo id
 org/name, org/name@revision           a repo on the Hugging Face Hub
+https://huggingface.co/org/name       the address of the repo's page, /tree/revision too
 hf://org/name[@revision][/subfolder]  the same, never a local path
-https://huggingface.co/org/name       the same, as a browser shows it
 """
 
 from __future__ import annotations
@@ -84,10 +84,12 @@ def parse_ref(ref: str, what: str = "REF") -> Path | HubRef:
         return HubRef(*address)
     if ref.endswith("@") or ref.count("@") > 1:
         raise RefError(f"{what} {ref!r} names no revision, or several.", hint="a Hub repo is written org/name@revision")
+    refuse_unfinished(path, what)
     if (match := _REPO.fullmatch(ref)) and not ref.startswith((".", "~")):
         return HubRef(match["repo"], match["revision"])
-    refuse_unfinished(path, what)
-    raise RefError(f"{what} {ref!r} does not exist.", hint=_similar(path) or "a Hub repo is written org/name")
+    slashes = ref.replace("\\", "/")
+    meant = f"did you mean {slashes}?" if slashes != ref and _REPO.fullmatch(slashes) else _similar(path)
+    raise RefError(f"{what} {ref!r} does not exist.", hint=meant or "a Hub repo is written org/name")
 
 
 def refuse_unfinished(path: Path, what: str) -> None:

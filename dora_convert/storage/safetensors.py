@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard
 
-from ..errors import MalformedError
+from ..errors import MalformedError, hint_of
 
 BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
@@ -36,6 +36,11 @@ CONFIG_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 """The dtypes that an output may be converted to, as configs and command lines name them."""
 
 MAX_HEADER = 100_000_000
+MAX_TENSORS = 500_000
+"""Tensors in one file; the largest models have a fifth of them, over all their files."""
+MAX_VALUES = 1_000_000
+"""Other values in a header, such as entries of metadata."""
+MAX_DIMENSIONS = 64
 MAX_DIGITS = 19
 MAX_ELEMENTS = 2**60
 LFS_POINTER = b"version https://git-lfs"
@@ -109,7 +114,12 @@ def open_file(path: Path) -> Iterator[BinaryIO]:
             file.seek(0)
             yield file
     except OSError as error:
-        raise MalformedError(f"{path} cannot be read: {error.strerror or error}.") from error
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: Path, error: OSError) -> MalformedError:
+    """Return the error that the system cannot read a file."""
+    return MalformedError(f"{path} cannot be read: {error.strerror or error}.", hint=hint_of(error))
 
 
 def parse_header(path: Path, size: int, file: BinaryIO) -> Header:
@@ -132,7 +142,16 @@ def parse_header(path: Path, size: int, file: BinaryIO) -> Header:
 
 
 def _load_json(path: Path, raw: bytes) -> dict[str, Any]:
-    """Return the header's JSON, whose numbers are counts; Python's reader alone is less strict."""
+    """Return the header's JSON, whose numbers are counts; Python's reader alone is less strict.
+
+    The values are counted before they take memory: every value but the first of an object or a list follows
+    a comma.
+    """
+    tensors = raw.count(b"{")
+    if tensors > MAX_TENSORS or raw.count(b",") > MAX_VALUES + 8 * tensors:
+        raise MalformedError(
+            f"{path}: the header has too many entries: more than {MAX_TENSORS} tensors or {MAX_VALUES} other values."
+        )
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         entries = dict(pairs)
@@ -164,12 +183,7 @@ def are_counts(value: object, kind: type[Sequence[Any]] = list) -> TypeGuard[Seq
 
 def is_possible(shape: Sequence[int]) -> bool:
     """Return True if a file can hold a tensor of a shape; empty dimensions count as 1."""
-    product = 1
-    for dimension in shape:
-        product *= max(1, dimension)
-        if product > MAX_ELEMENTS:
-            return False
-    return True
+    return len(shape) <= MAX_DIMENSIONS and math.prod(max(1, each) for each in shape) <= MAX_ELEMENTS
 
 
 def _entry(path: Path, body: int, name: str, entry: Any) -> StoredTensor:
@@ -180,6 +194,8 @@ def _entry(path: Path, body: int, name: str, entry: Any) -> StoredTensor:
         raise MalformedError(f"{path}: the header entry of {name} is malformed.")
     if dtype not in BITS:
         raise MalformedError(f"{path}: {name} has the unknown dtype {dtype}.")
+    if len(shape) > MAX_DIMENSIONS:
+        raise MalformedError(f"{path}: {name} has {len(shape)} dimensions; at most {MAX_DIMENSIONS} are read.")
     tensor = StoredTensor(name, dtype, tuple(shape), path, body + offsets[0])
     if not is_possible(shape) or tensor.numel * BITS[dtype] != 8 * (offsets[1] - offsets[0]):
         raise MalformedError(

@@ -6,12 +6,13 @@ import math
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import MalformedError
 from .json_files import Count, Dtype
-from .reader import Digest, Reader, read_whole
+from .reader import PIECE_BYTES, Digest, Reader, read_whole
 from .safetensors import BITS, StoredTensor, encode_header
 
 
@@ -60,11 +61,6 @@ class Spool:
         self._lock = threading.Lock()
         self._end = end
 
-    @property
-    def descriptor(self) -> int:
-        """The open file's descriptor."""
-        return self._file.fileno()
-
     def add(self, data: bytes | memoryview) -> Segment:
         """Append bytes; return the segment that holds them."""
         with self._lock:
@@ -74,6 +70,12 @@ class Spool:
             segment = Segment(self._end, len(data))
             self._end += len(data)
         return segment
+
+    def add_file(self, path: Path, name: str) -> SpooledTensor:
+        """Append a file's bytes; return them as a tensor of bytes."""
+        with path.open("rb") as file:
+            pieces = tuple(self.add(piece) for piece in iter(partial(file.read, PIECE_BYTES), b"")) or (self.add(b""),)
+        return SpooledTensor(name, "U8", (sum(piece.length for piece in pieces),), pieces)
 
     def lay_out(
         self, tensors: Sequence[SpooledTensor], path: Path, metadata: Mapping[str, str] | None = None

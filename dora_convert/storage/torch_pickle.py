@@ -26,12 +26,16 @@ from types import SimpleNamespace
 from typing import IO, Any, NamedTuple
 
 from ..errors import DoraConvertError, MalformedError, UnsupportedError, shown
-from .safetensors import BITS, Header, StoredTensor, are_counts, open_file
+from .open_files import BoundedFile
+from .safetensors import BITS, MAX_DIMENSIONS, Header, StoredTensor, are_counts, open_file
 
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 
 MAX_PICKLE = 32_000_000
 """Bytes, enough for 150,000 tensors; a hostile pickle takes up to 70 times as much memory."""
+
+MAX_STEPS, MAX_STACK = 6_000_000, 1_000_000
+"""Opcodes of one pickle, 40 for each of so many tensors, and values that wait to be put together."""
 
 AGAIN = "It may be truncated; download it again."
 INSTEAD = "A pickle can run code, so nothing but tensors is read from one; get the model as safetensors."
@@ -106,9 +110,11 @@ class _Machine:
         """Return the pickle's value and stop behind it; genops believes any length, so reads are bounded."""
         read, line = lambda count: file.read(min(count, MAX_PICKLE)), lambda: file.readline(MAX_PICKLE)
         head: Any = SimpleNamespace(read=read, readline=line, tell=file.tell)
-        for opcode, argument, position in pickletools.genops(head):
+        for step, (opcode, argument, position) in enumerate(pickletools.genops(head)):
             if position is None or position > MAX_PICKLE:
                 raise MalformedError(f"{self.path}: more than {MAX_PICKLE} bytes of pickle are not read.")
+            if step > MAX_STEPS or len(self.stack) + len(self.marks) > MAX_STACK:
+                raise MalformedError(f"{self.path}: its pickle makes more values than 150,000 tensors need.")
             if opcode.name not in _OPCODES:
                 raise MalformedError(f"{self.path}: pickle opcode {opcode.name} is refused.", hint=INSTEAD)
             _OPCODES[opcode.name](self, argument)
@@ -207,7 +213,7 @@ def _read(path: Path, size: int, file: IO[bytes]) -> tuple[Any, dict[str, int]]:
 
 
 def _read_zip(path: Path, file: IO[bytes]) -> tuple[Any, dict[str, int]]:
-    with zipfile.ZipFile(file) as archive:
+    with BoundedFile(path, MAX_PICKLE) as bounded, zipfile.ZipFile(bounded) as archive:
         names = archive.namelist()
         roots = [name[:-8] for name in names if name.endswith("/data.pkl") and name.count("/") == 1]
         if len(roots) != 1 or len(set(names)) != len(names):
@@ -269,7 +275,10 @@ def _entries(path: Path, tree: Any) -> dict[str, _Tensor]:
 
 def _stored(path: Path, name: str, tensor: _Tensor, starts: Mapping[str, int]) -> StoredTensor:
     storage, offset, shape, stride, *_, view, dtype = tensor
-    counts = all(are_counts(each, tuple) for each in ((offset,), shape, stride)) and len(shape) == len(stride) <= 64
+    counts = (
+        all(are_counts(each, tuple) for each in ((offset,), shape, stride))
+        and len(shape) == len(stride) <= MAX_DIMENSIONS
+    )
     if not counts or not isinstance(storage, _Storage) or not isinstance(dtype, _Dtype | None):
         raise MalformedError(f"{path}: {shown(name)} is not described as a tensor should be.")
     steps = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]

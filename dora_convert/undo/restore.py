@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from ..engine.precision import ComputeSpec, scan_adapter
-from ..engine.run import Hashes, Run, Transfers, choose_compute, resume_plan, run
+from ..engine.run import Hashes, Run, Transfers, choose_compute, input_states, resume_plan, run
 from ..errors import Fault, MalformedError, RefError, VerificationError
 from ..output.finished import TensorResult, copied_name, judge
 from ..output.side_files import SideFile
 from ..reports.merge import Recovered, UnmergeReport
 from ..settings import Settings
+from ..storage.changes import refuse_changed
 from ..storage.filenames import RECORD, UNDO
 from ..storage.reader import Digest, Reader
 from .expected_base import RecoveryCheck
@@ -49,7 +50,8 @@ def restore(
     hashes = [scan_adapter(adapter) for adapter in plan.adapters]
     output.check_space(output.bytes_needed(plan) + sum(file.nbytes for file in files))
     copied = _copied(reversal, hub)
-    with output.entered():
+    inputs = input_states(output, filter(None, [plan.base, reversal.original]), plan.adapters)
+    with output.entered(*inputs):
         finished = _recover(reversal, output, settings, hub, spec=spec, hashes=hashes, copied=copied)
         done = finished.progress.done
         verdict = judge(plan, done) if settings.verify else None
@@ -62,6 +64,7 @@ def restore(
             output.put(file.name, file.source)
         fields = _fields(reversal, modules)
         report = UnmergeReport.of(plan, settings, finished, out=output.given, verdict=verdict, **fields)
+        refuse_changed(*inputs)
         output.publish(report.to_dict(), left_over(plan.base, reversal.record, files))
     return report
 

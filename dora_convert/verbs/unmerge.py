@@ -57,7 +57,9 @@ def unmerge(
     refuse_options(options)
     selection = replace(parse_options(options), allow_unmatched=True)
     settings = Settings.parse(options)
-    with Session(options["token"], cache=options["cache"], notify=settings.notify) as session:
+    with Session(
+        options["token"], cache=options["cache"], notify=settings.notify, follow_links=options["follow_links"]
+    ) as session:
         request = UnmergeRequest(
             merged=os.fspath(merged),
             adapters=listed(adapters),

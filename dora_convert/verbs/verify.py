@@ -22,6 +22,7 @@ from ..settings import Settings, require_extra, without_collections
 from ..sources.inputs import find_adapter, modules_of, open_base, open_inputs, refuse_swapped
 from ..sources.prefetch import download_weights
 from ..sources.session import Session
+from ..storage.changes import refuse_changed
 from ..storage.checkpoint import Checkpoint
 from ..storage.filenames import RECORD
 from ..storage.refs import PathLike, listed
@@ -59,6 +60,7 @@ def verify(
         )
         plan, checkpoint = _plan(request)
         report = _compare(plan, checkpoint, request, texts)
+        refuse_changed(plan.base.states, checkpoint.states, *(adapter.states for adapter in plan.adapters))
     if options["report"] is not None:
         write_page(report, options["report"])
     return report

@@ -55,7 +55,9 @@ def merge(
     target = _target(options)
     settings = Settings.parse(options)
     cache = options["cache"] and not options["no_local"]
-    with Session(options["token"], cache=cache, notify=settings.notify) as session:
+    with Session(
+        options["token"], cache=cache, notify=settings.notify, follow_links=options["follow_links"]
+    ) as session:
         request = MergeRequest(
             base=base,
             adapters=listed(adapters),

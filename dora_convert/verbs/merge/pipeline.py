@@ -12,7 +12,7 @@ import torch
 from ... import __version__
 from ...engine.doubts import check_magnitudes, doubt_zeros
 from ...engine.precision import scan_adapter
-from ...engine.run import Hashes, Run, choose_compute, resume_plan, run
+from ...engine.run import Hashes, Run, choose_compute, input_states, resume_plan, run
 from ...engine.tensor import MergeMaker
 from ...errors import Fault, VerificationError
 from ...output.card import card_bytes, inherited, works_of
@@ -23,6 +23,7 @@ from ...parity.self_check import SelfCheck
 from ...plan.plan import Plan
 from ...reports.merge import MergeReport
 from ...settings import Settings
+from ...storage.changes import refuse_changed
 from ...storage.checkpoint import Checkpoint, open_checkpoint
 from ...storage.filenames import RECEIPT, RECORD, SPOOL, UNDO
 from ...storage.reader import sha256
@@ -62,7 +63,8 @@ def run_merge(
     seen = _look_at_base(plan, settings)
     needed = hub.room(plan) if hub else output.bytes_needed(plan)
     output.check_space(needed + 2 * plan.undo_bytes + sum(file.nbytes for file in files))
-    with output.entered():
+    inputs = input_states(output, [plan.base], plan.adapters)
+    with output.entered(*inputs):
         done = _write_tensors(plan, output, settings, hub, spec=spec, hashes=hashes)
         results = done.progress.done
         if not seen:
@@ -73,6 +75,7 @@ def run_merge(
         card = card_bytes(plan, settings.base_model, fields, verdict.rows() if verdict else ())
         _write_files(done, output, with_card(files, card), hashes)
         outputs = _examine(output, examine).to_dict() if examine else None
+        refuse_changed(*inputs)
         return _publish(done, output, hub, files, card=card, verdict=verdict, outputs=outputs)
 
 
@@ -191,8 +194,4 @@ def _kept(plan: Plan, done: Mapping[str, TensorResult]) -> list[SpooledTensor]:
 
 def _originals(plan: Plan, files: Sequence[SideFile], spool: Spool) -> list[SpooledTensor]:
     """Spool the base's side files that OUT does not hold unchanged, as parts of the undo record."""
-    parts = []
-    for name, path in originals(plan.base, files).items():
-        data = path.read_bytes()
-        parts.append(SpooledTensor(f"file/{name}", "U8", (len(data),), (spool.add(data),)))
-    return parts
+    return [spool.add_file(path, f"file/{name}") for name, path in originals(plan.base, files).items()]
