@@ -35,7 +35,7 @@ STEPS = 4
 """Steps of Newton's method for a factor; plain LoRA is linear, and needs one."""
 
 
-class Rows(NamedTuple):
+class WrongRows(NamedTuple):
     """Some rows of a wrong tensor."""
 
     numbers: Sequence[int]
@@ -47,21 +47,25 @@ class Rows(NamedTuple):
     m: Tensor | None  # magnitudes that scale rows
 
 
-Mistake = Callable[[Rows], Tensor]
+Mistake = Callable[[WrongRows], Tensor]
 """Returns some rows as a mistake leaves them."""
 
 
-def find_cause(expected: Expected, written: StoredTensor, reader: Reader) -> str | None:
-    """Return the mistakes that explain a wrong tensor, in words; None if no known mistake does."""
+def find_cause(expected: Expected, written: StoredTensor, reader: Reader, experts: Sequence[int]) -> str | None:
+    """Return the mistakes that explain a wrong tensor, in words; None if no known mistake does.
+
+    `experts` are the numbers of the wrong experts; other tensors are one expert.
+    """
     item = expected.item
     if len(item.edits) != 1 or not (low := item.edits[0].low) or item.replaced or low.start:
         return None
-    total, columns = item.matrix
-    step = max(1, total * columns // SAMPLE_ELEMENTS)
-    sample = list(_read(expected, written, reader, list(range(0, total, step))))
+    height = item.matrix[0] // item.experts
+    numbers = [number for expert in experts for number in range(expert * height, (expert + 1) * height)]
+    step = max(1, len(numbers) * item.matrix[1] // SAMPLE_ELEMENTS)
+    sample = list(_read(expected, written, reader, numbers[::step]))
 
     def explains(mistake: Mistake) -> bool:
-        rest = _read(expected, written, reader, range(total)) if step > 1 else ()
+        rest = _read(expected, written, reader, numbers) if step > 1 else ()
         return _explains(mistake, sample, item.dtype) and _explains(mistake, rest, item.dtype)
 
     causes = [what for what, mistake in _mistakes(expected) if explains(mistake)]
@@ -71,20 +75,21 @@ def find_cause(expected: Expected, written: StoredTensor, reader: Reader) -> str
         if factors or explains(_scaled(item, factor)):
             why = f": {', or '.join(factors)}" if factors else ""
             causes.insert(0, f"the scaling is off by a factor of {factor:.4g}{why}")
-    return ", or ".join(causes) or None
+    where = f"in {len(experts)} of {item.experts} experts, " if causes and len(experts) < item.experts else ""
+    return where + ", or ".join(causes) or None
 
 
-def _read(expected: Expected, written: StoredTensor, reader: Reader, rows: Sequence[int]) -> Iterator[Rows]:
+def _read(expected: Expected, written: StoredTensor, reader: Reader, rows: Sequence[int]) -> Iterator[WrongRows]:
     """Yield rows of a wrong tensor and of everything that it should come from, block by block."""
     by_rows = None if expected.item.edits[0].two_passes else expected.m[0]
     for numbers in expected.chunks(rows, BLOCK_ELEMENTS):
         W, (part,), x = expected.block(numbers)
         got = read_rows(reader, written, numbers).to(W.device).double()
         m = None if by_rows is None else by_rows[list(numbers), None]
-        yield Rows(numbers, got, W, part.delta, x, part.f, m)
+        yield WrongRows(numbers=numbers, got=got, W=W, delta=part.delta, x=x, f=part.f, m=m)
 
 
-def _explains(mistake: Mistake, blocks: Iterable[Rows], dtype: str) -> bool:
+def _explains(mistake: Mistake, blocks: Iterable[WrongRows], dtype: str) -> bool:
     """Return True if a mistake leaves these rows, and not the right merge or something between the two.
 
     Both results are rounded as they were when they were written: the rounding of a small change is no noise.
@@ -125,7 +130,7 @@ def _mistakes(expected: Expected) -> Iterator[tuple[str, Mistake]]:
             yield "the magnitude is on the wrong axis", _wrong_axis(expected)
 
 
-def _grown(V: Tensor, rows: Rows) -> Tensor:
+def _grown(V: Tensor, rows: WrongRows) -> Tensor:
     """Return V with rows as long as their magnitudes; V itself for LoRA."""
     return V if rows.m is None else V.mul(rows.m / torch.linalg.vector_norm(V, dim=1, keepdim=True))
 
@@ -144,7 +149,7 @@ def _transposed(expected: Expected) -> Mistake:
     def factors() -> tuple[Tensor, Tensor, float]:
         return expected.factors(0, range(expected.item.matrix[0]))
 
-    def mistake(rows: Rows) -> Tensor:
+    def mistake(rows: WrongRows) -> Tensor:
         left, right, scale = factors()
         delta = scale * (right.T[list(rows.numbers)] @ left.T)
         return rows.W + edit.weight * (_grown(rows.W + delta, rows) - rows.W)
@@ -165,7 +170,7 @@ def _wrong_axis(expected: Expected) -> Mistake:
             squares += (W + part.delta).square().sum(dim=0)
         return squares.sqrt()
 
-    def mistake(rows: Rows) -> Tensor:
+    def mistake(rows: WrongRows) -> Tensor:
         V = rows.W + rows.delta
         if edit.two_passes:
             rows = rows._replace(m=m[list(rows.numbers), None])
@@ -194,7 +199,7 @@ def _factors(item: Item) -> dict[str, float]:
     return {what: factor for what, factor in factors.items() if factor != 1}
 
 
-def _fitted(item: Item, sample: Sequence[Rows]) -> float:
+def _fitted(item: Item, sample: Sequence[WrongRows]) -> float:
     """Return the factor of the scaling that comes closest to some rows, by Newton's method."""
     factor = 1.0 if sample[0].m is None else _direction(sample)
     for _ in range(STEPS):
@@ -212,7 +217,7 @@ def _fitted(item: Item, sample: Sequence[Rows]) -> float:
     return factor
 
 
-def _direction(sample: Sequence[Rows]) -> float:
+def _direction(sample: Sequence[WrongRows]) -> float:
     """Return the k for which rows point along W + k·Δ: the median of the rows' least squares."""
     W, delta, got = (torch.cat(parts) for parts in zip(*((r.W, r.delta, r.got) for r in sample), strict=True))
     a, b, c = (W * W).sum(1), (W * delta).sum(1), (delta * delta).sum(1)

@@ -134,10 +134,12 @@ def compare_all(
             outputs.add(rows, block, got, nearest(block.x, item.dtype) if off else got)
     outputs.finish()
     once, number, most = total <= max(FEW, ROUNDED_ONCE * written.numel) or lengths.biased(), 0, 0
+    experts = set[int]()
     for rows in differing:
         got = read_rows(reader, written, rows).to(device).double()
         wrong, ulp = distance(got, expected, rows, rounded_once=once)
         number, most = number + wrong, max(most, ulp)
+        experts |= {rows[0] * item.experts // item.matrix[0]} if wrong else set()
     error, floor = outputs.relative()
     return CheckedModule(
         name=item.name,
@@ -146,7 +148,7 @@ def compare_all(
         max_ulp=most,
         output_error=error,
         output_floor=floor,
-        cause=find_cause(expected, written, reader) if number and item.changed else None,
+        cause=find_cause(expected, written, reader, sorted(experts)) if number and item.changed else None,
     )
 
 
