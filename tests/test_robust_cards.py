@@ -78,6 +78,18 @@ def test_stale_files_of_another_tokenizer(tmp_path, base, adapter):
     assert not {*stale} & contents(tmp_path / "out").keys()
 
 
+def test_a_set_in_place(tmp_path, base, adapter):
+    """In place, the base's files of a set are removed with the merge, and come back with the unmerge."""
+    put(base.path, filled(FILE, "of the base") | {"added_tokens.json": "{}"})
+    put(adapter, filled(FIELD, "of the adapter"))
+    before = contents(base.path)
+    dora_convert.merge(base.path, adapter, in_place=True)
+    assert template_of(base.path) == "of the adapter"
+    assert not {"added_tokens.json", "chat_template.jinja"} & contents(base.path).keys()
+    dora_convert.unmerge(base.path, adapter, in_place=True)
+    assert contents(base.path) == before
+
+
 def test_a_lone_template(tmp_path, base, adapter):
     """An adapter that brings a template and no tokenizer changes the template alone."""
     put(base.path, filled(FILE, "of the base"))
