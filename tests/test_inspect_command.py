@@ -94,14 +94,14 @@ def test_errors(run, tmp_path, base, adapter):
     bad = make_adapter(tmp_path / "bad", base, dora=False, lora_alpha="16")
     (adapter / "notes.txt").write_text("x")
     for words, message in [
-        ([tmp_path / "empty"], "holds no safetensors weights"),
+        ([tmp_path / "empty"], "is empty"),
         ([many], "these folders inside it do: style"),
         ([torn], "truncated or has trailing bytes"),
         ([tmp_path / "torn"], "truncated or has trailing bytes"),
         ([bad], "lora_alpha: expected"),
         ([tmp_path / "none"], "does not exist"),
         ([adapter / "notes.txt"], "not a weight file"),
-        ([adapter, "--base", tmp_path / "empty"], "holds no safetensors weights"),
+        ([adapter, "--base", tmp_path / "empty"], "is empty"),
     ]:
         code, out, err = run("inspect", *words)
         assert (code, out) == (2, "")

@@ -128,7 +128,9 @@ def open_checkpoint(source: Source, *, unfinished: bool = False) -> Checkpoint:
             f"{source.name} is being changed in place, and that was not finished.",
             hint="run the same command with --in-place again",
         )
-    name = weight_entry([entry.name for entry in root.iterdir()], source.name)
+    if not (names := [entry.name for entry in root.iterdir()]):
+        raise RefError(f"{source.name} is empty.", hint="name the folder with the model's files")
+    name = weight_entry(names, source.name)
     notes: list[str] = []
     sharded = name.endswith(".json")
     shards = _sharded(root, weight_map(root / name), notes) if sharded else (_shard(root / name),)
@@ -179,8 +181,6 @@ def weight_entry(names: Sequence[str], where: str) -> str:
             raise RefError(
                 f"{where} holds several models and no {stem}{kinds[0]}: {', '.join(entries)}.", hint="name one file"
             )
-    if not names:
-        raise RefError(f"{where} is empty.", hint="name the folder with the model's files")
     if other := sorted(name for name in names if name.endswith((".gguf", ".h5", ".msgpack", ".ckpt"))):
         raise UnsupportedError(
             f"{where} has no safetensors weights, only {', '.join(other[:3])}: not read yet.",
