@@ -191,7 +191,7 @@ def test_folders_that_are_no_whole_model(hub, push, merged, tmp_path):
     (unfinished / ".lock").touch()
     cases = [
         (unfinished, "is an unfinished output"),
-        (tmp_path / "empty", "holds no safetensors weights"),
+        (tmp_path / "empty", "is empty"),
         (tmp_path / "absent", "does not exist"),
         (unfinished / SHARDS[0], "is a file"),
     ]
