@@ -310,7 +310,8 @@ def test_every_moment_of_a_run_that_goes_on(recording, shim, pair, tmp_path):
 def test_every_moment_of_replacing(shim, pair, tmp_path):
     """--overwrite: OUT is the old one, the new one, or mended by the same command."""
     (root := tmp_path / "root").mkdir()
-    make_base(root / "out", layers=1)
+    older = make_base(tmp_path / "older", layers=1)
+    dora_convert.merge(older.path, make_adapter(tmp_path / "of-older", older, dora=False), root / "out")
     _, _, wrong = finish_all(*record(shim, pair, root, "--overwrite"), root, pair, overwrite=True)
     # between the last two operations OUT.old is empty, and no one knows whose it is
     assert all("out.old exists" in error for _, error in wrong)
