@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 import dora_convert
 from dora_convert.errors import DoraConvertError, MalformedError, PlanError
-from dora_convert.plan.options import Options
+from dora_convert.plan.plan import Options
 from dora_convert.plan.planner import make_plan
 from dora_convert.sources.inputs import open_inputs
 from dora_convert.sources.session import Session

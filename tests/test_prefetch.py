@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from dora_convert.errors import HubError
-from dora_convert.plan.options import Options
+from dora_convert.plan.plan import Options
 from dora_convert.plan.planner import make_plan
 from dora_convert.sources.inputs import read_adapter
 from dora_convert.sources.prefetch import Prefetch, shard_needs

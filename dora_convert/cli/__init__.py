@@ -8,17 +8,19 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from contextlib import closing, suppress
+from functools import wraps
 from importlib import import_module
 from io import StringIO
-from typing import Any, TextIO
+from typing import Any, TextIO, get_args
 
 import click
 
 from .. import __version__
 from ..errors import MORE_FILES, DoraConvertError, InterruptedRunError, UsageError, printable
-from .sink import show_error
+from ..options import SHORT_NAMES, Option, Path, flag, options_of
+from .sink import Sink, show_error
 
 COMMANDS = {
     "merge": "fold adapters into a base checkpoint",
@@ -168,3 +170,67 @@ def _out_of_files(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+Command = Callable[..., Any]
+
+OUTPUT = (
+    click.option("-v", "--verbose", is_flag=True, help="List every adapter tensor, not only their kinds."),
+    click.option("-q", "--quiet", is_flag=True, help="Print only the result's path on stdout."),
+    click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout."),
+)
+
+
+def takes(group: type) -> Callable[[Command], Command]:
+    """Return a decorator that gives a command the options of a group and those of the output's form.
+
+    The command gets a `sink`, and, if the group has them, the sink's callbacks for its verb.
+    """
+    options = options_of(group)
+
+    def decorate(command: Command) -> Command:
+        @wraps(command)
+        def with_sink(*, as_json: bool, quiet: bool, verbose: bool, **keywords: Any) -> Any:
+            with closing(Sink(as_json=as_json, quiet=quiet, verbose=verbose)) as sink:
+                callbacks = {"on_progress": sink.progress, "on_notice": sink.notice}
+                keywords |= {name: call for name, call in callbacks.items() if name in options}
+                return command(sink=sink, **keywords)
+
+        decorated: Command = with_sink
+        for add in OUTPUT:
+            decorated = add(decorated)
+        for name, (kind, option) in reversed(options.items()):
+            if not name.startswith("on_"):
+                decorated = _option(name, kind, option)(decorated)
+        return decorated
+
+    return decorate
+
+
+def _option(name: str, kind: Any, option: Option) -> Callable[[Command], Command]:
+    """Return one option of the command line."""
+    default, word = option.default, flag(name)
+    if kind is bool:
+        names = f"{word}/--no-{word[2:]}" if default else word
+        return click.option(names, is_flag=True, default=default, help=option.help)
+    return click.option(
+        word,
+        type=_type(kind, option),
+        multiple=default == (),
+        default=None if default == () else default,
+        show_default=default not in (None, (), "auto"),
+        metavar=option.metavar or (f"[{'|'.join(option.choices)}]" if option.choices else None),
+        help=option.help,
+    )
+
+
+def _type(kind: Any, option: Option) -> Any:
+    """Return the type that checks a word of the command line."""
+    if option.choices:
+        short = [word for word, name in SHORT_NAMES.items() if name in option.choices]
+        return click.Choice([*option.choices, *short])
+    if option.least is not None:
+        return click.IntRange(option.least)
+    if float in get_args(kind):
+        return float
+    return click.Path() if set(get_args(Path)) <= set(get_args(kind)) else str

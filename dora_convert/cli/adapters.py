@@ -10,8 +10,8 @@ from typing_extensions import Unpack
 
 from ..options import ExtractOptions, FromLoraOptions, ToLoraOptions
 from ..settings import format_size
+from . import takes
 from .merge import fold_name, written
-from .options import takes
 from .sink import Sink, joined, table
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from typing_extensions import Unpack
 from ..options import InspectOptions
 from ..reports.inspect import AdapterReport, CheckpointReport, Landing, Module
 from ..settings import format_size
+from . import takes
 from .merge import ledger_table
-from .options import takes
 from .sink import Sink, cut, joined, table
 
 if TYPE_CHECKING:

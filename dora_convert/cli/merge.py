@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 
 from ..options import MergeOptions
 from ..settings import format_size
-from .options import takes
+from . import takes
 from .sink import Sink, table
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 
 from ..options import UploadOptions
 from ..settings import format_size
-from .options import takes
+from . import takes
 from .sink import Sink, table
 
 if TYPE_CHECKING:

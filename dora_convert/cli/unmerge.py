@@ -9,8 +9,8 @@ import click
 from typing_extensions import Unpack
 
 from ..options import UnmergeOptions
+from . import takes
 from .merge import ledger_table, summary
-from .options import takes
 from .sink import Sink, cut, rest, table
 
 if TYPE_CHECKING:

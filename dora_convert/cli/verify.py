@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 
 from ..options import VerifyOptions
 from ..reports.verify import CheckedModule, OutputsReport, VerifyReport, figures
-from .options import takes
+from . import takes
 from .sink import Sink, cut, rest, table
 
 if TYPE_CHECKING:

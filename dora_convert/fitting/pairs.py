@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ..errors import Fault
 from ..naming.families import HEAD_TOPS, INNER, RENAMED, TABLES
 from ..naming.resolve import find_tie, is_embedding, is_head
-from ..plan.options import Options
+from ..plan.plan import Options
 from ..plan.shapes import is_conv1d
 from ..storage.checkpoint import Checkpoint
 from ..storage.safetensors import FLOATS, StoredTensor

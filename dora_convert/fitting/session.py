@@ -23,8 +23,7 @@ from ..hub.target import PushTarget
 from ..options import FittingOptions
 from ..output.folder import OutputFolder
 from ..output.lineage import doubts
-from ..plan.options import Options, parse_options
-from ..plan.plan import Plan
+from ..plan.plan import Options, Plan, parse_options
 from ..plan.planner import make_plan
 from ..reports.fitting import FittedModule, MadeDryRun, MadeReport
 from ..settings import Settings, without_collections

@@ -25,8 +25,7 @@ from ..storage.checkpoint import Checkpoint
 from ..storage.reader import same_bytes
 from ..storage.safetensors import FLOATS, StoredTensor
 from .item import Edit, Item
-from .options import Options
-from .plan import Entry
+from .plan import Entry, Options
 from .shapes import Match, match_shape
 
 

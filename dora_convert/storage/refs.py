@@ -13,7 +13,8 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from urllib.parse import unquote, urlsplit
 
 from ..errors import RefError
 
@@ -78,7 +79,7 @@ def parse_ref(ref: str, what: str = "REF") -> Path | HubRef:
     if path.exists() or path.is_symlink():
         kind = "not a folder or a file" if path.exists() else "a link to a path that does not exist"
         raise RefError(f"{what} {ref!r} is {kind}.")
-    from .addresses import read_address
+    from .refs import read_address
 
     if address := read_address(ref, what):
         return HubRef(*address)
@@ -134,3 +135,46 @@ def local_source(path: Path) -> Source:
 def listed(refs: PathLike | Sequence[PathLike]) -> list[str]:
     """Return one REF or several as a list of texts."""
     return [os.fspath(ref) for ref in ([refs] if isinstance(refs, (str, os.PathLike)) else refs)]
+
+
+HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
+OTHERS = {"datasets": "a dataset", "spaces": "a space", "collections": "a collection", "papers": "a paper"}
+"""Pages of the Hub that are not a model's, by the first word of their paths."""
+_PAGE = re.compile(
+    r"(?:models/)?(?P<repo>[\w.-]+/[\w.-]+)"
+    r"(?:/(?P<kind>tree|blob|resolve)/(?P<revision>refs/[\w-]+/[^/]+|[^/]+)(?:/(?P<path>.+))?)?"
+)
+
+
+def read_address(ref: str, what: str) -> tuple[str, str | None, str] | None:
+    """Return the repo, revision and folder that a page's address names; None if a REF is not an address.
+
+    Raises RefError, with the words to type, for an address of something else.
+    """
+    if ref.startswith(tuple(f"{host}/" for host in HOSTS)):
+        ref = f"https://{ref}"
+    scheme, colon, rest = ref.partition(":")
+    if scheme == "hf" and colon:
+        raise RefError(f"{what} {ref!r} is not a valid Hub address.", hint="write hf://org/name[@revision][/folder]")
+    if not rest.startswith("//") or not scheme.isalnum():
+        return None
+    if scheme not in ("http", "https"):
+        raise RefError(
+            f"{what} {ref!r}: addresses that begin with {scheme}:// are not read.",
+            hint=f"name a path, such as {rest[2:]}, or a Hub repo as org/name",
+        )
+    address = urlsplit(ref)
+    if address.hostname not in (*HOSTS, urlsplit(os.environ.get("HF_ENDPOINT", "")).hostname):
+        raise RefError(f"{what} {ref!r} is not on huggingface.co.", hint="download it, and name the folder")
+    return _page(unquote(address.path).strip("/"), f"{what} {ref!r}")
+
+
+def _page(path: str, subject: str) -> tuple[str, str | None, str]:
+    """Return the repo, revision and folder of a page on the Hub."""
+    if other := OTHERS.get(path.partition("/")[0]):
+        raise RefError(f"{subject} is the page of {other}, not of a model.", hint="a Hub repo is written org/name")
+    if not (match := _PAGE.fullmatch(path)):
+        raise RefError(f"{subject} is not the page of a model.", hint="a Hub repo is written org/name")
+    inside = PurePosixPath(match["path"] or "")
+    folder = inside if match["kind"] == "tree" else inside.parent
+    return match["repo"], match["revision"], "" if str(folder) == "." else str(folder)

@@ -22,7 +22,7 @@ from typing import Any
 from ..adapters.adapter import Adapter
 from ..errors import Fault, MalformedError, RefError, UsageError
 from ..output.receipt import BaseLayout, BaseShard, MergedAdapter, MergedBase, Receipt, RecordedOptions, read_receipt
-from ..plan.options import Options
+from ..plan.plan import Options
 from ..plan.sharding import converted
 from ..storage.checkpoint import Checkpoint, Shard
 from ..storage.filenames import RECEIPT, RECORD, UNDO

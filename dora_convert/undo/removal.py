@@ -17,7 +17,7 @@ from ..errors import UsageError
 from ..output.finished import TensorResult
 from ..output.receipt import MergedTensor, Receipt
 from ..output.side_files import SideFile, base_files
-from ..plan.options import Options
+from ..plan.plan import Options
 from ..storage.checkpoint import Checkpoint
 from ..storage.filenames import RECEIPT, RECORD, UNDO
 from ..storage.spool import gather

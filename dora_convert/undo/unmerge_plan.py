@@ -14,8 +14,7 @@ from ..adapters.adapter import Adapter
 from ..errors import Fault, MalformedError, UnsupportedError
 from ..output.receipt import MergedTensor
 from ..plan.item import Item, Undo
-from ..plan.options import Options
-from ..plan.plan import OutputShard, Plan
+from ..plan.plan import Options, OutputShard, Plan
 from ..plan.planner import make_plan
 from ..plan.sharding import converted, lay_out
 from ..storage.checkpoint import Checkpoint

@@ -13,8 +13,7 @@ from ..logits.prompts import gather_prompts
 from ..options import VerifyOptions
 from ..output.lineage import chains
 from ..output.receipt import Receipt, read_receipt
-from ..plan.options import parse_options, parse_weights
-from ..plan.plan import Plan
+from ..plan.plan import Plan, parse_options, parse_weights
 from ..plan.planner import make_plan
 from ..reports.html import check_page, write_page
 from ..reports.verify import OutputsReport, VerifyReport

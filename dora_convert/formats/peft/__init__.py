@@ -36,8 +36,18 @@ from ...storage.json_files import read_json
 from ...storage.refs import Source
 from ...storage.safetensors import StoredTensor
 from .config import Config, is_saved_embedding, refuse_unsupported
-from .modules import CONFIG, EMPTY, WEIGHTS, updates_of
-from .names import PARTS, TOKENS, part_of, plain, without_base_layer, wrapped_whole
+from .modules import (
+    CONFIG,
+    EMPTY,
+    PARTS,
+    TOKENS,
+    WEIGHTS,
+    part_of,
+    plain,
+    updates_of,
+    without_base_layer,
+    wrapped_whole,
+)
 from .promises import promised
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from ...errors import DoraConvertError, MalformedError
 from ...storage.checkpoint import read_weights
 from ...storage.filenames import MODEL
 from ...storage.safetensors import StoredTensor
-from .names import in_model
+from .modules import in_model
 
 
 @dataclass(frozen=True)

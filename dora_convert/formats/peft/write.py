@@ -18,8 +18,7 @@ from ...adapters.new_adapter import Files, NewAdapter
 from ...storage.json_files import read_json
 from ...storage.safetensors import StoredTensor
 from .config import SCHEDULE, TASKS, Config
-from .modules import CONFIG, WEIGHTS
-from .names import PREFIX, TOKENS, part_of, plain
+from .modules import CONFIG, PREFIX, TOKENS, WEIGHTS, part_of, plain
 
 MAGNITUDE = ".lora_magnitude_vector"
 _FRESH: Mapping[str, Any] = {

@@ -27,8 +27,7 @@ from ...errors import DoraConvertError, Fault, PlanError, RefError, UnsupportedE
 from ...formats.detect import adapters_inside, detect, is_adapter_file, model_weights
 from ...options import InspectOptions
 from ...output.lineage import doubts
-from ...plan.options import Options, parse_options
-from ...plan.plan import Plan
+from ...plan.plan import Options, Plan, parse_options
 from ...plan.planner import make_plan
 from ...reports.inspect import AdapterReport, CheckpointReport, Landing, Module
 from ...sources.inputs import open_base, read_adapter, read_or_refuse, refuse_foreign, refuse_foreign_tensors

@@ -15,8 +15,7 @@ from ...errors import UsageError
 from ...options import MergeOptions
 from ...output.folder import OutputFolder
 from ...output.side_files import tokenizer_files
-from ...plan.options import Options, parse_options, parse_weights
-from ...plan.plan import Plan
+from ...plan.plan import Options, Plan, parse_options, parse_weights
 from ...plan.planner import make_plan
 from ...reports.merge import DryRunReport, MergeReport
 from ...settings import Settings, require_extra, without_collections
