@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from ..storage.safetensors import StoredTensor
-from .adapter import Adapter, Change, Decomposed, LowRank, Update, low_rank, tensors_of
+from . import Adapter, Change, Decomposed, LowRank, Update, low_rank, tensors_of
 
 
 @dataclass(frozen=True)

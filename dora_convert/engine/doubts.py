@@ -10,7 +10,7 @@ from contextlib import closing
 import torch
 from torch import Tensor
 
-from ..adapters.adapter import Adapter, Decomposed, LowRank, low_rank
+from ..adapters import Decomposed
 from ..errors import Fault, UnsupportedError
 from ..maths import lora as maths
 from ..plan.item import Edit
@@ -18,7 +18,7 @@ from ..plan.plan import Plan
 from ..storage.reader import Reader
 from ..storage.safetensors import StoredTensor
 from .device_buffers import DeviceBuffers
-from .precision import TORCH, ComputeSpec
+from .precision import ComputeSpec
 
 SAMPLED_ROWS = 16
 SAMPLED_FOR_COLUMNS = 256
@@ -26,35 +26,6 @@ OTHER_BASE = 0.5
 """A median |m/‖W‖ − 1| above this means that m was trained on other weights."""
 NEAR_ONE, FAR = 0.5, math.log(1.4)
 """Normalised magnitudes are this near to 1 in the median, where log ‖W‖ is farther than this from 0."""
-PARTS = frozenset({2, 4, 8, 16, 32, 64, 128, 256})
-"""Numbers of ranks that share a tensor in ZeRO-3."""
-
-
-def doubt_zeros(adapter: Adapter) -> str | None:
-    """Return a warning if every lora_B has numbers in the same share of its rows only, all others being zero.
-
-    Modules that are zero as a whole were not trained. The first module that has another share ends the search.
-    """
-    parts: list[int] = []
-    with closing(Reader()) as reader:
-        for change in adapter.changes:
-            if not isinstance(change.update, LowRank | Decomposed):
-                continue
-            B = low_rank(change.update).B
-            raw = torch.frombuffer(bytearray().join(reader.pieces(B)), dtype=TORCH[B.dtype])
-            rows = raw.view(B.shape[0], -1).ne(0).any(dim=1).nonzero().flatten()
-            if not len(rows):
-                continue
-            parts.append(round(B.shape[0] / len(rows)))
-            in_one_run = int(rows[-1] - rows[0]) + 1 == len(rows)
-            if parts[-1] not in PARTS or parts[-1] != parts[0] or not in_one_run:
-                return None
-    if len(parts) < 2:
-        return None
-    return (
-        f"{parts[0] - 1}/{parts[0]} of the rows of every lora_B of {adapter.source.name} are exactly zero: "
-        "a ZeRO-3 save of one rank looks like that"
-    )
 
 
 def check_magnitudes(plan: Plan) -> str | None:

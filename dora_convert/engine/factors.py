@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..adapters.adapter import Decomposed, Delta, LowRank
+from ..adapters import Decomposed, Delta, LowRank
 from ..maths import lora as maths
 from ..plan.item import Edit
 from .device_buffers import DeviceBuffers

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..adapters.adapter import Adapter
+from ..adapters import Adapter, Decomposed, LowRank, low_rank
 from ..errors import Fault, NumericalError, UsageError
 from ..maths import lora as maths
 from ..storage.reader import Reader, xxh3
@@ -31,6 +31,10 @@ OWN_PAGES = 1 << 20
 The C library keeps the pages of freed large tensors, in pieces that the next tensor often does not fit. Two
 copies of the largest factor would stay resident for each worker.
 """
+
+
+PARTS = frozenset({2, 4, 8, 16, 32, 64, 128, 256})
+"""Numbers of ranks that share a tensor in ZeRO-3."""
 
 
 @dataclass(frozen=True)
@@ -214,3 +218,30 @@ def scan_adapter(adapter: Adapter) -> dict[str, str]:
 def holds_numbers(piece: memoryview, dtype: str) -> bool:
     """Return True if no element is NaN or infinite, in dtypes that have such values."""
     return dtype not in FLOATS or maths.all_finite(torch.frombuffer(piece, dtype=TORCH[dtype]))
+
+
+def doubt_zeros(adapter: Adapter) -> str | None:
+    """Return a warning if every lora_B has numbers in the same share of its rows only, all others being zero.
+
+    Modules that are zero as a whole were not trained. The first module that has another share ends the search.
+    """
+    parts: list[int] = []
+    with closing(Reader()) as reader:
+        for change in adapter.changes:
+            if not isinstance(change.update, LowRank | Decomposed):
+                continue
+            B = low_rank(change.update).B
+            raw = torch.frombuffer(bytearray().join(reader.pieces(B)), dtype=TORCH[B.dtype])
+            rows = raw.view(B.shape[0], -1).ne(0).any(dim=1).nonzero().flatten()
+            if not len(rows):
+                continue
+            parts.append(round(B.shape[0] / len(rows)))
+            in_one_run = int(rows[-1] - rows[0]) + 1 == len(rows)
+            if parts[-1] not in PARTS or parts[-1] != parts[0] or not in_one_run:
+                return None
+    if len(parts) < 2:
+        return None
+    return (
+        f"{parts[0] - 1}/{parts[0]} of the rows of every lora_B of {adapter.source.name} are exactly zero: "
+        "a ZeRO-3 save of one rank looks like that"
+    )

@@ -19,16 +19,15 @@ from typing import Any, Protocol
 import torch
 
 from .. import __version__
-from ..adapters.adapter import Adapter
+from ..adapters import Adapter
 from ..output.finished import FinishedLine, Progress, TensorResult, Verdict, copied_name, kept_name
 from ..output.output import Output
 from ..output.shards import Copy, ShardFiles
 from ..plan.item import Item
 from ..plan.plan import Plan
 from ..settings import Settings
-from ..storage.changes import FileStates
 from ..storage.checkpoint import Checkpoint
-from ..storage.filenames import JOURNAL, SPOOL, is_weight_file
+from ..storage.filenames import JOURNAL, SPOOL, FileStates, is_weight_file
 from ..storage.journal import Journal, JournalKey, UnfinishedRun
 from ..storage.reader import Digest, Reader
 from ..storage.safetensors import StoredTensor

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapters.adapter import Delta
+from ..adapters import Delta
 from ..engine.device_buffers import DeviceBuffers
 from ..engine.factors import LoadedEdit
 from ..engine.precision import TORCH

@@ -8,7 +8,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from ..adapters.adapter import Adapter, Change, Decomposed, LowRank, low_rank
+from ..adapters import Adapter, Change, Decomposed, LowRank, low_rank
 from ..errors import UsageError
 from ..formats.detect import Format
 from ..options import GoalOptions

@@ -30,8 +30,7 @@ from ..output.card import NAME, Facts, Inherited, base_repo, inherited, metadata
 from ..output.folder import OutputFolder
 from ..output.side_files import tokenizer_files
 from ..settings import Settings, format_size, peak_memory
-from ..storage.changes import refuse_changed
-from ..storage.filenames import JOURNAL, SPOOL
+from ..storage.filenames import JOURNAL, SPOOL, refuse_changed
 from ..storage.journal import Journal
 from ..storage.json_files import Real
 from ..storage.reader import Reader

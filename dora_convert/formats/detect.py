@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from ..adapters.adapter import NOTHING, Adapter, Waived
+from ..adapters import NOTHING, Adapter, Waived
 from ..errors import RefError, UsageError
 from ..storage.filenames import MODEL, OF_TRAINING, is_beside, is_weight_file
 from ..storage.refs import Source

@@ -11,7 +11,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from ..adapters.adapter import NOTHING, Adapter
+from ..adapters import NOTHING, Adapter
 from ..errors import Fault, MalformedError, RefError, VerificationError
 from ..formats.detect import detect, is_adapter_file
 from ..output.folder import LOCK

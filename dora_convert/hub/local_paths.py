@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..adapters.adapter import Adapter
+from ..adapters import Adapter
 from ..errors import Fault, MalformedError, RefError, UsageError
 from ..output import card
 from ..storage.filenames import RECEIPT, RECORD

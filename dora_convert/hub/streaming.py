@@ -14,9 +14,9 @@ from ..reports.push import Pushed
 from ..sources.hub_client import without_bars
 from ..sources.prefetch import MOST_FILES, Prefetch, prefetch, shard_needs, weight_download
 from ..sources.session import Session
-from ..storage.background import Background
 from ..storage.checkpoint import Checkpoint
 from ..storage.filenames import INCOMING, JOURNAL, RECORD, SPOOL, UPLOADS, list_files
+from ..storage.journal import Background
 from ..storage.reader import Reader
 from .commit import commit_folder
 from .local_paths import Outgoing

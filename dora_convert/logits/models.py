@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapters.adapter import Adapter
+from ..adapters import Adapter
 from ..errors import MalformedError, UnsupportedError
 from ..storage.checkpoint import Checkpoint
 from .forward import ModelRunner, not_compared

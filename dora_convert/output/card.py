@@ -1,8 +1,7 @@
 """Render model cards: the inputs of a checkpoint or an adapter, and the command that repeats it.
 
-huggingface_hub writes the front matter. A card is a function of the inputs: no dates, no name of the output,
-never a local path. The last line holds a hash of the other lines, which identifies a card that nobody has
-edited.
+huggingface_hub writes the front matter. A card is a function of the inputs: no dates, no name of the output, never a
+local path. The last line holds a hash of the other lines, which identifies a card that nobody has edited.
 """
 
 from __future__ import annotations
@@ -17,14 +16,13 @@ from typing import Any
 import xxhash
 
 from .. import __version__
-from ..adapters.adapter import Adapter
+from ..adapters import Adapter
 from ..errors import printable
 from ..naming.families import PIPELINES
 from ..plan.plan import Plan
 from ..storage.checkpoint import Checkpoint
 from ..storage.refs import Source
 from ..storage.safetensors import CONFIG_DTYPES
-from .licences import Licence, explained, strictest
 
 NAME = "README.md"
 LISTS = ("language", "datasets")
@@ -111,13 +109,9 @@ def _usage(facts: Facts) -> Iterator[str]:
     if facts.library == "transformers":
         lines = [f"from transformers import {auto}", "", f'model = {auto}.from_pretrained("OUT", dtype="auto")']
     elif facts.library == "peft":
-        lines = [
-            "from peft import PeftModel",
-            f"from transformers import {auto}",
-            "",
-            f'model = {auto}.from_pretrained("{base}", dtype="auto")',
-            'model = PeftModel.from_pretrained(model, "OUT")',
-        ]
+        lines = ["from peft import PeftModel", f"from transformers import {auto}", ""]
+        lines += [f'model = {auto}.from_pretrained("{base}", dtype="auto")']
+        lines += ['model = PeftModel.from_pretrained(model, "OUT")']
     elif facts.library == "diffusers" and str(name := config.get("_class_name")).isidentifier():
         lines = [f"from diffusers import {name}", "", f'model = {name}.from_pretrained("OUT")']
     else:
@@ -198,6 +192,10 @@ class Inherited:
 def inherited(works: Mapping[str, Path]) -> Inherited:
     """Return the fields that a model inherits from some works: their folders, by role, the base first."""
     cards = {role: metadata_of(folder / NAME) for role, folder in works.items() if folder.is_dir()}
+    if not any(cards.values()):
+        return Inherited({})
+    from .licences import Licence, explained, strictest
+
     licences = {role: found for role, metadata in cards.items() if (found := Licence.of(metadata))}
     licence = strictest(licences)
     fields: dict[str, Any] = {name: value for name, value in (licence or Licence(""))._asdict().items() if value}
@@ -291,8 +289,7 @@ def command(plan: Plan) -> list[str]:
 
 def _number(value: float) -> str:
     """Write a number as people do, without loss of a digit."""
-    short = f"{value:g}"
-    return short if float(short) == value else repr(value)
+    return short if float(short := f"{value:g}") == value else repr(value)
 
 
 def source_row(role: str, source: Source) -> tuple[str, str, str]:

@@ -18,9 +18,8 @@ from filelock import FileLock, Timeout
 
 from ..errors import OutputError, UsageError
 from ..plan.plan import Plan
-from ..storage.changes import journal_lines
 from ..storage.checkpoint import Checkpoint
-from ..storage.filenames import JOURNAL, RECORD, SPOOL, UPLOADS, is_text
+from ..storage.filenames import JOURNAL, RECORD, SPOOL, UPLOADS, is_text, journal_lines
 from ..storage.journal import sync_path
 from ..storage.refs import PathLike
 from .output import Output

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ..adapters.adapter import Adapter, Decomposed, Full, LowRank
+from ..adapters import Adapter, Decomposed, Full, LowRank
 from ..errors import DoraConvertError
 from ..sources.inputs import strangers
 from ..storage.checkpoint import Checkpoint

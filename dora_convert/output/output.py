@@ -13,9 +13,8 @@ from ..errors import MalformedError, NumericalError, OutputError, RefError, Veri
 from ..plan.item import Item
 from ..plan.plan import Plan
 from ..settings import format_size
-from ..storage.changes import FileStates, refuse_changed, same_lines
 from ..storage.checkpoint import Checkpoint
-from ..storage.filenames import JOURNAL, RECORD
+from ..storage.filenames import JOURNAL, RECORD, FileStates, refuse_changed, same_lines
 from ..storage.journal import JournalKey, UnfinishedRun, read_journal
 from ..storage.reader import Reader
 from ..storage.safetensors import encode_header

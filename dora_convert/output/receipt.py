@@ -1,8 +1,7 @@
 """Write, read and check the receipt of a merge, `OUT/dora_convert/receipt.json`.
 
-A receipt tells auditors and `unmerge` what a merge did. It is a function of the inputs: no dates, no paths,
-no name of the output, so that two runs leave the same bytes. A receipt comes with somebody's model, so
-nothing of it is used before all of it has the types below.
+A receipt tells auditors and `unmerge` what a merge did. It is a function of the inputs: no dates, no paths, no name of
+the output, so that two runs leave the same bytes. Nothing of it is used before all of it has the types below.
 """
 
 from __future__ import annotations
@@ -225,7 +224,6 @@ def new_receipt(
     names the device, the compute dtype and torch's version.
     """
     options = plan.options
-    kept = {tensor.name: results[kept_name(tensor)] for tensor in plan.lost}
     copied = {item.name: results[key].written_hash for item in plan.items if (key := copied_name(item)) in results}
     kept = {tensor.name: results[kept_name(tensor)] for tensor in plan.lost}
     return Receipt(
@@ -234,10 +232,8 @@ def new_receipt(
         versions={"dora_convert": __version__, "torch": computed["torch"].partition("+")[0]},
         base=MergedBase(**_source(plan.base.source), hash=_base_hash(plan, results)),
         adapters=tuple(
-            MergedAdapter(
-                **_source(adapter.source), format=adapter.format, kind=adapter.kind, weight=weight, files=dict(files)
-            )
-            for adapter, weight, files in zip(plan.adapters, plan.weights, hashes, strict=True)
+            MergedAdapter(**_source(each.source), format=each.format, kind=each.kind, weight=weight, files=dict(files))
+            for each, weight, files in zip(plan.adapters, plan.weights, hashes, strict=True)
         ),
         options=RecordedOptions(
             device=computed["device"],

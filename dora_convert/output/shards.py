@@ -11,8 +11,7 @@ from typing import NamedTuple
 
 from ..plan.item import Item
 from ..plan.plan import Plan
-from ..storage.open_files import OpenFiles
-from ..storage.reader import Reader
+from ..storage.reader import OpenFiles, Reader
 from ..storage.safetensors import encode_header
 
 COPY_BYTES = 64 << 20

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..adapters.adapter import Decomposed, Delta, LowRank, Start, tensors_of
+from ..adapters import Decomposed, Delta, LowRank, Start, tensors_of
 from ..engine.precision import GRID, TORCH, empty, half_ulp, read_columns, read_rows
 from ..plan.item import Edit, Item
 from ..storage.reader import Reader

@@ -6,19 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import permutations
 
-from ..adapters.adapter import (
-    Adapter,
-    Change,
-    Decomposed,
-    Delta,
-    Full,
-    LowRank,
-    Rows,
-    Update,
-    describe,
-    low_rank,
-    tensors_of,
-)
+from ..adapters import Adapter, Change, Decomposed, Delta, Full, LowRank, Rows, Update, describe, low_rank, tensors_of
 from ..errors import Fault
 from ..naming.resolve import NameResolver, Tie, explain_missing, is_embedding, is_head
 from ..storage.checkpoint import Checkpoint

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from ..adapters.adapter import Decomposed, Delta, LowRank, Rows, low_rank
+from ..adapters import Decomposed, Delta, LowRank, Rows, low_rank
 from ..storage.safetensors import BITS, FLOATS, StoredTensor
 
 BLOCK_ELEMENTS = 1 << 19

@@ -19,7 +19,7 @@ from typing import Any
 
 import xxhash
 
-from ..adapters.adapter import Adapter, Delta, Waived, low_rank, tensors_of
+from ..adapters import Adapter, Delta, Waived, low_rank, tensors_of
 from ..errors import UsageError
 from ..settings import parse_size
 from ..storage.checkpoint import Checkpoint

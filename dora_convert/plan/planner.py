@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..adapters.adapter import Adapter, Full, Rows, Update, unwrapped
+from ..adapters import Adapter, Full, Rows, Update, unwrapped
 from ..errors import Fault, PlanError, UnsupportedError
 from ..naming.families import COUNTS, LAYERS, TABLES
 from ..naming.resolve import NameResolver, Tie, find_tie, is_embedding, is_head

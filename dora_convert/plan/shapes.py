@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ..adapters.adapter import Decomposed, Delta, Full, LowRank, Rows, Start, Update, low_rank
+from ..adapters import Decomposed, Delta, Full, LowRank, Rows, Start, Update, low_rank
 from ..naming.families import CONV1D_MODELS, CONV1D_MODULES, TURNED_EXPERTS
 from ..naming.resolve import is_embedding, is_head
 from ..storage.safetensors import FLOATS

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from ..adapters.adapter import NOTHING, Adapter, Waived
+from ..adapters import NOTHING, Adapter, Waived
 from ..errors import RefError, UnsupportedError, UsageError
 from ..formats.detect import (
     ANCHORS,
@@ -25,9 +25,8 @@ from ..formats.detect import (
     refuse_adapter,
     wanted_of_adapter,
 )
-from ..storage.changes import file_states
 from ..storage.checkpoint import Checkpoint, open_checkpoint
-from ..storage.filenames import is_tokenizer_file, list_files, refuse_links
+from ..storage.filenames import file_states, is_tokenizer_file, list_files, refuse_links
 from ..storage.refs import HubRef, Source, local_path, local_source, parse_ref
 from .session import Session
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from ..errors import HubError
 from ..plan.plan import Plan
-from ..storage.background import Background
 from ..storage.checkpoint import Checkpoint
+from ..storage.journal import Background
 from ..storage.reader import Reader
 from .download import download, download_all, hashes_of
 from .hub_client import reading_errors, without_bars

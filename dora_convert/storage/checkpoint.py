@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import Fault, MalformedError, RefError, UnsupportedError, shown
-from .changes import FileStates, file_states
 from .filenames import (
     CARD,
     IN_PLACE,
@@ -22,6 +21,8 @@ from .filenames import (
     OF_TRAINING,
     PICKLES,
     RECORD,
+    FileStates,
+    file_states,
     is_plain,
     is_side_file,
     is_text,

@@ -6,7 +6,8 @@ import hashlib
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager, closing, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,11 +15,76 @@ from typing import Any, Protocol
 import xxhash
 
 from ..errors import MalformedError
-from .open_files import OpenFiles
 from .safetensors import StoredTensor, unreadable
 
 PIECE_BYTES = 1 << 20
 """Bytes that are read at a time where a tensor or a file is read whole."""
+
+
+MOST_OPEN = 64
+SHARE = 4
+"""One pool takes this part of the files that the process may open; a run has up to three pools."""
+
+
+@dataclass
+class _OpenFile:
+    descriptor: int
+    users: int = 0
+
+
+class OpenFiles:
+    """A pool of open files: a file is opened for its first user, and the longest unused one is closed first."""
+
+    def __init__(self, flags: int = os.O_RDONLY) -> None:
+        self._flags = flags | getattr(os, "O_BINARY", 0)
+        self._lock = threading.Lock()
+        self._files: dict[Path, _OpenFile] = {}
+        self._most = _most_open()
+
+    @contextmanager
+    def using(self, path: Path) -> Iterator[int]:
+        """Lend a file's descriptor, which stays open until the end of the block."""
+        with self._lock:
+            file = self._files.pop(path, None) or _OpenFile(os.open(path, self._flags))
+            self._files[path] = file  # as the latest
+            file.users += 1
+            self._close_unused()
+        try:
+            yield file.descriptor
+        finally:
+            with self._lock:
+                file.users -= 1
+
+    def _close_unused(self) -> None:
+        """Close the longest unused files until the rest are few enough."""
+        if (excess := len(self._files) - self._most) <= 0:
+            return
+        for path in [path for path, file in self._files.items() if not file.users][:excess]:
+            os.close(self._files.pop(path).descriptor)
+
+    def forget(self, path: Path) -> None:
+        """Close a file that is not used any more."""
+        with self._lock:
+            if path in self._files:
+                os.close(self._files.pop(path).descriptor)
+
+    def __contains__(self, path: Path) -> bool:
+        return path in self._files
+
+    def close(self) -> None:
+        """Close every file."""
+        while self._files:
+            os.close(self._files.popitem()[1].descriptor)
+
+
+def _most_open() -> int:
+    """Return the number of files that one pool keeps open."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return MOST_OPEN
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return MOST_OPEN if allowed == resource.RLIM_INFINITY else min(MOST_OPEN, allowed // SHARE)
 
 
 class FileSupply(Protocol):

@@ -79,7 +79,6 @@ def parse_ref(ref: str, what: str = "REF") -> Path | HubRef:
     if path.exists() or path.is_symlink():
         kind = "not a folder or a file" if path.exists() else "a link to a path that does not exist"
         raise RefError(f"{what} {ref!r} is {kind}.")
-    from .refs import read_address
 
     if address := read_address(ref, what):
         return HubRef(*address)

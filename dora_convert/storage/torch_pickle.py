@@ -26,7 +26,7 @@ from types import SimpleNamespace
 from typing import IO, Any, NamedTuple
 
 from ..errors import DoraConvertError, MalformedError, UnsupportedError, shown
-from .open_files import BoundedFile
+from .bounded_file import BoundedFile
 from .safetensors import BITS, MAX_DIMENSIONS, Header, StoredTensor, are_counts, open_file
 
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001

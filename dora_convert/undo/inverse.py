@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..adapters.adapter import Delta
+from ..adapters import Delta
 from ..engine.device_buffers import FACTOR_ELEMENTS, DeviceBuffers
 from ..engine.factors import FactorPair, FixedPoint, LoadedEdit
 from ..maths import lora as maths

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from msgspec import UNSET
 from msgspec.structs import replace
 
-from ..adapters.adapter import Adapter
+from ..adapters import Adapter
 from ..errors import UsageError
 from ..output.finished import TensorResult
 from ..output.receipt import MergedTensor, Receipt

@@ -15,8 +15,7 @@ from ..output.finished import TensorResult, copied_name, judge
 from ..output.side_files import SideFile
 from ..reports.merge import Recovered, UnmergeReport
 from ..settings import Settings
-from ..storage.changes import refuse_changed
-from ..storage.filenames import RECORD, UNDO
+from ..storage.filenames import RECORD, UNDO, refuse_changed
 from ..storage.reader import Digest, Reader
 from .expected_base import RecoveryCheck
 from .files import left_over

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ..adapters.adapter import Adapter
+from ..adapters import Adapter
 from ..errors import Fault, MalformedError, UnsupportedError
 from ..output.receipt import MergedTensor
 from ..plan.item import Item, Undo

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import Unpack
 
-from ..adapters.adapter import Change, Decomposed, Full, LowRank
+from ..adapters import Change, Decomposed, Full, LowRank
 from ..adapters.new_adapter import NewAdapter
 from ..errors import PlanError, UnsupportedError
 from ..fitting.jobs import FittingPlan, Result, doubt_ranks, goal_words, parse_goal

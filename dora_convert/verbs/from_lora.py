@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from typing_extensions import Unpack
 
-from ..adapters.adapter import Change, Decomposed, LowRank, tensors_of
+from ..adapters import Change, Decomposed, LowRank, tensors_of
 from ..adapters.new_adapter import NewAdapter
 from ..errors import Fault, UnsupportedError, UsageError
 from ..fitting.jobs import FittingPlan, MatchedChange, Result, match_changes, modules_besides

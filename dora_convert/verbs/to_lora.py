@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import Unpack
 
-from ..adapters.adapter import Change, Decomposed, Delta, LowRank, low_rank
+from ..adapters import Change, Decomposed, Delta, LowRank, low_rank
 from ..adapters.new_adapter import NewAdapter
 from ..fitting.jobs import (
     HELD,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from typing_extensions import Unpack
 
-from ..adapters.adapter import Adapter
+from ..adapters import Adapter
 from ..errors import RefError, UsageError
 from ..options import UnmergeOptions
 from ..output.folder import new_folder

@@ -21,9 +21,8 @@ from ..settings import Settings, require_extra, without_collections
 from ..sources.inputs import find_adapter, modules_of, open_base, open_inputs, refuse_swapped
 from ..sources.prefetch import download_weights
 from ..sources.session import Session
-from ..storage.changes import refuse_changed
 from ..storage.checkpoint import Checkpoint
-from ..storage.filenames import RECORD
+from ..storage.filenames import RECORD, refuse_changed
 from ..storage.refs import PathLike, listed
 from . import takes
 

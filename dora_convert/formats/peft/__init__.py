@@ -28,7 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...adapters.adapter import NOTHING, Adapter, Change, Full, Rows, Waived, unwrapped
+from ...adapters import NOTHING, Adapter, Change, Full, Rows, Waived, unwrapped
 from ...errors import Fault, MalformedError, UnsupportedError
 from ...storage.checkpoint import read_weights
 from ...storage.filenames import is_beside
@@ -44,11 +44,11 @@ from .modules import (
     WEIGHTS,
     part_of,
     plain,
+    promised,
     updates_of,
     without_base_layer,
     wrapped_whole,
 )
-from .promises import promised
 
 if TYPE_CHECKING:
     from ...adapters.new_adapter import Writer

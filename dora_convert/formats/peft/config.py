@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from msgspec import Meta, Struct, field
 
-from ...adapters.adapter import Start
+from ...adapters import Start
 from ...errors import Fault, UnsupportedError, shown
 from ...storage.json_files import checked
 

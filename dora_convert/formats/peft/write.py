@@ -13,7 +13,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from ...adapters.adapter import Adapter, Change, Decomposed, Delta, Full, LowRank, Rows, Start, low_rank, unwrapped
+from ...adapters import Adapter, Change, Decomposed, Delta, Full, LowRank, Rows, Start, low_rank, unwrapped
 from ...adapters.new_adapter import Files, NewAdapter
 from ...storage.json_files import read_json
 from ...storage.safetensors import StoredTensor

@@ -10,19 +10,7 @@ from typing import Any
 
 from typing_extensions import Unpack
 
-from ...adapters.adapter import (
-    Adapter,
-    Change,
-    Decomposed,
-    Delta,
-    Full,
-    LowRank,
-    Rows,
-    Waived,
-    describe,
-    low_rank,
-    tensors_of,
-)
+from ...adapters import Adapter, Change, Decomposed, Delta, Full, LowRank, Rows, Waived, describe, low_rank, tensors_of
 from ...errors import DoraConvertError, Fault, PlanError, RefError, UnsupportedError, UsageError
 from ...formats.detect import adapters_inside, detect, is_adapter_file, model_weights
 from ...options import InspectOptions

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ... import __version__
-from ...engine.doubts import check_magnitudes, doubt_zeros
-from ...engine.precision import scan_adapter
+from ...engine.precision import doubt_zeros, scan_adapter
 from ...engine.run import Hashes, Run, choose_compute, input_states, resume_plan, run
 from ...engine.tensor import MergeMaker
 from ...errors import Fault, VerificationError
@@ -23,9 +22,8 @@ from ...parity.self_check import SelfCheck
 from ...plan.plan import Plan
 from ...reports.merge import MergeReport
 from ...settings import Settings
-from ...storage.changes import refuse_changed
 from ...storage.checkpoint import Checkpoint, open_checkpoint
-from ...storage.filenames import RECEIPT, RECORD, SPOOL, UNDO
+from ...storage.filenames import RECEIPT, RECORD, SPOOL, UNDO, refuse_changed
 from ...storage.reader import sha256
 from ...storage.refs import local_source
 from ...storage.spool import Spool, SpooledTensor
@@ -81,8 +79,11 @@ def run_merge(
 
 def _look_at_base(plan: Plan, settings: Settings) -> bool:
     """Warn of a base that does not look like the adapter's; return False if the weights are not local yet."""
-    if plan.base.is_here and (doubt := check_magnitudes(plan)):
-        settings.warn(doubt)
+    if plan.base.is_here and any(edit.decomposed for item in plan.items for edit in item.edits):
+        from ...engine.doubts import check_magnitudes
+
+        if doubt := check_magnitudes(plan):
+            settings.warn(doubt)
     return plan.base.is_here
 
 
