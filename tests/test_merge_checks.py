@@ -119,7 +119,7 @@ def test_existing_out(tmp_path, base, adapter):
     with pytest.raises(OutputError, match="was not written by dora-convert"):
         dora_convert.merge(base.path, adapter, out, overwrite=True)
     (out / "config.json").write_text("{}")
-    with pytest.raises(OutputError, match="did not write"):
+    with pytest.raises(OutputError, match="no record shows"):
         dora_convert.merge(base.path, adapter, out, overwrite=True)
     assert (out / "precious.txt").read_text() == "mine"
     shutil.rmtree(out)

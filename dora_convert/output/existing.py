@@ -30,9 +30,9 @@ def refuse_existing(out: Path, kind: Kind, *, overwrite: bool) -> None:
             hint="choose another name, or remove it yourself",
         )
     else:
-        whose = "" if _is_ours(out, found) else " that dora-convert did not write"
+        whose = "" if _is_ours(out, found) else ", and no record shows that dora-convert wrote it"
         raise OutputError(
-            f"OUT {out} is {found}{whose}; it is not replaced by {kind}. Did you forget OUT?",
+            f"OUT {out} exists. It is {found}{whose}; it is not replaced by {kind}. Did you forget OUT?",
             hint="the last word is OUT, a folder that does not exist yet",
         )
 
