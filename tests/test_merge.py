@@ -13,16 +13,7 @@ import dora_convert
 from dora_convert.errors import PlanError, UsageError
 from dora_convert.plan import item as plan_item
 
-from .toy import (
-    contents,
-    exact,
-    load,
-    make_adapter,
-    make_base,
-    rounded,
-    write_json,
-    write_shards,
-)  # fmt: skip
+from .toy import contents, exact, load, make_adapter, make_base, rounded, write_json, write_shards  # fmt: skip
 
 HALVES = [torch.bfloat16, torch.float16]
 

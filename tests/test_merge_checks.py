@@ -16,16 +16,7 @@ import dora_convert
 from dora_convert.errors import NumericalError, OutputError, UsageError, VerificationError
 
 from .test_merge import same
-from .toy import (
-    ALPHA,
-    RANK,
-    contents,
-    exact,
-    load,
-    make_adapter,
-    rounded,
-    write_shards,
-)  # fmt: skip
+from .toy import ALPHA, RANK, contents, exact, load, make_adapter, rounded, write_shards  # fmt: skip
 
 
 def test_dry_run_reads_headers_and_writes_nothing(tmp_path, base, adapter):

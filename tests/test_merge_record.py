@@ -10,12 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import dora_convert
 
-from .toy import (
-    contents,
-    exact,
-    load,
-    make_adapter,
-)  # fmt: skip
+from .toy import contents, exact, load, make_adapter  # fmt: skip
 
 
 def test_receipt(tmp_path, base, adapter):

@@ -34,8 +34,8 @@ MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 MAX_PICKLE = 32_000_000
 """Bytes, enough for 150,000 tensors; a hostile pickle takes up to 70 times as much memory."""
 
-MAX_STEPS, MAX_STACK = 6_000_000, 1_000_000
-"""Opcodes of one pickle, 40 for each of so many tensors, and values that wait to be put together."""
+MAX_STEPS, MAX_TUPLES, MAX_STACK = 6_000_000, 1_000_000, 1_000_000
+"""Opcodes of one pickle (40 for each of so many tensors), its tuples (6), and values that wait to be put together."""
 
 AGAIN = "It may be truncated; download it again."
 INSTEAD = "A pickle can run code, so nothing but tensors is read from one; get the model as safetensors."
@@ -110,10 +110,12 @@ class _Machine:
         """Return the pickle's value and stop behind it; genops believes any length, so reads are bounded."""
         read, line = lambda count: file.read(min(count, MAX_PICKLE)), lambda: file.readline(MAX_PICKLE)
         head: Any = SimpleNamespace(read=read, readline=line, tell=file.tell)
+        tuples = 0
         for step, (opcode, argument, position) in enumerate(pickletools.genops(head)):
             if position is None or position > MAX_PICKLE:
                 raise MalformedError(f"{self.path}: more than {MAX_PICKLE} bytes of pickle are not read.")
-            if step > MAX_STEPS or len(self.stack) + len(self.marks) > MAX_STACK:
+            tuples += opcode.name.startswith("TUPLE")
+            if step > MAX_STEPS or tuples > MAX_TUPLES or len(self.stack) + len(self.marks) > MAX_STACK:
                 raise MalformedError(f"{self.path}: its pickle makes more values than 150,000 tensors need.")
             if opcode.name not in _OPCODES:
                 raise MalformedError(f"{self.path}: pickle opcode {opcode.name} is refused.", hint=INSTEAD)
