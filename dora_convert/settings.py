@@ -1,4 +1,4 @@
-"""Say how to run a plan on this machine: the choices that do not change the output, memory, and packages."""
+"""Say how to run a plan on this machine: choices that do not change the output, memory, packages, and the version."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from typing import Any
 from typing_extensions import Self
 
 from .errors import UsageError
+
+__version__ = "0.1.0"
 
 MOST_WORKERS = 8
 MAX_MEMORY = "160MiB"

@@ -113,6 +113,7 @@ def test_no_arrow_back_up(name):
         return
     below = set(FLOORS[FLOORS.index(room(name)) :])
     assert [found for found in ours(name) if room(found) not in below] == []
+    assert "__init__" not in ours(name)  # the package's face stands above the verbs
 
 
 @pytest.mark.parametrize("name", sorted(FILES))

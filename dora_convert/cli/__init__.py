@@ -17,9 +17,9 @@ from typing import Any, TextIO, get_args
 
 import click
 
-from .. import __version__
 from ..errors import MORE_FILES, DoraConvertError, InterruptedRunError, UsageError, printable
 from ..options import SHORT_NAMES, Option, Path, flag, options_of
+from ..settings import __version__
 from .sink import Sink, show_error
 
 COMMANDS = {

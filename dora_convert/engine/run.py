@@ -18,14 +18,13 @@ from typing import Any, Protocol
 
 import torch
 
-from .. import __version__
 from ..adapters import Adapter
 from ..output.finished import FinishedLine, Progress, TensorResult, Verdict, copied_name, kept_name
 from ..output.output import Output
 from ..output.shards import Copy, ShardFiles
 from ..plan.item import Item
 from ..plan.plan import Plan
-from ..settings import Settings
+from ..settings import Settings, __version__
 from ..storage.checkpoint import Checkpoint
 from ..storage.filenames import JOURNAL, SPOOL, FileStates, is_weight_file
 from ..storage.journal import Journal, JournalKey, UnfinishedRun

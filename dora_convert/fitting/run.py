@@ -18,7 +18,6 @@ import msgspec
 import torch
 from torch import Tensor
 
-from .. import __version__
 from ..adapters.new_adapter import Files, NewAdapter
 from ..engine.device_buffers import DeviceBuffers
 from ..engine.precision import TORCH, ComputeSpec, as_bytes, holds_numbers, scan_adapter
@@ -29,7 +28,7 @@ from ..maths import lora as maths
 from ..output.card import NAME, Facts, Inherited, base_repo, inherited, metadata_of, pipeline_of, render, source_row
 from ..output.folder import OutputFolder
 from ..output.side_files import tokenizer_files
-from ..settings import Settings, format_size, peak_memory
+from ..settings import Settings, __version__, format_size, peak_memory
 from ..storage.filenames import JOURNAL, SPOOL, refuse_changed
 from ..storage.journal import Journal
 from ..storage.json_files import Real

@@ -11,12 +11,11 @@ from pathlib import Path
 import xxhash
 from filelock import FileLock, Timeout
 
-from .. import __version__
 from ..errors import HubError
 from ..formats.detect import find_format
 from ..output import card
 from ..reports.push import Pushed, PushedFile, PushReport
-from ..settings import Settings
+from ..settings import Settings, __version__
 from ..sources.hub_client import with_retries, without_bars
 from ..storage.json_files import read_config
 from ..storage.refs import parse_ref

@@ -15,11 +15,11 @@ from typing import Any
 
 import xxhash
 
-from .. import __version__
 from ..adapters import Adapter
 from ..errors import printable
 from ..naming.families import PIPELINES
 from ..plan.plan import Plan
+from ..settings import __version__
 from ..storage.checkpoint import Checkpoint
 from ..storage.refs import Source
 from ..storage.safetensors import CONFIG_DTYPES

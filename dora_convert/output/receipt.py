@@ -15,11 +15,11 @@ import msgspec
 import xxhash
 from msgspec import UNSET, Struct, UnsetType
 
-from .. import __version__
 from ..errors import Fault
 from ..plan.item import Item
 from ..plan.plan import Entry, Plan
 from ..plan.sharding import converted
+from ..settings import __version__
 from ..storage.filenames import RECEIPT, is_inside, is_plain
 from ..storage.json_files import Count, Dtype, Real, checked, one_of, read_json
 from ..storage.reader import Reader, xxh3

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .. import __version__
+from ..settings import __version__
 
 SCHEMA = 1
 """Version of the JSON fields."""

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ... import __version__
 from ...engine.precision import doubt_zeros, scan_adapter
 from ...engine.run import Hashes, Run, choose_compute, input_states, resume_plan, run
 from ...engine.tensor import MergeMaker
@@ -21,7 +20,7 @@ from ...output.side_files import SideFile, adopted_sets, base_files, originals, 
 from ...parity.self_check import SelfCheck
 from ...plan.plan import Plan
 from ...reports.merge import MergeReport
-from ...settings import Settings
+from ...settings import Settings, __version__
 from ...storage.checkpoint import Checkpoint, open_checkpoint
 from ...storage.filenames import RECEIPT, RECORD, SPOOL, UNDO, refuse_changed
 from ...storage.reader import sha256
