@@ -16,6 +16,7 @@ import torch
 from hypothesis import settings
 
 from .commands import exit_code
+from .hubserver import Hub
 from .toy import Base, make_adapter, make_base
 
 settings.register_profile("repeatable", derandomize=True)
@@ -60,3 +61,14 @@ def save(request, tmp_path):
 
     saver.format = request.param
     return saver
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """An empty Hub."""
+    root = tmp_path / "hub"
+    root.mkdir()
+    server = Hub({}, root)
+    yield server
+    server.shutdown()
+    server.server_close()

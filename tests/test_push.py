@@ -12,21 +12,11 @@ from safetensors.torch import load_file, save_file
 
 import dora_convert
 
-from .hubserver import Hub, run, start
+from .hubserver import run, start
 from .toy import contents, edit_json, make_adapter, make_base
 
 BASE_CARD = "---\nlicense: apache-2.0\nlanguage:\n- en\n- de\npipeline_tag: text-generation\n---\n# the base\n"
 SHARDS = [f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3)]
-
-
-@pytest.fixture
-def hub(tmp_path):
-    root = tmp_path / "hub"
-    root.mkdir()
-    server = Hub({}, root)
-    yield server
-    server.shutdown()
-    server.server_close()
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ from huggingface_hub import ModelCard
 import dora_convert
 from dora_convert.errors import DoraConvertError
 
-from .hubserver import Hub
 from .hubserver import run as run_with
 from .toy import contents, edit_json, make_adapter, write_json
 
@@ -218,16 +217,6 @@ def test_diffusers(tmp_path, base, adapter, config):
 
 
 # push
-
-
-@pytest.fixture
-def hub(tmp_path):
-    root = tmp_path / "hub"
-    root.mkdir()
-    server = Hub({}, root)
-    yield server
-    server.shutdown()
-    server.server_close()
 
 
 def pushed(hub, tmp_path, *words):
