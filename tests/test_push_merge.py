@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 import dora_convert
 
 from .hubserver import run
-from .test_push import SHARDS, commits, hub, killed, made, merge  # noqa: F401 - fixtures
+from .test_push import SHARDS, commits, killed, made, merge  # noqa: F401 - fixtures
 from .toy import Base, contents, edit_json, make_adapter, make_base
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from .test_push import commits, hub, made, merged, push  # noqa: F401 - fixtures
+from .test_push import commits, made, merged, push  # noqa: F401 - fixtures
 from .toy import contents
 
 COMMIT = "POST .*/commit/"
