@@ -10,11 +10,16 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import Fault
 from ..storage.filenames import FileStates
 from ..storage.refs import Source
 from ..storage.safetensors import StoredTensor
+
+if TYPE_CHECKING:
+    from ..storage.checkpoint import Checkpoint
+    from .facts import Facts
 
 
 class Start(Enum):
@@ -176,10 +181,14 @@ class FileBeside:
 
 @dataclass(frozen=True)
 class Waived:
-    """The parts of adapters that a caller does without: fields that are not refused, and files that are left out."""
+    """The caller's words about adapters: parts that are done without, and facts that no file holds."""
 
     fields: Collection[str] = ()
+    """Config fields that are not refused."""
     files: Collection[str] = ()
+    """Files that are left out."""
+    facts: Facts | None = None
+    """Numbers that no file holds."""
 
 
 NOTHING = Waived()
@@ -220,6 +229,15 @@ class Adapter:
     """
     beside: tuple[FileBeside, ...] = ()
     """The weight files beside the adapter's own."""
+    maker: str | None = None
+    """The program that wrote the files, if they say so and the format's name does not."""
+    naming: str = "dotted"
+    """The form of targets: "dotted", as in the base; "components", where the first word may name a part of a
+    pipeline; "flattened", where dots are underscores."""
+    fit: Callable[[Adapter, Checkpoint], Adapter] | None = field(default=None, compare=False)
+    """Returns an adapter for a base, where the base decides what the files leave open."""
+    warnings: tuple[str, ...] = ()
+    """Assumptions that a reader made, for the user."""
 
     @property
     def modules(self) -> frozenset[str]:
@@ -232,5 +250,6 @@ class Adapter:
         for file in self.beside:
             if file.fate == "ignored":
                 yield f"{file.name} was left out (--ignore-file): {file.tensors} tensors"
+        yield from self.warnings
         if models := [file.name for file in self.beside if file.fate == "model"]:
             yield f"not applied, a model's weights beside {self.source.name}: {', '.join(models)}"

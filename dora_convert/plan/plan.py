@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 
@@ -25,6 +25,9 @@ from ..settings import parse_size
 from ..storage.checkpoint import Checkpoint
 from ..storage.safetensors import BITS, CONFIG_DTYPES, StoredTensor
 from .item import Edit, Item
+
+if TYPE_CHECKING:
+    from ..adapters.facts import Facts
 
 
 @dataclass(frozen=True)
@@ -194,11 +197,12 @@ class Options:
     """Weight files beside adapters that are left out."""
     strict: bool = False
     """True if an adapter must hold all that its config says was trained."""
+    facts: Facts | None = None
 
     @property
     def waived(self) -> Waived:
-        """The parts of adapters that the caller does without."""
-        return Waived(self.ignore_field, self.ignore_file)
+        """The caller's words about adapters."""
+        return Waived(self.ignore_field, self.ignore_file, self.facts)
 
     @property
     def exact(self) -> bool:
@@ -251,7 +255,17 @@ def parse_options(given: Mapping[str, Any]) -> Options:
         ignore_file=given.get("ignore_file", ()),
         strict=given.get("strict", False),
         legacy_config=given.get("legacy_config", False),
+        facts=_facts(given),
     )
+
+
+def _facts(given: Mapping[str, Any]) -> Facts | None:
+    """Return the caller's facts about adapters, which few calls give."""
+    if all(given.get(name) in (None, ()) for name in ("alpha", "scaling", "axis", "enable_lora")):
+        return None
+    from ..adapters.facts import parse_facts
+
+    return parse_facts(given)
 
 
 def parse_weights(given: Sequence[float] | float, count: int) -> tuple[float, ...]:

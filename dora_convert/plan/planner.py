@@ -32,6 +32,7 @@ def make_plan(base: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[f
     applied, and PlanError with every fault of every adapter otherwise.
     """
     refuse_quantised(base)
+    adapters = [_for_base(adapter, base) for adapter in adapters]
     tree = _with_layers(base, adapters)
     names = _resolvers(tree, adapters, options)
     tasks = [adapter.task for adapter in adapters if adapter.task]
@@ -94,6 +95,15 @@ def _warn_of_missing(
         for adapter, lacking in zip(adapters, missing, strict=True)
         if lacking
     )
+
+
+def _for_base(adapter: Adapter, base: Checkpoint) -> Adapter:
+    """Return an adapter with the base's names, and with all decided that its files leave to the base."""
+    if adapter.naming != "dotted":
+        from ..naming.flattened import with_base_names
+
+        adapter = with_base_names(adapter, base)
+    return adapter.fit(adapter, base) if adapter.fit else adapter
 
 
 def _with_layers(base: Checkpoint, adapters: Sequence[Adapter]) -> Checkpoint:

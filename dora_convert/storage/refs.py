@@ -57,6 +57,11 @@ class Source:
         return HubRef(str(self.repo), self.commit, self.subfolder)
 
     @property
+    def facts(self) -> dict[str, str | None]:
+        """The fields of a receipt."""
+        return {"name": self.name, "repo": self.repo, "commit": self.commit}
+
+    @property
     def title(self) -> str:
         """The name in receipts and cards, as a REF: never a path."""
         if not self.repo:
