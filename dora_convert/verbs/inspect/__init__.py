@@ -17,7 +17,8 @@ from ...options import InspectOptions
 from ...output.lineage import doubts
 from ...plan.plan import Options, Plan, parse_options
 from ...plan.planner import make_plan
-from ...reports.inspect import AdapterReport, CheckpointReport, Landing, Module
+from ...reports.checkpoint import CheckpointReport
+from ...reports.inspect import AdapterReport, Landing, Module
 from ...sources.inputs import open_base, read_adapter, read_or_refuse, refuse_foreign, refuse_foreign_tensors
 from ...sources.remote_headers import RefListing, look
 from ...sources.session import Session
