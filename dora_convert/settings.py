@@ -1,4 +1,4 @@
-"""Say how to run a plan on this machine: choices that do not change the output, memory, packages, and the version."""
+"""Say how to read adapters and how to run a plan on this machine: memory, packages, and the version."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -86,6 +86,38 @@ class Settings:
         """Pass a warning to the caller, and keep it for the report."""
         self.warnings.append(text)
         self.notify(f"warning: {text}")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The caller's facts about adapters; each counts for the adapters whose files lack it."""
+
+    alpha: float | None = None
+    scaling: float | None = None
+    """s itself, instead of a rule with alpha."""
+    axis: str | None = None
+    """The side along which magnitudes lie: rows or columns."""
+    enable_lora: tuple[bool, ...] = ()
+    """For each equal block of outputs, True if it has factors (loralib's MergedLinear)."""
+
+    @property
+    def given(self) -> dict[str, object]:
+        """The facts that are given, by name."""
+        return {name: fact for name, fact in vars(self).items() if fact not in (None, ())}
+
+
+@dataclass(frozen=True)
+class Waived:
+    """The caller's words about adapters: parts that are done without, and facts that no file holds."""
+
+    fields: Collection[str] = ()
+    """Config fields that are not refused."""
+    files: Collection[str] = ()
+    """Files that are left out."""
+    facts: Facts = Facts()
+
+
+NOTHING = Waived()
 
 
 def check_base_model(repo: str | None) -> None:

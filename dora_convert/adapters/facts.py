@@ -1,60 +1,52 @@
-"""Hold what a caller knows about an adapter and no file of the adapter says."""
+"""Check what a caller knows about an adapter and no file of the adapter says, and compute scalings with it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
-
-from msgspec import Struct
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ..errors import UnsupportedError, UsageError
-from ..storage.json_files import Real, checked
+from ..settings import Facts
 
 NAMES = ("alpha", "scaling", "axis", "enable_lora")
+SIDES = ("rows", "columns")
 
 
-class Facts(Struct, frozen=True, omit_defaults=True):
-    """The caller's facts about adapters; each counts for the adapters whose files lack it."""
-
-    alpha: Real | None = None
-    scaling: Real | None = None
-    """s itself, instead of a rule with alpha."""
-    axis: Literal["rows", "columns"] | None = None
-    """The side along which magnitudes lie."""
-    enable_lora: tuple[bool, ...] = ()
-    """For each equal block of outputs, True if it has factors (loralib's MergedLinear)."""
-
-    @property
-    def given(self) -> tuple[str, ...]:
-        """The names of the facts that are given."""
-        return tuple(name for name in NAMES if getattr(self, name) not in (None, ()))
+def parse_facts(given: Mapping[str, Any]) -> Facts:
+    """Return the facts among a verb's options, or in a receipt; UsageError for invalid ones."""
+    axis = given.get("axis")
+    if axis not in (None, *SIDES):
+        raise UsageError(f"--axis {axis!r} is not one of {', '.join(SIDES)}.")
+    numbers = {name: _real(given.get(name), name) for name in ("alpha", "scaling")}
+    return Facts(**numbers, axis=axis, enable_lora=_booleans(given.get("enable_lora")))
 
 
-NO_FACTS = Facts()
-
-
-def parse_facts(given: Mapping[str, Any]) -> Facts | None:
-    """Return the facts among a verb's options; None if none is given. Raises UsageError for invalid ones."""
-    facts = {name: given.get(name) for name in NAMES if given.get(name) not in (None, ())}
-    if not facts:
+def _real(value: object, name: str) -> float | None:
+    if value is None:
         return None
-    if isinstance(words := facts.get("enable_lora"), str):
-        facts["enable_lora"] = [{"true": True, "false": False}.get(word, word) for word in words.lower().split(",")]
-    try:
-        parsed = checked(facts, Facts, "the options --alpha, --scaling, --axis and --enable-lora")
-    except Exception as error:
-        raise UsageError(f"{error}") from error
-    if parsed.enable_lora and not any(parsed.enable_lora):
-        raise UsageError("--enable-lora has no true.", hint="--enable-lora true,false,true")
-    return parsed
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise UsageError(f"--{name} {value!r} is not a finite number.")
+    return float(value)
+
+
+def _booleans(value: str | Sequence[bool] | None) -> tuple[bool, ...]:
+    """Return a list of true and false, which may be one text with commas."""
+    words = value.replace(" ", "").lower().split(",") if isinstance(value, str) else list(value or ())
+    texts = ["true" if word is True else "false" if word is False else word for word in words]
+    if words and (not set(texts) <= {"true", "false"} or "true" not in texts):
+        raise UsageError(
+            f"--enable-lora {value!r} is not a list of true and false.", hint="such as --enable-lora true,false,true"
+        )
+    return tuple(text == "true" for text in texts)
 
 
 class Scaling:
     """Computes s = alpha/r for files that lack alpha, with the caller's words."""
 
-    def __init__(self, facts: Facts | None, tool: str, default: str) -> None:
+    def __init__(self, facts: Facts, tool: str, default: str) -> None:
         """`default` says, for the message that asks for alpha, the tool's own default."""
-        self._facts, self._tool, self._default = facts or NO_FACTS, tool, default
+        self._facts, self._tool, self._default = facts, tool, default
 
     def of(self, rank: int, alpha: float | None = None, *, by_rank: bool = True) -> tuple[float, str]:
         """Return s and its rule; without `by_rank`, s is alpha itself.

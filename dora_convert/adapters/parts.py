@@ -8,10 +8,12 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ..errors import Fault, UnsupportedError
+from ..storage.checkpoint import Checkpoint
 from ..storage.file_view import FileView
 from ..storage.refs import Source
 from ..storage.safetensors import FLOATS, StoredTensor
-from . import Adapter, Change
+from ..storage.stored_view import view
+from . import Adapter, Change, Decomposed
 
 Parts = dict[str, StoredTensor]
 _FORMATS = {"F64": "d", "F32": "f", "F16": "e", "I64": "q", "I32": "i", "I16": "h", "U8": "B"}
@@ -113,3 +115,25 @@ def flat(tensor: StoredTensor) -> StoredTensor:
 def is_embedding(module: str) -> bool:
     """Return True if a module is an embedding, by its name."""
     return EMBEDDING.search(module) is not None
+
+
+def turned(tensor: StoredTensor) -> StoredTensor:
+    """Return a stored matrix as its transpose."""
+    return view(tensor, turned=True)
+
+
+def follow(adapter: Adapter, base: Checkpoint) -> Adapter:
+    """Return an adapter with a change for each bias that the base has beside a decomposed weight.
+
+    In some tools the bias is inside the norm: m/‖V‖ multiplies weight and bias.
+    """
+    from .kinds import Follows
+
+    weights = [change.target for change in adapter.changes if isinstance(change.update, Decomposed)]
+    named = {f".{name}" for name in base.tensors if name.endswith(".bias")}
+    ends = {name[at:] for name in named for at, char in enumerate(name) if char == "."}
+    biases = [(f"{weight.removesuffix('.weight')}.bias", weight) for weight in weights]
+    follows = tuple(
+        Change(bias, Follows(weight), rule="as its weight") for bias, weight in biases if f".{bias}" in ends
+    )
+    return replace(adapter, changes=(*adapter.changes, *follows))

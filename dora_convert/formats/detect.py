@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
 from ..adapters import NOTHING, Adapter, Waived
 from ..errors import DoraConvertError, RefError, UnsupportedError, UsageError
+from ..settings import Facts
 from ..storage.filenames import MODEL, OF_TRAINING, is_beside, is_weight_file
 from ..storage.json_files import read_json
 from ..storage.refs import Source
@@ -42,6 +43,10 @@ class Format(Protocol):
 
     def read(self, view: FileView, source: Source, waived: Waived = NOTHING) -> Adapter:
         """Read the adapter's headers, with the caller's words."""
+
+
+class WritableFormat(Format, Protocol):
+    """A format that adapters are written in."""
 
     def writer(self) -> Writer:
         """Return the names that write the format, imported when they are needed."""
@@ -84,11 +89,17 @@ def load(module: str) -> Format:
 
 
 def find_format(name: str) -> Format:
-    """Return a format by its name; UsageError lists the names."""
+    """Return a format by the name that its adapters have."""
+    return next(load(line.module) for line in FORMATS if load(line.module).NAME == name)
+
+
+def find_writable(name: str) -> WritableFormat:
+    """Return a format that is written, by its name; UsageError lists the names."""
     known = {load(line.module).NAME: load(line.module) for line in FORMATS}
-    if name not in known:
-        raise UsageError(f"--format {name!r} is not one of {', '.join(known)}.")
-    return known[name]
+    writable = [each for each in known if hasattr(known[each], "writer")]
+    if name not in writable:
+        raise UsageError(f"--format {name!r} is not one of {', '.join(writable)}.")
+    return cast("WritableFormat", known[name])
 
 
 def detect(where: Path | Sequence[str]) -> Format | None:
@@ -138,12 +149,10 @@ def view_of(source: Source) -> FileView:
 
 def read_refused(known: Format, source: Source, waived: Waived) -> Adapter:
     """Read as much as can be said of an adapter that `known` refuses."""
-    from ..adapters.facts import NO_FACTS, Facts
-
     if known is cast("Format", peft):
         return peft.read_refused(view_of(source), source, waived)
-    view, facts = view_of(source), waived.facts or NO_FACTS
-    guess = Facts(facts.alpha, facts.scaling if facts.given else float("nan"), facts.axis, facts.enable_lora)
+    view, facts = view_of(source), waived.facts
+    guess = facts if facts.given else Facts(scaling=float("nan"))
     try:
         return known.read(view, source, replace(waived, facts=guess))
     except UnsupportedError:

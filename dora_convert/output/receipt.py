@@ -245,7 +245,7 @@ def new_receipt(
             exclude=options.exclude,
             ignore_field=options.ignore_field,
             ignore_file=options.ignore_file or UNSET,
-            facts=msgspec.to_builtins(options.facts) if options.facts else UNSET,
+            facts=msgspec.to_builtins(options.facts.given) or UNSET,
         ),
         tensors={item.name: _tensor(item, results) for item in plan.items if item.noted},
         copied=copied,

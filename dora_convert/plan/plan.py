@@ -15,19 +15,16 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import xxhash
 
-from ..adapters import Adapter, Delta, Waived, low_rank, tensors_of
+from ..adapters import Adapter, Delta, Waived, tensors_of
 from ..errors import UsageError
-from ..settings import parse_size
+from ..settings import Facts, parse_size
 from ..storage.checkpoint import Checkpoint
 from ..storage.safetensors import BITS, CONFIG_DTYPES, StoredTensor
 from .item import Edit, Item
-
-if TYPE_CHECKING:
-    from ..adapters.facts import Facts
 
 
 @dataclass(frozen=True)
@@ -169,7 +166,8 @@ def _describe_edit(edit: Edit) -> list[Any]:
     known: list[Any] = [type(edit.update).__name__, edit.transposed, edit.weight, names]
     if isinstance(edit.update, Delta):
         return [*known, edit.update.scale]
-    low = low_rank(edit.update)
+    low = edit.low
+    assert low
     return [*known, low.rank, low.scale, low.blocks, low.experts, low.start and low.start.value]
 
 
@@ -197,7 +195,7 @@ class Options:
     """Weight files beside adapters that are left out."""
     strict: bool = False
     """True if an adapter must hold all that its config says was trained."""
-    facts: Facts | None = None
+    facts: Facts = Facts()
 
     @property
     def waived(self) -> Waived:
@@ -259,10 +257,10 @@ def parse_options(given: Mapping[str, Any]) -> Options:
     )
 
 
-def _facts(given: Mapping[str, Any]) -> Facts | None:
+def _facts(given: Mapping[str, Any]) -> Facts:
     """Return the caller's facts about adapters, which few calls give."""
     if all(given.get(name) in (None, ()) for name in ("alpha", "scaling", "axis", "enable_lora")):
-        return None
+        return Facts()
     from ..adapters.facts import parse_facts
 
     return parse_facts(given)

@@ -115,7 +115,7 @@ def open_adapter(ref: str, session: Session, waived: Waived = NOTHING) -> Adapte
 
 def refuse_needless(adapters: Sequence[Adapter], waived: Waived) -> None:
     """Raise UsageError for a fact that no adapter lacks."""
-    for name in waived.facts.given if waived.facts else ():
+    for name in waived.facts.given:
         if not any(name in find_format(adapter.format).TAKES for adapter in adapters):
             formats = ", ".join(sorted({adapter.format for adapter in adapters}))
             raise UsageError(f"--{name.replace('_', '-')} is for files that lack it; those of {formats} do not.")

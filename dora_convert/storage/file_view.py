@@ -85,6 +85,10 @@ class FileView:
             self._headers[name] = _read(lambda: read_any(self.path(name))) if self.folder else None
         return self._headers[name]
 
+    def need(self, name: str) -> Header:
+        """Return the header of a weight file; raises MalformedError if it cannot be read."""
+        return self.header(name) or read_any(self.path(name))
+
     def tensors(self, name: str) -> Mapping[str, StoredTensor]:
         """Return the tensors of a weight file; empty if it cannot be read."""
         header = self.header(name)
