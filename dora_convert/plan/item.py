@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
-from ..adapters import Decomposed, Delta, LowRank, Rows, low_rank, tensors_of
+from ..adapters import Decomposed, Delta, LowRank, Rows, Transform, low_rank, tensors_of
 from ..storage.safetensors import BITS, FLOATS, StoredTensor
 
 BLOCK_ELEMENTS = 1 << 19
@@ -26,7 +26,7 @@ KEPT = 2
 class Edit:
     """A matched update and its weight in the merge."""
 
-    update: LowRank | Decomposed | Delta
+    update: Transform | Decomposed | Delta
     transposed: bool = False
     weight: float = 1.0
     outputs: tuple[int, int] | None = None
@@ -35,8 +35,8 @@ class Edit:
 
     @cached_property
     def low(self) -> LowRank | None:
-        """The low-rank part; None for a bias's delta."""
-        return None if isinstance(self.update, Delta) else low_rank(self.update)
+        """The low-rank part; None for other kinds."""
+        return low_rank(self.update)
 
     @cached_property
     def decomposed(self) -> bool:
