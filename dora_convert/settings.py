@@ -89,7 +89,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Facts:
+class AdapterFacts:
     """The caller's facts about adapters; each counts for the adapters whose files lack it."""
 
     alpha: float | None = None
@@ -106,6 +106,9 @@ class Facts:
         return {name: fact for name, fact in vars(self).items() if fact not in (None, ())}
 
 
+NO_FACTS = AdapterFacts()
+
+
 @dataclass(frozen=True)
 class Waived:
     """The caller's words about adapters: parts that are done without, and facts that no file holds."""
@@ -114,7 +117,7 @@ class Waived:
     """Config fields that are not refused."""
     files: Collection[str] = ()
     """Files that are left out."""
-    facts: Facts = Facts()
+    facts: AdapterFacts = NO_FACTS
 
 
 NOTHING = Waived()

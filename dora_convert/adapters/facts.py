@@ -7,19 +7,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import UnsupportedError, UsageError
-from ..settings import Facts
+from ..settings import AdapterFacts
 
 NAMES = ("alpha", "scaling", "axis", "enable_lora")
 SIDES = ("rows", "columns")
 
 
-def parse_facts(given: Mapping[str, Any]) -> Facts:
+def parse_facts(given: Mapping[str, Any]) -> AdapterFacts:
     """Return the facts among a verb's options, or in a receipt; UsageError for invalid ones."""
     axis = given.get("axis")
     if axis not in (None, *SIDES):
         raise UsageError(f"--axis {axis!r} is not one of {', '.join(SIDES)}.")
     numbers = {name: _real(given.get(name), name) for name in ("alpha", "scaling")}
-    return Facts(**numbers, axis=axis, enable_lora=_booleans(given.get("enable_lora")))
+    return AdapterFacts(**numbers, axis=axis, enable_lora=_booleans(given.get("enable_lora")))
 
 
 def _real(value: object, name: str) -> float | None:
@@ -44,7 +44,7 @@ def _booleans(value: str | Sequence[bool] | None) -> tuple[bool, ...]:
 class Scaling:
     """Computes s = alpha/r for files that lack alpha, with the caller's words."""
 
-    def __init__(self, facts: Facts, tool: str, default: str) -> None:
+    def __init__(self, facts: AdapterFacts, tool: str, default: str) -> None:
         """`default` says, for the message that asks for alpha, the tool's own default."""
         self._facts, self._tool, self._default = facts, tool, default
 

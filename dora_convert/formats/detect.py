@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
 from ..adapters import NOTHING, Adapter, Waived
 from ..errors import DoraConvertError, RefError, UnsupportedError, UsageError
-from ..settings import Facts
+from ..settings import AdapterFacts
 from ..storage.filenames import MODEL, OF_TRAINING, is_beside, is_weight_file
 from ..storage.json_files import read_json
 from ..storage.refs import Source
@@ -41,7 +41,7 @@ class Format(Protocol):
     def recognises(self, view: FileView) -> bool:
         """Return True for files of this format, by their names, their JSON and their headers."""
 
-    def read(self, view: FileView, source: Source, waived: Waived = NOTHING) -> Adapter:
+    def read(self, source: Source, waived: Waived = NOTHING) -> Adapter:
         """Read the adapter's headers, with the caller's words."""
 
 
@@ -90,7 +90,7 @@ def load(module: str) -> Format:
 
 def find_format(name: str) -> Format:
     """Return a format by the name that its adapters have."""
-    return next(load(line.module) for line in FORMATS if load(line.module).NAME == name)
+    return next(load(line.module) for line in FORMATS if name == load(line.module).NAME)
 
 
 def find_writable(name: str) -> WritableFormat:
@@ -149,17 +149,17 @@ def view_of(source: Source) -> FileView:
 
 def read_refused(known: Format, source: Source, waived: Waived) -> Adapter:
     """Read as much as can be said of an adapter that `known` refuses."""
-    if known is cast("Format", peft):
-        return peft.read_refused(view_of(source), source, waived)
+    if own := getattr(known, "read_refused", None):
+        return cast("Adapter", own(source, waived))
+    from ..adapters.parts import Findings
+
     view, facts = view_of(source), waived.facts
-    guess = facts if facts.given else Facts(scaling=float("nan"))
+    guess = facts if facts.given else AdapterFacts(scaling=float("nan"))
     try:
-        return known.read(view, source, replace(waived, facts=guess))
+        return known.read(source, replace(waived, facts=guess))
     except UnsupportedError:
         files = [name for name in view.weights if view.tensors(name)]
-        tensors = {key: tensor for name in files for key, tensor in view.tensors(name).items()}
-        paths = tuple(map(view.path, files))
-        return Adapter(source=source, format=known.NAME, kind="unknown", changes=(), tensors=tensors, files=paths)
+        return Findings().adapter(view, files, source, format=known.NAME, kind="unknown")
 
 
 def is_adapter_file(name: str) -> bool:

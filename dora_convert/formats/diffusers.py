@@ -56,11 +56,14 @@ def _is_diffusers(tensors: Mapping[str, StoredTensor]) -> bool:
     return any(_MARK.match(name) for name in tensors)
 
 
-def read(view: FileView, source: Source, waived: Waived = NOTHING) -> Adapter:  # noqa: ARG001 - files say all
+def read(source: Source, waived: Waived = NOTHING) -> Adapter:  # noqa: ARG001 - files say all
     """Read a file's header and its alphas; RefError if a folder has several such files."""
+    view = FileView.of(source.path)
     files = [FILE] if FILE in view.names else [name for name in view.candidates if _is_diffusers(view.tensors(name))]
     if len(files) > 1:
-        raise RefError(f"{source.name} holds several adapters: {', '.join(files)}.", hint=f"name one, such as {files[0]}")
+        raise RefError(
+            f"{source.name} holds several adapters: {', '.join(files)}.", hint=f"name one, such as {files[0]}"
+        )
     header = view.need(files[0])
     tensors = {_modern(name): tensor for name, tensor in header.tensors.items()}
     modules, rest = sort_parts(tensors, ENDS)

@@ -3,7 +3,7 @@
 The ends of names, for a weight of (out, in):
 
     .dora_layer.lora_A.weight (r, in)  .dora_layer.lora_B.weight (out, r)  .magnitude_layer.magnitude (out)   QDoRA
-    .lora_AB.0.weight (r, in)          .lora_AB.1.weight (out, r)                                             custom LoRA
+    .lora_AB.0.weight (r, in)          .lora_AB.1.weight (out, r)                                             LoRA
     .lora_A (r, in)                    .lora_B (out, r)                    .rescale (out)                     for vLLM
 
 QDoRA has a scaling of 1, whatever alpha was, and its bias lies inside the norm: both weight and bias are multiplied
@@ -41,8 +41,9 @@ def _is_fsdp(tensors: Mapping[str, StoredTensor]) -> bool:
     return any(name.endswith(_MARKS) for name in tensors)
 
 
-def read(view: FileView, source: Source, waived: Waived = NOTHING) -> Adapter:
+def read(source: Source, waived: Waived = NOTHING) -> Adapter:
     """Read a file's header; UnsupportedError for a custom LoRA without alpha."""
+    view = FileView.of(source.path)
     files = [name for name in view.candidates if _is_fsdp(view.tensors(name))]
     if len(files) > 1:
         raise RefError(f"{source.name} holds several adapters: {', '.join(files)}.", hint="name one of the files")

@@ -48,8 +48,9 @@ def _is_adapters(tensors: Mapping[str, StoredTensor]) -> bool:
     return any(_MARK.search(name) or _OTHER.search(name) for name in tensors)
 
 
-def read(view: FileView, source: Source, waived: Waived = NOTHING) -> Adapter:
+def read(source: Source, waived: Waived = NOTHING) -> Adapter:
     """Read the config and the headers; UnsupportedError for methods that add modules to the model."""
+    view = FileView.of(source.path)
     nested = view.config.get("config")
     config = nested if isinstance(nested, dict) else {}
     _refuse(config, source)
@@ -62,9 +63,11 @@ def read(view: FileView, source: Source, waived: Waived = NOTHING) -> Adapter:
         raise UnsupportedError(f"The adapter {source.name} adds modules to the model, so no single weight equals it.")
     modules, rest = sort_parts({_MARK.sub(".", name): tensor for name, tensor in tensors.items()}, ENDS)
     findings = Findings()
-    shared = {name: parts for name, parts in modules.items() if not {"m", "D", "E"} & parts.keys()} if config.get(
-        "vera_d"
-    ) is not None else {}
+    shared = (
+        {name: parts for name, parts in modules.items() if not {"m", "D", "E"} & parts.keys()}
+        if config.get("vera_d") is not None
+        else {}
+    )
     for module, parts in modules.items():
         if module not in shared:
             _read_module(module, parts, config, findings)

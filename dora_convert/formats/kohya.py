@@ -20,14 +20,18 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from ..adapters import NOTHING, Adapter, Change, Decomposed, Delta, LowRank, Transform, Update, Waived
 from ..adapters.parts import Findings, Parts, flat, read_number, sort_parts, turned, wrong_parts
 from ..errors import RefError
-from ..settings import Facts
+from ..settings import AdapterFacts
 from ..storage.file_view import FileView
 from ..storage.refs import Source
 from ..storage.safetensors import StoredTensor
+
+if TYPE_CHECKING:
+    from ..adapters.kinds import Tucker
 
 NAME = "kohya"
 LIBRARY = "diffusers"
@@ -59,11 +63,14 @@ def _is_kohya(tensors: Mapping[str, StoredTensor]) -> bool:
     return any(_MARKS.search(name) for name in tensors)
 
 
-def read(view: FileView, source: Source, waived: Waived = NOTHING) -> Adapter:
+def read(source: Source, waived: Waived = NOTHING) -> Adapter:
     """Read a file's header and its alphas; RefError if a folder has several such files."""
+    view = FileView.of(source.path)
     files = [name for name in view.candidates if _is_kohya(view.tensors(name))]
     if len(files) > 1:
-        raise RefError(f"{source.name} holds several adapters: {', '.join(files)}.", hint=f"name one, such as {files[0]}")
+        raise RefError(
+            f"{source.name} holds several adapters: {', '.join(files)}.", hint=f"name one, such as {files[0]}"
+        )
     header = view.header(files[0])
     assert header
     modules, rest = sort_parts(header.tensors, ENDS)
@@ -96,7 +103,7 @@ def _maker(metadata: Mapping[str, str], tensors: Mapping[str, StoredTensor]) -> 
     return None
 
 
-def _read_module(module: str, parts: Parts, findings: Findings, facts: Facts) -> None:
+def _read_module(module: str, parts: Parts, findings: Findings, facts: AdapterFacts) -> None:
     """Turn the parts of one module into changes, or a fault."""
     if known := next((REFUSED[part] for part in parts if part in REFUSED), None):
         findings.fault(parts.values(), f"is of {known}, which is not merged yet")
@@ -104,7 +111,7 @@ def _read_module(module: str, parts: Parts, findings: Findings, facts: Facts) ->
         findings.fault(parts.values(), why)
     else:
         used = {"alpha"}
-        for leaf, update, rule, names in _updates(module, parts, facts):
+        for leaf, update, rule, names in _updates(parts, facts):
             findings.changes.append(Change(f"{module}.{leaf}", update, rule=rule))
             used |= names
         if alpha := parts.get("alpha"):
@@ -125,7 +132,7 @@ def _needed(parts: Parts) -> set[str]:
     return needed | ({"down", "up"} if "mid" in parts else set())
 
 
-def _updates(module: str, parts: Parts, facts: Facts) -> list[tuple[str, Update, str, set[str]]]:
+def _updates(parts: Parts, facts: AdapterFacts) -> list[tuple[str, Update, str, set[str]]]:
     """Return a module's updates: the end of the target, the update, its rule, and the parts that it uses."""
     found: list[tuple[str, Update, str, set[str]]] = []
     transform, rule, used = _transform(parts)
@@ -195,7 +202,7 @@ def _lokr(parts: Parts) -> tuple[Transform, str, set[str]]:
     """Return a LoKr: a Kronecker product, each of whose sides is whole or a product of factors."""
     from ..adapters.kinds import Kronecker
 
-    one = parts["w1"] if "w1" in parts else _product(parts, "w1a'", "w1b'", "")
+    one = parts["w1"] if "w1" in parts else LowRank(parts["w1b'"], parts["w1a'"], 1.0, transposed=False)
     other = parts["w2"] if "w2" in parts else _product(parts, "w2a'", "w2b'", "t2'")
     ranked = parts.get("w2b'") or parts.get("w1b'")
     scale, rule = _scaling(parts, ranked.shape[0]) if ranked else (1.0, "both sides are whole: 1")
@@ -203,7 +210,7 @@ def _lokr(parts: Parts) -> tuple[Transform, str, set[str]]:
     return Kronecker(one, other, scale, transposed=False), rule, used
 
 
-def _product(parts: Parts, left: str, right: str, core: str):  # type: ignore[no-untyped-def] # LowRank or Tucker
+def _product(parts: Parts, left: str, right: str, core: str) -> LowRank | Tucker:
     """Return the product of two factors; with a core both are (r, …), and the left one is turned."""
     if core not in parts:
         return LowRank(parts[right], parts[left], 1.0, transposed=False)
@@ -212,7 +219,7 @@ def _product(parts: Parts, left: str, right: str, core: str):  # type: ignore[no
     return Tucker(parts[core], parts[right], turned(parts[left]), 1.0)
 
 
-def _decomposed(m: StoredTensor, transform: Transform | None, parts: Parts, facts: Facts) -> Update:
+def _decomposed(m: StoredTensor, transform: Transform | None, parts: Parts, facts: AdapterFacts) -> Update:
     """Return the update that sets magnitudes, or multiplies by them."""
     if "ia3" in parts:
         on_input = bool(read_number(parts["on_input"]))
@@ -226,7 +233,7 @@ def _decomposed(m: StoredTensor, transform: Transform | None, parts: Parts, fact
         from ..adapters.kinds import Undecided
 
         return Undecided((update, replace(update, axis="columns")), "its norms may be by rows or by columns")
-    return replace(update, axis=along or facts.axis)
+    return replace(update, axis=along or str(facts.axis))
 
 
 def axis_of(shape: tuple[int, ...], outputs: int | None, inputs: int) -> str | None:
@@ -236,4 +243,3 @@ def axis_of(shape: tuple[int, ...], outputs: int | None, inputs: int) -> str | N
     if outputs == inputs:
         return None
     return "columns" if shape[0] == inputs else "rows"
-

@@ -39,11 +39,12 @@ def recognises(view: FileView) -> bool:
     return FILE in view.names or view.find(lambda tensors: any(_MARK.search(name) for name in tensors)) is not None
 
 
-def read(view: FileView, source: Source, waived: Waived = NOTHING) -> Adapter:
+def read(source: Source, waived: Waived = NOTHING) -> Adapter:
     """Read the tensors, and both yaml files beside them.
 
     Raises MalformedError without model_config.yaml, UnsupportedError for models of another kind than Llama's.
     """
+    view = FileView.of(source.path)
     file = FILE if FILE in view.names else view.candidates[0]
     chosen, model = read_yaml(view, HYPERPARAMETERS), read_yaml(view, MODEL)
     modules, rest = sort_parts(view.need(file).tensors, ENDS)
@@ -97,7 +98,7 @@ def _placed(
         return
     if match[2] == "attn.attn" and all(_is_enabled(chosen, part) for part, _ in PARTS):
         raise UnsupportedError(
-            "LitGPT before December 2024 added q, k and v to interleaved rows if all three were trained: not merged yet."
+            "LitGPT before December 2024 added q, k and v to interleaved rows if all were trained: not merged yet."
         )
     yield from _split(f"{layer}.self_attn", parts, chosen, model)
 
@@ -114,7 +115,9 @@ def _split(
         heads, size = int(model["n_head"]), int(model.get("head_size") or int(model["n_embd"]) // int(model["n_head"]))
         groups = int(model.get("n_query_groups") or heads)
     except (KeyError, ValueError) as error:
-        raise MalformedError(f"{MODEL} beside LitGPT's adapter must say n_head, n_query_groups and head_size.") from error
+        raise MalformedError(
+            f"{MODEL} beside LitGPT's adapter must say n_head, n_query_groups and head_size."
+        ) from error
     sizes = {"query": heads * size, "key": groups * size, "value": groups * size}
     enabled = [(part, leaf) for part, leaf in PARTS if _is_enabled(chosen, part)]
     A, B = parts["A"], parts["B"]

@@ -18,7 +18,7 @@ from ..adapters import NOTHING, Adapter, Change, Full, LowRank, Waived
 from ..adapters.facts import Scaling
 from ..adapters.parts import Findings, Parts, is_embedding, rows_of, sort_parts, wrong_parts
 from ..errors import RefError, UnsupportedError
-from ..settings import Facts
+from ..settings import AdapterFacts
 from ..storage.file_view import FileView
 from ..storage.refs import Source
 from ..storage.safetensors import StoredTensor
@@ -37,8 +37,9 @@ def _is_loralib(tensors: Mapping[str, StoredTensor]) -> bool:
     return any(name.endswith(".lora_A") and f"{name[:-1]}B" in tensors for name in tensors)
 
 
-def read(view: FileView, source: Source, waived: Waived = NOTHING) -> Adapter:
+def read(source: Source, waived: Waived = NOTHING) -> Adapter:
     """Read a file's header; UnsupportedError without alpha, and without --enable-lora for a MergedLinear."""
+    view = FileView.of(source.path)
     files = [name for name in view.candidates if _is_loralib(view.tensors(name))]
     if len(files) > 1:
         raise RefError(f"{source.name} holds several adapters: {', '.join(files)}.", hint="name one of the files")
@@ -59,7 +60,7 @@ def read(view: FileView, source: Source, waived: Waived = NOTHING) -> Adapter:
     return findings.adapter(view, files, source, format=NAME, kind="LoRA")
 
 
-def _changes(module: str, parts: Parts, scaling: Scaling, facts: Facts) -> Iterator[Change]:
+def _changes(module: str, parts: Parts, scaling: Scaling, facts: AdapterFacts) -> Iterator[Change]:
     """Yield the change of a Linear or an Embedding, or one for each block of a MergedLinear that has factors."""
     A, B = parts["A"], parts["B"]
     rank, count = B.shape[1], A.shape[0] // B.shape[1]

@@ -29,7 +29,10 @@ ENDS: Mapping[str, str] = {".lora_a": "a", ".lora_b": "b", ".m": "m"}
 FILES = ("adapters.safetensors", "adapters.npz")
 _CHECKPOINT = re.compile(r"\d+_adapters\.(safetensors|npz)")
 EXPERTS = {
-    "block_sparse_moe.switch_mlp": ("block_sparse_moe.experts", {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}),
+    "block_sparse_moe.switch_mlp": (
+        "block_sparse_moe.experts",
+        {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"},
+    ),
     "mlp.switch_mlp": ("mlp.experts", {}),
 }
 """mlx-lm's module of all experts, the Hub's module of one, and the names inside that differ."""
@@ -48,8 +51,9 @@ def _is_mlx(tensors: Mapping[str, StoredTensor]) -> bool:
     return any(name.endswith(".lora_a") for name in tensors) and any(name.endswith(".lora_b") for name in tensors)
 
 
-def read(view: FileView, source: Source, waived: Waived = NOTHING) -> Adapter:
+def read(source: Source, waived: Waived = NOTHING) -> Adapter:
     """Read the config and the headers; UnsupportedError without a config, unless the caller gives the scaling."""
+    view = FileView.of(source.path)
     file = _file(view, source)
     header, config = view.need(file), view.config
     findings = Findings()

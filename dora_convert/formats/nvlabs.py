@@ -22,14 +22,10 @@ from ..storage.file_view import CONFIG, FileView
 from ..storage.refs import Source
 from ..storage.safetensors import StoredTensor
 
-NAME = "nvlabs-dora"
+NAME = "nvlabs"
 LIBRARY = "peft"
 TAKES = ("alpha", "scaling")
-ENDS: Mapping[str, str] = {
-    ".lora_A.weight": "A",
-    ".lora_B.weight": "B",
-    ".weight_m_wdecomp.weight": "m",
-}
+ENDS: Mapping[str, str] = {".lora_A.weight": "A", ".lora_B.weight": "B", ".weight_m_wdecomp.weight": "m"}
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 BESIDE = "non_lora_trainables.bin"
 PREFIX = "base_model.model."
@@ -45,8 +41,9 @@ def _is_nvlabs(tensors: Mapping[str, StoredTensor]) -> bool:
     return any(".weight_m_wdecomp." in name for name in tensors)
 
 
-def read(view: FileView, source: Source, waived: Waived = NOTHING) -> Adapter:
+def read(source: Source, waived: Waived = NOTHING) -> Adapter:
     """Read the config and the headers of both files."""
+    view = FileView.of(source.path)
     if view.lone and view.folder and view.config.get("peft_type") == "DORA":
         view = FileView.of(view.folder)
     files = [name for name in WEIGHTS if view.has(name)][:1]
@@ -65,7 +62,9 @@ def read(view: FileView, source: Source, waived: Waived = NOTHING) -> Adapter:
     _read_modules(modules, view.config, Scaling(waived.facts, "this file", "twice the rank"), findings)
     for name, tensor in rest.items():
         beside = BESIDE if origins[name] == BESIDE else ""
-        findings.changes.append(Change(name.replace(".base_layer.", "."), Full(tensor, may_add=bool(beside), file=beside)))
+        findings.changes.append(
+            Change(name.replace(".base_layer.", "."), Full(tensor, may_add=bool(beside), file=beside))
+        )
     base = view.config.get("base_model_name_or_path")
     return findings.adapter(
         view,

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from ..adapters import NOTHING, Adapter, Waived
+from ..adapters.parts import Findings
 from ..errors import UnsupportedError
 from ..storage.file_view import FileView
 from ..storage.refs import Source
@@ -29,13 +30,15 @@ class Signature(NamedTuple):
 
 
 NOT_YET = "which is not read yet"
+ADDS = "which adds modules to the model: no single weight equals it"
 SIGNATURES = (
+    Signature("PEFT without adapter_config.json", r"^base_model\.model\..*\.lora_[AB]\.", "which has rank and alpha"),
     Signature("Megatron", r"\.adapter\.(linear_in|linear_out)\.weight$|\.weight_magnitude$",
               "whose fused and sharded modules are not read: export it to PEFT's format with Megatron-Bridge"),
     Signature("KerasHub", r"lora_kernel_[ab]", NOT_YET),
     Signature("LyCORIS' sparse bias", r"\.bias_indices$", NOT_YET),
     Signature("X-LoRA", r"internal_xlora", "which chooses among adapters per token: no single weight equals it"),
-    Signature("AdapterHub", r"\.(adapters|prefix_tunings)\.", "which adds modules to the model: no single weight equals it"),
+    Signature("AdapterHub", r"\.(adapters|prefix_tunings)\.", ADDS),
     Signature("MLX's fused layers", r"\.lora_[ab]\.\d+$", NOT_YET),
     Signature("LoRA in a form without a name", r"\.lora_?[ABab]\b|\.lora_(up|down)\b|_lora_[ab]\b", NOT_YET),
 )  # fmt: skip
@@ -66,11 +69,21 @@ def _of(tensors: Mapping[str, StoredTensor]) -> Signature | None:
     return next((one for one in SIGNATURES if any(re.search(one.tensors, name) for name in tensors)), None)
 
 
-def read(view: FileView, source: Source, waived: Waived = NOTHING) -> Adapter:  # noqa: ARG001 - read by no words
+def read(source: Source, waived: Waived = NOTHING) -> Adapter:  # noqa: ARG001 - read by no words
     """Raise UnsupportedError, with the tool and the reason."""
+    view = FileView.of(source.path)
     found = _find(view)
     assert found
     raise UnsupportedError(
         f"ADAPTER {source.name} is an adapter in the format of {found.tool}, {found.why}.",
         hint="docs/formats.md lists the formats that are read",
     )
+
+
+def read_refused(source: Source, waived: Waived) -> Adapter:  # noqa: ARG001 - as `read`
+    """Return an adapter with its tensors and the name of its tool, and no changes."""
+    view = FileView.of(source.path)
+    found = _find(view)
+    files = [name for name in view.weights if view.tensors(name)]
+    maker = found.tool if found else None
+    return Findings().adapter(view, files, source, format=NAME, kind="unknown", maker=maker)

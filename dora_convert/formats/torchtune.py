@@ -66,8 +66,9 @@ def _is_torchtune(tensors: Mapping[str, StoredTensor]) -> bool:
     return any(name.endswith(".lora_a.weight") for name in tensors)
 
 
-def read(view: FileView, source: Source, waived: Waived = NOTHING) -> Adapter:
+def read(source: Source, waived: Waived = NOTHING) -> Adapter:
     """Read torchtune's own file if there is one, else the PEFT files; UnsupportedError without alpha."""
+    view = FileView.of(source.path)
     if view.lone and view.folder and view.config.keys() == FIELDS:
         view = FileView.of(view.folder)
     file = _file(view, source)
@@ -131,18 +132,16 @@ def fit(adapter: Adapter, base: Checkpoint, *, exported: bool) -> Adapter:
     """
     kinds = base.model_types
     if not kinds & (META | PLAIN) and any(change.module.endswith(ROTARY) for change in adapter.changes):
+        family = ", ".join(sorted(kinds)) or "a base without config"
         raise UnsupportedError(
-            f"torchtune's order of q_proj's rows is not known for {', '.join(sorted(kinds)) or 'a base without config'}.",
-            hint="merge it with torchtune itself",
+            f"torchtune's order of q_proj's rows is not known for {family}.", hint="merge it with torchtune itself"
         )
-    changes, told = tuple(_ordered(change, base, exported=exported) for change in adapter.changes), ()
+    repairs: tuple[str, ...] = ()
+    changes = tuple(_ordered(change, base, exported=exported) for change in adapter.changes)
     if exported and changes != adapter.changes:
-        told = (
-            f"{adapter.source.name} was exported by torchtune, which leaves "
-            f"{'rows of lora_B in an order that the base does not have' if kinds & PLAIN else 'magnitudes in Meta order'}"
-            ": the rows of q_proj and k_proj were put back",
-        )
-    fitted = replace(adapter, changes=changes, warnings=(*adapter.warnings, *told))
+        what = "lora_B in an order that the base does not have" if kinds & PLAIN else "magnitudes in Meta's order"
+        repairs = (f"{adapter.source.name} is torchtune's export, with {what}: q_proj and k_proj were put back",)
+    fitted = replace(adapter, changes=changes, warnings=(*adapter.warnings, *repairs))
     return follow(fitted, base) if adapter.kind == "DoRA" else fitted
 
 

@@ -51,8 +51,9 @@ def _maker(tensors: Mapping[str, StoredTensor]) -> str | None:
     return None
 
 
-def read(view: FileView, source: Source, waived: Waived = NOTHING) -> Adapter:
+def read(source: Source, waived: Waived = NOTHING) -> Adapter:
     """Read a file's header; UnsupportedError for rasbt's first class, and for rasbt's without alpha."""
+    view = FileView.of(source.path)
     files = [name for name in view.candidates if _maker(view.tensors(name))]
     if len(files) > 1:
         raise RefError(f"{source.name} holds several models: {', '.join(files)}.", hint="name one of the files")

@@ -21,7 +21,7 @@ import xxhash
 
 from ..adapters import Adapter, Delta, Waived, tensors_of
 from ..errors import UsageError
-from ..settings import Facts, parse_size
+from ..settings import NO_FACTS, AdapterFacts, parse_size
 from ..storage.checkpoint import Checkpoint
 from ..storage.safetensors import BITS, CONFIG_DTYPES, StoredTensor
 from .item import Edit, Item
@@ -200,7 +200,7 @@ class Options:
     """Weight files beside adapters that are left out."""
     strict: bool = False
     """True if an adapter must hold all that its config says was trained."""
-    facts: Facts = Facts()
+    facts: AdapterFacts = NO_FACTS
 
     @property
     def waived(self) -> Waived:
@@ -262,10 +262,10 @@ def parse_options(given: Mapping[str, Any]) -> Options:
     )
 
 
-def _facts(given: Mapping[str, Any]) -> Facts:
+def _facts(given: Mapping[str, Any]) -> AdapterFacts:
     """Return the caller's facts about adapters, which few calls give."""
     if all(given.get(name) in (None, ()) for name in ("alpha", "scaling", "axis", "enable_lora")):
-        return Facts()
+        return NO_FACTS
     from ..adapters.facts import parse_facts
 
     return parse_facts(given)

@@ -18,11 +18,11 @@ from ..errors import RefError, UnsupportedError, UsageError
 from ..formats.detect import (
     ANCHORS,
     adapters_inside,
+    by_tensors,
     detect,
+    find_format,
     is_adapter_file,
     is_only_adapter,
-    by_tensors,
-    find_format,
     model_weights,
     read_refused,
     refuse_adapter,
@@ -155,9 +155,7 @@ def read_adapter(source: Source, waived: Waived = NOTHING) -> Adapter:
     """
     if not (known := detect(source.path)):
         raise _not_an_adapter(source)
-    from ..storage.file_view import FileView
-
-    adapter = known.read(FileView.of(source.path), source, waived)
+    adapter = known.read(source, waived)
     folder = adapter.source.path
     names = [name for name in list_files(folder) if is_adapter_file(name) or is_tokenizer_file(name)]
     return replace(adapter, states=file_states([*(folder / name for name in names), *adapter.files]))

@@ -1,6 +1,6 @@
-"""Locate the arrays in a .npz file: a zip archive of .npy files, which numpy and MLX write without compression.
+r"""Locate the arrays in a .npz file: a zip archive of .npy files, which numpy and MLX write without compression.
 
-A .npy file is `\\x93NUMPY`, two bytes of version, the header's length, and a Python dict of three entries: the
+A .npy file is `\x93NUMPY`, two bytes of version, the header's length, and a Python dict of three entries: the
 dtype (`descr`), the order of the axes (`fortran_order`), and the shape. The array's bytes follow.
 """
 
@@ -66,4 +66,5 @@ def _content(path: Path, info: zipfile.ZipInfo) -> int:
     """Return the first byte of a member's content."""
     with path.open("rb") as file:
         file.seek(info.header_offset + 26)
-        return info.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
+        name, extra = struct.unpack("<HH", file.read(4))
+    return int(info.header_offset + 30 + name + extra)

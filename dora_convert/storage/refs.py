@@ -14,6 +14,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from ..errors import RefError
@@ -57,7 +58,7 @@ class Source:
         return HubRef(str(self.repo), self.commit, self.subfolder)
 
     @property
-    def facts(self) -> dict[str, str | None]:
+    def facts(self) -> dict[str, Any]:
         """The fields of a receipt."""
         return {"name": self.name, "repo": self.repo, "commit": self.commit}
 

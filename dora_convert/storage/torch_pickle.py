@@ -270,9 +270,8 @@ def _entries(path: Path, tree: Any) -> dict[str, _Tensor]:
         if type(value) is dict and any(isinstance(item, _Tensor) for item in value.values()):
             hint = f"Load it where you trust it, and save what is under {shown(name)} on its own."
             raise UnsupportedError(f"{path} keeps its tensors under the key {shown(name)}.", hint=hint)
-    for name, value in tree.items():
-        if not isinstance(value, _Tensor):
-            raise UnsupportedError(f"{path}: {shown(name)} is not a tensor ({_kind(value)}).")
+    if odd := next((name for name, value in tree.items() if not isinstance(value, _Tensor)), None):
+        raise UnsupportedError(f"{path}: {shown(odd)} is not a tensor ({_kind(tree[odd])}).")
     return tree
 
 

@@ -75,12 +75,12 @@ def recognises(view: FileView) -> bool:
     return named and view.has(CONFIG) and (not view.folder or is_config(view.config))
 
 
-def read(view: FileView, source: Source, waived: Waived = NOTHING) -> Adapter:
+def read(source: Source, waived: Waived = NOTHING) -> Adapter:
     """Read a PEFT adapter's config and headers, and those of weight files beside it.
 
     Raises MalformedError for values of a wrong type, UnsupportedError for known kinds that are refused.
     """
-    source = _folder(view, source)
+    source = _folder(source)
     raw = read_json(source.path / CONFIG)
     refuse_unsupported(raw, source.name, waived.fields)
     config = Config.parse(raw, source.path / CONFIG)
@@ -129,17 +129,17 @@ def _beside(folder: Path, waived: Waived, adapter: _SortedTensors) -> list[ReadB
     return files
 
 
-def _folder(view: FileView, source: Source) -> Source:
+def _folder(source: Source) -> Source:
     """Return an adapter's folder for the weight file in it."""
-    return replace(source, path=view.folder) if view.lone and view.folder else source
+    return replace(source, path=source.path.parent) if source.path.is_file() else source
 
 
-def read_refused(view: FileView, source: Source, waived: Waived = NOTHING) -> Adapter:
+def read_refused(source: Source, waived: Waived = NOTHING) -> Adapter:
     """Read an adapter without refusing any field; of an unsupported method, read the tensors alone."""
-    source = _folder(view, source)
+    source = _folder(source)
     raw = read_json(source.path / CONFIG)
     try:
-        return read(view, source, Waived(tuple(raw), waived.files))
+        return read(source, Waived(tuple(raw), waived.files))
     except UnsupportedError:
         weights, base = _weights(source), raw.get("base_model_name_or_path")
     return Adapter(

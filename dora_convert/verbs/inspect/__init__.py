@@ -77,6 +77,7 @@ def _describe_adapter(
     return AdapterReport(
         kind="adapter",
         format=adapter.format,
+        maker=adapter.maker,
         method=adapter.kind,
         base=adapter.base,
         revision=adapter.revision,
