@@ -77,7 +77,7 @@ class Evidence:
         """Return a dense weight. `said` is the dtype that the parts themselves name."""
         codes = parts["codes"]
         dtype = self.asked or self._said or said or self._like(parts.get("scale"))
-        return CodedTensor(name, dtype, shape, codes.path, codes.start, scheme, parts)
+        return CodedTensor(name, dtype, shape, path=codes.path, start=codes.start, scheme=scheme, parts=parts)
 
     @cached_property
     def _said(self) -> str:

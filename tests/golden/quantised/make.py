@@ -39,7 +39,10 @@ def weights(seed=0):
     chance = np.random.default_rng(seed)
     names = {**{f"{name}.weight": shape for name, shape in LINEARS.items()}}
     names |= {"model.embed_tokens.weight": (VOCAB, HIDDEN), "lm_head.weight": (VOCAB, HIDDEN)}
-    out = {name: chance.normal(0, 0.05, shape) * np.exp(chance.normal(0, 0.5, (shape[0], 1))) for name, shape in names.items()}
+    out = {
+        name: chance.normal(0, 0.05, shape) * np.exp(chance.normal(0, 0.5, (shape[0], 1)))
+        for name, shape in names.items()
+    }
     for norm in ("model.norm", "model.layers.0.input_layernorm", "model.layers.0.post_attention_layernorm"):
         out[f"{norm}.weight"] = 1 + chance.normal(0, 0.1, HIDDEN)
     return {name: value.astype(np.float32) for name, value in out.items()}
@@ -47,7 +50,11 @@ def weights(seed=0):
 
 def truth_of(value):
     value = np.ascontiguousarray(value, dtype=np.float64)
-    return {"shape": list(value.shape), "sha256": hashlib.sha256(value.tobytes()).hexdigest(), "first": value.ravel()[:4].tolist()}
+    return {
+        "shape": list(value.shape),
+        "sha256": hashlib.sha256(value.tobytes()).hexdigest(),
+        "first": value.ravel()[:4].tolist(),
+    }
 
 
 class Folder:
@@ -65,7 +72,11 @@ class Folder:
         folder = self.out / kind
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "model.safetensors", metadata or {"format": "pt"})
+        save_file(
+            {name: value.contiguous() for name, value in tensors.items()},
+            folder / "model.safetensors",
+            metadata or {"format": "pt"},
+        )
         (folder / "config.json").write_text(json.dumps({**(config or CONFIG), key: quantization}, indent=1) + "\n")
         self.add(kind, truth)
 
@@ -145,19 +156,61 @@ def make_compressed(folder):
     kinds = {
         "ct-fp8-rows": ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "channel"}),
         "ct-fp8-tensor": ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "tensor"}),
-        "ct-fp8-block": ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [16, 16]}),
+        "ct-fp8-block": (
+            "float-quantized",
+            {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [16, 16]},
+        ),
         "ct-int8-rows": ("int-quantized", {"num_bits": 8, "type": "int", "strategy": "channel"}),
         "ct-int8-tensor": ("int-quantized", {"num_bits": 8, "type": "int", "strategy": "tensor"}),
-        "ct-int8-asymmetric": ("int-quantized", {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": False}),
+        "ct-int8-asymmetric": (
+            "int-quantized",
+            {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": False},
+        ),
         "ct-int4": ("pack-quantized", {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 16}),
-        "ct-int4-asymmetric": ("pack-quantized", {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 16, "symmetric": False}),
+        "ct-int4-asymmetric": (
+            "pack-quantized",
+            {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 16, "symmetric": False},
+        ),
         "ct-int4-order": ("pack-quantized", {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 16}),
         "ct-int4-rows": ("pack-quantized", {"num_bits": 4, "type": "int", "strategy": "channel"}),
         "ct-int8-packed": ("pack-quantized", {"num_bits": 8, "type": "int", "strategy": "group", "group_size": 16}),
-        "ct-int3": ("pack-quantized", {"num_bits": 3, "type": "int", "strategy": "group", "group_size": 16, "symmetric": False}),
-        "ct-nvfp4": ("nvfp4-pack-quantized", {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "scale_dtype": "torch.float8_e4m3fn", "zp_dtype": "torch.float8_e4m3fn"}),
-        "ct-mxfp4": ("mxfp4-pack-quantized", {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8", "zp_dtype": "torch.uint8"}),
-        "ct-mxfp8": ("mxfp8-quantized", {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8", "zp_dtype": "torch.uint8"}),
+        "ct-int3": (
+            "pack-quantized",
+            {"num_bits": 3, "type": "int", "strategy": "group", "group_size": 16, "symmetric": False},
+        ),
+        "ct-nvfp4": (
+            "nvfp4-pack-quantized",
+            {
+                "num_bits": 4,
+                "type": "float",
+                "strategy": "tensor_group",
+                "group_size": 16,
+                "scale_dtype": "torch.float8_e4m3fn",
+                "zp_dtype": "torch.float8_e4m3fn",
+            },
+        ),
+        "ct-mxfp4": (
+            "mxfp4-pack-quantized",
+            {
+                "num_bits": 4,
+                "type": "float",
+                "strategy": "group",
+                "group_size": 32,
+                "scale_dtype": "torch.uint8",
+                "zp_dtype": "torch.uint8",
+            },
+        ),
+        "ct-mxfp8": (
+            "mxfp8-quantized",
+            {
+                "num_bits": 8,
+                "type": "float",
+                "strategy": "group",
+                "group_size": 32,
+                "scale_dtype": "torch.uint8",
+                "zp_dtype": "torch.uint8",
+            },
+        ),
     }
     for kind, (form, said) in kinds.items():
         args = QuantizationArgs(**said)
@@ -183,7 +236,10 @@ def make_compressed(folder):
                 quantised = (W / local["weight_scale"][:, group]).round().clamp(-8, 7)
                 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
-                packed = {"weight_packed": pack_to_int32(quantised.to(torch.int8), 4), "weight_shape": torch.tensor(W.shape)}
+                packed = {
+                    "weight_packed": pack_to_int32(quantised.to(torch.int8), 4),
+                    "weight_shape": torch.tensor(W.shape),
+                }
                 packed |= {"weight_scale": local["weight_scale"], "weight_g_idx": local["weight_g_idx"]}
                 exact = quantised.to(torch.int8).double() * local["weight_scale"].double()[:, group]
             else:
@@ -191,7 +247,9 @@ def make_compressed(folder):
                 exact = decompressed(packed, form, compressor, scheme)
             for part, tensor in packed.items():
                 keep = part == "weight_global_scale" or not tensor.is_floating_point() or tensor.dtype.itemsize == 1
-                tensors[f"{module}.{part}"] = tensor if keep or form == "int-quantized" or form.startswith("float") else tensor.bfloat16()
+                tensors[f"{module}.{part}"] = (
+                    tensor if keep or form == "int-quantized" or form.startswith("float") else tensor.bfloat16()
+                )
             if form == "pack-quantized":  # scales in the model's dtype
                 packed["weight_scale"] = packed["weight_scale"].bfloat16().float()
                 exact = exact if in_order else decompressed(packed, form, compressor, scheme)
@@ -204,7 +262,6 @@ def make_compressed(folder):
 
 
 def parameters(W, args, overall, calculate):
-    import torch
 
     N, K = W.shape
     g = args.group_size
@@ -226,11 +283,14 @@ def decompressed(packed, form, compressor, scheme):
     """Return CT's own decoding with float64 scales; by its parts where CT turns scales to float32 itself."""
     import torch
 
-    exact = {name: t.double() if name in ("weight_scale", "weight_global_scale") and t.is_floating_point() else t for name, t in packed.items()}
+    exact = {
+        name: t.double() if name in ("weight_scale", "weight_global_scale") and t.is_floating_point() else t
+        for name, t in packed.items()
+    }
     result = compressor.decompress(exact, scheme)["weight"]
     if result.dtype == torch.float64:
         return result
-    if form.startswith("nvfp4") or form.startswith("mx"):
+    if form.startswith(("nvfp4", "mx")):
         one = dict(packed)
         from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
 
@@ -258,7 +318,11 @@ def dense_folder(folder):
 
     where = folder.out / "_dense"
     where.mkdir(parents=True, exist_ok=True)
-    save_file({name: torch.tensor(value).bfloat16() for name, value in weights().items()}, where / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: torch.tensor(value).bfloat16() for name, value in weights().items()},
+        where / "model.safetensors",
+        {"format": "pt"},
+    )
     (where / "config.json").write_text(json.dumps(CONFIG))
     return where
 
@@ -267,7 +331,9 @@ def saved_by_transformers(folder, kind, quantization):
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(dense_folder(folder), quantization_config=quantization, dtype=torch.bfloat16, device_map="cpu")
+    model = AutoModelForCausalLM.from_pretrained(
+        dense_folder(folder), quantization_config=quantization, dtype=torch.bfloat16, device_map="cpu"
+    )
     shutil.rmtree(folder.out / kind, ignore_errors=True)
     model.save_pretrained(folder.out / kind)
     (folder.out / kind / "generation_config.json").unlink(missing_ok=True)
@@ -285,11 +351,22 @@ def make_bitsandbytes(folder):
         "bnb-fp4": {"bnb_4bit_quant_type": "fp4"},
         "bnb-nf4-bf16": {"bnb_4bit_quant_type": "nf4", "bnb_4bit_quant_storage": torch.bfloat16},
     }.items():
-        saved_by_transformers(folder, kind, BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16, **options))
-        folder.add(kind, {name: nibbles(load_file(folder.out / kind / "model.safetensors"), name) for name in coded(LINEARS)})
+        saved_by_transformers(
+            folder, kind, BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16, **options)
+        )
+        folder.add(
+            kind, {name: nibbles(load_file(folder.out / kind / "model.safetensors"), name) for name in coded(LINEARS)}
+        )
     saved_by_transformers(folder, "bnb-int8", BitsAndBytesConfig(load_in_8bit=True))
     tensors = load_file(folder.out / "bnb-int8/model.safetensors")
-    folder.add("bnb-int8", {f"{m}.weight": tensors[f"{m}.weight"].double().numpy() * (1 / 127 * tensors[f"{m}.SCB"].double().numpy())[:, None] for m in LINEARS})
+    folder.add(
+        "bnb-int8",
+        {
+            f"{m}.weight": tensors[f"{m}.weight"].double().numpy()
+            * (1 / 127 * tensors[f"{m}.SCB"].double().numpy())[:, None]
+            for m in LINEARS
+        },
+    )
 
 
 def coded(modules):
@@ -330,7 +407,11 @@ def make_torchao(folder):
         "torchao-int8": ao.Int8WeightOnlyConfig(version=2),
         "torchao-fp8": ao.Float8WeightOnlyConfig(),
         "torchao-int4": ao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(16)),
-        "torchao-int4-asymmetric": ao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(16), mapping_type=__import__("torchao.quantization.quant_primitives", fromlist=["x"]).MappingType.ASYMMETRIC),
+        "torchao-int4-asymmetric": ao.IntxWeightOnlyConfig(
+            weight_dtype=torch.int4,
+            granularity=PerGroup(16),
+            mapping_type=__import__("torchao.quantization.quant_primitives", fromlist=["x"]).MappingType.ASYMMETRIC,
+        ),
     }.items():
         model = saved_by_transformers(folder, kind, TorchAoConfig(config))
         tensors, truth = load_file(folder.out / kind / "model.safetensors"), {}
@@ -370,7 +451,7 @@ def make_gptq(folder):
                 tensors[name] = torch.tensor(value).half()
                 continue
             W, top = value.T.astype(np.float64), 2**bits - 1  # (K, N)
-            K, N = W.shape
+            K = len(W)
             g = np.arange(K) // group
             g = chance.permutation(g) if order else g
             low = np.stack([W[g == k].min(0) for k in range(K // group)])
@@ -390,7 +471,6 @@ def make_gptq(folder):
 
 def make_awq(folder):
     import torch
-    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
     from compressed_tensors.entrypoints.convert.converters import AutoAWQConverter
 
     order, group, tensors, truth = [0, 2, 4, 6, 1, 3, 5, 7], 16, {}, {}
@@ -415,7 +495,9 @@ def make_awq(folder):
         tensors |= {f"{module}.{k}": v for k, v in parts.items()}
         truth[name] = ((q - z.repeat(group, 0)) * wide).T
         weight, scale, zero = converter._convert_gemm_module(parts["qweight"], parts["scales"], parts["qzeros"])
-        theirs = (weight.double() - zero.double().repeat_interleave(group, 1)) * scale.double().repeat_interleave(group, 1)
+        theirs = (weight.double() - zero.double().repeat_interleave(group, 1)) * scale.double().repeat_interleave(
+            group, 1
+        )
         assert np.array_equal(theirs.numpy(), truth[name]), name
     said = {"quant_method": "awq", "bits": 4, "group_size": group, "version": "gemm", "zero_point": True}
     folder.save("awq", tensors, truth, said, config={**CONFIG, "dtype": "float16"})
@@ -438,7 +520,13 @@ def make_gpt_oss(folder):
     for name, shape in {"q_proj": (32, 32), "v_proj": (16, 32)}.items():
         tensors[f"model.layers.0.self_attn.{name}.weight"] = torch.randn(shape, generator=generator).bfloat16()
     tensors["model.embed_tokens.weight"] = torch.randn(16, 32, generator=generator).bfloat16()
-    config = {"model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"], "num_hidden_layers": 1, "torch_dtype": "bfloat16", "tie_word_embeddings": False}
+    config = {
+        "model_type": "gpt_oss",
+        "architectures": ["GptOssForCausalLM"],
+        "num_hidden_layers": 1,
+        "torch_dtype": "bfloat16",
+        "tie_word_embeddings": False,
+    }
     said = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
     folder.save("gpt-oss", tensors, truth, said, config=config)
 
@@ -462,7 +550,9 @@ def make_modelopt(folder):
         tensors[f"{module}.weight_scale"], tensors[f"{module}.weight_scale_2"] = local, overall
         tensors[f"{module}.input_scale"] = torch.tensor(1.0)
         truth[name] = (values[codes.long()] * wide).numpy()
-    folder.save("modelopt-nvfp4", tensors, truth, {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head"]})
+    folder.save(
+        "modelopt-nvfp4", tensors, truth, {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head"]}
+    )
 
 
 # ---- MLX
@@ -481,8 +571,10 @@ def make_mlx(folder):
             if value.ndim == 1:
                 tensors[name] = W.astype(mx.bfloat16)
                 continue
-            parts = mx.quantize(W.astype(mx.bfloat16) if mode == "affine" else W, group_size=group, bits=bits, mode=mode)
-            for part, tensor in zip(("weight", "scales", "biases"), parts):
+            parts = mx.quantize(
+                W.astype(mx.bfloat16) if mode == "affine" else W, group_size=group, bits=bits, mode=mode
+            )
+            for part, tensor in zip(("weight", "scales", "biases"), parts, strict=False):
                 tensors[f"{name.removesuffix('.weight')}.{part}"] = tensor
             truth[name] = exact_mlx(mx, parts, mode, bits, group)
         out = folder.out / kind
@@ -490,7 +582,9 @@ def make_mlx(folder):
         out.mkdir(parents=True)
         mx.save_safetensors(str(out / "model.safetensors"), tensors, metadata={"format": "mlx"})
         said = {"group_size": group, "bits": bits, **({"mode": mode} if mode != "affine" else {})}
-        (out / "config.json").write_text(json.dumps({**CONFIG, "quantization": said, "quantization_config": said}, indent=1) + "\n")
+        (out / "config.json").write_text(
+            json.dumps({**CONFIG, "quantization": said, "quantization_config": said}, indent=1) + "\n"
+        )
         folder.add(kind, truth)
 
 
@@ -504,7 +598,9 @@ def exact_mlx(mx, parts, mode, bits, group):
         value = codes * wide[0] + wide[1]
     else:
         unit = mx.full(s.shape, 127 if mode != "nvfp4" else 0x38, dtype=mx.uint8)
-        codes = np.array(mx.dequantize(q, unit, group_size=group, bits=bits, mode=mode, dtype=mx.float32)).astype(np.float64)
+        codes = np.array(mx.dequantize(q, unit, group_size=group, bits=bits, mode=mode, dtype=mx.float32)).astype(
+            np.float64
+        )
         raw = np.array(s)
         scale = np.exp2(raw.astype(np.float64) - 127) if mode != "nvfp4" else e4m3(raw)
         value = codes * scale.repeat(group, 1)
@@ -515,7 +611,9 @@ def exact_mlx(mx, parts, mode, bits, group):
 
 def e4m3(raw):
     exponent, mantissa = (raw >> 3 & 15).astype(int), (raw & 7).astype(np.float64)
-    return np.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent - 10)) * np.where(raw >> 7, -1, 1)
+    return np.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent - 10)) * np.where(
+        raw >> 7, -1, 1
+    )
 
 
 MAKERS = {
@@ -530,5 +628,4 @@ if __name__ == "__main__":
     for name, maker in ({"mlx": make_mlx} if "--mlx" in chosen else MAKERS).items():
         if not chosen or chosen == ["--mlx"] or name in chosen:
             maker(folder)
-            print(name, "made", flush=True)
     shutil.rmtree(folder.out / "_dense", ignore_errors=True)
