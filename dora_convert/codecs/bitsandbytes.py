@@ -115,23 +115,23 @@ def _nibbles(found: Evidence, name: str, state: StoredTensor, kind: str) -> Code
         "nested_map": f"{name}.nested_quant_map",
     }
     parts = {**found.present(names), "state": state}
-    told, raw = None, found.bytes_of(state)
+    state_json, raw = None, found.bytes_of(state)
     try:
-        told = json.loads(raw or b"")
+        state_json = json.loads(raw or b"")
     except (ValueError, RecursionError):
         return None
-    if not isinstance(told, Mapping) or not {"codes", "scale", "map"} <= parts.keys():
+    if not isinstance(state_json, Mapping) or not {"codes", "scale", "map"} <= parts.keys():
         return None
-    shape, block = told.get("shape"), told.get("blocksize")
+    shape, block = state_json.get("shape"), state_json.get("blocksize")
     if not are_counts(shape) or not is_possible(shape) or not isinstance(block, int) or block < 1:
         return None
     scheme = Nibbles(
         f"bitsandbytes {kind}{', double' if 'nested' in parts else ''}",
         block=block,
-        nested_block=_positive(told.get("nested_blocksize"), 256),
-        nested_offset=float(told.get("nested_offset") or 0.0),
+        nested_block=_positive(state_json.get("nested_blocksize"), 256),
+        nested_offset=float(state_json.get("nested_offset") or 0.0),
     )
-    said = {text: dtype for dtype, text in CONFIG_DTYPES.items()}.get(str(told.get("dtype")), "")
+    said = {text: dtype for dtype, text in CONFIG_DTYPES.items()}.get(str(state_json.get("dtype")), "")
     return found.dense(name, tuple(shape), parts, scheme, said)
 
 

@@ -43,8 +43,8 @@ class Evidence:
         said = [config.get(key) for key in PLACES for config in self.base.configs]
         side = self.base.root / SIDE_FILE
         if not self.base.is_file and side.is_file():
-            told = read_json(side).get("quantization")
-            said.append({"quant_method": "modelopt", **told} if isinstance(told, Mapping) else None)
+            inner = read_json(side).get("quantization")
+            said.append({"quant_method": "modelopt", **inner} if isinstance(inner, Mapping) else None)
         return tuple(one for one in said if isinstance(one, Mapping) and one)
 
     def method(self, *names: str) -> Mapping[str, Any] | None:

@@ -44,16 +44,16 @@ def claim(found: Evidence) -> Iterator[CodedTensor]:
     """Yield every tensor of a class that is read."""
     for before, codes in found.ending("_qdata"):
         module, _, last = before.rpartition("._")
-        told = _told(found.metadata.get(f"{module}.{last}", ""))
-        data = told.get("_data")
+        entry = _entry(found.metadata.get(f"{module}.{last}", ""))
+        data = entry.get("_data")
         parts = found.present({"scale": f"{before}_scale", "zero": f"{before}_zero_point"})
-        if told.get("_type") not in (*BYTES, UNPACKED) or not isinstance(data, Mapping) or "scale" not in parts:
+        if entry.get("_type") not in (*BYTES, UNPACKED) or not isinstance(data, Mapping) or "scale" not in parts:
             continue
         if len(codes.shape) not in (2, 3) or codes.dtype not in ("I8", "F8_E4M3", "F8_E5M2"):
             continue
         rows, columns = numbers(codes.shape, parts["scale"], list(data.get("block_size") or ())[-2:])
         target = data.get("target_dtype")
-        bits = 8 if told["_type"] in BYTES else _bits(target)
+        bits = 8 if entry["_type"] in BYTES else _bits(target)
         name = "fp8" if codes.dtype != "I8" else f"int{bits}"
         kind = TorchaoBytes if bits == 8 else TorchaoIntx
         scheme = kind(
@@ -67,7 +67,7 @@ def claim(found: Evidence) -> Iterator[CodedTensor]:
         yield found.dense(f"{module}.{last}", codes.shape, {"codes": codes, **parts}, scheme)
 
 
-def _told(text: str) -> Mapping[str, Any]:
+def _entry(text: str) -> Mapping[str, Any]:
     """Return one tensor's entry of the metadata; an empty one for anything else."""
     with suppress(ValueError, RecursionError):
         value = json.loads(text)
