@@ -19,7 +19,7 @@ from typing import Any
 
 import xxhash
 
-from ..adapters import Adapter, Delta, Waived, low_rank, tensors_of
+from ..adapters import Adapter, Delta, Waived, tensors_of
 from ..errors import UsageError
 from ..settings import parse_size
 from ..storage.checkpoint import Checkpoint
@@ -164,9 +164,15 @@ def _describe(item: Item) -> list[Any]:
 def _describe_edit(edit: Edit) -> list[Any]:
     names = [tensor.name for tensor in tensors_of(edit.update)]
     known: list[Any] = [type(edit.update).__name__, edit.transposed, edit.weight, names]
+    known += [list(edit.outputs)] if edit.outputs else []
+    if views := [tensor for tensor in tensors_of(edit.update) if tensor.is_view]:
+        from ..storage.stored_view import describe_view
+
+        known += map(describe_view, views)
     if isinstance(edit.update, Delta):
         return [*known, edit.update.scale]
-    low = low_rank(edit.update)
+    low = edit.low
+    assert low
     return [*known, low.rank, low.scale, low.blocks, low.experts, low.start and low.start.value]
 
 
