@@ -284,6 +284,7 @@ class Adapter:
     fit: Callable[[Adapter, Checkpoint], Adapter] | None = field(default=None, compare=False)
     """Returns the adapter for a base, where the base decides what the files leave open."""
     warnings: tuple[str, ...] = ()
+    decided: Mapping[str, str] = field(default_factory=dict)  # by plan/evidence.py, or by an earlier merge
 
     @property
     def modules(self) -> frozenset[str]:

@@ -56,11 +56,12 @@ class MergedAdapter(MergedSource, frozen=True, kw_only=True):
     weight: Real
     files: dict[str, str]
     """The xxh3-128 of each file."""
+    decided: dict[str, str] | UnsetType = UNSET
 
     def is_in(self, folder: Path) -> bool:
         """Return True if a folder holds the adapter's files with the receipt's hashes."""
         return bool(self.files) and all(
-            is_plain(name) and (folder / name).is_file() and xxh3(folder / name) == digest
+            is_plain(name) and (path := _within(folder, name)).is_file() and xxh3(path) == digest
             for name, digest in self.files.items()
         )
 
@@ -107,8 +108,8 @@ class BaseShard(Struct, frozen=True, omit_defaults=True):
     tensors: tuple[tuple[str, Dtype, tuple[Count, ...]], ...] | None = None
 
     def __post_init__(self) -> None:
-        if not is_plain(self.name):
-            raise ValueError("not a plain file name")
+        if not is_inside(self.name):
+            raise ValueError("not a file inside the folder")
         if not all(is_possible(shape) for _, _, shape in self.tensors or ()):
             raise ValueError("a shape is larger than any file")
 
@@ -233,7 +234,14 @@ def new_receipt(
         versions={"dora_convert": __version__, "torch": computed["torch"].partition("+")[0]},
         base=MergedBase(**plan.base.source.facts, hash=_base_hash(plan, results)),
         adapters=tuple(
-            MergedAdapter(**each.source.facts, format=each.format, kind=each.kind, weight=weight, files=dict(files))
+            MergedAdapter(
+                **each.source.facts,
+                format=each.format,
+                kind=each.kind,
+                weight=weight,
+                files=dict(files),
+                decided=dict(each.decided) or UNSET,
+            )
             for each, weight, files in zip(plan.adapters, plan.weights, hashes, strict=True)
         ),
         options=RecordedOptions(
@@ -256,6 +264,11 @@ def new_receipt(
         base_files=dict(base_files),
         ledger=plan.ledger,
     )
+
+
+def _within(folder: Path, name: str) -> Path:
+    """Return the path of an adapter's file; an adapter may be a single file."""
+    return (folder.parent if folder.is_file() else folder) / name
 
 
 def _word(value: object) -> str:

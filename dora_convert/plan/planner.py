@@ -22,6 +22,8 @@ from .item import Item
 from .plan import Entry, Options, Plan
 from .sharding import lay_out
 
+DECOMPOSED = ("Decomposed", "Undecided")
+"""Kinds of update that have magnitudes."""
 LACKING = "the config says that it was trained, and the adapter has no tensor of it"
 
 
@@ -43,6 +45,10 @@ def make_plan(base: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[f
         tree = with_names(tree, lambda name: [prefix + name])
         names, tie = _resolvers(tree, adapters, options), find_tie(tree, tasks)
     adapters = [_settled(adapter, resolver) for adapter, resolver in zip(adapters, names, strict=True)]
+    if any(type(change.update).__name__ in DECOMPOSED for adapter in adapters for change in adapter.changes):
+        from .evidence import decide
+
+        adapters = [decide(adapter, known.find, tree) for adapter, known in zip(adapters, names, strict=True)]
     builder = PlanBuilder(tree, tie, options)
     for adapter, resolver, weight in zip(adapters, names, weights, strict=True):
         builder.add(adapter, resolver, weight)

@@ -71,6 +71,11 @@ class Checkpoint:
         return self.source.path.is_file()
 
     @property
+    def is_pipeline(self) -> bool:
+        """True for a pipeline of diffusers, whose shards lie in folders."""
+        return any("/" in shard.filename for shard in self.shards)
+
+    @property
     def is_here(self) -> bool:
         """True if all weight files are on this machine."""
         return all(path.is_file() for path in {tensor.path for tensor in self.tensors.values()})
@@ -134,6 +139,10 @@ def open_checkpoint(source: Source, *, unfinished: bool = False) -> Checkpoint:
         )
     if not (entries := [entry.name for entry in root.iterdir()]):
         raise RefError(f"{source.name} is empty.", hint="name the folder with the model's files")
+    if "model_index.json" in entries:
+        from .pipelines import open_pipeline
+
+        return open_pipeline(source)
     name = weight_entry(entries, source.name)
     names = [name for name in list_files(root) if not name.startswith(IN_PLACE)]
     if odd := [name for name in names if not is_text(name)]:
