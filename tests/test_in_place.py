@@ -224,7 +224,7 @@ def test_options_that_say_nothing(model, verb):
         call("org/base", adapter, in_place=True)
     with pytest.raises(UsageError, match="no OUT that --overwrite"):
         call(base.path, adapter, in_place=True, overwrite=True)
-    with pytest.raises(UsageError, match="--allow-lossy goes with"):
+    with pytest.raises(UsageError, match="allow_lossy=True goes with"):
         call(base.path, adapter, base.path.with_name("out"), allow_lossy=True)
 
 
