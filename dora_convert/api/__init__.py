@@ -14,7 +14,7 @@ from typing import Any, TypeVar, cast
 
 from ..errors import DoraConvertError, Fault
 from ..options import OPTIONS, Option
-from .talk import Progress, log
+from .talk import ProgressBar, log
 from .words import in_python
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
@@ -30,7 +30,7 @@ def public(verb: Verb) -> Verb:
 
     @wraps(verb)
     def spoken(*args: Any, **options: Any) -> Any:
-        bar = Progress()
+        bar = ProgressBar()
         if "on_progress" in signature.parameters:
             on_notice = options.get("on_notice") or log
             options["on_notice"] = lambda text: on_notice(in_python(text))

@@ -26,7 +26,7 @@ def log(text: str) -> None:
     logger.log(logging.INFO if warning == text else logging.WARNING, "%s", warning)
 
 
-class Progress:
+class ProgressBar:
     """The bar of one call; it appears in notebooks and on terminals only. Thread-safe."""
 
     def __init__(self) -> None:
