@@ -30,6 +30,8 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequenc
 from typing import Any, Literal, overload
 
 import torch
+from torch import Tensor
+from torch.nn import Module
 
 {imports}
 

@@ -27,6 +27,7 @@ _MODULES = {
     "reports.verify": ("OutputsReport", "VerifyReport"),
     "verbs.extract": ("extract",),
     "verbs.from_lora": ("from_lora",),
+    "verbs.in_memory": ("iter_merged", "merge_state_dict"),
     "verbs.inspect": ("inspect",),
     "verbs.merge": ("merge",),
     "verbs.push": ("push",),

@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequenc
 from typing import Any, Literal, overload
 
 import torch
+from torch import Tensor
+from torch.nn import Module
 
 from .errors import DoraConvertError as DoraConvertError
 from .errors import HubError as HubError
@@ -238,6 +240,48 @@ def from_lora(
     on_progress: Callable[[int, int], None] | None = None,
     on_notice: Callable[[str], None] | None = None,
 ) -> MadeReport | MadeDryRun: ...
+def iter_merged(
+    base: _Path | None,
+    adapters: _Path | Sequence[_Path],
+    *,
+    weight: Sequence[float] | float = (),
+    dtype: _Dtype = 'auto',
+    device: _Device = 'auto',
+    compute_dtype: _Dtype = 'auto',
+    max_memory: str | int = '160MiB',
+    workers: int | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    allow_unmatched: bool = False,
+    ignore_field: Sequence[str] = (),
+    ignore_file: Sequence[str] = (),
+    strict: bool = False,
+    token: str | None = None,
+    progress: bool = True,
+    on_progress: Callable[[int, int], None] | None = None,
+    on_notice: Callable[[str], None] | None = None,
+) -> Iterator[tuple[str, Tensor]]: ...
+def merge_state_dict(
+    state_dict: Mapping[str, Tensor] | Module,
+    adapters: _Path | Sequence[_Path],
+    *,
+    weight: Sequence[float] | float = (),
+    dtype: _Dtype = 'auto',
+    device: _Device = 'auto',
+    compute_dtype: _Dtype = 'auto',
+    max_memory: str | int = '160MiB',
+    workers: int | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    allow_unmatched: bool = False,
+    ignore_field: Sequence[str] = (),
+    ignore_file: Sequence[str] = (),
+    strict: bool = False,
+    token: str | None = None,
+    progress: bool = True,
+    on_progress: Callable[[int, int], None] | None = None,
+    on_notice: Callable[[str], None] | None = None,
+) -> dict[str, Tensor]: ...
 def inspect(
     ref: _Path,
     base: _Path | None = None,

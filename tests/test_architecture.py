@@ -16,6 +16,7 @@ ROOMS = sorted({name.partition("/")[0] for name in FILES if "/" in name})
 
 FLOORS = [
     "cli",
+    "integrations",
     "api",
     "verbs",
     "fitting",

@@ -17,7 +17,8 @@ NAMES = {
     "AdapterReport", "CheckpointReport", "DoraConvertError", "DryRunReport", "HubError", "MadeDryRun",
     "MadeReport", "MalformedError", "MergeReport", "NumericalError", "OutputError", "OutputsReport",
     "PlanError", "PushReport", "Recovered", "RefError", "UnmergeReport", "UnsupportedError", "UsageError",
-    "VerificationError", "VerifyReport", "__version__", "extract", "from_lora", "inspect", "merge", "push",
+    "VerificationError", "VerifyReport", "__version__", "extract", "from_lora", "inspect", "iter_merged",
+    "merge", "merge_state_dict", "push",
     "to_lora", "unmerge", "verify",
 }  # fmt: skip
 

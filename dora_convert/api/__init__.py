@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from functools import wraps
 from typing import Any, TypeVar, cast
@@ -36,8 +36,13 @@ def public(verb: Verb) -> Verb:
             options["on_notice"] = lambda text: on_notice(in_python(text))
             if options.pop("progress", True) and options.get("on_progress") is None:
                 options["on_progress"] = bar.move
-        with _in_python_words(), closing(bar):
-            return _said(verb(*args, **options))
+        with ExitStack() as stack:
+            stack.enter_context(closing(bar))
+            stack.enter_context(_in_python_words())
+            result = verb(*args, **options)
+            if isinstance(result, Iterator):
+                return _resumed(result, stack.pop_all())
+            return _said(result)
 
     spoken.__signature__ = listed  # type: ignore[attr-defined]
     spoken.__doc__ = f"{inspect.getdoc(verb)}\n\n{explained(listed)}"
@@ -63,6 +68,12 @@ def explained(signature: inspect.Signature) -> str:
         default = f" Default {parameter.default!r}." if parameter.default not in (None, ()) else ""
         lines.append(f"    {parameter.name}: {in_python(option.help)}{choices}{default}")
     return "\n".join(lines)
+
+
+def _resumed(values: Iterator[Any], stack: ExitStack) -> Iterator[Any]:
+    """Yield values under the stack's contexts, which end with the values."""
+    with stack:
+        yield from values
 
 
 @contextmanager
