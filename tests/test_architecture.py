@@ -30,6 +30,7 @@ FLOORS = [
     "sources",
     "plan",
     "naming",
+    "codecs",
     "formats",
     "adapters",
     "storage",
@@ -47,7 +48,20 @@ NEVER = {
 }
 """Rooms that a room knows nothing of, although they lie below it, or where it matters most."""
 
-FREE_OF_TORCH = {"storage", "plan", "naming", "formats", "adapters", "sources", "output", "reports", "cli", "api", ""}
+FREE_OF_TORCH = {
+    "storage",
+    "plan",
+    "naming",
+    "codecs",
+    "formats",
+    "adapters",
+    "sources",
+    "output",
+    "reports",
+    "cli",
+    "api",
+    "",
+}
 """Rooms that import no torch when they are imported: headers are planned without it."""
 
 TALKS = {"click", "rich", "tqdm"}
