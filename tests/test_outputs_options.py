@@ -172,7 +172,7 @@ def test_options_of_the_receipt(tmp_path):
     notices: list[str] = []
     found = dora_convert.verify(base.path, [first, second], out, on_notice=notices.append)
     assert found.verdict == "agree"
-    said = "as the receipt of MERGED says: --weight 0.5 --weight 1.5 --exclude *.layers.1.*"
+    said = "as the receipt of MERGED says: weight=0.5 weight=1.5 exclude='*.layers.1.*'"
     assert said in notices
     notices.clear()
     given = {"weight": [0.5, 1.5], "exclude": ["*.layers.1.*"], "on_notice": notices.append}
