@@ -274,8 +274,7 @@ class Adapter:
     """The base's layers in the order of the trained model, if layers were repeated or left out."""
     states: FileStates = field(default_factory=dict)
     """The files that a merge reads, as they were before that."""
-    task: str | None = None
-    """The class of the trained model, such as LlamaForSequenceClassification, or the end of its name."""
+    task: str | None = None  # the class of the trained model, or the end of its name
     promised: Promise | None = field(default=None, compare=False)
     """Returns the weights that the config says were trained, of a model's tensors by name and shape."""
     beside: tuple[FileBeside, ...] = ()  # the weight files beside the adapter's own

@@ -1,4 +1,4 @@
-"""Put the rows of q_proj and k_proj in order: Meta's checkpoints, and torchtune, alternate each rotary pair's halves."""
+"""Put rows of q_proj and k_proj in order: Meta and torchtune alternate the halves of each head's rotary pairs."""
 
 from __future__ import annotations
 

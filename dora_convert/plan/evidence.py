@@ -62,8 +62,8 @@ def decide(adapter: Adapter, find: Find, base: Checkpoint) -> Adapter:
     if not decided:
         return adapter
     changes = tuple(_read_as(change, decided, base) for change in adapter.changes)
-    told = tuple(_report(adapter, decided))
-    return replace(adapter, changes=changes, decided=decided, warnings=(*adapter.warnings, *told))
+    sentences = tuple(_report(adapter, decided))
+    return replace(adapter, changes=changes, decided=decided, warnings=(*adapter.warnings, *sentences))
 
 
 def _report(adapter: Adapter, decided: dict[str, str]) -> Iterator[str]:
@@ -110,7 +110,7 @@ def _read_as(change: Change, decided: dict[str, str], base: Checkpoint) -> Chang
 
 def _samples(changes: Sequence[Change], find: Find, base: Checkpoint, axis: int = 1) -> list[Sample]:
     """Return samples of some changes whose weights the base has as matrices of the right size."""
-    samples = []
+    samples: list[Sample] = []
     with closing(Reader()) as reader:
         for change in changes:
             update, name = _magnitudes(change.update), find(change.target)
