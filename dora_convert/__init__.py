@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .errors import UnsupportedError as UnsupportedError
     from .errors import UsageError as UsageError
     from .errors import VerificationError as VerificationError
+    from .reports.analyze import AnalyzeReport as AnalyzeReport
     from .reports.fitting import MadeDryRun as MadeDryRun
     from .reports.fitting import MadeReport as MadeReport
     from .reports.inspect import AdapterReport as AdapterReport
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from .reports.push import PushReport as PushReport
     from .reports.verify import OutputsReport as OutputsReport
     from .reports.verify import VerifyReport as VerifyReport
+    from .verbs.analyze import analyze as analyze
+    from .verbs.analyze import trainable_share as trainable_share
     from .verbs.extract import extract as extract
     from .verbs.from_lora import from_lora as from_lora
     from .verbs.inspect import inspect as inspect
@@ -49,11 +52,13 @@ _MODULES = {
         "DoraConvertError", "HubError", "MalformedError", "NumericalError", "OutputError", "PlanError",
         "RefError", "UnsupportedError", "UsageError", "VerificationError",
     ),
+    "reports.analyze": ("AnalyzeReport",),
     "reports.fitting": ("MadeDryRun", "MadeReport"),
     "reports.inspect": ("AdapterReport", "CheckpointReport"),
     "reports.merge": ("DryRunReport", "MergeReport", "Recovered", "UnmergeReport"),
     "reports.push": ("PushReport",),
     "reports.verify": ("OutputsReport", "VerifyReport"),
+    "verbs.analyze": ("analyze", "trainable_share"),
     "verbs.extract": ("extract",),
     "verbs.from_lora": ("from_lora",),
     "verbs.inspect": ("inspect",),
