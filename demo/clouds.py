@@ -20,8 +20,8 @@ from peft import LoraConfig, get_peft_model
 from train import batch, encode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-STEPS, SAVES, BATCH, SEED = 48, 4, 4, 0
-RATES = {"full": 5e-5, "lora": 5e-4, "dora": 5e-4}
+STEPS, SAVES, BATCH, SEED = 24, 4, 2, 0
+RATES = {"full": 1e-4, "lora": 1e-3, "dora": 1e-3}
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 """The modules of the paper's LLaMA experiments, with alpha twice the rank."""
 

@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from .errors import UsageError as UsageError
     from .errors import VerificationError as VerificationError
     from .reports.analyze import AnalyzeReport as AnalyzeReport
+    from .reports.checkpoint import CheckpointReport as CheckpointReport
     from .reports.fitting import MadeDryRun as MadeDryRun
     from .reports.fitting import MadeReport as MadeReport
     from .reports.inspect import AdapterReport as AdapterReport
-    from .reports.inspect import CheckpointReport as CheckpointReport
     from .reports.merge import DryRunReport as DryRunReport
     from .reports.merge import MergeReport as MergeReport
     from .reports.merge import Recovered as Recovered
@@ -54,7 +54,8 @@ _MODULES = {
     ),
     "reports.analyze": ("AnalyzeReport",),
     "reports.fitting": ("MadeDryRun", "MadeReport"),
-    "reports.inspect": ("AdapterReport", "CheckpointReport"),
+    "reports.checkpoint": ("CheckpointReport",),
+    "reports.inspect": ("AdapterReport",),
     "reports.merge": ("DryRunReport", "MergeReport", "Recovered", "UnmergeReport"),
     "reports.push": ("PushReport",),
     "reports.verify": ("OutputsReport", "VerifyReport"),

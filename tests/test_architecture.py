@@ -17,6 +17,7 @@ ROOMS = sorted({name.partition("/")[0] for name in FILES if "/" in name})
 FLOORS = [
     "cli",
     "verbs",
+    "analysis",
     "fitting",
     "undo",
     "logits",

@@ -86,9 +86,7 @@ def _vectors(
 ) -> list[MovedVector]:
     """Return the vectors that moved, and how far."""
     modules = {item.name: AnalysedModule(item) for item in items if 0 not in item.shape}
-    sizes = measuring.run(
-        modules, checkpoints, lambda name, buffers: (name, *_vector_sizes(modules[name], buffers))
-    )
+    sizes = measuring.run(modules, checkpoints, lambda name, buffers: (name, *_vector_sizes(modules[name], buffers)))
     return [
         MovedVector(checkpoint=label, tensor=name, relative_change=change / size if size else None)
         for name, size, change in sorted(sizes)

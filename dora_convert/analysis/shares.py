@@ -7,15 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..adapters import Adapter, Full, tensors_of
+from ..adapters import Adapter, Full
 from ..errors import UnsupportedError
 from ..naming.resolve import is_embedding, is_head
 from ..storage.checkpoint import Checkpoint
 from ..storage.safetensors import StoredTensor
 
-LLAMA_LIKE = frozenset(
-    {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "olmo", "granite", "smollm3"}
-)
+LLAMA_LIKE = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "olmo", "granite", "smollm3"})
 """Families whose layers are q, k, v, o, gate, up and down; norms count too little to differ."""
 
 
@@ -25,7 +23,7 @@ def share_of(base: Checkpoint, adapter: Adapter) -> float:
         (tensor.path, tensor.start): tensor.numel
         for change in adapter.changes
         if not (isinstance(change.update, Full) and change.update.copied)
-        for tensor in tensors_of(change.update)
+        for tensor in change.update.tensors
     }
     return _share(_count(base.tensors), sum(trained.values()))
 

@@ -70,9 +70,7 @@ def _correlation(pairs: Sequence[tuple[float, float]]) -> KindCorrelation:
         note = f"{_points(len(pairs))}: even the sign of r is open (95 %: {low:+.2f} to {high:+.2f})"
     elif len(pairs) < FEW:
         note = f"{_points(len(pairs))}: few (95 %: {low:+.2f} to {high:+.2f})"
-    return KindCorrelation(
-        r=r, points=len(pairs), low=low, high=high, slope=slope, intercept=intercept, note=note
-    )
+    return KindCorrelation(r=r, points=len(pairs), low=low, high=high, slope=slope, intercept=intercept, note=note)
 
 
 def _points(count: int) -> str:

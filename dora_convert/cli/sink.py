@@ -6,33 +6,24 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from ..errors import DoraConvertError, printable
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.table import Table as RichTable
     from tqdm import tqdm
 
-SHOWN = 10
-"""Entries of a list that are shown without --verbose."""
+    from ..reports import Report, Table
+
 UNFOLDED = 1 << 16
 """Columns of a table that is not drawn on a terminal: programs read it line by line."""
 LONGEST_NAME = 40
 """Characters of a name that is not broken into lines."""
-
-Entry = TypeVar("Entry")
-
-
-class Answer(Protocol):
-    """A verb's report."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the report as `--json` prints it."""
 
 
 class Sink:
@@ -63,8 +54,8 @@ class Sink:
         if self._bar is not None:
             self._bar.close()
 
-    def show(self, report: Answer, short: str, parts: Callable[..., Iterable[Table | str]]) -> None:
-        """Print the answer: JSON, `short` with --quiet, else the tables and lines of `parts(report, every=…)`."""
+    def show(self, report: Report, short: str) -> None:
+        """Print the answer: JSON, `short` with --quiet, else the report's tables and lines."""
         self.close()
         try:
             if self._json:
@@ -72,7 +63,7 @@ class Sink:
             elif self._quiet:
                 click.echo(short)
             else:
-                draw(parts(report, every=self._verbose))
+                draw(report.parts(every=self._verbose))
         except BrokenPipeError:  # as in `| head`: the reader has seen enough
             pass
         except OSError as error:
@@ -96,9 +87,9 @@ def draw(parts: Iterable[Table | str]) -> None:
     width = None if sys.stdout and sys.stdout.isatty() else UNFOLDED
     console = Console(highlight=False, markup=False, width=width)
     for part in parts:
-        with console.capture() as drawn:
-            console.print(Text(printable(part)) if isinstance(part, str) else part)
-        click.echo(drawn.get(), nl=False)
+        with console.capture() as captured:
+            console.print(Text(printable(part)) if isinstance(part, str) else drawn(part))
+        click.echo(captured.get(), nl=False)
 
 
 def as_json(value: object, indent: int | None = None) -> str:
@@ -107,36 +98,19 @@ def as_json(value: object, indent: int | None = None) -> str:
     return re.sub(r"[^\n -~]", lambda match: match[0] if match[0].isprintable() else json.dumps(match[0])[1:-1], text)
 
 
-def cut(entries: Sequence[Entry], *, every: bool) -> Sequence[Entry]:
-    """Return the entries of a list that are shown; `every` shows all."""
-    return entries if every else entries[:SHOWN]
-
-
-def rest(entries: Sequence[object], what: str, *, every: bool) -> Iterator[str]:
-    """Yield a line on the entries that are not shown, if there are any."""
-    if len(entries) > SHOWN and not every:
-        yield f"… and {len(entries) - SHOWN} {what} more (--verbose)"
-
-
-def joined(names: Sequence[str], *, every: bool) -> str:
-    """Return names in one line."""
-    return ", ".join(cut(names, every=every)) + (" …" if len(names) > SHOWN and not every else "")
-
-
-def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
-    """Return a table; the first column holds names, and columns that begin with > hold numbers."""
+def drawn(part: Table) -> RichTable:
+    """Return a table as rich draws it."""
     from rich import box
-    from rich.table import Table
+    from rich.table import Table as RichTable
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    cells = [[Text(printable(str(cell))) for cell in row] for row in rows]
-    whole = max((len(row[0]) for row in cells), default=0) <= LONGEST_NAME
-    for number, column in enumerate(columns):
+    table = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    whole = max((len(row[0]) for row in part.rows), default=0) <= LONGEST_NAME
+    for number, column in enumerate(part.columns):
         side: Literal["left", "right"] = "right" if column[0] == ">" else "left"
         table.add_column(column.removeprefix(">"), justify=side, overflow="fold", no_wrap=whole and not number)
-    for row in cells:
-        table.add_row(*row)
+    for row in part.rows:
+        table.add_row(*map(Text, row))
     return table
 
 

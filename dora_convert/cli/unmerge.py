@@ -1,22 +1,13 @@
-"""dora-convert unmerge: the command, and its report for people."""
+"""dora-convert unmerge: the command."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import click
 from typing_extensions import Unpack
 
 from ..options import UnmergeOptions
 from . import takes
-from .merge import ledger_table, summary
-from .sink import Sink, cut, rest, table
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from ..reports.merge import DryRunReport, Recovered, UnmergeReport
+from .sink import Sink
 
 
 @click.command("unmerge")
@@ -42,30 +33,4 @@ def unmerge(refs: tuple[str, ...], *, sink: Sink, **keywords: Unpack[UnmergeOpti
     merged, *adapters = refs
     out = None if keywords["in_place"] else adapters.pop()
     report = verb(merged, adapters, out, **keywords)
-    sink.show(report, report.out, parts)
-
-
-def parts(report: UnmergeReport | DryRunReport, *, every: bool) -> Iterator[Table | str]:
-    """Yield the report for people: the ledger, the tensors that are not proven, and a summary."""
-    yield ledger_table(report, every=every)
-    modules: Sequence[Recovered] = getattr(report, "modules", ())
-    if unproven := [module for module in modules if not module.bit_exact]:
-        worst = sorted(unproven, key=lambda module: module.lost / max(1, module.elements), reverse=True)
-        yield _lost_table(cut(worst, every=every))
-        yield from rest(worst, "tensors", every=every)
-    *lines, out = summary(report)
-    yield from lines
-    if modules:
-        yield _proven(modules)
-    yield out
-
-
-def _lost_table(modules: Sequence[Recovered]) -> Table:
-    rows = [(module.name, f"{module.lost:,}", f"{module.lost / max(1, module.elements):.2%}") for module in modules]
-    return table(("not proven to be the base's", ">elements lost to rounding", ">share"), rows)
-
-
-def _proven(modules: Sequence[Recovered]) -> str:
-    exact, lost = sum(module.bit_exact for module in modules), sum(module.lost for module in modules)
-    text = f"{exact} of {len(modules)} recovered tensors are the base's, bit for bit, by their hashes"
-    return f"{text}; rounding took {lost:,} elements" if lost else text
+    sink.show(report, report.out)

@@ -1,11 +1,11 @@
-"""Hold the report of analyze: a point for each module and step, correlations, and the collision of two adapters."""
+"""Hold the report of analyze, and put it into words: points, correlations, the collision of two adapters."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from . import Report
+from . import Report, Table, cut, rest, table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,3 +123,115 @@ class AnalyzeReport(Report):
     peak_memory_bytes: int | None
     top: int
     command: str = "analyze"
+
+    @property
+    def short(self) -> str:
+        """The answer in a line: the relative change of the last step, or shares without one."""
+        if not self.tuned:
+            return "\n".join(f"{share:.4%}" for share in self.trainable_share.values())
+        return _number(self.tuned[-1].relative_change)
+
+    def parts(self, *, every: bool) -> Iterator[Table | str]:
+        """Yield the modules that moved most, correlations, two adapters, and a few lines."""
+        last = self.tuned[-1].checkpoint if self.tuned else ""
+        points = sorted((point for point in self.points if point.checkpoint == last), key=_moved, reverse=True)
+        shown = points if every else points[: self.top]
+        if shown:
+            yield points_table(shown)
+        if len(points) > len(shown):
+            yield f"… and {len(points) - len(shown)} modules more (--top, --verbose)"
+        if self.correlation:
+            yield correlations_table(self)
+            yield from (f"{kind}: {each.note}" for kind, each in self.correlation.items() if each.note)
+        if self.collision:
+            worst = sorted(self.collision, key=_against)
+            yield collisions_table(worst if every else worst[: self.top])
+        yield from (about_step(step) for step in self.tuned)
+        yield from _vectors(self, every=every)
+        if not self.tuned:
+            yield from (
+                f"{name}: {share:.4%} of the parameters trained" for name, share in self.trainable_share.items()
+            )
+        yield from (f"note: {note}" for note in self.notes)
+
+
+def _moved(point: Point) -> float:
+    return point.relative_change or 0.0
+
+
+def _against(collision: Collision) -> float:
+    return 2.0 if collision.cosine is None else collision.cosine
+
+
+def points_table(points: Sequence[Point]) -> Table:
+    """Return the movement of some modules."""
+    rows = [
+        (
+            point.module,
+            f"{point.delta_magnitude:.3g}",
+            f"{point.delta_direction:.3g}",
+            _number(point.relative_change),
+            _rank(point.stable_rank, estimated=point.stable_rank_estimated),
+            _rank(point.effective_rank),
+            _ratio(point),
+            _percent(point.lost),
+        )
+        for point in points
+    ]
+    heads = (">ΔM", ">ΔD", ">‖ΔW‖/‖W‖", ">stable rank", ">effective rank", ">‖w'‖/‖w‖, 5–95 %", ">lost")
+    return table(("module", *heads), rows)
+
+
+def correlations_table(report: AnalyzeReport) -> Table:
+    """Return the correlation of ΔM and ΔD by kind of module."""
+    rows = [(kind, each.points, _signed(each.r), _interval(each)) for kind, each in report.correlation.items()]
+    return table(("correlation of ΔD and ΔM", ">points", ">r", ">95 %"), rows)
+
+
+def collisions_table(collisions: Sequence[Collision]) -> Table:
+    """Return the agreement of two adapters, the worst first."""
+    rows = [(each.module, _signed(each.cosine), _percent(each.sign_conflicts)) for each in collisions]
+    return table(("both adapters change", ">cosine", ">opposite signs"), rows)
+
+
+def about_step(step: TunedStep) -> str:
+    """Return the figures of one step over all matrices, in a line."""
+    share = "" if step.trainable_share is None else f", {step.trainable_share:.3%} of the parameters trained"
+    return (
+        f"{step.title} ({step.kind}, step {step.step}): {step.modules} matrices, "
+        f"‖ΔW‖/‖W‖ {_number(step.relative_change)}, rounding loses {_percent(step.lost)}{share}"
+    )
+
+
+def _vectors(report: AnalyzeReport, *, every: bool) -> Iterator[str]:
+    """Yield the vectors that moved."""
+    last = report.tuned[-1].checkpoint if report.tuned else ""
+    moved = [each for each in report.vectors if each.checkpoint == last]
+    moved.sort(key=lambda each: -(each.relative_change or 0.0))
+    yield from (f"vector {each.tensor}: ‖Δw‖/‖w‖ {_number(each.relative_change)}" for each in cut(moved, every=every))
+    yield from rest(moved, "vectors", every=every)
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1%}"
+
+
+def _signed(value: float | None) -> str:
+    return "–" if value is None else f"{value:+.2f}"
+
+
+def _rank(value: float | None, *, estimated: bool = False) -> str:
+    return "–" if value is None else f"{'≈' * estimated}{value:.1f}"
+
+
+def _ratio(point: Point) -> str:
+    ratio = point.norm_ratio
+    return "–" if ratio is None else f"{ratio['p5']:.3f}–{ratio['p95']:.3f}"
+
+
+def _interval(each: KindCorrelation) -> str:
+    return "–" if each.low is None or each.high is None else f"{each.low:+.2f} to {each.high:+.2f}"

@@ -50,9 +50,7 @@ def gather(points: Sequence[Point]) -> list[PlotPoint]:
     for point in points:
         if point.layer is not None:
             groups[point.kind, point.layer, point.step].append(point)
-    return [
-        PlotPoint(kind, layer, step, _name(same), _means(same)) for (kind, layer, step), same in groups.items()
-    ]
+    return [PlotPoint(kind, layer, step, _name(same), _means(same)) for (kind, layer, step), same in groups.items()]
 
 
 def _name(points: Sequence[Point]) -> str:

@@ -1,12 +1,14 @@
-"""Hold the reports of inspect: of an adapter, and of a checkpoint."""
+"""Hold the report of inspect on an adapter, and put it into words."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from . import Report
+from ..settings import format_size
+from . import Report, Table, cut, table
+from .merge import ledger_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,19 +91,96 @@ class AdapterReport(Inspection):
     """The error of a merge, if the adapter is of a kind that is not merged."""
     landing: Landing | None
 
+    def parts(self, *, every: bool) -> Iterator[Table | str]:
+        """Yield tables first, then a few lines; `every` lists each weight."""
+        yield modules_table(self.modules, every=every) if self.modules else weights_table(self.weights)
+        if self.landing and self.landing.ledger:
+            yield ledger_table(self.landing.ledger, every=every)
+        yield from about_adapter(self, every=every)
 
-@dataclass(frozen=True, kw_only=True)
-class CheckpointReport(Inspection):
-    """The report on a checkpoint."""
 
-    architectures: tuple[str, ...]
-    model_type: str | None
-    shards: tuple[Mapping[str, Any], ...]
-    index: str | None
-    tied: Mapping[str, Any] | None
-    quantised: Mapping[str, Any] | None
-    side_files: tuple[str, ...]
-    left_behind: tuple[str, ...]
-    """Files, such as stale weights, that a loader does not use."""
-    merges: tuple[Mapping[str, Any], ...]
-    """The receipts of earlier merges, the latest first."""
+def modules_table(modules: Iterable[Module], *, every: bool) -> Table:
+    """Return an adapter's changes by kind of weight, layers counted together; `every` lists each weight."""
+    groups: dict[tuple[str, ...], list[Module]] = {}
+    for module in modules:
+        scaling = "" if module.scaling is None else f"{module.scaling:g}"
+        name = (module.target if every else module.kind).removesuffix(".weight")
+        groups.setdefault((name, _method(module), scaling, module.rule or ""), []).append(module)
+    rows = [
+        (name, len(group), method, _numbers(group), scaling, rule)
+        for (name, method, scaling, rule), group in groups.items()
+    ]
+    return table(("module", ">n", "method", ">rank", ">scaling", "rule"), rows)
+
+
+def _method(module: Module) -> str:
+    if module.rows is not None:
+        return f"{module.rows} trained rows"
+    if module.method == "whole":
+        return f"saved whole, {_shape(module.shape or ())}"
+    return f"{module.method}, {module.experts} experts" if module.experts else module.method
+
+
+def _numbers(modules: Sequence[Module]) -> str:
+    return ", ".join(map(str, sorted({module.rank for module in modules if module.rank is not None})))
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return " × ".join(map(str, shape)) or "scalar"
+
+
+def weights_table(weights: Iterable[Mapping[str, Any]]) -> Table:
+    """Return tensors by kind, layers counted together."""
+    rows = [(kind["kind"], kind["tensors"], kind["dtype"], _shape(kind["shape"])) for kind in weights]
+    return table(("tensor", ">n", "dtype", "shape"), rows)
+
+
+def about_adapter(report: AdapterReport, *, every: bool) -> Iterator[str]:
+    """Yield the facts of an adapter, in a few lines."""
+    yield f"adapter: {report.title}, {report.method} in the {report.format} format"
+    base = f"{report.base}{f' at {report.revision}' if report.revision else ''}" if report.base else "not said"
+    yield f"trained on: {base}{f', as {report.task}' if report.task else ''}"
+    if report.layers:
+        yield f"layers of the base, in this order: {', '.join(map(str, report.layers))}"
+    yield totals(report)
+    reasons: dict[str, list[str]] = {}
+    for name, why in report.ignored.items():
+        reasons.setdefault(why, []).append(name)
+    for why, names in reasons.items():
+        yield f"ignored: {len(names)} tensors, {why}{': ' + ', '.join(names) if every else ''}"
+    if report.refused:
+        yield f"would not be merged: {report.refused['message']}"
+        yield from _listed(report.refused["faults"], every=every)
+    if report.faults:
+        yield f"would not be merged: {len(report.faults)} faults"
+        yield from _listed(report.faults, every=every)
+    yield from (f"note: {note}" for note in report.notes)
+    if report.landing:
+        yield from about_landing(report.landing, every=every)
+
+
+def about_landing(landing: Landing, *, every: bool) -> Iterator[str]:
+    """Yield the match of an adapter with a base, or the faults."""
+    yield from (f"warning: {warning}" for warning in landing.warnings)
+    if landing.fits:
+        counts = ", ".join(f"{landing.tensors[fate]} {fate}" for fate in ("merged", "replaced", "added", "copied"))
+        yield f"fits {landing.base}: {landing.tensors['total']} tensors, {counts}"
+        return
+    yield f"does not fit {landing.base}: {landing.message}"
+    yield from _listed(landing.faults, every=every)
+    if landing.hint:
+        yield f"hint: {landing.hint}"
+
+
+def _listed(faults: Sequence[Mapping[str, str]], *, every: bool) -> Iterator[str]:
+    """Yield faults, one a line."""
+    shown = cut(faults, every=every)
+    yield from (f"  {fault['what']}  {fault['why']}" for fault in shown)
+    if len(faults) > len(shown):
+        yield f"  … and {len(faults) - len(shown)} more"
+
+
+def totals(report: Inspection) -> str:
+    """Return the numbers of tensors and parameters, and the size, in a line."""
+    dtypes = ", ".join(f"{total['tensors']} {name}" for name, total in report.dtypes.items())
+    return f"{report.tensors} tensors ({dtypes}), {report.parameters:,} parameters, {format_size(report.bytes)}"

@@ -1,17 +1,19 @@
-"""Hold the reports of merge, of unmerge and of their dry runs."""
+"""Hold the reports of merge, of unmerge and of their dry runs, and put them into words."""
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from typing_extensions import Self
 
 from ..errors import MalformedError
-from ..settings import Settings, peak_memory
-from . import Report
+from ..settings import Settings, format_size, peak_memory
+from . import Report, Table, cut, rest, table
 
 if TYPE_CHECKING:
     from ..engine.run import Run
@@ -35,6 +37,11 @@ class PlanReport(Report):
     warnings: tuple[str, ...]
     left_behind: tuple[str, ...]
     """Files of the base that are not copied."""
+
+    def parts(self, *, every: bool) -> Iterator[Table | str]:
+        """Yield the ledger and a summary; `every` lists each weight."""
+        yield ledger_table(self.ledger, every=every)
+        yield from summary(self)
 
 
 def _common(plan: Plan, settings: Settings, out: str) -> dict[str, Any]:
@@ -134,6 +141,19 @@ class UnmergeReport(MergeReport):
     """`tensors`: recovered tensors; `bit_exact`: recovered tensors proven equal to the base's by hash."""
     modules: tuple[Recovered, ...]
 
+    def parts(self, *, every: bool) -> Iterator[Table | str]:
+        """Yield the ledger, the tensors that are not proven, and a summary."""
+        yield ledger_table(self.ledger, every=every)
+        if unproven := [module for module in self.modules if not module.bit_exact]:
+            worst = sorted(unproven, key=lambda module: module.lost / max(1, module.elements), reverse=True)
+            yield _lost_table(cut(worst, every=every))
+            yield from rest(worst, "tensors", every=every)
+        *lines, out = summary(self)
+        yield from lines
+        if self.modules:
+            yield _proven(self.modules)
+        yield out
+
 
 @dataclass(frozen=True, kw_only=True)
 class DryRunReport(PlanReport):
@@ -156,3 +176,80 @@ class DryRunReport(PlanReport):
             "least_memory": plan.memory,
         }
         return cls(**(_common(plan, settings, out) | {"command": command}), plan=numbers)
+
+
+def ledger_table(ledger: Iterable[Mapping[str, Any]], *, every: bool) -> Table:
+    """Return the ledger by kind of weight, layers counted together; `every` lists each weight."""
+    groups: dict[tuple[str, str], set[str]] = {}
+    for entry in ledger:
+        name = entry["into"][0].removesuffix(".weight") if entry["into"] else entry["tensor"]
+        group = (name if every else fold_name(name), f"{entry['fate']}: {entry['why']}")
+        groups.setdefault(group, set()).add(name)
+    rows = [(kind, len(names), fate) for (kind, fate), names in groups.items()]
+    return table(("module", ">n", "fate"), rows)
+
+
+def fold_name(name: str) -> str:
+    """Return a tensor's name without its layer numbers and PEFT's prefix."""
+    return re.sub(r"\.\d+\.", ".*.", name.removeprefix("base_model.model."))
+
+
+def summary(report: PlanReport) -> Iterator[str]:
+    """Yield the results of a merge, or of its plan, in a few lines."""
+    counts, values = report.tensors, report.to_dict()
+    added = f"{counts['added']} added, " if counts["added"] else ""
+    tensors = (
+        f"{counts['total']} tensors: {counts['merged']} merged, {counts['replaced']} replaced, {added}"
+        f"{counts['copied']} copied"
+    )
+    fates = Counter(entry["fate"] for entry in report.ledger)
+    yield f"{len(report.ledger)} adapter tensors: " + ", ".join(f"{n} {fate}" for fate, n in fates.items())
+    if "plan" in values:
+        yield f"{tensors}; nothing was written"
+        yield _planned(values["plan"])
+    else:
+        yield f"{tensors}; {written(values)}"
+        yield from _checks(values)
+    yield f"out: {report.out}"
+
+
+def written(values: Mapping[str, Any]) -> str:
+    """Return the size, time and peak memory of a run."""
+    peak = values["peak_memory_bytes"]
+    memory = f"peak memory {format_size(peak)}" if peak else "peak memory unknown"
+    return f"{format_size(values['bytes_written'])} in {values['seconds']:.1f} s, {memory}"
+
+
+def _planned(plan: Mapping[str, int]) -> str:
+    return (
+        f"would write {format_size(plan['bytes_out'])} in {plan['shards']} files and an undo record of "
+        f"at most {format_size(plan['undo_bytes'])}, holding {format_size(plan['memory'])} in memory"
+    )
+
+
+def _checks(values: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the results of the self-check, the upload, and the comparison of outputs."""
+    if checked := values["verified"]:
+        lost = "" if values["lost"] is None else f"; rounding took {values['lost']:.2%} of the change"
+        yield (
+            f"checked: {checked['wrong_elements']} of {checked['checked']:,} elements wrong, "
+            f"at most {checked['max_ulp']} ulp from the exact result{lost}"
+        )
+    if pushed := values["pushed"]:
+        yield f"pushed: {pushed['url']}, {format_size(pushed['bytes_uploaded'])}"
+    if outputs := values["outputs"]:
+        yield (
+            f"outputs: {outputs['verdict']}, {outputs['max_abs_logit_error']:.2g} apart at most; "
+            f"rounding alone leaves {outputs['rounding_floor']:.2g}"
+        )
+
+
+def _lost_table(modules: Sequence[Recovered]) -> Table:
+    rows = [(module.name, f"{module.lost:,}", f"{module.lost / max(1, module.elements):.2%}") for module in modules]
+    return table(("not proven to be the base's", ">elements lost to rounding", ">share"), rows)
+
+
+def _proven(modules: Sequence[Recovered]) -> str:
+    exact, lost = sum(module.bit_exact for module in modules), sum(module.lost for module in modules)
+    text = f"{exact} of {len(modules)} recovered tensors are the base's, bit for bit, by their hashes"
+    return f"{text}; rounding took {lost:,} elements" if lost else text

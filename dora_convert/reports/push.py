@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from . import Report
+from ..settings import format_size
+from . import Report, Table, table
 
 
 @dataclass(frozen=True)
@@ -38,3 +40,19 @@ class PushReport(Pushed, Report):
     """Files of the folder that are not uploaded."""
     dry_run: bool
     command: str = "push"
+
+    def parts(self, *, every: bool) -> Iterator[Table | str]:
+        """Yield the files, if asked for or in a dry run, and a summary."""
+        if every or self.dry_run:
+            rows = [(file.path, format_size(file.bytes), file.state) for file in self.files]
+            yield table(("file", ">size", "state"), rows)
+        yield from (f"deleted, stale beside these weights: {name}" for name in self.deleted)
+        size = format_size(self.bytes_uploaded)
+        if self.dry_run:
+            yield f"{len(self.files)} files, {size}; nothing was uploaded"
+            return
+        same = sum(file.state == "unchanged" for file in self.files)
+        copied = sum(file.state == "copied" for file in self.files)
+        reused = f"{same} of them unchanged" + (f", {copied} copied on the Hub" if copied else "")
+        yield f"{len(self.files)} files, {reused}; {size} uploaded in {self.seconds:.1f} s"
+        yield self.url

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from . import Report
+from . import Report, Table, cut, rest, table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +58,14 @@ class VerifyReport(ComparisonReport):
     ledger: tuple[Mapping[str, Any], ...]
     level: str = "weights"
 
+    def parts(self, *, every: bool) -> Iterator[Table | str]:
+        """Yield the worst modules first, then the verdict."""
+        worst = sorted(self.modules, key=_badness, reverse=True)
+        if worst:
+            yield modules_table(cut(worst, every=every))
+        yield from rest(worst, "modules", every=every)
+        yield from about(self, every=every)
+
 
 @dataclass(frozen=True, kw_only=True)
 class OutputsReport(ComparisonReport):
@@ -90,6 +98,16 @@ class OutputsReport(ComparisonReport):
     peak_memory_bytes: int | None
     level: str = "outputs"
 
+    def parts(self, *, every: bool) -> Iterator[Table | str]:
+        """Yield the differences of the outputs, then the verdict."""
+        del every
+        yield table(("outputs", ">difference", ">rounding alone", ">passes up to"), figures(self))
+        positions = f"{self.positions:,} positions of {self.architecture}"
+        yield f"{self.prompts} prompts, {positions} on {self.device}"
+        yield from (f"problem: {problem}" for problem in self.problems)
+        yield from (f"note: {note}" for note in self.notes)
+        yield f"verdict: {self.verdict}"
+
 
 def figures(report: OutputsReport) -> Iterator[tuple[str, str, str, str]]:
     """Yield rows for people: name, measured value, value of rounding alone, and largest allowed value."""
@@ -102,3 +120,39 @@ def figures(report: OutputsReport) -> Iterator[tuple[str, str, str, str]]:
     yield "same top-1", f"{report.top1_agreement:.2%}", "", ""
     if report.greedy_agreement is not None:
         yield "same continuation", f"{report.greedy_agreement:.0%} of prompts", "", ""
+
+
+def _badness(module: CheckedModule) -> tuple[int, float]:
+    return module.wrong_elements, module.output_error or 0.0
+
+
+def modules_table(modules: Sequence[CheckedModule]) -> Table:
+    """Return each module's errors; the error of rounding alone stands beside the output's error."""
+    rows = [
+        (
+            module.name.removesuffix(".weight"),
+            f"{module.wrong_elements:,}",
+            module.max_ulp,
+            _share(module.output_error),
+            _share(module.output_floor),
+        )
+        for module in modules
+    ]
+    return table(("module", ">wrong", ">max ulp", ">output error", ">rounding alone"), rows)
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1e}"
+
+
+def about(report: VerifyReport, *, every: bool) -> Iterator[str]:
+    """Yield the verdict and its reasons, in a few lines."""
+    untouched = report.untouched
+    elements = sum(module.elements for module in report.modules)
+    wrong = sum(module.wrong_elements for module in report.modules)
+    yield f"{len(report.modules)} modules: {wrong:,} of {elements:,} elements wrong"
+    yield f"{untouched.tensors} untouched tensors: {untouched.identical} identical"
+    yield from (f"problem: {problem}" for problem in cut(report.problems, every=every))
+    yield from rest(report.problems, "problems", every=every)
+    yield from (f"note: {note}" for note in cut(report.notes, every=every))
+    yield f"verdict: {report.verdict}"

@@ -18,8 +18,8 @@ from ..analysis.shares import share_by_config, share_of
 from ..analysis.statistics import correlate, layer_of, name_kinds
 from ..analysis.words import notes_of
 from ..errors import UsageError
-from ..formats.detect import detect, model_weights
 from ..fitting.pairs import model_names
+from ..formats.detect import detect, model_weights
 from ..options import AnalyzeOptions
 from ..output.lineage import doubts
 from ..plan.plan import parse_options
@@ -171,9 +171,7 @@ class _Request:
         for step in steps:
             if isinstance(step.opened, Adapter):
                 scan_adapter(step.opened)
-            measured, moved = measure_step(
-                step.pairing, (self.base, *step.checkpoints), measuring, step.address
-            )
+            measured, moved = measure_step(step.pairing, (self.base, *step.checkpoints), measuring, step.address)
             points += _points(step, measured, kinds)
             vectors += moved
             tuned.append(_described(step, measured, self.base))
@@ -242,7 +240,7 @@ def _described(step: _Step, measured: Measured, base: Checkpoint) -> TunedStep:
 
 def _report(base: str, settings: Settings, options: AnalyzeOptions, **fields: Any) -> AnalyzeReport:
     """Return the report; fields that are not given are empty."""
-    empty = {"tuned": (), "points": (), "correlation": {}, "collision": (), "vectors": (), "notes": ()}
+    empty: dict[str, Any] = {"tuned": (), "points": (), "correlation": {}, "collision": (), "vectors": (), "notes": ()}
     return AnalyzeReport(
         base=base,
         warnings=tuple(settings.warnings),

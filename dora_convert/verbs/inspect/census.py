@@ -14,7 +14,7 @@ from msgspec import to_builtins
 from ...errors import MalformedError
 from ...naming.resolve import find_tie
 from ...output.receipt import Receipt, read_receipt
-from ...reports.inspect import CheckpointReport
+from ...reports.checkpoint import CheckpointReport
 from ...storage.checkpoint import Checkpoint
 from ...storage.filenames import RECORD
 from ...storage.refs import Source
