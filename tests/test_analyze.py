@@ -60,7 +60,9 @@ def test_adapters_equal_the_definition(tmp_path, base, dora):
     if not dora:
         assert all(point.effective_rank <= 4 for point in points.values())
         return
-    m = load_file(adapter / "adapter_model.safetensors")["base_model.model.model.layers.0.mlp.up_proj.lora_magnitude_vector"]
+    m = load_file(adapter / "adapter_model.safetensors")[
+        "base_model.model.model.layers.0.mlp.up_proj.lora_magnitude_vector"
+    ]
     ratio = m.double().abs() / base.tensors["model.layers.0.mlp.up_proj.weight"].double().norm(dim=1)
     found = points["model.layers.0.mlp.up_proj"].norm_ratio
     assert found["least"] == pytest.approx(ratio.min().item())
