@@ -69,7 +69,7 @@ def test_adapters_equal_the_definition(tmp_path, base, dora):
     assert found["median"] == pytest.approx(ratio.median().item(), rel=0.02)
 
 
-def tuned_of(path, base, change=lambda name, x: x, dtype=torch.float32):
+def tuned_of(path, base, change=lambda _, x: x, dtype=torch.float32):
     """A fine-tuned copy of a base, in one file."""
     torch.manual_seed(3)
     path.mkdir()

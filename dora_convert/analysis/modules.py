@@ -105,7 +105,7 @@ class AnalysedModule:
 
 
 @dataclass
-class Pairing:
+class PairedTensors:
     """The matrices and the vectors of one series' step, and sentences on what was left out."""
 
     modules: list[AnalysedModule] = field(default_factory=list)
@@ -139,9 +139,9 @@ def _stacked(tensor: StoredTensor) -> StoredTensor:
     return replace(tensor, shape=(tensor.shape[0] * tensor.shape[1], tensor.shape[2]))
 
 
-def pair_plan(plan: Plan) -> Pairing:
+def pair_plan(plan: Plan) -> PairedTensors:
     """Return the tensors that an adapter changes."""
-    pairing, added, grown = Pairing(), [], []
+    pairing, added, grown = PairedTensors(), [], []
     for item in plan.items:
         if not item.changed:
             continue
@@ -156,14 +156,14 @@ def pair_plan(plan: Plan) -> Pairing:
     return pairing
 
 
-def pair_checkpoint(base: Checkpoint, tuned: Checkpoint, options: Options) -> Pairing:
+def pair_checkpoint(base: Checkpoint, tuned: Checkpoint, options: Options) -> PairedTensors:
     """Return the tensors of two checkpoints, by their names in the model.
 
     Raises PlanError if no matrix of TUNED is one of BASE.
     """
     before, after = model_names(base), model_names(tuned)
     types = base.model_types | tuned.model_types
-    pairing, strange, grown = Pairing(), [], []
+    pairing, strange, grown = PairedTensors(), [], []
     for name, tensor in after.items():
         if not options.selects(name.rpartition(".")[0]):
             continue
@@ -186,7 +186,7 @@ def pair_checkpoint(base: Checkpoint, tuned: Checkpoint, options: Options) -> Pa
     return pairing
 
 
-def _warn(pairing: Pairing, what: str, names: Collection[str]) -> None:
+def _warn(pairing: PairedTensors, what: str, names: Collection[str]) -> None:
     """Note that some tensors are left out, if there are any."""
     if names:
         shown = ", ".join(list(names)[:SHOWN]) + (" …" if len(names) > SHOWN else "")

@@ -20,7 +20,7 @@ from ..sources.prefetch import reading
 from ..sources.session import Session
 from ..storage.checkpoint import Checkpoint
 from .collision import collide
-from .modules import AnalysedModule, Pairing, needs_of
+from .modules import AnalysedModule, PairedTensors, needs_of
 from .movement import ModuleBlocks, measure_module
 
 Task = Callable[[DeviceBuffers], Any]
@@ -69,7 +69,7 @@ class Measured:
 
 
 def measure_step(
-    pairing: Pairing, checkpoints: Sequence[Checkpoint], measuring: Measuring, label: str
+    pairing: PairedTensors, checkpoints: Sequence[Checkpoint], measuring: Measuring, label: str
 ) -> tuple[Measured, list[MovedVector]]:
     """Measure all matrices of one step, and the vectors that moved."""
     modules = {module.name: module for module in pairing.modules}
@@ -105,7 +105,7 @@ def _vector_sizes(module: AnalysedModule, buffers: DeviceBuffers) -> tuple[float
 
 
 def measure_collision(
-    pairings: Sequence[Pairing], checkpoints: Sequence[Checkpoint], measuring: Measuring
+    pairings: Sequence[PairedTensors], checkpoints: Sequence[Checkpoint], measuring: Measuring
 ) -> list[Collision]:
     """Compare the changes of two steps on the modules that both change."""
     one, other = ({module.name: module for module in pairing.modules} for pairing in pairings)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import Unpack
 
 from ..adapters import Adapter
-from ..analysis.modules import Pairing, pair_checkpoint, pair_plan
+from ..analysis.modules import PairedTensors, pair_checkpoint, pair_plan
 from ..analysis.series import TunedRef, expand
 from ..analysis.shares import share_by_config, share_of
 from ..analysis.statistics import correlate, layer_of, name_kinds
@@ -107,7 +107,7 @@ class _Step:
 
     ref: TunedRef
     opened: Checkpoint | Adapter
-    pairing: Pairing
+    pairing: PairedTensors
 
     @property
     def address(self) -> str:
