@@ -240,6 +240,9 @@ class Change:
     """All weights that the update may be for, if only shapes can tell; `target` is one of them."""
     rule: str = ""
     """The formula of the scaling, such as "alpha 16 / rank 8"."""
+    depth: int | None = None
+    """The change's place among those for one `among`, whose weights are in the same order; None if only shapes can
+    tell."""
     outputs: tuple[int, int] | None = None
     """The outputs of the module that the update is for, from the first to before the last; None for all."""
 
