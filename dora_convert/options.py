@@ -44,11 +44,13 @@ OPTIONS = {
     "kind": Option("dora", "dora: magnitudes and factors; lora: factors alone.", choices=("dora", "lora")),
     "embeddings": Option("full", "Embeddings and heads that differ; skip leaves out norms and biases, too.",
                          choices=("full", "lora", "skip")),
-    "level": Option("weights", "Compare every element of the weights, or the models' outputs.",
-                    choices=("weights", "outputs")),
+    "level": Option("weights", "Compare all weights, or the models' outputs.", choices=("weights", "outputs")),
     "samples": Option(8, "Random inputs whose outputs are compared, for each module.", "N", least=0),
     "prompt": Option((), "Text to run the models on; repeatable.", "TEXT"),
     "prompts": Option(None, "File with one more text a line; UTF-8.", "FILE"),
+    "top": Option(10, "Modules shown, those that moved most first.", "N", least=1),
+    "csv": Option(None, "Write the points as a table, too.", "FILE.csv"),
+    "plot": Option(None, "Draw ΔM over ΔD: .png and .svg need matplotlib, .html does not.", "FILE"),
     "report": Option(None, "Write the report as a self-contained page, too.", "FILE.html"),
     "weight": Option((), "Strength, one per ADAPTER in their order.", "W"),
     "base": Option(None, "The base itself, for values that no record holds.", "REF"),
@@ -64,8 +66,7 @@ OPTIONS = {
     "legacy_config": Option(False, "Write config.json's rope_parameters in the older fields, too."),
     "max_shard_size": Option(None, "Such as 5GB or 4GiB; default the base's own shards.", "SIZE"),
     "device": Option("auto", "Device that computes.", "auto|cpu|cuda[:N]|mps"),
-    "compute_dtype": Option("auto", "Dtype of the arithmetic, rounded once at the end; auto is float64.",
-                            choices=("auto", "float64", "float32")),
+    "compute_dtype": Option("auto", "Dtype of the arithmetic; auto is float64.", choices=("auto", "float64", "float32")),
     "max_memory": Option("160MiB", f"{_BUDGET}.", "SIZE"),
     "workers": Option(None, "Threads; default one per processor.", "N", least=1),
     "include": Option((), "Only modules of this name; repeatable.", "GLOB"),
@@ -257,6 +258,18 @@ class VerifyOptions(MatchOptions, SelectOptions, FieldOptions, ComputeOptions, t
     prompts: Path | None
     report: Path | None
     max_memory: str | int | None
+
+
+class AnalyzeOptions(SelectOptions, FieldOptions, ComputeOptions, total=False):
+    """The options of analyze."""
+
+    compute_dtype: Dtype
+    max_memory: str | int
+    allow_unmatched: bool
+    top: int
+    csv: Path | None
+    plot: Path | None
+    report: Path | None
 
 
 class InspectOptions(FieldOptions, HubOptions, total=False):

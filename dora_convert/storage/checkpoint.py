@@ -184,7 +184,9 @@ def _open_pipeline(source: Source) -> Checkpoint:
     sides, left = sort_files(name for name in names if name not in used)
     states = file_states(root / name for name in (*used, *sides))
     sides = tuple(sorted((*sides, *indexes)))
-    return Checkpoint(source, tuple(shards), None, None, sides, left, tuple(notes), states=states)
+    return Checkpoint(
+        source, tuple(shards), None, side_files=sides, left_behind=left, notes=tuple(notes), states=states
+    )
 
 
 def read_weights(path: Path) -> Header:
