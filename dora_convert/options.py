@@ -66,7 +66,7 @@ OPTIONS = {
     "legacy_config": Option(False, "Write config.json's rope_parameters in the older fields, too."),
     "max_shard_size": Option(None, "Such as 5GB or 4GiB; default the base's own shards.", "SIZE"),
     "device": Option("auto", "Device that computes.", "auto|cpu|cuda[:N]|mps"),
-    "compute_dtype": Option("auto", "Dtype of the arithmetic; auto is float64.", choices=("auto", "float64", "float32")),
+    "compute_dtype": Option("auto", "Dtype that computes; auto is float64.", choices=("auto", "float64", "float32")),
     "max_memory": Option("160MiB", f"{_BUDGET}.", "SIZE"),
     "workers": Option(None, "Threads; default one per processor.", "N", least=1),
     "include": Option((), "Only modules of this name; repeatable.", "GLOB"),
