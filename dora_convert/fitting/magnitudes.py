@@ -39,7 +39,7 @@ def magnitudes(job: MatchedChange, buffers: DeviceBuffers, *, preserve: bool) ->
         )
     stored = m.to("cpu", torch.float32)
     lost = float(((stored.double() / n.cpu().double() - 1) * n.cpu().double()).square().sum())
-    change = low.scale**2 * max(size, 0.0)
+    change = low.scale * low.scale * max(size, 0.0)  # a power raises where a product is inf
     shape = (1, -1, *[1] * (len(low.A.shape) - 2)) if len(low.A.shape) > 2 else (-1,)
     facts = {"rank": low.rank, "change": change, "lost": lost}
     return Fitted({"m": stored.view(shape)}, facts)
