@@ -72,6 +72,10 @@ OPTIONS = {
     "exclude": Option((), "No modules of this name; repeatable.", "GLOB"),
     "undo": Option(None, "Record that unmerge needs: norms (default; up to rounding) or exact (bit for bit).",
                    choices=("norms", "exact", "none")),
+    "dequantize": Option(False, "Write a quantised base's weights dense, all of them."),
+    "dequantize_touched": Option(False, "Write only those quantised weights dense that the adapter changes, and those "
+                                 "that servers fuse with them."),
+    "requantize": Option(False, "Round changed weights of few bits to the old bits again; the loss is printed."),
     "verify": Option(True, "Check a sample of the output before publishing."),
     "verify_outputs": Option(False, "Run base + adapter and the output on sample prompts before publishing."),
     "allow_unmatched": Option(False, "Warn about adapter tensors that match nothing in the base."),
@@ -195,6 +199,9 @@ class MergeOptions(MatchOptions, FieldOptions, CheckpointOptions, OutputOptions,
     """The options of merge."""
 
     undo: str | None
+    dequantize: bool
+    dequantize_touched: bool
+    requantize: bool
     legacy_config: bool
     verify_outputs: bool
     no_local: bool

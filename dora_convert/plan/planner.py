@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..adapters import Adapter, Full, Rows, Update, unwrapped
 from ..errors import Fault, PlanError, UnsupportedError
@@ -22,6 +22,9 @@ from .item import Item
 from .plan import Entry, Options, Plan
 from .sharding import lay_out
 
+if TYPE_CHECKING:
+    from .quantised import QuantisedBase
+
 LACKING = "the config says that it was trained, and the adapter has no tensor of it"
 
 
@@ -31,8 +34,8 @@ def make_plan(base: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[f
     Raises UnsupportedError for bases that are refused as a whole, UsageError for weights that cannot be
     applied, and PlanError with every fault of every adapter otherwise.
     """
-    refuse_quantised(base)
-    tree = _with_layers(base, adapters)
+    quantised = _quantised(base, options)
+    tree = _with_layers(quantised.dense if quantised else base, adapters)
     names = _resolvers(tree, adapters, options)
     tasks = [adapter.task for adapter in adapters if adapter.task]
     tie = find_tie(tree, tasks)
@@ -46,9 +49,11 @@ def make_plan(base: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[f
     for adapter, resolver, weight in zip(adapters, names, weights, strict=True):
         builder.add(adapter, resolver, weight)
     builder.settle_ties()
-    items = {name: builder.item(name) for name in builder.targets}
+    items: Mapping[str, Item] = {name: builder.item(name) for name in builder.targets}
     resized = _resized(items)
     builder.faults += _resized_alone(items, resized)
+    if quantised:
+        quantised.refuse_unread(builder.faults)
     _check(builder, items, base, adapters)
     missing = [
         find_missing(adapter, resolver, tree, tie, options) for adapter, resolver in zip(adapters, names, strict=True)
@@ -56,6 +61,11 @@ def make_plan(base: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[f
     builder.warnings += _warn_of_missing(adapters, missing, options)
     builder.ledger += [Entry(name, "missing", (), LACKING) for each in missing for name in each]
     config = _output_config(builder, items, resized, tasks)
+    files: Mapping[str, Any] = {}
+    if quantised:
+        builder.warnings += quantised.warnings()
+        settled = quantised.settle(items, tree, config)
+        items, tree, config, files = settled.items, settled.tree, settled.config, settled.files
     shards, index_name = lay_out(tree, items, options.max_shard_size)
     changed = config if config != base.config else None
     if changed and base.is_file:
@@ -73,6 +83,7 @@ def make_plan(base: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[f
         ledger=tuple(builder.ledger),
         config=changed,
         warnings=tuple(builder.warnings),
+        files=files,
     )
 
 
@@ -225,15 +236,13 @@ def _output_config(
     return config_json.with_legacy_rope(config) if options.legacy_config else config
 
 
-def refuse_quantised(base: Checkpoint) -> None:
-    """Raise UnsupportedError for quantised weights."""
-    for config in base.configs:
-        if isinstance(method := config.get("quantization_config"), Mapping):
-            raise UnsupportedError(
-                f"{base.source.name} is quantised ({method.get('quant_method', 'unknown method')}); "
-                "merging into quantised weights is not done yet.",
-                hint="name the full-precision checkpoint that it was made from",
-            )
+def _quantised(base: Checkpoint, options: Options) -> QuantisedBase | None:
+    """Return what is known of a quantised base; None for a dense one, without a look at codecs."""
+    if not base.may_be_quantised:
+        return None
+    from .quantised import QuantisedBase
+
+    return QuantisedBase.of(base, options)
 
 
 SHOWN = 10
