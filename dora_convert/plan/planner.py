@@ -263,14 +263,14 @@ def find_missing(
     shapes = {own: tensor.shape for name, tensor in base.tensors.items() if (own := names.in_adapter(name))}
     changes = [change for change in adapter.changes if not _is_frozen(change.update)]
     targets = [target for change in changes for target in (change.target, *change.among)]
-    covered = {names.find(target) for target in targets}
+    covered = {name for target in targets for name in names.stored(target)}
     if tie and covered & {tie.embedding, tie.head}:
         covered |= {tie.embedding, tie.head}
     has_experts = any(EXPERTS in target for target in targets)
     return sorted(
         name
         for name in set(adapter.promised(shapes, lambda name: len(shapes[name]) == 2 and _is_linear(name)))
-        if names.find(name) not in covered
+        if covered.isdisjoint(names.stored(name))
         and options.selects(name.rpartition(".")[0])
         and (has_experts or EXPERTS not in name)
         and not _is_past_the_last_layer(name, base)
