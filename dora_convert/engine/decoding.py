@@ -11,7 +11,6 @@ from torch import Tensor
 from ..codecs.coded import CHUNK_ELEMENTS, STRIP_BYTES, CodedTensor
 from ..storage.reader import Reader
 from ..storage.safetensors import StoredTensor
-from .precision import as_bytes, empty
 
 SMALL = 1 << 16
 """Bytes of a part that is read whole and kept, such as a table or the order of inputs."""
@@ -60,18 +59,18 @@ class StoredParts:
         last = min(width, max(stop, start + STRIP_BYTES // max(1, height)))
         if (start, last) == (0, width):
             return start, last, self._read(part, 0, height)
-        strip = empty((height, last - start), torch.uint8)
-        data = as_bytes(strip)
         length = last - start
+        data = bytearray(height * length)
         for row in range(height):
-            self._reader.read(part.path, part.start + row * width + start, data[row * length : (row + 1) * length])
-        return start, last, strip
+            into = memoryview(data)[row * length : (row + 1) * length]
+            self._reader.read(part.path, part.start + row * width + start, into)
+        return start, last, torch.frombuffer(data, dtype=torch.uint8).view(height, length)
 
     def _read(self, part: StoredTensor, start: int, stop: int) -> Tensor:
         width = part.shape[1]
-        host = empty((stop - start, width), torch.uint8)
-        self._reader.read(part.path, part.start + start * width, as_bytes(host))
-        return host
+        data = bytearray((stop - start) * width)
+        self._reader.read(part.path, part.start + start * width, memoryview(data))
+        return torch.frombuffer(data, dtype=torch.uint8).view(-1, width)
 
 
 def decode(tensor: StoredTensor, parts: StoredParts, start: int, out: Tensor) -> Tensor:

@@ -147,7 +147,7 @@ class CodedValues:
             value |= data[(byte + k).clamp(max=len(data) - 1)].long() << 8 * k
         value >>= position % 8
         mask = (1 << count) - 1 if count < 64 else -1
-        return torch.bitwise_and(value, mask)
+        return value & mask
 
     def _bytes(self, role: str, part: StoredTensor, first: int, last: int) -> tuple[Tensor, int]:
         """Return bytes of a part, and the number of the first; columns keep all bytes of one expert."""
@@ -169,7 +169,7 @@ def meaning(codes: Tensor, scheme: Blocks) -> Tensor:
         case "E2M1":
             return float_value(codes, exponent=2, mantissa=1)
         case "signed":
-            return codes.double() - 2 ** (scheme.bits - 1)
+            return codes.double().sub(1 << scheme.bits - 1)
         case "unsigned":
             return codes.double()
     return number(codes, scheme.grid)
