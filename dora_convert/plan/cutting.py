@@ -55,7 +55,7 @@ def cut(
 
 
 @dataclass(frozen=True)
-class _Weight:
+class ModelWeight:
     """A weight of the running model: (rows, …), or (experts, rows, columns)."""
 
     experts: int
@@ -76,7 +76,7 @@ class _Weight:
 
 def _measured(
     slots: Sequence[Slot], tensors: Mapping[str, StoredTensor], *, stacks: bool, says_turned: bool
-) -> _Weight:
+) -> ModelWeight:
     """Return the weight that some slots make; UncutError unless they make one whole weight."""
     title = ", ".join(slot.name for slot in slots[:3]) + (" …" if len(slots) > 3 else "")
     shapes = [_in_model(slot, tensors[slot.name].shape, stacks=stacks) for slot in slots]
@@ -92,7 +92,7 @@ def _measured(
         ends[slot.expert or 0] = last
     if len(ends) != (slots[0].experts or 1) or set(ends.values()) != {rows}:
         raise UncutError(f"the base's {title} make no whole weight: some tensors are missing")
-    return _Weight(slots[0].experts or stored, rows, shapes[0][axis + 1 :], says_turned, title=title, stacks=stacks)
+    return ModelWeight(slots[0].experts or stored, rows, shapes[0][axis + 1 :], says_turned, title=title, stacks=stacks)
 
 
 def _in_model(slot: Slot, shape: tuple[int, ...], *, stacks: bool) -> tuple[int, ...]:
@@ -104,7 +104,7 @@ def _in_model(slot: Slot, shape: tuple[int, ...], *, stacks: bool) -> tuple[int,
     return (slot.part[1] - slot.part[0], *shape[2 if stacks and len(shape) == STACK else 1 :])
 
 
-def _part(update: Update, slot: Slot, weight: _Weight, stored: StoredTensor, model_types: frozenset[str]) -> Part:
+def _part(update: Update, slot: Slot, weight: ModelWeight, stored: StoredTensor, model_types: frozenset[str]) -> Part:
     """Return the part of an update for one slot, matched with the slot's tensor."""
     outputs, shape = slot.part, stored.shape
     match update:
@@ -126,7 +126,7 @@ def _part(update: Update, slot: Slot, weight: _Weight, stored: StoredTensor, mod
     return Part(slot.name, match, outputs)
 
 
-def _rows(slot: Slot, weight: _Weight) -> Sequence[int] | None:
+def _rows(slot: Slot, weight: ModelWeight) -> Sequence[int] | None:
     """Return the outputs of the weight that a slot holds, in the order of the disk; None for all as they are."""
     first, last = slot.outputs or (0, weight.rows)
     if slot.order is not None:
@@ -136,7 +136,7 @@ def _rows(slot: Slot, weight: _Weight) -> Sequence[int] | None:
     return range(first, last) if slot.outputs else None
 
 
-def _cut_factors(update: Update, slot: Slot, weight: _Weight) -> Update:
+def _cut_factors(update: Update, slot: Slot, weight: ModelWeight) -> Update:
     """Return an update without the outputs that a slot does not hold."""
     rows = _rows(slot, weight)
     match update:
@@ -158,7 +158,7 @@ def _cut_factors(update: Update, slot: Slot, weight: _Weight) -> Update:
     raise UncutError(f"is {update.title}, which is not cut yet, and its weight is stored as {weight.title}")
 
 
-def _cut_low_rank(low: LowRank, slot: Slot, weight: _Weight) -> LowRank:
+def _cut_low_rank(low: LowRank, slot: Slot, weight: ModelWeight) -> LowRank:
     """Return factors without the outputs that a slot does not hold."""
     rows = _rows(slot, weight)
     if low.outputs != weight.rows:
@@ -180,7 +180,7 @@ def _elements(vector: StoredTensor, rows: Sequence[int] | None) -> StoredTensor:
     return view(vector if len(vector.shape) == 1 else replace(vector, shape=(vector.numel,)), rows=rows)
 
 
-def _of_experts(update: Update, slot: Slot, weight: _Weight) -> LowRank:
+def _of_experts(update: Update, slot: Slot, weight: ModelWeight) -> LowRank:
     """Return the factors of one expert, or of all experts that a tensor holds."""
     if not isinstance(update, LowRank) or update.start or update.d or update.b or update.blocks != (1, 1):
         raise UncutError("only plain LoRA is trained on experts")
@@ -200,7 +200,7 @@ def _of_experts(update: Update, slot: Slot, weight: _Weight) -> LowRank:
     return replace(update, A=A, B=B, experts=experts, transposed=turned != bool(slot.transposed))
 
 
-def _cut_value(update: Full, slot: Slot, weight: _Weight, shape: tuple[int, ...]) -> Update:
+def _cut_value(update: Full, slot: Slot, weight: ModelWeight, shape: tuple[int, ...]) -> Update:
     """Return the part of a tensor saved whole that belongs into a slot."""
     value, rows = update.value, _rows(slot, weight)
     _refuse_shape(value, weight)
@@ -219,6 +219,6 @@ def _cut_value(update: Full, slot: Slot, weight: _Weight, shape: tuple[int, ...]
     return Rows(value, tuple(range(*slot.part)))
 
 
-def _refuse_shape(value: StoredTensor, weight: _Weight) -> None:
+def _refuse_shape(value: StoredTensor, weight: ModelWeight) -> None:
     if value.shape != weight.shape:
         raise UncutError(f"has shape {value.shape}; {weight.title} make {weight.shape}")
