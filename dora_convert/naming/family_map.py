@@ -13,7 +13,6 @@ from ..storage.safetensors import StoredTensor
 from .slots import Slot
 from .table import Config, Family, Place, Rule
 
-
 STACKED = 3
 """The dimensions of a stack of experts that is one tensor."""
 

@@ -21,7 +21,7 @@ import xxhash
 
 from ..adapters import Adapter, Delta, Waived, tensors_of
 from ..errors import UsageError
-from ..settings import parse_size
+from ..settings import NO_FACTS, AdapterFacts, parse_size
 from ..storage.checkpoint import Checkpoint
 from ..storage.safetensors import BITS, CONFIG_DTYPES, StoredTensor
 from .item import Edit, Item
@@ -209,11 +209,12 @@ class Options:
     "again"; by default those that the adapter changes are coded again if their bits suffice."""
     strict: bool = False
     """True if an adapter must hold all that its config says was trained."""
+    facts: AdapterFacts = NO_FACTS
 
     @property
     def waived(self) -> Waived:
-        """The parts of adapters that the caller does without."""
-        return Waived(self.ignore_field, self.ignore_file)
+        """The caller's words about adapters."""
+        return Waived(self.ignore_field, self.ignore_file, self.facts)
 
     @property
     def exact(self) -> bool:
@@ -267,21 +268,26 @@ def parse_options(given: Mapping[str, Any]) -> Options:
         strict=given.get("strict", False),
         quantised=_quantised(given),
         legacy_config=given.get("legacy_config", False),
+        facts=_facts(given),
     )
 
 
-QUANTISED = {"dequantize": "all", "dequantize_touched": "touched", "requantize": "again"}
-"""The options that say what becomes of quantised weights."""
+def _facts(given: Mapping[str, Any]) -> AdapterFacts:
+    """Return the caller's facts about adapters, which few calls give."""
+    if all(given.get(name) in (None, ()) for name in ("alpha", "scaling", "axis", "enable_lora")):
+        return NO_FACTS
+    from ..adapters.facts import parse_facts
+
+    return parse_facts(given)
 
 
 def _quantised(given: Mapping[str, Any]) -> str:
-    chosen = [option for option in QUANTISED if given.get(option)]
-    if len(chosen) > 1:
-        raise UsageError(
-            f"{' and '.join('--' + option.replace('_', '-') for option in chosen)} contradict each other.",
-            hint="give one of them",
-        )
-    return QUANTISED[chosen[0]] if chosen else ""
+    """Return the caller's choice for quantised weights, which few calls make."""
+    if not any(given.get(name) for name in ("dequantize", "dequantize_touched", "requantize")):
+        return ""
+    from .quantised_config import parse_choice
+
+    return parse_choice(given)
 
 
 def parse_weights(given: Sequence[float] | float, count: int) -> tuple[float, ...]:

@@ -35,7 +35,9 @@ def make_plan(base: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[f
     applied, and PlanError with every fault of every adapter otherwise.
     """
     quantised = _quantised(base, options)
-    tree = _with_layers(quantised.dense if quantised else base, adapters)
+    whole = quantised.dense if quantised else base
+    adapters = [_for_base(adapter, whole) for adapter in adapters]
+    tree = _with_layers(whole, adapters)
     names = _resolvers(tree, adapters, options)
     tasks = [adapter.task for adapter in adapters if adapter.task]
     tie = find_tie(tree, tasks)
@@ -49,7 +51,7 @@ def make_plan(base: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[f
     for adapter, resolver, weight in zip(adapters, names, weights, strict=True):
         builder.add(adapter, resolver, weight)
     builder.settle_ties()
-    items: Mapping[str, Item] = {name: builder.item(name) for name in builder.targets}
+    items = {name: builder.item(name) for name in builder.targets}
     resized = _resized(items)
     builder.faults += _resized_alone(items, resized)
     if quantised:
@@ -61,19 +63,8 @@ def make_plan(base: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[f
     builder.warnings += _warn_of_missing(adapters, missing, options)
     builder.ledger += [Entry(name, "missing", (), LACKING) for each in missing for name in each]
     config = _output_config(builder, items, resized, tasks)
-    files: Mapping[str, Any] = {}
-    if quantised:
-        builder.warnings += quantised.warnings()
-        settled = quantised.settle(items, tree, config)
-        items, tree, config, files = settled.items, settled.tree, settled.config, settled.files
     shards, index_name = lay_out(tree, items, options.max_shard_size)
-    changed = config if config != base.config else None
-    if changed and base.is_file:
-        raise UnsupportedError(
-            f"This merge changes config.json, too, and BASE {base.source.name} is a single file.",
-            hint=f"name its folder: {base.root}",
-        )
-    return Plan(
+    plan = Plan(
         base=base,
         adapters=tuple(adapters),
         weights=tuple(weights),
@@ -81,10 +72,20 @@ def make_plan(base: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[f
         shards=shards,
         index_name=index_name,
         ledger=tuple(builder.ledger),
-        config=changed,
+        config=config if config != base.config else None,
         warnings=tuple(builder.warnings),
-        files=files,
     )
+    return _unless_a_file(quantised.settled(plan, items, tree) if quantised else plan)
+
+
+def _unless_a_file(plan: Plan) -> Plan:
+    """Return a plan; raise UnsupportedError if it changes config.json, and the base is a single file."""
+    if plan.config and plan.base.is_file:
+        raise UnsupportedError(
+            f"This merge changes config.json, too, and BASE {plan.base.source.name} is a single file.",
+            hint=f"name its folder: {plan.base.root}",
+        )
+    return plan
 
 
 def _warn_of_missing(
@@ -105,6 +106,15 @@ def _warn_of_missing(
         for adapter, lacking in zip(adapters, missing, strict=True)
         if lacking
     )
+
+
+def _for_base(adapter: Adapter, base: Checkpoint) -> Adapter:
+    """Return an adapter with the base's names, and with all decided that its files leave to the base."""
+    if adapter.naming != "dotted":
+        from ..naming.flattened import with_base_names
+
+        adapter = with_base_names(adapter, base)
+    return adapter.fit(adapter, base) if adapter.fit else adapter
 
 
 def _with_layers(base: Checkpoint, adapters: Sequence[Adapter]) -> Checkpoint:
@@ -170,7 +180,7 @@ def _check(builder: PlanBuilder, items: Mapping[str, Item], base: Checkpoint, ad
         wrong = "contradict themselves, or " if any(adapter.faults for adapter in adapters) else ""
         beside = sum(map(len, builder.beside.values()))
         only = beside == len(faults) and len(builder.beside) == 1
-        what = f"tensors of {next(iter(builder.beside))}" if only else "adapter tensors"
+        what = f"tensors of {next(iter(builder.beside))}" if only else f"adapter tensors{_formats(adapters)}"
         hints = [f"--ignore-file {name} merges without it" for name in builder.beside]
         most = 2 * len(faults) >= sum(len(adapter.tensors) for adapter in adapters)
         if beside < len(faults) and most and not any(adapter.faults for adapter in adapters):
@@ -181,6 +191,12 @@ def _check(builder: PlanBuilder, items: Mapping[str, Item], base: Checkpoint, ad
     if not any(item.changed for item in items.values()):
         names = ", ".join(adapter.source.name for adapter in adapters)
         raise PlanError(f"Nothing to merge: no tensor of {names} is left to apply.")
+
+
+def _formats(adapters: Sequence[Adapter]) -> str:
+    """Return the formats of adapters that are not PEFT's, in brackets."""
+    names = {f"{each.format}, by {each.maker}" if each.maker else each.format for each in adapters}
+    return f" ({'; '.join(sorted(names))})" if names != {"peft"} else ""
 
 
 def _other_base(base: Checkpoint, adapters: Sequence[Adapter]) -> str:
@@ -218,22 +234,16 @@ def _output_config(
     builder: PlanBuilder, items: Mapping[str, Item], resized: Mapping[str, tuple[int, int]], tasks: Sequence[str]
 ) -> Mapping[str, Any] | None:
     """Return the output's config."""
-    config = builder.base.config
     added = {name: item.shape for name, item in items.items() if item.added and item.base is None}
-    options = builder.options
+    config, options = builder.base.config, builder.options
     if config is None or not (options.dtype or options.legacy_config or builder.untied or resized or added):
         return config
-    from . import config_json
+    from .config_json import for_output
 
-    if options.dtype:
-        config = config_json.with_dtype(config, options.dtype)
-    if builder.untied:
-        config = config_json.untied(config)
-    for old, new in list(resized.values())[:1]:
-        config = config_json.with_vocabulary(config, old, new)
-    if added or (builder.untied and builder.base.renamed):
-        config = config_json.with_head(config, next(iter(tasks), None), added)
-    return config_json.with_legacy_rope(config) if options.legacy_config else config
+    headless = builder.untied and bool(builder.base.renamed)
+    return for_output(
+        config, options, next(iter(tasks), None), untie=builder.untied, resized=resized, added=added, headless=headless
+    )
 
 
 def _quantised(base: Checkpoint, options: Options) -> QuantisedBase | None:

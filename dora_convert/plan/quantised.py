@@ -19,8 +19,9 @@ from ..storage.checkpoint import Checkpoint, Shard
 from ..storage.json_files import read_json
 from ..storage.safetensors import FLOATS, StoredTensor
 from .item import Item
-from .plan import Options
+from .plan import Options, Plan
 from .quantised_config import dense_modules, skipping, undescribed, without_quantisation
+from .sharding import lay_out
 
 FUSED = (
     ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("query", "key", "value"),
@@ -33,17 +34,6 @@ NAMES = {
     "bitnet": "BitNet", "quark": "quark", "fbgemm_fp8": "FBGEMM", "auto-round": "auto-round", "awq": "AWQ",
 }  # fmt: skip
 """Names of methods as their authors write them."""
-
-
-@dataclass(frozen=True)
-class Settled:
-    """The output's items by name, and the checkpoint whose files they are laid out like."""
-
-    items: Mapping[str, Item]
-    tree: Checkpoint
-    config: Mapping[str, Any] | None
-    files: Mapping[str, Mapping[str, Any] | None]
-    """Side files that change: their JSON, or None for those that are left out."""
 
 
 @dataclass(frozen=True)
@@ -98,12 +88,13 @@ class QuantisedBase:
             rest = "" if self.options.quantised == "all" else "; the field stays as it is, and --dequantize removes it"
             yield f"{self.base.source.name} says that it is quantised ({self.title}), but its weights are dense{rest}"
 
-    def settle(self, items: Mapping[str, Item], tree: Checkpoint, config: Mapping[str, Any] | None) -> Settled:
-        """Return the output's items: the dense ones, and the parts of those that stay coded.
+    def settled(self, plan: Plan, items: Mapping[str, Item], tree: Checkpoint) -> Plan:
+        """Return the plan of a dense base with the tensors that the output has: dense ones, and parts of the others.
 
         `tree` is the dense base, perhaps with other names. Raises UnsupportedError for weights that the adapter
         changes and that cannot be coded again.
         """
+        plan = replace(plan, warnings=(*plan.warnings, *self.warnings()))
         again = self._coded_again(items)
         dense = self._dense_names(items, again)
         kept = [tensor for name, tensor in self.coded.items() if name not in dense]
@@ -113,21 +104,37 @@ class QuantisedBase:
                 hint="--dequantize writes all weights dense",
             )
         if not kept:
-            tree = replace(tree, shards=tuple(map(_described_as_dense, tree.shards)))
-            config = without_quantisation(config) if config else config
-            gone = self.options.quantised == "all" or self.coded
-            return Settled(items, tree, config if gone else self.base.config, {SIDE_FILE: None} if gone else {})
+            return self._without_codes(plan, items, tree)
         own = {name: item for name, item in items.items() if name not in self.coded or name in dense}
         for tensor in kept:
             own |= _parts(tensor, items[tensor.name] if tensor.name in again else None)
+        return self._laid_out(self._listing(plan, sorted(dense)) if dense else plan, own, self._layout(dense))
+
+    def _without_codes(self, plan: Plan, items: Mapping[str, Item], tree: Checkpoint) -> Plan:
+        """Return the plan of an output that has no coded weight, and does not say that it has."""
+        if not self.coded and self.options.quantised != "all":
+            return plan
+        config = plan.output_config
+        plan = self._with_config(plan, config and without_quantisation(config), {SIDE_FILE: None})
+        return self._laid_out(plan, items, replace(tree, shards=tuple(map(_described_as_dense, tree.shards))))
+
+    def _listing(self, plan: Plan, dense: Sequence[str]) -> Plan:
+        """Return the plan with a config that lists some weights as dense."""
+        modules, others = [name.removesuffix(".weight") for name in dense], dense_modules(self.base, self.coded)
+        config, side = plan.output_config, self.base.root / SIDE_FILE
         files: dict[str, Mapping[str, Any] | None] = {}
-        if dense:
-            modules = sorted(name.removesuffix(".weight") for name in dense)
-            others = dense_modules(self.base, self.coded)
-            config = skipping(config, modules, others) if config else config
-            if (side := self.base.root / SIDE_FILE).is_file() and not self.base.is_file:
-                files[SIDE_FILE] = skipping(read_json(side), modules, others)
-        return Settled(own, self._layout(dense), config, files)
+        if side.is_file() and not self.base.is_file:
+            files[SIDE_FILE] = skipping(read_json(side), modules, others)
+        return self._with_config(plan, config and skipping(config, modules, others), files)
+
+    def _with_config(
+        self, plan: Plan, config: Mapping[str, Any] | None, files: Mapping[str, Mapping[str, Any] | None]
+    ) -> Plan:
+        return replace(plan, config=config if config != self.base.config else None, files=files)
+
+    def _laid_out(self, plan: Plan, items: Mapping[str, Item], tree: Checkpoint) -> Plan:
+        shards, index_name = lay_out(tree, items, self.options.max_shard_size)
+        return replace(plan, shards=shards, index_name=index_name)
 
     def _layout(self, dense: Collection[str]) -> Checkpoint:
         """Return the base with its dense weights in their codes' places, and all other tensors as on disk."""

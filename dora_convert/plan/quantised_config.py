@@ -13,7 +13,9 @@ from contextlib import suppress
 from typing import Any
 
 from ..codecs.evidence import PLACES
+from ..errors import UsageError
 from ..naming.resolve import is_embedding
+from ..options import flag
 from ..storage.checkpoint import Checkpoint
 
 Config = Mapping[str, Any]
@@ -28,6 +30,18 @@ SKIP_LISTS = {
 }
 """The fields that list dense modules, by method; the first is added if none exists."""
 TORCHAO_NAMES = "tensor_names"
+
+
+CHOICES = {"dequantize": "all", "dequantize_touched": "touched", "requantize": "again"}
+"""The options that say what becomes of quantised weights."""
+
+
+def parse_choice(given: Mapping[str, Any]) -> str:
+    """Return what becomes of quantised weights; UsageError for options that contradict each other."""
+    chosen = [option for option in CHOICES if given.get(option)]
+    if len(chosen) > 1:
+        raise UsageError(f"{' and '.join(map(flag, chosen))} contradict each other.", hint="give one of them")
+    return CHOICES[chosen[0]] if chosen else ""
 
 
 def without_quantisation(config: Config) -> dict[str, Any]:
