@@ -271,7 +271,8 @@ def find_missing(
     if not adapter.promised:
         return []
     shapes = {own: tensor.shape for name, tensor in base.tensors.items() if (own := names.in_adapter(name))}
-    changes = [change for change in adapter.changes if not _is_frozen(change.update)]
+    # a copy of the base's tensor beside its factors says nothing of training
+    changes = [each for each in adapter.changes if not (isinstance(each.update, Full) and each.update.copied)]
     targets = [target for change in changes for target in (change.target, *change.among)]
     covered = {name for target in targets for name in names.stored(target)}
     if tie and covered & {tie.embedding, tie.head}:
@@ -285,11 +286,6 @@ def find_missing(
         and (has_experts or EXPERTS not in name)
         and not _is_past_the_last_layer(name, base)
     )
-
-
-def _is_frozen(update: Update) -> bool:
-    """Return True for a tensor of the base that was saved beside its factors, which says nothing of training."""
-    return isinstance(update, Full) and update.copied
 
 
 def _is_linear(name: str) -> bool:
