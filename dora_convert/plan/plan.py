@@ -205,7 +205,7 @@ class Options:
     ignore_file: tuple[str, ...] = ()
     """Weight files beside adapters that are left out."""
     quantised: str = ""
-    """What becomes of quantised weights: "all" are written dense, or the "touched" ones, or few bits are coded
+    """The choice for quantised weights: "all" are written dense, or the "touched" ones, or few bits are coded
     "again"; by default those that the adapter changes are coded again if their bits suffice."""
     strict: bool = False
     """True if an adapter must hold all that its config says was trained."""
