@@ -80,9 +80,9 @@ def test_few_bits_are_refused(kind, tmp_path):
     adapter = make_adapter(tmp_path / "adapter", base, dora=False)
     with pytest.raises(UnsupportedError, match="changes 2 quantised weights") as error:
         dora_convert.merge(base, adapter, tmp_path / "out", **QUICK)
-    assert "--dequantize writes all" in error.value.hint
-    assert "--dequantize-touched" in error.value.hint
-    assert ("--requantize" in error.value.hint) == (kind not in ("gptq", "awq"))
+    assert "dequantize=True writes all" in error.value.hint
+    assert "dequantize_touched=True" in error.value.hint
+    assert ("requantize=True" in error.value.hint) == (kind not in ("gptq", "awq"))
     assert not (tmp_path / "out").exists()
     with pytest.raises(UsageError, match="contradict"):
         dora_convert.merge(base, adapter, tmp_path / "out", dequantize=True, requantize=True, **QUICK)
