@@ -117,7 +117,7 @@ def _samples(changes: Sequence[Change], find: Find, base: Checkpoint, axis: int 
         for change in changes:
             update, name = _magnitudes(change.update), find(change.target)
             W = base.tensors.get(name) if name else None
-            if not update or not W or W.dtype not in FLOATS or W.is_view or len(samples) == MODULES:
+            if not update or not W or type(W) is not StoredTensor or W.dtype not in FLOATS or len(samples) == MODULES:
                 continue
             if W.matrix[1 - axis] == update.m.numel:
                 samples.append(_sample(W, update.m, axis, reader))
