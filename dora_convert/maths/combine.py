@@ -1,0 +1,149 @@
+"""Combine several changes of one weight: prune, drop at random, elect signs, add (docs/mathematics.md, 12 to 15).
+
+All functions take blocks of rows. Random numbers depend on a key, a row and a column alone, so that no block, device
+or worker changes them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+SPREAD = 0.15
+"""How far DELLA's probabilities lie from the density, at most."""
+MASK = (1 << 64) - 1
+GOLDEN = 0x9E3779B97F4A7C15
+
+
+def kept_count(density: float, numel: int) -> int:
+    """Return the number of elements that pruning keeps, cut down to a whole number as PEFT does."""
+    return min(numel, int(density * numel))
+
+
+def prune(delta: Tensor, least: float) -> Tensor:
+    """Set elements whose magnitude is below `least` to zero (12)."""
+    return torch.nn.functional.hardshrink(delta, math.nextafter(least, 0.0)) if least > 0 else delta
+
+
+def drop_equal_(
+    delta: Tensor,  # changed in place, contiguous
+    least: float,
+    first: int,
+) -> Tensor:
+    """Set elements of magnitude `least` to zero from the flat position `first` on."""
+    flat = delta.view(-1)[max(0, first) :]
+    flat[flat.abs() == least] = 0.0
+    return delta
+
+
+def random_words(key: int, start: int, shape: tuple[int, int], device: torch.device) -> Tensor:
+    """Return 32 random bits for each element of a block that begins with row `start`, as int32.
+
+    Each row has a 64-bit key: splitmix64's finaliser of the key and the row's number. A column's bits are two rounds
+    of a 32-bit mixer, one for each half of the row's key.
+    """
+    rows, columns = shape
+    keys = torch.tensor([_mixed(key + GOLDEN * (start + row + 1)) for row in range(rows)], dtype=torch.int64)
+    low, high = (half.to(torch.int32).to(device)[:, None] for half in (_low(keys), _low(keys >> 32)))
+    words = _scrambled_(torch.arange(columns, dtype=torch.int32, device=device)[None, :] ^ low)
+    return _scrambled_(words.bitwise_xor_(high))
+
+
+def _mixed(key: int) -> int:
+    """Return splitmix64's finaliser of a number, as a signed 64-bit integer."""
+    z = key & MASK
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & MASK
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB & MASK
+    z ^= z >> 31
+    return z - (1 << 64) if z >> 63 else z
+
+
+def _low(keys: Tensor) -> Tensor:
+    """Return the low half of 64-bit integers, as signed 32-bit values."""
+    low = keys & 0xFFFFFFFF
+    return low - ((low >> 31) << 32)
+
+
+def _scrambled_(x: Tensor) -> Tensor:
+    """Mix 32-bit integers in place: shifts and products that reach every bit of the result."""
+    x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF)).mul_(0x7FEB352D)
+    x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF)).mul_(0x846CA68B - (1 << 32))
+    return x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
+
+
+def drop_(
+    delta: Tensor,  # changed in place
+    words: Tensor,  # random, as `delta`
+    density: float,
+) -> Tensor:
+    """Keep each element with probability `density`, and divide it by `density` (13, DARE)."""
+    if density >= 1:
+        return delta
+    return delta.mul_(words < _bound(density)).div_(density)
+
+
+def _bound(p: float) -> int:
+    """Return the number below which a share p of all signed 32-bit integers lies."""
+    return round(p * (1 << 32)) - (1 << 31)
+
+
+def drop_by_rank_(
+    delta: Tensor,  # (rows, columns), changed in place
+    words: Tensor,  # random, as `delta`
+    density: float,
+) -> Tensor:
+    """Keep each element with a probability that grows with its magnitude's rank in its row, and divide by it (14).
+
+    The least of a row is kept with probability density − ε, the largest with density + ε.
+    """
+    if density >= 1:
+        return delta
+    p = probabilities(delta, density)
+    bounds = (p * (1 << 32)).round_().sub_(1 << 31)
+    return delta.mul_(words.double() < bounds).div_(p.to(delta.dtype))
+
+
+def probabilities(delta: Tensor, density: float) -> Tensor:
+    """Return the probability that DELLA keeps each element of some rows, in float64; equal ones rank by column."""
+    spread, columns = spread_of(density), delta.shape[1]
+    order = delta.abs().argsort(dim=1, stable=True)
+    steps = torch.arange(columns, dtype=torch.float64, device=delta.device).div_(max(1, columns - 1))
+    ranked = steps.mul_(2 * spread).add_(density - spread) if columns > 1 else steps.add_(density)
+    return torch.empty_like(delta, dtype=torch.float64).scatter_(1, order, ranked.expand_as(order))
+
+
+def spread_of(density: float) -> float:
+    """Return ε for a density: so small that all probabilities lie above 0 and at most at 1."""
+    return min(SPREAD, density / 2, 1 - density)
+
+
+def add_up(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Return Σ wᵢ·δᵢ."""
+    total = torch.zeros_like(deltas[0])
+    for delta, weight in zip(deltas, weights, strict=True):
+        total.add_(delta, alpha=weight)
+    return total
+
+
+def elect(
+    deltas: Sequence[Tensor],  # overwritten
+    weights: Sequence[float],
+    majority: str,
+) -> Tensor:
+    """Return the mean of wᵢ·δᵢ over the changes whose sign is the majority's (15, TIES).
+
+    "total" elects the sign of Σ δᵢ, "frequency" the sign of Σ sign(δᵢ); zero counts as positive.
+    """
+    signs = torch.zeros_like(deltas[0])
+    for delta in deltas:
+        signs.add_(delta if majority == "total" else delta.sign())
+    signs.sign_().add_(0.5).sign_()
+    total, count = torch.zeros_like(signs), torch.zeros_like(signs)
+    for delta, weight in zip(deltas, weights, strict=True):
+        agreeing = delta.mul_(signs).clamp_(min=0.0)
+        total.add_(agreeing, alpha=weight)
+        count.add_(agreeing.sign_())
+    return total.div_(count.clamp_(min=1.0)).mul_(signs)
