@@ -1,4 +1,4 @@
-"""Say how to run a plan on this machine: choices that do not change the output, memory, packages, and the version."""
+"""Say how to read adapters and how to run a plan on this machine: memory, packages, and the version."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -86,6 +86,17 @@ class Settings:
         """Pass a warning to the caller, and keep it for the report."""
         self.warnings.append(text)
         self.notify(f"warning: {text}")
+
+
+@dataclass(frozen=True)
+class Waived:
+    """The parts of adapters that a caller does without: fields that are not refused, and files that are left out."""
+
+    fields: Collection[str] = ()
+    files: Collection[str] = ()
+
+
+NOTHING = Waived()
 
 
 def check_base_model(repo: str | None) -> None:

@@ -1,5 +1,6 @@
 """Hold an adapter's headers in one form for all file formats: every update, and the weight that it is for.
 
+The updates of LoRA and DoRA are in this file; `kinds` has the others, which a plain merge does not load.
 `W` is the weight as torch's Linear has it, (out, in); convolutions are flattened to (out, in·k…). Tensors are
 headers (`StoredTensor`); values are read when a plan is run.
 """
@@ -10,11 +11,17 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import Fault
+from ..settings import NOTHING as NOTHING
+from ..settings import Waived as Waived
 from ..storage.filenames import FileStates
 from ..storage.refs import Source
 from ..storage.safetensors import StoredTensor
+
+if TYPE_CHECKING:
+    from .beside import FileBeside
 
 
 class Start(Enum):
@@ -25,17 +32,49 @@ class Start(Enum):
     KASA = "KaSA"  # W − the last r of its SVD (arXiv:2412.06071)
 
 
+class Update:
+    """A kind of change to one weight; every kind is a frozen dataclass."""
+
+    @property
+    def tensors(self) -> tuple[StoredTensor, ...]:
+        """Every adapter tensor of the update."""
+        raise NotImplementedError
+
+    @property
+    def title(self) -> str:
+        """The kind and its numbers, in a few words."""
+        raise NotImplementedError
+
+
+class Transform(Update):
+    """A kind of update that makes V of W before any norm is set."""
+
+    scale: float
+    """The factor of an addend, s."""
+    transposed: bool | None = None
+    """True if W is stored as (in, out), as embeddings are; False for convolutions; None if only the base can
+    tell (torch's Linear or GPT-2's Conv1D, and experts)."""
+
+    @property
+    def outputs(self) -> int | None:
+        """The number of outputs that the tensors are for; None if they fit any number."""
+        return None
+
+    @property
+    def inputs(self) -> tuple[int, ...] | None:
+        """The shape of one output's weights, (in, …); None if the tensors fit any."""
+        return None
+
+
 @dataclass(frozen=True)
-class LowRank:
-    """W' = W + s·B·diag(d)·A (LoRA, equation 3 of arXiv:2106.09685, which has no d)."""
+class LowRank(Transform):
+    """W' = W + s·diag(b)·B·diag(d)·A (LoRA, equation 3 of arXiv:2106.09685, which has neither b nor d)."""
 
     A: StoredTensor  # (r, in, …)
     B: StoredTensor  # (out, r, …)
     scale: float  # s
     transposed: bool | None = None
-    """True if W is stored as (in, out), as embeddings are; False for convolutions; None if only the base can
-    tell (torch's Linear or GPT-2's Conv1D, and experts)."""
-    d: StoredTensor | None = None  # r elements: AdaLoRA (arXiv:2303.10512), KaSA
+    d: StoredTensor | None = None  # r elements: AdaLoRA (arXiv:2303.10512), KaSA, VeRA (arXiv:2310.11454)
     blocks: tuple[int, int] = (1, 1)
     """The numbers of blocks on the diagonals of A and B (BD-LoRA): A is then stored as (r, in/blocks), B as
     (out, r/blocks), the blocks one below the other."""
@@ -47,6 +86,7 @@ class LowRank:
     start: Start | None = None
     rslora: bool = False
     """True if s is alpha/√r instead of alpha/r."""
+    b: StoredTensor | None = None  # out elements: VeRA
 
     @property
     def rank(self) -> int:
@@ -63,28 +103,79 @@ class LowRank:
         """The number of rows of B."""
         return self.B.shape[0]
 
+    @property
+    def tensors(self) -> tuple[StoredTensor, ...]:
+        """A, B, and the diagonals."""
+        return tuple(filter(None, (self.A, self.B, self.d, self.b)))
+
+    @property
+    def title(self) -> str:
+        """The kind, the rank and the scaling."""
+        kind = self.start.value if self.start else "VeRA" if self.b else "LoRA"
+        return f"{kind}, rank {self.rank}, scaling {self.scale:g}"
+
 
 @dataclass(frozen=True)
-class Decomposed:
-    """W' = m·V/‖V‖ with V = W + s·BA, one norm per output row (DoRA, equation 5 of arXiv:2402.09353)."""
+class Decomposed(Update):
+    """W' = m·V/‖V‖ with V = W + s·BA, one norm per output (DoRA, equation 5 of arXiv:2402.09353).
 
-    inner: LowRank
-    m: StoredTensor  # out elements, of any shape
+    V is W itself without `inner`, and may be any other `Transform` of W.
+    """
+
+    inner: Transform | None
+    m: StoredTensor  # one element per row or column of W, of any shape
+    axis: str = "rows"  # of W as (out, in): "columns" sets one norm per input
+    norm_scale: float | None = None
+    """The scaling of the addend inside the norm, if the norm has another one than s."""
+    normalised: bool = False
+    """True if m multiplies V without a division by ‖V‖: `.rescale`, (IA)³ (arXiv:2205.05638)."""
+    offset: float = 0.0
+    """A number that is added to each element of m: LyCORIS' (IA)³ stores m − 1."""
+
+    @property
+    def tensors(self) -> tuple[StoredTensor, ...]:
+        """The tensors of `inner`, and m."""
+        return (*(self.inner.tensors if self.inner else ()), self.m)
+
+    @property
+    def title(self) -> str:
+        """The kind and its numbers, in a few words."""
+        what = self.inner.title if self.inner else "magnitudes alone"
+        if isinstance(self.inner, LowRank) and not self.normalised:
+            what = what.replace("LoRA", "DoRA", 1)
+        elif self.inner:
+            what += ", scaled" if self.normalised else ", decomposed"
+        return what + (", by columns" if self.axis == "columns" else "")
 
 
 @dataclass(frozen=True)
-class Delta:
+class ValueUpdate(Update):
+    """An update that is one stored value."""
+
+    value: StoredTensor
+
+    @property
+    def tensors(self) -> tuple[StoredTensor, ...]:
+        """The value alone."""
+        return (self.value,)
+
+
+@dataclass(frozen=True)
+class Delta(ValueUpdate):
     """W' = W + s·value: the bias that LoRA adds."""
 
-    value: StoredTensor
     scale: float  # s
+
+    @property
+    def title(self) -> str:
+        """LoRA's bias and its scaling."""
+        return f"LoRA's bias, scaling {self.scale:g}"
 
 
 @dataclass(frozen=True)
-class Full:
+class Full(ValueUpdate):
     """W' = value: a module or a bias saved whole."""
 
-    value: StoredTensor
     may_add: bool = False
     """True if the base may lack the tensor, as with a new classifier."""
     start: Start | None = None
@@ -94,49 +185,39 @@ class Full:
     file: str = ""
     """The file beside the adapter that brings the value; "" for the adapter's own."""
 
+    @property
+    def title(self) -> str:
+        """The file that has the value."""
+        return f"saved whole in {self.file}" if self.file else "saved whole by the adapter"
+
 
 @dataclass(frozen=True)
-class Rows:
-    """W'[index] = value: single tokens trained."""
+class Rows(ValueUpdate):
+    """W'[index] = value, (len(index), columns): single tokens trained."""
 
-    value: StoredTensor  # (len(index), columns)
     index: tuple[int, ...]
 
-
-Update = LowRank | Decomposed | Delta | Full | Rows
+    @property
+    def title(self) -> str:
+        """The number of rows."""
+        return f"{len(self.index)} trained rows"
 
 
 def tensors_of(update: Update) -> Iterator[StoredTensor]:
     """Yield the adapter tensors of an update."""
-    match update:
-        case LowRank(A, B):
-            yield from (A, B)
-            if update.d:
-                yield update.d
-        case Decomposed(inner, m):
-            yield from (*tensors_of(inner), m)
-        case Delta(value) | Full(value) | Rows(value):
-            yield value
+    yield from update.tensors
 
 
-def low_rank(update: LowRank | Decomposed) -> LowRank:
-    """Return the low-rank part of an update."""
-    return update.inner if isinstance(update, Decomposed) else update
+def transform_of(update: Update) -> Transform | None:
+    """Return what an update makes of W before any norm is set; None if that is W itself."""
+    inner = update.inner if isinstance(update, Decomposed) else update
+    return inner if isinstance(inner, Transform) else None
 
 
-def describe(update: Update) -> str:
-    """Return an update's kind and its numbers, in a few words."""
-    match update:
-        case Full(file=file):
-            return f"saved whole in {file}" if file else "saved whole by the adapter"
-        case Rows(_, index):
-            return f"{len(index)} trained rows"
-        case Delta(_, scale):
-            return f"LoRA's bias, scaling {scale:g}"
-        case LowRank() | Decomposed():
-            low = low_rank(update)
-            kind = "DoRA" if isinstance(update, Decomposed) else low.start.value if low.start else "LoRA"
-            return f"{kind}, rank {low.rank}, scaling {low.scale:g}"
+def low_rank(update: Update) -> LowRank | None:
+    """Return the factors of an update; None if it is of another kind."""
+    inner = transform_of(update)
+    return inner if isinstance(inner, LowRank) else None
 
 
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -163,26 +244,6 @@ class Change:
     def module(self) -> str:
         """The name of the module that owns the target."""
         return self.target.rpartition(".")[0]
-
-
-@dataclass(frozen=True)
-class FileBeside:
-    """A weight file beside the adapter's own: its name, its fate, and its number of tensors."""
-
-    name: str
-    fate: str  # applied | ignored | model: a whole model, which is left out
-    tensors: int
-
-
-@dataclass(frozen=True)
-class Waived:
-    """The parts of adapters that a caller does without: fields that are not refused, and files that are left out."""
-
-    fields: Collection[str] = ()
-    files: Collection[str] = ()
-
-
-NOTHING = Waived()
 
 
 @dataclass(frozen=True)
@@ -229,8 +290,7 @@ class Adapter:
     @property
     def doubts(self) -> Iterator[str]:
         """Warnings about files beside the adapter that are left out."""
-        for file in self.beside:
-            if file.fate == "ignored":
-                yield f"{file.name} was left out (--ignore-file): {file.tensors} tensors"
-        if models := [file.name for file in self.beside if file.fate == "model"]:
-            yield f"not applied, a model's weights beside {self.source.name}: {', '.join(models)}"
+        if self.beside:
+            from .beside import doubts_of
+
+            yield from doubts_of(self.beside, self.source.name)

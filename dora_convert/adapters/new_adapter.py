@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from ..storage.safetensors import StoredTensor
-from . import Adapter, Change, Decomposed, LowRank, Update, low_rank, tensors_of
+from . import Adapter, Change, LowRank, Update, low_rank, tensors_of
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,7 @@ class NewAdapter:
     @property
     def low_ranks(self) -> tuple[tuple[Change, LowRank], ...]:
         """Every change that has factors, with its factors."""
-        return tuple(
-            (change, low_rank(change.update))
-            for change in self.changes
-            if isinstance(change.update, LowRank | Decomposed)
-        )
+        return tuple((change, low) for change in self.changes if (low := low_rank(change.update)))
 
 
 @dataclass(frozen=True)

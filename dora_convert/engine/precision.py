@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..adapters import Adapter, Decomposed, LowRank, low_rank
+from ..adapters import Adapter, low_rank
 from ..errors import Fault, NumericalError, UsageError
 from ..maths import lora as maths
 from ..storage.reader import Reader, xxh3
@@ -228,9 +228,9 @@ def doubt_zeros(adapter: Adapter) -> str | None:
     parts: list[int] = []
     with closing(Reader()) as reader:
         for change in adapter.changes:
-            if not isinstance(change.update, LowRank | Decomposed):
+            if not (low := low_rank(change.update)):
                 continue
-            B = low_rank(change.update).B
+            B = low.B
             raw = torch.frombuffer(bytearray().join(reader.pieces(B)), dtype=TORCH[B.dtype])
             rows = raw.view(B.shape[0], -1).ne(0).any(dim=1).nonzero().flatten()
             if not len(rows):

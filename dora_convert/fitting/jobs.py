@@ -8,7 +8,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from ..adapters import Adapter, Change, Decomposed, LowRank, low_rank
+from ..adapters import Adapter, Change, LowRank, low_rank
 from ..errors import UsageError
 from ..formats.detect import Format
 from ..options import GoalOptions
@@ -148,9 +148,9 @@ def match_changes(
     for change in plan.adapters[0].changes:
         if not plan.options.selects(change.module):
             continue
-        if not isinstance(change.update, LowRank | Decomposed):
+        if not (low := low_rank(change.update)):
             others.append(change)
-        elif slot := slots.get(low_rank(change.update).A.name):
+        elif slot := slots.get(low.A.name):
             matched.append(MatchedChange(change.target, (slot[0].source,), cost(*slot), change, *slot))
         else:
             unmatched.append(change)

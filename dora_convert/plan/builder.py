@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import permutations
 
-from ..adapters import Adapter, Change, Decomposed, Delta, Full, LowRank, Rows, Update, describe, low_rank, tensors_of
+from ..adapters import Adapter, Change, Decomposed, Delta, Full, Rows, Transform, Update, low_rank, tensors_of
 from ..errors import Fault
 from ..naming.resolve import NameResolver, Tie, explain_missing, is_embedding, is_head
 from ..storage.checkpoint import Checkpoint
@@ -199,11 +199,11 @@ class PlanBuilder:
                 self._replace(full, name, weight)
             case Match(Rows() as rows):
                 self._set_rows(rows, name, weight)
-            case Match(LowRank() | Decomposed() | Delta() as edit, transposed):
+            case Match(Transform() | Decomposed() | Delta() as edit, transposed):
                 target.edits.append(Edit(edit, transposed, weight))
         if name == (into or (name,))[0]:  # one entry for both sides of a tie
             fate = "replaced" if isinstance(update, (Full, Rows)) else "merged"
-            self._enter(update, fate, into or (name,), describe(update))
+            self._enter(update, fate, into or (name,), update.title)
 
     def _replace(self, update: Full, name: str, weight: float) -> None:
         target = self.targets[name]
@@ -264,9 +264,8 @@ def _turn(change: Change) -> int:
 
 def _begins_elsewhere(update: Update) -> str | None:
     """Return why an update to a weight that serves twice cannot be merged; None if it can."""
-    if isinstance(update, LowRank | Decomposed):
-        update = low_rank(update)
-    if isinstance(update, LowRank | Full) and (start := update.start):
+    begun = update if isinstance(update, Full) else low_rank(update)
+    if begun and (start := begun.start):
         return f"{start.value} changed a weight that serves twice: what training began with is not known"
     return None
 

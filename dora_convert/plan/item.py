@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from ..adapters import Decomposed, Delta, LowRank, Rows, low_rank
+from ..adapters import Decomposed, Delta, LowRank, Rows, Transform, low_rank
 from ..storage.safetensors import BITS, FLOATS, StoredTensor
 
 BLOCK_ELEMENTS = 1 << 19
@@ -23,14 +23,14 @@ ROWS_MULTIPLE = 16
 class Edit:
     """A matched update and its weight in the merge."""
 
-    update: LowRank | Decomposed | Delta
+    update: Transform | Decomposed | Delta
     transposed: bool = False
     weight: float = 1.0
 
     @cached_property
     def low(self) -> LowRank | None:
-        """The low-rank part; None for a bias's delta."""
-        return None if isinstance(self.update, Delta) else low_rank(self.update)
+        """The low-rank part; None for other kinds."""
+        return low_rank(self.update)
 
     @cached_property
     def decomposed(self) -> bool:

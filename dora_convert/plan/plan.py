@@ -19,7 +19,7 @@ from typing import Any
 
 import xxhash
 
-from ..adapters import Adapter, Delta, Waived, low_rank, tensors_of
+from ..adapters import Adapter, Delta, Waived, tensors_of
 from ..errors import UsageError
 from ..settings import parse_size
 from ..storage.checkpoint import Checkpoint
@@ -166,7 +166,8 @@ def _describe_edit(edit: Edit) -> list[Any]:
     known: list[Any] = [type(edit.update).__name__, edit.transposed, edit.weight, names]
     if isinstance(edit.update, Delta):
         return [*known, edit.update.scale]
-    low = low_rank(edit.update)
+    low = edit.low
+    assert low
     return [*known, low.rank, low.scale, low.blocks, low.experts, low.start and low.start.value]
 
 

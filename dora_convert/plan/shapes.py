@@ -40,8 +40,9 @@ def match_shape(update: Update, name: str, shape: Shape, dtype: str, model_types
             if value.dtype not in FLOATS or value.shape != (len(index), *shape[1:]):
                 return f"has shape {value.shape} for {len(index)} rows of {name}, which has {shape}"
             return _misplaced(index, name, shape[0]) or Match(update)
-        case LowRank() | Decomposed():
+        case LowRank() | Decomposed(LowRank(), axis="rows", norm_scale=None, normalised=False):
             return _match_low_rank(update, name, shape, model_types)
+    return f"is {update.title}, which this version does not merge yet"
 
 
 def _misplaced(index: Sequence[int], name: str, height: int) -> str | None:
@@ -56,6 +57,9 @@ def _misplaced(index: Sequence[int], name: str, height: int) -> str | None:
 def _match_low_rank(update: LowRank | Decomposed, name: str, shape: Shape, model_types: frozenset[str]) -> Match | str:
     """Match factor shapes with the stored weight; the model's type decides for square weights."""
     low = low_rank(update)
+    assert low
+    if low.b:
+        return "has a diagonal on lora_B, which this version does not merge yet"
     if len(shape) == 3 and len(low.A.shape) == len(low.B.shape) == 2:
         return _match_experts(update, replace(low, experts=low.experts or 1), shape, model_types)
     if low.experts > 1:

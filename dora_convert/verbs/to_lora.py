@@ -113,8 +113,8 @@ def _largest_rank(job: MatchedChange, goal: Mapping[str, Any]) -> int:
 
 
 def _factors(job: MatchedChange) -> LowRank:
-    assert isinstance(job.change.update, LowRank | Decomposed)
-    return low_rank(job.change.update)
+    assert job.edit.low
+    return job.edit.low
 
 
 @dataclass(frozen=True)
@@ -213,6 +213,6 @@ class _ToLora(Fitter):
                 warn(f"{job.name} stays at rank {rank}: PEFT has one rank for several weights")
         others = [job.change.update for job in self.changes.kept]
         others += [change.update for change in self.changes.unmatched]
-        if doubt := doubt_ranks(facts, [low_rank(each) for each in others if isinstance(each, LowRank | Decomposed)]):
+        if doubt := doubt_ranks(facts, [low for each in others if (low := low_rank(each))]):
             warn(doubt)
         return {"output_error": error_of(facts, "output_lost", "output"), "merging_is_better": better}

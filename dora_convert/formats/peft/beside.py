@@ -17,7 +17,8 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...adapters import Change, FileBeside, Full
+from ...adapters import Change, Full
+from ...adapters.beside import FileBeside
 from ...errors import DoraConvertError, MalformedError
 from ...storage.checkpoint import read_weights
 from ...storage.filenames import MODEL

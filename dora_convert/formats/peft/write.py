@@ -42,7 +42,9 @@ def save(new: NewAdapter) -> Files:
 
 def shares_rank(change: Change, tensor: str, like: Adapter) -> str | None:
     """Return why a weight's factors must keep their rank, which weights share; None if they need not."""
-    low, (_, config) = low_rank(change.update), _of(like)  # type: ignore[arg-type] # has factors
+    low, (_, config) = low_rank(change.update), _of(like)
+    if not low:
+        return None
     if tensor.endswith("in_proj_weight") or _attention(change, low):
         return "a part of MultiheadAttention"
     if low.experts or (config and _is_parameter(change.target, config)):
@@ -52,7 +54,9 @@ def shares_rank(change: Change, tensor: str, like: Adapter) -> str | None:
 
 def objection(change: Change, tensor: str, like: Adapter) -> str | None:
     """Return why PEFT cannot load a LoRA as a DoRA; None if it can. `tensor` is the weight in the base."""
-    low, (raw, config) = low_rank(change.update), _of(like)  # type: ignore[arg-type] # has factors
+    low, (raw, config) = low_rank(change.update), _of(like)
+    if not low:
+        return f"is {change.update.title}: to-lora makes a LoRA of it first"
     if config and config.adalora:
         return "AdaLoRA has no DoRA: to-lora makes a LoRA of it first"
     if why := shares_rank(change, tensor, like):
@@ -76,8 +80,9 @@ def _named(change: Change, new: NewAdapter) -> Iterator[tuple[str, StoredTensor]
         return (PREFIX + _own_name(change, plain(stored.name)) if own else module + suffix, stored)
 
     match update:
-        case LowRank() | Decomposed():
+        case LowRank() | Decomposed(LowRank()):
             low = low_rank(update)
+            assert low
             yield name(low.A, ".lora_embedding_A" if low.transposed else ".lora_A.weight")
             yield name(low.B, ".lora_embedding_B" if low.transposed else ".lora_B.weight")
             if low.d:

@@ -10,7 +10,7 @@ from typing import Any
 
 from typing_extensions import Unpack
 
-from ...adapters import Adapter, Change, Decomposed, Delta, Full, LowRank, Rows, Waived, describe, low_rank, tensors_of
+from ...adapters import Adapter, Change, Decomposed, Delta, Full, LowRank, Rows, Waived, tensors_of, transform_of
 from ...errors import DoraConvertError, Fault, PlanError, RefError, UnsupportedError, UsageError
 from ...formats.detect import adapters_inside, detect, is_adapter_file, model_weights
 from ...options import InspectOptions
@@ -106,22 +106,26 @@ def _module(change: Change, adapter: Adapter) -> Module:
     tensors = tuple(tensors_of(change.update))
     facts: dict[str, Any] = {}
     match change.update:
-        case LowRank() | Decomposed() as update:
-            low = low_rank(update)
-            start = low.start.value if low.start else "AdaLoRA" if adapter.kind == "AdaLoRA" else "LoRA"
-            method = "DoRA" if isinstance(update, Decomposed) else start
-            facts = {"rank": low.rank, "scaling": low.scale, "experts": low.experts or None}
+        case LowRank(start=start, rank=rank, scale=scale, experts=experts) as low:
+            method = start.value if start else "AdaLoRA" if adapter.kind == "AdaLoRA" else low.title.partition(",")[0]
+            facts = {"rank": rank, "scaling": scale, "experts": experts or None}
+        case Decomposed(LowRank(rank=rank, scale=scale)):
+            method, facts = "DoRA", {"rank": rank, "scaling": scale, "experts": None}
         case Delta(value, scale):
             method, facts = "bias", {"scaling": scale, "shape": value.shape}
         case Full(value):
             method, facts = "whole", {"shape": value.shape}
         case Rows(value, index):
             method, facts = "rows", {"rows": len(index), "shape": value.shape}
+        case other:
+            inner = transform_of(other)
+            method = (inner or other).title.partition(",")[0]
+            facts = {"rank": getattr(inner, "rank", None), "scaling": getattr(inner, "scale", None)}
     return Module(
         target=change.target,
         kind=fold(change.target),
         method=method,
-        what=describe(change.update),
+        what=change.update.title,
         rule=change.rule or None,
         among=change.among,
         bytes=sum(tensor.nbytes for tensor in tensors),
