@@ -51,6 +51,12 @@ OPTIONS = {
     "prompts": Option(None, "File with one more text a line; UTF-8.", "FILE"),
     "report": Option(None, "Write the report as a self-contained page, too.", "FILE.html"),
     "weight": Option((), "Strength, one per ADAPTER in their order.", "W"),
+    "method": Option(None, "Combination of several: sum (default); chain: each on the result of the one before; the "
+                     "others as their papers say.",
+                     choices=("sum", "chain", "linear", "ties", "dare", "dare-ties", "della", "magnitude-prune")),
+    "density": Option((), "Share of each change to keep; one, or one per ADAPTER.", "F"),
+    "seed": Option(0, "Of dare's and della's random choices.", "N", least=0),
+    "majority_sign": Option("total", "Sign to elect: of the sum, or of most changes.", choices=("total", "frequency")),
     "base": Option(None, "The base itself, for values that no record holds.", "REF"),
     "rank": Option(None, "The rank, lowered if no module has so much to give.", "N", least=1),
     "energy": Option(None, "Or the share of squared singular values to keep.", "F"),
@@ -134,9 +140,18 @@ class FieldOptions(TypedDict, total=False):
 class MatchOptions(TypedDict, total=False):
     """Verbs that match adapters with a base."""
 
-    weight: Sequence[float] | float
     allow_unmatched: bool
     strict: bool
+
+
+class CombineOptions(TypedDict, total=False):
+    """Verbs that combine adapters."""
+
+    weight: Sequence[float] | float
+    method: str | None
+    density: Sequence[float] | float
+    seed: int
+    majority_sign: str
 
 
 class CommitOptions(TypedDict, total=False):
@@ -191,7 +206,7 @@ class GoalOptions(TypedDict, total=False):
     exact_svd: bool
 
 
-class MergeOptions(MatchOptions, FieldOptions, CheckpointOptions, OutputOptions, total=False):
+class MergeOptions(CombineOptions, MatchOptions, FieldOptions, CheckpointOptions, OutputOptions, total=False):
     """The options of merge."""
 
     undo: str | None
@@ -219,7 +234,7 @@ class FromLoraOptions(FieldOptions, FittingOptions, total=False):
     split: bool
 
 
-class ToLoraOptions(GoalOptions, FieldOptions, FittingOptions, total=False):
+class ToLoraOptions(CombineOptions, GoalOptions, FieldOptions, FittingOptions, total=False):
     """The options of to_lora."""
 
 
@@ -230,7 +245,7 @@ class ExtractOptions(GoalOptions, FittingOptions, total=False):
     embeddings: str
 
 
-class VerifyOptions(MatchOptions, SelectOptions, FieldOptions, ComputeOptions, total=False):
+class VerifyOptions(CombineOptions, MatchOptions, SelectOptions, FieldOptions, ComputeOptions, total=False):
     """The options of verify."""
 
     level: str

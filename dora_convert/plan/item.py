@@ -20,6 +20,40 @@ ROWS_MULTIPLE = 16
 
 
 @dataclass(frozen=True)
+class Combination:
+    """The way in which several changes of one tensor become one."""
+
+    method: str = "sum"
+    densities: tuple[float, ...] = ()
+    """For each adapter, the share of its change that is kept; empty if the method keeps all."""
+    seed: int = 0
+    majority_sign: str = "total"
+
+    @property
+    def is_sum(self) -> bool:
+        """True if weighted changes are added up."""
+        return self.method in ("sum", "linear")
+
+    @property
+    def prunes(self) -> bool:
+        """True if only the elements of largest magnitude are kept."""
+        return self.method in ("ties", "magnitude-prune")
+
+    @property
+    def draws(self) -> bool:
+        """True if the elements that are kept are drawn at random."""
+        return self.method in ("dare", "dare-ties", "della")
+
+    @property
+    def elects(self) -> bool:
+        """True if only the changes of the majority's sign count."""
+        return self.method in ("ties", "dare-ties", "della")
+
+
+SUM = Combination()
+
+
+@dataclass(frozen=True)
 class Edit:
     """A matched update and its weight in the merge."""
 

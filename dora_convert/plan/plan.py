@@ -24,7 +24,7 @@ from ..errors import UsageError
 from ..settings import parse_size
 from ..storage.checkpoint import Checkpoint
 from ..storage.safetensors import BITS, CONFIG_DTYPES, StoredTensor
-from .item import Edit, Item
+from .item import SUM, Combination, Edit, Item
 
 
 @dataclass(frozen=True)
@@ -195,6 +195,7 @@ class Options:
     """Weight files beside adapters that are left out."""
     strict: bool = False
     """True if an adapter must hold all that its config says was trained."""
+    combination: Combination = SUM
 
     @property
     def waived(self) -> Waived:

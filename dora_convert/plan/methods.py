@@ -1,0 +1,62 @@
+"""Check the options that say how several adapters are combined, and put them into words again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from ..errors import UsageError
+from .item import Combination
+
+def parse_combination(given: Mapping[str, Any], count: int) -> Combination:
+    """Return the combination of `count` adapters that options ask for.
+
+    Raises UsageError for a density that is missing or not a share, and for another number of densities.
+    """
+    plain = Combination(given.get("method") or "sum")
+    if not (plain.prunes or plain.draws):
+        return plain
+    method = plain.method
+    densities = tuple(given["density"])
+    if not densities:
+        raise UsageError(
+            f"--method {method} needs --density: the share of each change that is kept.",
+            hint="such as --density 0.5, or one --density per ADAPTER; the paper of TIES keeps 0.2",
+        )
+    if len(densities) not in (1, count):
+        raise UsageError(f"{len(densities)} --density for {count} adapters.", hint="give one, or one per ADAPTER")
+    for density in densities:
+        if not 0 < density <= 1:
+            raise UsageError(f"--density {density:g}: a density lies above 0, and is at most 1.")
+    if len(densities) == 1:
+        densities *= count
+    seed = given["seed"] if plain.draws else 0
+    return Combination(method, densities, seed, given["majority_sign"] if plain.elects else "total")
+
+
+def idle_options(given: Mapping[str, Any], combination: Combination) -> Iterator[str]:
+    """Yield a warning for each option that the method does not look at."""
+    chosen = combination
+    for option, is_idle, methods in (
+        ("--density", given["density"] and not chosen.densities, "ties, dare, dare-ties, della and magnitude-prune"),
+        ("--seed", given["seed"] and not chosen.draws, "dare, dare-ties and della"),
+        ("--majority-sign", given["majority_sign"] != "total" and not chosen.elects, "ties, dare-ties and della"),
+    ):
+        if is_idle:
+            yield f"{option} changes nothing with --method {chosen.method}: it is an option of {methods}"
+
+
+def words_of(combination: Combination) -> list[str]:
+    """Return the options that ask for a combination, as words of the command line; none for a sum."""
+    if combination.method == "sum":
+        return []
+    words, densities = ["--method", combination.method], combination.densities
+    for density in densities[:1] if len(set(densities)) == 1 else densities:
+        words += ["--density", repr(density)]
+    words += ["--seed", str(combination.seed)] if combination.seed else []
+    return words + (["--majority-sign", "frequency"] if combination.majority_sign != "total" else [])
+
+
+def densities_of(combination: Combination, count: int) -> Sequence[float]:
+    """Return the density for each of `count` adapters."""
+    return combination.densities or (1.0,) * count
