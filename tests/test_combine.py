@@ -30,8 +30,17 @@ def pruned(deltas, density):
         while not kth.done:
             kth.add(delta.abs())
             kth.finish()
-        found.append(combine.prune(delta, kth.value).clone())
+        found.append(combine.prune_(delta.clone(), kth.value))
     return found
+
+
+def summed(deltas, weights):
+    return combine.add_up_(torch.zeros_like(deltas[0]), deltas, weights)
+
+
+def elected(deltas, weights, majority):
+    W, *work = (torch.zeros_like(deltas[0]) for _ in range(4))
+    return combine.elect_(W, [each.clone() for each in deltas], weights, majority, work)
 
 
 def agree(got, want):
@@ -42,22 +51,22 @@ def agree(got, want):
 def test_pruned_and_elected_as_peft(deltas, density):
     weights = torch.tensor(WEIGHTS, dtype=torch.float64)
     want = merge_utils.magnitude_prune(deltas, weights, density)
-    agree(combine.add_up(pruned(deltas, density), WEIGHTS), want)
+    agree(summed(pruned(deltas, density), WEIGHTS), want)
     for majority in ("total", "frequency"):
         want = merge_utils.ties(deltas, weights, density, majority)
-        agree(combine.elect(pruned(deltas, density), WEIGHTS, majority), want)
+        agree(elected(pruned(deltas, density), WEIGHTS, majority), want)
 
 
 def test_added_as_peft(deltas):
     want = merge_utils.task_arithmetic(deltas, torch.tensor(WEIGHTS, dtype=torch.float64))
-    agree(combine.add_up(deltas, WEIGHTS), want)
+    agree(summed(deltas, WEIGHTS), want)
 
 
 def test_an_even_vote_is_positive():
     """As in PEFT: +1 and −1 elect +; nothing but zeros adds nothing."""
     deltas = [torch.tensor([[2.0, 0.0]]).double(), torch.tensor([[-2.0, 0.0]]).double()]
     want = merge_utils.ties(deltas, torch.ones(2).double(), 1.0)
-    assert combine.elect([each.clone() for each in deltas], [1, 1], "total").tolist() == want.tolist() == [[2, 0]]
+    assert elected(deltas, [1, 1], "total").tolist() == want.tolist() == [[2, 0]]
 
 
 def test_dare_drops_as_many_as_peft():
@@ -157,7 +166,7 @@ def test_equal_numbers(capacity):
 def test_none_of_them():
     kth = KthLargest(0, 10)
     assert kth.done
-    assert not combine.prune(torch.ones(2, 5).double(), kth.value).any()
+    assert not combine.prune_(torch.ones(2, 5).double(), kth.value).any()
 
 
 def test_equal_numbers_are_dropped_from_a_place_on():

@@ -14,7 +14,6 @@ from torch import Tensor
 
 SPREAD = 0.15
 """How far DELLA's probabilities lie from the density, at most."""
-MASK = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15
 
 
@@ -23,9 +22,12 @@ def kept_count(density: float, numel: int) -> int:
     return min(numel, int(density * numel))
 
 
-def prune(delta: Tensor, least: float) -> Tensor:
+def prune_(delta: Tensor, least: float) -> Tensor:
     """Set elements whose magnitude is below `least` to zero (12)."""
-    return torch.nn.functional.hardshrink(delta, math.nextafter(least, 0.0)) if least > 0 else delta
+    if least <= 0:
+        return delta
+    pruned: Tensor = torch.ops.aten.hardshrink(delta, math.nextafter(least, 0.0), out=delta)
+    return pruned
 
 
 def drop_equal_(
@@ -46,25 +48,28 @@ def random_words(key: int, start: int, shape: tuple[int, int], device: torch.dev
     of a 32-bit mixer, one for each half of the row's key.
     """
     rows, columns = shape
-    keys = torch.tensor([_mixed(key + GOLDEN * (start + row + 1)) for row in range(rows)], dtype=torch.int64)
-    low, high = (half.to(torch.int32).to(device)[:, None] for half in (_low(keys), _low(keys >> 32)))
-    words = _scrambled_(torch.arange(columns, dtype=torch.int32, device=device)[None, :] ^ low)
-    return _scrambled_(words.bitwise_xor_(high))
+    keys = _row_keys(key, start, rows)
+    low, high = ((half & 0xFFFFFFFF).to(torch.uint32).view(torch.int32) for half in (keys, keys >> 32))
+    words = torch.arange(columns, dtype=torch.int32, device=device)[None, :] ^ low.to(device)[:, None]
+    return _scrambled_(_scrambled_(words).bitwise_xor_(high.to(device)[:, None]))
 
 
-def _mixed(key: int) -> int:
-    """Return splitmix64's finaliser of a number, as a signed 64-bit integer."""
-    z = key & MASK
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & MASK
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EB & MASK
-    z ^= z >> 31
-    return z - (1 << 64) if z >> 63 else z
+def _row_keys(key: int, start: int, rows: int) -> Tensor:
+    """Return splitmix64's finaliser of the key and each row's number, as int64."""
+    z = torch.arange(start + 1, start + rows + 1, dtype=torch.int64).mul_(_signed(GOLDEN)).add_(_signed(key))
+    z = (z ^ _shifted(z, 30)).mul_(_signed(0xBF58476D1CE4E5B9))
+    z = (z ^ _shifted(z, 27)).mul_(_signed(0x94D049BB133111EB))
+    return z ^ _shifted(z, 31)
 
 
-def _low(keys: Tensor) -> Tensor:
-    """Return the low half of 64-bit integers, as signed 32-bit values."""
-    low = keys & 0xFFFFFFFF
-    return low - ((low >> 31) << 32)
+def _signed(number: int) -> int:
+    """Return the signed 64-bit integer with the same bits as a number's low 64."""
+    return (number + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """Shift int64 to the right, filling with zeros."""
+    return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 
 def _scrambled_(x: Tensor) -> Tensor:
@@ -120,30 +125,35 @@ def spread_of(density: float) -> float:
     return min(SPREAD, density / 2, 1 - density)
 
 
-def add_up(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Return Σ wᵢ·δᵢ."""
-    total = torch.zeros_like(deltas[0])
+def add_up_(
+    W: Tensor,  # changed in place
+    deltas: Sequence[Tensor],
+    weights: Sequence[float],
+) -> Tensor:
+    """Compute W + Σ wᵢ·δᵢ."""
     for delta, weight in zip(deltas, weights, strict=True):
-        total.add_(delta, alpha=weight)
-    return total
+        W.add_(delta, alpha=weight)
+    return W
 
 
-def elect(
+def elect_(
+    W: Tensor,  # changed in place
     deltas: Sequence[Tensor],  # overwritten
     weights: Sequence[float],
     majority: str,
+    work: Sequence[Tensor],  # three more of the same shape
 ) -> Tensor:
-    """Return the mean of wᵢ·δᵢ over the changes whose sign is the majority's (15, TIES).
+    """Add to W the mean of wᵢ·δᵢ over the changes whose sign is the majority's (15, TIES).
 
     "total" elects the sign of Σ δᵢ, "frequency" the sign of Σ sign(δᵢ); zero counts as positive.
     """
-    signs = torch.zeros_like(deltas[0])
+    signs, total, count = (each.zero_() for each in work)
     for delta in deltas:
-        signs.add_(delta if majority == "total" else delta.sign())
+        signs.add_(delta if majority == "total" else torch.sign(delta, out=total))
     signs.sign_().add_(0.5).sign_()
-    total, count = torch.zeros_like(signs), torch.zeros_like(signs)
+    total.zero_()
     for delta, weight in zip(deltas, weights, strict=True):
         agreeing = delta.mul_(signs).clamp_(min=0.0)
         total.add_(agreeing, alpha=weight)
         count.add_(agreeing.sign_())
-    return total.div_(count.clamp_(min=1.0)).mul_(signs)
+    return W.add_(total.div_(count.clamp_(min=1.0)).mul_(signs))

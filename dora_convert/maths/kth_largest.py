@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-CAPACITY = 1 << 20
+CAPACITY = 1 << 19
 """Numbers of one stream that are collected at most."""
 DIGITS = 16
 SIGMAS = 4.0

@@ -17,6 +17,8 @@ from ..storage.safetensors import BITS, FLOATS, StoredTensor
 BLOCK_ELEMENTS = 1 << 19
 """4 MiB in float64: two workers' blocks stay in a processor's cache; double size takes 1.5 times as long."""
 ROWS_MULTIPLE = 16
+COLLECTED = 1 << 19
+"""Magnitudes of one change that are held at most while a threshold is looked for."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ class Edit:
     update: Transform | Decomposed | Delta
     transposed: bool = False
     weight: float = 1.0
+    density: float = 1.0
+    """The share of the change that is kept, if changes are combined so."""
 
     @cached_property
     def low(self) -> LowRank | None:
@@ -120,6 +124,8 @@ class Item:
     """True if the base has no such tensor, or fewer copies."""
     origin: str = ""
     """The name on disk of the base's tensor that this one derives from."""
+    combination: Combination | None = None
+    """If set, the edits are more than a sum: a chain, or changes that are pruned, drawn or elected."""
     undo: Undo | None = None
     """If set, `source` is a merge's output, and `edits` and `rows` are the merge's changes."""
 
@@ -208,13 +214,30 @@ class Item:
         block = height * columns
         host = block * max(self.source.itemsize, BITS[self.dtype] // 8, self.base.itemsize if self.base else 0)
         total = host + block * (width + 4) + (host + 8 * block if self.replaced else 0)
-        if len(self.edits) > 1:
+        if self.combination:
+            total += self._combining(block, width)
+        elif len(self.edits) > 1:
             total += 2 * block * width
         if self.start:
             total += 24 * rows * columns  # the matrix, its factors, and LAPACK's work, in float32
         if exact and self.source is self.base:
             total += self.inverse_cost()
         return total + sum(edit_cost(edit, height, width) for edit in self.edits)
+
+    def _combining(self, block: int, width: int) -> int:
+        """Return the bytes that combining the edits of a block needs, and looking for thresholds before."""
+        assert self.combination
+        if self.combination.method == "chain":
+            return 2 * block * width
+        count = len(self.edits)
+        total = (count + 3) * block * width + (32 * block if self.combination.draws else 0)
+        collected = min(self.source.numel, COLLECTED) if self.combination.prunes else 0
+        return total + (count + 3) * collected * width
+
+    @property
+    def invertible(self) -> bool:
+        """True if equations recover the base from the output: those of a sum, and those of a chain, link by link."""
+        return self.combination is None or self.combination.method == "chain"
 
     def inverse_cost(self) -> int:
         """Return the bytes that a worker holds to take the edits out of a block, in float64."""
