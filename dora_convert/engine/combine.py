@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-import torch
 import xxhash
 from torch import Tensor
 
@@ -18,7 +17,8 @@ from ..errors import NumericalError
 from ..maths import combine as maths
 from ..maths.kth_largest import KthLargest
 from ..maths.lora import all_finite
-from ..plan.item import COLLECTED, Combination, Edit, Item
+from ..plan.item import Edit, Item
+from ..settings import COLLECTED, Combination
 from .device_buffers import DeviceBuffers
 from .factors import LoadedEdit
 from .tensor import SourceValues, apply_edits, measure
@@ -49,23 +49,23 @@ def load_edit(edit: Edit, buffers: DeviceBuffers) -> LoadedEdit:
 class Combiner:
     """Turns blocks of W into blocks of the combined result."""
 
-    def __init__(self, item: Item, buffers: DeviceBuffers) -> None:
+    def __init__(self, item: Item, buffers: DeviceBuffers, values: SourceValues) -> None:
+        """Read the edits, and find the norms and thresholds that need the whole tensor."""
         assert item.combination
         self._item, self._buffers, self._how = item, buffers, item.combination
-        self.edits = [load_edit(edit, buffers) for edit in item.edits]
+        self.edits: Sequence[LoadedEdit] = [load_edit(edit, buffers) for edit in item.edits]
         self._keys = [_key(self._how, item.name, number) for number in range(len(self.edits))]
-        self._least: list[tuple[float, int]] = []
-        """For each edit, the least magnitude that is kept, and the flat place of the last one of this magnitude."""
+        self.cuts: tuple[tuple[float, int], ...] = ()
+        self._prepare(values)
 
-    def prepare(self, values: SourceValues) -> None:
-        """Find the norms and thresholds that need the whole tensor."""
+    def _prepare(self, values: SourceValues) -> None:
         if self._how.method == "chain":
             self._measure_chain(values)
             return
         factored = [operand for operand in self.edits if not isinstance(operand, LoadedValues)]
         measure(self._item, factored, values, self._buffers)
         if self._how.prunes:
-            self._least = _Thresholds(self._item, self.edits, values, self._buffers).find()
+            self.cuts = tuple(_Thresholds(self._item, self.edits, values, self._buffers).find())
         _forget_norms(self.edits)
 
     def apply(self, W: Tensor, start: int, stop: int) -> Tensor:
@@ -85,7 +85,7 @@ class Combiner:
         """Return what is kept of the change of one edit, in memory that the next block reuses."""
         delta = change_of(self.edits[number], W, start, stop, self._buffers, f"delta {number}")
         if self._how.prunes:
-            least, last = self._least[number]
+            least, last = self.cuts[number]
             kept = maths.prune_(delta, least)
             return kept if last < 0 else maths.drop_equal_(kept, least, last + 1 - start * W.shape[1])
         if self._how.draws:
@@ -120,7 +120,7 @@ class _ChainValues(SourceValues):
 
 def _key(how: Combination, name: str, number: int) -> int:
     """Return the key of the random numbers for one edit of a tensor."""
-    return xxhash.xxh3_64_intdigest(f"{how.seed}/{number}/{name}")
+    return xxhash.xxh3_64_intdigest(f"{how.seed}/{number}/{name}".encode())
 
 
 def _forget_norms(operands: Iterable[LoadedEdit]) -> None:

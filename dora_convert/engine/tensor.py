@@ -16,7 +16,7 @@ from ..errors import NumericalError
 from ..maths import lora as maths
 from ..output.finished import TensorResult
 from ..output.shards import ShardFiles
-from ..plan.item import Item, spans
+from ..plan.item import Item, are_apart, spans
 from ..storage.reader import Digest
 from ..storage.safetensors import BITS
 from ..storage.spool import Spool, SpooledTensor
@@ -86,19 +86,48 @@ def write_tensor(
     return maker.result(digest)
 
 
+class EditCombiner(Protocol):
+    """Applies edits in another way than by adding their changes up."""
+
+    edits: Sequence[LoadedEdit]
+    cuts: tuple[tuple[float, int], ...]
+    """For each pruned change, the least magnitude kept, and the flat place of the last kept one that equals it."""
+
+    def apply(self, W: Tensor, start: int, stop: int) -> Tensor:
+        """Compute the result of all edits for a block of rows, in place."""
+
+
+Combine = Callable[[Item, DeviceBuffers, "SourceValues"], EditCombiner]
+"""Loads the edits of one item, and finds what needs the whole tensor."""
+
+
 class MergeMaker:
     """Applies all edits to the base's tensor, or to the adapter's tensor that replaces it."""
 
     proves_output = False
 
     def __init__(
-        self, item: Item, buffers: DeviceBuffers, spool: Spool, *, prove: bool = False, observe: Observe | None = None
+        self,
+        item: Item,
+        buffers: DeviceBuffers,
+        spool: Spool,
+        *,
+        prove: bool = False,
+        observe: Observe | None = None,
+        combine: Combine | None = None,
     ) -> None:
-        """Load the edits; `prove` asks for the sha256 of the base's bytes, too."""
+        """Load the edits; `prove` asks for the sha256 of the base's bytes, too.
+
+        `combine` is for items whose edits are not added up.
+        """
+        if not any(tensor.kept for tensor in item.factors):
+            buffers.forget()
         self._item, self._buffers = item, buffers
-        self.edits: Sequence[LoadedEdit] = [LoadedEdit.load(edit, buffers) for edit in item.edits]
         self.values = SourceValues(item, buffers)
-        measure(item, self.edits, self.values, buffers)
+        self._combiner = combine(item, buffers, self.values) if combine and item.combination else None
+        self.edits: Sequence[LoadedEdit] = self._combiner.edits if self._combiner else load_edits(item, buffers)
+        if not self._combiner:
+            measure(item, self.edits, self.values, buffers)
         self._base = Digest(proof=prove)
         self._observer = observe(item, self, buffers, spool) if observe else None
 
@@ -106,7 +135,9 @@ class MergeMaker:
         """Return rows of the output from those of the source."""
         W = self.values.block(raw, start, stop)
         self._see_base(raw, W, start, stop)
-        result = self._buffers.land(apply_edits(W, self.edits, start, stop), TORCH[self._item.dtype])
+        combiner = self._combiner
+        x = combiner.apply(W, start, stop) if combiner else apply_edits(W, self.edits, start, stop)
+        result = self._buffers.land(x, TORCH[self._item.dtype])
         if not maths.all_finite(result) or not all(edit.is_finite() for edit in self.edits):
             refuse_result(self._item, raw, result)
         if self._observer:
@@ -147,7 +178,13 @@ class MergeMaker:
         parts = self._observer.parts() if self._observer else ()
         if not item.base:
             return TensorResult(None, written.fast, None, parts)
-        return TensorResult(self._base.fast, written.fast, self._base.proof, parts)
+        cuts = self._combiner.cuts if self._combiner else ()
+        return TensorResult(self._base.fast, written.fast, self._base.proof, parts, cuts=cuts)
+
+
+def load_edits(item: Item, buffers: DeviceBuffers) -> list[LoadedEdit]:
+    """Read the tensors of all edits that every block needs."""
+    return [LoadedEdit.load(edit, buffers) for edit in item.edits]
 
 
 class SourceValues:
@@ -203,22 +240,29 @@ def measure(item: Item, operands: Iterable[LoadedEdit], values: SourceValues, bu
         raw = buffers.raw(item.source, start, stop)
         for k, operand in enumerate(pending):
             V = operand.add_(values.block(raw, start, stop), start, stop)
-            squares[k] += maths.norms(V, axis=0).square_()
+            squares[k] += maths.norms(operand.own(V, start, stop), axis=0).square_()
     for total, operand in zip(squares, pending, strict=True):
         operand.n.append(torch.as_tensor(total).sqrt())
 
 
 def apply_edits(W: Tensor, operands: Sequence[LoadedEdit], start: int, stop: int) -> Tensor:
     """Compute W + Σ wᵢ·(applyᵢ(W) − W) (4) in place; all norms are of the unmerged W."""
-    if len(operands) == 1 and operands[0].m is not None and operands[0].edit.weight == 1:
-        return operands[0].decompose_(W, start, stop)
+    edits = [operand.edit for operand in operands]
+    if are_apart(edits) and all(edit.weight == 1 or not edit.decomposed for edit in edits):
+        for operand in operands:
+            if operand.m is None:
+                operand.add_(W, start, stop, operand.edit.weight)
+            else:
+                operand.decompose_(W, start, stop)
+        return W
     unmerged = W.clone() if any(operand.m is not None for operand in operands) else W
     for operand in operands:
         if operand.m is None:
             operand.add_(W, start, stop, operand.edit.weight)
         else:
-            change = operand.decompose_(unmerged.clone(), start, stop) - unmerged
-            W.add_(change, alpha=operand.edit.weight)
+            changed = operand.own(operand.decompose_(unmerged.clone(), start, stop), start, stop)
+            change = changed - operand.own(unmerged, start, stop)
+            operand.own(W, start, stop).add_(change, alpha=operand.edit.weight)
     return W
 
 

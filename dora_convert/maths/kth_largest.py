@@ -7,6 +7,8 @@ the numbers by 16 of their bits at a time, which narrows the interval to one tha
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 
@@ -22,10 +24,10 @@ class KthLargest:
     """The k-th largest of n numbers ≥ 0 that pass by in blocks, as often as `done` is False."""
 
     def __init__(self, k: int, n: int, capacity: int = CAPACITY) -> None:
-        """Ask for the k-th largest of n; 0 if k is 0."""
+        """Ask for the k-th largest of n."""
         self.k, self.n, self._capacity = k, n, capacity
-        self.value = float("inf")
-        """The k-th largest number; infinity if k is 0."""
+        self.value = sys.float_info.max
+        """The k-th largest number; the largest of all numbers if k is 0."""
         self.equal = self.wanted = 0
         """How many numbers equal it, and how many of these are among the k largest."""
         self.done = k == 0

@@ -72,11 +72,7 @@ def _reads_base(later: Adapter, first: Adapter) -> bool:
     The norms of a DoRA do, and so does a start such as PiSSA's. A LoRA adds the same to any weight.
     """
     changed = _changed_by(first)
-    return any(
-        changed & {change.target, *change.among}
-        for change in later.changes
-        if _depends(change.update)
-    )
+    return any(changed & {change.target, *change.among} for change in later.changes if _depends(change.update))
 
 
 def _depends(update: Update) -> bool:

@@ -1,13 +1,10 @@
-"""Compute chains and combined changes by definition, for any rows: pruned, drawn, elected, added.
-
-Thresholds are found by other means than the engine's: a histogram of logarithms, then the numbers of one bin. Random
-bits are computed with Python's integers where keys are concerned.
-"""
+"""Compute combined changes by definition, for any rows: pruned, drawn at random, elected, added."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -18,85 +15,35 @@ from ..adapters import Full
 from ..engine.precision import half_ulp
 from ..plan.item import Edit, Item
 from ..storage.reader import Reader
+from .chain import ChainExpected, outputs_of
 from .expected import CPU, EPSILON, Block, EditPart, Expected
+from .thresholds import Cut, find_cut
 
 PASS_ELEMENTS = 1 << 17
 """Elements of rows that a search for a threshold looks at together."""
-OCTAVE, OCTAVES = 1 << 10, 96
-"""Bins of the histogram for each power of two, and the powers of two below the largest number; zeros lie lower."""
 SPREAD = 0.15
 ALL_BITS = (1 << 64) - 1
 FEW_ELEMENTS = 1 << 18
 """Tensors up to this size have their thresholds searched, whatever a merge says of them."""
 SIGMAS = 5.0
 
-Cut = tuple[float, int]
-"""The least magnitude that is kept, and the flat place of the last kept element that equals it; −1 for all."""
 
+def expected_of(
+    item: Item, reader: Reader, device: torch.device = CPU, *, cuts: Sequence[Cut] = (), sample: Sequence[int] = ()
+) -> Expected:
+    """Return the definition of an item's result.
 
-def expected_of(item: Item, reader: Reader, device: torch.device = CPU, cuts: Sequence[Cut] = ()) -> Expected:
-    """Return the definition of an item's result; `cuts` are thresholds that a merge claims."""
+    `cuts` are thresholds that a merge claims. They are believed for large tensors if a sample of rows agrees.
+    """
     if not item.combination:
         return Expected(item, reader, device)
     if item.combination.method == "chain":
         return ChainExpected(item, reader, device)
-    return CombinedExpected(item, reader, device, cuts)
-
-
-class ChainExpected(Expected):
-    """Each edit on the result of the one before."""
-
-    def block(self, rows: Sequence[int]) -> Block:
-        """Return some rows before any edit, each link's part, and the last link's result."""
-        first = W = self.before(rows)
-        parts = []
-        for number in range(len(self.item.edits)):
-            parts.append(self._part(number, W, rows))
-            W = self._after(number, parts[-1], W)
-        return Block(first, parts, W)
-
-    def bound(self, rows: Sequence[int], x: Tensor, *, rounded_once: bool) -> Tensor:
-        """Return the largest distance from x: the slack of each link, as the links after it pass it on."""
-        W, item = self.before(rows), self.item
-        total = torch.zeros_like(W)
-        for number, edit in enumerate(item.edits):
-            part = self._part(number, W, rows)
-            slack = (part.terms + 2) * EPSILON * (part.size() + W.abs())
-            if not rounded_once:
-                slack = slack + half_ulp(part.delta, item.dtype) + half_ulp(W, item.dtype)
-                if part.n is not None:
-                    slack = slack + self._several_roundings(edit, part, W, self._after(number, part, W))
-            passed = total * (1 + edit.weight * (part.f - 1)).abs() + abs(edit.weight) * part.f.abs() * slack
-            W = self._after(number, part, W)
-            if part.n is not None:
-                lengths = torch.linalg.vector_norm(total, dim=edit.axis, keepdim=True) / part.n
-                passed = passed + abs(edit.weight) * W.abs() * lengths
-            total = passed + (math.sqrt(W.shape[1]) + 6) * EPSILON * W.abs()
-        return half_ulp(x, item.dtype) + total
-
-    def forward(self, rows: Sequence[int], block: Block, x: Tensor, *, by_columns: bool) -> Tensor:
-        """Return the outputs for inputs x, link after link."""
-        return _outputs(block, x, by_columns=by_columns)
-
-    def _after(self, number: int, part: EditPart, W: Tensor) -> Tensor:
-        """Return the result of one link."""
-        weight = self.item.edits[number].weight
-        changed = (W + part.delta) * part.f
-        return changed if weight == 1 else W + weight * (changed - W)
-
-    def _measure(self, number: int) -> Tensor:
-        """Return the norms of one link along the columns, from the whole tensor."""
-        squares: Tensor | float = 0.0
-        for chunk in self.chunks(range(self.item.source.matrix[0])):
-            W = self.before(chunk)
-            for link in range(number):
-                W = self._after(link, self._part(link, W, chunk), W)
-            squares = squares + (W + self._delta(number, W, chunk)).square().sum(dim=0)
-        return torch.as_tensor(squares).sqrt()
-
-    def _delta(self, number: int, W: Tensor, rows: Sequence[int]) -> Tensor:  # noqa: ARG002 - for kinds that need W
-        left, right, scale = self.factors(number, rows)
-        return scale * torch.einsum("kr,rc->kc", left, right)
+    if cuts and item.source.numel > FEW_ELEMENTS:
+        claimed = CombinedExpected(item, reader, device, cuts)
+        if not claimed.doubts(sample):
+            return claimed
+    return CombinedExpected(item, reader, device)
 
 
 class Kept(NamedTuple):
@@ -119,8 +66,7 @@ class CombinedExpected(Expected):
         self.cuts: Sequence[Cut] = ()
         """The threshold of each change; empty if the method has none."""
         if self._how.prunes:
-            few = item.source.numel <= FEW_ELEMENTS
-            self.cuts = cuts if cuts and not few else [self._search(number) for number in range(len(item.edits))]
+            self.cuts = cuts or [self._search(number) for number in range(len(item.edits))]
 
     def doubts(self, rows: Sequence[int]) -> bool:
         """Return True if a sample of rows keeps another share of a change than its density, beyond chance."""
@@ -133,7 +79,8 @@ class CombinedExpected(Expected):
         for edit, pieces in zip(self.item.edits, shares, strict=True):
             own = torch.cat(pieces)
             error = float(own.std()) / len(own) ** 0.5
-            if edit.outputs is None and abs(float(own.mean()) - edit.density) > SIGMAS * error + 2 / self.item.matrix[1]:
+            distance = abs(float(own.mean()) - edit.density)
+            if edit.outputs is None and distance > SIGMAS * error + 2 / self.item.matrix[1]:
                 return True
         return False
 
@@ -171,7 +118,7 @@ class CombinedExpected(Expected):
 
     def forward(self, rows: Sequence[int], block: Block, x: Tensor, *, by_columns: bool) -> Tensor:  # noqa: ARG002
         """Return the outputs of the combined weight: no adapter has a forward of its own for them."""
-        return _outputs(block, x, by_columns=by_columns)
+        return outputs_of(block, x, by_columns=by_columns)
 
     def _part(self, number: int, W: Tensor, rows: Sequence[int]) -> EditPart:
         update = self.item.edits[number].update
@@ -184,9 +131,7 @@ class CombinedExpected(Expected):
         """Return ΔW of one edit."""
         return _change_of(self._part(number, W, rows), W)
 
-    def _keep(
-        self, number: int, part: EditPart, W: Tensor, rows: Sequence[int], slack: Tensor | None = None
-    ) -> Kept:
+    def _keep(self, number: int, part: EditPart, W: Tensor, rows: Sequence[int], slack: Tensor | None = None) -> Kept:
         """Return what the method keeps of one change."""
         change, edit = _change_of(part, W), self.item.edits[number]
         slack = torch.zeros_like(change) if slack is None else slack
@@ -206,7 +151,7 @@ class CombinedExpected(Expected):
 
     def _bits(self, number: int, rows: Sequence[int]) -> Tensor:
         """Return the random bits of one edit's rows, as numbers from 0 to 2³² − 1."""
-        key = xxhash.xxh3_64(f"{self._how.seed}/{number}/{self.item.name}").intdigest()
+        key = xxhash.xxh3_64(f"{self._how.seed}/{number}/{self.item.name}".encode()).intdigest()
         columns = torch.arange(self.item.matrix[1], device=self._device)
         lines = []
         for row in rows:
@@ -231,53 +176,15 @@ class CombinedExpected(Expected):
             close = ((stacked.abs() <= slack) & (stacked != 0)).any(dim=0)
         return close & (stacked != 0).any(dim=0)
 
-    # ---- thresholds
-
     def _search(self, number: int) -> Cut:
-        """Find the threshold of one change: the k-th largest magnitude, k cut down to a whole number."""
+        """Find the threshold of one change in the whole tensor."""
         edit = self.item.edits[number]
         if edit.density >= 1:
             return 0.0, -1
         wanted = int(edit.density * _own_elements(edit, self.item))
-        if wanted == 0:
-            return math.inf, -1
-        largest = max(float(piece.max()) for _, piece in self._magnitudes(number))
-        counts = torch.zeros(OCTAVE * OCTAVES + 1, dtype=torch.int64)
-        for _, piece in self._magnitudes(number):
-            bins = _bin_of(piece, largest)
-            counts.scatter_add_(0, bins, torch.ones_like(bins))
-        from_top = counts.flip(0).cumsum(0)
-        place = int((from_top >= wanted).nonzero()[0])
-        chosen = len(counts) - 1 - place
-        if chosen == 0:
-            return 0.0, -1  # all but zeros are kept
-        left = wanted - (int(from_top[place - 1]) if place else 0)
-        least, left, equal = self._within(number, lambda piece: piece[_bin_of(piece, largest) == chosen], left)
-        return least, -1 if left == equal else self._last_equal(number, least, left)
+        return find_cut(partial(self._magnitudes, number), wanted)
 
-    def _within(self, number: int, choose: Callable[[Tensor], Tensor], wanted: int) -> tuple[float, int, int]:
-        """Return the wanted largest of some numbers, the count of its equals that are wanted, and of all equals."""
-        found: dict[float, int] = {}
-        for _, piece in self._magnitudes(number):
-            values, times = choose(piece).unique(return_counts=True)
-            for value, count in zip(values.tolist(), times.tolist(), strict=True):
-                found[value] = found.get(value, 0) + count
-        for value in sorted(found, reverse=True):
-            if wanted <= found[value]:
-                return value, wanted, found[value]
-            wanted -= found[value]
-        raise AssertionError("a bin holds fewer numbers than were counted")
-
-    def _last_equal(self, number: int, least: float, wanted: int) -> int:
-        """Return the flat place of the last element of this magnitude that is kept: the first ones are."""
-        for first, piece in self._magnitudes(number, own=False):
-            places = (piece == least).nonzero().flatten()
-            if wanted <= len(places):
-                return first + int(places[wanted - 1])
-            wanted -= len(places)
-        raise AssertionError("fewer equal numbers than were counted")
-
-    def _magnitudes(self, number: int, *, own: bool = True) -> Iterator[tuple[int, Tensor]]:
+    def _magnitudes(self, number: int, own: bool) -> Iterator[tuple[int, Tensor]]:  # noqa: FBT001
         """Yield the flat place and the magnitudes of all elements; with `own`, only of outputs that it is for."""
         edit, (height, columns) = self.item.edits[number], self.item.matrix
         for rows in self.chunks(range(height), PASS_ELEMENTS):
@@ -285,14 +192,9 @@ class CombinedExpected(Expected):
             if own and edit.outputs:
                 first, last = edit.outputs
                 inside = [k for k, row in enumerate(rows) if first <= row < last]
-                change = change[:, first:last] if edit.transposed or change.shape[0] == 1 == height else change[inside]
+                change = change[:, first:last] if edit.by_columns else change[inside]
             if change.numel():
                 yield rows[0] * columns, change.flatten().cpu()
-
-
-def _outputs(block: Block, x: Tensor, *, by_columns: bool) -> Tensor:
-    """Return the outputs of some rows' result for inputs x."""
-    return block.x.T @ x if by_columns else block.x @ x
 
 
 def _change_of(part: EditPart, W: Tensor) -> Tensor:
@@ -300,18 +202,12 @@ def _change_of(part: EditPart, W: Tensor) -> Tensor:
     return (W + part.delta) * part.f - W if part.f.dim() else part.delta.expand_as(W)
 
 
-def _bin_of(magnitudes: Tensor, largest: float) -> Tensor:
-    """Return the bin of each magnitude: equal steps of the logarithm; 0 for those far below the largest."""
-    steps = ((magnitudes / largest).log2() * OCTAVE).nan_to_num(-math.inf, neginf=-math.inf)
-    return (steps.clamp(min=-OCTAVE * OCTAVES).floor() + OCTAVE * OCTAVES).long()
-
-
 def _own_elements(edit: Edit, item: Item) -> int:
     """Return the number of elements of the module that an edit is for."""
-    own = edit.outputs or (0, item.matrix[1] if edit.transposed else item.matrix[0])
-    if item.matrix[0] == 1 and edit.outputs:
-        return own[1] - own[0]
-    return (own[1] - own[0]) * (item.matrix[0] if edit.transposed else item.matrix[1])
+    height, width = item.matrix
+    if not edit.outputs:
+        return height * width
+    return (edit.outputs[1] - edit.outputs[0]) * (height if edit.by_columns else width)
 
 
 def _rank_shares(change: Tensor, density: float) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..engine.precision import GRID, TORCH, half_ulp, nearest, read_rows
-from ..plan.item import Item
+from ..plan.item import Edit, Item
 from ..reports.verify import CheckedModule
 from ..storage.reader import Reader
 from ..storage.safetensors import StoredTensor
@@ -71,17 +71,22 @@ class Outputs:
         return ((error / size) ** 0.5, (floor / size) ** 0.5) if size else (None, None)
 
 
+def _first_decomposed(edits: Sequence[Edit]) -> int | None:
+    return next((number for number, edit in enumerate(edits) if edit.decomposed), None)
+
+
 class Lengths:
     """The lengths of a DoRA's rows, or columns, as written and by definition."""
 
     def __init__(self, expected: Expected) -> None:
         edits = expected.item.edits
-        self._number = next((number for number, edit in enumerate(edits) if edit.decomposed), None)
+        self._number = None if expected.item.combination else _first_decomposed(edits)
         if self._number is None:
             return
         self._axis, m = edits[self._number].axis, expected.m[self._number]
         assert m is not None
         self._numbers = torch.stack([m, *torch.zeros(4, len(m), dtype=m.dtype, device=m.device)])
+        self._own = slice(*edits[self._number].outputs or (0, len(m)))
         """For each row or column: m, n, m/n, and the sums of error·x and of x²."""
         self._grid = coarser(edits[self._number], expected.item.dtype)
         self._weight = sum(abs(edit.weight) for edit in edits)
@@ -104,7 +109,8 @@ class Lengths:
         """
         if self._number is None:
             return False
-        numbers = self._numbers[:, self._numbers[4] > 0]
+        own = self._numbers[:, self._own]
+        numbers = own[:, own[4] > 0]
         if not numbers.numel():
             return False
         one = 2.0 ** -GRID[self._grid][0]
@@ -120,7 +126,7 @@ def compare_all(
     """Compare every element of a tensor, in the stored dtype, and the outputs for some random inputs."""
     item = replace(item, dtype=written.dtype)
     written = replace(written, shape=item.stacked)
-    expected = Expected(item, reader, device)
+    expected = _definition(item, reader, device)
     outputs = Outputs(expected, samples if item.changed and len(item.shape) > 1 else 0, device)
     differing, total, lengths = [], 0, Lengths(expected)
     for rows in expected.chunks(range(item.matrix[0] + item.grown), CHUNK_ELEMENTS):
@@ -150,6 +156,15 @@ def compare_all(
         output_floor=floor,
         cause=find_cause(expected, written, reader, sorted(experts)) if number and item.changed else None,
     )
+
+
+def _definition(item: Item, reader: Reader, device: torch.device) -> Expected:
+    """Return the definition of an item's result."""
+    if not item.combination:
+        return Expected(item, reader, device)
+    from .combined import expected_of
+
+    return expected_of(item, reader, device)
 
 
 def count_off(x: Tensor, got: Tensor, dtype: str) -> int:

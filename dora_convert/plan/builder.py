@@ -10,7 +10,6 @@ from ..adapters import Adapter, Change, Decomposed, Delta, Full, Rows, Transform
 from ..errors import Fault
 from ..naming.resolve import NameResolver, Tie, explain_missing, is_embedding, is_head
 from ..storage.checkpoint import Checkpoint
-from ..storage.reader import same_bytes
 from ..storage.safetensors import FLOATS, StoredTensor
 from .item import Edit, Item
 from .plan import Entry, Options
@@ -24,6 +23,8 @@ class TargetTensor:
     source: StoredTensor
     base: StoredTensor | None
     added: bool = False
+    replacer: str = ""
+    """The adapter whose tensor `source` is."""
     rows: list[Rows] = field(default_factory=list)
     edits: list[Edit] = field(default_factory=list)
 
@@ -50,8 +51,10 @@ class PlanBuilder:
         self.faults: list[Fault] = []
         self.beside: dict[str, list[Full]] = {}
         """The updates at fault that come from files beside the adapters, by file."""
-        self._tied_changes: list[tuple[Change, tuple[str, ...], float]] = []
-        """Changes to one side of the tie, or to both, and their weights; kept until all adapters are known."""
+        self._tied_changes: list[tuple[Change, tuple[str, ...], float, int]] = []
+        """Changes to one side of the tie, or to both, with weight and number of the adapter; kept until the end."""
+        self._adapters: list[Adapter] = []
+        self._number = 0  # of the adapter at hand
         self._claimed: set[str] = set()  # by deltas of the adapter at hand
         self._names = {*base.tensors, *(name.rpartition(".")[0] for name in base.tensors)}
 
@@ -60,6 +63,8 @@ class PlanBuilder:
         self.ledger += [Entry(name, "ignored", (), why) for name, why in adapter.ignored.items()]
         self.faults += adapter.faults
         self._claimed.clear()
+        self._number = len(self._adapters)
+        self._adapters.append(adapter)
         for change in sorted(self._told_apart(adapter.changes, names), key=_turn):
             if self.options.selects(change.module):
                 self._add_change(change, adapter, names, weight)
@@ -127,18 +132,20 @@ class PlanBuilder:
         if refusal := self.tie.refusal or _begins_elsewhere(change.update):
             self._fault(change.update, refusal)
             return
+        from .replacements import is_copy
+
         on_embedding = name == embedding
         is_other_side = is_head if on_embedding else is_embedding
         others = (c for c in adapter.changes if _turn(c) == _turn(change) and is_other_side(c.target))
         other = next(others, None)
         sides: tuple[str, ...] = (embedding, head)
-        if adapter.keeps_ties or (other and _is_copy(change.update, other.update)):
+        if adapter.keeps_ties or (other and is_copy(change.update, other.update)):
             if other and not on_embedding:
                 self._enter(change.update, "ignored", (), f"the same as for {embedding}, its tie")
                 return
         elif not self._means_both(change.update, other, on_embedding=on_embedding):
             sides = (embedding if on_embedding else head,)
-        self._tied_changes.append((change, sides, weight))
+        self._tied_changes.append((change, sides, weight, self._number))
 
     def _means_both(self, update: Update, other: Change | None, *, on_embedding: bool) -> bool:
         """Return True if a change of one side is meant for both: new tokens, and another number of tokens."""
@@ -152,11 +159,12 @@ class PlanBuilder:
         """Apply the kept changes: to one weight if both sides change alike, else to two weights."""
         if not self._tied_changes or not self.tie:
             return
-        self.untied = any(len(sides) == 1 for _, sides, _ in self._tied_changes)
+        self.untied = any(len(sides) == 1 for _, sides, *_ in self._tied_changes)
         if self.untied and not self.tie.stored:
             source = self.targets[self.tie.embedding].source
             self.targets[self.tie.head] = TargetTensor(source, source, added=True)
-        for change, sides, weight in self._tied_changes:
+        for change, sides, weight, number in self._tied_changes:
+            self._number = number
             into = tuple(side for side in sides if side in self.targets)
             for side in into:
                 self._apply(change.update, side, weight, into)
@@ -188,42 +196,52 @@ class PlanBuilder:
 
     def _apply(self, update: Update, name: str, weight: float, into: tuple[str, ...] = ()) -> None:
         """Add an update to its tensor, or note why the update does not match."""
-        target = self.targets[name]
+        target, fate = self.targets[name], "replaced"
         shape = target.shape if isinstance(update, Rows) else target.source.shape
         if isinstance(update, Full) and (is_embedding(name) or is_head(name)):
             shape = (*update.value.shape[:1], *shape[1:])  # only an embedding or a head may have other rows
         match self._match(update, name, shape):
             case str(why):
                 self._fault(update, why)
+            case Match(Full() as full) if self._combines(full, target):
+                target.edits.append(Edit(full, False, weight, self._density))
+                fate = "merged"
             case Match(Full() as full):
                 self._replace(full, name, weight)
             case Match(Rows() as rows):
-                self._set_rows(rows, name, weight)
+                self._replace(rows, name, weight)
             case Match(Transform() | Decomposed() | Delta() as edit, transposed):
-                target.edits.append(Edit(edit, transposed, weight))
+                target.edits.append(Edit(edit, transposed, weight, self._density))
+                fate = "merged"
         if name == (into or (name,))[0]:  # one entry for both sides of a tie
-            fate = "replaced" if isinstance(update, (Full, Rows)) else "merged"
             self._enter(update, fate, into or (name,), update.title)
 
-    def _replace(self, update: Full, name: str, weight: float) -> None:
-        target = self.targets[name]
-        from_one_folder = target.source.path.parent == update.value.path.parent
-        if from_one_folder and same_bytes(target.source, update.value):
-            return  # one weight saved under two names, or in two files
-        if target.source is not target.base:
-            culprit = "it" if from_one_folder else "another adapter"
-            self._fault(update, f"{culprit} replaces {name}, too, with other values")
-        if weight != 1:
-            self._fault(update, f"replaces {name}, which has no weight of {weight:g}")
-        target.source = update.value
+    @property
+    def _density(self) -> float:
+        """The density of the adapter at hand."""
+        densities = self.options.combination.densities
+        return densities[self._number] if densities else 1.0
 
-    def _set_rows(self, update: Rows, name: str, weight: float) -> None:
-        taken = {row for rows in self.targets[name].rows for row in rows.index}
-        if shared := sorted(taken.intersection(update.index)):
-            self._fault(update, f"another adapter replaces row {shared[0]} of {name}, too")
+    def _combines(self, update: Full, target: TargetTensor) -> bool:
+        """Return True if a tensor that is stored whole counts as its difference from the base's."""
+        if self.options.combination.method == "sum" and self._adapters[self._number].format != "checkpoint":
+            return False
+        from .methods import is_change
+
+        return is_change(update, target.source, target.base, self.options.combination)
+
+    def _replace(self, update: Full | Rows, name: str, weight: float) -> None:
+        """Let an adapter's tensor, or its rows, take the place of the base's."""
+        from .replacements import put
+
+        own, chained = self._adapters[self._number].source.name, self.options.combination.method == "chain"
+        faults, warning = put(update, self.targets[name], name, by=own, chained=chained)
+        for why in faults:
+            self._fault(update, why)
         if weight != 1:
-            self._fault(update, f"replaces rows of {name}, which have no weight of {weight:g}")
-        self.targets[name].rows.append(update)
+            what = "replaces" if isinstance(update, Full) else "replaces rows of"
+            self._fault(update, f"{what} {name}, which has no weight of {weight:g}")
+        self.warnings += [warning] if warning else []
 
     def _enter(self, update: Update, fate: str, into: tuple[str, ...], why: str) -> None:
         self.ledger += [Entry(tensor.name, fate, into, why) for tensor in tensors_of(update)]
@@ -250,7 +268,12 @@ class PlanBuilder:
             added=target.added,
             origin=self.base.stored_name(base.name) if base else name,
         )
-        if item.edits and item.start and (len(item.edits) > 1 or item.edits[0].weight != 1):
+        if any(isinstance(edit.update, Full) for edit in item.edits) or not self.options.combination.is_sum:
+            from .methods import combined
+
+            item = combined(item, self.options.combination)
+        alone = len(item.edits) == 1 and item.edits[0].weight == 1 and not item.combination
+        if item.start and not alone:
             self._fault(item.start, f"began training with another {name}: it is merged alone and at weight 1")
         for edit in item.edits if item.grown else ():
             self._fault(edit.update, f"is for a {name} without the rows that another adapter adds")
@@ -268,16 +291,6 @@ def _begins_elsewhere(update: Update) -> str | None:
     if begun and (start := begun.start):
         return f"{start.value} changed a weight that serves twice: what training began with is not known"
     return None
-
-
-def _is_copy(one: Update, other: Update) -> bool:
-    """Return True if an adapter brings the same tensor for both sides of a tie."""
-    match one, other:
-        case Full(value), Full(copy):
-            return same_bytes(value, copy)
-        case Rows(value, index), Rows(copy, numbers):
-            return index == numbers and same_bytes(value, copy)
-    return False
 
 
 def _stacked(tensor: StoredTensor, edits: Sequence[Edit]) -> StoredTensor:

@@ -7,63 +7,34 @@ output must not depend on the memory budget or on the number of workers.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
-from ..adapters import Decomposed, Delta, LowRank, Rows, Transform, low_rank
+from ..adapters import Decomposed, Delta, Full, LowRank, Rows, Transform, low_rank, tensors_of
+from ..settings import Combination
 from ..storage.safetensors import BITS, FLOATS, StoredTensor
 
 BLOCK_ELEMENTS = 1 << 19
 """4 MiB in float64: two workers' blocks stay in a processor's cache; double size takes 1.5 times as long."""
 ROWS_MULTIPLE = 16
-COLLECTED = 1 << 19
-"""Magnitudes of one change that are held at most while a threshold is looked for."""
-
-
-@dataclass(frozen=True)
-class Combination:
-    """The way in which several changes of one tensor become one."""
-
-    method: str = "sum"
-    densities: tuple[float, ...] = ()
-    """For each adapter, the share of its change that is kept; empty if the method keeps all."""
-    seed: int = 0
-    majority_sign: str = "total"
-
-    @property
-    def is_sum(self) -> bool:
-        """True if weighted changes are added up."""
-        return self.method in ("sum", "linear")
-
-    @property
-    def prunes(self) -> bool:
-        """True if only the elements of largest magnitude are kept."""
-        return self.method in ("ties", "magnitude-prune")
-
-    @property
-    def draws(self) -> bool:
-        """True if the elements that are kept are drawn at random."""
-        return self.method in ("dare", "dare-ties", "della")
-
-    @property
-    def elects(self) -> bool:
-        """True if only the changes of the majority's sign count."""
-        return self.method in ("ties", "dare-ties", "della")
-
-
-SUM = Combination()
+KEPT = 2
+"""Whole tensors behind views that a worker keeps: the experts' two take turns."""
 
 
 @dataclass(frozen=True)
 class Edit:
     """A matched update and its weight in the merge."""
 
-    update: Transform | Decomposed | Delta
+    update: Transform | Decomposed | Delta | Full
     transposed: bool = False
     weight: float = 1.0
     density: float = 1.0
     """The share of the change that is kept, if changes are combined so."""
+    outputs: tuple[int, int] | None = None
+    """The outputs of the stored weight that the edit is for, from the first to before the last; None for all.
+    Outside of them the edit's factors are zero, and its m/n is one."""
 
     @cached_property
     def low(self) -> LowRank | None:
@@ -84,6 +55,19 @@ class Edit:
     def two_passes(self) -> bool:
         """True if norms need the whole tensor before its first row can be written."""
         return self.decomposed and self.transposed
+
+    @property
+    def by_columns(self) -> bool:
+        """True if outputs are columns of the stored matrix: a bias is one row."""
+        return self.transposed or isinstance(self.update, Delta)
+
+    def own_rows(self, start: int, stop: int) -> tuple[int, int]:
+        """Return the rows of a block that the edit changes; they are none if both numbers are equal."""
+        if not self.outputs or self.by_columns:
+            return start, stop
+        first, last = self.outputs
+        low = min(max(start, first), stop)
+        return low, max(low, min(stop, last))
 
 
 @dataclass(frozen=True)
@@ -196,6 +180,11 @@ class Item:
         """The number of matrices that lie one below the other in `source`, each with its own factors."""
         return max((edit.low.experts for edit in self.edits if edit.low), default=0) or 1
 
+    @property
+    def factors(self) -> Iterator[StoredTensor]:
+        """The adapters' tensors that the edits need."""
+        return (tensor for edit in self.edits for tensor in tensors_of(edit.update))
+
     def spans(self) -> Iterator[tuple[int, int]]:
         """Yield the blocks of rows; no block holds rows of two experts."""
         return spans(*self.matrix, self.experts)
@@ -215,7 +204,7 @@ class Item:
         host = block * max(self.source.itemsize, BITS[self.dtype] // 8, self.base.itemsize if self.base else 0)
         total = host + block * (width + 4) + (host + 8 * block if self.replaced else 0)
         if self.combination:
-            total += self._combining(block, width)
+            total += self.combination.cost(len(self.edits), self.source.numel, block, width)
         elif len(self.edits) > 1:
             total += 2 * block * width
         if self.start:
@@ -223,16 +212,6 @@ class Item:
         if exact and self.source is self.base:
             total += self.inverse_cost()
         return total + sum(edit_cost(edit, height, width) for edit in self.edits)
-
-    def _combining(self, block: int, width: int) -> int:
-        """Return the bytes that combining the edits of a block needs, and looking for thresholds before."""
-        assert self.combination
-        if self.combination.method == "chain":
-            return 2 * block * width
-        count = len(self.edits)
-        total = (count + 3) * block * width + (32 * block if self.combination.draws else 0)
-        collected = min(self.source.numel, COLLECTED) if self.combination.prunes else 0
-        return total + (count + 3) * collected * width
 
     @property
     def invertible(self) -> bool:
@@ -266,15 +245,24 @@ class Item:
         return total
 
 
+def are_apart(edits: Sequence[Edit]) -> bool:
+    """Return True if no two edits are for the same output of the stored weight."""
+    if len(edits) < 2:
+        return True
+    parts = sorted(edit.outputs for edit in edits if edit.outputs)
+    return len(parts) == len(edits) and all(one[1] <= other[0] for one, other in pairwise(parts))
+
+
 def edit_cost(edit: Edit, height: int, width: int) -> int:
     """Return the bytes held for one edit: one whole factor, a block's rows of the other factor, norms."""
+    kept = KEPT * max((tensor.kept for tensor in tensors_of(edit.update)), default=0)
     if not (low := edit.low):
-        return edit.update.value.numel * (width + 4) if isinstance(edit.update, Delta) else 0
+        return kept + (edit.update.value.numel * (width + 4) if isinstance(edit.update, Delta) else 0)
     inputs = math.prod(low.inputs)
     if low.experts:
-        return low.A.nbytes + low.B.nbytes + 2 * width * low.rank * (inputs + low.outputs)
+        return kept + low.A.nbytes + low.B.nbytes + 2 * width * low.rank * (inputs + low.outputs)
     whole, sliced = (low.outputs, inputs) if edit.transposed else (inputs, low.outputs)
-    total = low.rank * (whole * width + min(height, sliced) * (width + low.B.itemsize))
+    total = kept + low.rank * (whole * width + min(height, sliced) * (width + low.B.itemsize))
     if low.blocks != (1, 1):
         total += low.rank * whole * width
     return total + (low.outputs * (3 * width + 4) if edit.decomposed else 0)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
+from ..adapters import Full
 from ..errors import UsageError
-from .item import Combination
+from ..settings import Combination
+from ..storage.safetensors import FLOATS, StoredTensor
+from .item import Edit, Item
+
 
 def parse_combination(given: Mapping[str, Any], count: int) -> Combination:
     """Return the combination of `count` adapters that options ask for.
@@ -57,6 +62,23 @@ def words_of(combination: Combination) -> list[str]:
     return words + (["--majority-sign", "frequency"] if combination.majority_sign != "total" else [])
 
 
-def densities_of(combination: Combination, count: int) -> Sequence[float]:
-    """Return the density for each of `count` adapters."""
-    return combination.densities or (1.0,) * count
+def is_change(update: Full, source: StoredTensor, base: StoredTensor | None, how: Combination) -> bool:
+    """Return True if a tensor stored whole is combined by its difference from the base's, instead of replacing it."""
+    alike = source is base and source.shape == update.value.shape
+    numbers = {update.value.dtype, source.dtype} <= set(FLOATS)
+    return how.method != "chain" and alike and numbers and not update.start
+
+
+def combined(item: Item, how: Combination) -> Item:
+    """Return an item with its combination, if its edits are more than a sum."""
+    edits = tuple(_fitted(edit, item.source) for edit in item.edits)
+    whole = any(isinstance(edit.update, Full) for edit in edits)
+    needed = len(edits) > 1 if how.method == "chain" else edits and (whole or not how.is_sum)
+    return replace(item, edits=edits, combination=how if needed else None)
+
+
+def _fitted(edit: Edit, source: StoredTensor) -> Edit:
+    """Return an edit whose tensor, if it is stored whole, has the shape in which the item is computed."""
+    if not isinstance(edit.update, Full):
+        return edit
+    return replace(edit, update=replace(edit.update, value=replace(edit.update.value, shape=source.shape)))

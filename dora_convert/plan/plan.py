@@ -21,10 +21,10 @@ import xxhash
 
 from ..adapters import Adapter, Delta, Waived, tensors_of
 from ..errors import UsageError
-from ..settings import parse_size
+from ..settings import SUM, Combination, parse_size
 from ..storage.checkpoint import Checkpoint
 from ..storage.safetensors import BITS, CONFIG_DTYPES, StoredTensor
-from .item import SUM, Combination, Edit, Item
+from .item import Edit, Item
 
 
 @dataclass(frozen=True)
@@ -164,6 +164,11 @@ def _describe(item: Item) -> list[Any]:
 def _describe_edit(edit: Edit) -> list[Any]:
     names = [tensor.name for tensor in tensors_of(edit.update)]
     known: list[Any] = [type(edit.update).__name__, edit.transposed, edit.weight, names]
+    known += [list(edit.outputs)] if edit.outputs else []
+    if views := [tensor for tensor in tensors_of(edit.update) if tensor.is_view]:
+        from ..storage.stored_view import describe_view
+
+        known += map(describe_view, views)
     if isinstance(edit.update, Delta):
         return [*known, edit.update.scale]
     low = edit.low
