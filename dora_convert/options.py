@@ -7,7 +7,7 @@ the group. The command line makes its options of the same groups.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeVar, get_type_hints
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 else:  # signatures and help name no type of torch, which is imported later
     Dtype = Device = str
 
+METHODS = ("sum", "chain", "linear", "ties", "dare", "dare-ties", "della", "magnitude-prune")
 SHORT_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 """Further names of choices."""
 
@@ -53,7 +54,7 @@ OPTIONS = {
     "weight": Option((), "Strength, one per ADAPTER in their order.", "W"),
     "method": Option(None, "Combination of several: sum (default); chain: each on the result of the one before; the "
                      "others as their papers say.",
-                     choices=("sum", "chain", "linear", "ties", "dare", "dare-ties", "della", "magnitude-prune")),
+                     choices=METHODS),
     "density": Option((), "Share of each change to keep; one, or one per ADAPTER.", "F"),
     "seed": Option(0, "Of dare's and della's random choices.", "N", least=0),
     "majority_sign": Option("total", "Sign to elect: of the sum, or of most changes.", choices=("total", "frequency")),
@@ -277,6 +278,11 @@ def options_of(group: type) -> dict[str, tuple[Any, Option]]:
     kinds = get_type_hints(group)
     table = {**OPTIONS, "max_memory": _MEMORY.get(group, OPTIONS["max_memory"])}
     return {name: (kinds[name], option) for name, option in table.items() if name in kinds}
+
+
+def combines(given: Mapping[str, Any]) -> bool:
+    """Return True if options ask for another combination than the default."""
+    return any(given[name] != OPTIONS[name].default for name in ("method", "density", "seed", "majority_sign"))
 
 
 def flag(name: str) -> str:

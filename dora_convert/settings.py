@@ -20,6 +20,7 @@ from typing import Any
 from typing_extensions import Self
 
 from .errors import UsageError
+from .options import METHODS
 
 __version__ = "0.1.0"
 
@@ -225,6 +226,10 @@ class Combination:
     seed: int = 0
     majority_sign: str = "total"
 
+    def __post_init__(self) -> None:
+        if self.method not in METHODS or not all(0 < density <= 1 for density in self.densities):
+            raise ValueError("not a known method, or a density that is not a share")
+
     @property
     def is_sum(self) -> bool:
         """True if weighted changes are added up."""
@@ -244,6 +249,15 @@ class Combination:
     def elects(self) -> bool:
         """True if only the changes of the majority's sign count."""
         return self.method in ("ties", "dare-ties", "della")
+
+    @property
+    def words(self) -> list[str]:
+        """The options that ask for it on the command line; none for a sum."""
+        words = [] if self.method == "sum" else [f"--method {self.method}"]
+        several = len(set(self.densities)) > 1
+        words += [f"--density {density!r}" for density in (self.densities if several else self.densities[:1])]
+        words += [f"--seed {self.seed}"] if self.seed else []
+        return words + (["--majority-sign frequency"] if self.majority_sign != "total" else [])
 
     def cost(self, count: int, numel: int, block: int, width: int) -> int:
         """Return the bytes that combining `count` edits needs: for a block, and for a tensor's thresholds."""

@@ -81,9 +81,14 @@ class Combiner:
         work = [self._buffers.scratch(f"work {k}", W.shape, W.dtype) for k in range(3)]
         return maths.elect_(W, deltas, weights, self._how.majority_sign, work)
 
+    def change(self, number: int, W: Tensor, start: int, stop: int) -> Tensor:
+        """Return the whole change of one edit, in memory that the next block reuses."""
+        delta = self._buffers.scratch(f"delta {number}", W.shape, W.dtype)
+        return change_of(self.edits[number], W, start, stop, out=delta)
+
     def _kept(self, number: int, W: Tensor, start: int, stop: int) -> Tensor:
         """Return what is kept of the change of one edit, in memory that the next block reuses."""
-        delta = change_of(self.edits[number], W, start, stop, self._buffers, f"delta {number}")
+        delta = self.change(number, W, start, stop)
         if self._how.prunes:
             least, last = self.cuts[number]
             kept = maths.prune_(delta, least)
@@ -130,16 +135,15 @@ def _forget_norms(operands: Iterable[LoadedEdit]) -> None:
             operand.n.clear()
 
 
-def change_of(operand: LoadedEdit, W: Tensor, start: int, stop: int, buffers: DeviceBuffers, name: str) -> Tensor:
-    """Compute ΔW = apply(W) − W of one edit for a block, in the buffer `name`."""
-    delta = buffers.scratch(name, W.shape, W.dtype)
+def change_of(operand: LoadedEdit, W: Tensor, start: int, stop: int, *, out: Tensor) -> Tensor:
+    """Compute ΔW = apply(W) − W of one edit for a block."""
     if isinstance(operand, LoadedValues):
-        operand.change_(delta, W, start, stop)
+        operand.change_(out, W, start, stop)
     elif operand.m is None:
-        operand.add_(delta.zero_(), start, stop)
+        operand.add_(out.zero_(), start, stop)
     else:
-        operand.decompose_(delta.copy_(W), start, stop).sub_(W)
-    return delta
+        operand.decompose_(out.copy_(W), start, stop).sub_(W)
+    return out
 
 
 class _Thresholds:
@@ -218,7 +222,7 @@ class _Thresholds:
             W = self._block(start, stop, reads=reads)
             for number in numbers:
                 operand = self._operands[number]
-                delta = change_of(operand, W, start, stop, self._buffers, "delta 0")
+                delta = change_of(operand, W, start, stop, out=self._buffers.scratch("delta 0", W.shape, W.dtype))
                 if not all_finite(delta):
                     raise NumericalError(
                         f"{self._item.name}: a change of it is NaN or infinite.",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 SPREAD = 0.15
-"""How far DELLA's probabilities lie from the density, at most."""
+"""The largest distance of DELLA's probabilities from the density."""
 GOLDEN = 0x9E3779B97F4A7C15
 
 

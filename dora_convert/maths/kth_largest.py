@@ -29,7 +29,7 @@ class KthLargest:
         self.value = sys.float_info.max
         """The k-th largest number; the largest of all numbers if k is 0."""
         self.equal = self.wanted = 0
-        """How many numbers equal it, and how many of these are among the k largest."""
+        """The number of equals of it, and of those among the k largest."""
         self.done = k == 0
         self._low, self._high = 0.0, float("inf")
         self._above = self._inside = 0

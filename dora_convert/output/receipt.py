@@ -15,16 +15,16 @@ import msgspec
 import xxhash
 from msgspec import UNSET, Struct, UnsetType
 
-from ..errors import Fault
+from ..options import flag
 from ..plan.item import Item
 from ..plan.plan import Entry, Plan
 from ..plan.sharding import converted
-from ..settings import __version__
+from ..settings import SUM, Combination, __version__
 from ..storage.filenames import RECEIPT, is_inside, is_plain
 from ..storage.json_files import Count, Dtype, Real, checked, one_of, read_json
-from ..storage.reader import Reader, xxh3
+from ..storage.reader import xxh3
 from ..storage.refs import Source
-from ..storage.safetensors import CONFIG_DTYPES, StoredTensor, is_possible
+from ..storage.safetensors import CONFIG_DTYPES, is_possible
 from .finished import TensorResult, copied_name, kept_name
 from .side_files import SideFile
 
@@ -77,6 +77,7 @@ class RecordedOptions(Struct, frozen=True, kw_only=True):
     exclude: tuple[str, ...]
     ignore_field: tuple[str, ...]
     ignore_file: tuple[str, ...] | UnsetType = UNSET
+    combination: Combination | UnsetType = UNSET
 
 
 class MergedTensor(Struct, frozen=True, omit_defaults=True):
@@ -154,6 +155,13 @@ class Receipt(Struct, frozen=True, kw_only=True, omit_defaults=True):
     def __post_init__(self) -> None:
         if not all(map(is_inside, [*self.side_files, *self.base_files])):
             raise ValueError("the path of a side file leads out of the folder")
+        if len(self.combination.densities) not in (0, len(self.adapters)):
+            raise ValueError("the densities are not one for each adapter")
+
+    @property
+    def combination(self) -> Combination:
+        """The way in which the adapters were combined."""
+        return self.options.combination or SUM
 
     @property
     def weights(self) -> tuple[float, ...]:
@@ -171,10 +179,9 @@ class Receipt(Struct, frozen=True, kw_only=True, omit_defaults=True):
         weights = self.weights if any(weight != 1 for weight in self.weights) else ()
         options = self.options
         words = [f"--weight {weight:g}" for weight in weights]
-        words += [f"--include {pattern}" for pattern in options.include]
-        words += [f"--exclude {pattern}" for pattern in options.exclude]
-        words += [f"--ignore-field {name}" for name in options.ignore_field]
-        words += [f"--ignore-file {name}" for name in options.ignore_file or ()]
+        words += self.combination.words
+        for name in ("include", "exclude", "ignore_field", "ignore_file"):
+            words += [f"{flag(name)} {value}" for value in getattr(options, name) or ()]
         return " ".join([*words, *(["--allow-unmatched"] if self.allows_unmatched else [])])
 
     def is_of(self, adapters: Sequence[Path]) -> bool:
@@ -182,14 +189,6 @@ class Receipt(Struct, frozen=True, kw_only=True, omit_defaults=True):
         pairs = zip(self.adapters, adapters, strict=False)
         same = len(self.adapters) == len(adapters) and all(merged.is_in(path) for merged, path in pairs)
         return self.verb == "merge" and same
-
-    def damaged(self, record: Mapping[str, StoredTensor], reader: Reader) -> list[Fault]:
-        """Return a fault for each tensor of an undo record that differs from what the merge wrote."""
-        return [
-            Fault(name, "is not what was written" if name in record else "is missing")
-            for name, digest in self.undo_record.items()
-            if name not in record or reader.digest(record[name]).fast != digest
-        ]
 
     def to_bytes(self) -> bytes:
         """Return the receipt as it is written."""
@@ -238,12 +237,9 @@ def new_receipt(
         options=RecordedOptions(
             device=computed["device"],
             compute_dtype=computed["compute_dtype"],
-            dtype=options.dtype,
-            undo=options.undo,
-            include=options.include,
-            exclude=options.exclude,
-            ignore_field=options.ignore_field,
             ignore_file=options.ignore_file or UNSET,
+            combination=UNSET if options.combination == SUM else options.combination,
+            **{name: getattr(options, name) for name in ("dtype", "undo", "include", "exclude", "ignore_field")},
         ),
         tensors={item.name: _tensor(item, results) for item in plan.items if item.noted},
         copied=copied,

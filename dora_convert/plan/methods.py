@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +11,27 @@ from ..errors import UsageError
 from ..settings import Combination
 from ..storage.safetensors import FLOATS, StoredTensor
 from .item import Edit, Item
+from .plan import parse_weights
+
+
+def choose_combination(
+    given: Mapping[str, Any], named: int, count: int, warn: Callable[[str], None]
+) -> tuple[Combination, tuple[float, ...]]:
+    """Return the combination and the weights of `count` adapters, of which the caller has named the last ones.
+
+    More adapters than are named are the links of a chain. Warns of options that change nothing.
+    """
+    followed = count > named
+    chosen = {**given, "method": given["method"] or ("chain" if followed else None)}
+    combination = parse_combination(chosen, count)
+    for idle in idle_options(chosen, combination):
+        warn(idle)
+    if followed and given["weight"]:
+        raise UsageError(
+            f"--weight is given for a chain of {count} adapters, of which one is named.",
+            hint="name BASE and all adapters",
+        )
+    return combination, parse_weights(given["weight"], count)
 
 
 def parse_combination(given: Mapping[str, Any], count: int) -> Combination:
@@ -49,17 +70,6 @@ def idle_options(given: Mapping[str, Any], combination: Combination) -> Iterator
     ):
         if is_idle:
             yield f"{option} changes nothing with --method {chosen.method}: it is an option of {methods}"
-
-
-def words_of(combination: Combination) -> list[str]:
-    """Return the options that ask for a combination, as words of the command line; none for a sum."""
-    if combination.method == "sum":
-        return []
-    words, densities = ["--method", combination.method], combination.densities
-    for density in densities[:1] if len(set(densities)) == 1 else densities:
-        words += ["--density", repr(density)]
-    words += ["--seed", str(combination.seed)] if combination.seed else []
-    return words + (["--majority-sign", "frequency"] if combination.majority_sign != "total" else [])
 
 
 def is_change(update: Full, source: StoredTensor, base: StoredTensor | None, how: Combination) -> bool:

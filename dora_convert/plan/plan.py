@@ -11,7 +11,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 
 import xxhash
 
-from ..adapters import Adapter, Delta, Waived, tensors_of
+from ..adapters import Adapter, Delta, Full, Waived, tensors_of
 from ..errors import UsageError
 from ..settings import SUM, Combination, parse_size
 from ..storage.checkpoint import Checkpoint
@@ -158,7 +158,8 @@ def _describe(item: Item) -> list[Any]:
     edits = [_describe_edit(edit) for edit in item.edits]
     undo = [[stored.name for stored in item.undo.tensors]] if item.undo else []
     names = [item.name, item.dtype, item.shape, item.origin, item.source.name]
-    return [*names, item.replaced, rows, edits, *undo]
+    how = [astuple(item.combination), [edit.density for edit in item.edits]] if item.combination else []
+    return [*names, item.replaced, rows, edits, *undo, *how]
 
 
 def _describe_edit(edit: Edit) -> list[Any]:
@@ -169,8 +170,8 @@ def _describe_edit(edit: Edit) -> list[Any]:
         from ..storage.stored_view import describe_view
 
         known += map(describe_view, views)
-    if isinstance(edit.update, Delta):
-        return [*known, edit.update.scale]
+    if isinstance(edit.update, Delta | Full):
+        return [*known, edit.update.scale] if isinstance(edit.update, Delta) else known
     low = edit.low
     assert low
     return [*known, low.rank, low.scale, low.blocks, low.experts, low.start and low.start.value]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from typing_extensions import Unpack
 
 from ...errors import UsageError
-from ...options import MergeOptions
+from ...options import MergeOptions, combines
 from ...output.folder import OutputFolder
 from ...output.side_files import tokenizer_files
 from ...plan.plan import Options, Plan, parse_options, parse_weights
@@ -26,8 +26,10 @@ from ...storage.refs import PathLike, listed
 from .. import takes
 
 if TYPE_CHECKING:
+    from ...adapters import Adapter
     from ...hub.streaming import HubStreaming
     from ...hub.target import PushTarget
+    from ...storage.checkpoint import Checkpoint
     from .pipeline import Examine
 
 
@@ -157,8 +159,8 @@ def _plan(request: MergeRequest, out: str, mode: Mode, weights: Path | None = No
 
     `out` is the last word of the command line, for hints.
     """
-    settings = request.settings
-    strengths = parse_weights(request.options["weight"], len(request.adapters))
+    settings, selection, given = request.settings, request.selection, request.options
+    strengths = parse_weights(given["weight"], len(request.adapters))
     checkpoint, adapters = open_inputs(
         None if request.base is None else os.fspath(request.base),
         request.adapters,
@@ -167,18 +169,21 @@ def _plan(request: MergeRequest, out: str, mode: Mode, weights: Path | None = No
         waived=request.selection.waived,
         mode=mode,
         weights=weights,
+        method=given["method"],
     )
+    if len(adapters) > len(request.adapters) or combines(given):
+        selection, strengths = _combined(request, checkpoint, adapters)
     if strangers(checkpoint, adapters):
         from ...output.lineage import doubts
 
-        for doubt in doubts(checkpoint, adapters):
+        for doubt in doubts(checkpoint, adapters, selection.combination.method):
             settings.warn(doubt)
-    for note in (*unused(checkpoint, adapters), *request.selection.check_globs(modules_of(adapters))):
+    for note in (*unused(checkpoint, adapters), *selection.check_globs(modules_of(adapters))):
         settings.warn(note)
-    plan = make_plan(checkpoint, adapters, strengths, request.selection)
+    plan = make_plan(checkpoint, adapters, strengths, selection)
     for doubt in plan.warnings:
         settings.warn(doubt)
-    if request.selection.legacy_config and plan.config is None:
+    if selection.legacy_config and plan.config is None:
         settings.warn(
             "--legacy-config changes nothing: config.json has no rope_parameters, or the older fields already"
         )
@@ -188,6 +193,25 @@ def _plan(request: MergeRequest, out: str, mode: Mode, weights: Path | None = No
         for doubt in tokens_without_rows(plan):
             settings.warn(doubt)
     return plan
+
+
+def _combined(
+    request: MergeRequest, checkpoint: Checkpoint, adapters: Sequence[Adapter]
+) -> tuple[Options, tuple[float, ...]]:
+    """Return the options and weights of a merge that is more than a sum; warn of oddities."""
+    from ...plan.methods import choose_combination
+    from ...sources.combined import untouched
+
+    warn = request.settings.warn
+    combination, strengths = choose_combination(request.options, len(request.adapters), len(adapters), warn)
+    for note in untouched(checkpoint, adapters):
+        warn(note)
+    if request.selection.undo == "norms" and not (combination.is_sum or combination.method == "chain"):
+        warn(
+            f"--undo norms keeps nothing that takes --method {combination.method} out again: "
+            "--undo exact keeps the base's bits, and unmerge needs them"
+        )
+    return replace(request.selection, combination=combination), strengths
 
 
 def _mode(request: MergeRequest) -> Mode:
