@@ -7,7 +7,7 @@ the group. The command line makes its options of the same groups.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeVar, get_type_hints
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     Device = str | torch.device
 else:  # signatures and help name no type of torch, which is imported later
     Dtype = Device = str
-
 METHODS = ("sum", "chain", "linear", "ties", "dare", "dare-ties", "della", "magnitude-prune")
 SHORT_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 """Further names of choices."""
@@ -52,9 +51,7 @@ OPTIONS = {
     "prompts": Option(None, "File with one more text a line; UTF-8.", "FILE"),
     "report": Option(None, "Write the report as a self-contained page, too.", "FILE.html"),
     "weight": Option((), "Strength, one per ADAPTER in their order.", "W"),
-    "method": Option(None, "Combination of several: sum (default); chain: each on the result of the one before; the "
-                     "others as their papers say.",
-                     choices=METHODS),
+    "method": Option(None, "Combination of several; default sum; chain: each on the last's result.", choices=METHODS),
     "density": Option((), "Share of each change to keep; one, or one per ADAPTER.", "F"),
     "seed": Option(0, "Of dare's and della's random choices.", "N", least=0),
     "majority_sign": Option("total", "Sign to elect: of the sum, or of most changes.", choices=("total", "frequency")),
@@ -84,6 +81,10 @@ OPTIONS = {
     "allow_unmatched": Option(False, "Warn about adapter tensors that match nothing in the base."),
     "ignore_field": Option((), "Accept a field of adapter_config.json that is refused otherwise.", "NAME"),
     "ignore_file": Option((), "Leave out a weight file beside the adapter; repeatable.", "NAME"),
+    "alpha": Option(None, "The adapter's alpha, if its files do not hold it.", "A"),
+    "scaling": Option(None, "The adapter's scaling itself, such as alpha/r, if its files do not hold it.", "S"),
+    "axis": Option(None, "Along which side magnitudes lie, if nothing else tells.", choices=("rows", "columns")),
+    "enable_lora": Option(None, "Which blocks of loralib's MergedLinear have factors.", "true,false,…"),
     "strict": Option(False, "Refuse an adapter that lacks what its config says was trained."),
     "base_model": Option(None, "The base's repo id for card and config, if only a path is known.", "ID"),
     "push_to_hub": Option(None, "Upload the result, too, while it is written.", "REPO_ID"),
@@ -136,6 +137,10 @@ class FieldOptions(TypedDict, total=False):
 
     ignore_field: Sequence[str]
     ignore_file: Sequence[str]
+    alpha: float | None
+    scaling: float | None
+    axis: str | None
+    enable_lora: str | Sequence[bool] | None
 
 
 class MatchOptions(TypedDict, total=False):
@@ -216,6 +221,16 @@ class MergeOptions(CombineOptions, MatchOptions, FieldOptions, CheckpointOptions
     no_local: bool
 
 
+class StreamOptions(CombineOptions, MatchOptions, FieldOptions, SelectOptions, TokenOptions, CallOptions, total=False):
+    """The options of iter_merged and merge_state_dict."""
+
+    dtype: Dtype
+    device: Device
+    compute_dtype: Dtype
+    max_memory: str | int
+    workers: int | None
+
+
 class UnmergeOptions(FieldOptions, CheckpointOptions, WriteOptions, total=False):
     """The options of unmerge."""
 
@@ -278,11 +293,6 @@ def options_of(group: type) -> dict[str, tuple[Any, Option]]:
     kinds = get_type_hints(group)
     table = {**OPTIONS, "max_memory": _MEMORY.get(group, OPTIONS["max_memory"])}
     return {name: (kinds[name], option) for name, option in table.items() if name in kinds}
-
-
-def combines(given: Mapping[str, Any]) -> bool:
-    """Return True if options ask for another combination than the default."""
-    return any(given[name] != OPTIONS[name].default for name in ("method", "density", "seed", "majority_sign"))
 
 
 def flag(name: str) -> str:

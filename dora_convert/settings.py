@@ -20,7 +20,7 @@ from typing import Any
 from typing_extensions import Self
 
 from .errors import UsageError
-from .options import METHODS
+from .options import METHODS, OPTIONS
 
 __version__ = "0.1.0"
 
@@ -28,7 +28,7 @@ MOST_WORKERS = 8
 MAX_MEMORY = "160MiB"
 """Bytes that streaming verbs hold at once by default."""
 REPO_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-EXTRAS = {"verify": ("transformers", "accelerate", "peft")}
+EXTRAS = {"verify": ("transformers", "accelerate", "peft"), "trainer": ("transformers", "peft")}
 """The packages of each extra."""
 _UNITS = {"": 1} | {
     prefix + suffix: base**power
@@ -90,11 +90,35 @@ class Settings:
 
 
 @dataclass(frozen=True)
+class AdapterFacts:
+    """The caller's facts about adapters; each counts for the adapters whose files lack it."""
+
+    alpha: float | None = None
+    scaling: float | None = None
+    """s itself, instead of a rule with alpha."""
+    axis: str | None = None
+    """The side along which magnitudes lie: rows or columns."""
+    enable_lora: tuple[bool, ...] = ()
+    """For each equal block of outputs, True if it has factors (loralib's MergedLinear)."""
+
+    @property
+    def given(self) -> dict[str, object]:
+        """The facts that are given, by name."""
+        return {name: fact for name, fact in vars(self).items() if fact not in (None, ())}
+
+
+NO_FACTS = AdapterFacts()
+
+
+@dataclass(frozen=True)
 class Waived:
-    """The parts of adapters that a caller does without: fields that are not refused, and files that are left out."""
+    """The caller's words about adapters: parts that are done without, and facts that no file holds."""
 
     fields: Collection[str] = ()
+    """Config fields that are not refused."""
     files: Collection[str] = ()
+    """Files that are left out."""
+    facts: AdapterFacts = NO_FACTS
 
 
 NOTHING = Waived()
@@ -268,3 +292,8 @@ class Combination:
 
 
 SUM = Combination()
+
+
+def combines(given: Mapping[str, Any]) -> bool:
+    """Return True if options ask for another combination than the default."""
+    return any(given[name] != OPTIONS[name].default for name in ("method", "density", "seed", "majority_sign"))

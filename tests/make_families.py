@@ -29,6 +29,7 @@ from transformers.core_model_loading import (
     Chunk,
     Concatenate,
     ConversionOps,
+    ErnieFuseAndSplitTextVisionExperts,
     GroupWeightRename,
     Inkling2IndexOffsetWeightRename,
     Interleave,
@@ -250,6 +251,8 @@ def operation(op: ConversionOps) -> str:
             return f"split {dim}"
         case Transpose(dim0=first, dim1=second, check_dims=check):
             return f"transpose {first} {second}{' if needed' * check}"
+        case ErnieFuseAndSplitTextVisionExperts():
+            return "share experts"
         case Interleave(dim=dim, inverse=False):
             return f"interleave {dim}"
         case PermuteForRope(subconfig_key=key, permute_layer_names=names, inverse=False):

@@ -13,6 +13,9 @@ from ..storage.safetensors import StoredTensor
 from .slots import Slot
 from .table import Config, Family, Place, Rule
 
+STACKED = 3
+"""The dimensions of a stack of experts that is one tensor."""
+
 
 class Piece(NamedTuple):
     """One stored tensor that a weight of the running model is made of."""
@@ -73,17 +76,10 @@ class FamilyMap:
         """Every weight of the running model, with the tensors that make it."""
         return self._weights
 
-    def shape(self, weight: str) -> tuple[int, ...]:
-        """Return the shape of a weight of the running model, as far as slots tell; () if they do not."""
-        slots = self.stored(weight) or ()
-        shapes = [self._tensors[slot.name].shape for slot in slots]
-        if not shapes or not shapes[0]:
-            return ()
-        rest = shapes[0][1:][::-1] if slots[0].transposed and len(shapes[0]) > 1 else shapes[0][1:]
-        ends = [slot.outputs[1] for slot in slots if slot.outputs]
-        ends += [slot.part[1] - slot.part[0] for slot in slots if slot.part]
-        height = max(ends, default=shapes[0][0])
-        return (slots[0].experts, height, *rest) if slots[0].experts else (height, *rest)
+    def dimensions(self, weight: str) -> int:
+        """Return the number of dimensions of a weight of the running model; 0 if no slots make it."""
+        slots = self.stored(weight)
+        return len(self._tensors[slots[0].name].shape) + bool(slots[0].experts) if slots else 0
 
     def _slots(self, target: str) -> tuple[Slot, ...] | None:
         if pieces := self._weights.get(target):
@@ -107,6 +103,8 @@ class FamilyMap:
                 return self._stack(weight, pieces, len(rule.numbers))
             case ("concatenate 0",) | ("concatenate 1",):
                 return self._one_below_the_other(weight, pieces, rule)
+            case ("share experts",):
+                return self._stack(weight, _share(pieces, len(rule.targets)), len(rule.numbers))
         if len(pieces) > 1:
             raise Refused(f"{' and '.join(sorted(piece.name for piece in pieces)[:3])} are all {weight} in the model")
         return (self._single(weight, pieces[0], rule),)
@@ -134,16 +132,15 @@ class FamilyMap:
         spans = self._spans(weight, [piece.name for piece in ordered], int(rule.operations[0][-1]))
         return tuple(Slot(piece.name, outputs=span) for piece, span in zip(ordered, spans, strict=True))
 
-    def _spans(self, weight: str, names: Sequence[str]) -> Iterator[tuple[int, int]]:
-        """Yield the outputs of a weight that each of its tensors holds."""
+    def _spans(self, weight: str, names: Sequence[str], axis: int = 0) -> Iterator[tuple[int, int]]:
+        """Yield the outputs of a weight that each of its tensors holds: rows, or rows of each expert for axis 1."""
         start = 0
         for name in names:
             shape = self._tensors[name].shape
-            if not shape:
-                raise Refused(f"{weight} is made of {name}, which has no rows")
-            height = shape[-2] if len(shape) == 3 else shape[0]  # experts that are a stack on disk
-            yield start, start + height
-            start += height
+            if len(shape) <= axis or (axis and len(shape) != STACKED):
+                raise Refused(f"{weight} is made of {name}, which has shape {shape}")
+            yield start, start + shape[axis]
+            start += shape[axis]
 
     def _single(self, weight: str, piece: Piece, rule: Rule) -> Slot:
         """Return the slot of a weight that is one tensor, or part of one."""
@@ -193,7 +190,7 @@ class FamilyMap:
         assert place.rule
         shape = self._tensors[slots[0].name].shape
         sources, (expert, *others) = len(place.rule.numbers), place.lost or (0, 0)
-        whole = len(slots) == 1 and slots[0] == Slot(slots[0].name) and len(shape) == 3
+        whole = len(slots) == 1 and slots[0] == Slot(slots[0].name) and len(shape) == STACKED
         if not whole or others or expert >= shape[0] or shape[1] % sources:
             raise Refused(f"it is part of {place.name}, and the base's {slots[0].name} has shape {shape}")
         height = shape[1] // sources
@@ -211,6 +208,14 @@ class FamilyMap:
             height = self._tensors[name].shape[0]
             yield Slot(name, outputs=(start, start + height))
             start += height
+
+
+def _share(pieces: Sequence[Piece], parts: int) -> list[Piece]:
+    """Return one weight's part of the experts, numbered from 0: text experts come first, vision experts second."""
+    count = 1 + max((piece.lost[0] for piece in pieces if piece.lost), default=-1)
+    size, start = -(-count // parts), pieces[0].target * -(-count // parts)
+    mine = (piece for piece in pieces if piece.lost and start <= piece.lost[0] < start + size)
+    return [piece._replace(lost=(piece.lost[0] - start,)) for piece in mine]
 
 
 def _lost(piece: Piece) -> tuple[int, ...]:

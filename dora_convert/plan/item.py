@@ -30,11 +30,11 @@ class Edit:
     update: Transform | Decomposed | Delta | Full
     transposed: bool = False
     weight: float = 1.0
-    density: float = 1.0
-    """The share of the change that is kept, if changes are combined so."""
     outputs: tuple[int, int] | None = None
     """The outputs of the stored weight that the edit is for, from the first to before the last; None for all.
     Outside of them the edit's factors are zero, and its m/n is one."""
+    density: float = 1.0
+    """The share of the change that is kept, if changes are combined so."""
 
     @cached_property
     def low(self) -> LowRank | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from ..adapters import Full, Rows, Update
+from ..adapters import Full, Rows
 from ..storage.reader import same_bytes
 from ..storage.safetensors import StoredTensor
 from .item import Edit
@@ -68,13 +68,3 @@ def _conflict(target: Target, name: str, by: str) -> str:
         f"{target.replacer} and {by} both replace {name}, with other values: --method linear adds both changes, "
         f"--method chain takes the last, --exclude {name.rpartition('.')[0]} keeps the base's"
     )
-
-
-def is_copy(one: Update, other: Update) -> bool:
-    """Return True if an adapter brings the same tensor for both sides of a tie."""
-    match one, other:
-        case Full(value), Full(copy):
-            return same_bytes(value, copy)
-        case Rows(value, index), Rows(copy, numbers):
-            return index == numbers and same_bytes(value, copy)
-    return False

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..adapters import Adapter
+from ..adapters.facts import parse_facts
 from ..errors import Fault, MalformedError, RefError, UsageError
 from ..output.receipt import BaseLayout, BaseShard, MergedAdapter, MergedBase, Receipt, RecordedOptions, read_receipt
 from ..plan.plan import Options
@@ -73,6 +74,7 @@ class MergeRecord:
             combination=self.receipt.combination,
             ignore_field=options.ignore_field,
             ignore_file=options.ignore_file or (),
+            facts=parse_facts(options.facts or {}),
         )
 
     def file(self, name: str) -> bytes | None:

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 from typing_extensions import Unpack
 
 from ...errors import UsageError
-from ...options import MergeOptions, combines
+from ...options import MergeOptions
 from ...output.folder import OutputFolder
 from ...output.side_files import tokenizer_files
 from ...plan.plan import Options, Plan, parse_options, parse_weights
 from ...plan.planner import make_plan
 from ...reports.merge import DryRunReport, MergeReport
-from ...settings import Settings, require_extra, without_collections
+from ...settings import Settings, combines, require_extra, without_collections
 from ...sources.inputs import Mode, modules_of, open_inputs, strangers, unused
 from ...sources.session import Session
 from ...storage.filenames import INCOMING
@@ -109,7 +109,7 @@ def _merge_beside(request: MergeRequest) -> MergeReport | DryRunReport:
     folder.check()
     out = "OUT" if options["no_local"] else folder.given
     weights = None if request.session.cache else folder.state / INCOMING
-    plan = _plan(request, out, _mode(request), weights)
+    plan = make_request_plan(request, out, _mode(request), weights)
     folder.refuse_inside([plan.base.source.path, *(adapter.source.path for adapter in plan.adapters)])
     if options["dry_run"]:
         where = folder.given if target is None or target.local else target.repo
@@ -144,7 +144,7 @@ def _merge_in_place(request: MergeRequest) -> MergeReport | DryRunReport:
     in_place.refuse_lossy(request.selection.undo, options)
     if report := finished(base, "merge", request.adapters, settings):
         return MergeReport.read(report)
-    plan = _plan(request, "--in-place", "local")
+    plan = make_request_plan(request, "--in-place", "local")
     place = in_place.open_place(plan)
     in_place.refuse_merged(plan, place)
     if options["dry_run"]:
@@ -154,13 +154,11 @@ def _merge_in_place(request: MergeRequest) -> MergeReport | DryRunReport:
     return run_merge(plan, place, settings)
 
 
-def _plan(request: MergeRequest, out: str, mode: Mode, weights: Path | None = None) -> Plan:
-    """Open the inputs, warn about oddities, and decide every output tensor.
+def make_request_plan(request: MergeRequest, out: str, mode: Mode, weights: Path | None = None) -> Plan:
+    """Open the inputs and decide every output tensor.
 
     `out` is the last word of the command line, for hints.
     """
-    settings, selection, given = request.settings, request.selection, request.options
-    strengths = parse_weights(given["weight"], len(request.adapters))
     checkpoint, adapters = open_inputs(
         None if request.base is None else os.fspath(request.base),
         request.adapters,
@@ -169,10 +167,18 @@ def _plan(request: MergeRequest, out: str, mode: Mode, weights: Path | None = No
         waived=request.selection.waived,
         mode=mode,
         weights=weights,
-        method=given["method"],
+        method=request.options["method"],
     )
-    if len(adapters) > len(request.adapters) or combines(given):
+    return plan_inputs(request, checkpoint, adapters)
+
+
+def plan_inputs(request: MergeRequest, checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> Plan:
+    """Warn about oddities of opened inputs, and decide every output tensor."""
+    settings, selection = request.settings, request.selection
+    if len(adapters) > len(request.adapters) or combines(request.options):
         selection, strengths = _combined(request, checkpoint, adapters)
+    else:
+        strengths = parse_weights(request.options["weight"], len(adapters))
     if strangers(checkpoint, adapters):
         from ...output.lineage import doubts
 
