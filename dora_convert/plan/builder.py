@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import permutations
+from itertools import combinations, permutations
 from typing import TYPE_CHECKING
 
 from ..adapters import Adapter, Change, Decomposed, Delta, Full, Rows, Transform, Update, tensors_of
@@ -123,9 +123,11 @@ class PlanBuilder:
             else:
                 yield change
         for targets, group in groups.items():
+            known = all(change.depth is not None for change in group)
+            group.sort(key=lambda change: change.depth or 0)
             fitting = [
                 [replace(change, target=target, among=()) for change, target in zip(group, order, strict=True)]
-                for order in permutations(targets)
+                for order in (combinations if known else permutations)(targets, len(group))
                 if all(self._fits(change.update, name, names) for change, name in zip(group, order, strict=True))
             ]
             if len(fitting) == 1:
