@@ -17,8 +17,8 @@ from ..errors import NumericalError
 from ..maths import combine as maths
 from ..maths.kth_largest import KthLargest
 from ..maths.lora import all_finite
+from ..option_table import COLLECTED, Combination
 from ..plan.item import Edit, Item
-from ..settings import COLLECTED, Combination
 from .device_buffers import DeviceBuffers
 from .factors import LoadedEdit
 from .tensor import SourceValues, apply_edits, measure

@@ -15,11 +15,12 @@ import msgspec
 import xxhash
 from msgspec import UNSET, Struct, UnsetType
 
+from ..option_table import SUM, Combination
 from ..options import flag
 from ..plan.item import Item
 from ..plan.plan import Entry, Plan
 from ..plan.sharding import converted
-from ..settings import SUM, Combination, __version__
+from ..settings import __version__
 from ..storage.filenames import RECEIPT, is_inside, is_plain
 from ..storage.json_files import Count, Dtype, Real, checked, one_of, read_json
 from ..storage.reader import xxh3

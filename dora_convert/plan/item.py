@@ -13,12 +13,14 @@ from functools import cached_property
 from itertools import pairwise
 
 from ..adapters import Decomposed, Delta, Full, LowRank, Rows, Transform, low_rank, tensors_of
-from ..settings import Combination
+from ..option_table import Combination
 from ..storage.safetensors import BITS, FLOATS, StoredTensor
 
 BLOCK_ELEMENTS = 1 << 19
 """4 MiB in float64: two workers' blocks stay in a processor's cache; double size takes 1.5 times as long."""
 ROWS_MULTIPLE = 16
+DECODING = 10 << 20
+"""Bytes that are held while a block of a coded tensor is decoded: a strip of the codes, and the steps between."""
 KEPT = 2
 """Whole tensors behind views that a worker keeps: the experts' two take turns."""
 
@@ -112,6 +114,10 @@ class Item:
     """If set, the edits are more than a sum: a chain, or changes that are pruned, drawn or elected."""
     undo: Undo | None = None
     """If set, `source` is a merge's output, and `edits` and `rows` are the merge's changes."""
+    parts: tuple[tuple[str, Item], ...] = ()
+    """If set, the result is coded again: this item has the codes, and these have the other parts, by role."""
+    part_of: str = ""
+    """The name of the item that writes this one along with itself."""
 
     @cached_property
     def matrix(self) -> tuple[int, int]:
@@ -121,7 +127,7 @@ class Item:
     @cached_property
     def grown(self) -> int:
         """The number of output rows below those of `source`; `rows` holds all of them."""
-        return 0 if self.undo else max(0, sum(self.shape[:1]) - sum(self.source.shape[:1]))
+        return 0 if self.undo or self.parts else max(0, sum(self.shape[:1]) - sum(self.source.shape[:1]))
 
     @property
     def stacked(self) -> tuple[int, ...]:
@@ -148,14 +154,15 @@ class Item:
     def verbatim(self) -> bool:
         """True if the output's bytes are on disk: the base's, or an adapter's counters and the like."""
         copied = not self.replaced or self.source.dtype not in FLOATS
-        return not self.edits and copied and self.dtype == self.source.dtype and not self.undo
+        same = copied and self.dtype == self.source.dtype and not self.source.coded
+        return not self.edits and same and not self.undo and not self.part_of
 
     @property
     def fate(self) -> str:
         """One word for reports: added, merged, replaced, converted or copied."""
         if self.added:
             return "added"
-        if self.edits:
+        if self.edits or self.part_of:
             return "merged"
         copied = "copied" if self.verbatim else "converted"
         return "replaced" if self.replaced or (self.undo and self.undo.kept) else copied
@@ -203,6 +210,8 @@ class Item:
         block = height * columns
         host = block * max(self.source.itemsize, BITS[self.dtype] // 8, self.base.itemsize if self.base else 0)
         total = host + block * (width + 4) + (host + 8 * block if self.replaced else 0)
+        if self.source.coded:
+            total += 8 * block + DECODING
         if self.combination:
             total += self.combination.cost(len(self.edits), self.source.numel, block, width)
         elif len(self.edits) > 1:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..adapters import Full
 from ..errors import UsageError
-from ..settings import Combination
+from ..option_table import Combination
 from ..storage.safetensors import FLOATS, StoredTensor
 from .item import Edit, Item
 from .plan import parse_weights

@@ -10,6 +10,7 @@ from typing_extensions import Unpack
 
 from ..errors import DoraConvertError, UsageError
 from ..logits.prompts import gather_prompts
+from ..option_table import SUM, combines
 from ..options import VerifyOptions
 from ..output.lineage import chains
 from ..output.receipt import Receipt, read_receipt
@@ -17,7 +18,7 @@ from ..plan.plan import Plan, parse_options, parse_weights
 from ..plan.planner import make_plan
 from ..reports.html import check_page, write_page
 from ..reports.verify import OutputsReport, VerifyReport
-from ..settings import SUM, Settings, combines, require_extra, without_collections
+from ..settings import Settings, require_extra, without_collections
 from ..sources.inputs import find_adapter, modules_of, open_base, open_inputs, refuse_swapped
 from ..sources.prefetch import download_weights
 from ..sources.session import Session

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 from typing_extensions import Unpack
 
 from ...errors import UsageError
+from ...option_table import combines
 from ...options import MergeOptions
 from ...output.folder import OutputFolder
 from ...output.side_files import tokenizer_files
 from ...plan.plan import Options, Plan, parse_options, parse_weights
 from ...plan.planner import make_plan
 from ...reports.merge import DryRunReport, MergeReport
-from ...settings import Settings, combines, require_extra, without_collections
+from ...settings import Settings, require_extra, without_collections
 from ...sources.inputs import Mode, modules_of, open_inputs, strangers, unused
 from ...sources.session import Session
 from ...storage.filenames import INCOMING
