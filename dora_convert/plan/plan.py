@@ -153,7 +153,7 @@ class Plan:
         """xxh3-128 of the plan as JSON lines without paths: equal plans have equal fingerprints."""
         options = self.options
         lines: list[Any] = [[options.compute_dtype, options.undo, self.index_name, self.config]]
-        lines += [options.combination.words]
+        lines += [words] if (words := options.combination.words) else []
         for shard in self.shards:
             lines += [[shard.filename, dict(shard.metadata)], *map(_describe, shard.items)]
         return xxhash.xxh3_128_hexdigest("\n".join(map(json.dumps, lines)).encode())
@@ -264,12 +264,8 @@ def parse_options(given: Mapping[str, Any]) -> Options:
         compute_dtype=COMPUTE_DTYPES[given.get("compute_dtype", "auto")],
         max_shard_size=None if size is None else parse_size(size, "--max-shard-size"),
         undo=given.get("undo") or "none",
-        include=given.get("include", ()),
-        exclude=given.get("exclude", ()),
-        allow_unmatched=given.get("allow_unmatched", False),
-        ignore_field=given.get("ignore_field", ()),
-        ignore_file=given.get("ignore_file", ()),
-        strict=given.get("strict", False),
+        **{name: given.get(name, ()) for name in ("include", "exclude", "ignore_field", "ignore_file")},
+        **{name: given.get(name, False) for name in ("allow_unmatched", "strict")},
         quantised=_quantised(given),
         legacy_config=given.get("legacy_config", False),
         facts=_facts(given),
