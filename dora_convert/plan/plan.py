@@ -21,9 +21,9 @@ import xxhash
 
 from ..adapters import Adapter, Delta, Waived, tensors_of
 from ..errors import UsageError
-from ..settings import NO_FACTS, AdapterFacts, parse_size
+from ..settings import NO_FACTS, AdapterFacts, parse_facts, parse_size
 from ..storage.checkpoint import Checkpoint
-from ..storage.safetensors import BITS, CONFIG_DTYPES, StoredTensor, encode_header
+from ..storage.safetensors import BITS, CONFIG_DTYPES, StoredTensor
 from .item import Edit, Item
 
 
@@ -39,11 +39,6 @@ class OutputShard:
     def prefix(self) -> str:
         """The beginning of names that the file's own names lack: the component of a pipeline."""
         return self.filename[: self.filename.rfind("/") + 1]
-
-    @property
-    def header(self) -> bytes:
-        """The bytes that open the file."""
-        return encode_header(self.items, self.metadata, self.prefix)
 
     @property
     def inputs(self) -> Mapping[Path, None]:
@@ -278,17 +273,8 @@ def parse_options(given: Mapping[str, Any]) -> Options:
         strict=given.get("strict", False),
         quantised=_quantised(given),
         legacy_config=given.get("legacy_config", False),
-        facts=_facts(given),
+        facts=parse_facts(given),
     )
-
-
-def _facts(given: Mapping[str, Any]) -> AdapterFacts:
-    """Return the caller's facts about adapters, which few calls give."""
-    if all(given.get(name) in (None, ()) for name in ("alpha", "scaling", "axis", "enable_lora")):
-        return NO_FACTS
-    from ..adapters.facts import parse_facts
-
-    return parse_facts(given)
 
 
 def _quantised(given: Mapping[str, Any]) -> str:

@@ -20,11 +20,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..adapters import Adapter
-from ..adapters.facts import parse_facts
 from ..errors import Fault, MalformedError, RefError, UsageError
 from ..output.receipt import BaseLayout, BaseShard, MergedAdapter, MergedBase, Receipt, RecordedOptions, read_receipt
 from ..plan.plan import Options
 from ..plan.sharding import converted
+from ..settings import parse_facts
 from ..storage.checkpoint import Checkpoint, Shard
 from ..storage.filenames import RECEIPT, RECORD, UNDO
 from ..storage.reader import read_whole

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 
 from typing_extensions import Unpack
 
-from ..adapters.facts import parse_facts
 from ..errors import DoraConvertError, UsageError
 from ..logits.prompts import gather_prompts
 from ..options import VerifyOptions
@@ -18,7 +17,7 @@ from ..plan.plan import Plan, parse_options, parse_weights
 from ..plan.planner import make_plan
 from ..reports.html import check_page, write_page
 from ..reports.verify import OutputsReport, VerifyReport
-from ..settings import Settings, require_extra, without_collections
+from ..settings import Settings, parse_facts, require_extra, without_collections
 from ..sources.inputs import find_adapter, modules_of, open_base, open_inputs, refuse_swapped
 from ..sources.prefetch import download_weights
 from ..sources.session import Session
