@@ -18,6 +18,7 @@ from .errors import RefError as RefError
 from .errors import UnsupportedError as UnsupportedError
 from .errors import UsageError as UsageError
 from .errors import VerificationError as VerificationError
+from .reports.analyze import AnalyzeReport as AnalyzeReport
 from .reports.checkpoint import CheckpointReport as CheckpointReport
 from .reports.fitting import MadeDryRun as MadeDryRun
 from .reports.fitting import MadeReport as MadeReport
@@ -39,6 +40,37 @@ __all__: list[str]
 
 def __dir__() -> list[str]: ...
 
+def analyze(
+    base: _Path,
+    tuned: _Path | Sequence[_Path],
+    *,
+    top: int = 10,
+    csv: _Path | None = None,
+    plot: _Path | None = None,
+    report: _Path | None = None,
+    device: _Device = 'auto',
+    compute_dtype: _Dtype = 'auto',
+    max_memory: str | int = '160MiB',
+    workers: int | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    allow_unmatched: bool = False,
+    ignore_field: Sequence[str] = (),
+    ignore_file: Sequence[str] = (),
+    alpha: float | None = None,
+    scaling: float | None = None,
+    axis: str | None = None,
+    enable_lora: str | Sequence[bool] | None = None,
+    cache: bool = True,
+    token: str | None = None,
+    progress: bool = True,
+    on_progress: Callable[[int, int], None] | None = None,
+    on_notice: Callable[[str], None] | None = None,
+) -> AnalyzeReport: ...
+def trainable_share(
+    base: _Path | Mapping[str, Any],
+    adapter: _Path | Mapping[str, Any],
+) -> float: ...
 @overload
 def extract(
     base: _Path,

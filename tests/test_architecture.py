@@ -19,6 +19,7 @@ FLOORS = [
     "integrations",
     "api",
     "verbs",
+    "analysis",
     "fitting",
     "undo",
     "logits",

@@ -14,12 +14,11 @@ import dora_convert
 from dora_convert import errors
 
 NAMES = {
-    "AdapterReport", "CheckpointReport", "DoraConvertError", "DryRunReport", "HubError", "MadeDryRun",
+    "AdapterReport", "AnalyzeReport", "CheckpointReport", "DoraConvertError", "DryRunReport", "HubError", "MadeDryRun",
     "MadeReport", "MalformedError", "MergeReport", "NumericalError", "OutputError", "OutputsReport",
     "PlanError", "PushReport", "Recovered", "RefError", "UnmergeReport", "UnsupportedError", "UsageError",
-    "VerificationError", "VerifyReport", "__version__", "extract", "from_lora", "inspect", "iter_merged",
-    "merge", "merge_state_dict", "push",
-    "to_lora", "unmerge", "verify",
+    "VerificationError", "VerifyReport", "__version__", "analyze", "extract", "from_lora", "inspect",
+    "iter_merged", "merge", "merge_state_dict", "push", "to_lora", "trainable_share", "unmerge", "verify",
 }  # fmt: skip
 
 
