@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 from typing_extensions import Unpack
 
 from ..errors import UsageError
-from ..options import MergeOptions, StreamOptions
+from ..options import CallOptions, Device, Dtype, FieldOptions, MatchOptions, MergeOptions, SelectOptions, TokenOptions
 from ..plan.plan import Plan, parse_options
 from ..settings import Settings, without_collections
 from ..sources.inputs import open_adapter
@@ -22,6 +22,16 @@ if TYPE_CHECKING:
     from torch.nn import Module
 
     from ..engine.precision import ComputeSpec
+
+
+class StreamOptions(MatchOptions, FieldOptions, SelectOptions, TokenOptions, CallOptions, total=False):
+    """The options of iter_merged and merge_state_dict."""
+
+    dtype: Dtype
+    device: Device
+    compute_dtype: Dtype
+    max_memory: str | int
+    workers: int | None
 
 
 @takes(StreamOptions)
