@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, TextIO, get_args
 
 import click
 
-from ..options import SHORT_NAMES, Option, Path, flag, options_of
+from ..option_table import Option
+from ..options import SHORT_NAMES, Path, flag, options_of
 from ..settings import __version__
 from .sink import Sink, colour, fail
 
