@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -127,7 +128,9 @@ def _state_of(state: Mapping[str, Tensor] | Module) -> tuple[Mapping[str, Tensor
         raise UsageError(
             f"The model holds an adapter already: {wrapped[0]}.", hint="name the model without it: model.unload()"
         )
-    return values, config.to_dict() if config is not None and hasattr(config, "to_dict") else None
+    if config is None or not hasattr(config, "to_dict"):
+        return values, None
+    return values, json.loads(json.dumps(config.to_dict(), default=str))  # as config.json would hold it
 
 
 def _result(name: str, tensor: Tensor, tensors: Mapping[str, Tensor], *, verbatim: bool) -> Tensor:
