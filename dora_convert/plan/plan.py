@@ -23,7 +23,7 @@ from ..adapters import Adapter, Delta, Waived, tensors_of
 from ..errors import UsageError
 from ..settings import NO_FACTS, AdapterFacts, parse_size
 from ..storage.checkpoint import Checkpoint
-from ..storage.safetensors import BITS, CONFIG_DTYPES, StoredTensor
+from ..storage.safetensors import BITS, CONFIG_DTYPES, StoredTensor, encode_header
 from .item import Edit, Item
 
 
@@ -34,6 +34,16 @@ class OutputShard:
     filename: str
     metadata: Mapping[str, str]
     items: tuple[Item, ...]
+
+    @property
+    def prefix(self) -> str:
+        """The beginning of names that the file's own names lack: the component of a pipeline."""
+        return self.filename[: self.filename.rfind("/") + 1]
+
+    @property
+    def header(self) -> bytes:
+        """The bytes that open the file."""
+        return encode_header(self.items, self.metadata, self.prefix)
 
     @property
     def inputs(self) -> Mapping[Path, None]:
