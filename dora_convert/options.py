@@ -135,16 +135,6 @@ class MergeOptions(MatchOptions, FieldOptions, CheckpointOptions, OutputOptions,
     no_local: bool
 
 
-class StreamOptions(MatchOptions, FieldOptions, SelectOptions, TokenOptions, CallOptions, total=False):
-    """The options of iter_merged and merge_state_dict."""
-
-    dtype: Dtype
-    device: Device
-    compute_dtype: Dtype
-    max_memory: str | int
-    workers: int | None
-
-
 class UnmergeOptions(FieldOptions, CheckpointOptions, WriteOptions, total=False):
     """The options of unmerge."""
 
