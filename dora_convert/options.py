@@ -143,6 +143,7 @@ class MergeOptions(CombineOptions, MatchOptions, FieldOptions, CheckpointOptions
     no_local: bool
 
 
+<<<<<<< HEAD
 class StreamOptions(CombineOptions, MatchOptions, FieldOptions, SelectOptions, TokenOptions, CallOptions, total=False):
     """The options of iter_merged and merge_state_dict."""
 
@@ -153,6 +154,8 @@ class StreamOptions(CombineOptions, MatchOptions, FieldOptions, SelectOptions, T
     workers: int | None
 
 
+=======
+>>>>>>> next
 class UnmergeOptions(FieldOptions, CheckpointOptions, WriteOptions, total=False):
     """The options of unmerge."""
 

@@ -21,8 +21,12 @@ import xxhash
 
 from ..adapters import Adapter, Delta, Full, Waived, tensors_of
 from ..errors import UsageError
+<<<<<<< HEAD
 from ..option_table import SUM, Combination
 from ..settings import NO_FACTS, AdapterFacts, parse_size
+=======
+from ..settings import NO_FACTS, AdapterFacts, parse_facts, parse_size
+>>>>>>> next
 from ..storage.checkpoint import Checkpoint
 from ..storage.safetensors import BITS, CONFIG_DTYPES, StoredTensor
 from .item import Edit, Item
@@ -35,6 +39,11 @@ class OutputShard:
     filename: str
     metadata: Mapping[str, str]
     items: tuple[Item, ...]
+
+    @property
+    def prefix(self) -> str:
+        """The beginning of names that the file's own names lack: the component of a pipeline."""
+        return self.filename[: self.filename.rfind("/") + 1]
 
     @property
     def inputs(self) -> Mapping[Path, None]:
@@ -268,17 +277,8 @@ def parse_options(given: Mapping[str, Any]) -> Options:
         **{name: given.get(name, False) for name in ("allow_unmatched", "strict")},
         quantised=_quantised(given),
         legacy_config=given.get("legacy_config", False),
-        facts=_facts(given),
+        facts=parse_facts(given),
     )
-
-
-def _facts(given: Mapping[str, Any]) -> AdapterFacts:
-    """Return the caller's facts about adapters, which few calls give."""
-    if all(given.get(name) in (None, ()) for name in ("alpha", "scaling", "axis", "enable_lora")):
-        return NO_FACTS
-    from ..adapters.facts import parse_facts
-
-    return parse_facts(given)
 
 
 def _quantised(given: Mapping[str, Any]) -> str:
