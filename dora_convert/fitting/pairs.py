@@ -71,6 +71,8 @@ class Differences:
         self._held = HELD[kind] * (4 if single else 8)
         tie = find_tie(tuned)
         renamed = self.after.renamed
+        self._stacks = {name.rpartition(".")[0] for name, each in self.after.joined.items() if each.experts}
+        """Modules that own stacks of experts: all that is in them are parameters."""
         self._tie = tie and replace(tie, embedding=renamed(tie.embedding), head=renamed(tie.head))
         self._sort()
 
@@ -97,7 +99,8 @@ class Differences:
         """Enter a tensor that gets factors; return True if it was entered."""
         after, before = self._after[name], self._before.get(name)
         table = is_table(name)
-        if not name.endswith(".weight") or len(after.shape) != 2 or before is None:
+        is_parameter = name.rpartition(".")[0] in self._stacks
+        if not (name.endswith(".weight") or is_parameter) or len(after.shape) != 2 or before is None:
             return False
         if (table or is_head(name)) and (self._embeddings != "lora" or before.shape != after.shape):
             return False
@@ -183,9 +186,9 @@ class Differences:
 
         There PEFT takes the names of dense layers for those of experts, so they are parameters, too.
         """
-        stacks = {pair.name for pair in self.pairs if pair.experts}
-        if not any(weight.experts for weight in self.after.joined.values()):
-            return frozenset(stacks)
+        stacks = {pair.name for pair in self.pairs if pair.name.rpartition(".")[0] in self._stacks}
+        if not self._stacks:
+            return frozenset()
         leaves = (name for name in self._after if name.rpartition(".")[0].rpartition(".")[2] in EXPERT_LAYERS)
         return frozenset({*stacks, *(leaves if self._kind == "lora" else ())})
 

@@ -146,8 +146,10 @@ class Reader:
         return self.span(tensor.path, tensor.start, tensor.nbytes)
 
     def _pieces_of_view(self, tensor: StoredTensor) -> Iterator[memoryview]:
-        from .stored_view import lines_of, whole_of
+        from .stored_view import lines_of, run_of, whole_of
 
+        if run := run_of(tensor):
+            return self.span(tensor.path, *run)
         whole = whole_of(tensor)
         data = memoryview(bytearray(whole.nbytes))
         self.read(whole.path, whole.start, data)
