@@ -139,7 +139,7 @@ def test_pictures(tmp_path, report, base, run):
     code, _, err = run("analyze", base.path, adapter, "--plot", tmp_path / "page.html")
     assert (code, Page((tmp_path / "page.html").read_text()).open) == (0, [])
     try:
-        import matplotlib  # noqa: F401
+        import matplotlib as mpl  # noqa: F401
     except ImportError:
         code, _, err = run("analyze", base.path, adapter, "--plot", tmp_path / "x.png")
         assert code == 2

@@ -12,12 +12,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
-from ..adapters import Decomposed, Delta, LowRank, Rows, Transform, low_rank, tensors_of
+from ..adapters import Decomposed, Delta, Full, LowRank, Rows, Transform, low_rank, tensors_of
+from ..option_table import Combination
 from ..storage.safetensors import BITS, FLOATS, StoredTensor
 
 BLOCK_ELEMENTS = 1 << 19
 """4 MiB in float64: two workers' blocks stay in a processor's cache; double size takes 1.5 times as long."""
 ROWS_MULTIPLE = 16
+DECODING = 10 << 20
+"""Bytes that are held while a block of a coded tensor is decoded: a strip of the codes, and the steps between."""
 KEPT = 2
 """Whole tensors behind views that a worker keeps: the experts' two take turns."""
 
@@ -26,12 +29,14 @@ KEPT = 2
 class Edit:
     """A matched update and its weight in the merge."""
 
-    update: Transform | Decomposed | Delta
+    update: Transform | Decomposed | Delta | Full
     transposed: bool = False
     weight: float = 1.0
     outputs: tuple[int, int] | None = None
     """The outputs of the stored weight that the edit is for, from the first to before the last; None for all.
     Outside of them the edit's factors are zero, and its m/n is one."""
+    density: float = 1.0
+    """The share of the change that is kept, if changes are combined so."""
 
     @cached_property
     def low(self) -> LowRank | None:
@@ -105,8 +110,14 @@ class Item:
     """True if the base has no such tensor, or fewer copies."""
     origin: str = ""
     """The name on disk of the base's tensor that this one derives from."""
+    combination: Combination | None = None
+    """If set, the edits are more than a sum: a chain, or changes that are pruned, drawn or elected."""
     undo: Undo | None = None
     """If set, `source` is a merge's output, and `edits` and `rows` are the merge's changes."""
+    parts: tuple[tuple[str, Item], ...] = ()
+    """If set, the result is coded again: this item has the codes, and these have the other parts, by role."""
+    part_of: str = ""
+    """The name of the item that writes this one along with itself."""
 
     @cached_property
     def matrix(self) -> tuple[int, int]:
@@ -116,7 +127,7 @@ class Item:
     @cached_property
     def grown(self) -> int:
         """The number of output rows below those of `source`; `rows` holds all of them."""
-        return 0 if self.undo else max(0, sum(self.shape[:1]) - sum(self.source.shape[:1]))
+        return 0 if self.undo or self.parts else max(0, sum(self.shape[:1]) - sum(self.source.shape[:1]))
 
     @property
     def stacked(self) -> tuple[int, ...]:
@@ -143,14 +154,15 @@ class Item:
     def verbatim(self) -> bool:
         """True if the output's bytes are on disk: the base's, or an adapter's counters and the like."""
         copied = not self.replaced or self.source.dtype not in FLOATS
-        return not self.edits and copied and self.dtype == self.source.dtype and not self.undo
+        same = copied and self.dtype == self.source.dtype and not self.source.coded
+        return not self.edits and same and not self.undo and not self.part_of
 
     @property
     def fate(self) -> str:
         """One word for reports: added, merged, replaced, converted or copied."""
         if self.added:
             return "added"
-        if self.edits:
+        if self.edits or self.part_of:
             return "merged"
         copied = "copied" if self.verbatim else "converted"
         return "replaced" if self.replaced or (self.undo and self.undo.kept) else copied
@@ -198,13 +210,22 @@ class Item:
         block = height * columns
         host = block * max(self.source.itemsize, BITS[self.dtype] // 8, self.base.itemsize if self.base else 0)
         total = host + block * (width + 4) + (host + 8 * block if self.replaced else 0)
-        if len(self.edits) > 1:
+        if self.source.coded:
+            total += 8 * block + DECODING
+        if self.combination:
+            total += self.combination.cost(len(self.edits), self.source.numel, block, width)
+        elif len(self.edits) > 1:
             total += 2 * block * width
         if self.start:
             total += 24 * rows * columns  # the matrix, its factors, and LAPACK's work, in float32
         if exact and self.source is self.base:
             total += self.inverse_cost()
         return total + sum(edit_cost(edit, height, width) for edit in self.edits)
+
+    @property
+    def invertible(self) -> bool:
+        """True if equations recover the base from the output: those of a sum, and those of a chain, link by link."""
+        return self.combination is None or self.combination.method == "chain"
 
     def inverse_cost(self) -> int:
         """Return the bytes that a worker holds to take the edits out of a block, in float64."""

@@ -11,7 +11,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
@@ -19,9 +19,10 @@ from typing import Any
 
 import xxhash
 
-from ..adapters import Adapter, Delta, Waived, tensors_of
+from ..adapters import Adapter, Delta, Full, Waived, tensors_of
 from ..errors import UsageError
-from ..settings import NO_FACTS, AdapterFacts, parse_size
+from ..option_table import SUM, Combination
+from ..settings import NO_FACTS, AdapterFacts, parse_facts, parse_size
 from ..storage.checkpoint import Checkpoint
 from ..storage.safetensors import BITS, CONFIG_DTYPES, StoredTensor
 from .item import Edit, Item
@@ -36,13 +37,19 @@ class OutputShard:
     items: tuple[Item, ...]
 
     @property
+    def prefix(self) -> str:
+        """The beginning of names that the file's own names lack: the component of a pipeline."""
+        return self.filename[: self.filename.rfind("/") + 1]
+
+    @property
     def inputs(self) -> Mapping[Path, None]:
         """The files that the shard's tensors are computed from, each once."""
         return dict.fromkeys(
-            source.path
+            path
             for item in self.items
             for source in (item.source, item.base, *(item.undo.tensors if item.undo else ()))
             if source
+            for path in source.paths
         )
 
 
@@ -75,6 +82,8 @@ class Plan:
     """The output's config, if it differs from the base's."""
     warnings: tuple[str, ...] = ()
     """Decisions that a user should know of."""
+    files: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
+    """JSON files beside the weights that change: their contents, or None for those that are left out."""
 
     @cached_property
     def items(self) -> tuple[Item, ...]:
@@ -110,7 +119,7 @@ class Plan:
         remains: dict[str, Item] = {}
         for item in sorted(self.items, key=lambda item: (not (item.verbatim or item.extends), item.added)):
             lost = item.replaced and item.verbatim  # an adapter's counter instead of the base's
-            if item.base and not lost:
+            if item.base and not (lost or item.base.coded or item.part_of):
                 remains.setdefault(item.origin, item)
         return remains
 
@@ -147,7 +156,9 @@ class Plan:
     @cached_property
     def fingerprint(self) -> str:
         """xxh3-128 of the plan as JSON lines without paths: equal plans have equal fingerprints."""
-        lines: list[Any] = [[self.options.compute_dtype, self.options.undo, self.index_name, self.config]]
+        options = self.options
+        lines: list[Any] = [[options.compute_dtype, options.undo, self.index_name, self.config]]
+        lines += [words] if (words := options.combination.words) else []
         for shard in self.shards:
             lines += [[shard.filename, dict(shard.metadata)], *map(_describe, shard.items)]
         return xxhash.xxh3_128_hexdigest("\n".join(map(json.dumps, lines)).encode())
@@ -158,7 +169,10 @@ def _describe(item: Item) -> list[Any]:
     edits = [_describe_edit(edit) for edit in item.edits]
     undo = [[stored.name for stored in item.undo.tensors]] if item.undo else []
     names = [item.name, item.dtype, item.shape, item.origin, item.source.name]
-    return [*names, item.replaced, rows, edits, *undo]
+    coded = (
+        [repr(getattr(item.source, "scheme", "")), [part.name for _, part in item.parts]] if item.source.coded else []
+    )
+    return [*names, item.replaced, rows, edits, *undo, *coded]
 
 
 def _describe_edit(edit: Edit) -> list[Any]:
@@ -169,8 +183,8 @@ def _describe_edit(edit: Edit) -> list[Any]:
         from ..storage.stored_view import describe_view
 
         known += map(describe_view, views)
-    if isinstance(edit.update, Delta):
-        return [*known, edit.update.scale]
+    if isinstance(edit.update, Delta | Full):
+        return [*known, edit.update.scale] if isinstance(edit.update, Delta) else known
     low = edit.low
     assert low
     return [*known, low.rank, low.scale, low.blocks, low.experts, low.start and low.start.value]
@@ -198,9 +212,13 @@ class Options:
     """True if config.json gets the fields of transformers 4, too."""
     ignore_file: tuple[str, ...] = ()
     """Weight files beside adapters that are left out."""
+    quantised: str = ""
+    """The choice for quantised weights: "all" are written dense, or the "touched" ones, or few bits are coded
+    "again"; by default those that the adapter changes are coded again if their bits suffice."""
     strict: bool = False
     """True if an adapter must hold all that its config says was trained."""
     facts: AdapterFacts = NO_FACTS
+    combination: Combination = SUM
 
     @property
     def waived(self) -> Waived:
@@ -251,24 +269,21 @@ def parse_options(given: Mapping[str, Any]) -> Options:
         compute_dtype=COMPUTE_DTYPES[given.get("compute_dtype", "auto")],
         max_shard_size=None if size is None else parse_size(size, "--max-shard-size"),
         undo=given.get("undo") or "none",
-        include=given.get("include", ()),
-        exclude=given.get("exclude", ()),
-        allow_unmatched=given.get("allow_unmatched", False),
-        ignore_field=given.get("ignore_field", ()),
-        ignore_file=given.get("ignore_file", ()),
-        strict=given.get("strict", False),
+        **{name: given.get(name, ()) for name in ("include", "exclude", "ignore_field", "ignore_file")},
+        **{name: given.get(name, False) for name in ("allow_unmatched", "strict")},
+        quantised=_quantised(given),
         legacy_config=given.get("legacy_config", False),
-        facts=_facts(given),
+        facts=parse_facts(given),
     )
 
 
-def _facts(given: Mapping[str, Any]) -> AdapterFacts:
-    """Return the caller's facts about adapters, which few calls give."""
-    if all(given.get(name) in (None, ()) for name in ("alpha", "scaling", "axis", "enable_lora")):
-        return NO_FACTS
-    from ..adapters.facts import parse_facts
+def _quantised(given: Mapping[str, Any]) -> str:
+    """Return the caller's choice for quantised weights, which few calls make."""
+    if not any(given.get(name) for name in ("dequantize", "dequantize_touched", "requantize")):
+        return ""
+    from .quantised_config import parse_choice
 
-    return parse_facts(given)
+    return parse_choice(given)
 
 
 def parse_weights(given: Sequence[float] | float, count: int) -> tuple[float, ...]:
