@@ -153,7 +153,19 @@ class Reader:
         whole = whole_of(tensor)
         data = memoryview(bytearray(whole.nbytes))
         self.read(whole.path, whole.start, data)
-        return lines_of(tensor, data)
+        return self._in_pieces(lines_of(tensor, data))
+
+    @staticmethod
+    def _in_pieces(lines: Iterator[memoryview]) -> Iterator[memoryview]:
+        """Yield the bytes of lines in pieces of the usual size."""
+        pending = bytearray()
+        for line in lines:
+            pending += line
+            while len(pending) >= PIECE_BYTES:
+                yield memoryview(bytes(pending[:PIECE_BYTES]))
+                del pending[:PIECE_BYTES]
+        if pending:
+            yield memoryview(bytes(pending))
 
     def span(self, path: Path, start: int, length: int) -> Iterator[memoryview]:
         """Yield a range of a file's bytes, as `pieces` does."""
