@@ -10,7 +10,7 @@ import difflib
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, reduce
+from functools import cached_property, lru_cache, reduce
 from typing import TYPE_CHECKING
 
 from ..adapters import unwrapped
@@ -19,6 +19,7 @@ from ..storage.safetensors import StoredTensor
 from .families import EMBEDDINGS, HEADLESS, HEADS, OTHER_HEADS, RENAMED, SCALED
 
 if TYPE_CHECKING:
+    from .family_map import FamilyMap
     from .slots import NameMap, Slot
 
 
@@ -40,46 +41,86 @@ class Prefix:
         return self.drop + name.removeprefix(self.add) if name.startswith(self.add) else None
 
 
+class TableOnDemand:
+    """The table of families for one checkpoint, read once a name is asked for. A `NameMap`."""
+
+    def __init__(self, base: Checkpoint) -> None:
+        self._base = base
+
+    @cached_property
+    def families(self) -> FamilyMap | None:
+        """The names of the checkpoint's tensors in the running model; None if the table does not know the model."""
+        from .family_map import FamilyMap
+        from .table import family_of
+
+        config = self._base.config or {}
+        family = family_of(config)
+        return FamilyMap(self._base.tensors, family, config) if family else None
+
+    def stored(self, target: str) -> tuple[Slot, ...] | None:
+        """Return the slots of a weight of the running model."""
+        return self.families.stored(target) if self.families else None
+
+    def running(self, name: str) -> str | None:
+        """Return the weight of the running model that a stored tensor is part of."""
+        return self.families.running(name) if self.families else None
+
+
 class NameResolver:
     """Translates one adapter's names of weights to the base's names.
 
-    Either the names are equal, or all of them differ by one prefix: the adapter was trained on a model
-    without its head, or on a wrapped model. The prefix counts if no other prefix leads every name to a
-    tensor.
+    A name that the base has is the base's: adapters of older programs use the names on disk. Other names are those
+    of the running model, and the table of families leads to tensors. If neither finds any target, all names may
+    differ by one prefix: the adapter was trained on a model without its head, or on a wrapped model. The prefix
+    counts if no other prefix leads every name to a tensor.
     """
 
     def __init__(
         self, tensors: Mapping[str, StoredTensor], targets: Sequence[str], table: NameMap | None = None
     ) -> None:
         """`table` has the names of the running model, for targets that are no names of tensors."""
-        self._tensors, self._table = tensors, table
+        self._tensors, self.table = tensors, table
         self.prefix = Prefix()
         self.ambiguous: tuple[Prefix, ...] = ()
         if targets and not any(self.stored(target) for target in targets):
-            prefixes = self._prefixes([unwrapped(target) for target in targets])
+            bare = [unwrapped(target) for target in targets]
+            prefixes = self._prefixes(bare, tensors) or self._prefixes(bare, self._weights)
             if len(prefixes) == 1:
                 self.prefix = prefixes[0]
             self.ambiguous = prefixes[1:] and prefixes
 
+    @property
+    def _weights(self) -> Mapping[str, object]:
+        """The names of the running model's weights, as far as the table knows them."""
+        families = self.table.families if isinstance(self.table, TableOnDemand) else None
+        return families.weights if families else {}
+
     def find(self, target: str) -> str | None:
         """Return the base's name of a target; None if the base has no such tensor, or the target is several."""
+        if name := self._plain(target):
+            return name
+        slots = self.slots(target)
+        return slots[0].name if len(slots) == 1 and slots[0].is_whole else None
+
+    def _plain(self, target: str) -> str | None:
+        """Return the base's name of a target that needs no table."""
         for name in (self.prefix.apply(target), self.prefix.apply(unwrapped(target))):
             for candidate in _stored_names(name):
                 if candidate in self._tensors:
                     return candidate
-        slots = self.slots(target)
-        return slots[0].name if len(slots) == 1 and slots[0].is_whole else None
+        return None
 
     def slots(self, target: str) -> tuple[Slot, ...]:
         """Return the stored tensors that a weight of the running model is made of; none if no table knows it."""
-        for name in {target: None, unwrapped(target): None} if self._table else ():
-            if self._table and (slots := self._table.stored(name)):
-                return slots
+        for name in {self.prefix.apply(name): None for name in (target, unwrapped(target))} if self.table else ():
+            for candidate in _stored_names(name):
+                if self.table and (slots := self.table.stored(candidate)):
+                    return slots
         return ()
 
     def stored(self, target: str) -> tuple[str, ...]:
         """Return the names of all stored tensors that a target is made of."""
-        name = self.find(target)
+        name = self._plain(target)
         return (name,) if name else tuple(slot.name for slot in self.slots(target))
 
     def settled(self, target: str) -> str:
@@ -91,8 +132,8 @@ class NameResolver:
         """Return the adapter's name of a base's tensor; None if the adapter's model does not have the tensor."""
         return self.prefix.undo(name)
 
-    def _prefixes(self, targets: Sequence[str]) -> tuple[Prefix, ...]:
-        """Return every prefix that leads all targets to tensors and drops least.
+    def _prefixes(self, targets: Sequence[str], names: Mapping[str, object]) -> tuple[Prefix, ...]:
+        """Return every prefix that leads all targets to names of tensors and drops least.
 
         No prefix reaches into a stack of layers.
         """
@@ -101,9 +142,9 @@ class NameResolver:
             if any(part.isdigit() for part in parts[: dropped + 1]):
                 break
             drop, rest = "".join(f"{part}." for part in parts[:dropped]), ".".join(parts[dropped:])
-            adds = {name.removesuffix(rest) for name in self._tensors if f".{name}".endswith(f".{rest}")}
+            adds = {name.removesuffix(rest) for name in names if f".{name}".endswith(f".{rest}")}
             outside = [Prefix(drop, add) for add in sorted(adds) if not any(map(str.isdigit, add.split(".")))]
-            leading = [one for one in outside if all(one.apply(target) in self._tensors for target in targets)]
+            leading = [one for one in outside if all(one.apply(target) in names for target in targets)]
             if leading:
                 return tuple(leading)
         return ()

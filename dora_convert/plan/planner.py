@@ -15,7 +15,7 @@ from typing import Any
 from ..adapters import Adapter, Full, Rows, Update, unwrapped
 from ..errors import Fault, PlanError, UnsupportedError
 from ..naming.families import COUNTS, LAYERS, TABLES
-from ..naming.resolve import NameResolver, Tie, find_tie, is_embedding, is_head
+from ..naming.resolve import NameResolver, TableOnDemand, Tie, find_tie, is_embedding, is_head
 from ..storage.checkpoint import Checkpoint
 from .builder import PlanBuilder
 from .item import Item
@@ -119,7 +119,8 @@ def _with_layers(base: Checkpoint, adapters: Sequence[Adapter]) -> Checkpoint:
 
 
 def _resolvers(tree: Checkpoint, adapters: Sequence[Adapter], options: Options) -> list[NameResolver]:
-    return [NameResolver(tree.tensors, _targets(adapter, options)) for adapter in adapters]
+    table = TableOnDemand(tree)
+    return [NameResolver(tree.tensors, _targets(adapter, options), table) for adapter in adapters]
 
 
 def _settled(adapter: Adapter, names: NameResolver) -> Adapter:
