@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import permutations
+from itertools import combinations, permutations
 from typing import TYPE_CHECKING
 
 from ..adapters import Adapter, Change, Decomposed, Delta, Full, Rows, Transform, Update, tensors_of
 from ..errors import Fault
-from ..naming.resolve import NameResolver, Tie, explain_missing, is_embedding, is_head
+from ..naming.resolve import NameResolver, Tie, is_embedding, is_head
 from ..storage.checkpoint import Checkpoint
 from ..storage.reader import same_bytes
 from ..storage.safetensors import FLOATS, StoredTensor
@@ -62,10 +62,9 @@ class PlanBuilder:
             self._keep_tied(change, name, adapter, weight)
         elif adapter.layers and (refusal := begins_elsewhere(update)):
             self._fault(update, refusal)
-        elif name and self._claims(change, name):
-            self._apply(update, name, weight)
-        elif name:
-            self._fault(update, f"changes {name}, which another tensor of the same adapter changes, too")
+        elif name and not change.outputs:
+            if self._claims(change, name):
+                self._apply(update, name, weight)
         elif slots := names.slots(change.target):
             self._apply_parts(change, slots, weight)
         elif isinstance(update, Full) and update.may_add and not {change.module, change.target} & self._names:
@@ -75,6 +74,8 @@ class PlanBuilder:
                 self._fault(update, f"adds {change.target}, which has no weight of {weight:g}")
             self._enter(update, "added", (change.target,), "the base has no such module")
         else:
+            from ..naming.missing import explain_missing
+
             why = explain_missing(change.target, names, self.base)
             if self.options.allow_unmatched:
                 self._enter(update, "unmatched", (), why)
@@ -82,12 +83,13 @@ class PlanBuilder:
                 self._fault(update, why)
 
     def _claims(self, change: Change, name: str, outputs: tuple[int, int] | None = None) -> bool:
-        """Note the outputs of a tensor that an addition is for; return False if the adapter changes them already."""
+        """Note the outputs of a tensor that an addition is for; a fault if the adapter changes them already."""
         if _turn(change) < 2:
             return True
         first, last = outputs or (0, math.inf)
         claimed = self._claimed.setdefault(name, [])
         if any(first < end and start < last for start, end in claimed):
+            self._fault(change.update, f"changes {name}, which another tensor of the same adapter changes, too")
             return False
         claimed.append((first, last))
         return True
@@ -96,17 +98,13 @@ class PlanBuilder:
         """Cut an update of a weight that is several tensors, and add each part to its tensor."""
         from .cutting import cut
 
-        update = change.update
-        parts = cut(update, slots, self.base.tensors, self.base.model_types)
+        parts = cut(change.update, slots, self.base, change.outputs)
         if isinstance(parts, str):
-            self._fault(update, parts)
-            return
-        for part in parts:
-            if not self._claims(change, part.name, part.outputs):
-                self._fault(update, f"changes {part.name}, which another tensor of the same adapter changes, too")
-                return
-            self._take(part.match, part.name, weight, part.outputs)
-        self._enter_merged(update, tuple(dict.fromkeys(part.name for part in parts)))
+            self._fault(change.update, parts)
+        elif all(self._claims(change, part.name, part.outputs) for part in parts):
+            for part in parts:
+                self._take(part.match, part.name, weight, part.outputs)
+            self._enter_merged(change.update, tuple(dict.fromkeys(part.name for part in parts)))
 
     def _told_apart(self, changes: Sequence[Change], names: NameResolver) -> Iterator[Change]:
         """Yield every change with one target.
@@ -120,9 +118,11 @@ class PlanBuilder:
             else:
                 yield change
         for targets, group in groups.items():
+            known = all(change.depth is not None for change in group)
+            group.sort(key=lambda change: change.depth or 0)
             fitting = [
                 [replace(change, target=target, among=()) for change, target in zip(group, order, strict=True)]
-                for order in permutations(targets)
+                for order in (combinations if known else permutations)(targets, len(group))
                 if all(self._fits(change.update, name, names) for change, name in zip(group, order, strict=True))
             ]
             if len(fitting) == 1:
@@ -138,7 +138,7 @@ class PlanBuilder:
             return False
         from .cutting import cut
 
-        return not isinstance(cut(update, slots, self.base.tensors, self.base.model_types), str)
+        return not isinstance(cut(update, slots, self.base), str)
 
     def _match(self, update: Update, name: str, shape: tuple[int, ...]) -> Match | str:
         return match_shape(update, name, shape, self.targets[name].source.dtype, self.base.model_types)

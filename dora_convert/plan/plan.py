@@ -26,6 +26,8 @@ from ..storage.checkpoint import Checkpoint
 from ..storage.safetensors import BITS, CONFIG_DTYPES, StoredTensor
 from .item import Edit, Item
 
+LACKING = "the config says that it was trained, and the adapter has no tensor of it"
+
 
 @dataclass(frozen=True)
 class OutputShard:

@@ -14,15 +14,13 @@ from typing import Any
 
 from ..adapters import Adapter, Full, Rows, Update, unwrapped
 from ..errors import Fault, PlanError, UnsupportedError
-from ..naming.families import COUNTS, LAYERS, TABLES
+from ..naming.families import COUNTS, LAYERS, PAST_LORA, TABLES
 from ..naming.resolve import NameResolver, TableOnDemand, Tie, find_tie, is_embedding, is_head
 from ..storage.checkpoint import Checkpoint
 from .builder import PlanBuilder
 from .item import Item
-from .plan import Entry, Options, Plan
+from .plan import LACKING, Entry, Options, Plan
 from .sharding import lay_out
-
-LACKING = "the config says that it was trained, and the adapter has no tensor of it"
 
 
 def make_plan(base: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[float], options: Options) -> Plan:
@@ -54,7 +52,7 @@ def make_plan(base: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[f
     missing = [
         find_missing(adapter, resolver, tree, tie, options) for adapter, resolver in zip(adapters, names, strict=True)
     ]
-    builder.warnings += _warn_of_missing(adapters, missing, options)
+    builder.warnings += _warnings(adapters, missing, base, items, options)
     builder.ledger += [Entry(name, "missing", (), LACKING) for each in missing for name in each]
     config = _output_config(builder, items, resized, tasks)
     shards, index_name = lay_out(tree, items, options.max_shard_size)
@@ -77,24 +75,22 @@ def make_plan(base: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[f
     )
 
 
-def _warn_of_missing(
-    adapters: Sequence[Adapter], missing: Sequence[Sequence[str]], options: Options
-) -> tuple[str, ...]:
-    """Return a warning for each adapter that is not complete; PlanError if the caller is strict."""
-    if options.strict and any(missing):
-        names = ", ".join(adapter.source.name for adapter, lacking in zip(adapters, missing, strict=True) if lacking)
-        raise PlanError(
-            f"{names} lacks what its config says was trained.",
-            faults=[Fault(name, LACKING) for lacking in missing for name in lacking],
-            hint="without --strict these weights stay as in the base",
-        )
-    return tuple(
-        f"{adapter.source.name} lacks {len(lacking)} modules that its config says were trained: "
-        f"{', '.join(name.removesuffix('.weight') for name in lacking[:SHOWN])}{' …' if lacking[SHOWN:] else ''}. "
-        "They stay as in the base; --strict makes this an error."
-        for adapter, lacking in zip(adapters, missing, strict=True)
-        if lacking
-    )
+def _warnings(
+    adapters: Sequence[Adapter],
+    missing: Sequence[Sequence[str]],
+    base: Checkpoint,
+    items: Mapping[str, Item],
+    options: Options,
+) -> Iterator[str]:
+    """Yield a warning for each adapter that is not complete, and for layers that training did not change."""
+    if any(missing):
+        from .complaints import warn_of_missing
+
+        yield from warn_of_missing(adapters, missing, options)
+    if base.model_types & PAST_LORA.keys():
+        from .complaints import warn_of_past_lora
+
+        yield from warn_of_past_lora(base, items)
 
 
 def _for_base(adapter: Adapter, base: Checkpoint) -> Adapter:
@@ -166,36 +162,13 @@ def _needs_head(update: Update, name: str | None, tie: Tie | None) -> bool:
 
 def _check(builder: PlanBuilder, items: Mapping[str, Item], base: Checkpoint, adapters: Sequence[Adapter]) -> None:
     """Raise all faults at once."""
-    if faults := builder.faults:
-        wrong = "contradict themselves, or " if any(adapter.faults for adapter in adapters) else ""
-        beside = sum(map(len, builder.beside.values()))
-        only = beside == len(faults) and len(builder.beside) == 1
-        what = f"tensors of {next(iter(builder.beside))}" if only else f"adapter tensors{_formats(adapters)}"
-        hints = [f"--ignore-file {name} merges without it" for name in builder.beside]
-        most = 2 * len(faults) >= sum(len(adapter.tensors) for adapter in adapters)
-        if beside < len(faults) and most and not any(adapter.faults for adapter in adapters):
-            hints.insert(0, _other_base(base, adapters))
-        raise PlanError(
-            f"{len(faults)} {what} {wrong}have no place in the base.", faults=faults, hint="; ".join(hints) or None
-        )
+    if builder.faults:
+        from .complaints import refuse
+
+        refuse(builder.faults, builder.beside, base, adapters)
     if not any(item.changed for item in items.values()):
         names = ", ".join(adapter.source.name for adapter in adapters)
         raise PlanError(f"Nothing to merge: no tensor of {names} is left to apply.")
-
-
-def _formats(adapters: Sequence[Adapter]) -> str:
-    """Return the formats of adapters that are not PEFT's, in brackets."""
-    names = {f"{each.format}, by {each.maker}" if each.maker else each.format for each in adapters}
-    return f" ({'; '.join(sorted(names))})" if names != {"peft"} else ""
-
-
-def _other_base(base: Checkpoint, adapters: Sequence[Adapter]) -> str:
-    """Return a hint for adapters of which most tensors do not fit."""
-    kind = (base.config or {}).get("model_type")
-    names = [adapter.base for adapter in adapters if adapter.base and adapter.base != base.source.name]
-    facts = [f"the adapter names {names[0]}"] if names else []
-    facts += [f"BASE is a {kind} model"] if isinstance(kind, str) else []
-    return "is this the base that the adapter was trained on?" + (f" {', '.join(facts)}" if facts else "")
 
 
 def _resized(items: Mapping[str, Item]) -> dict[str, tuple[int, int]]:
@@ -253,8 +226,6 @@ def refuse_quantised(base: Checkpoint) -> None:
             )
 
 
-SHOWN = 10
-"""Names in a warning."""
 EXPERTS = ".experts."
 
 
@@ -268,17 +239,18 @@ def find_missing(
     """
     if not adapter.promised:
         return []
-    shapes = {own: tensor.shape for name, tensor in base.tensors.items() if (own := names.in_adapter(name))}
+    shapes = names.model_shapes()
     changes = [change for change in adapter.changes if not _is_frozen(change.update)]
     targets = [target for change in changes for target in (change.target, *change.among)]
-    covered = {name for target in targets for name in names.stored(target)}
-    if tie and covered & {tie.embedding, tie.head}:
-        covered |= {tie.embedding, tie.head}
+    covered = {place for target in targets for place in names.places(target)}
+    tied = {(tie.embedding, None), (tie.head, None)} if tie else set()
+    if covered & tied:
+        covered |= tied
     has_experts = any(EXPERTS in target for target in targets)
     return sorted(
         name
         for name in set(adapter.promised(shapes, lambda name: len(shapes[name]) == 2 and _is_linear(name)))
-        if covered.isdisjoint(names.stored(name))
+        if covered.isdisjoint(names.places(name))
         and options.selects(name.rpartition(".")[0])
         and (has_experts or EXPERTS not in name)
         and not _is_past_the_last_layer(name, base)

@@ -87,17 +87,12 @@ class Checkpoint:
     @cached_property
     def modules(self) -> Mapping[str, Sequence[str]]:
         """Every module that owns a tensor, sorted by name under the name of its parent."""
-        children: dict[str, set[str]] = {}
-        for name in self.tensors:
-            module = name.rpartition(".")[0]
-            children.setdefault(module.rpartition(".")[0], set()).add(module)
-        return {parent: sorted(modules) for parent, modules in children.items()}
+        return modules_of(self.tensors)
 
     @cached_property
     def module_kinds(self) -> tuple[str, ...]:
         """Every module's name with `*` for its numbers, once each."""
-        kinds = {re.sub(r"\d+", "*", module) for modules in self.modules.values() for module in modules}
-        return tuple(sorted(kinds))
+        return kinds_of(self.modules)
 
     @cached_property
     def model_types(self) -> frozenset[str]:
@@ -112,6 +107,20 @@ class Checkpoint:
         for config in found:
             found += [value for value in config.values() if isinstance(value, Mapping)]
         return found
+
+
+def modules_of(names: Iterable[str]) -> dict[str, list[str]]:
+    """Return every module that owns one of some tensors, sorted by name under the name of its parent."""
+    children: dict[str, set[str]] = {}
+    for name in names:
+        module = name.rpartition(".")[0]
+        children.setdefault(module.rpartition(".")[0], set()).add(module)
+    return {parent: sorted(modules) for parent, modules in children.items()}
+
+
+def kinds_of(modules: Mapping[str, Iterable[str]]) -> tuple[str, ...]:
+    """Return the names of modules with `*` for their numbers, sorted, once each."""
+    return tuple(sorted({re.sub(r"\d+", "*", name) for names in modules.values() for name in names}))
 
 
 def open_checkpoint(source: Source, *, unfinished: bool = False) -> Checkpoint:

@@ -1,7 +1,7 @@
 """Merge adapters into a tiny model of every family that transformers has, and compare with PEFT's merge.
 
-    python tests/oracles/families.py                 all families, a row each for docs/models.md
-    python tests/oracles/families.py mixtral llava   some model types
+    python -m tests.oracles.families                 all families, a row each for docs/models.md
+    python -m tests.oracles.families mixtral llava   some model types
 
 Three layouts: names on the Hub, names as transformers 5 saves them, names in the running model. Adapters by PEFT:
 LoRA and DoRA with the usual list of modules and with all-linear, LoRA on experts, and LoRA in the disk's own names, as
@@ -32,11 +32,10 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.models.auto import modeling_auto
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
-import make_families
-import tiny
-
 import dora_convert
+
+from .. import make_families
+from . import tiny
 
 USUAL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LAYOUTS = ("hub", "saved", "memory")
@@ -104,7 +103,9 @@ def adapters(model: PreTrainedModel) -> Iterator[tuple[str, dict[str, Any]]]:
         yield "list, DoRA", {"target_modules": whole, "use_dora": True}
     yield "all-linear", {"target_modules": "all-linear"}
     yield "all-linear, DoRA", {"target_modules": "all-linear", "use_dora": True}
-    experts = {name.rpartition(".")[2] for name, value in model.named_parameters() if value.ndim == 3 and "expert" in name}
+    experts = {
+        name.rpartition(".")[2] for name, value in model.named_parameters() if value.ndim == 3 and "expert" in name
+    }
     experts = {name for name in experts if "bias" not in name}
     if experts:
         yield "experts", {"target_modules": [], "target_parameters": sorted(experts)}
@@ -149,12 +150,11 @@ def try_family(family: str, name: str, folder: Path) -> Iterator[Row]:
     if isinstance(model, str):
         yield Row(family, name, "", "", "no model", model)
         return
-    disk = {}
-    for layout in LAYOUTS:
-        try:
-            disk[layout] = save(model, layout, folder / layout)
-        except Exception as error:  # noqa: BLE001 # any family's own
-            yield Row(family, name, layout, "", "no model", f"{type(error).__name__}: {error}"[:200])
+    try:
+        disk = {layout: save(model, layout, folder / layout) for layout in LAYOUTS}
+    except Exception as error:  # noqa: BLE001 # any family's own
+        yield Row(family, name, "", "", "no model", f"{type(error).__name__}: {error}"[:200])
+        return
     layouts = [each for k, each in enumerate(disk) if all(disk[each].keys() != disk[o].keys() for o in list(disk)[:k])]
     for kind, fields in adapters(model):
         adapter = folder / f"adapter {kind}"
@@ -179,7 +179,9 @@ def compare(row: Row, folder: Path, adapter: Path, model: PreTrainedModel, truth
     try:
         ours = merged(folder / row.layout, adapter, folder, model)
     except dora_convert.DoraConvertError as error:
-        faults = {re.sub(r"\d+", "*", str(getattr(fault, "why", fault))): fault for fault in getattr(error, "faults", ())}
+        faults = {
+            re.sub(r"\d+", "*", str(getattr(fault, "why", fault))): fault for fault in getattr(error, "faults", ())
+        }
         return row._replace(result="refused", why=f"{error} | {' | '.join(map(str, list(faults.values())[:2]))}"[:600])
     except Exception as error:  # noqa: BLE001 # transformers' own
         return row._replace(result="no load", why=f"{type(error).__name__}: {error}"[:300])
@@ -187,7 +189,9 @@ def compare(row: Row, folder: Path, adapter: Path, model: PreTrainedModel, truth
     answer, own = logits(ours), logits(truth)
     apart = None if isinstance(answer, str) or isinstance(own, str) else (answer - own).abs().max().item()
     right = worst <= TOLERANCE and (apart is None or apart <= 100 * TOLERANCE)
-    return row._replace(result="right" if right else "wrong", why="" if right else f"{where}: {worst:.3g}", logits=apart)
+    return row._replace(
+        result="right" if right else "wrong", why="" if right else f"{where}: {worst:.3g}", logits=apart
+    )
 
 
 def try_disk_names(
@@ -200,7 +204,7 @@ def try_disk_names(
         for key, value in disk.get("hub", {}).items()
         if value.ndim == 2 and key.removesuffix(".weight").rpartition(".")[2] in words and key.endswith(".weight")
     ]
-    if not modules or len(disk) < len(LAYOUTS):
+    if not modules:
         return
     adapter, torch_seed = folder / "adapter disk", 5
     torch.manual_seed(torch_seed)

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import make_families
+from .. import make_families
 
 SIZES: Mapping[str, Any] = {
     r"hidden_size|d_model|n_embd|dim|embed_dim|hidden_dim|embedding_size|projection_dim|output_dim|"
