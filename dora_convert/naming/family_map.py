@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
-from ..storage.checkpoint import kinds_of, modules_of
+from ..storage.module_names import kinds_of, modules_of
 from ..storage.safetensors import StoredTensor
 from .slots import Slot
 from .table import Config, Family, Place, Rule

@@ -252,7 +252,7 @@ def card_bytes(plan: Plan, base_model: str | None, fields: Inherited, checks: Se
         kinds=kinds,
         relation="finetune",
         base_model=base_model or base_repo(base, plan.adapters),
-        library=library_of(plan.output_config),
+        library="diffusers" if plan.base.is_pipeline else library_of(plan.output_config),
         pipeline=pipeline_of(plan.output_config, metadata),
         inherited=fields,
         config=plan.output_config,

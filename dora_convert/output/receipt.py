@@ -56,11 +56,12 @@ class MergedAdapter(MergedSource, frozen=True, kw_only=True):
     weight: Real
     files: dict[str, str]
     """The xxh3-128 of each file."""
+    decided: dict[str, str] | UnsetType = UNSET
 
     def is_in(self, folder: Path) -> bool:
         """Return True if a folder holds the adapter's files with the receipt's hashes."""
         return bool(self.files) and all(
-            is_plain(name) and (folder / name).is_file() and xxh3(folder / name) == digest
+            is_plain(name) and (path := _within(folder, name)).is_file() and xxh3(path) == digest
             for name, digest in self.files.items()
         )
 
@@ -107,8 +108,8 @@ class BaseShard(Struct, frozen=True, omit_defaults=True):
     tensors: tuple[tuple[str, Dtype, tuple[Count, ...]], ...] | None = None
 
     def __post_init__(self) -> None:
-        if not is_plain(self.name):
-            raise ValueError("not a plain file name")
+        if not is_inside(self.name):
+            raise ValueError("not a file inside the folder")
         if not all(is_possible(shape) for _, _, shape in self.tensors or ()):
             raise ValueError("a shape is larger than any file")
 
@@ -165,19 +166,6 @@ class Receipt(Struct, frozen=True, kw_only=True, omit_defaults=True):
         """True if the merge left out tensors of an adapter that matched nothing."""
         return any(entry.fate == "unmatched" for entry in self.ledger)
 
-    @property
-    def flags(self) -> str:
-        """The options of a merge command that differ from the defaults; empty if none does."""
-        weights = self.weights if any(weight != 1 for weight in self.weights) else ()
-        options = self.options
-        words = [f"--weight {weight:g}" for weight in weights]
-        words += [f"--include {pattern}" for pattern in options.include]
-        words += [f"--exclude {pattern}" for pattern in options.exclude]
-        words += [f"--ignore-field {name}" for name in options.ignore_field]
-        words += [f"--ignore-file {name}" for name in options.ignore_file or ()]
-        words += [f"--{name.replace('_', '-')} {_word(fact)}" for name, fact in (options.facts or {}).items()]
-        return " ".join([*words, *(["--allow-unmatched"] if self.allows_unmatched else [])])
-
     def is_of(self, adapters: Sequence[Path]) -> bool:
         """Return True if a merge of the adapters in these folders left the receipt."""
         pairs = zip(self.adapters, adapters, strict=False)
@@ -232,10 +220,7 @@ def new_receipt(
         verb="merge",
         versions={"dora_convert": __version__, "torch": computed["torch"].partition("+")[0]},
         base=MergedBase(**plan.base.source.facts, hash=_base_hash(plan, results)),
-        adapters=tuple(
-            MergedAdapter(**each.source.facts, format=each.format, kind=each.kind, weight=weight, files=dict(files))
-            for each, weight, files in zip(plan.adapters, plan.weights, hashes, strict=True)
-        ),
+        adapters=_adapters(plan, hashes),
         options=RecordedOptions(
             device=computed["device"],
             compute_dtype=computed["compute_dtype"],
@@ -258,8 +243,23 @@ def new_receipt(
     )
 
 
-def _word(value: object) -> str:
-    return ",".join(str(each).lower() for each in value) if isinstance(value, list) else str(value)
+def _within(folder: Path, name: str) -> Path:
+    """Return the path of an adapter's file; an adapter may be a single file."""
+    return (folder.parent if folder.is_file() else folder) / name
+
+
+def _adapters(plan: Plan, hashes: Sequence[Mapping[str, str]]) -> tuple[MergedAdapter, ...]:
+    return tuple(
+        MergedAdapter(
+            **adapter.source.facts,
+            format=adapter.format,
+            kind=adapter.kind,
+            weight=weight,
+            files=dict(files),
+            decided=dict(adapter.decided) or UNSET,
+        )
+        for adapter, weight, files in zip(plan.adapters, plan.weights, hashes, strict=True)
+    )
 
 
 def _base_hash(plan: Plan, results: Mapping[str, TensorResult]) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from ..engine.precision import GRID, TORCH, empty, half_ulp, read_columns, read_
 from ..plan.item import Edit, Item
 from ..storage.reader import Reader
 from ..storage.safetensors import StoredTensor
+
+if TYPE_CHECKING:
+    from .coded_values import CodedValues
 
 CHUNK_ELEMENTS = 1 << 13
 """Elements of rows that are checked together: a dozen arrays of this size are held at once."""
@@ -47,6 +50,7 @@ class Expected:
 
     def __init__(self, item: Item, reader: Reader, device: torch.device = CPU) -> None:
         self.item, self._reader, self._device = item, reader, device
+        self._coded: CodedValues | None = None
         self._set = {row: (rows.value, k) for rows in item.rows for k, row in enumerate(rows.index)}
         self._start = self._without_start()
         self._held = [self._hold(edit.low, edit) if edit.low else () for edit in item.edits]
@@ -256,6 +260,8 @@ class Expected:
     def _load(self, tensor: StoredTensor, rows: Sequence[int] | None = None) -> Tensor:
         """Read rows of a stored tensor's matrix, or all rows, in float64."""
         chosen = range(tensor.matrix[0]) if rows is None else rows
+        if tensor.coded:
+            return self._decoded(tensor).rows(chosen).to(self._device)
         loaded = empty((len(chosen), tensor.matrix[1]), torch.float64)
         height, filled = max(1, 4 * CHUNK_ELEMENTS // max(1, tensor.matrix[1])), 0
         for start in range(0, len(chosen), height):
@@ -263,6 +269,14 @@ class Expected:
             loaded[filled : filled + len(part)] = part
             filled += len(part)
         return loaded.to(self._device)
+
+    def _decoded(self, tensor: StoredTensor) -> CodedValues:
+        """Return the decoder of a coded tensor, which keeps what it has read."""
+        from .coded_values import CodedValues
+
+        if self._coded is None or self._coded.tensor is not tensor:
+            self._coded = CodedValues(tensor, self._reader)
+        return self._coded
 
 
 def coarser(edit: Edit, dtype: str) -> str:

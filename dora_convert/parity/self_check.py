@@ -43,8 +43,8 @@ class SelfCheck:
         self._written: dict[str, StoredTensor] = {}
         for shard in plan.shards:
             path = folder / shard.filename
-            self._written |= read_header(path).tensors
-            _refuse_unreadable(path, {item.name for item in shard.items})
+            self._written |= {shard.prefix + name: tensor for name, tensor in read_header(path).tensors.items()}
+            _refuse_unreadable(path, {item.name.removeprefix(shard.prefix) for item in shard.items})
 
     def check(self, item: Item, digest: str) -> Verdict:
         """Compare a sample of an item's rows: both ends of every block, and some at random."""

@@ -6,9 +6,8 @@ index, as in transformers' loader.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from .filenames import (
 )
 from .json_files import read_config, read_json
 from .refs import Source
-from .safetensors import Header, StoredTensor, open_file, read_header
+from .safetensors import FLOATS, Header, StoredTensor, open_file, read_header
 
 
 @dataclass(frozen=True)
@@ -71,6 +70,11 @@ class Checkpoint:
         return self.source.path.is_file()
 
     @property
+    def is_pipeline(self) -> bool:
+        """True for a pipeline of diffusers, whose shards lie in folders."""
+        return any("/" in shard.filename for shard in self.shards)
+
+    @property
     def is_here(self) -> bool:
         """True if all weight files are on this machine."""
         return all(path.is_file() for path in {tensor.path for tensor in self.tensors.values()})
@@ -87,11 +91,15 @@ class Checkpoint:
     @cached_property
     def modules(self) -> Mapping[str, Sequence[str]]:
         """Every module that owns a tensor, sorted by name under the name of its parent."""
+        from .module_names import modules_of
+
         return modules_of(self.tensors)
 
     @cached_property
     def module_kinds(self) -> tuple[str, ...]:
         """Every module's name with `*` for its numbers, once each."""
+        from .module_names import kinds_of
+
         return kinds_of(self.modules)
 
     @cached_property
@@ -101,26 +109,18 @@ class Checkpoint:
         return frozenset(name for name in names if isinstance(name, str))
 
     @property
+    def may_be_quantised(self) -> bool:
+        """True if a tensor is not of plain floats, or a config speaks of quantisation."""
+        odd = any(tensor.dtype not in FLOATS for tensor in self.tensors.values())
+        return odd or any("quantization" in key or key == "compression_config" for each in self.configs for key in each)
+
+    @property
     def configs(self) -> list[Mapping[str, Any]]:
         """The config and the configs nested in it, an outer one before its inner ones."""
         found = [self.config] if self.config is not None else []
         for config in found:
             found += [value for value in config.values() if isinstance(value, Mapping)]
         return found
-
-
-def modules_of(names: Iterable[str]) -> dict[str, list[str]]:
-    """Return every module that owns one of some tensors, sorted by name under the name of its parent."""
-    children: dict[str, set[str]] = {}
-    for name in names:
-        module = name.rpartition(".")[0]
-        children.setdefault(module.rpartition(".")[0], set()).add(module)
-    return {parent: sorted(modules) for parent, modules in children.items()}
-
-
-def kinds_of(modules: Mapping[str, Iterable[str]]) -> tuple[str, ...]:
-    """Return the names of modules with `*` for their numbers, sorted, once each."""
-    return tuple(sorted({re.sub(r"\d+", "*", name) for names in modules.values() for name in names}))
 
 
 def open_checkpoint(source: Source, *, unfinished: bool = False) -> Checkpoint:
@@ -143,6 +143,8 @@ def open_checkpoint(source: Source, *, unfinished: bool = False) -> Checkpoint:
         )
     if not (entries := [entry.name for entry in root.iterdir()]):
         raise RefError(f"{source.name} is empty.", hint="name the folder with the model's files")
+    if "model_index.json" in entries:
+        return _open_pipeline(source)
     name = weight_entry(entries, source.name)
     names = [name for name in list_files(root) if not name.startswith(IN_PLACE)]
     if odd := [name for name in names if not is_text(name)]:
@@ -164,6 +166,30 @@ def open_checkpoint(source: Source, *, unfinished: bool = False) -> Checkpoint:
         left_behind=left_behind,
         notes=tuple(notes),
         states={path: state for path, state in states.items() if path.relative_to(root).as_posix() in read},
+    )
+
+
+def _open_pipeline(source: Source) -> Checkpoint:
+    """Return the components of a pipeline as one checkpoint, whose tensors are named `<component>/<name>`."""
+    from .pipelines import components
+
+    root, names = source.path, list_files(source.path)
+    shards, indexes, notes = list[Shard](), list[str](), list[str]()
+    for component in components(names):
+        part = open_checkpoint(Source(root / component, f"{source.name}/{component}"))
+        for shard in part.shards:
+            tensors = tuple(replace(tensor, name=f"{component}/{tensor.name}") for tensor in shard.tensors)
+            shards.append(Shard(f"{component}/{shard.filename}", shard.metadata, tensors))
+        indexes += [f"{component}/{part.index_name}"] if part.index_name else []
+        notes += part.notes
+    if not shards:
+        raise RefError(f"{source.name} is a pipeline, and no component of it holds weights.")
+    used = {*indexes, *(shard.filename for shard in shards)}
+    sides, left = sort_files(name for name in names if name not in used)
+    states = file_states(root / name for name in (*used, *sides))
+    sides = tuple(sorted((*sides, *indexes)))
+    return Checkpoint(
+        source, tuple(shards), None, side_files=sides, left_behind=left, notes=tuple(notes), states=states
     )
 
 
@@ -195,6 +221,10 @@ def weight_entry(names: Sequence[str], where: str) -> str:
         for suffix in (kinds[0], f"{kinds[0]}.index.json"):
             if f"{stem}{suffix}" in names:
                 return f"{stem}{suffix}"
+        if any(name.count(".") > 1 for name in names):
+            from .pipelines import without_variants
+
+            names = without_variants(names)
         indexes = sorted(name for name in names if name.endswith(f"{kinds[0]}.index.json"))
         entries = indexes or sorted(name for name in names if name.endswith(kinds) and not OF_TRAINING.match(name))
         if len(entries) == 1:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..adapters import Adapter
@@ -187,7 +187,8 @@ def in_order(
             raise _not_merged(adapter, files, merged)
         numbers.append(free[0])
     order = sorted(range(len(numbers)), key=numbers.__getitem__)
-    return [adapters[position] for position in order], sorted(numbers)
+    known = [merged[number].decided or {} for number in numbers]
+    return [replace(adapters[position], decided=known[position]) for position in order], sorted(numbers)
 
 
 def _not_merged(adapter: Adapter, files: Mapping[str, str], merged: Sequence[MergedAdapter]) -> RefError | UsageError:

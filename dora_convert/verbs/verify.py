@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from typing_extensions import Unpack
 
+from ..adapters.facts import parse_facts
 from ..errors import DoraConvertError, UsageError
 from ..logits.prompts import gather_prompts
 from ..options import VerifyOptions
@@ -94,8 +95,10 @@ def _plan(request: VerifyRequest) -> tuple[Plan, Checkpoint]:
         if not (options["weight"] or selection.include or selection.exclude):
             weights, chosen = receipt.weights, receipt.options
             selection = replace(selection, include=chosen.include, exclude=chosen.exclude)
-            if receipt.flags:
-                settings.notify(f"as the receipt of MERGED says: {receipt.flags}")
+            if words := _flags(receipt):
+                settings.notify(f"as the receipt of MERGED says: {words}")
+        if not selection.facts.given and receipt.options.facts:
+            selection = replace(selection, facts=parse_facts(receipt.options.facts))
     waived = selection.waived
     base, adapters = open_inputs(
         request.base, request.adapters, session, out=request.merged, verb="verify", waived=waived
@@ -129,6 +132,19 @@ def _receipt(merged: Checkpoint, request: VerifyRequest) -> Receipt | None:
     except DoraConvertError:
         return None
     return receipt if receipt.is_of(folders) else None
+
+
+def _flags(receipt: Receipt) -> str:
+    """Return the options of a merge command that differ from the defaults; empty if none does."""
+    weights = receipt.weights if any(weight != 1 for weight in receipt.weights) else ()
+    options = receipt.options
+    words = [f"--weight {weight:g}" for weight in weights]
+    words += [f"--include {pattern}" for pattern in options.include]
+    words += [f"--exclude {pattern}" for pattern in options.exclude]
+    words += [f"--ignore-field {name}" for name in options.ignore_field]
+    words += [f"--ignore-file {name}" for name in options.ignore_file or ()]
+    words += [f"--{name.replace('_', '-')} {fact}" for name, fact in (options.facts or {}).items()]
+    return " ".join([*words, *(["--allow-unmatched"] if receipt.allows_unmatched else [])])
 
 
 def _compare(

@@ -10,8 +10,9 @@ from ..errors import Fault, PlanError
 from ..naming.families import PAST_LORA
 from ..storage.checkpoint import Checkpoint
 from .item import Item
-from .plan import LACKING, Options
+from .plan import Entry, Options
 
+LACKING = "the config says that it was trained, and the adapter has no tensor of it"
 SHOWN = 10
 """Names in a warning."""
 
@@ -24,23 +25,23 @@ def refuse(
     wrong = "contradict themselves, or " if contradictory else ""
     count = sum(map(len, beside.values()))
     only = count == len(faults) and len(beside) == 1
-    what = f"tensors of {next(iter(beside))}" if only else f"adapter tensors{_formats(adapters)}"
+    what = f"tensors of {next(iter(beside))}" if only else f"adapter tensors{formats_of(adapters)}"
     hints = [f"--ignore-file {name} merges without it" for name in beside]
     most = 2 * len(faults) >= sum(len(adapter.tensors) for adapter in adapters)
     if count < len(faults) and most and not contradictory:
-        hints.insert(0, _other_base(base, adapters))
+        hints.insert(0, other_base(base, adapters))
     raise PlanError(
         f"{len(faults)} {what} {wrong}have no place in the base.", faults=faults, hint="; ".join(hints) or None
     )
 
 
-def _formats(adapters: Sequence[Adapter]) -> str:
+def formats_of(adapters: Sequence[Adapter]) -> str:
     """Return the formats of adapters that are not PEFT's, in brackets."""
     names = {f"{each.format}, by {each.maker}" if each.maker else each.format for each in adapters}
     return f" ({'; '.join(sorted(names))})" if names != {"peft"} else ""
 
 
-def _other_base(base: Checkpoint, adapters: Sequence[Adapter]) -> str:
+def other_base(base: Checkpoint, adapters: Sequence[Adapter]) -> str:
     """Return a hint for adapters of which most tensors do not fit."""
     kind = (base.config or {}).get("model_type")
     names = [adapter.base for adapter in adapters if adapter.base and adapter.base != base.source.name]
@@ -65,6 +66,11 @@ def warn_of_missing(adapters: Sequence[Adapter], missing: Sequence[Sequence[str]
         for adapter, lacking in zip(adapters, missing, strict=True)
         if lacking
     )
+
+
+def entries_of_missing(missing: Sequence[Sequence[str]]) -> list[Entry]:
+    """Return the ledger's entries for the weights that adapters lack."""
+    return [Entry(name, "missing", (), LACKING) for names in missing for name in names]
 
 
 def warn_of_past_lora(base: Checkpoint, items: Mapping[str, Item]) -> Iterator[str]:
