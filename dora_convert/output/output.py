@@ -17,6 +17,7 @@ from ..storage.checkpoint import Checkpoint
 from ..storage.filenames import JOURNAL, RECORD, FileStates, refuse_changed, same_lines
 from ..storage.journal import JournalKey, UnfinishedRun, read_journal
 from ..storage.reader import Reader
+from ..storage.safetensors import encode_header
 from .shards import ShardFiles
 from .side_files import copy_or_write
 
@@ -109,7 +110,10 @@ class Output(ABC):
         """Return True if all shards of a plan exist, at their full sizes."""
         for shard in plan.shards:
             path, nbytes = self.partial / shard.filename, sum(item.nbytes for item in shard.items)
-            if not path.is_file() or path.stat().st_size != len(shard.header) + nbytes:
+            if (
+                not path.is_file()
+                or path.stat().st_size != len(encode_header(shard.items, shard.metadata, shard.prefix)) + nbytes
+            ):
                 return False
         return True
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from ..plan.item import Item
 from ..plan.plan import Plan
 from ..storage.reader import OpenFiles, Reader
+from ..storage.safetensors import encode_header
 
 COPY_BYTES = 64 << 20
 SLICE_BYTES = 1 << 20
@@ -51,7 +52,9 @@ class ShardFiles:
         other tools wrote.
         """
         self._folder = folder
-        self._heads = {shard.filename: shard.header for shard in plan.shards}
+        self._heads = {
+            shard.filename: encode_header(shard.items, shard.metadata, shard.prefix) for shard in plan.shards
+        }
         self._files = OpenFiles(os.O_RDWR)
         self._start: dict[str, tuple[str, int]] = {}
         self._seeking = threading.Lock()

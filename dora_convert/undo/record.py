@@ -20,11 +20,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..adapters import Adapter
-from ..adapters.facts import parse_facts
 from ..errors import Fault, MalformedError, RefError, UsageError
 from ..output.receipt import BaseLayout, BaseShard, MergedAdapter, MergedBase, Receipt, RecordedOptions, read_receipt
 from ..plan.plan import Options
 from ..plan.sharding import converted
+from ..settings import parse_facts
 from ..storage.checkpoint import Checkpoint, Shard
 from ..storage.filenames import RECEIPT, RECORD, UNDO
 from ..storage.reader import read_whole
@@ -71,6 +71,7 @@ class MergeRecord:
             include=options.include,
             exclude=options.exclude,
             allow_unmatched=not self.assumed,
+            combination=self.receipt.combination,
             ignore_field=options.ignore_field,
             ignore_file=options.ignore_file or (),
             facts=parse_facts(options.facts or {}),
