@@ -119,7 +119,7 @@ class Differences:
     def _pair(self, name: str, before: JoinedWeight, after: JoinedWeight, *, embedding: bool = False) -> None:
         """Enter a weight that gets factors."""
         inputs = tuple(piece.tensor for weight in (before, after) for piece in weight.pieces)
-        pair = Pair(name, inputs, 0, before, after, embedding)
+        pair = Pair(name, inputs, 0, before=before, after=after, embedding=embedding)
         rows, columns = pair.matrix
         factors = 8 * pair.experts * min(self._rank or rows, rows, columns) * (rows + columns)
         self.pairs.append(replace(pair, cost=self._held * rows * columns + factors + (16 << 20)))
