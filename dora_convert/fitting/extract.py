@@ -18,7 +18,7 @@ from ..plan.item import spans
 from ..storage.reader import Reader
 from ..storage.safetensors import BITS, FLOATS, StoredTensor
 from .compress import ranks_for
-from .model_weights import Piece
+from .model_weights import WeightPiece
 from .pairs import Pair
 from .run import Fitted, rounded
 
@@ -106,7 +106,7 @@ def _of_experts(found: Sequence[Fitted]) -> Fitted:
     return Fitted({"A": A.flatten(0, 1), "B": B.flatten(1)}, facts)
 
 
-def _matrix(stack: Sequence[Piece], buffers: DeviceBuffers, dtype: torch.dtype) -> Tensor:
+def _matrix(stack: Sequence[WeightPiece], buffers: DeviceBuffers, dtype: torch.dtype) -> Tensor:
     """Return a weight as (out, in); NumericalError for NaN and Inf."""
     parts = []
     for piece in stack:

@@ -23,7 +23,7 @@ STACK = 3
 
 
 @dataclass(frozen=True)
-class Piece:
+class WeightPiece:
     """A stored tensor, or rows of one, that holds outputs of a weight."""
 
     tensor: StoredTensor
@@ -41,12 +41,12 @@ class Piece:
 class JoinedWeight:
     """A weight of the running model that is not one stored matrix: for each expert, its pieces in order."""
 
-    stacks: tuple[tuple[Piece, ...], ...]
+    stacks: tuple[tuple[WeightPiece, ...], ...]
     experts: int = 0
     """The number of experts; 0 if the weight is no stack."""
 
     @property
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self) -> Iterator[WeightPiece]:
         """Every piece."""
         return (piece for stack in self.stacks for piece in stack)
 
@@ -126,7 +126,9 @@ def _joined(slots: tuple[Slot, ...], tensors: Mapping[str, StoredTensor]) -> Joi
     stacks: dict[int, list[Slot]] = {}
     for slot in sorted(slots, key=lambda slot: (slot.expert or 0, slot.outputs or (0, 0))):
         stacks.setdefault(slot.expert or 0, []).append(slot)
-    shown = (tuple(Piece(_shown(slot, tensors), bool(slot.transposed)) for slot in stack) for stack in stacks.values())
+    shown = (
+        tuple(WeightPiece(_shown(slot, tensors), bool(slot.transposed)) for slot in stack) for stack in stacks.values()
+    )
     return JoinedWeight(tuple(shown), slots[0].experts)
 
 
@@ -144,5 +146,5 @@ def _stacked(tensor: StoredTensor, *, turned: bool) -> JoinedWeight:
     """Return a stack of experts that is one tensor on disk, expert by expert."""
     count, rows, columns = tensor.shape
     matrix = replace(tensor, shape=(count * rows, columns))
-    experts = ((Piece(view(matrix, rows=range(e * rows, (e + 1) * rows)), turned),) for e in range(count))
+    experts = ((WeightPiece(view(matrix, rows=range(e * rows, (e + 1) * rows)), turned),) for e in range(count))
     return JoinedWeight(tuple(experts), count)

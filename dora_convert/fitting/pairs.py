@@ -17,7 +17,7 @@ from ..plan.shapes import is_conv1d
 from ..storage.checkpoint import Checkpoint
 from ..storage.safetensors import FLOATS, StoredTensor
 from .jobs import HELD, Job
-from .model_weights import JoinedWeight, ModelWeights, Piece, model_weights
+from .model_weights import JoinedWeight, ModelWeights, WeightPiece, model_weights
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Differences:
         if self._is_tied(name):
             return True
         turned = table or is_conv1d(name, self._types)
-        one, other = (JoinedWeight(((Piece(tensor, turned),),)) for tensor in (before, after))
+        one, other = (JoinedWeight(((WeightPiece(tensor, turned),),)) for tensor in (before, after))
         self._pair(name, one, other, embedding=table)
         return True
 
