@@ -143,19 +143,6 @@ class MergeOptions(CombineOptions, MatchOptions, FieldOptions, CheckpointOptions
     no_local: bool
 
 
-<<<<<<< HEAD
-class StreamOptions(CombineOptions, MatchOptions, FieldOptions, SelectOptions, TokenOptions, CallOptions, total=False):
-    """The options of iter_merged and merge_state_dict."""
-
-    dtype: Dtype
-    device: Device
-    compute_dtype: Dtype
-    max_memory: str | int
-    workers: int | None
-
-
-=======
->>>>>>> next
 class UnmergeOptions(FieldOptions, CheckpointOptions, WriteOptions, total=False):
     """The options of unmerge."""
 

@@ -16,7 +16,6 @@ import xxhash
 from msgspec import UNSET, Struct, UnsetType
 
 from ..option_table import SUM, Combination
-from ..options import flag
 from ..plan.item import Item
 from ..plan.plan import Entry, Plan
 from ..plan.sharding import converted
@@ -175,21 +174,6 @@ class Receipt(Struct, frozen=True, kw_only=True, omit_defaults=True):
         """True if the merge left out tensors of an adapter that matched nothing."""
         return any(entry.fate == "unmatched" for entry in self.ledger)
 
-<<<<<<< HEAD
-    @property
-    def flags(self) -> str:
-        """The options of a merge command that differ from the defaults; empty if none does."""
-        weights = self.weights if any(weight != 1 for weight in self.weights) else ()
-        options = self.options
-        words = [f"--weight {weight:g}" for weight in weights]
-        words += self.combination.words
-        for name in ("include", "exclude", "ignore_field", "ignore_file"):
-            words += [f"{flag(name)} {value}" for value in getattr(options, name) or ()]
-        words += [f"--{name.replace('_', '-')} {_word(fact)}" for name, fact in (options.facts or {}).items()]
-        return " ".join([*words, *(["--allow-unmatched"] if self.allows_unmatched else [])])
-
-=======
->>>>>>> next
     def is_of(self, adapters: Sequence[Path]) -> bool:
         """Return True if a merge of the adapters in these folders left the receipt."""
         pairs = zip(self.adapters, adapters, strict=False)

@@ -21,12 +21,8 @@ import xxhash
 
 from ..adapters import Adapter, Delta, Full, Waived, tensors_of
 from ..errors import UsageError
-<<<<<<< HEAD
 from ..option_table import SUM, Combination
-from ..settings import NO_FACTS, AdapterFacts, parse_size
-=======
 from ..settings import NO_FACTS, AdapterFacts, parse_facts, parse_size
->>>>>>> next
 from ..storage.checkpoint import Checkpoint
 from ..storage.safetensors import BITS, CONFIG_DTYPES, StoredTensor
 from .item import Edit, Item

@@ -152,6 +152,7 @@ def _flags(receipt: Receipt) -> str:
     weights = receipt.weights if any(weight != 1 for weight in receipt.weights) else ()
     options = receipt.options
     words = [f"--weight {weight:g}" for weight in weights]
+    words += receipt.combination.words
     words += [f"--include {pattern}" for pattern in options.include]
     words += [f"--exclude {pattern}" for pattern in options.exclude]
     words += [f"--ignore-field {name}" for name in options.ignore_field]
