@@ -4,6 +4,7 @@
 # make lint    style, types, and the generated reference
 # make docs    build the site, strictly, into build/site
 # make fuzz    a minute of broken files at everything that reads them; SEED=N for others
+# make oracles every family and every verb against transformers and PEFT (hours)
 # make bench   time merges against cp and PEFT (needs about 10 GB of disk)
 
 PYTHON ?= python3
@@ -76,3 +77,7 @@ bench: $(VENV)/ready
 
 clean:
 	rm -rf $(VENV) $(VENV)-docs demo/build bench/build build dist
+
+oracles: $(VENV)/ready
+	$(BIN)/python -m tests.oracles.families
+	$(BIN)/python -m tests.oracles.verbs
