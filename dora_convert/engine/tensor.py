@@ -65,6 +65,18 @@ Observe = Callable[[Item, "MergeMaker", DeviceBuffers, Spool], "MergeObserver | 
 """Starts the observer of one item; None if nothing of the item must be kept."""
 
 
+def write_item(
+    item: Item, maker: TensorMaker, buffers: DeviceBuffers, shards: ShardFiles, advance: Callable[[int], None]
+) -> dict[str, TensorResult]:
+    """Write one item, and the further parts of a weight that is coded again; return the facts by name."""
+    if item.parts:
+        from .recoding import write_coded
+
+        assert isinstance(maker, MergeMaker)
+        return write_coded(item, maker, buffers, shards, advance)
+    return {item.name: write_tensor(item, maker, buffers, shards, advance)}
+
+
 def write_tensor(
     item: Item, maker: TensorMaker, buffers: DeviceBuffers, shards: ShardFiles, advance: Callable[[int], None]
 ) -> TensorResult:
@@ -114,6 +126,13 @@ class MergeMaker:
         if self._observer:
             self._observer.after(raw, result, start)
         return result
+
+    def merged(self, raw: Tensor, start: int, stop: int) -> Tensor:
+        """Return rows of the result before any rounding, on the device."""
+        x = apply_edits(self.values.block(raw, start, stop), self.edits, start, stop)
+        if not all(edit.is_finite() for edit in self.edits):
+            refuse_result(self._item, raw, x)
+        return x
 
     def _see_base(self, raw: Tensor, W: Tensor, start: int, stop: int) -> None:
         """Hash the base's rows: the source's rows, unless an adapter replaces the tensor."""

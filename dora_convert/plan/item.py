@@ -183,6 +183,12 @@ class Item:
         return max((edit.low.experts for edit in self.edits if edit.low), default=0) or 1
 
     @property
+    def together(self) -> Iterator[Item]:
+        """The items that are written together: this one, and the other parts of a coded weight."""
+        yield self
+        yield from (part for _, part in self.parts)
+
+    @property
     def factors(self) -> Iterator[StoredTensor]:
         """The adapters' tensors that the edits need."""
         return (tensor for edit in self.edits for tensor in tensors_of(edit.update))
@@ -207,6 +213,9 @@ class Item:
         total = host + block * (width + 4) + (host + 8 * block if self.replaced else 0)
         if self.source.coded:
             total += 8 * block + DECODING
+        if self.parts:
+            together = getattr(self.source, "scheme").step or ROWS_MULTIPLE  # noqa: B009 - only coded tensors have one
+            total += 24 * columns * block_height(rows, columns, together)
         if len(self.edits) > 1:
             total += 2 * block * width
         if self.start:
@@ -265,16 +274,16 @@ def edit_cost(edit: Edit, height: int, width: int) -> int:
     return total + (low.outputs * (3 * width + 4) if edit.decomposed else 0)
 
 
-def block_height(rows: int, columns: int) -> int:
-    """Return the rows of a block: about half a million elements, a multiple of 16 rows, at most all."""
+def block_height(rows: int, columns: int, step: int = ROWS_MULTIPLE) -> int:
+    """Return the rows of a block: about half a million elements, a multiple of 16 rows or `step`, at most all."""
     fitting = BLOCK_ELEMENTS // max(1, columns)
-    return max(1, min(rows, max(ROWS_MULTIPLE, fitting - fitting % ROWS_MULTIPLE)))
+    return max(1, min(rows, max(step, fitting - fitting % step)))
 
 
-def spans(rows: int, columns: int, parts: int = 1) -> Iterator[tuple[int, int]]:
+def spans(rows: int, columns: int, parts: int = 1, step: int = ROWS_MULTIPLE) -> Iterator[tuple[int, int]]:
     """Yield a matrix's blocks as half-open ranges of rows; each of `parts` equal parts has its own blocks."""
     whole = rows // parts
-    height = block_height(whole, columns)
+    height = block_height(whole, columns, step)
     for first in range(0, rows, whole or 1):
         for start in range(first, first + whole, height):
             yield start, min(start + height, first + whole)
