@@ -264,8 +264,7 @@ class Adapter:
     kind: str  # "LoRA", "DoRA", "AdaLoRA", …
     changes: tuple[Change, ...]
     tensors: Mapping[str, StoredTensor]
-    files: tuple[Path, ...]
-    """The files whose hashes identify the adapter."""
+    files: tuple[Path, ...]  # whose hashes identify the adapter
     base: str | None = None  # the base that the adapter was trained on, as its author named the base
     revision: str | None = None
     ignored: Mapping[str, str] = field(default_factory=dict)  # tensors that a merge leaves out, and the reasons
@@ -284,6 +283,7 @@ class Adapter:
     fit: Callable[[Adapter, Checkpoint], Adapter] | None = field(default=None, compare=False)
     """Returns the adapter for a base, where the base decides what the files leave open."""
     warnings: tuple[str, ...] = ()
+    decided: Mapping[str, str] = field(default_factory=dict)  # by plan/evidence.py, or by an earlier merge
 
     @property
     def modules(self) -> frozenset[str]:

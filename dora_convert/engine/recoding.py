@@ -29,6 +29,9 @@ class ValueMaker(Protocol):
     def merged(self, raw: Tensor, start: int, stop: int) -> Tensor:
         """Return rows of the result before any rounding, on the device."""
 
+    def result(self, written: Digest) -> TensorResult:
+        """Return the facts about the finished weight."""
+
 
 def write_coded(
     item: Item, maker: ValueMaker, buffers: DeviceBuffers, shards: ShardFiles, advance: Callable[[int], None]
@@ -50,8 +53,8 @@ def write_coded(
             advance(len(data))
     for role, output in outputs.items():
         assert places[role] == output.nbytes, f"{output.name}: {places[role]} of {output.nbytes} bytes"
-    results = {output.name: TensorResult(None, digests[role].fast, None) for role, output in outputs.items()}
-    return {name: results[name] for name in (*(name for name in results if name != item.name), item.name)}
+    others = {output.name: TensorResult(None, digests[role].fast, None) for role, output in item.parts}
+    return {**others, item.name: maker.result(digests["codes"])}
 
 
 @dataclass

@@ -64,7 +64,7 @@ class CodedValues:
         for line, number in enumerate(numbers):
             scheme = self._tensor.scheme
             assert isinstance(scheme, Blocks)
-            q, z, s, b = self._block_parts(scheme, number)
+            q, _, s, b = self._block_parts(scheme, number)
             half = half_step((x[line].cpu() - b) / s, scheme.grid)
             if scheme.grid not in FLOATS:
                 span, low = 2**scheme.bits - 1, 0 if scheme.grid == "unsigned" else -(2 ** (scheme.bits - 1))
