@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,11 +20,14 @@ from ..plan.item import Item, spans
 from ..storage.reader import Digest
 from .decoding import StoredParts
 from .device_buffers import DeviceBuffers
+from .factors import LoadedEdit
 from .precision import as_bytes
 
 
 class ValueMaker(Protocol):
     """Makes the values of a merge."""
+
+    edits: Sequence[LoadedEdit]
 
     def merged(self, raw: Tensor, start: int, stop: int) -> Tensor:
         """Return rows of the result before any rounding, on the device."""
@@ -112,7 +115,7 @@ class RecodedTensor:
     def _merged(self, start: int, stop: int) -> Tensor:
         """Return some rows of the merge's result, in the compute dtype on the device."""
         x = self.maker.merged(self.buffers.raw(self.item.source, start, stop), start, stop)
-        if not bool(torch.isfinite(x).all()):
+        if not bool(torch.isfinite(x).all()) or not all(edit.is_finite() for edit in self.maker.edits):
             raise NumericalError(
                 f"{self.item.name}: the merged weight holds NaN or Inf.",
                 hint="is this the base that the adapter was trained on?",

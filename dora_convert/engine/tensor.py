@@ -159,9 +159,8 @@ class MergeMaker:
         return self._applied(self.values.block(raw, start, stop), start, stop)
 
     def _applied(self, W: Tensor, start: int, stop: int) -> Tensor:
-        if self._combiner:
-            return self._combiner.apply(W, start, stop)
-        return apply_edits(W, self.edits, start, stop)
+        combiner = self._combiner
+        return combiner.apply(W, start, stop) if combiner else apply_edits(W, self.edits, start, stop)
 
     def _see_base(self, raw: Tensor, W: Tensor, start: int, stop: int) -> None:
         """Hash the base's rows: the source's rows, unless an adapter replaces the tensor."""
