@@ -19,8 +19,6 @@ from ..storage.safetensors import BITS, FLOATS, StoredTensor
 BLOCK_ELEMENTS = 1 << 19
 """4 MiB in float64: two workers' blocks stay in a processor's cache; double size takes 1.5 times as long."""
 ROWS_MULTIPLE = 16
-DECODING = 10 << 20
-"""Bytes that are held while a block of a coded tensor is decoded: a strip of the codes, and the steps between."""
 KEPT = 2
 """Whole tensors behind views that a worker keeps: the experts' two take turns."""
 
@@ -216,11 +214,7 @@ class Item:
         block = height * columns
         host = block * max(self.source.itemsize, BITS[self.dtype] // 8, self.base.itemsize if self.base else 0)
         total = host + block * (width + 4) + (host + 8 * block if self.replaced else 0)
-        if self.source.coded:
-            total += 8 * block + DECODING
-        if self.parts:
-            together = getattr(self.source, "scheme").step or ROWS_MULTIPLE  # noqa: B009 - only coded tensors have one
-            total += 24 * columns * block_height(rows, columns, together)
+        total += self.source.held(block, again=bool(self.parts))
         if self.combination:
             total += self.combination.cost(len(self.edits), self.source.numel, block, width)
         elif len(self.edits) > 1:
