@@ -26,7 +26,7 @@ from ..storage.safetensors import StoredTensor
 from .device_buffers import DeviceBuffers
 from .precision import ComputeSpec, as_bytes, empty
 from .rehearsal import NoSpool
-from .tensor import MergeMaker, write_tensor
+from .tensor import Combine, MergeMaker, write_tensor
 from .workers import WorkerPool
 
 DTYPES = {
@@ -79,14 +79,27 @@ def _batches(plan: Plan, most: int) -> Iterator[list[Item]]:
 
 def _compute(item: Item, cost: int, pool: WorkerPool[DeviceBuffers], buffers: DeviceBuffers) -> Tensor:
     """Return one output tensor, in host memory of its own."""
+    if item.parts or item.part_of:
+        raise UnsupportedError(
+            f"{item.name} is quantised, and is not coded again in memory.", hint="--dequantize, or merge to a folder"
+        )
     host = empty(item.shape, dtype_of(item))
     if item.verbatim:
         buffers.reader.read(item.source.path, item.source.start, as_bytes(host))
         return host
     with pool.holding(cost), buffers.working():
-        maker = MergeMaker(item, buffers, NoSpool())
+        maker = MergeMaker(item, buffers, NoSpool(), combine=_combine(item))
         write_tensor(item, maker, buffers, _Memory(host), lambda _: pool.check())
     return host
+
+
+def _combine(item: Item) -> Combine | None:
+    """Return what combines edits in another way than a sum; None for a sum."""
+    if not item.combination:
+        return None
+    from .combine import Combiner
+
+    return Combiner
 
 
 def dtype_of(item: Item) -> torch.dtype:

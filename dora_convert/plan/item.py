@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
-from ..adapters import Decomposed, Delta, LowRank, Rows, Transform, low_rank, tensors_of
+from ..adapters import Decomposed, Delta, Full, LowRank, Rows, Transform, low_rank, tensors_of
+from ..option_table import Combination
 from ..storage.safetensors import BITS, FLOATS, StoredTensor
 
 BLOCK_ELEMENTS = 1 << 19
 """4 MiB in float64: two workers' blocks stay in a processor's cache; double size takes 1.5 times as long."""
 ROWS_MULTIPLE = 16
-DECODING = 10 << 20
-"""Bytes that are held while a block of a coded tensor is decoded: a strip of the codes, and the steps between."""
 KEPT = 2
 """Whole tensors behind views that a worker keeps: the experts' two take turns."""
 
@@ -28,12 +27,14 @@ KEPT = 2
 class Edit:
     """A matched update and its weight in the merge."""
 
-    update: Transform | Decomposed | Delta
+    update: Transform | Decomposed | Delta | Full
     transposed: bool = False
     weight: float = 1.0
     outputs: tuple[int, int] | None = None
     """The outputs of the stored weight that the edit is for, from the first to before the last; None for all.
     Outside of them the edit's factors are zero, and its m/n is one."""
+    density: float = 1.0
+    """The share of the change that is kept, if changes are combined so."""
 
     @cached_property
     def low(self) -> LowRank | None:
@@ -107,6 +108,8 @@ class Item:
     """True if the base has no such tensor, or fewer copies."""
     origin: str = ""
     """The name on disk of the base's tensor that this one derives from."""
+    combination: Combination | None = None
+    """If set, the edits are more than a sum: a chain, or changes that are pruned, drawn or elected."""
     undo: Undo | None = None
     """If set, `source` is a merge's output, and `edits` and `rows` are the merge's changes."""
     parts: tuple[tuple[str, Item], ...] = ()
@@ -183,6 +186,12 @@ class Item:
         return max((edit.low.experts for edit in self.edits if edit.low), default=0) or 1
 
     @property
+    def together(self) -> Iterator[Item]:
+        """The items that are written together: this one, and the other parts of a coded weight."""
+        yield self
+        yield from (part for _, part in self.parts)
+
+    @property
     def factors(self) -> Iterator[StoredTensor]:
         """The adapters' tensors that the edits need."""
         return (tensor for edit in self.edits for tensor in tensors_of(edit.update))
@@ -205,15 +214,21 @@ class Item:
         block = height * columns
         host = block * max(self.source.itemsize, BITS[self.dtype] // 8, self.base.itemsize if self.base else 0)
         total = host + block * (width + 4) + (host + 8 * block if self.replaced else 0)
-        if self.source.coded:
-            total += 8 * block + DECODING
-        if len(self.edits) > 1:
+        total += self.source.held(block, again=bool(self.parts))
+        if self.combination:
+            total += self.combination.cost(len(self.edits), self.source.numel, block, width)
+        elif len(self.edits) > 1:
             total += 2 * block * width
         if self.start:
             total += 24 * rows * columns  # the matrix, its factors, and LAPACK's work, in float32
         if exact and self.source is self.base:
             total += self.inverse_cost()
         return total + sum(edit_cost(edit, height, width) for edit in self.edits)
+
+    @property
+    def invertible(self) -> bool:
+        """True if equations recover the base from the output: those of a sum, and those of a chain, link by link."""
+        return self.combination is None or self.combination.method == "chain"
 
     def inverse_cost(self) -> int:
         """Return the bytes that a worker holds to take the edits out of a block, in float64."""
@@ -265,16 +280,16 @@ def edit_cost(edit: Edit, height: int, width: int) -> int:
     return total + (low.outputs * (3 * width + 4) if edit.decomposed else 0)
 
 
-def block_height(rows: int, columns: int) -> int:
-    """Return the rows of a block: about half a million elements, a multiple of 16 rows, at most all."""
+def block_height(rows: int, columns: int, step: int = ROWS_MULTIPLE) -> int:
+    """Return the rows of a block: about half a million elements, a multiple of 16 rows or `step`, at most all."""
     fitting = BLOCK_ELEMENTS // max(1, columns)
-    return max(1, min(rows, max(ROWS_MULTIPLE, fitting - fitting % ROWS_MULTIPLE)))
+    return max(1, min(rows, max(step, fitting - fitting % step)))
 
 
-def spans(rows: int, columns: int, parts: int = 1) -> Iterator[tuple[int, int]]:
+def spans(rows: int, columns: int, parts: int = 1, step: int = ROWS_MULTIPLE) -> Iterator[tuple[int, int]]:
     """Yield a matrix's blocks as half-open ranges of rows; each of `parts` equal parts has its own blocks."""
     whole = rows // parts
-    height = block_height(whole, columns)
+    height = block_height(whole, columns, step)
     for first in range(0, rows, whole or 1):
         for start in range(first, first + whole, height):
             yield start, min(start + height, first + whole)

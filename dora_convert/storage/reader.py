@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import xxhash
 
-from ..errors import MalformedError
+from ..errors import Fault, MalformedError
 from .safetensors import StoredTensor, unreadable
 
 PIECE_BYTES = 1 << 20
@@ -146,12 +146,26 @@ class Reader:
         return self.span(tensor.path, tensor.start, tensor.nbytes)
 
     def _pieces_of_view(self, tensor: StoredTensor) -> Iterator[memoryview]:
-        from .stored_view import lines_of, whole_of
+        from .stored_view import lines_of, run_of, whole_of
 
+        if run := run_of(tensor):
+            return self.span(tensor.path, *run)
         whole = whole_of(tensor)
         data = memoryview(bytearray(whole.nbytes))
         self.read(whole.path, whole.start, data)
-        return lines_of(tensor, data)
+        return self._in_pieces(lines_of(tensor, data))
+
+    @staticmethod
+    def _in_pieces(lines: Iterator[memoryview]) -> Iterator[memoryview]:
+        """Yield the bytes of lines in pieces of the usual size."""
+        pending = bytearray()
+        for line in lines:
+            pending += line
+            while len(pending) >= PIECE_BYTES:
+                yield memoryview(bytes(pending[:PIECE_BYTES]))
+                del pending[:PIECE_BYTES]
+        if pending:
+            yield memoryview(bytes(pending))
 
     def span(self, path: Path, start: int, length: int) -> Iterator[memoryview]:
         """Yield a range of a file's bytes, as `pieces` does."""
@@ -190,6 +204,15 @@ class Reader:
                 data = os.read(descriptor, len(buffer))
             buffer[: len(data)] = data
             return len(data)
+
+
+def damaged_tensors(digests: Mapping[str, str], tensors: Mapping[str, StoredTensor], reader: Reader) -> list[Fault]:
+    """Return a fault for each tensor that is missing, or whose xxh3-128 is not the one that was written."""
+    return [
+        Fault(name, "is not what was written" if name in tensors else "is missing")
+        for name, digest in digests.items()
+        if name not in tensors or reader.digest(tensors[name]).fast != digest
+    ]
 
 
 def same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
