@@ -22,12 +22,13 @@ from torch import Tensor
 from ..adapters.new_adapter import Files, NewAdapter
 from ..engine.device_buffers import DeviceBuffers
 from ..engine.precision import TORCH, ComputeSpec, as_bytes, holds_numbers, scan_adapter
-from ..engine.run import choose_compute, input_states, journal_key
+from ..engine.run import choose_compute, journal_key
 from ..engine.workers import WorkerPool
 from ..errors import NumericalError
 from ..maths import lora as maths
 from ..output.card import NAME, Facts, Inherited, base_repo, inherited, metadata_of, pipeline_of, render, source_row
 from ..output.folder import OutputFolder
+from ..output.output import input_states
 from ..output.side_files import tokenizer_files
 from ..settings import Settings, __version__, format_size, peak_memory
 from ..storage.filenames import JOURNAL, SPOOL, refuse_changed
