@@ -50,6 +50,7 @@ def about_checkpoint(report: CheckpointReport, *, every: bool) -> Iterator[str]:
     if report.quantised:
         bits = f", {report.quantised['bits']} bits" if report.quantised["bits"] else ""
         yield f"quantised: {report.quantised['method']}{bits}"
+        yield from (f"  {count} weights: {title}" for title, count in report.quantised.get("kinds", {}).items())
     yield from map(about_merge, report.merges)
     for label, names in (("beside the weights", report.side_files), ("not part of the model", report.left_behind)):
         if names:
