@@ -22,6 +22,7 @@ from ...storage.checkpoint import Checkpoint
 from ...storage.filenames import RECORD
 from ...storage.refs import Source
 from ...storage.safetensors import StoredTensor
+from .checkpoint_advice import advise_on_checkpoint
 
 PACKED = frozenset({"qweight", "weight_packed", "absmax", "SCB", "weight_scale", "weight_scale_inv"})
 """Last names of tensors that only quantised weights have."""
@@ -50,8 +51,13 @@ def census(base: Checkpoint, started: float) -> CheckpointReport:
         side_files=base.side_files,
         left_behind=base.left_behind,
         merges=tuple(merges),
+<<<<<<< HEAD
         **common(base.source, base.tensors.values(), notes, started)
         | {"parameters": _totals(with_dense(base, coded).tensors.values())["parameters"]},
+=======
+        **advise_on_checkpoint(base, quantised),
+        **common(base.source, base.tensors.values(), notes, started),
+>>>>>>> next
     )
 
 
