@@ -59,14 +59,10 @@ def about_checkpoint(report: CheckpointReport, *, every: bool) -> Iterator[str]:
     if report.quantised:
         bits = f", {report.quantised['bits']} bits" if report.quantised["bits"] else ""
         yield f"quantised: {report.quantised['method']}{bits}"
-<<<<<<< HEAD
-        yield from (f"  {count} weights: {title}" for title, count in report.quantised.get("kinds", {}).items())
-=======
     for title, count in report.coded.items():
         yield f"decoded: {count['tensors']} weights, {title}"
     if report.dense_parameters != report.parameters:
         yield f"when decoded: {report.dense_parameters:,} weights"
->>>>>>> next
     yield from map(about_merge, report.merges)
     for label, names in (("beside the weights", report.side_files), ("not part of the model", report.left_behind)):
         if names:

@@ -51,13 +51,9 @@ def census(base: Checkpoint, started: float) -> CheckpointReport:
         side_files=base.side_files,
         left_behind=base.left_behind,
         merges=tuple(merges),
-<<<<<<< HEAD
+        **advise_on_checkpoint(base, quantised),
         **common(base.source, base.tensors.values(), notes, started)
         | {"parameters": _totals(with_dense(base, coded).tensors.values())["parameters"]},
-=======
-        **advise_on_checkpoint(base, quantised),
-        **common(base.source, base.tensors.values(), notes, started),
->>>>>>> next
     )
 
 
@@ -72,15 +68,12 @@ def _doubts(base: Checkpoint, quantised: Mapping[str, Any] | None) -> Iterator[s
 
 
 def _quantised(base: Checkpoint, coded: Mapping[str, CodedTensor]) -> dict[str, Any] | None:
-    """Return all that tells of quantised weights, else the first tensor that looks quantised.
-
-    `kinds` counts the weights of each kind that is read.
-    """
+    """Return all that tells of quantised weights, else the first tensor that looks quantised."""
     for details in Evidence(base).methods:
-        found = {"method": str(details.get("quant_method") or _named(coded)), "bits": _bits(details), "tensor": None}
-        return found | _kinds_read(coded)
+        method = str(details.get("quant_method") or _named(coded))
+        return {"method": method, "bits": _bits(details), "tensor": None}
     if coded:
-        return {"method": _named(coded), "bits": None, "tensor": None} | _kinds_read(coded)
+        return {"method": _named(coded), "bits": None, "tensor": None}
     for name, tensor in base.tensors.items():
         if name.rpartition(".")[2] in PACKED or tensor.dtype.startswith(("F8", "F6", "F4")):
             return {"method": "unknown", "bits": None, "tensor": name}
@@ -90,14 +83,6 @@ def _quantised(base: Checkpoint, coded: Mapping[str, CodedTensor]) -> dict[str, 
 def _named(coded: Mapping[str, CodedTensor]) -> str:
     """Return the tool of the first coded weight, for configs that do not name theirs."""
     return next((tensor.scheme.title.partition(" ")[0] for tensor in coded.values()), "unknown")
-
-
-def _kinds_read(coded: Mapping[str, CodedTensor]) -> dict[str, Any]:
-    """Return the kinds of coded weights with their numbers, and the number of all."""
-    if not coded:
-        return {}
-    titles = Counter(tensor.scheme.title for tensor in coded.values())
-    return {"weights": len(coded), "kinds": dict(titles)}
 
 
 def _bits(details: Mapping[str, Any]) -> int | None:
