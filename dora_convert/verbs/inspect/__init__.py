@@ -27,6 +27,7 @@ from ...storage.refs import PathLike, Source, local_path, parse_ref
 from .. import takes
 from .advice import advise
 from .census import census, common, fold
+from .magnitudes import doubt_magnitudes
 
 
 @takes(InspectOptions)
@@ -151,7 +152,12 @@ def _landing(base: Checkpoint, adapter: Adapter, refusal: DoraConvertError | Non
         faults=_faults(error.faults if error else ()),
         ledger=tuple(entry.to_dict() for entry in plan.ledger) if plan else (),
         tensors=plan.counts() if plan else {},
-        warnings=(*doubts(base, [adapter]), *adapter.doubts, *(plan.warnings if plan else ())),
+        warnings=(
+            *doubts(base, [adapter]),
+            *adapter.doubts,
+            *(plan.warnings if plan else ()),
+            *(doubt_magnitudes(plan) if plan else ()),
+        ),
     )
 
 
