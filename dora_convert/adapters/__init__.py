@@ -87,6 +87,8 @@ class LowRank(Transform):
     rslora: bool = False
     """True if s is alpha/√r instead of alpha/r."""
     b: StoredTensor | None = None  # out elements: VeRA
+    widest: bool = False
+    """True if A has the columns of the adapter's widest weight, of which the first ones count (VeRA)."""
 
     @property
     def rank(self) -> int:

@@ -218,6 +218,8 @@ class Computed(Transform):
     """The rule's other numbers, such as a seed."""
     shape: tuple[int | None, int | None] = (None, None)
     """The outputs and inputs of Δ, as far as the parts tell."""
+    widest: bool = False
+    """True if the rule needs the outputs and inputs of the widest weights that the adapter changes."""
 
     @property
     def outputs(self) -> int | None:

@@ -107,9 +107,10 @@ def hra(u: Tensor, *, orthogonal: bool) -> Rotation:  # (width, r)
     """Return HRA's reflections: by each column of u, made orthogonal to those before it if asked (20)."""
     vectors: list[Tensor] = []
     for column in u.T:
+        rest = column
         for before in vectors if orthogonal else ():
-            column = column - (before @ column) * before
-        vectors.append(column / torch.linalg.vector_norm(column))
+            rest = rest - (before @ rest) * before
+        vectors.append(rest / torch.linalg.vector_norm(rest))
     return [Reflections(torch.stack(vectors))]
 
 
