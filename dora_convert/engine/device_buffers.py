@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..maths import lora as maths
+from ..plan.item import KEPT
 from ..storage.reader import Reader
 from ..storage.safetensors import StoredTensor
-from .precision import TORCH, ComputeSpec, as_bytes, empty
+from .precision import TORCH, ComputeSpec, as_bytes, empty, read_rows
 
 FACTOR_ELEMENTS = 1 << 18
 
@@ -35,6 +38,8 @@ class DeviceBuffers:
         self._stream = stream
         self._buffers: dict[str, Tensor] = {}
         self._exact: DeviceBuffers | None = None
+        self._wholes: dict[tuple[Path, int], Tensor] = {}
+        """Whole tensors behind the last views, as they are stored, by file and place."""
 
     def exact(self) -> DeviceBuffers:
         """Return buffers in float64 on the same stream; on the host if the device has no float64."""
@@ -50,6 +55,8 @@ class DeviceBuffers:
 
     def raw(self, stored: StoredTensor, start: int, stop: int, buffer: str = "in") -> Tensor:
         """Read rows of a stored tensor into host memory as they are on disk: (rows, columns)."""
+        if stored.is_view:
+            return self._part(stored, range(start, stop), range(stored.matrix[1]))
         columns = stored.matrix[1]
         host = self.scratch(buffer, (stop - start, columns), TORCH[stored.dtype], on_host=True)
         self.reader.read(stored.path, stored.start + start * columns * stored.itemsize, as_bytes(host))
@@ -84,6 +91,8 @@ class DeviceBuffers:
     def stored(self, stored: StoredTensor) -> Tensor:
         """Read a whole stored tensor into host memory of its own, in the stored dtype."""
         rows, columns = stored.matrix
+        if stored.is_view:
+            return self._part(stored, range(rows), range(columns))
         host = empty((rows, columns), TORCH[stored.dtype])
         self.reader.read(stored.path, stored.start, as_bytes(host))
         return host
@@ -99,15 +108,44 @@ class DeviceBuffers:
     def columns(self, stored: StoredTensor, start: int, stop: int) -> Tensor:
         """Read some columns of a small stored tensor to the device."""
         rows, columns = stored.matrix
+        if stored.is_view:
+            return self.computed(self._part(stored, range(rows), range(start, stop)))
         host = self.scratch("factor", (rows, stop - start), TORCH[stored.dtype], on_host=True)
         for row in range(rows):
             offset = stored.start + (row * columns + start) * stored.itemsize
             self.reader.read(stored.path, offset, as_bytes(host[row]))
         return self.computed(host)
 
+    def _part(self, stored: StoredTensor, rows: range, columns: range) -> Tensor:
+        """Read part of a view.
+
+        The parts of a strided factor lie all over it: the whole is kept, or each expert would read it once more.
+        """
+        from .view_reading import show, taken
+
+        if stored.kept:
+            return show(stored, rows, columns, lambda whole, lines: taken(self._kept(whole), lines, 0))
+        return show(stored, rows, columns, partial(read_rows, self.reader))
+
+    def _kept(self, whole: StoredTensor) -> Tensor:
+        """Return a whole matrix as it is stored, read now or kept from before: at most KEPT of about one size."""
+        place = (whole.path, whole.start)
+        if (tensor := self._wholes.pop(place, None)) is None:
+            while len(self._wholes) >= KEPT or sum(each.nbytes for each in self._wholes.values()) > whole.nbytes:
+                self._wholes.pop(next(iter(self._wholes)))
+            tensor = empty(whole.shape, TORCH[whole.dtype])
+            self.reader.read(whole.path, whole.start, as_bytes(tensor))
+        self._wholes[place] = tensor
+        return tensor
+
+    def forget(self) -> None:
+        """Forget the whole tensors behind views."""
+        self._wholes.clear()
+
     def release(self) -> None:
         """Free all buffers, for another worker that may need the memory."""
         self._buffers.clear()
+        self.forget()
         if self._exact:
             self._exact.release()
 

@@ -36,7 +36,9 @@ def check_magnitudes(plan: Plan) -> str | None:
     with closing(Reader()) as reader:
         buffers = DeviceBuffers(ComputeSpec(torch.device("cpu"), torch.float64, "sample"), reader)
         samples = {
-            item.name: _sample(item.source, edit, edit.update, buffers)
+            f"{item.name}{list(edit.outputs or '')}".removesuffix("[]"): _sample(
+                item.source, edit, edit.update, buffers
+            )
             for item in plan.items
             for edit in item.edits
             if isinstance(edit.update, Decomposed)
@@ -83,10 +85,12 @@ def _is_near_one(m: float, n: float) -> bool:
 def _sample(tensor: StoredTensor, edit: Edit, update: Decomposed, buffers: DeviceBuffers) -> tuple[Tensor, Tensor]:
     """Return m and ‖W‖ for some outputs of one weight."""
     m = buffers.whole(update.m).flatten()
-    rows = tensor.matrix[0]
+    first, last = edit.own_rows(0, tensor.matrix[0])
+    rows = last - first
     wanted = SAMPLED_FOR_COLUMNS if edit.two_passes else SAMPLED_ROWS
     chosen = sorted({round(k * (rows - 1) / max(1, wanted - 1)) for k in range(min(wanted, rows))})
-    sample = torch.cat([buffers.rows(tensor, row, row + 1) for row in chosen])
+    sample = torch.cat([buffers.rows(tensor, first + row, first + row + 1) for row in chosen])
     if edit.two_passes:  # the norm of a column, estimated from some of its elements
-        return m, maths.norms(sample, axis=0) * (rows / len(chosen)) ** 0.5
+        own = sample[:, slice(*edit.outputs)] if edit.outputs else sample
+        return m, maths.norms(own, axis=0) * (rows / len(chosen)) ** 0.5
     return m[chosen], maths.norms(sample, axis=1)

@@ -122,7 +122,7 @@ class LoadedEdit:
     m: Tensor | None = None
     """The magnitudes of a DoRA."""
     n: list[Tensor] = field(default_factory=list)
-    """The norms of a DoRA: one tensor per block, or one for all blocks if they run along the columns."""
+    """The norms of a DoRA's own outputs: one tensor per block, or one for all blocks if they run along the columns."""
 
     @classmethod
     def load(cls, edit: Edit, buffers: DeviceBuffers, fixed: FixedPoint | None = None) -> LoadedEdit:
@@ -139,20 +139,40 @@ class LoadedEdit:
         """Return True if the last norms are finite: a division by an infinite norm hides an overflow."""
         return not self.n or maths.all_finite(self.n[-1])
 
+    def own(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """Return the part of a block that the edit changes, as a view of the block."""
+        if not (outputs := self.edit.outputs):
+            return x
+        if self.edit.by_columns:
+            return x[:, outputs[0] : outputs[1]]
+        first, last = self.edit.own_rows(start, stop)
+        return x[first - start : last - start]
+
+    def numbers(self, start: int, stop: int) -> tuple[int, int]:
+        """Return the rows of a block that the edit changes, counted from the edit's first row."""
+        first, last = self.edit.own_rows(start, stop)
+        before = self.edit.outputs[0] if self.edit.outputs and not self.edit.by_columns else 0
+        return first - before, last - before
+
     def add_(self, W: Tensor, start: int, stop: int, weight: float = 1.0) -> Tensor:
         """Compute W + w·s·BA in place; for a bias W + w·s·b."""
+        own, (first, last) = self.own(W, start, stop), self.numbers(start, stop)
         if self.shift is not None and isinstance(self.edit.update, Delta):
-            return W.add_(self.shift, alpha=weight * self.edit.update.scale)
-        assert self.factors
-        assert self.edit.low
-        scale = weight * self.edit.low.scale
-        return maths.add_low_rank_(W, self.factors.left(start, stop), self.factors.right(start), scale)
+            own.add_(self.shift, alpha=weight * self.edit.update.scale)
+        elif first < last:
+            assert self.factors
+            assert self.edit.low
+            scale = weight * self.edit.low.scale
+            maths.add_low_rank_(own, self.factors.left(first, last), self.factors.right(first), scale)
+        return W
 
     def decompose_(self, W: Tensor, start: int, stop: int) -> Tensor:
         """Compute m·V/‖V‖ in place."""
         assert self.m is not None
-        V = self.add_(W, start, stop)
+        V, (first, last) = self.own(self.add_(W, start, stop), start, stop), self.numbers(start, stop)
         if self.edit.two_passes:
-            return maths.rescale_(V, self.m, self.n[0], axis=0)
-        self.n.append(maths.norms(V, axis=1))
-        return maths.rescale_(V, self.m[start:stop], self.n[-1], axis=1)
+            maths.rescale_(V, self.m, self.n[0], axis=0)
+        else:
+            self.n.append(maths.norms(V, axis=1))
+            maths.rescale_(V, self.m[first:last], self.n[-1], axis=1)
+        return W

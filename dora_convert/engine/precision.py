@@ -11,6 +11,7 @@ import mmap
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -158,6 +159,10 @@ def as_bytes(tensor: Tensor) -> memoryview:
 
 def read_rows(reader: Reader, tensor: StoredTensor, rows: Sequence[int]) -> Tensor:
     """Read some rows of a stored tensor's matrix, in the stored dtype."""
+    if tensor.is_view:
+        from .view_reading import show
+
+        return show(tensor, rows, range(tensor.matrix[1]), partial(read_rows, reader))
     width = tensor.matrix[1]
     runs = [(start * width, count * width) for start, count in _runs(rows)]
     return _gather(reader, tensor, runs).view(len(rows), width)
@@ -165,6 +170,10 @@ def read_rows(reader: Reader, tensor: StoredTensor, rows: Sequence[int]) -> Tens
 
 def read_columns(reader: Reader, tensor: StoredTensor, columns: Sequence[int]) -> Tensor:
     """Read some columns of a stored tensor's matrix, in the stored dtype."""
+    if tensor.is_view:
+        from .view_reading import show
+
+        return show(tensor, range(tensor.matrix[0]), columns, partial(read_rows, reader))
     height, width = tensor.matrix
     runs = [(row * width + start, count) for row in range(height) for start, count in _runs(columns)]
     return _gather(reader, tensor, runs).view(height, len(columns))
@@ -172,7 +181,7 @@ def read_columns(reader: Reader, tensor: StoredTensor, columns: Sequence[int]) -
 
 def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
     """Return (start, count) of each run of neighbours."""
-    if isinstance(numbers, range):
+    if isinstance(numbers, range) and numbers.step == 1:
         return [(numbers.start, len(numbers))]
     runs: list[tuple[int, int]] = []
     for number in numbers:

@@ -16,7 +16,7 @@ from ..errors import NumericalError
 from ..maths import lora as maths
 from ..output.finished import TensorResult
 from ..output.shards import ShardFiles
-from ..plan.item import Item, spans
+from ..plan.item import Item, are_apart, spans
 from ..storage.reader import Digest
 from ..storage.safetensors import BITS
 from ..storage.spool import Spool, SpooledTensor
@@ -95,6 +95,8 @@ class MergeMaker:
         self, item: Item, buffers: DeviceBuffers, spool: Spool, *, prove: bool = False, observe: Observe | None = None
     ) -> None:
         """Load the edits; `prove` asks for the sha256 of the base's bytes, too."""
+        if not any(tensor.kept for tensor in item.factors):
+            buffers.forget()
         self._item, self._buffers = item, buffers
         self.edits: Sequence[LoadedEdit] = [LoadedEdit.load(edit, buffers) for edit in item.edits]
         self.values = SourceValues(item, buffers)
@@ -203,22 +205,29 @@ def measure(item: Item, operands: Iterable[LoadedEdit], values: SourceValues, bu
         raw = buffers.raw(item.source, start, stop)
         for k, operand in enumerate(pending):
             V = operand.add_(values.block(raw, start, stop), start, stop)
-            squares[k] += maths.norms(V, axis=0).square_()
+            squares[k] += maths.norms(operand.own(V, start, stop), axis=0).square_()
     for total, operand in zip(squares, pending, strict=True):
         operand.n.append(torch.as_tensor(total).sqrt())
 
 
 def apply_edits(W: Tensor, operands: Sequence[LoadedEdit], start: int, stop: int) -> Tensor:
     """Compute W + Σ wᵢ·(applyᵢ(W) − W) (4) in place; all norms are of the unmerged W."""
-    if len(operands) == 1 and operands[0].m is not None and operands[0].edit.weight == 1:
-        return operands[0].decompose_(W, start, stop)
+    edits = [operand.edit for operand in operands]
+    if are_apart(edits) and all(edit.weight == 1 or not edit.decomposed for edit in edits):
+        for operand in operands:
+            if operand.m is None:
+                operand.add_(W, start, stop, operand.edit.weight)
+            else:
+                operand.decompose_(W, start, stop)
+        return W
     unmerged = W.clone() if any(operand.m is not None for operand in operands) else W
     for operand in operands:
         if operand.m is None:
             operand.add_(W, start, stop, operand.edit.weight)
         else:
-            change = operand.decompose_(unmerged.clone(), start, stop) - unmerged
-            W.add_(change, alpha=operand.edit.weight)
+            changed = operand.own(operand.decompose_(unmerged.clone(), start, stop), start, stop)
+            change = changed - operand.own(unmerged, start, stop)
+            operand.own(W, start, stop).add_(change, alpha=operand.edit.weight)
     return W
 
 

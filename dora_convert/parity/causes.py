@@ -61,6 +61,8 @@ def find_cause(expected: Expected, written: StoredTensor, reader: Reader, expert
         return None
     height = item.matrix[0] // item.experts
     numbers = [number for expert in experts for number in range(expert * height, (expert + 1) * height)]
+    first, last = item.edits[0].own_rows(0, item.matrix[0])
+    numbers = numbers[first:last] if item.edits[0].outputs else numbers
     step = max(1, len(numbers) * item.matrix[1] // SAMPLE_ELEMENTS)
     sample = list(_read(expected, written, reader, numbers[::step]))
 
@@ -123,7 +125,7 @@ def _mistakes(expected: Expected) -> Iterator[tuple[str, Mistake]]:
             yield f"merged at weight 1 instead of {edit.weight:g}", lambda rows: (rows.W + rows.delta) * rows.f
     if edit.decomposed and not edit.two_passes:
         yield "merged twice", lambda rows: rows.x + edit.weight * (_grown(rows.x + rows.delta, rows) - rows.x)
-    if rows == columns and item.experts == 1:  # square weights accept wrong axes silently
+    if rows == columns and item.experts == 1 and not edit.outputs:  # square weights accept wrong axes silently
         if not edit.two_passes:
             yield "a factor is transposed", _transposed(expected)
         if edit.decomposed:

@@ -51,8 +51,11 @@ class Expected:
         self._start = self._without_start()
         self._held = [self._hold(edit.low, edit) if edit.low else () for edit in item.edits]
         updates = [edit.update for edit in item.edits]
-        self.m = [self._load(update.m).flatten() if isinstance(update, Decomposed) else None for update in updates]
-        """For each edit, the magnitudes that it sets; None for LoRA."""
+        self.m = [
+            self._spread(k, self._load(update.m).flatten(), 1.0) if isinstance(update, Decomposed) else None
+            for k, update in enumerate(updates)
+        ]
+        """For each edit, the magnitudes that it sets, 1 for outputs that it is not for; None for LoRA."""
         self._column_norms = [self._measure(k) if edit.two_passes else None for k, edit in enumerate(item.edits)]
 
     def chunks(self, rows: Sequence[int], elements: int = CHUNK_ELEMENTS) -> Iterator[Sequence[int]]:
@@ -168,7 +171,8 @@ class Expected:
         edit, m, n = self.item.edits[number], self.m[number], self._column_norms[number]
         one = torch.ones((), dtype=torch.float64, device=self._device)
         if isinstance(edit.update, Delta):
-            delta = edit.update.scale * self._load(edit.update.value)
+            values = self._load(edit.update.value)
+            delta = edit.update.scale * self._spread(number, values.flatten(), 0.0).view(1, -1)
             return EditPart(delta, one, delta.abs, 1)
         left, right, scale = self.factors(number, rows)
         delta = scale * torch.einsum("kr,rc->kc", left, right)
@@ -177,9 +181,21 @@ class Expected:
         elif n is not None:
             f = m / n
         else:
-            n = self._row_norms(number, W + delta, rows)[:, None]
+            n = self._row_norms(number, W + delta, rows)
+            first, last = edit.outputs or (0, self.item.matrix[0])
+            n = torch.where(torch.tensor([first <= row < last for row in rows], device=n.device), n, 1.0)[:, None]
             f = m[list(rows), None] / n
         return EditPart(delta, f, lambda: abs(scale) * (left.abs() @ right.abs()), left.shape[1], n)
+
+    def _spread(self, number: int, values: Tensor, other: float) -> Tensor:
+        """Return a number for every output of the stored weight, from those of one edit's own outputs."""
+        if not (own := self.item.edits[number].outputs):
+            return values
+        edit, (rows, columns) = self.item.edits[number], self.item.matrix
+        in_columns = edit.transposed or isinstance(edit.update, Delta)
+        spread = values.new_full((columns if in_columns else rows,), other)
+        spread[own[0] : own[1]] = values
+        return spread
 
     def _row_norms(self, number: int, V: Tensor, rows: Sequence[int]) -> Tensor:  # noqa: ARG002
         """Return ‖V‖ of some rows, for one edit."""
@@ -192,7 +208,8 @@ class Expected:
             left, right, scale = self.factors(number, chunk)
             V = self.before(chunk) + scale * torch.einsum("kr,rc->kc", left, right)
             squares += torch.einsum("kc,kc->c", V, V)
-        return squares.sqrt()
+        first, last = self.item.edits[number].outputs or (0, len(squares))
+        return self._spread(number, squares[first:last].sqrt(), 1.0)
 
     def _hold(self, low: LowRank, edit: Edit) -> tuple[Tensor, ...]:
         """Return the factors to hold: both for experts, else the one with the stored matrix's columns."""
@@ -203,6 +220,9 @@ class Expected:
         if low.d:
             d = self._load(low.d).flatten()
             held = held * d if edit.transposed else held * d[:, None]
+        if edit.outputs and edit.transposed:
+            before, after = edit.outputs[0], self.item.matrix[1] - edit.outputs[1]
+            held = torch.cat([held.new_zeros(before, held.shape[1]), held, held.new_zeros(after, held.shape[1])])
         return (held,)
 
     def factors(self, number: int, rows: Sequence[int]) -> tuple[Tensor, Tensor, float]:
@@ -217,6 +237,12 @@ class Expected:
             A = A[expert * low.rank : (expert + 1) * low.rank].double()
             B = B[:, expert :: low.experts].double()
             return (A.T[inside], B.T, low.scale) if edit.transposed else (B[inside], A, low.scale)
+        if not edit.transposed and edit.outputs:
+            first, last = edit.outputs
+            mine = [k for k, row in enumerate(rows) if first <= row < last]
+            left = held[0].new_zeros(len(rows), len(held[0]))
+            left[mine] = self._load(low.B, [rows[k] - first for k in mine])
+            return left, held[0], low.scale
         if not edit.transposed:
             dense = low.blocks[1] > 1
             left = _dense(self._load(low.B), low.blocks[1])[list(rows)] if dense else self._load(low.B, rows)

@@ -82,6 +82,7 @@ class Lengths:
         self._axis, m = edits[self._number].axis, expected.m[self._number]
         assert m is not None
         self._numbers = torch.stack([m, *torch.zeros(4, len(m), dtype=m.dtype, device=m.device)])
+        self._own = slice(*edits[self._number].outputs or (0, len(m)))
         """For each row or column: m, n, m/n, and the sums of error·x and of x²."""
         self._grid = coarser(edits[self._number], expected.item.dtype)
         self._weight = sum(abs(edit.weight) for edit in edits)
@@ -104,7 +105,8 @@ class Lengths:
         """
         if self._number is None:
             return False
-        numbers = self._numbers[:, self._numbers[4] > 0]
+        own = self._numbers[:, self._own]
+        numbers = own[:, own[4] > 0]
         if not numbers.numel():
             return False
         one = 2.0 ** -GRID[self._grid][0]

@@ -7,16 +7,19 @@ output must not depend on the memory budget or on the number of workers.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
-from ..adapters import Decomposed, Delta, LowRank, Rows, Transform, low_rank
+from ..adapters import Decomposed, Delta, LowRank, Rows, Transform, low_rank, tensors_of
 from ..storage.safetensors import BITS, FLOATS, StoredTensor
 
 BLOCK_ELEMENTS = 1 << 19
 """4 MiB in float64: two workers' blocks stay in a processor's cache; double size takes 1.5 times as long."""
 ROWS_MULTIPLE = 16
+KEPT = 2
+"""Whole tensors behind views that a worker keeps: the experts' two take turns."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,9 @@ class Edit:
     update: Transform | Decomposed | Delta
     transposed: bool = False
     weight: float = 1.0
+    outputs: tuple[int, int] | None = None
+    """The outputs of the stored weight that the edit is for, from the first to before the last; None for all.
+    Outside of them the edit's factors are zero, and its m/n is one."""
 
     @cached_property
     def low(self) -> LowRank | None:
@@ -46,6 +52,19 @@ class Edit:
     def two_passes(self) -> bool:
         """True if norms need the whole tensor before its first row can be written."""
         return self.decomposed and self.transposed
+
+    @property
+    def by_columns(self) -> bool:
+        """True if outputs are columns of the stored matrix: a bias is one row."""
+        return self.transposed or isinstance(self.update, Delta)
+
+    def own_rows(self, start: int, stop: int) -> tuple[int, int]:
+        """Return the rows of a block that the edit changes; they are none if both numbers are equal."""
+        if not self.outputs or self.by_columns:
+            return start, stop
+        first, last = self.outputs
+        low = min(max(start, first), stop)
+        return low, max(low, min(stop, last))
 
 
 @dataclass(frozen=True)
@@ -156,6 +175,11 @@ class Item:
         """The number of matrices that lie one below the other in `source`, each with its own factors."""
         return max((edit.low.experts for edit in self.edits if edit.low), default=0) or 1
 
+    @property
+    def factors(self) -> Iterator[StoredTensor]:
+        """The adapters' tensors that the edits need."""
+        return (tensor for edit in self.edits for tensor in tensors_of(edit.update))
+
     def spans(self) -> Iterator[tuple[int, int]]:
         """Yield the blocks of rows; no block holds rows of two experts."""
         return spans(*self.matrix, self.experts)
@@ -209,15 +233,24 @@ class Item:
         return total
 
 
+def are_apart(edits: Sequence[Edit]) -> bool:
+    """Return True if no two edits are for the same output of the stored weight."""
+    if len(edits) < 2:
+        return True
+    parts = sorted(edit.outputs for edit in edits if edit.outputs)
+    return len(parts) == len(edits) and all(one[1] <= other[0] for one, other in pairwise(parts))
+
+
 def edit_cost(edit: Edit, height: int, width: int) -> int:
     """Return the bytes held for one edit: one whole factor, a block's rows of the other factor, norms."""
+    kept = KEPT * max((tensor.kept for tensor in tensors_of(edit.update)), default=0)
     if not (low := edit.low):
-        return edit.update.value.numel * (width + 4) if isinstance(edit.update, Delta) else 0
+        return kept + (edit.update.value.numel * (width + 4) if isinstance(edit.update, Delta) else 0)
     inputs = math.prod(low.inputs)
     if low.experts:
-        return low.A.nbytes + low.B.nbytes + 2 * width * low.rank * (inputs + low.outputs)
+        return kept + low.A.nbytes + low.B.nbytes + 2 * width * low.rank * (inputs + low.outputs)
     whole, sliced = (low.outputs, inputs) if edit.transposed else (inputs, low.outputs)
-    total = low.rank * (whole * width + min(height, sliced) * (width + low.B.itemsize))
+    total = kept + low.rank * (whole * width + min(height, sliced) * (width + low.B.itemsize))
     if low.blocks != (1, 1):
         total += low.rank * whole * width
     return total + (low.outputs * (3 * width + 4) if edit.decomposed else 0)

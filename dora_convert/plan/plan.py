@@ -164,6 +164,11 @@ def _describe(item: Item) -> list[Any]:
 def _describe_edit(edit: Edit) -> list[Any]:
     names = [tensor.name for tensor in tensors_of(edit.update)]
     known: list[Any] = [type(edit.update).__name__, edit.transposed, edit.weight, names]
+    known += [list(edit.outputs)] if edit.outputs else []
+    if views := [tensor for tensor in tensors_of(edit.update) if tensor.is_view]:
+        from ..storage.stored_view import describe_view
+
+        known += map(describe_view, views)
     if isinstance(edit.update, Delta):
         return [*known, edit.update.scale]
     low = edit.low

@@ -141,7 +141,17 @@ class Reader:
 
     def pieces(self, tensor: StoredTensor) -> Iterator[memoryview]:
         """Yield a tensor's bytes, a megabyte at a time; each piece overwrites the one before."""
+        if tensor.is_view:
+            return self._pieces_of_view(tensor)
         return self.span(tensor.path, tensor.start, tensor.nbytes)
+
+    def _pieces_of_view(self, tensor: StoredTensor) -> Iterator[memoryview]:
+        from .stored_view import lines_of, whole_of
+
+        whole = whole_of(tensor)
+        data = memoryview(bytearray(whole.nbytes))
+        self.read(whole.path, whole.start, data)
+        return lines_of(tensor, data)
 
     def span(self, path: Path, start: int, length: int) -> Iterator[memoryview]:
         """Yield a range of a file's bytes, as `pieces` does."""

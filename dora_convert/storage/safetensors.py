@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeGuard
+from typing import Any, BinaryIO, ClassVar, TypeGuard
 
 from ..errors import MalformedError, hint_of
 
@@ -55,6 +55,14 @@ class StoredTensor:
     shape: tuple[int, ...]
     path: Path
     start: int
+
+    is_view: ClassVar[bool] = False
+    """True for a `StoredView`, whose elements do not lie one after the other."""
+
+    @property
+    def kept(self) -> int:
+        """Bytes that a reader keeps between reads of parts of the tensor."""
+        return 0
 
     @property
     def numel(self) -> int:

@@ -104,7 +104,7 @@ class ExpectedBase(Expected):
         """Return the norms of one edit: measured on the base's own tensor, or as recorded."""
         stored = self._undo.norms[number]
         if stored:
-            return self._load(stored).flatten()
+            return self._spread(number, self._load(stored).flatten(), 1.0)
         n = self._original and self._original.part(number, rows).n
         assert isinstance(n, Tensor)
         return n.flatten()

@@ -29,7 +29,7 @@ class Inverse:
 
         `taken` are the factors of the part that training began without.
         """
-        self._edits, self._buffers = item.edits, buffers
+        self._edits, self._buffers, self._columns = item.edits, buffers, item.matrix[1]
         self.operands = [
             LoadedEdit.load(edit, buffers, _fixed_point(edit, buffers) if exact else None) for edit in item.edits
         ]
@@ -40,12 +40,17 @@ class Inverse:
         self._taken = FactorPair(*taken) if taken else None
 
     def predict_(self, x: Tensor, start: int, stop: int, norms: Sequence[Tensor | None]) -> Tensor:
-        """Compute W from W' in place; `norms` are those of the block's rows, or of all columns."""
+        """Compute W from W' in place; `norms` are those of the edits' rows in the block, or of all their columns."""
         g, factors = self.coefficients(norms, start, stop)
         if g is not None:
             x.mul_(g)
-        for number, c in enumerate(factors):
-            x.sub_(self._delta(number, c, start, stop))
+        for number, (c, operand) in enumerate(zip(factors, self.operands, strict=True)):
+            first, last = operand.numbers(start, stop)
+            axis = 1 if operand.edit.by_columns else 0
+            if isinstance(c, Tensor) and c.shape[axis] == x.shape[axis]:  # else c is the same for all outputs
+                factors[number] = operand.own(c, start, stop)
+            if first < last:
+                operand.own(x, start, stop).sub_(self._delta(number, factors[number], first, last))
         if self._taken:
             x.add_(self._product(self._taken, start, stop))
         return x if maths.all_finite(x) else x.nan_to_num_(0.0, 0.0, 0.0)
@@ -58,14 +63,20 @@ class Inverse:
         return maths.coefficients(f, [edit.weight for edit in self._edits])
 
     def _f(self, number: int, n: Tensor | None, start: int, stop: int) -> Tensor | None:
-        """Return m/n of one edit, shaped to broadcast over the block."""
-        m, edit = self.operands[number].m, self._edits[number]
-        if m is None or n is None:
+        """Return m/n of one edit, shaped to broadcast over the block; 1 for outputs that the edit is not for."""
+        operand, edit = self.operands[number], self._edits[number]
+        if (m := operand.m) is None or n is None:
             return None
-        return (m / n)[None, :] if edit.axis == 0 else (m[start:stop] / n)[:, None]
+        first, last = operand.numbers(start, stop)
+        f = (m / n)[None, :] if edit.axis == 0 else (m[first:last] / n)[:, None]
+        if not edit.outputs:
+            return f
+        every = f.new_ones((1, self._columns) if edit.axis == 0 else (stop - start, 1))
+        operand.own(every, start, stop).copy_(f)
+        return every
 
     def _delta(self, number: int, c: Tensor | float, start: int, stop: int) -> Tensor:
-        """Return c·sBA of one edit, or the edit's addend to a bias."""
+        """Return c·sBA of some of an edit's rows, or the edit's addend to a bias."""
         operand, edit = self.operands[number], self._edits[number]
         if isinstance(edit.update, Delta):
             assert operand.shift is not None
@@ -102,9 +113,9 @@ def _largest(stored: StoredTensor, buffers: DeviceBuffers) -> float:
     return largest
 
 
-def as_rows(n: Tensor, start: int, stop: int, axis: int) -> Tensor:
-    """Return the norms that a block needs: those of the block's rows, or of all columns."""
-    return n if axis == 0 else n[start:stop]
+def as_rows(n: Tensor, start: int, stop: int, operand: LoadedEdit) -> Tensor:
+    """Return the norms that a block needs of one edit's: those of the block's rows, or of all columns."""
+    return n if operand.edit.axis == 0 else n[slice(*operand.numbers(start, stop))]
 
 
 def recorded(n: Tensor) -> Tensor:

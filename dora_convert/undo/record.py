@@ -2,7 +2,7 @@
 
 `dora_convert/undo.safetensors`, the undo record, holds for every output tensor that needs it
 
-    norm/<n>/<tensor>    F32 (out)        ‖W + sBA‖ of the n-th edit: no DoRA merge can be undone without it
+    norm/<n>/<tensor>    F32 (out)        ‖W + sBA‖ of the n-th edit's outputs: no DoRA merge is undone without it
     rows/<tensor>        as in the base   the base's rows that an adapter's tensor replaced, where they differ
     index/<tensor>       I64 (rows)       the numbers of those rows; a row is all dimensions but the first
     start/left/<tensor>  F32 (out, rank)  the factors that PiSSA, OLoRA or KaSA took from the base

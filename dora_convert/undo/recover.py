@@ -46,8 +46,8 @@ class RecoveryMaker:
         x = self._buffers.lift(raw)
         if self._item.edits:
             norms = [
-                None if n is None else as_rows(n, start, stop, edit.axis)
-                for n, edit in zip(self._norms, self._item.edits, strict=True)
+                None if n is None else as_rows(n, start, stop, operand)
+                for n, operand in zip(self._norms, self._inverse.operands, strict=True)
             ]
             half = self._halves(x, norms, start, stop)
             x = self._inverse.predict_(x, start, stop, norms)
@@ -83,7 +83,8 @@ class RecoveryMaker:
             raw = self._buffers.raw(original, start, stop)
             for edit, operand, norms in zip(self._item.edits, self._inverse.operands, blocks, strict=True):
                 if edit.decomposed:
-                    n = maths.norms(operand.add_(self._buffers.lift(raw), start, stop), edit.axis)
+                    V = operand.add_(self._buffers.lift(raw), start, stop)
+                    n = maths.norms(operand.own(V, start, stop), edit.axis)
                     norms.append(n if edit.axis else n.square_())
         return [
             None if not norms else torch.cat(norms) if edit.axis else torch.stack(norms).sum(0).sqrt()

@@ -169,7 +169,7 @@ def _recovered(
     source = replace(merged.tensors[item.name], shape=item.source.shape)
     rows, columns = source.matrix
     norms = tuple(
-        record.find(f"norm/{number}", name, "F32", [rows if edit.axis else columns]) if edit.decomposed else None
+        record.find(f"norm/{number}", name, "F32", [edit.low.outputs]) if edit.low and edit.decomposed else None
         for number, edit in enumerate(item.edits)
     )
     left = record.find("start/left", name, "F32", [rows, None])
