@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ..storage.safetensors import StoredTensor
 from . import Transform
@@ -24,6 +25,7 @@ class Rotated(Transform):
 
     blocks: StoredTensor
     rule: str
+    depends: ClassVar[bool] = True
     terms: int = 0
     """The terms of the Cayley–Neumann series; 0 for the exact Cayley transform."""
     limit: float = 0.0

@@ -57,11 +57,11 @@ def bounded(
     B: Tensor,  # (out, r)
     strength: Tensor,  # 1 element
     norms: Tensor,  # (in,)
-    rank: int,
 ) -> Tensor:  # (out, in)
     """Return Σ λ/r·bᵢaᵢ/(‖aᵢ‖‖bᵢ‖)·diag(norms), where a norm counts as 1e-4 at least: DeLoRA (15)."""
     lengths = A.norm(dim=1).clamp(min=1e-4) * B.norm(dim=0).clamp(min=1e-4)
-    return (B * (strength / rank / lengths)) @ (A * norms)
+    delta: Tensor = (B * (strength / len(A) / lengths)) @ (A * norms)
+    return delta
 
 
 def tiled(
@@ -72,7 +72,8 @@ def tiled(
     outputs, inputs = shape
     rows = torch.arange(inputs, device=block.device) % block.shape[0]
     columns = torch.arange(outputs, device=block.device) % block.shape[1]
-    return block[rows][:, columns].T
+    delta: Tensor = block[rows][:, columns].T
+    return delta
 
 
 def random_bases(

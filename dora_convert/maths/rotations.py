@@ -16,7 +16,7 @@ from torch import Tensor
 class Stage:
     """One block-diagonal factor of a rotation, between a permutation of the elements and its inverse."""
 
-    blocks: Tensor  # (n, b, b): each part of a row is multiplied by its block from the right
+    blocks: Tensor  # (n, b, b): each part of a row is multiplied by its block from the right; (1, b, b) serves all
     order: Tensor | None = None  # (n·b,)
 
     def turn(self, x: Tensor) -> Tensor:
@@ -28,7 +28,7 @@ class Stage:
         return self._multiplied(x, torch.linalg.inv(self.blocks))
 
     def _multiplied(self, x: Tensor, blocks: Tensor) -> Tensor:
-        parts = (x if self.order is None else x[:, self.order]).view(len(x), *blocks.shape[:2])
+        parts = (x if self.order is None else x[:, self.order]).reshape(len(x), -1, blocks.shape[-1])
         turned = torch.einsum("xnb,nbc->xnc", parts, blocks).reshape(x.shape)
         if self.order is None:
             return turned
@@ -72,14 +72,14 @@ def turn_back(x: Tensor, rotation: Rotation) -> Tensor:
     return x
 
 
-def oft(upper: Tensor, size: int, terms: int, limit: float, repeats: int) -> Rotation:  # upper: (n, b(b−1)/2)
+def oft(upper: Tensor, size: int, terms: int, limit: float) -> Rotation:  # upper: (n, b(b−1)/2)
     """Return PEFT's OFT: W' = WRᵀ with R by the Cayley transform of skew blocks; `limit` is COFT's eps (18)."""
     Q = skew(upper, size)
     if limit:
         lengths, most = torch.linalg.matrix_norm(Q, keepdim=True), limit / len(Q) ** 0.5
         Q = torch.where(lengths <= most, Q, Q * (most / lengths))
     R = cayley_series(Q, terms) if terms else cayley(-Q)
-    return [Stage(R.mT.repeat(repeats, 1, 1))]
+    return [Stage(R.mT)]
 
 
 def boft(blocks: Tensor) -> Rotation:  # (stages, n, b, b)

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..adapters import Decomposed, Delta, LowRank, Start, tensors_of
-from ..engine.precision import GRID, TORCH, empty, half_ulp, read_columns, read_rows
+from ..adapters import Delta, LowRank
+from ..engine.precision import TORCH, empty, half_ulp, read_columns, read_rows
 from ..plan.item import Edit, Item
 from ..storage.reader import Reader
 from ..storage.safetensors import StoredTensor
+
+if TYPE_CHECKING:
+    from .kinds import ExpectedTransform
 
 CHUNK_ELEMENTS = 1 << 13
 """Elements of rows that are checked together: a dozen arrays of this size are held at once."""
@@ -32,6 +35,12 @@ class EditPart(NamedTuple):
     size: Callable[[], Tensor]  # |s|·|B||A|, the size of the products; only a bound needs it
     terms: int  # the number of products in each sum
     n: Tensor | None = None  # the norms, which broadcast over the rows
+
+    @property
+    def norms(self) -> Tensor:
+        """The norms, flat."""
+        assert self.n is not None
+        return self.n.flatten()
 
 
 class Block(NamedTuple):
@@ -50,11 +59,8 @@ class Expected:
         self._set = {row: (rows.value, k) for rows in item.rows for k, row in enumerate(rows.index)}
         self._start = self._without_start()
         self._held = [self._hold(edit.low, edit) if edit.low else () for edit in item.edits]
-        updates = [edit.update for edit in item.edits]
-        self.m = [
-            self._spread(k, self._load(update.m).flatten(), 1.0) if isinstance(update, Decomposed) else None
-            for k, update in enumerate(updates)
-        ]
+        self._others = [self._other(edit) if edit.inner and not edit.low else None for edit in item.edits]
+        self.m = [self._magnitudes(k) if edit.decomposed else None for k, edit in enumerate(item.edits)]
         """For each edit, the magnitudes that it sets, 1 for outputs that it is not for; None for LoRA."""
         self._column_norms = [self._measure(k) if edit.two_passes else None for k, edit in enumerate(item.edits)]
 
@@ -97,6 +103,10 @@ class Expected:
         before = (block.W.T if by_columns else block.W) @ x
         y = before.clone()
         for number, (edit, part) in enumerate(zip(self.item.edits, block.parts, strict=True)):
+            if not edit.low or (part.f.dim() and edit.axis != 1 - by_columns):
+                changed = (block.W + part.delta) * part.f - block.W
+                y += edit.weight * ((changed.T if by_columns else changed) @ x)
+                continue
             left, right, scale = self.factors(number, rows)
             change = scale * (right.T @ (left.T @ x) if by_columns else left @ (right @ x))
             f = part.f.view(-1, 1) if part.f.dim() else part.f
@@ -110,9 +120,12 @@ class Expected:
         for edit, part in zip(self.item.edits, self._parts(W, rows), strict=True):
             slack = (part.terms + 2) * EPSILON * (part.size() + W.abs())
             if not rounded_once:
+                from .roundings import coarser, several_roundings
+
                 slack = slack + half_ulp(part.delta, coarser(edit, dtype))
                 if part.n is not None:
-                    tolerance += abs(edit.weight) * self._several_roundings(edit, part, W, x)
+                    extra = several_roundings(self.item, edit, W, part.delta, f=part.f, n=part.n, x=x)
+                    tolerance += abs(edit.weight) * extra
             if self._start is not None:  # rounded before, after products of the whole matrix in float32
                 slack = slack + 2 * half_ulp(W, self.item.source.dtype) + 64 * EPSILON * self._start.abs().max()
             tolerance += abs(edit.weight) * part.f.abs() * slack
@@ -133,31 +146,12 @@ class Expected:
         """Return the matrix that PiSSA, OLoRA or KaSA begin with, in the stored dtype; None for others."""
         if not (low := self.item.start):
             return None
-        edit = self.item.edits[0]
-        W = self._load(self.item.source).float()
-        W = W.T if edit.transposed else W
-        r = low.rank
-        if low.start is Start.OLORA:
-            Q, R = torch.linalg.qr(W)
-            taken = low.scale * torch.einsum("or,ri->oi", Q[:, :r], R[:r])
-        else:
-            U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-            gone = slice(len(S) - r, None) if low.start is Start.KASA else slice(0, r)
-            taken = torch.einsum("or,r,ri->oi", U[:, gone], S[gone], Vh[gone])
-        rest = W - taken
-        return (rest.T if edit.transposed else rest).contiguous().to(TORCH[self.item.source.dtype])
+        from .starts import without_start
 
-    def _several_roundings(self, edit: Edit, part: EditPart, W: Tensor, x: Tensor) -> Tensor:
-        """Return the further error of a DoRA that was rounded at V, m/n, the delta's norm or the change."""
-        dtype = coarser(edit, self.item.dtype)
-        assert part.n is not None
-        moved = half_ulp(part.delta, dtype).square().sum(dim=edit.axis, keepdim=True)
-        seen, whole = part.delta.shape[edit.axis], self.item.source.matrix[edit.axis]
-        # only some rows of the columns are at hand
-        drift = (moved * (2 * whole / seen if seen < whole else 1)).sqrt() / part.n
-        relative = drift + 3 * 2.0 ** -GRID[dtype][0]
-        granted: Tensor = x.abs() * relative + part.f.abs() * half_ulp(W + part.delta, dtype)
-        return granted + half_ulp(x - W, dtype) + half_ulp(x, dtype)
+        turned = self.item.edits[0].transposed
+        W = self._load(self.item.source).float()
+        rest = without_start(W.T if turned else W, low)
+        return (rest.T if turned else rest).contiguous().to(TORCH[self.item.source.dtype])
 
     def part(self, number: int, rows: Sequence[int]) -> EditPart:
         """Return one edit's part in some rows."""
@@ -169,31 +163,54 @@ class Expected:
 
     def _part(self, number: int, W: Tensor, rows: Sequence[int]) -> EditPart:
         edit, m, n = self.item.edits[number], self.m[number], self._column_norms[number]
-        one = torch.ones((), dtype=torch.float64, device=self._device)
+        delta, size, terms = self._change(number, W, rows)
+        if m is None:
+            f = torch.ones((), dtype=torch.float64, device=self._device)
+        elif edit.axis == 0:
+            f = (m if n is None else m / n).view(1, -1)
+        else:
+            f = m[list(rows), None]
+        if m is not None and edit.divides and n is None:
+            n = self._row_norms(number, W + edit.norm_ratio * delta, rows)
+            first, last = edit.outputs or (0, self.item.matrix[0])
+            n = torch.where(torch.tensor([first <= row < last for row in rows], device=n.device), n, 1.0)[:, None]
+            f = f / n
+        return EditPart(delta, f, size, terms, n)
+
+    def _change(self, number: int, W: Tensor, rows: Sequence[int]) -> tuple[Tensor, Callable[[], Tensor], int]:
+        """Return V − W of one edit in some rows, the size of its numbers, and the terms of each sum."""
+        edit, other = self.item.edits[number], self._others[number]
         if isinstance(edit.update, Delta):
             values = self._load(edit.update.value)
             delta = edit.update.scale * self._spread(number, values.flatten(), 0.0).view(1, -1)
-            return EditPart(delta, one, delta.abs, 1)
-        left, right, scale = self.factors(number, rows)
-        delta = scale * torch.einsum("kr,rc->kc", left, right)
-        if m is None:
-            f = one
-        elif n is not None:
-            f = m / n
-        else:
-            n = self._row_norms(number, W + delta, rows)
-            first, last = edit.outputs or (0, self.item.matrix[0])
-            n = torch.where(torch.tensor([first <= row < last for row in rows], device=n.device), n, 1.0)[:, None]
-            f = m[list(rows), None] / n
-        return EditPart(delta, f, lambda: abs(scale) * (left.abs() @ right.abs()), left.shape[1], n)
+            return delta, delta.abs, 1
+        if edit.low:
+            left, right, scale = self.factors(number, rows)
+            delta = scale * torch.einsum("kr,rc->kc", left, right)
+            return delta, lambda: abs(scale) * (left.abs() @ right.abs()), left.shape[1]
+        if other:
+            return other.change(W, rows, lambda: self.before(range(self.item.matrix[0])))
+        return torch.zeros_like(W), lambda: torch.zeros_like(W), 1
+
+    def _other(self, edit: Edit) -> ExpectedTransform:
+        """Return the definition of an update that is not low rank."""
+        from .kinds import ExpectedTransform
+
+        return ExpectedTransform(edit, self._load)
+
+    def _magnitudes(self, number: int) -> Tensor:
+        """Return one magnitude for each row or column of the stored matrix."""
+        edit = self.item.edits[number]
+        assert edit.magnitudes
+        m = (self._load(edit.magnitudes.m).flatten() + edit.magnitudes.offset).repeat_interleave(edit.kernel)
+        return self._spread(number, m, 1.0)
 
     def _spread(self, number: int, values: Tensor, other: float) -> Tensor:
         """Return a number for every output of the stored weight, from those of one edit's own outputs."""
         if not (own := self.item.edits[number].outputs):
             return values
         edit, (rows, columns) = self.item.edits[number], self.item.matrix
-        in_columns = edit.transposed or isinstance(edit.update, Delta)
-        spread = values.new_full((columns if in_columns else rows,), other)
+        spread = values.new_full((columns if edit.by_columns else rows,), other)
         spread[own[0] : own[1]] = values
         return spread
 
@@ -202,13 +219,20 @@ class Expected:
         return torch.einsum("kc,kc->k", V, V).sqrt()
 
     def _measure(self, number: int) -> Tensor:
-        """Return ‖W + sBA‖ along the columns, from the whole tensor."""
+        """Return ‖W + sBA‖ along the columns, from the whole tensor; for a bias, of its weight."""
+        edit = self.item.edits[number]
+        if edit.follows:
+            other = Expected(edit.follows, self._reader, self._device)
+            chunks = other.chunks(range(edit.follows.matrix[0]))
+            n = other._column_norms[0]
+            return torch.cat([other.part(0, chunk).norms for chunk in chunks]) if n is None else n
         squares = torch.zeros(self.item.source.matrix[1], dtype=torch.float64, device=self._device)
         for chunk in self.chunks(range(self.item.source.matrix[0])):
-            left, right, scale = self.factors(number, chunk)
-            V = self.before(chunk) + scale * torch.einsum("kr,rc->kc", left, right)
+            W = self.before(chunk)
+            V = W + edit.norm_ratio * self._change(number, W, chunk)[0]
             squares += torch.einsum("kc,kc->c", V, V)
-        first, last = self.item.edits[number].outputs or (0, len(squares))
+        squares = squares.view(-1, edit.kernel).sum(1).repeat_interleave(edit.kernel)
+        first, last = edit.outputs or (0, len(squares))
         return self._spread(number, squares[first:last].sqrt(), 1.0)
 
     def _hold(self, low: LowRank, edit: Edit) -> tuple[Tensor, ...]:
@@ -263,12 +287,6 @@ class Expected:
             loaded[filled : filled + len(part)] = part
             filled += len(part)
         return loaded.to(self._device)
-
-
-def coarser(edit: Edit, dtype: str) -> str:
-    """Return the dtype that a delta may be rounded to: the weight's, or a coarser one of the adapter's."""
-    coarse = [tensor.dtype for tensor in tensors_of(edit.update) if tensor.dtype in ("BF16", "F16")]
-    return min([dtype, *coarse], key=lambda name: GRID[name][0])
 
 
 def _dense(stacked: Tensor, blocks: int) -> Tensor:

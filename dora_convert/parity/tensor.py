@@ -19,7 +19,8 @@ from ..reports.verify import CheckedModule
 from ..storage.reader import Reader
 from ..storage.safetensors import StoredTensor
 from .causes import find_cause
-from .expected import CPU, Block, Expected, coarser
+from .expected import CPU, Block, Expected
+from .roundings import coarser
 from .self_check import distance
 
 CHUNK_ELEMENTS = 3 << 15
@@ -76,7 +77,7 @@ class Lengths:
 
     def __init__(self, expected: Expected) -> None:
         edits = expected.item.edits
-        self._number = next((number for number, edit in enumerate(edits) if edit.decomposed), None)
+        self._number = next((number for number, edit in enumerate(edits) if edit.divides), None)
         if self._number is None:
             return
         self._axis, m = edits[self._number].axis, expected.m[self._number]

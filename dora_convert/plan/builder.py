@@ -199,8 +199,8 @@ class PlanBuilder:
                 self._replace(full, name, weight)
             case Match(Rows() as rows):
                 self._set_rows(rows, name, weight)
-            case Match(Transform() | Decomposed() | Delta() as edit, transposed):
-                target.edits.append(Edit(edit, transposed, weight))
+            case Match(Transform() | Decomposed() | Delta() as edit, transposed, kernel):
+                target.edits.append(Edit(edit, transposed, weight, kernel=kernel))
         if name == (into or (name,))[0]:  # one entry for both sides of a tie
             fate = "replaced" if isinstance(update, (Full, Rows)) else "merged"
             self._enter(update, fate, into or (name,), update.title)

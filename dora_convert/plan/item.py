@@ -1,8 +1,4 @@
-"""Describe one output tensor: its inputs, its cost in memory, and its blocks of rows.
-
-Blocks depend on a tensor's shape alone: matrix products give other bits at other heights, and the bytes of an
-output must not depend on the memory budget or on the number of workers.
-"""
+"""Describe one output tensor: its inputs, the edits that change it, and its cost in memory."""
 
 from __future__ import annotations
 
@@ -11,13 +7,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
-from ..adapters import Decomposed, Delta, LowRank, Rows, Transform, low_rank, tensors_of
+from ..adapters import Decomposed, Delta, LowRank, Rows, Transform, low_rank, tensors_of, transform_of
 from ..storage.safetensors import BITS, FLOATS, StoredTensor
+from .blocks import block_height, spans
 
-BLOCK_ELEMENTS = 1 << 19
-"""4 MiB in float64: two workers' blocks stay in a processor's cache; double size takes 1.5 times as long."""
-ROWS_MULTIPLE = 16
+if TYPE_CHECKING:
+    from ..adapters.kinds import Follows
+    from .undo_part import Undo
+
 KEPT = 2
 """Whole tensors behind views that a worker keeps: the experts' two take turns."""
 
@@ -26,12 +25,16 @@ KEPT = 2
 class Edit:
     """A matched update and its weight in the merge."""
 
-    update: Transform | Decomposed | Delta
+    update: Transform | Decomposed | Delta | Follows
     transposed: bool = False
     weight: float = 1.0
     outputs: tuple[int, int] | None = None
     """The outputs of the stored weight that the edit is for, from the first to before the last; None for all.
     Outside of them the edit's factors are zero, and its m/n is one."""
+    kernel: int = 1
+    """The columns of the stored matrix that share a magnitude: a convolution's kernel, for norms of inputs."""
+    follows: Item | None = None
+    """For a bias that is scaled as its weight is: the weight, with the one edit that sets magnitudes."""
 
     @cached_property
     def low(self) -> LowRank | None:
@@ -39,24 +42,65 @@ class Edit:
         return low_rank(self.update)
 
     @cached_property
+    def inner(self) -> Transform | None:
+        """The part of the update that makes V of W; None if V is W, or the weight a bias."""
+        return transform_of(self.update)
+
+    @cached_property
+    def magnitudes(self) -> Decomposed | None:
+        """The update that sets magnitudes: this one, or the one that a bias follows; None for others."""
+        if self.follows:
+            return self.follows.edits[0].magnitudes
+        return self.update if isinstance(self.update, Decomposed) else None
+
+    @property
     def decomposed(self) -> bool:
-        """True if the update sets magnitudes."""
-        return isinstance(self.update, Decomposed)
+        """True if the edit multiplies V by magnitudes, divided by norms or not."""
+        return self.magnitudes is not None
+
+    @cached_property
+    def divides(self) -> bool:
+        """True if the edit divides V by norms."""
+        return self.magnitudes is not None and not self.magnitudes.normalised
+
+    @property
+    def depends(self) -> bool:
+        """True if what the edit adds depends on the weight."""
+        return self.decomposed or (self.inner is not None and self.inner.depends)
+
+    @property
+    def reproducible(self) -> bool:
+        """True if the edit can be taken out with the same bits on any device, in blocks of any height."""
+        return self.inner is None or self.low is not None
 
     @property
     def axis(self) -> int:
-        """The axis of the stored matrix that a magnitude's norm runs along."""
-        return 0 if self.transposed else 1
+        """The axis of the stored matrix that a magnitude's norm runs along; of a bias, the only row's."""
+        by_inputs = isinstance(self.update, Decomposed) and self.update.axis == "columns"
+        return 0 if self.follows or self.transposed != by_inputs else 1
 
     @property
     def two_passes(self) -> bool:
         """True if norms need the whole tensor before its first row can be written."""
-        return self.decomposed and self.transposed
+        return self.divides and self.axis == 0
+
+    @property
+    def norm_ratio(self) -> float:
+        """The scaling of the addend inside the norm, in scalings of the addend."""
+        update = self.update
+        if not isinstance(update, Decomposed) or update.norm_scale is None or not update.inner:
+            return 1.0
+        return update.norm_scale / update.inner.scale
+
+    @property
+    def norm_count(self) -> int:
+        """The number of norms, one for each row or column of the stored matrix that the edit scales."""
+        return self.magnitudes.m.numel * self.kernel if self.magnitudes and self.divides else 0
 
     @property
     def by_columns(self) -> bool:
         """True if outputs are columns of the stored matrix: a bias is one row."""
-        return self.transposed or isinstance(self.update, Delta)
+        return self.transposed or (self.inner is None and not isinstance(self.update, Decomposed))
 
     def own_rows(self, start: int, stop: int) -> tuple[int, int]:
         """Return the rows of a block that the edit changes; they are none if both numbers are equal."""
@@ -65,27 +109,6 @@ class Edit:
         first, last = self.outputs
         low = min(max(start, first), stop)
         return low, max(low, min(stop, last))
-
-
-@dataclass(frozen=True)
-class Undo:
-    """One tensor's part of an undo record. An item that has one takes its edits out again."""
-
-    norms: tuple[StoredTensor | None, ...] = ()
-    """For each edit, ‖W + sBA‖ before the merge; None if the edit sets no magnitudes."""
-    taken: tuple[StoredTensor, StoredTensor] | None = None
-    """The part of W that training began without, as factors (rows, r) and (r, columns)."""
-    kept: tuple[StoredTensor, StoredTensor] | None = None
-    """The base's replaced rows, and their numbers."""
-    ulps: StoredTensor | None = None
-    """The differences that rounding made, packed."""
-    original: StoredTensor | None = None
-    """The base's own tensor, if norms must be computed from the base."""
-
-    @property
-    def tensors(self) -> tuple[StoredTensor, ...]:
-        """Every tensor of this part."""
-        return tuple(filter(None, (*self.norms, *(self.taken or ()), *(self.kept or ()), self.ulps, self.original)))
 
 
 @dataclass(frozen=True)
@@ -204,7 +227,7 @@ class Item:
             total += 24 * rows * columns  # the matrix, its factors, and LAPACK's work, in float32
         if exact and self.source is self.base:
             total += self.inverse_cost()
-        return total + sum(edit_cost(edit, height, width) for edit in self.edits)
+        return total + sum(edit_cost(edit, self, height, width) for edit in self.edits)
 
     def inverse_cost(self) -> int:
         """Return the bytes that a worker holds to take the edits out of a block, in float64."""
@@ -213,7 +236,7 @@ class Item:
         wide = self.base.itemsize if self.base else 8
         counting = 40 if self.undo and not self.undo.ulps else 0  # for the differences of rounding
         block = height * columns * (self.source.itemsize + 8 + 8 + 4 + 5 * wide + counting)
-        factors = sum(2 * edit_cost(edit, height, 8) for edit in self.edits)
+        factors = sum(2 * edit_cost(edit, self, height, 8) for edit in self.edits)
         return block + factors + (24 * self.start.rank * (rows + columns) if self.start else 0)
 
     def undo_bytes(self, *, exact: bool = False) -> int:
@@ -221,7 +244,7 @@ class Item:
 
         These are the norms of DoRA rows, the base's replaced rows, and for `exact` an eighth of the tensor.
         """
-        total = sum(4 * edit.low.outputs for edit in self.edits if edit.low and edit.decomposed)
+        total = sum(4 * edit.norm_count for edit in self.edits)
         if self.start:
             total += 4 * self.start.rank * sum(self.matrix)
         if self.base and self.replaced and not self.added:
@@ -241,11 +264,18 @@ def are_apart(edits: Sequence[Edit]) -> bool:
     return len(parts) == len(edits) and all(one[1] <= other[0] for one, other in pairwise(parts))
 
 
-def edit_cost(edit: Edit, height: int, width: int) -> int:
-    """Return the bytes held for one edit: one whole factor, a block's rows of the other factor, norms."""
+def edit_cost(edit: Edit, item: Item, height: int, width: int) -> int:
+    """Return the bytes held for one edit of an item: one whole factor, a block's rows of the other factor, norms."""
     kept = KEPT * max((tensor.kept for tensor in tensors_of(edit.update)), default=0)
     if not (low := edit.low):
-        return kept + (edit.update.value.numel * (width + 4) if isinstance(edit.update, Delta) else 0)
+        if isinstance(edit.update, Delta):
+            return kept + edit.update.value.numel * (width + 4)
+        if edit.follows:  # the weight's norms are computed first
+            return edit.follows.cost(width) + 4 * width * item.matrix[1]
+        from .costs import transform_cost
+
+        kept += 4 * width * max(item.matrix) if edit.decomposed else 0
+        return kept + transform_cost(edit.inner, item.matrix, height, width, transposed=edit.transposed)
     inputs = math.prod(low.inputs)
     if low.experts:
         return kept + low.A.nbytes + low.B.nbytes + 2 * width * low.rank * (inputs + low.outputs)
@@ -254,18 +284,3 @@ def edit_cost(edit: Edit, height: int, width: int) -> int:
     if low.blocks != (1, 1):
         total += low.rank * whole * width
     return total + (low.outputs * (3 * width + 4) if edit.decomposed else 0)
-
-
-def block_height(rows: int, columns: int) -> int:
-    """Return the rows of a block: about half a million elements, a multiple of 16 rows, at most all."""
-    fitting = BLOCK_ELEMENTS // max(1, columns)
-    return max(1, min(rows, max(ROWS_MULTIPLE, fitting - fitting % ROWS_MULTIPLE)))
-
-
-def spans(rows: int, columns: int, parts: int = 1) -> Iterator[tuple[int, int]]:
-    """Yield a matrix's blocks as half-open ranges of rows; each of `parts` equal parts has its own blocks."""
-    whole = rows // parts
-    height = block_height(whole, columns)
-    for first in range(0, rows, whole or 1):
-        for start in range(first, first + whole, height):
-            yield start, min(start + height, first + whole)

@@ -19,7 +19,7 @@ from typing import Any
 
 import xxhash
 
-from ..adapters import Adapter, Delta, Waived, tensors_of
+from ..adapters import Adapter, Decomposed, Delta, Waived, tensors_of
 from ..errors import UsageError
 from ..settings import parse_size
 from ..storage.checkpoint import Checkpoint
@@ -172,7 +172,12 @@ def _describe_edit(edit: Edit) -> list[Any]:
     if isinstance(edit.update, Delta):
         return [*known, edit.update.scale]
     low = edit.low
-    assert low
+    if not low or (isinstance(edit.update, Decomposed) and edit.update != Decomposed(low, edit.update.m)):
+        from .facts import facts_of
+
+        known += [facts_of(edit.update), *([_describe(edit.follows)] if edit.follows else [])]
+    if not low:
+        return known
     return [*known, low.rank, low.scale, low.blocks, low.experts, low.start and low.start.value]
 
 

@@ -66,7 +66,7 @@ class UndoKeeper:
     def after(self, raw: Tensor, result: Tensor, start: int) -> None:
         """Keep what rounding took from the base's rows, for an exact record."""
         if self._loss:
-            norms = [edit.n[-1] if edit.m is not None else None for edit in self._operands]
+            norms = [operand.n[-1] if operand.edit.divides else None for operand in self._operands]
             self._loss.see(raw, result, start, norms)
 
     def parts(self) -> tuple[SpooledTensor, ...]:
@@ -82,7 +82,7 @@ class UndoKeeper:
         if item.source is not item.base:
             return tuple(parts)
         for number, operand in enumerate(self._operands):
-            if operand.m is not None:
+            if operand.edit.divides:
                 n = torch.cat(operand.n).to("cpu", torch.float32)
                 parts.append(self._part(f"norm/{number}", n))
         for side, factor in zip(("left", "right"), self._taken or (), strict=False):

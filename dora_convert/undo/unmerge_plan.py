@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 from ..adapters import Adapter
 from ..errors import Fault, MalformedError, UnsupportedError
 from ..output.receipt import MergedTensor
-from ..plan.item import Item, Undo
+from ..plan.item import Edit, Item
 from ..plan.plan import Options, OutputShard, Plan
 from ..plan.planner import make_plan
 from ..plan.sharding import converted, lay_out
+from ..plan.undo_part import Undo
 from ..storage.checkpoint import Checkpoint
 from ..storage.safetensors import StoredTensor
 from .record import MergeRecord, not_as_written, rebuilt
@@ -169,7 +170,7 @@ def _recovered(
     source = replace(merged.tensors[item.name], shape=item.source.shape)
     rows, columns = source.matrix
     norms = tuple(
-        record.find(f"norm/{number}", name, "F32", [edit.low.outputs]) if edit.low and edit.decomposed else None
+        record.find(f"norm/{number}", name, "F32", [edit.norm_count]) if edit.divides else None
         for number, edit in enumerate(item.edits)
     )
     left = record.find("start/left", name, "F32", [rows, None])
@@ -178,11 +179,30 @@ def _recovered(
         return _copy(tensor, own) if own else Fault(name, f"no record holds what {item.start.start} took from it")
     taken = (left, right) if left and right else None
     undo = Undo(norms, taken, _kept(tensor, record), record.find("ulps", name, "U8", [None]))
-    if any(edit.decomposed and not n for edit, n in zip(item.edits, norms, strict=True)):
+    if why := not undo.ulps and _has_no_inverse(item):
+        return _copy(tensor, own) if own else Fault(name, why)
+    if any(edit.divides and not n for edit, n in zip(item.edits, norms, strict=True)):
         if not own:
             return Fault(name, "a merged DoRA has lost ‖W + sBA‖, and no record holds it")
         undo = Undo(norms, original=replace(own, shape=item.source.shape))
+        item = replace(item, edits=tuple(_following(edit, original) for edit in item.edits))
     return _inverse(item, tensor, source, undo)
+
+
+def _has_no_inverse(item: Item) -> str | None:
+    """Return why an item's edits cannot be taken out by arithmetic; None if they can."""
+    inner = [edit.inner for edit in item.edits if edit.inner and edit.inner.depends]
+    if inner and (len(item.edits) > 1 or item.edits[0].weight != 1):
+        return f"{inner[0].title} has no inverse beside another adapter or at another weight than 1"
+    return None
+
+
+def _following(edit: Edit, original: Checkpoint | None) -> Edit:
+    """Return a bias's edit with its weight as the base has it."""
+    if not edit.follows or not original:
+        return edit
+    source = original.tensors.get(edit.follows.origin, edit.follows.source)
+    return replace(edit, follows=replace(edit.follows, source=replace(source, shape=edit.follows.source.shape)))
 
 
 def _inverse(item: Item, tensor: StoredTensor, source: StoredTensor, undo: Undo) -> Item:
