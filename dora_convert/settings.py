@@ -89,11 +89,35 @@ class Settings:
 
 
 @dataclass(frozen=True)
+class AdapterFacts:
+    """The caller's facts about adapters; each counts for the adapters whose files lack it."""
+
+    alpha: float | None = None
+    scaling: float | None = None
+    """s itself, instead of a rule with alpha."""
+    axis: str | None = None
+    """The side along which magnitudes lie: rows or columns."""
+    enable_lora: tuple[bool, ...] = ()
+    """For each equal block of outputs, True if it has factors (loralib's MergedLinear)."""
+
+    @property
+    def given(self) -> dict[str, object]:
+        """The facts that are given, by name."""
+        return {name: fact for name, fact in vars(self).items() if fact not in (None, ())}
+
+
+NO_FACTS = AdapterFacts()
+
+
+@dataclass(frozen=True)
 class Waived:
-    """The parts of adapters that a caller does without: fields that are not refused, and files that are left out."""
+    """The caller's words about adapters: parts that are done without, and facts that no file holds."""
 
     fields: Collection[str] = ()
+    """Config fields that are not refused."""
     files: Collection[str] = ()
+    """Files that are left out."""
+    facts: AdapterFacts = NO_FACTS
 
 
 NOTHING = Waived()

@@ -28,6 +28,7 @@ FLOORS = [
     "sources",
     "plan",
     "naming",
+    "codecs",
     "formats",
     "adapters",
     "storage",
@@ -45,7 +46,19 @@ NEVER = {
 }
 """Rooms that a room knows nothing of, although they lie below it, or where it matters most."""
 
-FREE_OF_TORCH = {"storage", "plan", "naming", "formats", "adapters", "sources", "output", "reports", "cli", ""}
+FREE_OF_TORCH = {
+    "storage",
+    "plan",
+    "naming",
+    "codecs",
+    "formats",
+    "adapters",
+    "sources",
+    "output",
+    "reports",
+    "cli",
+    "",
+}
 """Rooms that import no torch when they are imported: headers are planned without it."""
 
 TALKS = {"click", "rich", "tqdm"}

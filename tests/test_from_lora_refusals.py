@@ -102,6 +102,18 @@ def test_a_zero_output_is_refused(tmp_path):
     assert not list(tmp_path.glob("out*"))
 
 
+@pytest.mark.parametrize("alpha", [1e200, 1e308])
+def test_a_scaling_beyond_all_numbers_is_refused(tmp_path, alpha):
+    """A scaling whose square overflows is an error in one sentence, not a traceback."""
+    base = toy.make_base(tmp_path / "base")
+    adapter = toy.make_adapter(tmp_path / "adapter", base, dora=False)
+    toy.edit_json(adapter / "adapter_config.json", lora_alpha=alpha)
+    for verb, options in ((dora_convert.from_lora, {}), (dora_convert.to_lora, {"rank": 2})):
+        with pytest.raises(NumericalError):
+            verb(base.path, adapter, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
 def test_include_and_exclude(tmp_path, base):
     """An excluded module is in neither adapter, and PEFT's config does not name it."""
     adapter = toy.make_adapter(tmp_path / "lora", base, dora=False)

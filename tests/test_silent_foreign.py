@@ -144,16 +144,16 @@ FOREIGN: dict[str, tuple[str, Callable[[Path], Path], str]] = {  # file, its mak
     "mlx": ("x.safetensors", with_config(in_folder("adapters.safetensors", MLX), MLX_CONFIG), "mlx|MLX"),
     "mlx's file": ("adapters.safetensors", MLX, "mlx|MLX"),
     "mlx without a config": ("x.safetensors", in_folder("adapters.safetensors", MLX), "mlx|MLX"),
-    "AdapterHub": ("x.bin", with_config(in_folder("pytorch_adapter.bin", saved(HF_TENSORS)), HF), "AdapterHub"),
-    "AdapterHub's safetensors": ("x.bin", with_config(in_folder("adapter.safetensors", saved(HF_TENSORS)), HF), "AdapterHub"),
+    "AdapterHub": ("x.bin", with_config(in_folder("pytorch_adapter.bin", saved(HF_TENSORS)), HF), "hf-adapters|AdapterHub"),
+    "AdapterHub's safetensors": ("x.bin", with_config(in_folder("adapter.safetensors", saved(HF_TENSORS)), HF), "hf-adapters|AdapterHub"),
     "GGUF": ("lora.gguf", gguf_adapter, "GGUF"),
     "GGUF in a folder": ("lora.gguf", in_folder("lora.gguf", gguf_adapter), "GGUF"),
     "loralib": ("lora.pt", LORALIB, "loralib"),
     "torchtune": ("x.pt", in_folder("adapter_0.pt", TORCHTUNE), "torchtune"),
     "torchtune's file": ("adapter_model.pt", TORCHTUNE, "torchtune"),
     "litgpt": ("x.pt", in_folder("lit_model.pth.lora", LITGPT), "litgpt|LitGPT|loralib"),
-    "NVlabs' DoRA": ("x.bin", with_config(in_folder("adapter_model.bin", NVLABS), {"peft_type": "DORA", "r": 4, "lora_alpha": 8}), "NVlabs|DORA"),
-    "fsdp_qlora": ("model_state_dict.safetensors", FSDP, "fsdp_qlora"),
+    "NVlabs' DoRA": ("x.bin", with_config(in_folder("adapter_model.bin", NVLABS), {"peft_type": "DORA", "r": 4, "lora_alpha": 8}), "nvlabs|DORA"),
+    "fsdp_qlora": ("model_state_dict.safetensors", FSDP, "fsdp.qlora"),
     "a prompt": ("x.safetensors", with_config(in_folder("adapter_model.safetensors", PROMPTS), {"peft_type": "PROMPT_TUNING"}), "PROMPT_TUNING"),
 }  # fmt: skip
 FALSE = r"peft_type None|no adapter_model\.safetensors|name the folder|no adapter_config\.json\.|is a model|no weight file that is read|has no safetensors weights"
@@ -193,7 +193,7 @@ def test_inspect_says_what_it_is(foreign):
         assert not re.search(FALSE, text), text
     else:
         assert report.kind == "adapter"
-        assert re.search(word, f"{report.format} {report.method}")
+        assert re.search(word, f"{report.format} {report.maker} {report.method}")
 
 
 def test_as_a_base_it_is_no_model(tmp_path, foreign, adapter):

@@ -32,6 +32,7 @@ from .updates import tensors_of as tensors_of
 from .updates import transform_of as transform_of
 
 if TYPE_CHECKING:
+    from ..storage.checkpoint import Checkpoint
     from .beside import FileBeside
 
 
@@ -54,11 +55,17 @@ class Change:
     """All weights that the update may be for, if only shapes can tell; `target` is one of them."""
     rule: str = ""
     """The formula of the scaling, such as "alpha 16 / rank 8"."""
+    outputs: tuple[int, int] | None = None
+    """The outputs of the module that the update is for, from the first to before the last; None for all."""
 
     @property
     def module(self) -> str:
         """The name of the module that owns the target."""
         return self.target.rpartition(".")[0]
+
+
+Promise = Callable[[Mapping[str, Sequence[int]], Callable[[str], bool]], Collection[str]]
+"""Of tensors by name and shape, and a test for linear layers, the names of some."""
 
 
 @dataclass(frozen=True)
@@ -72,30 +79,26 @@ class Adapter:
     tensors: Mapping[str, StoredTensor]
     files: tuple[Path, ...]
     """The files whose hashes identify the adapter."""
-    base: str | None = None
-    """The base that the adapter was trained on, as its author named the base."""
+    base: str | None = None  # the base that the adapter was trained on, as its author named the base
     revision: str | None = None
-    ignored: Mapping[str, str] = field(default_factory=dict)
-    """Tensors that a merge leaves out, with the reason."""
+    ignored: Mapping[str, str] = field(default_factory=dict)  # tensors that a merge leaves out, and the reasons
     faults: tuple[Fault, ...] = ()
     """Contradictions in the adapter. A plan reports them with everything that does not fit."""
-    keeps_ties: bool = False
-    """True if embedding and head were trained as one weight."""
+    keeps_ties: bool = False  # True if embedding and head were trained as one weight
     layers: tuple[int, ...] = ()
     """The base's layers in the order of the trained model, if layers were repeated or left out."""
     states: FileStates = field(default_factory=dict)
-    """The files that a merge reads, as they were before their headers were read."""
+    """The files that a merge reads, as they were before that."""
     task: str | None = None
     """The class of the trained model, such as LlamaForSequenceClassification, or the end of its name."""
-    promised: Callable[[Mapping[str, Sequence[int]], Callable[[str], bool]], Collection[str]] | None = field(
-        default=None, compare=False
-    )
-    """Returns the weights that the config says were trained, of a model's tensors by name.
-
-    The callable tells linear layers from others.
-    """
-    beside: tuple[FileBeside, ...] = ()
-    """The weight files beside the adapter's own."""
+    promised: Promise | None = field(default=None, compare=False)
+    """Returns the weights that the config says were trained, of a model's tensors by name and shape."""
+    beside: tuple[FileBeside, ...] = ()  # the weight files beside the adapter's own
+    maker: str | None = None  # the program that wrote the files, if they tell more than the format
+    naming: str = "dotted"  # or "components", "flattened": see naming/flattened.py
+    fit: Callable[[Adapter, Checkpoint], Adapter] | None = field(default=None, compare=False)
+    """Returns the adapter for a base, where the base decides what the files leave open."""
+    warnings: tuple[str, ...] = ()
 
     @property
     def modules(self) -> frozenset[str]:
@@ -105,6 +108,7 @@ class Adapter:
     @property
     def doubts(self) -> Iterator[str]:
         """Warnings about files beside the adapter that are left out."""
+        yield from self.warnings
         if self.beside:
             from .beside import doubts_of
 

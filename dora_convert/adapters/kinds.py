@@ -254,6 +254,7 @@ class Follows(Update):
 
     weight: str
     """The weight, by the name that its own change targets."""
+    follows: ClassVar[bool] = True
 
     @property
     def tensors(self) -> tuple[StoredTensor, ...]:

@@ -24,6 +24,9 @@ class Start(Enum):
 class Update:
     """A kind of change to one weight; every kind is a frozen dataclass."""
 
+    follows: ClassVar[bool] = False
+    """True for a bias that is scaled as another change scales its weight."""
+
     @property
     def tensors(self) -> tuple[StoredTensor, ...]:
         """Every adapter tensor of the update."""

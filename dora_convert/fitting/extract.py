@@ -66,7 +66,8 @@ def extract_module(
         return Fitted({"A": A, "B": B} if factors.rank else {}, facts)
     W, tuned = (_matrix(stored, buffers, working, transposed=job.transposed) for stored in job.inputs)
     dora = extract_dora(W, tuned, exact=exact, store=lambda x: rounded(x, dtype, job.name), **goal)
-    facts = {"rank": dora.rank, "change": dora.change**2, "lost": (dora.delta_error * dora.change) ** 2}
+    lost = dora.delta_error * dora.change
+    facts = {"rank": dora.rank, "change": dora.change * dora.change, "lost": lost * lost}
     facts |= {"converged": dora.converged, "steps": dora.steps}
     if not dora.rank:
         return Fitted({}, facts)

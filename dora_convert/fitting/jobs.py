@@ -10,7 +10,7 @@ from typing import Any
 
 from ..adapters import Adapter, Change, LowRank, low_rank
 from ..errors import UsageError
-from ..formats.detect import Format
+from ..formats.detect import WritableFormat
 from ..options import GoalOptions
 from ..plan.item import Edit, Item
 from ..plan.plan import Plan
@@ -61,7 +61,7 @@ class FittingPlan:
     """The command line after the verb, with inputs by title, for the model card."""
     bases: tuple[Checkpoint, ...]
     jobs: Sequence[Job]
-    format: Format
+    format: WritableFormat
     bytes_out: int
     """Bytes of the output, at most."""
     terms: Mapping[str, Any] = field(default_factory=dict)

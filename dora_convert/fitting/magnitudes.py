@@ -42,7 +42,7 @@ def magnitudes(job: MatchedChange, buffers: DeviceBuffers, *, preserve: bool) ->
     assert edit.low
     stored = m.to("cpu", torch.float32)
     lost = float(((stored.double() / n.cpu().double() - 1) * n.cpu().double()).square().sum())
-    change = edit.low.scale**2 * max(size, 0.0)
+    change = edit.low.scale * edit.low.scale * max(size, 0.0)  # a power raises where a product is inf
     shape = (1, -1, *[1] * (len(edit.low.A.shape) - 2)) if len(edit.low.A.shape) > 2 else (-1,)
     facts = {"rank": edit.low.rank, "change": change, "lost": lost}
     return Fitted({"m": stored.view(shape)}, facts)

@@ -6,6 +6,7 @@ interrupted run. Names and config are written at the end, when ranks are known.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing
@@ -155,6 +156,8 @@ class _Run:
 
     def _keep(self, job: Job, fitted: Fitted) -> None:
         """Write a job's tensors to the spool, and enter them in the journal."""
+        if not all(math.isfinite(fact) for fact in fitted.facts.values() if isinstance(fact, float)):
+            raise NumericalError(f"{job.name}: the change overflows float64.", hint="is the adapter's scaling right?")
         tensors = {}
         for role, tensor in fitted.tensors.items():
             host = tensor.detach().cpu().contiguous()

@@ -16,7 +16,7 @@ from typing_extensions import Self
 
 from ..adapters.new_adapter import NewAdapter
 from ..errors import UnsupportedError
-from ..formats.detect import Format, find_format
+from ..formats.detect import WritableFormat, find_writable
 from ..hub.local_paths import refuse_path
 from ..hub.push import push_output
 from ..hub.target import PushTarget
@@ -70,7 +70,7 @@ class FittingSession:
     """The options that decide the plan."""
     settings: Settings
     session: Session
-    format: Format
+    format: WritableFormat
     folder: OutputFolder
     target: PushTarget | None
     """The repo on the Hub that the adapter is uploaded to, too."""
@@ -88,7 +88,7 @@ class FittingSession:
                 selection=selection,
                 settings=settings,
                 session=session,
-                format=find_format(options["format"]),
+                format=find_writable(options["format"]),
                 folder=OutputFolder(Path(out), overwrite=options["overwrite"], kind="an adapter"),
                 target=target,
             )

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
-from ..formats.detect import FORMATS
+from ..formats.detect import ANCHORS
 from ..output import card
 from ..reports.push import Pushed
 from ..storage.filenames import is_weight_file
 from .upload import LARGE, Upload
 
-ADAPTER_STEMS = {name.partition(".")[0] for known in FORMATS for name in known.WEIGHTS}
+ADAPTER_STEMS = {"adapter_model", *(name.partition(".")[0] for name in ANCHORS[1:])}
 """Beginnings of the names of adapters' weight files."""
 
 

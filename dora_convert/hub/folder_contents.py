@@ -104,7 +104,8 @@ def _is_hidden(name: str) -> bool:
 
 def _is_beside(name: str, adapter: Adapter | None) -> bool:
     """Return True if a file belongs to the model beside its weights, and not to the training that wrote it."""
-    if name.startswith(f"{RECORD}/") or (adapter and is_adapter_file(name)):
+    own = {path.name for path in adapter.files} if adapter else set()
+    if name.startswith(f"{RECORD}/") or name in own or (adapter and is_adapter_file(name)):
         return True
     return not (is_weight_file(name) or (adapter and name.startswith("checkpoint-")))
 

@@ -150,7 +150,7 @@ def relative_error(
 def squared(x: Tensor) -> float:
     """Return ‖x‖², summed in float64 if the device has float64."""
     wide = None if x.device.type == "mps" else torch.float64
-    return float(torch.linalg.vector_norm(x, dtype=wide)) ** 2
+    return float(torch.linalg.vector_norm(x, dtype=wide).square())
 
 
 def compared(rows: Callable[[slice], Tensor], B: Tensor, A: Tensor) -> tuple[float, float]:

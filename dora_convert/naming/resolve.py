@@ -11,11 +11,15 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, reduce
+from typing import TYPE_CHECKING
 
 from ..adapters import unwrapped
 from ..storage.checkpoint import Checkpoint
 from ..storage.safetensors import StoredTensor
 from .families import EMBEDDINGS, HEADLESS, HEADS, OTHER_HEADS, RENAMED, SCALED
+
+if TYPE_CHECKING:
+    from .slots import NameMap, Slot
 
 
 @dataclass(frozen=True)
@@ -44,23 +48,39 @@ class NameResolver:
     tensor.
     """
 
-    def __init__(self, tensors: Mapping[str, StoredTensor], targets: Sequence[str]) -> None:
-        self._tensors = tensors
+    def __init__(
+        self, tensors: Mapping[str, StoredTensor], targets: Sequence[str], table: NameMap | None = None
+    ) -> None:
+        """`table` has the names of the running model, for targets that are no names of tensors."""
+        self._tensors, self._table = tensors, table
         self.prefix = Prefix()
         self.ambiguous: tuple[Prefix, ...] = ()
-        if targets and not any(self.find(target) for target in targets):
+        if targets and not any(self.stored(target) for target in targets):
             prefixes = self._prefixes([unwrapped(target) for target in targets])
             if len(prefixes) == 1:
                 self.prefix = prefixes[0]
             self.ambiguous = prefixes[1:] and prefixes
 
     def find(self, target: str) -> str | None:
-        """Return the base's name of a target; None if the base has no such tensor."""
+        """Return the base's name of a target; None if the base has no such tensor, or the target is several."""
         for name in (self.prefix.apply(target), self.prefix.apply(unwrapped(target))):
             for candidate in _stored_names(name):
                 if candidate in self._tensors:
                     return candidate
-        return None
+        slots = self.slots(target)
+        return slots[0].name if len(slots) == 1 and slots[0].is_whole else None
+
+    def slots(self, target: str) -> tuple[Slot, ...]:
+        """Return the stored tensors that a weight of the running model is made of; none if no table knows it."""
+        for name in {target: None, unwrapped(target): None} if self._table else ():
+            if self._table and (slots := self._table.stored(name)):
+                return slots
+        return ()
+
+    def stored(self, target: str) -> tuple[str, ...]:
+        """Return the names of all stored tensors that a target is made of."""
+        name = self.find(target)
+        return (name,) if name else tuple(slot.name for slot in self.slots(target))
 
     def settled(self, target: str) -> str:
         """Return a target without the names of training programs, unless the base has the target as it is."""

@@ -27,7 +27,7 @@ class Slot:
     concatenated in memory and apart on disk. None for all."""
     part: tuple[int, int] | None = None
     """The tensor's own outputs that hold them: for weights that are apart in memory and one tensor on disk.
-    None for all."""
+    Outputs of experts that lie in one tensor count on from expert to expert. None for all."""
     order: Sequence[int] | None = None
     """For each output of the slot on disk, the output of the slot in memory that it is, counted from the slot's
     first: a permutation, as of rotary embeddings. None if the order is the same."""
@@ -36,7 +36,13 @@ class Slot:
     experts: int = 0
     """The number of experts in the stack; 0 if the weight is no stack or is stored as one."""
     transposed: bool | None = None
-    """True if the tensor is stored as (in, out), False as (out, in); None if shapes tell."""
+    """True if the tensor is stored turned: as (in, out) where the model has (out, in), or the other way round.
+    None if shapes tell."""
+
+    @property
+    def is_whole(self) -> bool:
+        """True if the tensor is the weight, under another name."""
+        return self == Slot(self.name)
 
 
 class NameMap(Protocol):

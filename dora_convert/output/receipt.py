@@ -23,7 +23,6 @@ from ..settings import __version__
 from ..storage.filenames import RECEIPT, is_inside, is_plain
 from ..storage.json_files import Count, Dtype, Real, checked, one_of, read_json
 from ..storage.reader import Reader, xxh3
-from ..storage.refs import Source
 from ..storage.safetensors import CONFIG_DTYPES, StoredTensor, is_possible
 from .finished import TensorResult, copied_name, kept_name
 from .side_files import SideFile
@@ -77,6 +76,7 @@ class RecordedOptions(Struct, frozen=True, kw_only=True):
     exclude: tuple[str, ...]
     ignore_field: tuple[str, ...]
     ignore_file: tuple[str, ...] | UnsetType = UNSET
+    facts: dict[str, Any] | UnsetType = UNSET
 
 
 class MergedTensor(Struct, frozen=True, omit_defaults=True):
@@ -175,6 +175,7 @@ class Receipt(Struct, frozen=True, kw_only=True, omit_defaults=True):
         words += [f"--exclude {pattern}" for pattern in options.exclude]
         words += [f"--ignore-field {name}" for name in options.ignore_field]
         words += [f"--ignore-file {name}" for name in options.ignore_file or ()]
+        words += [f"--{name.replace('_', '-')} {_word(fact)}" for name, fact in (options.facts or {}).items()]
         return " ".join([*words, *(["--allow-unmatched"] if self.allows_unmatched else [])])
 
     def is_of(self, adapters: Sequence[Path]) -> bool:
@@ -230,9 +231,9 @@ def new_receipt(
         schema=1,
         verb="merge",
         versions={"dora_convert": __version__, "torch": computed["torch"].partition("+")[0]},
-        base=MergedBase(**_source(plan.base.source), hash=_base_hash(plan, results)),
+        base=MergedBase(**plan.base.source.facts, hash=_base_hash(plan, results)),
         adapters=tuple(
-            MergedAdapter(**_source(each.source), format=each.format, kind=each.kind, weight=weight, files=dict(files))
+            MergedAdapter(**each.source.facts, format=each.format, kind=each.kind, weight=weight, files=dict(files))
             for each, weight, files in zip(plan.adapters, plan.weights, hashes, strict=True)
         ),
         options=RecordedOptions(
@@ -244,6 +245,7 @@ def new_receipt(
             exclude=options.exclude,
             ignore_field=options.ignore_field,
             ignore_file=options.ignore_file or UNSET,
+            facts=msgspec.to_builtins(options.facts.given) or UNSET,
         ),
         tensors={item.name: _tensor(item, results) for item in plan.items if item.noted},
         copied=copied,
@@ -256,16 +258,14 @@ def new_receipt(
     )
 
 
-def _source(source: Source) -> dict[str, Any]:
-    return {"name": source.name, "repo": source.repo, "commit": source.commit}
+def _word(value: object) -> str:
+    return ",".join(str(each).lower() for each in value) if isinstance(value, list) else str(value)
 
 
 def _base_hash(plan: Plan, results: Mapping[str, TensorResult]) -> str:
     """Return the xxh3-128 over all headers of the base and the hashes of all contents that the merge read."""
-    lines = [
-        [tensor.name, tensor.dtype, tensor.shape, results[name].base_hash if name in results else None]
-        for name, tensor in sorted(plan.base.tensors.items())
-    ]
+    tensors, done = sorted(plan.base.tensors.items()), results
+    lines = [[t.name, t.dtype, t.shape, done[name].base_hash if name in done else None] for name, t in tensors]
     return xxhash.xxh3_128_hexdigest(json.dumps(lines).encode())
 
 

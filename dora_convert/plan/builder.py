@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import permutations
+from typing import TYPE_CHECKING
 
-from ..adapters import Adapter, Change, Decomposed, Delta, Full, Rows, Transform, Update, low_rank, tensors_of
+from ..adapters import Adapter, Change, Decomposed, Delta, Full, Rows, Transform, Update, tensors_of
 from ..errors import Fault
 from ..naming.resolve import NameResolver, Tie, explain_missing, is_embedding, is_head
 from ..storage.checkpoint import Checkpoint
@@ -14,24 +16,10 @@ from ..storage.reader import same_bytes
 from ..storage.safetensors import FLOATS, StoredTensor
 from .item import Edit, Item
 from .plan import Entry, Options
-from .shapes import Match, match_shape
+from .shapes import Match, TargetTensor, begins_elsewhere, is_copy, match_shape
 
-
-@dataclass
-class TargetTensor:
-    """One tensor of the output, as far as it has been decided."""
-
-    source: StoredTensor
-    base: StoredTensor | None
-    added: bool = False
-    rows: list[Rows] = field(default_factory=list)
-    edits: list[Edit] = field(default_factory=list)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The tensor's shape, with the rows that adapters add below those of `source`."""
-        new = [1 + max(rows.index, default=-1) for rows in self.rows]
-        return (max(self.source.shape[0], *new), *self.source.shape[1:]) if new else self.source.shape
+if TYPE_CHECKING:
+    from ..naming.slots import Slot
 
 
 class PlanBuilder:
@@ -52,7 +40,8 @@ class PlanBuilder:
         """The updates at fault that come from files beside the adapters, by file."""
         self._tied_changes: list[tuple[Change, tuple[str, ...], float]] = []
         """Changes to one side of the tie, or to both, and their weights; kept until all adapters are known."""
-        self._claimed: set[str] = set()  # by deltas of the adapter at hand
+        self._claimed: dict[str, list[tuple[float, float]]] = {}
+        """The outputs of tensors that additions of the adapter at hand are for."""
         self._names = {*base.tensors, *(name.rpartition(".")[0] for name in base.tensors)}
 
     def add(self, adapter: Adapter, names: NameResolver, weight: float) -> None:
@@ -69,15 +58,18 @@ class PlanBuilder:
     def _add_change(self, change: Change, adapter: Adapter, names: NameResolver, weight: float) -> None:
         """Apply one change, keep it until all adapters are known, or note why it cannot be applied."""
         update, name = change.update, names.find(change.target)
-        if self.tie and (name in (self.tie.embedding, self.tie.head) or is_head(change.target)):
+        if update.follows:
+            self._follow(change, name, names, weight)
+        elif self.tie and (name in (self.tie.embedding, self.tie.head) or is_head(change.target)):
             self._keep_tied(change, name, adapter, weight)
-        elif adapter.layers and (refusal := _begins_elsewhere(update)):
+        elif adapter.layers and (refusal := begins_elsewhere(update)):
             self._fault(update, refusal)
-        elif name and _turn(change) == 2 and name in self._claimed:
-            self._fault(update, f"changes {name}, which another tensor of the same adapter changes, too")
-        elif name:
-            self._claimed |= {name} if _turn(change) == 2 else set()
+        elif name and self._claims(change, name):
             self._apply(update, name, weight)
+        elif name:
+            self._fault(update, f"changes {name}, which another tensor of the same adapter changes, too")
+        elif slots := names.slots(change.target):
+            self._apply_parts(change, slots, weight)
         elif isinstance(update, Full) and update.may_add and not {change.module, change.target} & self._names:
             self.targets[change.target] = TargetTensor(update.value, None, added=True)
             self._names.add(change.target)
@@ -90,6 +82,43 @@ class PlanBuilder:
                 self._enter(update, "unmatched", (), why)
             else:
                 self._fault(update, why)
+
+    def _follow(self, change: Change, name: str | None, names: NameResolver, weight: float) -> None:
+        """Scale a bias as its weight is; a module without a bias has nothing to scale."""
+        from .following import followed
+
+        edit = followed(change.update, name, names, self.targets, self.item)
+        if isinstance(edit, str):
+            self.faults.append(Fault(change.target, edit))
+        elif edit and name:
+            self.targets[name].edits.append(replace(edit, weight=weight))
+
+    def _claims(self, change: Change, name: str, outputs: tuple[int, int] | None = None) -> bool:
+        """Note the outputs of a tensor that an addition is for; return False if the adapter changes them already."""
+        if _turn(change) < 2:
+            return True
+        first, last = outputs or (0, math.inf)
+        claimed = self._claimed.setdefault(name, [])
+        if any(first < end and start < last for start, end in claimed):
+            return False
+        claimed.append((first, last))
+        return True
+
+    def _apply_parts(self, change: Change, slots: Sequence[Slot], weight: float) -> None:
+        """Cut an update of a weight that is several tensors, and add each part to its tensor."""
+        from .cutting import cut
+
+        update = change.update
+        parts = cut(update, slots, self.base.tensors, self.base.model_types)
+        if isinstance(parts, str):
+            self._fault(update, parts)
+            return
+        for part in parts:
+            if not self._claims(change, part.name, part.outputs):
+                self._fault(update, f"changes {part.name}, which another tensor of the same adapter changes, too")
+                return
+            self._take(part.match, part.name, weight, part.outputs)
+        self._enter_merged(update, tuple(dict.fromkeys(part.name for part in parts)))
 
     def _told_apart(self, changes: Sequence[Change], names: NameResolver) -> Iterator[Change]:
         """Yield every change with one target.
@@ -106,7 +135,7 @@ class PlanBuilder:
             fitting = [
                 [replace(change, target=target, among=()) for change, target in zip(group, order, strict=True)]
                 for order in permutations(targets)
-                if all(self._fits(change.update, names.find(name)) for change, name in zip(group, order, strict=True))
+                if all(self._fits(change.update, name, names) for change, name in zip(group, order, strict=True))
             ]
             if len(fitting) == 1:
                 yield from fitting[0]
@@ -114,8 +143,14 @@ class PlanBuilder:
                 for change in group:
                     self._fault(change.update, f"may be for any of {', '.join(targets)}: shapes do not tell")
 
-    def _fits(self, update: Update, name: str | None) -> bool:
-        return name is not None and isinstance(self._match(update, name, self.targets[name].source.shape), Match)
+    def _fits(self, update: Update, target: str, names: NameResolver) -> bool:
+        if name := names.find(target):
+            return isinstance(self._match(update, name, self.targets[name].source.shape), Match)
+        if not (slots := names.slots(target)):
+            return False
+        from .cutting import cut
+
+        return not isinstance(cut(update, slots, self.base.tensors, self.base.model_types), str)
 
     def _match(self, update: Update, name: str, shape: tuple[int, ...]) -> Match | str:
         return match_shape(update, name, shape, self.targets[name].source.dtype, self.base.model_types)
@@ -124,7 +159,7 @@ class PlanBuilder:
         """Decide which sides of the tie a change is for, and keep the change."""
         assert self.tie
         embedding, head = self.tie.embedding, self.tie.head
-        if refusal := self.tie.refusal or _begins_elsewhere(change.update):
+        if refusal := self.tie.refusal or begins_elsewhere(change.update):
             self._fault(change.update, refusal)
             return
         on_embedding = name == embedding
@@ -132,7 +167,7 @@ class PlanBuilder:
         others = (c for c in adapter.changes if _turn(c) == _turn(change) and is_other_side(c.target))
         other = next(others, None)
         sides: tuple[str, ...] = (embedding, head)
-        if adapter.keeps_ties or (other and _is_copy(change.update, other.update)):
+        if adapter.keeps_ties or (other and is_copy(change.update, other.update)):
             if other and not on_embedding:
                 self._enter(change.update, "ignored", (), f"the same as for {embedding}, its tie")
                 return
@@ -161,30 +196,12 @@ class PlanBuilder:
             for side in into:
                 self._apply(change.update, side, weight, into)
         sides = (self.tie.embedding, self.tie.head)
-        for name, other in (sides, sides[::-1]) if self.untied else ():
-            self._resize(name, other)
+        if self.untied:
+            from .untied import resize
 
-    def _resize(self, name: str, other: str) -> None:
-        """Give one side of a former tie as many rows as an adapter's tensor for the other side has.
-
-        Its new rows are not in the adapter's file. They began as the other side's.
-        """
-        target, saved = self.targets[name], self.targets[other].source
-        if target.source is not target.base or saved is self.targets[other].base:
-            return
-        if (new := saved.shape[0]) < (height := target.shape[0]):
-            target.source = replace(target.source, shape=(new, *target.source.shape[1:]))
-        elif new > height:
-            start = saved.start + height * (saved.nbytes // new)
-            tail = replace(saved, shape=(new - height, *saved.shape[1:]), start=start)
-            target.rows.append(Rows(tail, tuple(range(height, new))))
-            for k, entry in enumerate(self.ledger):
-                if entry.tensor == saved.name and entry.into:
-                    self.ledger[k] = replace(entry, into=(*entry.into, name))
-            self.warnings.append(
-                f"{new - height} new rows of {name} are in no file: "
-                f"they are taken from the adapter's {other}, where they began"
-            )
+            for name, other in (sides, sides[::-1]):
+                if warning := resize(self.targets, self.ledger, name, other):
+                    self.warnings.append(warning)
 
     def _apply(self, update: Update, name: str, weight: float, into: tuple[str, ...] = ()) -> None:
         """Add an update to its tensor, or note why the update does not match."""
@@ -192,18 +209,23 @@ class PlanBuilder:
         shape = target.shape if isinstance(update, Rows) else target.source.shape
         if isinstance(update, Full) and (is_embedding(name) or is_head(name)):
             shape = (*update.value.shape[:1], *shape[1:])  # only an embedding or a head may have other rows
-        match self._match(update, name, shape):
-            case str(why):
-                self._fault(update, why)
-            case Match(Full() as full):
-                self._replace(full, name, weight)
-            case Match(Rows() as rows):
-                self._set_rows(rows, name, weight)
-            case Match(Transform() | Decomposed() | Delta() as edit, transposed, kernel):
-                target.edits.append(Edit(edit, transposed, weight, kernel=kernel))
+        match = self._match(update, name, shape)
+        if isinstance(match, Match):
+            self._take(match, name, weight)
+        else:
+            self._fault(update, match)
         if name == (into or (name,))[0]:  # one entry for both sides of a tie
-            fate = "replaced" if isinstance(update, (Full, Rows)) else "merged"
-            self._enter(update, fate, into or (name,), update.title)
+            self._enter_merged(update, into or (name,))
+
+    def _take(self, match: Match, name: str, weight: float, outputs: tuple[int, int] | None = None) -> None:
+        """Add a matched update to its tensor, for some of the tensor's outputs or for all."""
+        match match.update:
+            case Full() as full:
+                self._replace(full, name, weight)
+            case Rows() as rows:
+                self._set_rows(rows, name, weight)
+            case Transform() | Decomposed() | Delta() as edit:
+                self.targets[name].edits.append(Edit(edit, match.transposed, weight, outputs, match.kernel))
 
     def _replace(self, update: Full, name: str, weight: float) -> None:
         target = self.targets[name]
@@ -224,6 +246,9 @@ class PlanBuilder:
         if weight != 1:
             self._fault(update, f"replaces rows of {name}, which have no weight of {weight:g}")
         self.targets[name].rows.append(update)
+
+    def _enter_merged(self, update: Update, into: tuple[str, ...]) -> None:
+        self._enter(update, "replaced" if isinstance(update, Full | Rows) else "merged", into, update.title)
 
     def _enter(self, update: Update, fate: str, into: tuple[str, ...], why: str) -> None:
         self.ledger += [Entry(tensor.name, fate, into, why) for tensor in tensors_of(update)]
@@ -262,25 +287,8 @@ def _turn(change: Change) -> int:
     return 0 if isinstance(change.update, Full) else 1 if isinstance(change.update, Rows) else 2
 
 
-def _begins_elsewhere(update: Update) -> str | None:
-    """Return why an update to a weight that serves twice cannot be merged; None if it can."""
-    begun = update if isinstance(update, Full) else low_rank(update)
-    if begun and (start := begun.start):
-        return f"{start.value} changed a weight that serves twice: what training began with is not known"
-    return None
-
-
-def _is_copy(one: Update, other: Update) -> bool:
-    """Return True if an adapter brings the same tensor for both sides of a tie."""
-    match one, other:
-        case Full(value), Full(copy):
-            return same_bytes(value, copy)
-        case Rows(value, index), Rows(copy, numbers):
-            return index == numbers and same_bytes(value, copy)
-    return False
-
-
 def _stacked(tensor: StoredTensor, edits: Sequence[Edit]) -> StoredTensor:
     """Return edited experts as one matrix, one below the other; any other tensor as it is."""
-    stacked = any(edit.low and edit.low.experts for edit in edits)
+    lows = ((edit.low, edit.outputs) for edit in edits if edit.low)
+    stacked = any(low.experts or (outputs and len(tensor.shape) > len(low.A.shape)) for low, outputs in lows)
     return replace(tensor, shape=(tensor.numel // tensor.shape[2], tensor.shape[2])) if stacked else tensor

@@ -21,7 +21,7 @@ import xxhash
 
 from ..adapters import Adapter, Decomposed, Delta, Waived, tensors_of
 from ..errors import UsageError
-from ..settings import parse_size
+from ..settings import NO_FACTS, AdapterFacts, parse_size
 from ..storage.checkpoint import Checkpoint
 from ..storage.safetensors import BITS, CONFIG_DTYPES, StoredTensor
 from .item import Edit, Item
@@ -205,11 +205,12 @@ class Options:
     """Weight files beside adapters that are left out."""
     strict: bool = False
     """True if an adapter must hold all that its config says was trained."""
+    facts: AdapterFacts = NO_FACTS
 
     @property
     def waived(self) -> Waived:
-        """The parts of adapters that the caller does without."""
-        return Waived(self.ignore_field, self.ignore_file)
+        """The caller's words about adapters."""
+        return Waived(self.ignore_field, self.ignore_file, self.facts)
 
     @property
     def exact(self) -> bool:
@@ -262,7 +263,17 @@ def parse_options(given: Mapping[str, Any]) -> Options:
         ignore_file=given.get("ignore_file", ()),
         strict=given.get("strict", False),
         legacy_config=given.get("legacy_config", False),
+        facts=_facts(given),
     )
+
+
+def _facts(given: Mapping[str, Any]) -> AdapterFacts:
+    """Return the caller's facts about adapters, which few calls give."""
+    if all(given.get(name) in (None, ()) for name in ("alpha", "scaling", "axis", "enable_lora")):
+        return NO_FACTS
+    from ..adapters.facts import parse_facts
+
+    return parse_facts(given)
 
 
 def parse_weights(given: Sequence[float] | float, count: int) -> tuple[float, ...]:

@@ -32,6 +32,7 @@ def make_plan(base: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[f
     applied, and PlanError with every fault of every adapter otherwise.
     """
     refuse_quantised(base)
+    adapters = [_for_base(adapter, base) for adapter in adapters]
     tree = _with_layers(base, adapters)
     names = _resolvers(tree, adapters, options)
     tasks = [adapter.task for adapter in adapters if adapter.task]
@@ -94,6 +95,15 @@ def _warn_of_missing(
         for adapter, lacking in zip(adapters, missing, strict=True)
         if lacking
     )
+
+
+def _for_base(adapter: Adapter, base: Checkpoint) -> Adapter:
+    """Return an adapter with the base's names, and with all decided that its files leave to the base."""
+    if adapter.naming != "dotted":
+        from ..naming.flattened import with_base_names
+
+        adapter = with_base_names(adapter, base)
+    return adapter.fit(adapter, base) if adapter.fit else adapter
 
 
 def _with_layers(base: Checkpoint, adapters: Sequence[Adapter]) -> Checkpoint:
@@ -159,7 +169,7 @@ def _check(builder: PlanBuilder, items: Mapping[str, Item], base: Checkpoint, ad
         wrong = "contradict themselves, or " if any(adapter.faults for adapter in adapters) else ""
         beside = sum(map(len, builder.beside.values()))
         only = beside == len(faults) and len(builder.beside) == 1
-        what = f"tensors of {next(iter(builder.beside))}" if only else "adapter tensors"
+        what = f"tensors of {next(iter(builder.beside))}" if only else f"adapter tensors{_formats(adapters)}"
         hints = [f"--ignore-file {name} merges without it" for name in builder.beside]
         most = 2 * len(faults) >= sum(len(adapter.tensors) for adapter in adapters)
         if beside < len(faults) and most and not any(adapter.faults for adapter in adapters):
@@ -170,6 +180,12 @@ def _check(builder: PlanBuilder, items: Mapping[str, Item], base: Checkpoint, ad
     if not any(item.changed for item in items.values()):
         names = ", ".join(adapter.source.name for adapter in adapters)
         raise PlanError(f"Nothing to merge: no tensor of {names} is left to apply.")
+
+
+def _formats(adapters: Sequence[Adapter]) -> str:
+    """Return the formats of adapters that are not PEFT's, in brackets."""
+    names = {f"{each.format}, by {each.maker}" if each.maker else each.format for each in adapters}
+    return f" ({'; '.join(sorted(names))})" if names != {"peft"} else ""
 
 
 def _other_base(base: Checkpoint, adapters: Sequence[Adapter]) -> str:
@@ -254,14 +270,14 @@ def find_missing(
     shapes = {own: tensor.shape for name, tensor in base.tensors.items() if (own := names.in_adapter(name))}
     changes = [change for change in adapter.changes if not _is_frozen(change.update)]
     targets = [target for change in changes for target in (change.target, *change.among)]
-    covered = {names.find(target) for target in targets}
+    covered = {name for target in targets for name in names.stored(target)}
     if tie and covered & {tie.embedding, tie.head}:
         covered |= {tie.embedding, tie.head}
     has_experts = any(EXPERTS in target for target in targets)
     return sorted(
         name
         for name in set(adapter.promised(shapes, lambda name: len(shapes[name]) == 2 and _is_linear(name)))
-        if names.find(name) not in covered
+        if covered.isdisjoint(names.stored(name))
         and options.selects(name.rpartition(".")[0])
         and (has_experts or EXPERTS not in name)
         and not _is_past_the_last_layer(name, base)

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from ..adapters import Decomposed, Delta, Full, LowRank, Rows, Start, Transform, Update, transform_of
+from ..adapters import Decomposed, Delta, Full, LowRank, Rows, Start, Transform, Update, low_rank, transform_of
 from ..naming.families import CONV1D_MODELS, CONV1D_MODULES, TURNED_EXPERTS
 from ..naming.resolve import is_embedding, is_head
-from ..storage.safetensors import FLOATS
+from ..storage.reader import same_bytes
+from ..storage.safetensors import FLOATS, StoredTensor
+from .item import Edit
 
 Shape = tuple[int, ...]
 
@@ -24,6 +26,23 @@ class Match:
     update: Update
     transposed: bool = False
     kernel: int = 1
+
+
+@dataclass
+class TargetTensor:
+    """One tensor of the output, as far as it has been decided."""
+
+    source: StoredTensor
+    base: StoredTensor | None
+    added: bool = False
+    rows: list[Rows] = field(default_factory=list)
+    edits: list[Edit] = field(default_factory=list)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The tensor's shape, with the rows that adapters add below those of `source`."""
+        new = [1 + max(rows.index, default=-1) for rows in self.rows]
+        return (max(self.source.shape[0], *new), *self.source.shape[1:]) if new else self.source.shape
 
 
 def match_shape(update: Update, name: str, shape: Shape, dtype: str, model_types: frozenset[str]) -> Match | str:
@@ -137,6 +156,8 @@ def _match_experts(low: LowRank, shape: Shape, model_types: frozenset[str]) -> M
     count, rows, columns = shape
     straight = (low.outputs, *low.inputs) == (rows, columns)
     turned = (*low.inputs, low.outputs) == (rows, columns)
+    if low.transposed is not None:
+        straight, turned = straight and not low.transposed, turned and low.transposed
     if count != low.experts or not (straight or turned):
         return _wrong_factors(low, shape)
     if straight and turned:
@@ -152,3 +173,21 @@ def is_conv1d(tensor: str, model_types: frozenset[str]) -> bool:
     """Return True if transformers keeps a weight as Conv1D, by the model's type and the module's name."""
     module = tensor.rpartition(".")[0].rpartition(".")[2]
     return bool(model_types & CONV1D_MODELS) and module in CONV1D_MODULES
+
+
+def begins_elsewhere(update: Update) -> str | None:
+    """Return why an update to a weight that serves twice cannot be merged; None if it can."""
+    begun = update if isinstance(update, Full) else low_rank(update)
+    if begun and (start := begun.start):
+        return f"{start.value} changed a weight that serves twice: what training began with is not known"
+    return None
+
+
+def is_copy(one: Update, other: Update) -> bool:
+    """Return True if an adapter brings the same tensor for both sides of a tie."""
+    match one, other:
+        case Full(value), Full(copy):
+            return same_bytes(value, copy)
+        case Rows(value, index), Rows(copy, numbers):
+            return index == numbers and same_bytes(value, copy)
+    return False

@@ -78,6 +78,8 @@ class AdapterReport(Inspection):
     """The report on an adapter."""
 
     method: str
+    maker: str | None
+    """The program that wrote the files, if they tell more than the format's name."""
     base: str | None
     """The base's name in the adapter's config."""
     revision: str | None
@@ -137,7 +139,8 @@ def weights_table(weights: Iterable[Mapping[str, Any]]) -> Table:
 
 def about_adapter(report: AdapterReport, *, every: bool) -> Iterator[str]:
     """Yield the facts of an adapter, in a few lines."""
-    yield f"adapter: {report.title}, {report.method} in the {report.format} format"
+    maker = f", by {report.maker}" if report.maker else ""
+    yield f"adapter: {report.title}, {report.method} in the {report.format} format{maker}"
     base = f"{report.base}{f' at {report.revision}' if report.revision else ''}" if report.base else "not said"
     yield f"trained on: {base}{f', as {report.task}' if report.task else ''}"
     if report.layers:

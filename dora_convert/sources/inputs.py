@@ -18,10 +18,13 @@ from ..errors import RefError, UnsupportedError, UsageError
 from ..formats.detect import (
     ANCHORS,
     adapters_inside,
+    by_tensors,
     detect,
+    find_format,
     is_adapter_file,
     is_only_adapter,
     model_weights,
+    read_refused,
     refuse_adapter,
     wanted_of_adapter,
 )
@@ -31,6 +34,7 @@ from ..storage.refs import HubRef, Source, local_path, local_source, parse_ref
 from .session import Session
 
 Mode = Literal["brief", "headers", "whole", "local"]
+CONTENTS = "docs/formats.md lists the formats that are read"
 QUANTISED_NAME = re.compile(r"(?i)[-_.](unsloth-)?(bnb|gptq|awq|gguf|[48]-?bits?|int[48]|fp8|nf4)\b.*$")
 
 
@@ -55,6 +59,7 @@ def open_inputs(
     if base is not None:
         refuse_swapped(base, adapters, out, verb)
     opened = [open_adapter(ref, session, waived) for ref in adapters]
+    refuse_needless(opened, waived)
     for name in waived.files:
         if not any((adapter.source.path / name).is_file() for adapter in opened):
             raise UsageError(f"--ignore-file {name}: no adapter has a file of that name.")
@@ -89,14 +94,12 @@ def open_base(
         if mode != "whole":
             with suppress(UnsupportedError):  # torch's pickles have no headers that are read from the Hub
                 remote = look(parsed, what, session, whole=mode == "headers", weights=weights).checkpoint()
-                refuse_foreign_tensors(remote, what)
+                refuse_adapter_tensors(remote, what)
                 return remote
         source = fetch(parsed, what, wanted_of_base, session)
     else:
         source = local_source(parsed)
-    refuse_adapter(source.path, source.name)
-    if not (source.path / "config.json").exists():
-        refuse_foreign(source, what, is_base=True)
+    refuse_adapter(source.path, f"{what} {source.name}")
     checkpoint = open_checkpoint(source, unfinished=mode == "local")
     _refuse_links(checkpoint.root, checkpoint, session)
     return checkpoint
@@ -105,8 +108,17 @@ def open_base(
 def open_adapter(ref: str, session: Session, waived: Waived = NOTHING) -> Adapter:
     """Open an adapter; what is waived is left out."""
     adapter = read_adapter(find_adapter(ref, session), waived)
-    _refuse_links(adapter.source.path, adapter, session)
+    path = adapter.source.path
+    _refuse_links(path if path.is_dir() else path.parent, adapter, session)
     return adapter
+
+
+def refuse_needless(adapters: Sequence[Adapter], waived: Waived) -> None:
+    """Raise UsageError for a fact that no adapter lacks."""
+    for name in waived.facts.given:
+        if not any(name in find_format(adapter.format).TAKES for adapter in adapters):
+            formats = ", ".join(sorted({adapter.format for adapter in adapters}))
+            raise UsageError(f"--{name.replace('_', '-')} is for files that lack it; those of {formats} do not.")
 
 
 def _refuse_links(root: Path, opened: Checkpoint | Adapter, session: Session) -> None:
@@ -137,43 +149,22 @@ def find_adapter(ref: str, session: Session) -> Source:
 
 
 def read_adapter(source: Source, waived: Waived = NOTHING) -> Adapter:
-    """Recognise the format of an adapter folder and read its headers.
+    """Recognise the format of an adapter, a folder or a file, and read its headers.
 
-    Raises RefError if no format recognises the folder, and the errors of the format.
+    Raises RefError if no format recognises it, and the errors of the format.
     """
     if not (known := detect(source.path)):
-        refuse_foreign(source)
         raise _not_an_adapter(source)
-    folder = source.path if source.path.is_dir() else source.path.parent
+    adapter = known.read(source, waived)
+    folder = adapter.source.path
     names = [name for name in list_files(folder) if is_adapter_file(name) or is_tokenizer_file(name)]
-    states = file_states(folder / name for name in names)
-    try:
-        return replace(known.read(source, waived), states=states)
-    except UnsupportedError:
-        refuse_foreign(source)
-        raise
+    return replace(adapter, states=file_states([*(folder / name for name in names), *adapter.files]))
 
 
-def refuse_foreign(source: Source, what: str = "ADAPTER", *, is_base: bool = False) -> None:
-    """Raise an error that names the tool, if a tool wrote this adapter whose format is not read."""
-    from ..formats.foreign import name_foreign
-
-    if not (tool := name_foreign(source.path)):
-        return
-    if is_base:
-        raise RefError(f"{what} {source.name} is an adapter ({tool}), not a model.")
-    raise UnsupportedError(
-        f"{what} {source.name} is an adapter in the format of {tool}, which is not read yet.",
-        hint="convert it to PEFT's format, or merge it with the tool that wrote it",
-    )
-
-
-def refuse_foreign_tensors(checkpoint: Checkpoint, what: str) -> None:
+def refuse_adapter_tensors(checkpoint: Checkpoint, what: str) -> None:
     """Raise RefError if the tensors of a checkpoint on the Hub are those of an adapter."""
-    from ..formats.foreign import name_tensors
-
-    if tool := name_tensors(checkpoint.tensors):
-        raise RefError(f"{what} {checkpoint.source.name} is an adapter ({tool}), not a model.")
+    if checkpoint.config is None and (known := by_tensors(checkpoint.tensors)):
+        raise RefError(f"{what} {checkpoint.source.name} is an adapter ({known.NAME}), not a model.")
 
 
 def read_or_refuse(source: Source, waived: Waived) -> tuple[Adapter, UnsupportedError | None]:
@@ -182,18 +173,17 @@ def read_or_refuse(source: Source, waived: Waived) -> tuple[Adapter, Unsupported
     try:
         return read_adapter(source, waived), None
     except UnsupportedError as error:
-        refuse_foreign(source)
         assert known
-        return known.read_refused(source, waived), error
+        return read_refused(known, source, waived), error
 
 
 def _not_an_adapter(source: Source) -> RefError:
     """Return an error that says what the folder is instead, and where the adapter might be."""
-    root, lacking = source.path, f"has no {' or '.join(ANCHORS)}"
-    if root.is_file() and not detect(root.parent):
-        return RefError(f"ADAPTER {source.name} is not an adapter: one is a folder with {' or '.join(ANCHORS)}.")
-    if root.is_file():
+    root, lacking = source.path, f"has no {ANCHORS[0]}, and no other file of an adapter of a known format"
+    if root.is_file() and detect(root.parent):
         return RefError(f"ADAPTER {source.name} is a file; name the folder it lies in.", hint=str(root.parent))
+    if root.is_file():
+        return RefError(f"ADAPTER {source.name} is not an adapter of a known format.", hint=CONTENTS)
     if below := adapters_inside(root):
         return RefError(
             f"ADAPTER {source.name} {lacking}, but these folders inside it do: {', '.join(below[:10])}.",

@@ -14,6 +14,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from ..errors import RefError
@@ -55,6 +56,11 @@ class Source:
     def hub(self) -> HubRef:
         """The repo at its commit."""
         return HubRef(str(self.repo), self.commit, self.subfolder)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The fields of a receipt."""
+        return {"name": self.name, "repo": self.repo, "commit": self.commit}
 
     @property
     def title(self) -> str:

@@ -65,6 +65,11 @@ class StoredTensor:
         return 0
 
     @property
+    def coded(self) -> bool:
+        """True if the bytes on disk are not the values: other tensors hold scales of them."""
+        return False
+
+    @property
     def numel(self) -> int:
         """Number of elements; 1 for a scalar."""
         return math.prod(self.shape)

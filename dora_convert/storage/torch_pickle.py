@@ -71,14 +71,13 @@ class _Tensor(NamedTuple):
 
 
 _DTYPES = {
-    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "complex64": "C64",
-    "bool": "BOOL", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8",
-    "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8",
-    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0",
-    "float8_e4m3fnuz": "F8_E4M3FNUZ", "float8_e5m2fnuz": "F8_E5M2FNUZ",
-    "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
-    "ComplexFloatStorage": "C64", "BoolStorage": "BOOL", "LongStorage": "I64", "IntStorage": "I32",
-    "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8", "UntypedStorage": "U8",
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "complex64": "C64", "bool": "BOOL",
+    "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint64": "U64", "uint32": "U32", "uint16": "U16",
+    "uint8": "U8", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0",
+    "float8_e4m3fnuz": "F8_E4M3FNUZ", "float8_e5m2fnuz": "F8_E5M2FNUZ", "DoubleStorage": "F64", "FloatStorage": "F32",
+    "HalfStorage": "F16", "BFloat16Storage": "BF16", "ComplexFloatStorage": "C64", "BoolStorage": "BOOL",
+    "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8",
+    "UntypedStorage": "U8",
 }  # fmt: skip
 """torch's dtypes, and its storages from the time when each dtype had its own."""
 
@@ -188,14 +187,16 @@ _OPCODES: dict[str, Callable[[_Machine, Any], object]] = {
 }
 
 
-def read_pickle(path: Path) -> Header:
+def read_pickle(path: Path, within: Sequence[str] = ()) -> Header:
     """Locate the tensors of one file; several may share bytes, and gaps lie between them.
 
-    Raises MalformedError or UnsupportedError for all but a flat dict of names and contiguous tensors.
+    The dict may lie under a key in `within`. Raises MalformedError or UnsupportedError for all but a flat dict of
+    names and contiguous tensors.
     """
     try:
         with open_file(path) as file:
             tree, starts = _read(path, path.stat().st_size, file)
+        tree = next((tree[key] for key in within if type(tree) is dict and type(tree.get(key)) is dict), tree)
         tensors = [_stored(path, name, value, starts) for name, value in _entries(path, tree).items()]
     except DoraConvertError:
         raise
@@ -269,9 +270,8 @@ def _entries(path: Path, tree: Any) -> dict[str, _Tensor]:
         if type(value) is dict and any(isinstance(item, _Tensor) for item in value.values()):
             hint = f"Load it where you trust it, and save what is under {shown(name)} on its own."
             raise UnsupportedError(f"{path} keeps its tensors under the key {shown(name)}.", hint=hint)
-    for name, value in tree.items():
-        if not isinstance(value, _Tensor):
-            raise UnsupportedError(f"{path}: {shown(name)} is not a tensor ({_kind(value)}).")
+    if odd := next((name for name, value in tree.items() if not isinstance(value, _Tensor)), None):
+        raise UnsupportedError(f"{path}: {shown(odd)} is not a tensor ({_kind(tree[odd])}).")
     return tree
 
 
@@ -286,8 +286,8 @@ def _stored(path: Path, name: str, tensor: _Tensor, starts: Mapping[str, int]) -
     steps = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
     contiguous = 0 in shape or all(n == 1 or a == b for n, a, b in zip(shape, stride, steps, strict=True))
     if view or not contiguous:
-        hint = "Save it again with .resolve_conj().resolve_neg().contiguous()."
-        raise UnsupportedError(f"{path}: {shown(name)} is a transposed, strided or lazy view.", hint=hint)
+        what, hint = f"{path}: {shown(name)}", "Save it again with .resolve_conj().resolve_neg().contiguous()."
+        raise UnsupportedError(f"{what} is a transposed, strided or lazy view.", hint=hint)
     kind = dtype.name if dtype else storage.dtype
     first = 0 if 0 in shape else offset * BITS[kind] // 8
     stored = StoredTensor(name, kind, shape, path, starts[storage.key] + first)

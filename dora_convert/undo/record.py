@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..adapters import Adapter
+from ..adapters.facts import parse_facts
 from ..errors import Fault, MalformedError, RefError, UsageError
 from ..output.receipt import BaseLayout, BaseShard, MergedAdapter, MergedBase, Receipt, RecordedOptions, read_receipt
 from ..plan.plan import Options
@@ -72,6 +73,7 @@ class MergeRecord:
             allow_unmatched=not self.assumed,
             ignore_field=options.ignore_field,
             ignore_file=options.ignore_file or (),
+            facts=parse_facts(options.facts or {}),
         )
 
     def file(self, name: str) -> bytes | None:

@@ -23,8 +23,8 @@ refused by name, never merged wrongly: see `config.py`.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,24 +53,28 @@ from .modules import (
 
 if TYPE_CHECKING:
     from ...adapters.new_adapter import Writer
+    from ...storage.file_view import FileView
     from .beside import ReadBeside
     from .kinds import KindReader
 
-__all__ = ["ANCHOR", "LIBRARY", "NAME", "WEIGHTS", "owns", "read", "read_refused", "recognises", "writer"]
+__all__ = ["LIBRARY", "NAME", "TAKES", "WEIGHTS", "is_config", "read", "read_refused", "recognises", "writer"]
 
 NAME = LIBRARY = "peft"
-ANCHOR = CONFIG
+TAKES: tuple[str, ...] = ()
+OF_TORCHTUNE = {"r", "lora_alpha", "target_modules", "peft_type", "base_model_name_or_path"}
+"""The fields of the config that torchtune writes for PEFT, which has no others."""
 _OF_TRAINING = re.compile(r"\.(lora_velora_embed|lora_monteclora_sampler)\b")
 
 
-def recognises(names: Sequence[str], path: Path | None) -> bool:
-    """Return True for a PEFT adapter's folder."""
-    return CONFIG in names and (path is None or path.is_dir())
+def is_config(raw: Mapping[str, Any]) -> bool:
+    """Return True for the content of PEFT's adapter_config.json, by its method and its fields."""
+    return raw.get("peft_type") not in (None, "DORA") and raw.keys() != OF_TORCHTUNE
 
 
-def owns(name: str) -> bool:
-    """Return True if a file is PEFT's."""
-    return name.startswith("adapter_") and "/" not in name
+def recognises(view: FileView) -> bool:
+    """Return True for a PEFT adapter's folder, or for the weight file in it."""
+    named = not view.lone or any(name in WEIGHTS for name in view.names)
+    return named and view.has(CONFIG) and (not view.folder or is_config(view.config))
 
 
 def read(source: Source, waived: Waived = NOTHING) -> Adapter:
@@ -78,6 +82,7 @@ def read(source: Source, waived: Waived = NOTHING) -> Adapter:
 
     Raises MalformedError for values of a wrong type, UnsupportedError for known kinds that are refused.
     """
+    source = _folder(source)
     raw = read_json(source.path / CONFIG)
     reader = _reader(raw, source)
     if reader:
@@ -141,8 +146,14 @@ def _beside(folder: Path, waived: Waived, adapter: _SortedTensors) -> list[ReadB
     return files
 
 
+def _folder(source: Source) -> Source:
+    """Return an adapter's folder for the weight file in it."""
+    return replace(source, path=source.path.parent) if source.path.is_file() else source
+
+
 def read_refused(source: Source, waived: Waived = NOTHING) -> Adapter:
     """Read an adapter without refusing any field; of an unsupported method, read the tensors alone."""
+    source = _folder(source)
     raw = read_json(source.path / CONFIG)
     try:
         return read(source, Waived(tuple(raw), waived.files))

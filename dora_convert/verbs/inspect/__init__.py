@@ -12,18 +12,18 @@ from typing_extensions import Unpack
 
 from ...adapters import Adapter, Change, Decomposed, Delta, Full, LowRank, Rows, Waived, tensors_of, transform_of
 from ...errors import DoraConvertError, Fault, PlanError, RefError, UnsupportedError, UsageError
-from ...formats.detect import adapters_inside, detect, is_adapter_file, model_weights
+from ...formats.detect import adapters_inside, detect, model_weights
 from ...options import InspectOptions
 from ...output.lineage import doubts
 from ...plan.plan import Options, Plan, parse_options
 from ...plan.planner import make_plan
 from ...reports.checkpoint import CheckpointReport
 from ...reports.inspect import AdapterReport, Landing, Module
-from ...sources.inputs import open_base, read_adapter, read_or_refuse, refuse_foreign, refuse_foreign_tensors
+from ...sources.inputs import open_base, read_adapter, read_or_refuse, refuse_adapter_tensors
 from ...sources.remote_headers import RefListing, look
 from ...sources.session import Session
 from ...storage.checkpoint import Checkpoint
-from ...storage.refs import PathLike, Source, local_path, local_source, parse_ref
+from ...storage.refs import PathLike, Source, local_path, parse_ref
 from .. import takes
 from .census import census, common, fold
 
@@ -42,27 +42,18 @@ def inspect(
     started, ref, base = time.monotonic(), os.fspath(ref), None if base is None else os.fspath(base)
     with Session(options["token"], cache=options["cache"]) as session:
         listing = look(parse_ref(ref), "REF", session)
-        source = _folder_of_adapter(listing.source)
+        source = listing.source
         if detect(source.path):
             against = None if base is None else open_base(base, "BASE", session, "brief")
             waived = parse_options(options).waived
             return _describe_adapter(source, listing.names, against, waived, started)
-        if not (source.path / "config.json").exists():
-            refuse_foreign(source, "REF")
         checkpoint = _open(listing)
-        refuse_foreign_tensors(checkpoint, "REF")
+        refuse_adapter_tensors(checkpoint, "REF")
     if base is not None:
         swapped = detect(local_path(base, "BASE"))
         hint = shlex.join(["dora-convert", "inspect", base, "--base", ref])
         raise UsageError(f"REF {ref} is a model; --base is for adapters.", hint=hint if swapped else None)
     return census(checkpoint, started)
-
-
-def _folder_of_adapter(source: Source) -> Source:
-    """Return an adapter's folder for the name of a file inside the folder; any other source as it is."""
-    folder = source.path.parent
-    inside = source.path.is_file() and is_adapter_file(source.path.name)
-    return local_source(folder) if inside and detect(folder) else source
 
 
 def _open(listing: RefListing) -> Checkpoint:
@@ -86,6 +77,7 @@ def _describe_adapter(
     return AdapterReport(
         kind="adapter",
         format=adapter.format,
+        maker=adapter.maker,
         method=adapter.kind,
         base=adapter.base,
         revision=adapter.revision,

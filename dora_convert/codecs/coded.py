@@ -1,0 +1,90 @@
+"""Describe a coded tensor: a dense weight whose bytes are codes, scales and other parts on disk.
+
+A `Scheme` knows how parts become values. Each file of this room builds schemes for one kind of quantisation
+from headers and configs. Torch is imported when values are decoded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+from ..storage.safetensors import BITS, StoredTensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CHUNK_ELEMENTS = 1 << 16
+"""Elements that are decoded together: the steps between code and value stay in a processor's cache."""
+STRIP_BYTES = 4 << 20
+"""Bytes of a strip of columns that are read together, where rows of the weight are columns on disk."""
+
+
+class PartReader(Protocol):
+    """Reads parts of coded tensors as bytes, on the device that decodes them."""
+
+    def rows(self, part: StoredTensor, start: int, stop: int) -> Tensor:
+        """Return rows of a part, seen as a matrix with its own last dimension: uint8 (rows, bytes of a row)."""
+
+    def columns(self, part: StoredTensor, start: int, stop: int) -> Tensor:
+        """Return bytes `start` to `stop` of every row of a part: uint8 (rows, stop − start)."""
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """One way to code a tensor: its title for reports, and the arithmetic between parts and values."""
+
+    title: str
+    """The kind in a few words, such as "fp8, blocks of 128 × 128"."""
+
+    writes: ClassVar[str] = "never"
+    """"back" if merged weights are coded again by default, "asked" if only --requantize does, or "never"."""
+
+    @property
+    def step(self) -> int:
+        """The rows that share a scale: blocks of a write-back are multiples of them; 0 for all rows."""
+        return 1
+
+    def decode(self, tensor: CodedTensor, read: PartReader, start: int, stop: int) -> Tensor:
+        """Return rows of the dense weight's matrix in float64: (stop − start, columns)."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True)
+class CodedTensor(StoredTensor):
+    """A dense weight that is decoded as it is read; `path` and `start` are those of its codes."""
+
+    scheme: Scheme
+    parts: Mapping[str, StoredTensor] = field(hash=False, compare=False)
+    """The stored tensors by role: codes, scale, and whatever else the scheme has."""
+
+    @property
+    def coded(self) -> bool:
+        """True: the bytes on disk are not the values."""
+        return True
+
+    @property
+    def columns(self) -> int:
+        """Elements of a row: the last dimension."""
+        return self.shape[-1] if self.shape else 1
+
+    def named(self, role: str) -> str:
+        """Return the name on disk of a part."""
+        return self.parts[role].name
+
+
+def as_matrix(part: StoredTensor) -> StoredTensor:
+    """Return a part as bytes: (rows, bytes of a row), all dimensions but the last as rows."""
+    columns = part.shape[-1] if part.shape else 1
+    return as_bytes_of(part, part.numel // max(1, columns))
+
+
+def as_bytes_of(part: StoredTensor, rows: int) -> StoredTensor:
+    """Return a part as a matrix of bytes with some number of rows."""
+    return replace(part, dtype="U8", shape=(rows, part.nbytes // max(1, rows)))
+
+
+def bytes_each(part: StoredTensor) -> int:
+    """Return the bytes of one element."""
+    return BITS[part.dtype] // 8

@@ -1,0 +1,73 @@
+"""Turn bytes into numbers: packed integers, small floats, powers of two. Everything comes out as float64."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+"""The values of the 4-bit float of mxfp4 and nvfp4, by code."""
+
+TORCH_NAMES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2", "I8": "int8", "U8": "uint8", "I16": "int16", "I32": "int32", "I64": "int64",
+}  # fmt: skip
+"""torch's names of the dtypes that parts have."""
+
+
+def unpack(raw: Tensor, bits: int, count: int) -> Tensor:
+    """Return unsigned integers of some bits that lie in rows of bytes without gaps, the low bits first.
+
+    `raw` is uint8 (rows, bytes); the result has (rows, count), as uint8.
+    """
+    import torch
+
+    if bits == 8:
+        return raw[:, :count]
+    if 8 % bits == 0:
+        parts = [raw >> shift & (1 << bits) - 1 for shift in range(0, 8, bits)]
+        return torch.stack(parts, dim=-1).flatten(1)[:, :count]
+    first = torch.arange(count, device=raw.device) * bits
+    wide = torch.nn.functional.pad(raw, (0, 1)).to(torch.int32)
+    pair = wide[:, first // 8] | wide[:, first // 8 + 1] << 8
+    return (pair >> first % 8 & (1 << bits) - 1).to(torch.uint8)
+
+
+def values(raw: Tensor, dtype: str) -> Tensor:
+    """Return bytes of a stored dtype as float64; exponents (F8_E8M0) as powers of two."""
+    import torch
+
+    if dtype == "F8_E8M0":
+        return power(raw)
+    return raw.contiguous().view(getattr(torch, TORCH_NAMES[dtype])).to(torch.float64)
+
+
+def power(raw: Tensor) -> Tensor:
+    """Return 2^(b − 127) for bytes b; 255 is NaN."""
+    import torch
+
+    bits = raw.to(torch.int64).add_(1023 - 127) << 52  # float64's own exponent
+    return bits.view(torch.float64).masked_fill(raw == 255, torch.nan)
+
+
+def looked_up(codes: Tensor, table: tuple[float, ...]) -> Tensor:
+    """Return a table's values for codes, in float64."""
+    return _table(table, codes.device)[codes.long()]
+
+
+@cache
+def _table(values: tuple[float, ...], device: torch.device) -> Tensor:
+    import torch
+
+    return torch.tensor(values, dtype=torch.float64, device=device)
+
+
+def spread(scale: Tensor, columns: int, group: int) -> Tensor:
+    """Return one number for each column from one for each group of columns: (rows, columns)."""
+    if scale.shape[1] == 1:
+        return scale
+    return scale.repeat_interleave(group, dim=1)[:, :columns]

@@ -1,0 +1,89 @@
+"""Name the tools whose adapters are not merged, by their files, and say why.
+
+A format that is read has a file of its own. Here is one line for each of the others.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from ..adapters import NOTHING, Adapter, Waived
+from ..adapters.parts import Findings
+from ..errors import UnsupportedError
+from ..storage.file_view import FileView
+from ..storage.refs import Source
+from ..storage.safetensors import StoredTensor
+
+NAME = "refused"
+LIBRARY = ""
+TAKES: tuple[str, ...] = ()
+
+
+class Signature(NamedTuple):
+    """One tool, a regular expression for names of its tensors, and the reason for which they are not merged."""
+
+    tool: str
+    tensors: str
+    why: str
+
+
+NOT_YET = "which is not read yet"
+ADDS = "which adds modules to the model: no single weight equals it"
+SIGNATURES = (
+    Signature("PEFT without adapter_config.json", r"^base_model\.model\..*\.lora_[AB]\.", "which has rank and alpha"),
+    Signature("Megatron", r"\.adapter\.(linear_in|linear_out)\.weight$|\.weight_magnitude$",
+              "whose fused and sharded modules are not read: export it to PEFT's format with Megatron-Bridge"),
+    Signature("KerasHub", r"lora_kernel_[ab]", NOT_YET),
+    Signature("LyCORIS' sparse bias", r"\.bias_indices$", NOT_YET),
+    Signature("X-LoRA", r"internal_xlora", "which chooses among adapters per token: no single weight equals it"),
+    Signature("AdapterHub", r"\.(adapters|prefix_tunings)\.", ADDS),
+    Signature("MLX's fused layers", r"\.lora_[ab]\.\d+$", NOT_YET),
+    Signature("LoRA in a form without a name", r"\.lora_?[ABab]\b|\.lora_(up|down)\b|_lora_[ab]\b", NOT_YET),
+)  # fmt: skip
+"""The first line that matches any tensor counts."""
+_GGUF_ADAPTER = re.compile(rb"GGUF.*general\.type\x08\x00{3}\x07\x00{7}adapter", re.DOTALL)
+GGUF = Signature("GGUF (llama.cpp)", "", "whose factors are often rounded: name the adapter that it was made from")
+_HEAD = 1 << 16
+
+
+def recognises(view: FileView) -> bool:
+    """Return True for the files of a tool in the table."""
+    return _find(view) is not None
+
+
+def _find(view: FileView) -> Signature | None:
+    for name in view.names if view.folder else ():
+        if name.endswith(".gguf"):
+            with view.path(name).open("rb") as file:
+                if _GGUF_ADAPTER.match(file.read(_HEAD)):
+                    return GGUF
+    for name in view.candidates:
+        if found := _of(view.tensors(name)):
+            return found
+    return None
+
+
+def _of(tensors: Mapping[str, StoredTensor]) -> Signature | None:
+    return next((one for one in SIGNATURES if any(re.search(one.tensors, name) for name in tensors)), None)
+
+
+def read(source: Source, waived: Waived = NOTHING) -> Adapter:  # noqa: ARG001 - read by no words
+    """Raise UnsupportedError, with the tool and the reason."""
+    view = FileView.of(source.path)
+    found = _find(view)
+    assert found
+    raise UnsupportedError(
+        f"ADAPTER {source.name} is an adapter in the format of {found.tool}, {found.why}.",
+        hint="docs/formats.md lists the formats that are read",
+    )
+
+
+def read_refused(source: Source, waived: Waived) -> Adapter:  # noqa: ARG001 - as `read`
+    """Return an adapter with its tensors and the name of its tool, and no changes."""
+    view = FileView.of(source.path)
+    found = _find(view)
+    files = [name for name in view.weights if view.tensors(name)]
+    maker = found.tool if found else None
+    return Findings().adapter(view, files, source, format=NAME, kind="unknown", maker=maker)

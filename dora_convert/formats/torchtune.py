@@ -1,0 +1,192 @@
+"""Read torchtune's adapters: its own `adapter_model.pt`, and the PEFT files that it writes beside, repaired.
+
+The own file has the model's names in torchtune (`layers.0.attn.q_proj`), for a weight of (out, in):
+
+    .lora_a.weight (r, in)   .lora_b.weight (out, r)   .magnitude (out)
+
+The scaling is alpha/r; `adapter_config.json` beside the file has alpha, the file itself has not. In the models of
+Meta's family, rows of q_proj and k_proj lie in Meta's order: the two halves of each head's rotary pairs alternate.
+
+The PEFT files need three repairs. The config does not say use_dora. The magnitudes of q_proj and k_proj keep Meta's
+order. In Qwen's models, whose base is not reordered, the exporter reorders lora_B all the same. torchtune computes
+the bias inside the norm, so the bias follows its weight.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+
+from ..adapters import NOTHING, Adapter, Change, Decomposed, LowRank, Update, Waived
+from ..adapters.facts import Scaling
+from ..adapters.parts import Findings, Parts, follow, sort_parts, wrong_parts
+from ..errors import RefError, UnsupportedError
+from ..storage.checkpoint import Checkpoint
+from ..storage.file_view import CONFIG, FileView
+from ..storage.refs import Source
+from ..storage.safetensors import StoredTensor
+from ..storage.stored_view import view as view_of
+
+NAME = "torchtune"
+LIBRARY = "torchtune"
+TAKES = ("alpha", "scaling")
+OWN = "adapter_model.pt"
+_CHECKPOINT = re.compile(r"adapter_\d+\.pt")
+PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+ENDS: Mapping[str, str] = {
+    ".lora_a.weight": "A", ".lora_b.weight": "B", ".magnitude": "m",
+    ".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_magnitude_vector": "m",
+}  # fmt: skip
+FIELDS = {"r", "lora_alpha", "target_modules", "peft_type", "base_model_name_or_path"}
+"""The fields of the config that torchtune writes, which has no others."""
+PREFIX = "base_model.model."
+MODULES = {
+    "attn.q_proj": "self_attn.q_proj", "attn.k_proj": "self_attn.k_proj", "attn.v_proj": "self_attn.v_proj",
+    "attn.output_proj": "self_attn.o_proj", "mlp.w1": "mlp.gate_proj", "mlp.w2": "mlp.down_proj",
+    "mlp.w3": "mlp.up_proj",
+}  # fmt: skip
+"""torchtune's names inside a layer, and those of the Hub."""
+ROTARY = (".q_proj", ".k_proj")
+META = frozenset({"llama", "mistral", "gemma", "gemma2", "mixtral"})
+"""Families whose q and k torchtune reorders as Meta did."""
+PLAIN = frozenset({"qwen2", "qwen3", "phi3"})
+"""Families whose rows torchtune leaves in order."""
+
+
+def recognises(view: FileView) -> bool:
+    """Return True for torchtune's file, or for the config and the PEFT files that it writes."""
+    if view.config.keys() == FIELDS and any(view.has(name) for name in (OWN, *PEFT_FILES)):
+        return not view.lone or any(name in (OWN, *PEFT_FILES) for name in view.names)
+    return view.find(_is_torchtune) is not None
+
+
+def _is_torchtune(tensors: Mapping[str, StoredTensor]) -> bool:
+    return any(name.endswith(".lora_a.weight") for name in tensors)
+
+
+def read(source: Source, waived: Waived = NOTHING) -> Adapter:
+    """Read torchtune's own file if there is one, else the PEFT files; UnsupportedError without alpha."""
+    view = FileView.of(source.path)
+    if view.lone and view.folder and view.config.keys() == FIELDS:
+        view = FileView.of(view.folder)
+    file = _file(view, source)
+    tensors = {name.removeprefix(PREFIX): tensor for name, tensor in view.need(file).tensors.items()}
+    modules, rest = sort_parts(tensors, ENDS)
+    findings, scaling = Findings(), Scaling(waived.facts, "torchtune's adapter_model.pt", "16, with rank 8")
+    exported = not _is_torchtune(tensors)
+    known = view.config.get("lora_alpha")
+    alpha = float(known) if isinstance(known, int | float) else None
+    for module, parts in modules.items():
+        if why := wrong_parts(parts, {"A", "B"}, ENDS):
+            findings.fault(parts.values(), why)
+        else:
+            findings.changes.append(_change(module if exported else hub_name(module), parts, scaling, alpha))
+    findings.fault(rest.values(), "is not part of a LoRA of torchtune's form")
+    is_dora = any(isinstance(change.update, Decomposed) for change in findings.changes)
+    base = view.config.get("base_model_name_or_path")
+    return findings.adapter(
+        view,
+        [*([CONFIG] if view.has(CONFIG) else []), file],
+        source,
+        format=NAME,
+        kind="DoRA" if is_dora else "LoRA",
+        maker="torchtune, exported for PEFT" if exported else None,
+        base=base if isinstance(base, str) and base else None,
+        fit=partial(fit, exported=exported),
+    )
+
+
+def _file(view: FileView, source: Source) -> str:
+    """Return the file with the tensors: torchtune's own before the PEFT file."""
+    numbered = sorted((name for name in view.names if _CHECKPOINT.fullmatch(name)), key=lambda name: int(name[8:-3]))
+    for name in (OWN, *PEFT_FILES):
+        if view.has(name):
+            return name
+    others = [name for name in view.candidates if _is_torchtune(view.tensors(name))]
+    if numbered or len(others) == 1:
+        return (numbered or others)[-1]
+    raise RefError(f"{source.name} holds several adapters: {', '.join(others)}.", hint="name one of the files")
+
+
+def hub_name(module: str) -> str:
+    """Return the Hub's name of a module of torchtune's models."""
+    if match := re.fullmatch(r"(?:decoder\.)?layers\.(\d+)\.(.+)", module):
+        return f"model.layers.{match[1]}.{MODULES.get(match[2], match[2])}"
+    return {"output": "lm_head", "tok_embeddings": "model.embed_tokens"}.get(module, module)
+
+
+def _change(module: str, parts: Parts, scaling: Scaling, alpha: float | None) -> Change:
+    """Return the change of a module's weight, in the order of the file's rows."""
+    scale, rule = scaling.of(parts["A"].shape[0], alpha)
+    low = LowRank(parts["A"], parts["B"], scale, transposed=False)
+    update: Update = Decomposed(low, parts["m"]) if "m" in parts else low
+    return Change(f"{module}.weight", update, rule=rule)
+
+
+def fit(adapter: Adapter, base: Checkpoint, *, exported: bool) -> Adapter:
+    """Return an adapter with all rows in the base's order, and with the biases of a DoRA.
+
+    Raises UnsupportedError for a base whose order is not known.
+    """
+    kinds = base.model_types
+    if not kinds & (META | PLAIN) and any(change.module.endswith(ROTARY) for change in adapter.changes):
+        family = ", ".join(sorted(kinds)) or "a base without config"
+        raise UnsupportedError(
+            f"torchtune's order of q_proj's rows is not known for {family}.", hint="merge it with torchtune itself"
+        )
+    repairs: tuple[str, ...] = ()
+    changes = tuple(_ordered(change, base, exported=exported) for change in adapter.changes)
+    if exported and changes != adapter.changes:
+        what = "lora_B in an order that the base does not have" if kinds & PLAIN else "magnitudes in Meta's order"
+        repairs = (f"{adapter.source.name} is torchtune's export, with {what}: q_proj and k_proj were put back",)
+    fitted = replace(adapter, changes=changes, warnings=(*adapter.warnings, *repairs))
+    return follow(fitted, base) if adapter.kind == "DoRA" else fitted
+
+
+def _ordered(change: Change, base: Checkpoint, *, exported: bool) -> Change:
+    """Return a change of q_proj or k_proj with its rows in the base's order; any other change as it is."""
+    if not change.module.endswith(ROTARY):
+        return change
+    is_meta = bool(base.model_types & META)
+    update = change.update
+    low = update.inner if isinstance(update, Decomposed) else update
+    assert isinstance(low, LowRank)
+    rows = meta_rows(low.B.shape[0], head_size(base, low.B.shape[0], change.module))
+    if is_meta and not exported:
+        low = replace(low, B=view_of(low.B, rows))
+    elif exported and not is_meta:  # the exporter reordered what was in order
+        low = replace(low, B=view_of(low.B, inverse(rows)))
+    if not isinstance(update, Decomposed):
+        return replace(change, update=low)
+    m = view_of(update.m, rows) if is_meta else update.m
+    return replace(change, update=replace(update, inner=low, m=m))
+
+
+def head_size(base: Checkpoint, outputs: int, module: str) -> int:
+    """Return the number of rows of one head of q_proj or k_proj."""
+    for config in base.configs:
+        if isinstance(size := config.get("head_dim"), int) and size:
+            return size
+        heads = config.get("num_attention_heads")
+        own = config.get("num_key_value_heads") or heads if module.endswith(".k_proj") else heads
+        if isinstance(own, int) and own and outputs % own == 0:
+            return outputs // own
+    raise UnsupportedError(f"config.json of {base.source.name} does not say the number of heads of {module}.")
+
+
+def meta_rows(outputs: int, size: int) -> tuple[int, ...]:
+    """Return, for each row in the Hub's order, the number of the row in Meta's order."""
+    half = size // 2
+    return tuple(
+        head * size + 2 * pair + part for head in range(outputs // size) for part in range(2) for pair in range(half)
+    )
+
+
+def inverse(rows: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the inverse of a permutation."""
+    back = [0] * len(rows)
+    for position, row in enumerate(rows):
+        back[row] = position
+    return tuple(back)
