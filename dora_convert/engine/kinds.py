@@ -19,7 +19,7 @@ from ..storage.safetensors import StoredTensor
 from .device_buffers import DeviceBuffers
 
 
-class Pair(Protocol):
+class Factors(Protocol):
     """Two factors, of which any rows of the left one can be read."""
 
     def left(self, start: int, stop: int) -> Tensor:
@@ -29,7 +29,7 @@ class Pair(Protocol):
         """Return the right factor, (r, columns)."""
 
 
-LoadFactors = Callable[[LowRank], Pair]
+LoadFactors = Callable[[LowRank], Factors]
 
 
 class LoadedTransform(Protocol):

@@ -16,9 +16,8 @@ from ..errors import NumericalError
 from ..maths import lora as maths
 from ..output.finished import TensorResult
 from ..output.shards import ShardFiles
-from ..plan.blocks import spans
 from ..plan.item import Item, are_apart
-from ..storage.reader import Digest
+from ..storage.reader import Digest, spans
 from ..storage.safetensors import BITS
 from ..storage.spool import Spool, SpooledTensor
 from .device_buffers import DeviceBuffers

@@ -193,7 +193,6 @@ class Expected:
         return torch.zeros_like(W), lambda: torch.zeros_like(W), 1
 
     def _other(self, edit: Edit) -> ExpectedTransform:
-        """Return the definition of an update that is not low rank."""
         from .kinds import ExpectedTransform
 
         return ExpectedTransform(edit, self._load)
@@ -244,6 +243,8 @@ class Expected:
         if low.d:
             d = self._load(low.d).flatten()
             held = held * d if edit.transposed else held * d[:, None]
+        if low.b and edit.transposed:
+            held = held * self._load(low.b).view(-1, 1)
         if edit.outputs and edit.transposed:
             before, after = edit.outputs[0], self.item.matrix[1] - edit.outputs[1]
             held = torch.cat([held.new_zeros(before, held.shape[1]), held, held.new_zeros(after, held.shape[1])])
@@ -265,17 +266,22 @@ class Expected:
             first, last = edit.outputs
             mine = [k for k, row in enumerate(rows) if first <= row < last]
             left = held[0].new_zeros(len(rows), len(held[0]))
-            left[mine] = self._load(low.B, [rows[k] - first for k in mine])
+            left[mine] = self._left(low, [rows[k] - first for k in mine])
             return left, held[0], low.scale
         if not edit.transposed:
             dense = low.blocks[1] > 1
-            left = _dense(self._load(low.B), low.blocks[1])[list(rows)] if dense else self._load(low.B, rows)
+            left = _dense(self._load(low.B), low.blocks[1])[list(rows)] if dense else self._left(low, rows)
             return left, held[0], low.scale
         if low.blocks[0] > 1:
             left = _dense(self._load(low.A), low.blocks[0])[:, list(rows)].T
         else:
             left = read_columns(self._reader, low.A, rows).to(self._device).double().T
         return left, held[0].T, low.scale
+
+    def _left(self, low: LowRank, rows: Sequence[int]) -> Tensor:
+        """Return rows of diag(b)·B."""
+        left = self._load(low.B, rows)
+        return left * self._load(low.b).view(-1, 1)[list(rows)] if low.b else left
 
     def _load(self, tensor: StoredTensor, rows: Sequence[int] | None = None) -> Tensor:
         """Read rows of a stored tensor's matrix, or all rows, in float64."""

@@ -10,8 +10,8 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from ..adapters import Decomposed, Delta, LowRank, Rows, Transform, low_rank, tensors_of, transform_of
+from ..storage.reader import block_height, spans
 from ..storage.safetensors import BITS, FLOATS, StoredTensor
-from .blocks import block_height, spans
 
 if TYPE_CHECKING:
     from ..adapters.kinds import Follows

@@ -254,3 +254,12 @@ def sort_files(names: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     names = list(names)
     visible = [name for name in names if not name.startswith((".", RECORD + "/"))]
     return tuple(filter(is_side_file, names)), tuple(filter(is_weight_file, visible))
+
+
+WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Names that DistributedDataParallel, torch.compile, FSDP and activation checkpointing put into names."""
+
+
+def unwrapped(name: str) -> str:
+    """Return a name without the names that training programs put into it."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)

@@ -12,9 +12,8 @@ from ..engine.precision import TORCH, as_bytes, half_ulp
 from ..engine.tensor import norms_of
 from ..maths import lora as maths
 from ..output.finished import TensorResult
-from ..plan.blocks import spans
 from ..plan.item import Item
-from ..storage.reader import Digest
+from ..storage.reader import Digest, spans
 from ..storage.safetensors import StoredTensor
 from ..storage.spool import Spool
 from .expected_base import replaced_rows
