@@ -27,6 +27,7 @@ lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python docs/typecheck.py
 	$(BIN)/python docs/generate.py --check
 
 format: $(VENV)/ready

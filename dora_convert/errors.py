@@ -17,7 +17,7 @@ Catch `DoraConvertError` for all of them:
     try:
         dora_convert.merge(base, adapter, out)
     except dora_convert.DoraConvertError as error:
-        print(error, error.hint)
+        print(error)  # the message, the faults and the hint
 
 A new class is added when a caller would handle it differently, not when a message differs. Keep them
 picklable.
@@ -89,6 +89,9 @@ class DoraConvertError(Exception):
         self.hint = hint
         self.faults = tuple(faults)
         self.outcome = outcome or self.outcome
+
+    def __str__(self) -> str:
+        return self.text() + (f"\nHint: {printable(self.hint)}" if self.hint else "")
 
     def text(self, limit: int = 10) -> str:
         """Return the message and its faults, one a line, at most `limit` of them."""

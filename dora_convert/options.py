@@ -49,6 +49,9 @@ OPTIONS = {
     "samples": Option(8, "Random inputs whose outputs are compared, for each module.", "N", least=0),
     "prompt": Option((), "Text to run the models on; repeatable.", "TEXT"),
     "prompts": Option(None, "File with one more text a line; UTF-8.", "FILE"),
+    "top": Option(10, "Modules shown, those that moved most first.", "N", least=1),
+    "csv": Option(None, "Write the points as a table, too.", "FILE.csv"),
+    "plot": Option(None, "Draw ΔM over ΔD: .png and .svg need matplotlib, .html does not.", "FILE"),
     "report": Option(None, "Write the report as a self-contained page, too.", "FILE.html"),
     "weight": Option((), "Strength, one per ADAPTER in their order.", "W"),
     "base": Option(None, "The base itself, for values that no record holds.", "REF"),
@@ -208,6 +211,16 @@ class MergeOptions(MatchOptions, FieldOptions, CheckpointOptions, OutputOptions,
     no_local: bool
 
 
+class StreamOptions(MatchOptions, FieldOptions, SelectOptions, TokenOptions, CallOptions, total=False):
+    """The options of iter_merged and merge_state_dict."""
+
+    dtype: Dtype
+    device: Device
+    compute_dtype: Dtype
+    max_memory: str | int
+    workers: int | None
+
+
 class UnmergeOptions(FieldOptions, CheckpointOptions, WriteOptions, total=False):
     """The options of unmerge."""
 
@@ -247,6 +260,18 @@ class VerifyOptions(MatchOptions, SelectOptions, FieldOptions, ComputeOptions, t
     prompts: Path | None
     report: Path | None
     max_memory: str | int | None
+
+
+class AnalyzeOptions(SelectOptions, FieldOptions, ComputeOptions, total=False):
+    """The options of analyze."""
+
+    compute_dtype: Dtype
+    max_memory: str | int
+    allow_unmatched: bool
+    top: int
+    csv: Path | None
+    plot: Path | None
+    report: Path | None
 
 
 class InspectOptions(FieldOptions, HubOptions, total=False):

@@ -27,7 +27,9 @@ MOST_WORKERS = 8
 MAX_MEMORY = "160MiB"
 """Bytes that streaming verbs hold at once by default."""
 REPO_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-EXTRAS = {"verify": ("transformers", "accelerate", "peft")}
+EXTRAS = {
+    "verify": ("transformers", "accelerate", "peft"), "trainer": ("transformers", "peft"), "plot": ("matplotlib",)
+}  # fmt: skip
 """The packages of each extra."""
 _UNITS = {"": 1} | {
     prefix + suffix: base**power

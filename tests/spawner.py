@@ -84,7 +84,7 @@ def _serve() -> None:
     import dora_convert
 
     for module in pkgutil.walk_packages(dora_convert.__path__, "dora_convert."):
-        if not module.name.endswith("__main__"):
+        if "__main__" not in module.name and ".integrations" not in module.name:  # these need other packages
             importlib.import_module(module.name)
     assert "huggingface_hub" not in sys.modules, "it reads the environment, which is the child's"
     for line in sys.stdin:

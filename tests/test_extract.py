@@ -186,7 +186,7 @@ def test_a_tied_embedding_as_factors_is_refused(tmp_path):
         finetuned(start(case, tmp_path / "base"), tmp_path / "tuned")
     with pytest.raises(PlanError) as caught:
         dora_convert.extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", rank=9, embeddings="lora")
-    assert "--embeddings full" in caught.value.text()
+    assert "embeddings='full'" in caught.value.text()
     assert not list(tmp_path.glob("out*"))
 
 
@@ -245,8 +245,8 @@ def test_an_embedding_tied_to_more_than_a_head(tmp_path):
         with pytest.raises(PlanError) as caught:
             dora_convert.extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", rank=9, embeddings=embeddings)
         assert [fault.what for fault in caught.value.faults] == ["shared.weight"]
-        assert "--embeddings skip" in caught.value.text()
-        assert "--embeddings full" not in caught.value.text()
+        assert "embeddings='skip'" in caught.value.text()
+        assert "embeddings='full'" not in caught.value.text()
     dora_convert.extract(
         tmp_path / "base", tmp_path / "tuned", tmp_path / "out", rank=9, kind="lora", embeddings="skip"
     )

@@ -33,7 +33,7 @@ def test_what_cannot_be_dora_is_named(tmp_path):
     assert {fault.what for fault in caught.value.faults} == {
         "attn.weight", "attn.out_proj.weight", "experts.up",
     }  # fmt: skip
-    assert "--split" in caught.value.hint
+    assert "split=True" in caught.value.hint
     assert not list(tmp_path.glob("out*"))
 
 

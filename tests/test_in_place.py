@@ -211,7 +211,7 @@ def test_out_is_not_given(tmp_path, model):
         dora_convert.merge(base.path, adapter, tmp_path / "out", in_place=True)
     with pytest.raises(UsageError, match="no OUT"):
         dora_convert.unmerge(base.path, adapter, tmp_path / "out", in_place=True)
-    with pytest.raises(UsageError, match="--in-place"):
+    with pytest.raises(UsageError, match="in_place=True"):
         dora_convert.merge(base.path, adapter)
 
 
@@ -222,9 +222,9 @@ def test_options_that_say_nothing(model, verb):
     call = getattr(dora_convert, verb)
     with pytest.raises(UsageError, match="org/base is on the Hub"):
         call("org/base", adapter, in_place=True)
-    with pytest.raises(UsageError, match="no OUT that --overwrite"):
+    with pytest.raises(UsageError, match="no OUT that overwrite=True"):
         call(base.path, adapter, in_place=True, overwrite=True)
-    with pytest.raises(UsageError, match="--allow-lossy goes with"):
+    with pytest.raises(UsageError, match="allow_lossy=True goes with"):
         call(base.path, adapter, base.path.with_name("out"), allow_lossy=True)
 
 

@@ -243,7 +243,7 @@ def test_weight_of_a_replacement_is_refused(tmp_path, base):
         dora_convert.merge(base.path, paths, tmp_path / "out", weight=[0.5, 1])
     assert "weight of 0.5" in caught.value.text()
     assert "another adapter replaces" in caught.value.text()
-    with pytest.raises(UsageError, match="1 --weight for 2 adapters"):
+    with pytest.raises(UsageError, match="1 weight= for 2 adapters"):
         dora_convert.merge(base.path, paths, tmp_path / "out", weight=[1])
 
 

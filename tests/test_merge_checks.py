@@ -106,7 +106,7 @@ def test_existing_out(tmp_path, base, adapter):
     (out / "precious.txt").write_text("mine")
     with pytest.raises(OutputError) as caught:
         dora_convert.merge(base.path, adapter, out)
-    assert "--overwrite" not in caught.value.hint
+    assert "overwrite=" not in caught.value.hint
     with pytest.raises(OutputError, match="was not written by dora-convert"):
         dora_convert.merge(base.path, adapter, out, overwrite=True)
     (out / "config.json").write_text("{}")
@@ -117,7 +117,7 @@ def test_existing_out(tmp_path, base, adapter):
     dora_convert.merge(base.path, adapter, out)
     with pytest.raises(OutputError) as caught:
         dora_convert.merge(base.path, adapter, out)
-    assert "--overwrite" in caught.value.hint
+    assert "overwrite=True" in caught.value.hint
     dora_convert.merge(base.path, adapter, out, overwrite=True)
     same(load(out), exact(base, adapter), torch.bfloat16)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "out"]

@@ -140,7 +140,7 @@ def test_merge_verifies_outputs(tmp_path, monkeypatch, run):
     assert (report["outputs"]["verdict"], report["outputs"]["prompts"]) == ("agree", 8)
     assert dora_convert.merge(base, adapter, tmp_path / "again", verify_outputs=True).outputs["verdict"] == "agree"
     assert dora_convert.merge(base, adapter, tmp_path / "other").outputs is None
-    with pytest.raises(DoraConvertError, match="another --weight"):
+    with pytest.raises(DoraConvertError, match="another weight="):
         dora_convert.merge(base, adapter, tmp_path / "half", weight=[0.5], verify_outputs=True)
     assert not list(tmp_path.glob("half*"))
 
@@ -172,7 +172,7 @@ def test_options_of_the_receipt(tmp_path):
     notices: list[str] = []
     found = dora_convert.verify(base.path, [first, second], out, on_notice=notices.append)
     assert found.verdict == "agree"
-    said = "as the receipt of MERGED says: --weight 0.5 --weight 1.5 --exclude *.layers.1.*"
+    said = "as the receipt of MERGED says: weight=0.5 weight=1.5 exclude='*.layers.1.*'"
     assert said in notices
     notices.clear()
     given = {"weight": [0.5, 1.5], "exclude": ["*.layers.1.*"], "on_notice": notices.append}

@@ -14,11 +14,11 @@ import dora_convert
 from dora_convert import errors
 
 NAMES = {
-    "AdapterReport", "CheckpointReport", "DoraConvertError", "DryRunReport", "HubError", "MadeDryRun",
+    "AdapterReport", "AnalyzeReport", "CheckpointReport", "DoraConvertError", "DryRunReport", "HubError", "MadeDryRun",
     "MadeReport", "MalformedError", "MergeReport", "NumericalError", "OutputError", "OutputsReport",
     "PlanError", "PushReport", "Recovered", "RefError", "UnmergeReport", "UnsupportedError", "UsageError",
-    "VerificationError", "VerifyReport", "__version__", "extract", "from_lora", "inspect", "merge", "push",
-    "to_lora", "unmerge", "verify",
+    "VerificationError", "VerifyReport", "__version__", "analyze", "extract", "from_lora", "inspect",
+    "iter_merged", "merge", "merge_state_dict", "push", "to_lora", "trainable_share", "unmerge", "verify",
 }  # fmt: skip
 
 
@@ -62,7 +62,7 @@ def test_errors_are_one_tree_and_picklable():
     for found in classes:
         error = found("what", hint="do this", faults=[errors.Fault("x", "y")])
         again = pickle.loads(pickle.dumps(error))
-        assert (type(again), str(again), again.hint, again.faults) == (found, "what", "do this", error.faults)
+        assert (type(again), str(again), again.hint, again.faults) == (found, str(error), "do this", error.faults)
 
 
 def test_unsupported_is_a_not_implemented_error():

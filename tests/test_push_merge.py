@@ -143,7 +143,7 @@ def test_from_here_to_the_hub_alone(hub, merge, made, tmp_path):
     assert done.returncode == 0, done.stderr
     assert contents(hub.repos["me/merged"]) == contents(made / "merged")
     assert "goes with --push-to-hub" in merge("--no-local").stderr
-    with pytest.raises(dora_convert.UsageError, match="--no-local takes no OUT"):
+    with pytest.raises(dora_convert.UsageError, match="no_local=True takes no OUT"):
         dora_convert.merge(made / "base", made / "adapter", tmp_path / "x", push_to_hub="me/m", no_local=True)
     with pytest.raises(dora_convert.UsageError, match="merge needs OUT"):
         dora_convert.merge(made / "base", made / "adapter", None)

@@ -350,7 +350,7 @@ def test_rope_by_kind_of_layer(tmp_path, base, adapter):
 def test_legacy_config_without_a_rope(tmp_path, base, adapter):
     """An option that has no effect says so; in place, where config.json cannot change, it is refused."""
     report = dora_convert.merge(base.path, adapter, tmp_path / "out", legacy_config=True)
-    assert any("--legacy-config" in text for text in report.warnings)
+    assert any("legacy_config=True" in text for text in report.warnings)
     edit_json(base.path / "config.json", rope_parameters=ROPE["plain"][0])
     with pytest.raises(DoraConvertError) as caught:
         dora_convert.merge(base.path, adapter, in_place=True, legacy_config=True)

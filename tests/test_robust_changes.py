@@ -93,7 +93,7 @@ def test_inputs_that_change_while_they_are_merged(tmp_path, base, adapter, chang
     try:
         dora_convert.merge(base.path, adapter, tmp_path / "out")
     except DoraConvertError as error:
-        assert "--overwrite" in (error.hint or "")  # noqa: PT017 - an error is allowed, not wanted
+        assert "overwrite=True" in (error.hint or "")  # noqa: PT017 - an error is allowed, not wanted
         dora_convert.merge(base.path, adapter, tmp_path / "out", overwrite=True)
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
@@ -132,7 +132,7 @@ def test_a_base_replaced_between_two_runs(tmp_path, base, adapter, act, file):
     try:
         dora_convert.merge(base.path, adapter, tmp_path / "out")
     except DoraConvertError as error:
-        assert "--overwrite" in (error.hint or "")  # noqa: PT017 - an error is allowed, not wanted
+        assert "overwrite=True" in (error.hint or "")  # noqa: PT017 - an error is allowed, not wanted
         return
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 

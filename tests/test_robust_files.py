@@ -230,7 +230,7 @@ def test_links_out_of_the_folder_are_not_copied(tmp_path, base, adapter, secret,
         assert not holds(tmp_path / "out")
     if name != "README.md":  # which has a card in its place
         assert any(link.name in text for text in said), said
-        assert how == "folder" or name == "config.json" or any("--follow-links" in text for text in said)
+        assert how == "folder" or name == "config.json" or any("follow_links=True" in text for text in said)
 
 
 def test_links_are_followed_where_it_is_asked_for(tmp_path, base, adapter, secret, run):

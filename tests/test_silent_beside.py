@@ -167,7 +167,7 @@ def test_refused_where_it_has_not(tmp_path, base, adapter, file, run):
     error = caught.value
     assert file in error.text()
     assert shut(HOMELESS[file], error.text())
-    assert f"--ignore-file {file}" in (error.hint or "")
+    assert f"ignore_file={file!r}" in (error.hint or "")
     assert not out.exists()
     report = dora_convert.merge(base.path, adapter, out, ignore_file=file)
     entries = [entry for entry in report.ledger if entry["tensor"] in HOMELESS[file]]
@@ -215,7 +215,7 @@ def test_several_files(tmp_path, base, adapter):
             dora_convert.merge(base.path, adapter, tmp_path / "out", ignore_file=ignored)
         left = [file for file in files if file not in ignored]
         assert all((file in caught.value.text()) == (file in left) for file in files)
-        assert all(f"--ignore-file {file}" in caught.value.hint for file in left)
+        assert all(f"ignore_file={file!r}" in caught.value.hint for file in left)
     dora_convert.merge(base.path, adapter, tmp_path / "out", ignore_file=files)
     with pytest.raises(DoraConvertError, match=r"no_such\.bin"):
         dora_convert.merge(base.path, adapter, tmp_path / "again", ignore_file=[*files, "no_such.bin"])

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import dora_convert
+from dora_convert.adapters import LowRank
 from dora_convert.errors import PlanError
 from dora_convert.naming.resolve import NameResolver
 from dora_convert.naming.slots import Slot
 from dora_convert.plan import planner
+from dora_convert.plan.cutting import cut
+from dora_convert.storage.safetensors import StoredTensor
 
 from .toy import load, rounded, write_json, write_shards
 
+SIZES = (("q", 8), ("k", 4), ("v", 4))
 E, H, INNER, RANK, SCALE = 3, 20, 28, 4, 1.5
 ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 EXPERTS = "layers.0.mlp.experts."
@@ -221,3 +226,20 @@ def test_two_changes_of_the_same_outputs_are_refused(tmp_path, monkeypatch):
     with pytest.raises(PlanError) as caught:
         dora_convert.merge(base, adapter, tmp_path / "out")
     assert any("changes layers.0.cross.qkv.weight" in fault.why for fault in caught.value.faults)
+
+
+def test_a_change_of_some_outputs_goes_where_they_lie():
+    """An update of some of a weight's outputs is cut at the tensors' borders, with its own numbers."""
+    tensors = {f"{name}.weight": StoredTensor(f"{name}.weight", "F32", (rows, 6), Path("x"), 0) for name, rows in SIZES}
+    base = SimpleNamespace(tensors=tensors, model_types=frozenset())
+    A, B = (StoredTensor(name, "F32", shape, Path("y"), 0) for name, shape in (("A", (2, 6)), ("B", (7, 2))))
+    slots = [Slot("q.weight", (0, 8)), Slot("k.weight", (8, 12)), Slot("v.weight", (12, 16))]
+    parts = cut(LowRank(A, B, 1.0), slots, base, (6, 13))
+    assert [(part.name, part.outputs, part.match.update.B.rows) for part in parts[::2]] == [
+        ("q.weight", (6, 8), range(2)),
+        ("v.weight", (0, 1), range(6, 7)),
+    ]
+    assert (parts[1].outputs, parts[1].match.update.B.rows) == (None, range(2, 6))
+    assert "does not have" in cut(LowRank(A, B, 1.0), slots, base, (10, 17))
+    (part,) = cut(LowRank(A, B, 1.0), [Slot("q.weight")], base, (1, 8))
+    assert (part.outputs, part.match.update.B) == ((1, 8), B)

@@ -245,6 +245,8 @@ class Change:
     """All weights that the update may be for, if only shapes can tell; `target` is one of them."""
     rule: str = ""
     """The formula of the scaling, such as "alpha 16 / rank 8"."""
+    depth: int | None = None
+    """The place among the changes for one `among`, whose weights are in order; None if only shapes can tell."""
     outputs: tuple[int, int] | None = None
     """The outputs of the module that the update is for, from the first to before the last; None for all."""
 
@@ -277,10 +279,8 @@ class Adapter:
     keeps_ties: bool = False  # True if embedding and head were trained as one weight
     layers: tuple[int, ...] = ()
     """The base's layers in the order of the trained model, if layers were repeated or left out."""
-    states: FileStates = field(default_factory=dict)
-    """The files that a merge reads, as they were before that."""
-    task: str | None = None
-    """The class of the trained model, such as LlamaForSequenceClassification, or the end of its name."""
+    states: FileStates = field(default_factory=dict)  # the files that a merge reads, as they were before that
+    task: str | None = None  # the class of the trained model, or the end of its name: ForSequenceClassification
     promised: Promise | None = field(default=None, compare=False)
     """Returns the weights that the config says were trained, of a model's tensors by name and shape."""
     beside: tuple[FileBeside, ...] = ()  # the weight files beside the adapter's own

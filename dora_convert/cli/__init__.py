@@ -29,13 +29,14 @@ COMMANDS = {
     "to-lora": "DoRA, or any adapter, to LoRA by SVD; LoRA to another rank",
     "extract": "fine-tuned checkpoint to adapter",
     "verify": "compare a merged checkpoint with base + adapter",
+    "analyze": "measure how far training moved each weight, in magnitude and direction",
     "inspect": "describe an adapter or a checkpoint from its headers, local or remote",
     "push": "upload a checkpoint or an adapter, with a model card",
 }
 ADAPTERS = frozenset({"from-lora", "to-lora", "extract"})
 """Verbs that write an adapter: their commands are in one module."""
 STREAMS = {"stdin": "r", "stdout": "w", "stderr": "w"}
-READING = frozenset({"verify", "inspect", "push"})
+READING = frozenset({"verify", "analyze", "inspect", "push"})
 """Verbs that write nothing on this machine."""
 
 

@@ -31,7 +31,7 @@ def rehearse(
             spec=spec,
             shards=_NoShards(),
             reader=reader,
-            spool=_NoSpool(),
+            spool=NoSpool(),
             journal=_NoJournal(),
             maker=maker,
             hashed=hashed,
@@ -57,7 +57,7 @@ class _NoShards(ShardFiles):
         return Path()
 
 
-class _NoSpool(Spool):
+class NoSpool(Spool):
     """A spool that keeps nothing."""
 
     path = Path()
@@ -65,6 +65,7 @@ class _NoSpool(Spool):
     def __init__(self) -> None: ...
 
     def add(self, data: bytes | memoryview) -> Segment:
+        """Forget the bytes."""
         return Segment(0, len(data))
 
 

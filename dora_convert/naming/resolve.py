@@ -63,15 +63,28 @@ class NameResolver:
 
     def find(self, target: str) -> str | None:
         """Return the base's name of a target; None if the base has no such tensor, or the target is several."""
+        if name := self._plain(target):
+            return name
+        slots = self.slots(target)
+        return slots[0].name if len(slots) == 1 and slots[0].is_whole else None
+
+    def _plain(self, target: str) -> str | None:
+        """Return the tensor that has a target's name, up to the prefix."""
         for name in (self.prefix.apply(target), self.prefix.apply(unwrapped(target))):
             for candidate in _stored_names(name):
                 if candidate in self._tensors:
                     return candidate
-        slots = self.slots(target)
-        return slots[0].name if len(slots) == 1 and slots[0].is_whole else None
+        return None
 
     def slots(self, target: str) -> tuple[Slot, ...]:
-        """Return the stored tensors that a weight of the running model is made of; none if no table knows it."""
+        """Return the stored tensors that a weight of the running model is made of; none if the base has none.
+
+        A weight that is one tensor under its own name has one slot, too.
+        """
+        if name := self._plain(target):
+            from .slots import Slot
+
+            return (Slot(name),)
         for name in {target: None, unwrapped(target): None} if self._table else ():
             if self._table and (slots := self._table.stored(name)):
                 return slots

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import permutations
+from itertools import combinations, permutations
 from typing import TYPE_CHECKING
 
 from ..adapters import Adapter, Change, Decomposed, Delta, Full, Rows, Transform, Update, tensors_of
@@ -64,10 +64,9 @@ class PlanBuilder:
             self._keep_tied(change, name, adapter, weight)
         elif adapter.layers and (refusal := begins_elsewhere(update)):
             self._fault(update, refusal)
-        elif name and self._claims(change, name):
-            self._apply(update, name, weight)
-        elif name:
-            self._fault(update, f"changes {name}, which another tensor of the same adapter changes, too")
+        elif name and not change.outputs:
+            if self._claims(change, name):
+                self._apply(update, name, weight)
         elif slots := names.slots(change.target):
             self._apply_parts(change, slots, weight)
         elif isinstance(update, Full) and update.may_add and not {change.module, change.target} & self._names:
@@ -94,12 +93,13 @@ class PlanBuilder:
             self.targets[name].edits.append(replace(edit, weight=weight))
 
     def _claims(self, change: Change, name: str, outputs: tuple[int, int] | None = None) -> bool:
-        """Note the outputs of a tensor that an addition is for; return False if the adapter changes them already."""
+        """Note the outputs of a tensor that an addition is for; a fault if the adapter changes them already."""
         if _turn(change) < 2:
             return True
         first, last = outputs or (0, math.inf)
         claimed = self._claimed.setdefault(name, [])
         if any(first < end and start < last for start, end in claimed):
+            self._fault(change.update, f"changes {name}, which another tensor of the same adapter changes, too")
             return False
         claimed.append((first, last))
         return True
@@ -108,17 +108,13 @@ class PlanBuilder:
         """Cut an update of a weight that is several tensors, and add each part to its tensor."""
         from .cutting import cut
 
-        update = change.update
-        parts = cut(update, slots, self.base.tensors, self.base.model_types)
+        parts = cut(change.update, slots, self.base, change.outputs)
         if isinstance(parts, str):
-            self._fault(update, parts)
-            return
-        for part in parts:
-            if not self._claims(change, part.name, part.outputs):
-                self._fault(update, f"changes {part.name}, which another tensor of the same adapter changes, too")
-                return
-            self._take(part.match, part.name, weight, part.outputs)
-        self._enter_merged(update, tuple(dict.fromkeys(part.name for part in parts)))
+            self._fault(change.update, parts)
+        elif all(self._claims(change, part.name, part.outputs) for part in parts):
+            for part in parts:
+                self._take(part.match, part.name, weight, part.outputs)
+            self._enter_merged(change.update, tuple(dict.fromkeys(part.name for part in parts)))
 
     def _told_apart(self, changes: Sequence[Change], names: NameResolver) -> Iterator[Change]:
         """Yield every change with one target.
@@ -132,9 +128,11 @@ class PlanBuilder:
             else:
                 yield change
         for targets, group in groups.items():
+            known = all(change.depth is not None for change in group)
+            group.sort(key=lambda change: change.depth or 0)
             fitting = [
                 [replace(change, target=target, among=()) for change, target in zip(group, order, strict=True)]
-                for order in permutations(targets)
+                for order in (combinations if known else permutations)(targets, len(group))
                 if all(self._fits(change.update, name, names) for change, name in zip(group, order, strict=True))
             ]
             if len(fitting) == 1:
@@ -150,7 +148,7 @@ class PlanBuilder:
             return False
         from .cutting import cut
 
-        return not isinstance(cut(update, slots, self.base.tensors, self.base.model_types), str)
+        return not isinstance(cut(update, slots, self.base), str)
 
     def _match(self, update: Update, name: str, shape: tuple[int, ...]) -> Match | str:
         return match_shape(update, name, shape, self.targets[name].source.dtype, self.base.model_types)

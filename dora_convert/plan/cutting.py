@@ -19,9 +19,10 @@ from ..adapters import Decomposed, Delta, Full, LowRank, Rows, Transform, Update
 from ..adapters.kinds import Dense, Hadamard
 from ..naming.families import TURNED_EXPERTS
 from ..naming.slots import Slot
+from ..storage.checkpoint import Checkpoint
 from ..storage.safetensors import FLOATS, StoredTensor
 from ..storage.stored_view import view
-from .shapes import Match, match_shape
+from .shapes import Match, is_conv1d, match_shape
 
 STACK = 3
 """Dimensions of a stack of experts' weights."""
@@ -42,16 +43,42 @@ class UncutError(Exception):
 
 
 def cut(
-    update: Update, slots: Sequence[Slot], tensors: Mapping[str, StoredTensor], model_types: frozenset[str]
+    update: Update, slots: Sequence[Slot], base: Checkpoint, outputs: tuple[int, int] | None = None
 ) -> list[Part] | str:
-    """Return the part of an update for each slot of its weight, or the reason that there are none."""
+    """Return the part of an update for each slot of its weight, or the reason that there are none.
+
+    `outputs` are those of the weight that the update is for; None for all.
+    """
     try:
-        low = low_rank(update)
+        low, types = low_rank(update), base.model_types
         is_convolution = low is not None and len(low.A.shape) > 2
-        weight = _measured(slots, tensors, stacks=not is_convolution, says_turned=bool(model_types & TURNED_EXPERTS))
-        return [_part(update, slot, weight, tensors[slot.name], model_types) for slot in slots]
+        slots = _within(slots, outputs, base) if outputs else slots
+        weight = _measured(slots, base.tensors, stacks=not is_convolution, says_turned=bool(types & TURNED_EXPERTS))
+        return [_part(update, slot, weight, base.tensors[slot.name], types) for slot in slots]
     except UncutError as error:
         return str(error)
+
+
+def _within(slots: Sequence[Slot], outputs: tuple[int, int], base: Checkpoint) -> list[Slot]:
+    """Return the slots, or the parts of slots, that hold some outputs of a weight, counted from the first of them."""
+    if any(slot.experts or slot.order for slot in slots):
+        raise UncutError(f"is for outputs {outputs[0]} to {outputs[1]} of {slots[0].name}: not done yet")
+    found = []
+    for slot in slots:
+        shape = base.tensors[slot.name].shape
+        turned = slot.transposed or (slot.transposed is None and is_conv1d(slot.name, base.model_types)) or None
+        start, stop = slot.part or (0, shape[-1 if turned else 0])
+        before = slot.outputs[0] if slot.outputs else 0
+        first, last = max(outputs[0], before), min(outputs[1], before + stop - start)
+        if first < last:
+            part = (start + first - before, start + last - before)
+            own = (first - outputs[0], last - outputs[0])
+            found.append(
+                replace(slot, outputs=own, part=part if part != (start, stop) else slot.part, transposed=turned)
+            )
+    if not found or sum(slot.outputs[1] - slot.outputs[0] for slot in found if slot.outputs) != outputs[1] - outputs[0]:
+        raise UncutError(f"is for outputs {outputs[0]} to {outputs[1]}, which {slots[0].name} does not have")
+    return found
 
 
 @dataclass(frozen=True)

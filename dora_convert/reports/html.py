@@ -3,67 +3,39 @@
 from __future__ import annotations
 
 import math
-import os
-import secrets
-import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..errors import OutputError, printable
+from ..errors import printable
+from .files import Target, check_file, write_file
 from .verify import CheckedModule, OutputsReport, VerifyReport, figures
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 LEFT, RIGHT, TOP, BOTTOM = 70, 705, 15, 370
 """Edges of the chart's plot area, in the units of the template's viewBox."""
 
 
-def check_page(path: str | os.PathLike[str]) -> None:
+def check_page(path: Target) -> None:
     """Refuse a path that cannot be written to, before anything is compared.
 
     Raises OutputError.
     """
-    page = Path(path)
-    try:
-        folder = page.parent.stat().st_mode
-        if not stat.S_ISDIR(folder) or not os.access(page.parent, os.W_OK | os.X_OK):
-            raise OutputError(f"cannot write the report {page}: its folder cannot be written to")
-        try:
-            mode = page.stat().st_mode
-        except FileNotFoundError:
-            return
-    except (OSError, ValueError) as error:
-        raise _refusal(page, error) from error
-    if not stat.S_ISREG(mode):
-        what = "is a folder" if stat.S_ISDIR(mode) else "is not a regular file"
-        raise OutputError(f"cannot write the report {page}: it {what}", hint="name a file: --report FILE.html")
+    check_file(path)
 
 
-def write_page(report: VerifyReport | OutputsReport, path: str | os.PathLike[str]) -> None:
+def write_page(report: VerifyReport | OutputsReport, path: Target) -> None:
     """Write the page completely or not at all, and replace a file of the same name.
 
     Raises OutputError.
     """
-    page = Path(path)
-    temporary = page.parent / f".dora-convert-{secrets.token_hex(8)}.tmp"
-    body = render(report).encode()
-    try:
-        with temporary.open("xb") as file:
-            file.write(body)
-        temporary.replace(page)
-    except (OSError, ValueError) as error:
-        raise _refusal(page, error) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_file(path, render(report).encode())
 
 
-def _refusal(page: Path, error: OSError | ValueError) -> OutputError:
-    why = error.strerror if isinstance(error, OSError) else str(error)
-    return OutputError(f"cannot write the report {page}: {why}")
-
-
-def render(report: VerifyReport | OutputsReport) -> str:
-    """Return the page of a report."""
+def environment() -> Environment:
+    """Return the templates of this folder, which escape everything that could be markup or control a terminal."""
     from jinja2 import Environment, PackageLoader
 
     templates = Environment(
@@ -74,6 +46,12 @@ def render(report: VerifyReport | OutputsReport) -> str:
         lstrip_blocks=True,
     )
     templates.filters["count"] = "{:,}".format
+    return templates
+
+
+def render(report: VerifyReport | OutputsReport) -> str:
+    """Return the page of a report."""
+    templates = environment()
     templates.filters["error"] = lambda value: "–" if value is None else f"{value:.1e}"
     facts: dict[str, Any]
     if isinstance(report, OutputsReport):

@@ -204,7 +204,7 @@ def refuse_swapped(base: str, adapters: Sequence[str], out: str, verb: str, what
             swapped = [base if ref == adapter else ref for ref in adapters]
             raise UsageError(
                 f"{what} and ADAPTER are swapped: {base} is an adapter, {adapter} is a model.",
-                hint=shlex.join(["dora-convert", verb, adapter, *swapped, out]),
+                hint=shlex.join(["dora-convert", verb, adapter, *swapped, *([out] if out else [])]),
             )
 
 

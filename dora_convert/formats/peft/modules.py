@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ...adapters import WRAPPERS, Change, Decomposed, Delta, LowRank, Start, Update, unwrapped
 from ...errors import Fault
 from ...storage.safetensors import FLOATS, StoredTensor
 from .config import Config
 
+if TYPE_CHECKING:
+    from .parameters import ParameterTargets
+
 CONFIG = "adapter_config.json"
 WEIGHTS: tuple[str, ...] = ("adapter_model.safetensors", "adapter_model.bin")
 Parts = Mapping[str, StoredTensor]
-REGISTERED = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
-"""Parameters of experts in the order that modules register them: PEFT wraps the first one innermost."""
 EMPTY = "is empty: ZeRO-3 leaves such tensors if it does not gather them (stage3_gather_16bit_weights_on_model_save)"
 _CALLED = {"A": "lora_A", "B": "lora_B", "d": "lora_E"}
 TWICE_UNTIL = (0, 21, 2)
@@ -30,6 +30,7 @@ class _Weight(NamedTuple):
     target: str
     times: int = 1  # training added the tensors this often
     among: tuple[str, ...] = ()
+    depth: int | None = None
 
 
 def updates_of(
@@ -39,9 +40,9 @@ def updates_of(
 
     The adapter brings the `saved` weights whole, as they were when training began.
     """
-    wrappers = Counter(_outer(module) for module in modules)
+    parameters = _targets_of(modules, config)
     for module, parts in modules.items():
-        weight = _weight(module, modules, wrappers, config)
+        weight = _weight(module, modules, config, parameters)
         if isinstance(weight, Fault):
             yield weight
         elif config.adalora and all(0 in part.shape for part in parts.values()):
@@ -51,54 +52,46 @@ def updates_of(
         else:
             start = None if weight.target in saved else config.start
             rule = config.rule(weight.key) + (", twice" if weight.times == 2 else "")
-            change = Change(weight.target, _update(weight, parts, config, start), weight.among, rule)
+            update = _update(weight, parts, config, start)
+            change = Change(weight.target, update, weight.among, rule, depth=weight.depth)
             yield change
             if bias := parts.get("b"):
                 yield Change(f"{change.module}.bias", Delta(bias, config.scaling(weight.key)), rule=rule)
 
 
-def _outer(module: str) -> str:
-    """Return a module's name without the `.base_layer` that each wrapper inside another one adds."""
-    return re.sub(r"(\.base_layer)+$", "", module)
+def _targets_of(modules: Collection[str], config: Config) -> ParameterTargets | None:
+    """Return what tells parameters from modules, if an adapter has some of them."""
+    if not config.parameters:
+        return None
+    from .parameters import ParameterTargets, outer_of
+
+    names = set(map(outer_of, modules))
+    everything = str(config.target_modules).lower() == "all-linear"
+    is_targeted = (lambda _: True) if everything else _chooser(config.target_modules, names, "target_modules")
+    return ParameterTargets(config, modules, is_targeted)
 
 
-def _weight(module: str, modules: Collection[str], wrappers: Mapping[str, int], config: Config) -> _Weight | Fault:
+def _weight(
+    module: str, modules: Mapping[str, Parts], config: Config, parameters: ParameterTargets | None
+) -> _Weight | Fault:
     """Return the weight that a module's tensors are for."""
     attention, inside, leaf = module.rpartition(".base_layer.")
     if inside and attention in modules:  # MultiheadAttention wraps its out_proj, whose rank and alpha are its own
         key = _key(attention, modules, config)
         return _Weight(key, f"{attention}.{leaf}.weight", 2 if config.version <= TWICE_UNTIL else 1)
-    outer = _outer(module)
-    leaves = _parameters(outer, config)
-    if not leaves:
+    A = modules[module].get("A")
+    meant = parameters.find(module, A.shape[0]) if parameters and A and A.shape else None
+    if not meant:
         return _Weight(_key(module, modules, config), f"{module}.weight")
-    if wrappers[outer] != len(leaves):
-        return Fault(module, f"is wrapped {wrappers[outer]} times for {', '.join(leaves)}")
-    known = len(leaves) == 1 or set(leaves) <= set(REGISTERED)
-    ordered = sorted(leaves, key=REGISTERED.index) if known and len(leaves) > 1 else leaves
-    depth = module.removeprefix(outer).count(".")
-    target = f"{outer}.{ordered[-1 - depth]}"
-    return _Weight(
-        _key(target, modules, config), target, among=() if known else tuple(f"{outer}.{name}" for name in leaves)
-    )
+    if isinstance(meant, str):
+        return Fault(module, meant)
+    return _Weight(_key(meant.target, modules, config), meant.target, among=meant.among, depth=meant.depth)
 
 
 def _key(module: str, modules: Collection[str], config: Config) -> str:
     """Return the name that patterns match: the live module's, unless a training program put a name into it."""
     bare = unwrapped(module)
     return module if bare in modules or config.has_pattern(module) else bare
-
-
-def _parameters(module: str, config: Config) -> list[str]:
-    """Return the last names in `target_parameters` that may be meant for a module."""
-    if any(f".{module}".endswith(f".{name}") for name in config.modules):
-        return []
-    leaves: list[str] = []
-    for name in config.parameters:
-        owner, _, leaf = name.rpartition(".")
-        if (not owner or f".{module}".endswith(f".{owner}")) and leaf not in leaves:
-            leaves.append(leaf)
-    return leaves
 
 
 def _update(weight: _Weight, parts: Parts, config: Config, start: Start | None) -> Update:

@@ -26,8 +26,10 @@ from ...storage.refs import PathLike, listed
 from .. import takes
 
 if TYPE_CHECKING:
+    from ...adapters import Adapter
     from ...hub.streaming import HubStreaming
     from ...hub.target import PushTarget
+    from ...storage.checkpoint import Checkpoint
     from .pipeline import Examine
 
 
@@ -107,7 +109,7 @@ def _merge_beside(request: MergeRequest) -> MergeReport | DryRunReport:
     folder.check()
     out = "OUT" if options["no_local"] else folder.given
     weights = None if request.session.cache else folder.state / INCOMING
-    plan = _plan(request, out, _mode(request), weights)
+    plan = make_request_plan(request, out, _mode(request), weights)
     folder.refuse_inside([plan.base.source.path, *(adapter.source.path for adapter in plan.adapters)])
     if options["dry_run"]:
         where = folder.given if target is None or target.local else target.repo
@@ -142,7 +144,7 @@ def _merge_in_place(request: MergeRequest) -> MergeReport | DryRunReport:
     in_place.refuse_lossy(request.selection.undo, options)
     if report := finished(base, "merge", request.adapters, settings):
         return MergeReport.read(report)
-    plan = _plan(request, "--in-place", "local")
+    plan = make_request_plan(request, "--in-place", "local")
     place = in_place.open_place(plan)
     in_place.refuse_merged(plan, place)
     if options["dry_run"]:
@@ -152,13 +154,11 @@ def _merge_in_place(request: MergeRequest) -> MergeReport | DryRunReport:
     return run_merge(plan, place, settings)
 
 
-def _plan(request: MergeRequest, out: str, mode: Mode, weights: Path | None = None) -> Plan:
-    """Open the inputs, warn about oddities, and decide every output tensor.
+def make_request_plan(request: MergeRequest, out: str, mode: Mode, weights: Path | None = None) -> Plan:
+    """Open the inputs and decide every output tensor.
 
     `out` is the last word of the command line, for hints.
     """
-    settings = request.settings
-    strengths = parse_weights(request.options["weight"], len(request.adapters))
     checkpoint, adapters = open_inputs(
         None if request.base is None else os.fspath(request.base),
         request.adapters,
@@ -168,6 +168,13 @@ def _plan(request: MergeRequest, out: str, mode: Mode, weights: Path | None = No
         mode=mode,
         weights=weights,
     )
+    return plan_inputs(request, checkpoint, adapters)
+
+
+def plan_inputs(request: MergeRequest, checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> Plan:
+    """Warn about oddities of opened inputs, and decide every output tensor."""
+    settings = request.settings
+    strengths = parse_weights(request.options["weight"], len(adapters))
     if strangers(checkpoint, adapters):
         from ...output.lineage import doubts
 

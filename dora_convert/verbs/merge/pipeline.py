@@ -47,10 +47,7 @@ def run_merge(
     OutputError for a disk that cannot hold the result, VerificationError if a check fails. OUT does not exist
     then.
     """
-    spec = choose_compute(plan.memory, settings)
-    hashes = [scan_adapter(adapter) for adapter in plan.adapters]
-    for doubt in filter(None, map(doubt_zeros, plan.adapters)):
-        settings.warn(doubt)
+    spec, hashes = check_adapters(plan, settings)
     files = side_files(plan)
     for adopted in () if plan.base.is_file else adopted_sets(plan):
         (settings.warn if adopted.rivals else settings.notify)(adopted.notice(plan.base))
@@ -74,6 +71,15 @@ def run_merge(
         outputs = _examine(output, examine).to_dict() if examine else None
         refuse_changed(*inputs)
         return _publish(done, output, hub, files, card=card, verdict=verdict, outputs=outputs)
+
+
+def check_adapters(plan: Plan, settings: Settings) -> tuple[ComputeSpec, Hashes]:
+    """Choose the device, refuse NaN and Inf in the adapters, warn of odd values, and return their files' hashes."""
+    spec = choose_compute(plan.memory, settings)
+    hashes = [scan_adapter(adapter) for adapter in plan.adapters]
+    for doubt in filter(None, map(doubt_zeros, plan.adapters)):
+        settings.warn(doubt)
+    return spec, hashes
 
 
 def _look_at_base(plan: Plan, settings: Settings) -> bool:
