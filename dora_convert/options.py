@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, get_type_hints
+
+from .option_table import BUDGET, OPTIONS, Option
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 Path = str | os.PathLike[str]
@@ -22,87 +24,6 @@ else:  # signatures and help name no type of torch, which is imported later
 
 SHORT_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 """Further names of choices."""
-
-
-class Option(NamedTuple):
-    """An option's default and help, and the values that the option takes."""
-
-    default: Any
-    help: str
-    metavar: str | None = None
-    choices: tuple[str, ...] = ()
-    least: int | None = None
-
-
-_BUDGET = "Bytes held at once, beyond Python and torch"
-
-# fmt: off
-OPTIONS = {
-    "init": Option("preserve", "preserve: m = ‖W + sBA‖, same outputs; pretrained: m = ‖W‖, as the paper.",
-                   choices=("preserve", "pretrained")),
-    "split": Option(False, "Leave modules that cannot be DoRA as LoRA in OUT/lora."),
-    "kind": Option("dora", "dora: magnitudes and factors; lora: factors alone.", choices=("dora", "lora")),
-    "embeddings": Option("full", "Embeddings and heads that differ; skip leaves out norms and biases, too.",
-                         choices=("full", "lora", "skip")),
-    "level": Option("weights", "Compare every element of the weights, or the models' outputs.",
-                    choices=("weights", "outputs")),
-    "samples": Option(8, "Random inputs whose outputs are compared, for each module.", "N", least=0),
-    "prompt": Option((), "Text to run the models on; repeatable.", "TEXT"),
-    "prompts": Option(None, "File with one more text a line; UTF-8.", "FILE"),
-    "top": Option(10, "Modules shown, those that moved most first.", "N", least=1),
-    "csv": Option(None, "Write the points as a table, too.", "FILE.csv"),
-    "plot": Option(None, "Draw ΔM over ΔD: .png and .svg need matplotlib, .html does not.", "FILE"),
-    "report": Option(None, "Write the report as a self-contained page, too.", "FILE.html"),
-    "weight": Option((), "Strength, one per ADAPTER in their order.", "W"),
-    "base": Option(None, "The base itself, for values that no record holds.", "REF"),
-    "rank": Option(None, "The rank, lowered if no module has so much to give.", "N", least=1),
-    "energy": Option(None, "Or the share of squared singular values to keep.", "F"),
-    "max_error": Option(None, "Or the largest relative error of each module.", "F"),
-    "ranks": Option("one", "one: the largest that any module needs, for all; per-module: each its own, which not all "
-                    "programs read right.", choices=("one", "per-module")),
-    "exact_svd": Option(False, "Never use the randomised SVD, which large matrices get."),
-    "format": Option("peft", "Format of the new adapter.", "NAME"),
-    "dtype": Option("auto", "Dtype to store, except for magnitudes; auto keeps each tensor's own.",
-                    choices=("auto", "bfloat16", "float16", "float32")),
-    "legacy_config": Option(False, "Write config.json's rope_parameters in the older fields, too."),
-    "max_shard_size": Option(None, "Such as 5GB or 4GiB; default the base's own shards.", "SIZE"),
-    "device": Option("auto", "Device that computes.", "auto|cpu|cuda[:N]|mps"),
-    "compute_dtype": Option("auto", "Dtype of the arithmetic, rounded once at the end; auto is float64.",
-                            choices=("auto", "float64", "float32")),
-    "max_memory": Option("160MiB", f"{_BUDGET}.", "SIZE"),
-    "workers": Option(None, "Threads; default one per processor.", "N", least=1),
-    "include": Option((), "Only modules of this name; repeatable.", "GLOB"),
-    "exclude": Option((), "No modules of this name; repeatable.", "GLOB"),
-    "undo": Option(None, "Record that unmerge needs: norms (default; up to rounding) or exact (bit for bit).",
-                   choices=("norms", "exact", "none")),
-    "verify": Option(True, "Check a sample of the output before publishing."),
-    "verify_outputs": Option(False, "Run base + adapter and the output on sample prompts before publishing."),
-    "allow_unmatched": Option(False, "Warn about adapter tensors that match nothing in the base."),
-    "ignore_field": Option((), "Accept a field of adapter_config.json that is refused otherwise.", "NAME"),
-    "ignore_file": Option((), "Leave out a weight file beside the adapter; repeatable.", "NAME"),
-    "alpha": Option(None, "The adapter's alpha, if its files do not hold it.", "A"),
-    "scaling": Option(None, "The adapter's scaling itself, such as alpha/r, if its files do not hold it.", "S"),
-    "axis": Option(None, "Along which side magnitudes lie, if nothing else tells.", choices=("rows", "columns")),
-    "enable_lora": Option(None, "Which blocks of loralib's MergedLinear have factors.", "true,false,…"),
-    "strict": Option(False, "Refuse an adapter that lacks what its config says was trained."),
-    "base_model": Option(None, "The base's repo id for card and config, if only a path is known.", "ID"),
-    "push_to_hub": Option(None, "Upload the result, too, while it is written.", "REPO_ID"),
-    "private": Option(False, "Create the repo private; default the account's own."),
-    "create_pr": Option(False, "Open a pull request instead of committing."),
-    "commit_message": Option(None, "Message of the commit or the pull request.", "TEXT"),
-    "no_local": Option(False, "With --push-to-hub: keep nothing on this machine, take no OUT."),
-    "dry_run": Option(False, "Print the plan and write nothing."),
-    "follow_links": Option(False, "Copy side files that are links to files elsewhere."),
-    "overwrite": Option(False, "Replace an existing OUT."),
-    "in_place": Option(False, "Change the checkpoint itself; take no OUT."),
-    "allow_lossy": Option(False, "In place, do even what cannot be undone bit for bit."),
-    "cache": Option(True, "Keep downloads in the Hub cache, or remove them at the end."),
-    "token": Option(None, "Hub token; better is HF_TOKEN or hf auth login.", "TOKEN"),
-    "on_progress": Option(None, "Called with the bytes done and the bytes in all, from worker threads."),
-    "on_notice": Option(None, "Called with each notice and each warning."),
-}
-# fmt: on
-"""All options, in the order of help and signatures."""
 
 
 class CallOptions(TypedDict, total=False):
@@ -206,6 +127,9 @@ class MergeOptions(MatchOptions, FieldOptions, CheckpointOptions, OutputOptions,
     """The options of merge."""
 
     undo: str | None
+    dequantize: bool
+    dequantize_touched: bool
+    requantize: bool
     legacy_config: bool
     verify_outputs: bool
     no_local: bool
@@ -284,8 +208,8 @@ class UploadOptions(CommitOptions, TokenOptions, CallOptions, total=False):
     dry_run: bool
 
 
-_AUTO = Option("auto", f"{_BUDGET}; auto grows to the need of the largest module.", "SIZE")
-_FREE = Option(None, f"{_BUDGET}; default 160MiB for weights, the free memory for outputs.", "SIZE")
+_AUTO = Option("auto", f"{BUDGET}; auto grows to the need of the largest module.", "SIZE")
+_FREE = Option(None, f"{BUDGET}; default 160MiB for weights, the free memory for outputs.", "SIZE")
 _MEMORY = {ToLoraOptions: _AUTO, ExtractOptions: _AUTO, VerifyOptions: _FREE}
 """The memory budget of verbs that do not stream with a fixed one."""
 

@@ -3,37 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 from dora_convert.codecs.detect import find_coded, with_dense
-from dora_convert.storage.checkpoint import open_checkpoint
-from dora_convert.storage.reader import read_whole
-from dora_convert.storage.refs import local_source
 
-GOLDEN = Path(__file__).parent / "golden/quantised"
-TRUTH = json.loads((GOLDEN / "truth.json").read_text())
-
-
-class WholeParts:
-    """Reads parts at once, the simplest way."""
-
-    def rows(self, part, start, stop):
-        return self._all(part)[start:stop]
-
-    def columns(self, part, start, stop):
-        return self._all(part)[:, start:stop]
-
-    def _all(self, part):
-        return torch.frombuffer(bytearray(read_whole(part)), dtype=torch.uint8).view(part.shape)
+from .quantised_bases import GOLDEN, TRUTH, WholeParts
+from .quantised_bases import opened as open_folder
 
 
 def opened(kind):
-    return open_checkpoint(local_source(GOLDEN / kind))
+    return open_folder(GOLDEN / kind)
 
 
 def decoded(tensor, height):

@@ -13,7 +13,7 @@ from functools import wraps
 from typing import Any, TypeVar, cast
 
 from ..errors import DoraConvertError, Fault
-from ..options import OPTIONS, Option
+from ..option_table import OPTIONS, Option
 from .talk import ProgressBar, log
 from .words import in_python
 

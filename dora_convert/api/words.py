@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from functools import cache
 
-from ..options import OPTIONS, flag
+from ..option_table import OPTIONS
+from ..options import flag
 
 COMMAND = re.compile(r"dora-convert [a-z-]+[^;]*")
 """A command to type, which stays as it is."""

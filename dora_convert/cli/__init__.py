@@ -18,7 +18,8 @@ from typing import Any, TextIO, get_args
 import click
 
 from ..errors import MORE_FILES, DoraConvertError, InterruptedRunError, UsageError, printable
-from ..options import SHORT_NAMES, Option, Path, flag, options_of
+from ..option_table import Option
+from ..options import SHORT_NAMES, Path, flag, options_of
 from ..settings import __version__
 from .sink import Sink, show_error
 

@@ -72,7 +72,7 @@ class Blocks(Scheme):
         part = tensor.parts["scale"]
         raw = self._by_rows(part, read, start, stop)
         scale = power(raw) if self.exponents else values(raw, part.dtype)
-        scale *= self.factor
+        scale = scale if self.factor == 1 else scale * self.factor
         if overall := tensor.parts.get("global"):
             number = values(read.rows(as_bytes_of(overall, 1), 0, 1), overall.dtype)
             return scale / number if self.divides else scale * number

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from ..storage.safetensors import BITS, StoredTensor
@@ -41,6 +42,9 @@ class Scheme:
     writes: ClassVar[str] = "never"
     """"back" if merged weights are coded again by default, "asked" if only --requantize does, or "never"."""
 
+    makes: ClassVar[tuple[str, ...]] = ()
+    """The parts beside the codes that a changed weight gets anew."""
+
     @property
     def step(self) -> int:
         """The rows that share a scale: blocks of a write-back are multiples of them; 0 for all rows."""
@@ -63,6 +67,11 @@ class CodedTensor(StoredTensor):
     def coded(self) -> bool:
         """True: the bytes on disk are not the values."""
         return True
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The files that hold the parts, each once."""
+        return tuple(dict.fromkeys(part.path for part in self.parts.values()))
 
     @property
     def columns(self) -> int:

@@ -53,7 +53,7 @@ def claim(found: Evidence) -> Iterator[CodedTensor]:
             "index": f"{module}.weight_g_idx",
             "shape": f"{module}.weight_shape",
         }
-        parts = {"scale": scale, **found.present(names)}
+        parts = {"scale": scale, **found.present(names), **found.of_inputs(module)}
         if packed := found.tensors.get(f"{module}.weight_packed"):
             yield _packed(found, module, {"codes": packed, **parts}, args)
         elif (codes := found.tensors.get(f"{module}.weight")) and codes.dtype in ("F8_E4M3", "I8"):

@@ -18,6 +18,8 @@ PLACES = ("quantization_config", "compression_config", "quantization")
 """Keys of a config that describe quantisation, in the order in which they count."""
 SIDE_FILE = "hf_quant_config.json"
 """NVIDIA modelopt's description, beside the config."""
+OF_INPUTS = ("input_scale", "input_zero_point", "input_global_scale", "activation_scale", "input_g_idx")
+"""Parts that are for the inputs of a module: copied with the codes, and of no use to a dense weight."""
 LIKE_SCALES = ("BF16", "F16", "F32")
 """Dtypes of scales that a dense weight may have, too."""
 LARGEST_NOTE = 1 << 16
@@ -61,6 +63,10 @@ class Evidence:
         for name, tensor in self.tensors.items():
             if name.endswith(suffix):
                 yield name.removesuffix(suffix), tensor
+
+    def of_inputs(self, module: str) -> dict[str, StoredTensor]:
+        """Return the scales of a module's inputs, which only quantised weights have a use for."""
+        return self.present({last: f"{module}.{last}" for last in OF_INPUTS})
 
     def present(self, names: Mapping[str, str]) -> dict[str, StoredTensor]:
         """Return those parts that the base has, from their names by role."""

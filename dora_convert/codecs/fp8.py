@@ -49,7 +49,7 @@ def claim(found: Evidence) -> Iterator[CodedTensor]:
         scheme = Fp8(
             title, grid=codes.dtype, height=codes.shape[-2], rows=rows, columns=columns, exponents=scale.dtype == "U8"
         )
-        yield found.dense(name, codes.shape, {"codes": codes, "scale": scale}, scheme)
+        yield found.dense(name, codes.shape, {"codes": codes, "scale": scale, **found.of_inputs(module)}, scheme)
 
 
 def title_of(kind: str, shape: tuple[int, ...], rows: int, columns: int) -> str:

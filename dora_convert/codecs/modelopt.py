@@ -27,4 +27,4 @@ def claim(found: Evidence) -> Iterator[CodedTensor]:
         scheme = Packed(
             "modelopt nvfp4, groups of 16", grid="E2M1", bits=4, height=shape[-2], columns=shape[-1] // scale.shape[-1]
         )
-        yield found.dense(codes.name, shape, {**parts, "global": overall}, scheme)
+        yield found.dense(codes.name, shape, {**parts, "global": overall, **found.of_inputs(module)}, scheme)

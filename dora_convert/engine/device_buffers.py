@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from ..plan.item import KEPT
 from ..storage.reader import Reader
 from ..storage.safetensors import StoredTensor
 from .precision import TORCH, ComputeSpec, as_bytes, empty, read_rows
+
+if TYPE_CHECKING:
+    from .decoding import StoredParts
 
 FACTOR_ELEMENTS = 1 << 18
 
@@ -38,6 +41,7 @@ class DeviceBuffers:
         self._stream = stream
         self._buffers: dict[str, Tensor] = {}
         self._exact: DeviceBuffers | None = None
+        self._parts: StoredParts | None = None
         self._wholes: dict[tuple[Path, int], Tensor] = {}
         """Whole tensors behind the last views, as they are stored, by file and place."""
 
@@ -54,7 +58,12 @@ class DeviceBuffers:
         return torch.cuda.stream(self._stream) if self._stream else nullcontext()
 
     def raw(self, stored: StoredTensor, start: int, stop: int, buffer: str = "in") -> Tensor:
-        """Read rows of a stored tensor into host memory as they are on disk: (rows, columns)."""
+        """Read rows of a stored tensor into host memory as they are on disk: (rows, columns).
+
+        Rows of a coded tensor are decoded: float64, on the device.
+        """
+        if stored.coded:
+            return self._decoded(stored, start, stop, buffer)
         if stored.is_view:
             return self._part(stored, range(start, stop), range(stored.matrix[1]))
         columns = stored.matrix[1]
@@ -91,6 +100,8 @@ class DeviceBuffers:
     def stored(self, stored: StoredTensor) -> Tensor:
         """Read a whole stored tensor into host memory of its own, in the stored dtype."""
         rows, columns = stored.matrix
+        if stored.coded:
+            return self._decoded(stored, 0, rows, "stored").to("cpu", TORCH[stored.dtype])
         if stored.is_view:
             return self._part(stored, range(rows), range(columns))
         host = empty((rows, columns), TORCH[stored.dtype])
@@ -138,9 +149,20 @@ class DeviceBuffers:
         self._wholes[place] = tensor
         return tensor
 
+    def _decoded(self, stored: StoredTensor, start: int, stop: int, buffer: str) -> Tensor:
+        """Decode rows of a coded tensor."""
+        from .decoding import StoredParts, decode
+
+        host = self.spec.device.type == "mps"  # which has no float64
+        device = torch.device("cpu") if host else self.spec.device
+        self._parts = self._parts or StoredParts(self.reader, device)
+        out = self.scratch(f"{buffer}, decoded", (stop - start, stored.matrix[1]), torch.float64, on_host=host)
+        return decode(stored, self._parts, start, out)
+
     def forget(self) -> None:
-        """Forget the whole tensors behind views."""
+        """Forget the whole tensors behind views, and strips of coded tensors."""
         self._wholes.clear()
+        self._parts = None
 
     def release(self) -> None:
         """Free all buffers, for another worker that may need the memory."""

@@ -158,7 +158,11 @@ def as_bytes(tensor: Tensor) -> memoryview:
 
 
 def read_rows(reader: Reader, tensor: StoredTensor, rows: Sequence[int]) -> Tensor:
-    """Read some rows of a stored tensor's matrix, in the stored dtype."""
+    """Read some rows of a stored tensor's matrix, in the stored dtype; rows of a coded tensor in float64."""
+    if tensor.coded:
+        from .decoding import decoded_rows
+
+        return decoded_rows(reader, tensor, rows)
     if tensor.is_view:
         from .view_reading import show
 

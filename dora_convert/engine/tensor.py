@@ -118,7 +118,7 @@ class MergeMaker:
     def _see_base(self, raw: Tensor, W: Tensor, start: int, stop: int) -> None:
         """Hash the base's rows: the source's rows, unless an adapter replaces the tensor."""
         item = self._item
-        if not item.base or start >= (rows := item.base.matrix[0]):
+        if not item.base or item.base.coded or start >= (rows := item.base.matrix[0]):
             return
         stop = min(stop, rows)
         base = raw if item.source is item.base else self._buffers.raw(item.base, start, stop, "base")
@@ -140,14 +140,15 @@ class MergeMaker:
     def result(self, written: Digest) -> TensorResult:
         """Return the hashes of both tensors, and the parts of the undo record."""
         item = self._item
-        for start, stop in spans(*item.base.matrix) if item.base else ():
+        coded = item.base is not None and item.base.coded  # its parts are kept whole
+        for start, stop in spans(*item.base.matrix) if item.base and not coded else ():
             if item.base and stop > (first := max(start, item.source.matrix[0])):
                 data = as_bytes(self._buffers.raw(item.base, first, stop, "base"))
                 self._base.update(data)
                 if self._observer:
                     self._observer.beyond(data, first, stop)
         parts = self._observer.parts() if self._observer else ()
-        if not item.base:
+        if not item.base or coded:
             return TensorResult(None, written.fast, None, parts)
         return TensorResult(self._base.fast, written.fast, self._base.proof, parts)
 

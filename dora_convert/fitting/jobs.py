@@ -41,7 +41,7 @@ class Job:
     @property
     def reads(self) -> tuple[Path, ...]:
         """The files that the job reads."""
-        return tuple(tensor.path for tensor in self.inputs)
+        return tuple(path for tensor in self.inputs for path in tensor.paths)
 
 
 @dataclass(frozen=True)

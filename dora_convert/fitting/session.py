@@ -124,7 +124,7 @@ class FittingSession:
         idle = self.selection.check_globs(modules_of(adapters))
         for doubt in (*doubts(checkpoint, adapters), *unused(checkpoint, adapters), *idle):
             self.settings.warn(doubt)
-        plan = make_plan(checkpoint, adapters, (1.0,), replace(self.selection, dtype=None))
+        plan = make_plan(checkpoint, adapters, (1.0,), replace(self.selection, dtype=None, quantised="all"))
         for doubt in plan.warnings:
             self.settings.warn(doubt)
         if checkpoint.is_here and any(edit.decomposed for item in plan.items for edit in item.edits):

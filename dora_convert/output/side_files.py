@@ -70,6 +70,9 @@ def side_files(plan: Plan) -> list[SideFile]:
             put(name, adopted.source.path / name, "from the adapter")
     if plan.config is not None:
         put("config.json", _json_bytes(plan.config), "edited")
+    files = {name: file for name, file in files.items() if plan.files.get(name, {}) is not None}
+    for name in plan.files.keys() & files.keys():
+        put(name, _json_bytes(plan.files[name] or {}), "edited")
     if plan.index_name:
         put(plan.index_name, index_bytes(plan), "written")
     put(card.NAME, b"", "written")  # the text comes last: see `with_card`

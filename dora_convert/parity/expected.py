@@ -19,6 +19,7 @@ from ..storage.reader import Reader
 from ..storage.safetensors import StoredTensor
 
 if TYPE_CHECKING:
+    from .coded_values import CodedValues
     from .kinds import ExpectedTransform
 
 CHUNK_ELEMENTS = 1 << 13
@@ -56,6 +57,7 @@ class Expected:
 
     def __init__(self, item: Item, reader: Reader, device: torch.device = CPU) -> None:
         self.item, self._reader, self._device = item, reader, device
+        self._coded: CodedValues | None = None
         self._set = {row: (rows.value, k) for rows in item.rows for k, row in enumerate(rows.index)}
         self._start = self._without_start()
         self._held = [self._hold(edit.low, edit) if edit.low else () for edit in item.edits]
@@ -94,24 +96,6 @@ class Expected:
         base = self.item.base
         same = base and base.shape == self.item.stacked
         return x, self._load(base, rows) if base and same else W
-
-    def forward(self, rows: Sequence[int], block: Block, x: Tensor, *, by_columns: bool) -> Tensor:
-        """Return the adapter's own outputs for inputs x: Wx + s·B(Ax), times m/n, without the product BA.
-
-        With `by_columns`, for a weight stored as (in, out), return the addend of these rows to all outputs.
-        """
-        before = (block.W.T if by_columns else block.W) @ x
-        y = before.clone()
-        for number, (edit, part) in enumerate(zip(self.item.edits, block.parts, strict=True)):
-            if not edit.low or (part.f.dim() and edit.axis != 1 - by_columns):
-                changed = (block.W + part.delta) * part.f - block.W
-                y += edit.weight * ((changed.T if by_columns else changed) @ x)
-                continue
-            left, right, scale = self.factors(number, rows)
-            change = scale * (right.T @ (left.T @ x) if by_columns else left @ (right @ x))
-            f = part.f.view(-1, 1) if part.f.dim() else part.f
-            y += edit.weight * ((before + change) * f - before)
-        return y
 
     def bound(self, rows: Sequence[int], x: Tensor, *, rounded_once: bool) -> Tensor:
         """Return the largest distance from x that an honest result may have."""
@@ -286,6 +270,8 @@ class Expected:
     def _load(self, tensor: StoredTensor, rows: Sequence[int] | None = None) -> Tensor:
         """Read rows of a stored tensor's matrix, or all rows, in float64."""
         chosen = range(tensor.matrix[0]) if rows is None else rows
+        if tensor.coded:
+            return self._decoded(tensor).rows(chosen).to(self._device)
         loaded = empty((len(chosen), tensor.matrix[1]), torch.float64)
         height, filled = max(1, 4 * CHUNK_ELEMENTS // max(1, tensor.matrix[1])), 0
         for start in range(0, len(chosen), height):
@@ -293,6 +279,14 @@ class Expected:
             loaded[filled : filled + len(part)] = part
             filled += len(part)
         return loaded.to(self._device)
+
+    def _decoded(self, tensor: StoredTensor) -> CodedValues:
+        """Return the decoder of a coded tensor, which keeps what it has read."""
+        from .coded_values import CodedValues
+
+        if self._coded is None or self._coded.tensor is not tensor:
+            self._coded = CodedValues(tensor, self._reader)
+        return self._coded
 
 
 def _dense(stacked: Tensor, blocks: int) -> Tensor:

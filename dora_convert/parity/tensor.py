@@ -47,13 +47,13 @@ class Outputs:
         """Add the outputs of some rows, as stored and rounded perfectly."""
         if not self.transposed:  # each row is an output
             x = self.x[: got.shape[1]]
-            self._count(got @ x, rounded @ x, self.expected.forward(rows, block, x, by_columns=False))
+            self._count(got @ x, rounded @ x, forward(self.expected, rows, block, x, by_columns=False))
             return
         height = self.expected.item.matrix[0] // self.expected.item.experts  # each row adds to all outputs
         if rows[0] % height == 0:
             self.finish()
         x = self.x[[row % height for row in rows]]
-        parts = [got.T @ x, rounded.T @ x, self.expected.forward(rows, block, x, by_columns=True)]
+        parts = [got.T @ x, rounded.T @ x, forward(self.expected, rows, block, x, by_columns=True)]
         self._sums = [a + b for a, b in zip(self._sums, parts, strict=True)] if self._sums else parts
 
     def finish(self) -> None:
@@ -70,6 +70,25 @@ class Outputs:
         """Return the relative errors as stored and with perfect rounding; None without outputs."""
         error, floor, size = self.squares
         return ((error / size) ** 0.5, (floor / size) ** 0.5) if size else (None, None)
+
+
+def forward(expected: Expected, rows: Sequence[int], block: Block, x: Tensor, *, by_columns: bool) -> Tensor:
+    """Return the adapter's own outputs for inputs x: Wx + s·B(Ax), times m/n, without the product BA.
+
+    With `by_columns`, for a weight stored as (in, out), return the addend of these rows to all outputs.
+    """
+    before = (block.W.T if by_columns else block.W) @ x
+    y = before.clone()
+    for number, (edit, part) in enumerate(zip(expected.item.edits, block.parts, strict=True)):
+        if not edit.low or (part.f.dim() and edit.axis != 1 - by_columns):
+            changed = (block.W + part.delta) * part.f - block.W
+            y += edit.weight * ((changed.T if by_columns else changed) @ x)
+            continue
+        left, right, scale = expected.factors(number, rows)
+        change = scale * (right.T @ (left.T @ x) if by_columns else left @ (right @ x))
+        f = part.f.view(-1, 1) if part.f.dim() else part.f
+        y += edit.weight * ((before + change) * f - before)
+    return y
 
 
 class Lengths:

@@ -33,7 +33,7 @@ def verify_weights(plan: Plan, merged: Checkpoint, settings: Settings, session: 
     if plan.base.is_here:
         check_magnitudes(plan)
     pairing = pair(plan, merged)
-    needs = {item.name: (item.source.path, written.path) for item, written in pairing.pairs}
+    needs = {item.name: (*item.source.paths, *written.paths) for item, written in pairing.pairs}
     with reading((plan.base, merged), needs, session) as reader:
         pairing.compare_twins(reader)
         results = _compare(pairing, settings, samples, reader)

@@ -8,6 +8,7 @@ from typing import Any
 from ..errors import MalformedError
 from ..naming.families import BEFORE_LABELS, LABEL_LAYERS, SUFFIXES
 from ..storage.safetensors import CONFIG_DTYPES
+from .plan import Options
 
 Config = Mapping[str, Any]
 
@@ -21,6 +22,32 @@ def _rewrite(config: Config, key: str, change: Callable[[Any], Any]) -> dict[str
         return _rewrite(value, key, change) if isinstance(value, Mapping) else value
 
     return {name: rewritten(name, value) for name, value in config.items()}
+
+
+def for_output(
+    config: Config,
+    options: Options,
+    task: str | None,
+    *,
+    untie: bool,
+    resized: Mapping[str, tuple[int, int]],
+    added: Mapping[str, tuple[int, ...]],
+    headless: bool,
+) -> Config:
+    """Return a config for an output: its dtype, its ties, its vocabulary and its head.
+
+    `resized` holds old and new rows of embeddings and heads, `added` the shapes of tensors that the base lacks.
+    `headless` says that a bare model gets its embedding as a head, `task` which class it becomes.
+    """
+    if options.dtype:
+        config = with_dtype(config, options.dtype)
+    if untie:
+        config = untied(config)
+    for old, new in list(resized.values())[:1]:
+        config = with_vocabulary(config, old, new)
+    if added or headless:
+        config = with_head(config, task, added)
+    return with_legacy_rope(config) if options.legacy_config else config
 
 
 def with_dtype(config: Config, dtype: str) -> Config:

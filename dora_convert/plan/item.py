@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from ..adapters.kinds import Follows
     from .undo_part import Undo
 
+DECODING = 10 << 20
+"""Bytes that are held while a block of a coded tensor is decoded: a strip of the codes, and the steps between."""
 KEPT = 2
 """Whole tensors behind views that a worker keeps: the experts' two take turns."""
 
@@ -130,6 +132,10 @@ class Item:
     """The name on disk of the base's tensor that this one derives from."""
     undo: Undo | None = None
     """If set, `source` is a merge's output, and `edits` and `rows` are the merge's changes."""
+    parts: tuple[tuple[str, Item], ...] = ()
+    """If set, the result is coded again: this item has the codes, and these have the other parts, by role."""
+    part_of: str = ""
+    """The name of the item that writes this one along with itself."""
 
     @cached_property
     def matrix(self) -> tuple[int, int]:
@@ -139,7 +145,7 @@ class Item:
     @cached_property
     def grown(self) -> int:
         """The number of output rows below those of `source`; `rows` holds all of them."""
-        return 0 if self.undo else max(0, sum(self.shape[:1]) - sum(self.source.shape[:1]))
+        return 0 if self.undo or self.parts else max(0, sum(self.shape[:1]) - sum(self.source.shape[:1]))
 
     @property
     def stacked(self) -> tuple[int, ...]:
@@ -166,14 +172,15 @@ class Item:
     def verbatim(self) -> bool:
         """True if the output's bytes are on disk: the base's, or an adapter's counters and the like."""
         copied = not self.replaced or self.source.dtype not in FLOATS
-        return not self.edits and copied and self.dtype == self.source.dtype and not self.undo
+        same = copied and self.dtype == self.source.dtype and not self.source.coded
+        return not self.edits and same and not self.undo and not self.part_of
 
     @property
     def fate(self) -> str:
         """One word for reports: added, merged, replaced, converted or copied."""
         if self.added:
             return "added"
-        if self.edits:
+        if self.edits or self.part_of:
             return "merged"
         copied = "copied" if self.verbatim else "converted"
         return "replaced" if self.replaced or (self.undo and self.undo.kept) else copied
@@ -221,6 +228,8 @@ class Item:
         block = height * columns
         host = block * max(self.source.itemsize, BITS[self.dtype] // 8, self.base.itemsize if self.base else 0)
         total = host + block * (width + 4) + (host + 8 * block if self.replaced else 0)
+        if self.source.coded:
+            total += 8 * block + DECODING
         if len(self.edits) > 1:
             total += 2 * block * width
         if self.start:

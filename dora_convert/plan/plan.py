@@ -11,7 +11,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
@@ -39,10 +39,11 @@ class OutputShard:
     def inputs(self) -> Mapping[Path, None]:
         """The files that the shard's tensors are computed from, each once."""
         return dict.fromkeys(
-            source.path
+            path
             for item in self.items
             for source in (item.source, item.base, *(item.undo.tensors if item.undo else ()))
             if source
+            for path in source.paths
         )
 
 
@@ -75,6 +76,8 @@ class Plan:
     """The output's config, if it differs from the base's."""
     warnings: tuple[str, ...] = ()
     """Decisions that a user should know of."""
+    files: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
+    """JSON files beside the weights that change: their contents, or None for those that are left out."""
 
     @cached_property
     def items(self) -> tuple[Item, ...]:
@@ -110,7 +113,7 @@ class Plan:
         remains: dict[str, Item] = {}
         for item in sorted(self.items, key=lambda item: (not (item.verbatim or item.extends), item.added)):
             lost = item.replaced and item.verbatim  # an adapter's counter instead of the base's
-            if item.base and not lost:
+            if item.base and not (lost or item.base.coded or item.part_of):
                 remains.setdefault(item.origin, item)
         return remains
 
@@ -158,7 +161,10 @@ def _describe(item: Item) -> list[Any]:
     edits = [_describe_edit(edit) for edit in item.edits]
     undo = [[stored.name for stored in item.undo.tensors]] if item.undo else []
     names = [item.name, item.dtype, item.shape, item.origin, item.source.name]
-    return [*names, item.replaced, rows, edits, *undo]
+    coded = (
+        [repr(getattr(item.source, "scheme", "")), [part.name for _, part in item.parts]] if item.source.coded else []
+    )
+    return [*names, item.replaced, rows, edits, *undo, *coded]
 
 
 def _describe_edit(edit: Edit) -> list[Any]:
@@ -203,6 +209,9 @@ class Options:
     """True if config.json gets the fields of transformers 4, too."""
     ignore_file: tuple[str, ...] = ()
     """Weight files beside adapters that are left out."""
+    quantised: str = ""
+    """The choice for quantised weights: "all" are written dense, or the "touched" ones, or few bits are coded
+    "again"; by default those that the adapter changes are coded again if their bits suffice."""
     strict: bool = False
     """True if an adapter must hold all that its config says was trained."""
     facts: AdapterFacts = NO_FACTS
@@ -262,6 +271,7 @@ def parse_options(given: Mapping[str, Any]) -> Options:
         ignore_field=given.get("ignore_field", ()),
         ignore_file=given.get("ignore_file", ()),
         strict=given.get("strict", False),
+        quantised=_quantised(given),
         legacy_config=given.get("legacy_config", False),
         facts=_facts(given),
     )
@@ -274,6 +284,15 @@ def _facts(given: Mapping[str, Any]) -> AdapterFacts:
     from ..adapters.facts import parse_facts
 
     return parse_facts(given)
+
+
+def _quantised(given: Mapping[str, Any]) -> str:
+    """Return the caller's choice for quantised weights, which few calls make."""
+    if not any(given.get(name) for name in ("dequantize", "dequantize_touched", "requantize")):
+        return ""
+    from .quantised_config import parse_choice
+
+    return parse_choice(given)
 
 
 def parse_weights(given: Sequence[float] | float, count: int) -> tuple[float, ...]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..adapters import Adapter, Full, Rows, Update, unwrapped
 from ..errors import Fault, PlanError, UnsupportedError
@@ -22,6 +22,9 @@ from .item import Item
 from .plan import Entry, Options, Plan
 from .sharding import lay_out
 
+if TYPE_CHECKING:
+    from .quantised import QuantisedBase
+
 LACKING = "the config says that it was trained, and the adapter has no tensor of it"
 
 
@@ -31,9 +34,10 @@ def make_plan(base: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[f
     Raises UnsupportedError for bases that are refused as a whole, UsageError for weights that cannot be
     applied, and PlanError with every fault of every adapter otherwise.
     """
-    refuse_quantised(base)
-    adapters = [_for_base(adapter, base) for adapter in adapters]
-    tree = _with_layers(base, adapters)
+    quantised = _quantised(base, options)
+    whole = quantised.dense if quantised else base
+    adapters = [_for_base(adapter, whole) for adapter in adapters]
+    tree = _with_layers(whole, adapters)
     names = _resolvers(tree, adapters, options)
     tasks = [adapter.task for adapter in adapters if adapter.task]
     tie = find_tie(tree, tasks)
@@ -50,6 +54,8 @@ def make_plan(base: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[f
     items = {name: builder.item(name) for name in builder.targets}
     resized = _resized(items)
     builder.faults += _resized_alone(items, resized)
+    if quantised:
+        quantised.refuse_unread(builder.faults)
     _check(builder, items, base, adapters)
     missing = [
         find_missing(adapter, resolver, tree, tie, options) for adapter, resolver in zip(adapters, names, strict=True)
@@ -58,13 +64,7 @@ def make_plan(base: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[f
     builder.ledger += [Entry(name, "missing", (), LACKING) for each in missing for name in each]
     config = _output_config(builder, items, resized, tasks)
     shards, index_name = lay_out(tree, items, options.max_shard_size)
-    changed = config if config != base.config else None
-    if changed and base.is_file:
-        raise UnsupportedError(
-            f"This merge changes config.json, too, and BASE {base.source.name} is a single file.",
-            hint=f"name its folder: {base.root}",
-        )
-    return Plan(
+    plan = Plan(
         base=base,
         adapters=tuple(adapters),
         weights=tuple(weights),
@@ -72,9 +72,20 @@ def make_plan(base: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[f
         shards=shards,
         index_name=index_name,
         ledger=tuple(builder.ledger),
-        config=changed,
+        config=config if config != base.config else None,
         warnings=tuple(builder.warnings),
     )
+    return _unless_a_file(quantised.settled(plan, items, tree) if quantised else plan)
+
+
+def _unless_a_file(plan: Plan) -> Plan:
+    """Return a plan; raise UnsupportedError if it changes config.json, and the base is a single file."""
+    if plan.config and plan.base.is_file:
+        raise UnsupportedError(
+            f"This merge changes config.json, too, and BASE {plan.base.source.name} is a single file.",
+            hint=f"name its folder: {plan.base.root}",
+        )
+    return plan
 
 
 def _warn_of_missing(
@@ -223,33 +234,25 @@ def _output_config(
     builder: PlanBuilder, items: Mapping[str, Item], resized: Mapping[str, tuple[int, int]], tasks: Sequence[str]
 ) -> Mapping[str, Any] | None:
     """Return the output's config."""
-    config = builder.base.config
     added = {name: item.shape for name, item in items.items() if item.added and item.base is None}
-    options = builder.options
+    config, options = builder.base.config, builder.options
     if config is None or not (options.dtype or options.legacy_config or builder.untied or resized or added):
         return config
-    from . import config_json
+    from .config_json import for_output
 
-    if options.dtype:
-        config = config_json.with_dtype(config, options.dtype)
-    if builder.untied:
-        config = config_json.untied(config)
-    for old, new in list(resized.values())[:1]:
-        config = config_json.with_vocabulary(config, old, new)
-    if added or (builder.untied and builder.base.renamed):
-        config = config_json.with_head(config, next(iter(tasks), None), added)
-    return config_json.with_legacy_rope(config) if options.legacy_config else config
+    headless = builder.untied and bool(builder.base.renamed)
+    return for_output(
+        config, options, next(iter(tasks), None), untie=builder.untied, resized=resized, added=added, headless=headless
+    )
 
 
-def refuse_quantised(base: Checkpoint) -> None:
-    """Raise UnsupportedError for quantised weights."""
-    for config in base.configs:
-        if isinstance(method := config.get("quantization_config"), Mapping):
-            raise UnsupportedError(
-                f"{base.source.name} is quantised ({method.get('quant_method', 'unknown method')}); "
-                "merging into quantised weights is not done yet.",
-                hint="name the full-precision checkpoint that it was made from",
-            )
+def _quantised(base: Checkpoint, options: Options) -> QuantisedBase | None:
+    """Return what is known of a quantised base; None for a dense one, without a look at codecs."""
+    if not base.may_be_quantised:
+        return None
+    from .quantised import QuantisedBase
+
+    return QuantisedBase.of(base, options)
 
 
 SHOWN = 10
@@ -268,7 +271,8 @@ def find_missing(
     if not adapter.promised:
         return []
     shapes = {own: tensor.shape for name, tensor in base.tensors.items() if (own := names.in_adapter(name))}
-    changes = [change for change in adapter.changes if not _is_frozen(change.update)]
+    # a copy of the base's tensor beside its factors says nothing of training
+    changes = [each for each in adapter.changes if not (isinstance(each.update, Full) and each.update.copied)]
     targets = [target for change in changes for target in (change.target, *change.among)]
     covered = {name for target in targets for name in names.stored(target)}
     if tie and covered & {tie.embedding, tie.head}:
@@ -282,11 +286,6 @@ def find_missing(
         and (has_experts or EXPERTS not in name)
         and not _is_past_the_last_layer(name, base)
     )
-
-
-def _is_frozen(update: Update) -> bool:
-    """Return True for a tensor of the base that was saved beside its factors, which says nothing of training."""
-    return isinstance(update, Full) and update.copied
 
 
 def _is_linear(name: str) -> bool:

@@ -56,7 +56,7 @@ def _as_base(base: Checkpoint, items: Mapping[str, Item]) -> list[list[Item]]:
     groups = [[items[tensor.name] for tensor in shard.tensors] for shard in base.shards]
     for item in items.values():
         if item.name not in owner:
-            groups[owner[item.base.name] if item.base else -1].append(item)
+            groups[owner.get(item.base.name, -1) if item.base else -1].append(item)
     return groups
 
 
@@ -65,7 +65,7 @@ def _aligned(items: Sequence[Item]) -> tuple[Item, ...]:
 
     The given order does if no dtype changes; else the items are sorted by falling element size.
     """
-    if all(item.base and item.dtype == item.base.dtype for item in items):
+    if all(item.base and item.dtype == item.base.dtype and not item.base.coded for item in items):
         return tuple(items)
     return tuple(sorted(items, key=lambda item: -BITS[item.dtype]))
 

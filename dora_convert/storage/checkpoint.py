@@ -32,7 +32,7 @@ from .filenames import (
 )
 from .json_files import read_config, read_json
 from .refs import Source
-from .safetensors import Header, StoredTensor, open_file, read_header
+from .safetensors import FLOATS, Header, StoredTensor, open_file, read_header
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,12 @@ class Checkpoint:
         """Every `model_type` in the config, nested ones too."""
         names = (config.get("model_type") for config in self.configs)
         return frozenset(name for name in names if isinstance(name, str))
+
+    @property
+    def may_be_quantised(self) -> bool:
+        """True if a tensor is not of plain floats, or a config speaks of quantisation."""
+        odd = any(tensor.dtype not in FLOATS for tensor in self.tensors.values())
+        return odd or any("quantization" in key or key == "compression_config" for each in self.configs for key in each)
 
     @property
     def configs(self) -> list[Mapping[str, Any]]:

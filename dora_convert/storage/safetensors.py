@@ -70,6 +70,11 @@ class StoredTensor:
         return False
 
     @property
+    def paths(self) -> tuple[Path, ...]:
+        """The files that hold the tensor."""
+        return (self.path,)
+
+    @property
     def numel(self) -> int:
         """Number of elements; 1 for a scalar."""
         return math.prod(self.shape)

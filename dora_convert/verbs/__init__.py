@@ -9,7 +9,8 @@ from numbers import Real
 from typing import Any, TypeVar, cast, get_args
 
 from ..errors import UsageError, printable
-from ..options import SHORT_NAMES, Option, flag, options_of
+from ..option_table import Option
+from ..options import SHORT_NAMES, flag, options_of
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 

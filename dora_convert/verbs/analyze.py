@@ -23,7 +23,8 @@ from ..formats.detect import detect, model_weights
 from ..options import AnalyzeOptions
 from ..output.lineage import doubts
 from ..plan.plan import parse_options
-from ..plan.planner import make_plan, refuse_quantised
+from ..plan.planner import make_plan
+from ..plan.quantised import as_dense
 from ..reports.analyze import AnalyzeReport, Collision, MovedVector, Point, TunedStep
 from ..reports.analyze_files import check_files, write_files
 from ..settings import Settings, peak_memory, without_collections
@@ -64,8 +65,7 @@ def analyze(base: PathLike, tuned: PathLike | Sequence[PathLike], **options: Unp
         return replace(report, warnings=tuple(settings.warnings))
     with Session(options["token"], cache=options["cache"], notify=settings.notify) as session:
         refuse_swapped(base, [each.ref for each in refs], "", "analyze")
-        request = _Request(open_base(base, "BASE", session), options, settings, session)
-        refuse_quantised(request.base)
+        request = _Request(as_dense(open_base(base, "BASE", session)), options, settings, session)
         steps = [request.open(each) for each in refs]
         report = request.measure(steps)
         refuse_changed(request.base.states, *(step.opened.states for step in steps))
@@ -139,8 +139,7 @@ class _Request:
             self._warn([*doubts(self.base, [adapter]), *unused(self.base, [adapter]), *idle, *plan.warnings])
             step = _Step(ref, plan.adapters[0], pair_plan(plan))
         else:
-            tuned = open_base(ref.ref, "TUNED", self.session)
-            refuse_quantised(tuned)
+            tuned = as_dense(open_base(ref.ref, "TUNED", self.session))
             self._warn([*selection.check_globs({name.rpartition(".")[0] for name in model_names(tuned)})])
             step = _Step(ref, tuned, pair_checkpoint(self.base, tuned, selection))
         self._warn(step.pairing.warnings)

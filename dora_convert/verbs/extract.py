@@ -17,7 +17,7 @@ from ..fitting.jobs import FittingPlan, Result, doubt_ranks, goal_words, parse_g
 from ..fitting.pairs import Differences, model_names, short_names
 from ..fitting.session import Fitter, FittingSession
 from ..options import ExtractOptions
-from ..plan.planner import refuse_quantised
+from ..plan.quantised import as_dense
 from ..reports.fitting import MadeDryRun, MadeReport
 from ..settings import format_size, without_collections
 from ..sources.inputs import open_base
@@ -81,8 +81,7 @@ def extract(
 def _open(session: FittingSession, base: PathLike, tuned: PathLike) -> tuple[Checkpoint, Checkpoint]:
     before = open_base(os.fspath(base), "BASE", session.session)
     after = open_base(os.fspath(tuned), "TUNED", session.session)
-    for checkpoint in (before, after):
-        refuse_quantised(checkpoint)
+    before, after = as_dense(before), as_dense(after)
     session.selection.check_globs([name.rpartition(".")[0] for name in (*model_names(before), *model_names(after))])
     session.folder.refuse_inside([before.source.path, after.source.path])
     return before, after
@@ -94,7 +93,7 @@ def _differing(base: Checkpoint, tuned: Checkpoint, session: FittingSession) -> 
         from ..fitting.extract import differing
     before = model_names(base)
     both = {name: (before[name], tensor) for name, tensor in model_names(tuned).items() if name in before}
-    needs = {name: (one.path, other.path) for name, (one, other) in both.items()}
+    needs = {name: (*one.paths, *other.paths) for name, (one, other) in both.items()}
     with reading((base, tuned), needs, session.session) as reader:
         return differing(both, reader)
 

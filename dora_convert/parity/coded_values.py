@@ -1,0 +1,207 @@
+"""Decode quantised weights by their definitions, element by element: where its code lies, and what the code means.
+
+The merge decodes blocks with code of its own (codecs/). From there this file takes the facts of headers, such as
+bits and block sizes, and no arithmetic. A code is found by its bit in the file, a scale by its index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..codecs.awq import Awq
+from ..codecs.bitsandbytes import Nibbles
+from ..codecs.blocks import Blocks
+from ..codecs.coded import CodedTensor
+from ..codecs.gpt_oss import TurnedMxfp4
+from ..codecs.gptq import Gptq
+from ..storage.reader import Reader
+from ..storage.safetensors import BITS, StoredTensor
+
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+"""The output of each place in a word."""
+
+
+class CodedValues:
+    """The float64 values of one coded tensor, for any rows of its last dimension."""
+
+    def __init__(self, tensor: StoredTensor, reader: Reader) -> None:
+        assert isinstance(tensor, CodedTensor)
+        self.tensor = self._tensor = tensor
+        self._reader = reader
+        self._held: dict[str, tuple[int, Tensor]] = {}
+
+    def rows(self, numbers: Sequence[int]) -> Tensor:
+        """Return some rows of the tensor's matrix: (rows, columns)."""
+        wide = self._tensor.matrix[1] // max(1, self._tensor.columns)
+        lines = [number * wide + k for number in numbers for k in range(wide)]
+        return torch.stack([self._row(line) for line in lines]).view(len(numbers), -1)
+
+    def _row(self, row: int) -> Tensor:
+        match self._tensor.scheme:
+            case Blocks() as scheme:
+                return self._block_row(scheme, row)
+            case Nibbles() as scheme:
+                return self._nibble_row(scheme, row)
+            case Gptq() as scheme:
+                return self._gptq_row(scheme, row)
+            case Awq() as scheme:
+                return self._awq_row(scheme, row)
+            case TurnedMxfp4() as scheme:
+                return self._turned_row(scheme, row)
+        raise AssertionError(f"{self._tensor.scheme.title} has no second decoder")
+
+    def _block_row(self, scheme: Blocks, row: int) -> Tensor:
+        """W = (q − z)·s + b, with the block of rows and columns that each element lies in."""
+        tensor, K = self._tensor, self._tensor.columns
+        codes = tensor.parts["codes"]
+        j = torch.arange(K)
+        line = 8 * codes.nbytes // (tensor.numel // K)  # bits of a row of codes
+        width = scheme.bits if scheme.grid in ("signed", "unsigned", "E2M1") else 8
+        q = meaning(self._bits("codes", row * line + j * width, width), scheme)
+        matrix, inside = divmod(row, scheme.height)
+        down = -(-scheme.height // scheme.rows)
+        position = matrix * down + min(inside // scheme.rows, down - 1)
+        groups = tensor.parts["scale"].numel // (down * (tensor.numel // K // scheme.height))
+        group = j // scheme.columns if groups > 1 else torch.zeros_like(j)
+        if groups > 1 and "index" in tensor.parts:
+            group = self._numbers("index", j).long().clamp(min=0)
+        at = position * groups + group
+        s = self._numbers("scale", at, "F8_E8M0" if scheme.exponents else None) * scheme.factor
+        if "global" in tensor.parts:
+            overall = self._numbers("global", torch.zeros_like(j))
+            s = s / overall if scheme.divides else s * overall
+        if "zero" in tensor.parts:
+            q = q - (
+                self._packed_zero(scheme, row, group, groups) if scheme.packed_zeros else self._numbers("zero", at)
+            )
+        return q * s + (self._numbers("bias", at) if "bias" in tensor.parts else 0.0)
+
+    def _packed_zero(self, scheme: Blocks, row: int, group: Tensor, groups: int) -> Tensor:
+        """Zero points lie along the rows: bit `row·bits` of the stream of words of each group."""
+        low = row * scheme.bits
+        bit = [(low + k) // 32 * 32 * groups + (low + k) % 32 for k in range(scheme.bits)]
+        each = [self._bits("zero", start + 32 * group, 1).double() * 2**k for k, start in enumerate(bit)]
+        return torch.stack(each).sum(0) - (2 ** (scheme.bits - 1) if scheme.grid == "signed" else 0)
+
+    def _nibble_row(self, scheme: Nibbles, row: int) -> Tensor:
+        """W = map[q]·absmax, over the flattened tensor; the first of two codes is in the high bits."""
+        element = row * self._tensor.columns + torch.arange(self._tensor.columns)
+        q = self._bits("codes", 4 * (element ^ 1), 4)
+        block = element // scheme.block
+        if "nested" in self._tensor.parts:
+            scale = self._numbers("nested_map", self._bits("scale", 8 * block, 8))
+            scale = scale * self._numbers("nested", block // scheme.nested_block) + scheme.nested_offset
+        else:
+            scale = self._numbers("scale", block)
+        return self._numbers("map", q) * scale
+
+    def _gptq_row(self, scheme: Gptq, n: int) -> Tensor:
+        """W[n, k] = s[g, n]·(q[k, n] − z[g, n])."""
+        K, N = self._tensor.columns, self._tensor.shape[0]
+        k = torch.arange(K)
+        q = torch.zeros(K, dtype=torch.float64)
+        zero = torch.zeros(K, dtype=torch.float64)
+        g = self._numbers("index", k).long() if "index" in self._tensor.parts else k // scheme.group
+        line = 32 * self._tensor.parts["zero"].shape[1]
+        for bit in range(scheme.bits):
+            at = k * scheme.bits + bit
+            q += self._bits("codes", at // 32 * 32 * N + 32 * n + at % 32, 1).double() * 2**bit
+            zero += self._bits("zero", g * line + n * scheme.bits + bit, 1).double() * 2**bit
+        return self._numbers("scale", g * N + n) * (q - (zero + scheme.zero))
+
+    def _awq_row(self, scheme: Awq, n: int) -> Tensor:
+        """W[n, k] = s[g, n]·(q[k, n] − z[g, n]); eight outputs share a word, in an order of their own."""
+        K, N = self._tensor.columns, self._tensor.shape[0]
+        k = torch.arange(K)
+        g = k // scheme.group
+        inside = 32 * (n // 8) + 4 * AWQ_ORDER.index(n % 8)
+        q = self._bits("codes", 4 * k * N + inside, 4).double()
+        zero = self._bits("zero", 4 * g * N + inside, 4).double()
+        return self._numbers("scale", g * N + n) * (q - zero)
+
+    def _turned_row(self, scheme: TurnedMxfp4, row: int) -> Tensor:
+        """W[e, k, r] = code[e, r, k]·2^(s[e, r, k/32] − 127); the row's number is e and k."""
+        expert, k = divmod(row, scheme.height)
+        _, R, groups, _ = self._tensor.parts["codes"].shape
+        r = expert * R + torch.arange(R)
+        q = float_value(self._bits("codes", 4 * (r * 32 * groups + k), 4), exponent=2, mantissa=1)
+        return q * self._numbers("scale", r * groups + k // 32, "F8_E8M0")
+
+    def _numbers(self, role: str, index: Tensor, dtype: str | None = None) -> Tensor:
+        """Return elements of a part as numbers, by their indices."""
+        part = self._tensor.parts[role]
+        dtype = dtype or part.dtype
+        return number(self._bits(role, index.long() * BITS[part.dtype], BITS[part.dtype]), dtype)
+
+    def _bits(self, role: str, position: Tensor, count: int) -> Tensor:
+        """Return whole numbers of `count` bits, which begin at bits of a part; the low bits come first."""
+        part = self._tensor.parts[role]
+        first, last = int(position.min()) // 8, (int(position.max()) + count - 1) // 8 + 1
+        data, start = self._bytes(role, part, first, last)
+        byte = position // 8 - start
+        value = torch.zeros_like(position)
+        for k in range((count + 14) // 8 if count % 8 else count // 8):
+            value |= data[(byte + k).clamp(max=len(data) - 1)].long() << 8 * k
+        value >>= position % 8
+        mask = (1 << count) - 1 if count < 64 else -1
+        return value & mask
+
+    def _bytes(self, role: str, part: StoredTensor, first: int, last: int) -> tuple[Tensor, int]:
+        """Return bytes of a part, and the number of the first; columns keep all bytes of one expert."""
+        start, held = self._held.get(role, (0, torch.empty(0, dtype=torch.uint8)))
+        if start <= first and last <= start + len(held):
+            return held, start
+        unit = part.nbytes // (part.shape[0] if len(part.shape) > 2 else 1)
+        if 2 * (last - first) > unit or unit <= 1 << 16:
+            first, last = first // unit * unit, -(-last // unit) * unit
+        data = bytearray(last - first)
+        self._reader.read(part.path, part.start + first, memoryview(data))
+        self._held[role] = (first, torch.frombuffer(data, dtype=torch.uint8))
+        return self._held[role][1], first
+
+
+def meaning(codes: Tensor, scheme: Blocks) -> Tensor:
+    """Return the values that codes stand for, before their scale."""
+    match scheme.grid:
+        case "E2M1":
+            return float_value(codes, exponent=2, mantissa=1)
+        case "signed":
+            return codes.double().sub(1 << scheme.bits - 1)
+        case "unsigned":
+            return codes.double()
+    return number(codes, scheme.grid)
+
+
+def number(bits: Tensor, dtype: str) -> Tensor:
+    """Return the number of a stored dtype that some bits are."""
+    match dtype:
+        case "F8_E4M3":
+            return float_value(bits, exponent=4, mantissa=3)
+        case "F8_E5M2":
+            return float_value(bits, exponent=5, mantissa=2)
+        case "F16":
+            return float_value(bits, exponent=5, mantissa=10)
+        case "BF16":
+            return float_value(bits, exponent=8, mantissa=7)
+        case "F32":
+            return float_value(bits, exponent=8, mantissa=23)
+        case "F8_E8M0":
+            return torch.pow(torch.tensor(2.0, dtype=torch.float64), (bits - 127).double())
+        case "U8":
+            return bits.double()
+    size = BITS[dtype]
+    return torch.where(bits >= 1 << size - 1, bits - (1 << size), bits).double() if size < 64 else bits.double()
+
+
+def float_value(bits: Tensor, *, exponent: int, mantissa: int) -> Tensor:
+    """Return (−1)^sign · 2^(e − bias) · 1.m, or 0.m for e = 0; no values are infinite or NaN."""
+    sign = bits >> exponent + mantissa & 1
+    e = bits >> mantissa & (1 << exponent) - 1
+    m = (bits & (1 << mantissa) - 1).double() / 2**mantissa
+    bias = 2 ** (exponent - 1) - 1
+    power = torch.where(e > 0, e, torch.ones_like(e)) - bias
+    value = torch.where(e > 0, 1 + m, m) * torch.pow(torch.tensor(2.0, dtype=torch.float64), power.double())
+    return torch.where(sign > 0, -value, value)
