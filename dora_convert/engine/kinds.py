@@ -19,7 +19,7 @@ from ..storage.safetensors import StoredTensor
 from .device_buffers import DeviceBuffers
 
 
-class Factors(Protocol):
+class FactorReader(Protocol):
     """Two factors, of which any rows of the left one can be read."""
 
     def left(self, start: int, stop: int) -> Tensor:
@@ -29,7 +29,7 @@ class Factors(Protocol):
         """Return the right factor, (r, columns)."""
 
 
-LoadFactors = Callable[[LowRank], Factors]
+LoadFactors = Callable[[LowRank], FactorReader]
 
 
 class LoadedTransform(Protocol):

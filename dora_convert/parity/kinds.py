@@ -24,7 +24,7 @@ Load = Callable[[StoredTensor], Tensor]
 """Reads a whole stored tensor in float64, as a matrix."""
 
 
-class Difference(NamedTuple):
+class RowChange(NamedTuple):
     """V − W of some rows, the size of the numbers that it is computed from, and the number of terms in a sum."""
 
     delta: Tensor
@@ -93,7 +93,7 @@ class ExpectedTransform:
         lines, columns = self._own(range(len(whole)))
         return whole[lines][:, columns]
 
-    def _changed(self, W: Tensor, rows: Sequence[int], whole: Callable[[], Tensor]) -> Difference:
+    def _changed(self, W: Tensor, rows: Sequence[int], whole: Callable[[], Tensor]) -> RowChange:
         """Return V − W of some of the edit's own rows."""
         transform = self._transform
         if isinstance(transform, Rotated):
@@ -102,11 +102,11 @@ class ExpectedTransform:
             else:
                 turned = turned_rows(W, self._stages)
             size = torch.linalg.vector_norm(W, dim=1, keepdim=True).expand_as(W)
-            return Difference(turned - W, size + W.abs().amax() if W.numel() else size, 4 * transform.size)
+            return RowChange(turned - W, size + W.abs().amax() if W.numel() else size, 4 * transform.size)
         delta, size, terms = self._added(rows, W.shape[1])
         if isinstance(transform, Modulated):
-            return Difference(W * delta, W.abs() * (1 + size), terms)
-        return Difference(transform.scale * delta, abs(transform.scale) * size, terms)
+            return RowChange(W * delta, W.abs() * (1 + size), terms)
+        return RowChange(transform.scale * delta, abs(transform.scale) * size, terms)
 
     def _taken_back(self, V: Tensor, rows: Sequence[int], whole: Callable[[], Tensor]) -> Tensor:
         """Return W of some of the edit's own rows V."""
