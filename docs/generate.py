@@ -13,7 +13,6 @@ from typing import Any
 import click
 
 import dora_convert
-from dora_convert import options
 from dora_convert.cli import COMMANDS, group
 
 ROOT = Path(__file__).parent.parent
@@ -95,7 +94,7 @@ def annotations(function: Callable[..., Any]) -> dict[str, str]:
     plain = getattr(function, "__wrapped__", function)
     found = {name: str(kind) for name, kind in plain.__annotations__.items()}
     if unpacked := re.fullmatch(r"Unpack\[(\w+)\]", found.get("options", "")):
-        group = getattr(options, unpacked[1])
+        group = sys.modules[plain.__module__].__dict__[unpacked[1]]
         found |= {name: kind.__forward_arg__ for name, kind in group.__annotations__.items()}
     return {
         name: re.sub(r"\b[A-Z]\w+", lambda match: ALIASES.get(match[0], match[0]), kind) for name, kind in found.items()

@@ -139,7 +139,6 @@ def test_adapter_in_a_subfolder(run, tmp_path, base, adapter):
         (["{base}/none/at/all", "{adapter}", "{out}"], "does not exist", "does not exist either"),
         (["nonsense", "{adapter}", "{out}"], "'nonsense' does not exist", "org/name"),
         (["{base}", "{base}", "{out}"], "is a model, not an adapter", ""),
-        (["{base}", "{adapter}/adapter_model.safetensors", "{out}"], "is a file", ""),
         (["{base}", "{adapter}", "{out}", "--max-memory", "much"], "not a size", "160MiB"),
         (["{base}", "{adapter}", "{out}", "--max-shard-size", "0"], "not a size", ""),
         (["{base}", "{adapter}", "{out}", "--device", "cuda:99"], "usable CUDA devices", ""),

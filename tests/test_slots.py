@@ -243,3 +243,39 @@ def test_a_change_of_some_outputs_goes_where_they_lie():
     assert "does not have" in cut(LowRank(A, B, 1.0), slots, base, (10, 17))
     (part,) = cut(LowRank(A, B, 1.0), [Slot("q.weight")], base, (1, 8))
     assert (part.outputs, part.match.update.B) == ((1, 8), B)
+
+
+def near(one: Path, other: Path, atol: float) -> None:
+    """Two merged folders hold the same weights, up to rounding."""
+    mine, theirs = load(one), load(other)
+    assert mine.keys() == theirs.keys()
+    for name, tensor in mine.items():
+        assert torch.allclose(tensor.double(), theirs[name].double(), atol=atol, rtol=0.01), name
+
+
+def test_a_dora_of_a_lora_has_the_norms_of_all_outputs(tmp_path):
+    """from-lora joins the norms of the stored tensors in the running model's order."""
+    base, adapter, expected = toy(tmp_path, dora=False, experts=False)
+    dora_convert.from_lora(base, adapter, tmp_path / "dora")
+    made = load_file(tmp_path / "dora/adapter_model.safetensors")
+    assert made["base_model.model.layers.0.attn.qkv_proj.lora_magnitude_vector"].shape == (40,)
+    norms = in_model({name: x.float() for name, x in expected.items()})["layers.0.rotary.weight"].norm(dim=1)
+    assert torch.allclose(made["base_model.model.layers.0.rotary.lora_magnitude_vector"].double(), norms, rtol=1e-5)
+    for name in ("adapter", "dora"):
+        dora_convert.merge(base, tmp_path / name, tmp_path / f"by {name}")
+    near(tmp_path / "by adapter", tmp_path / "by dora", 1e-6)
+
+
+def test_a_lora_of_a_dora_has_the_change_of_all_outputs(tmp_path):
+    """to-lora fits one ΔW to the changes of all stored tensors."""
+    base, adapter, _ = toy(tmp_path, dora=True, experts=False)
+    report = dora_convert.to_lora(base, adapter, tmp_path / "lora", rank=14, exact_svd=True)
+    assert {module.name for module in report.modules} == {f"{module}.weight" for module in MODULES}
+    for name in ("adapter", "lora"):
+        dora_convert.merge(base, tmp_path / name, tmp_path / f"by {name}")
+    full = {module.name for module in report.modules if module.relative_error < 1e-5}
+    assert {"layers.0.turned.weight", "layers.0.rotary.weight", "layers.0.cross.q_proj.weight"} <= full
+    near_names = ("layers.0.turned_on_disk", "layers.0.rotary_on_disk", "layers.0.cross.qkv.weight")
+    mine, theirs = load(tmp_path / "by adapter"), load(tmp_path / "by lora")
+    assert all(torch.allclose(mine[name].double(), theirs[name].double(), atol=1e-3) for name in near_names)
+    assert report.relative_error < 0.5

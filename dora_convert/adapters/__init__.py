@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, ClassVar
 from ..errors import Fault
 from ..settings import NOTHING as NOTHING
 from ..settings import Waived as Waived
-from ..storage.checkpoint import WRAPPERS as WRAPPERS
-from ..storage.checkpoint import unwrapped as unwrapped
+from ..storage.filenames import WRAPPERS as WRAPPERS
 from ..storage.filenames import FileStates
+from ..storage.filenames import unwrapped as unwrapped
 from ..storage.refs import Source
 from ..storage.safetensors import StoredTensor
 
@@ -269,8 +269,7 @@ class Adapter:
     kind: str  # "LoRA", "DoRA", "AdaLoRA", …
     changes: tuple[Change, ...]
     tensors: Mapping[str, StoredTensor]
-    files: tuple[Path, ...]
-    """The files whose hashes identify the adapter."""
+    files: tuple[Path, ...]  # whose hashes identify the adapter
     base: str | None = None  # the base that the adapter was trained on, as its author named the base
     revision: str | None = None
     ignored: Mapping[str, str] = field(default_factory=dict)  # tensors that a merge leaves out, and the reasons
@@ -289,6 +288,7 @@ class Adapter:
     fit: Callable[[Adapter, Checkpoint], Adapter] | None = field(default=None, compare=False)
     """Returns the adapter for a base, where the base decides what the files leave open."""
     warnings: tuple[str, ...] = ()
+    decided: Mapping[str, str] = field(default_factory=dict)  # by plan/evidence.py, or by an earlier merge
 
     @property
     def modules(self) -> frozenset[str]:

@@ -1,44 +1,9 @@
-"""Check what a caller knows about an adapter and no file of the adapter says, and compute scalings with it."""
+"""Compute scalings with what a caller knows about an adapter and no file of the adapter says."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from typing import Any
-
-from ..errors import UnsupportedError, UsageError
+from ..errors import UnsupportedError
 from ..settings import AdapterFacts
-
-NAMES = ("alpha", "scaling", "axis", "enable_lora")
-SIDES = ("rows", "columns")
-
-
-def parse_facts(given: Mapping[str, Any]) -> AdapterFacts:
-    """Return the facts among a verb's options, or in a receipt; UsageError for invalid ones."""
-    axis = given.get("axis")
-    if axis not in (None, *SIDES):
-        raise UsageError(f"--axis {axis!r} is not one of {', '.join(SIDES)}.")
-    numbers = {name: _real(given.get(name), name) for name in ("alpha", "scaling")}
-    return AdapterFacts(**numbers, axis=axis, enable_lora=_booleans(given.get("enable_lora")))
-
-
-def _real(value: object, name: str) -> float | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise UsageError(f"--{name} {value!r} is not a finite number.")
-    return float(value)
-
-
-def _booleans(value: str | Sequence[bool] | None) -> tuple[bool, ...]:
-    """Return a list of true and false, which may be one text with commas."""
-    words = value.replace(" ", "").lower().split(",") if isinstance(value, str) else list(value or ())
-    texts = ["true" if word is True else "false" if word is False else word for word in words]
-    if words and (not set(texts) <= {"true", "false"} or "true" not in texts):
-        raise UsageError(
-            f"--enable-lora {value!r} is not a list of true and false.", hint="such as --enable-lora true,false,true"
-        )
-    return tuple(text == "true" for text in texts)
 
 
 class Scaling:

@@ -5,23 +5,23 @@ Commands collect options, call the library, and hand the report to a sink. They 
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import closing, suppress
-from functools import wraps
+from contextlib import closing
+from functools import partial, wraps
 from importlib import import_module
-from io import StringIO
-from typing import Any, TextIO, get_args
+from typing import TYPE_CHECKING, Any, TextIO, get_args
 
 import click
 
-from ..errors import MORE_FILES, DoraConvertError, InterruptedRunError, UsageError, printable
 from ..option_table import Option
 from ..options import SHORT_NAMES, Path, flag, options_of
 from ..settings import __version__
-from .sink import Sink, show_error
+from .sink import Sink, colour, fail
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 COMMANDS = {
     "merge": "fold adapters into a base checkpoint",
@@ -34,6 +34,13 @@ COMMANDS = {
     "inspect": "describe an adapter or a checkpoint from its headers, local or remote",
     "push": "upload a checkpoint or an adapter, with a model card",
 }
+TOOLS = {
+    "completion": "complete commands, paths and repos in bash, zsh and fish",
+    "env": "versions, devices and settings, for a bug report",
+}
+"""Commands that are not verbs."""
+ENVIRONMENT = frozenset({"device", "compute_dtype", "max_memory", "workers", "max_shard_size", "cache"})
+"""Options whose defaults come from variables such as DORA_CONVERT_MAX_MEMORY: choices of a machine."""
 ADAPTERS = frozenset({"from-lora", "to-lora", "extract"})
 """Verbs that write an adapter: their commands are in one module."""
 STREAMS = {"stdin": "r", "stdout": "w", "stderr": "w"}
@@ -46,15 +53,15 @@ class Lazy(click.Group):
 
     def __init__(self, **attributes: Any) -> None:
         super().__init__(**attributes)
-        self.commands = dict.fromkeys(COMMANDS)  # type: ignore[assignment] # names: for "did you mean"
+        self.commands = dict.fromkeys([*COMMANDS, *TOOLS])  # type: ignore[assignment] # names: for "did you mean"
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
-        """Return all verbs, in the order of a typical session."""
-        return list(COMMANDS)
+        """Return all verbs, in the order of a typical session, and then the tools."""
+        return [*COMMANDS, *TOOLS]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
         """Return the command of a verb, a function of the verb's name."""
-        if cmd_name not in COMMANDS:
+        if cmd_name not in self.commands:
             return None
         module = import_module(f".{'adapters' if cmd_name in ADAPTERS else cmd_name}", __name__)
         command: click.Command = getattr(module, cmd_name.replace("-", "_"))
@@ -62,15 +69,38 @@ class Lazy(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         """List the verbs from the table: help imports none of them."""
-        with formatter.section("Commands"):
-            formatter.write_dl(list(COMMANDS.items()))
+        for title, commands in (("Commands", COMMANDS), ("Tools", TOOLS)):
+            with formatter.section(title):
+                formatter.write_dl(list(commands.items()))
 
 
-def colour() -> bool | None:
-    """Return the choice of NO_COLOR and FORCE_COLOR, which Click does not read; None for the terminal's."""
-    if os.environ.get("NO_COLOR"):
-        return False
-    return True if os.environ.get("FORCE_COLOR") else None
+class GroupedCommand(click.Command):
+    """A command whose help shows its options in groups."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options; the code of the groups is imported for help alone."""
+        from .help import write_options
+
+        write_options(self, ctx, formatter)
+
+
+command = partial(click.command, cls=GroupedCommand)
+
+
+class Ref(click.ParamType):  # type: ignore[type-arg,unused-ignore] # generic since click 8.4
+    """A path or a repo, completed from both."""
+
+    name = "ref"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Return the completions of a word."""
+        del ctx, param
+        from .completion import references
+
+        return references(incomplete)
+
+
+REF = Ref()
 
 
 @click.group(cls=Lazy, context_settings={"help_option_names": ["-h", "--help"]})
@@ -91,6 +121,8 @@ def main(args: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if args is None else args)
     for number, (name, mode) in enumerate(STREAMS.items()):
         _open_if_closed(number, name, mode)
+    if "_DORA_CONVERT_COMPLETE" in os.environ:
+        from . import completion  # noqa: F401 - which registers its script for bash
     try:
         code = group.main(words, prog_name="dora-convert", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -129,56 +161,12 @@ def _drop_unwritten(stream: TextIO) -> None:
             os.dup2(nowhere.fileno(), stream.fileno())
 
 
-def fail(error: BaseException, *, as_json: bool, reads: bool = False) -> int:
-    """Print an error on stderr and return the exit code; `reads` leaves out that nothing was written."""
-    if isinstance(error, click.ClickException) and not as_json:
-        text = StringIO()
-        error.show(text)
-        click.echo("\n".join(map(printable, text.getvalue().splitlines())), err=True)
-        return error.exit_code
-    known = _translate(error)
-    with suppress(OSError):  # the exit code tells what a full device does not
-        show_error(known, in_json=as_json, colour=colour(), outcome=not reads)
-    return known.exit_code
-
-
-def _translate(error: BaseException) -> DoraConvertError:
-    """Return any error as one of ours."""
-    match error:
-        case DoraConvertError():
-            error.hint = error.hint or (MORE_FILES if _out_of_files(error) else None)
-            return error
-        case click.ClickException():
-            return UsageError(error.format_message())
-        case KeyboardInterrupt() | click.Abort():
-            return InterruptedRunError(
-                "Interrupted.", hint="finished tensors are kept; rerun the same command to resume"
-            )
-        case _ if _out_of_files(error):
-            return DoraConvertError("Too many open files for this process.", hint=MORE_FILES)
-        case OSError():
-            return DoraConvertError(f"{error.filename or 'the system'}: {error.strerror or error}.")
-        case MemoryError():
-            return DoraConvertError("This machine has too little memory.", hint="a smaller --max-memory may help")
-    return DoraConvertError(
-        f"{type(error).__name__}: {error}", hint="this is a bug; DORA_CONVERT_DEBUG=1 shows where, please report it"
-    )
-
-
-def _out_of_files(error: BaseException | None) -> bool:
-    """Return True if an error began with too many open files, which importing a module may hide."""
-    while error:
-        if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE) or os.strerror(errno.EMFILE) in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
 Command = Callable[..., Any]
 
 OUTPUT = (
     click.option("-v", "--verbose", is_flag=True, help="List every adapter tensor, not only their kinds."),
     click.option("-q", "--quiet", is_flag=True, help="Print only the result's path on stdout."),
+    click.option("--tsv", is_flag=True, help="Print tables as tab-separated values."),
     click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout."),
 )
 
@@ -192,15 +180,11 @@ def takes(group: type) -> Callable[[Command], Command]:
 
     def decorate(command: Command) -> Command:
         @wraps(command)
-        def with_sink(*, as_json: bool, quiet: bool, verbose: bool, **keywords: Any) -> Any:
-            with closing(Sink(as_json=as_json, quiet=quiet, verbose=verbose)) as sink:
-                callbacks = {"on_progress": sink.progress, "on_notice": sink.notice}
-                keywords |= {name: call for name, call in callbacks.items() if name in options}
-                return command(sink=sink, **keywords)
+        def with_callbacks(*, sink: Sink, **keywords: Any) -> Any:
+            callbacks = {"on_progress": sink.progress, "on_notice": sink.notice}
+            return command(sink=sink, **keywords, **{name: callbacks[name] for name in callbacks if name in options})
 
-        decorated: Command = with_sink
-        for add in OUTPUT:
-            decorated = add(decorated)
+        decorated = takes_sink(with_callbacks)
         for name, (kind, option) in reversed(options.items()):
             if not name.startswith("on_"):
                 decorated = _option(name, kind, option)(decorated)
@@ -209,12 +193,27 @@ def takes(group: type) -> Callable[[Command], Command]:
     return decorate
 
 
+def takes_sink(command: Command) -> Command:
+    """Give a command the options of the output's form, and a `sink` of that form."""
+
+    @wraps(command)
+    def with_sink(*, as_json: bool, tsv: bool, quiet: bool, verbose: bool, **keywords: Any) -> Any:
+        with closing(Sink(as_json=as_json, tsv=tsv, quiet=quiet, verbose=verbose)) as sink:
+            return command(sink=sink, **keywords)
+
+    decorated: Command = with_sink
+    for add in OUTPUT:
+        decorated = add(decorated)
+    return decorated
+
+
 def _option(name: str, kind: Any, option: Option) -> Callable[[Command], Command]:
     """Return one option of the command line."""
     default, word = option.default, flag(name)
+    variable = f"DORA_CONVERT_{name.upper()}" if name in ENVIRONMENT else None
     if kind is bool:
         names = f"{word}/--no-{word[2:]}" if default else word
-        return click.option(names, is_flag=True, default=default, help=option.help)
+        return click.option(names, is_flag=True, default=default, help=option.help, envvar=variable, show_envvar=True)
     return click.option(
         word,
         type=_type(kind, option),
@@ -223,7 +222,15 @@ def _option(name: str, kind: Any, option: Option) -> Callable[[Command], Command
         show_default=default not in (None, (), "auto"),
         metavar=option.metavar or (f"[{'|'.join(option.choices)}]" if option.choices else None),
         help=option.help,
+        envvar=variable,
+        show_envvar=True,
+        shell_complete=_devices if name == "device" else None,
     )
+
+
+def _devices(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:  # noqa: ARG001
+    """Return the completions of a device's name."""
+    return [name for name in ("auto", "cpu", "cuda", "cuda:0", "mps") if name.startswith(incomplete)]
 
 
 def _type(kind: Any, option: Option) -> Any:
@@ -235,4 +242,6 @@ def _type(kind: Any, option: Option) -> Any:
         return click.IntRange(option.least)
     if float in get_args(kind):
         return float
+    if option.metavar == "REF":
+        return REF
     return click.Path() if set(get_args(Path)) <= set(get_args(kind)) else str

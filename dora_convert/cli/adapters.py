@@ -8,15 +8,15 @@ import click
 from typing_extensions import Unpack
 
 from ..options import ExtractOptions, FromLoraOptions, ToLoraOptions
-from . import takes
+from . import REF, command, takes
 from .sink import Sink
 
 if TYPE_CHECKING:
     from ..reports.fitting import MadeDryRun, MadeReport
 
 
-@click.command("from-lora")
-@click.argument("refs", nargs=-1, metavar="[BASE] LORA OUT", required=True)
+@command("from-lora")
+@click.argument("refs", type=REF, nargs=-1, metavar="[BASE] LORA OUT", required=True)
 @takes(FromLoraOptions)
 def from_lora(refs: tuple[str, ...], *, sink: Sink, **keywords: Unpack[FromLoraOptions]) -> None:
     """Make a DoRA of a LoRA, with the same outputs.
@@ -37,8 +37,8 @@ def from_lora(refs: tuple[str, ...], *, sink: Sink, **keywords: Unpack[FromLoraO
     show(sink, verb(base[0] if base else None, adapter, out, **keywords))
 
 
-@click.command("to-lora")
-@click.argument("refs", nargs=-1, metavar="[BASE] ADAPTER OUT", required=True)
+@command("to-lora")
+@click.argument("refs", type=REF, nargs=-1, metavar="[BASE] ADAPTER OUT", required=True)
 @takes(ToLoraOptions)
 def to_lora(refs: tuple[str, ...], *, sink: Sink, **keywords: Unpack[ToLoraOptions]) -> None:
     """Make a plain LoRA of a DoRA or any other adapter, or a LoRA of another rank.
@@ -60,10 +60,10 @@ def to_lora(refs: tuple[str, ...], *, sink: Sink, **keywords: Unpack[ToLoraOptio
     show(sink, verb(base[0] if base else None, adapter, out, **keywords))
 
 
-@click.command("extract")
-@click.argument("base")
-@click.argument("tuned")
-@click.argument("out")
+@command("extract")
+@click.argument("base", type=REF)
+@click.argument("tuned", type=REF)
+@click.argument("out", type=REF)
 @takes(ExtractOptions)
 def extract(base: str, tuned: str, out: str, *, sink: Sink, **keywords: Unpack[ExtractOptions]) -> None:
     """Make an adapter of a fine-tuned checkpoint.

@@ -6,12 +6,12 @@ import click
 from typing_extensions import Unpack
 
 from ..options import AnalyzeOptions
-from . import takes
+from . import REF, command, takes
 from .sink import Sink
 
 
-@click.command("analyze")
-@click.argument("refs", nargs=-1, metavar="BASE TUNED...", required=True)
+@command("analyze")
+@click.argument("refs", type=REF, nargs=-1, metavar="BASE TUNED...", required=True)
 @takes(AnalyzeOptions)
 def analyze(refs: tuple[str, ...], *, sink: Sink, **keywords: Unpack[AnalyzeOptions]) -> None:
     """Measure how far training moved each weight, in magnitude (ΔM) and in direction (ΔD).

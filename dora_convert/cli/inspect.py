@@ -6,13 +6,13 @@ import click
 from typing_extensions import Unpack
 
 from ..options import InspectOptions
-from . import takes
+from . import REF, command, takes
 from .sink import Sink
 
 
-@click.command("inspect")
-@click.argument("ref")
-@click.option("--base", metavar="REF", help="Show the place of each adapter tensor in this base.")
+@command("inspect")
+@click.argument("ref", type=REF)
+@click.option("--base", type=REF, metavar="REF", help="Show the place of each adapter tensor in this base.")
 @takes(InspectOptions)
 def inspect(ref: str, *, sink: Sink, base: str | None, **keywords: Unpack[InspectOptions]) -> None:
     """Describe an adapter or a checkpoint from its headers, never from its weights.

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
 import click
 from typing_extensions import Unpack
 
 from ..options import MergeOptions
-from . import takes
+from . import REF, command, takes
 from .sink import Sink
 
 
-@click.command("merge")
-@click.argument("refs", nargs=-1, metavar="[BASE] ADAPTER... OUT", required=True)
+@command("merge")
+@click.argument("refs", type=REF, nargs=-1, metavar="[BASE] ADAPTER... OUT", required=True)
 @takes(MergeOptions)
 def merge(refs: tuple[str, ...], *, sink: Sink, **keywords: Unpack[MergeOptions]) -> None:
     """Fold LoRA and DoRA adapters into a base checkpoint.
@@ -38,3 +43,23 @@ def merge(refs: tuple[str, ...], *, sink: Sink, **keywords: Unpack[MergeOptions]
     base, adapters = (inputs[0], inputs[1:]) if len(inputs) > 1 else (None, inputs)
     report = verb(base, adapters, out, **keywords)
     sink.show(report, report.out)
+    if sink.for_people and "plan" not in report.to_dict():
+        for line in next_steps(Path(report.out)):
+            sink.notice(line)
+
+
+def next_steps(out: Path) -> Iterator[str]:
+    """Yield commands that run a merged language model, one a server; nothing for other models and for repos."""
+    try:
+        config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    names = config.get("architectures") if isinstance(config, dict) else None
+    if not isinstance(names, list) or not any(str(name).endswith("ForCausalLM") for name in names):
+        return
+    folder = shlex.quote(str(out))
+    yield "next, one of:"
+    yield f"  vLLM       vllm serve {folder}"
+    yield f"  llama.cpp  python convert_hf_to_gguf.py {folder} --outfile model.gguf"
+    yield f"  MLX        mlx_lm.generate --model {folder} --prompt Hello"
+    yield f"  Ollama     echo FROM {folder} > Modelfile; ollama create merged -f Modelfile"

@@ -6,12 +6,12 @@ import click
 from typing_extensions import Unpack
 
 from ..options import UploadOptions
-from . import takes
+from . import REF, command, takes
 from .sink import Sink
 
 
-@click.command("push")
-@click.argument("folder", metavar="DIR")
+@command("push")
+@click.argument("folder", type=REF, metavar="DIR")
 @click.argument("repo_id", metavar="REPO_ID")
 @takes(UploadOptions)
 def push(folder: str, repo_id: str, *, sink: Sink, **keywords: Unpack[UploadOptions]) -> None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from io import StringIO
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from ..errors import DoraConvertError, printable
+from ..errors import MORE_FILES, DoraConvertError, InterruptedRunError, UsageError, printable
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -29,9 +31,14 @@ LONGEST_NAME = 40
 class Sink:
     """One command's output in one of three modes: a table, one JSON document, or the result's path alone."""
 
-    def __init__(self, *, as_json: bool, quiet: bool, verbose: bool) -> None:
-        self._json, self._quiet, self._verbose = as_json, quiet, verbose
+    def __init__(self, *, as_json: bool, quiet: bool, verbose: bool, tsv: bool = False) -> None:
+        self._json, self._tsv, self._quiet, self._verbose = as_json, tsv, quiet, verbose
         self._bar: tqdm[Any] | None = None
+
+    @property
+    def for_people(self) -> bool:
+        """True if no program reads the answer."""
+        return not (self._json or self._tsv or self._quiet)
 
     def notice(self, text: str) -> None:
         """Print a notice or a warning on stderr; a full device is no reason to stop the work."""
@@ -62,6 +69,8 @@ class Sink:
                 click.echo(as_json(report.to_dict(), indent=2))
             elif self._quiet:
                 click.echo(short)
+            elif self._tsv:
+                click.echo("\n".join(lines_of(report.parts(every=True))))
             else:
                 draw(report.parts(every=self._verbose))
         except BrokenPipeError:  # as in `| head`: the reader has seen enough
@@ -90,6 +99,17 @@ def draw(parts: Iterable[Table | str]) -> None:
         with console.capture() as captured:
             console.print(Text(printable(part)) if isinstance(part, str) else drawn(part))
         click.echo(captured.get(), nl=False)
+
+
+def lines_of(parts: Iterable[Table | str]) -> Iterator[str]:
+    """Yield the tables of a report as tab-separated values, with an empty line between two; its sentences are left out.
+
+    Cells hold no tabs: a control character is escaped.
+    """
+    for number, part in enumerate(part for part in parts if not isinstance(part, str)):
+        yield from [""] if number else []
+        yield "\t".join(column.removeprefix(">") for column in part.columns)
+        yield from map("\t".join, part.rows)
 
 
 def as_json(value: object, indent: int | None = None) -> str:
@@ -124,3 +144,55 @@ def show_error(error: DoraConvertError, *, in_json: bool, colour: bool | None, o
         click.echo(error.outcome, err=True)
     if error.hint:
         click.echo(f"Hint: {printable(error.hint)}", err=True)
+
+
+def fail(error: BaseException, *, as_json: bool, reads: bool = False) -> int:
+    """Print an error on stderr and return the exit code; `reads` leaves out that nothing was written."""
+    if isinstance(error, click.ClickException) and not as_json:
+        text = StringIO()
+        error.show(text)
+        click.echo("\n".join(map(printable, text.getvalue().splitlines())), err=True)
+        return error.exit_code
+    known = _translate(error)
+    with suppress(OSError):  # the exit code tells what a full device does not
+        show_error(known, in_json=as_json, colour=colour(), outcome=not reads)
+    return known.exit_code
+
+
+def _translate(error: BaseException) -> DoraConvertError:
+    """Return any error as one of ours."""
+    match error:
+        case DoraConvertError():
+            error.hint = error.hint or (MORE_FILES if _out_of_files(error) else None)
+            return error
+        case click.ClickException():
+            return UsageError(error.format_message())
+        case KeyboardInterrupt() | click.Abort():
+            return InterruptedRunError(
+                "Interrupted.", hint="finished tensors are kept; rerun the same command to resume"
+            )
+        case _ if _out_of_files(error):
+            return DoraConvertError("Too many open files for this process.", hint=MORE_FILES)
+        case OSError():
+            return DoraConvertError(f"{error.filename or 'the system'}: {error.strerror or error}.")
+        case MemoryError():
+            return DoraConvertError("This machine has too little memory.", hint="a smaller --max-memory may help")
+    return DoraConvertError(
+        f"{type(error).__name__}: {error}", hint="this is a bug; DORA_CONVERT_DEBUG=1 shows where, please report it"
+    )
+
+
+def _out_of_files(error: BaseException | None) -> bool:
+    """Return True if an error began with too many open files, which importing a module may hide."""
+    while error:
+        if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE) or os.strerror(errno.EMFILE) in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def colour() -> bool | None:
+    """Return the choice of NO_COLOR and FORCE_COLOR, which Click does not read; None for the terminal's."""
+    if os.environ.get("NO_COLOR"):
+        return False
+    return True if os.environ.get("FORCE_COLOR") else None

@@ -6,12 +6,12 @@ import click
 from typing_extensions import Unpack
 
 from ..options import UnmergeOptions
-from . import takes
+from . import REF, command, takes
 from .sink import Sink
 
 
-@click.command("unmerge")
-@click.argument("refs", nargs=-1, metavar="MERGED ADAPTER... OUT", required=True)
+@command("unmerge")
+@click.argument("refs", type=REF, nargs=-1, metavar="MERGED ADAPTER... OUT", required=True)
 @takes(UnmergeOptions)
 def unmerge(refs: tuple[str, ...], *, sink: Sink, **keywords: Unpack[UnmergeOptions]) -> None:
     """Take adapters out of a merged checkpoint again.

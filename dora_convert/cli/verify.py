@@ -6,12 +6,12 @@ import click
 from typing_extensions import Unpack
 
 from ..options import VerifyOptions
-from . import takes
+from . import REF, command, takes
 from .sink import Sink
 
 
-@click.command("verify")
-@click.argument("refs", nargs=-1, metavar="BASE ADAPTER... MERGED", required=True)
+@command("verify")
+@click.argument("refs", type=REF, nargs=-1, metavar="BASE ADAPTER... MERGED", required=True)
 @takes(VerifyOptions)
 def verify(refs: tuple[str, ...], *, sink: Sink, **keywords: Unpack[VerifyOptions]) -> int:
     """Compare what MERGED does with what BASE and ADAPTER do.

@@ -58,7 +58,7 @@ def _refuse_normalised(plan: Plan, samples: Mapping[str, tuple[Tensor, Tensor]])
     medians = {name: (m.nanmedian().item(), n.nanmedian().item()) for name, (m, n) in samples.items()}
     near = {name: (m, n) for name, (m, n) in medians.items() if _is_near_one(m, n)}
     others = [m / n for name, (m, n) in medians.items() if name not in near]
-    if not near or (others and abs(statistics.median(others) - 1) > OTHER_BASE):
+    if 10 * len(near) <= len(medians) or (others and abs(statistics.median(others) - 1) > OTHER_BASE):
         return  # weights of another base explain the other modules
     if len(near) > 1:  # and so they do if m is as far from ‖W‖ in every module, rather than near 1 in every module
         m_differs = statistics.stdev(math.log(m) for m, _ in near.values())

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..adapters import Delta, LowRank
@@ -181,6 +183,11 @@ class LoadedEdit:
         elif first < last and self.transform:
             self.transform.apply_(own, first, last, weight)
         return W
+
+    def hold(self, spans: Iterable[tuple[int, int]], read: Callable[[int, int], Tensor]) -> None:
+        """Show all rows at once to an update that needs them; `read` returns rows before the edit."""
+        assert self.transform
+        self.transform.hold(torch.cat([self.own(read(*span), *span).clone() for span in spans]))
 
     def measured(self, W: Tensor, start: int, stop: int) -> Tensor:
         """Return the squares of the norms of a block, which is overwritten: of its rows, or of its part of columns."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -17,6 +18,7 @@ from ..plan.plan import Plan
 from ..storage.checkpoint import Checkpoint
 from ..storage.refs import Source
 from ..storage.safetensors import StoredTensor
+from ..storage.stored_view import shown_rows
 
 HELD = {"lora": 10, "dora": 16}
 """Copies of a module's matrix that are held at once, in the dtype of the arithmetic."""
@@ -90,11 +92,47 @@ class FittingPlan:
 
 @dataclass(frozen=True)
 class MatchedChange(Job):
-    """A change that has factors, and the tensor of the base that the change is for."""
+    """A change that has factors, and the tensors of the base that the change is for: mostly one."""
 
     change: Change
-    item: Item
-    edit: Edit
+    parts: tuple[tuple[Item, Edit], ...]
+    """Several if the running model's weight is stored in several tensors."""
+
+    @property
+    def item(self) -> Item:
+        """The first tensor."""
+        return self.parts[0][0]
+
+    @property
+    def edit(self) -> Edit:
+        """The edit of the first tensor."""
+        return self.parts[0][1]
+
+    @property
+    def is_cut(self) -> bool:
+        """True if the weight of the running model is not one stored tensor."""
+        return len(self.parts) > 1 or self.edit.outputs is not None or self._is_view(self.edit)
+
+    def _is_view(self, edit: Edit) -> bool:
+        low, own = edit.low, low_rank(self.change.update)
+        return bool(low and own and (low.A, low.B) != (own.A, own.B))
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """The outputs and inputs of the running model's weight; of a weight that is one tensor, as it is stored."""
+        low = low_rank(self.change.update)
+        return (low.outputs, math.prod(low.inputs)) if low and self.is_cut else self.item.source.matrix
+
+    def outputs(self, number: int) -> Sequence[int]:
+        """Return the outputs of the running model's weight that one of the tensors holds, in the tensor's order."""
+        low, own = self.parts[number][1].low, low_rank(self.change.update)
+        assert low
+        assert own
+        rows = shown_rows(own.B)
+        if (mine := shown_rows(low.B)) == rows:
+            return range(len(rows))
+        places = {row: place for place, row in enumerate(rows)}
+        return [places[row] for row in mine]
 
 
 def needs_of(jobs: Collection[Job]) -> dict[str, tuple[Path, ...]]:
@@ -143,15 +181,23 @@ def match_changes(
 
     A change that --include or --exclude leaves out is in none of the three.
     """
-    slots = {edit.low.A.name: (item, edit) for item in plan.items for edit in item.edits if edit.low}
+    found: dict[str, list[tuple[Item, Edit]]] = {}
+    for item in plan.items:
+        for edit in item.edits:
+            if edit.low:
+                found.setdefault(edit.low.A.name, []).append((item, edit))
     matched, unmatched, others = [], [], []
     for change in plan.adapters[0].changes:
         if not plan.options.selects(change.module):
             continue
         if not (low := low_rank(change.update)):
             others.append(change)
-        elif slot := slots.get(low.A.name):
-            matched.append(MatchedChange(change.target, (slot[0].source,), cost(*slot), change, *slot))
+        elif parts := found.get(low.A.name):
+            if all(edit.low and edit.low.B == low.B for _, edit in parts):
+                parts = parts[-1:]  # one weight, or both sides of a former tie
+            inputs = tuple(item.source for item, _ in parts)
+            costs = [cost(item, edit) for item, edit in parts]
+            matched.append(MatchedChange(change.target, inputs, sum(costs), change, tuple(parts)))
         else:
             unmatched.append(change)
     return matched, unmatched, others
@@ -159,7 +205,7 @@ def match_changes(
 
 def modules_besides(plan: Plan, jobs: Collection[MatchedChange]) -> frozenset[str]:
     """Return the names of the base's modules that none of some jobs fits."""
-    adapted = {job.item.name for job in jobs}
+    adapted = {item.name for job in jobs for item, _ in job.parts}
     return frozenset(name.rpartition(".")[0] for name in plan.base.tensors if name not in adapted)
 
 

@@ -22,6 +22,7 @@ from functools import partial
 from ..adapters import NOTHING, Adapter, Change, Decomposed, LowRank, Update, Waived
 from ..adapters.facts import Scaling
 from ..adapters.parts import Findings, Parts, follow, sort_parts, wrong_parts
+from ..adapters.rotary import head_size, inverse, meta_rows
 from ..errors import RefError, UnsupportedError
 from ..storage.checkpoint import Checkpoint
 from ..storage.file_view import CONFIG, FileView
@@ -153,7 +154,11 @@ def _ordered(change: Change, base: Checkpoint, *, exported: bool) -> Change:
     update = change.update
     low = update.inner if isinstance(update, Decomposed) else update
     assert isinstance(low, LowRank)
-    rows = meta_rows(low.B.shape[0], head_size(base, low.B.shape[0], change.module))
+    if not (size := head_size(base, low.B.shape[0], change.module)):
+        raise UnsupportedError(
+            f"config.json of {base.source.name} does not say the number of heads of {change.module}."
+        )
+    rows = meta_rows(low.B.shape[0], size)
     if is_meta and not exported:
         low = replace(low, B=view_of(low.B, rows))
     elif exported and not is_meta:  # the exporter reordered what was in order
@@ -162,31 +167,3 @@ def _ordered(change: Change, base: Checkpoint, *, exported: bool) -> Change:
         return replace(change, update=low)
     m = view_of(update.m, rows) if is_meta else update.m
     return replace(change, update=replace(update, inner=low, m=m))
-
-
-def head_size(base: Checkpoint, outputs: int, module: str) -> int:
-    """Return the number of rows of one head of q_proj or k_proj."""
-    for config in base.configs:
-        if isinstance(size := config.get("head_dim"), int) and size:
-            return size
-        heads = config.get("num_attention_heads")
-        own = config.get("num_key_value_heads") or heads if module.endswith(".k_proj") else heads
-        if isinstance(own, int) and own and outputs % own == 0:
-            return outputs // own
-    raise UnsupportedError(f"config.json of {base.source.name} does not say the number of heads of {module}.")
-
-
-def meta_rows(outputs: int, size: int) -> tuple[int, ...]:
-    """Return, for each row in the Hub's order, the number of the row in Meta's order."""
-    half = size // 2
-    return tuple(
-        head * size + 2 * pair + part for head in range(outputs // size) for part in range(2) for pair in range(half)
-    )
-
-
-def inverse(rows: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the inverse of a permutation."""
-    back = [0] * len(rows)
-    for position, row in enumerate(rows):
-        back[row] = position
-    return tuple(back)

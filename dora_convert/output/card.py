@@ -252,7 +252,7 @@ def card_bytes(plan: Plan, base_model: str | None, fields: Inherited, checks: Se
         kinds=kinds,
         relation="finetune",
         base_model=base_model or base_repo(base, plan.adapters),
-        library=library_of(plan.output_config),
+        library="diffusers" if plan.base.is_pipeline else library_of(plan.output_config),
         pipeline=pipeline_of(plan.output_config, metadata),
         inherited=fields,
         config=plan.output_config,
@@ -283,6 +283,7 @@ def command(plan: Plan) -> list[str]:
         *(("--ignore-file", name) for name in options.ignore_file),
     ):
         words += [flag, str(value)] if value else []
+    words += " ".join(options.combination.words).split()
     words += ["--legacy-config"] if options.legacy_config else []
     return [*words, "--allow-unmatched"] if options.allow_unmatched else words
 

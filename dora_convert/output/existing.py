@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import DoraConvertError, OutputError
-from ..formats.detect import detect, model_weights
+from ..formats.detect import MODEL_FILES, detect, model_weights
 from ..storage.filenames import RECORD
 from .card import NAME, is_unedited
 from .receipt import read_receipt
@@ -40,7 +40,8 @@ def refuse_existing(out: Path, kind: Kind, *, overwrite: bool) -> None:
 def _kind_of(folder: Path) -> Kind | None:
     if detect(folder):
         return "an adapter"
-    return "a model" if (folder / "config.json").is_file() or model_weights(folder) else None
+    is_model = any((folder / name).is_file() for name in MODEL_FILES)
+    return "a model" if is_model or model_weights(folder) else None
 
 
 def _is_ours(folder: Path, kind: Kind) -> bool:

@@ -110,7 +110,10 @@ class Output(ABC):
         """Return True if all shards of a plan exist, at their full sizes."""
         for shard in plan.shards:
             path, nbytes = self.partial / shard.filename, sum(item.nbytes for item in shard.items)
-            if not path.is_file() or path.stat().st_size != len(encode_header(shard.items, shard.metadata)) + nbytes:
+            if (
+                not path.is_file()
+                or path.stat().st_size != len(encode_header(shard.items, shard.metadata, shard.prefix)) + nbytes
+            ):
                 return False
         return True
 

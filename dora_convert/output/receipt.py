@@ -15,15 +15,15 @@ import msgspec
 import xxhash
 from msgspec import UNSET, Struct, UnsetType
 
-from ..errors import Fault
+from ..option_table import SUM, Combination
 from ..plan.item import Item
 from ..plan.plan import Entry, Plan
 from ..plan.sharding import converted
 from ..settings import __version__
 from ..storage.filenames import RECEIPT, is_inside, is_plain
 from ..storage.json_files import Count, Dtype, Real, checked, one_of, read_json
-from ..storage.reader import Reader, xxh3
-from ..storage.safetensors import CONFIG_DTYPES, StoredTensor, is_possible
+from ..storage.reader import xxh3
+from ..storage.safetensors import CONFIG_DTYPES, is_possible
 from .finished import TensorResult, copied_name, kept_name
 from .side_files import SideFile
 
@@ -56,11 +56,12 @@ class MergedAdapter(MergedSource, frozen=True, kw_only=True):
     weight: Real
     files: dict[str, str]
     """The xxh3-128 of each file."""
+    decided: dict[str, str] | UnsetType = UNSET
 
     def is_in(self, folder: Path) -> bool:
         """Return True if a folder holds the adapter's files with the receipt's hashes."""
         return bool(self.files) and all(
-            is_plain(name) and (folder / name).is_file() and xxh3(folder / name) == digest
+            is_plain(name) and (path := _within(folder, name)).is_file() and xxh3(path) == digest
             for name, digest in self.files.items()
         )
 
@@ -77,6 +78,7 @@ class RecordedOptions(Struct, frozen=True, kw_only=True):
     ignore_field: tuple[str, ...]
     ignore_file: tuple[str, ...] | UnsetType = UNSET
     facts: dict[str, Any] | UnsetType = UNSET
+    combination: Combination | UnsetType = UNSET
 
 
 class MergedTensor(Struct, frozen=True, omit_defaults=True):
@@ -107,8 +109,8 @@ class BaseShard(Struct, frozen=True, omit_defaults=True):
     tensors: tuple[tuple[str, Dtype, tuple[Count, ...]], ...] | None = None
 
     def __post_init__(self) -> None:
-        if not is_plain(self.name):
-            raise ValueError("not a plain file name")
+        if not is_inside(self.name):
+            raise ValueError("not a file inside the folder")
         if not all(is_possible(shape) for _, _, shape in self.tensors or ()):
             raise ValueError("a shape is larger than any file")
 
@@ -154,6 +156,13 @@ class Receipt(Struct, frozen=True, kw_only=True, omit_defaults=True):
     def __post_init__(self) -> None:
         if not all(map(is_inside, [*self.side_files, *self.base_files])):
             raise ValueError("the path of a side file leads out of the folder")
+        if len(self.combination.densities) not in (0, len(self.adapters)):
+            raise ValueError("the densities are not one for each adapter")
+
+    @property
+    def combination(self) -> Combination:
+        """The way in which the adapters were combined."""
+        return self.options.combination or SUM
 
     @property
     def weights(self) -> tuple[float, ...]:
@@ -165,32 +174,11 @@ class Receipt(Struct, frozen=True, kw_only=True, omit_defaults=True):
         """True if the merge left out tensors of an adapter that matched nothing."""
         return any(entry.fate == "unmatched" for entry in self.ledger)
 
-    @property
-    def flags(self) -> str:
-        """The options of a merge command that differ from the defaults; empty if none does."""
-        weights = self.weights if any(weight != 1 for weight in self.weights) else ()
-        options = self.options
-        words = [f"--weight {weight:g}" for weight in weights]
-        words += [f"--include {pattern}" for pattern in options.include]
-        words += [f"--exclude {pattern}" for pattern in options.exclude]
-        words += [f"--ignore-field {name}" for name in options.ignore_field]
-        words += [f"--ignore-file {name}" for name in options.ignore_file or ()]
-        words += [f"--{name.replace('_', '-')} {_word(fact)}" for name, fact in (options.facts or {}).items()]
-        return " ".join([*words, *(["--allow-unmatched"] if self.allows_unmatched else [])])
-
     def is_of(self, adapters: Sequence[Path]) -> bool:
         """Return True if a merge of the adapters in these folders left the receipt."""
         pairs = zip(self.adapters, adapters, strict=False)
         same = len(self.adapters) == len(adapters) and all(merged.is_in(path) for merged, path in pairs)
         return self.verb == "merge" and same
-
-    def damaged(self, record: Mapping[str, StoredTensor], reader: Reader) -> list[Fault]:
-        """Return a fault for each tensor of an undo record that differs from what the merge wrote."""
-        return [
-            Fault(name, "is not what was written" if name in record else "is missing")
-            for name, digest in self.undo_record.items()
-            if name not in record or reader.digest(record[name]).fast != digest
-        ]
 
     def to_bytes(self) -> bytes:
         """Return the receipt as it is written."""
@@ -232,19 +220,13 @@ def new_receipt(
         verb="merge",
         versions={"dora_convert": __version__, "torch": computed["torch"].partition("+")[0]},
         base=MergedBase(**plan.base.source.facts, hash=_base_hash(plan, results)),
-        adapters=tuple(
-            MergedAdapter(**each.source.facts, format=each.format, kind=each.kind, weight=weight, files=dict(files))
-            for each, weight, files in zip(plan.adapters, plan.weights, hashes, strict=True)
-        ),
+        adapters=_adapters(plan, hashes),
         options=RecordedOptions(
             device=computed["device"],
             compute_dtype=computed["compute_dtype"],
-            dtype=options.dtype,
-            undo=options.undo,
-            include=options.include,
-            exclude=options.exclude,
-            ignore_field=options.ignore_field,
             ignore_file=options.ignore_file or UNSET,
+            combination=UNSET if options.combination == SUM else options.combination,
+            **{name: getattr(options, name) for name in ("dtype", "undo", "include", "exclude", "ignore_field")},
             facts=msgspec.to_builtins(options.facts.given) or UNSET,
         ),
         tensors={item.name: _tensor(item, results) for item in plan.items if item.noted},
@@ -258,8 +240,23 @@ def new_receipt(
     )
 
 
-def _word(value: object) -> str:
-    return ",".join(str(each).lower() for each in value) if isinstance(value, list) else str(value)
+def _within(folder: Path, name: str) -> Path:
+    """Return the path of an adapter's file; an adapter may be a single file."""
+    return (folder.parent if folder.is_file() else folder) / name
+
+
+def _adapters(plan: Plan, hashes: Sequence[Mapping[str, str]]) -> tuple[MergedAdapter, ...]:
+    return tuple(
+        MergedAdapter(
+            **adapter.source.facts,
+            format=adapter.format,
+            kind=adapter.kind,
+            weight=weight,
+            files=dict(files),
+            decided=dict(adapter.decided) or UNSET,
+        )
+        for adapter, weight, files in zip(plan.adapters, plan.weights, hashes, strict=True)
+    )
 
 
 def _base_hash(plan: Plan, results: Mapping[str, TensorResult]) -> str:

@@ -52,7 +52,9 @@ class ShardFiles:
         other tools wrote.
         """
         self._folder = folder
-        self._heads = {shard.filename: encode_header(shard.items, shard.metadata) for shard in plan.shards}
+        self._heads = {
+            shard.filename: encode_header(shard.items, shard.metadata, shard.prefix) for shard in plan.shards
+        }
         self._files = OpenFiles(os.O_RDWR)
         self._start: dict[str, tuple[str, int]] = {}
         self._seeking = threading.Lock()
@@ -63,6 +65,7 @@ class ShardFiles:
                 self._start[item.name] = (shard.filename, starts[item.name] if starts else position)
                 position += item.nbytes
             if create:
+                self.path(shard.filename).parent.mkdir(exist_ok=True)
                 self.path(shard.filename).touch(exist_ok=False)
                 with self._files.using(self.path(shard.filename)) as descriptor:
                     os.ftruncate(descriptor, position) if sparse else _allocate(descriptor, position)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -37,12 +38,6 @@ class EditPart(NamedTuple):
     terms: int  # the number of products in each sum
     n: Tensor | None = None  # the norms, which broadcast over the rows
 
-    @property
-    def norms(self) -> Tensor:
-        """The norms, flat."""
-        assert self.n is not None
-        return self.n.flatten()
-
 
 class Block(NamedTuple):
     """Some rows of an item."""
@@ -62,7 +57,7 @@ class Expected:
         self._start = self._without_start()
         self._held = [self._hold(edit.low, edit) if edit.low else () for edit in item.edits]
         self._others = [self._other(edit) if edit.inner and not edit.low else None for edit in item.edits]
-        self.m = [self._magnitudes(k) if edit.decomposed else None for k, edit in enumerate(item.edits)]
+        self.m = [self._scales_of(k) if edit.decomposed else None for k, edit in enumerate(item.edits)]
         """For each edit, the magnitudes that it sets, 1 for outputs that it is not for; None for LoRA."""
         self._column_norms = [self._measure(k) if edit.two_passes else None for k, edit in enumerate(item.edits)]
 
@@ -96,6 +91,13 @@ class Expected:
         base = self.item.base
         same = base and base.shape == self.item.stacked
         return x, self._load(base, rows) if base and same else W
+
+    def forward(self, rows: Sequence[int], block: Block, x: Tensor, *, by_columns: bool) -> Tensor:
+        """Return the adapter's own outputs for inputs x; with `by_columns`, these rows' addend to all outputs."""
+        from .outputs import forward
+
+        pairs, factors = zip(self.item.edits, block.parts, strict=True), partial(self.factors, rows=rows)
+        return forward(block.W, pairs, factors, x, by_columns=by_columns)
 
     def bound(self, rows: Sequence[int], x: Tensor, *, rounded_once: bool) -> Tensor:
         """Return the largest distance from x that an honest result may have."""
@@ -147,7 +149,7 @@ class Expected:
 
     def _part(self, number: int, W: Tensor, rows: Sequence[int]) -> EditPart:
         edit, m, n = self.item.edits[number], self.m[number], self._column_norms[number]
-        delta, size, terms = self._change(number, W, rows)
+        delta, size, terms = self._difference(number, W, rows)
         if m is None:
             f = torch.ones((), dtype=torch.float64, device=self._device)
         elif edit.axis == 0:
@@ -161,7 +163,7 @@ class Expected:
             f = f / n
         return EditPart(delta, f, size, terms, n)
 
-    def _change(self, number: int, W: Tensor, rows: Sequence[int]) -> tuple[Tensor, Callable[[], Tensor], int]:
+    def _difference(self, number: int, W: Tensor, rows: Sequence[int]) -> tuple[Tensor, Callable[[], Tensor], int]:
         """Return V − W of one edit in some rows, the size of its numbers, and the terms of each sum."""
         edit, other = self.item.edits[number], self._others[number]
         if isinstance(edit.update, Delta):
@@ -181,7 +183,7 @@ class Expected:
 
         return ExpectedTransform(edit, self._load)
 
-    def _magnitudes(self, number: int) -> Tensor:
+    def _scales_of(self, number: int) -> Tensor:
         """Return one magnitude for each row or column of the stored matrix."""
         edit = self.item.edits[number]
         assert edit.magnitudes
@@ -207,12 +209,13 @@ class Expected:
         if edit.follows:
             other = Expected(edit.follows, self._reader, self._device)
             chunks = other.chunks(range(edit.follows.matrix[0]))
-            n = other._column_norms[0]
-            return torch.cat([other.part(0, chunk).norms for chunk in chunks]) if n is None else n
+            if (n := other._column_norms[0]) is not None:
+                return n
+            return torch.cat([torch.as_tensor(other.part(0, chunk).n).flatten() for chunk in chunks])
         squares = torch.zeros(self.item.source.matrix[1], dtype=torch.float64, device=self._device)
         for chunk in self.chunks(range(self.item.source.matrix[0])):
             W = self.before(chunk)
-            V = W + edit.norm_ratio * self._change(number, W, chunk)[0]
+            V = W + edit.norm_ratio * self._difference(number, W, chunk)[0]
             squares += torch.einsum("kc,kc->c", V, V)
         squares = squares.view(-1, edit.kernel).sum(1).repeat_interleave(edit.kernel)
         first, last = edit.outputs or (0, len(squares))

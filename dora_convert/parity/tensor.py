@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..engine.precision import GRID, TORCH, half_ulp, nearest, read_rows
-from ..plan.item import Item
+from ..plan.item import Edit, Item
 from ..reports.verify import CheckedModule
 from ..storage.reader import Reader
 from ..storage.safetensors import StoredTensor
@@ -47,13 +47,13 @@ class Outputs:
         """Add the outputs of some rows, as stored and rounded perfectly."""
         if not self.transposed:  # each row is an output
             x = self.x[: got.shape[1]]
-            self._count(got @ x, rounded @ x, forward(self.expected, rows, block, x, by_columns=False))
+            self._count(got @ x, rounded @ x, self.expected.forward(rows, block, x, by_columns=False))
             return
         height = self.expected.item.matrix[0] // self.expected.item.experts  # each row adds to all outputs
         if rows[0] % height == 0:
             self.finish()
         x = self.x[[row % height for row in rows]]
-        parts = [got.T @ x, rounded.T @ x, forward(self.expected, rows, block, x, by_columns=True)]
+        parts = [got.T @ x, rounded.T @ x, self.expected.forward(rows, block, x, by_columns=True)]
         self._sums = [a + b for a, b in zip(self._sums, parts, strict=True)] if self._sums else parts
 
     def finish(self) -> None:
@@ -72,23 +72,8 @@ class Outputs:
         return ((error / size) ** 0.5, (floor / size) ** 0.5) if size else (None, None)
 
 
-def forward(expected: Expected, rows: Sequence[int], block: Block, x: Tensor, *, by_columns: bool) -> Tensor:
-    """Return the adapter's own outputs for inputs x: Wx + s·B(Ax), times m/n, without the product BA.
-
-    With `by_columns`, for a weight stored as (in, out), return the addend of these rows to all outputs.
-    """
-    before = (block.W.T if by_columns else block.W) @ x
-    y = before.clone()
-    for number, (edit, part) in enumerate(zip(expected.item.edits, block.parts, strict=True)):
-        if not edit.low or (part.f.dim() and edit.axis != 1 - by_columns):
-            changed = (block.W + part.delta) * part.f - block.W
-            y += edit.weight * ((changed.T if by_columns else changed) @ x)
-            continue
-        left, right, scale = expected.factors(number, rows)
-        change = scale * (right.T @ (left.T @ x) if by_columns else left @ (right @ x))
-        f = part.f.view(-1, 1) if part.f.dim() else part.f
-        y += edit.weight * ((before + change) * f - before)
-    return y
+def _first_decomposed(edits: Sequence[Edit]) -> int | None:
+    return next((number for number, edit in enumerate(edits) if edit.divides), None)
 
 
 class Lengths:
@@ -96,7 +81,7 @@ class Lengths:
 
     def __init__(self, expected: Expected) -> None:
         edits = expected.item.edits
-        self._number = next((number for number, edit in enumerate(edits) if edit.divides), None)
+        self._number = None if expected.item.combination else _first_decomposed(edits)
         if self._number is None:
             return
         self._axis, m = edits[self._number].axis, expected.m[self._number]
@@ -142,7 +127,7 @@ def compare_all(
     """Compare every element of a tensor, in the stored dtype, and the outputs for some random inputs."""
     item = replace(item, dtype=written.dtype)
     written = replace(written, shape=item.stacked)
-    expected = Expected(item, reader, device)
+    expected = _definition(item, reader, device)
     outputs = Outputs(expected, samples if item.changed and len(item.shape) > 1 else 0, device)
     differing, total, lengths = [], 0, Lengths(expected)
     for rows in expected.chunks(range(item.matrix[0] + item.grown), CHUNK_ELEMENTS):
@@ -172,6 +157,15 @@ def compare_all(
         output_floor=floor,
         cause=find_cause(expected, written, reader, sorted(experts)) if number and item.changed else None,
     )
+
+
+def _definition(item: Item, reader: Reader, device: torch.device) -> Expected:
+    """Return the definition of an item's result."""
+    if not item.combination:
+        return Expected(item, reader, device)
+    from .combined import expected_of
+
+    return expected_of(item, reader, device)
 
 
 def count_off(x: Tensor, got: Tensor, dtype: str) -> int:

@@ -9,7 +9,8 @@ from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from ..adapters import Decomposed, Delta, LowRank, Rows, Transform, low_rank, tensors_of, transform_of
+from ..adapters import Decomposed, Delta, Full, LowRank, Rows, Transform, low_rank, tensors_of, transform_of
+from ..option_table import Combination
 from ..storage.reader import block_height, spans
 from ..storage.safetensors import BITS, FLOATS, StoredTensor
 
@@ -27,12 +28,14 @@ KEPT = 2
 class Edit:
     """A matched update and its weight in the merge."""
 
-    update: Transform | Decomposed | Delta | Follows
+    update: Transform | Decomposed | Delta | Follows | Full
     transposed: bool = False
     weight: float = 1.0
     outputs: tuple[int, int] | None = None
     """The outputs of the stored weight that the edit is for, from the first to before the last; None for all.
     Outside of them the edit's factors are zero, and its m/n is one."""
+    density: float = 1.0
+    """The share of the change that is kept, if changes are combined so."""
     kernel: int = 1
     """The columns of the stored matrix that share a magnitude: a convolution's kernel, for norms of inputs."""
     follows: Item | None = None
@@ -71,11 +74,6 @@ class Edit:
         return self.decomposed or (self.inner is not None and self.inner.depends)
 
     @property
-    def reproducible(self) -> bool:
-        """True if the edit can be taken out with the same bits on any device, in blocks of any height."""
-        return self.inner is None or self.low is not None
-
-    @property
     def axis(self) -> int:
         """The axis of the stored matrix that a magnitude's norm runs along; of a bias, the only row's."""
         by_inputs = isinstance(self.update, Decomposed) and self.update.axis == "columns"
@@ -102,7 +100,7 @@ class Edit:
     @property
     def by_columns(self) -> bool:
         """True if outputs are columns of the stored matrix: a bias is one row."""
-        return self.transposed or (self.inner is None and not isinstance(self.update, Decomposed))
+        return self.transposed or self.follows is not None or isinstance(self.update, Delta)
 
     def own_rows(self, start: int, stop: int) -> tuple[int, int]:
         """Return the rows of a block that the edit changes; they are none if both numbers are equal."""
@@ -130,6 +128,8 @@ class Item:
     """True if the base has no such tensor, or fewer copies."""
     origin: str = ""
     """The name on disk of the base's tensor that this one derives from."""
+    combination: Combination | None = None
+    """If set, the edits are more than a sum: a chain, or changes that are pruned, drawn or elected."""
     undo: Undo | None = None
     """If set, `source` is a merge's output, and `edits` and `rows` are the merge's changes."""
     parts: tuple[tuple[str, Item], ...] = ()
@@ -230,13 +230,20 @@ class Item:
         total = host + block * (width + 4) + (host + 8 * block if self.replaced else 0)
         if self.source.coded:
             total += 8 * block + DECODING
-        if len(self.edits) > 1:
+        if self.combination:
+            total += self.combination.cost(len(self.edits), self.source.numel, block, width)
+        elif len(self.edits) > 1:
             total += 2 * block * width
         if self.start:
             total += 24 * rows * columns  # the matrix, its factors, and LAPACK's work, in float32
         if exact and self.source is self.base:
             total += self.inverse_cost()
         return total + sum(edit_cost(edit, self, height, width) for edit in self.edits)
+
+    @property
+    def invertible(self) -> bool:
+        """True if equations recover the base from the output: those of a sum, and those of a chain, link by link."""
+        return self.combination is None or self.combination.method == "chain"
 
     def inverse_cost(self) -> int:
         """Return the bytes that a worker holds to take the edits out of a block, in float64."""
@@ -249,10 +256,7 @@ class Item:
         return block + factors + (24 * self.start.rank * (rows + columns) if self.start else 0)
 
     def undo_bytes(self, *, exact: bool = False) -> int:
-        """Return the most bytes that the undo record needs.
-
-        These are the norms of DoRA rows, the base's replaced rows, and for `exact` an eighth of the tensor.
-        """
+        """Return the most bytes of the undo record: norms, replaced rows, and for `exact` an eighth of the tensor."""
         total = sum(4 * edit.norm_count for edit in self.edits)
         if self.start:
             total += 4 * self.start.rank * sum(self.matrix)

@@ -19,9 +19,10 @@ from typing import Any
 
 import xxhash
 
-from ..adapters import Adapter, Decomposed, Delta, Waived, tensors_of
+from ..adapters import Adapter, Decomposed, Delta, Full, Waived, tensors_of
 from ..errors import UsageError
-from ..settings import NO_FACTS, AdapterFacts, parse_size
+from ..option_table import SUM, Combination
+from ..settings import NO_FACTS, AdapterFacts, parse_facts, parse_size
 from ..storage.checkpoint import Checkpoint
 from ..storage.safetensors import BITS, CONFIG_DTYPES, StoredTensor
 from .item import Edit, Item
@@ -34,6 +35,11 @@ class OutputShard:
     filename: str
     metadata: Mapping[str, str]
     items: tuple[Item, ...]
+
+    @property
+    def prefix(self) -> str:
+        """The beginning of names that the file's own names lack: the component of a pipeline."""
+        return self.filename[: self.filename.rfind("/") + 1]
 
     @property
     def inputs(self) -> Mapping[Path, None]:
@@ -150,7 +156,9 @@ class Plan:
     @cached_property
     def fingerprint(self) -> str:
         """xxh3-128 of the plan as JSON lines without paths: equal plans have equal fingerprints."""
-        lines: list[Any] = [[self.options.compute_dtype, self.options.undo, self.index_name, self.config]]
+        options = self.options
+        lines: list[Any] = [[options.compute_dtype, options.undo, self.index_name, self.config]]
+        lines += [words] if (words := options.combination.words) else []
         for shard in self.shards:
             lines += [[shard.filename, dict(shard.metadata)], *map(_describe, shard.items)]
         return xxhash.xxh3_128_hexdigest("\n".join(map(json.dumps, lines)).encode())
@@ -175,16 +183,14 @@ def _describe_edit(edit: Edit) -> list[Any]:
         from ..storage.stored_view import describe_view
 
         known += map(describe_view, views)
-    if isinstance(edit.update, Delta):
-        return [*known, edit.update.scale]
+    if isinstance(edit.update, Delta | Full):
+        return [*known, edit.update.scale] if isinstance(edit.update, Delta) else known
     low = edit.low
     if not low or (isinstance(edit.update, Decomposed) and edit.update != Decomposed(low, edit.update.m)):
         from .facts import facts_of
 
         known += [facts_of(edit.update), *([_describe(edit.follows)] if edit.follows else [])]
-    if not low:
-        return known
-    return [*known, low.rank, low.scale, low.blocks, low.experts, low.start and low.start.value]
+    return known if not low else [*known, low.rank, low.scale, low.blocks, low.experts, low.start and low.start.value]
 
 
 DTYPES = {"auto": None} | {name: dtype for dtype, name in CONFIG_DTYPES.items()}
@@ -215,6 +221,7 @@ class Options:
     strict: bool = False
     """True if an adapter must hold all that its config says was trained."""
     facts: AdapterFacts = NO_FACTS
+    combination: Combination = SUM
 
     @property
     def waived(self) -> Waived:
@@ -265,25 +272,12 @@ def parse_options(given: Mapping[str, Any]) -> Options:
         compute_dtype=COMPUTE_DTYPES[given.get("compute_dtype", "auto")],
         max_shard_size=None if size is None else parse_size(size, "--max-shard-size"),
         undo=given.get("undo") or "none",
-        include=given.get("include", ()),
-        exclude=given.get("exclude", ()),
-        allow_unmatched=given.get("allow_unmatched", False),
-        ignore_field=given.get("ignore_field", ()),
-        ignore_file=given.get("ignore_file", ()),
-        strict=given.get("strict", False),
+        **{name: given.get(name, ()) for name in ("include", "exclude", "ignore_field", "ignore_file")},
+        **{name: given.get(name, False) for name in ("allow_unmatched", "strict")},
         quantised=_quantised(given),
         legacy_config=given.get("legacy_config", False),
-        facts=_facts(given),
+        facts=parse_facts(given),
     )
-
-
-def _facts(given: Mapping[str, Any]) -> AdapterFacts:
-    """Return the caller's facts about adapters, which few calls give."""
-    if all(given.get(name) in (None, ()) for name in ("alpha", "scaling", "axis", "enable_lora")):
-        return NO_FACTS
-    from ..adapters.facts import parse_facts
-
-    return parse_facts(given)
 
 
 def _quantised(given: Mapping[str, Any]) -> str:

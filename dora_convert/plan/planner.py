@@ -25,6 +25,8 @@ from .sharding import lay_out
 if TYPE_CHECKING:
     from .quantised import QuantisedBase
 
+DECOMPOSED = ("Decomposed", "Undecided")
+"""Kinds of update that have magnitudes."""
 LACKING = "the config says that it was trained, and the adapter has no tensor of it"
 
 
@@ -46,7 +48,7 @@ def make_plan(base: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[f
 
         tree = with_names(tree, lambda name: [prefix + name])
         names, tie = _resolvers(tree, adapters, options), find_tie(tree, tasks)
-    adapters = [_settled(adapter, resolver) for adapter, resolver in zip(adapters, names, strict=True)]
+    adapters = [_settled(adapter, resolver, tree) for adapter, resolver in zip(adapters, names, strict=True)]
     builder = PlanBuilder(tree, tie, options)
     for adapter, resolver, weight in zip(adapters, names, weights, strict=True):
         builder.add(adapter, resolver, weight)
@@ -133,8 +135,12 @@ def _resolvers(tree: Checkpoint, adapters: Sequence[Adapter], options: Options) 
     return [NameResolver(tree.tensors, _targets(adapter, options)) for adapter in adapters]
 
 
-def _settled(adapter: Adapter, names: NameResolver) -> Adapter:
-    """Return an adapter whose changes have no names of training programs in them."""
+def _settled(adapter: Adapter, names: NameResolver, base: Checkpoint) -> Adapter:
+    """Return an adapter whose changes have no names of training programs, and nothing that is left open."""
+    if any(type(change.update).__name__ in DECOMPOSED for change in adapter.changes):
+        from .evidence import decide
+
+        adapter = decide(adapter, names.find, base)
     if all(unwrapped(change.target) == change.target for change in adapter.changes):
         return adapter
     changes = (
@@ -177,35 +183,22 @@ def _needs_head(update: Update, name: str | None, tie: Tie | None) -> bool:
 def _check(builder: PlanBuilder, items: Mapping[str, Item], base: Checkpoint, adapters: Sequence[Adapter]) -> None:
     """Raise all faults at once."""
     if faults := builder.faults:
+        from .explain import formats_of, other_base
+
         wrong = "contradict themselves, or " if any(adapter.faults for adapter in adapters) else ""
         beside = sum(map(len, builder.beside.values()))
         only = beside == len(faults) and len(builder.beside) == 1
-        what = f"tensors of {next(iter(builder.beside))}" if only else f"adapter tensors{_formats(adapters)}"
+        what = f"tensors of {next(iter(builder.beside))}" if only else f"adapter tensors{formats_of(adapters)}"
         hints = [f"--ignore-file {name} merges without it" for name in builder.beside]
         most = 2 * len(faults) >= sum(len(adapter.tensors) for adapter in adapters)
         if beside < len(faults) and most and not any(adapter.faults for adapter in adapters):
-            hints.insert(0, _other_base(base, adapters))
+            hints.insert(0, other_base(base, adapters))
         raise PlanError(
             f"{len(faults)} {what} {wrong}have no place in the base.", faults=faults, hint="; ".join(hints) or None
         )
     if not any(item.changed for item in items.values()):
         names = ", ".join(adapter.source.name for adapter in adapters)
         raise PlanError(f"Nothing to merge: no tensor of {names} is left to apply.")
-
-
-def _formats(adapters: Sequence[Adapter]) -> str:
-    """Return the formats of adapters that are not PEFT's, in brackets."""
-    names = {f"{each.format}, by {each.maker}" if each.maker else each.format for each in adapters}
-    return f" ({'; '.join(sorted(names))})" if names != {"peft"} else ""
-
-
-def _other_base(base: Checkpoint, adapters: Sequence[Adapter]) -> str:
-    """Return a hint for adapters of which most tensors do not fit."""
-    kind = (base.config or {}).get("model_type")
-    names = [adapter.base for adapter in adapters if adapter.base and adapter.base != base.source.name]
-    facts = [f"the adapter names {names[0]}"] if names else []
-    facts += [f"BASE is a {kind} model"] if isinstance(kind, str) else []
-    return "is this the base that the adapter was trained on?" + (f" {', '.join(facts)}" if facts else "")
 
 
 def _resized(items: Mapping[str, Item]) -> dict[str, tuple[int, int]]:

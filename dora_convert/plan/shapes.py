@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from ..adapters import Decomposed, Delta, Full, LowRank, Rows, Start, Transform, Update, low_rank, transform_of
+from ..adapters import Change, Decomposed, Delta, Full, LowRank, Rows, Start, Transform, Update, low_rank, transform_of
 from ..naming.families import CONV1D_MODELS, CONV1D_MODULES, TURNED_EXPERTS
 from ..naming.resolve import is_embedding, is_head
 from ..storage.reader import same_bytes
@@ -35,6 +35,8 @@ class TargetTensor:
     source: StoredTensor
     base: StoredTensor | None
     added: bool = False
+    replacer: str = ""
+    """The adapter whose tensor `source` is."""
     rows: list[Rows] = field(default_factory=list)
     edits: list[Edit] = field(default_factory=list)
 
@@ -191,3 +193,15 @@ def is_copy(one: Update, other: Update) -> bool:
         case Rows(value, index), Rows(copy, numbers):
             return index == numbers and same_bytes(value, copy)
     return False
+
+
+def turn_of(change: Change) -> int:
+    """Return a sort key that puts replacements before additions."""
+    return 0 if isinstance(change.update, Full) else 1 if isinstance(change.update, Rows) else 2
+
+
+def stacked(tensor: StoredTensor, edits: Sequence[Edit]) -> StoredTensor:
+    """Return edited experts as one matrix, one below the other; any other tensor as it is."""
+    lows = ((edit.low, edit.outputs) for edit in edits if edit.low)
+    stacked = any(low.experts or (outputs and len(tensor.shape) > len(low.A.shape)) for low, outputs in lows)
+    return replace(tensor, shape=(tensor.numel // tensor.shape[2], tensor.shape[2])) if stacked else tensor

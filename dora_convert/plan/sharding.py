@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 
+from ..errors import UsageError
 from ..storage.checkpoint import Checkpoint
 from ..storage.filenames import INDEX_SUFFIX
 from ..storage.safetensors import BITS
@@ -25,6 +26,8 @@ def lay_out(
     An added tensor joins the shard of the tensor it derives from, else the last shard. A tensor larger than
     the limit gets its own shard.
     """
+    if max_shard_size is not None and base.is_pipeline:
+        raise UsageError("--max-shard-size does not go with a pipeline: its components keep their files.")
     groups = _as_base(base, items)
     largest = max(sum(tensor.nbytes for tensor in shard.tensors) for shard in base.shards)
     swollen = any(sum(item.source.nbytes for item in group) > SWOLLEN * largest for group in groups)
@@ -72,7 +75,7 @@ def _aligned(items: Sequence[Item]) -> tuple[Item, ...]:
 
 def converted(filename: str) -> str:
     """Return the safetensors name of a weight file or an index."""
-    name = re.sub(r"^pytorch_model(?=[-.])", "model", filename)
+    name = re.sub(r"(^|/)pytorch_model(?=[-.])", r"\1model", filename)
     return re.sub(r"\.(bin|pt|pth)(?=$|\.index\.json$)", ".safetensors", name)
 
 

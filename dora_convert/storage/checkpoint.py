@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,11 @@ class Checkpoint:
     def is_file(self) -> bool:
         """True if the checkpoint is a single weight file; files beside it do not count."""
         return self.source.path.is_file()
+
+    @property
+    def is_pipeline(self) -> bool:
+        """True for a pipeline of diffusers, whose shards lie in folders."""
+        return any("/" in shard.filename for shard in self.shards)
 
     @property
     def is_here(self) -> bool:
@@ -140,6 +145,8 @@ def open_checkpoint(source: Source, *, unfinished: bool = False) -> Checkpoint:
         )
     if not (entries := [entry.name for entry in root.iterdir()]):
         raise RefError(f"{source.name} is empty.", hint="name the folder with the model's files")
+    if "model_index.json" in entries:
+        return _open_pipeline(source)
     name = weight_entry(entries, source.name)
     names = [name for name in list_files(root) if not name.startswith(IN_PLACE)]
     if odd := [name for name in names if not is_text(name)]:
@@ -161,6 +168,30 @@ def open_checkpoint(source: Source, *, unfinished: bool = False) -> Checkpoint:
         left_behind=left_behind,
         notes=tuple(notes),
         states={path: state for path, state in states.items() if path.relative_to(root).as_posix() in read},
+    )
+
+
+def _open_pipeline(source: Source) -> Checkpoint:
+    """Return the components of a pipeline as one checkpoint, whose tensors are named `<component>/<name>`."""
+    from .pipelines import components
+
+    root, names = source.path, list_files(source.path)
+    shards, indexes, notes = list[Shard](), list[str](), list[str]()
+    for component in components(names):
+        part = open_checkpoint(Source(root / component, f"{source.name}/{component}"))
+        for shard in part.shards:
+            tensors = tuple(replace(tensor, name=f"{component}/{tensor.name}") for tensor in shard.tensors)
+            shards.append(Shard(f"{component}/{shard.filename}", shard.metadata, tensors))
+        indexes += [f"{component}/{part.index_name}"] if part.index_name else []
+        notes += part.notes
+    if not shards:
+        raise RefError(f"{source.name} is a pipeline, and no component of it holds weights.")
+    used = {*indexes, *(shard.filename for shard in shards)}
+    sides, left = sort_files(name for name in names if name not in used)
+    states = file_states(root / name for name in (*used, *sides))
+    sides = tuple(sorted((*sides, *indexes)))
+    return Checkpoint(
+        source, tuple(shards), None, side_files=sides, left_behind=left, notes=tuple(notes), states=states
     )
 
 
@@ -192,6 +223,10 @@ def weight_entry(names: Sequence[str], where: str) -> str:
         for suffix in (kinds[0], f"{kinds[0]}.index.json"):
             if f"{stem}{suffix}" in names:
                 return f"{stem}{suffix}"
+        if any(name.count(".") > 1 for name in names):
+            from .pipelines import without_variants
+
+            names = without_variants(names)
         indexes = sorted(name for name in names if name.endswith(f"{kinds[0]}.index.json"))
         entries = indexes or sorted(name for name in names if name.endswith(kinds) and not OF_TRAINING.match(name))
         if len(entries) == 1:
@@ -260,12 +295,3 @@ def sort_files(names: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     names = list(names)
     visible = [name for name in names if not name.startswith((".", RECORD + "/"))]
     return tuple(filter(is_side_file, names)), tuple(filter(is_weight_file, visible))
-
-
-WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-"""Names that DistributedDataParallel, torch.compile, FSDP and activation checkpointing put into names."""
-
-
-def unwrapped(name: str) -> str:
-    """Return a name without the names that training programs put into it."""
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)

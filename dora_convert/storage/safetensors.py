@@ -236,13 +236,20 @@ def _check_tiling(path: Path, tensors: list[StoredTensor], body: int, size: int)
         )
 
 
-def encode_header(tensors: Iterable[Any], metadata: Mapping[str, str] | None = None) -> bytes:
-    """Return the bytes that open a safetensors file of tensors, or of things like tensors, one after the other."""
+def encode_header(tensors: Iterable[Any], metadata: Mapping[str, str] | None = None, prefix: str = "") -> bytes:
+    """Return the bytes that open a safetensors file of tensors, or of things like tensors, one after the other.
+
+    Names are written without `prefix`.
+    """
     entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     position = 0
     for tensor in tensors:
         offsets = [position, position := position + tensor.nbytes]
-        entries[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": offsets}
+        entries[tensor.name.removeprefix(prefix)] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": offsets,
+        }
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text

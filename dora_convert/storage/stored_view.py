@@ -134,3 +134,10 @@ def lines_of(tensor: StoredTensor, data: memoryview) -> Iterator[memoryview]:
 def whole_of(tensor: StoredTensor) -> StoredTensor:
     """Return the tensor behind a view; any other tensor itself."""
     return tensor.whole if isinstance(tensor, StoredView) else tensor
+
+
+def shown_rows(tensor: StoredTensor) -> Sequence[int]:
+    """Return the rows, or columns, of the tensor behind a view that the view shows as its rows."""
+    if isinstance(tensor, StoredView):
+        return tensor.columns if tensor.turned else tensor.rows
+    return range(tensor.shape[0])

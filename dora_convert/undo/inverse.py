@@ -31,7 +31,7 @@ class Inverse:
         """
         self._edits, self._buffers, self._columns = item.edits, buffers, item.matrix[1]
         self._item = item
-        self._keeps = exact and not all(edit.reproducible for edit in item.edits)
+        self._keeps = exact and not all(edit.low or not edit.inner for edit in item.edits)
         """True if W is predicted to be W': the record then holds the whole difference."""
         self.operands = [
             LoadedEdit.load(edit, buffers, _fixed_point(edit, buffers) if exact else None) for edit in item.edits

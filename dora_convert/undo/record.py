@@ -16,15 +16,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..adapters import Adapter
-from ..adapters.facts import parse_facts
 from ..errors import Fault, MalformedError, RefError, UsageError
 from ..output.receipt import BaseLayout, BaseShard, MergedAdapter, MergedBase, Receipt, RecordedOptions, read_receipt
 from ..plan.plan import Options
 from ..plan.sharding import converted
+from ..settings import parse_facts
 from ..storage.checkpoint import Checkpoint, Shard
 from ..storage.filenames import RECEIPT, RECORD, UNDO
 from ..storage.reader import read_whole
@@ -71,6 +71,7 @@ class MergeRecord:
             include=options.include,
             exclude=options.exclude,
             allow_unmatched=not self.assumed,
+            combination=self.receipt.combination,
             ignore_field=options.ignore_field,
             ignore_file=options.ignore_file or (),
             facts=parse_facts(options.facts or {}),
@@ -187,7 +188,8 @@ def in_order(
             raise _not_merged(adapter, files, merged)
         numbers.append(free[0])
     order = sorted(range(len(numbers)), key=numbers.__getitem__)
-    return [adapters[position] for position in order], sorted(numbers)
+    known = [merged[number].decided or {} for number in numbers]
+    return [replace(adapters[position], decided=known[position]) for position in order], sorted(numbers)
 
 
 def _not_merged(adapter: Adapter, files: Mapping[str, str], merged: Sequence[MergedAdapter]) -> RefError | UsageError:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..engine.device_buffers import DeviceBuffers
+from ..engine.following import norms_of
 from ..engine.precision import TORCH, as_bytes, half_ulp
-from ..engine.tensor import norms_of
 from ..maths import lora as maths
 from ..output.finished import TensorResult
 from ..plan.item import Item

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from typing_extensions import Unpack
 
-from ..adapters import Change, Decomposed, LowRank, tensors_of
+from ..adapters import Change, Decomposed, LowRank, low_rank, tensors_of
 from ..adapters.new_adapter import NewAdapter
 from ..errors import Fault, UnsupportedError, UsageError
 from ..fitting.jobs import FittingPlan, MatchedChange, Result, match_changes, modules_besides
@@ -108,7 +108,7 @@ class _FromLora(Fitter):
             bases=(base,),
             jobs=changes.jobs,
             format=self.session.format,
-            bytes_out=size + sum(4 * job.edit.low.outputs for job in changes.jobs if job.edit.low),
+            bytes_out=size + sum(4 * low.outputs for job in changes.jobs if (low := low_rank(job.change.update))),
             terms={"plan": self.matched.fingerprint, "init": init, "split": split},
             is_dora=True,
             like=adapter,

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from typing_extensions import Unpack
 
 from ..errors import UsageError
-from ..options import MergeOptions, StreamOptions
+from ..options import (
+    CallOptions,
+    CombineOptions,
+    Device,
+    Dtype,
+    FieldOptions,
+    MatchOptions,
+    MergeOptions,
+    SelectOptions,
+    TokenOptions,
+)
 from ..plan.plan import Plan, parse_options
 from ..settings import Settings, without_collections
 from ..sources.inputs import open_adapter
@@ -22,6 +33,16 @@ if TYPE_CHECKING:
     from torch.nn import Module
 
     from ..engine.precision import ComputeSpec
+
+
+class StreamOptions(CombineOptions, MatchOptions, FieldOptions, SelectOptions, TokenOptions, CallOptions, total=False):
+    """The options of iter_merged and merge_state_dict."""
+
+    dtype: Dtype
+    device: Device
+    compute_dtype: Dtype
+    max_memory: str | int
+    workers: int | None
 
 
 @takes(StreamOptions)
@@ -117,7 +138,9 @@ def _state_of(state: Mapping[str, Tensor] | Module) -> tuple[Mapping[str, Tensor
         raise UsageError(
             f"The model holds an adapter already: {wrapped[0]}.", hint="name the model without it: model.unload()"
         )
-    return values, config.to_dict() if config is not None and hasattr(config, "to_dict") else None
+    if config is None or not hasattr(config, "to_dict"):
+        return values, None
+    return values, json.loads(json.dumps(config.to_dict(), default=str))  # as config.json would hold it
 
 
 def _result(name: str, tensor: Tensor, tensors: Mapping[str, Tensor], *, verbatim: bool) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -106,15 +107,16 @@ def _cost(matched: Plan, session: FittingSession, rank: int, item: Item, edit: E
 
 def _largest_rank(job: MatchedChange, goal: Mapping[str, Any]) -> int:
     """Return the largest rank that a module's new factors can have."""
-    exact = min(job.item.source.matrix)
+    exact = min(job.matrix)
     if isinstance(low := job.change.update, LowRank) and not low.start:
         exact = min(exact, low.rank)
     return min(exact, goal.get("rank") or exact)
 
 
 def _factors(job: MatchedChange) -> LowRank:
-    assert job.edit.low
-    return job.edit.low
+    low = low_rank(job.change.update)
+    assert low
+    return low
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ class _ToLora(Fitter):
         ranks = [_largest_rank(job, self.goal) for job in jobs]
         ranks = [max(ranks)] * len(jobs) if one_rank and jobs else ranks
         size = sum(tensor.nbytes for tensor in adapter.tensors.values())
-        size += sum(4 * rank * sum(job.item.source.matrix) for rank, job in zip(ranks, jobs, strict=True))
+        size += sum(4 * rank * sum(job.matrix) for rank, job in zip(ranks, jobs, strict=True))
         terms = {"plan": self.matched.fingerprint}
         return FittingPlan(
             command="to-lora",
@@ -201,8 +203,8 @@ class _ToLora(Fitter):
         warn = self.session.settings.warn
         facts = [result.facts for result in results.values()]
         error = error_of(facts)
-        factors = sum(results[job.name].facts["rank"] * sum(job.item.source.matrix) for job in self.changes.jobs)
-        dense = sum(job.item.source.numel for job in self.changes.jobs)
+        factors = sum(results[job.name].facts["rank"] * sum(job.matrix) for job in self.changes.jobs)
+        dense = sum(math.prod(job.matrix) for job in self.changes.jobs)
         better = error > LOSSY or factors > dense / 2
         if better:
             lost = f"{error:.0%} of the change is lost"

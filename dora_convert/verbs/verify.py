@@ -10,6 +10,7 @@ from typing_extensions import Unpack
 
 from ..errors import DoraConvertError, UsageError
 from ..logits.prompts import gather_prompts
+from ..option_table import SUM, combines
 from ..options import VerifyOptions
 from ..output.lineage import chains
 from ..output.receipt import Receipt, read_receipt
@@ -17,7 +18,7 @@ from ..plan.plan import Plan, parse_options, parse_weights
 from ..plan.planner import make_plan
 from ..reports.html import check_page, write_page
 from ..reports.verify import OutputsReport, VerifyReport
-from ..settings import Settings, require_extra, without_collections
+from ..settings import Settings, parse_facts, require_extra, without_collections
 from ..sources.inputs import find_adapter, modules_of, open_base, open_inputs, refuse_swapped
 from ..sources.prefetch import download_weights
 from ..sources.session import Session
@@ -84,7 +85,9 @@ def _plan(request: VerifyRequest) -> tuple[Plan, Checkpoint]:
     if request.base is not None:
         refuse_swapped(request.base, request.adapters, request.merged, "verify")
     merged = open_base(request.merged, "MERGED", session)
+    combination = SUM
     if receipt := _receipt(merged, request):
+        combination = SUM if options["method"] else receipt.combination
         selection = replace(
             selection,
             ignore_field=(*selection.ignore_field, *receipt.options.ignore_field),
@@ -94,14 +97,27 @@ def _plan(request: VerifyRequest) -> tuple[Plan, Checkpoint]:
         if not (options["weight"] or selection.include or selection.exclude):
             weights, chosen = receipt.weights, receipt.options
             selection = replace(selection, include=chosen.include, exclude=chosen.exclude)
-            if receipt.flags:
-                settings.notify(f"as the receipt of MERGED says: {receipt.flags}")
+            if words := _flags(receipt):
+                settings.notify(f"as the receipt of MERGED says: {words}")
+        if not selection.facts.given and receipt.options.facts:
+            selection = replace(selection, facts=parse_facts(receipt.options.facts))
     waived = selection.waived
     base, adapters = open_inputs(
-        request.base, request.adapters, session, out=request.merged, verb="verify", waived=waived
+        request.base,
+        request.adapters,
+        session,
+        out=request.merged,
+        verb="verify",
+        waived=waived,
+        method=options["method"] or (None if combination == SUM else combination.method),
     )
+    if combines(options) or len(adapters) > len(request.adapters):
+        from ..plan.methods import choose_combination
+
+        combination, weights = choose_combination(options, len(request.adapters), len(adapters), settings.warn)
+    selection = replace(selection, combination=combination)
     idle = parse_options(options).check_globs(modules_of(adapters))
-    for doubt in (*chains(base, adapters), *idle):
+    for doubt in (*chains(base, adapters, combination.method), *idle):
         settings.warn(doubt)
     plan = make_plan(base, adapters, weights, selection)
     for doubt in plan.warnings:
@@ -129,6 +145,20 @@ def _receipt(merged: Checkpoint, request: VerifyRequest) -> Receipt | None:
     except DoraConvertError:
         return None
     return receipt if receipt.is_of(folders) else None
+
+
+def _flags(receipt: Receipt) -> str:
+    """Return the options of a merge command that differ from the defaults; empty if none does."""
+    weights = receipt.weights if any(weight != 1 for weight in receipt.weights) else ()
+    options = receipt.options
+    words = [f"--weight {weight:g}" for weight in weights]
+    words += receipt.combination.words
+    words += [f"--include {pattern}" for pattern in options.include]
+    words += [f"--exclude {pattern}" for pattern in options.exclude]
+    words += [f"--ignore-field {name}" for name in options.ignore_field]
+    words += [f"--ignore-file {name}" for name in options.ignore_file or ()]
+    words += [f"--{name.replace('_', '-')} {fact}" for name, fact in (options.facts or {}).items()]
+    return " ".join([*words, *(["--allow-unmatched"] if receipt.allows_unmatched else [])])
 
 
 def _compare(

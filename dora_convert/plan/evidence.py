@@ -1,0 +1,239 @@
+"""Decide by the base's values what an adapter's files leave open about its magnitudes.
+
+axis        `dora_scale` without a second dimension, on a square weight: norms by rows, or by columns
+magnitudes  TensorRT-LLM's normalize_weights.py writes m/‖V‖ under PEFT's name for m: norms, or normalised
+order       torchtune's exporter leaves magnitudes of q_proj and k_proj in Meta's order: the base's, or Meta's
+
+A trained m stays near the norms of the weight that it was trained on. So the right reading of m has the smallest
+spread of log(m/‖W‖). Only samples of some weights are read. The decision is one for the whole adapter.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
+from typing import NamedTuple
+
+from ..adapters import Adapter, Change, Decomposed, LowRank, Update
+from ..errors import Fault, UnsupportedError
+from ..storage.checkpoint import Checkpoint
+from ..storage.reader import Reader
+from ..storage.safetensors import FLOATS, StoredTensor
+
+SURE = 1.5
+"""One reading counts if the other one's spread is so many times larger."""
+MODULES, ROWS = 6, 512
+"""Weights that are sampled, and rows of each."""
+NEAR_ONE = 0.5
+"""Magnitudes whose median is farther from 1 are not normalised."""
+NEVER_NEAR = 0.02
+"""Norms whose logarithms are smaller than this make no difference."""
+ROTARY = (".q_proj", ".k_proj")
+META_ORDER = frozenset({"llama", "mistral", "gemma", "gemma2"})
+"""Families whose q and k torchtune keeps in Meta's order."""
+MULTIPLIES = False
+"""True as soon as the engine merges normalised magnitudes."""
+Find = Callable[[str], str | None]
+
+
+class Sample(NamedTuple):
+    """Logarithms of some rows' norms and of their magnitudes; None for what is not positive."""
+
+    rows: Sequence[int]
+    norms: Sequence[float]
+    m: Sequence[float]
+    """All magnitudes."""
+
+
+def decide(adapter: Adapter, find: Find, base: Checkpoint) -> Adapter:
+    """Return an adapter with all of this decided, and with a warning for each decision that is not the usual one.
+
+    Decisions of an earlier merge, in `adapter.decided`, count as they are. Raises UnsupportedError if the axis is
+    not decided and the base does not tell.
+    """
+    if not any(_magnitudes(change.update) for change in adapter.changes):
+        return adapter
+    decided = dict(adapter.decided)
+    if any(_is_open(change.update) for change in adapter.changes):
+        decided.setdefault("axis", _axis(adapter, find, base))
+    elif adapter.format == "peft" and not adapter.decided and _is_here(base):
+        decided |= _of_peft(adapter, find, base)
+    if not decided:
+        return adapter
+    changes = tuple(_read_as(change, decided, base) for change in adapter.changes)
+    sentences = tuple(_report(adapter, decided))
+    return replace(adapter, changes=changes, decided=decided, warnings=(*adapter.warnings, *sentences))
+
+
+def _report(adapter: Adapter, decided: dict[str, str]) -> Iterator[str]:
+    """Yield a sentence for each decision that changes the reading of a file."""
+    name = adapter.source.name
+    if axis := decided.get("axis"):
+        yield f"the norms of {name} are by {axis}, as the base's weights show; --axis says otherwise"
+    if decided.get("magnitudes") == "normalised":
+        yield f"the magnitudes of {name} are divided by their norms already (TensorRT-LLM's): they multiply rows"
+    if decided.get("order") == "meta":
+        yield f"the magnitudes of q_proj and k_proj of {name} are in Meta's order (torchtune's export): put back"
+
+
+def _magnitudes(update: Update) -> Decomposed | None:
+    """Return the update that sets magnitudes, the first choice if there are several."""
+    first = getattr(update, "choices", (update,))[0]
+    return first if isinstance(first, Decomposed) and not first.normalised else None
+
+
+def _is_open(update: Update) -> bool:
+    return hasattr(update, "choices")
+
+
+def _is_here(base: Checkpoint) -> bool:
+    return base.is_here
+
+
+def _read_as(change: Change, decided: dict[str, str], base: Checkpoint) -> Change:
+    """Return a change read as was decided."""
+    update = change.update
+    if _is_open(update) and "axis" in decided:
+        choices: Sequence[Decomposed] = update.choices  # type: ignore[attr-defined] # Undecided
+        return replace(change, update=next(choice for choice in choices if choice.axis == decided["axis"]))
+    if not isinstance(update, Decomposed):
+        return change
+    if decided.get("magnitudes") == "normalised":
+        return replace(change, update=replace(update, normalised=True))
+    if decided.get("order") == "meta" and (rows := _meta_rows(change, base)):
+        from ..storage.stored_view import view
+
+        return replace(change, update=replace(update, m=view(update.m, rows)))
+    return change
+
+
+def _samples(changes: Sequence[Change], find: Find, base: Checkpoint, axis: int = 1) -> list[Sample]:
+    """Return samples of some changes whose weights the base has as matrices of the right size."""
+    samples: list[Sample] = []
+    with closing(Reader()) as reader:
+        for change in changes:
+            update, name = _magnitudes(change.update), find(change.target)
+            W = base.tensors.get(name) if name else None
+            if not update or not W or type(W) is not StoredTensor or W.dtype not in FLOATS or len(samples) == MODULES:
+                continue
+            if W.matrix[1 - axis] == update.m.numel:
+                samples.append(_sample(W, update.m, axis, reader))
+    return samples
+
+
+def _sample(W: StoredTensor, m: StoredTensor, axis: int, reader: Reader) -> Sample:
+    """Return the norms of some rows, or those of all columns as far as some rows tell, and all magnitudes."""
+    import torch
+
+    dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+    def read(tensor: StoredTensor, start: int, length: int) -> torch.Tensor:
+        data = bytearray(length * tensor.itemsize)
+        reader.read(tensor.path, tensor.start + start * tensor.itemsize, memoryview(data))
+        return torch.frombuffer(data, dtype=dtypes[tensor.dtype]).double()
+
+    height, width = W.matrix
+    count = min(ROWS, height)
+    chosen = sorted({round(k * (height - 1) / max(1, count - 1)) for k in range(count)})
+    matrix = torch.stack([read(W, row * width, width) for row in chosen])
+    norms = matrix.norm(dim=axis) * (1 if axis == 1 else math.sqrt(height / len(chosen)))
+    logs = [_log(value) for value in norms.tolist()]
+    whole = b"".join(map(bytes, reader.pieces(m)))
+    values = torch.frombuffer(bytearray(whole), dtype=dtypes[m.dtype]).double().tolist()
+    return Sample(chosen if axis == 1 else range(width), logs, [_log(value) for value in values])
+
+
+def _log(value: float) -> float:
+    return math.log(value) if value > 0 else math.nan
+
+
+def _spread(differences: Sequence[float]) -> float:
+    """Return the spread of some numbers: half of the middle two thirds' width, so that few odd ones do not count."""
+    numbers = sorted(number for number in differences if math.isfinite(number))
+    if len(numbers) < 4:
+        return math.inf
+    return (numbers[-1 - len(numbers) // 6] - numbers[len(numbers) // 6]) / 2
+
+
+def _axis(adapter: Adapter, find: Find, base: Checkpoint) -> str:
+    """Return the axis of magnitudes on square weights."""
+    opened = [change for change in adapter.changes if _is_open(change.update)]
+    if not _is_here(base):
+        raise _undecided(opened, "the base is not on this machine")
+    spreads = {}
+    for axis, name in ((1, "rows"), (0, "columns")):
+        pooled = [_spread(_ratios(sample)) for sample in _samples(opened, find, base, axis)]
+        spreads[name] = statistics.median(pooled) if pooled else math.inf
+    best, other = sorted(spreads, key=lambda name: spreads[name])
+    if not math.isfinite(spreads[best]) or spreads[other] < SURE * spreads[best]:
+        raise _undecided(opened, "the base's norms fit both")
+    return best
+
+
+def _undecided(changes: Sequence[Change], why: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"{len(changes)} magnitudes may be by rows or by columns: {why}.",
+        faults=[Fault(change.module, "its weight is square, and its dora_scale is a vector") for change in changes],
+        hint="--axis rows (LyCORIS since 3.2) or --axis columns (before)",
+    )
+
+
+def _ratios(sample: Sample) -> list[float]:
+    """Return log(m/‖W‖) of the sampled rows."""
+    return [sample.m[row] - norm for row, norm in zip(sample.rows, sample.norms, strict=True)]
+
+
+def _of_peft(adapter: Adapter, find: Find, base: Checkpoint) -> dict[str, str]:
+    """Return the decisions on a PEFT DoRA that differ from the usual ones."""
+    changes = [change for change in adapter.changes if _magnitudes(change.update)]
+    rotary = [change for change in changes if change.module.endswith(ROTARY)]
+    if rotary and base.model_types & META_ORDER and _is_meta(rotary, find, base):
+        return {"order": "meta"}
+    if not MULTIPLIES:
+        return {}
+    step = max(1, len(changes) // MODULES)
+    samples = _samples(changes[::step], find, base)
+    return {"magnitudes": "normalised"} if samples and _are_normalised(samples) else {}
+
+
+def _are_normalised(samples: Sequence[Sample]) -> bool:
+    """Return True if magnitudes are near 1 in every module, and nearer to 1 than to the norms of the weights."""
+    from_one = [statistics.median(abs(m) for m in sample.m) for sample in samples]
+    from_norms = [statistics.median(map(abs, _ratios(sample))) for sample in samples]
+    norms = [abs(statistics.median(sample.norms)) for sample in samples]
+    if max(from_one) > NEAR_ONE or statistics.median(norms) < NEVER_NEAR:
+        return False
+    if statistics.median(from_one) * SURE > statistics.median(from_norms):
+        return False
+    # weights of another base: m is as far from ‖W‖ in every module, rather than near 1 in every module
+    means = [(statistics.median(s.m), statistics.median(_ratios(s))) for s in samples]
+    if len(means) < 2:
+        return True
+    return statistics.stdev(one for one, _ in means) <= statistics.stdev(other for _, other in means)
+
+
+def _is_meta(changes: Sequence[Change], find: Find, base: Checkpoint) -> bool:
+    """Return True if magnitudes fit the norms of the rows in Meta's order, and do not fit them as they are."""
+    plain, meta = [], []
+    for change in changes[:MODULES]:
+        rows = _meta_rows(change, base)
+        for sample in _samples([change], find, base) if rows else ():
+            plain.append(_spread(_ratios(sample)))
+            moved = sample._replace(m=[sample.m[row] for row in rows])
+            meta.append(_spread(_ratios(moved)))
+    return bool(plain) and statistics.median(meta) * SURE < statistics.median(plain)
+
+
+def _meta_rows(change: Change, base: Checkpoint) -> tuple[int, ...]:
+    """Return, for each row of q_proj or k_proj, its number in Meta's order; () for other modules."""
+    update = _magnitudes(change.update)
+    if not update or not change.module.endswith(ROTARY) or not isinstance(update.inner, LowRank | None):
+        return ()
+    from ..adapters.rotary import head_size, meta_rows
+
+    outputs = update.m.numel
+    size = head_size(base, outputs, change.module)
+    return meta_rows(outputs, size) if size and outputs % size == 0 else ()
