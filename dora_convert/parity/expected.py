@@ -94,7 +94,7 @@ class Expected:
 
     def forward(self, rows: Sequence[int], block: Block, x: Tensor, *, by_columns: bool) -> Tensor:
         """Return the adapter's own outputs for inputs x; with `by_columns`, these rows' addend to all outputs."""
-        from .outputs import forward
+        from .forward import forward
 
         pairs, factors = zip(self.item.edits, block.parts, strict=True), partial(self.factors, rows=rows)
         return forward(block.W, pairs, factors, x, by_columns=by_columns)

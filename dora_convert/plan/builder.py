@@ -227,7 +227,7 @@ class PlanBuilder:
             case Full() | Rows() as value:
                 self._replace(value, name, weight)
             case Transform() | Decomposed() | Delta() as edit:
-                made = Edit(edit, match.transposed, weight, outputs, self._density, match.kernel)
+                made = Edit(edit, match.transposed, weight, outputs, density=self._density, kernel=match.kernel)
                 self.targets[name].edits.append(made)
 
     @property
