@@ -19,6 +19,16 @@ RENAMED = frozenset(
 )  # fmt: skip
 """Families whose tensors may have other names on disk than in the running model (transformers 5)."""
 
+PAST_LORA = {
+    "jamba": ("mamba.dt_proj",),
+    "longcat_flash": ("router.classifier",),
+    "siglip": ("head.attention.out_proj",),
+    "siglip_vision_model": ("head.attention.out_proj",),
+    "siglip2": ("head.attention.out_proj",),
+    "siglip2_vision_model": ("head.attention.out_proj",),
+}
+"""Layers whose weight a family's forward pass reads itself, so that an adapter on them has no effect in training."""
+
 # Embeddings and heads
 
 EMBEDDINGS = frozenset({"embed_tokens", "wte", "word_embeddings", "shared", "embed_in", "tok_embeddings"})
