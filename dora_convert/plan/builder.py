@@ -92,9 +92,8 @@ class PlanBuilder:
         from .following import followed
 
         edit = followed(change.update, name, names, self.targets, self.item)
-        if isinstance(edit, str):
-            self.faults.append(Fault(change.target, edit))
-        elif edit and name:
+        self.faults += [Fault(change.target, edit)] if isinstance(edit, str) else []
+        if name and isinstance(edit, Edit):
             self.targets[name].edits.append(replace(edit, weight=weight))
 
     def _claims(self, change: Change, name: str, outputs: tuple[int, int] | None = None) -> bool:

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from ..adapters.kinds import Follows
     from .undo_part import Undo
 
-DECODING = 10 << 20
-"""Bytes that are held while a block of a coded tensor is decoded: a strip of the codes, and the steps between."""
 KEPT = 2
 """Whole tensors behind views that a worker keeps: the experts' two take turns."""
 
@@ -87,10 +85,8 @@ class Edit:
     @property
     def norm_ratio(self) -> float:
         """The scaling of the addend inside the norm, in scalings of the addend."""
-        update = self.update
-        if not isinstance(update, Decomposed) or update.norm_scale is None or not update.inner:
-            return 1.0
-        return update.norm_scale / update.inner.scale
+        scale = self.update.norm_scale if isinstance(self.update, Decomposed) and self.inner else None
+        return 1.0 if scale is None or not self.inner else scale / self.inner.scale
 
     @property
     def norm_count(self) -> int:
@@ -206,6 +202,12 @@ class Item:
         return max((edit.low.experts for edit in self.edits if edit.low), default=0) or 1
 
     @property
+    def together(self) -> Iterator[Item]:
+        """The items that are written together: this one, and the other parts of a coded weight."""
+        yield self
+        yield from (part for _, part in self.parts)
+
+    @property
     def factors(self) -> Iterator[StoredTensor]:
         """The adapters' tensors that the edits need."""
         return (tensor for edit in self.edits for tensor in tensors_of(edit.update))
@@ -228,8 +230,7 @@ class Item:
         block = height * columns
         host = block * max(self.source.itemsize, BITS[self.dtype] // 8, self.base.itemsize if self.base else 0)
         total = host + block * (width + 4) + (host + 8 * block if self.replaced else 0)
-        if self.source.coded:
-            total += 8 * block + DECODING
+        total += self.source.held(block, again=bool(self.parts))
         if self.combination:
             total += self.combination.cost(len(self.edits), self.source.numel, block, width)
         elif len(self.edits) > 1:

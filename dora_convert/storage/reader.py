@@ -19,9 +19,11 @@ from .safetensors import StoredTensor, unreadable
 
 PIECE_BYTES = 1 << 20
 """Bytes that are read at a time where a tensor or a file is read whole."""
-
 BLOCK_ELEMENTS = 1 << 19
-"""4 MiB in float64: two workers' blocks stay in a processor's cache; double size takes 1.5 times as long."""
+"""4 MiB in float64: two workers' blocks stay in a processor's cache; double size takes 1.5 times as long.
+
+Blocks depend on shapes alone: an output's bytes must not depend on the memory budget or on the number of workers.
+"""
 ROWS_MULTIPLE = 16
 MOST_OPEN = 64
 SHARE = 4
@@ -148,12 +150,26 @@ class Reader:
         return self.span(tensor.path, tensor.start, tensor.nbytes)
 
     def _pieces_of_view(self, tensor: StoredTensor) -> Iterator[memoryview]:
-        from .stored_view import lines_of, whole_of
+        from .stored_view import lines_of, run_of, whole_of
 
+        if run := run_of(tensor):
+            return self.span(tensor.path, *run)
         whole = whole_of(tensor)
         data = memoryview(bytearray(whole.nbytes))
         self.read(whole.path, whole.start, data)
-        return lines_of(tensor, data)
+        return self._in_pieces(lines_of(tensor, data))
+
+    @staticmethod
+    def _in_pieces(lines: Iterator[memoryview]) -> Iterator[memoryview]:
+        """Yield the bytes of lines in pieces of the usual size."""
+        pending = bytearray()
+        for line in lines:
+            pending += line
+            while len(pending) >= PIECE_BYTES:
+                yield memoryview(bytes(pending[:PIECE_BYTES]))
+                del pending[:PIECE_BYTES]
+        if pending:
+            yield memoryview(bytes(pending))
 
     def span(self, path: Path, start: int, length: int) -> Iterator[memoryview]:
         """Yield a range of a file's bytes, as `pieces` does."""
@@ -269,20 +285,16 @@ def hash_of(digest: Any, source: Path | bytes) -> str:
     return str(digest.hexdigest())
 
 
-def block_height(rows: int, columns: int) -> int:
-    """Return the rows of a block: about half a million elements, a multiple of 16 rows, at most all."""
+def block_height(rows: int, columns: int, step: int = ROWS_MULTIPLE) -> int:
+    """Return the rows of a block: about half a million elements, a multiple of 16 rows or `step`, at most all."""
     fitting = BLOCK_ELEMENTS // max(1, columns)
-    return max(1, min(rows, max(ROWS_MULTIPLE, fitting - fitting % ROWS_MULTIPLE)))
+    return max(1, min(rows, max(step, fitting - fitting % step)))
 
 
-def spans(rows: int, columns: int, parts: int = 1) -> Iterator[tuple[int, int]]:
-    """Yield a matrix's blocks as half-open ranges of rows; each of `parts` equal parts has its own blocks.
-
-    Blocks depend on the shape alone: matrix products give other bits at other heights, and the bytes of an output
-    must not depend on the memory budget or on the number of workers.
-    """
+def spans(rows: int, columns: int, parts: int = 1, step: int = ROWS_MULTIPLE) -> Iterator[tuple[int, int]]:
+    """Yield a matrix's blocks as half-open ranges of rows; each of `parts` equal parts has its own blocks."""
     whole = rows // parts
-    height = block_height(whole, columns)
+    height = block_height(whole, columns, step)
     for first in range(0, rows, whole or 1):
         for start in range(first, first + whole, height):
             yield start, min(start + height, first + whole)
