@@ -4,6 +4,7 @@
 # make lint    style, types, and the generated reference
 # make docs    build the site, strictly, into build/site
 # make fuzz    a minute of broken files at everything that reads them; SEED=N for others
+# make oracles compare with the tools themselves (minutes); CASES=FOLDER adds their own adapters
 # make bench   time merges against cp and PEFT (needs about 10 GB of disk)
 
 PYTHON ?= python3
@@ -70,6 +71,10 @@ figures: demo/build/clouds
 
 fuzz: $(VENV)/ready
 	$(BIN)/python tests/fuzz.py --seconds 60 --seed $(SEED)
+
+oracles: $(VENV)/ready
+	$(BIN)/python -m tests.oracles.families
+	$(if $(CASES),$(BIN)/python -m tests.oracles.analyze $(CASES))
 
 bench: $(VENV)/ready
 	$(BIN)/python bench/merge.py

@@ -19,6 +19,7 @@ from ...storage.checkpoint import Checkpoint
 from ...storage.filenames import RECORD
 from ...storage.refs import Source
 from ...storage.safetensors import StoredTensor
+from .checkpoint_advice import advise_on_checkpoint
 
 QUANTISED = ("quantization_config", "compression_config")
 """Config keys that describe quantised weights."""
@@ -48,6 +49,7 @@ def census(base: Checkpoint, started: float) -> CheckpointReport:
         side_files=base.side_files,
         left_behind=base.left_behind,
         merges=tuple(merges),
+        **advise_on_checkpoint(base, quantised),
         **common(base.source, base.tensors.values(), notes, started),
     )
 
