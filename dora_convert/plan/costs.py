@@ -16,8 +16,10 @@ def transform_cost(
     inner: Transform | None, matrix: tuple[int, int], height: int, width: int, *, transposed: bool
 ) -> int:
     """Return the bytes held to change a stored matrix (rows, columns) in blocks of `height` rows."""
-    if not inner:
-        return 0
+    return 4 * width * max(matrix) + (_cost(inner, matrix, height, width, transposed=transposed) if inner else 0)
+
+
+def _cost(inner: Transform, matrix: tuple[int, int], height: int, width: int, *, transposed: bool) -> int:
     rows, columns = matrix
     block, whole = height * columns * width, rows * columns * width
     stored = sum(tensor.numel for tensor in inner.tensors) * (width + 8)

@@ -244,17 +244,18 @@ class Item:
     @property
     def invertible(self) -> bool:
         """True if equations recover the base from the output: those of a sum, and those of a chain, link by link."""
-        return self.combination is None or self.combination.method == "chain"
+        single = len(self.edits) == 1 and self.edits[0].weight == 1
+        is_sum = self.combination is None or self.combination.method == "chain"
+        return is_sum and (single or not any(edit.inner and edit.inner.depends for edit in self.edits))
 
     def inverse_cost(self) -> int:
         """Return the bytes that a worker holds to take the edits out of a block, in float64."""
-        rows, columns = self.matrix
-        height = block_height(rows // self.experts, columns)
+        height = block_height(self.matrix[0] // self.experts, columns := self.matrix[1])
         wide = self.base.itemsize if self.base else 8
         counting = 40 if self.undo and not self.undo.ulps else 0  # for the differences of rounding
         block = height * columns * (self.source.itemsize + 8 + 8 + 4 + 5 * wide + counting)
         factors = sum(2 * edit_cost(edit, self, height, 8) for edit in self.edits)
-        return block + factors + (24 * self.start.rank * (rows + columns) if self.start else 0)
+        return block + factors + (24 * self.start.rank * sum(self.matrix) if self.start else 0)
 
     def undo_bytes(self, *, exact: bool = False) -> int:
         """Return the most bytes of the undo record: norms, replaced rows, and for `exact` an eighth of the tensor."""
@@ -285,11 +286,9 @@ def edit_cost(edit: Edit, item: Item, height: int, width: int) -> int:
     if not (low := edit.low):
         if isinstance(edit.update, Delta):
             return kept + edit.update.value.numel * (width + 4)
-        if edit.follows:  # the weight's norms are computed first
-            return edit.follows.cost(width) + 4 * width * item.matrix[1]
         from .costs import transform_cost
 
-        kept += 4 * width * max(item.matrix) if edit.decomposed else 0
+        kept += edit.follows.cost(width) if edit.follows else 0  # the weight's norms are computed first
         return kept + transform_cost(edit.inner, item.matrix, height, width, transposed=edit.transposed)
     inputs = math.prod(low.inputs)
     if low.experts:

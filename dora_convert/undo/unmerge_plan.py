@@ -176,8 +176,6 @@ def _recovered(
         return _copy(tensor, own) if own else Fault(name, f"no record holds what {item.start.start} took from it")
     taken = (left, right) if left and right else None
     undo = Undo(norms, taken, _kept(tensor, record), record.find("ulps", name, "U8", [None]))
-    if why := not undo.ulps and _has_no_inverse(item):
-        return _copy(tensor, own) if own else Fault(name, why)
     if any(edit.divides and not n for edit, n in zip(item.edits, norms, strict=True)):
         if not own:
             return Fault(name, "a merged DoRA has lost ‖W + sBA‖, and no record holds it")
@@ -186,14 +184,6 @@ def _recovered(
         undo = Undo(norms, original=replace(own, shape=item.source.shape))
         item = replace(item, edits=tuple(_following(edit, original) for edit in item.edits))
     return _inverse(item, tensor, source, undo)
-
-
-def _has_no_inverse(item: Item) -> str | None:
-    """Return why an item's edits cannot be taken out by arithmetic; None if they can."""
-    inner = [edit.inner for edit in item.edits if edit.inner and edit.inner.depends]
-    if inner and (len(item.edits) > 1 or item.edits[0].weight != 1):
-        return f"{inner[0].title} has no inverse beside another adapter or at another weight than 1"
-    return None
 
 
 def _following(edit: Edit, original: Checkpoint | None) -> Edit:
@@ -221,8 +211,10 @@ def _from_bits(
     if ulps := record.find("ulps", tensor.name, "U8", [None]):
         undo = Undo(kept=_kept(tensor, record), ulps=ulps)
         return _inverse(replace(item, edits=(), combination=None), tensor, source, undo)
-    method = item.combination.method if item.combination else "sum"
-    why = f"was merged with --method {method}, which cannot be inverted: only --undo exact keeps what it needs"
+    how = f"merged with --method {item.combination.method}" if item.combination else "changed beside another adapter"
+    kinds = [edit.inner.title for edit in item.edits if edit.inner and edit.inner.depends]
+    how = f"changed by {kinds[0]} beside another adapter or at another weight than 1" if kinds else how
+    why = f"was {how}, which cannot be inverted: only --undo exact keeps what it needs"
     return _copy(tensor, own) if own else Fault(tensor.name, why)
 
 
