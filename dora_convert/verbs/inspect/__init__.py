@@ -11,6 +11,7 @@ from typing import Any
 from typing_extensions import Unpack
 
 from ...adapters import Adapter, Change, Decomposed, Delta, Full, LowRank, Rows, Waived, tensors_of, transform_of
+from ...adapters.beside import doubts_of
 from ...errors import DoraConvertError, Fault, PlanError, RefError, UnsupportedError, UsageError
 from ...formats.detect import adapters_inside, detect, model_weights
 from ...options import InspectOptions
@@ -154,7 +155,7 @@ def _landing(base: Checkpoint, adapter: Adapter, refusal: DoraConvertError | Non
         tensors=plan.counts() if plan else {},
         warnings=(
             *doubts(base, [adapter]),
-            *adapter.doubts,
+            *doubts_of(adapter.beside, adapter.source.name),
             *(plan.warnings if plan else ()),
             *(doubt_magnitudes(plan) if plan else ()),
         ),
