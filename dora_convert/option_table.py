@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+METHODS = ("sum", "chain", "linear", "ties", "dare", "dare-ties", "della", "magnitude-prune")
+COLLECTED = 1 << 19
+"""Magnitudes of one change that are held at most while a threshold is looked for."""
 
 
 class Option(NamedTuple):
@@ -35,6 +41,10 @@ OPTIONS = {
     "plot": Option(None, "Draw ΔM over ΔD: .png and .svg need matplotlib, .html does not.", "FILE"),
     "report": Option(None, "Write the report as a self-contained page, too.", "FILE.html"),
     "weight": Option((), "Strength, one per ADAPTER in their order.", "W"),
+    "method": Option(None, "Combination of several; default sum; chain: each on the last's result.", choices=METHODS),
+    "density": Option((), "Share of each change to keep; one, or one per ADAPTER.", "F"),
+    "seed": Option(0, "Of dare's and della's random choices.", "N", least=0),
+    "majority_sign": Option("total", "Sign to elect: of the sum, or of most changes.", choices=("total", "frequency")),
     "base": Option(None, "The base itself, for values that no record holds.", "REF"),
     "rank": Option(None, "The rank, lowered if no module has so much to give.", "N", least=1),
     "energy": Option(None, "Or the share of squared singular values to keep.", "F"),
@@ -87,3 +97,62 @@ OPTIONS = {
 }
 # fmt: on
 """All options, in the order of help and signatures."""
+
+
+@dataclass(frozen=True)
+class Combination:
+    """The way in which several changes of one tensor become one."""
+
+    method: str = "sum"
+    densities: tuple[float, ...] = ()
+    """For each adapter, the share of its change that is kept; empty if the method keeps all."""
+    seed: int = 0
+    majority_sign: str = "total"
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS or not all(0 < density <= 1 for density in self.densities):
+            raise ValueError("not a known method, or a density that is not a share")
+
+    @property
+    def is_sum(self) -> bool:
+        """True if weighted changes are added up."""
+        return self.method in ("sum", "linear")
+
+    @property
+    def prunes(self) -> bool:
+        """True if only the elements of largest magnitude are kept."""
+        return self.method in ("ties", "magnitude-prune")
+
+    @property
+    def draws(self) -> bool:
+        """True if the elements that are kept are drawn at random."""
+        return self.method in ("dare", "dare-ties", "della")
+
+    @property
+    def elects(self) -> bool:
+        """True if only the changes of the majority's sign count."""
+        return self.method in ("ties", "dare-ties", "della")
+
+    @property
+    def words(self) -> list[str]:
+        """The options that ask for it on the command line; none for a sum."""
+        words = [] if self.method == "sum" else [f"--method {self.method}"]
+        several = len(set(self.densities)) > 1
+        words += [f"--density {density!r}" for density in (self.densities if several else self.densities[:1])]
+        words += [f"--seed {self.seed}"] if self.seed else []
+        return words + (["--majority-sign frequency"] if self.majority_sign != "total" else [])
+
+    def cost(self, count: int, numel: int, block: int, width: int) -> int:
+        """Return the bytes that combining `count` edits needs: for a block, and for a tensor's thresholds."""
+        if self.method == "chain":
+            return 2 * block * width
+        total = (count + 3) * block * width + (32 * block if self.draws else 0)
+        return total + ((count + 3) * min(numel, COLLECTED) * width if self.prunes else 0)
+
+
+SUM = Combination()
+
+
+def combines(given: Mapping[str, Any]) -> bool:
+    """Return True if options ask for another combination than the default."""
+    return any(given[name] != OPTIONS[name].default for name in ("method", "density", "seed", "majority_sign"))

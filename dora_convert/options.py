@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     Device = str | torch.device
 else:  # signatures and help name no type of torch, which is imported later
     Dtype = Device = str
-
 SHORT_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 """Further names of choices."""
 
@@ -66,9 +65,18 @@ class FieldOptions(TypedDict, total=False):
 class MatchOptions(TypedDict, total=False):
     """Verbs that match adapters with a base."""
 
-    weight: Sequence[float] | float
     allow_unmatched: bool
     strict: bool
+
+
+class CombineOptions(TypedDict, total=False):
+    """Verbs that combine adapters."""
+
+    weight: Sequence[float] | float
+    method: str | None
+    density: Sequence[float] | float
+    seed: int
+    majority_sign: str
 
 
 class CommitOptions(TypedDict, total=False):
@@ -123,7 +131,7 @@ class GoalOptions(TypedDict, total=False):
     exact_svd: bool
 
 
-class MergeOptions(MatchOptions, FieldOptions, CheckpointOptions, OutputOptions, total=False):
+class MergeOptions(CombineOptions, MatchOptions, FieldOptions, CheckpointOptions, OutputOptions, total=False):
     """The options of merge."""
 
     undo: str | None
@@ -154,7 +162,7 @@ class FromLoraOptions(FieldOptions, FittingOptions, total=False):
     split: bool
 
 
-class ToLoraOptions(GoalOptions, FieldOptions, FittingOptions, total=False):
+class ToLoraOptions(CombineOptions, GoalOptions, FieldOptions, FittingOptions, total=False):
     """The options of to_lora."""
 
 
@@ -165,7 +173,7 @@ class ExtractOptions(GoalOptions, FittingOptions, total=False):
     embeddings: str
 
 
-class VerifyOptions(MatchOptions, SelectOptions, FieldOptions, ComputeOptions, total=False):
+class VerifyOptions(CombineOptions, MatchOptions, SelectOptions, FieldOptions, ComputeOptions, total=False):
     """The options of verify."""
 
     level: str

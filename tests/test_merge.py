@@ -235,14 +235,14 @@ def test_several_adapters_add_up(tmp_path, base):
 
 def test_weight_of_a_replacement_is_refused(tmp_path, base):
     """A replaced tensor has no half strength, and two adapters cannot both replace it."""
-    extra = {"base_model.model.lm_head.weight": torch.randn(base.tensors["lm_head.weight"].shape)}
-    paths = [
-        make_adapter(tmp_path / f"a{k}", base, dora=False, modules_to_save=["lm_head"], extra=extra) for k in range(2)
-    ]
+    paths = []
+    for k in range(2):
+        extra = {"base_model.model.lm_head.weight": torch.full(base.tensors["lm_head.weight"].shape, 1.0 + k)}
+        paths.append(make_adapter(tmp_path / f"a{k}", base, dora=False, modules_to_save=["lm_head"], extra=extra))
     with pytest.raises(PlanError) as caught:
         dora_convert.merge(base.path, paths, tmp_path / "out", weight=[0.5, 1])
     assert "weight of 0.5" in caught.value.text()
-    assert "another adapter replaces" in caught.value.text()
+    assert "a0 and a1 both replace lm_head.weight" in caught.value.text()
     with pytest.raises(UsageError, match="1 weight= for 2 adapters"):
         dora_convert.merge(base.path, paths, tmp_path / "out", weight=[1])
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import dora_convert
+from dora_convert.errors import RefError, UsageError
 
 from .toy import edit_json, load
 
@@ -140,6 +141,64 @@ def test_dpo_without_sft_is_warned_of(chain, tmp_path):
     trained_on_our_merge(base, sft, dpo)
     report = dora_convert.merge(base, dpo, tmp_path / "out")
     assert any("dpo" in text and "trained on" in text for text in report.warnings)
+
+
+def same(got, want):
+    """To a rounding of float32; PEFT computes the norms in float32, too."""
+    for name, x in got.items():
+        torch.testing.assert_close(x, want[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_chain_is_what_was_trained(chain, tmp_path):
+    """--method chain is PEFT's chain, is not warned of, is verified, and is warned of in the wrong order."""
+    base, sft, dpo, want = chain
+    trained_on_our_merge(base, sft, dpo)
+    report = dora_convert.merge(base, [sft, dpo], tmp_path / "out", method="chain")
+    assert report.verified.wrong_elements == 0
+    same(load(tmp_path / "out"), want)
+    checked = dora_convert.verify(base, [sft, dpo], tmp_path / "out")
+    assert checked.verdict == "agree"
+    assert not [text for text in (*report.warnings, *checked.warnings) if "trained on" in text]
+    turned = dora_convert.merge(base, [dpo, sft], tmp_path / "turned", method="chain")
+    assert any("another order" in text for text in turned.warnings)
+    if matters(dpo):
+        assert dora_convert.verify(base, [sft, dpo], tmp_path / "turned", method="chain").verdict == "differ"
+
+
+def test_a_chain_of_three(chain, tmp_path):
+    """Against three merges by PEFT."""
+    base, sft, dpo, _ = chain
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "merged-by-peft")
+    PeftModel.from_pretrained(model, dpo).merge_and_unload().save_pretrained(tmp_path / "two")
+    third = train(tmp_path / "two", tmp_path / "kto", dora=True, seed=3)
+    both = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tmp_path / "two"), third)
+    dora_convert.merge(base, [sft, dpo, third], tmp_path / "out", method="chain")
+    same(load(tmp_path / "out"), both.merge_and_unload().state_dict())
+
+
+def test_an_adapter_of_an_adapter(chain, tmp_path):
+    """Without BASE, the chain is followed down to the model; verify and the receipt know all of its links."""
+    _, sft, dpo, want = chain
+    named(dpo, sft)
+    said = []
+    report = dora_convert.merge(None, dpo, tmp_path / "out", on_notice=said.append)
+    same(load(tmp_path / "out"), want)
+    assert [Path(name).name for name in report.adapters] == ["sft", "dpo"]
+    assert any("chain: dpo was trained on sft, an adapter" in text for text in said)
+    assert dora_convert.verify(None, dpo, tmp_path / "out").verdict == "agree"
+    with pytest.raises(UsageError, match="weight"):
+        dora_convert.merge(None, dpo, tmp_path / "half", weight=0.5)
+    named(sft, dpo)
+    with pytest.raises(RefError, match="comes back"):
+        dora_convert.merge(None, dpo, tmp_path / "round")
+
+
+def test_a_chain_of_loras_is_said_to_be_one(chain, tmp_path):
+    """The sum of LoRAs is the chain: that is said, too."""
+    base, sft, dpo, _ = chain
+    named(dpo, sft)
+    report = dora_convert.merge(base, [sft, dpo], tmp_path / "out")
+    assert len([text for text in report.warnings if "looks like a chain" in text and "--method chain" in text]) == 1
 
 
 def test_two_adapters_of_one_base_are_a_sum(chain, tmp_path):

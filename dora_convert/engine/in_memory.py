@@ -26,7 +26,7 @@ from ..storage.safetensors import StoredTensor
 from .device_buffers import DeviceBuffers
 from .precision import ComputeSpec, as_bytes, empty
 from .rehearsal import NoSpool
-from .tensor import MergeMaker, write_tensor
+from .tensor import Combine, MergeMaker, write_tensor
 from .workers import WorkerPool
 
 DTYPES = {
@@ -84,9 +84,18 @@ def _compute(item: Item, cost: int, pool: WorkerPool[DeviceBuffers], buffers: De
         buffers.reader.read(item.source.path, item.source.start, as_bytes(host))
         return host
     with pool.holding(cost), buffers.working():
-        maker = MergeMaker(item, buffers, NoSpool())
+        maker = MergeMaker(item, buffers, NoSpool(), combine=_combine(item))
         write_tensor(item, maker, buffers, _Memory(host), lambda _: pool.check())
     return host
+
+
+def _combine(item: Item) -> Combine | None:
+    """Return what combines edits in another way than a sum; None for a sum."""
+    if not item.combination:
+        return None
+    from .combine import Combiner
+
+    return Combiner
 
 
 def dtype_of(item: Item) -> torch.dtype:

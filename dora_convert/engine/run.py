@@ -44,8 +44,8 @@ Hashes = Sequence[Mapping[str, str]]
 class Checker(Protocol):
     """Compares written tensors with their definitions."""
 
-    def check(self, item: Item, digest: str) -> Verdict:
-        """Return the verdict on one tensor; `digest` is the xxh3-128 of its written bytes."""
+    def check(self, item: Item, result: TensorResult) -> Verdict:
+        """Return the verdict on one tensor, from the facts about its writing."""
 
 
 class Transfers(Protocol):
@@ -155,7 +155,7 @@ class Run:
                 result = write_tensor(item, maker, buffers, self.shards, self.advance)
             del maker  # with its factors, before another worker takes the memory
             if self.checker:
-                result = replace(result, verdict=self.checker.check(item, result.written_hash))
+                result = replace(result, verdict=self.checker.check(item, result))
             if self._tight:
                 buffers.release()
         if result.verdict and result.verdict.wrong:

@@ -86,21 +86,48 @@ def write_tensor(
     return maker.result(digest)
 
 
+class EditCombiner(Protocol):
+    """Applies edits in another way than by adding their changes up."""
+
+    edits: Sequence[LoadedEdit]
+    cuts: tuple[tuple[float, int], ...]
+    """For each pruned change, the least magnitude kept, and the flat place of the last kept one that equals it."""
+
+    def apply(self, W: Tensor, start: int, stop: int) -> Tensor:
+        """Compute the result of all edits for a block of rows, in place."""
+
+
+Combine = Callable[[Item, DeviceBuffers, "SourceValues"], EditCombiner]
+"""Loads the edits of one item, and finds what needs the whole tensor."""
+
+
 class MergeMaker:
     """Applies all edits to the base's tensor, or to the adapter's tensor that replaces it."""
 
     proves_output = False
 
     def __init__(
-        self, item: Item, buffers: DeviceBuffers, spool: Spool, *, prove: bool = False, observe: Observe | None = None
+        self,
+        item: Item,
+        buffers: DeviceBuffers,
+        spool: Spool,
+        *,
+        prove: bool = False,
+        observe: Observe | None = None,
+        combine: Combine | None = None,
     ) -> None:
-        """Load the edits; `prove` asks for the sha256 of the base's bytes, too."""
+        """Load the edits; `prove` asks for the sha256 of the base's bytes, too.
+
+        `combine` is for items whose edits are not added up.
+        """
         if not any(tensor.kept for tensor in item.factors):
             buffers.forget()
         self._item, self._buffers = item, buffers
-        self.edits: Sequence[LoadedEdit] = [LoadedEdit.load(edit, buffers) for edit in item.edits]
         self.values = SourceValues(item, buffers)
-        measure(item, self.edits, self.values, buffers)
+        self._combiner = combine(item, buffers, self.values) if combine and item.combination else None
+        self.edits: Sequence[LoadedEdit] = self._combiner.edits if self._combiner else load_edits(item, buffers)
+        if not self._combiner:
+            measure(item, self.edits, self.values, buffers)
         self._base = Digest(proof=prove)
         self._observer = observe(item, self, buffers, spool) if observe else None
 
@@ -108,7 +135,9 @@ class MergeMaker:
         """Return rows of the output from those of the source."""
         W = self.values.block(raw, start, stop)
         self._see_base(raw, W, start, stop)
-        result = self._buffers.land(apply_edits(W, self.edits, start, stop), TORCH[self._item.dtype])
+        combiner = self._combiner
+        x = combiner.apply(W, start, stop) if combiner else apply_edits(W, self.edits, start, stop)
+        result = self._buffers.land(x, TORCH[self._item.dtype])
         if not maths.all_finite(result) or not all(edit.is_finite() for edit in self.edits):
             refuse_result(self._item, raw, result)
         if self._observer:
@@ -150,7 +179,13 @@ class MergeMaker:
         parts = self._observer.parts() if self._observer else ()
         if not item.base or coded:
             return TensorResult(None, written.fast, None, parts)
-        return TensorResult(self._base.fast, written.fast, self._base.proof, parts)
+        cuts = self._combiner.cuts if self._combiner else ()
+        return TensorResult(self._base.fast, written.fast, self._base.proof, parts, cuts=cuts)
+
+
+def load_edits(item: Item, buffers: DeviceBuffers) -> list[LoadedEdit]:
+    """Read the tensors of all edits that every block needs."""
+    return [LoadedEdit.load(edit, buffers) for edit in item.edits]
 
 
 class SourceValues:

@@ -19,7 +19,7 @@ from ..output.receipt import Receipt, read_receipt
 from ..sources.inputs import read_or_refuse
 from ..storage.checkpoint import open_checkpoint
 from ..storage.filenames import JOURNAL, RECEIPT, RECORD, UNDO, is_weight_file, list_files
-from ..storage.reader import Reader, sha256
+from ..storage.reader import Reader, damaged_tensors, sha256
 from ..storage.refs import Source, local_path, local_source, refuse_unfinished
 from ..storage.safetensors import StoredTensor, read_header
 
@@ -137,7 +137,7 @@ def check_receipt(contents: FolderContents) -> int:
         hashes = {tensor.name: digest.fast for tensor, digest in zip(tensors, digests, strict=True)}
         record = contents.source.path / RECORD / UNDO
         undo = read_header(record).tensors if record.is_file() else {}
-        damaged = receipt.damaged(undo, reader) if receipt else []
+        damaged = damaged_tensors(receipt.undo_record, undo, reader) if receipt else []
     faults = [
         Fault(name, "differs from what was written" if name in hashes else "is missing")
         for name, expected in written.items()

@@ -91,6 +91,8 @@ def refuse(plan: Plan) -> None:
         reason = "The outputs level runs adapters through PEFT, and one is not PEFT's."
     elif plan.options.include or plan.options.exclude:
         reason = "The outputs level compares with whole adapters, not with parts."
+    elif not plan.options.combination.is_sum:
+        reason = f"No model runs adapters combined by --method {plan.options.combination.method}."
     elif any(weight != 1 for weight in plan.weights):
         reason = "No model was trained at another --weight than 1."
     elif len(plan.adapters) > 1 and not all(map(_is_plain, plan.adapters)):

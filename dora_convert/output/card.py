@@ -283,6 +283,7 @@ def command(plan: Plan) -> list[str]:
         *(("--ignore-file", name) for name in options.ignore_file),
     ):
         words += [flag, str(value)] if value else []
+    words += " ".join(options.combination.words).split()
     words += ["--legacy-config"] if options.legacy_config else []
     return [*words, "--allow-unmatched"] if options.allow_unmatched else words
 

@@ -69,6 +69,8 @@ class TensorResult:
     verdict: Verdict | None = None
     ambiguous: Count = 0
     """Elements of a recovered tensor that several values of the base would have given."""
+    cuts: tuple[tuple[Real, int], ...] = ()
+    """For each pruned change, the least magnitude kept, and the flat place of the last kept one that equals it."""
 
 
 class FinishedLine(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ..adapters import Adapter, Decomposed, Full, LowRank
+from ..adapters import Adapter, Full, LowRank, Rows, Update
 from ..errors import DoraConvertError
 from ..sources.inputs import strangers
 from ..storage.checkpoint import Checkpoint
@@ -15,9 +15,9 @@ from .receipt import MergedSource, Receipt, read_receipt
 from .side_files import PREVIOUS
 
 
-def doubts(base: Checkpoint, adapters: Sequence[Adapter]) -> Iterator[str]:
+def doubts(base: Checkpoint, adapters: Sequence[Adapter], method: str = "sum") -> Iterator[str]:
     """Yield warnings about adapters that name another base than BASE: chains, and bases that no receipt explains."""
-    yield from chains(base, adapters)
+    yield from chains(base, adapters, method)
     merged = _receipts(base.root)
     for adapter in strangers(base, adapters):
         if not (_is_result(adapter, merged) or any(_is_trained_on(adapter, first) for first in adapters)):
@@ -26,17 +26,44 @@ def doubts(base: Checkpoint, adapters: Sequence[Adapter]) -> Iterator[str]:
             yield f"{adapter.source.name} was trained on {adapter.base}; BASE is {name}{kind}"
 
 
-def chains(base: Checkpoint, adapters: Sequence[Adapter]) -> Iterator[str]:
-    """Yield a warning for each adapter that was trained on the merge of another, if their sum differs from that."""
-    for first in adapters:
+def chains(base: Checkpoint, adapters: Sequence[Adapter], method: str = "sum") -> Iterator[str]:
+    """Yield a warning for each adapter that was trained on the merge of another, if a merge treats it otherwise.
+
+    A chain in the order of the training is as it should be.
+    """
+    is_sum = method in ("sum", "linear")
+    for place, first in enumerate(adapters):
         for later in strangers(base, adapters):
-            if _is_trained_on(later, first) and _reads_base(later, first):
-                one, two = first.source.name, later.source.name
-                yield (
-                    f"this looks like a chain: {two} was trained on what {one} makes of its base. Merged at once, "
-                    f"they are a sum, and the sum differs from the chain. Merge {one} first, then {two} into the "
-                    f"result: dora-convert merge BASE {one} MERGED; dora-convert merge MERGED {two} OUT"
-                )
+            if not _is_trained_on(later, first) or not _share_modules(first, later):
+                continue
+            one, two = first.source.name, later.source.name
+            if method == "chain":
+                if adapters.index(later) < place:
+                    yield f"the chain is in another order than the training: {two} was trained on what {one} makes"
+            else:
+                yield _looks_like_a_chain(one, two, method, differs=not is_sum or _reads_base(later, first))
+
+
+def _looks_like_a_chain(one: str, two: str, method: str, *, differs: bool) -> str:
+    """Return the warning about an adapter that was trained on the merge of another."""
+    trained = f"this looks like a chain: {two} was trained on what {one} makes of its base"
+    if not differs:
+        return f"{trained}. LoRAs give the same weights either way; --method chain says what was done"
+    combined = f"--method {method} combines" if method != "sum" else "Merged at once, they are a sum, which takes"
+    return (
+        f"{trained}. {combined} the changes of the unmerged base, and the result differs from the chain. "
+        f"--method chain merges {one} first, then {two} on the result"
+    )
+
+
+def _changed_by(adapter: Adapter) -> set[str]:
+    """Return the weights that an adapter changes, by name."""
+    return {name for change in adapter.changes for name in (change.target, *change.among)}
+
+
+def _share_modules(first: Adapter, later: Adapter) -> bool:
+    """Return True if two adapters change one weight."""
+    return not _changed_by(first).isdisjoint(_changed_by(later))
 
 
 def _reads_base(later: Adapter, first: Adapter) -> bool:
@@ -44,12 +71,15 @@ def _reads_base(later: Adapter, first: Adapter) -> bool:
 
     The norms of a DoRA do, and so does a start such as PiSSA's. A LoRA adds the same to any weight.
     """
-    changed = {name for change in first.changes for name in (change.target, *change.among)}
-    return any(
-        changed & {change.target, *change.among}
-        for change in later.changes
-        if isinstance(change.update, Decomposed) or (isinstance(change.update, LowRank | Full) and change.update.start)
-    )
+    changed = _changed_by(first)
+    return any(changed & {change.target, *change.among} for change in later.changes if _depends(change.update))
+
+
+def _depends(update: Update) -> bool:
+    """Return True if the result is more than the weight and an addend, or than a value of its own."""
+    if isinstance(update, LowRank | Full) and update.start:
+        return True
+    return not (isinstance(update, Full | Rows) or hasattr(update, "scale"))
 
 
 def _is_trained_on(later: Adapter, first: Adapter) -> bool:

@@ -15,15 +15,15 @@ import msgspec
 import xxhash
 from msgspec import UNSET, Struct, UnsetType
 
-from ..errors import Fault
+from ..option_table import SUM, Combination
 from ..plan.item import Item
 from ..plan.plan import Entry, Plan
 from ..plan.sharding import converted
 from ..settings import __version__
 from ..storage.filenames import RECEIPT, is_inside, is_plain
 from ..storage.json_files import Count, Dtype, Real, checked, one_of, read_json
-from ..storage.reader import Reader, xxh3
-from ..storage.safetensors import CONFIG_DTYPES, StoredTensor, is_possible
+from ..storage.reader import xxh3
+from ..storage.safetensors import CONFIG_DTYPES, is_possible
 from .finished import TensorResult, copied_name, kept_name
 from .side_files import SideFile
 
@@ -78,6 +78,7 @@ class RecordedOptions(Struct, frozen=True, kw_only=True):
     ignore_field: tuple[str, ...]
     ignore_file: tuple[str, ...] | UnsetType = UNSET
     facts: dict[str, Any] | UnsetType = UNSET
+    combination: Combination | UnsetType = UNSET
 
 
 class MergedTensor(Struct, frozen=True, omit_defaults=True):
@@ -155,6 +156,13 @@ class Receipt(Struct, frozen=True, kw_only=True, omit_defaults=True):
     def __post_init__(self) -> None:
         if not all(map(is_inside, [*self.side_files, *self.base_files])):
             raise ValueError("the path of a side file leads out of the folder")
+        if len(self.combination.densities) not in (0, len(self.adapters)):
+            raise ValueError("the densities are not one for each adapter")
+
+    @property
+    def combination(self) -> Combination:
+        """The way in which the adapters were combined."""
+        return self.options.combination or SUM
 
     @property
     def weights(self) -> tuple[float, ...]:
@@ -171,14 +179,6 @@ class Receipt(Struct, frozen=True, kw_only=True, omit_defaults=True):
         pairs = zip(self.adapters, adapters, strict=False)
         same = len(self.adapters) == len(adapters) and all(merged.is_in(path) for merged, path in pairs)
         return self.verb == "merge" and same
-
-    def damaged(self, record: Mapping[str, StoredTensor], reader: Reader) -> list[Fault]:
-        """Return a fault for each tensor of an undo record that differs from what the merge wrote."""
-        return [
-            Fault(name, "is not what was written" if name in record else "is missing")
-            for name, digest in self.undo_record.items()
-            if name not in record or reader.digest(record[name]).fast != digest
-        ]
 
     def to_bytes(self) -> bytes:
         """Return the receipt as it is written."""
@@ -224,12 +224,9 @@ def new_receipt(
         options=RecordedOptions(
             device=computed["device"],
             compute_dtype=computed["compute_dtype"],
-            dtype=options.dtype,
-            undo=options.undo,
-            include=options.include,
-            exclude=options.exclude,
-            ignore_field=options.ignore_field,
             ignore_file=options.ignore_file or UNSET,
+            combination=UNSET if options.combination == SUM else options.combination,
+            **{name: getattr(options, name) for name in ("dtype", "undo", "include", "exclude", "ignore_field")},
             facts=msgspec.to_builtins(options.facts.given) or UNSET,
         ),
         tensors={item.name: _tensor(item, results) for item in plan.items if item.noted},

@@ -57,7 +57,7 @@ def find_cause(expected: Expected, written: StoredTensor, reader: Reader, expert
     `experts` are the numbers of the wrong experts; other tensors are one expert.
     """
     item = expected.item
-    if len(item.edits) != 1 or not (low := item.edits[0].low) or item.replaced or low.start:
+    if len(item.edits) != 1 or item.combination or not (low := item.edits[0].low) or item.replaced or low.start:
         return None
     height = item.matrix[0] // item.experts
     numbers = [number for expert in experts for number in range(expert * height, (expert + 1) * height)]

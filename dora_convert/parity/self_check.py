@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..engine.precision import nearest, ordinal, read_rows
 from ..errors import VerificationError
-from ..output.finished import Verdict
+from ..output.finished import TensorResult, Verdict
 from ..plan.item import Item
 from ..plan.plan import Plan
 from ..storage.reader import Reader
@@ -46,17 +46,25 @@ class SelfCheck:
             self._written |= {shard.prefix + name: tensor for name, tensor in read_header(path).tensors.items()}
             _refuse_unreadable(path, {item.name.removeprefix(shard.prefix) for item in shard.items})
 
-    def check(self, item: Item, digest: str) -> Verdict:
+    def check(self, item: Item, result: TensorResult) -> Verdict:
         """Compare a sample of an item's rows: both ends of every block, and some at random."""
         written = self._written[item.name]
         if (written.dtype, written.shape) != (item.dtype, item.shape):
             return Verdict(written.numel, written.numel)
-        return self._compare(item, written, digest)
+        return self._compare(item, written, result)
 
-    def _compare(self, item: Item, written: StoredTensor, digest: str) -> Verdict:  # noqa: ARG002 - for others
+    def _compare(self, item: Item, written: StoredTensor, result: TensorResult) -> Verdict:
         written = replace(written, shape=item.stacked)
         rows = sample_rows(item, f"{self._seed}/{item.name}")
-        return compare(written, self.definition(item, self._reader), rows, self._reader)
+        return compare(written, self._expected(item, result, rows), rows, self._reader)
+
+    def _expected(self, item: Item, result: TensorResult, rows: Sequence[int]) -> Expected:
+        """Return the definition of an item's result, for a comparison of some rows."""
+        if not item.combination:
+            return self.definition(item, self._reader)
+        from .combined import expected_of
+
+        return expected_of(item, self._reader, cuts=result.cuts, sample=rows)
 
 
 def _refuse_unreadable(path: Path, names: set[str]) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..engine.precision import GRID, TORCH, half_ulp, nearest, read_rows
-from ..plan.item import Item
+from ..plan.item import Edit, Item
 from ..reports.verify import CheckedModule
 from ..storage.reader import Reader
 from ..storage.safetensors import StoredTensor
@@ -71,12 +71,16 @@ class Outputs:
         return ((error / size) ** 0.5, (floor / size) ** 0.5) if size else (None, None)
 
 
+def _first_decomposed(edits: Sequence[Edit]) -> int | None:
+    return next((number for number, edit in enumerate(edits) if edit.decomposed), None)
+
+
 class Lengths:
     """The lengths of a DoRA's rows, or columns, as written and by definition."""
 
     def __init__(self, expected: Expected) -> None:
         edits = expected.item.edits
-        self._number = next((number for number, edit in enumerate(edits) if edit.decomposed), None)
+        self._number = None if expected.item.combination else _first_decomposed(edits)
         if self._number is None:
             return
         self._axis, m = edits[self._number].axis, expected.m[self._number]
@@ -122,7 +126,7 @@ def compare_all(
     """Compare every element of a tensor, in the stored dtype, and the outputs for some random inputs."""
     item = replace(item, dtype=written.dtype)
     written = replace(written, shape=item.stacked)
-    expected = Expected(item, reader, device)
+    expected = _definition(item, reader, device)
     outputs = Outputs(expected, samples if item.changed and len(item.shape) > 1 else 0, device)
     differing, total, lengths = [], 0, Lengths(expected)
     for rows in expected.chunks(range(item.matrix[0] + item.grown), CHUNK_ELEMENTS):
@@ -152,6 +156,15 @@ def compare_all(
         output_floor=floor,
         cause=find_cause(expected, written, reader, sorted(experts)) if number and item.changed else None,
     )
+
+
+def _definition(item: Item, reader: Reader, device: torch.device) -> Expected:
+    """Return the definition of an item's result."""
+    if not item.combination:
+        return Expected(item, reader, device)
+    from .combined import expected_of
+
+    return expected_of(item, reader, device)
 
 
 def count_off(x: Tensor, got: Tensor, dtype: str) -> int:

@@ -12,7 +12,6 @@ from ..adapters import Adapter, Change, Decomposed, Delta, Full, Rows, Transform
 from ..errors import Fault
 from ..naming.resolve import NameResolver, Tie, explain_missing, is_embedding, is_head
 from ..storage.checkpoint import Checkpoint
-from ..storage.reader import same_bytes
 from ..storage.safetensors import FLOATS, StoredTensor
 from .item import Edit, Item
 from .plan import Entry, Options
@@ -38,8 +37,10 @@ class PlanBuilder:
         self.faults: list[Fault] = []
         self.beside: dict[str, list[Full]] = {}
         """The updates at fault that come from files beside the adapters, by file."""
-        self._tied_changes: list[tuple[Change, tuple[str, ...], float]] = []
-        """Changes to one side of the tie, or to both, and their weights; kept until all adapters are known."""
+        self._tied_changes: list[tuple[Change, tuple[str, ...], float, int]] = []
+        """Changes to one side of the tie, or to both, with weight and number of the adapter; kept until the end."""
+        self._adapters: list[Adapter] = []
+        self._number = 0  # of the adapter at hand
         self._claimed: dict[str, list[tuple[float, float]]] = {}
         """The outputs of tensors that additions of the adapter at hand are for."""
         self._names = {*base.tensors, *(name.rpartition(".")[0] for name in base.tensors)}
@@ -49,6 +50,8 @@ class PlanBuilder:
         self.ledger += [Entry(name, "ignored", (), why) for name, why in adapter.ignored.items()]
         self.faults += adapter.faults
         self._claimed.clear()
+        self._number = len(self._adapters)
+        self._adapters.append(adapter)
         for change in sorted(self._told_apart(adapter.changes, names), key=_turn):
             if self.options.selects(change.module):
                 self._add_change(change, adapter, names, weight)
@@ -159,7 +162,7 @@ class PlanBuilder:
                 return
         elif not self._means_both(change.update, other, on_embedding=on_embedding):
             sides = (embedding if on_embedding else head,)
-        self._tied_changes.append((change, sides, weight))
+        self._tied_changes.append((change, sides, weight, self._number))
 
     def _means_both(self, update: Update, other: Change | None, *, on_embedding: bool) -> bool:
         """Return True if a change of one side is meant for both: new tokens, and another number of tokens."""
@@ -173,11 +176,12 @@ class PlanBuilder:
         """Apply the kept changes: to one weight if both sides change alike, else to two weights."""
         if not self._tied_changes or not self.tie:
             return
-        self.untied = any(len(sides) == 1 for _, sides, _ in self._tied_changes)
+        self.untied = any(len(sides) == 1 for _, sides, *_ in self._tied_changes)
         if self.untied and not self.tie.stored:
             source = self.targets[self.tie.embedding].source
             self.targets[self.tie.head] = TargetTensor(source, source, added=True)
-        for change, sides, weight in self._tied_changes:
+        for change, sides, weight, number in self._tied_changes:
+            self._number = number
             into = tuple(side for side in sides if side in self.targets)
             for side in into:
                 self._apply(change.update, side, weight, into)
@@ -206,35 +210,44 @@ class PlanBuilder:
     def _take(self, match: Match, name: str, weight: float, outputs: tuple[int, int] | None = None) -> None:
         """Add a matched update to its tensor, for some of the tensor's outputs or for all."""
         match match.update:
-            case Full() as full:
-                self._replace(full, name, weight)
-            case Rows() as rows:
-                self._set_rows(rows, name, weight)
+            case Full() as full if self._combines(full, self.targets[name]):
+                self.targets[name].edits.append(Edit(full, False, weight, density=self._density))
+            case Full() | Rows() as value:
+                self._replace(value, name, weight)
             case Transform() | Decomposed() | Delta() as edit:
-                self.targets[name].edits.append(Edit(edit, match.transposed, weight, outputs))
+                self.targets[name].edits.append(Edit(edit, match.transposed, weight, outputs, self._density))
 
-    def _replace(self, update: Full, name: str, weight: float) -> None:
-        target = self.targets[name]
-        from_one_folder = target.source.path.parent == update.value.path.parent
-        if from_one_folder and same_bytes(target.source, update.value):
-            return  # one weight saved under two names, or in two files
-        if target.source is not target.base:
-            culprit = "it" if from_one_folder else "another adapter"
-            self._fault(update, f"{culprit} replaces {name}, too, with other values")
-        if weight != 1:
-            self._fault(update, f"replaces {name}, which has no weight of {weight:g}")
-        target.source = update.value
+    @property
+    def _density(self) -> float:
+        """The density of the adapter at hand."""
+        densities = self.options.combination.densities
+        return densities[self._number] if densities else 1.0
 
-    def _set_rows(self, update: Rows, name: str, weight: float) -> None:
-        taken = {row for rows in self.targets[name].rows for row in rows.index}
-        if shared := sorted(taken.intersection(update.index)):
-            self._fault(update, f"another adapter replaces row {shared[0]} of {name}, too")
+    def _combines(self, update: Full, target: TargetTensor) -> bool:
+        """Return True if a tensor that is stored whole counts as its difference from the base's."""
+        if self.options.combination.method == "sum" and self._adapters[self._number].format != "checkpoint":
+            return False
+        from .methods import is_change
+
+        return is_change(update, target.source, target.base, self.options.combination)
+
+    def _replace(self, update: Full | Rows, name: str, weight: float) -> None:
+        """Let an adapter's tensor, or its rows, take the place of the base's."""
+        from .replacements import put
+
+        own, chained = self._adapters[self._number].source.name, self.options.combination.method == "chain"
+        faults, warning = put(update, self.targets[name], name, by=own, chained=chained)
+        for why in faults:
+            self._fault(update, why)
         if weight != 1:
-            self._fault(update, f"replaces rows of {name}, which have no weight of {weight:g}")
-        self.targets[name].rows.append(update)
+            what = "replaces" if isinstance(update, Full) else "replaces rows of"
+            self._fault(update, f"{what} {name}, which has no weight of {weight:g}")
+        self.warnings += [warning] if warning else []
 
     def _enter_merged(self, update: Update, into: tuple[str, ...]) -> None:
-        self._enter(update, "replaced" if isinstance(update, Full | Rows) else "merged", into, update.title)
+        combined = any(update == edit.update for edit in self.targets[into[0]].edits)
+        replaces = isinstance(update, Full | Rows) and not combined
+        self._enter(update, "replaced" if replaces else "merged", into, update.title)
 
     def _enter(self, update: Update, fate: str, into: tuple[str, ...], why: str) -> None:
         self.ledger += [Entry(tensor.name, fate, into, why) for tensor in tensors_of(update)]
@@ -261,7 +274,12 @@ class PlanBuilder:
             added=target.added,
             origin=self.base.stored_name(base.name) if base else name,
         )
-        if item.edits and item.start and (len(item.edits) > 1 or item.edits[0].weight != 1):
+        if any(isinstance(edit.update, Full) for edit in item.edits) or not self.options.combination.is_sum:
+            from .methods import combined
+
+            item = combined(item, self.options.combination)
+        alone = len(item.edits) == 1 and item.edits[0].weight == 1 and not item.combination
+        if item.start and not alone:
             self._fault(item.start, f"began training with another {name}: it is merged alone and at weight 1")
         for edit in item.edits if item.grown else ():
             self._fault(edit.update, f"is for a {name} without the rows that another adapter adds")

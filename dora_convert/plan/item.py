@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
-from ..adapters import Decomposed, Delta, LowRank, Rows, Transform, low_rank, tensors_of
+from ..adapters import Decomposed, Delta, Full, LowRank, Rows, Transform, low_rank, tensors_of
+from ..option_table import Combination
 from ..storage.safetensors import BITS, FLOATS, StoredTensor
 
 BLOCK_ELEMENTS = 1 << 19
@@ -28,12 +29,14 @@ KEPT = 2
 class Edit:
     """A matched update and its weight in the merge."""
 
-    update: Transform | Decomposed | Delta
+    update: Transform | Decomposed | Delta | Full
     transposed: bool = False
     weight: float = 1.0
     outputs: tuple[int, int] | None = None
     """The outputs of the stored weight that the edit is for, from the first to before the last; None for all.
     Outside of them the edit's factors are zero, and its m/n is one."""
+    density: float = 1.0
+    """The share of the change that is kept, if changes are combined so."""
 
     @cached_property
     def low(self) -> LowRank | None:
@@ -107,6 +110,8 @@ class Item:
     """True if the base has no such tensor, or fewer copies."""
     origin: str = ""
     """The name on disk of the base's tensor that this one derives from."""
+    combination: Combination | None = None
+    """If set, the edits are more than a sum: a chain, or changes that are pruned, drawn or elected."""
     undo: Undo | None = None
     """If set, `source` is a merge's output, and `edits` and `rows` are the merge's changes."""
     parts: tuple[tuple[str, Item], ...] = ()
@@ -207,13 +212,20 @@ class Item:
         total = host + block * (width + 4) + (host + 8 * block if self.replaced else 0)
         if self.source.coded:
             total += 8 * block + DECODING
-        if len(self.edits) > 1:
+        if self.combination:
+            total += self.combination.cost(len(self.edits), self.source.numel, block, width)
+        elif len(self.edits) > 1:
             total += 2 * block * width
         if self.start:
             total += 24 * rows * columns  # the matrix, its factors, and LAPACK's work, in float32
         if exact and self.source is self.base:
             total += self.inverse_cost()
         return total + sum(edit_cost(edit, height, width) for edit in self.edits)
+
+    @property
+    def invertible(self) -> bool:
+        """True if equations recover the base from the output: those of a sum, and those of a chain, link by link."""
+        return self.combination is None or self.combination.method == "chain"
 
     def inverse_cost(self) -> int:
         """Return the bytes that a worker holds to take the edits out of a block, in float64."""

@@ -19,8 +19,9 @@ from typing import Any
 
 import xxhash
 
-from ..adapters import Adapter, Delta, Waived, tensors_of
+from ..adapters import Adapter, Delta, Full, Waived, tensors_of
 from ..errors import UsageError
+from ..option_table import SUM, Combination
 from ..settings import NO_FACTS, AdapterFacts, parse_facts, parse_size
 from ..storage.checkpoint import Checkpoint
 from ..storage.safetensors import BITS, CONFIG_DTYPES, StoredTensor
@@ -155,7 +156,9 @@ class Plan:
     @cached_property
     def fingerprint(self) -> str:
         """xxh3-128 of the plan as JSON lines without paths: equal plans have equal fingerprints."""
-        lines: list[Any] = [[self.options.compute_dtype, self.options.undo, self.index_name, self.config]]
+        options = self.options
+        lines: list[Any] = [[options.compute_dtype, options.undo, self.index_name, self.config]]
+        lines += [words] if (words := options.combination.words) else []
         for shard in self.shards:
             lines += [[shard.filename, dict(shard.metadata)], *map(_describe, shard.items)]
         return xxhash.xxh3_128_hexdigest("\n".join(map(json.dumps, lines)).encode())
@@ -180,8 +183,8 @@ def _describe_edit(edit: Edit) -> list[Any]:
         from ..storage.stored_view import describe_view
 
         known += map(describe_view, views)
-    if isinstance(edit.update, Delta):
-        return [*known, edit.update.scale]
+    if isinstance(edit.update, Delta | Full):
+        return [*known, edit.update.scale] if isinstance(edit.update, Delta) else known
     low = edit.low
     assert low
     return [*known, low.rank, low.scale, low.blocks, low.experts, low.start and low.start.value]
@@ -215,6 +218,7 @@ class Options:
     strict: bool = False
     """True if an adapter must hold all that its config says was trained."""
     facts: AdapterFacts = NO_FACTS
+    combination: Combination = SUM
 
     @property
     def waived(self) -> Waived:
@@ -265,12 +269,8 @@ def parse_options(given: Mapping[str, Any]) -> Options:
         compute_dtype=COMPUTE_DTYPES[given.get("compute_dtype", "auto")],
         max_shard_size=None if size is None else parse_size(size, "--max-shard-size"),
         undo=given.get("undo") or "none",
-        include=given.get("include", ()),
-        exclude=given.get("exclude", ()),
-        allow_unmatched=given.get("allow_unmatched", False),
-        ignore_field=given.get("ignore_field", ()),
-        ignore_file=given.get("ignore_file", ()),
-        strict=given.get("strict", False),
+        **{name: given.get(name, ()) for name in ("include", "exclude", "ignore_field", "ignore_file")},
+        **{name: given.get(name, False) for name in ("allow_unmatched", "strict")},
         quantised=_quantised(given),
         legacy_config=given.get("legacy_config", False),
         facts=parse_facts(given),

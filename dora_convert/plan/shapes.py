@@ -34,6 +34,8 @@ class TargetTensor:
     source: StoredTensor
     base: StoredTensor | None
     added: bool = False
+    replacer: str = ""
+    """The adapter whose tensor `source` is."""
     rows: list[Rows] = field(default_factory=list)
     edits: list[Edit] = field(default_factory=list)
 

@@ -35,6 +35,8 @@ from .session import Session
 
 Mode = Literal["brief", "headers", "whole", "local"]
 CONTENTS = "docs/formats.md lists the formats that are read"
+COMBINING = frozenset({"merge", "to-lora", "verify"})
+"""Verbs that follow a chain of adapters down to its model."""
 QUANTISED_NAME = re.compile(r"(?i)[-_.](unsloth-)?(bnb|gptq|awq|gguf|[48]-?bits?|int[48]|fp8|nf4)\b.*$")
 
 
@@ -48,22 +50,30 @@ def open_inputs(
     waived: Waived = NOTHING,
     mode: Mode = "headers",
     weights: Path | None = None,
+    method: str | None = None,
 ) -> tuple[Checkpoint, list[Adapter]]:
     """Open the adapters, then the base: the named one, or the one that the first adapter names.
 
-    `out` and `verb` are words of the command line, for hints; `open_base` and `open_adapter` explain the
-    rest.
+    A lone adapter whose base is another adapter becomes a chain, which begins with that one. With a `method` of
+    combination, an adapter may be a fine-tuned checkpoint. `out` and `verb` are words of the command line, for
+    hints; `open_base` and `open_adapter` explain the rest.
 
     Raises RefError and its siblings for missing inputs, UsageError if BASE and ADAPTER are swapped.
     """
     if base is not None:
         refuse_swapped(base, adapters, out, verb)
-    opened = [open_adapter(ref, session, waived) for ref in adapters]
+    tuned = bool(method) and method != "chain"
+    opened = [open_adapter(ref, session, waived, tuned=tuned) for ref in adapters]
     refuse_needless(opened, waived)
     for name in waived.files:
         if not any((adapter.source.path / name).is_file() for adapter in opened):
             raise UsageError(f"--ignore-file {name}: no adapter has a file of that name.")
     ref, revision = (base, None) if base is not None else _base_of(opened[0], adapters[0], out, verb)
+    while base is None and verb in COMBINING and len(adapters) == 1:
+        if not (below := _adapter_below(ref, revision, opened, session)):
+            break
+        opened.insert(0, read_adapter(below, waived))
+        ref, revision = _base_of(opened[0], below.address, out, verb)
     checkpoint = open_base(ref, "BASE", session, mode, revision=revision, weights=weights)
     if base is None:
         session.notify(f"base: {checkpoint.source.title}, as {opened[0].source.name} says")
@@ -105,8 +115,22 @@ def open_base(
     return checkpoint
 
 
-def open_adapter(ref: str, session: Session, waived: Waived = NOTHING) -> Adapter:
-    """Open an adapter; what is waived is left out."""
+def _adapter_below(ref: str, revision: str | None, links: Sequence[Adapter], session: Session) -> Source | None:
+    """Return the adapter that the first link of a chain was trained on; None for a model."""
+    if (path := Path(ref)).is_dir() and not detect(path):
+        return None
+    from .combined import adapter_below
+
+    return adapter_below(ref, revision, links, session)
+
+
+def open_adapter(ref: str, session: Session, waived: Waived = NOTHING, *, tuned: bool = False) -> Adapter:
+    """Open an adapter; what is waived is left out. With `tuned`, a checkpoint is opened as one, too."""
+    if tuned:
+        from .combined import find_tuned, read_tuned
+
+        if source := find_tuned(ref, session):
+            return read_tuned(source)
     adapter = read_adapter(find_adapter(ref, session), waived)
     path = adapter.source.path
     _refuse_links(path if path.is_dir() else path.parent, adapter, session)
@@ -190,7 +214,10 @@ def _not_an_adapter(source: Source) -> RefError:
             hint=f"name one of them, such as {root / below[-1]}",
         )
     if (root / "config.json").exists():
-        return RefError(f"ADAPTER {source.name} is a model, not an adapter: it {lacking}.")
+        return RefError(
+            f"ADAPTER {source.name} is a model, not an adapter: it {lacking}.",
+            hint="--method linear, ties, dare and their like combine fine-tuned models, too",
+        )
     return RefError(f"ADAPTER {source.name} {lacking}.")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import xxhash
 
-from ..errors import MalformedError
+from ..errors import Fault, MalformedError
 from .safetensors import StoredTensor, unreadable
 
 PIECE_BYTES = 1 << 20
@@ -190,6 +190,15 @@ class Reader:
                 data = os.read(descriptor, len(buffer))
             buffer[: len(data)] = data
             return len(data)
+
+
+def damaged_tensors(digests: Mapping[str, str], tensors: Mapping[str, StoredTensor], reader: Reader) -> list[Fault]:
+    """Return a fault for each tensor that is missing, or whose xxh3-128 is not the one that was written."""
+    return [
+        Fault(name, "is not what was written" if name in tensors else "is missing")
+        for name, digest in digests.items()
+        if name not in tensors or reader.digest(tensors[name]).fast != digest
+    ]
 
 
 def same_bytes(one: StoredTensor, other: StoredTensor) -> bool:

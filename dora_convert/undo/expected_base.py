@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..engine.precision import half_ulp
 from ..errors import MalformedError
-from ..output.finished import Verdict
+from ..output.finished import TensorResult, Verdict
 from ..parity.expected import EPSILON, Block, Expected
 from ..parity.self_check import SelfCheck
 from ..plan.item import Item
@@ -115,9 +115,9 @@ class RecoveryCheck(SelfCheck):
 
     definition = ExpectedBase
 
-    def _compare(self, item: Item, written: StoredTensor, digest: str) -> Verdict:
+    def _compare(self, item: Item, written: StoredTensor, result: TensorResult) -> Verdict:
         """Compare a sample of rows; read a tensor that is recovered bit for bit back whole."""
         if item.undo and item.undo.ulps:
-            same = self._reader.digest(written).fast == digest
+            same = self._reader.digest(written).fast == result.written_hash
             return Verdict(written.numel, 0 if same else written.numel)
-        return super()._compare(item, written, digest)
+        return super()._compare(item, written, result)

@@ -71,6 +71,7 @@ class MergeRecord:
             include=options.include,
             exclude=options.exclude,
             allow_unmatched=not self.assumed,
+            combination=self.receipt.combination,
             ignore_field=options.ignore_field,
             ignore_file=options.ignore_file or (),
             facts=parse_facts(options.facts or {}),

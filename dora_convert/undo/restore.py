@@ -16,7 +16,7 @@ from ..output.side_files import SideFile
 from ..reports.merge import Recovered, UnmergeReport
 from ..settings import Settings
 from ..storage.filenames import RECORD, UNDO, refuse_changed
-from ..storage.reader import Digest, Reader
+from ..storage.reader import Digest, Reader, damaged_tensors
 from .expected_base import RecoveryCheck
 from .files import left_over
 from .record import not_as_written
@@ -123,7 +123,7 @@ def _copied(reversal: UnmergePlan, hub: Transfers | None) -> Proofs:
     tensors = receipt.tensors
     with closing(hub.reader() if hub else Reader()) as reader:
         record = reversal.record
-        if damaged := [] if record.torn else receipt.damaged(record.tensors, reader):
+        if damaged := [] if record.torn else damaged_tensors(receipt.undo_record, record.tensors, reader):
             raise MalformedError(
                 f"{RECORD}/{UNDO} of {reversal.plan.base.source.name} is damaged: {damaged[0].what} {damaged[0].why}.",
                 faults=damaged,

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Any, cast
 from typing_extensions import Unpack
 
 from ..errors import UsageError
-from ..options import CallOptions, Device, Dtype, FieldOptions, MatchOptions, MergeOptions, SelectOptions, TokenOptions
+from ..options import (
+    CallOptions,
+    CombineOptions,
+    Device,
+    Dtype,
+    FieldOptions,
+    MatchOptions,
+    MergeOptions,
+    SelectOptions,
+    TokenOptions,
+)
 from ..plan.plan import Plan, parse_options
 from ..settings import Settings, without_collections
 from ..sources.inputs import open_adapter
@@ -25,7 +35,7 @@ if TYPE_CHECKING:
     from ..engine.precision import ComputeSpec
 
 
-class StreamOptions(MatchOptions, FieldOptions, SelectOptions, TokenOptions, CallOptions, total=False):
+class StreamOptions(CombineOptions, MatchOptions, FieldOptions, SelectOptions, TokenOptions, CallOptions, total=False):
     """The options of iter_merged and merge_state_dict."""
 
     dtype: Dtype

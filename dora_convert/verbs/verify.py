@@ -10,6 +10,7 @@ from typing_extensions import Unpack
 
 from ..errors import DoraConvertError, UsageError
 from ..logits.prompts import gather_prompts
+from ..option_table import SUM, combines
 from ..options import VerifyOptions
 from ..output.lineage import chains
 from ..output.receipt import Receipt, read_receipt
@@ -84,7 +85,9 @@ def _plan(request: VerifyRequest) -> tuple[Plan, Checkpoint]:
     if request.base is not None:
         refuse_swapped(request.base, request.adapters, request.merged, "verify")
     merged = open_base(request.merged, "MERGED", session)
+    combination = SUM
     if receipt := _receipt(merged, request):
+        combination = SUM if options["method"] else receipt.combination
         selection = replace(
             selection,
             ignore_field=(*selection.ignore_field, *receipt.options.ignore_field),
@@ -100,10 +103,21 @@ def _plan(request: VerifyRequest) -> tuple[Plan, Checkpoint]:
             selection = replace(selection, facts=parse_facts(receipt.options.facts))
     waived = selection.waived
     base, adapters = open_inputs(
-        request.base, request.adapters, session, out=request.merged, verb="verify", waived=waived
+        request.base,
+        request.adapters,
+        session,
+        out=request.merged,
+        verb="verify",
+        waived=waived,
+        method=options["method"] or (None if combination == SUM else combination.method),
     )
+    if combines(options) or len(adapters) > len(request.adapters):
+        from ..plan.methods import choose_combination
+
+        combination, weights = choose_combination(options, len(request.adapters), len(adapters), settings.warn)
+    selection = replace(selection, combination=combination)
     idle = parse_options(options).check_globs(modules_of(adapters))
-    for doubt in (*chains(base, adapters), *idle):
+    for doubt in (*chains(base, adapters, combination.method), *idle):
         settings.warn(doubt)
     plan = make_plan(base, adapters, weights, selection)
     for doubt in plan.warnings:
@@ -138,6 +152,7 @@ def _flags(receipt: Receipt) -> str:
     weights = receipt.weights if any(weight != 1 for weight in receipt.weights) else ()
     options = receipt.options
     words = [f"--weight {weight:g}" for weight in weights]
+    words += receipt.combination.words
     words += [f"--include {pattern}" for pattern in options.include]
     words += [f"--exclude {pattern}" for pattern in options.exclude]
     words += [f"--ignore-field {name}" for name in options.ignore_field]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from typing_extensions import Unpack
 
 from ...errors import UsageError
+from ...option_table import combines
 from ...options import MergeOptions
 from ...output.folder import OutputFolder
 from ...output.side_files import tokenizer_files
@@ -167,25 +168,29 @@ def make_request_plan(request: MergeRequest, out: str, mode: Mode, weights: Path
         waived=request.selection.waived,
         mode=mode,
         weights=weights,
+        method=request.options["method"],
     )
     return plan_inputs(request, checkpoint, adapters)
 
 
 def plan_inputs(request: MergeRequest, checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> Plan:
     """Warn about oddities of opened inputs, and decide every output tensor."""
-    settings = request.settings
-    strengths = parse_weights(request.options["weight"], len(adapters))
+    settings, selection = request.settings, request.selection
+    if len(adapters) > len(request.adapters) or combines(request.options):
+        selection, strengths = _combined(request, checkpoint, adapters)
+    else:
+        strengths = parse_weights(request.options["weight"], len(adapters))
     if strangers(checkpoint, adapters):
         from ...output.lineage import doubts
 
-        for doubt in doubts(checkpoint, adapters):
+        for doubt in doubts(checkpoint, adapters, selection.combination.method):
             settings.warn(doubt)
-    for note in (*unused(checkpoint, adapters), *request.selection.check_globs(modules_of(adapters))):
+    for note in (*unused(checkpoint, adapters), *selection.check_globs(modules_of(adapters))):
         settings.warn(note)
-    plan = make_plan(checkpoint, adapters, strengths, request.selection)
+    plan = make_plan(checkpoint, adapters, strengths, selection)
     for doubt in plan.warnings:
         settings.warn(doubt)
-    if request.selection.legacy_config and plan.config is None:
+    if selection.legacy_config and plan.config is None:
         settings.warn(
             "--legacy-config changes nothing: config.json has no rope_parameters, or the older fields already"
         )
@@ -195,6 +200,25 @@ def plan_inputs(request: MergeRequest, checkpoint: Checkpoint, adapters: Sequenc
         for doubt in tokens_without_rows(plan):
             settings.warn(doubt)
     return plan
+
+
+def _combined(
+    request: MergeRequest, checkpoint: Checkpoint, adapters: Sequence[Adapter]
+) -> tuple[Options, tuple[float, ...]]:
+    """Return the options and weights of a merge that is more than a sum; warn of oddities."""
+    from ...plan.methods import choose_combination
+    from ...sources.combined import untouched
+
+    warn = request.settings.warn
+    combination, strengths = choose_combination(request.options, len(request.adapters), len(adapters), warn)
+    for note in untouched(checkpoint, adapters):
+        warn(note)
+    if request.selection.undo == "norms" and not (combination.is_sum or combination.method == "chain"):
+        warn(
+            f"--undo norms keeps nothing that takes --method {combination.method} out again: "
+            "--undo exact keeps the base's bits, and unmerge needs them"
+        )
+    return replace(request.selection, combination=combination), strengths
 
 
 def _mode(request: MergeRequest) -> Mode:

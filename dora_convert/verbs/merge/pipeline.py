@@ -29,7 +29,7 @@ from ...storage.spool import Spool, SpooledTensor
 
 if TYPE_CHECKING:
     from ...engine.precision import ComputeSpec
-    from ...engine.tensor import Observe
+    from ...engine.tensor import Combine, Observe
     from ...hub.streaming import HubStreaming
     from ...output.output import Output
     from ...reports.verify import OutputsReport
@@ -96,7 +96,7 @@ def _write_tensors(
     plan: Plan, output: Output, settings: Settings, hub: HubStreaming | None, *, spec: ComputeSpec, hashes: Hashes
 ) -> Run:
     """Write every tensor, from the start or from an unfinished run."""
-    maker = partial(MergeMaker, prove=plan.options.exact, observe=_observe(plan))
+    maker = partial(MergeMaker, prove=plan.options.exact, observe=_observe(plan), combine=_combine(plan))
     key, unfinished = resume_plan(output, plan, hashes, spec)
     if output.in_place and not unfinished:
         from ...engine.rehearsal import rehearse
@@ -164,6 +164,15 @@ def _observe(plan: Plan) -> Observe | None:
     from ...undo.keep import keeper
 
     return partial(keeper, plan)
+
+
+def _combine(plan: Plan) -> Combine | None:
+    """Return what combines edits in another way than a sum; None if no tensor needs it."""
+    if not any(item.combination for item in plan.items):
+        return None
+    from ...engine.combine import Combiner
+
+    return Combiner
 
 
 def _examine(output: Output, examine: Examine) -> OutputsReport:

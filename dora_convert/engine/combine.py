@@ -1,0 +1,253 @@
+"""Combine the changes that several edits make to one tensor: chains, and ΔWᵢ pruned, drawn, elected and added.
+
+Thresholds of pruning need the whole tensor, so they are found in passes before the first row is written. Each pass
+computes the same blocks with the same operations as the last one, so that all passes see the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import xxhash
+from torch import Tensor
+
+from ..adapters import Full
+from ..errors import NumericalError
+from ..maths import combine as maths
+from ..maths.kth_largest import KthLargest
+from ..maths.lora import all_finite
+from ..option_table import COLLECTED, Combination
+from ..plan.item import Edit, Item
+from .device_buffers import DeviceBuffers
+from .factors import LoadedEdit
+from .tensor import SourceValues, apply_edits, measure
+
+STRIPS = 32
+SAMPLED = 1 << 17
+"""Elements of the sample that guesses a threshold, in strips of whole rows from all parts of the tensor."""
+
+
+@dataclass
+class LoadedValues(LoadedEdit):
+    """An edit whose result is stored whole: a saved module, or a fine-tuned checkpoint's tensor."""
+
+    buffers: DeviceBuffers | None = None
+
+    def change_(self, out: Tensor, W: Tensor, start: int, stop: int) -> None:
+        """Compute value − W."""
+        assert self.buffers
+        assert isinstance(self.edit.update, Full)
+        out.copy_(self.buffers.raw(self.edit.update.value, start, stop, "factor")).sub_(W)
+
+
+def load_edit(edit: Edit, buffers: DeviceBuffers) -> LoadedEdit:
+    """Read the tensors that every block of one edit needs."""
+    return LoadedValues(edit, buffers=buffers) if isinstance(edit.update, Full) else LoadedEdit.load(edit, buffers)
+
+
+class Combiner:
+    """Turns blocks of W into blocks of the combined result."""
+
+    def __init__(self, item: Item, buffers: DeviceBuffers, values: SourceValues) -> None:
+        """Read the edits, and find the norms and thresholds that need the whole tensor."""
+        assert item.combination
+        self._item, self._buffers, self._how = item, buffers, item.combination
+        self.edits: Sequence[LoadedEdit] = [load_edit(edit, buffers) for edit in item.edits]
+        self._keys = [_key(self._how, item.name, number) for number in range(len(self.edits))]
+        self.cuts: tuple[tuple[float, int], ...] = ()
+        self._prepare(values)
+
+    def _prepare(self, values: SourceValues) -> None:
+        if self._how.method == "chain":
+            self._measure_chain(values)
+            return
+        factored = [operand for operand in self.edits if not isinstance(operand, LoadedValues)]
+        measure(self._item, factored, values, self._buffers)
+        if self._how.prunes:
+            self.cuts = tuple(_Thresholds(self._item, self.edits, values, self._buffers).find())
+        _forget_norms(self.edits)
+
+    def apply(self, W: Tensor, start: int, stop: int) -> Tensor:
+        """Compute the result of all edits in place."""
+        if self._how.method == "chain":
+            for operand in self.edits:
+                apply_edits(W, [operand], start, stop)
+            return W
+        deltas = [self._kept(number, W, start, stop) for number in range(len(self.edits))]
+        weights = [operand.edit.weight for operand in self.edits]
+        if not self._how.elects:
+            return maths.add_up_(W, deltas, weights)
+        work = [self._buffers.scratch(f"work {k}", W.shape, W.dtype) for k in range(3)]
+        return maths.elect_(W, deltas, weights, self._how.majority_sign, work)
+
+    def change(self, number: int, W: Tensor, start: int, stop: int) -> Tensor:
+        """Return the whole change of one edit, in memory that the next block reuses."""
+        delta = self._buffers.scratch(f"delta {number}", W.shape, W.dtype)
+        return change_of(self.edits[number], W, start, stop, out=delta)
+
+    def _kept(self, number: int, W: Tensor, start: int, stop: int) -> Tensor:
+        """Return what is kept of the change of one edit, in memory that the next block reuses."""
+        delta = self.change(number, W, start, stop)
+        if self._how.prunes:
+            least, last = self.cuts[number]
+            kept = maths.prune_(delta, least)
+            return kept if last < 0 else maths.drop_equal_(kept, least, last + 1 - start * W.shape[1])
+        if self._how.draws:
+            density = self.edits[number].edit.density
+            words = maths.random_words(self._keys[number], start, (stop - start, W.shape[1]), W.device)
+            draw = maths.drop_by_rank_ if self._how.method == "della" else maths.drop_
+            return draw(delta, words, density)
+        return delta
+
+    def _measure_chain(self, values: SourceValues) -> None:
+        """Compute each link's norms along the columns, of the result of the links before, in one pass a link."""
+        for link, operand in enumerate(self.edits):
+            if operand.edit.two_passes:
+                before = _ChainValues(values, self.edits[:link])
+                measure(self._item, [operand], before, self._buffers)
+                _forget_norms(self.edits)
+
+
+class _ChainValues(SourceValues):
+    """The values that a link starts from: those of the links before."""
+
+    def __init__(self, values: SourceValues, links: Sequence[LoadedEdit]) -> None:
+        self._values, self._links = values, links
+
+    def block(self, raw: Tensor, start: int, stop: int) -> Tensor:
+        """Return a block after the links before."""
+        W = self._values.block(raw, start, stop)
+        for operand in self._links:
+            apply_edits(W, [operand], start, stop)
+        return W
+
+
+def _key(how: Combination, name: str, number: int) -> int:
+    """Return the key of the random numbers for one edit of a tensor."""
+    return xxhash.xxh3_64_intdigest(f"{how.seed}/{number}/{name}".encode())
+
+
+def _forget_norms(operands: Iterable[LoadedEdit]) -> None:
+    """Remove the norms of rows that a pass has computed; the last pass computes them again."""
+    for operand in operands:
+        if not operand.edit.two_passes:
+            operand.n.clear()
+
+
+def change_of(operand: LoadedEdit, W: Tensor, start: int, stop: int, *, out: Tensor) -> Tensor:
+    """Compute ΔW = apply(W) − W of one edit for a block."""
+    if isinstance(operand, LoadedValues):
+        operand.change_(out, W, start, stop)
+    elif operand.m is None:
+        operand.add_(out.zero_(), start, stop)
+    else:
+        operand.decompose_(out.copy_(W), start, stop).sub_(W)
+    return out
+
+
+class _Thresholds:
+    """Finds the least magnitude that each edit keeps."""
+
+    def __init__(
+        self, item: Item, operands: Sequence[LoadedEdit], values: SourceValues, buffers: DeviceBuffers
+    ) -> None:
+        self._item, self._operands, self._values, self._buffers = item, operands, values, buffers
+        counts = [own_elements(operand.edit, item) for operand in operands]
+        self._found = [
+            KthLargest(maths.kept_count(operand.edit.density, count), count, COLLECTED)
+            if operand.edit.density < 1
+            else None
+            for operand, count in zip(operands, counts, strict=True)
+        ]
+
+    def find(self) -> list[tuple[float, int]]:
+        """Return the least magnitude for each edit, and the flat place of the last of its equals; −1 for all."""
+        self._guess()
+        while pending := [number for number, found in enumerate(self._found) if found and not found.done]:
+            self._pass(pending, lambda number, magnitudes, _: self._search(number).add(magnitudes))
+            for number in pending:
+                self._search(number).finish()
+        return [(found.value if found else 0.0, self._last_place(number)) for number, found in enumerate(self._found)]
+
+    def _search(self, number: int) -> KthLargest:
+        found = self._found[number]
+        assert found
+        return found
+
+    def _guess(self) -> None:
+        """Sample strips of rows, for the edits whose elements are too many to be collected."""
+        pending = [number for number, found in enumerate(self._found) if found and found.samples]
+        if not pending:
+            return
+        blocks, columns = list(self._item.spans()), self._item.matrix[1]
+        chosen = blocks[:: max(1, len(blocks) // STRIPS)]
+        height = max(1, SAMPLED // (columns * len(chosen)))
+        spans = [((first + last - min(height, last - first)) // 2, last - first) for first, last in chosen]
+        strips = [(start, start + min(height, size)) for start, size in spans]
+        sample: dict[int, list[Tensor]] = {number: [] for number in pending}
+        self._pass(pending, lambda number, magnitudes, _: sample[number].append(magnitudes.clone()), strips)
+        for number in pending:
+            if found := [strip for strip in sample[number] if strip.numel()]:
+                self._search(number).guess(found)
+
+    def _last_place(self, number: int) -> int:
+        """Return the flat place of the last kept element that equals the threshold; −1 if all such are kept."""
+        found = self._found[number]
+        if not found or found.wanted == found.equal or not found.value:
+            return -1
+        left, places = found.wanted, list[int]()
+
+        def count(_: int, magnitudes: Tensor, start: int) -> None:
+            nonlocal left
+            equal = (magnitudes == found.value).flatten().nonzero().flatten()
+            if 0 < left <= len(equal):
+                places.append(start * magnitudes.shape[1] + int(equal[left - 1]))
+            left -= len(equal)
+
+        self._pass([number], count, own=False)
+        return places[0]
+
+    def _pass(
+        self,
+        numbers: Sequence[int],
+        see: Callable[[int, Tensor, int], None],
+        spans: Iterable[tuple[int, int]] | None = None,
+        *,
+        own: bool = True,
+    ) -> None:
+        """Show the magnitudes of some edits' changes, block by block; with `own` only of outputs that they change."""
+        reads = any(_needs_base(self._operands[number]) for number in numbers)
+        for start, stop in spans or self._item.spans():
+            W = self._block(start, stop, reads=reads)
+            for number in numbers:
+                operand = self._operands[number]
+                delta = change_of(operand, W, start, stop, out=self._buffers.scratch("delta 0", W.shape, W.dtype))
+                if not all_finite(delta):
+                    raise NumericalError(
+                        f"{self._item.name}: a change of it is NaN or infinite.",
+                        hint="is this the base that the adapters were trained on?",
+                    )
+                magnitudes = delta.abs_()
+                see(number, operand.own(magnitudes, start, stop) if own else magnitudes, start)
+            _forget_norms(self._operands)
+
+    def _block(self, start: int, stop: int, *, reads: bool) -> Tensor:
+        """Return a block of W; its values do not matter if no edit reads them."""
+        if reads:
+            return self._values.block(self._buffers.raw(self._item.source, start, stop), start, stop)
+        return self._buffers.scratch("work", (stop - start, self._item.matrix[1]), self._buffers.spec.compute)
+
+
+def _needs_base(operand: LoadedEdit) -> bool:
+    """Return True if an edit's change depends on W."""
+    return isinstance(operand, LoadedValues) or operand.m is not None
+
+
+def own_elements(edit: Edit, item: Item) -> int:
+    """Return the number of elements that an edit may change: PEFT prunes a module's own change."""
+    rows, columns = item.matrix
+    if not edit.outputs:
+        return rows * columns
+    count = edit.outputs[1] - edit.outputs[0]
+    return count * (rows if edit.by_columns else columns)

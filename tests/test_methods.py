@@ -1,0 +1,190 @@
+"""Several adapters combined: PEFT's merge_utils on the dense float64 changes, and PEFT's own chain, are the oracles."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft.utils import merge_utils
+from safetensors.torch import save_file
+
+import dora_convert
+from dora_convert.errors import RefError
+
+from .toy import contents, exact, load, make_adapter, make_base, stopped
+
+WEIGHTS = (0.7, -0.4, 1.3)
+UP = "model.layers.0.mlp.up_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory):
+    """A float32 base; two DoRAs and a LoRA, one of which leaves a module out; and their dense changes."""
+    folder = tmp_path_factory.mktemp("methods")
+    base = make_base(folder / "base", torch.float32, layers=1)
+    adapters = [
+        make_adapter(folder / "a", base, dora=True, seed=2),
+        make_adapter(folder / "b", base, dora=True, seed=3, targets=("mlp.up_proj", "mlp.down_proj")),
+        make_adapter(folder / "c", base, dora=False, seed=4),
+    ]
+    changes = []
+    for adapter in adapters:
+        merged = exact(base, adapter)
+        changes.append({name: merged[name] - x.double() for name, x in base.tensors.items()})
+    return folder, base, adapters, changes
+
+
+def combined(case, combine):
+    """Every weight, as an oracle combines the changes of those adapters that have one."""
+    _, base, _, changes = case
+    want = {}
+    for name, x in base.tensors.items():
+        present = [number for number, change in enumerate(changes) if change[name].any()]
+        want[name] = x.double()
+        if present:
+            weights = torch.tensor([WEIGHTS[number] for number in present]).double()
+            want[name] = want[name] + combine([changes[number][name] for number in present], weights)
+    return want
+
+
+def close(got, want):
+    assert got.keys() == want.keys()
+    for name, x in got.items():
+        torch.testing.assert_close(x.double(), want[name].double(), rtol=0, atol=3e-7)
+
+
+ORACLES = {
+    "linear": (merge_utils.task_arithmetic, {}),
+    "sum": (merge_utils.task_arithmetic, {}),
+    "magnitude-prune": (lambda x, w: merge_utils.magnitude_prune(x, w, 0.3), {"density": 0.3}),
+    "ties": (lambda x, w: merge_utils.ties(x, w, 0.4), {"density": 0.4}),
+    "ties by frequency": (
+        lambda x, w: merge_utils.ties(x, w, 0.7, "frequency"), {"density": 0.7, "majority_sign": "frequency"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ORACLES)
+def test_as_peft_combines(case, tmp_path, method):
+    """In float32; DoRA's magnitudes are part of each change. The receipt repeats the method, and verify judges it."""
+    _, base, adapters, _ = case
+    oracle, options = ORACLES[method]
+    options = {"method": method.partition(" ")[0], "weight": WEIGHTS, **options}
+    report = dora_convert.merge(base.path, adapters, tmp_path / "out", **options)
+    assert (report.verified.wrong_elements, report.verified.max_ulp) == (0, 0)
+    close(load(tmp_path / "out"), combined(case, oracle))
+    checked = dora_convert.verify(base.path, adapters, tmp_path / "out")
+    assert checked.verdict == "agree"
+    again = dora_convert.verify(base.path, adapters, tmp_path / "out", **options)
+    assert again.verdict == "agree"
+    if "density" in options:
+        other = dora_convert.verify(base.path, adapters, tmp_path / "out", **options | {"density": 0.9})
+        assert other.verdict == "differ"
+
+
+@pytest.mark.parametrize("method", ["dare", "dare-ties", "della", "ties", "chain"])
+def test_bytes_depend_on_the_seed_alone(case, tmp_path, method):
+    """Workers, memory and interruption change nothing; another seed does, and verify knows it."""
+    _, base, adapters, _ = case
+    options = {"method": method} | ({} if method == "chain" else {"density": [0.5, 0.3, 0.8]})
+    merge = dora_convert.merge
+    one = merge(base.path, adapters, tmp_path / "one", workers=1, **options)
+    assert one.verified.wrong_elements == 0
+    merge(base.path, adapters, tmp_path / "many", workers=4, max_memory="8MiB", **options)
+    with stopped(2):
+        merge(base.path, adapters, tmp_path / "again", workers=1, **options)
+    assert merge(base.path, adapters, tmp_path / "again", **options).resumed
+    assert contents(tmp_path / "one") == contents(tmp_path / "many") == contents(tmp_path / "again")
+    assert dora_convert.verify(base.path, adapters, tmp_path / "one").verdict == "agree"
+    if method in ("dare", "dare-ties", "della"):
+        merge(base.path, adapters, tmp_path / "other", seed=1, **options)
+        assert contents(tmp_path / "other") != contents(tmp_path / "one")
+        assert dora_convert.verify(base.path, adapters, tmp_path / "other").verdict == "agree"
+        wrong = dora_convert.verify(base.path, adapters, tmp_path / "other", seed=2, **options)
+        assert wrong.verdict == "differ"
+
+
+def test_dare_is_right_on_average(case, tmp_path):
+    """Over seeds, of one adapter: the mean is the change, the variance Δ²(1 − p)/p."""
+    _, base, adapters, changes = case
+    drawn = []
+    for seed in range(40):
+        dora_convert.merge(
+            base.path,
+            adapters[0],
+            tmp_path / f"{seed}",
+            method="dare",
+            density=0.5,
+            seed=seed,
+            undo="none",
+            verify=False,
+        )
+        drawn.append(load(tmp_path / f"{seed}")[UP] - base.tensors[UP])
+    change, drawn = changes[0][UP], torch.stack(drawn).double()
+    assert (drawn.mean(0) - change).norm() / change.norm() == pytest.approx(40**-0.5, rel=0.1)
+    assert float(drawn.var(0).sum() / change.square().sum()) == pytest.approx(1, rel=0.05)
+    assert ((drawn.abs() < 1e-6) | ((drawn - 2 * change).abs() < 1e-6)).all()
+
+
+def test_thresholds_of_many_blocks(case, tmp_path, monkeypatch):
+    """Tensors of many blocks, more elements than are collected at once, and a self-check that believes thresholds."""
+    monkeypatch.setattr("dora_convert.plan.item.BLOCK_ELEMENTS", 160)
+    monkeypatch.setattr("dora_convert.plan.item.ROWS_MULTIPLE", 1)
+    monkeypatch.setattr("dora_convert.engine.combine.COLLECTED", 300)
+    monkeypatch.setattr("dora_convert.engine.combine.SAMPLED", 1 << 10)
+    monkeypatch.setattr("dora_convert.parity.combined.FEW_ELEMENTS", 100)
+    _, base, adapters, _ = case
+    report = dora_convert.merge(base.path, adapters, tmp_path / "out", method="ties", weight=WEIGHTS, density=0.4)
+    assert report.verified.wrong_elements == 0
+    close(load(tmp_path / "out"), combined(case, ORACLES["ties"][0]))
+
+
+def test_equal_magnitudes_are_kept_in_order(tmp_path):
+    """Full checkpoints on a grid: exactly as many as the density says, the first of equals first; verify agrees."""
+    base = make_base(tmp_path / "base", torch.float32, layers=1)
+    torch.manual_seed(5)
+    steps = torch.randint(-3, 4, base.tensors[UP].shape).float() / 8
+    tuned = tmp_path / "tuned"
+    grid = base.tensors | {UP: base.tensors[UP].mul(64).round().div(64)}
+    write_base(tmp_path / "grid", base, grid)
+    write_base(tuned, base, grid | {UP: grid[UP] + steps})
+    out = dora_convert.merge(tmp_path / "grid", tuned, tmp_path / "out", method="magnitude-prune", density=0.5).out
+    got = (load(tmp_path / "out")[UP] - grid[UP]).flatten()
+    order = steps.abs().flatten().sort(descending=True, stable=True).indices
+    want = torch.zeros_like(got)
+    chosen = order[: steps.numel() // 2]
+    want[chosen] = steps.flatten()[chosen]
+    assert torch.equal(got, want)
+    assert dora_convert.verify(tmp_path / "grid", tuned, out).verdict == "agree"
+
+
+def write_base(path, base, tensors):
+    path.mkdir()
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    (path / "config.json").write_text((base.path / "config.json").read_text())
+
+
+@pytest.mark.parametrize("method", ["linear", "ties"])
+def test_full_checkpoints(tmp_path, method):
+    """Task vectors of checkpoints, every floating tensor of them, and of an adapter beside them."""
+    base = make_base(tmp_path / "base", torch.float32, layers=1)
+    adapter = make_adapter(tmp_path / "adapter", base, dora=True)
+    torch.manual_seed(6)
+    tuned = [{name: x + torch.randn_like(x) * 0.02 for name, x in base.tensors.items()} for _ in range(2)]
+    for number, tensors in enumerate(tuned):
+        write_base(tmp_path / f"tuned{number}", base, tensors)
+    inputs = [tmp_path / "tuned0", adapter, tmp_path / "tuned1"]
+    options = {"weight": WEIGHTS, "method": method} | ({"density": 0.5} if method == "ties" else {})
+    dora_convert.merge(base.path, inputs, tmp_path / "out", **options)
+    merged, got = exact(base, adapter), load(tmp_path / "out")
+    for name, x in base.tensors.items():
+        deltas = [each[name].double() - x.double() for each in (tuned[0], merged, tuned[1])]
+        weights = torch.tensor(WEIGHTS).double()
+        if name not in merged or not deltas[1].any():
+            deltas, weights = [deltas[0], deltas[2]], weights[[0, 2]]
+        change = (
+            merge_utils.ties(deltas, weights, 0.5) if method == "ties" else merge_utils.task_arithmetic(deltas, weights)
+        )
+        torch.testing.assert_close(got[name].double(), x.double() + change, rtol=0, atol=3e-7)
+    assert dora_convert.verify(base.path, inputs, tmp_path / "out").verdict == "agree"
+    with pytest.raises(RefError, match="tuned0 is a model, not an adapter"):
+        dora_convert.merge(base.path, inputs, tmp_path / "chain", method="chain")
