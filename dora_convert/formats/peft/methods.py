@@ -124,7 +124,7 @@ def _ia3(module: str, parts: Parts, config: MethodConfig, _: Shared) -> tuple[Up
     return Decomposed(None, parts["l"], axis="columns" if on_input else "rows", normalised=True), "multiplied"
 
 
-def _vera(_: str, parts: Parts, config: MethodConfig, shared: Shared) -> tuple[Update, str]:
+def _vera(_: str, parts: Parts, __: MethodConfig, shared: Shared) -> tuple[Update, str]:
     if "vera_A" not in shared or "vera_B" not in shared:
         raise UnsupportedError(
             "The shared matrices of this VeRA are not in its file (save_projection=False): not merged yet.",
@@ -145,7 +145,8 @@ def _hira(_: str, parts: Parts, __: MethodConfig, ___: Shared) -> tuple[Update, 
 
 def _computed(rule: str, module: str, parts: Parts, config: MethodConfig, shared: Shared) -> tuple[Update, str]:
     """Return an update that a rule computes of its parts."""
-    scale, text, numbers = 1.0, "1", ()
+    scale, text = 1.0, "1"
+    numbers: tuple[tuple[str, float], ...] = ()
     if rule == "FourierFT":
         scale = config.number("scaling", 150.0)
         text, numbers = f"scaling {scale:g}", (("seed", config.number("random_loc_seed", 777)),)
@@ -279,4 +280,3 @@ def _fit(adapter: Adapter, base: Checkpoint) -> Adapter:
 def is_method(kind: object) -> bool:
     """Return True for the `peft_type` of one of these methods."""
     return isinstance(kind, str) and kind.upper() in METHODS
-
