@@ -82,11 +82,6 @@ def read(source: Source, waived: Waived = NOTHING) -> Adapter:
     """
     source = _folder(source)
     raw = read_json(source.path / CONFIG)
-    if str(raw.get("peft_type")).upper() not in ("LORA", "ADALORA"):
-        from .methods import is_method, read_method
-
-        if is_method(raw.get("peft_type")):
-            return read_method(source, raw, _weights(source).name, waived)
     refuse_unsupported(raw, source.name, waived.fields)
     config = Config.parse(raw, source.path / CONFIG)
     weights = _weights(source)

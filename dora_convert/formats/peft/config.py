@@ -257,7 +257,7 @@ def refuse_unsupported(raw: Mapping[str, Any], name: str, accepted: Collection[s
     if kind is None:
         raise UnsupportedError(f"The adapter {name} is not PEFT's: its config has no peft_type.")
     if not isinstance(kind, str) or kind.upper() not in ("LORA", "ADALORA"):
-        reason = "no single weight equals it" if str(kind) in _PER_INPUT else "this version does not merge it"
+        reason = "no single weight equals it" if str(kind) in _PER_INPUT else "only LORA and ADALORA are merged"
         raise UnsupportedError(f"The adapter {name} is of peft_type {kind!r}: {reason}.")
     faults = [
         Fault(f"{field}={value!r}"[:60], why)
