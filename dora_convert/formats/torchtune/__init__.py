@@ -18,17 +18,21 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING, cast
 
-from ..adapters import NOTHING, Adapter, Change, Decomposed, LowRank, Update, Waived
-from ..adapters.facts import Scaling
-from ..adapters.parts import Findings, Parts, follow, sort_parts, wrong_parts
-from ..adapters.rotary import head_size, inverse, meta_rows
-from ..errors import RefError, UnsupportedError
-from ..storage.checkpoint import Checkpoint
-from ..storage.file_view import CONFIG, FileView
-from ..storage.refs import Source
-from ..storage.safetensors import StoredTensor
-from ..storage.stored_view import view as view_of
+from ...adapters import NOTHING, Adapter, Change, Decomposed, LowRank, Update, Waived
+from ...adapters.facts import Scaling
+from ...adapters.parts import Findings, Parts, follow, sort_parts, wrong_parts
+from ...adapters.rotary import head_size, inverse, meta_rows
+from ...errors import RefError, UnsupportedError
+from ...storage.checkpoint import Checkpoint
+from ...storage.file_view import CONFIG, FileView
+from ...storage.refs import Source
+from ...storage.safetensors import StoredTensor
+from ...storage.stored_view import view as view_of
+
+if TYPE_CHECKING:
+    from ...adapters.new_adapter import Writer
 
 NAME = "torchtune"
 LIBRARY = "torchtune"
@@ -167,3 +171,10 @@ def _ordered(change: Change, base: Checkpoint, *, exported: bool) -> Change:
         return replace(change, update=low)
     m = view_of(update.m, rows) if is_meta else update.m
     return replace(change, update=replace(update, inner=low, m=m))
+
+
+def writer() -> Writer:
+    """Return what writes the format. A merge never imports it."""
+    from . import write
+
+    return cast("Writer", write)
