@@ -4,7 +4,7 @@
 
 OUT gets full/, lora/ and dora/, each with a folder checkpoint-N for every quarter of the training, as a Trainer
 leaves them. `make figures` draws them with `dora-convert analyze`. Training takes about five minutes on two CPU
-cores; nothing of it is committed but the pictures.
+cores and 3 GB of disk; nothing of it is committed but the picture.
 """
 
 from __future__ import annotations

@@ -45,6 +45,7 @@ def analyze(
     tuned: _Path | Sequence[_Path],
     *,
     top: int = 10,
+    spectrum: bool = False,
     csv: _Path | None = None,
     plot: _Path | None = None,
     report: _Path | None = None,

@@ -37,6 +37,7 @@ OPTIONS = {
     "prompt": Option((), "Text to run the models on; repeatable.", "TEXT"),
     "prompts": Option(None, "File with one more text a line; UTF-8.", "FILE"),
     "top": Option(10, "Modules shown, those that moved most first.", "N", least=1),
+    "spectrum": Option(False, "Compute all singular values of ΔW, for effective ranks of larger matrices, too."),
     "csv": Option(None, "Write the points as a table, too.", "FILE.csv"),
     "plot": Option(None, "Draw ΔM over ΔD: .png and .svg need matplotlib, .html does not.", "FILE"),
     "report": Option(None, "Write the report as a self-contained page, too.", "FILE.html"),

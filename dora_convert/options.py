@@ -198,6 +198,7 @@ class AnalyzeOptions(SelectOptions, FieldOptions, ComputeOptions, total=False):
     max_memory: str | int
     allow_unmatched: bool
     top: int
+    spectrum: bool
     csv: Path | None
     plot: Path | None
     report: Path | None

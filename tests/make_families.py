@@ -1,7 +1,7 @@
 """Write dora_convert/naming/families.json: the names that an installed transformers gives to stored tensors.
 
-    python tests/make_families.py            write the table
-    python tests/make_families.py --check    compare the table with the installed transformers
+    python -m tests.make_families            write the table
+    python -m tests.make_families --check    compare the table with the installed transformers
 
 Every model class is built on the meta device from its default config. The table then holds, for each class:
 its base model's prefix, its first names, the models inside the class, and the config that each of them has. The rules

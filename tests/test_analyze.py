@@ -143,6 +143,13 @@ def test_large_matrices_are_sketched(tmp_path, base, monkeypatch):
     adapter = make_adapter(tmp_path / "a", base, dora=True)
     whole = points_of(dora_convert.analyze(base.path, adapter))
     monkeypatch.setattr("dora_convert.analysis.modules.MOST_SPECTRUM", 8)
+    monkeypatch.setattr("dora_convert.analysis.spectrum.STEPS", 20)
+    for module, point in points_of(dora_convert.analyze(base.path, adapter)).items():
+        assert point.effective_rank is None
+        assert point.stable_rank == pytest.approx(whole[module].stable_rank, rel=1e-9)
+    asked = points_of(dora_convert.analyze(base.path, adapter, spectrum=True))
+    assert [point.effective_rank for point in asked.values()] == [point.effective_rank for point in whole.values()]
+    monkeypatch.setattr("dora_convert.analysis.modules.MOST_GRAM", 8)
     for module, point in points_of(dora_convert.analyze(base.path, adapter)).items():
         assert point.stable_rank_estimated
         assert point.effective_rank is None

@@ -167,13 +167,15 @@ def test_nothing_to_merge(base, adapter):
         plan_of(base, adapter, exclude=("*",))
 
 
-def test_renamed_layouts_are_refused_in_one_sentence(base, adapter):
-    """If disk names are not module names, the error names the family."""
-    edit_json(base.path / "config.json", model_type="mixtral")
+def test_a_missing_name_says_what_was_tried(base, adapter):
+    """If neither the base nor the table of families has a name, the error says which other name was tried."""
+    edit_json(base.path / "config.json", model_type="mixtral", architectures=["MixtralForCausalLM"])
     path = adapter / "adapter_model.safetensors"
-    save_file({k.replace("mlp.", "block_sparse_moe."): v for k, v in load_file(path).items()}, path)
+    renamed = {k.replace("mlp.up", "block_sparse_moe.side"): v for k, v in load_file(path).items()}
+    save_file(renamed, path)
     text = faults_of(base, adapter).text()
-    assert "mixtral checkpoints name tensors otherwise than modules" in text
+    assert "no such module, nor model.layers.0.mlp.side_proj" in text
+    assert "its name in MixtralForCausalLM; closest: " in text
 
 
 def test_conv1d_needs_the_model_type():

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from ..adapters import LowRank
 from ..errors import PlanError
-from ..fitting.pairs import is_table, model_names
+from ..fitting.model_weights import model_names
+from ..fitting.pairs import is_table
 from ..naming.families import TURNED_EXPERTS
 from ..plan.item import Item, block_height, spans
 from ..plan.plan import Options, Plan
@@ -16,10 +17,14 @@ from ..plan.shapes import is_conv1d
 from ..storage.checkpoint import Checkpoint
 from ..storage.safetensors import FLOATS, StoredTensor
 
-MOST_SPECTRUM = 2048
-"""The smaller side of the largest matrix whose singular values are all computed."""
+MOST_SPECTRUM = 512
+"""The smaller side of the largest matrix whose singular values are all computed without being asked for."""
+MOST_GRAM = 2048
+"""The smaller side of the largest matrix whose σ₁ is computed; a sketch estimates those of larger ones."""
 MOST_HELD = 64 << 20
-"""Bytes of the largest matrix that is held for its singular values; a sketch estimates those of larger ones."""
+"""Bytes of the largest matrix that is held for its singular values."""
+MOST_ELEMENTS = 1 << 24
+"""Elements of the largest matrix whose Gram matrix is worth its time; an embedding has more."""
 SKETCH = 64
 """Columns of the random sketch of a large ΔW."""
 FLOAT32 = 4
@@ -36,6 +41,8 @@ class AnalysedModule:
     turned: bool = False
     """True if outputs are the columns: GPT-2's Conv1D, and experts of some families."""
     embedding: bool = False
+    spectrum: bool = False
+    """True if all singular values are asked for."""
 
     @property
     def name(self) -> str:
@@ -80,10 +87,16 @@ class AnalysedModule:
 
     @property
     def is_sketched(self) -> bool:
-        """True if ΔW is too large for all its singular values."""
+        """True if ΔW is too large for its Gram matrix."""
         rows, columns = self.rows // self.experts, self.before.matrix[1]
         size = FLOAT32 * (rows * columns if self.is_held else columns**2)
-        return min(rows, columns) > MOST_SPECTRUM or size > MOST_HELD
+        long = rows * columns > MOST_ELEMENTS and not self.spectrum
+        return min(rows, columns) > MOST_GRAM or size > MOST_HELD or long
+
+    @property
+    def is_complete(self) -> bool:
+        """True if all singular values are computed, not σ₁ alone."""
+        return self.spectrum or min(self.rows // self.experts, self.before.matrix[1]) <= MOST_SPECTRUM
 
     def spans(self) -> Iterator[tuple[int, int]]:
         """Yield the blocks of rows; no block holds rows of two experts."""
@@ -108,6 +121,7 @@ class AnalysedModule:
 class PairedTensors:
     """The matrices and the vectors of one series' step, and sentences on what was left out."""
 
+    spectrum: bool = False
     modules: list[AnalysedModule] = field(default_factory=list)
     vectors: list[Item] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -124,7 +138,8 @@ class PairedTensors:
             turned = bool(model_types & TURNED_EXPERTS) or any(edit.transposed for edit in item.edits)
         else:
             turned = is_conv1d(item.name, model_types)
-        self.modules.append(AnalysedModule(item, experts, turned, embedding=is_table(item.name)))
+        embedding = is_table(item.name)
+        self.modules.append(AnalysedModule(item, experts, turned, embedding=embedding, spectrum=self.spectrum))
 
 
 def is_stack(name: str, shape: tuple[int, ...]) -> bool:
@@ -139,9 +154,9 @@ def _stacked(tensor: StoredTensor) -> StoredTensor:
     return replace(tensor, shape=(tensor.shape[0] * tensor.shape[1], tensor.shape[2]))
 
 
-def pair_plan(plan: Plan) -> PairedTensors:
+def pair_plan(plan: Plan, *, spectrum: bool) -> PairedTensors:
     """Return the tensors that an adapter changes."""
-    pairing, added, grown = PairedTensors(), [], []
+    pairing, added, grown = PairedTensors(spectrum), [], []
     for item in plan.items:
         if not item.changed:
             continue
@@ -156,14 +171,14 @@ def pair_plan(plan: Plan) -> PairedTensors:
     return pairing
 
 
-def pair_checkpoint(base: Checkpoint, tuned: Checkpoint, options: Options) -> PairedTensors:
+def pair_checkpoint(base: Checkpoint, tuned: Checkpoint, options: Options, *, spectrum: bool) -> PairedTensors:
     """Return the tensors of two checkpoints, by their names in the model.
 
     Raises PlanError if no matrix of TUNED is one of BASE.
     """
     before, after = model_names(base), model_names(tuned)
     types = base.model_types | tuned.model_types
-    pairing, strange, grown = PairedTensors(), [], []
+    pairing, strange, grown = PairedTensors(spectrum), [], []
     for name, tensor in after.items():
         if not options.selects(name.rpartition(".")[0]):
             continue

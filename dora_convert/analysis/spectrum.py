@@ -15,12 +15,16 @@ from .modules import SKETCH, AnalysedModule
 
 SMALL = 256
 """Gram matrices up to this size are held in the compute dtype, larger ones in float32."""
+STEPS = 40
+"""Lanczos steps: σ₁² is exact to a millionth even if σ₂² is less than it by a percent only."""
 
 
 class Spectrum(ABC):
     """The squares of singular values of ΔW, or of each expert's ΔW, collected block by block."""
 
     estimated = False
+    complete = True
+    """True if all singular values are computed, not σ₁ alone."""
 
     def __init__(self) -> None:
         self._stable: list[float] = []
@@ -42,7 +46,7 @@ class Spectrum(ABC):
         if not (size > 0 and largest > 0):
             return
         self._stable.append(max(1.0, size / largest))
-        if not self.estimated:
+        if self.complete:
             share = squares.sqrt()
             share = share[share > 0] / share.sum()
             self._effective.append(float(torch.exp(-(share * share.log()).sum())))
@@ -99,6 +103,7 @@ class GramSpectrum(Spectrum):
 
     def __init__(self, module: AnalysedModule, buffers: DeviceBuffers) -> None:
         super().__init__()
+        self.complete = module.is_complete
         columns, device = module.before.matrix[1], buffers.spec.device
         dtype = buffers.spec.compute if columns <= SMALL else torch.float32
         self._gram = torch.zeros(columns, columns, dtype=dtype, device=device)
@@ -106,14 +111,15 @@ class GramSpectrum(Spectrum):
 
     def add(self, D: Tensor, start: int, stop: int) -> None:  # noqa: ARG002 - rows of any place
         """Add a block's products."""
-        part = D.to(self._gram.dtype)
-        self._gram.addmm_(part.T, part)
-        self._size += float(torch.linalg.vector_norm(D).square())
+        if size := float(torch.linalg.vector_norm(D).square()):
+            part = D.to(self._gram.dtype)
+            self._gram.addmm_(part.T, part)
+            self._size += size
 
     def squares(self) -> tuple[Tensor, float]:
         """Return the eigenvalues of the Gram matrix."""
         size, self._size = self._size, 0.0
-        found = torch.linalg.eigvalsh(self._gram) if size else self._gram.new_zeros(0)
+        found = eigenvalues(self._gram, every=self.complete) if size else self._gram.new_zeros(0)
         self._gram.zero_()
         return found, size
 
@@ -123,6 +129,7 @@ class HeldSpectrum(Spectrum):
 
     def __init__(self, module: AnalysedModule, buffers: DeviceBuffers) -> None:
         super().__init__()
+        self.complete = module.is_complete
         self._height, columns = module.rows // module.experts, module.before.matrix[1]
         dtype = buffers.spec.compute if self._height <= SMALL else torch.float32
         self._held = torch.zeros(self._height, columns, dtype=dtype, device=buffers.spec.device)
@@ -137,33 +144,57 @@ class HeldSpectrum(Spectrum):
     def squares(self) -> tuple[Tensor, float]:
         """Return the eigenvalues of the Gram matrix."""
         size, self._size = self._size, 0.0
-        return (torch.linalg.eigvalsh(self._held @ self._held.T) if size else self._held.new_zeros(0)), size
+        if not size:
+            return self._held.new_zeros(0), size
+        return eigenvalues(self._held @ self._held.T, every=self.complete), size
+
+
+def eigenvalues(gram: Tensor, *, every: bool) -> Tensor:
+    """Return the eigenvalues of a Gram matrix, or approximations whose largest is the largest (Lanczos, 1950)."""
+    if every or len(gram) <= STEPS:
+        return torch.linalg.eigvalsh(gram)
+    chance = torch.Generator().manual_seed(0)
+    basis = torch.zeros(STEPS + 1, len(gram), dtype=gram.dtype, device=gram.device)
+    start = torch.randn(len(gram), generator=chance).to(gram)
+    basis[0] = start / torch.linalg.vector_norm(start)
+    for step in range(STEPS):
+        following = gram @ basis[step]
+        for _ in range(2):  # once more, for what rounding leaves of earlier directions
+            following -= basis[: step + 1].T @ (basis[: step + 1] @ following)
+        length = torch.linalg.vector_norm(following)
+        if length == 0:
+            break
+        basis[step + 1] = following / length
+    return torch.linalg.eigvalsh(basis @ (gram @ basis.T))
 
 
 class SketchSpectrum(Spectrum):
     """σ₁ from a Nyström approximation of ΔWᵀΔW (Tropp and others, 2017), in one pass over the blocks."""
 
     estimated = True
+    complete = False
 
     def __init__(self, columns: int, buffers: DeviceBuffers) -> None:
         super().__init__()
         chance = torch.Generator().manual_seed(0)
         test = torch.linalg.qr(torch.randn(columns, min(SKETCH, columns), generator=chance, dtype=torch.float64)).Q
-        self._test = test.to(buffers.spec.device, buffers.spec.compute)
+        self._test = test.to(buffers.spec.device, torch.float32)
         self._products = torch.zeros_like(self._test)
         self._size = 0.0
 
     def add(self, D: Tensor, start: int, stop: int) -> None:  # noqa: ARG002 - rows of any place
         """Add ΔWᵀ(ΔW·Ω) of a block."""
-        self._products.addmm_(D.T, D @ self._test)
-        self._size += float(torch.linalg.vector_norm(D).square())
+        if size := float(torch.linalg.vector_norm(D).square()):
+            part = D.to(self._test.dtype)
+            self._products.addmm_(part.T, part @ self._test)
+            self._size += size
 
     def squares(self) -> tuple[Tensor, float]:
         """Return the largest eigenvalues of the approximation Z(ΩᵀZ)⁻¹Zᵀ with Z = ΔWᵀΔWΩ."""
         size, self._size = self._size, 0.0
-        core = (self._test.T @ self._products).double()
+        core = self._test.double().T @ self._products.double()
         values, vectors = torch.linalg.eigh((core + core.T) / 2)
-        kept = values > values.max() * 1e-12
+        kept = values > values.max() * 1e-6
         factor = self._products.double() @ (vectors[:, kept] / values[kept].sqrt()) if size else core.new_zeros(1, 1)
         self._products.zero_()
         return torch.linalg.svdvals(factor).square(), size

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 CHUNK_ELEMENTS = 1 << 16
 """Elements that are decoded together: the steps between code and value stay in a processor's cache."""
+DECODING = 10 << 20
+"""Bytes that are held while a block is decoded: strips of the codes, and the steps between code and value."""
 STRIP_BYTES = 4 << 20
 """Bytes of a strip of columns that are read together, where rows of the weight are columns on disk."""
 
@@ -67,6 +69,11 @@ class CodedTensor(StoredTensor):
     def coded(self) -> bool:
         """True: the bytes on disk are not the values."""
         return True
+
+    def held(self, block: int, *, again: bool = False) -> int:
+        """Return the bytes held beside a block of so many elements to decode it, and to code it `again`."""
+        whole = max(block, self.scheme.step * self.columns)
+        return 8 * block + DECODING + (24 * whole if again else 0)
 
     @property
     def paths(self) -> tuple[Path, ...]:

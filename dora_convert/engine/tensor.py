@@ -65,6 +65,18 @@ Observe = Callable[[Item, "MergeMaker", DeviceBuffers, Spool], "MergeObserver | 
 """Starts the observer of one item; None if nothing of the item must be kept."""
 
 
+def write_item(
+    item: Item, maker: TensorMaker, buffers: DeviceBuffers, shards: ShardFiles, advance: Callable[[int], None]
+) -> dict[str, TensorResult]:
+    """Write one item, and the further parts of a weight that is coded again; return the facts by name."""
+    if item.parts:
+        from .recoding import write_coded
+
+        assert isinstance(maker, MergeMaker)
+        return write_coded(item, maker, buffers, shards, advance)
+    return {item.name: write_tensor(item, maker, buffers, shards, advance)}
+
+
 def write_tensor(
     item: Item, maker: TensorMaker, buffers: DeviceBuffers, shards: ShardFiles, advance: Callable[[int], None]
 ) -> TensorResult:
@@ -135,14 +147,20 @@ class MergeMaker:
         """Return rows of the output from those of the source."""
         W = self.values.block(raw, start, stop)
         self._see_base(raw, W, start, stop)
-        combiner = self._combiner
-        x = combiner.apply(W, start, stop) if combiner else apply_edits(W, self.edits, start, stop)
-        result = self._buffers.land(x, TORCH[self._item.dtype])
+        result = self._buffers.land(self._applied(W, start, stop), TORCH[self._item.dtype])
         if not maths.all_finite(result) or not all(edit.is_finite() for edit in self.edits):
             refuse_result(self._item, raw, result)
         if self._observer:
             self._observer.after(raw, result, start)
         return result
+
+    def merged(self, raw: Tensor, start: int, stop: int) -> Tensor:
+        """Return rows of the result before any rounding, on the device."""
+        return self._applied(self.values.block(raw, start, stop), start, stop)
+
+    def _applied(self, W: Tensor, start: int, stop: int) -> Tensor:
+        combiner = self._combiner
+        return combiner.apply(W, start, stop) if combiner else apply_edits(W, self.edits, start, stop)
 
     def _see_base(self, raw: Tensor, W: Tensor, start: int, stop: int) -> None:
         """Hash the base's rows: the source's rows, unless an adapter replaces the tensor."""

@@ -22,12 +22,13 @@ from torch import Tensor
 from ..adapters.new_adapter import Files, NewAdapter, ShapedTensor
 from ..engine.device_buffers import DeviceBuffers
 from ..engine.precision import TORCH, ComputeSpec, as_bytes, holds_numbers, scan_adapter
-from ..engine.run import choose_compute, input_states, journal_key
+from ..engine.run import choose_compute, journal_key
 from ..engine.workers import WorkerPool
 from ..errors import NumericalError
 from ..maths import lora as maths
 from ..output.card import NAME, Facts, Inherited, base_repo, inherited, metadata_of, pipeline_of, render, source_row
 from ..output.folder import OutputFolder
+from ..output.output import input_states
 from ..output.side_files import tokenizer_files
 from ..settings import Settings, __version__, format_size, peak_memory
 from ..storage.filenames import JOURNAL, SPOOL, refuse_changed
@@ -210,10 +211,11 @@ class _Run:
 def _fit_at(fit: FitJob, rank: int, job: Job, buffers: DeviceBuffers) -> Fitted:
     """Return factors of exactly this rank: zeros fill the rank that a module cannot have."""
     fitted = fit(job, buffers, goal={"rank": rank})
-    A, B = fitted.tensors["A"], fitted.tensors["B"]
-    missing = rank - len(A)
-    A = torch.cat((A, A.new_zeros(missing, *A.shape[1:])))
-    B = torch.cat((B, B.new_zeros(len(B), missing, *B.shape[2:])), dim=1)
+    A, B, own = fitted.tensors["A"], fitted.tensors["B"], fitted.facts["rank"]
+    A, B = A.view(-1, own, *A.shape[1:]), B.reshape(len(B), own, -1)  # experts, if any: first in A and last in B
+    A = torch.cat((A, A.new_zeros(len(A), rank - own, *A.shape[2:])), dim=1).flatten(0, 1)
+    B = torch.cat((B, B.new_zeros(len(B), rank - own, B.shape[2])), dim=1)
+    B = B.reshape(len(B), -1, *fitted.tensors["B"].shape[2:])
     return Fitted({**fitted.tensors, "A": A, "B": B}, {**fitted.facts, "rank": rank})
 
 

@@ -19,6 +19,16 @@ RENAMED = frozenset(
 )  # fmt: skip
 """Families whose tensors may have other names on disk than in the running model (transformers 5)."""
 
+PAST_LORA = {
+    "jamba": ("mamba.dt_proj",),
+    "longcat_flash": ("router.classifier",),
+    "siglip": ("head.attention.out_proj",),
+    "siglip_vision_model": ("head.attention.out_proj",),
+    "siglip2": ("head.attention.out_proj",),
+    "siglip2_vision_model": ("head.attention.out_proj",),
+}
+"""Layers whose weight a family's forward pass reads itself, so that an adapter on them has no effect in training."""
+
 # Embeddings and heads
 
 EMBEDDINGS = frozenset({"embed_tokens", "wte", "word_embeddings", "shared", "embed_in", "tok_embeddings"})
@@ -54,6 +64,9 @@ CONV1D_MODULES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
 """Families and last names of transformers' Conv1D, whose weight is (in, out). Square shapes do not tell."""
 TURNED_EXPERTS = frozenset({"gpt_oss", "openai_privacy_filter", "aria"})
 """Families whose experts are (in, out) and say so (`is_transposed` in transformers)."""
+
+EXPERT_LAYERS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+"""Last names that PEFT turns into parameters of experts, or of a router, in models whose experts are a stack."""
 
 # Classes of transformers, by the ends of their names
 

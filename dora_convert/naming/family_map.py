@@ -7,8 +7,10 @@ of rows. Each becomes slots. Whatever cannot be said with slots is refused by th
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import NamedTuple
 
+from ..storage.module_names import kinds_of, modules_of
 from ..storage.safetensors import StoredTensor
 from .slots import Slot
 from .table import Config, Family, Place, Rule
@@ -76,10 +78,21 @@ class FamilyMap:
         """Every weight of the running model, with the tensors that make it."""
         return self._weights
 
-    def dimensions(self, weight: str) -> int:
-        """Return the number of dimensions of a weight of the running model; 0 if no slots make it."""
-        slots = self.stored(weight)
-        return len(self._tensors[slots[0].name].shape) + bool(slots[0].experts) if slots else 0
+    @cached_property
+    def modules(self) -> Mapping[str, Sequence[str]]:
+        """Every module of the running model that owns a weight, by the name of its parent."""
+        return modules_of(self._weights)
+
+    @cached_property
+    def module_kinds(self) -> tuple[str, ...]:
+        """Every module's name with `*` for its numbers, once each."""
+        return kinds_of(self.modules)
+
+    def shape(self, weight: str) -> tuple[int, ...]:
+        """Return the shape of a weight of the running model; its sizes are a tensor's, its dimensions are right."""
+        piece = self._weights[weight][0]
+        stack = piece.rule is not None and piece.rule.operations[0] in {"stack", "share experts"}
+        return (*([1] if stack else []), *self._tensors[piece.name].shape)
 
     def _slots(self, target: str) -> tuple[Slot, ...] | None:
         if pieces := self._weights.get(target):

@@ -1,24 +1,23 @@
-"""Translate an adapter's tensor names to the base's, explain names that the base lacks, and find tied weights.
+"""Translate an adapter's tensor names to the base's, and find tied weights.
 
-Names on disk are taken for module names, as most families have them. `families.RENAMED` lists the other
-families: they are refused once a name fails to match.
+Names on disk are names in the model for most families. The table of families has the others, and is read once a name
+fails to match.
 """
 
 from __future__ import annotations
 
-import difflib
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, reduce
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from ..adapters import unwrapped
 from ..storage.checkpoint import Checkpoint
 from ..storage.safetensors import StoredTensor
-from .families import EMBEDDINGS, HEADLESS, HEADS, OTHER_HEADS, RENAMED, SCALED
+from .families import EMBEDDINGS, HEADLESS, HEADS, OTHER_HEADS, SCALED
 
 if TYPE_CHECKING:
+    from .family_map import FamilyMap
     from .slots import NameMap, Slot
 
 
@@ -40,12 +39,38 @@ class Prefix:
         return self.drop + name.removeprefix(self.add) if name.startswith(self.add) else None
 
 
+class TableOnDemand:
+    """The table of families for one checkpoint, read once a name is asked for. A `NameMap`."""
+
+    def __init__(self, base: Checkpoint) -> None:
+        self._base = base
+
+    @cached_property
+    def families(self) -> FamilyMap | None:
+        """The names of the checkpoint's tensors in the running model; None if the table does not know the model."""
+        from .family_map import FamilyMap
+        from .table import family_of
+
+        config = self._base.config or {}
+        family = family_of(config)
+        return FamilyMap(self._base.tensors, family, config) if family else None
+
+    def stored(self, target: str) -> tuple[Slot, ...] | None:
+        """Return the slots of a weight of the running model."""
+        return self.families.stored(target) if self.families else None
+
+    def running(self, name: str) -> str | None:
+        """Return the weight of the running model that a stored tensor is part of."""
+        return self.families.running(name) if self.families else None
+
+
 class NameResolver:
     """Translates one adapter's names of weights to the base's names.
 
-    Either the names are equal, or all of them differ by one prefix: the adapter was trained on a model
-    without its head, or on a wrapped model. The prefix counts if no other prefix leads every name to a
-    tensor.
+    A name that the base has is the base's: adapters of older programs use the names on disk. Other names are those
+    of the running model, and the table of families leads to tensors. If neither finds any target, all names may
+    differ by one prefix: the adapter was trained on a model without its head, or on a wrapped model. The prefix
+    counts if no other prefix leads every name to a tensor.
     """
 
     def __init__(
@@ -53,13 +78,25 @@ class NameResolver:
     ) -> None:
         """`table` has the names of the running model, for targets that are no names of tensors."""
         self._tensors, self._table = tensors, table
+        self._targets = targets
         self.prefix = Prefix()
         self.ambiguous: tuple[Prefix, ...] = ()
         if targets and not any(self.stored(target) for target in targets):
-            prefixes = self._prefixes([unwrapped(target) for target in targets])
+            bare = [unwrapped(target) for target in targets]
+            prefixes = self._prefixes(bare, tensors) or self._prefixes(bare, self._weights)
             if len(prefixes) == 1:
                 self.prefix = prefixes[0]
             self.ambiguous = prefixes[1:] and prefixes
+
+    @property
+    def families(self) -> FamilyMap | None:
+        """The names of the base's tensors in the running model; None if no table knows them."""
+        return self._table.families if isinstance(self._table, TableOnDemand) else None
+
+    @property
+    def _weights(self) -> Mapping[str, object]:
+        """The names of the running model's weights, as far as the table knows them."""
+        return self.families.weights if self.families else {}
 
     def find(self, target: str) -> str | None:
         """Return the base's name of a target; None if the base has no such tensor, or the target is several."""
@@ -85,27 +122,40 @@ class NameResolver:
             from .slots import Slot
 
             return (Slot(name),)
-        for name in {target: None, unwrapped(target): None} if self._table else ():
-            if self._table and (slots := self._table.stored(name)):
-                return slots
+        for name in {self.prefix.apply(name): None for name in (target, unwrapped(target))} if self._table else ():
+            for candidate in _stored_names(name):
+                if self._table and (slots := self._table.stored(candidate)):
+                    return slots
         return ()
 
     def stored(self, target: str) -> tuple[str, ...]:
         """Return the names of all stored tensors that a target is made of."""
-        name = self.find(target)
+        name = self._plain(target)
         return (name,) if name else tuple(slot.name for slot in self.slots(target))
+
+    def places(self, target: str) -> set[tuple[str, tuple[int, int] | None]]:
+        """Return the stored tensors that a target is made of, and their outputs if they are not all the target's."""
+        if name := self._plain(target):
+            return {(name, None)}
+        return {(slot.name, slot.part) for slot in self.slots(target)}
 
     def settled(self, target: str) -> str:
         """Return a target without the names of training programs, unless the base has the target as it is."""
         name = self.prefix.apply(target)
         return target if any(stored in self._tensors for stored in _stored_names(name)) else unwrapped(target)
 
-    def in_adapter(self, name: str) -> str | None:
-        """Return the adapter's name of a base's tensor; None if the adapter's model does not have the tensor."""
-        return self.prefix.undo(name)
+    def model_shapes(self) -> dict[str, Sequence[int]]:
+        """Return the shapes of the weights that the adapter's model has, by the adapter's names.
 
-    def _prefixes(self, targets: Sequence[str]) -> tuple[Prefix, ...]:
-        """Return every prefix that leads all targets to tensors and drops least.
+        The sizes of weights that are not one tensor on disk count for nothing but their number.
+        """
+        tensors: Mapping[str, Sequence[int]] = {name: tensor.shape for name, tensor in self._tensors.items()}
+        if any(not self._plain(target) and self.slots(target) for target in self._targets) and self.families:
+            tensors = {name: self.families.shape(name) for name in self.families.weights}
+        return {own: shape for name, shape in tensors.items() if (own := self.prefix.undo(name))}
+
+    def _prefixes(self, targets: Sequence[str], names: Mapping[str, object]) -> tuple[Prefix, ...]:
+        """Return every prefix that leads all targets to names of tensors and drops least.
 
         No prefix reaches into a stack of layers.
         """
@@ -114,9 +164,9 @@ class NameResolver:
             if any(part.isdigit() for part in parts[: dropped + 1]):
                 break
             drop, rest = "".join(f"{part}." for part in parts[:dropped]), ".".join(parts[dropped:])
-            adds = {name.removesuffix(rest) for name in self._tensors if f".{name}".endswith(f".{rest}")}
+            adds = {name.removesuffix(rest) for name in names if f".{name}".endswith(f".{rest}")}
             outside = [Prefix(drop, add) for add in sorted(adds) if not any(map(str.isdigit, add.split(".")))]
-            leading = [one for one in outside if all(one.apply(target) in self._tensors for target in targets)]
+            leading = [one for one in outside if all(one.apply(target) in names for target in targets)]
             if leading:
                 return tuple(leading)
         return ()
@@ -130,38 +180,6 @@ def _stored_names(name: str) -> Iterator[str]:
         yield f"{module}.in_proj_weight"  # MultiheadAttention
     if leaf == "bias":
         yield f"{module.removesuffix('.decoder')}.bias"  # the bias of BERT's decoder is its head's
-
-
-def explain_missing(target: str, names: NameResolver, base: Checkpoint) -> str:
-    """Return why the base has no such tensor: another layout, a missing bias, or a typo."""
-    if names.ambiguous:
-        return f"could be any of {', '.join(prefix.apply(target) for prefix in names.ambiguous[:3])}"
-    module, _, leaf = names.prefix.apply(target).rpartition(".")
-    if families := sorted(base.model_types & RENAMED):
-        return f"{families[0]} checkpoints name tensors otherwise than modules; not matched yet"
-    if is_head(target):
-        return f"the base has no {target}, and its config does not tie it to the embedding"
-    siblings = base.modules.get(module.rpartition(".")[0], ())
-    if module in siblings:
-        return f"the base's {module} has no {leaf}"
-    return f"no such module; closest: {', '.join(closest(module, siblings, base)) or 'none'}"
-
-
-def closest(module: str, siblings: Sequence[str], base: Checkpoint) -> list[str]:
-    """Return up to three names like a missing module's: its siblings', else the most similar."""
-    leaf = module.rpartition(".")[2]
-    if leaf != module and siblings:
-        leaves = [name.rpartition(".")[2] for name in siblings]
-        return [f"…{name}" for name in difflib.get_close_matches(leaf, leaves, 3, 0)]
-    numbers = re.findall(r"\d+", module)
-    kinds = _similar(re.sub(r"\d+", "*", module), base.module_kinds)
-    return [reduce(lambda name, number: name.replace("*", number, 1), numbers, kind) for kind in kinds]
-
-
-@lru_cache
-def _similar(kind: str, kinds: Sequence[str]) -> list[str]:
-    """Return similar kinds. Cached: a model has few kinds, however many layers and experts it has."""
-    return difflib.get_close_matches(kind, kinds, 3, 0.5)
 
 
 @dataclass(frozen=True)

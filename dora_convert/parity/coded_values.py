@@ -20,6 +20,8 @@ from ..codecs.gptq import Gptq
 from ..storage.reader import Reader
 from ..storage.safetensors import BITS, StoredTensor
 
+FLOATS = {"F8_E4M3": (4, 3), "F8_E5M2": (5, 2), "E2M1": (2, 1)}
+"""The bits of exponent and mantissa of the grids of floats."""
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """The output of each place in a word."""
 
@@ -53,8 +55,32 @@ class CodedValues:
                 return self._turned_row(scheme, row)
         raise AssertionError(f"{self._tensor.scheme.title} has no second decoder")
 
+    def half_steps(self, numbers: Sequence[int], x: Tensor) -> Tensor:
+        """Return half the distance between the neighbours that values x have among a block's codes.
+
+        At the ends of a range of integers it is more: the stored scale, zero point and bias are rounded themselves.
+        """
+        halves = []
+        for line, number in enumerate(numbers):
+            scheme = self._tensor.scheme
+            assert isinstance(scheme, Blocks)
+            q, _, s, b = self._block_parts(scheme, number)
+            half = half_step((x[line].cpu() - b) / s, scheme.grid)
+            if scheme.grid not in FLOATS:
+                span, low = 2**scheme.bits - 1, 0 if scheme.grid == "unsigned" else -(2 ** (scheme.bits - 1))
+                at_end = (q <= low + scheme.balanced) | (q >= low + span)
+                shifted = "zero" in self._tensor.parts, "bias" in self._tensor.parts
+                half += at_end * (span * 2.0**-8 * (1 + shifted[1]) + 0.5 * shifted[0] + shifted[1])
+            halves.append(s.abs() * half)
+        return torch.stack(halves)
+
     def _block_row(self, scheme: Blocks, row: int) -> Tensor:
         """W = (q − z)·s + b, with the block of rows and columns that each element lies in."""
+        q, z, s, b = self._block_parts(scheme, row)
+        return (q - z) * s + b
+
+    def _block_parts(self, scheme: Blocks, row: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return q, z, s and b of one row."""
         tensor, K = self._tensor, self._tensor.columns
         codes = tensor.parts["codes"]
         j = torch.arange(K)
@@ -73,11 +99,10 @@ class CodedValues:
         if "global" in tensor.parts:
             overall = self._numbers("global", torch.zeros_like(j))
             s = s / overall if scheme.divides else s * overall
+        z = torch.zeros_like(q)
         if "zero" in tensor.parts:
-            q = q - (
-                self._packed_zero(scheme, row, group, groups) if scheme.packed_zeros else self._numbers("zero", at)
-            )
-        return q * s + (self._numbers("bias", at) if "bias" in tensor.parts else 0.0)
+            z = self._packed_zero(scheme, row, group, groups) if scheme.packed_zeros else self._numbers("zero", at)
+        return q, z, s, self._numbers("bias", at) if "bias" in tensor.parts else torch.zeros_like(q)
 
     def _packed_zero(self, scheme: Blocks, row: int, group: Tensor, groups: int) -> Tensor:
         """Zero points lie along the rows: bit `row·bits` of the stream of words of each group."""
@@ -173,6 +198,15 @@ def meaning(codes: Tensor, scheme: Blocks) -> Tensor:
         case "unsigned":
             return codes.double()
     return number(codes, scheme.grid)
+
+
+def half_step(v: Tensor, grid: str) -> Tensor:
+    """Return half the distance between the neighbours of values, in units of their scale."""
+    if grid not in FLOATS:
+        return torch.full_like(v, 0.5)
+    exponent, mantissa = FLOATS[grid]
+    e = torch.floor(torch.log2(v.abs().clamp(min=2.0**-30))).clamp(min=2 - 2 ** (exponent - 1))
+    return torch.pow(torch.tensor(2.0, dtype=torch.float64), e - mantissa - 1)
 
 
 def number(bits: Tensor, dtype: str) -> Tensor:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ..adapters import Adapter, Change, Decomposed, Delta, Full, Rows, Transform, Update, tensors_of
 from ..errors import Fault
-from ..naming.resolve import NameResolver, Tie, explain_missing, is_embedding, is_head
+from ..naming.resolve import NameResolver, Tie, is_embedding, is_head
 from ..storage.checkpoint import Checkpoint
 from ..storage.safetensors import FLOATS, StoredTensor
 from .item import Edit, Item
@@ -77,6 +77,8 @@ class PlanBuilder:
                 self._fault(update, f"adds {change.target}, which has no weight of {weight:g}")
             self._enter(update, "added", (change.target,), "the base has no such module")
         else:
+            from ..naming.missing import explain_missing
+
             why = explain_missing(change.target, names, self.base)
             if self.options.allow_unmatched:
                 self._enter(update, "unmatched", (), why)

@@ -19,8 +19,6 @@ from ..storage.safetensors import BITS, FLOATS, StoredTensor
 BLOCK_ELEMENTS = 1 << 19
 """4 MiB in float64: two workers' blocks stay in a processor's cache; double size takes 1.5 times as long."""
 ROWS_MULTIPLE = 16
-DECODING = 10 << 20
-"""Bytes that are held while a block of a coded tensor is decoded: a strip of the codes, and the steps between."""
 KEPT = 2
 """Whole tensors behind views that a worker keeps: the experts' two take turns."""
 
@@ -188,6 +186,12 @@ class Item:
         return max((edit.low.experts for edit in self.edits if edit.low), default=0) or 1
 
     @property
+    def together(self) -> Iterator[Item]:
+        """The items that are written together: this one, and the other parts of a coded weight."""
+        yield self
+        yield from (part for _, part in self.parts)
+
+    @property
     def factors(self) -> Iterator[StoredTensor]:
         """The adapters' tensors that the edits need."""
         return (tensor for edit in self.edits for tensor in tensors_of(edit.update))
@@ -210,8 +214,7 @@ class Item:
         block = height * columns
         host = block * max(self.source.itemsize, BITS[self.dtype] // 8, self.base.itemsize if self.base else 0)
         total = host + block * (width + 4) + (host + 8 * block if self.replaced else 0)
-        if self.source.coded:
-            total += 8 * block + DECODING
+        total += self.source.held(block, again=bool(self.parts))
         if self.combination:
             total += self.combination.cost(len(self.edits), self.source.numel, block, width)
         elif len(self.edits) > 1:
@@ -277,16 +280,16 @@ def edit_cost(edit: Edit, height: int, width: int) -> int:
     return total + (low.outputs * (3 * width + 4) if edit.decomposed else 0)
 
 
-def block_height(rows: int, columns: int) -> int:
-    """Return the rows of a block: about half a million elements, a multiple of 16 rows, at most all."""
+def block_height(rows: int, columns: int, step: int = ROWS_MULTIPLE) -> int:
+    """Return the rows of a block: about half a million elements, a multiple of 16 rows or `step`, at most all."""
     fitting = BLOCK_ELEMENTS // max(1, columns)
-    return max(1, min(rows, max(ROWS_MULTIPLE, fitting - fitting % ROWS_MULTIPLE)))
+    return max(1, min(rows, max(step, fitting - fitting % step)))
 
 
-def spans(rows: int, columns: int, parts: int = 1) -> Iterator[tuple[int, int]]:
+def spans(rows: int, columns: int, parts: int = 1, step: int = ROWS_MULTIPLE) -> Iterator[tuple[int, int]]:
     """Yield a matrix's blocks as half-open ranges of rows; each of `parts` equal parts has its own blocks."""
     whole = rows // parts
-    height = block_height(whole, columns)
+    height = block_height(whole, columns, step)
     for first in range(0, rows, whole or 1):
         for start in range(first, first + whole, height):
             yield start, min(start + height, first + whole)

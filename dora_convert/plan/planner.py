@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from ..adapters import Adapter, Full, Rows, Update, unwrapped
 from ..errors import Fault, PlanError, UnsupportedError
-from ..naming.families import COUNTS, LAYERS, TABLES
-from ..naming.resolve import NameResolver, Tie, find_tie, is_embedding, is_head
+from ..naming.families import COUNTS, LAYERS, PAST_LORA, TABLES
+from ..naming.resolve import NameResolver, TableOnDemand, Tie, find_tie, is_embedding, is_head
 from ..storage.checkpoint import Checkpoint
 from .builder import PlanBuilder
 from .item import Item
-from .plan import Entry, Options, Plan
+from .plan import Options, Plan
 from .sharding import lay_out
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 DECOMPOSED = ("Decomposed", "Undecided")
 """Kinds of update that have magnitudes."""
-LACKING = "the config says that it was trained, and the adapter has no tensor of it"
 
 
 def make_plan(base: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[float], options: Options) -> Plan:
@@ -62,8 +61,7 @@ def make_plan(base: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[f
     missing = [
         find_missing(adapter, resolver, tree, tie, options) for adapter, resolver in zip(adapters, names, strict=True)
     ]
-    builder.warnings += _warn_of_missing(adapters, missing, options)
-    builder.ledger += [Entry(name, "missing", (), LACKING) for each in missing for name in each]
+    _warn(builder, adapters, missing, items)
     config = _output_config(builder, items, resized, tasks)
     shards, index_name = lay_out(tree, items, options.max_shard_size)
     plan = Plan(
@@ -90,24 +88,19 @@ def _unless_a_file(plan: Plan) -> Plan:
     return plan
 
 
-def _warn_of_missing(
-    adapters: Sequence[Adapter], missing: Sequence[Sequence[str]], options: Options
-) -> tuple[str, ...]:
-    """Return a warning for each adapter that is not complete; PlanError if the caller is strict."""
-    if options.strict and any(missing):
-        names = ", ".join(adapter.source.name for adapter, lacking in zip(adapters, missing, strict=True) if lacking)
-        raise PlanError(
-            f"{names} lacks what its config says was trained.",
-            faults=[Fault(name, LACKING) for lacking in missing for name in lacking],
-            hint="without --strict these weights stay as in the base",
-        )
-    return tuple(
-        f"{adapter.source.name} lacks {len(lacking)} modules that its config says were trained: "
-        f"{', '.join(name.removesuffix('.weight') for name in lacking[:SHOWN])}{' …' if lacking[SHOWN:] else ''}. "
-        "They stay as in the base; --strict makes this an error."
-        for adapter, lacking in zip(adapters, missing, strict=True)
-        if lacking
-    )
+def _warn(
+    builder: PlanBuilder, adapters: Sequence[Adapter], missing: Sequence[Sequence[str]], items: Mapping[str, Item]
+) -> None:
+    """Enter a warning for each adapter that is not complete, and for layers that training did not change."""
+    if any(missing):
+        from .explain import entries_of_missing, warn_of_missing
+
+        builder.warnings += warn_of_missing(adapters, missing, builder.options)
+        builder.ledger += entries_of_missing(missing)
+    if builder.base.model_types & PAST_LORA.keys():
+        from .explain import warn_of_past_lora
+
+        builder.warnings += warn_of_past_lora(builder.base, items)
 
 
 def _for_base(adapter: Adapter, base: Checkpoint) -> Adapter:
@@ -132,7 +125,8 @@ def _with_layers(base: Checkpoint, adapters: Sequence[Adapter]) -> Checkpoint:
 
 
 def _resolvers(tree: Checkpoint, adapters: Sequence[Adapter], options: Options) -> list[NameResolver]:
-    return [NameResolver(tree.tensors, _targets(adapter, options)) for adapter in adapters]
+    table = TableOnDemand(tree)
+    return [NameResolver(tree.tensors, _targets(adapter, options), table) for adapter in adapters]
 
 
 def _settled(adapter: Adapter, names: NameResolver, base: Checkpoint) -> Adapter:
@@ -182,20 +176,10 @@ def _needs_head(update: Update, name: str | None, tie: Tie | None) -> bool:
 
 def _check(builder: PlanBuilder, items: Mapping[str, Item], base: Checkpoint, adapters: Sequence[Adapter]) -> None:
     """Raise all faults at once."""
-    if faults := builder.faults:
-        from .explain import formats_of, other_base
+    if builder.faults:
+        from .explain import refuse
 
-        wrong = "contradict themselves, or " if any(adapter.faults for adapter in adapters) else ""
-        beside = sum(map(len, builder.beside.values()))
-        only = beside == len(faults) and len(builder.beside) == 1
-        what = f"tensors of {next(iter(builder.beside))}" if only else f"adapter tensors{formats_of(adapters)}"
-        hints = [f"--ignore-file {name} merges without it" for name in builder.beside]
-        most = 2 * len(faults) >= sum(len(adapter.tensors) for adapter in adapters)
-        if beside < len(faults) and most and not any(adapter.faults for adapter in adapters):
-            hints.insert(0, other_base(base, adapters))
-        raise PlanError(
-            f"{len(faults)} {what} {wrong}have no place in the base.", faults=faults, hint="; ".join(hints) or None
-        )
+        refuse(builder.faults, builder.beside, base, adapters)
     if not any(item.changed for item in items.values()):
         names = ", ".join(adapter.source.name for adapter in adapters)
         raise PlanError(f"Nothing to merge: no tensor of {names} is left to apply.")
@@ -248,8 +232,6 @@ def _quantised(base: Checkpoint, options: Options) -> QuantisedBase | None:
     return QuantisedBase.of(base, options)
 
 
-SHOWN = 10
-"""Names in a warning."""
 EXPERTS = ".experts."
 
 
@@ -263,18 +245,19 @@ def find_missing(
     """
     if not adapter.promised:
         return []
-    shapes = {own: tensor.shape for name, tensor in base.tensors.items() if (own := names.in_adapter(name))}
+    shapes = names.model_shapes()
     # a copy of the base's tensor beside its factors says nothing of training
     changes = [each for each in adapter.changes if not (isinstance(each.update, Full) and each.update.copied)]
     targets = [target for change in changes for target in (change.target, *change.among)]
-    covered = {name for target in targets for name in names.stored(target)}
-    if tie and covered & {tie.embedding, tie.head}:
-        covered |= {tie.embedding, tie.head}
+    covered = {place for target in targets for place in names.places(target)}
+    tied = {(tie.embedding, None), (tie.head, None)} if tie else set()
+    if covered & tied:
+        covered |= tied
     has_experts = any(EXPERTS in target for target in targets)
     return sorted(
         name
         for name in set(adapter.promised(shapes, lambda name: len(shapes[name]) == 2 and _is_linear(name)))
-        if covered.isdisjoint(names.stored(name))
+        if covered.isdisjoint(names.places(name))
         and options.selects(name.rpartition(".")[0])
         and (has_experts or EXPERTS not in name)
         and not _is_past_the_last_layer(name, base)

@@ -6,7 +6,6 @@ index, as in transformers' loader.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -92,17 +91,16 @@ class Checkpoint:
     @cached_property
     def modules(self) -> Mapping[str, Sequence[str]]:
         """Every module that owns a tensor, sorted by name under the name of its parent."""
-        children: dict[str, set[str]] = {}
-        for name in self.tensors:
-            module = name.rpartition(".")[0]
-            children.setdefault(module.rpartition(".")[0], set()).add(module)
-        return {parent: sorted(modules) for parent, modules in children.items()}
+        from .module_names import modules_of
+
+        return modules_of(self.tensors)
 
     @cached_property
     def module_kinds(self) -> tuple[str, ...]:
         """Every module's name with `*` for its numbers, once each."""
-        kinds = {re.sub(r"\d+", "*", module) for modules in self.modules.values() for module in modules}
-        return tuple(sorted(kinds))
+        from .module_names import kinds_of
+
+        return kinds_of(self.modules)
 
     @cached_property
     def model_types(self) -> frozenset[str]:

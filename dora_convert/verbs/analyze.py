@@ -18,7 +18,7 @@ from ..analysis.shares import share_by_config, share_of
 from ..analysis.statistics import correlate, layer_of, name_kinds
 from ..analysis.words import notes_of
 from ..errors import UsageError
-from ..fitting.pairs import model_names
+from ..fitting.model_weights import model_names
 from ..formats.detect import detect, model_weights
 from ..options import AnalyzeOptions
 from ..output.lineage import doubts
@@ -137,11 +137,12 @@ class _Request:
             idle = [*selection.check_globs(modules_of([adapter]))]
             plan = make_plan(self.base, [adapter], (1.0,), selection)
             self._warn([*doubts(self.base, [adapter]), *unused(self.base, [adapter]), *idle, *plan.warnings])
-            step = _Step(ref, plan.adapters[0], pair_plan(plan))
+            step = _Step(ref, plan.adapters[0], pair_plan(plan, spectrum=self.options["spectrum"]))
         else:
             tuned = as_dense(open_base(ref.ref, "TUNED", self.session))
             self._warn([*selection.check_globs({name.rpartition(".")[0] for name in model_names(tuned)})])
-            step = _Step(ref, tuned, pair_checkpoint(self.base, tuned, selection))
+            pairing = pair_checkpoint(self.base, tuned, selection, spectrum=self.options["spectrum"])
+            step = _Step(ref, tuned, pairing)
         self._warn(step.pairing.warnings)
         return step
 
