@@ -19,7 +19,7 @@ HINT = "dora-convert to-lora BASE ADAPTER OUT makes a LoRA of anything"
 
 
 @dataclass(frozen=True)
-class Factors:
+class RowFactors:
     """A change that is a LoRA or a DoRA by rows, and its parts."""
 
     change: Change
@@ -32,7 +32,7 @@ class Factors:
         return self.change.module
 
 
-def factors_of(new: NewAdapter, format_name: str, *, dora: bool = True, embeddings: bool = False) -> list[Factors]:
+def factors_of(new: NewAdapter, format_name: str, *, dora: bool = True, embeddings: bool = False) -> list[RowFactors]:
     """Return the factors of all changes; UnsupportedError names every change that the format cannot hold."""
     faults = [
         Fault(change.target, why)
@@ -41,7 +41,7 @@ def factors_of(new: NewAdapter, format_name: str, *, dora: bool = True, embeddin
     ]
     if faults or not new.changes:
         raise UnsupportedError(f"{format_name} cannot hold {len(faults)} changes.", faults=faults, hint=HINT)
-    found = [Factors(change, *_parts(change.update)) for change in new.changes]
+    found = [RowFactors(change, *_parts(change.update)) for change in new.changes]
     kinds = {bool(each.m) for each in found}
     if len(kinds) > 1 and format_name in ("mlx", "torchtune"):
         raise UnsupportedError(f"{format_name} cannot hold LoRA and DoRA in one adapter.", hint=HINT)
@@ -74,6 +74,10 @@ def _objection(change: Change, *, dora: bool, embeddings: bool) -> str | None:
 
 def refuse_others(new: NewAdapter, format_name: str) -> None:
     """Raise UnsupportedError for changes that PEFT's own writer does not know."""
+    parts = [Fault(change.target, "is in a component of a pipeline") for change in new.changes if "/" in change.target]
+    if parts:
+        hint = "--to diffusers holds all components in one file"
+        raise UnsupportedError(f"{format_name} holds one model, not a pipeline.", faults=parts, hint=hint)
     faults = [
         Fault(change.target, why)
         for change in new.changes
@@ -86,7 +90,7 @@ def refuse_others(new: NewAdapter, format_name: str) -> None:
         raise UnsupportedError(f"{format_name} cannot hold {len(faults)} changes.", faults=faults, hint=HINT)
 
 
-def one_scale(found: Sequence[Factors]) -> tuple[int, float, bool]:
+def one_scale(found: Sequence[RowFactors]) -> tuple[int, float, bool]:
     """Return one rank and one scaling for all factors, and True if scalings are folded into B."""
     ranks, scales = {each.low.rank for each in found}, {each.low.scale for each in found}
     rank = max(ranks)

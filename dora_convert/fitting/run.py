@@ -194,7 +194,8 @@ class _Run:
         if stored.path == self.spool.path and stored.dtype == dtype and not stored.is_view:
             return SpooledTensor(name, dtype, stored.shape, (Segment(stored.start, stored.nbytes),))
         pieces = []
-        for chunk in reader.pieces(stored):
+        for piece in reader.pieces(stored):
+            chunk = memoryview(bytearray(piece)) if piece.readonly else piece
             if not holds_numbers(chunk, stored.dtype):
                 raise NumericalError(
                     f"{stored.name} of {stored.path.name} holds NaN or Inf.", hint="the file is damaged"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor
 
 from ..adapters.new_adapter import ShapedTensor
@@ -41,5 +41,5 @@ def stored_values(stored: StoredTensor, reader: Reader) -> Tensor:
 
 def pickle_instead(path: Path) -> None:
     """Replace a safetensors file by one of torch.save, for programs that read no other."""
-    tensors = load_file(path)
+    tensors = load(path.read_bytes())
     torch.save(tensors, path)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import Unpack
 
-from ..adapters import Adapter, low_rank, tensors_of
+from ..adapters import Adapter, Full, low_rank, tensors_of
 from ..adapters.new_adapter import NewAdapter
 from ..errors import PlanError, UsageError
 from ..fitting.jobs import FittingPlan, Result
@@ -61,7 +61,10 @@ def _settled(adapter: Adapter, base: Checkpoint | None, session: FittingSession)
         plan = make_plan(base, [adapter], (1.0,), replace(session.selection, quantised="all"))
         for doubt in plan.warnings:
             session.settings.warn(doubt)
-        return plan.adapters[0]
+        same = {item.name for item in plan.items if not item.replaced}  # copies of the base's tensors
+        settled = plan.adapters[0]
+        changes = (c for c in settled.changes if not (isinstance(c.update, Full) and c.target in same))
+        return replace(settled, changes=tuple(changes))
     if adapter.naming == "flattened" or adapter.fit or any(hasattr(c.update, "choices") for c in adapter.changes):
         raise UsageError(
             f"{adapter.source.name} can be read only with its base, which decides names or the order of rows.",

@@ -30,6 +30,7 @@ from ...storage.file_view import CONFIG, FileView
 from ...storage.refs import Source
 from ...storage.safetensors import StoredTensor
 from ...storage.stored_view import view as view_of
+from .names import META, MODULES, OWN, PLAIN, ROTARY
 
 if TYPE_CHECKING:
     from ...adapters.new_adapter import Writer
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
 NAME = "torchtune"
 LIBRARY = "torchtune"
 TAKES = ("alpha", "scaling")
-OWN = "adapter_model.pt"
 _CHECKPOINT = re.compile(r"adapter_\d+\.pt")
 PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 ENDS: Mapping[str, str] = {
@@ -47,17 +47,6 @@ ENDS: Mapping[str, str] = {
 FIELDS = {"r", "lora_alpha", "target_modules", "peft_type", "base_model_name_or_path"}
 """The fields of the config that torchtune writes, which has no others."""
 PREFIX = "base_model.model."
-MODULES = {
-    "attn.q_proj": "self_attn.q_proj", "attn.k_proj": "self_attn.k_proj", "attn.v_proj": "self_attn.v_proj",
-    "attn.output_proj": "self_attn.o_proj", "mlp.w1": "mlp.gate_proj", "mlp.w2": "mlp.down_proj",
-    "mlp.w3": "mlp.up_proj",
-}  # fmt: skip
-"""torchtune's names inside a layer, and those of the Hub."""
-ROTARY = (".q_proj", ".k_proj")
-META = frozenset({"llama", "mistral", "gemma", "gemma2", "mixtral"})
-"""Families whose q and k torchtune reorders as Meta did."""
-PLAIN = frozenset({"qwen2", "qwen3", "phi3"})
-"""Families whose rows torchtune leaves in order."""
 
 
 def recognises(view: FileView) -> bool:

@@ -16,7 +16,7 @@ from ...adapters.writing import HINT, factors_of, matrices, one_scale, shaped
 from ...errors import UnsupportedError, UsageError
 from ...storage.safetensors import StoredTensor
 from ...storage.stored_view import view
-from . import META, MODULES, OWN, PLAIN, ROTARY
+from .names import META, MODULES, OWN, PLAIN, ROTARY
 
 CONFIG = "adapter_config.json"
 NAMES = {hub: own for own, hub in MODULES.items()}
