@@ -245,7 +245,8 @@ class Item:
 
         These are the norms of DoRA rows, the base's replaced rows, and for `exact` an eighth of the tensor.
         """
-        total = sum(4 * edit.low.outputs for edit in self.edits if edit.low and edit.decomposed)
+        edits = self.edits if self.invertible else ()
+        total = sum(4 * edit.low.outputs for edit in edits if edit.low and edit.decomposed)
         if self.start:
             total += 4 * self.start.rank * sum(self.matrix)
         if self.base and self.replaced and not self.added:
@@ -253,7 +254,8 @@ class Item:
             kept = self.base.matrix[0] if whole else sum(len(rows.index) for rows in self.rows)
             total += kept * (self.base.nbytes // max(1, self.base.matrix[0]) + 8)
         if exact and self.base and not self.verbatim and self.source is self.base:
-            total += self.base.nbytes // 8 if BITS[self.dtype] >= BITS[self.base.dtype] else self.base.nbytes
+            few = self.invertible and BITS[self.dtype] >= BITS[self.base.dtype]
+            total += self.base.nbytes // 8 if few else self.base.nbytes
         return total
 
 

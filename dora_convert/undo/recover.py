@@ -15,8 +15,9 @@ from ..plan.item import Item, spans
 from ..storage.reader import Digest
 from ..storage.safetensors import StoredTensor
 from ..storage.spool import Spool
+from .chain import inverse_of
 from .expected_base import replaced_rows
-from .inverse import Inverse, as_rows
+from .inverse import as_rows
 from .packing import Unpacker
 
 
@@ -32,7 +33,7 @@ class RecoveryMaker:
         self._undo = item.undo
         taken, ulps = item.undo.taken, item.undo.ulps
         held = (self._buffers.whole(taken[0]), self._buffers.whole(taken[1])) if taken else None
-        self._inverse = Inverse(item, self._buffers, exact=ulps is not None, taken=held)
+        self._inverse = inverse_of(item, self._buffers, exact=ulps is not None, taken=held)
         self._norms = self._recorded() if item.undo.original is None else self._measured(item.undo.original)
         integers = maths.INTEGERS[TORCH[item.dtype].itemsize]
         self._ulps = Unpacker(ulps, reader, integers, item.source.matrix[1]) if ulps else None

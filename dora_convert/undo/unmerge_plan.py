@@ -152,7 +152,7 @@ def _recovered(
 ) -> Item | Fault:
     """Return the item that recovers one tensor of the base, or the fault that says why none can."""
     name, item = tensor.name, merge.remains.get(tensor.name)
-    own = original and original.tensors.get(name)
+    own = original.tensors.get(name) if original else None
     if item and item.verbatim:
         return _copy(tensor, merged.tensors[item.name])
     if whole := record.find("whole", name, tensor.dtype, tensor.shape):
@@ -160,13 +160,10 @@ def _recovered(
     if not item or (item.replaced and merge.options.undo == "none"):
         return _copy(tensor, own) if own else Fault(name, "was replaced or left out, and no record holds it")
     if item.source is not item.base:
-        fewer = [min(pair) for pair in zip(tensor.shape[:1], item.source.shape[:1], strict=True)]
-        shape = (*fewer, *item.source.shape[1:])  # the adapter's tensor may have more rows, or fewer
-        undo = Undo(kept=_kept(tensor, record))
-        if fewer < [*tensor.shape[:1]] and not undo.kept:
-            return Fault(name, "rows of it were cut off, and no record holds them")
-        return _inverse(replace(item, edits=(), rows=()), tensor, replace(item.source, shape=shape), undo)
+        return _replaced(item, tensor, record)
     source = replace(merged.tensors[item.name], shape=item.source.shape)
+    if not item.invertible:
+        return _from_bits(item, tensor, source, record, own)
     rows, columns = source.matrix
     norms = tuple(
         record.find(f"norm/{number}", name, "F32", [edit.low.outputs]) if edit.low and edit.decomposed else None
@@ -181,8 +178,32 @@ def _recovered(
     if any(edit.decomposed and not n for edit, n in zip(item.edits, norms, strict=True)):
         if not own:
             return Fault(name, "a merged DoRA has lost ‖W + sBA‖, and no record holds it")
+        if item.combination:
+            return _copy(tensor, own)
         undo = Undo(norms, original=replace(own, shape=item.source.shape))
     return _inverse(item, tensor, source, undo)
+
+
+def _replaced(item: Item, tensor: StoredTensor, record: MergeRecord) -> Item | Fault:
+    """Return the item that puts the base's rows back, where an adapter's tensor replaced them."""
+    fewer = [min(pair) for pair in zip(tensor.shape[:1], item.source.shape[:1], strict=True)]
+    shape = (*fewer, *item.source.shape[1:])  # the adapter's tensor may have more rows, or fewer
+    undo = Undo(kept=_kept(tensor, record))
+    if fewer < [*tensor.shape[:1]] and not undo.kept:
+        return Fault(tensor.name, "rows of it were cut off, and no record holds them")
+    return _inverse(replace(item, edits=(), rows=()), tensor, replace(item.source, shape=shape), undo)
+
+
+def _from_bits(
+    item: Item, tensor: StoredTensor, source: StoredTensor, record: MergeRecord, own: StoredTensor | None
+) -> Item | Fault:
+    """Return the item that recovers a tensor by the base's bits alone, which only an exact record holds."""
+    if ulps := record.find("ulps", tensor.name, "U8", [None]):
+        undo = Undo(kept=_kept(tensor, record), ulps=ulps)
+        return _inverse(replace(item, edits=(), combination=None), tensor, source, undo)
+    method = item.combination.method if item.combination else "sum"
+    why = f"was merged with --method {method}, which cannot be inverted: only --undo exact keeps what it needs"
+    return _copy(tensor, own) if own else Fault(tensor.name, why)
 
 
 def _inverse(item: Item, tensor: StoredTensor, source: StoredTensor, undo: Undo) -> Item:

@@ -25,6 +25,7 @@ from ...sources.session import Session
 from ...storage.checkpoint import Checkpoint
 from ...storage.refs import PathLike, Source, local_path, parse_ref
 from .. import takes
+from .advice import advise
 from .census import census, common, fold
 
 
@@ -46,7 +47,8 @@ def inspect(
         if detect(source.path):
             against = None if base is None else open_base(base, "BASE", session, "brief")
             waived = parse_options(options).waived
-            return _describe_adapter(source, listing.names, against, waived, started)
+            words = (str(ref), base)
+            return _describe_adapter(source, listing.names, against, waived, words=words, started=started)
         checkpoint = _open(listing)
         refuse_adapter_tensors(checkpoint, "REF")
     if base is not None:
@@ -67,7 +69,13 @@ def _open(listing: RefListing) -> Checkpoint:
 
 
 def _describe_adapter(
-    source: Source, names: Sequence[str], base: Checkpoint | None, waived: Waived, started: float
+    source: Source,
+    names: Sequence[str],
+    base: Checkpoint | None,
+    waived: Waived,
+    *,
+    words: tuple[str, str | None],
+    started: float,
 ) -> AdapterReport:
     adapter, refusal = read_or_refuse(source, waived)
     others = [file for file in adapter.beside if file.fate != "model"]
@@ -90,6 +98,7 @@ def _describe_adapter(
         if refusal
         else None,
         landing=_landing(base, adapter, refusal) if base else None,
+        **advise(adapter, words, refused=refusal is not None),
         **common(source, adapter.tensors.values(), notes, started),
     )
 
