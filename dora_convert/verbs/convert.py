@@ -55,8 +55,6 @@ def _settled(adapter: Adapter, base: Checkpoint | None, session: FittingSession)
     """Return an adapter with the base's names, and with nothing left open; UsageError if that needs a base."""
     if adapter.faults:
         raise PlanError(f"The adapter {adapter.source.name} contradicts itself.", faults=adapter.faults)
-    for doubt in adapter.doubts:
-        session.settings.warn(doubt)
     if base:
         plan = make_plan(base, [adapter], (1.0,), replace(session.selection, quantised="all"))
         for doubt in plan.warnings:
