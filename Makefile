@@ -85,6 +85,7 @@ fuzz: $(VENV)/ready
 
 oracles: $(VENV)/ready
 	$(BIN)/python -m tests.oracles.families
+	$(BIN)/python -m tests.oracles.verbs
 	$(if $(CASES),$(BIN)/python -m tests.oracles.analyze $(CASES))
 
 bench: $(VENV)/ready

@@ -155,6 +155,13 @@ class FittingOptions(OutputOptions, total=False):
     format: str
 
 
+class ConvertOptions(FieldOptions, FittingOptions, total=False):
+    """The options of convert."""
+
+    to: str | None
+    base: Path | None
+
+
 class FromLoraOptions(FieldOptions, FittingOptions, total=False):
     """The options of from_lora."""
 

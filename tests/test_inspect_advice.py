@@ -113,6 +113,23 @@ def test_what_is_unusual(tmp_path, base):
     assert next(each.why for each in large.loaders if each.loader == "vLLM") == "with --max-lora-rank 20"
 
 
+def test_magnitudes_against_the_base(tmp_path, base, adapter):
+    """Those of this base, normalised ones, and those of another base."""
+    file = adapter / "adapter_model.safetensors"
+
+    def warnings(factor):
+        tensors = load_file(file)
+        odd = {name: factor(x) if "magnitude" in name else x for name, x in tensors.items()}
+        save_file(odd, file, {"format": "pt"})
+        found = " ".join(dora_convert.inspect(adapter, base=base.path).landing.warnings)
+        save_file(tensors, file, {"format": "pt"})
+        return found
+
+    assert warnings(lambda m: m) == ""
+    assert "normalised" in warnings(lambda m: 1 + 0.01 * torch.randn(m.shape))
+    assert "another base?" in warnings(lambda m: m * 5)
+
+
 def test_checkpoints(tmp_path, base, run):
     """A dense checkpoint, pickles, and one without a config; in words and in JSON."""
     report = dora_convert.inspect(base.path)

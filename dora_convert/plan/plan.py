@@ -19,7 +19,7 @@ from typing import Any
 
 import xxhash
 
-from ..adapters import Adapter, Delta, Full, Waived, tensors_of
+from ..adapters import Adapter, Decomposed, Delta, Full, Waived, tensors_of
 from ..errors import UsageError
 from ..option_table import SUM, Combination
 from ..settings import NO_FACTS, AdapterFacts, parse_facts, parse_size
@@ -186,8 +186,11 @@ def _describe_edit(edit: Edit) -> list[Any]:
     if isinstance(edit.update, Delta | Full):
         return [*known, edit.update.scale] if isinstance(edit.update, Delta) else known
     low = edit.low
-    assert low
-    return [*known, low.rank, low.scale, low.blocks, low.experts, low.start and low.start.value]
+    if not low or (isinstance(edit.update, Decomposed) and edit.update != Decomposed(low, edit.update.m)):
+        from .facts import facts_of
+
+        known += [facts_of(edit.update), *([_describe(edit.follows)] if edit.follows else [])]
+    return known if not low else [*known, low.rank, low.scale, low.blocks, low.experts, low.start and low.start.value]
 
 
 DTYPES = {"auto": None} | {name: dtype for dtype, name in CONFIG_DTYPES.items()}

@@ -11,6 +11,7 @@ from typing import Any
 from typing_extensions import Unpack
 
 from ...adapters import Adapter, Change, Decomposed, Delta, Full, LowRank, Rows, Waived, tensors_of, transform_of
+from ...adapters.beside import doubts_of
 from ...errors import DoraConvertError, Fault, PlanError, RefError, UnsupportedError, UsageError
 from ...formats.detect import adapters_inside, detect, model_weights
 from ...options import InspectOptions
@@ -27,6 +28,7 @@ from ...storage.refs import PathLike, Source, local_path, parse_ref
 from .. import takes
 from .advice import advise
 from .census import census, common, fold
+from .magnitudes import doubt_magnitudes
 
 
 @takes(InspectOptions)
@@ -151,7 +153,12 @@ def _landing(base: Checkpoint, adapter: Adapter, refusal: DoraConvertError | Non
         faults=_faults(error.faults if error else ()),
         ledger=tuple(entry.to_dict() for entry in plan.ledger) if plan else (),
         tensors=plan.counts() if plan else {},
-        warnings=(*doubts(base, [adapter]), *adapter.doubts, *(plan.warnings if plan else ())),
+        warnings=(
+            *doubts(base, [adapter]),
+            *doubts_of(adapter.beside, adapter.source.name),
+            *(plan.warnings if plan else ()),
+            *(doubt_magnitudes(plan) if plan else ()),
+        ),
     )
 
 
