@@ -7,6 +7,7 @@
 # make dist    build wheel and sdist, and check them (needs build and twine)
 # make fuzz    a minute of broken files at everything that reads them; SEED=N for others
 # make oracles compare with the tools themselves (minutes); CASES=FOLDER adds their own adapters
+#              QUANTISERS=VENV/bin adds quantised bases, in an environment with the tools that make them
 # make bench   time merges against cp and PEFT (needs about 10 GB of disk)
 
 PYTHON ?= python3
@@ -86,6 +87,7 @@ fuzz: $(VENV)/ready
 oracles: $(VENV)/ready
 	$(BIN)/python -m tests.oracles.families
 	$(BIN)/python -m tests.oracles.verbs
+	$(if $(QUANTISERS),$(QUANTISERS)/python tests/oracles/quantised.py)
 	$(if $(CASES),$(BIN)/python -m tests.oracles.analyze $(CASES))
 
 bench: $(VENV)/ready
