@@ -56,7 +56,16 @@ def test_one_alpha_folds_the_scalings(tmp_path):
     assert torch.allclose(after[f"{name}.lora_b"], 3 * B.T, rtol=1e-6)
 
 
-@pytest.mark.parametrize(("case", "to", "words"), [("kohya-lora-sd15", "peft", "pipeline")])
+@pytest.mark.parametrize(
+    ("case", "to", "words"),
+    [
+        ("lycoris-locon-dora-col", "kohya", "by columns"),
+        ("lycoris-loha", "mlx", "LoHa"),
+        ("peft-oft", "diffusers", "OFT"),
+        ("hfadapters-dora", "torchtune", "follow"),
+        ("kohya-lora-sd15", "peft", "pipeline"),
+    ],
+)
 def test_what_does_not_go_is_named(tmp_path, case, to, words):
     """Every change that the format cannot hold, and the verb that helps; nothing is written."""
     with pytest.raises(UnsupportedError) as caught:
