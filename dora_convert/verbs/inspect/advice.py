@@ -14,7 +14,7 @@ from ...naming.resolve import is_embedding, is_head
 from ...reports.advice import LoaderAdvice
 from ...storage.json_files import read_json
 from ...storage.safetensors import StoredTensor
-from .loaders import CONVERT, LOADERS, LORA, MERGE, REFUSES, Loader, Rule
+from .loaders import CONVERT, LOADERS, LORA, MERGE, REFUSES, Loader, LoaderRule
 
 MOST_BYTES = 512 << 20
 """Bytes of factors that are read to find zeros."""
@@ -224,7 +224,7 @@ class Advisor:
             yield "there are magnitudes, but use_dora is not set in adapter_config.json"
 
 
-def _severity(rule: Rule) -> bool:
+def _severity(rule: LoaderRule) -> bool:
     """Return False for a refusal, which is named before what is loaded wrong."""
     return rule.verdict != REFUSES
 

@@ -13,7 +13,7 @@ MERGE, LORA, CONVERT = "merge", "to-lora", "convert"
 """Ways to something that the program takes: a merged model, a plain LoRA, another format."""
 
 
-class Rule(NamedTuple):
+class LoaderRule(NamedTuple):
     """One thing that a program does not do with adapters."""
 
     feature: str
@@ -31,7 +31,7 @@ class Loader(NamedTuple):
     name: str
     formats: tuple[str, ...]
     source: str
-    rules: tuple[Rule, ...]
+    rules: tuple[LoaderRule, ...]
     language: bool = True
     """True for language models, False for image models."""
     writes: str = ""
@@ -68,8 +68,10 @@ LOADERS = (
         ("peft",),
         "peft/tuners/lora",
         (
-            Rule("unsaid dora", WRONG, "without use_dora the magnitudes are dropped", "peft/utils/save_and_load.py"),
-            Rule("dora by columns", REFUSES, "its magnitudes are of rows", "peft/tuners/lora/dora.py"),
+            LoaderRule(
+                "unsaid dora", WRONG, "without use_dora the magnitudes are dropped", "peft/utils/save_and_load.py"
+            ),
+            LoaderRule("dora by columns", REFUSES, "its magnitudes are of rows", "peft/tuners/lora/dora.py"),
         ),
         writes="peft",
     ),
@@ -78,14 +80,14 @@ LOADERS = (
         ("peft",),
         _VLLM,
         (
-            Rule("dora", REFUSES, '"vLLM does not yet support DoRA"', f"{_VLLM}; vllm issue 10849", LORA),
-            Rule("whole", REFUSES, "modules_to_save must be empty", _VLLM),
-            Rule("rows", REFUSES, "trained tokens are not read", _VLLM),
-            Rule("other kinds", REFUSES, "only lora_A and lora_B are read", _VLLM, LORA),
-            Rule("start", WRONG, "the base of training is not restored", _VLLM, LORA),
-            Rule("patterns", WRONG, "one r and one lora_alpha are read for all modules", _VLLM, LORA),
-            Rule("convolutions", REFUSES, "only linear layers and embeddings have LoRA", "vllm/lora/layers"),
-            Rule("biases", WRONG, "biases are not read", _VLLM),
+            LoaderRule("dora", REFUSES, '"vLLM does not yet support DoRA"', f"{_VLLM}; vllm issue 10849", LORA),
+            LoaderRule("whole", REFUSES, "modules_to_save must be empty", _VLLM),
+            LoaderRule("rows", REFUSES, "trained tokens are not read", _VLLM),
+            LoaderRule("other kinds", REFUSES, "only lora_A and lora_B are read", _VLLM, LORA),
+            LoaderRule("start", WRONG, "the base of training is not restored", _VLLM, LORA),
+            LoaderRule("patterns", WRONG, "one r and one lora_alpha are read for all modules", _VLLM, LORA),
+            LoaderRule("convolutions", REFUSES, "only linear layers and embeddings have LoRA", "vllm/lora/layers"),
+            LoaderRule("biases", WRONG, "biases are not read", _VLLM),
         ),
         writes="peft",
     ),
@@ -94,15 +96,15 @@ LOADERS = (
         ("peft",),
         _SGLANG,
         (
-            Rule("dora", REFUSES, "use_dora is recorded, and no code computes with it", _SGLANG, LORA),
-            Rule("whole", WRONG, "only lora_A and lora_B are used", _SGLANG),
-            Rule("rows", WRONG, "trained tokens are not read", _SGLANG),
-            Rule("other kinds", REFUSES, "peft_type must be LORA", _SGLANG, LORA),
-            Rule("start", WRONG, "the base of training is not restored", _SGLANG, LORA),
-            Rule("rslora", WRONG, "the scaling is lora_alpha / r", _SGLANG, LORA),
-            Rule("patterns", WRONG, "one r and one lora_alpha are used for all modules", _SGLANG, LORA),
-            Rule("convolutions", REFUSES, "only linear layers have LoRA", _SGLANG),
-            Rule("biases", WRONG, "biases are not read", _SGLANG),
+            LoaderRule("dora", REFUSES, "use_dora is recorded, and no code computes with it", _SGLANG, LORA),
+            LoaderRule("whole", WRONG, "only lora_A and lora_B are used", _SGLANG),
+            LoaderRule("rows", WRONG, "trained tokens are not read", _SGLANG),
+            LoaderRule("other kinds", REFUSES, "peft_type must be LORA", _SGLANG, LORA),
+            LoaderRule("start", WRONG, "the base of training is not restored", _SGLANG, LORA),
+            LoaderRule("rslora", WRONG, "the scaling is lora_alpha / r", _SGLANG, LORA),
+            LoaderRule("patterns", WRONG, "one r and one lora_alpha are used for all modules", _SGLANG, LORA),
+            LoaderRule("convolutions", REFUSES, "only linear layers have LoRA", _SGLANG),
+            LoaderRule("biases", WRONG, "biases are not read", _SGLANG),
         ),
         writes="peft",
     ),
@@ -111,14 +113,16 @@ LOADERS = (
         ("peft",),
         _LLAMA,
         (
-            Rule("dora", REFUSES, '"Unexpected name": not lora_A or lora_B', f"{_LLAMA}; llama.cpp issue 6536", LORA),
-            Rule("whole", REFUSES, '"Unexpected name": not lora_A or lora_B', _LLAMA),
-            Rule("rows", REFUSES, '"Unexpected name": not lora_A or lora_B', _LLAMA),
-            Rule("biases", REFUSES, '"Unexpected name": not lora_A or lora_B', _LLAMA),
-            Rule("other kinds", REFUSES, '"Unexpected name": not lora_A or lora_B', _LLAMA, LORA),
-            Rule("start", WRONG, "the base of training is not restored", _LLAMA, LORA),
-            Rule("rslora", WRONG, "the scaling is lora_alpha / rank", _LLAMA, LORA),
-            Rule("alphas", WRONG, "one lora_alpha is written for all modules", _LLAMA, LORA),
+            LoaderRule(
+                "dora", REFUSES, '"Unexpected name": not lora_A or lora_B', f"{_LLAMA}; llama.cpp issue 6536", LORA
+            ),
+            LoaderRule("whole", REFUSES, '"Unexpected name": not lora_A or lora_B', _LLAMA),
+            LoaderRule("rows", REFUSES, '"Unexpected name": not lora_A or lora_B', _LLAMA),
+            LoaderRule("biases", REFUSES, '"Unexpected name": not lora_A or lora_B', _LLAMA),
+            LoaderRule("other kinds", REFUSES, '"Unexpected name": not lora_A or lora_B', _LLAMA, LORA),
+            LoaderRule("start", WRONG, "the base of training is not restored", _LLAMA, LORA),
+            LoaderRule("rslora", WRONG, "the scaling is lora_alpha / rank", _LLAMA, LORA),
+            LoaderRule("alphas", WRONG, "one lora_alpha is written for all modules", _LLAMA, LORA),
         ),
         writes="gguf",
     ),
@@ -127,8 +131,8 @@ LOADERS = (
         ("mlx",),
         _MLX,
         (
-            Rule("patterns", WRONG, "one rank and one scale are used for all layers", _MLX, LORA),
-            Rule("embeddings", REFUSES, "its loader makes adapters of linear layers only", _MLX),
+            LoaderRule("patterns", WRONG, "one rank and one scale are used for all layers", _MLX, LORA),
+            LoaderRule("embeddings", REFUSES, "its loader makes adapters of linear layers only", _MLX),
         ),
         writes="mlx",
     ),
@@ -137,8 +141,8 @@ LOADERS = (
         ("diffusers", "kohya"),
         _DIFFUSERS,
         (
-            Rule("kohya dora", WRONG, "dora_scale is dropped with a warning", _DIFFUSERS, CONVERT),
-            Rule("other kinds", REFUSES, "only factors are read", _DIFFUSERS),
+            LoaderRule("kohya dora", WRONG, "dora_scale is dropped with a warning", _DIFFUSERS, CONVERT),
+            LoaderRule("other kinds", REFUSES, "only factors are read", _DIFFUSERS),
         ),
         language=False,
         writes="diffusers",
@@ -148,8 +152,10 @@ LOADERS = (
         ("kohya", "diffusers"),
         _COMFY,
         (
-            Rule("kohya dora", WRONG, "rows are divided by ‖W‖, not by ‖W + sBA‖", f"{_COMFY}; pull request 15458"),
-            Rule("dora", WRONG, "lora_magnitude_vector is not read", _COMFY, CONVERT),
+            LoaderRule(
+                "kohya dora", WRONG, "rows are divided by ‖W‖, not by ‖W + sBA‖", f"{_COMFY}; pull request 15458"
+            ),
+            LoaderRule("dora", WRONG, "lora_magnitude_vector is not read", _COMFY, CONVERT),
         ),
         language=False,
         writes="kohya",
