@@ -212,4 +212,4 @@ def settle_widest(targets: Mapping[str, TargetTensor], changes: Sequence[Change]
     if any(change.update.widest for change in changes):
         from . import widest
 
-        widest.settle(targets, changes)
+        widest.settle([target.edits for target in targets.values()], changes)
