@@ -45,6 +45,8 @@ from transformers.core_model_loading import (
 from transformers.initialization import no_init_weights
 from transformers.models.auto import modeling_auto
 
+from dora_convert.formats.peft.parameters import REGISTERED
+
 FILE = Path(__file__).parent.parent / "dora_convert" / "naming" / "families.json"
 Rule = list[Any]
 USUAL = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "MASKED_LM")
@@ -147,8 +149,6 @@ class Facts:
         """By class: the module of the output head, if it is not lm_head."""
         self.turned: set[str] = set()
         """Model types whose experts are stored as (in, out)."""
-        self.orders: dict[str, list[str]] = {}
-        """By model type: the experts' parameters in the order of their registration, if it is not the usual one."""
         self.fixed: dict[str, list[str]] = {}
         """By class: names in the model, with `*` for numbers, that the loader keeps although a rule changes them."""
         self.failed: dict[str, str] = {}
@@ -180,8 +180,9 @@ class Facts:
             own = [key for key, value in module.named_parameters(recurse=False) if value.ndim > 1 or "bias" in key]
             if "Expert" not in kind or not any(value.ndim == 3 for value in module.parameters(recurse=False)):
                 continue
-            if not own[0].startswith("gate_up_proj"):
-                self.orders[model.config.model_type] = own
+            known = [key for key in own if key in REGISTERED]
+            if known != sorted(known, key=REGISTERED.index):
+                raise ValueError(f"{kind} registers {own}: formats/peft/parameters.py has another order")
             if getattr(module, "is_transposed", False):
                 self.turned.add(model.config.model_type)
         head = model.get_output_embeddings()
@@ -308,10 +309,7 @@ def make(only: Collection[str] = ()) -> dict[str, Any]:
         "models": models,
         "bare": bare(models),
         "usual": usual(models),
-        "heads": dict(sorted(facts.heads.items())),
         "fixed": {name: kinds for name, kinds in sorted(facts.fixed.items()) if name in models},
-        "turned": sorted(facts.turned),
-        "orders": dict(sorted(facts.orders.items())),
         "failed": facts.failed,
     }
 
