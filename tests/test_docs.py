@@ -16,7 +16,7 @@ from dora_convert.cli import COMMANDS, main
 from .toy import edit_json, make_adapter, make_base
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 
 
@@ -92,8 +92,29 @@ def test_readme_is_short():
 def test_every_page_is_in_the_index():
     """docs/index.md leads to every page."""
     index = (ROOT / "docs/index.md").read_text(encoding="utf-8")
-    for page in (ROOT / "docs").glob("*.md"):
-        assert page.name == "index.md" or f"({page.name})" in index
+    for page in (ROOT / "docs").rglob("*.md"):
+        path = page.relative_to(ROOT / "docs").as_posix()
+        assert path == "index.md" or f"({path})" in index, path
+
+
+def test_the_site_leads_to_every_page():
+    """mkdocs.yml has every page in its navigation."""
+    site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    for page in (ROOT / "docs").rglob("*.md"):
+        assert f": {page.relative_to(ROOT / 'docs').as_posix()}\n" in site, page
+
+
+def test_messages_of_troubleshooting_exist():
+    """Every message that the page explains is in the code, but for the names and numbers in it."""
+    page = (ROOT / "docs/guides/troubleshooting.md").read_text(encoding="utf-8")
+    code = re.sub(
+        r'"\s*f?"', "", "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "dora_convert").rglob("*.py"))
+    )
+    messages = re.findall(r"\*([^*`]{8,})\*", "\n".join(re.findall(r"^\| (\*.*?) \|", page, re.MULTILINE)))
+    assert len(messages) > 15
+    for message in messages:
+        for part in re.split(r"…|\bN\b|\d+%?", message):
+            assert part.strip(" .,") in code, message
 
 
 def test_glossary_names_exist():

@@ -13,7 +13,9 @@ PACKAGE = ROOT / "dora_convert"
 FILES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
 PAGES = [
-    path for path in (*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))) if path.stem != "cli-reference"
+    path
+    for path in (*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md")))
+    if path.stem not in ("cli-reference", "api", "changelog")
 ]
 LONGEST_LINE, LONGEST_SENTENCE = 120, 35
 

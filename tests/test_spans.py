@@ -52,8 +52,9 @@ VIEWS = [
 
 
 @pytest.mark.parametrize("cut", VIEWS)
-def test_a_view_reads_like_the_tensor_it_shows(tmp_path, reader, cut):
+def test_a_view_reads_like_the_tensor_it_shows(tmp_path, reader, monkeypatch, cut):
     """Rows, columns, whole tensors and bytes of a view are those of the part of the tensor that it shows."""
+    monkeypatch.setattr("dora_convert.storage.reader.PIECE_BYTES", 10)
     whole = torch.randn(12, 8, dtype=torch.float64).bfloat16()
     shown = view(stored(tmp_path / "x.safetensors", {"x": whole})["x"], **cut)
     rows, columns = list(cut.get("rows", range(12))), list(cut.get("columns", range(8)))
@@ -69,6 +70,8 @@ def test_a_view_reads_like_the_tensor_it_shows(tmp_path, reader, cut):
     assert torch.equal(read_columns(reader, shown, [1, 0]), expected[:, [1, 0]])
     data = b"".join(map(bytes, reader.pieces(shown)))
     assert torch.equal(torch.frombuffer(bytearray(data), dtype=torch.bfloat16).view(expected.shape), expected)
+    again = stored(tmp_path / "y.safetensors", {"y": expected})["y"]
+    assert reader.same_bytes(shown, again)
     inner = view(shown, rows=range(1, 3), columns=(1, 0))
     assert torch.equal(buffers.stored(inner), expected[1:3][:, [1, 0]])
 

@@ -26,6 +26,10 @@ class NewAdapter:
     """The modules that have factors, by names or ends of names; () for all names, None for `like`'s field."""
     besides: frozenset[str] = frozenset()
     """The model's other modules, which `targets` must not match."""
+    parameters: frozenset[str] = frozenset()
+    """The weights that are parameters and not layers' weights, such as stacks of experts."""
+    weights: frozenset[str] = frozenset()
+    """All weights of the model, if it has such parameters."""
     keeps_ties: bool = False
     """True if embedding and head stay one weight."""
 

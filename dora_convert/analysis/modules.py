@@ -8,7 +8,8 @@ from pathlib import Path
 
 from ..adapters import LowRank
 from ..errors import PlanError
-from ..fitting.pairs import is_table, model_names
+from ..fitting.model_weights import model_names
+from ..fitting.pairs import is_table
 from ..naming.families import TURNED_EXPERTS
 from ..plan.item import Item, block_height, spans
 from ..plan.plan import Options, Plan

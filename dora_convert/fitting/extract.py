@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from ..plan.item import spans
 from ..storage.reader import Reader
 from ..storage.safetensors import BITS, FLOATS, StoredTensor
 from .compress import ranks_for
+from .model_weights import WeightPiece
 from .pairs import Pair
 from .run import Fitted, rounded
 
@@ -58,41 +59,77 @@ def extract_module(
     """Return the factors of TUNED − BASE (and m, for a DoRA), and their loss; none for no difference."""
     working, wide = torch.float32 if single else buffers.spec.compute, buffers.spec.compute
     if kind == "lora":
-        D = _difference(job, buffers, working)
-        factors = truncated_svd(D, exact=exact, **goal)
-        B, A = (rounded(x, dtype, job.name) for x in (factors.B, factors.A))
-        lost, change = compared(lambda rows: D[rows].to(wide), B.to(wide), A.to(wide))
-        facts = {"rank": factors.rank, "change": change, "lost": lost, **ranks_for(factors)}
-        return Fitted({"A": A, "B": B} if factors.rank else {}, facts)
-    W, tuned = (_matrix(stored, buffers, working, transposed=job.transposed) for stored in job.inputs)
+        found = []
+        for number in range(len(job.before.stacks)):
+            D = _difference(job, number, buffers, working)
+            found.append(_lora(D, job.name, wide, goal=goal, exact=exact, dtype=dtype))
+        return found[0] if not job.experts else _of_experts(found)
+    W, tuned = (_matrix(weight.stacks[0], buffers, working) for weight in (job.before, job.after))
     dora = extract_dora(W, tuned, exact=exact, store=lambda x: rounded(x, dtype, job.name), **goal)
-    lost = dora.delta_error * dora.change
-    facts = {"rank": dora.rank, "change": dora.change * dora.change, "lost": lost * lost}
+    facts = {"rank": dora.rank, "change": dora.change**2, "lost": (dora.delta_error * dora.change) ** 2}
     facts |= {"converged": dora.converged, "steps": dora.steps}
     if not dora.rank:
         return Fitted({}, facts)
     del W, tuned
-    facts["lora_error"] = truncated_svd(_difference(job, buffers, working), rank=dora.rank, exact=exact).error
+    facts["lora_error"] = truncated_svd(_difference(job, 0, buffers, working), rank=dora.rank, exact=exact).error
     return Fitted({"A": dora.A, "B": dora.B, "m": dora.m.float()}, facts)
 
 
-def _matrix(stored: StoredTensor, buffers: DeviceBuffers, dtype: torch.dtype, *, transposed: bool) -> Tensor:
+def _lora(
+    D: Tensor, name: str, wide: torch.dtype, *, goal: Mapping[str, Any], exact: bool, dtype: str | None
+) -> Fitted:
+    """Return the factors of a difference (out, in), and their loss."""
+    factors = truncated_svd(D, exact=exact, **goal)
+    B, A = (rounded(x, dtype, name) for x in (factors.B, factors.A))
+    lost, change = compared(lambda rows: D[rows].to(wide), B.to(wide), A.to(wide))
+    facts = {"rank": factors.rank, "change": change, "lost": lost, **ranks_for(factors)}
+    return Fitted({"A": A, "B": B} if factors.rank else {}, facts)
+
+
+def _of_experts(found: Sequence[Fitted]) -> Fitted:
+    """Return the factors of a stack of experts: A (experts·r, in), and B (out, r·experts) with the expert fastest."""
+    every = [each.facts for each in found]
+    rank = max(facts["rank"] for facts in every)
+    facts = {"rank": rank} | {name: sum(each[name] for each in every) for name in ("change", "lost")}
+    for name in ("one_percent", "one_permille", "known"):
+        ranks = [each[name] for each in every]
+        facts[name] = None if None in ranks else max(ranks)
+    if not rank:
+        return Fitted({}, facts)
+    some = next(each.tensors for each in found if each.tensors)
+    A = some["A"].new_zeros(len(found), rank, some["A"].shape[1])
+    B = some["B"].new_zeros(len(some["B"]), rank, len(found))
+    for number, each in enumerate(found):
+        if each.tensors:
+            A[number, : each.facts["rank"]] = each.tensors["A"]
+            B[:, : each.facts["rank"], number] = each.tensors["B"]
+    return Fitted({"A": A.flatten(0, 1), "B": B.flatten(1)}, facts)
+
+
+def _matrix(stack: Sequence[WeightPiece], buffers: DeviceBuffers, dtype: torch.dtype) -> Tensor:
     """Return a weight as (out, in); NumericalError for NaN and Inf."""
-    matrix = torch.empty(stored.matrix, dtype=dtype, device=buffers.spec.device)
-    for start, stop in spans(*stored.matrix):
-        matrix[start:stop] = buffers.raw(stored, start, stop).to(buffers.spec.device)
-    if not maths.all_finite(matrix):
-        raise NumericalError(f"{stored.name} of {stored.path.name} holds NaN or Inf.", hint="the file is damaged")
-    return matrix.T if transposed else matrix
+    parts = []
+    for piece in stack:
+        stored = piece.tensor
+        matrix = torch.empty(stored.matrix, dtype=dtype, device=buffers.spec.device)
+        for start, stop in spans(*stored.matrix):
+            matrix[start:stop] = buffers.raw(stored, start, stop).to(buffers.spec.device)
+        if not maths.all_finite(matrix):
+            raise NumericalError(f"{stored.name} of {stored.path.name} holds NaN or Inf.", hint="the file is damaged")
+        parts.append(matrix.T if piece.turned else matrix)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _difference(job: Pair, buffers: DeviceBuffers, dtype: torch.dtype) -> Tensor:
-    """Return TUNED − BASE as (out, in): subtracted in the compute dtype, then rounded to `dtype`."""
-    base, tuned = job.inputs
-    D = torch.empty(base.matrix, dtype=dtype, device=buffers.spec.device)
-    for start, stop in spans(*base.matrix):
-        W = buffers.computed(buffers.raw(base, start, stop))
-        D[start:stop] = buffers.computed(buffers.raw(tuned, start, stop)) - W
-    if not maths.all_finite(D):
-        raise NumericalError(f"{job.name} holds NaN or Inf in BASE or TUNED.", hint="a file is damaged")
-    return D.T if job.transposed else D
+def _difference(job: Pair, number: int, buffers: DeviceBuffers, dtype: torch.dtype) -> Tensor:
+    """Return TUNED − BASE of one expert as (out, in): subtracted in the compute dtype, then rounded to `dtype`."""
+    parts = []
+    for before, after in zip(job.before.stacks[number], job.after.stacks[number], strict=True):
+        base, tuned = before.tensor, after.tensor
+        D = torch.empty(base.matrix, dtype=dtype, device=buffers.spec.device)
+        for start, stop in spans(*base.matrix):
+            W = buffers.computed(buffers.raw(base, start, stop))
+            D[start:stop] = buffers.computed(buffers.raw(tuned, start, stop)) - W
+        if not maths.all_finite(D):
+            raise NumericalError(f"{job.name} holds NaN or Inf in BASE or TUNED.", hint="a file is damaged")
+        parts.append(D.T if before.turned else D)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -200,10 +200,11 @@ class _Run:
 def _fit_at(fit: FitJob, rank: int, job: Job, buffers: DeviceBuffers) -> Fitted:
     """Return factors of exactly this rank: zeros fill the rank that a module cannot have."""
     fitted = fit(job, buffers, goal={"rank": rank})
-    A, B = fitted.tensors["A"], fitted.tensors["B"]
-    missing = rank - len(A)
-    A = torch.cat((A, A.new_zeros(missing, *A.shape[1:])))
-    B = torch.cat((B, B.new_zeros(len(B), missing, *B.shape[2:])), dim=1)
+    A, B, own = fitted.tensors["A"], fitted.tensors["B"], fitted.facts["rank"]
+    A, B = A.view(-1, own, *A.shape[1:]), B.reshape(len(B), own, -1)  # experts, if any: first in A and last in B
+    A = torch.cat((A, A.new_zeros(len(A), rank - own, *A.shape[2:])), dim=1).flatten(0, 1)
+    B = torch.cat((B, B.new_zeros(len(B), rank - own, B.shape[2])), dim=1)
+    B = B.reshape(len(B), -1, *fitted.tensors["B"].shape[2:])
     return Fitted({**fitted.tensors, "A": A, "B": B}, {**fitted.facts, "rank": rank})
 
 

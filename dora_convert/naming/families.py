@@ -85,6 +85,9 @@ CONV1D_MODULES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
 TURNED_EXPERTS = frozenset({"gpt_oss", "openai_privacy_filter", "aria", "aria_text"})
 """Families whose experts are (in, out) and say so (`is_transposed` in transformers)."""
 
+EXPERT_LAYERS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+"""Last names that PEFT turns into parameters of experts, or of a router, in models whose experts are a stack."""
+
 # Classes of transformers, by the ends of their names
 
 HEADLESS = ("Model", "Classification", "QuestionAnswering", "MultipleChoice", "Regression", "Detection")

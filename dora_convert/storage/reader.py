@@ -146,12 +146,26 @@ class Reader:
         return self.span(tensor.path, tensor.start, tensor.nbytes)
 
     def _pieces_of_view(self, tensor: StoredTensor) -> Iterator[memoryview]:
-        from .stored_view import lines_of, whole_of
+        from .stored_view import lines_of, run_of, whole_of
 
+        if run := run_of(tensor):
+            return self.span(tensor.path, *run)
         whole = whole_of(tensor)
         data = memoryview(bytearray(whole.nbytes))
         self.read(whole.path, whole.start, data)
-        return lines_of(tensor, data)
+        return self._in_pieces(lines_of(tensor, data))
+
+    @staticmethod
+    def _in_pieces(lines: Iterator[memoryview]) -> Iterator[memoryview]:
+        """Yield the bytes of lines in pieces of the usual size."""
+        pending = bytearray()
+        for line in lines:
+            pending += line
+            while len(pending) >= PIECE_BYTES:
+                yield memoryview(bytes(pending[:PIECE_BYTES]))
+                del pending[:PIECE_BYTES]
+        if pending:
+            yield memoryview(bytes(pending))
 
     def span(self, path: Path, start: int, length: int) -> Iterator[memoryview]:
         """Yield a range of a file's bytes, as `pieces` does."""

@@ -141,3 +141,11 @@ def shown_rows(tensor: StoredTensor) -> Sequence[int]:
     if isinstance(tensor, StoredView):
         return tensor.columns if tensor.turned else tensor.rows
     return range(tensor.shape[0])
+
+
+def run_of(tensor: StoredTensor) -> tuple[int, int] | None:
+    """Return the first byte and the number of bytes of a view whose elements lie one after the other."""
+    assert isinstance(tensor, StoredView)
+    rows, width = tensor.rows, tensor.matrix_behind.shape[1]
+    in_order = isinstance(rows, range) and rows.step == 1 and not tensor.turned and tensor.columns == range(width)
+    return (tensor.start + rows[0] * width * tensor.itemsize, tensor.nbytes) if in_order and rows else None

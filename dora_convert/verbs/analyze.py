@@ -18,7 +18,7 @@ from ..analysis.shares import share_by_config, share_of
 from ..analysis.statistics import correlate, layer_of, name_kinds
 from ..analysis.words import notes_of
 from ..errors import UsageError
-from ..fitting.pairs import model_names
+from ..fitting.model_weights import model_names
 from ..formats.detect import detect, model_weights
 from ..options import AnalyzeOptions
 from ..output.lineage import doubts

@@ -14,7 +14,8 @@ from ..adapters import Change, Decomposed, Full, LowRank
 from ..adapters.new_adapter import NewAdapter
 from ..errors import PlanError, UnsupportedError
 from ..fitting.jobs import FittingPlan, Result, doubt_ranks, goal_words, parse_goal
-from ..fitting.pairs import Differences, model_names, short_names
+from ..fitting.model_weights import model_weights
+from ..fitting.pairs import Differences, both_of, short_names
 from ..fitting.session import Fitter, FittingSession
 from ..options import ExtractOptions
 from ..plan.quantised import as_dense
@@ -56,7 +57,7 @@ def extract(
     goal = parse_goal(options)
     with FittingSession.begin(out, options) as session:
         before, after = _open(session, base, tuned)
-        modules = {name.rpartition(".")[0] for name in model_names(after)}
+        modules = {name.rpartition(".")[0] for name in model_weights(after).names}
         for doubt in session.selection.check_globs(modules):
             session.settings.warn(doubt)
         names = None if options["dry_run"] else _differing(before, after, session)
@@ -68,6 +69,7 @@ def extract(
             embeddings=options["embeddings"],
             kind=options["kind"],
             single=session.single,
+            rank=goal.get("rank"),
         )
         _check(differences, session, after)
         fitter = _Extraction(
@@ -82,7 +84,8 @@ def _open(session: FittingSession, base: PathLike, tuned: PathLike) -> tuple[Che
     before = open_base(os.fspath(base), "BASE", session.session)
     after = open_base(os.fspath(tuned), "TUNED", session.session)
     before, after = as_dense(before), as_dense(after)
-    session.selection.check_globs([name.rpartition(".")[0] for name in (*model_names(before), *model_names(after))])
+    names = (*model_weights(before).names, *model_weights(after).names)
+    session.selection.check_globs([name.rpartition(".")[0] for name in names])
     session.folder.refuse_inside([before.source.path, after.source.path])
     return before, after
 
@@ -91,8 +94,7 @@ def _differing(base: Checkpoint, tuned: Checkpoint, session: FittingSession) -> 
     """Return the names of the tensors that fine-tuning changed; both checkpoints are read."""
     with without_collections():
         from ..fitting.extract import differing
-    before = model_names(base)
-    both = {name: (before[name], tensor) for name, tensor in model_names(tuned).items() if name in before}
+    both = both_of(model_weights(base), model_weights(tuned))
     needs = {name: (*one.paths, *other.paths) for name, (one, other) in both.items()}
     with reading((base, tuned), needs, session.session) as reader:
         return differing(both, reader)
@@ -140,11 +142,12 @@ class _Extraction(Fitter):
         kind, embeddings = self.options["kind"], self.options["embeddings"]
         pairs, whole, session = self.differences.pairs, self.differences.whole, self.session
         size = sum(tensor.nbytes for tensor in whole.values())
-        ranks = [min(self.goal.get("rank", pair.inputs[0].numel), *pair.inputs[0].matrix) for pair in pairs]
+        ranks = [min(self.goal.get("rank", pair.inputs[0].numel), *pair.matrix) for pair in pairs]
         one_rank = self.options["ranks"] == "one"
         for rank, pair in zip(ranks, pairs, strict=True):
-            rows, columns = pair.inputs[0].matrix
-            size += 4 * (max(ranks) if one_rank else rank) * (rows + columns) + 4 * max(rows, columns)
+            rows, columns = pair.matrix
+            factors = 4 * (max(ranks) if one_rank else rank) * (rows + columns)
+            size += (pair.experts or 1) * factors + 4 * max(rows, columns)
         words = [*goal_words(self.goal, self.options["ranks"]), "--kind", kind]
         words += ["--embeddings", embeddings] if embeddings != "full" else []
         names = [[pair.name for pair in pairs], sorted(whole)]
@@ -179,13 +182,14 @@ class _Extraction(Fitter):
 
     def assemble(self, results: Mapping[str, Result]) -> dict[str, NewAdapter]:
         """Return the adapter: factors where there are some, everything else as TUNED has it."""
-        changes, targets, names = [], [], model_names(self.tuned)
+        changes, targets, weights = [], [], self.differences.after
+        parameters = self.differences.parameters()
         for pair in self.differences.pairs:
             if not (tensors := results[pair.name].tensors):
                 continue
-            low = LowRank(tensors["A"], tensors["B"], 1.0, transposed=pair.embedding)
+            low = LowRank(tensors["A"], tensors["B"], 1.0, transposed=pair.embedding, experts=pair.experts)
             changes.append(Change(pair.name, Decomposed(low, tensors["m"]) if "m" in tensors else low))
-            targets.append(pair.name.rpartition(".")[0])
+            targets += [pair.name.rpartition(".")[0]] if pair.name not in parameters else []
         changes += [Change(name, Full(value)) for name, value in self.differences.whole.items()]
         architectures = (self.tuned.config or {}).get("architectures")
         source, base_model = self.base.source, self.session.settings.base_model
@@ -194,8 +198,10 @@ class _Extraction(Fitter):
             base=base_model or source.repo,
             revision=None if base_model else source.commit,
             task=str(architectures[0]) if architectures else None,
-            targets=tuple(sorted(set(short_names(targets, names)))),
-            besides=frozenset(name.rpartition(".")[0] for name in names),
+            targets=tuple(sorted(set(short_names(targets, weights.shapes)))),
+            parameters=frozenset(change.target for change in changes) & parameters,
+            besides=frozenset(name.rpartition(".")[0] for name in weights.names),
+            weights=frozenset(weights.names) if parameters else frozenset(),
             keeps_ties=self.differences.keeps_ties,
         )
         return {"": adapter}

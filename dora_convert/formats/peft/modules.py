@@ -76,7 +76,9 @@ def _weight(
 ) -> _Weight | Fault:
     """Return the weight that a module's tensors are for."""
     attention, inside, leaf = module.rpartition(".base_layer.")
-    if inside and attention in modules:  # MultiheadAttention wraps its out_proj, whose rank and alpha are its own
+    if (
+        inside and leaf != "base_layer" and attention in modules
+    ):  # MultiheadAttention wraps its out_proj, whose rank and alpha are its own
         key = _key(attention, modules, config)
         return _Weight(key, f"{attention}.{leaf}.weight", 2 if config.version <= TWICE_UNTIL else 1)
     A = modules[module].get("A")

@@ -21,6 +21,8 @@ from .config import SCHEDULE, TASKS, Config
 from .modules import CONFIG, PREFIX, TOKENS, WEIGHTS, part_of, plain
 
 MAGNITUDE = ".lora_magnitude_vector"
+VERSION = "0.21.2"
+"""The version of PEFT whose way round square experts are written."""
 _FRESH: Mapping[str, Any] = {
     "peft_type": "LORA", "task_type": None, "base_model_name_or_path": None, "revision": None,
     "inference_mode": True, "r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": [],
@@ -73,6 +75,8 @@ def objection(change: Change, tensor: str, like: Adapter) -> str | None:
 def _named(change: Change, new: NewAdapter) -> Iterator[tuple[str, StoredTensor]]:
     """Yield each tensor of a change under its name in the file."""
     module = PREFIX + change.module
+    if change.target in new.parameters:
+        module += ".base_layer" * _wrappers_around(change.target, new)
     update = change.update
 
     def name(stored: StoredTensor, suffix: str) -> tuple[str, StoredTensor]:
@@ -99,6 +103,16 @@ def _named(change: Change, new: NewAdapter) -> Iterator[tuple[str, StoredTensor]
                 other.target == f"{module.removeprefix(PREFIX)}.weight" for other, _ in new.low_ranks
             )
             yield name(value, f"{'.base_layer' if wrapped else ''}.{leaf}")
+
+
+def _wrappers_around(target: str, new: NewAdapter) -> int:
+    """Return the number of PEFT's wrappers around the one for a parameter: those of parameters registered later."""
+    from .parameters import REGISTERED
+
+    module, _, leaf = target.rpartition(".")
+    others = {other.rpartition(".")[2] for other in new.parameters if other.rpartition(".")[0] == module}
+    known = [each for each in REGISTERED if each in others]
+    return len(known[known.index(leaf) + 1 :]) if leaf in known else 0
 
 
 def _of(like: Adapter | None) -> tuple[dict[str, Any], Config | None]:
@@ -152,7 +166,7 @@ def _numbers(new: NewAdapter, config: Config | None) -> dict[str, Any]:
         return {}
     numbers: dict[str, tuple[int, float]] = {}
     for change, low in new.low_ranks:
-        key = _key(change, low, config)
+        key = change.target if change.target in new.parameters else _key(change, low, config)
         own = config and new.carries(low)
         rank, scale = (config.rank(key), config.scaling(key)) if config and own else (low.rank, low.scale)
         alpha = rank * scale
@@ -212,10 +226,27 @@ def _targets(new: NewAdapter, config: Config | None) -> dict[str, Any]:
     if new.targets is None:
         return {}
     every = {"layers_to_transform": None, "layers_pattern": None, "exclude_modules": None}
+    if new.parameters:
+        return _with_parameters(new)
     parameters = [change for change, _ in new.low_ranks if config and _is_parameter(change.target, config)]
     named = {} if parameters or not config or not config.parameters else {"target_parameters": None}
     modules = {_key(change, low, config) for change, low in new.low_ranks if change not in parameters}
     return {"target_modules": _matching(new, modules), **(every if config else {}), **named}
+
+
+def _with_parameters(new: NewAdapter) -> dict[str, Any]:
+    """Return the fields for modules and parameters; a parameter by the end of its name, if no other has it."""
+    modules = {change.module for change, _ in new.low_ranks if change.target not in new.parameters}
+    ends: dict[str, set[str]] = {}
+    for name in new.weights:
+        ends.setdefault(".".join(name.split(".")[-2:]), set()).add(name)
+    short = {target: ".".join(target.split(".")[-2:]) for target in new.parameters}
+    listed = {end if ends.get(end, set()) <= new.parameters else target for target, end in short.items()}
+    return {
+        "target_modules": _matching(new, modules) if modules else [],
+        "target_parameters": sorted(listed),
+        "peft_version": VERSION,
+    }
 
 
 def _matching(new: NewAdapter, modules: set[str]) -> list[str] | str:
