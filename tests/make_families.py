@@ -46,11 +46,14 @@ from transformers.initialization import no_init_weights
 from transformers.models.auto import modeling_auto
 
 from dora_convert.formats.peft.parameters import REGISTERED
+from dora_convert.naming import families
 
 FILE = Path(__file__).parent.parent / "dora_convert" / "naming" / "families.json"
 Rule = list[Any]
 USUAL = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "MASKED_LM")
 """The lists of transformers in which a model type's usual class is looked for, best first."""
+NO_SINGLE_HEAD = {"fsmt", "musicgen", "musicgen_melody", *families.COMPOSITE}
+"""Model types with several heads, or with another model's head."""
 ATTENTIONS = ("full_attention", "sliding_attention")
 HINTS: Mapping[str, Mapping[str, Any]] = {
     "hunyuan_v1_dense": {"head_dim": 128},
@@ -289,8 +292,8 @@ def bare(models: Collection[str]) -> dict[str, str]:
     return {kind: name for kind, name in entries if isinstance(name, str) and name in models}
 
 
-def make(only: Collection[str] = ()) -> dict[str, Any]:
-    """Return the table, of some model types or of all."""
+def make(only: Collection[str] = ()) -> tuple[dict[str, Any], Facts]:
+    """Return the table of some model types or of all, and what models say of themselves."""
     facts, types = Facts(), classes()
     for name, model_type in types.items():
         if only and model_type not in only:
@@ -302,7 +305,7 @@ def make(only: Collection[str] = ()) -> dict[str, Any]:
             facts.add(name, model)
     table = rules()
     models = kept(facts.models, types, table)
-    return {
+    written = {
         "transformers": transformers.__version__,
         "date": dt.datetime.now(dt.timezone.utc).date().isoformat(),
         "rules": table,
@@ -310,8 +313,19 @@ def make(only: Collection[str] = ()) -> dict[str, Any]:
         "bare": bare(models),
         "usual": usual(models),
         "fixed": {name: kinds for name, kinds in sorted(facts.fixed.items()) if name in models},
-        "failed": facts.failed,
     }
+    return written, facts
+
+
+def contradictions(facts: Facts) -> Iterator[str]:
+    """Yield every fact about a model that `naming/families.py` has otherwise."""
+    if facts.turned - families.TURNED_EXPERTS:
+        yield f"TURNED_EXPERTS lacks {facts.turned - families.TURNED_EXPERTS}"
+    types = classes()
+    known = {kind: head for head, kinds in families.HEADS_OF.items() for kind in kinds}
+    for name, head in facts.heads.items():
+        if types.get(name) not in NO_SINGLE_HEAD and known.get(types.get(name, "")) != head:
+            yield f"HEADS_OF lacks {head} of {types.get(name)}"
 
 
 def as_text(table: Mapping[str, Any]) -> str:
@@ -330,13 +344,15 @@ def main() -> int:
     """Write the table, or compare the written one with the installed transformers."""
     warnings.filterwarnings("ignore")
     logging.disable(logging.ERROR)
-    table = make()
-    failed = table.pop("failed")
-    for name, why in failed.items():
-        sys.stderr.write(f"not built: {name}: {why}\n")
+    table, facts = make()
+    wrong = list(contradictions(facts))
+    notes = [f"not built: {name}: {why}" for name, why in facts.failed.items()]
+    sys.stderr.write("".join(f"{line}\n" for line in notes + wrong))
     if "--check" in sys.argv:
         written = json.loads(FILE.read_text())
-        return int(any(written[key] != json.loads(json.dumps(table[key])) for key in table if key != "date"))
+        return int(
+            bool(wrong) or any(written[key] != json.loads(json.dumps(table[key])) for key in table if key != "date")
+        )
     FILE.write_text(as_text(table))
     sizes = f"{len(table['models'])} classes, {len(table['rules'])} lists of rules, {FILE.stat().st_size} bytes"
     sys.stdout.write(f"{FILE.name}: {sizes}\n")

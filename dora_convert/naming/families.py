@@ -28,10 +28,13 @@ HEADS = (
     "generator_lm_head", "output_projection", "pred_layer.proj", "lm_head.out_proj", "head.decoder", "lm_loss",
 )  # fmt: skip
 """Last names of output heads that may be tied to the input embedding."""
+COMPOSITE = frozenset({"encoder-decoder", "speech-encoder-decoder", "vision-encoder-decoder"})
+"""Families made of two models, whose head is the one in `decoder`."""
 HEADS_OF: Mapping[str, frozenset[str]] = {
+    "text_decoder.cls.predictions.decoder": frozenset({"blip"}),
     "cls.predictions.decoder": frozenset(
         {
-            "bert", "big_bird", "deberta", "deberta-v2", "ernie", "fnet", "layoutlm", "megatron-bert", "mobilebert",
+            "bert", "big_bird", "deberta", "deberta-v2", "ernie", "fnet", "layoutlm", "lxmert", "megatron-bert", "mobilebert",
             "mra", "nomic_bert", "nystromformer", "rembert", "roc_bert", "roformer", "squeezebert", "tapas",
             "visual_bert", "yoso",
         }
@@ -64,7 +67,7 @@ HEADS_OF: Mapping[str, frozenset[str]] = {
 """The families whose head in the running model has another name than `lm_head`."""
 HEAD_TOPS = frozenset({"lm_head", "cls", "vocab_transform", "vocab_layer_norm", "generator_predictions"})
 """First names of the layers around a language model's head, which models with another head do not have."""
-SCALED = frozenset({"t5", "mt5", "umt5", "longt5", "switch_transformers", "pix2struct"})
+SCALED = frozenset({"t5gemma2", "prophetnet", "t5", "mt5", "umt5", "longt5", "switch_transformers", "pix2struct"})
 """Families that compute differently with a tied head, so that untying the head changes more than weights."""
 INNER = {
     "gpt2": "transformer.", "bloom": "transformer.", "falcon": "transformer.", "bert": "bert.",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from ..adapters import unwrapped
 from ..storage.checkpoint import Checkpoint
 from ..storage.safetensors import StoredTensor
-from .families import EMBEDDINGS, HEADLESS, HEADS, HEADS_OF, SCALED
+from .families import COMPOSITE, EMBEDDINGS, HEADLESS, HEADS, HEADS_OF, SCALED
 
 if TYPE_CHECKING:
     from .family_map import FamilyMap
@@ -249,7 +249,8 @@ def _absent_head(embedding: str, base: Checkpoint) -> str:
     if nested:
         return f"{prefix}language_model.lm_head.weight"
     modules = (module for module, families in HEADS_OF.items() if families & base.model_types)
-    return f"{next(modules, 'lm_head')}.weight"
+    decoder = "decoder." if base.model_types & COMPOSITE else ""
+    return f"{decoder}{next(modules, 'lm_head')}.weight"
 
 
 def is_embedding(tensor: str) -> bool:

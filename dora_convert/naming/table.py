@@ -168,11 +168,12 @@ class Family:
     def with_prefix(self, name: str) -> str:
         """Return a name with the base model's prefix added or taken away, as the model's first names say."""
         top, _, rest = name.partition(".")
-        if not self.prefix or not self.tops or top in self.tops:
+        inner = rest.partition(".")[0]
+        if not self.prefix or not self.tops:
             return name
-        if top == self.prefix and rest.partition(".")[0] in self.tops:
+        if top == self.prefix and inner != self.prefix and inner in self.tops:
             return rest
-        return f"{self.prefix}.{name}" if self.prefix in self.tops else name
+        return f"{self.prefix}.{name}" if self.prefix in self.tops and top not in self.tops else name
 
 
 def _numbers(name: str) -> Iterator[int]:
