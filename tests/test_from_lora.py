@@ -180,7 +180,7 @@ def test_bytes_do_not_depend_on_workers_or_memory(tmp_path, base):
     assert found[0] == found[1] == found[2]
     assert sorted(found[0]) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
     for dry_run in (True, False):
-        with pytest.raises(UsageError, match="max-memory"):
+        with pytest.raises(UsageError, match="max_memory"):
             dora_convert.from_lora(base.path, adapter, tmp_path / "out9", max_memory=least - 1, dry_run=dry_run)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -179,7 +180,7 @@ def test_too_little_memory_names_the_least(tmp_path, base, adapter):
     for dry_run in (True, False):
         with pytest.raises(UsageError) as caught:
             dora_convert.merge(base.path, adapter, tmp_path / "out", max_memory="10KB", dry_run=dry_run)
-    least = caught.value.hint.split()[1]
+    least = re.search(r"\d+[KMG]iB", caught.value.hint)[0]
     dora_convert.merge(base.path, adapter, tmp_path / "out", max_memory=least)
 
 

@@ -8,7 +8,7 @@ from peft.utils import merge_utils
 from safetensors.torch import save_file
 
 import dora_convert
-from dora_convert.errors import RefError
+from dora_convert.errors import RefError, UnsupportedError, UsageError
 
 from .toy import contents, exact, load, make_adapter, make_base, stopped
 
@@ -127,8 +127,8 @@ def test_dare_is_right_on_average(case, tmp_path):
 
 def test_thresholds_of_many_blocks(case, tmp_path, monkeypatch):
     """Tensors of many blocks, more elements than are collected at once, and a self-check that believes thresholds."""
-    monkeypatch.setattr("dora_convert.plan.item.BLOCK_ELEMENTS", 160)
-    monkeypatch.setattr("dora_convert.plan.item.ROWS_MULTIPLE", 1)
+    monkeypatch.setattr("dora_convert.storage.reader.BLOCK_ELEMENTS", 160)
+    monkeypatch.setattr("dora_convert.storage.reader.ROWS_MULTIPLE", 1)
     monkeypatch.setattr("dora_convert.engine.combine.COLLECTED", 300)
     monkeypatch.setattr("dora_convert.engine.combine.SAMPLED", 1 << 10)
     monkeypatch.setattr("dora_convert.parity.combined.FEW_ELEMENTS", 100)
@@ -188,3 +188,37 @@ def test_full_checkpoints(tmp_path, method):
     assert dora_convert.verify(base.path, inputs, tmp_path / "out").verdict == "agree"
     with pytest.raises(RefError, match="tuned0 is a model, not an adapter"):
         dora_convert.merge(base.path, inputs, tmp_path / "chain", method="chain")
+
+
+@pytest.mark.parametrize("method", ["chain", "ties", "dare", "linear"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_exact_records_take_every_method_out(tmp_path, method, dtype):
+    """Bit for bit; of three adapters, one of which replaces a module."""
+    base = make_base(tmp_path / "base", dtype, layers=1)
+    head = {"base_model.model.lm_head.weight": torch.ones(base.tensors["lm_head.weight"].shape)}
+    adapters = [
+        make_adapter(tmp_path / "a", base, dora=True, seed=2),
+        make_adapter(tmp_path / "b", base, dora=False, seed=3),
+        make_adapter(tmp_path / "c", base, dora=True, seed=4, modules_to_save=["lm_head"], extra=head),
+    ]
+    options = {"method": method} | ({} if method in ("chain", "linear") else {"density": 0.4})
+    dora_convert.merge(base.path, adapters, tmp_path / "merged", undo="exact", **options)
+    report = dora_convert.unmerge(tmp_path / "merged", adapters, tmp_path / "again")
+    assert report.exact["tensors"] == report.exact["bit_exact"] > 0
+    again = load(tmp_path / "again")
+    assert all(torch.equal(again[name], x) for name, x in base.tensors.items())
+
+
+def test_a_chain_has_an_inverse_and_ties_has_none(case, tmp_path):
+    """Without an exact record: the chain comes back up to rounding; what cannot be inverted is said beforehand."""
+    _, base, adapters, _ = case
+    dora_convert.merge(base.path, adapters, tmp_path / "chain", method="chain", weight=WEIGHTS)
+    dora_convert.unmerge(tmp_path / "chain", adapters, tmp_path / "again")
+    close(load(tmp_path / "again"), base.tensors)
+    report = dora_convert.merge(base.path, adapters, tmp_path / "ties", method="ties", density=0.5)
+    assert any("unmerge needs them" in text for text in report.warnings), report.warnings
+    with pytest.raises(UnsupportedError) as caught:
+        dora_convert.unmerge(tmp_path / "ties", adapters, tmp_path / "out")
+    assert "which cannot be inverted" in caught.value.text()
+    with pytest.raises(UsageError, match="name all adapters"):
+        dora_convert.unmerge(tmp_path / "ties", adapters[:1], tmp_path / "out")

@@ -101,6 +101,7 @@ def claim(found: Evidence) -> Iterator[CodedTensor]:
                 height=codes.shape[0],
                 columns=codes.shape[1],
                 factor=1 / 127,
+                balanced=True,
             )
             yield found.dense(codes.name, codes.shape, {**parts, "scale": scale}, scheme)
 

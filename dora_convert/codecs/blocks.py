@@ -9,7 +9,7 @@ optional. Most kinds of quantisation are this with other names.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from ..storage.safetensors import StoredTensor
 from .coded import CodedTensor, PartReader, Scheme, as_bytes_of, as_matrix
@@ -38,8 +38,12 @@ class Blocks(Scheme):
     """True if the part "global" divides the scales instead of multiplying them."""
     exponents: bool = False
     """True if scales are bytes that are exponents of two."""
+    balanced: bool = False
+    """True if the least code is as far from zero as the largest."""
     packed_zeros: bool = False
     """True if zero points are packed like codes, along the rows."""
+
+    makes: ClassVar[tuple[str, ...]] = ("scale", "zero", "bias")
 
     @property
     def step(self) -> int:

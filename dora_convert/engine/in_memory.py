@@ -79,6 +79,10 @@ def _batches(plan: Plan, most: int) -> Iterator[list[Item]]:
 
 def _compute(item: Item, cost: int, pool: WorkerPool[DeviceBuffers], buffers: DeviceBuffers) -> Tensor:
     """Return one output tensor, in host memory of its own."""
+    if item.parts or item.part_of:
+        raise UnsupportedError(
+            f"{item.name} is quantised, and is not coded again in memory.", hint="--dequantize, or merge to a folder"
+        )
     host = empty(item.shape, dtype_of(item))
     if item.verbatim:
         buffers.reader.read(item.source.path, item.source.start, as_bytes(host))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,22 +18,20 @@ from typing import Any, Protocol
 
 import torch
 
-from ..adapters import Adapter
 from ..output.finished import FinishedLine, Progress, TensorResult, Verdict, copied_name, kept_name
 from ..output.output import Output
 from ..output.shards import Copy, ShardFiles
 from ..plan.item import Item
 from ..plan.plan import Plan
 from ..settings import Settings, __version__
-from ..storage.checkpoint import Checkpoint
-from ..storage.filenames import JOURNAL, SPOOL, FileStates, is_weight_file
+from ..storage.filenames import JOURNAL, SPOOL
 from ..storage.journal import Journal, JournalKey, UnfinishedRun
 from ..storage.reader import Digest, Reader
 from ..storage.safetensors import StoredTensor
 from ..storage.spool import Spool, SpooledTensor
 from .device_buffers import DeviceBuffers
 from .precision import ComputeSpec, choose
-from .tensor import StartMaker, write_tensor
+from .tensor import StartMaker, write_item
 from .workers import WorkerPool
 
 Task = Callable[[DeviceBuffers], None]
@@ -120,11 +118,13 @@ class Run:
         shard_of, done = self.shards.shard_of, self.progress.done
         copies = [copy for copy in self.shards.copies(self.plan) if copy[2:] not in self.progress.copied]
         finished = {name for name, result in done.items() if result.verdict or not self.checker}
-        items = [item for item in self.plan.items if not item.verbatim and item.name not in finished]
-        left = [*(copy.length for copy in copies), *(item.nbytes for item in items)]
+        unfinished = [item for item in self.plan.items if not item.verbatim and item.name not in finished]
+        items = [item for item in unfinished if not item.part_of]
+        left = [*(copy.length for copy in copies), *(each.nbytes for item in items for each in item.together)]
         self._skipped = self.plan.bytes_out - sum(left)
         yield from ((copy.shard, partial(self._copy, copy)) for copy in copies)
         yield from ((shard_of(item), partial(self._compute, item)) for item in items)
+        self._waiting.update(shard for item in items for shard in self._shards_of(item)[1:])
         for tensor in self.plan.lost:
             if kept_name(tensor) not in done:
                 yield self.plan.lost_with[tensor.name], partial(self._keep, tensor)
@@ -148,11 +148,11 @@ class Run:
 
     def _compute(self, item: Item, buffers: DeviceBuffers) -> None:
         item = self.output.prepare(item, self.reader) if self.output else item
-        shard = self.shards.shard_of(item)
         with self._workers.holding(self.plan.cost(item)):
             with buffers.working():
                 maker = self.maker(item, buffers, self.spool)
-                result = write_tensor(item, maker, buffers, self.shards, self.advance)
+                others = write_item(item, maker, buffers, self.shards, self.advance)
+                result = others.pop(item.name)
             del maker  # with its factors, before another worker takes the memory
             if self.checker:
                 result = replace(result, verdict=self.checker.check(item, result))
@@ -162,8 +162,16 @@ class Run:
             self.progress.done[item.name] = result
             return
         settled = partial(self.output.settled, item) if self.output else None
-        self._enter(item.name, result, [self.shards.path(shard), self.spool.path], settled)
-        self._finish(shard)
+        files = [*map(self.shards.path, self._shards_of(item)), self.spool.path]
+        for name, other in others.items():
+            self._enter(name, other, files)
+        self._enter(item.name, result, files, settled)
+        for shard in self._shards_of(item):
+            self._finish(shard)
+
+    def _shards_of(self, item: Item) -> list[str]:
+        """Return the shards that an item's parts lie in, the item's own first."""
+        return list(dict.fromkeys(map(self.shards.shard_of, item.together)))
 
     def _keep(self, tensor: StoredTensor, _: DeviceBuffers) -> None:
         """Copy a whole tensor of the base into the undo record.
@@ -213,14 +221,6 @@ def choose_compute(least: int, settings: Settings) -> ComputeSpec:
     spec = choose(settings.device, settings.compute_dtype)
     settings.notify(f"device: {spec}")
     return spec
-
-
-def input_states(output: Output, checkpoints: Iterable[Checkpoint], adapters: Iterable[Adapter]) -> list[FileStates]:
-    """Return the files that a run reads, to be compared before it publishes; in place, its own weights change."""
-    read = [each.states for each in checkpoints]
-    if output.in_place:
-        read = [{path: state for path, state in read[0].items() if not is_weight_file(path.name)}, *read[1:]]
-    return [*read, *(adapter.states for adapter in adapters)]
 
 
 def journal_key(spec: ComputeSpec, identity: Mapping[str, Any], **inputs: Any) -> JournalKey:

@@ -29,10 +29,12 @@ class Signature(NamedTuple):
     why: str
 
 
+CONFIG = "adapter_config.json"
 NOT_YET = "which is not read yet"
 ADDS = "which adds modules to the model: no single weight equals it"
+PEFT = Signature("PEFT without adapter_config.json", r"^base_model\.model\..*\.lora_[AB]\.", "which has rank and alpha")
 SIGNATURES = (
-    Signature("PEFT without adapter_config.json", r"^base_model\.model\..*\.lora_[AB]\.", "which has rank and alpha"),
+    PEFT,
     Signature("Megatron", r"\.adapter\.(linear_in|linear_out)\.weight$|\.weight_magnitude$",
               "whose fused and sharded modules are not read: export it to PEFT's format with Megatron-Bridge"),
     Signature("KerasHub", r"lora_kernel_[ab]", NOT_YET),
@@ -60,12 +62,13 @@ def _find(view: FileView) -> Signature | None:
                 if _GGUF_ADAPTER.match(file.read(_HEAD)):
                     return GGUF
     for name in view.candidates:
-        if found := _of(view.tensors(name)):
-            return found
+        if found := _first_match(view.tensors(name)):
+            # PEFT's own reader says what a config lacks
+            return None if found is PEFT and view.has(CONFIG) else found
     return None
 
 
-def _of(tensors: Mapping[str, StoredTensor]) -> Signature | None:
+def _first_match(tensors: Mapping[str, StoredTensor]) -> Signature | None:
     return next((one for one in SIGNATURES if any(re.search(one.tensors, name) for name in tensors)), None)
 
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..adapters import Adapter
 from ..errors import MalformedError, NumericalError, OutputError, RefError, VerificationError, hint_of
 from ..plan.item import Item
 from ..plan.plan import Plan
 from ..settings import format_size
 from ..storage.checkpoint import Checkpoint
-from ..storage.filenames import JOURNAL, RECORD, FileStates, refuse_changed, same_lines
+from ..storage.filenames import JOURNAL, RECORD, FileStates, is_weight_file, refuse_changed, same_lines
 from ..storage.journal import JournalKey, UnfinishedRun, read_journal
 from ..storage.reader import Reader
 from ..storage.safetensors import encode_header
@@ -204,3 +205,11 @@ def _unless_changed(*inputs: FileStates) -> Iterator[None]:
 def _same_key(earlier: JournalKey, key: JournalKey) -> bool:
     """Return True if an earlier run's key is of the same run; a base's attributes may have changed."""
     return {**earlier, "base": None} == {**key, "base": None} and same_lines(earlier.get("base"), key["base"])
+
+
+def input_states(output: Output, checkpoints: Iterable[Checkpoint], adapters: Iterable[Adapter]) -> list[FileStates]:
+    """Return the files that a run reads, to be compared before it publishes; in place, its own weights change."""
+    read = [each.states for each in checkpoints]
+    if output.in_place:
+        read = [{path: state for path, state in read[0].items() if not is_weight_file(path.name)}, *read[1:]]
+    return [*read, *(adapter.states for adapter in adapters)]

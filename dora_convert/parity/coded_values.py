@@ -11,15 +11,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..codecs.as_trained import AsTrained
 from ..codecs.awq import Awq
 from ..codecs.bitsandbytes import Nibbles
 from ..codecs.blocks import Blocks
 from ..codecs.coded import CodedTensor
 from ..codecs.gpt_oss import TurnedMxfp4
 from ..codecs.gptq import Gptq
+from ..engine.precision import TORCH
 from ..storage.reader import Reader
 from ..storage.safetensors import BITS, StoredTensor
 
+FLOATS = {"F8_E4M3": (4, 3), "F8_E5M2": (5, 2), "E2M1": (2, 1)}
+"""The bits of exponent and mantissa of the grids of floats."""
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """The output of each place in a word."""
 
@@ -31,6 +35,7 @@ class CodedValues:
         assert isinstance(tensor, CodedTensor)
         self.tensor = self._tensor = tensor
         self._reader = reader
+        self._trained: Tensor | None = None
         self._held: dict[str, tuple[int, Tensor]] = {}
 
     def rows(self, numbers: Sequence[int]) -> Tensor:
@@ -51,10 +56,37 @@ class CodedValues:
                 return self._awq_row(scheme, row)
             case TurnedMxfp4() as scheme:
                 return self._turned_row(scheme, row)
+            case AsTrained() as scheme:
+                self._trained = self._as_trained(scheme) if self._trained is None else self._trained
+                return self._trained[row].double()
         raise AssertionError(f"{self._tensor.scheme.title} has no second decoder")
+
+    def half_steps(self, numbers: Sequence[int], x: Tensor) -> Tensor:
+        """Return half the distance between the neighbours that values x have among a block's codes.
+
+        At the ends of a range of integers it is more: the stored scale, zero point and bias are rounded themselves.
+        """
+        halves = []
+        for line, number in enumerate(numbers):
+            scheme = self._tensor.scheme
+            assert isinstance(scheme, Blocks)
+            q, _, s, b = self._block_parts(scheme, number)
+            half = half_step((x[line].cpu() - b) / s, scheme.grid)
+            if scheme.grid not in FLOATS:
+                span, low = 2**scheme.bits - 1, 0 if scheme.grid == "unsigned" else -(2 ** (scheme.bits - 1))
+                at_end = (q <= low + scheme.balanced) | (q >= low + span)
+                shifted = "zero" in self._tensor.parts, "bias" in self._tensor.parts
+                half += at_end * (span * 2.0**-8 * (1 + shifted[1]) + 0.5 * shifted[0] + shifted[1])
+            halves.append(s.abs() * half)
+        return torch.stack(halves)
 
     def _block_row(self, scheme: Blocks, row: int) -> Tensor:
         """W = (q − z)·s + b, with the block of rows and columns that each element lies in."""
+        q, z, s, b = self._block_parts(scheme, row)
+        return (q - z) * s + b
+
+    def _block_parts(self, scheme: Blocks, row: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return q, z, s and b of one row."""
         tensor, K = self._tensor, self._tensor.columns
         codes = tensor.parts["codes"]
         j = torch.arange(K)
@@ -73,11 +105,10 @@ class CodedValues:
         if "global" in tensor.parts:
             overall = self._numbers("global", torch.zeros_like(j))
             s = s / overall if scheme.divides else s * overall
+        z = torch.zeros_like(q)
         if "zero" in tensor.parts:
-            q = q - (
-                self._packed_zero(scheme, row, group, groups) if scheme.packed_zeros else self._numbers("zero", at)
-            )
-        return q * s + (self._numbers("bias", at) if "bias" in tensor.parts else 0.0)
+            z = self._packed_zero(scheme, row, group, groups) if scheme.packed_zeros else self._numbers("zero", at)
+        return q, z, s, self._numbers("bias", at) if "bias" in tensor.parts else torch.zeros_like(q)
 
     def _packed_zero(self, scheme: Blocks, row: int, group: Tensor, groups: int) -> Tensor:
         """Zero points lie along the rows: bit `row·bits` of the stream of words of each group."""
@@ -130,6 +161,28 @@ class CodedValues:
         q = float_value(self._bits("codes", 4 * (r * 32 * groups + k), 4), exponent=2, mantissa=1)
         return q * self._numbers("scale", r * groups + k // 32, "F8_E8M0")
 
+    def _as_trained(self, scheme: AsTrained) -> Tensor:
+        """Return the whole weight as bitsandbytes itself quantises and decodes it, in float32.
+
+        Its rows are one line then: on a CPU, its blocks would begin anew with each row else.
+        """
+        from bitsandbytes import functional
+
+        part = self._tensor.parts["codes"]
+        data = bytearray(part.nbytes)
+        self._reader.read(part.path, part.start, memoryview(data))
+        W = torch.frombuffer(data, dtype=TORCH[part.dtype])
+        if scheme.kind == "int8":
+            q, absmax, _ = functional.int8_vectorwise_quant(W.view(part.shape).half())
+            whole: Tensor = q.float() * absmax.float()[:, None] / 127
+            return whole
+        kind, _, double = scheme.kind.partition("-")
+        line = (W.float() if part.dtype == "F64" else W).view(1, -1)
+        packed, state = functional.quantize_4bit(line, blocksize=64, compress_statistics=bool(double), quant_type=kind)
+        state.dtype = torch.float32
+        decoded: Tensor = functional.dequantize_4bit(packed, state)
+        return decoded.view(part.shape)
+
     def _numbers(self, role: str, index: Tensor, dtype: str | None = None) -> Tensor:
         """Return elements of a part as numbers, by their indices."""
         part = self._tensor.parts[role]
@@ -173,6 +226,15 @@ def meaning(codes: Tensor, scheme: Blocks) -> Tensor:
         case "unsigned":
             return codes.double()
     return number(codes, scheme.grid)
+
+
+def half_step(v: Tensor, grid: str) -> Tensor:
+    """Return half the distance between the neighbours of values, in units of their scale."""
+    if grid not in FLOATS:
+        return torch.full_like(v, 0.5)
+    exponent, mantissa = FLOATS[grid]
+    e = torch.floor(torch.log2(v.abs().clamp(min=2.0**-30))).clamp(min=2 - 2 ** (exponent - 1))
+    return torch.pow(torch.tensor(2.0, dtype=torch.float64), e - mantissa - 1)
 
 
 def number(bits: Tensor, dtype: str) -> Tensor:

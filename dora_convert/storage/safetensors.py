@@ -69,6 +69,10 @@ class StoredTensor:
         """True if the bytes on disk are not the values: other tensors hold scales of them."""
         return False
 
+    def held(self, block: int, *, again: bool = False) -> int:  # noqa: ARG002 - of coded tensors
+        """Return the bytes held beside a block of so many elements to decode it, and to code it `again`."""
+        return 0
+
     @property
     def paths(self) -> tuple[Path, ...]:
         """The files that hold the tensor."""

@@ -54,17 +54,37 @@ class ExpectedBase(Expected):
         merged = self.before(rows)
         parts = self._parts(merged, rows)
         x = merged.clone()
-        for edit, part in zip(self.item.edits, parts, strict=True):
-            x -= edit.weight * part.f * part.delta
-        x = (x / self._share(rows)).nan_to_num(0.0, 0.0, 0.0)
+        other = self._others[0] if len(parts) == 1 else None
+        if other and self.item.edits[0].depends and other.depends:
+            x = other.back(merged / parts[0].f, rows, self._whole_unscaled)
+        else:
+            for edit, part in zip(self.item.edits, parts, strict=True):
+                x -= edit.weight * part.f * part.delta
+            x = (x / self._share(rows)).nan_to_num(0.0, 0.0, 0.0)
         if self._undo.taken:
             left, right = self._undo.taken
             x += torch.einsum("kr,rc->kc", self._load(left, rows), self._load(right))
+        return Block(merged, parts, self._replaced_in(x, rows))
+
+    def _replaced_in(self, x: Tensor, rows: Sequence[int]) -> Tensor:
+        """Put the base's replaced rows into some rows, and return these."""
         for k, row in enumerate(rows):
             if row in self._replaced:
                 stored, number = self._replaced[row]
                 x[k] = self._load(stored, [number])[0]
-        return Block(merged, parts, x)
+        return x
+
+    def _whole_unscaled(self) -> Tensor:
+        """Return all rows of the merged tensor, without the magnitudes."""
+        merged = self.before(range(self.item.matrix[0]))
+        return merged if self.m[0] is None else merged / self._scales()
+
+    def _scales(self) -> Tensor:
+        """Return m/n of the one edit for the whole tensor, or m."""
+        edit, m = self.item.edits[0], self.m[0]
+        assert m is not None
+        n = self._norms(0) if edit.divides else torch.ones_like(m)
+        return (m / n).unsqueeze(edit.axis)
 
     def rows(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return W and W'."""
@@ -110,10 +130,33 @@ class ExpectedBase(Expected):
         return n.flatten()
 
 
+class ChainExpectedBase(ExpectedBase):
+    """The float64 W of an item that is recovered from a chain's W'."""
+
+    def block(self, rows: Sequence[int]) -> Block:
+        """Return some rows as merged, each link's part, and W: each link solved for what came before it."""
+        merged = x = self.before(rows)
+        parts = self._parts(merged, rows)
+        for edit, part in reversed(list(zip(self.item.edits, parts, strict=True))):
+            share = 1 + edit.weight * (part.f - 1)
+            x = ((x - edit.weight * part.f * part.delta) / share).nan_to_num(0.0, 0.0, 0.0)
+        return Block(merged, parts, self._replaced_in(x, rows))
+
+    def bound(self, rows: Sequence[int], x: Tensor, *, rounded_once: bool) -> Tensor:  # noqa: ARG002 - always is
+        """Return the largest honest distance from x: one rounding, through each link's inverse."""
+        value = self.before(rows)
+        slack = torch.zeros_like(value)
+        for edit, part in reversed(list(zip(self.item.edits, self._parts(value, rows), strict=True))):
+            share = 1 + edit.weight * (part.f - 1)
+            slack = slack + abs(edit.weight) * part.f.abs() * (part.terms + 2) * EPSILON * part.size()
+            value = value - edit.weight * part.f * part.delta
+            slack = ((slack + (x.shape[1] ** 0.5 + 6) * EPSILON * value.abs()) / share.abs()).nan_to_num(0.0, 0.0, 0.0)
+            value = value / share
+        return half_ulp(x, self.item.dtype) + slack
+
+
 class RecoveryCheck(SelfCheck):
     """Compares recovered tensors with the base's, as far as the undo record tells them."""
-
-    definition = ExpectedBase
 
     def _compare(self, item: Item, written: StoredTensor, result: TensorResult) -> Verdict:
         """Compare a sample of rows; read a tensor that is recovered bit for bit back whole."""
@@ -121,3 +164,9 @@ class RecoveryCheck(SelfCheck):
             same = self._reader.digest(written).fast == result.written_hash
             return Verdict(written.numel, 0 if same else written.numel)
         return super()._compare(item, written, result)
+
+    def _expected(self, item: Item, result: TensorResult, rows: Sequence[int]) -> Expected:  # noqa: ARG002
+        """Return the definition of a recovered tensor."""
+        if not item.combination:
+            return ExpectedBase(item, self._reader)
+        return ChainExpectedBase(item, self._reader)

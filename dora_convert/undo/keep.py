@@ -16,7 +16,8 @@ from ..maths import lora as maths
 from ..plan.item import Item
 from ..plan.plan import Plan
 from ..storage.spool import Segment, Spool, SpooledTensor
-from .inverse import Inverse, recorded
+from .chain import inverse_of
+from .inverse import recorded
 from .packing import pack
 
 
@@ -66,7 +67,8 @@ class UndoKeeper:
     def after(self, raw: Tensor, result: Tensor, start: int) -> None:
         """Keep what rounding took from the base's rows, for an exact record."""
         if self._loss:
-            norms = [edit.n[-1] if edit.m is not None else None for edit in self._operands]
+            operands = self._operands if self._item.invertible else ()
+            norms = [operand.n[-1] if operand.edit.divides else None for operand in operands]
             self._loss.see(raw, result, start, norms)
 
     def parts(self) -> tuple[SpooledTensor, ...]:
@@ -81,8 +83,8 @@ class UndoKeeper:
             parts = [rows, SpooledTensor(f"index/{item.origin}", "I64", (count,), (self._spool.add(numbers),))]
         if item.source is not item.base:
             return tuple(parts)
-        for number, operand in enumerate(self._operands):
-            if operand.m is not None:
+        for number, operand in enumerate(self._operands if item.invertible else ()):
+            if operand.edit.divides:
                 n = torch.cat(operand.n).to("cpu", torch.float32)
                 parts.append(self._part(f"norm/{number}", n))
         for side, factor in zip(("left", "right"), self._taken or (), strict=False):
@@ -108,7 +110,7 @@ class RoundingLoss:
         self._exact = self.buffers.exact()
         computed = self._exact.computed
         taken = (computed(self.taken[0]), computed(self.taken[1])) if self.taken else None
-        self._inverse = Inverse(self.item, self._exact, exact=True, taken=taken)
+        self._inverse = inverse_of(self.item, self._exact, exact=True, taken=taken)
         self._rows = sorted({row for rows in self.item.rows for row in rows.index})
 
     def see(self, raw: Tensor, result: Tensor, start: int, norms: Sequence[Tensor | None]) -> None:

@@ -38,6 +38,12 @@ def plan_removal(
     """
     receipt = record.receipt
     missing = [adapter.name for number, adapter in enumerate(receipt.adapters) if number not in numbers]
+    how = receipt.combination
+    if not (how.is_sum or how.method == "chain"):
+        raise UsageError(
+            f"{merged.source.name} was merged with --method {how.method}: adapters come out together.",
+            hint="name all adapters",
+        )
     if not all(adapter.kind == "LoRA" for adapter in receipt.adapters):
         raise UsageError(
             f"{merged.source.name} was merged with {', '.join(missing)}, too, and not all of them are LoRAs.",

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from ..engine.precision import ComputeSpec, scan_adapter
-from ..engine.run import Hashes, Run, Transfers, choose_compute, input_states, resume_plan, run
+from ..engine.run import Hashes, Run, Transfers, choose_compute, resume_plan, run
 from ..errors import Fault, MalformedError, RefError, VerificationError
 from ..output.finished import TensorResult, copied_name, judge
+from ..output.output import input_states
 from ..output.side_files import SideFile
 from ..reports.merge import Recovered, UnmergeReport
 from ..settings import Settings

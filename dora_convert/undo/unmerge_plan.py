@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 from ..adapters import Adapter
 from ..errors import Fault, MalformedError, UnsupportedError
 from ..output.receipt import MergedTensor
-from ..plan.item import Item, Undo
+from ..plan.item import Edit, Item
 from ..plan.plan import Options, OutputShard, Plan
 from ..plan.planner import make_plan
 from ..plan.sharding import converted, lay_out
+from ..plan.undo_part import Undo
 from ..storage.checkpoint import Checkpoint
 from ..storage.safetensors import StoredTensor
 from .record import MergeRecord, not_as_written, rebuilt
@@ -152,7 +153,7 @@ def _recovered(
 ) -> Item | Fault:
     """Return the item that recovers one tensor of the base, or the fault that says why none can."""
     name, item = tensor.name, merge.remains.get(tensor.name)
-    own = original and original.tensors.get(name)
+    own = original.tensors.get(name) if original else None
     if item and item.verbatim:
         return _copy(tensor, merged.tensors[item.name])
     if whole := record.find("whole", name, tensor.dtype, tensor.shape):
@@ -160,16 +161,13 @@ def _recovered(
     if not item or (item.replaced and merge.options.undo == "none"):
         return _copy(tensor, own) if own else Fault(name, "was replaced or left out, and no record holds it")
     if item.source is not item.base:
-        fewer = [min(pair) for pair in zip(tensor.shape[:1], item.source.shape[:1], strict=True)]
-        shape = (*fewer, *item.source.shape[1:])  # the adapter's tensor may have more rows, or fewer
-        undo = Undo(kept=_kept(tensor, record))
-        if fewer < [*tensor.shape[:1]] and not undo.kept:
-            return Fault(name, "rows of it were cut off, and no record holds them")
-        return _inverse(replace(item, edits=(), rows=()), tensor, replace(item.source, shape=shape), undo)
+        return _replaced(item, tensor, record)
     source = replace(merged.tensors[item.name], shape=item.source.shape)
+    if not item.invertible:
+        return _from_bits(item, tensor, source, record, own)
     rows, columns = source.matrix
     norms = tuple(
-        record.find(f"norm/{number}", name, "F32", [edit.low.outputs]) if edit.low and edit.decomposed else None
+        record.find(f"norm/{number}", name, "F32", [edit.norm_count]) if edit.divides else None
         for number, edit in enumerate(item.edits)
     )
     left = record.find("start/left", name, "F32", [rows, None])
@@ -178,11 +176,46 @@ def _recovered(
         return _copy(tensor, own) if own else Fault(name, f"no record holds what {item.start.start} took from it")
     taken = (left, right) if left and right else None
     undo = Undo(norms, taken, _kept(tensor, record), record.find("ulps", name, "U8", [None]))
-    if any(edit.decomposed and not n for edit, n in zip(item.edits, norms, strict=True)):
+    if any(edit.divides and not n for edit, n in zip(item.edits, norms, strict=True)):
         if not own:
             return Fault(name, "a merged DoRA has lost ‖W + sBA‖, and no record holds it")
+        if item.combination:
+            return _copy(tensor, own)
         undo = Undo(norms, original=replace(own, shape=item.source.shape))
+        item = replace(item, edits=tuple(_following(edit, original) for edit in item.edits))
     return _inverse(item, tensor, source, undo)
+
+
+def _following(edit: Edit, original: Checkpoint | None) -> Edit:
+    """Return a bias's edit with its weight as the base has it."""
+    if not edit.follows or not original:
+        return edit
+    source = original.tensors.get(edit.follows.origin, edit.follows.source)
+    return replace(edit, follows=replace(edit.follows, source=replace(source, shape=edit.follows.source.shape)))
+
+
+def _replaced(item: Item, tensor: StoredTensor, record: MergeRecord) -> Item | Fault:
+    """Return the item that puts the base's rows back, where an adapter's tensor replaced them."""
+    fewer = [min(pair) for pair in zip(tensor.shape[:1], item.source.shape[:1], strict=True)]
+    shape = (*fewer, *item.source.shape[1:])  # the adapter's tensor may have more rows, or fewer
+    undo = Undo(kept=_kept(tensor, record))
+    if fewer < [*tensor.shape[:1]] and not undo.kept:
+        return Fault(tensor.name, "rows of it were cut off, and no record holds them")
+    return _inverse(replace(item, edits=(), rows=()), tensor, replace(item.source, shape=shape), undo)
+
+
+def _from_bits(
+    item: Item, tensor: StoredTensor, source: StoredTensor, record: MergeRecord, own: StoredTensor | None
+) -> Item | Fault:
+    """Return the item that recovers a tensor by the base's bits alone, which only an exact record holds."""
+    if ulps := record.find("ulps", tensor.name, "U8", [None]):
+        undo = Undo(kept=_kept(tensor, record), ulps=ulps)
+        return _inverse(replace(item, edits=(), combination=None), tensor, source, undo)
+    how = f"merged with --method {item.combination.method}" if item.combination else "changed beside another adapter"
+    kinds = [edit.inner.title for edit in item.edits if edit.inner and edit.inner.depends]
+    how = f"changed by {kinds[0]} beside another adapter or at another weight than 1" if kinds else how
+    why = f"was {how}, which cannot be inverted: only --undo exact keeps what it needs"
+    return _copy(tensor, own) if own else Fault(tensor.name, why)
 
 
 def _inverse(item: Item, tensor: StoredTensor, source: StoredTensor, undo: Undo) -> Item:

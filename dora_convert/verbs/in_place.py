@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from ..errors import UsageError
+from ..errors import UnsupportedError, UsageError
 from ..options import MergeOptions, UnmergeOptions
 from ..output.in_place import InPlace
 from ..output.receipt import read_receipt
@@ -48,6 +48,11 @@ def refuse_out(ref: PathLike | None, role: str, out: PathLike | None) -> PathLik
 def open_place(plan: Plan) -> InPlace:
     """Return the base's folder as the output of a plan; UnsupportedError if it cannot be changed in place."""
     checkpoint = plan.base
+    if any(item.source.coded for item in plan.items):
+        raise UnsupportedError(
+            f"{checkpoint.source.name} is quantised, and its quantised weights are not changed in place.",
+            hint="name an OUT instead",
+        )
     place = InPlace(checkpoint.source.path, checkpoint.shards, checkpoint.index_name)
     place.refuse(plan)
     return place

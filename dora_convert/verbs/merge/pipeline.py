@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...engine.precision import doubt_zeros, scan_adapter
-from ...engine.run import Hashes, Run, choose_compute, input_states, resume_plan, run
+from ...engine.run import Hashes, Run, choose_compute, resume_plan, run
 from ...engine.tensor import MergeMaker
 from ...errors import Fault, VerificationError
 from ...output.card import card_bytes, inherited, works_of
 from ...output.finished import TensorResult, Verdict, judge, kept_name
+from ...output.output import input_states
 from ...output.receipt import new_receipt
 from ...output.side_files import SideFile, adopted_sets, base_files, originals, side_files, with_card
 from ...parity.self_check import SelfCheck
@@ -64,6 +65,7 @@ def run_merge(
         if not seen:
             _look_at_base(plan, settings)
         verdict = judge(plan, results) if settings.verify else None
+        _tell_loss(plan, verdict, settings)
         if _is_unchanged(plan, results):
             settings.warn("the adapter changes nothing: every element is as in the base")
         card = card_bytes(plan, settings.base_model, fields, verdict.rows() if verdict else ())
@@ -80,6 +82,27 @@ def check_adapters(plan: Plan, settings: Settings) -> tuple[ComputeSpec, Hashes]
     for doubt in filter(None, map(doubt_zeros, plan.adapters)):
         settings.warn(doubt)
     return spec, hashes
+
+
+LOSS = 0.1
+"""A share of the change lost above this is warned of."""
+
+
+def _tell_loss(plan: Plan, verdict: Verdict | None, settings: Settings) -> None:
+    """Say how much of the change the codes of a quantised output have lost."""
+    titles = sorted({getattr(item.source, "scheme").title for item in plan.items if item.parts})  # noqa: B009
+    if not titles:
+        return
+    lost = verdict.lost if verdict else None
+    if lost is None:
+        settings.warn(f"written back as {', '.join(titles)}; without the check its loss is not known")
+    elif lost > LOSS:
+        settings.warn(
+            f"written back as {', '.join(titles)}: {lost:.0%} of the change is lost to rounding; "
+            "--dequantize or --dequantize-touched keeps it"
+        )
+    else:
+        settings.notify(f"written back as {', '.join(titles)}: {lost:.1%} of the change is lost to rounding")
 
 
 def _look_at_base(plan: Plan, settings: Settings) -> bool:

@@ -1,0 +1,224 @@
+"""Code values again, in the layout that they were decoded from: numbers for each block, and a code for each value.
+
+A block keeps its numbers as long as its values fit them. Else it gets new ones from its largest values, by the rule
+of its kind. Codes are rounded to nearest, ties to even, from float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from .blocks import Blocks
+from .numbers import TORCH_NAMES, power, values
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TOPS = {"F8_E4M3": 448.0, "F8_E5M2": 57344.0, "E2M1": 6.0}
+"""The largest value of each grid of floats."""
+EPSILON = 1e-7
+"""The least scale of MLX."""
+
+
+def code_range(scheme: Blocks) -> tuple[int, int]:
+    """Return the least and the largest code of a grid of integers."""
+    if scheme.grid == "unsigned":
+        return 0, (1 << scheme.bits) - 1
+    half = 1 << scheme.bits - 1
+    return (1 - half if scheme.balanced else -half), half - 1
+
+
+def extremes(scheme: Blocks, x: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the least and the largest value of each block of some rows: (blocks of rows, groups of columns).
+
+    All rows are of one block, unless each has its own scales. `index` holds each column's group, where groups are
+    not neighbours. Without it, cut-off blocks count as if they went on with zeros.
+    """
+    import torch
+
+    if index is not None:
+        low = x.new_zeros(len(x), int(index.max()) + 1)
+        where = index.expand_as(x)
+        return low.scatter_reduce(1, where, x, "amin"), low.scatter_reduce(1, where, x, "amax")
+    rows, columns = 1 if scheme.rows == 1 else len(x), min(scheme.columns, x.shape[1])
+    down, across = -(-len(x) // rows), -(-x.shape[1] // columns)
+    if (down * rows, across * columns) != tuple(x.shape):
+        x = torch.nn.functional.pad(x, (0, across * columns - x.shape[1], 0, down * rows - len(x)))
+    blocks = x.view(down, rows, across, columns)
+    return blocks.amin((1, 3)), blocks.amax((1, 3))
+
+
+def settle(
+    scheme: Blocks, old: Mapping[str, Tensor], low: Tensor, high: Tensor, dtypes: Mapping[str, str], *, fresh: bool
+) -> dict[str, Tensor]:
+    """Return the numbers of blocks by role, as they are stored, from their values' extremes.
+
+    `old` holds the stored numbers in float64, `dtypes` the dtypes of those that may change. With `fresh`, no block
+    keeps its numbers.
+    """
+    import torch
+
+    new = _fresh(scheme, old, low, high)
+    new = {role: rounded(number, dtypes[role], scheme) for role, number in new.items()}
+    if "zero" in new:  # from the scale as it is stored
+        least, most = code_range(scheme)
+        new["zero"] = (least - low.clamp(max=0) / scale_of(scheme, new)).round().clamp(least, most)
+    keep = (high == 0) & (low == 0) if fresh else _fits(scheme, old, low, high)
+    return {role: torch.where(keep, old[role], number) for role, number in new.items()}
+
+
+def _fits(scheme: Blocks, old: Mapping[str, Tensor], low: Tensor, high: Tensor) -> Tensor:
+    """Return True for blocks whose values fit their old numbers."""
+    scale = scale_of(scheme, old)
+    if top := TOPS.get(scheme.grid):
+        return (-low).maximum(high) <= top * scale
+    least, most = code_range(scheme)
+    ends = [_codes_of(end, scale, old) for end in (low, high)]
+    return (ends[0].minimum(ends[1]) >= least) & (ends[0].maximum(ends[1]) <= most)
+
+
+def _codes_of(x: Tensor, scale: Tensor, numbers: Mapping[str, Tensor]) -> Tensor:
+    """Return the integer codes of values, not cut to any range."""
+    if "bias" in numbers:
+        x = x - numbers["bias"]
+    codes = (x / scale).round()
+    return codes + numbers["zero"] if "zero" in numbers else codes
+
+
+def _fresh(scheme: Blocks, old: Mapping[str, Tensor], low: Tensor, high: Tensor) -> dict[str, Tensor]:
+    """Return new numbers, not rounded yet, by the rule of the kind."""
+    import torch
+
+    unit = scale_of(scheme, {**old, "scale": torch.ones_like(old["scale"])})
+    largest = (-low).maximum(high)
+    if top := TOPS.get(scheme.grid):
+        return {"scale": largest / top / unit}
+    least, most = code_range(scheme)
+    if "bias" in old:
+        return _mlx(low, high, most)
+    if "zero" in old and old["zero"].any():
+        return {"scale": (high.clamp(min=0) - low.clamp(max=0)) / (most - least) / unit, "zero": old["zero"]}
+    return {"scale": largest / ((most - least) / 2) / unit}
+
+
+def _mlx(low: Tensor, high: Tensor, most: int) -> dict[str, Tensor]:
+    """Return MLX's scale and bias: the end that is farther from zero has a code of its own, and so has zero."""
+    import torch
+
+    scale = ((high - low) / most).clamp(min=EPSILON)
+    below = low.abs() > high.abs()
+    scale, edge = torch.where(below, scale, -scale), torch.where(below, low, high)
+    code = (edge / scale).round()
+    return {
+        "scale": torch.where(code == 0, scale, edge / code),
+        "bias": torch.where(code == 0, torch.zeros_like(edge), edge),
+    }
+
+
+def rounded(numbers: Tensor, dtype: str, scheme: Blocks) -> Tensor:
+    """Return numbers as a dtype stores them, in float64; exponents are rounded up."""
+    import torch
+
+    if dtype == "F8_E8M0" or (scheme.exponents and dtype == "U8"):
+        mantissa, exponent = torch.frexp(numbers)
+        exponent = (exponent - (mantissa == 0.5).to(exponent.dtype)).clamp(-127, 127)
+        return power((exponent + 127).to(torch.uint8))
+    if dtype in ("F8_E4M3", "F8_E5M2"):
+        return to_float8(numbers.clamp(max=TOPS[dtype]), dtype).double()
+    return numbers.to(getattr(torch, TORCH_NAMES[dtype])).double()
+
+
+def stored(numbers: Tensor, dtype: str, scheme: Blocks) -> Tensor:
+    """Return the bytes of numbers that a dtype holds: uint8 (rows, bytes)."""
+    import torch
+
+    if dtype == "F8_E8M0" or (scheme.exponents and dtype == "U8"):
+        return (torch.frexp(numbers)[1] + 126).to(torch.uint8)
+    kind = getattr(torch, TORCH_NAMES[dtype])
+    return numbers.to(kind).contiguous().view(torch.uint8).view(len(numbers), -1)
+
+
+def scale_of(scheme: Blocks, numbers: Mapping[str, Tensor]) -> Tensor:
+    """Return the scales that values are divided by, from stored numbers."""
+    scale = numbers["scale"] * scheme.factor
+    if "global" in numbers:
+        scale = scale / numbers["global"] if scheme.divides else scale * numbers["global"]
+    return scale
+
+
+def encode(scheme: Blocks, x: Tensor, numbers: Mapping[str, Tensor], index: Tensor | None, row_bytes: int) -> Tensor:
+    """Return the codes of rows as bytes: uint8 (rows, row_bytes).
+
+    `numbers` are as stored: a row for each of x, or one for all.
+    """
+    import torch
+
+    wide = {role: _wide(scheme, number, x, index) for role, number in numbers.items() if role != "global"}
+    if "global" in numbers:
+        wide["global"] = numbers["global"]
+    scale = scale_of(scheme, wide)
+    if top := TOPS.get(scheme.grid):
+        q = (x / scale).nan_to_num_(0.0).clamp_(-top, top)
+        codes = to_float8(q, scheme.grid).view(torch.uint8) if scheme.grid != "E2M1" else _to_e2m1(q)
+    else:
+        least, most = code_range(scheme)
+        q = _codes_of(x, scale, wide).nan_to_num_(0.0).clamp_(least, most)
+        middle = 1 << scheme.bits - 1 if scheme.grid == "signed" else 0
+        codes = (
+            (q + middle).to(torch.int16).to(torch.uint8) if scheme.grid != "I8" else q.to(torch.int8).view(torch.uint8)
+        )
+    bits = scheme.bits if scheme.grid in ("signed", "unsigned", "E2M1") else 8
+    return packed(codes, bits, row_bytes)
+
+
+def _wide(scheme: Blocks, number: Tensor, x: Tensor, index: Tensor | None) -> Tensor:
+    """Return one number for each element from one for each block; a lone one broadcasts."""
+    if index is not None:
+        return number[:, index]
+    return number if number.shape[1] == 1 else number.repeat_interleave(scheme.columns, dim=1)[:, : x.shape[1]]
+
+
+def to_float8(x: Tensor, dtype: str) -> Tensor:
+    """Round float64 to a float of 8 bits, once: through float32 rounded to odd, which keeps ties apart."""
+    import torch
+
+    single = x.to(torch.float32)
+    bits = single.view(torch.int32)
+    inexact = single.double() != x
+    bits -= (single.double().abs() > x.abs()).to(torch.int32)
+    bits |= inexact.to(torch.int32)
+    return single.to(getattr(torch, TORCH_NAMES[dtype]))
+
+
+def _to_e2m1(x: Tensor) -> Tensor:
+    """Return the codes of the nearest values of the 4-bit float, ties to an even code."""
+    import torch
+
+    size = x.abs()
+    code = (size * 2).round()  # the codes of 0 to 2 are twice the value
+    code = torch.where(size > 2, size.round() + 2, code)
+    code = torch.where(size > 4, (size / 2).round() + 4, code)
+    return (code.clamp_(max=7) + 8 * torch.signbit(x)).to(torch.uint8)
+
+
+def packed(codes: Tensor, bits: int, row_bytes: int) -> Tensor:
+    """Return codes of some bits without gaps, low bits first: uint8 (rows, row_bytes)."""
+    import torch
+
+    if bits == 8:
+        return codes.contiguous()
+    count = row_bytes * 8 // bits if 8 % bits == 0 else -(-codes.shape[1] // 8) * 8
+    codes = torch.nn.functional.pad(codes, (0, max(0, count - codes.shape[1])))
+    if 8 % bits:
+        bit = (codes.unsqueeze(-1) >> torch.arange(bits, dtype=torch.uint8, device=codes.device)) & 1
+        codes, bits = bit.flatten(1), 1
+    pieces = codes.view(len(codes), -1, 8 // bits)
+    out = sum((pieces[..., k] << bits * k for k in range(8 // bits)), torch.zeros_like(pieces[..., 0]))
+    short = row_bytes - out.shape[1]
+    return torch.nn.functional.pad(out, (0, short)) if short > 0 else out[:, :row_bytes]
+
+
+def numbers_of(raw: Tensor, dtype: str, scheme: Blocks) -> Tensor:
+    """Return stored numbers of blocks in float64."""
+    return power(raw) if scheme.exponents and dtype == "U8" else values(raw, dtype)
