@@ -34,8 +34,8 @@ HEADS_OF: Mapping[str, frozenset[str]] = {
     "text_decoder.cls.predictions.decoder": frozenset({"blip"}),
     "cls.predictions.decoder": frozenset(
         {
-            "bert", "big_bird", "deberta", "deberta-v2", "ernie", "fnet", "layoutlm", "lxmert", "megatron-bert", "mobilebert",
-            "mra", "nomic_bert", "nystromformer", "rembert", "roc_bert", "roformer", "squeezebert", "tapas",
+            "bert", "big_bird", "deberta", "deberta-v2", "ernie", "fnet", "layoutlm", "lxmert", "megatron-bert",
+            "mobilebert", "mra", "nomic_bert", "nystromformer", "rembert", "roc_bert", "roformer", "squeezebert", "tapas",
             "visual_bert", "yoso",
         }
     ),
