@@ -225,7 +225,7 @@ def _output_config(
 
 def _quantised(base: Checkpoint, options: Options) -> QuantisedBase | None:
     """Return what is known of a quantised base; None for a dense one, without a look at codecs."""
-    if not base.may_be_quantised:
+    if not base.may_be_quantised and not options.quantised.startswith("as "):
         return None
     from .quantised import QuantisedBase
 
