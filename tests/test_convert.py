@@ -62,7 +62,6 @@ def test_one_alpha_folds_the_scalings(tmp_path):
         ("lycoris-locon-dora-col", "kohya", "by columns"),
         ("lycoris-loha", "mlx", "LoHa"),
         ("peft-oft", "diffusers", "OFT"),
-        ("hfadapters-dora", "torchtune", "follow"),
         ("kohya-lora-sd15", "peft", "pipeline"),
     ],
 )
