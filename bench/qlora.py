@@ -12,11 +12,12 @@ from __future__ import annotations
 import argparse
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from bitsandbytes import functional
 from peft import LoraConfig, get_peft_model
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dora_convert
@@ -25,7 +26,7 @@ LENGTH, BATCH, RANK = 96, 4, 8
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def nf4(W):
+def nf4(W: Tensor) -> Tensor:
     """Return a weight quantised to nf4 and decoded, as one line, so that blocks lie as they do on a GPU."""
     packed, state = functional.quantize_4bit(
         W.bfloat16().reshape(1, -1), blocksize=64, quant_type="nf4", compress_statistics=False
@@ -34,7 +35,7 @@ def nf4(W):
     return functional.dequantize_4bit(packed, state).view(W.shape).to(W.dtype)
 
 
-def load(path, *, quantised=False):
+def load(path: Path | str, *, quantised: bool = False) -> Any:
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     for name, module in model.named_modules() if quantised else ():
         if isinstance(module, torch.nn.Linear) and "lm_head" not in name:
@@ -42,7 +43,7 @@ def load(path, *, quantised=False):
     return model.eval()
 
 
-def texts(tokenizer):
+def texts(tokenizer: Any) -> tuple[Tensor, Tensor]:
     """Return blocks of tokens of this project's pages: for training, and held out."""
     pages = sorted((Path(__file__).parent.parent / "docs").glob("*.md"))
     tokens = tokenizer("\n".join(page.read_text(encoding="utf-8") for page in pages), return_tensors="pt").input_ids[0]
@@ -50,7 +51,7 @@ def texts(tokenizer):
     return blocks[: len(blocks) * 9 // 10], blocks[len(blocks) * 9 // 10 :][:24]
 
 
-def train(base, blocks, seed, steps, *, dora):
+def train(base: str, blocks: Tensor, seed: int, steps: int, *, dora: bool) -> Any:
     torch.manual_seed(seed)
     config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=TARGETS, use_dora=dora, task_type="CAUSAL_LM")
     model = get_peft_model(load(base, quantised=True), config).train()
@@ -64,17 +65,17 @@ def train(base, blocks, seed, steps, *, dora):
 
 
 @torch.no_grad()
-def outputs(model, held_out):
+def outputs(model: Any, held_out: Tensor) -> Tensor:
     return torch.cat([model(input_ids=block[None]).logits.log_softmax(-1) for block in held_out])
 
 
-def compare(logs, trained, held_out):
+def compare(logs: Tensor, trained: Tensor, held_out: Tensor) -> tuple[float, float]:
     kl = float((trained.exp() * (trained - logs)).sum(-1).mean())
-    loss = float(F.nll_loss(logs[:, :-1].flatten(0, 1), held_out[:, 1:].flatten()))
+    loss = float(torch.nn.functional.nll_loss(logs[:, :-1].flatten(0, 1), held_out[:, 1:].flatten()))
     return kl, loss
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("base")
     parser.add_argument("--seeds", type=int, default=3)
@@ -87,7 +88,7 @@ def main():
                 one_run(given, blocks, held_out, Path(where), seed=seed, dora=dora)
 
 
-def one_run(given, blocks, held_out, root, *, seed, dora):
+def one_run(given: Any, blocks: Tensor, held_out: Tensor, root: Path, *, seed: int, dora: bool) -> None:
     model = train(given.base, blocks, seed, given.steps, dora=dora)
     trained = outputs(model, held_out)
     model.save_pretrained(root / "adapter")
