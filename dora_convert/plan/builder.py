@@ -15,7 +15,7 @@ from ..storage.checkpoint import Checkpoint
 from ..storage.safetensors import FLOATS
 from .item import Edit, Item
 from .plan import Entry, Options
-from .shapes import Match, TargetTensor, begins_elsewhere, is_copy, match_shape, stacked, turn_of
+from .shapes import Match, TargetTensor, begins_elsewhere, is_copy, match_shape, settle_widest, stacked, turn_of
 
 if TYPE_CHECKING:
     from ..naming.slots import Slot
@@ -57,6 +57,7 @@ class PlanBuilder:
                 self._add_change(change, adapter, names, weight)
             else:
                 self._enter(change.update, "ignored", (), "left out by name")
+        settle_widest(self.targets, adapter.changes)
 
     def _add_change(self, change: Change, adapter: Adapter, names: NameResolver, weight: float) -> None:
         """Apply one change, keep it until all adapters are known, or note why it cannot be applied."""
@@ -82,10 +83,7 @@ class PlanBuilder:
             from ..naming.missing import explain_missing
 
             why = explain_missing(change.target, names, self.base)
-            if self.options.allow_unmatched:
-                self._enter(update, "unmatched", (), why)
-            else:
-                self._fault(update, why)
+            self._enter(update, "unmatched", (), why) if self.options.allow_unmatched else self._fault(update, why)
 
     def _follow(self, change: Change, name: str | None, names: NameResolver, weight: float) -> None:
         """Scale a bias as its weight is; a module without a bias has nothing to scale."""
