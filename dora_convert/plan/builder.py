@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import combinations, permutations
@@ -15,7 +14,7 @@ from ..storage.checkpoint import Checkpoint
 from ..storage.safetensors import FLOATS
 from .item import Edit, Item
 from .plan import Entry, Options
-from .shapes import Match, TargetTensor, begins_elsewhere, is_copy, match_shape, stacked, turn_of
+from .shapes import ClaimedOutputs, Match, TargetTensor, begins_elsewhere, is_copy, match_shape, stacked, turn_of
 
 if TYPE_CHECKING:
     from ..naming.slots import Slot
@@ -41,15 +40,14 @@ class PlanBuilder:
         """Changes to one side of the tie, or to both, with weight and number of the adapter; kept until the end."""
         self._adapters: list[Adapter] = []
         self._number = 0  # of the adapter at hand
-        self._claimed: dict[str, list[tuple[float, float]]] = {}
-        """The outputs of tensors that additions of the adapter at hand are for."""
+        self._claimed = ClaimedOutputs()  # by additions of the adapter at hand
         self._names = {*base.tensors, *(name.rpartition(".")[0] for name in base.tensors)}
 
     def add(self, adapter: Adapter, names: NameResolver, weight: float) -> None:
         """Apply every change of an adapter; replacements come before additions."""
         self.ledger += [Entry(name, "ignored", (), why) for name, why in adapter.ignored.items()]
         self.faults += adapter.faults
-        self._claimed.clear()
+        self._claimed = ClaimedOutputs()
         self._number = len(self._adapters)
         self._adapters.append(adapter)
         for change in sorted(self._told_apart(adapter.changes, names), key=turn_of):
@@ -100,13 +98,10 @@ class PlanBuilder:
         """Note the outputs of a tensor that an addition is for; a fault if the adapter changes them already."""
         if turn_of(change) < 2:
             return True
-        first, last = outputs or (0, math.inf)
-        claimed = self._claimed.setdefault(name, [])
-        if any(first < end and start < last for start, end in claimed):
-            self._fault(change.update, f"changes {name}, which another tensor of the same adapter changes, too")
-            return False
-        claimed.append((first, last))
-        return True
+        if self._claimed.add(name, outputs):
+            return True
+        self._fault(change.update, f"changes {name}, which another tensor of the same adapter changes, too")
+        return False
 
     def _apply_parts(self, change: Change, slots: Sequence[Slot], weight: float) -> None:
         """Cut an update of a weight that is several tensors, and add each part to its tensor."""
