@@ -71,6 +71,8 @@ OPTIONS = {
     "dequantize": Option(False, "Write a quantised base's weights dense, all of them."),
     "dequantize_touched": Option(False, "Write dense only what the adapter changes, and what servers fuse with it."),
     "requantize": Option(False, "Round changed weights of few bits to the old bits again; the loss is printed."),
+    "base_as": Option(None, "Merge onto what a quantised training saw of a 16-bit BASE; needs the extra nf4.",
+                      choices=("nf4", "nf4-double", "fp4", "int8")),
     "verify": Option(True, "Check a sample of the output before publishing."),
     "verify_outputs": Option(False, "Run base + adapter and the output on sample prompts before publishing."),
     "allow_unmatched": Option(False, "Warn about adapter tensors that match nothing in the base."),

@@ -135,6 +135,7 @@ class MergeOptions(CombineOptions, MatchOptions, FieldOptions, CheckpointOptions
     """The options of merge."""
 
     undo: str | None
+    base_as: str | None
     dequantize: bool
     dequantize_touched: bool
     requantize: bool
@@ -183,6 +184,7 @@ class ExtractOptions(GoalOptions, FittingOptions, total=False):
 class VerifyOptions(CombineOptions, MatchOptions, SelectOptions, FieldOptions, ComputeOptions, total=False):
     """The options of verify."""
 
+    base_as: str | None
     level: str
     samples: int
     prompt: Sequence[str]

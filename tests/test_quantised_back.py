@@ -101,3 +101,33 @@ def test_inspect_counts_dense_parameters(kind, words):
     assert report.parameters == sum(value.numel() for value in values.values())
     assert any(words in title for title in report.coded)
     assert sum(count["tensors"] for count in report.coded.values()) == len(TRUTH[kind])
+
+
+def test_base_as(tmp_path, monkeypatch):
+    """--base-as needs bitsandbytes, and a 16-bit base; tests/oracles/quantised.py compares its results."""
+    from dora_convert import UsageError
+
+    base = copy_base("fp8-blocks", tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", base, dora=False)
+    monkeypatch.setattr("dora_convert.settings._is_installed", lambda name: False)
+    with pytest.raises(UsageError, match="bitsandbytes") as error:
+        dora_convert.merge(base, adapter, tmp_path / "out", base_as="nf4", **QUICK)
+    assert "dora-convert[nf4]" in error.value.hint
+    monkeypatch.setattr("dora_convert.settings._is_installed", lambda name: True)
+    with pytest.raises(UsageError, match="is quantised already"):
+        dora_convert.merge(base, adapter, tmp_path / "out", base_as="nf4", **QUICK)
+
+
+def test_notice_of_a_quantised_training(tmp_path):
+    """An adapter whose config names a quantised base gets a notice: which base, and what else could be chosen."""
+    import json
+
+    base = copy_base("fp8-blocks", tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", base, dora=False)
+    dora_convert.merge(base, adapter, tmp_path / "dense", dequantize=True, **QUICK)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    named = {**config, "base_model_name_or_path": "unsloth/model-bnb-4bit"}
+    (adapter / "adapter_config.json").write_text(json.dumps(named))
+    notices = []
+    dora_convert.merge(tmp_path / "dense", adapter, tmp_path / "out", on_notice=notices.append, **QUICK)
+    assert any("base_as" in notice and "quantised" in notice for notice in notices), notices

@@ -77,7 +77,7 @@ class RecordedOptions(Struct, frozen=True, kw_only=True):
     exclude: tuple[str, ...]
     ignore_field: tuple[str, ...]
     ignore_file: tuple[str, ...] | UnsetType = UNSET
-    quantised: Annotated[str, one_of("all", "touched", "again")] | UnsetType = UNSET
+    quantised: Annotated[str, one_of("all", "touched", "again", "as [a-z0-9-]+")] | UnsetType = UNSET
     facts: dict[str, Any] | UnsetType = UNSET
     combination: Combination | UnsetType = UNSET
 

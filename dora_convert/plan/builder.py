@@ -14,7 +14,17 @@ from ..storage.checkpoint import Checkpoint
 from ..storage.safetensors import FLOATS
 from .item import Edit, Item
 from .plan import Entry, Options
-from .shapes import ClaimedOutputs, Match, TargetTensor, begins_elsewhere, is_copy, match_shape, stacked, turn_of
+from .shapes import (
+    ClaimedOutputs,
+    Match,
+    TargetTensor,
+    begins_elsewhere,
+    is_copy,
+    match_shape,
+    settle_widest,
+    stacked,
+    turn_of,
+)
 
 if TYPE_CHECKING:
     from ..naming.slots import Slot
@@ -55,6 +65,7 @@ class PlanBuilder:
                 self._add_change(change, adapter, names, weight)
             else:
                 self._enter(change.update, "ignored", (), "left out by name")
+        settle_widest(self.targets, adapter.changes)
 
     def _add_change(self, change: Change, adapter: Adapter, names: NameResolver, weight: float) -> None:
         """Apply one change, keep it until all adapters are known, or note why it cannot be applied."""
@@ -80,10 +91,7 @@ class PlanBuilder:
             from ..naming.missing import explain_missing
 
             why = explain_missing(change.target, names, self.base)
-            if self.options.allow_unmatched:
-                self._enter(update, "unmatched", (), why)
-            else:
-                self._fault(update, why)
+            self._enter(update, "unmatched", (), why) if self.options.allow_unmatched else self._fault(update, why)
 
     def _follow(self, change: Change, name: str | None, names: NameResolver, weight: float) -> None:
         """Scale a bias as its weight is; a module without a bias has nothing to scale."""
@@ -96,9 +104,7 @@ class PlanBuilder:
 
     def _claims(self, change: Change, name: str, outputs: tuple[int, int] | None = None) -> bool:
         """Note the outputs of a tensor that an addition is for; a fault if the adapter changes them already."""
-        if turn_of(change) < 2:
-            return True
-        if self._claimed.add(name, outputs):
+        if turn_of(change) < 2 or self._claimed.add(name, outputs):
             return True
         self._fault(change.update, f"changes {name}, which another tensor of the same adapter changes, too")
         return False
@@ -143,11 +149,10 @@ class PlanBuilder:
     def _fits(self, update: Update, target: str, names: NameResolver) -> bool:
         if name := names.find(target):
             return isinstance(self._match(update, name, self.targets[name].source.shape), Match)
-        if not (slots := names.slots(target)):
-            return False
         from .cutting import cut
 
-        return not isinstance(cut(update, slots, self.base), str)
+        slots = names.slots(target)
+        return bool(slots) and not isinstance(cut(update, slots, self.base), str)
 
     def _match(self, update: Update, name: str, shape: tuple[int, ...]) -> Match | str:
         return match_shape(update, name, shape, self.targets[name].source.dtype, self.base.model_types)

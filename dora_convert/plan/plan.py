@@ -217,7 +217,7 @@ class Options:
     """Weight files beside adapters that are left out."""
     quantised: str = ""
     """The choice for quantised weights: "all" are written dense, or the "touched" ones, or few bits are coded
-    "again"; by default those that the adapter changes are coded again if their bits suffice."""
+    "again", or the base is read "as nf4" or the like; by default changed ones are coded again if their bits suffice."""
     strict: bool = False
     """True if an adapter must hold all that its config says was trained."""
     facts: AdapterFacts = NO_FACTS
@@ -282,7 +282,7 @@ def parse_options(given: Mapping[str, Any]) -> Options:
 
 def _quantised(given: Mapping[str, Any]) -> str:
     """Return the caller's choice for quantised weights, which few calls make."""
-    if not any(given.get(name) for name in ("dequantize", "dequantize_touched", "requantize")):
+    if not any(given.get(name) for name in ("dequantize", "dequantize_touched", "requantize", "base_as")):
         return ""
     from .quantised_config import parse_choice
 

@@ -6,7 +6,7 @@ Shapes decide; for square weights, which shapes do not tell, the tables of `nami
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ..adapters import Change, Decomposed, Delta, Full, LowRank, Rows, Start, Transform, Update, low_rank, transform_of
@@ -225,3 +225,11 @@ def stacked(tensor: StoredTensor, edits: Sequence[Edit]) -> StoredTensor:
     lows = ((edit.low, edit.outputs) for edit in edits if edit.low)
     stacked = any(low.experts or (outputs and len(tensor.shape) > len(low.A.shape)) for low, outputs in lows)
     return replace(tensor, shape=(tensor.numel // tensor.shape[2], tensor.shape[2])) if stacked else tensor
+
+
+def settle_widest(targets: Mapping[str, TargetTensor], changes: Sequence[Change]) -> None:
+    """Tell updates that are computed with the widest of an adapter's weights how wide it is."""
+    if any(change.update.widest for change in changes):
+        from . import widest
+
+        widest.settle([target.edits for target in targets.values()], changes)

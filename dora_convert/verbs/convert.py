@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import Unpack
 
 from ..adapters import Adapter, Full, low_rank, tensors_of
+from ..adapters.beside import doubts_of
 from ..adapters.new_adapter import NewAdapter
 from ..errors import PlanError, UsageError
 from ..fitting.jobs import FittingPlan, Result
@@ -55,7 +56,7 @@ def _settled(adapter: Adapter, base: Checkpoint | None, session: FittingSession)
     """Return an adapter with the base's names, and with nothing left open; UsageError if that needs a base."""
     if adapter.faults:
         raise PlanError(f"The adapter {adapter.source.name} contradicts itself.", faults=adapter.faults)
-    for doubt in adapter.doubts:
+    for doubt in (*adapter.warnings, *doubts_of(adapter.beside, adapter.source.name)):
         session.settings.warn(doubt)
     if base:
         plan = make_plan(base, [adapter], (1.0,), replace(session.selection, quantised="all"))

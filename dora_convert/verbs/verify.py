@@ -119,7 +119,7 @@ def _plan(request: VerifyRequest) -> tuple[Plan, Checkpoint]:
     idle = parse_options(options).check_globs(modules_of(adapters))
     for doubt in (*chains(base, adapters, combination.method), *idle):
         settings.warn(doubt)
-    plan = make_plan(base, adapters, weights, replace(selection, quantised="all"))
+    plan = make_plan(base, adapters, weights, selection if selection.quantised else replace(selection, quantised="all"))
     for doubt in plan.warnings:
         settings.warn(doubt)
     return plan, merged

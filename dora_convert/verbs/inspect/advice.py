@@ -216,9 +216,9 @@ class Advisor:
             coarse = next(update.m.dtype for update in updates if update.m.dtype in HALF)
             share = "0.4 %" if coarse == "BF16" else "0.05 %"
             yield f"magnitudes are stored as {coarse}: the length of a row is off by up to {share}"
-        if alone := sum(update.inner is None for update in updates):
+        if alone := sum(update.inner is None and not update.normalised for update in updates):
             yield f"{alone} modules have magnitudes and no factors"
-        if any(update.normalised for update in updates):
+        if any(update.normalised and update.inner for update in updates):
             yield "magnitudes multiply V without a division by its norm: they are normalised"
         if "unsaid dora" in features_of(self.adapter):
             yield "there are magnitudes, but use_dora is not set in adapter_config.json"
