@@ -130,7 +130,7 @@ def toy(tmp_path: Path, *, dora: bool, experts: bool) -> tuple[Path, Path, dict[
     weights, tensors = in_model(disk), {}
     for module in MODULES:
         weight = weights[f"{module}.weight"]
-        A, B = torch.randn(RANK, weight.shape[1]), 0.1 * torch.randn(weight.shape[0], RANK)
+        A, B = torch.randn(RANK, weight.shape[1]), 0.03 * torch.randn(weight.shape[0], RANK)
         V = weight + SCALE * B.double() @ A.double()
         tensors |= {f"{module}.lora_A.weight": A, f"{module}.lora_B.weight": B}
         if dora:
