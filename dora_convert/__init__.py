@@ -28,6 +28,7 @@ _MODULES = {
     "reports.verify": ("OutputsReport", "VerifyReport"),
     "verbs.analyze": ("analyze", "trainable_share"),
     "verbs.extract": ("extract",),
+    "verbs.convert": ("convert",),
     "verbs.from_lora": ("from_lora",),
     "verbs.in_memory": ("iter_merged", "merge_state_dict"),
     "verbs.inspect": ("inspect",),

@@ -53,6 +53,7 @@ OPTIONS = {
     "ranks": Option("one", "one: the largest that any module needs, for all; per-module: each its own, which not all "
                     "programs read right.", choices=("one", "per-module")),
     "exact_svd": Option(False, "Never use the randomised SVD, which large matrices get."),
+    "to": Option(None, "Format of the new adapter: peft, diffusers, kohya, mlx, torchtune.", "FORMAT"),
     "format": Option("peft", "Format of the new adapter.", "NAME"),
     "dtype": Option("auto", "Dtype to store, except for magnitudes; auto keeps each tensor's own.",
                     choices=("auto", "bfloat16", "float16", "float32")),
@@ -70,6 +71,8 @@ OPTIONS = {
     "dequantize": Option(False, "Write a quantised base's weights dense, all of them."),
     "dequantize_touched": Option(False, "Write dense only what the adapter changes, and what servers fuse with it."),
     "requantize": Option(False, "Round changed weights of few bits to the old bits again; the loss is printed."),
+    "base_as": Option(None, "Merge onto what a quantised training saw of a 16-bit BASE; needs the extra nf4.",
+                      choices=("nf4", "nf4-double", "fp4", "int8")),
     "verify": Option(True, "Check a sample of the output before publishing."),
     "verify_outputs": Option(False, "Run base + adapter and the output on sample prompts before publishing."),
     "allow_unmatched": Option(False, "Warn about adapter tensors that match nothing in the base."),

@@ -135,6 +135,7 @@ class MergeOptions(CombineOptions, MatchOptions, FieldOptions, CheckpointOptions
     """The options of merge."""
 
     undo: str | None
+    base_as: str | None
     dequantize: bool
     dequantize_touched: bool
     requantize: bool
@@ -153,6 +154,13 @@ class FittingOptions(OutputOptions, total=False):
     """Verbs that write an adapter."""
 
     format: str
+
+
+class ConvertOptions(FieldOptions, FittingOptions, total=False):
+    """The options of convert."""
+
+    to: str | None
+    base: Path | None
 
 
 class FromLoraOptions(FieldOptions, FittingOptions, total=False):
@@ -176,6 +184,7 @@ class ExtractOptions(GoalOptions, FittingOptions, total=False):
 class VerifyOptions(CombineOptions, MatchOptions, SelectOptions, FieldOptions, ComputeOptions, total=False):
     """The options of verify."""
 
+    base_as: str | None
     level: str
     samples: int
     prompt: Sequence[str]

@@ -29,7 +29,8 @@ MAX_MEMORY = "160MiB"
 """Bytes that streaming verbs hold at once by default."""
 REPO_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 EXTRAS = {
-    "verify": ("transformers", "accelerate", "peft"), "trainer": ("transformers", "peft"), "plot": ("matplotlib",)
+    "verify": ("transformers", "accelerate", "peft"), "trainer": ("transformers", "peft"), "plot": ("matplotlib",),
+    "nf4": ("bitsandbytes",),
 }  # fmt: skip
 """The packages of each extra."""
 _UNITS = {"": 1} | {

@@ -18,14 +18,14 @@ from pathlib import Path
 import dora_convert
 from dora_convert.errors import RefError
 from dora_convert.output.shards import ShardFiles
-from dora_convert.plan import item as plan_item
 from dora_convert.storage import journal
+from dora_convert.storage import reader as blocks
 from dora_convert.storage.checkpoint import open_checkpoint
 from dora_convert.storage.refs import local_source
 from dora_convert.undo import restore as restoring
 from dora_convert.verbs.merge import pipeline as produce  # torch is imported before children are made
 
-plan_item.BLOCK_ELEMENTS, journal.BATCH_SECONDS = 1 << 10, 0.0
+blocks.BLOCK_ELEMENTS, journal.BATCH_SECONDS = 1 << 10, 0.0
 assert produce
 assert restoring
 verb, work, adapter, deaths = sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])

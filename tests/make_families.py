@@ -45,10 +45,15 @@ from transformers.core_model_loading import (
 from transformers.initialization import no_init_weights
 from transformers.models.auto import modeling_auto
 
+from dora_convert.formats.peft.parameters import REGISTERED
+from dora_convert.naming import families
+
 FILE = Path(__file__).parent.parent / "dora_convert" / "naming" / "families.json"
 Rule = list[Any]
 USUAL = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "MASKED_LM")
 """The lists of transformers in which a model type's usual class is looked for, best first."""
+NO_SINGLE_HEAD = {"fsmt", "musicgen", "musicgen_melody", *families.COMPOSITE}
+"""Model types with several heads, or with another model's head."""
 ATTENTIONS = ("full_attention", "sliding_attention")
 HINTS: Mapping[str, Mapping[str, Any]] = {
     "hunyuan_v1_dense": {"head_dim": 128},
@@ -147,8 +152,6 @@ class Facts:
         """By class: the module of the output head, if it is not lm_head."""
         self.turned: set[str] = set()
         """Model types whose experts are stored as (in, out)."""
-        self.orders: dict[str, list[str]] = {}
-        """By model type: the experts' parameters in the order of their registration, if it is not the usual one."""
         self.fixed: dict[str, list[str]] = {}
         """By class: names in the model, with `*` for numbers, that the loader keeps although a rule changes them."""
         self.failed: dict[str, str] = {}
@@ -180,8 +183,9 @@ class Facts:
             own = [key for key, value in module.named_parameters(recurse=False) if value.ndim > 1 or "bias" in key]
             if "Expert" not in kind or not any(value.ndim == 3 for value in module.parameters(recurse=False)):
                 continue
-            if not own[0].startswith("gate_up_proj"):
-                self.orders[model.config.model_type] = own
+            known = [key for key in own if key in REGISTERED]
+            if known != sorted(known, key=REGISTERED.index):
+                raise ValueError(f"{kind} registers {own}: formats/peft/parameters.py has another order")
             if getattr(module, "is_transposed", False):
                 self.turned.add(model.config.model_type)
         head = model.get_output_embeddings()
@@ -288,8 +292,8 @@ def bare(models: Collection[str]) -> dict[str, str]:
     return {kind: name for kind, name in entries if isinstance(name, str) and name in models}
 
 
-def make(only: Collection[str] = ()) -> dict[str, Any]:
-    """Return the table, of some model types or of all."""
+def make(only: Collection[str] = ()) -> tuple[dict[str, Any], Facts]:
+    """Return the table of some model types or of all, and what models say of themselves."""
     facts, types = Facts(), classes()
     for name, model_type in types.items():
         if only and model_type not in only:
@@ -301,19 +305,27 @@ def make(only: Collection[str] = ()) -> dict[str, Any]:
             facts.add(name, model)
     table = rules()
     models = kept(facts.models, types, table)
-    return {
+    written = {
         "transformers": transformers.__version__,
         "date": dt.datetime.now(dt.timezone.utc).date().isoformat(),
         "rules": table,
         "models": models,
         "bare": bare(models),
         "usual": usual(models),
-        "heads": dict(sorted(facts.heads.items())),
         "fixed": {name: kinds for name, kinds in sorted(facts.fixed.items()) if name in models},
-        "turned": sorted(facts.turned),
-        "orders": dict(sorted(facts.orders.items())),
-        "failed": facts.failed,
     }
+    return written, facts
+
+
+def contradictions(facts: Facts) -> Iterator[str]:
+    """Yield every fact about a model that `naming/families.py` has otherwise."""
+    if facts.turned - families.TURNED_EXPERTS:
+        yield f"TURNED_EXPERTS lacks {facts.turned - families.TURNED_EXPERTS}"
+    types = classes()
+    known = {kind: head for head, kinds in families.HEADS_OF.items() for kind in kinds}
+    for name, head in facts.heads.items():
+        if types.get(name) not in NO_SINGLE_HEAD and known.get(types.get(name, "")) != head:
+            yield f"HEADS_OF lacks {head} of {types.get(name)}"
 
 
 def as_text(table: Mapping[str, Any]) -> str:
@@ -332,13 +344,15 @@ def main() -> int:
     """Write the table, or compare the written one with the installed transformers."""
     warnings.filterwarnings("ignore")
     logging.disable(logging.ERROR)
-    table = make()
-    failed = table.pop("failed")
-    for name, why in failed.items():
-        sys.stderr.write(f"not built: {name}: {why}\n")
+    table, facts = make()
+    wrong = list(contradictions(facts))
+    notes = [f"not built: {name}: {why}" for name, why in facts.failed.items()]
+    sys.stderr.write("".join(f"{line}\n" for line in notes + wrong))
     if "--check" in sys.argv:
         written = json.loads(FILE.read_text())
-        return int(any(written[key] != json.loads(json.dumps(table[key])) for key in table if key != "date"))
+        return int(
+            bool(wrong) or any(written[key] != json.loads(json.dumps(table[key])) for key in table if key != "date")
+        )
     FILE.write_text(as_text(table))
     sizes = f"{len(table['models'])} classes, {len(table['rules'])} lists of rules, {FILE.stat().st_size} bytes"
     sys.stdout.write(f"{FILE.name}: {sizes}\n")

@@ -187,7 +187,7 @@ def check_logits(tmp_path, model, config, model_class, *, tolerance, inputs=None
         ({"peft_type": "PROMPT_TUNING"}, "no single weight equals it"),
         ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
-        ({"peft_type": "LOHA"}, "LOHA"),
+        ({"peft_type": "PSOFT"}, "PSOFT"),
         ({"use_quantum": True}, "use_quantum"),
     ],
 )

@@ -14,6 +14,7 @@ import dora_convert
 from dora_convert.analysis.statistics import interval, name_kinds, pearson
 from dora_convert.errors import PlanError, UsageError
 
+from .hubserver import run as hub_run
 from .toy import HIDDEN, TARGETS, edit_json, exact, load, make_adapter, make_base, rounded, write_json, write_shards
 
 
@@ -323,3 +324,55 @@ def test_a_merge_is_what_its_adapter_is(tmp_path, base, adapter):
             assert point.delta_magnitude == pytest.approx(ours[module].delta_magnitude, rel=1e-5)
         else:
             assert point.relative_change == 0
+
+
+def test_adapters_of_embeddings_convolutions_and_experts(tmp_path):
+    """Factors that lie otherwise: ΔM and ΔD by rows, W' = W + s·BA by PEFT's rules."""
+    torch.manual_seed(4)
+    shapes = {"embed_tokens.weight": (72, 40), "conv.weight": (16, 8, 3), "mlp.experts.down_proj": (3, 24, 40)}
+    base = {name: torch.randn(shape) * 0.1 for name, shape in shapes.items()}
+    (tmp_path / "base").mkdir()
+    write_shards(tmp_path / "base", base, 1)
+    write_json(tmp_path / "base" / "config.json", {"architectures": ["X"], "model_type": "mixtral"})
+    A, B = torch.randn(2, 72), torch.randn(40, 2)
+    down, up = torch.randn(2, 8, 3), torch.randn(16, 2, 1)
+    each_A, each_B = torch.randn(3, 2, 40), torch.randn(3, 24, 2)
+    factors = {
+        "embed_tokens.lora_embedding_A": A, "embed_tokens.lora_embedding_B": B,
+        "conv.lora_A.weight": down, "conv.lora_B.weight": up,
+        "mlp.experts.lora_A.weight": each_A.reshape(6, 40), "mlp.experts.lora_B.weight": each_B.permute(1, 2, 0).reshape(24, 6),
+    }  # fmt: skip
+    (tmp_path / "a").mkdir()
+    save_file(
+        {f"base_model.model.{n}": x.contiguous() for n, x in factors.items()},
+        tmp_path / "a" / "adapter_model.safetensors",
+    )
+    write_json(tmp_path / "a" / "adapter_config.json", {
+        "peft_type": "LORA", "r": 2, "lora_alpha": 1, "peft_version": "0.21.2", "target_modules": ["embed_tokens", "conv"],
+        "target_parameters": ["experts.down_proj"],
+    })  # fmt: skip
+    points = points_of(dora_convert.analyze(tmp_path / "base", tmp_path / "a"))
+    deltas = {
+        "embed_tokens": 0.5 * (B.double() @ A.double()).T,
+        "conv": 0.5 * (up.double().flatten(1) @ down.double().flatten(1)).view(16, 8, 3),
+        "mlp.experts.down_proj": 0.5 * each_B.double() @ each_A.double(),
+    }
+    assert set(points) == set(deltas)
+    for name, delta in deltas.items():
+        W = base.get(name, base.get(f"{name}.weight")).double()
+        pair = (x.flatten(0, 1) if "experts" in name else x for x in (W, W + delta))
+        expected = direct(*pair)
+        for field in ("delta_magnitude", "delta_direction", "relative_change"):
+            assert getattr(points[name], field) == pytest.approx(expected[field], rel=1e-6), (name, field)
+        assert points[name].stable_rank <= 2 + 1e-9
+
+
+def test_from_the_hub(hub, tmp_path):
+    """A base and steps on the Hub; the adapter's weights and the base's are downloaded as they are needed."""
+    base = make_base(hub.root / "base")
+    hub.repos |= {"org/base": base.path, "me/adapter": make_adapter(hub.root / "adapter", base, dora=True)}
+    done = hub_run(hub, tmp_path / "cache", "analyze", "org/base", "me/adapter", "--json", "--no-cache", HF_TOKEN="")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    near = dora_convert.analyze(base.path, hub.root / "adapter")
+    assert [p["delta_direction"] for p in found["points"]] == [p.delta_direction for p in near.points]

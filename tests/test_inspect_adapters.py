@@ -110,11 +110,11 @@ def test_landing_with_other_shapes(tmp_path, base, adapter):
 
 
 def test_landing_in_a_quantised_base(base, adapter):
-    """A base that is refused as a whole is an answer, too."""
+    """A config that says quantised over dense weights is a warning, not a refusal."""
     edit_json(base.path / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
     landing = dora_convert.inspect(adapter, base.path).landing
-    assert not landing.fits
-    assert "quantised (gptq)" in landing.message
+    assert landing.fits
+    assert any("quantised (gptq), but its weights are dense" in warning for warning in landing.warnings)
 
 
 def test_faults_in_an_adapter(run, tmp_path, base):

@@ -38,9 +38,9 @@ def experts(tmp_path):
 
 def test_experts(tmp_path, experts, monkeypatch):
     """A lies expert after expert, B with the expert varying fastest; no block holds rows of two."""
-    from dora_convert.plan import item as plan_item
+    from dora_convert.storage import reader as blocks
 
-    monkeypatch.setattr(plan_item, "BLOCK_ELEMENTS", 1 << 7)
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 1 << 7)
     base, adapter, weight, extra = experts
     A, B = (tensor.double() for tensor in extra.values())
     report = dora_convert.merge(base.path, adapter, tmp_path / "out")

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import dora_convert
 from dora_convert.errors import PlanError, UsageError
-from dora_convert.plan import item as plan_item
+from dora_convert.storage import reader as blocks
 
 from .toy import contents, exact, load, make_adapter, make_base, rounded, write_json, write_shards  # fmt: skip
 
@@ -74,7 +74,7 @@ def test_rounding_is_not_double(tmp_path):
 
 def test_output_bytes_do_not_depend_on_resources(tmp_path, monkeypatch):
     """Any number of workers and any budget give the same files, receipt and undo record included."""
-    monkeypatch.setattr(plan_item, "BLOCK_ELEMENTS", 1 << 10)
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 1 << 10)
     base = make_base(tmp_path / "base")
     adapter = make_adapter(tmp_path / "adapter", base, dora=True)
     found = []
@@ -87,10 +87,10 @@ def test_output_bytes_do_not_depend_on_resources(tmp_path, monkeypatch):
 
 def test_blocks_smaller_than_the_tensor(tmp_path, monkeypatch):
     """Tensors of several blocks, with a remainder, come out like those of one."""
-    monkeypatch.setattr(plan_item, "BLOCK_ELEMENTS", 1 << 10)
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 1 << 10)
     base = make_base(tmp_path / "base")
     adapter = make_adapter(tmp_path / "adapter", base, dora=True)
-    assert len(list(plan_item.spans(*_stored(base, "mlp.up_proj").matrix))) > 2
+    assert len(list(blocks.spans(*_stored(base, "mlp.up_proj").matrix))) > 2
     dora_convert.merge(base.path, adapter, tmp_path / "out")
     same(load(tmp_path / "out"), exact(base, adapter), torch.bfloat16)
 

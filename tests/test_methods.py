@@ -127,8 +127,8 @@ def test_dare_is_right_on_average(case, tmp_path):
 
 def test_thresholds_of_many_blocks(case, tmp_path, monkeypatch):
     """Tensors of many blocks, more elements than are collected at once, and a self-check that believes thresholds."""
-    monkeypatch.setattr("dora_convert.plan.item.BLOCK_ELEMENTS", 160)
-    monkeypatch.setattr("dora_convert.plan.item.ROWS_MULTIPLE", 1)
+    monkeypatch.setattr("dora_convert.storage.reader.BLOCK_ELEMENTS", 160)
+    monkeypatch.setattr("dora_convert.storage.reader.ROWS_MULTIPLE", 1)
     monkeypatch.setattr("dora_convert.engine.combine.COLLECTED", 300)
     monkeypatch.setattr("dora_convert.parity.combined.FEW_ELEMENTS", 100)
     _, base, adapters, _ = case

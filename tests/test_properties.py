@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import dora_convert
 from dora_convert.errors import DoraConvertError
-from dora_convert.plan import item as plan_item
+from dora_convert.storage import reader as blocks
 
 from .toy import rounded
 
@@ -27,7 +27,7 @@ quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCh
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Several blocks even here."""
-    monkeypatch.setattr(plan_item, "BLOCK_ELEMENTS", 1 << 8)
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 1 << 8)
 
 
 @st.composite

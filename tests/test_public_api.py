@@ -17,7 +17,7 @@ NAMES = {
     "AdapterReport", "AnalyzeReport", "CheckpointReport", "DoraConvertError", "DryRunReport", "HubError", "MadeDryRun",
     "MadeReport", "MalformedError", "MergeReport", "NumericalError", "OutputError", "OutputsReport",
     "PlanError", "PushReport", "Recovered", "RefError", "UnmergeReport", "UnsupportedError", "UsageError",
-    "VerificationError", "VerifyReport", "__version__", "analyze", "extract", "from_lora", "inspect",
+    "VerificationError", "VerifyReport", "__version__", "analyze", "convert", "extract", "from_lora", "inspect",
     "iter_merged", "merge", "merge_state_dict", "push", "to_lora", "trainable_share", "unmerge", "verify",
 }  # fmt: skip
 

@@ -146,8 +146,8 @@ def test_small_memory_and_blocks(tmp_path, monkeypatch):
         adapter = make_adapter(tmp_path / f"{kind}-adapter", base, dora=False, modules=modules)
         dora_convert.merge(base, adapter, tmp_path / f"{kind}-1", dequantize=True, undo="none", **QUICK)
         with monkeypatch.context() as patch:
-            patch.setattr("dora_convert.plan.item.BLOCK_ELEMENTS", 100)
-            patch.setattr("dora_convert.plan.item.ROWS_MULTIPLE", 3)
+            patch.setattr("dora_convert.storage.reader.BLOCK_ELEMENTS", 100)
+            patch.setattr("dora_convert.storage.reader.ROWS_MULTIPLE", 3)
             patch.setattr(decoding, "CHUNK_ELEMENTS", 64)
             patch.setattr(decoding, "STRIP_BYTES", 100)
             dora_convert.merge(base, adapter, tmp_path / f"{kind}-2", dequantize=True, undo="none", **QUICK)

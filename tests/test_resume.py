@@ -21,12 +21,12 @@ from .toy import contents, exact, load, make_adapter, make_base, rounded, stoppe
 DRIVER = """
     import os, sys, threading
     import dora_convert
-    from dora_convert.plan import item as plan_item
+    from dora_convert.storage import reader as blocks
     from dora_convert.storage import journal
     from dora_convert.output.shards import ShardFiles
 
     base, adapter, out, allowed = *sys.argv[1:4], int(sys.argv[4])
-    plan_item.BLOCK_ELEMENTS, journal.BATCH_SECONDS = 1 << 10, 0.0
+    blocks.BLOCK_ELEMENTS, journal.BATCH_SECONDS = 1 << 10, 0.0
     write, lock, count = ShardFiles._write, threading.Lock(), 0
 
     def dies(self, descriptor, position, data):

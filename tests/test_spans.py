@@ -14,7 +14,8 @@ from dora_convert.engine.device_buffers import DeviceBuffers
 from dora_convert.engine.precision import ComputeSpec, read_columns, read_rows
 from dora_convert.engine.tensor import MergeMaker
 from dora_convert.parity.expected import Expected
-from dora_convert.plan.item import Edit, Item, Undo
+from dora_convert.plan.item import Edit, Item
+from dora_convert.plan.undo_part import Undo
 from dora_convert.storage.reader import Reader
 from dora_convert.storage.safetensors import StoredTensor, read_header
 from dora_convert.storage.spool import Spool
@@ -154,7 +155,7 @@ def merge(item: Item, reader: Reader, spool: Spool, **options) -> tuple[torch.Te
 @pytest.mark.parametrize("gaps", [False, True])
 def test_edits_on_their_own_outputs_round_once(tmp_path, reader, monkeypatch, transposed, dora, gaps):
     """Each output is changed by its own edit alone, with its own norm; outputs of no edit keep their bits."""
-    monkeypatch.setattr("dora_convert.plan.item.BLOCK_ELEMENTS", 300)
+    monkeypatch.setattr("dora_convert.storage.reader.BLOCK_ELEMENTS", 300)
     cuts = (CUTS[0], (30, 41)) if gaps else CUTS
     item, x, W = cut_item(tmp_path, transposed=transposed, dora=dora, cuts=cuts)
     assert len(list(item.spans())) > 1
@@ -175,7 +176,7 @@ def test_edits_on_their_own_outputs_round_once(tmp_path, reader, monkeypatch, tr
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (0.5, 1.25)])
 def test_edits_on_their_own_outputs_are_taken_out_again(tmp_path, reader, monkeypatch, transposed, exact, weights):
     """The record holds the norms of each edit's outputs; an exact one gives the base's bits back."""
-    monkeypatch.setattr("dora_convert.plan.item.BLOCK_ELEMENTS", 300)
+    monkeypatch.setattr("dora_convert.storage.reader.BLOCK_ELEMENTS", 300)
     item, _, W = cut_item(tmp_path, transposed=transposed, dora=True, weights=weights, cuts=(CUTS[0], (30, 41)))
     with closing(Spool(tmp_path / "spool")) as spool:
         observe = lambda item, maker, buffers, spool: UndoKeeper(item, maker, buffers, spool, exact=exact)  # noqa: E731

@@ -40,9 +40,9 @@ def test_whatever_made_the_record(tmp_path, base, adapter):
 
 def test_blocks_of_another_height(tmp_path, merged, base, adapter, monkeypatch):
     """The record serves a version that cuts its blocks otherwise: predictions do not depend on them."""
-    from dora_convert.plan import item as plan_item
+    from dora_convert.storage import reader as blocks
 
-    monkeypatch.setattr(plan_item, "BLOCK_ELEMENTS", 1 << 9)
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 1 << 9)
     dora_convert.unmerge(merged, adapter, tmp_path / "again")
     same_as(base.path, tmp_path / "again")
 

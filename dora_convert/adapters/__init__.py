@@ -11,12 +11,14 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from ..errors import Fault
 from ..settings import NOTHING as NOTHING
 from ..settings import Waived as Waived
+from ..storage.filenames import WRAPPERS as WRAPPERS
 from ..storage.filenames import FileStates
+from ..storage.filenames import unwrapped as unwrapped
 from ..storage.refs import Source
 from ..storage.safetensors import StoredTensor
 
@@ -35,6 +37,11 @@ class Start(Enum):
 
 class Update:
     """A kind of change to one weight; every kind is a frozen dataclass."""
+
+    follows: ClassVar[bool] = False
+    """True for a bias that is scaled as another change scales its weight."""
+    widest: bool = False
+    """True if the update needs the shape of the adapter's widest weight."""
 
     @property
     def tensors(self) -> tuple[StoredTensor, ...]:
@@ -56,6 +63,9 @@ class Transform(Update):
     """True if W is stored as (in, out), as embeddings are; False for convolutions; None if only the base can
     tell (torch's Linear or GPT-2's Conv1D, and experts)."""
 
+    depends: ClassVar[bool] = False
+    """True if V − W depends on W."""
+
     @property
     def outputs(self) -> int | None:
         """The number of outputs that the tensors are for; None if they fit any number."""
@@ -65,6 +75,10 @@ class Transform(Update):
     def inputs(self) -> tuple[int, ...] | None:
         """The shape of one output's weights, (in, …); None if the tensors fit any."""
         return None
+
+    def shaped(self, outputs: int, inputs: int) -> Transform:  # noqa: ARG002 - for kinds that need it
+        """Return the update for a weight of a shape, which some kinds need to know."""
+        return self
 
 
 @dataclass(frozen=True)
@@ -88,6 +102,8 @@ class LowRank(Transform):
     rslora: bool = False
     """True if s is alpha/√r instead of alpha/r."""
     b: StoredTensor | None = None  # out elements: VeRA
+    widest: bool = False
+    """True if A has the columns of the adapter's widest weight, of which the first ones count (VeRA)."""
 
     @property
     def rank(self) -> int:
@@ -221,15 +237,6 @@ def low_rank(update: Update) -> LowRank | None:
     return inner if isinstance(inner, LowRank) else None
 
 
-WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-"""Names that DistributedDataParallel, torch.compile, FSDP and activation checkpointing put into names."""
-
-
-def unwrapped(name: str) -> str:
-    """Return a name without the names that training programs put into it."""
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
-
-
 @dataclass(frozen=True)
 class Change:
     """One update, and the weight that it is for by the weight's name in the model's state dict."""
@@ -289,12 +296,3 @@ class Adapter:
     def modules(self) -> frozenset[str]:
         """The modules that the adapter changes, by their names in the model."""
         return frozenset(name for each in self.changes for name in (each.module, unwrapped(each.module)))
-
-    @property
-    def doubts(self) -> Iterator[str]:
-        """Warnings about files beside the adapter that are left out."""
-        yield from self.warnings
-        if self.beside:
-            from .beside import doubts_of
-
-            yield from doubts_of(self.beside, self.source.name)

@@ -6,7 +6,8 @@ docs/mathematics.md. Every tensor may be a view of another one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from ..storage.safetensors import StoredTensor
 from . import Decomposed, LowRank, Transform, Update
@@ -184,6 +185,7 @@ class Modulated(Transform):
     """W' = W ∘ (1 + s·BA) (HiRA, ICLR 2025)."""
 
     by: LowRank
+    depends: ClassVar[bool] = True
 
     @property
     def outputs(self) -> int:
@@ -218,6 +220,12 @@ class Computed(Transform):
     """The rule's other numbers, such as a seed."""
     shape: tuple[int | None, int | None] = (None, None)
     """The outputs and inputs of Δ, as far as the parts tell."""
+    widest: bool = False
+    """True if the rule needs the outputs and inputs of the widest weights that the adapter changes."""
+
+    def shaped(self, outputs: int, inputs: int) -> Computed:
+        """Return the same for a weight of a shape."""
+        return replace(self, shape=(outputs, inputs))
 
     @property
     def outputs(self) -> int | None:
@@ -246,6 +254,7 @@ class Follows(Update):
 
     weight: str
     """The weight, by the name that its own change targets."""
+    follows: ClassVar[bool] = True
 
     @property
     def tensors(self) -> tuple[StoredTensor, ...]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from ..storage.checkpoint import Checkpoint
 from ..storage.safetensors import StoredTensor
 from . import Adapter, Change, LowRank, Update, low_rank, tensors_of
 
@@ -32,6 +33,8 @@ class NewAdapter:
     """All weights of the model, if it has such parameters."""
     keeps_ties: bool = False
     """True if embedding and head stay one weight."""
+    model: Checkpoint | None = None
+    """The base, for formats whose names or order depend on the model's kind."""
 
     def carries(self, update: Update) -> bool:
         """Return True if all tensors of an update are `like`'s own."""
@@ -46,15 +49,28 @@ class NewAdapter:
 
 
 @dataclass(frozen=True)
+class ShapedTensor:
+    """A tensor of a new file: a stored one times a number, with zeros behind it, or a single number."""
+
+    source: StoredTensor | None
+    shape: tuple[int, ...]
+    scale: float = 1.0
+    """The factor; the value itself without a source."""
+    dtype: str = "F32"
+
+
+@dataclass(frozen=True)
 class Files:
     """The files of an adapter: tensors for one safetensors file, and small files, by name."""
 
     weights: str
-    tensors: Mapping[str, StoredTensor]
+    tensors: Mapping[str, StoredTensor | ShapedTensor]
     small: Mapping[str, bytes]
     metadata: Mapping[str, str] = field(default_factory=lambda: {"format": "pt"})
     keep: frozenset[str] = frozenset()
     """Tensors that keep their dtype even if another one is asked for."""
+    folded: bool = False
+    """True if scalings went into B."""
 
 
 class Writer(Protocol):

@@ -66,14 +66,19 @@ def sort_parts(
     return modules, rest
 
 
-def wrong_parts(parts: Parts, needed: Collection[str], names: Mapping[str, str]) -> str | None:
-    """Return why parts of a module make no update: one is missing, empty, or of another dtype; None if they do."""
+def wrong_parts(
+    parts: Parts, needed: Collection[str], names: Mapping[str, str], integers: Collection[str] = ("alpha",)
+) -> str | None:
+    """Return why parts of a module make no update: one is missing, empty, or of another dtype; None if they do.
+
+    The parts in `integers` may have any dtype.
+    """
     ends = {part: end for end, part in reversed(list(names.items()))}
     if missing := sorted(set(needed) - parts.keys()):
         return f"has no {ends[missing[0]].strip('.')}"
     if empty := [part for part in parts.values() if 0 in part.shape]:
         return f"{empty[0].name} is empty"
-    odd = [tensor for part, tensor in parts.items() if tensor.dtype not in FLOATS and part != "alpha"]
+    odd = [tensor for part, tensor in parts.items() if tensor.dtype not in FLOATS and part not in integers]
     return f"is stored as {odd[0].dtype}; adapters of that dtype are not merged" if odd else None
 
 
@@ -120,6 +125,14 @@ def is_embedding(module: str) -> bool:
 def turned(tensor: StoredTensor) -> StoredTensor:
     """Return a stored matrix as its transpose."""
     return view(tensor, turned=True)
+
+
+def weight_of(target: str, base: Checkpoint) -> StoredTensor | None:
+    """Return the base's tensor of a name, or the only one that ends so."""
+    if target in base.tensors:
+        return base.tensors[target]
+    ends = [name for name in base.tensors if name.endswith(f".{target}") or f".{target}".endswith(f".{name}")]
+    return base.tensors[ends[0]] if len(ends) == 1 else None
 
 
 def follow(adapter: Adapter, base: Checkpoint) -> Adapter:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ..storage.safetensors import StoredTensor
 from . import Transform
@@ -24,12 +25,13 @@ class Rotated(Transform):
 
     blocks: StoredTensor
     rule: str
+    depends: ClassVar[bool] = True
     terms: int = 0
     """The terms of the Cayley–Neumann series; 0 for the exact Cayley transform."""
     limit: float = 0.0
     """The largest norm of a block's generator, if training limited it (constrained OFT)."""
-    shared: int = 1
-    """The number of times that the blocks are repeated."""
+    shared: bool = False
+    """True if one block serves everywhere."""
 
     @property
     def on_outputs(self) -> bool:
@@ -37,13 +39,12 @@ class Rotated(Transform):
         return self.rule in ("diag-oft", "butterfly")
 
     @property
-    def width(self) -> int:
-        """The number of inputs, or outputs, that R mixes."""
-        if self.rule == "hra":
-            return self.blocks.shape[0]
-        if self.rule == "oft":
-            return self.blocks.shape[0] * self.shared * self.size
-        return self.blocks.shape[-3] * self.shared * self.size
+    def width(self) -> int | None:
+        """The number of inputs, or outputs, that R mixes; None if one block serves everywhere."""
+        if self.shared:
+            return None
+        count = {"hra": 1, "oft": self.blocks.shape[0]}.get(self.rule, self.blocks.shape[-3:][0])
+        return count * self.size
 
     @property
     def size(self) -> int:
@@ -60,7 +61,7 @@ class Rotated(Transform):
     @property
     def inputs(self) -> tuple[int, ...] | None:
         """The inputs that R mixes, as one dimension."""
-        return None if self.on_outputs else (self.width,)
+        return None if self.on_outputs or self.width is None else (self.width,)
 
     @property
     def tensors(self) -> tuple[StoredTensor, ...]:

@@ -11,10 +11,11 @@ from ..errors import PlanError
 from ..fitting.model_weights import model_names
 from ..fitting.pairs import is_table
 from ..naming.families import TURNED_EXPERTS
-from ..plan.item import Item, block_height, spans
+from ..plan.item import Item
 from ..plan.plan import Options, Plan
 from ..plan.shapes import is_conv1d
 from ..storage.checkpoint import Checkpoint
+from ..storage.reader import block_height, spans
 from ..storage.safetensors import FLOATS, StoredTensor
 
 MOST_SPECTRUM = 512

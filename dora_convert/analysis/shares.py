@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..adapters import Adapter, Full
+from ..adapters import Adapter, Decomposed, Full, LowRank, Update
 from ..errors import UnsupportedError
 from ..naming.resolve import is_embedding, is_head
 from ..storage.checkpoint import Checkpoint
@@ -23,9 +23,20 @@ def share_of(base: Checkpoint, adapter: Adapter) -> float:
         (tensor.path, tensor.start): tensor.numel
         for change in adapter.changes
         if not (isinstance(change.update, Full) and change.update.copied)
-        for tensor in change.update.tensors
+        for tensor in _trained(change.update)
     }
     return _share(_count(base.tensors), sum(trained.values()))
+
+
+def _trained(update: Update) -> Iterator[StoredTensor]:
+    """Yield the tensors that training changed: VeRA's factors stay as they began, its diagonals do not."""
+    if isinstance(update, Decomposed):
+        yield update.m
+        yield from _trained(update.inner) if update.inner else ()
+    elif isinstance(update, LowRank) and update.b:
+        yield from filter(None, (update.d, update.b))
+    else:
+        yield from update.tensors
 
 
 def _count(tensors: Mapping[str, StoredTensor]) -> int:

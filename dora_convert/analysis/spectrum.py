@@ -152,7 +152,8 @@ class HeldSpectrum(Spectrum):
 def eigenvalues(gram: Tensor, *, every: bool) -> Tensor:
     """Return the eigenvalues of a Gram matrix, or approximations whose largest is the largest (Lanczos, 1950)."""
     if every or len(gram) <= STEPS:
-        return torch.linalg.eigvalsh(gram)
+        every_value: Tensor = torch.linalg.eigvalsh(gram)
+        return every_value
     chance = torch.Generator().manual_seed(0)
     basis = torch.zeros(STEPS + 1, len(gram), dtype=gram.dtype, device=gram.device)
     start = torch.randn(len(gram), generator=chance).to(gram)
@@ -165,7 +166,8 @@ def eigenvalues(gram: Tensor, *, every: bool) -> Tensor:
         if length == 0:
             break
         basis[step + 1] = following / length
-    return torch.linalg.eigvalsh(basis @ (gram @ basis.T))
+    ritz: Tensor = torch.linalg.eigvalsh(basis @ (gram @ basis.T))
+    return ritz
 
 
 class SketchSpectrum(Spectrum):

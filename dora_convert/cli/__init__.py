@@ -29,6 +29,7 @@ COMMANDS = {
     "from-lora": "LoRA to DoRA, outputs preserved",
     "to-lora": "DoRA, or any adapter, to LoRA by SVD; LoRA to another rank",
     "extract": "fine-tuned checkpoint to adapter",
+    "convert": "adapter to another tool's format",
     "verify": "compare a merged checkpoint with base + adapter",
     "analyze": "measure how far training moved each weight, in magnitude and direction",
     "inspect": "describe an adapter or a checkpoint from its headers, local or remote",

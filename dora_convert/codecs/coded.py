@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from ..storage.safetensors import BITS, StoredTensor
 
@@ -26,6 +26,9 @@ STRIP_BYTES = 4 << 20
 
 class PartReader(Protocol):
     """Reads parts of coded tensors as bytes, on the device that decodes them."""
+
+    held: dict[tuple[Path, int], Any]
+    """Kept between calls: codes of a whole tensor, by its path and first byte."""
 
     def rows(self, part: StoredTensor, start: int, stop: int) -> Tensor:
         """Return rows of a part, seen as a matrix with its own last dimension: uint8 (rows, bytes of a row)."""
@@ -52,6 +55,10 @@ class Scheme:
         """The rows that share a scale: blocks of a write-back are multiples of them; 0 for all rows."""
         return 1
 
+    def whole(self, tensor: CodedTensor) -> int:  # noqa: ARG002 - for schemes that hold a whole weight
+        """Return the bytes that are held for the whole weight while any row of it is decoded."""
+        return 0
+
     def decode(self, tensor: CodedTensor, read: PartReader, start: int, stop: int) -> Tensor:
         """Return rows of the dense weight's matrix in float64: (stop − start, columns)."""
         raise NotImplementedError
@@ -73,7 +80,7 @@ class CodedTensor(StoredTensor):
     def held(self, block: int, *, again: bool = False) -> int:
         """Return the bytes held beside a block of so many elements to decode it, and to code it `again`."""
         whole = max(block, self.scheme.step * self.columns)
-        return 8 * block + DECODING + (24 * whole if again else 0)
+        return 8 * block + DECODING + (24 * whole if again else 0) + self.scheme.whole(self)
 
     @property
     def paths(self) -> tuple[Path, ...]:

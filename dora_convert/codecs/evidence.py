@@ -47,7 +47,7 @@ class Evidence:
         if not self.base.is_file and side.is_file():
             inner = read_json(side).get("quantization")
             said.append({"quant_method": "modelopt", **inner} if isinstance(inner, Mapping) else None)
-        return tuple(one for one in said if isinstance(one, Mapping) and one)
+        return tuple(one for one in said if isinstance(one, Mapping))
 
     def method(self, *names: str) -> Mapping[str, Any] | None:
         """Return the description with one of these methods; None if no place names one."""

@@ -137,10 +137,10 @@ def change_of(operand: LoadedEdit, W: Tensor, start: int, stop: int, *, out: Ten
     """Compute ΔW = apply(W) − W of one edit for a block."""
     if isinstance(operand, LoadedValues):
         operand.change_(out, W, start, stop)
-    elif operand.m is None:
+    elif not operand.edit.depends:
         operand.add_(out.zero_(), start, stop)
     else:
-        operand.decompose_(out.copy_(W), start, stop).sub_(W)
+        operand.apply_(out.copy_(W), start, stop).sub_(W)
     return out
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ class StoredParts:
     def __init__(self, reader: Reader, device: torch.device) -> None:
         self._reader, self._device = reader, device
         self._strips: dict[tuple[Path, int], tuple[int, int, Tensor]] = {}
+        self.held: dict[tuple[Path, int], Any] = {}
         self._tables: dict[tuple[Path, int], Tensor] = {}
 
     def rows(self, part: StoredTensor, start: int, stop: int) -> Tensor:

@@ -41,7 +41,7 @@ def check_magnitudes(plan: Plan) -> str | None:
             )
             for item in plan.items
             for edit in item.edits
-            if isinstance(edit.update, Decomposed) and not edit.update.normalised
+            if isinstance(edit.update, Decomposed) and edit.divides
         }
     _refuse_normalised(plan, samples)
     ratios = [(m / n - 1).abs() for m, n in samples.values()]
@@ -92,5 +92,6 @@ def _sample(tensor: StoredTensor, edit: Edit, update: Decomposed, buffers: Devic
     sample = torch.cat([buffers.rows(tensor, first + row, first + row + 1) for row in chosen])
     if edit.two_passes:  # the norm of a column, estimated from some of its elements
         own = sample[:, slice(*edit.outputs)] if edit.outputs else sample
-        return m, maths.norms(own, axis=0) * (rows / len(chosen)) ** 0.5
+        n = maths.norms(own, axis=0) * (rows / len(chosen)) ** 0.5
+        return m, torch.linalg.vector_norm(n.view(len(m), -1), dim=1)  # a convolution's inputs have a kernel each
     return m[chosen], maths.norms(sample, axis=1)

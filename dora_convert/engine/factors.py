@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from torch import Tensor
 
-from ..adapters import Decomposed, Delta, LowRank
+from ..adapters import Delta, LowRank
 from ..maths import lora as maths
 from ..plan.item import Edit
 from .device_buffers import DeviceBuffers
+
+if TYPE_CHECKING:
+    from .kinds import LoadedTransform
 
 
 class FactorPair:
@@ -57,6 +63,9 @@ class StreamedFactors(FactorPair):
         right = maths.block_diagonal(buffers.whole(held), blocks, 0)
         if low.d:  # diag(d) may stand on either side of the product
             right = right * buffers.whole(low.d).view((1, -1) if transposed else (-1, 1))
+        self._b = buffers.whole(low.b).view(-1, 1) if low.b else None
+        if self._b is not None and transposed:
+            right = right * self._b
         self._right = right.T if transposed else right
         if fixed:
             fixed.right_(self._right)
@@ -73,7 +82,8 @@ class StreamedFactors(FactorPair):
                 return maths.block_diagonal(self._buffers.whole(low.A), low.blocks[0], 0)[:, start:stop].T
             return self._buffers.columns(low.A, start, stop).T
         part = self._buffers.rows(low.B, start, stop)
-        return maths.block_diagonal(part, low.blocks[1], start, low.outputs)
+        left = maths.block_diagonal(part, low.blocks[1], start, low.outputs)
+        return left if self._b is None else left * self._b[start:stop]
 
 
 class ExpertFactors(FactorPair):
@@ -117,6 +127,8 @@ class LoadedEdit:
 
     edit: Edit
     factors: FactorPair | None = None
+    transform: LoadedTransform | None = None
+    """An update of another kind than low rank."""
     shift: Tensor | None = None
     """The addend of a bias, (1, n)."""
     m: Tensor | None = None
@@ -129,11 +141,16 @@ class LoadedEdit:
         """Read the tensors that every block needs; factors are rounded to `fixed` if given."""
         if isinstance(edit.update, Delta):
             return cls(edit, shift=buffers.whole(edit.update.value))
-        low = edit.low
-        assert low
-        kind = ExpertFactors if low.experts else StreamedFactors
-        m = buffers.whole(edit.update.m).flatten() if isinstance(edit.update, Decomposed) else None
-        return cls(edit, kind(low, buffers, transposed=edit.transposed, fixed=fixed), m=m)
+        m = _load_magnitudes(edit, buffers) if edit.magnitudes else None
+        if low := edit.low:
+            kind = ExpertFactors if low.experts else StreamedFactors
+            return cls(edit, kind(low, buffers, transposed=edit.transposed, fixed=fixed), m=m)
+        if not edit.inner:
+            return cls(edit, m=m)
+        from .kinds import load_transform
+
+        load = partial(StreamedFactors, buffers=buffers, transposed=edit.transposed)
+        return cls(edit, transform=load_transform(edit.inner, buffers, load, transposed=edit.transposed), m=m)
 
     def is_finite(self) -> bool:
         """Return True if the last norms are finite: a division by an infinite norm hides an overflow."""
@@ -159,20 +176,48 @@ class LoadedEdit:
         own, (first, last) = self.own(W, start, stop), self.numbers(start, stop)
         if self.shift is not None and isinstance(self.edit.update, Delta):
             own.add_(self.shift, alpha=weight * self.edit.update.scale)
-        elif first < last:
-            assert self.factors
+        elif first < last and self.factors:
             assert self.edit.low
             scale = weight * self.edit.low.scale
             maths.add_low_rank_(own, self.factors.left(first, last), self.factors.right(first), scale)
+        elif first < last and self.transform:
+            self.transform.apply_(own, first, last, weight)
         return W
 
-    def decompose_(self, W: Tensor, start: int, stop: int) -> Tensor:
-        """Compute m·V/‖V‖ in place."""
-        assert self.m is not None
+    def hold(self, spans: Iterable[tuple[int, int]], read: Callable[[int, int], Tensor]) -> None:
+        """Show all rows at once to an update that needs them; `read` returns rows before the edit."""
+        assert self.transform
+        self.transform.hold(torch.cat([self.own(read(*span), *span).clone() for span in spans]))
+
+    def measured(self, W: Tensor, start: int, stop: int) -> Tensor:
+        """Return the squares of the norms of a block, which is overwritten: of its rows, or of its part of columns."""
+        V = self.own(self.add_(W, start, stop, self.edit.norm_ratio), start, stop)
+        squares = maths.norms(V, self.edit.axis).square_()
+        if self.edit.kernel > 1:
+            squares = squares.view(-1, self.edit.kernel).sum(1).repeat_interleave(self.edit.kernel)
+        return squares
+
+    def apply_(self, W: Tensor, start: int, stop: int) -> Tensor:
+        """Compute V in place, or m·V/‖V‖, or m·V if m is normalised."""
+        edit, m = self.edit, self.m
+        if m is None:
+            return self.add_(W, start, stop)
+        other = W.clone() if edit.norm_ratio != 1 and not edit.two_passes else None
         V, (first, last) = self.own(self.add_(W, start, stop), start, stop), self.numbers(start, stop)
-        if self.edit.two_passes:
-            maths.rescale_(V, self.m, self.n[0], axis=0)
+        if edit.divides and not edit.two_passes:
+            n = maths.norms(V, axis=1) if other is None else self.measured(other, start, stop).sqrt_()
+            self.n.append(n)
+        m = m[first:last] if edit.axis else m
+        if edit.divides:
+            maths.rescale_(V, m, self.n[-1], edit.axis)
         else:
-            self.n.append(maths.norms(V, axis=1))
-            maths.rescale_(V, self.m[first:last], self.n[-1], axis=1)
+            V.mul_(m.unsqueeze(edit.axis))
         return W
+
+
+def _load_magnitudes(edit: Edit, buffers: DeviceBuffers) -> Tensor:
+    """Return one magnitude for each row or column of the stored matrix that the edit scales."""
+    assert edit.magnitudes
+    m = buffers.whole(edit.magnitudes.m).flatten()
+    m = m + edit.magnitudes.offset if edit.magnitudes.offset else m
+    return m.repeat_interleave(edit.kernel) if edit.kernel > 1 else m

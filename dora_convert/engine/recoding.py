@@ -16,8 +16,8 @@ from ..codecs.numbers import unpack, values
 from ..errors import NumericalError
 from ..output.finished import TensorResult
 from ..output.shards import ShardFiles
-from ..plan.item import Item, spans
-from ..storage.reader import Digest
+from ..plan.item import Item
+from ..storage.reader import Digest, spans
 from .decoding import StoredParts
 from .device_buffers import DeviceBuffers
 from .factors import LoadedEdit

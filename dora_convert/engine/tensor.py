@@ -16,8 +16,8 @@ from ..errors import NumericalError
 from ..maths import lora as maths
 from ..output.finished import TensorResult
 from ..output.shards import ShardFiles
-from ..plan.item import Item, are_apart, spans
-from ..storage.reader import Digest
+from ..plan.item import Item, are_apart
+from ..storage.reader import Digest, spans
 from ..storage.safetensors import BITS
 from ..storage.spool import Spool, SpooledTensor
 from .device_buffers import DeviceBuffers
@@ -251,15 +251,17 @@ class SourceValues:
 
 def measure(item: Item, operands: Iterable[LoadedEdit], values: SourceValues, buffers: DeviceBuffers) -> None:
     """Compute the norms that run along the columns, in a first pass that adds squares block by block."""
-    pending = [operand for operand in operands if operand.edit.two_passes]
-    if not pending:
-        return
+    operands = tuple(operands)
+    if any(operand.edit.follows or operand.transform for operand in operands):
+        from . import following
+
+        following.prepare(item, operands, values, buffers)
+    pending = [operand for operand in operands if operand.edit.two_passes and not operand.edit.follows]
     squares: list[Tensor | float] = [0.0] * len(pending)
-    for start, stop in item.spans():
+    for start, stop in item.spans() if pending else ():
         raw = buffers.raw(item.source, start, stop)
         for k, operand in enumerate(pending):
-            V = operand.add_(values.block(raw, start, stop), start, stop)
-            squares[k] += maths.norms(operand.own(V, start, stop), axis=0).square_()
+            squares[k] += operand.measured(values.block(raw, start, stop), start, stop)
     for total, operand in zip(squares, pending, strict=True):
         operand.n.append(torch.as_tensor(total).sqrt())
 
@@ -267,21 +269,19 @@ def measure(item: Item, operands: Iterable[LoadedEdit], values: SourceValues, bu
 def apply_edits(W: Tensor, operands: Sequence[LoadedEdit], start: int, stop: int) -> Tensor:
     """Compute W + Σ wᵢ·(applyᵢ(W) − W) (4) in place; all norms are of the unmerged W."""
     edits = [operand.edit for operand in operands]
-    if are_apart(edits) and all(edit.weight == 1 or not edit.decomposed for edit in edits):
+    if are_apart(edits) and all(edit.weight == 1 or not edit.depends for edit in edits):
         for operand in operands:
-            if operand.m is None:
-                operand.add_(W, start, stop, operand.edit.weight)
+            if operand.edit.depends:
+                operand.apply_(W, start, stop)
             else:
-                operand.decompose_(W, start, stop)
+                operand.add_(W, start, stop, operand.edit.weight)
         return W
-    unmerged = W.clone() if any(operand.m is not None for operand in operands) else W
+    unmerged = W.clone() if any(edit.depends for edit in edits) else W
     for operand in operands:
-        if operand.m is None:
-            operand.add_(W, start, stop, operand.edit.weight)
+        if operand.edit.depends:
+            W.add_(operand.apply_(unmerged.clone(), start, stop).sub_(unmerged), alpha=operand.edit.weight)
         else:
-            changed = operand.own(operand.decompose_(unmerged.clone(), start, stop), start, stop)
-            change = changed - operand.own(unmerged, start, stop)
-            operand.own(W, start, stop).add_(change, alpha=operand.edit.weight)
+            operand.add_(W, start, stop, operand.edit.weight)
     return W
 
 

@@ -165,9 +165,7 @@ class _AdaptedPart:
 
     def _applied(self, W: Tensor, start: int, stop: int) -> Tensor:
         """Return a block of W' for a block of W, which is overwritten."""
-        if self._operand.m is None:
-            return self._operand.add_(W, start, stop)
-        return self._operand.decompose_(W, start, stop)
+        return self._operand.apply_(W, start, stop)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return s·B (out, r) and A (r, in), dense, with any diagonal in one of them."""

@@ -14,8 +14,7 @@ from ..errors import NumericalError
 from ..maths import lora as maths
 from ..maths.dora_fit import extract_dora
 from ..maths.svd import compared, truncated_svd
-from ..plan.item import spans
-from ..storage.reader import Reader
+from ..storage.reader import Reader, spans
 from ..storage.safetensors import BITS, FLOATS, StoredTensor
 from .compress import ranks_for
 from .model_weights import WeightPiece

@@ -71,12 +71,6 @@ class ModelWeights:
         """All weights."""
         return [*self.single, *self.joined]
 
-    @property
-    def shapes(self) -> dict[str, int]:
-        """The number of dimensions of each weight."""
-        dimensions = {name: len(tensor.shape) for name, tensor in self.single.items()}
-        return dimensions | {name: STACK if each.experts else 2 for name, each in self.joined.items()}
-
 
 def model_names(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
     """Return a checkpoint's tensors by their names in the model that the config names."""

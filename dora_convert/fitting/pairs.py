@@ -6,7 +6,7 @@ model.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from ..errors import Fault
@@ -253,10 +253,17 @@ def is_table(name: str) -> bool:
     return is_embedding(name) or name.rpartition(".")[0].rpartition(".")[2] in TABLES
 
 
-def short_names(targets: Collection[str], dimensions: Mapping[str, int]) -> Iterator[str]:
-    """Yield modules by the last part of their names if all such modules are targets, else by whole names."""
-    kinds = {name.rpartition(".")[0] for name, count in dimensions.items() if count > 1}
+def short_names(targets: Collection[str], names: Iterable[str]) -> Iterator[str]:
+    """Yield modules by the last part of their names if all such modules are targets, else by whole names.
+
+    Modules that hold others count, too: PEFT would find them by the same last part.
+    """
+    ends: dict[str, set[str]] = {}
+    for module in _modules(names):
+        parts = module.split(".")
+        for number, part in enumerate(parts, 1):
+            ends.setdefault(part, set()).add(".".join(parts[:number]))
+    chosen = set(targets)
     for target in targets:
         leaf = target.rpartition(".")[2]
-        alike = {module for module in kinds if f".{module}".endswith(f".{leaf}")}
-        yield leaf if alike <= set(targets) else target
+        yield leaf if ends.get(leaf, set()) <= chosen else target

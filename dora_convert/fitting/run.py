@@ -19,7 +19,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from ..adapters.new_adapter import Files, NewAdapter
+from ..adapters.new_adapter import Files, NewAdapter, ShapedTensor
 from ..engine.device_buffers import DeviceBuffers
 from ..engine.precision import TORCH, ComputeSpec, as_bytes, holds_numbers, scan_adapter
 from ..engine.run import choose_compute, journal_key
@@ -39,6 +39,7 @@ from ..storage.refs import Source
 from ..storage.safetensors import FLOATS, StoredTensor
 from ..storage.spool import Segment, Spool, SpooledTensor
 from .jobs import FittingPlan, Job, Result, needs_of
+from .shaping import pickle_instead, shaped_values
 
 NAMES = {dtype: name for name, dtype in TORCH.items()}
 
@@ -180,22 +181,32 @@ class _Run:
         parts = []
         for name, stored in files.tensors.items():
             dtype = self.plan.dtype if stored.dtype in FLOATS and name not in files.keep else None
-            parts.append(self._part(name, stored, dtype or stored.dtype, reader))
-        self.spool.lay_out(parts, folder.partial / f"{where}{files.weights}", files.metadata)
+            make = self._shaped if isinstance(stored, ShapedTensor) else self._part
+            parts.append(make(name, stored, dtype or stored.dtype, reader))  # type: ignore[arg-type] # its own kind
+        path = folder.partial / f"{where}{files.weights}"
+        self.spool.lay_out(parts, path, files.metadata)
+        if path.suffix == ".pt":
+            pickle_instead(path)
         return sum(segment.length for part in parts for segment in part.segments)
 
     def _part(self, name: str, stored: StoredTensor, dtype: str, reader: Reader) -> SpooledTensor:
         """Return a tensor as a part of the spool; a checkpoint's tensor is copied there, piece by piece."""
-        if stored.path == self.spool.path and stored.dtype == dtype:
+        if stored.path == self.spool.path and stored.dtype == dtype and not stored.is_view:
             return SpooledTensor(name, dtype, stored.shape, (Segment(stored.start, stored.nbytes),))
         pieces = []
-        for chunk in reader.pieces(stored):
+        for piece in reader.pieces(stored):
+            chunk = memoryview(bytearray(piece)) if piece.readonly else piece
             if not holds_numbers(chunk, stored.dtype):
                 raise NumericalError(
                     f"{stored.name} of {stored.path.name} holds NaN or Inf.", hint="the file is damaged"
                 )
             pieces.append(self.spool.add(chunk if stored.dtype == dtype else _converted(chunk, stored, dtype)))
         return SpooledTensor(name, dtype, stored.shape, tuple(pieces))
+
+    def _shaped(self, name: str, tensor: ShapedTensor, dtype: str, reader: Reader) -> SpooledTensor:
+        """Return a scaled or padded tensor as a part of the spool."""
+        values = rounded(shaped_values(tensor, reader), dtype, name)
+        return SpooledTensor(name, dtype, tensor.shape, (self.spool.add(as_bytes(values)),))
 
 
 def _fit_at(fit: FitJob, rank: int, job: Job, buffers: DeviceBuffers) -> Fitted:
@@ -237,7 +248,7 @@ def _put_side_files(plan: FittingPlan, folder: OutputFolder, settings: Settings)
     source = plan.sources[-1].path
     for name in tokenizer_files(source) if source.is_dir() else ():
         folder.put(name, source / name)
-    roles = ("base", *(["tuned"] if len(plan.bases) > 1 else []), *(["adapter"] if plan.like else []))
+    roles = (*("base", "tuned")[: len(plan.bases)], *(["adapter"] if plan.like else []))
     works = dict(zip(roles, plan.sources, strict=True))
     fields = inherited({role: work.path for role, work in works.items()})
     if fields.notice:
@@ -247,18 +258,20 @@ def _put_side_files(plan: FittingPlan, folder: OutputFolder, settings: Settings)
 
 def _card(plan: FittingPlan, works: Mapping[str, Source], base_model: str | None, fields: Inherited) -> bytes:
     """Return the model card; `works` are the inputs by role."""
-    base, kind = plan.bases[0], "DoRA" if plan.is_dora else "LoRA"
-    metadata = {} if base.is_file else metadata_of(base.root / NAME)
+    base, kind = next(iter(plan.bases), None), "DoRA" if plan.is_dora else "LoRA"
+    metadata = {} if not base or base.is_file else metadata_of(base.root / NAME)
+    config, adapters = base.config if base else None, [plan.like] if plan.like else []
+    named = base.source.name if base else (plan.like and plan.like.base) or "its base"
     facts = Facts(
         title=f"{kind} of {plan.sources[-1].name}",
-        about=f"A {kind} adapter for {base.source.name}.",
+        about=f"A {kind} adapter for {named}.",
         kinds=(kind,),
         relation="adapter",
-        base_model=base_model or base_repo(base, [plan.like] if plan.like else []),
+        base_model=base_model or (base_repo(base, adapters) if base else None),
         library=plan.format.LIBRARY,
-        pipeline=pipeline_of(base.config, metadata),
+        pipeline=pipeline_of(config, metadata),
         inherited=fields,
-        config=base.config,
+        config=config,
         sources=tuple(source_row(role, source) for role, source in works.items()),
         made_by=f"`{plan.command}` of dora-convert {__version__}",
         command=("dora-convert", plan.command, *plan.words),

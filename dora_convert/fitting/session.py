@@ -167,7 +167,7 @@ class FittingSession:
         """Return the fields that the reports of a run and of a dry run share."""
         return {
             "command": plan.command,
-            "base": plan.bases[0].source.address,
+            "base": plan.bases[0].source.address if plan.bases else None,
             "input": plan.sources[-1].address,
             "out": self.folder.given,
             "format": plan.format.NAME,

@@ -98,7 +98,7 @@ def find_writable(name: str) -> WritableFormat:
     known = {load(line.module).NAME: load(line.module) for line in FORMATS}
     writable = [each for each in known if hasattr(known[each], "writer")]
     if name not in writable:
-        raise UsageError(f"--format {name!r} is not one of {', '.join(writable)}.")
+        raise UsageError(f"--to or --format {name!r} is not one of {', '.join(writable)}.")
     return cast("WritableFormat", known[name])
 
 

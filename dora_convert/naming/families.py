@@ -5,19 +5,7 @@ Data only: functions that use a table live where the question arises. Families a
 
 from __future__ import annotations
 
-RENAMED = frozenset(
-    {
-        "mixtral", "minimax", "minimax_m2", "phimoe", "qwen2_moe", "qwen3_moe", "qwen3_next", "deepseek_v2",
-        "deepseek_v3", "deepseek_v32", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "olmoe", "flex_olmo",
-        "dots1", "ernie4_5_moe", "hunyuan_v1_moe", "exaone_moe", "cohere2_moe", "longcat_flash",
-        "solar_open", "afmoe", "qwen3_omni_moe", "qwen3_5_moe", "jamba", "nemotron_h", "lfm2_moe",
-        "granitemoe", "granitemoeshared", "granitemoehybrid", "qwen3_vl_moe", "qwen2_vl", "qwen2_5_vl",
-        "qwen2_5_omni", "llava", "llava_next", "llava_next_video", "llava_onevision", "gemma3", "mistral3",
-        "paligemma", "internvl", "aya_vision", "aria", "got_ocr2", "vipllava", "mllama", "fuyu",
-        "video_llava", "emu3", "gemma3n", "gemma3n_text", "qwen3_5_text", "gpt_neox",
-    }
-)  # fmt: skip
-"""Families whose tensors may have other names on disk than in the running model (transformers 5)."""
+from collections.abc import Mapping
 
 PAST_LORA = {
     "jamba": ("mamba.dt_proj",),
@@ -35,16 +23,51 @@ EMBEDDINGS = frozenset({"embed_tokens", "wte", "word_embeddings", "shared", "emb
 """Last names of input embeddings."""
 TABLES = ("wpe", "relative_attention_bias", "position_embeddings", "token_type_embeddings")
 """Last names of the other embeddings."""
-HEADS = ("lm_head", "embed_out", "proj_out", "cls.predictions.decoder", "lm_head.decoder", "vocab_projector")
+HEADS = (
+    "lm_head", "embed_out", "proj_out", "predictions.decoder", "lm_head.decoder", "vocab_projector",
+    "generator_lm_head", "output_projection", "pred_layer.proj", "lm_head.out_proj", "head.decoder", "lm_loss",
+)  # fmt: skip
 """Last names of output heads that may be tied to the input embedding."""
-OTHER_HEADS = {
-    "bert": "cls.predictions.decoder", "roberta": "lm_head.decoder", "xlm-roberta": "lm_head.decoder",
-    "camembert": "lm_head.decoder", "distilbert": "vocab_projector", "whisper": "proj_out",
+COMPOSITE = frozenset({"encoder-decoder", "speech-encoder-decoder", "vision-encoder-decoder"})
+"""Families made of two models, whose head is the one in `decoder`."""
+HEADS_OF: Mapping[str, frozenset[str]] = {
+    "text_decoder.cls.predictions.decoder": frozenset({"blip"}),
+    "cls.predictions.decoder": frozenset(
+        {
+            "bert", "big_bird", "deberta", "deberta-v2", "ernie", "fnet", "layoutlm", "lxmert", "megatron-bert",
+            "mobilebert", "mra", "nomic_bert", "nystromformer", "rembert", "roc_bert", "roformer", "squeezebert", "tapas",
+            "visual_bert", "yoso",
+        }
+    ),
+    "lm_head.decoder": frozenset(
+        {
+            "bert-generation", "camembert", "data2vec-text", "esm", "esmc", "gte", "ibert", "jina_embeddings_v3",
+            "longformer", "luke", "mpnet", "reformer", "roberta", "roberta-prelayernorm", "xlm-roberta",
+            "xlm-roberta-xl", "xmod",
+        }
+    ),
+    "proj_out": frozenset({"canary", "cohere_asr", "moonshine", "moonshine_streaming", "whisper"}),
+    "language_model.lm_head": frozenset({"blip-2", "instructblip", "instructblipvideo", "llama4"}),
+    "text_model.lm_head": frozenset({"kosmos-2", "kosmos-2.5"}),
+    "text_decoder_postnet.lm_head": frozenset({"speecht5"}),
+    "decoder.lm_head": frozenset({"pix2struct"}),
+    "predictions.decoder": frozenset({"albert"}),
+    "output_projection": frozenset({"biogpt", "trocr"}),
+    "generator_lm_head": frozenset({"convbert", "electra"}),
+    "vocab_projector": frozenset({"distilbert"}),
+    "pred_layer.proj": frozenset({"flaubert", "xlm"}),
+    "embed_out": frozenset({"gpt_neox_japanese"}),
+    "lm_head.out_proj": frozenset({"t5gemma", "t5gemma2"}),
+    "head.decoder": frozenset({"ultrabert"}),
+    "lm_loss": frozenset({"xlnet"}),
+    "decoder": frozenset({"modernbert", "modernbert-decoder"}),
+    "output": frozenset({"git"}),
+    "head": frozenset({"rwkv"}),
 }  # fmt: skip
-"""The head's name in families that do not call their head `lm_head`."""
+"""The families whose head in the running model has another name than `lm_head`."""
 HEAD_TOPS = frozenset({"lm_head", "cls", "vocab_transform", "vocab_layer_norm", "generator_predictions"})
 """First names of the layers around a language model's head, which models with another head do not have."""
-SCALED = frozenset({"t5", "mt5", "umt5", "longt5", "switch_transformers", "pix2struct"})
+SCALED = frozenset({"t5gemma2", "prophetnet", "t5", "mt5", "umt5", "longt5", "switch_transformers", "pix2struct"})
 """Families that compute differently with a tied head, so that untying the head changes more than weights."""
 INNER = {
     "gpt2": "transformer.", "bloom": "transformer.", "falcon": "transformer.", "bert": "bert.",
@@ -62,7 +85,7 @@ COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
 CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
 CONV1D_MODULES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
 """Families and last names of transformers' Conv1D, whose weight is (in, out). Square shapes do not tell."""
-TURNED_EXPERTS = frozenset({"gpt_oss", "openai_privacy_filter", "aria"})
+TURNED_EXPERTS = frozenset({"gpt_oss", "openai_privacy_filter", "aria", "aria_text"})
 """Families whose experts are (in, out) and say so (`is_transposed` in transformers)."""
 
 EXPERT_LAYERS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")

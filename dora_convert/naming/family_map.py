@@ -79,6 +79,12 @@ class FamilyMap:
         return self._weights
 
     @cached_property
+    def _pieces(self) -> Mapping[tuple[object, ...], str]:
+        """Every tensor that a rule rearranges, by its place."""
+        pieces = ((weight, piece) for weight, pieces in self._weights.items() for piece in pieces if piece.rule)
+        return {(weight, piece.rule, piece.source, piece.lost): piece.name for weight, piece in pieces}
+
+    @cached_property
     def modules(self) -> Mapping[str, Sequence[str]]:
         """Every module of the running model that owns a weight, by the name of its parent."""
         return modules_of(self._weights)
@@ -100,8 +106,11 @@ class FamilyMap:
         place = self.family.place(target)
         if (pieces := self._weights.get(place.name)) is None:
             return None
-        slots = self._of_pieces(place.name, pieces)
-        return self._of_part(place, slots) if place.rule else slots
+        if place.rule is None:
+            return self._of_pieces(place.name, pieces)
+        if twin := self._pieces.get((place.name, place.rule, place.source, place.lost)):
+            return (Slot(twin),)
+        return self._of_part(place, self._of_pieces(place.name, pieces))
 
     def _of_pieces(self, weight: str, pieces: Sequence[Piece]) -> tuple[Slot, ...]:
         """Return the slots of a weight whose pieces are known."""

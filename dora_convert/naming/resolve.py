@@ -14,11 +14,14 @@ from typing import TYPE_CHECKING
 from ..adapters import unwrapped
 from ..storage.checkpoint import Checkpoint
 from ..storage.safetensors import StoredTensor
-from .families import EMBEDDINGS, HEADLESS, HEADS, OTHER_HEADS, SCALED
+from .families import COMPOSITE, EMBEDDINGS, HEADLESS, HEADS, HEADS_OF, SCALED
 
 if TYPE_CHECKING:
     from .family_map import FamilyMap
     from .slots import NameMap, Slot
+
+
+_HEAD_ENDS = tuple(f".{head}.weight" for head in HEADS)
 
 
 @dataclass(frozen=True)
@@ -245,8 +248,9 @@ def _absent_head(embedding: str, base: Checkpoint) -> str:
     prefix, nested, _ = embedding.partition("language_model.model.")
     if nested:
         return f"{prefix}language_model.lm_head.weight"
-    modules = (module for family, module in OTHER_HEADS.items() if family in base.model_types)
-    return f"{next(modules, 'lm_head')}.weight"
+    modules = (module for module, families in HEADS_OF.items() if families & base.model_types)
+    decoder = "decoder." if base.model_types & COMPOSITE else ""
+    return f"{decoder}{next(modules, 'lm_head')}.weight"
 
 
 def is_embedding(tensor: str) -> bool:
@@ -257,4 +261,4 @@ def is_embedding(tensor: str) -> bool:
 
 def is_head(tensor: str) -> bool:
     """Return True if a tensor is an output head's weight, by its module's name."""
-    return f".{tensor}".endswith(tuple(f".{head}.weight" for head in HEADS))
+    return f".{tensor}".endswith(_HEAD_ENDS) or tensor == "decoder.weight"

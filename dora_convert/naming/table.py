@@ -14,15 +14,17 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 FILE = Path(__file__).parent / "families.json"
-_NUMBER = re.compile(r"(?<![^.])\d{2,}(?![^.])")
+_NUMBER = re.compile(r"(?<=\.)\d{2,}(?=\.)")
 """A part of a name that is a number of two digits or more: rules treat all of these alike."""
 _WHOLE = re.compile(r"(?<![^.])\d+(?![^.])")
-_STAND_IN = "1000000"
+_FIRST, _MOST = 10**9, 8
+_STAND_INS = tuple(str(_FIRST + k) for k in range(_MOST))
+"""Numbers that stand for others while rules are tried."""
 Config = Mapping[str, Any]
 
 
@@ -93,8 +95,7 @@ class Rule:
         return split[0] + split[1].replace(match.group(0), target, 1), position
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """The place in the model of a stored tensor."""
 
     name: str
@@ -122,6 +123,11 @@ class Family:
     _seen: set[Rule] = field(default_factory=set)
     _kinds: dict[str, Place] = field(default_factory=dict)
 
+    @cached_property
+    def _counts(self) -> bool:
+        """True if a rule changes numbers."""
+        return any(rule.offset for rule in self.rules)
+
     def notice(self, names: Iterable[str]) -> None:
         """Take note of all names of a checkpoint, on which some rules depend."""
         if any(rule.operations == ("group",) for rule in self.rules):
@@ -132,16 +138,18 @@ class Family:
     def place(self, name: str) -> Place:
         """Return the place in the model of a stored name."""
         numbers = _NUMBER.findall(name)
-        if not numbers or any(rule.offset for rule in self.rules):
+        if not numbers or self._counts or len(numbers) > _MOST:
             return self._place(name)
-        order = iter(range(len(numbers)))
-        kind = _NUMBER.sub(lambda _: f"{_STAND_IN}{next(order)}", name)
-        found = self._kinds.get(kind) or self._kinds.setdefault(kind, self._place(kind))
-        real = {int(f"{_STAND_IN}{k}"): number for k, number in enumerate(numbers)}
+        kind = name
+        for k, number in enumerate(numbers):
+            kind = kind.replace(f".{number}.", f".{_STAND_INS[k]}.", 1)
+        if not (found := self._kinds.get(kind)):
+            found = self._kinds[kind] = self._place(kind)
         own = found.name
-        for stand_in, number in real.items():
-            own = own.replace(str(stand_in), number)
-        return Place(own, found.rule, found.source, tuple(int(real.get(number, number)) for number in found.lost))
+        for k, number in enumerate(numbers):
+            own = own.replace(_STAND_INS[k], number, 1)
+        lost = tuple(int(numbers[n - _FIRST]) if n >= _FIRST else n for n in found.lost) if found.lost else ()
+        return Place(own, found.rule, found.source, lost)
 
     def _place(self, name: str) -> Place:
         if self.fixed and _WHOLE.sub("*", name) in self.fixed:
@@ -160,11 +168,12 @@ class Family:
     def with_prefix(self, name: str) -> str:
         """Return a name with the base model's prefix added or taken away, as the model's first names say."""
         top, _, rest = name.partition(".")
-        if not self.prefix or not self.tops or top in self.tops:
+        inner = rest.partition(".")[0]
+        if not self.prefix or not self.tops:
             return name
-        if top == self.prefix and rest.partition(".")[0] in self.tops:
+        if top == self.prefix and inner != self.prefix and inner in self.tops:
             return rest
-        return f"{self.prefix}.{name}" if self.prefix in self.tops else name
+        return f"{self.prefix}.{name}" if self.prefix in self.tops and top not in self.tops else name
 
 
 def _numbers(name: str) -> Iterator[int]:

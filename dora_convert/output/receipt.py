@@ -77,6 +77,7 @@ class RecordedOptions(Struct, frozen=True, kw_only=True):
     exclude: tuple[str, ...]
     ignore_field: tuple[str, ...]
     ignore_file: tuple[str, ...] | UnsetType = UNSET
+    quantised: Annotated[str, one_of("all", "touched", "again", "as [a-z0-9-]+")] | UnsetType = UNSET
     facts: dict[str, Any] | UnsetType = UNSET
     combination: Combination | UnsetType = UNSET
 
@@ -225,6 +226,7 @@ def new_receipt(
             device=computed["device"],
             compute_dtype=computed["compute_dtype"],
             ignore_file=options.ignore_file or UNSET,
+            quantised=options.quantised or UNSET,
             combination=UNSET if options.combination == SUM else options.combination,
             **{name: getattr(options, name) for name in ("dtype", "undo", "include", "exclude", "ignore_field")},
             facts=msgspec.to_builtins(options.facts.given) or UNSET,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..engine.precision import half_ulp
 from .expected import EPSILON, Block, EditPart, Expected
+from .roundings import several_roundings
 
 
 class ChainExpected(Expected):
@@ -34,7 +35,8 @@ class ChainExpected(Expected):
             if not rounded_once:
                 slack = slack + half_ulp(part.delta, item.dtype) + half_ulp(W, item.dtype)
                 if part.n is not None:
-                    slack = slack + self._several_roundings(edit, part, W, self._after(number, part, W))
+                    after = self._after(number, part, W)
+                    slack = slack + several_roundings(item, edit, W, part.delta, f=part.f, n=part.n, x=after)
             passed = total * (1 + edit.weight * (part.f - 1)).abs() + abs(edit.weight) * part.f.abs() * slack
             W = self._after(number, part, W)
             if part.n is not None:

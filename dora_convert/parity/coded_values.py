@@ -11,12 +11,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..codecs.as_trained import AsTrained
 from ..codecs.awq import Awq
 from ..codecs.bitsandbytes import Nibbles
 from ..codecs.blocks import Blocks
 from ..codecs.coded import CodedTensor
 from ..codecs.gpt_oss import TurnedMxfp4
 from ..codecs.gptq import Gptq
+from ..engine.precision import TORCH
 from ..storage.reader import Reader
 from ..storage.safetensors import BITS, StoredTensor
 
@@ -33,6 +35,7 @@ class CodedValues:
         assert isinstance(tensor, CodedTensor)
         self.tensor = self._tensor = tensor
         self._reader = reader
+        self._trained: Tensor | None = None
         self._held: dict[str, tuple[int, Tensor]] = {}
 
     def rows(self, numbers: Sequence[int]) -> Tensor:
@@ -53,6 +56,9 @@ class CodedValues:
                 return self._awq_row(scheme, row)
             case TurnedMxfp4() as scheme:
                 return self._turned_row(scheme, row)
+            case AsTrained() as scheme:
+                self._trained = self._as_trained(scheme) if self._trained is None else self._trained
+                return self._trained[row].double()
         raise AssertionError(f"{self._tensor.scheme.title} has no second decoder")
 
     def half_steps(self, numbers: Sequence[int], x: Tensor) -> Tensor:
@@ -154,6 +160,28 @@ class CodedValues:
         r = expert * R + torch.arange(R)
         q = float_value(self._bits("codes", 4 * (r * 32 * groups + k), 4), exponent=2, mantissa=1)
         return q * self._numbers("scale", r * groups + k // 32, "F8_E8M0")
+
+    def _as_trained(self, scheme: AsTrained) -> Tensor:
+        """Return the whole weight as bitsandbytes itself quantises and decodes it, in float32.
+
+        Its rows are one line then: on a CPU, its blocks would begin anew with each row else.
+        """
+        from bitsandbytes import functional
+
+        part = self._tensor.parts["codes"]
+        data = bytearray(part.nbytes)
+        self._reader.read(part.path, part.start, memoryview(data))
+        W = torch.frombuffer(data, dtype=TORCH[part.dtype])
+        if scheme.kind == "int8":
+            q, absmax, _ = functional.int8_vectorwise_quant(W.view(part.shape).half())
+            whole: Tensor = q.float() * absmax.float()[:, None] / 127
+            return whole
+        kind, _, double = scheme.kind.partition("-")
+        line = (W.float() if part.dtype == "F64" else W).view(1, -1)
+        packed, state = functional.quantize_4bit(line, blocksize=64, compress_statistics=bool(double), quant_type=kind)
+        state.dtype = torch.float32
+        decoded: Tensor = functional.dequantize_4bit(packed, state)
+        return decoded.view(part.shape)
 
     def _numbers(self, role: str, index: Tensor, dtype: str | None = None) -> Tensor:
         """Return elements of a part as numbers, by their indices."""

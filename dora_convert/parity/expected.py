@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..adapters import Decomposed, Delta, LowRank, Start, tensors_of
-from ..engine.precision import GRID, TORCH, empty, half_ulp, read_columns, read_rows
+from ..adapters import Delta, LowRank
+from ..engine.precision import TORCH, empty, half_ulp, read_columns, read_rows
 from ..plan.item import Edit, Item
 from ..storage.reader import Reader
 from ..storage.safetensors import StoredTensor
 
 if TYPE_CHECKING:
     from .coded_values import CodedValues
+    from .kinds import ExpectedTransform
 
 CHUNK_ELEMENTS = 1 << 13
 """Elements of rows that are checked together: a dozen arrays of this size are held at once."""
@@ -54,11 +56,8 @@ class Expected:
         self._set = {row: (rows.value, k) for rows in item.rows for k, row in enumerate(rows.index)}
         self._start = self._without_start()
         self._held = [self._hold(edit.low, edit) if edit.low else () for edit in item.edits]
-        updates = [edit.update for edit in item.edits]
-        self.m = [
-            self._spread(k, self._load(update.m).flatten(), 1.0) if isinstance(update, Decomposed) else None
-            for k, update in enumerate(updates)
-        ]
+        self._others = [self._other(edit) if edit.inner and not edit.low else None for edit in item.edits]
+        self.m = [self._scales_of(k) if edit.decomposed else None for k, edit in enumerate(item.edits)]
         """For each edit, the magnitudes that it sets, 1 for outputs that it is not for; None for LoRA."""
         self._column_norms = [self._measure(k) if edit.two_passes else None for k, edit in enumerate(item.edits)]
 
@@ -94,18 +93,11 @@ class Expected:
         return x, self._load(base, rows) if base and same else W
 
     def forward(self, rows: Sequence[int], block: Block, x: Tensor, *, by_columns: bool) -> Tensor:
-        """Return the adapter's own outputs for inputs x: Wx + s·B(Ax), times m/n, without the product BA.
+        """Return the adapter's own outputs for inputs x; with `by_columns`, these rows' addend to all outputs."""
+        from .forward import forward
 
-        With `by_columns`, for a weight stored as (in, out), return the addend of these rows to all outputs.
-        """
-        before = (block.W.T if by_columns else block.W) @ x
-        y = before.clone()
-        for number, (edit, part) in enumerate(zip(self.item.edits, block.parts, strict=True)):
-            left, right, scale = self.factors(number, rows)
-            change = scale * (right.T @ (left.T @ x) if by_columns else left @ (right @ x))
-            f = part.f.view(-1, 1) if part.f.dim() else part.f
-            y += edit.weight * ((before + change) * f - before)
-        return y
+        pairs, factors = zip(self.item.edits, block.parts, strict=True), partial(self.factors, rows=rows)
+        return forward(block.W, pairs, factors, x, by_columns=by_columns)
 
     def bound(self, rows: Sequence[int], x: Tensor, *, rounded_once: bool) -> Tensor:
         """Return the largest distance from x that an honest result may have."""
@@ -114,9 +106,12 @@ class Expected:
         for edit, part in zip(self.item.edits, self._parts(W, rows), strict=True):
             slack = (part.terms + 2) * EPSILON * (part.size() + W.abs())
             if not rounded_once:
+                from .roundings import coarser, several_roundings
+
                 slack = slack + half_ulp(part.delta, coarser(edit, dtype))
                 if part.n is not None:
-                    tolerance += abs(edit.weight) * self._several_roundings(edit, part, W, x)
+                    extra = several_roundings(self.item, edit, W, part.delta, f=part.f, n=part.n, x=x)
+                    tolerance += abs(edit.weight) * extra
             if self._start is not None:  # rounded before, after products of the whole matrix in float32
                 slack = slack + 2 * half_ulp(W, self.item.source.dtype) + 64 * EPSILON * self._start.abs().max()
             tolerance += abs(edit.weight) * part.f.abs() * slack
@@ -137,31 +132,12 @@ class Expected:
         """Return the matrix that PiSSA, OLoRA or KaSA begin with, in the stored dtype; None for others."""
         if not (low := self.item.start):
             return None
-        edit = self.item.edits[0]
-        W = self._load(self.item.source).float()
-        W = W.T if edit.transposed else W
-        r = low.rank
-        if low.start is Start.OLORA:
-            Q, R = torch.linalg.qr(W)
-            taken = low.scale * torch.einsum("or,ri->oi", Q[:, :r], R[:r])
-        else:
-            U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-            gone = slice(len(S) - r, None) if low.start is Start.KASA else slice(0, r)
-            taken = torch.einsum("or,r,ri->oi", U[:, gone], S[gone], Vh[gone])
-        rest = W - taken
-        return (rest.T if edit.transposed else rest).contiguous().to(TORCH[self.item.source.dtype])
+        from .starts import without_start
 
-    def _several_roundings(self, edit: Edit, part: EditPart, W: Tensor, x: Tensor) -> Tensor:
-        """Return the further error of a DoRA that was rounded at V, m/n, the delta's norm or the change."""
-        dtype = coarser(edit, self.item.dtype)
-        assert part.n is not None
-        moved = half_ulp(part.delta, dtype).square().sum(dim=edit.axis, keepdim=True)
-        seen, whole = part.delta.shape[edit.axis], self.item.source.matrix[edit.axis]
-        # only some rows of the columns are at hand
-        drift = (moved * (2 * whole / seen if seen < whole else 1)).sqrt() / part.n
-        relative = drift + 3 * 2.0 ** -GRID[dtype][0]
-        granted: Tensor = x.abs() * relative + part.f.abs() * half_ulp(W + part.delta, dtype)
-        return granted + half_ulp(x - W, dtype) + half_ulp(x, dtype)
+        turned = self.item.edits[0].transposed
+        W = self._load(self.item.source).float()
+        rest = without_start(W.T if turned else W, low)
+        return (rest.T if turned else rest).contiguous().to(TORCH[self.item.source.dtype])
 
     def part(self, number: int, rows: Sequence[int]) -> EditPart:
         """Return one edit's part in some rows."""
@@ -173,31 +149,53 @@ class Expected:
 
     def _part(self, number: int, W: Tensor, rows: Sequence[int]) -> EditPart:
         edit, m, n = self.item.edits[number], self.m[number], self._column_norms[number]
-        one = torch.ones((), dtype=torch.float64, device=self._device)
+        delta, size, terms = self._difference(number, W, rows)
+        if m is None:
+            f = torch.ones((), dtype=torch.float64, device=self._device)
+        elif edit.axis == 0:
+            f = (m if n is None else m / n).view(1, -1)
+        else:
+            f = m[list(rows), None]
+        if m is not None and edit.divides and n is None:
+            n = self._row_norms(number, W + edit.norm_ratio * delta, rows)
+            first, last = edit.outputs or (0, self.item.matrix[0])
+            n = torch.where(torch.tensor([first <= row < last for row in rows], device=n.device), n, 1.0)[:, None]
+            f = f / n
+        return EditPart(delta, f, size, terms, n)
+
+    def _difference(self, number: int, W: Tensor, rows: Sequence[int]) -> tuple[Tensor, Callable[[], Tensor], int]:
+        """Return V − W of one edit in some rows, the size of its numbers, and the terms of each sum."""
+        edit, other = self.item.edits[number], self._others[number]
         if isinstance(edit.update, Delta):
             values = self._load(edit.update.value)
             delta = edit.update.scale * self._spread(number, values.flatten(), 0.0).view(1, -1)
-            return EditPart(delta, one, delta.abs, 1)
-        left, right, scale = self.factors(number, rows)
-        delta = scale * torch.einsum("kr,rc->kc", left, right)
-        if m is None:
-            f = one
-        elif n is not None:
-            f = m / n
-        else:
-            n = self._row_norms(number, W + delta, rows)
-            first, last = edit.outputs or (0, self.item.matrix[0])
-            n = torch.where(torch.tensor([first <= row < last for row in rows], device=n.device), n, 1.0)[:, None]
-            f = m[list(rows), None] / n
-        return EditPart(delta, f, lambda: abs(scale) * (left.abs() @ right.abs()), left.shape[1], n)
+            return delta, delta.abs, 1
+        if edit.low:
+            left, right, scale = self.factors(number, rows)
+            delta = scale * torch.einsum("kr,rc->kc", left, right)
+            return delta, lambda: abs(scale) * (left.abs() @ right.abs()), left.shape[1]
+        if other:
+            return other.change(W, rows, lambda: self.before(range(self.item.matrix[0])))
+        return torch.zeros_like(W), lambda: torch.zeros_like(W), 1
+
+    def _other(self, edit: Edit) -> ExpectedTransform:
+        from .kinds import ExpectedTransform
+
+        return ExpectedTransform(edit, self._load)
+
+    def _scales_of(self, number: int) -> Tensor:
+        """Return one magnitude for each row or column of the stored matrix."""
+        edit = self.item.edits[number]
+        assert edit.magnitudes
+        m = (self._load(edit.magnitudes.m).flatten() + edit.magnitudes.offset).repeat_interleave(edit.kernel)
+        return self._spread(number, m, 1.0)
 
     def _spread(self, number: int, values: Tensor, other: float) -> Tensor:
         """Return a number for every output of the stored weight, from those of one edit's own outputs."""
         if not (own := self.item.edits[number].outputs):
             return values
         edit, (rows, columns) = self.item.edits[number], self.item.matrix
-        in_columns = edit.transposed or isinstance(edit.update, Delta)
-        spread = values.new_full((columns if in_columns else rows,), other)
+        spread = values.new_full((columns if edit.by_columns else rows,), other)
         spread[own[0] : own[1]] = values
         return spread
 
@@ -206,13 +204,21 @@ class Expected:
         return torch.einsum("kc,kc->k", V, V).sqrt()
 
     def _measure(self, number: int) -> Tensor:
-        """Return ‖W + sBA‖ along the columns, from the whole tensor."""
+        """Return ‖W + sBA‖ along the columns, from the whole tensor; for a bias, of its weight."""
+        edit = self.item.edits[number]
+        if edit.follows:
+            other = Expected(edit.follows, self._reader, self._device)
+            chunks = other.chunks(range(edit.follows.matrix[0]))
+            if (n := other._column_norms[0]) is not None:
+                return n
+            return torch.cat([torch.as_tensor(other.part(0, chunk).n).flatten() for chunk in chunks])
         squares = torch.zeros(self.item.source.matrix[1], dtype=torch.float64, device=self._device)
         for chunk in self.chunks(range(self.item.source.matrix[0])):
-            left, right, scale = self.factors(number, chunk)
-            V = self.before(chunk) + scale * torch.einsum("kr,rc->kc", left, right)
+            W = self.before(chunk)
+            V = W + edit.norm_ratio * self._difference(number, W, chunk)[0]
             squares += torch.einsum("kc,kc->c", V, V)
-        first, last = self.item.edits[number].outputs or (0, len(squares))
+        squares = squares.view(-1, edit.kernel).sum(1).repeat_interleave(edit.kernel)
+        first, last = edit.outputs or (0, len(squares))
         return self._spread(number, squares[first:last].sqrt(), 1.0)
 
     def _hold(self, low: LowRank, edit: Edit) -> tuple[Tensor, ...]:
@@ -224,6 +230,8 @@ class Expected:
         if low.d:
             d = self._load(low.d).flatten()
             held = held * d if edit.transposed else held * d[:, None]
+        if low.b and edit.transposed:
+            held = held * self._load(low.b).view(-1, 1)
         if edit.outputs and edit.transposed:
             before, after = edit.outputs[0], self.item.matrix[1] - edit.outputs[1]
             held = torch.cat([held.new_zeros(before, held.shape[1]), held, held.new_zeros(after, held.shape[1])])
@@ -245,17 +253,22 @@ class Expected:
             first, last = edit.outputs
             mine = [k for k, row in enumerate(rows) if first <= row < last]
             left = held[0].new_zeros(len(rows), len(held[0]))
-            left[mine] = self._load(low.B, [rows[k] - first for k in mine])
+            left[mine] = self._left(low, [rows[k] - first for k in mine])
             return left, held[0], low.scale
         if not edit.transposed:
             dense = low.blocks[1] > 1
-            left = _dense(self._load(low.B), low.blocks[1])[list(rows)] if dense else self._load(low.B, rows)
+            left = _dense(self._load(low.B), low.blocks[1])[list(rows)] if dense else self._left(low, rows)
             return left, held[0], low.scale
         if low.blocks[0] > 1:
             left = _dense(self._load(low.A), low.blocks[0])[:, list(rows)].T
         else:
             left = read_columns(self._reader, low.A, rows).to(self._device).double().T
         return left, held[0].T, low.scale
+
+    def _left(self, low: LowRank, rows: Sequence[int]) -> Tensor:
+        """Return rows of diag(b)·B."""
+        left = self._load(low.B, rows)
+        return left * self._load(low.b).view(-1, 1)[list(rows)] if low.b else left
 
     def _load(self, tensor: StoredTensor, rows: Sequence[int] | None = None) -> Tensor:
         """Read rows of a stored tensor's matrix, or all rows, in float64."""
@@ -277,12 +290,6 @@ class Expected:
         if self._coded is None or self._coded.tensor is not tensor:
             self._coded = CodedValues(tensor, self._reader)
         return self._coded
-
-
-def coarser(edit: Edit, dtype: str) -> str:
-    """Return the dtype that a delta may be rounded to: the weight's, or a coarser one of the adapter's."""
-    coarse = [tensor.dtype for tensor in tensors_of(edit.update) if tensor.dtype in ("BF16", "F16")]
-    return min([dtype, *coarse], key=lambda name: GRID[name][0])
 
 
 def _dense(stacked: Tensor, blocks: int) -> Tensor:

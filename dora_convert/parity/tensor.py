@@ -19,7 +19,8 @@ from ..reports.verify import CheckedModule
 from ..storage.reader import Reader
 from ..storage.safetensors import StoredTensor
 from .causes import find_cause
-from .expected import CPU, Block, Expected, coarser
+from .expected import CPU, Block, Expected
+from .roundings import coarser
 from .self_check import distance
 
 CHUNK_ELEMENTS = 3 << 15
@@ -72,7 +73,7 @@ class Outputs:
 
 
 def _first_decomposed(edits: Sequence[Edit]) -> int | None:
-    return next((number for number, edit in enumerate(edits) if edit.decomposed), None)
+    return next((number for number, edit in enumerate(edits) if edit.divides), None)
 
 
 class Lengths:

@@ -7,6 +7,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
 
+import torch
+
+from ..codecs.coded import CodedTensor
 from ..engine.doubts import check_magnitudes
 from ..engine.precision import choose, scan_adapter
 from ..engine.workers import WorkerPool
@@ -19,8 +22,10 @@ from ..sources.session import Session
 from ..storage.checkpoint import Checkpoint
 from ..storage.reader import Reader
 from ..storage.safetensors import StoredTensor
+from .combined import expected_of
 from .headers import Pairing, config_problems, pair
-from .tensor import compare_all
+from .recoded import compare_coded
+from .tensor import Outputs, compare_all
 
 
 def verify_weights(plan: Plan, merged: Checkpoint, settings: Settings, session: Session, samples: int) -> VerifyReport:
@@ -72,8 +77,11 @@ def _compare(pairing: Pairing, settings: Settings, samples: int, reader: Reader)
     def compare(item: Item, written: StoredTensor, _: None) -> CheckedModule | bool:
         nonlocal done
         workers.check()
-        if item.verbatim and item.source.dtype == written.dtype:
-            result: CheckedModule | bool = reader.same_bytes(item.source, written)
+        if written.coded and (item.source.coded or item.changed):
+            with workers.holding(item.cost(8)):
+                result: CheckedModule | bool = _compare_coded(item, written, reader, samples, spec.device)
+        elif item.verbatim and item.source.dtype == written.dtype:
+            result = reader.same_bytes(item.source, written)
         else:
             with workers.holding(item.cost(8)):
                 module = compare_all(item, written, reader, samples, spec.device)
@@ -85,6 +93,32 @@ def _compare(pairing: Pairing, settings: Settings, samples: int, reader: Reader)
         return result
 
     return workers.run(settings.workers, [partial(compare, *pair) for pair in pairing.pairs])
+
+
+def _compare_coded(
+    item: Item, written: StoredTensor, reader: Reader, samples: int, device: torch.device
+) -> CheckedModule | bool:
+    """Compare every element of a coded weight; of one that no adapter touched return True if its parts are the base's.
+
+    An adapter's weight may lie anywhere within half a step of its codes, and its parts as well.
+    """
+    source = item.source
+    if not item.changed and isinstance(source, CodedTensor) and isinstance(written, CodedTensor):
+        pairs = [(part, written.parts.get(role)) for role, part in source.parts.items()]
+        return all(other is not None and reader.same_bytes(part, other) for part, other in pairs)
+    expected = expected_of(item, reader, device)
+    outputs = Outputs(expected, samples if len(item.shape) > 1 else 0, device)
+    verdict = compare_coded(written, expected, range(item.matrix[0]), reader, outputs)
+    error, floor = outputs.relative()
+    return CheckedModule(
+        name=item.name,
+        elements=written.numel,
+        wrong_elements=verdict.wrong,
+        max_ulp=verdict.max_ulp,
+        output_error=error,
+        output_floor=floor,
+        cause=None,
+    )
 
 
 def _of_modules(modules: Sequence[CheckedModule]) -> Iterator[str]:

@@ -12,10 +12,10 @@ from ..adapters import Adapter, Change, Decomposed, Delta, Full, Rows, Transform
 from ..errors import Fault
 from ..naming.resolve import NameResolver, Tie, is_embedding, is_head
 from ..storage.checkpoint import Checkpoint
-from ..storage.safetensors import FLOATS, StoredTensor
+from ..storage.safetensors import FLOATS
 from .item import Edit, Item
 from .plan import Entry, Options
-from .shapes import Match, TargetTensor, begins_elsewhere, is_copy, match_shape
+from .shapes import Match, TargetTensor, begins_elsewhere, is_copy, match_shape, settle_widest, stacked, turn_of
 
 if TYPE_CHECKING:
     from ..naming.slots import Slot
@@ -52,16 +52,19 @@ class PlanBuilder:
         self._claimed.clear()
         self._number = len(self._adapters)
         self._adapters.append(adapter)
-        for change in sorted(self._told_apart(adapter.changes, names), key=_turn):
+        for change in sorted(self._told_apart(adapter.changes, names), key=turn_of):
             if self.options.selects(change.module):
                 self._add_change(change, adapter, names, weight)
             else:
                 self._enter(change.update, "ignored", (), "left out by name")
+        settle_widest(self.targets, adapter.changes)
 
     def _add_change(self, change: Change, adapter: Adapter, names: NameResolver, weight: float) -> None:
         """Apply one change, keep it until all adapters are known, or note why it cannot be applied."""
         update, name = change.update, names.find(change.target)
-        if self.tie and (name in (self.tie.embedding, self.tie.head) or is_head(change.target)):
+        if update.follows:
+            self._follow(change, name, names, weight)
+        elif self.tie and (name in (self.tie.embedding, self.tie.head) or is_head(change.target)):
             self._keep_tied(change, name, adapter, weight)
         elif adapter.layers and (refusal := begins_elsewhere(update)):
             self._fault(update, refusal)
@@ -80,14 +83,20 @@ class PlanBuilder:
             from ..naming.missing import explain_missing
 
             why = explain_missing(change.target, names, self.base)
-            if self.options.allow_unmatched:
-                self._enter(update, "unmatched", (), why)
-            else:
-                self._fault(update, why)
+            self._enter(update, "unmatched", (), why) if self.options.allow_unmatched else self._fault(update, why)
+
+    def _follow(self, change: Change, name: str | None, names: NameResolver, weight: float) -> None:
+        """Scale a bias as its weight is; a module without a bias has nothing to scale."""
+        from .following import followed
+
+        edit = followed(change.update, name, names, self.targets, self.item)
+        self.faults += [Fault(change.target, edit)] if isinstance(edit, str) else []
+        if name and isinstance(edit, Edit):
+            self.targets[name].edits.append(replace(edit, weight=weight))
 
     def _claims(self, change: Change, name: str, outputs: tuple[int, int] | None = None) -> bool:
         """Note the outputs of a tensor that an addition is for; a fault if the adapter changes them already."""
-        if _turn(change) < 2:
+        if turn_of(change) < 2:
             return True
         first, last = outputs or (0, math.inf)
         claimed = self._claimed.setdefault(name, [])
@@ -155,7 +164,7 @@ class PlanBuilder:
             return
         on_embedding = name == embedding
         is_other_side = is_head if on_embedding else is_embedding
-        others = (c for c in adapter.changes if _turn(c) == _turn(change) and is_other_side(c.target))
+        others = (c for c in adapter.changes if turn_of(c) == turn_of(change) and is_other_side(c.target))
         other = next(others, None)
         sides: tuple[str, ...] = (embedding, head)
         if adapter.keeps_ties or (other and is_copy(change.update, other.update)):
@@ -217,7 +226,8 @@ class PlanBuilder:
             case Full() | Rows() as value:
                 self._replace(value, name, weight)
             case Transform() | Decomposed() | Delta() as edit:
-                self.targets[name].edits.append(Edit(edit, match.transposed, weight, outputs, self._density))
+                made = Edit(edit, match.transposed, weight, outputs, density=self._density, kernel=match.kernel)
+                self.targets[name].edits.append(made)
 
     @property
     def _density(self) -> float:
@@ -264,12 +274,12 @@ class PlanBuilder:
         """Return an output tensor."""
         target = self.targets[name]
         dtype = (target.base or target.source).dtype
-        base = target.base and _stacked(target.base, target.edits)
+        base = target.base and stacked(target.base, target.edits)
         item = Item(
             name=name,
             dtype=self.options.dtype if self.options.dtype and dtype in FLOATS else dtype,
             shape=target.shape,
-            source=base if target.source is target.base and base else _stacked(target.source, target.edits),
+            source=base if target.source is target.base and base else stacked(target.source, target.edits),
             base=base,
             rows=tuple(target.rows),
             edits=tuple(target.edits),
@@ -286,15 +296,3 @@ class PlanBuilder:
         for edit in item.edits if item.grown else ():
             self._fault(edit.update, f"is for a {name} without the rows that another adapter adds")
         return item
-
-
-def _turn(change: Change) -> int:
-    """Return a sort key that puts replacements before additions."""
-    return 0 if isinstance(change.update, Full) else 1 if isinstance(change.update, Rows) else 2
-
-
-def _stacked(tensor: StoredTensor, edits: Sequence[Edit]) -> StoredTensor:
-    """Return edited experts as one matrix, one below the other; any other tensor as it is."""
-    lows = ((edit.low, edit.outputs) for edit in edits if edit.low)
-    stacked = any(low.experts or (outputs and len(tensor.shape) > len(low.A.shape)) for low, outputs in lows)
-    return replace(tensor, shape=(tensor.numel // tensor.shape[2], tensor.shape[2])) if stacked else tensor

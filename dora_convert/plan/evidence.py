@@ -34,12 +34,10 @@ NEVER_NEAR = 0.02
 ROTARY = (".q_proj", ".k_proj")
 META_ORDER = frozenset({"llama", "mistral", "gemma", "gemma2"})
 """Families whose q and k torchtune keeps in Meta's order."""
-MULTIPLIES = False
-"""True as soon as the engine merges normalised magnitudes."""
 Find = Callable[[str], str | None]
 
 
-class Sample(NamedTuple):
+class MagnitudeSample(NamedTuple):
     """Logarithms of some rows' norms and of their magnitudes; None for what is not positive."""
 
     rows: Sequence[int]
@@ -110,9 +108,9 @@ def _read_as(change: Change, decided: dict[str, str], base: Checkpoint) -> Chang
     return change
 
 
-def _samples(changes: Sequence[Change], find: Find, base: Checkpoint, axis: int = 1) -> list[Sample]:
+def _samples(changes: Sequence[Change], find: Find, base: Checkpoint, axis: int = 1) -> list[MagnitudeSample]:
     """Return samples of some changes whose weights the base has as matrices of the right size."""
-    samples: list[Sample] = []
+    samples: list[MagnitudeSample] = []
     with closing(Reader()) as reader:
         for change in changes:
             update, name = _magnitudes(change.update), find(change.target)
@@ -124,7 +122,7 @@ def _samples(changes: Sequence[Change], find: Find, base: Checkpoint, axis: int 
     return samples
 
 
-def _sample(W: StoredTensor, m: StoredTensor, axis: int, reader: Reader) -> Sample:
+def _sample(W: StoredTensor, m: StoredTensor, axis: int, reader: Reader) -> MagnitudeSample:
     """Return the norms of some rows, or those of all columns as far as some rows tell, and all magnitudes."""
     import torch
 
@@ -143,7 +141,7 @@ def _sample(W: StoredTensor, m: StoredTensor, axis: int, reader: Reader) -> Samp
     logs = [_log(value) for value in norms.tolist()]
     whole = b"".join(map(bytes, reader.pieces(m)))
     values = torch.frombuffer(bytearray(whole), dtype=dtypes[m.dtype]).double().tolist()
-    return Sample(chosen if axis == 1 else range(width), logs, [_log(value) for value in values])
+    return MagnitudeSample(chosen if axis == 1 else range(width), logs, [_log(value) for value in values])
 
 
 def _log(value: float) -> float:
@@ -181,7 +179,7 @@ def _undecided(changes: Sequence[Change], why: str) -> UnsupportedError:
     )
 
 
-def _ratios(sample: Sample) -> list[float]:
+def _ratios(sample: MagnitudeSample) -> list[float]:
     """Return log(m/‖W‖) of the sampled rows."""
     return [sample.m[row] - norm for row, norm in zip(sample.rows, sample.norms, strict=True)]
 
@@ -192,14 +190,12 @@ def _of_peft(adapter: Adapter, find: Find, base: Checkpoint) -> dict[str, str]:
     rotary = [change for change in changes if change.module.endswith(ROTARY)]
     if rotary and base.model_types & META_ORDER and _is_meta(rotary, find, base):
         return {"order": "meta"}
-    if not MULTIPLIES:
-        return {}
     step = max(1, len(changes) // MODULES)
     samples = _samples(changes[::step], find, base)
     return {"magnitudes": "normalised"} if samples and _are_normalised(samples) else {}
 
 
-def _are_normalised(samples: Sequence[Sample]) -> bool:
+def _are_normalised(samples: Sequence[MagnitudeSample]) -> bool:
     """Return True if magnitudes are near 1 in every module, and nearer to 1 than to the norms of the weights."""
     from_one = [statistics.median(abs(m) for m in sample.m) for sample in samples]
     from_norms = [statistics.median(map(abs, _ratios(sample))) for sample in samples]

@@ -1,8 +1,4 @@
-"""Describe one output tensor: its inputs, its cost in memory, and its blocks of rows.
-
-Blocks depend on a tensor's shape alone: matrix products give other bits at other heights, and the bytes of an
-output must not depend on the memory budget or on the number of workers.
-"""
+"""Describe one output tensor: its inputs, the edits that change it, and its cost in memory."""
 
 from __future__ import annotations
 
@@ -11,14 +7,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
-from ..adapters import Decomposed, Delta, Full, LowRank, Rows, Transform, low_rank, tensors_of
+from ..adapters import Decomposed, Delta, Full, LowRank, Rows, Transform, low_rank, tensors_of, transform_of
 from ..option_table import Combination
+from ..storage.reader import block_height, spans
 from ..storage.safetensors import BITS, FLOATS, StoredTensor
 
-BLOCK_ELEMENTS = 1 << 19
-"""4 MiB in float64: two workers' blocks stay in a processor's cache; double size takes 1.5 times as long."""
-ROWS_MULTIPLE = 16
+if TYPE_CHECKING:
+    from ..adapters.kinds import Follows
+    from .undo_part import Undo
+
 KEPT = 2
 """Whole tensors behind views that a worker keeps: the experts' two take turns."""
 
@@ -27,7 +26,7 @@ KEPT = 2
 class Edit:
     """A matched update and its weight in the merge."""
 
-    update: Transform | Decomposed | Delta | Full
+    update: Transform | Decomposed | Delta | Follows | Full
     transposed: bool = False
     weight: float = 1.0
     outputs: tuple[int, int] | None = None
@@ -35,6 +34,10 @@ class Edit:
     Outside of them the edit's factors are zero, and its m/n is one."""
     density: float = 1.0
     """The share of the change that is kept, if changes are combined so."""
+    kernel: int = 1
+    """The columns of the stored matrix that share a magnitude: a convolution's kernel, for norms of inputs."""
+    follows: Item | None = None
+    """For a bias that is scaled as its weight is: the weight, with the one edit that sets magnitudes."""
 
     @cached_property
     def low(self) -> LowRank | None:
@@ -42,24 +45,58 @@ class Edit:
         return low_rank(self.update)
 
     @cached_property
+    def inner(self) -> Transform | None:
+        """The part of the update that makes V of W; None if V is W, or the weight a bias."""
+        return transform_of(self.update)
+
+    @cached_property
+    def magnitudes(self) -> Decomposed | None:
+        """The update that sets magnitudes: this one, or the one that a bias follows; None for others."""
+        if self.follows:
+            return self.follows.edits[0].magnitudes
+        return self.update if isinstance(self.update, Decomposed) else None
+
+    @property
     def decomposed(self) -> bool:
-        """True if the update sets magnitudes."""
-        return isinstance(self.update, Decomposed)
+        """True if the edit multiplies V by magnitudes, divided by norms or not."""
+        return self.magnitudes is not None
+
+    @cached_property
+    def divides(self) -> bool:
+        """True if the edit divides V by norms."""
+        return self.magnitudes is not None and not self.magnitudes.normalised
+
+    @property
+    def depends(self) -> bool:
+        """True if what the edit adds depends on the weight."""
+        return self.decomposed or (self.inner is not None and self.inner.depends)
 
     @property
     def axis(self) -> int:
-        """The axis of the stored matrix that a magnitude's norm runs along."""
-        return 0 if self.transposed else 1
+        """The axis of the stored matrix that a magnitude's norm runs along; of a bias, the only row's."""
+        by_inputs = isinstance(self.update, Decomposed) and self.update.axis == "columns"
+        return 0 if self.follows or self.transposed != by_inputs else 1
 
     @property
     def two_passes(self) -> bool:
         """True if norms need the whole tensor before its first row can be written."""
-        return self.decomposed and self.transposed
+        return self.divides and self.axis == 0
+
+    @property
+    def norm_ratio(self) -> float:
+        """The scaling of the addend inside the norm, in scalings of the addend."""
+        scale = self.update.norm_scale if isinstance(self.update, Decomposed) and self.inner else None
+        return 1.0 if scale is None or not self.inner else scale / self.inner.scale
+
+    @property
+    def norm_count(self) -> int:
+        """The number of norms, one for each row or column of the stored matrix that the edit scales."""
+        return self.magnitudes.m.numel * self.kernel if self.magnitudes and self.divides else 0
 
     @property
     def by_columns(self) -> bool:
         """True if outputs are columns of the stored matrix: a bias is one row."""
-        return self.transposed or isinstance(self.update, Delta)
+        return self.transposed or self.follows is not None or isinstance(self.update, Delta)
 
     def own_rows(self, start: int, stop: int) -> tuple[int, int]:
         """Return the rows of a block that the edit changes; they are none if both numbers are equal."""
@@ -68,27 +105,6 @@ class Edit:
         first, last = self.outputs
         low = min(max(start, first), stop)
         return low, max(low, min(stop, last))
-
-
-@dataclass(frozen=True)
-class Undo:
-    """One tensor's part of an undo record. An item that has one takes its edits out again."""
-
-    norms: tuple[StoredTensor | None, ...] = ()
-    """For each edit, ‖W + sBA‖ before the merge; None if the edit sets no magnitudes."""
-    taken: tuple[StoredTensor, StoredTensor] | None = None
-    """The part of W that training began without, as factors (rows, r) and (r, columns)."""
-    kept: tuple[StoredTensor, StoredTensor] | None = None
-    """The base's replaced rows, and their numbers."""
-    ulps: StoredTensor | None = None
-    """The differences that rounding made, packed."""
-    original: StoredTensor | None = None
-    """The base's own tensor, if norms must be computed from the base."""
-
-    @property
-    def tensors(self) -> tuple[StoredTensor, ...]:
-        """Every tensor of this part."""
-        return tuple(filter(None, (*self.norms, *(self.taken or ()), *(self.kept or ()), self.ulps, self.original)))
 
 
 @dataclass(frozen=True)
@@ -223,30 +239,27 @@ class Item:
             total += 24 * rows * columns  # the matrix, its factors, and LAPACK's work, in float32
         if exact and self.source is self.base:
             total += self.inverse_cost()
-        return total + sum(edit_cost(edit, height, width) for edit in self.edits)
+        return total + sum(edit_cost(edit, self, height, width) for edit in self.edits)
 
     @property
     def invertible(self) -> bool:
         """True if equations recover the base from the output: those of a sum, and those of a chain, link by link."""
-        return self.combination is None or self.combination.method == "chain"
+        single = len(self.edits) == 1 and self.edits[0].weight == 1
+        is_sum = self.combination is None or self.combination.method == "chain"
+        return is_sum and (single or not any(edit.inner and edit.inner.depends for edit in self.edits))
 
     def inverse_cost(self) -> int:
         """Return the bytes that a worker holds to take the edits out of a block, in float64."""
-        rows, columns = self.matrix
-        height = block_height(rows // self.experts, columns)
+        height = block_height(self.matrix[0] // self.experts, columns := self.matrix[1])
         wide = self.base.itemsize if self.base else 8
         counting = 40 if self.undo and not self.undo.ulps else 0  # for the differences of rounding
         block = height * columns * (self.source.itemsize + 8 + 8 + 4 + 5 * wide + counting)
-        factors = sum(2 * edit_cost(edit, height, 8) for edit in self.edits)
-        return block + factors + (24 * self.start.rank * (rows + columns) if self.start else 0)
+        factors = sum(2 * edit_cost(edit, self, height, 8) for edit in self.edits)
+        return block + factors + (24 * self.start.rank * sum(self.matrix) if self.start else 0)
 
     def undo_bytes(self, *, exact: bool = False) -> int:
-        """Return the most bytes that the undo record needs.
-
-        These are the norms of DoRA rows, the base's replaced rows, and for `exact` an eighth of the tensor.
-        """
-        edits = self.edits if self.invertible else ()
-        total = sum(4 * edit.low.outputs for edit in edits if edit.low and edit.decomposed)
+        """Return the most bytes of the undo record: norms, replaced rows, and for `exact` an eighth of the tensor."""
+        total = sum(4 * edit.norm_count for edit in self.edits) if self.invertible else 0
         if self.start:
             total += 4 * self.start.rank * sum(self.matrix)
         if self.base and self.replaced and not self.added:
@@ -267,11 +280,16 @@ def are_apart(edits: Sequence[Edit]) -> bool:
     return len(parts) == len(edits) and all(one[1] <= other[0] for one, other in pairwise(parts))
 
 
-def edit_cost(edit: Edit, height: int, width: int) -> int:
-    """Return the bytes held for one edit: one whole factor, a block's rows of the other factor, norms."""
+def edit_cost(edit: Edit, item: Item, height: int, width: int) -> int:
+    """Return the bytes held for one edit of an item: one whole factor, a block's rows of the other factor, norms."""
     kept = KEPT * max((tensor.kept for tensor in tensors_of(edit.update)), default=0)
     if not (low := edit.low):
-        return kept + (edit.update.value.numel * (width + 4) if isinstance(edit.update, Delta) else 0)
+        if isinstance(edit.update, Delta):
+            return kept + edit.update.value.numel * (width + 4)
+        from .costs import transform_cost
+
+        kept += edit.follows.cost(width) if edit.follows else 0  # the weight's norms are computed first
+        return kept + transform_cost(edit.inner, item.matrix, height, width, transposed=edit.transposed)
     inputs = math.prod(low.inputs)
     if low.experts:
         return kept + low.A.nbytes + low.B.nbytes + 2 * width * low.rank * (inputs + low.outputs)
@@ -280,18 +298,3 @@ def edit_cost(edit: Edit, height: int, width: int) -> int:
     if low.blocks != (1, 1):
         total += low.rank * whole * width
     return total + (low.outputs * (3 * width + 4) if edit.decomposed else 0)
-
-
-def block_height(rows: int, columns: int, step: int = ROWS_MULTIPLE) -> int:
-    """Return the rows of a block: about half a million elements, a multiple of 16 rows or `step`, at most all."""
-    fitting = BLOCK_ELEMENTS // max(1, columns)
-    return max(1, min(rows, max(step, fitting - fitting % step)))
-
-
-def spans(rows: int, columns: int, parts: int = 1, step: int = ROWS_MULTIPLE) -> Iterator[tuple[int, int]]:
-    """Yield a matrix's blocks as half-open ranges of rows; each of `parts` equal parts has its own blocks."""
-    whole = rows // parts
-    height = block_height(whole, columns, step)
-    for first in range(0, rows, whole or 1):
-        for start in range(first, first + whole, height):
-            yield start, min(start + height, first + whole)

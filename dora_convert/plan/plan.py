@@ -19,7 +19,7 @@ from typing import Any
 
 import xxhash
 
-from ..adapters import Adapter, Delta, Full, Waived, tensors_of
+from ..adapters import Adapter, Decomposed, Delta, Full, Waived, tensors_of
 from ..errors import UsageError
 from ..option_table import SUM, Combination
 from ..settings import NO_FACTS, AdapterFacts, parse_facts, parse_size
@@ -186,8 +186,11 @@ def _describe_edit(edit: Edit) -> list[Any]:
     if isinstance(edit.update, Delta | Full):
         return [*known, edit.update.scale] if isinstance(edit.update, Delta) else known
     low = edit.low
-    assert low
-    return [*known, low.rank, low.scale, low.blocks, low.experts, low.start and low.start.value]
+    if not low or (isinstance(edit.update, Decomposed) and edit.update != Decomposed(low, edit.update.m)):
+        from .facts import facts_of
+
+        known += [facts_of(edit.update), *([_describe(edit.follows)] if edit.follows else [])]
+    return known if not low else [*known, low.rank, low.scale, low.blocks, low.experts, low.start and low.start.value]
 
 
 DTYPES = {"auto": None} | {name: dtype for dtype, name in CONFIG_DTYPES.items()}
@@ -214,7 +217,7 @@ class Options:
     """Weight files beside adapters that are left out."""
     quantised: str = ""
     """The choice for quantised weights: "all" are written dense, or the "touched" ones, or few bits are coded
-    "again"; by default those that the adapter changes are coded again if their bits suffice."""
+    "again", or the base is read "as nf4" or the like; by default changed ones are coded again if their bits suffice."""
     strict: bool = False
     """True if an adapter must hold all that its config says was trained."""
     facts: AdapterFacts = NO_FACTS
@@ -279,7 +282,7 @@ def parse_options(given: Mapping[str, Any]) -> Options:
 
 def _quantised(given: Mapping[str, Any]) -> str:
     """Return the caller's choice for quantised weights, which few calls make."""
-    if not any(given.get(name) for name in ("dequantize", "dequantize_touched", "requantize")):
+    if not any(given.get(name) for name in ("dequantize", "dequantize_touched", "requantize", "base_as")):
         return ""
     from .quantised_config import parse_choice
 

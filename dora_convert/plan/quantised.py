@@ -11,10 +11,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from ..codecs.as_trained import AsTrained
 from ..codecs.coded import CodedTensor
 from ..codecs.detect import find_coded, with_dense
 from ..codecs.evidence import SIDE_FILE, Evidence
-from ..errors import Fault, UnsupportedError
+from ..errors import Fault, UnsupportedError, UsageError
+from ..naming.families import TABLES
+from ..naming.resolve import is_embedding, is_head
 from ..storage.checkpoint import Checkpoint, Shard
 from ..storage.json_files import read_json
 from ..storage.safetensors import FLOATS, StoredTensor
@@ -28,6 +31,8 @@ FUSED = (
     ("q_a_proj", "kv_a_proj_with_mqa"), ("in_proj_qkvz", "in_proj_ba"),
 )  # fmt: skip
 """Last names of modules that servers fuse into one: all of them are quantised, or none is."""
+AS = "as "
+"""The beginning of a choice to read a dense base as a quantised training saw it."""
 EXPERTS = re.compile(r"(.*\.experts\.)\d+\.")
 NAMES = {
     "hqq": "HQQ", "quanto": "quanto", "eetq": "EETQ", "aqlm": "AQLM", "vptq": "VPTQ", "spqr": "SpQR", "higgs": "HIGGS",
@@ -48,8 +53,15 @@ class QuantisedBase:
     def of(cls, base: Checkpoint, options: Options) -> QuantisedBase | None:
         """Return the base with its coded tensors; None if it has none and says nothing of quantisation."""
         coded = find_coded(base, options.dtype)
+        if options.quantised.startswith(AS):
+            coded = _as_trained(base, coded, options)
         quantised = cls(base, coded, options)
         return quantised if coded or quantised.methods else None
+
+    @property
+    def _all_dense(self) -> bool:
+        """True if all quantised weights are written dense."""
+        return self.options.quantised == "all" or self.options.quantised.startswith(AS)
 
     @cached_property
     def dense(self) -> Checkpoint:
@@ -112,7 +124,7 @@ class QuantisedBase:
 
     def _without_codes(self, plan: Plan, items: Mapping[str, Item], tree: Checkpoint) -> Plan:
         """Return the plan of an output that has no coded weight, and does not say that it has."""
-        if not self.coded and self.options.quantised != "all":
+        if not self.coded and not self._all_dense:
             return plan
         config = plan.output_config
         plan = self._with_config(plan, config and without_quantisation(config), {SIDE_FILE: None})
@@ -144,7 +156,7 @@ class QuantisedBase:
 
     def _coded_again(self, items: Mapping[str, Item]) -> set[str]:
         """Return the weights that are coded again; raise UnsupportedError for those that cannot be."""
-        if self.options.quantised in ("all", "touched"):
+        if self._all_dense or self.options.quantised == "touched":
             return set()
         touched = {name: self.coded[name] for name, item in items.items() if name in self.coded and item.changed}
         touched = {name: tensor for name, tensor in touched.items() if not _must_be_dense(items[name])}
@@ -171,7 +183,7 @@ class QuantisedBase:
 
     def _dense_names(self, items: Mapping[str, Item], again: Collection[str]) -> set[str]:
         """Return the coded weights that are written dense."""
-        if self.options.quantised == "all":
+        if self._all_dense:
             return set(self.coded)
         touched = {name for name, item in items.items() if name in self.coded and item.changed and name not in again}
         return touched | {name for one in touched for name in siblings(one, self.coded)}
@@ -183,6 +195,31 @@ def as_dense(base: Checkpoint) -> Checkpoint:
         return base
     quantised.refuse_unread(())
     return quantised.dense
+
+
+def _as_trained(base: Checkpoint, coded: Mapping[str, CodedTensor], options: Options) -> dict[str, CodedTensor]:
+    """Return the weights that bitsandbytes would quantise, to be decoded as a quantised training saw them."""
+    if coded:
+        raise UsageError(f"--base-as is for 16-bit bases; {base.source.name} is quantised already.")
+    scheme = AsTrained(f"{options.quantised} training saw it", kind=options.quantised.removeprefix(AS))
+    return {
+        name: CodedTensor(
+            name,
+            options.dtype or tensor.dtype,
+            tensor.shape,
+            path=tensor.path,
+            start=tensor.start,
+            scheme=scheme,
+            parts={"codes": tensor},
+        )
+        for name, tensor in base.tensors.items()
+        if name.endswith(".weight") and len(tensor.shape) == 2 and tensor.dtype in FLOATS and not _is_skipped(name)
+    }
+
+
+def _is_skipped(name: str) -> bool:
+    """Return True for embeddings and heads."""
+    return is_embedding(name) or is_head(name) or name.removesuffix(".weight").rpartition(".")[2] in TABLES
 
 
 def _must_be_dense(item: Item) -> bool:

@@ -16,6 +16,7 @@ from ..codecs.evidence import PLACES
 from ..errors import UsageError
 from ..naming.resolve import is_embedding
 from ..options import flag
+from ..settings import require_extra
 from ..storage.checkpoint import Checkpoint
 
 Config = Mapping[str, Any]
@@ -38,9 +39,12 @@ CHOICES = {"dequantize": "all", "dequantize_touched": "touched", "requantize": "
 
 def parse_choice(given: Mapping[str, Any]) -> str:
     """Return what becomes of quantised weights; UsageError for options that contradict each other."""
-    chosen = [option for option in CHOICES if given.get(option)]
+    chosen = [option for option in (*CHOICES, "base_as") if given.get(option)]
     if len(chosen) > 1:
         raise UsageError(f"{' and '.join(map(flag, chosen))} contradict each other.", hint="give one of them")
+    if chosen == ["base_as"]:
+        require_extra("nf4", "--base-as")
+        return f"as {given['base_as']}"
     return CHOICES[chosen[0]] if chosen else ""
 
 

@@ -6,10 +6,10 @@ Shapes decide; for square weights, which shapes do not tell, the tables of `nami
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from ..adapters import Decomposed, Delta, Full, LowRank, Rows, Start, Update, low_rank
+from ..adapters import Change, Decomposed, Delta, Full, LowRank, Rows, Start, Transform, Update, low_rank, transform_of
 from ..naming.families import CONV1D_MODELS, CONV1D_MODULES, TURNED_EXPERTS
 from ..naming.resolve import is_embedding, is_head
 from ..storage.reader import same_bytes
@@ -21,10 +21,11 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Match:
-    """A matched update, and whether its weight is stored transposed."""
+    """A matched update, whether its weight is stored transposed, and the columns that share a magnitude."""
 
     update: Update
     transposed: bool = False
+    kernel: int = 1
 
 
 @dataclass
@@ -61,9 +62,11 @@ def match_shape(update: Update, name: str, shape: Shape, dtype: str, model_types
             if value.dtype not in FLOATS or value.shape != (len(index), *shape[1:]):
                 return f"has shape {value.shape} for {len(index)} rows of {name}, which has {shape}"
             return _misplaced(index, name, shape[0]) or Match(update)
-        case LowRank() | Decomposed(LowRank(), axis="rows", norm_scale=None, normalised=False):
-            return _match_low_rank(update, name, shape, model_types)
-    return f"is {update.title}, which this version does not merge yet"
+        case Transform():
+            return _match_transform(update, name, shape, model_types)
+        case Decomposed():
+            return _match_decomposed(update, name, shape, model_types)
+    return Match(update) if len(shape) == 1 else f"is {update.title}; {name} has shape {shape}"
 
 
 def _misplaced(index: Sequence[int], name: str, height: int) -> str | None:
@@ -75,18 +78,65 @@ def _misplaced(index: Sequence[int], name: str, height: int) -> str | None:
     return None if missing is None else f"row {missing} of {name} is new, and no file has it"
 
 
-def _match_low_rank(update: LowRank | Decomposed, name: str, shape: Shape, model_types: frozenset[str]) -> Match | str:
+def _match_decomposed(update: Decomposed, name: str, shape: Shape, model_types: frozenset[str]) -> Match | str:
+    """Match what makes V, and the magnitudes, whose number follows the axis."""
+    inner, m = update.inner, update.m
+    if inner:
+        match = _match_transform(inner, name, shape, model_types)
+    else:
+        match = _match_magnitudes(update, name, shape, model_types)
+    if isinstance(match, str):
+        return match
+    if len(shape) > 2 and isinstance(match.update, LowRank) and match.update.experts:
+        return "only plain LoRA is trained on experts"
+    inputs, outputs = (shape[0], shape[1]) if match.transposed else (math.prod(shape[1:2]), shape[0])
+    count, what = (inputs, "inputs") if update.axis == "columns" else (outputs, "outputs")
+    if m.numel != count:
+        return f"its magnitude has {m.numel} elements for {count} {what}"
+    kernel = math.prod(shape[2:]) if update.axis == "columns" else 1
+    return Match(replace(update, inner=transform_of(match.update) if inner else None), match.transposed, kernel)
+
+
+def _match_magnitudes(update: Decomposed, name: str, shape: Shape, model_types: frozenset[str]) -> Match | str:
+    """Match magnitudes alone, which tell the orientation of weights that are not square."""
+    if len(shape) != 2:
+        return Match(update)
+    by_inputs = update.axis == "columns"
+    straight, turned = (update.m.numel == shape[1 if side == by_inputs else 0] for side in (True, False))
+    return Match(update, transposed=turned and (not straight or is_conv1d(name, model_types)))
+
+
+def _match_transform(update: Transform, name: str, shape: Shape, model_types: frozenset[str]) -> Match | str:
+    """Match the shape that an update is for with the stored weight; the model's type decides for square weights."""
+    if isinstance(update, LowRank):
+        return _match_low_rank(update, name, shape, model_types)
+    outputs, inputs = update.outputs, update.inputs and math.prod(update.inputs)
+    rows, columns = shape[0], math.prod(shape[1:])
+    straight = outputs in (None, rows) and inputs in (None, columns)
+    turned = len(shape) == 2 and outputs in (None, columns) and inputs in (None, rows)
+    if update.transposed is not None:
+        straight, turned = straight and not update.transposed, turned and update.transposed
+    if straight and turned:
+        turned = is_conv1d(name, model_types)
+    elif not (straight or turned):
+        wanted = ["any" if side is None else side for side in (outputs, inputs)]
+        return f"is {update.title} for a weight of {wanted[0]} × {wanted[1]}; {name} has shape {shape}"
+    return Match(update.shaped(*((columns, rows) if turned else (rows, columns))), transposed=turned)
+
+
+def _match_low_rank(low: LowRank, name: str, shape: Shape, model_types: frozenset[str]) -> Match | str:
     """Match factor shapes with the stored weight; the model's type decides for square weights."""
-    low = low_rank(update)
-    assert low
-    if low.b:
-        return "has a diagonal on lora_B, which this version does not merge yet"
     if len(shape) == 3 and len(low.A.shape) == len(low.B.shape) == 2:
-        return _match_experts(update, replace(low, experts=low.experts or 1), shape, model_types)
+        return _match_experts(replace(low, experts=low.experts or 1), shape, model_types)
     if low.experts > 1:
         return f"is for {low.experts} experts; {name} has shape {shape}"
-    if isinstance(update, Decomposed) and update.m.numel != low.outputs:
-        return f"its magnitude has {update.m.numel} elements for {low.outputs} outputs"
+    if low.widest and len(shape) == 2:  # A serves all weights, and each has its first columns
+        from ..storage.stored_view import view
+
+        inputs = shape[0] if low.outputs == shape[1] and low.outputs != shape[0] else shape[1]
+        if inputs > low.A.shape[1]:
+            return _wrong_factors(low, shape)
+        low = replace(low, A=view(low.A, columns=range(inputs)), widest=False)
     wide = len(low.inputs) == 1 < len(shape) - 1  # AdaLoRA keeps a convolution's A flat
     stored = (shape[0], math.prod(shape[1:])) if wide else shape
     straight = stored == (low.outputs, *low.inputs) and low.B.shape[2:] == (1,) * (len(low.A.shape) - 2)
@@ -98,14 +148,12 @@ def _match_low_rank(update: LowRank | Decomposed, name: str, shape: Shape, model
         straight = not turned
     if turned and low.start in (Start.OLORA, Start.KASA):
         return f"{low.start.value} does not work on weights stored as (in, out)"
-    return Match(update, transposed=turned) if straight or turned else _wrong_factors(low, shape)
+    return Match(low, transposed=turned) if straight or turned else _wrong_factors(low, shape)
 
 
-def _match_experts(
-    update: LowRank | Decomposed, low: LowRank, shape: Shape, model_types: frozenset[str]
-) -> Match | str:
+def _match_experts(low: LowRank, shape: Shape, model_types: frozenset[str]) -> Match | str:
     """Match factors of all experts at once with one tensor of three dimensions."""
-    if isinstance(update, Decomposed) or low.start or low.d or low.blocks != (1, 1):
+    if low.start or low.d or low.blocks != (1, 1):
         return "only plain LoRA is trained on experts"
     count, rows, columns = shape
     straight = (low.outputs, *low.inputs) == (rows, columns)
@@ -145,3 +193,23 @@ def is_copy(one: Update, other: Update) -> bool:
         case Rows(value, index), Rows(copy, numbers):
             return index == numbers and same_bytes(value, copy)
     return False
+
+
+def turn_of(change: Change) -> int:
+    """Return a sort key that puts replacements before additions."""
+    return 0 if isinstance(change.update, Full) else 1 if isinstance(change.update, Rows) else 2
+
+
+def stacked(tensor: StoredTensor, edits: Sequence[Edit]) -> StoredTensor:
+    """Return edited experts as one matrix, one below the other; any other tensor as it is."""
+    lows = ((edit.low, edit.outputs) for edit in edits if edit.low)
+    stacked = any(low.experts or (outputs and len(tensor.shape) > len(low.A.shape)) for low, outputs in lows)
+    return replace(tensor, shape=(tensor.numel // tensor.shape[2], tensor.shape[2])) if stacked else tensor
+
+
+def settle_widest(targets: Mapping[str, TargetTensor], changes: Sequence[Change]) -> None:
+    """Tell updates that are computed with the widest of an adapter's weights how wide it is."""
+    if any(change.update.widest for change in changes):
+        from . import widest
+
+        widest.settle([target.edits for target in targets.values()], changes)

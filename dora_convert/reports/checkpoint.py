@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..settings import format_size
 from . import Table, joined
+from .advice import LoaderAdvice, loaders_table
 from .inspect import Inspection, totals, weights_table
 
 
@@ -26,10 +27,18 @@ class CheckpointReport(Inspection):
     """Files, such as stale weights, that a loader does not use."""
     merges: tuple[Mapping[str, Any], ...]
     """The receipts of earlier merges, the latest first."""
+    dense_parameters: int = 0
+    """Number of weights when quantised ones are decoded; tensors under two names count once."""
+    coded: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """Kinds of quantised tensors that are decoded, with their numbers."""
+    loaders: tuple[LoaderAdvice, ...] = ()
+    """The programs that load checkpoints, each with its verdict."""
 
     def parts(self, *, every: bool) -> Iterator[Table | str]:
         """Yield the tensors, then a few lines; `every` lists each shard and file."""
         yield weights_table(self.weights)
+        if self.loaders:
+            yield loaders_table(self.loaders)
         yield from about_checkpoint(self, every=every)
 
 
@@ -50,6 +59,10 @@ def about_checkpoint(report: CheckpointReport, *, every: bool) -> Iterator[str]:
     if report.quantised:
         bits = f", {report.quantised['bits']} bits" if report.quantised["bits"] else ""
         yield f"quantised: {report.quantised['method']}{bits}"
+    for title, count in report.coded.items():
+        yield f"decoded: {count['tensors']} weights, {title}"
+    if report.dense_parameters != report.parameters:
+        yield f"when decoded: {report.dense_parameters:,} weights"
     yield from map(about_merge, report.merges)
     for label, names in (("beside the weights", report.side_files), ("not part of the model", report.left_behind)):
         if names:

@@ -30,7 +30,7 @@ class FittedModule:
 class FittingReport(Report):
     """The fields that a run of a plan and its dry run share."""
 
-    base: str
+    base: str | None
     input: str
     out: str
     format: str

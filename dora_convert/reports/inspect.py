@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..settings import format_size
 from . import Report, Table, cut, table
+from .advice import LoaderAdvice, commands_of, loaders_table
 from .merge import ledger_table
 
 
@@ -92,13 +93,22 @@ class AdapterReport(Inspection):
     refused: Mapping[str, Any] | None
     """The error of a merge, if the adapter is of a kind that is not merged."""
     landing: Landing | None
+    loaders: tuple[LoaderAdvice, ...] = ()
+    """The programs that load adapters, each with its verdict."""
+    unusual: tuple[str, ...] = ()
+    """Sentences on everything odd."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """Over all modules: ranks, scalings, targets, kinds, and the axes of magnitudes."""
 
     def parts(self, *, every: bool) -> Iterator[Table | str]:
         """Yield tables first, then a few lines; `every` lists each weight."""
         yield modules_table(self.modules, every=every) if self.modules else weights_table(self.weights)
         if self.landing and self.landing.ledger:
             yield ledger_table(self.landing.ledger, every=every)
+        if self.loaders:
+            yield loaders_table(self.loaders)
         yield from about_adapter(self, every=every)
+        yield from commands_of(self.loaders)
 
 
 def modules_table(modules: Iterable[Module], *, every: bool) -> Table:
@@ -157,6 +167,7 @@ def about_adapter(report: AdapterReport, *, every: bool) -> Iterator[str]:
     if report.faults:
         yield f"would not be merged: {len(report.faults)} faults"
         yield from _listed(report.faults, every=every)
+    yield from (f"unusual: {text}" for text in report.unusual)
     yield from (f"note: {note}" for note in report.notes)
     if report.landing:
         yield from about_landing(report.landing, every=every)

@@ -263,7 +263,11 @@ def modules_of(adapters: Sequence[Adapter]) -> set[str]:
 def unused(base: Checkpoint, adapters: Sequence[Adapter]) -> Iterator[str]:
     """Yield warnings about files of a base, or beside adapters, that take no part."""
     for adapter in adapters:
-        yield from adapter.doubts
+        yield from adapter.warnings
+        if adapter.beside:
+            from ..adapters.beside import doubts_of
+
+            yield from doubts_of(adapter.beside, adapter.source.name)
     yield from base.notes
     if base.left_behind:
         names = ", ".join(base.left_behind[:5]) + (" …" if len(base.left_behind) > 5 else "")

@@ -235,3 +235,12 @@ def _same_file(old: object, new: list[object]) -> bool:
     if not isinstance(old, list) or not len(old) == len(new) == len(FileState._fields) or old[0] != new[0]:
         return False
     return change(FileState(*old[1:]), FileState(*new[1:])) is None  # type: ignore[arg-type]
+
+
+WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Names that DistributedDataParallel, torch.compile, FSDP and activation checkpointing put into names."""
+
+
+def unwrapped(name: str) -> str:
+    """Return a name without the names that training programs put into it."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)

@@ -54,9 +54,13 @@ class ExpectedBase(Expected):
         merged = self.before(rows)
         parts = self._parts(merged, rows)
         x = merged.clone()
-        for edit, part in zip(self.item.edits, parts, strict=True):
-            x -= edit.weight * part.f * part.delta
-        x = (x / self._share(rows)).nan_to_num(0.0, 0.0, 0.0)
+        other = self._others[0] if len(parts) == 1 else None
+        if other and self.item.edits[0].depends and other.depends:
+            x = other.back(merged / parts[0].f, rows, self._whole_unscaled)
+        else:
+            for edit, part in zip(self.item.edits, parts, strict=True):
+                x -= edit.weight * part.f * part.delta
+            x = (x / self._share(rows)).nan_to_num(0.0, 0.0, 0.0)
         if self._undo.taken:
             left, right = self._undo.taken
             x += torch.einsum("kr,rc->kc", self._load(left, rows), self._load(right))
@@ -69,6 +73,18 @@ class ExpectedBase(Expected):
                 stored, number = self._replaced[row]
                 x[k] = self._load(stored, [number])[0]
         return x
+
+    def _whole_unscaled(self) -> Tensor:
+        """Return all rows of the merged tensor, without the magnitudes."""
+        merged = self.before(range(self.item.matrix[0]))
+        return merged if self.m[0] is None else merged / self._scales()
+
+    def _scales(self) -> Tensor:
+        """Return m/n of the one edit for the whole tensor, or m."""
+        edit, m = self.item.edits[0], self.m[0]
+        assert m is not None
+        n = self._norms(0) if edit.divides else torch.ones_like(m)
+        return (m / n).unsqueeze(edit.axis)
 
     def rows(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return W and W'."""

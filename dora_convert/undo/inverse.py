@@ -8,7 +8,7 @@ factors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -30,6 +30,9 @@ class Inverse:
         `taken` are the factors of the part that training began without.
         """
         self._edits, self._buffers, self._columns = item.edits, buffers, item.matrix[1]
+        self._item = item
+        self._keeps = exact and not all(edit.low or not edit.inner for edit in item.edits)
+        """True if W is predicted to be W': the record then holds the whole difference."""
         self.operands = [
             LoadedEdit.load(edit, buffers, _fixed_point(edit, buffers) if exact else None) for edit in item.edits
         ]
@@ -39,8 +42,20 @@ class Inverse:
             taken = fixed.left_(left.clone()), fixed.right_(right.clone())
         self._taken = FactorPair(*taken) if taken else None
 
+    def hold(self, read: Callable[[int, int], Tensor], norms: Callable[[int, int], Sequence[Tensor | None]]) -> None:
+        """Turn back what needs all rows of W' at once; `read` returns rows, and `norms` the norms for them."""
+        for operand in () if self._keeps else self.operands:
+            if operand.transform and operand.transform.needs_whole:
+                parts = []
+                for start, stop in self._item.spans():
+                    x, (g, _) = read(start, stop), self.coefficients(norms(start, stop), start, stop)
+                    parts.append(operand.own(x if g is None else x.mul_(g), start, stop).clone())
+                operand.transform.hold_back(torch.cat(parts))
+
     def predict_(self, x: Tensor, start: int, stop: int, norms: Sequence[Tensor | None]) -> Tensor:
         """Compute W from W' in place; `norms` are those of the edits' rows in the block, or of all their columns."""
+        if self._keeps:
+            return x
         g, factors = self.coefficients(norms, start, stop)
         if g is not None:
             x.mul_(g)
@@ -49,7 +64,9 @@ class Inverse:
             axis = 1 if operand.edit.by_columns else 0
             if isinstance(c, Tensor) and c.shape[axis] == x.shape[axis]:  # else c is the same for all outputs
                 factors[number] = operand.own(c, start, stop)
-            if first < last:
+            if first < last and operand.transform and operand.edit.inner and operand.edit.inner.depends:
+                operand.transform.take_back(operand.own(x, start, stop), first, last)
+            elif first < last and (operand.edit.inner or operand.shift is not None):
                 operand.own(x, start, stop).sub_(self._delta(number, factors[number], first, last))
         if self._taken:
             x.add_(self._product(self._taken, start, stop))
@@ -65,10 +82,11 @@ class Inverse:
     def _f(self, number: int, n: Tensor | None, start: int, stop: int) -> Tensor | None:
         """Return m/n of one edit, shaped to broadcast over the block; 1 for outputs that the edit is not for."""
         operand, edit = self.operands[number], self._edits[number]
-        if (m := operand.m) is None or n is None:
+        if (m := operand.m) is None or (n is None and edit.divides):
             return None
         first, last = operand.numbers(start, stop)
-        f = (m / n)[None, :] if edit.axis == 0 else (m[first:last] / n)[:, None]
+        m = m if edit.axis == 0 else m[first:last]
+        f = (m if n is None else m / n).unsqueeze(edit.axis)
         if not edit.outputs:
             return f
         every = f.new_ones((1, self._columns) if edit.axis == 0 else (stop - start, 1))
@@ -81,6 +99,10 @@ class Inverse:
         if isinstance(edit.update, Delta):
             assert operand.shift is not None
             return operand.shift * (c * edit.update.scale)
+        if operand.transform:
+            zeros = torch.zeros(stop - start, self._columns, dtype=torch.float64, device=self._buffers.spec.device)
+            zeros = operand.own(zeros, start, stop) if edit.by_columns else zeros
+            return operand.transform.apply_(zeros, start, stop, 1.0).mul_(c)
         assert operand.factors
         assert edit.low
         return self._product(operand.factors, start, stop).mul_(c * edit.low.scale)
@@ -100,6 +122,9 @@ def _fixed_point(edit: Edit, buffers: DeviceBuffers) -> FixedPoint | None:
     if low.d:
         right *= _largest(low.d, buffers)
     left = _largest(low.A if edit.transposed else low.B, buffers)
+    if low.b:
+        largest = _largest(low.b, buffers)
+        left, right = (left, right * largest) if edit.transposed else (left * largest, right)
     return FixedPoint(left, right, low.rank)
 
 

@@ -68,7 +68,7 @@ class UndoKeeper:
         """Keep what rounding took from the base's rows, for an exact record."""
         if self._loss:
             operands = self._operands if self._item.invertible else ()
-            norms = [edit.n[-1] if edit.m is not None else None for edit in operands]
+            norms = [operand.n[-1] if operand.edit.divides else None for operand in operands]
             self._loss.see(raw, result, start, norms)
 
     def parts(self) -> tuple[SpooledTensor, ...]:
@@ -84,7 +84,7 @@ class UndoKeeper:
         if item.source is not item.base:
             return tuple(parts)
         for number, operand in enumerate(self._operands if item.invertible else ()):
-            if operand.m is not None:
+            if operand.edit.divides:
                 n = torch.cat(operand.n).to("cpu", torch.float32)
                 parts.append(self._part(f"norm/{number}", n))
         for side, factor in zip(("left", "right"), self._taken or (), strict=False):

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from ..engine.precision import as_bytes
 from ..errors import MalformedError
-from ..plan.item import ROWS_MULTIPLE
-from ..storage.reader import Reader
+from ..storage.reader import ROWS_MULTIPLE, Reader
 from ..storage.safetensors import StoredTensor
 
 LEVEL = 3

@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -29,7 +30,10 @@ from ..storage.checkpoint import Checkpoint, Shard
 from ..storage.filenames import RECEIPT, RECORD, UNDO
 from ..storage.reader import read_whole
 from ..storage.refs import Source
-from ..storage.safetensors import BITS, StoredTensor, read_header
+from ..storage.safetensors import StoredTensor, read_header
+
+TELLING = re.compile(r"\.weight_shape$|\.quant_state\.")
+"""Tensors whose bytes tell a quantised weight's shape."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,7 @@ class MergeRecord:
             combination=self.receipt.combination,
             ignore_field=options.ignore_field,
             ignore_file=options.ignore_file or (),
+            quantised=options.quantised or "",
             facts=parse_facts(options.facts or {}),
         )
 
@@ -132,14 +137,14 @@ def rebuilt(record: MergeRecord, merged: Checkpoint) -> Checkpoint:
     """
     layout, base = record.receipt.layout, record.receipt.base
     try:
-        shards = tuple(_shard(noted, layout, merged) for noted in layout.shards)
+        shards = tuple(_shard(noted, layout, record, merged) for noted in layout.shards)
         config = _config(record, merged)
     except (KeyError, ValueError) as error:
         raise MalformedError(f"{merged.root / RECORD / RECEIPT} does not say how the base was: {error!r}.") from error
     return Checkpoint(Source(merged.root, base.name, base.repo, base.commit), shards, layout.index, config)
 
 
-def _shard(noted: BaseShard, layout: BaseLayout, merged: Checkpoint) -> Shard:
+def _shard(noted: BaseShard, layout: BaseLayout, record: MergeRecord, merged: Checkpoint) -> Shard:
     """Return a file of the base; its header is the receipt's, else that of the merged file."""
     rows, metadata = noted.tensors, noted.metadata or {}
     if rows is None:
@@ -151,7 +156,10 @@ def _shard(noted: BaseShard, layout: BaseLayout, merged: Checkpoint) -> Shard:
     path, position, tensors = merged.root / f"{noted.name} of the base", 0, []
     for name, dtype, shape in rows:
         tensors.append(StoredTensor(name, dtype, shape, path, (layout.starts or {}).get(name, position)))
-        position += tensors[-1].numel * BITS[dtype] // 8
+        position += tensors[-1].nbytes
+        if TELLING.search(name):
+            found = record.find("whole", name, dtype, shape) or merged.tensors.get(name)
+            tensors[-1] = replace(found, name=name) if found else tensors[-1]
     return Shard(noted.name, metadata, tuple(tensors))
 
 

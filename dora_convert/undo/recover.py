@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from ..engine.device_buffers import DeviceBuffers
+from ..engine.following import norms_of
 from ..engine.precision import TORCH, as_bytes, half_ulp
 from ..maths import lora as maths
 from ..output.finished import TensorResult
-from ..plan.item import Item, spans
-from ..storage.reader import Digest
+from ..plan.item import Item
+from ..storage.reader import Digest, spans
 from ..storage.safetensors import StoredTensor
 from ..storage.spool import Spool
 from .chain import inverse_of
@@ -35,6 +36,7 @@ class RecoveryMaker:
         held = (self._buffers.whole(taken[0]), self._buffers.whole(taken[1])) if taken else None
         self._inverse = inverse_of(item, self._buffers, exact=ulps is not None, taken=held)
         self._norms = self._recorded() if item.undo.original is None else self._measured(item.undo.original)
+        self._inverse.hold(self._read, self._norms_of)
         integers = maths.INTEGERS[TORCH[item.dtype].itemsize]
         self._ulps = Unpacker(ulps, reader, integers, item.source.matrix[1]) if ulps else None
         self._rows = replaced_rows(item, reader)
@@ -46,10 +48,7 @@ class RecoveryMaker:
         self._merged.update(as_bytes(raw))
         x = self._buffers.lift(raw)
         if self._item.edits:
-            norms = [
-                None if n is None else as_rows(n, start, stop, operand)
-                for n, operand in zip(self._norms, self._inverse.operands, strict=True)
-            ]
+            norms = self._norms_of(start, stop)
             half = self._halves(x, norms, start, stop)
             x = self._inverse.predict_(x, start, stop, norms)
             self._ambiguous += 0 if half is None else count_ambiguous(x, half, self._item.dtype)
@@ -74,6 +73,17 @@ class RecoveryMaker:
         """Return the hashes of both tensors; the base's may be compared with the receipt's sha256."""
         return TensorResult(self._merged.fast, written.fast, written.proof, ambiguous=self._ambiguous)
 
+    def _read(self, start: int, stop: int) -> Tensor:
+        """Read rows of the merged tensor."""
+        return self._buffers.lift(self._buffers.raw(self._item.source, start, stop))
+
+    def _norms_of(self, start: int, stop: int) -> list[Tensor | None]:
+        """Return the norms that a block needs, for each edit."""
+        return [
+            None if n is None else as_rows(n, start, stop, operand)
+            for n, operand in zip(self._norms, self._inverse.operands, strict=True)
+        ]
+
     def _recorded(self) -> list[Tensor | None]:
         return [self._buffers.whole(stored).flatten() if stored else None for stored in self._undo.norms]
 
@@ -83,12 +93,13 @@ class RecoveryMaker:
         for start, stop in self._item.spans():
             raw = self._buffers.raw(original, start, stop)
             for edit, operand, norms in zip(self._item.edits, self._inverse.operands, blocks, strict=True):
-                if edit.decomposed:
-                    V = operand.add_(self._buffers.lift(raw), start, stop)
-                    n = maths.norms(operand.own(V, start, stop), edit.axis)
-                    norms.append(n if edit.axis else n.square_())
+                if edit.divides and not edit.follows:
+                    norms.append(operand.measured(self._buffers.lift(raw), start, stop))
+        for edit, norms in zip(self._item.edits, blocks, strict=True):
+            if edit.divides and edit.follows:
+                norms.append(norms_of(edit.follows, self._buffers).square_())
         return [
-            None if not norms else torch.cat(norms) if edit.axis else torch.stack(norms).sum(0).sqrt()
+            None if not norms else (torch.cat(norms) if edit.axis else torch.stack(norms).sum(0)).sqrt()
             for edit, norms in zip(self._item.edits, blocks, strict=True)
         ]
 

@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 from ..adapters import Adapter
 from ..errors import Fault, MalformedError, UnsupportedError
 from ..output.receipt import MergedTensor
-from ..plan.item import Item, Undo
+from ..plan.item import Edit, Item
 from ..plan.plan import Options, OutputShard, Plan
 from ..plan.planner import make_plan
 from ..plan.sharding import converted, lay_out
+from ..plan.undo_part import Undo
 from ..storage.checkpoint import Checkpoint
 from ..storage.safetensors import StoredTensor
 from .record import MergeRecord, not_as_written, rebuilt
@@ -166,7 +167,7 @@ def _recovered(
         return _from_bits(item, tensor, source, record, own)
     rows, columns = source.matrix
     norms = tuple(
-        record.find(f"norm/{number}", name, "F32", [edit.low.outputs]) if edit.low and edit.decomposed else None
+        record.find(f"norm/{number}", name, "F32", [edit.norm_count]) if edit.divides else None
         for number, edit in enumerate(item.edits)
     )
     left = record.find("start/left", name, "F32", [rows, None])
@@ -175,13 +176,22 @@ def _recovered(
         return _copy(tensor, own) if own else Fault(name, f"no record holds what {item.start.start} took from it")
     taken = (left, right) if left and right else None
     undo = Undo(norms, taken, _kept(tensor, record), record.find("ulps", name, "U8", [None]))
-    if any(edit.decomposed and not n for edit, n in zip(item.edits, norms, strict=True)):
+    if any(edit.divides and not n for edit, n in zip(item.edits, norms, strict=True)):
         if not own:
             return Fault(name, "a merged DoRA has lost ‖W + sBA‖, and no record holds it")
         if item.combination:
             return _copy(tensor, own)
         undo = Undo(norms, original=replace(own, shape=item.source.shape))
+        item = replace(item, edits=tuple(_following(edit, original) for edit in item.edits))
     return _inverse(item, tensor, source, undo)
+
+
+def _following(edit: Edit, original: Checkpoint | None) -> Edit:
+    """Return a bias's edit with its weight as the base has it."""
+    if not edit.follows or not original:
+        return edit
+    source = original.tensors.get(edit.follows.origin, edit.follows.source)
+    return replace(edit, follows=replace(edit.follows, source=replace(source, shape=edit.follows.source.shape)))
 
 
 def _replaced(item: Item, tensor: StoredTensor, record: MergeRecord) -> Item | Fault:
@@ -201,8 +211,10 @@ def _from_bits(
     if ulps := record.find("ulps", tensor.name, "U8", [None]):
         undo = Undo(kept=_kept(tensor, record), ulps=ulps)
         return _inverse(replace(item, edits=(), combination=None), tensor, source, undo)
-    method = item.combination.method if item.combination else "sum"
-    why = f"was merged with --method {method}, which cannot be inverted: only --undo exact keeps what it needs"
+    how = f"merged with --method {item.combination.method}" if item.combination else "changed beside another adapter"
+    kinds = [edit.inner.title for edit in item.edits if edit.inner and edit.inner.depends]
+    how = f"changed by {kinds[0]} beside another adapter or at another weight than 1" if kinds else how
+    why = f"was {how}, which cannot be inverted: only --undo exact keeps what it needs"
     return _copy(tensor, own) if own else Fault(tensor.name, why)
 
 

@@ -22,7 +22,7 @@ from ..fitting.model_weights import model_names
 from ..formats.detect import detect, model_weights
 from ..options import AnalyzeOptions
 from ..output.lineage import doubts
-from ..plan.plan import parse_options
+from ..plan.plan import Plan, parse_options
 from ..plan.planner import make_plan
 from ..plan.quantised import as_dense
 from ..reports.analyze import AnalyzeReport, Collision, MovedVector, Point, TunedStep
@@ -108,6 +108,8 @@ class _Step:
     ref: TunedRef
     opened: Checkpoint | Adapter
     pairing: PairedTensors
+    plan: Plan | None = None
+    """The plan of a merge of the adapter."""
 
     @property
     def address(self) -> str:
@@ -137,7 +139,7 @@ class _Request:
             idle = [*selection.check_globs(modules_of([adapter]))]
             plan = make_plan(self.base, [adapter], (1.0,), selection)
             self._warn([*doubts(self.base, [adapter]), *unused(self.base, [adapter]), *idle, *plan.warnings])
-            step = _Step(ref, plan.adapters[0], pair_plan(plan, spectrum=self.options["spectrum"]))
+            step = _Step(ref, plan.adapters[0], pair_plan(plan, spectrum=self.options["spectrum"]), plan)
         else:
             tuned = as_dense(open_base(ref.ref, "TUNED", self.session))
             self._warn([*selection.check_globs({name.rpartition(".")[0] for name in model_names(tuned)})])
@@ -156,6 +158,7 @@ class _Request:
         """Measure all steps, and compare two adapters with each other."""
         with without_collections():
             from ..analysis.run import Measuring, measure_collision, measure_step
+            from ..engine.doubts import check_magnitudes
             from ..engine.precision import scan_adapter
             from ..engine.run import choose_compute
         width = 4 if self.options["compute_dtype"] == "float32" else 8
@@ -169,8 +172,10 @@ class _Request:
         tuned: list[TunedStep] = []
         kinds = name_kinds(module.name for step in steps for module in step.pairing.modules)
         for step in steps:
-            if isinstance(step.opened, Adapter):
+            if isinstance(step.opened, Adapter) and step.plan:
                 scan_adapter(step.opened)
+                if self.base.is_here and (doubt := check_magnitudes(step.plan)):
+                    self._warn([doubt])
             measured, moved = measure_step(step.pairing, (self.base, *step.checkpoints), measuring, step.address)
             points += _points(step, measured, kinds)
             vectors += moved

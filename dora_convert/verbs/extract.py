@@ -198,7 +198,7 @@ class _Extraction(Fitter):
             base=base_model or source.repo,
             revision=None if base_model else source.commit,
             task=str(architectures[0]) if architectures else None,
-            targets=tuple(sorted(set(short_names(targets, weights.shapes)))),
+            targets=tuple(sorted(set(short_names(targets, weights.names)))),
             parameters=frozenset(change.target for change in changes) & parameters,
             besides=frozenset(name.rpartition(".")[0] for name in weights.names),
             weights=frozenset(weights.names) if parameters else frozenset(),

@@ -16,8 +16,8 @@ from ..options import UnmergeOptions
 from ..output.folder import new_folder
 from ..output.in_place import InPlace, finished
 from ..output.side_files import SideFile, base_files
-from ..plan.item import Undo
 from ..plan.plan import Options, Plan, parse_options
+from ..plan.undo_part import Undo
 from ..reports.merge import DryRunReport, UnmergeReport
 from ..settings import Settings, without_collections
 from ..sources.inputs import open_adapter, open_base, refuse_swapped

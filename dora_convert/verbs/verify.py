@@ -119,7 +119,7 @@ def _plan(request: VerifyRequest) -> tuple[Plan, Checkpoint]:
     idle = parse_options(options).check_globs(modules_of(adapters))
     for doubt in (*chains(base, adapters, combination.method), *idle):
         settings.warn(doubt)
-    plan = make_plan(base, adapters, weights, selection)
+    plan = make_plan(base, adapters, weights, selection if selection.quantised else replace(selection, quantised="all"))
     for doubt in plan.warnings:
         settings.warn(doubt)
     return plan, merged
@@ -169,7 +169,9 @@ def _compare(
     if options["level"] == "weights":
         with without_collections():
             from ..parity.weights import verify_weights
-        return verify_weights(plan, merged, settings, session, options["samples"])
+        from ..plan.quantised import as_dense
+
+        return verify_weights(plan, as_dense(merged), settings, session, options["samples"])
     with without_collections():
         from ..logits.compare import prepared
     for checkpoint in (plan.base, merged):

@@ -152,9 +152,14 @@ def try_family(family: str, name: str, folder: Path) -> Iterator[Row]:
         return
     try:
         disk = {layout: save(model, layout, folder / layout) for layout in LAYOUTS}
+        loaded = {layout: type(model).from_pretrained(folder / layout, dtype=torch.float32) for layout in disk}
     except Exception as error:  # noqa: BLE001 # any family's own
         yield Row(family, name, "", "", "no model", f"{type(error).__name__}: {error}"[:200])
         return
+    for layout, copied in loaded.items():
+        if difference(copied.state_dict(), model.state_dict())[0] > 0:
+            yield Row(family, name, layout, "", "no model", "transformers does not load what it saved")
+            del disk[layout]
     layouts = [each for k, each in enumerate(disk) if all(disk[each].keys() != disk[o].keys() for o in list(disk)[:k])]
     for kind, fields in adapters(model):
         adapter = folder / f"adapter {kind}"
@@ -198,7 +203,7 @@ def try_disk_names(
     family: str, name: str, folder: Path, model: PreTrainedModel, disk: Mapping[str, Tensors]
 ) -> Iterator[Row]:
     """Yield a row for each layout with an adapter in the names of the Hub's layout, as transformers 4 made them."""
-    words = (*USUAL, "w1", "w2", "w3", "query", "key", "value", "dense", "fc1", "fc2", "qkv", "proj", "linear_1")
+    words = (*USUAL, "w1", "w2", "w3", "query", "key", "value", "dense", "fc0", "fc1", "fc2", "qkv", "proj", "linear_1")
     modules = [
         key.removesuffix(".weight")
         for key, value in disk.get("hub", {}).items()

@@ -16,7 +16,8 @@ Tensor names are `base_model.model.<module>` and a suffix, shapes for a weight o
 The scaling is alpha/r, or alpha/√r with `use_rslora`. `rank_pattern` and `alpha_pattern` may change r and
 alpha for a module: the first key in the order of the file that matches `(.*\.)?(key)$` counts.
 
-Everything else that a config can say is refused by name, never merged wrongly: see `config.py`.
+Adapters that are not LoRA have tensors of their own: see `kinds`. Everything else that a config can say is
+refused by name, never merged wrongly: see `config.py`.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from ...storage.filenames import is_beside
 from ...storage.json_files import read_json
 from ...storage.refs import Source
 from ...storage.safetensors import StoredTensor
-from .config import Config, is_saved_embedding, refuse_unsupported
+from .config import LORA, Config, is_saved_embedding, refuse_unsupported
 from .modules import (
     CONFIG,
     EMPTY,
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from ...adapters.new_adapter import Writer
     from ...storage.file_view import FileView
     from .beside import ReadBeside
+    from .kinds import KindReader
 
 __all__ = ["LIBRARY", "NAME", "TAKES", "WEIGHTS", "is_config", "read", "read_refused", "recognises", "writer"]
 
@@ -82,14 +84,20 @@ def read(source: Source, waived: Waived = NOTHING) -> Adapter:
     """
     source = _folder(source)
     raw = read_json(source.path / CONFIG)
-    refuse_unsupported(raw, source.name, waived.fields)
-    config = Config.parse(raw, source.path / CONFIG)
+    reader = _reader(raw, source)
+    if reader:
+        reader.refuse(source.name, waived.fields)
+        config = reader.config
+    else:
+        refuse_unsupported(raw, source.name, waived.fields)
+        config = Config.parse(raw, source.path / CONFIG)
     weights = _weights(source)
     if not (tensors := read_weights(weights).tensors):
         raise MalformedError(f"{weights} holds no tensors.")
-    adapter = _SortedTensors(config)
+    adapter = _SortedTensors(config, reader)
     for name, tensor in tensors.items():
-        adapter.sort(name, tensor)
+        if not (reader and reader.keeps(name, tensor)):
+            adapter.sort(name, tensor)
     adapter.finish()
     files = _beside(source.path, waived, adapter)
     applied = [file for file in files if file.fate == "applied"]
@@ -97,7 +105,7 @@ def read(source: Source, waived: Waived = NOTHING) -> Adapter:
     return Adapter(
         source=source,
         format=NAME,
-        kind=config.kind,
+        kind=reader.kind.name if reader else config.kind,
         changes=tuple(adapter.changes),
         tensors={**tensors, **others},
         files=(source.path / CONFIG, weights, *(file.path for file in applied)),
@@ -111,6 +119,15 @@ def read(source: Source, waived: Waived = NOTHING) -> Adapter:
         promised=partial(promised, config, adapter.pruned),
         beside=tuple(file.about for file in files),
     )
+
+
+def _reader(raw: Mapping[str, Any], source: Source) -> KindReader | None:
+    """Return the reader of an adapter that is not LoRA; None for LoRA, and for kinds that are not merged."""
+    if str(raw.get("peft_type")).upper() in LORA:
+        return None
+    from .kinds import find_kind
+
+    return find_kind(raw, source.path / CONFIG)
 
 
 def _beside(folder: Path, waived: Waived, adapter: _SortedTensors) -> list[ReadBeside]:
@@ -166,6 +183,8 @@ class _SortedTensors:
     """An adapter's tensors, sorted by their names."""
 
     config: Config
+    reader: KindReader | None = None
+    """The reader of an adapter that is not LoRA."""
     changes: list[Change] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     ignored: dict[str, str] = field(default_factory=dict)
@@ -176,10 +195,11 @@ class _SortedTensors:
 
     def sort(self, name: str, tensor: StoredTensor) -> None:
         """Sort one tensor in by the end of its name; tensors of the model itself wait for all others."""
-        target = plain(name)
-        module, end = part_of(target)
-        if end in PARTS:
-            self._add_part(module, PARTS[end], tensor)
+        parts = self.reader.kind.parts if self.reader else PARTS
+        target = plain(name, parts)
+        module, end = part_of(target, parts)
+        if end in parts:
+            self._add_part(module, parts[end], tensor)
         else:
             self.others.append((target, end, tensor))
             self.wrapped |= {module} if end else set()
@@ -220,7 +240,8 @@ class _SortedTensors:
         elif self.config.bias != "none" and target.endswith(".bias"):
             self.changes.append(Change(target, Full(tensor)))
         else:
-            self.faults.append(Fault(tensor.name, "neither a LoRA tensor nor part of modules_to_save"))
+            kind = self.reader.kind.name if self.reader else "LoRA"
+            self.faults.append(Fault(tensor.name, f"neither a {kind} tensor nor part of modules_to_save"))
 
     def _add_part(self, module: str, part: str, tensor: StoredTensor) -> None:
         parts = self.modules.setdefault(module, {})
@@ -248,7 +269,8 @@ class _SortedTensors:
         names = {module.partition(".base_layer")[0] for module in self.modules}
         self.config.refuse_slow_patterns(names | set(map(unwrapped, names)))
         saved = {change.target for change in self.changes}
-        for outcome in updates_of(self.modules, saved, self.config):
+        updates = self.reader.updates_of if self.reader else updates_of
+        for outcome in updates(self.modules, saved, self.config):
             if isinstance(outcome, Fault):
                 self.faults.append(outcome)
             elif isinstance(outcome, Change):

@@ -52,6 +52,7 @@ _LOST_STARTS = {
     "loftq": f"training began with a quantised base: {_RESIDUAL}",
     "lora_ga": f"training moved the base by gradients that are not in the adapter: {_RESIDUAL}",
 }
+LORA = ("LORA", "ADALORA")
 TASKS = {
     "LMHeadModel": "CAUSAL_LM", "ForCausalLM": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS",
     "ForTokenClassification": "TOKEN_CLS", "ForQuestionAnswering": "QUESTION_ANS",
@@ -253,11 +254,10 @@ class Config(Struct, frozen=True, dict=True):
 
 def refuse_unsupported(raw: Mapping[str, Any], name: str, accepted: Collection[str]) -> None:
     """Refuse by name everything that this reader does not apply, except the `accepted` fields."""
-    kind = raw.get("peft_type")
-    if kind is None:
+    if (kind := raw.get("peft_type")) is None:
         raise UnsupportedError(f"The adapter {name} is not PEFT's: its config has no peft_type.")
-    if not isinstance(kind, str) or kind.upper() not in ("LORA", "ADALORA"):
-        reason = "no single weight equals it" if str(kind) in _PER_INPUT else "only LORA and ADALORA are merged"
+    if str(kind).upper() not in LORA:
+        reason = "no single weight equals it" if str(kind) in _PER_INPUT else "this version does not merge it"
         raise UnsupportedError(f"The adapter {name} is of peft_type {kind!r}: {reason}.")
     faults = [
         Fault(f"{field}={value!r}"[:60], why)

@@ -171,16 +171,16 @@ _DEFAULT = re.compile(r"\.default(?=(\.weight|\.bias)?$)")
 _SAVED = re.compile(r"(.+)\.(modules_to_save(?:\.default)?|original_module)(\..+)")
 
 
-def plain(name: str) -> str:
-    """Return a tensor's name without PEFT's prefix and without the adapter's name."""
+def plain(name: str, parts: Collection[str] = PARTS) -> str:
+    """Return a tensor's name without PEFT's prefix and without the adapter's name; `parts` are ends of names."""
     name = name[match.end() :] if (match := _FRONT.match(name)) else name
     bare = _DEFAULT.sub("", name)
-    return bare if not part_of(name)[1] and part_of(bare)[1] else name
+    return bare if not part_of(name, parts)[1] and part_of(bare, parts)[1] else name
 
 
-def part_of(name: str) -> tuple[str, str]:
+def part_of(name: str, parts: Collection[str] = PARTS) -> tuple[str, str]:
     """Return the module of a plain name, and the end that PEFT added; "" for a tensor of the model itself."""
-    end = next((end for end in (*PARTS, *TOKENS, TOKENS_BASE) if name.endswith(end)), "")
+    end = next((end for end in (*parts, *TOKENS, TOKENS_BASE) if name.endswith(end)), "")
     return name.removesuffix(end), end
 
 

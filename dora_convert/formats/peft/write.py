@@ -15,6 +15,7 @@ from typing import Any
 
 from ...adapters import Adapter, Change, Decomposed, Delta, Full, LowRank, Rows, Start, low_rank, unwrapped
 from ...adapters.new_adapter import Files, NewAdapter
+from ...adapters.writing import refuse_others
 from ...storage.json_files import read_json
 from ...storage.safetensors import StoredTensor
 from .config import SCHEDULE, TASKS, Config
@@ -35,7 +36,9 @@ _HEADS = {"SEQ_CLS": _CLASSIFIERS, "TOKEN_CLS": _CLASSIFIERS, "QUESTION_ANS": ("
 
 
 def save(new: NewAdapter) -> Files:
-    """Return the files of an adapter folder."""
+    """Return the files of an adapter folder; UnsupportedError for changes of other tools that PEFT does not have."""
+    if not (new.like and new.like.format == "peft"):
+        refuse_others(new, "peft")
     tensors = {name: stored for change in new.changes for name, stored in _named(change, new)}
     config = json.dumps(_config(new), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     keep = frozenset(name for name in tensors if name.endswith((MAGNITUDE, f"{MAGNITUDE}.weight")))
@@ -80,7 +83,7 @@ def _named(change: Change, new: NewAdapter) -> Iterator[tuple[str, StoredTensor]
     update = change.update
 
     def name(stored: StoredTensor, suffix: str) -> tuple[str, StoredTensor]:
-        own = new.like is not None and new.like.tensors.get(stored.name) is stored
+        own = new.like is not None and new.like.format == "peft" and new.like.tensors.get(stored.name) is stored
         return (PREFIX + _own_name(change, plain(stored.name)) if own else module + suffix, stored)
 
     match update:
@@ -223,7 +226,7 @@ def _beginnings(new: NewAdapter, before: Mapping[str, Any]) -> dict[str, Any]:
 
 def _targets(new: NewAdapter, config: Config | None) -> dict[str, Any]:
     """Return the modules that have factors, if they are not the old ones."""
-    if new.targets is None:
+    if new.targets is None and config:
         return {}
     every = {"layers_to_transform": None, "layers_pattern": None, "exclude_modules": None}
     if new.parameters:

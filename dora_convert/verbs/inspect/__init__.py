@@ -11,6 +11,7 @@ from typing import Any
 from typing_extensions import Unpack
 
 from ...adapters import Adapter, Change, Decomposed, Delta, Full, LowRank, Rows, Waived, tensors_of, transform_of
+from ...adapters.beside import doubts_of
 from ...errors import DoraConvertError, Fault, PlanError, RefError, UnsupportedError, UsageError
 from ...formats.detect import adapters_inside, detect, model_weights
 from ...options import InspectOptions
@@ -25,7 +26,9 @@ from ...sources.session import Session
 from ...storage.checkpoint import Checkpoint
 from ...storage.refs import PathLike, Source, local_path, parse_ref
 from .. import takes
+from .advice import advise
 from .census import census, common, fold
+from .magnitudes import doubt_magnitudes
 
 
 @takes(InspectOptions)
@@ -46,7 +49,8 @@ def inspect(
         if detect(source.path):
             against = None if base is None else open_base(base, "BASE", session, "brief")
             waived = parse_options(options).waived
-            return _describe_adapter(source, listing.names, against, waived, started)
+            words = (str(ref), base)
+            return _describe_adapter(source, listing.names, against, waived, words=words, started=started)
         checkpoint = _open(listing)
         refuse_adapter_tensors(checkpoint, "REF")
     if base is not None:
@@ -67,7 +71,13 @@ def _open(listing: RefListing) -> Checkpoint:
 
 
 def _describe_adapter(
-    source: Source, names: Sequence[str], base: Checkpoint | None, waived: Waived, started: float
+    source: Source,
+    names: Sequence[str],
+    base: Checkpoint | None,
+    waived: Waived,
+    *,
+    words: tuple[str, str | None],
+    started: float,
 ) -> AdapterReport:
     adapter, refusal = read_or_refuse(source, waived)
     others = [file for file in adapter.beside if file.fate != "model"]
@@ -90,6 +100,7 @@ def _describe_adapter(
         if refusal
         else None,
         landing=_landing(base, adapter, refusal) if base else None,
+        **advise(adapter, words, refused=refusal is not None),
         **common(source, adapter.tensors.values(), notes, started),
     )
 
@@ -142,7 +153,13 @@ def _landing(base: Checkpoint, adapter: Adapter, refusal: DoraConvertError | Non
         faults=_faults(error.faults if error else ()),
         ledger=tuple(entry.to_dict() for entry in plan.ledger) if plan else (),
         tensors=plan.counts() if plan else {},
-        warnings=(*doubts(base, [adapter]), *adapter.doubts, *(plan.warnings if plan else ())),
+        warnings=(
+            *doubts(base, [adapter]),
+            *adapter.warnings,
+            *doubts_of(adapter.beside, adapter.source.name),
+            *(plan.warnings if plan else ()),
+            *(doubt_magnitudes(plan) if plan else ()),
+        ),
     )
 
 

@@ -11,6 +11,9 @@ from typing import Any
 
 from msgspec import to_builtins
 
+from ...codecs.coded import CodedTensor
+from ...codecs.detect import find_coded, with_dense
+from ...codecs.evidence import Evidence
 from ...errors import MalformedError
 from ...naming.resolve import find_tie
 from ...output.receipt import Receipt, read_receipt
@@ -19,9 +22,8 @@ from ...storage.checkpoint import Checkpoint
 from ...storage.filenames import RECORD
 from ...storage.refs import Source
 from ...storage.safetensors import StoredTensor
+from .checkpoint_advice import advise_on_checkpoint
 
-QUANTISED = ("quantization_config", "compression_config")
-"""Config keys that describe quantised weights."""
 PACKED = frozenset({"qweight", "weight_packed", "absmax", "SCB", "weight_scale", "weight_scale_inv"})
 """Last names of tensors that only quantised weights have."""
 _NUMBER = re.compile(r"(?:^|(?<=\.))\d+(?=\.|$)")
@@ -31,7 +33,8 @@ def census(base: Checkpoint, started: float) -> CheckpointReport:
     """Return the report of a checkpoint's headers, config and receipts, begun at the time `started`."""
     config, entry = base.config or {}, base.index_name or base.shards[0].filename
     named, model_type, tie = config.get("architectures"), config.get("model_type"), find_tie(base)
-    quantised, merges = _quantised(base), list(_merges(base.root))
+    coded = find_coded(base) if base.may_be_quantised else {}
+    quantised, merges = _quantised(base, coded), list(_merges(base.root))
     notes = [*base.notes, *_doubts(base, quantised)]
     return CheckpointReport(
         kind="checkpoint",
@@ -48,7 +51,9 @@ def census(base: Checkpoint, started: float) -> CheckpointReport:
         side_files=base.side_files,
         left_behind=base.left_behind,
         merges=tuple(merges),
-        **common(base.source, base.tensors.values(), notes, started),
+        **advise_on_checkpoint(base, quantised),
+        **common(base.source, base.tensors.values(), notes, started)
+        | {"parameters": _totals(with_dense(base, coded).tensors.values())["parameters"]},
     )
 
 
@@ -62,17 +67,22 @@ def _doubts(base: Checkpoint, quantised: Mapping[str, Any] | None) -> Iterator[s
         yield f"{part} is an adapter's, but the files are not an adapter of a known format"
 
 
-def _quantised(base: Checkpoint) -> dict[str, Any] | None:
-    """Return the config's description of quantised weights, else the first tensor that looks quantised."""
-    for config in base.configs:
-        for key in QUANTISED:
-            if isinstance(details := config.get(key), Mapping):
-                method = str(details.get("quant_method", "unknown"))
-                return {"method": method, "bits": _bits(details), "tensor": None}
+def _quantised(base: Checkpoint, coded: Mapping[str, CodedTensor]) -> dict[str, Any] | None:
+    """Return all that tells of quantised weights, else the first tensor that looks quantised."""
+    for details in Evidence(base).methods:
+        method = str(details.get("quant_method") or _named(coded))
+        return {"method": method, "bits": _bits(details), "tensor": None}
+    if coded:
+        return {"method": _named(coded), "bits": None, "tensor": None}
     for name, tensor in base.tensors.items():
         if name.rpartition(".")[2] in PACKED or tensor.dtype.startswith(("F8", "F6", "F4")):
             return {"method": "unknown", "bits": None, "tensor": name}
     return None
+
+
+def _named(coded: Mapping[str, CodedTensor]) -> str:
+    """Return the tool of the first coded weight, for configs that do not name theirs."""
+    return next((tensor.scheme.title.partition(" ")[0] for tensor in coded.values()), "unknown")
 
 
 def _bits(details: Mapping[str, Any]) -> int | None:

@@ -20,7 +20,7 @@ from ...plan.plan import Options, Plan, parse_options, parse_weights
 from ...plan.planner import make_plan
 from ...reports.merge import DryRunReport, MergeReport
 from ...settings import Settings, require_extra, without_collections
-from ...sources.inputs import Mode, modules_of, open_inputs, strangers, unused
+from ...sources.inputs import QUANTISED_NAME, Mode, modules_of, open_inputs, strangers, unused
 from ...sources.session import Session
 from ...storage.filenames import INCOMING
 from ...storage.refs import PathLike, listed
@@ -52,7 +52,7 @@ def merge(
         from ..in_place import refuse_options
 
         refuse_options(options)
-    undo = options["undo"] or ("exact" if options["in_place"] and not options["allow_lossy"] else "norms")
+    undo = options["undo"] or _usual_undo(options)
     selection = replace(parse_options(options), undo=undo)
     target = _target(options)
     settings = Settings.parse(options)
@@ -71,6 +71,13 @@ def merge(
             target=target,
         )
         return _merge_in_place(request) if options["in_place"] else _merge_beside(request)
+
+
+def _usual_undo(options: MergeOptions) -> str:
+    """Return the record that is kept if the caller does not say: none of a base that is not in the output."""
+    if options["base_as"]:
+        return "none"
+    return "exact" if options["in_place"] and not options["allow_lossy"] else "norms"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +180,18 @@ def make_request_plan(request: MergeRequest, out: str, mode: Mode, weights: Path
     return plan_inputs(request, checkpoint, adapters)
 
 
+def _tell_of_quantised_training(adapters: Sequence[Adapter], settings: Settings) -> None:
+    """Say onto which base the merge is, and name the other choice, for adapters whose config names a quantised base."""
+    for adapter in adapters:
+        if not (adapter.base and QUANTISED_NAME.search(adapter.base)):
+            continue
+        settings.notify(
+            f"{adapter.source.name} was trained on {adapter.base}, which is quantised: merging onto the 16-bit weights "
+            "keeps their quality; --base-as nf4 merges onto the weights that training saw, and keeps the outputs of "
+            "the trained model (docs/qlora.md)"
+        )
+
+
 def plan_inputs(request: MergeRequest, checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> Plan:
     """Warn about oddities of opened inputs, and decide every output tensor."""
     settings, selection = request.settings, request.selection
@@ -187,6 +206,8 @@ def plan_inputs(request: MergeRequest, checkpoint: Checkpoint, adapters: Sequenc
             settings.warn(doubt)
     for note in (*unused(checkpoint, adapters), *selection.check_globs(modules_of(adapters))):
         settings.warn(note)
+    if not (selection.quantised or checkpoint.may_be_quantised):
+        _tell_of_quantised_training(adapters, settings)
     plan = make_plan(checkpoint, adapters, strengths, selection)
     for doubt in plan.warnings:
         settings.warn(doubt)

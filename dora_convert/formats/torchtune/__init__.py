@@ -18,22 +18,26 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING, cast
 
-from ..adapters import NOTHING, Adapter, Change, Decomposed, LowRank, Update, Waived
-from ..adapters.facts import Scaling
-from ..adapters.parts import Findings, Parts, follow, sort_parts, wrong_parts
-from ..adapters.rotary import head_size, inverse, meta_rows
-from ..errors import RefError, UnsupportedError
-from ..storage.checkpoint import Checkpoint
-from ..storage.file_view import CONFIG, FileView
-from ..storage.refs import Source
-from ..storage.safetensors import StoredTensor
-from ..storage.stored_view import view as view_of
+from ...adapters import NOTHING, Adapter, Change, Decomposed, LowRank, Update, Waived
+from ...adapters.facts import Scaling
+from ...adapters.parts import Findings, Parts, follow, sort_parts, wrong_parts
+from ...adapters.rotary import head_size, inverse, meta_rows
+from ...errors import RefError, UnsupportedError
+from ...storage.checkpoint import Checkpoint
+from ...storage.file_view import CONFIG, FileView
+from ...storage.refs import Source
+from ...storage.safetensors import StoredTensor
+from ...storage.stored_view import view as view_of
+from .names import META, MODULES, OWN, PLAIN, ROTARY
+
+if TYPE_CHECKING:
+    from ...adapters.new_adapter import Writer
 
 NAME = "torchtune"
 LIBRARY = "torchtune"
 TAKES = ("alpha", "scaling")
-OWN = "adapter_model.pt"
 _CHECKPOINT = re.compile(r"adapter_\d+\.pt")
 PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 ENDS: Mapping[str, str] = {
@@ -43,17 +47,6 @@ ENDS: Mapping[str, str] = {
 FIELDS = {"r", "lora_alpha", "target_modules", "peft_type", "base_model_name_or_path"}
 """The fields of the config that torchtune writes, which has no others."""
 PREFIX = "base_model.model."
-MODULES = {
-    "attn.q_proj": "self_attn.q_proj", "attn.k_proj": "self_attn.k_proj", "attn.v_proj": "self_attn.v_proj",
-    "attn.output_proj": "self_attn.o_proj", "mlp.w1": "mlp.gate_proj", "mlp.w2": "mlp.down_proj",
-    "mlp.w3": "mlp.up_proj",
-}  # fmt: skip
-"""torchtune's names inside a layer, and those of the Hub."""
-ROTARY = (".q_proj", ".k_proj")
-META = frozenset({"llama", "mistral", "gemma", "gemma2", "mixtral"})
-"""Families whose q and k torchtune reorders as Meta did."""
-PLAIN = frozenset({"qwen2", "qwen3", "phi3"})
-"""Families whose rows torchtune leaves in order."""
 
 
 def recognises(view: FileView) -> bool:
@@ -167,3 +160,10 @@ def _ordered(change: Change, base: Checkpoint, *, exported: bool) -> Change:
         return replace(change, update=low)
     m = view_of(update.m, rows) if is_meta else update.m
     return replace(change, update=replace(update, inner=low, m=m))
+
+
+def writer() -> Writer:
+    """Return what writes the format. A merge never imports it."""
+    from . import write
+
+    return cast("Writer", write)

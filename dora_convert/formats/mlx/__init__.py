@@ -14,14 +14,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, cast
 
-from ..adapters import NOTHING, Adapter, Change, Decomposed, Full, LowRank, Update, Waived
-from ..adapters.facts import Scaling
-from ..adapters.parts import Findings, Parts, is_embedding, item_of, sort_parts, turned, wrong_parts
-from ..errors import RefError, UnsupportedError
-from ..storage.file_view import CONFIG, FileView
-from ..storage.refs import Source
-from ..storage.safetensors import StoredTensor
+from ...adapters import NOTHING, Adapter, Change, Decomposed, Full, LowRank, Update, Waived
+from ...adapters.facts import Scaling
+from ...adapters.parts import Findings, Parts, is_embedding, item_of, sort_parts, turned, wrong_parts
+from ...errors import RefError, UnsupportedError
+from ...storage.file_view import CONFIG, FileView
+from ...storage.refs import Source
+from ...storage.safetensors import StoredTensor
+
+if TYPE_CHECKING:
+    from ...adapters.new_adapter import Writer
 
 NAME = LIBRARY = "mlx"
 TAKES = ("scaling",)
@@ -145,3 +149,10 @@ def _experts(module: str, parts: Parts, scaling: _Scale) -> Iterator[Change]:
     for number in range(a.shape[0]):
         low = LowRank(item_of(a, number), item_of(b, number), scale, transposed=False)
         yield Change(f"{outer}.{number}.{leaf}.weight", low, rule=rule)
+
+
+def writer() -> Writer:
+    """Return what writes the format. A merge never imports it."""
+    from . import write
+
+    return cast("Writer", write)

@@ -20,18 +20,19 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
-from ..adapters import NOTHING, Adapter, Change, Decomposed, Delta, LowRank, Transform, Update, Waived
-from ..adapters.parts import Findings, Parts, flat, read_number, sort_parts, turned, wrong_parts
-from ..errors import RefError
-from ..settings import AdapterFacts
-from ..storage.file_view import FileView
-from ..storage.refs import Source
-from ..storage.safetensors import StoredTensor
+from ...adapters import NOTHING, Adapter, Change, Decomposed, Delta, LowRank, Transform, Update, Waived
+from ...adapters.parts import Findings, Parts, flat, read_number, sort_parts, turned, wrong_parts
+from ...errors import RefError
+from ...settings import AdapterFacts
+from ...storage.file_view import FileView
+from ...storage.refs import Source
+from ...storage.safetensors import StoredTensor
 
 if TYPE_CHECKING:
-    from ..adapters.kinds import Tucker
+    from ...adapters.kinds import Tucker
+    from ...adapters.new_adapter import Writer
 
 NAME = "kohya"
 LIBRARY = "diffusers"
@@ -156,11 +157,11 @@ def _transform(parts: Parts) -> tuple[Transform | None, str, set[str]]:
     if {"w1", "w2", "w1a'", "w2a'"} & parts.keys():
         return _lokr(parts)
     if "diff" in parts:
-        from ..adapters.kinds import Dense
+        from ...adapters.kinds import Dense
 
         return Dense(parts["diff"], 1.0, transposed=False), "added as it is", {"diff"}
     if "oft" in parts:
-        from ..adapters.rotations import Rotated
+        from ...adapters.rotations import Rotated
 
         blocks = parts["oft"]
         rule = "diag-oft" if len(blocks.shape) == 3 else "butterfly"
@@ -181,7 +182,7 @@ def _locon(parts: Parts) -> tuple[Transform, str, set[str]]:
     down, up = parts["down"], parts["up"]
     scale, rule = _scaling(parts, down.shape[0])
     if "mid" in parts:
-        from ..adapters.kinds import Tucker
+        from ...adapters.kinds import Tucker
 
         return Tucker(parts["mid"], flat(down), flat(up), scale), rule, {"down", "up", "mid"}
     if len(flat(down).shape) == 2:
@@ -191,7 +192,7 @@ def _locon(parts: Parts) -> tuple[Transform, str, set[str]]:
 
 def _loha(parts: Parts) -> tuple[Transform, str, set[str]]:
     """Return a LoHa: the elementwise product of two products of factors."""
-    from ..adapters.kinds import Hadamard
+    from ...adapters.kinds import Hadamard
 
     one, other = (_product(parts, f"{w}a", f"{w}b", f"t{w[1]}") for w in ("w1", "w2"))
     scale, rule = _scaling(parts, parts["w1b"].shape[0])
@@ -200,7 +201,7 @@ def _loha(parts: Parts) -> tuple[Transform, str, set[str]]:
 
 def _lokr(parts: Parts) -> tuple[Transform, str, set[str]]:
     """Return a LoKr: a Kronecker product, each of whose sides is whole or a product of factors."""
-    from ..adapters.kinds import Kronecker
+    from ...adapters.kinds import Kronecker
 
     one = parts["w1"] if "w1" in parts else LowRank(parts["w1b'"], parts["w1a'"], 1.0, transposed=False)
     other = parts["w2"] if "w2" in parts else _product(parts, "w2a'", "w2b'", "t2'")
@@ -214,7 +215,7 @@ def _product(parts: Parts, left: str, right: str, core: str) -> LowRank | Tucker
     """Return the product of two factors; with a core both are (r, …), and the left one is turned."""
     if core not in parts:
         return LowRank(parts[right], parts[left], 1.0, transposed=False)
-    from ..adapters.kinds import Tucker
+    from ...adapters.kinds import Tucker
 
     return Tucker(parts[core], parts[right], turned(parts[left]), 1.0)
 
@@ -230,7 +231,7 @@ def _decomposed(m: StoredTensor, transform: Transform | None, parts: Parts, fact
     outputs, inputs = (transform.outputs, (transform.inputs or (0,))[0]) if transform else (None, 0)
     along = axis_of(m.shape, outputs, inputs)
     if along is None and facts.axis is None:
-        from ..adapters.kinds import Undecided
+        from ...adapters.kinds import Undecided
 
         return Undecided((update, replace(update, axis="columns")), "its norms may be by rows or by columns")
     return replace(update, axis=along or str(facts.axis))
@@ -243,3 +244,10 @@ def axis_of(shape: tuple[int, ...], outputs: int | None, inputs: int) -> str | N
     if outputs == inputs:
         return None
     return "columns" if shape[0] == inputs else "rows"
+
+
+def writer() -> Writer:
+    """Return what writes the format. A merge never imports it."""
+    from . import write
+
+    return cast("Writer", write)

@@ -19,14 +19,17 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
-from ..adapters import NOTHING, Adapter, Change, Decomposed, Delta, LowRank, Update, Waived
-from ..adapters.parts import Findings, Parts, flat, read_number, sort_parts, wrong_parts
-from ..errors import RefError
-from ..storage.file_view import FileView
-from ..storage.refs import Source
-from ..storage.safetensors import StoredTensor
+from ...adapters import NOTHING, Adapter, Change, Decomposed, Delta, LowRank, Update, Waived
+from ...adapters.parts import Findings, Parts, flat, read_number, sort_parts, wrong_parts
+from ...errors import RefError
+from ...storage.file_view import FileView
+from ...storage.refs import Source
+from ...storage.safetensors import StoredTensor
+
+if TYPE_CHECKING:
+    from ...adapters.new_adapter import Writer
 
 NAME = LIBRARY = "diffusers"
 TAKES: tuple[str, ...] = ()
@@ -163,3 +166,10 @@ def _read_module(module: str, parts: Parts, config: ComponentConfig, findings: F
     findings.changes.append(Change(f"{module}.weight", update, rule=rule))
     if bias := parts.get("b"):
         findings.changes.append(Change(f"{module}.bias", Delta(bias, scale), rule=rule))
+
+
+def writer() -> Writer:
+    """Return what writes the format. A merge never imports it."""
+    from . import write
+
+    return cast("Writer", write)

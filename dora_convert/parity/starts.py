@@ -1,0 +1,19 @@
+"""Take out of a weight what PiSSA, OLoRA or KaSA took out before training."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..adapters import LowRank, Start
+
+
+def without_start(W: Tensor, low: LowRank) -> Tensor:
+    """Return W (out, in), float32, without its start."""
+    r = low.rank
+    if low.start is Start.OLORA:
+        Q, R = torch.linalg.qr(W)
+        return W - low.scale * torch.einsum("or,ri->oi", Q[:, :r], R[:r])
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    gone = slice(len(S) - r, None) if low.start is Start.KASA else slice(0, r)
+    return W - torch.einsum("or,r,ri->oi", U[:, gone], S[gone], Vh[gone])

@@ -1,0 +1,39 @@
+"""Hold what inspect advises: which programs load an adapter or a checkpoint as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from . import Table, table
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderAdvice:
+    """One program's verdict."""
+
+    loader: str
+    verdict: str  # yes | no | wrong: it loads other weights than were trained | unknown
+    why: str
+    """The reason, or a condition; "" if the program takes the files as they are."""
+    source: str
+    """The file or the issue of the program that the verdict rests on."""
+    command: str | None
+    """The command that makes something the program takes."""
+
+
+def loaders_table(loaders: Sequence[LoaderAdvice]) -> Table:
+    """Return the verdicts."""
+    words = {"wrong": "loads other weights"}
+    return table(("loader", "takes it", "why"), [(e.loader, words.get(e.verdict, e.verdict), e.why) for e in loaders])
+
+
+def commands_of(loaders: Sequence[LoaderAdvice]) -> Iterator[str]:
+    """Yield the commands, each once, after the programs that each is for."""
+    names: dict[str, list[str]] = {}
+    for each in loaders:
+        if each.command:
+            names.setdefault(each.command, []).append(each.loader)
+    for command, loaders_of in names.items():
+        exact = " (an approximation; merge is exact)" if command.startswith("dora-convert to-lora") else ""
+        yield f"for {', '.join(loaders_of)}: {command}{exact}"

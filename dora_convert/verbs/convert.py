@@ -1,0 +1,138 @@
+"""convert: write an adapter in another tool's format."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from typing_extensions import Unpack
+
+from ..adapters import Adapter, Full, low_rank, tensors_of
+from ..adapters.beside import doubts_of
+from ..adapters.new_adapter import NewAdapter
+from ..errors import PlanError, UsageError
+from ..fitting.jobs import FittingPlan, Result
+from ..fitting.session import Fitter, FittingSession
+from ..options import ConvertOptions
+from ..plan.planner import make_plan
+from ..reports.fitting import FittedModule, MadeDryRun, MadeReport
+from ..sources.inputs import open_adapter, open_base, refuse_needless
+from ..storage.checkpoint import Checkpoint
+from ..storage.refs import PathLike
+from . import takes
+
+if TYPE_CHECKING:
+    from ..fitting.run import FitJob
+
+ROUNDING = 2.0**-24
+"""The largest relative error of a scaling that is folded into B and rounded to float32."""
+
+
+@takes(ConvertOptions)
+def convert(adapter: PathLike, out: PathLike, **options: Unpack[ConvertOptions]) -> MadeReport | MadeDryRun:
+    """Write an adapter in the format `to`: the same change of the same weights.
+
+    `base` is needed where the names or the order of rows depend on the model: for files of kohya's names, for
+    pipelines, and for torchtune and GGUF. If a format has one alpha or one rank, scalings are folded into B, and ranks
+    padded with zeros. What the format cannot hold is refused by name.
+
+    Raises DoraConvertError, and then leaves nothing under `out`.
+    """
+    options["format"] = options["to"] or ""
+    with FittingSession.begin(out, options) as session:
+        ref = os.fspath(adapter)
+        opened = open_adapter(ref, session.session, session.selection.waived)
+        refuse_needless([opened], session.selection.waived)
+        base = None if options["base"] is None else open_base(os.fspath(options["base"]), "BASE", session.session)
+        session.folder.refuse_inside([opened.source.path, *([base.source.path] if base else [])])
+        fitter = _Conversion(session, _settled(opened, base, session), base)
+        report = session.finish(fitter, **{"from": opened.format, "to": session.format.NAME})
+        return replace(report, modules=fitter.modules) if isinstance(report, MadeReport) else report
+
+
+def _settled(adapter: Adapter, base: Checkpoint | None, session: FittingSession) -> Adapter:
+    """Return an adapter with the base's names, and with nothing left open; UsageError if that needs a base."""
+    if adapter.faults:
+        raise PlanError(f"The adapter {adapter.source.name} contradicts itself.", faults=adapter.faults)
+    for doubt in (*adapter.warnings, *doubts_of(adapter.beside, adapter.source.name)):
+        session.settings.warn(doubt)
+    if base:
+        plan = make_plan(base, [adapter], (1.0,), replace(session.selection, quantised="all"))
+        for doubt in plan.warnings:
+            session.settings.warn(doubt)
+        same = {item.name for item in plan.items if not item.replaced}  # copies of the base's tensors
+        settled = plan.adapters[0]
+        changes = (c for c in settled.changes if not (isinstance(c.update, Full) and c.target in same))
+        return replace(settled, changes=tuple(changes))
+    if adapter.naming == "flattened" or adapter.fit or any(hasattr(c.update, "choices") for c in adapter.changes):
+        raise UsageError(
+            f"{adapter.source.name} can be read only with its base, which decides names or the order of rows.",
+            hint="--base BASE",
+        )
+    return adapter
+
+
+@dataclass
+class _Conversion(Fitter):
+    """Writes an adapter's changes, as they are, in another format."""
+
+    session: FittingSession
+    adapter: Adapter
+    base: Checkpoint | None
+    folded: bool = False
+
+    @property
+    def modules(self) -> tuple[FittedModule, ...]:
+        """Every module that has factors."""
+        error = ROUNDING if self.folded else 0.0
+        return tuple(
+            FittedModule(name=change.target, rank=low.rank, relative_error=error, details={})
+            for change in self.adapter.changes
+            if (low := low_rank(change.update))
+        )
+
+    def plan(self) -> FittingPlan:
+        """Return a plan without jobs: nothing is fitted."""
+        size = sum(tensor.nbytes for change in self.adapter.changes for tensor in tensors_of(change.update))
+        words = (self.adapter.source.title, "OUT", "--to", self.session.format.NAME)
+        return FittingPlan(
+            command="convert",
+            words=(*words, *(["--base", self.base.source.title] if self.base else [])),
+            bases=(self.base,) if self.base else (),
+            jobs=[],
+            format=self.session.format,
+            bytes_out=4 * size,
+            terms={"to": self.session.format.NAME},
+            is_dora="DoRA" in self.adapter.kind,
+            like=self.adapter,
+            dtype=self.session.selection.dtype,
+        )
+
+    def load(self) -> FitJob:
+        """Return no arithmetic: there are no jobs."""
+
+        def nothing(*_: Any) -> Any:
+            raise AssertionError("a conversion has no jobs")
+
+        return nothing
+
+    def assemble(self, results: Mapping[str, Result]) -> dict[str, NewAdapter]:  # noqa: ARG002 - none
+        """Return the adapter's changes."""
+        same = self.adapter.format == self.session.format.NAME
+        new = NewAdapter(
+            self.adapter.changes,
+            self.adapter if same else None,
+            self.session.settings.base_model or self.adapter.base,
+            revision=self.adapter.revision,
+            task=self.adapter.task,
+            model=self.base,
+            targets=None if same else (),
+        )
+        self.folded = self.session.format.writer().save(new).folded
+        return {"": new}
+
+    def conclude(self, results: Mapping[str, Result]) -> Mapping[str, Any]:  # noqa: ARG002 - none
+        """Return True for scalings that went into B."""
+        return {"folded": self.folded}
