@@ -120,11 +120,11 @@ def test_densities_of_one_drop_nothing(deltas):
 # ---- the k-th largest
 
 
-def search(x, k, *, capacity):
+def search(x, k, *, capacity, height=7):
     """Return the k-th largest as a stream of blocks gives it, and the number of passes."""
     kth, passes = KthLargest(k, x.numel(), capacity), 0
     while not kth.done:
-        for block in x.split(7):
+        for block in x.split(height):
             kth.add(block.abs())
         kth.finish()
         passes += 1
@@ -146,7 +146,7 @@ def test_blocks_that_are_alike_need_one_pass():
     """Sorted blocks need more, and give the same number."""
     torch.manual_seed(2)
     x = torch.randn(1000, 20).double() * torch.linspace(0.5, 1, 1000)[:, None]
-    kth, passes = search(x[torch.randperm(1000)], 9000, capacity=2000)
+    kth, passes = search(x[torch.randperm(1000)], 9000, capacity=6000, height=100)
     again, more = search(x[x.abs().sum(1).argsort()], 9000, capacity=500)
     assert (passes, kth.value) == (1, again.value)
     assert more > 1
