@@ -48,7 +48,7 @@ class PlanBuilder:
     def add(self, adapter: Adapter, names: NameResolver, weight: float) -> None:
         """Apply every change of an adapter; replacements come before additions."""
         self.ledger += [Entry(name, "ignored", (), why) for name, why in adapter.ignored.items()]
-        self.faults += adapter.faults
+        self.faults, self.warnings = [*self.faults, *adapter.faults], [*self.warnings, *adapter.warnings]
         self._claimed.clear()
         self._number = len(self._adapters)
         self._adapters.append(adapter)
