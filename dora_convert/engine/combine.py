@@ -101,7 +101,7 @@ class Combiner:
     def _measure_chain(self, values: SourceValues) -> None:
         """Compute each link's norms along the columns, of the result of the links before, in one pass a link."""
         for link, operand in enumerate(self.edits):
-            if operand.edit.two_passes:
+            if operand.edit.two_passes or operand.transform:
                 before = _ChainValues(values, self.edits[:link])
                 measure(self._item, [operand], before, self._buffers)
                 _forget_norms(self.edits)
@@ -226,7 +226,7 @@ class _Thresholds:
 
 def _needs_base(operand: LoadedEdit) -> bool:
     """Return True if an edit's change depends on W."""
-    return isinstance(operand, LoadedValues) or operand.m is not None
+    return isinstance(operand, LoadedValues) or operand.edit.depends
 
 
 def own_elements(edit: Edit, item: Item) -> int:

@@ -15,9 +15,9 @@ from ..engine.tensor import SourceValues, apply_edits, load_edits, measure
 from ..errors import NumericalError
 from ..maths.lora import all_finite
 from ..maths.svd import compared, resize, squared, truncated_svd
+from .combined_change import CombinedChange
 from .compress import EXACT, SAMPLES, ranks_for
 from .run import Fitted, rounded
-from .several import CombinedChange
 
 
 def compress_several(

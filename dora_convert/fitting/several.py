@@ -15,7 +15,8 @@ from ..errors import Fault, UnsupportedError
 from ..options import ToLoraOptions
 from ..plan.item import Item
 from ..plan.plan import Plan
-from .jobs import HELD, FittingPlan, Job, Result, error_of, goal_words
+from .combined_change import CombinedChange
+from .jobs import HELD, FittingPlan, Result, error_of, goal_words
 from .session import Fitter, FittingSession
 
 if TYPE_CHECKING:
@@ -23,28 +24,6 @@ if TYPE_CHECKING:
 
 COMPARED = 1 << 21
 """Elements of ΔW that are compared with the product of the factors at once, in float64."""
-
-
-@dataclass(frozen=True)
-class CombinedChange(Job):
-    """A weight that adapters change, with all of their edits."""
-
-    item: Item
-
-    @property
-    def transposed(self) -> bool:
-        """True if the weight is stored as (in, out)."""
-        return self.item.edits[0].transposed
-
-    @property
-    def lows(self) -> list[LowRank]:
-        """The adapters' factors, if their scaled products add up to the change; else empty."""
-        edits = self.item.edits
-        how = self.item.combination
-        adds = how is None or how.method in ("linear", "chain")
-        lows = [edit.update for edit in edits if isinstance(edit.update, LowRank) and not edit.update.start]
-        plain = all(low.blocks == (1, 1) and not low.b for low in lows)
-        return lows if adds and plain and len(lows) == len(edits) else []
 
 
 @dataclass(frozen=True)
