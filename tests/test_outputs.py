@@ -238,7 +238,7 @@ def test_several_adapters(tmp_path):
     assert outputs(base, first, tmp_path / "out").verdict == "differ"
     for adapters, options, words in (
         ([first, third], {}, "not trained together"),
-        ([first, second], {"weight": [1, 0.5]}, "another --weight"),
+        ([first, second], {"weight": [1, 0.5]}, "another weight="),
         ([first], {"exclude": ["*.q_proj"]}, "whole adapters"),
     ):
         with pytest.raises(DoraConvertError, match=words) as caught:
