@@ -87,6 +87,7 @@ fuzz: $(VENV)/ready
 oracles: $(VENV)/ready
 	$(BIN)/python -m tests.oracles.families
 	$(BIN)/python -m tests.oracles.verbs
+	$(BIN)/python -m tests.oracles.kinds
 	$(if $(QUANTISERS),$(QUANTISERS)/python tests/oracles/quantised.py)
 	$(if $(CASES),$(BIN)/python -m tests.oracles.analyze $(CASES))
 

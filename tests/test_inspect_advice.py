@@ -57,6 +57,7 @@ def test_a_dora_is_for_peft_alone_and_the_command_helps(tmp_path, base, adapter,
     }  # fmt: skip
     advice = next(each for each in report.loaders if each.loader == "vLLM")
     assert "DoRA" in advice.why
+    assert advice.lossy
     assert "peft_helper.py" in advice.source
     assert report.facts["axes"] == ["rows"]
     program, verb, *words = shlex.split(advice.command)
@@ -79,7 +80,7 @@ def test_programs_that_load_something_else(tmp_path, base, config, wrong):
     """No error there, other weights: the verdict is not no."""
     report = dora_convert.inspect(make_adapter(tmp_path / "a", base, dora=False, **config))
     assert {name for name, verdict in verdicts(report).items() if verdict == "wrong"} == wrong
-    assert all(each.command for each in report.loaders if each.verdict == "wrong")
+    assert all(each.command and not each.lossy for each in report.loaders if each.verdict == "wrong")
 
 
 def test_modules_saved_whole_must_be_merged(tmp_path, base, run):
@@ -126,7 +127,7 @@ def test_magnitudes_against_the_base(tmp_path, base, adapter):
         return found
 
     assert warnings(lambda m: m) == ""
-    assert "normalised" in warnings(lambda m: 1 + 0.01 * torch.randn(m.shape))
+    assert "divided by their norms" in warnings(lambda m: 1 + 0.01 * torch.randn(m.shape))
     assert "another base?" in warnings(lambda m: m * 5)
 
 

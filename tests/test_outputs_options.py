@@ -62,6 +62,21 @@ def test_prompts(tmp_path, run):
     code, text, _ = run(*words, "--json")
     report = json.loads(text)
     assert (code, report["prompts"], report["positions"]) == (0, 3, 2 + 3 + 3 + 3 * 8)
+    texts = report["continuations"]
+    assert {each["prompt"] for each in texts} == {"one two", "three four five", "two one six"}
+    assert all(each["reference"] == each["merged"] for each in texts)
+    seen: list[tuple[int, int]] = []
+    phases: list[str] = []
+    page = tmp_path / "page.html"
+    again = dora_convert.verify(
+        base, adapter, out, level="outputs", prompts=file, report=page, on_progress=lambda *counts: seen.append(counts),
+        on_notice=phases.append,
+    )  # fmt: skip
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert seen[-1][0] == seen[-1][1]
+    assert {"outputs: base + adapter", "outputs: merged"} <= set(phases)
+    assert "base + adapter" in str(again)
+    assert "<h2>Continuations</h2>" in page.read_text(encoding="utf-8")
     assert run("verify", base, adapter, out, "--prompt", "x")[0] == 2
     for bad in (tmp_path / "none.txt", tmp_path):
         assert run(*words[:-1], bad)[0] == 2

@@ -40,6 +40,8 @@ class Update:
 
     follows: ClassVar[bool] = False
     """True for a bias that is scaled as another change scales its weight."""
+    widest: bool = False
+    """True if the update needs the shape of the adapter's widest weight."""
 
     @property
     def tensors(self) -> tuple[StoredTensor, ...]:

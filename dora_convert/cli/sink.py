@@ -44,6 +44,8 @@ class Sink:
         """Print a notice or a warning on stderr; a full device is no reason to stop the work."""
         if not self._quiet:
             with suppress(OSError):
+                if self._bar is not None:
+                    self._bar.clear()
                 click.echo(text, err=True)
 
     def progress(self, done: int, total: int) -> None:

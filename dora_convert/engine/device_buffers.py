@@ -16,7 +16,7 @@ from ..maths import lora as maths
 from ..plan.item import KEPT
 from ..storage.reader import Reader
 from ..storage.safetensors import StoredTensor
-from .precision import TORCH, ComputeSpec, as_bytes, empty, read_rows
+from .precision import PLACES, TORCH, ComputeSpec, as_bytes, empty, read_rows
 
 if TYPE_CHECKING:
     from .decoding import StoredParts
@@ -104,7 +104,7 @@ class DeviceBuffers:
             return self._decoded(stored, 0, rows, "stored").to("cpu", TORCH[stored.dtype])
         if stored.is_view:
             return self._part(stored, range(rows), range(columns))
-        host = empty((rows, columns), TORCH[stored.dtype])
+        host = empty((rows, columns), TORCH.get(stored.dtype) or PLACES[stored.dtype])
         self.reader.read(stored.path, stored.start, as_bytes(host))
         return host
 

@@ -24,6 +24,8 @@ from ..storage.safetensors import FLOATS, StoredTensor
 
 TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """torch's dtypes by their safetensors names, for all dtypes that arithmetic is done on."""
+PLACES = {"I32": torch.int32, "I64": torch.int64}
+"""The same for the dtypes of indices."""
 GRID = {"BF16": (8, -126), "F16": (11, -14), "F32": (24, -126), "F64": (53, -1022)}
 """Precision in bits and the least exponent of each dtype."""
 OWN_PAGES = 1 << 20
@@ -204,7 +206,7 @@ def _gather(reader: Reader, tensor: StoredTensor, runs: Sequence[tuple[int, int]
     for first, count in runs:
         reader.read(tensor.path, tensor.start + first * size, view[position : position + count * size])
         position += count * size
-    dtype = TORCH[tensor.dtype]
+    dtype = TORCH.get(tensor.dtype) or PLACES[tensor.dtype]
     return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
 
 

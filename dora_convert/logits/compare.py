@@ -11,23 +11,23 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..adapters import Adapter, LowRank
 from ..engine.precision import TORCH, choose, full_precision
 from ..errors import UnsupportedError, UsageError
 from ..plan.plan import Plan
-from ..reports.verify import OutputsReport
+from ..reports.verify import Continuation, OutputsReport
 from ..settings import Settings, format_size, peak_memory
 from ..storage.checkpoint import Checkpoint
 from ..storage.filenames import PICKLES
 from .difference import Difference
-from .forward import Batch, OutputFiles, continues_alike, not_compared
+from .forward import CONTINUATION, Batch, ModelRunner, OutputFiles, chosen, continues_alike, not_compared
 from .memory import MemoryChoice, choose_memory, estimate, skeleton
 from .models import ModelLoader, ModelSpec, quiet, specify, view
 from .rounding_floor import perturb
@@ -142,6 +142,9 @@ class Comparison:
     """Times that the reference has been perturbed."""
     stored: Mapping[str, torch.dtype] = field(default_factory=dict)
     """Dtypes of the merged checkpoint's tensors by name."""
+    passes: int = 0
+    """Passes over a batch so far."""
+    continuations: list[Continuation] = field(default_factory=list)
 
     def against(self, merged: Checkpoint) -> OutputsReport:
         """Run both models and compare their outputs.
@@ -183,16 +186,32 @@ class Comparison:
             offloaded=self.memory.offload,
             memory_bytes=self.memory.nbytes,
             peak_memory_bytes=peak_memory(),
+            continuations=tuple(self.continuations),
             problems=tuple(problems),
             notes=self.samples.notes,
             warnings=tuple(self.settings.warnings),
             seconds=round(time.monotonic() - started, 3),
         )
 
+    def _watched(self, phase: str, runner: ModelRunner) -> ModelRunner:
+        """Say that a phase begins, and return its runner with a count of its passes."""
+        self.settings.notify(f"outputs: {phase}")
+        each = 1 + DRAWS + 1 + (CONTINUATION if runner.generates else 0)
+        total = each * len(self.samples.batches)
+
+        def count() -> None:
+            self.passes += 1
+            if self.settings.on_progress:
+                weights = self.plan.bytes_out
+                self.settings.on_progress(self.passes * weights, total * weights)
+
+        return replace(runner, on_pass=count)
+
     def _reference(self, kept: OutputFiles) -> tuple[list[Batch], Difference]:
         """Keep the outputs of base and adapters, and measure their change under perturbed weights."""
         new = _new_vocabulary(self.plan, self.spec)
         runner = self.loader.reference(self.spec, self.base, self.plan.adapters, vocabulary=new, on_load=self._perturb)
+        runner = self._watched("base + adapter", runner)
         batches = [runner.extend(prompt) for prompt in self.samples.batches]
         for number, batch in enumerate(batches):
             outputs = runner.outputs(batch)
@@ -201,6 +220,7 @@ class Comparison:
                 raise UnsupportedError("The outputs of base and adapter are not numbers.", hint=hint)
             kept[f"{number}"] = kept[f"{number}.moved"] = outputs
         floor = Difference()
+        self.settings.notify(f"outputs: base + adapter with rounded weights, {DRAWS} times")
         for self.draw in range(1, DRAWS + 1):
             if not self.memory.offload:
                 self._perturb("", runner.model.get_base_model(), first=self.draw)
@@ -224,6 +244,7 @@ class Comparison:
         if spec.name != self.spec.name:
             return difference, None, [f"config.json names {spec.name}; it should be {self.spec.name}"]
         runner, missing = self.loader.checkpoint(spec, folder)
+        runner = self._watched("merged", runner)
         problems = [f"{name} is missing from MERGED" for name in sorted(missing)]
         alike = 0
         for number, batch in enumerate(batches):
@@ -232,8 +253,19 @@ class Comparison:
                 shapes = f"{list(outputs.shape)}; it should be {list(reference.shape)}"
                 return difference, None, [*problems, f"an output's shape is {shapes}"]
             difference.add(reference, outputs)
-            alike += continues_alike(batch, outputs) if runner.generates else 0
+            if runner.generates:
+                alike += continues_alike(batch, outputs)
+                self._keep_texts(batch, outputs)
         return difference, alike if runner.generates else None, problems
+
+    def _keep_texts(self, batch: Batch, outputs: Tensor) -> None:
+        """Keep the prompts of a batch and both models' continuations, if there is a tokenizer."""
+        if not (decode := self.samples.decode):
+            return
+        for ids, tokens, other in zip(batch.ids, batch.tokens, chosen(outputs), strict=True):
+            prompt = ids if batch.answer is not None else ids[:-CONTINUATION]
+            texts = (decode(row.tolist()) for row in (prompt, tokens[-CONTINUATION:], other))
+            self.continuations.append(Continuation(*texts))
 
 
 @dataclass(frozen=True)

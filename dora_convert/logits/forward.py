@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,8 @@ class ModelRunner:
     model: Any
     device: torch.device
     generates: bool
+    on_pass: Callable[[], None] = lambda: None
+    """Called after each pass over a batch."""
 
     @torch.inference_mode()
     def outputs(self, batch: Batch) -> Tensor:
@@ -59,6 +62,7 @@ class ModelRunner:
         except (TypeError, ValueError, KeyError, AttributeError, IndexError, NotImplementedError) as error:
             why = f"{type(error).__name__}: {error}"
             raise not_compared(f"The model cannot be run on tokens alone ({why}).") from error
+        self.on_pass()
         return _main_output(result).float().cpu()
 
     def extend(self, batch: Batch) -> Batch:
@@ -85,8 +89,12 @@ def continues_alike(batch: Batch, logits: Tensor) -> int:
 
     `logits` are the model's outputs for the extended batch: its choices follow from one pass over all tokens.
     """
-    chosen = logits[:, -CONTINUATION - 1 : -1].argmax(-1)
-    return int((chosen == batch.tokens[:, -CONTINUATION:]).all(dim=1).sum())
+    return int((chosen(logits) == batch.tokens[:, -CONTINUATION:]).all(dim=1).sum())
+
+
+def chosen(logits: Tensor) -> Tensor:
+    """Return the tokens that a model chooses after those of an extended batch: (prompts, tokens)."""
+    return logits[:, -CONTINUATION - 1 : -1].argmax(-1)
 
 
 class OutputFiles:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ class Samples:
 
     batches: tuple[Batch, ...]
     notes: tuple[str, ...]
+    decode: Callable[[list[int]], str] | None = None
+    """The tokenizer's way back to text; None for made-up token ids."""
 
     @property
     def count(self) -> int:
@@ -74,7 +76,7 @@ def make_samples(
     rows = [row for row in rows if row]
     if not rows or max(map(max, rows)) >= size:
         raise UnsupportedError("The tokenizer does not match the model's vocabulary.", hint="verify --level weights")
-    return Samples(tuple(_batched(rows, name, config)), tuple(notes))
+    return Samples(tuple(_batched(rows, name, config)), tuple(notes), tokenizer and tokenizer.decode)
 
 
 def vocabulary(config: Any) -> int:

@@ -87,7 +87,7 @@ def random_bases(
     low, high = min(shape), max(shape)
     bases = weights.shape[1]
     left = B[:high, :bases, :].flatten(1)  # (high, n·r)
-    right = (weights.T[:, :, None] * A[:, 0, :low] * scales[:, None, :]).flatten(0, 1)  # (n·r, low)
+    right = (weights[:, :, None] * A[:, :, :low] * scales).flatten(0, 1)  # (r·n, low): PEFT has them in this order
     product = left @ right
     return product if low == shape[1] else product.T
 

@@ -229,12 +229,12 @@ def _c3a(_: Computed, parts: Parts) -> Tensor:
 
 def _randlora(part: Computed, parts: Parts) -> Tensor:
     low, high = sorted(_shape(part))
-    A, B = parts["A"][:, 0, :low], parts["B"][:high]
-    terms = [
-        torch.einsum("hr,r,rl,l->hl", B[:, k], parts["weights"][:, k], A, parts["scales"][k])
-        for k in range(parts["weights"].shape[1])
-    ]
-    total = torch.stack(terms).sum(0)
+    A, B, (rank, count) = parts["A"][:, 0, :low], parts["B"][:high], parts["weights"].shape
+    total = A.new_zeros(high, low)
+    for term in range(rank * count):  # PEFT counts a base's rank first on one side, and last on the other
+        (of_B, i), (j, of_A) = divmod(term, rank), divmod(term, count)
+        right = parts["weights"][j, of_A] * A[j] * parts["scales"][of_A]
+        total += torch.outer(B[:, of_B, i], right)
     return total if low == _shape(part)[1] else total.T
 
 

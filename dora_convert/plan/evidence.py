@@ -34,8 +34,6 @@ NEVER_NEAR = 0.02
 ROTARY = (".q_proj", ".k_proj")
 META_ORDER = frozenset({"llama", "mistral", "gemma", "gemma2"})
 """Families whose q and k torchtune keeps in Meta's order."""
-MULTIPLIES = False
-"""True as soon as the engine merges normalised magnitudes."""
 Find = Callable[[str], str | None]
 
 
@@ -192,8 +190,6 @@ def _of_peft(adapter: Adapter, find: Find, base: Checkpoint) -> dict[str, str]:
     rotary = [change for change in changes if change.module.endswith(ROTARY)]
     if rotary and base.model_types & META_ORDER and _is_meta(rotary, find, base):
         return {"order": "meta"}
-    if not MULTIPLIES:
-        return {}
     step = max(1, len(changes) // MODULES)
     samples = _samples(changes[::step], find, base)
     return {"magnitudes": "normalised"} if samples and _are_normalised(samples) else {}

@@ -20,6 +20,8 @@ class LoaderAdvice:
     """The file or the issue of the program that the verdict rests on."""
     command: str | None
     """The command that makes something the program takes."""
+    lossy: bool = False
+    """True if the command approximates the adapter; a merge is exact."""
 
 
 def loaders_table(loaders: Sequence[LoaderAdvice]) -> Table:
@@ -30,10 +32,10 @@ def loaders_table(loaders: Sequence[LoaderAdvice]) -> Table:
 
 def commands_of(loaders: Sequence[LoaderAdvice]) -> Iterator[str]:
     """Yield the commands, each once, after the programs that each is for."""
-    names: dict[str, list[str]] = {}
+    names: dict[tuple[str, bool], list[str]] = {}
     for each in loaders:
         if each.command:
-            names.setdefault(each.command, []).append(each.loader)
-    for command, loaders_of in names.items():
-        exact = " (an approximation; merge is exact)" if command.startswith("dora-convert to-lora") else ""
-        yield f"for {', '.join(loaders_of)}: {command}{exact}"
+            names.setdefault((each.command, each.lossy), []).append(each.loader)
+    for (command, lossy), loaders_of in names.items():
+        remark = " (an approximation; merge is exact)" if lossy else ""
+        yield f"for {', '.join(loaders_of)}: {command}{remark}"

@@ -8,6 +8,10 @@ from typing import Any
 
 from . import Report, Table, cut, rest, table
 
+SHOWN_PROMPTS = 3
+LONGEST_PROMPT = 40
+"""Characters of a prompt in a table."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CheckedModule:
@@ -67,6 +71,16 @@ class VerifyReport(ComparisonReport):
         yield from about(self, every=every)
 
 
+@dataclass(frozen=True)
+class Continuation:
+    """A prompt, and its likeliest continuations by base + adapter and by the merged model, as text."""
+
+    prompt: str
+    reference: str
+    merged: str
+    """The merged model's choice after each token of the reference."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class OutputsReport(ComparisonReport):
     """The comparison of a merged checkpoint's outputs with those of base and adapters, on sample prompts."""
@@ -96,17 +110,27 @@ class OutputsReport(ComparisonReport):
     memory_bytes: int
     """Estimate of the memory needed, beyond Python and its libraries."""
     peak_memory_bytes: int | None
+    continuations: tuple[Continuation, ...] = ()
+    """Both models' continuations of each prompt; empty without a tokenizer, or if the model does not generate."""
     level: str = "outputs"
 
     def parts(self, *, every: bool) -> Iterator[Table | str]:
-        """Yield the differences of the outputs, then the verdict."""
-        del every
+        """Yield the differences of the outputs, the continuations, and the verdict; `every` lists all prompts."""
+        if self.continuations:
+            differ = sorted(self.continuations, key=lambda each: each.reference == each.merged)
+            rows = [(shortened(each.prompt), each.reference, each.merged) for each in differ]
+            yield table(("prompt", "base + adapter", "merged"), rows if every else rows[:SHOWN_PROMPTS])
         yield table(("outputs", ">difference", ">rounding alone", ">passes up to"), figures(self))
         positions = f"{self.positions:,} positions of {self.architecture}"
         yield f"{self.prompts} prompts, {positions} on {self.device}"
         yield from (f"problem: {problem}" for problem in self.problems)
         yield from (f"note: {note}" for note in self.notes)
         yield f"verdict: {self.verdict}"
+
+
+def shortened(text: str) -> str:
+    """Return the end of a prompt, which a continuation follows."""
+    return text if len(text) <= LONGEST_PROMPT else f"…{text[-LONGEST_PROMPT:]}"
 
 
 def figures(report: OutputsReport) -> Iterator[tuple[str, str, str, str]]:

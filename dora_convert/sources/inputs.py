@@ -263,6 +263,7 @@ def modules_of(adapters: Sequence[Adapter]) -> set[str]:
 def unused(base: Checkpoint, adapters: Sequence[Adapter]) -> Iterator[str]:
     """Yield warnings about files of a base, or beside adapters, that take no part."""
     for adapter in adapters:
+        yield from adapter.warnings
         if adapter.beside:
             from ..adapters.beside import doubts_of
 

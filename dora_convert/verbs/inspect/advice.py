@@ -25,6 +25,8 @@ IMAGE_PARTS = frozenset(
 """First names of modules that image models have."""
 FLAT_PARTS = ("lora_unet", "lora_te", "lora_transformer")
 """Beginnings of kohya's names of such modules."""
+NEED_BASE = ("kohya", "diffusers", "torchtune", "gguf")
+"""Formats that `convert` reads or writes with a base only."""
 TORCHTUNE_EXPORT = "torchtune, exported for PEFT"
 HALF = ("BF16", "F16")
 VLLM_RANK = 16
@@ -144,13 +146,15 @@ class Advisor:
             why = f"reads {' and '.join(loader.formats)} files, not {self.adapter.format}"
             remedy = next((rule.remedy for rule in rules), CONVERT)
             command = self._command(remedy, loader)
-            return LoaderAdvice(loader=name, verdict="no", why=why, source=source, command=command)
+            lossy = _is_lossy(command, features)
+            return LoaderAdvice(loader=name, verdict="no", why=why, source=source, command=command, lossy=lossy)
         if rules:
             why = "; ".join(dict.fromkeys(rule.why for rule in rules))
             sources = "; ".join(dict.fromkeys(rule.source for rule in rules))
             remedy = MERGE if any(rule.remedy == MERGE for rule in rules) else rules[0].remedy
             command = self._command(remedy, loader)
-            return LoaderAdvice(loader=name, verdict=rules[0].verdict, why=why, source=sources, command=command)
+            verdict, lossy = rules[0].verdict, _is_lossy(command, features)
+            return LoaderAdvice(loader=name, verdict=verdict, why=why, source=sources, command=command, lossy=lossy)
         return LoaderAdvice(loader=name, verdict="yes", why=self._condition(loader), source=source, command=None)
 
     def _condition(self, loader: Loader) -> str:
@@ -179,7 +183,9 @@ class Advisor:
         """Return the command that makes something the program takes."""
         base = self.base or self.adapter.base or "BASE"
         if remedy == CONVERT and find_spec("dora_convert.verbs.convert") and loader.writes:
-            return shlex.join(["dora-convert", "convert", self.ref, "OUT", "--to", loader.writes])
+            needed = self.adapter.format in NEED_BASE or loader.writes in NEED_BASE
+            words = ["--base", base] if needed else []
+            return shlex.join(["dora-convert", "convert", self.ref, "OUT", "--to", loader.writes, *words])
         ranks = [low.rank for low in self._factors]
         if remedy == LORA and ranks:
             return shlex.join(["dora-convert", "to-lora", base, self.ref, "OUT", "--rank", str(max(ranks))])
@@ -216,12 +222,18 @@ class Advisor:
             coarse = next(update.m.dtype for update in updates if update.m.dtype in HALF)
             share = "0.4 %" if coarse == "BF16" else "0.05 %"
             yield f"magnitudes are stored as {coarse}: the length of a row is off by up to {share}"
-        if alone := sum(update.inner is None for update in updates):
+        if alone := sum(update.inner is None and not update.normalised for update in updates):
             yield f"{alone} modules have magnitudes and no factors"
-        if any(update.normalised for update in updates):
+        if any(update.normalised and update.inner for update in updates):
             yield "magnitudes multiply V without a division by its norm: they are normalised"
         if "unsaid dora" in features_of(self.adapter):
             yield "there are magnitudes, but use_dora is not set in adapter_config.json"
+
+
+def _is_lossy(command: str | None, features: frozenset[str]) -> bool:
+    """Return True if a command approximates: factors of the same rank do not hold magnitudes or other kinds."""
+    full = features & {"dora", "kohya dora", "unsaid dora", "other kinds"}
+    return bool(full) and command is not None and command.startswith("dora-convert to-lora")
 
 
 def _severity(rule: LoaderRule) -> bool:

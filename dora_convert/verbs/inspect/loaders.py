@@ -133,6 +133,12 @@ LOADERS = (
         (
             LoaderRule("patterns", WRONG, "one rank and one scale are used for all layers", _MLX, LORA),
             LoaderRule("embeddings", REFUSES, "its loader makes adapters of linear layers only", _MLX),
+            LoaderRule("convolutions", REFUSES, "its loader makes adapters of linear layers only", _MLX),
+            LoaderRule("whole", REFUSES, "its files hold no modules saved whole", _MLX),
+            LoaderRule("rows", REFUSES, "its files hold no trained tokens", _MLX),
+            LoaderRule("biases", REFUSES, "its files hold no biases", _MLX),
+            LoaderRule("start", WRONG, "the base of training is not restored", _MLX, LORA),
+            LoaderRule("other kinds", REFUSES, "its files hold lora_a, lora_b and m", _MLX, LORA),
         ),
         writes="mlx",
     ),
