@@ -186,6 +186,7 @@ class _ToLora(Fitter):
             self.session.settings.base_model,
             targets=None if before == after and not pruned else (),
             besides=modules_besides(self.matched, [*divided.jobs, *divided.kept]),
+            model=self.matched.base,
         )
         return {"": lora}
 
