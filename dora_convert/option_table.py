@@ -53,7 +53,7 @@ OPTIONS = {
     "ranks": Option("one", "one: the largest that any module needs, for all; per-module: each its own, which not all "
                     "programs read right.", choices=("one", "per-module")),
     "exact_svd": Option(False, "Never use the randomised SVD, which large matrices get."),
-    "to": Option(None, "Format of the new adapter: peft, diffusers, kohya, mlx, torchtune.", "FORMAT"),
+    "to": Option(None, "Format of the new adapter: peft, diffusers, kohya, mlx, torchtune, gguf.", "FORMAT"),
     "format": Option("peft", "Format of the new adapter.", "NAME"),
     "dtype": Option("auto", "Dtype to store, except for magnitudes; auto keeps each tensor's own.",
                     choices=("auto", "bfloat16", "float16", "float32")),

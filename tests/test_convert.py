@@ -26,6 +26,7 @@ def merged(case, adapter, out, **options):
 @pytest.mark.parametrize(
     ("case", "to"),
     [(case, to) for case in LANGUAGE for to in ("peft", "kohya", "mlx", "torchtune")]
+    + [("mlx-lora", "gguf"), ("loralib-linear", "gguf")]
     + [(case, to) for case in PIPELINE for to in ("diffusers", "kohya")],
 )
 def test_read_of_write_is_the_same(tmp_path, case, to):
@@ -55,7 +56,15 @@ def test_one_alpha_folds_the_scalings(tmp_path):
     assert torch.allclose(after[f"{name}.lora_b"], 3 * B.T, rtol=1e-6)
 
 
-@pytest.mark.parametrize(("case", "to", "words"), [("kohya-lora-sd15", "peft", "pipeline")])
+@pytest.mark.parametrize(
+    ("case", "to", "words"),
+    [
+        ("lycoris-locon-dora-col", "kohya", "by columns"),
+        ("lycoris-loha", "mlx", "LoHa"),
+        ("peft-oft", "diffusers", "OFT"),
+        ("kohya-lora-sd15", "peft", "pipeline"),
+    ],
+)
 def test_what_does_not_go_is_named(tmp_path, case, to, words):
     """Every change that the format cannot hold, and the verb that helps; nothing is written."""
     with pytest.raises(UnsupportedError) as caught:
@@ -63,6 +72,23 @@ def test_what_does_not_go_is_named(tmp_path, case, to, words):
     assert words in caught.value.text()
     assert "to-lora" in f"{caught.value.hint}" or "diffusers" in f"{caught.value.hint}"
     assert not (tmp_path / "new").exists()
+
+
+def test_gguf_as_the_library_reads_it(tmp_path):
+    """gguf's reader finds the pairs, and the factors by llama.cpp's names; rows of q in Meta's order."""
+    import gguf
+
+    base = GOLDEN / CASES["mlx-lora"]["base"]
+    dora_convert.convert(adapter_of("mlx-lora"), tmp_path / "new", to="gguf", base=base)
+    reader = gguf.GGUFReader(tmp_path / "new/adapter.gguf")
+    assert reader.fields["general.type"].contents() == "adapter"
+    assert reader.fields["adapter.lora.alpha"].contents() == 20
+    tensors = {tensor.name: torch.tensor(tensor.data) for tensor in reader.tensors}
+    own = load_file(adapter_of("mlx-lora") / "adapters.safetensors")
+    q = own["model.layers.0.self_attn.q_proj.lora_b"].T  # four heads of eight rows
+    assert torch.equal(tensors["blk.0.attn_q.weight.lora_b"], q.view(4, 2, 4, -1).transpose(1, 2).reshape(q.shape))
+    down = own["model.layers.0.mlp.down_proj.lora_a"].T
+    assert torch.equal(tensors["blk.0.ffn_down.weight.lora_a"], down)
 
 
 def test_a_base_is_asked_for(tmp_path):

@@ -44,18 +44,24 @@ def normalised(base: Base, adapter: Path, modules: str = "", dtype: torch.dtype 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("scale", [0.2, 4.0, 100.0])
-def test_normalised_magnitudes_multiply(tmp_path, scale, dtype):
-    """They are around 1 where the weight's rows are not: said, and merged as the DoRA that they were made of."""
+def test_normalised_magnitudes_multiply_rows(tmp_path, scale, dtype):
+    """They are around 1 where the weight's rows are not: the base tells, a warning says so, and the merge is right."""
     base = make(tmp_path, scale)
     adapter = make_adapter(tmp_path / "dora", base, dora=True)
-    dora_convert.merge(base.path, adapter, tmp_path / "right", dtype="float32")
-    normalised(base, adapter, dtype=dtype)
-    report = dora_convert.merge(base.path, adapter, tmp_path / "out", dtype="float32")
-    assert any("divided by their norms already" in warning for warning in report.warnings)
-    right, got = (load_file(tmp_path / name / "model.safetensors") for name in ("right", "out"))
-    for name, tensor in right.items():
-        assert (got[name] - tensor).norm() <= 4e-3 * tensor.norm()  # bfloat16 magnitudes are no better
-    assert dora_convert.verify(base.path, adapter, tmp_path / "out").to_dict()["verdict"] == "agree"
+    wanted = exact(base, adapter)
+    modules = normalised(base, adapter, dtype=dtype)
+    notices: list[str] = []
+    dora_convert.merge(base.path, adapter, tmp_path / "out", on_notice=notices.append)
+    assert any("TensorRT-LLM" in text for text in notices)
+    merged = load(tmp_path / "out")
+    bound = 1e-6 if dtype == torch.float32 else 1e-2
+    for module in modules:
+        name = f"{module}.weight"
+        assert (merged[name].double() - wanted[name]).norm() < bound * wanted[name].norm()
+    assert dora_convert.verify(base.path, adapter, tmp_path / "out").verdict == "agree"
+    dora_convert.unmerge(tmp_path / "out", adapter, tmp_path / "back")  # the receipt has the decision
+    for name, tensor in load(tmp_path / "back").items():
+        assert torch.allclose(tensor, base.tensors[name], rtol=1e-4, atol=1e-5)
 
 
 def test_some_normalised_modules_are_named(tmp_path):

@@ -80,7 +80,7 @@ def on_disk() -> dict[str, torch.Tensor]:
     shapes |= {f"layers.0.attn.{name}.bias": (rows,) for name, rows in (("q", 24), ("k", 8), ("v", 8))}
     shapes |= {"layers.0.cross.qkv.weight": (36, H), "layers.0.turned_on_disk": (H, 14)}
     shapes |= {"layers.0.rotary_on_disk": (8, H), "layers.0.other_name.weight": (10, H), "norm.weight": (H,)}
-    return {name: (0.2 * torch.randn(shape)).bfloat16() for name, shape in shapes.items()}
+    return {name: (0.1 * torch.randn(shape)).bfloat16() for name, shape in shapes.items()}
 
 
 def in_model(disk: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -130,7 +130,7 @@ def toy(tmp_path: Path, *, dora: bool, experts: bool) -> tuple[Path, Path, dict[
     weights, tensors = in_model(disk), {}
     for module in MODULES:
         weight = weights[f"{module}.weight"]
-        A, B = torch.randn(RANK, weight.shape[1]), 0.1 * torch.randn(weight.shape[0], RANK)
+        A, B = torch.randn(RANK, weight.shape[1]), 0.01 * torch.randn(weight.shape[0], RANK)
         V = weight + SCALE * B.double() @ A.double()
         tensors |= {f"{module}.lora_A.weight": A, f"{module}.lora_B.weight": B}
         if dora:

@@ -39,7 +39,7 @@ from ..storage.refs import Source
 from ..storage.safetensors import FLOATS, StoredTensor
 from ..storage.spool import Segment, Spool, SpooledTensor
 from .jobs import FittingPlan, Job, Result, needs_of
-from .shaping import pickle_instead, shaped_values
+from .shaping import shaped_values, write_instead
 
 NAMES = {dtype: name for name, dtype in TORCH.items()}
 
@@ -185,8 +185,8 @@ class _Run:
             parts.append(make(name, stored, dtype or stored.dtype, reader))  # type: ignore[arg-type] # its own kind
         path = folder.partial / f"{where}{files.weights}"
         self.spool.lay_out(parts, path, files.metadata)
-        if path.suffix == ".pt":
-            pickle_instead(path)
+        if path.suffix != ".safetensors":
+            write_instead(path, files.metadata)
         return sum(segment.length for part in parts for segment in part.segments)
 
     def _part(self, name: str, stored: StoredTensor, dtype: str, reader: Reader) -> SpooledTensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -12,8 +13,9 @@ from ..adapters.new_adapter import ShapedTensor
 from ..engine.precision import TORCH
 from ..errors import NumericalError
 from ..maths import lora as maths
-from ..storage.reader import Reader
-from ..storage.safetensors import StoredTensor
+from ..storage.gguf_file import bodies, encode_gguf
+from ..storage.reader import Reader, read_whole
+from ..storage.safetensors import StoredTensor, read_header
 
 
 def shaped_values(shaped: ShapedTensor, reader: Reader) -> Tensor:
@@ -39,7 +41,12 @@ def stored_values(stored: StoredTensor, reader: Reader) -> Tensor:
     return torch.frombuffer(data, dtype=TORCH[stored.dtype]).double().view(stored.shape)
 
 
-def pickle_instead(path: Path) -> None:
-    """Replace a safetensors file by one of torch.save, for programs that read no other."""
-    tensors = load(path.read_bytes())
-    torch.save(tensors, path)
+def write_instead(path: Path, metadata: Mapping[str, str]) -> None:
+    """Replace a safetensors file by one of torch.save or of llama.cpp, as its suffix says."""
+    if path.suffix != ".gguf":
+        torch.save(load(path.read_bytes()), path)
+        return
+    tensors = list(read_header(path).tensors.values())
+    pairs = {key: float(value) if key.endswith(".alpha") else value for key, value in metadata.items()}
+    data = b"".join([encode_gguf(tensors, pairs), *bodies(tensors, read_whole)])
+    path.write_bytes(data)

@@ -71,6 +71,7 @@ FORMATS = (
     Line("fsdp_qlora"),
     Line("whole_models"),
     Line("loralib"),
+    Line("gguf"),
     Line("refused"),
 )
 CONFIG = "adapter_config.json"

@@ -45,9 +45,6 @@ SIGNATURES = (
     Signature("LoRA in a form without a name", r"\.lora_?[ABab]\b|\.lora_(up|down)\b|_lora_[ab]\b", NOT_YET),
 )  # fmt: skip
 """The first line that matches any tensor counts."""
-_GGUF_ADAPTER = re.compile(rb"GGUF.*general\.type\x08\x00{3}\x07\x00{7}adapter", re.DOTALL)
-GGUF = Signature("GGUF (llama.cpp)", "", "whose factors are often rounded: name the adapter that it was made from")
-_HEAD = 1 << 16
 
 
 def recognises(view: FileView) -> bool:
@@ -56,11 +53,6 @@ def recognises(view: FileView) -> bool:
 
 
 def _find(view: FileView) -> Signature | None:
-    for name in view.names if view.folder else ():
-        if name.endswith(".gguf"):
-            with view.path(name).open("rb") as file:
-                if _GGUF_ADAPTER.match(file.read(_HEAD)):
-                    return GGUF
     for name in view.candidates:
         if found := _first_match(view.tensors(name)):
             # PEFT's own reader says what a config lacks

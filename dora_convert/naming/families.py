@@ -35,8 +35,8 @@ HEADS_OF: Mapping[str, frozenset[str]] = {
     "cls.predictions.decoder": frozenset(
         {
             "bert", "big_bird", "deberta", "deberta-v2", "ernie", "fnet", "layoutlm", "lxmert", "megatron-bert",
-            "mobilebert", "mra", "nomic_bert", "nystromformer", "rembert", "roc_bert", "roformer", "squeezebert", "tapas",
-            "visual_bert", "yoso",
+            "mobilebert", "mra", "nomic_bert", "nystromformer", "rembert", "roc_bert", "roformer", "squeezebert",
+            "tapas", "visual_bert", "yoso",
         }
     ),
     "lm_head.decoder": frozenset(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import combinations, permutations
@@ -15,7 +14,17 @@ from ..storage.checkpoint import Checkpoint
 from ..storage.safetensors import FLOATS
 from .item import Edit, Item
 from .plan import Entry, Options
-from .shapes import Match, TargetTensor, begins_elsewhere, is_copy, match_shape, settle_widest, stacked, turn_of
+from .shapes import (
+    ClaimedOutputs,
+    Match,
+    TargetTensor,
+    begins_elsewhere,
+    is_copy,
+    match_shape,
+    settle_widest,
+    stacked,
+    turn_of,
+)
 
 if TYPE_CHECKING:
     from ..naming.slots import Slot
@@ -41,15 +50,14 @@ class PlanBuilder:
         """Changes to one side of the tie, or to both, with weight and number of the adapter; kept until the end."""
         self._adapters: list[Adapter] = []
         self._number = 0  # of the adapter at hand
-        self._claimed: dict[str, list[tuple[float, float]]] = {}
-        """The outputs of tensors that additions of the adapter at hand are for."""
+        self._claimed = ClaimedOutputs()  # by additions of the adapter at hand
         self._names = {*base.tensors, *(name.rpartition(".")[0] for name in base.tensors)}
 
     def add(self, adapter: Adapter, names: NameResolver, weight: float) -> None:
         """Apply every change of an adapter; replacements come before additions."""
         self.ledger += [Entry(name, "ignored", (), why) for name, why in adapter.ignored.items()]
-        self.faults += adapter.faults
-        self._claimed.clear()
+        self.faults, self.warnings = [*self.faults, *adapter.faults], [*self.warnings, *adapter.warnings]
+        self._claimed = ClaimedOutputs()
         self._number = len(self._adapters)
         self._adapters.append(adapter)
         for change in sorted(self._told_apart(adapter.changes, names), key=turn_of):
@@ -96,15 +104,10 @@ class PlanBuilder:
 
     def _claims(self, change: Change, name: str, outputs: tuple[int, int] | None = None) -> bool:
         """Note the outputs of a tensor that an addition is for; a fault if the adapter changes them already."""
-        if turn_of(change) < 2:
+        if turn_of(change) < 2 or self._claimed.add(name, outputs):
             return True
-        first, last = outputs or (0, math.inf)
-        claimed = self._claimed.setdefault(name, [])
-        if any(first < end and start < last for start, end in claimed):
-            self._fault(change.update, f"changes {name}, which another tensor of the same adapter changes, too")
-            return False
-        claimed.append((first, last))
-        return True
+        self._fault(change.update, f"changes {name}, which another tensor of the same adapter changes, too")
+        return False
 
     def _apply_parts(self, change: Change, slots: Sequence[Slot], weight: float) -> None:
         """Cut an update of a weight that is several tensors, and add each part to its tensor."""
@@ -146,11 +149,10 @@ class PlanBuilder:
     def _fits(self, update: Update, target: str, names: NameResolver) -> bool:
         if name := names.find(target):
             return isinstance(self._match(update, name, self.targets[name].source.shape), Match)
-        if not (slots := names.slots(target)):
-            return False
         from .cutting import cut
 
-        return not isinstance(cut(update, slots, self.base), str)
+        slots = names.slots(target)
+        return bool(slots) and not isinstance(cut(update, slots, self.base), str)
 
     def _match(self, update: Update, name: str, shape: tuple[int, ...]) -> Match | str:
         return match_shape(update, name, shape, self.targets[name].source.dtype, self.base.model_types)

@@ -17,6 +17,8 @@ from ..storage.safetensors import FLOATS, StoredTensor
 from .item import Edit
 
 Shape = tuple[int, ...]
+EVERY: tuple[tuple[float, float], ...] = ((0, math.inf),)
+"""All outputs of a tensor."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,22 @@ class TargetTensor:
         """The tensor's shape, with the rows that adapters add below those of `source`."""
         new = [1 + max(rows.index, default=-1) for rows in self.rows]
         return (max(self.source.shape[0], *new), *self.source.shape[1:]) if new else self.source.shape
+
+
+class ClaimedOutputs:
+    """The outputs of tensors that one adapter adds to."""
+
+    def __init__(self) -> None:
+        self._claimed: dict[str, tuple[tuple[float, float], ...]] = {}
+
+    def add(self, name: str, outputs: tuple[int, int] | None) -> bool:
+        """Note some outputs of a tensor, or all; return False if some of them are noted already."""
+        first, last = outputs or EVERY[0]
+        claimed = self._claimed.get(name, ())
+        if any(first < end and start < last for start, end in claimed):
+            return False
+        self._claimed[name] = (*claimed, outputs) if outputs else EVERY
+        return True
 
 
 def match_shape(update: Update, name: str, shape: Shape, dtype: str, model_types: frozenset[str]) -> Match | str:
@@ -202,6 +220,8 @@ def turn_of(change: Change) -> int:
 
 def stacked(tensor: StoredTensor, edits: Sequence[Edit]) -> StoredTensor:
     """Return edited experts as one matrix, one below the other; any other tensor as it is."""
+    if len(tensor.shape) < 3:
+        return tensor
     lows = ((edit.low, edit.outputs) for edit in edits if edit.low)
     stacked = any(low.experts or (outputs and len(tensor.shape) > len(low.A.shape)) for low, outputs in lows)
     return replace(tensor, shape=(tensor.numel // tensor.shape[2], tensor.shape[2])) if stacked else tensor

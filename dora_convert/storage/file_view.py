@@ -17,6 +17,7 @@ WRAPPERS = ("model_state_dict", "model", "state_dict")
 """Keys under which training scripts put a dict of tensors."""
 LITGPT = ".pth.lora"
 NUMPY = ".npz"
+GGUF = ".gguf"
 READ = (".safetensors", *PICKLES, LITGPT, NUMPY)
 """Ends of the weight files whose headers are read."""
 FEW = 5
@@ -109,6 +110,10 @@ def read_any(path: Path) -> Header:
         from .numpy_archive import read_npz
 
         return read_npz(path)
+    if path.suffix == GGUF:
+        from .gguf_file import read_gguf
+
+        return read_gguf(path)
     from .checkpoint import read_weights
 
     return read_weights(path)

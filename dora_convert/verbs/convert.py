@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import Unpack
 
-from ..adapters import Adapter, Full, low_rank, tensors_of
+from ..adapters import Adapter, Change, Full, low_rank, tensors_of
 from ..adapters.beside import doubts_of
 from ..adapters.new_adapter import NewAdapter
 from ..errors import PlanError, UsageError
@@ -20,6 +20,7 @@ from ..plan.planner import make_plan
 from ..reports.fitting import FittedModule, MadeDryRun, MadeReport
 from ..sources.inputs import open_adapter, open_base, refuse_needless
 from ..storage.checkpoint import Checkpoint
+from ..storage.reader import same_bytes
 from ..storage.refs import PathLike
 from . import takes
 
@@ -56,15 +57,14 @@ def _settled(adapter: Adapter, base: Checkpoint | None, session: FittingSession)
     """Return an adapter with the base's names, and with nothing left open; UsageError if that needs a base."""
     if adapter.faults:
         raise PlanError(f"The adapter {adapter.source.name} contradicts itself.", faults=adapter.faults)
-    for doubt in (*adapter.warnings, *doubts_of(adapter.beside, adapter.source.name)):
+    for doubt in (*(() if base else adapter.warnings), *doubts_of(adapter.beside, adapter.source.name)):
         session.settings.warn(doubt)
     if base:
         plan = make_plan(base, [adapter], (1.0,), replace(session.selection, quantised="all"))
         for doubt in plan.warnings:
             session.settings.warn(doubt)
-        same = {item.name for item in plan.items if not item.replaced}  # copies of the base's tensors
         settled = plan.adapters[0]
-        changes = (c for c in settled.changes if not (isinstance(c.update, Full) and c.target in same))
+        changes = (change for change in settled.changes if not _is_copy(change, base))
         return replace(settled, changes=tuple(changes))
     if adapter.naming == "flattened" or adapter.fit or any(hasattr(c.update, "choices") for c in adapter.changes):
         raise UsageError(
@@ -72,6 +72,12 @@ def _settled(adapter: Adapter, base: Checkpoint | None, session: FittingSession)
             hint="--base BASE",
         )
     return adapter
+
+
+def _is_copy(change: Change, base: Checkpoint) -> bool:
+    """Return True for a tensor of the base that the adapter's file holds, too, and that training left as it was."""
+    update, tensor = change.update, base.tensors.get(change.target)
+    return isinstance(update, Full) and update.copied and tensor is not None and same_bytes(tensor, update.value)
 
 
 @dataclass

@@ -82,6 +82,16 @@ def save(model: PreTrainedModel, layout: str, folder: Path) -> dict[str, torch.T
     return load_file(folder / "model.safetensors")
 
 
+def untied(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a copy whose tied weights are copies: PEFT merges in place, into both sides of a tie."""
+    own = copy.deepcopy(model)
+    for name in getattr(own, "all_tied_weights_keys", {}):
+        owner, _, leaf = name.rpartition(".")
+        module = own.get_submodule(owner)
+        setattr(module, leaf, torch.nn.Parameter(getattr(module, leaf).detach().clone()))
+    return own
+
+
 def randomised(adapted: Any) -> Any:
     """Give every factor and magnitude of an adapter random values."""
     torch.manual_seed(3)
@@ -165,7 +175,7 @@ def try_family(family: str, name: str, folder: Path) -> Iterator[Row]:
         adapter = folder / f"adapter {kind}"
         try:
             config = LoraConfig(r=RANK, lora_alpha=ALPHA, **fields)
-            adapted = randomised(get_peft_model(copy.deepcopy(model), config)).eval()
+            adapted = randomised(get_peft_model(untied(model), config)).eval()
             adapted.save_pretrained(adapter)
             answer = logits(adapted)
             truth = adapted.merge_and_unload()

@@ -102,7 +102,7 @@ class _Scale:
     def __init__(self, config: Mapping[str, object], waived: Waived) -> None:
         given = config.get("lora_parameters")
         self._fields: Mapping[str, object] = given if isinstance(given, dict) else {}
-        self._asked = Scaling(waived.facts, "mlx-lm without a config", "scale 20")
+        self._asked = Scaling(waived.facts, "mlx-lm without a config", "20", alpha=False)
 
     def of(self, rank: int) -> tuple[float, str]:
         """Return s and its rule."""
