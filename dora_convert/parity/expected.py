@@ -90,7 +90,7 @@ class Expected:
         W, _, x = self.block(rows)
         base = self.item.base
         same = base and base.shape == self.item.stacked
-        return x, self._load(base, rows) if base and same else W
+        return x, self._load(base, rows) if base and same and not base.coded else W
 
     def forward(self, rows: Sequence[int], block: Block, x: Tensor, *, by_columns: bool) -> Tensor:
         """Return the adapter's own outputs for inputs x; with `by_columns`, these rows' addend to all outputs."""
