@@ -193,6 +193,7 @@ class _ToLora(Fitter):
             self.session.settings.base_model,
             targets=None if same else (),
             besides=modules_besides(self.matched, [*divided.jobs, *divided.kept]),
+            model=self.matched.base,
         )
         return {"": lora}
 
