@@ -82,6 +82,7 @@ def refuse_others(new: NewAdapter, format_name: str) -> None:
         Fault(change.target, why)
         for change in new.changes
         if not isinstance(change.update, Delta | Rows)
+        and change.target not in new.parameters
         and type(change.update).__name__ != "Full"
         and (why := _objection(change, dora=True, embeddings=True))
         and not (new.like and new.like.format == format_name)
