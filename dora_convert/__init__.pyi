@@ -634,7 +634,7 @@ def push(
 @overload
 def to_lora(
     base: _Path | None,
-    adapter: _Path,
+    adapter: _Path | Sequence[_Path],
     out: _Path,
     *,
     weight: Sequence[float] | float = (),
@@ -678,7 +678,7 @@ def to_lora(
 @overload
 def to_lora(
     base: _Path | None,
-    adapter: _Path,
+    adapter: _Path | Sequence[_Path],
     out: _Path,
     *,
     weight: Sequence[float] | float = (),
@@ -722,7 +722,7 @@ def to_lora(
 @overload
 def to_lora(
     base: _Path | None,
-    adapter: _Path,
+    adapter: _Path | Sequence[_Path],
     out: _Path,
     *,
     weight: Sequence[float] | float = (),

@@ -74,6 +74,8 @@ class FittingPlan:
     """True if all modules get the largest rank that any of them needs."""
     is_dora: bool = False
     like: Adapter | None = None
+    others: tuple[Adapter, ...] = ()
+    """Further adapters that the new one is made of."""
     """The adapter that is converted, if there is one."""
     dtype: str | None = None
     carried: tuple[Path, ...] = ()
@@ -87,7 +89,12 @@ class FittingPlan:
     @property
     def sources(self) -> tuple[Source, ...]:
         """The inputs, in the order of the command line."""
-        return (*(base.source for base in self.bases), *([self.like.source] if self.like else []))
+        return (*(base.source for base in self.bases), *(each.source for each in self.adapters))
+
+    @property
+    def adapters(self) -> tuple[Adapter, ...]:
+        """The adapters that are converted."""
+        return (self.like, *self.others) if self.like else ()
 
 
 @dataclass(frozen=True)

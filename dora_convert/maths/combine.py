@@ -147,13 +147,13 @@ def elect_(
 
     "total" elects the sign of Σ δᵢ, "frequency" the sign of Σ sign(δᵢ); zero counts as positive.
     """
-    signs, total, count = (each.zero_() for each in work)
-    for delta in deltas:
-        signs.add_(delta if majority == "total" else torch.sign(delta, out=total))
+    signs, total, count = work
+    for number, delta in enumerate(deltas):
+        vote = delta if majority == "total" else torch.sign(delta, out=total)
+        signs = signs.add_(vote) if number else signs.copy_(vote)
     signs.sign_().add_(0.5).sign_()
-    total.zero_()
-    for delta, weight in zip(deltas, weights, strict=True):
+    for number, (delta, weight) in enumerate(zip(deltas, weights, strict=True)):
         agreeing = delta.mul_(signs).clamp_(min=0.0)
-        total.add_(agreeing, alpha=weight)
-        count.add_(agreeing.sign_())
+        total = total.add_(agreeing, alpha=weight) if number else torch.mul(agreeing, weight, out=total)
+        count = count.add_(agreeing.sign_()) if number else torch.sign(agreeing, out=count)
     return W.add_(total.div_(count.clamp_(min=1.0)).mul_(signs))

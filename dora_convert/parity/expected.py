@@ -59,7 +59,9 @@ class Expected:
         self._others = [self._other(edit) if edit.inner and not edit.low else None for edit in item.edits]
         self.m = [self._scales_of(k) if edit.decomposed else None for k, edit in enumerate(item.edits)]
         """For each edit, the magnitudes that it sets, 1 for outputs that it is not for; None for LoRA."""
-        self._column_norms = [self._measure(k) if edit.two_passes else None for k, edit in enumerate(item.edits)]
+        self._column_norms: list[Tensor | None] = []
+        for k, edit in enumerate(item.edits):
+            self._column_norms.append(self._measure(k) if edit.two_passes else None)
 
     def chunks(self, rows: Sequence[int], elements: int = CHUNK_ELEMENTS) -> Iterator[Sequence[int]]:
         """Yield the rows in chunks of bounded size; no chunk holds rows of two experts."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -44,9 +44,11 @@ COMPARED = 1 << 21
 
 @takes(ToLoraOptions)
 def to_lora(
-    base: PathLike | None, adapter: PathLike, out: PathLike, **options: Unpack[ToLoraOptions]
+    base: PathLike | None, adapter: PathLike | Sequence[PathLike], out: PathLike, **options: Unpack[ToLoraOptions]
 ) -> MadeReport | MadeDryRun:
     """Make a plain LoRA of an adapter: for each module the best factors of ΔW = apply(W) − W.
+
+    Several adapters become one LoRA of what they do together, combined as `merge` combines them.
 
     Exactly one of `rank`, `energy` (the share of squared singular values that is kept) and `max_error`
     (relative, of each module's ΔW) says how good. All modules get the largest rank that any of them needs, or
@@ -57,6 +59,10 @@ def to_lora(
     goal = parse_goal(options)
     with FittingSession.begin(out, options) as session:
         matched = session.match(base, adapter, "to-lora")
+        if len(matched.adapters) > 1 or any(item.combination for item in matched.items) or matched.weights != (1.0,):
+            from ..fitting.several import SeveralToLora
+
+            return session.finish(SeveralToLora(session, matched, options, goal), kept=[])
         changes = _divide(matched, session)
         fitter = _ToLora(session, matched, changes, options, goal)
         return session.finish(fitter, kept=[job.name for job in changes.kept])
@@ -187,6 +193,7 @@ class _ToLora(Fitter):
             self.session.settings.base_model,
             targets=None if same else (),
             besides=modules_besides(self.matched, [*divided.jobs, *divided.kept]),
+            model=self.matched.base,
         )
         return {"": lora}
 
