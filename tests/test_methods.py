@@ -130,7 +130,6 @@ def test_thresholds_of_many_blocks(case, tmp_path, monkeypatch):
     monkeypatch.setattr("dora_convert.storage.reader.BLOCK_ELEMENTS", 160)
     monkeypatch.setattr("dora_convert.storage.reader.ROWS_MULTIPLE", 1)
     monkeypatch.setattr("dora_convert.engine.combine.COLLECTED", 300)
-    monkeypatch.setattr("dora_convert.engine.combine.SAMPLED", 1 << 10)
     monkeypatch.setattr("dora_convert.parity.combined.FEW_ELEMENTS", 100)
     _, base, adapters, _ = case
     report = dora_convert.merge(base.path, adapters, tmp_path / "out", method="ties", weight=WEIGHTS, density=0.4)

@@ -109,11 +109,11 @@ def test_base_as(tmp_path, monkeypatch):
 
     base = copy_base("fp8-blocks", tmp_path / "base")
     adapter = make_adapter(tmp_path / "adapter", base, dora=False)
-    monkeypatch.setattr("dora_convert.settings._is_installed", lambda name: False)
+    monkeypatch.setattr("dora_convert.settings._is_installed", lambda _: False)
     with pytest.raises(UsageError, match="bitsandbytes") as error:
         dora_convert.merge(base, adapter, tmp_path / "out", base_as="nf4", **QUICK)
     assert "dora-convert[nf4]" in error.value.hint
-    monkeypatch.setattr("dora_convert.settings._is_installed", lambda name: True)
+    monkeypatch.setattr("dora_convert.settings._is_installed", lambda _: True)
     with pytest.raises(UsageError, match="is quantised already"):
         dora_convert.merge(base, adapter, tmp_path / "out", base_as="nf4", **QUICK)
 

@@ -38,7 +38,7 @@ def from_lora(refs: tuple[str, ...], *, sink: Sink, **keywords: Unpack[FromLoraO
 
 
 @command("to-lora")
-@click.argument("refs", type=REF, nargs=-1, metavar="[BASE] ADAPTER OUT", required=True)
+@click.argument("refs", type=REF, nargs=-1, metavar="[BASE] ADAPTER... OUT", required=True)
 @takes(ToLoraOptions)
 def to_lora(refs: tuple[str, ...], *, sink: Sink, **keywords: Unpack[ToLoraOptions]) -> None:
     """Make a plain LoRA of a DoRA or any other adapter, or a LoRA of another rank.
@@ -51,13 +51,14 @@ def to_lora(refs: tuple[str, ...], *, sink: Sink, **keywords: Unpack[ToLoraOptio
     Examples:
       dora-convert to-lora ./base ./dora ./lora --rank 32
       dora-convert to-lora ./base ./lora ./smaller --max-error 0.01
+      dora-convert to-lora ./base ./style ./facts ./one --rank 64 --method ties --density 0.5
     """
-    if not 2 <= len(refs) <= 3:
+    if len(refs) < 2:
         raise click.UsageError("to-lora needs an ADAPTER and OUT, and mostly a BASE before them.")
     from ..verbs.to_lora import to_lora as verb
 
-    *base, adapter, out = refs
-    show(sink, verb(base[0] if base else None, adapter, out, **keywords))
+    base, adapters = (refs[0], refs[1:-1]) if len(refs) > 2 else (None, refs[:-1])
+    show(sink, verb(base, adapters, refs[-1], **keywords))
 
 
 @command("extract")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from .coded import CodedTensor, PartReader, Scheme, as_bytes_of
+from .numbers import picked
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +47,7 @@ class AsTrained(Scheme):
             return made.codes[start:stop].double() * (made.scales[start:stop] / 127)[:, None]
         begin = first // BLOCK
         wide = made.scales[begin : -(-last // BLOCK)].repeat_interleave(BLOCK)[first - begin * BLOCK :]
-        return (made.table[made.codes[first:last].long()] * wide[: last - first]).view(stop - start, -1)
+        return (picked(made.table, made.codes[first:last]) * wide[: last - first]).view(stop - start, -1)
 
     def made(self, tensor: CodedTensor, read: PartReader) -> MadeCodes:
         """Return the codes of the whole weight, made now or kept from before."""

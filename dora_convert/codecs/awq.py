@@ -37,8 +37,8 @@ class Awq(Scheme):
         """Return rows of the dense weight's matrix in float64."""
         part = tensor.parts["scale"]
         scale = values(read.columns(as_matrix(part), start * part.itemsize, stop * part.itemsize), part.dtype).T
-        zeros = _outputs(tensor.parts["zero"], read, start, stop).T.double()
-        W = _outputs(tensor.parts["codes"], read, start, stop).T.double()
+        zeros = _outputs(tensor.parts["zero"], read, start, stop).T.contiguous().double()
+        W = _outputs(tensor.parts["codes"], read, start, stop).T.contiguous().double()
         columns = tensor.columns
         W -= zeros.repeat_interleave(self.group, dim=1)[:, :columns]
         return W.mul_(scale.repeat_interleave(self.group, dim=1)[:, :columns])
@@ -46,10 +46,13 @@ class Awq(Scheme):
 
 def _outputs(part: StoredTensor, read: PartReader, start: int, stop: int) -> Tensor:
     """Return the codes of some outputs, for every row of a part: uint8 (rows, stop − start)."""
+    import torch
+
     first = start // 8
     words = read.columns(as_matrix(part), 4 * first, 4 * -(-stop // 8))
-    codes = unpack(words, 4, 2 * words.shape[1]).view(len(words), -1, 8)[..., list(PLACES)]
-    return codes.flatten(1)[:, start - 8 * first : stop - 8 * first]
+    codes = unpack(words, 4, 2 * words.shape[1])
+    places = [8 * (output // 8) + PLACES[output % 8] - 8 * first for output in range(start, stop)]
+    return torch.stack([codes[:, place] for place in places], dim=1)
 
 
 def claim(found: Evidence) -> Iterator[CodedTensor]:

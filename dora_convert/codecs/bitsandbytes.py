@@ -22,7 +22,7 @@ from ..storage.safetensors import CONFIG_DTYPES, StoredTensor, are_counts, is_po
 from .blocks import Blocks
 from .coded import CodedTensor, PartReader, Scheme, as_bytes_of
 from .evidence import Evidence
-from .numbers import values
+from .numbers import picked, values
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,7 +48,7 @@ class Nibbles(Scheme):
         import torch
 
         codes = torch.stack([raw >> 4, raw & 15], dim=-1).flatten()[first - begin :][: last - first]
-        W = _table(tensor.parts["map"], read)[codes.long()]
+        W = picked(_table(tensor.parts["map"], read), codes)
         scales = self.absmax(tensor, read, first // self.block, -(-last // self.block))
         skipped = first % self.block
         W *= scales.repeat_interleave(self.block)[skipped : skipped + len(W)]

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from .coded import CodedTensor, PartReader, Scheme, as_bytes_of, as_matrix
 from .evidence import Evidence
-from .numbers import unpack, values
+from .numbers import spread, unpack, values
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,10 +48,10 @@ class Gptq(Scheme):
         part = parts["scale"]
         scale = values(read.columns(as_matrix(part), start * part.itemsize, stop * part.itemsize), part.dtype)
         if "index" in parts:
-            group = values(read.rows(as_bytes_of(parts["index"], 1), 0, 1), parts["index"].dtype).long().flatten()
-        else:
-            group = torch.arange(columns, device=W.device) // self.group
-        return W.sub_(zeros.T[:, group]).mul_(scale.T[:, group])
+            group = values(read.rows(as_bytes_of(parts["index"], 1), 0, 1), parts["index"].dtype).int().flatten()
+            if not torch.equal(group, torch.arange(columns, dtype=torch.int32, device=W.device) // self.group):
+                return W.sub_(zeros.T.index_select(1, group)).mul_(scale.T.index_select(1, group))
+        return W.sub_(spread(zeros.T, columns, self.group)).mul_(spread(scale.T, columns, self.group))
 
 
 def claim(found: Evidence) -> Iterator[CodedTensor]:

@@ -43,6 +43,8 @@ def values(raw: Tensor, dtype: str) -> Tensor:
 
     if dtype == "F8_E8M0":
         return power(raw)
+    if dtype in ("F8_E4M3", "F8_E5M2"):  # a table is several times faster than a conversion
+        return picked(_bytes_as(dtype, raw.device), raw)
     return raw.contiguous().view(getattr(torch, TORCH_NAMES[dtype])).to(torch.float64)
 
 
@@ -56,7 +58,21 @@ def power(raw: Tensor) -> Tensor:
 
 def looked_up(codes: Tensor, table: tuple[float, ...]) -> Tensor:
     """Return a table's values for codes, in float64."""
-    return _table(table, codes.device)[codes.long()]
+    return picked(_table(table, codes.device), codes)
+
+
+def picked(table: Tensor, codes: Tensor) -> Tensor:
+    """Return the entries of a table that codes stand for."""
+    return table.index_select(0, codes.flatten().int()).view(codes.shape)
+
+
+@cache
+def _bytes_as(dtype: str, device: torch.device) -> Tensor:
+    """Return the values of all bytes of a dtype."""
+    import torch
+
+    every = torch.arange(256, dtype=torch.uint8, device=device)
+    return every.view(getattr(torch, TORCH_NAMES[dtype])).to(torch.float64)
 
 
 @cache

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
 import xxhash
 from torch import Tensor
 
@@ -16,16 +17,13 @@ from ..adapters import Full
 from ..errors import NumericalError
 from ..maths import combine as maths
 from ..maths.kth_largest import KthLargest
-from ..maths.lora import all_finite
 from ..option_table import COLLECTED, Combination
 from ..plan.item import Edit, Item
 from .device_buffers import DeviceBuffers
 from .factors import LoadedEdit
 from .tensor import SourceValues, apply_edits, measure
 
-STRIPS = 32
-SAMPLED = 1 << 17
-"""Elements of the sample that guesses a threshold, in strips of whole rows from all parts of the tensor."""
+GOLDEN = (5**0.5 - 1) / 2
 
 
 @dataclass
@@ -103,7 +101,7 @@ class Combiner:
     def _measure_chain(self, values: SourceValues) -> None:
         """Compute each link's norms along the columns, of the result of the links before, in one pass a link."""
         for link, operand in enumerate(self.edits):
-            if operand.edit.two_passes:
+            if operand.edit.two_passes or operand.transform:
                 before = _ChainValues(values, self.edits[:link])
                 measure(self._item, [operand], before, self._buffers)
                 _forget_norms(self.edits)
@@ -163,33 +161,21 @@ class _Thresholds:
 
     def find(self) -> list[tuple[float, int]]:
         """Return the least magnitude for each edit, and the flat place of the last of its equals; −1 for all."""
-        self._guess()
         while pending := [number for number, found in enumerate(self._found) if found and not found.done]:
-            self._pass(pending, lambda number, magnitudes, _: self._search(number).add(magnitudes))
+            self._pass(pending, self._add)
             for number in pending:
                 self._search(number).finish()
         return [(found.value if found else 0.0, self._last_place(number)) for number, found in enumerate(self._found)]
+
+    def _add(self, number: int, magnitudes: Tensor, _: int) -> None:
+        """Show a block of magnitudes to the search of one edit's threshold."""
+        single = self._buffers.scratch("single", magnitudes.shape, torch.float32)
+        self._search(number).add(magnitudes, single)
 
     def _search(self, number: int) -> KthLargest:
         found = self._found[number]
         assert found
         return found
-
-    def _guess(self) -> None:
-        """Sample strips of rows, for the edits whose elements are too many to be collected."""
-        pending = [number for number, found in enumerate(self._found) if found and found.samples]
-        if not pending:
-            return
-        blocks, columns = list(self._item.spans()), self._item.matrix[1]
-        chosen = blocks[:: max(1, len(blocks) // STRIPS)]
-        height = max(1, SAMPLED // (columns * len(chosen)))
-        spans = [((first + last - min(height, last - first)) // 2, last - first) for first, last in chosen]
-        strips = [(start, start + min(height, size)) for start, size in spans]
-        sample: dict[int, list[Tensor]] = {number: [] for number in pending}
-        self._pass(pending, lambda number, magnitudes, _: sample[number].append(magnitudes.clone()), strips)
-        for number in pending:
-            if found := [strip for strip in sample[number] if strip.numel()]:
-                self._search(number).guess(found)
 
     def _last_place(self, number: int) -> int:
         """Return the flat place of the last kept element that equals the threshold; −1 if all such are kept."""
@@ -205,31 +191,30 @@ class _Thresholds:
                 places.append(start * magnitudes.shape[1] + int(equal[left - 1]))
             left -= len(equal)
 
-        self._pass([number], count, own=False)
+        self._pass([number], count, in_order=True)
         return places[0]
 
-    def _pass(
-        self,
-        numbers: Sequence[int],
-        see: Callable[[int, Tensor, int], None],
-        spans: Iterable[tuple[int, int]] | None = None,
-        *,
-        own: bool = True,
-    ) -> None:
-        """Show the magnitudes of some edits' changes, block by block; with `own` only of outputs that they change."""
+    def _pass(self, numbers: Sequence[int], see: Callable[[int, Tensor, int], None], *, in_order: bool = False) -> None:
+        """Show the magnitudes of some edits' changes, block by block.
+
+        Blocks come from all parts of the tensor in turn, and show only outputs that the edit changes; `in_order`,
+        they come whole and from first to last.
+        """
         reads = any(_needs_base(self._operands[number]) for number in numbers)
-        for start, stop in spans or self._item.spans():
+        spans = list(self._item.spans())
+        order = range(len(spans)) if in_order else sorted(range(len(spans)), key=lambda k: k * GOLDEN % 1)
+        for start, stop in (spans[k] for k in order):
             W = self._block(start, stop, reads=reads)
             for number in numbers:
                 operand = self._operands[number]
                 delta = change_of(operand, W, start, stop, out=self._buffers.scratch("delta 0", W.shape, W.dtype))
-                if not all_finite(delta):
+                if not operand.is_finite():
                     raise NumericalError(
                         f"{self._item.name}: a change of it is NaN or infinite.",
                         hint="is this the base that the adapters were trained on?",
                     )
                 magnitudes = delta.abs_()
-                see(number, operand.own(magnitudes, start, stop) if own else magnitudes, start)
+                see(number, magnitudes if in_order else operand.own(magnitudes, start, stop), start)
             _forget_norms(self._operands)
 
     def _block(self, start: int, stop: int, *, reads: bool) -> Tensor:
@@ -241,7 +226,7 @@ class _Thresholds:
 
 def _needs_base(operand: LoadedEdit) -> bool:
     """Return True if an edit's change depends on W."""
-    return isinstance(operand, LoadedValues) or operand.m is not None
+    return isinstance(operand, LoadedValues) or operand.edit.depends
 
 
 def own_elements(edit: Edit, item: Item) -> int:

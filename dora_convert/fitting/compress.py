@@ -139,7 +139,7 @@ class _AdaptedPart:
     @property
     def is_plain(self) -> bool:
         """True if the change is s·BA by definition."""
-        return self._operand.m is None and not self._item.start
+        return self._operand.factors is not None and self._operand.m is None and not self._item.start
 
     def change(self, dtype: torch.dtype) -> Tensor:
         """Return ΔW of the outputs, (out, in), rounded to `dtype` after the subtraction."""
@@ -161,7 +161,9 @@ class _AdaptedPart:
     def is_lora(self) -> bool:
         """Return True for a DoRA whose magnitudes equal the norms of W + sBA."""
         m, n = self._operand.m, self._operand.n
-        return m is not None and not self._item.start and bool((m / torch.cat(n) - 1).abs().max() <= SAME)
+        if m is None or not n or not self._operand.factors or self._item.start:
+            return False
+        return bool((m / torch.cat(n) - 1).abs().max() <= SAME)
 
     def _applied(self, W: Tensor, start: int, stop: int) -> Tensor:
         """Return a block of W' for a block of W, which is overwritten."""

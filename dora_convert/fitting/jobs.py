@@ -9,8 +9,8 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from ..adapters import Adapter, Change, LowRank, low_rank
-from ..errors import UsageError
+from ..adapters import Adapter, Change, Decomposed, LowRank, Transform, Update, low_rank
+from ..errors import Fault, UnsupportedError, UsageError
 from ..formats.detect import WritableFormat
 from ..options import GoalOptions
 from ..plan.item import Edit, Item
@@ -74,6 +74,8 @@ class FittingPlan:
     """True if all modules get the largest rank that any of them needs."""
     is_dora: bool = False
     like: Adapter | None = None
+    others: tuple[Adapter, ...] = ()
+    """Further adapters that the new one is made of."""
     """The adapter that is converted, if there is one."""
     dtype: str | None = None
     carried: tuple[Path, ...] = ()
@@ -87,7 +89,12 @@ class FittingPlan:
     @property
     def sources(self) -> tuple[Source, ...]:
         """The inputs, in the order of the command line."""
-        return (*(base.source for base in self.bases), *([self.like.source] if self.like else []))
+        return (*(base.source for base in self.bases), *(each.source for each in self.adapters))
+
+    @property
+    def adapters(self) -> tuple[Adapter, ...]:
+        """The adapters that are converted."""
+        return (self.like, *self.others) if self.like else ()
 
 
 @dataclass(frozen=True)
@@ -115,7 +122,7 @@ class MatchedChange(Job):
 
     def _is_view(self, edit: Edit) -> bool:
         low, own = edit.low, low_rank(self.change.update)
-        return bool(low and own and (low.A, low.B) != (own.A, own.B))
+        return bool(low and own and not own.widest and (low.A, low.B) != (own.A, own.B))
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -177,30 +184,54 @@ def doubt_ranks(facts: Collection[Mapping[str, Any]], others: Collection[LowRank
 def match_changes(
     plan: Plan, cost: Callable[[Item, Edit], int]
 ) -> tuple[list[MatchedChange], list[Change], list[Change]]:
-    """Return an adapter's changes: matched ones with factors, unmatched ones with factors, and the rest.
+    """Return an adapter's changes: matched ones of weights, unmatched ones of weights, and the rest.
 
-    A change that --include or --exclude leaves out is in none of the three.
+    A change that --include or --exclude leaves out is in none of the three. Raises UnsupportedError for biases
+    that are scaled as their weights, and for kinds without factors on parts of tensors.
     """
-    found: dict[str, list[tuple[Item, Edit]]] = {}
+    found: dict[tuple[str, ...], list[tuple[Item, Edit]]] = {}
     for item in plan.items:
         for edit in item.edits:
-            if edit.low:
-                found.setdefault(edit.low.A.name, []).append((item, edit))
+            found.setdefault(_names(edit.update), []).append((item, edit))
+    _refuse_followed(plan)
     matched, unmatched, others = [], [], []
     for change in plan.adapters[0].changes:
-        if not plan.options.selects(change.module):
+        if not plan.options.selects(change.module) or change.update.follows:
             continue
-        if not (low := low_rank(change.update)):
+        low = low_rank(change.update)
+        if not isinstance(change.update, Transform | Decomposed):
             others.append(change)
-        elif parts := found.get(low.A.name):
-            if all(edit.low and edit.low.B == low.B for _, edit in parts):
-                parts = parts[-1:]  # one weight, or both sides of a former tie
+        elif parts := found.get(_names(change.update)):
+            if not low or all(edit.low and edit.low.B == low.B for _, edit in parts):
+                parts = _alone(change, parts)  # one weight, or both sides of a former tie
             inputs = tuple(item.source for item, _ in parts)
             costs = [cost(item, edit) for item, edit in parts]
             matched.append(MatchedChange(change.target, inputs, sum(costs), change, tuple(parts)))
         else:
             unmatched.append(change)
     return matched, unmatched, others
+
+
+def _names(update: Update) -> tuple[str, ...]:
+    return tuple(tensor.name for tensor in update.tensors)
+
+
+def _alone(change: Change, parts: list[tuple[Item, Edit]]) -> list[tuple[Item, Edit]]:
+    """Return the last of a change's parts, which are equal; UnsupportedError for parts that are not whole tensors."""
+    if not low_rank(change.update) and any(edit.outputs for _, edit in parts):
+        raise UnsupportedError(f"{change.target} is part of a stored tensor, and {change.update.title} has no factors.")
+    return parts[-1:]
+
+
+def _refuse_followed(plan: Plan) -> None:
+    """Raise UnsupportedError for biases that an adapter scales: no LoRA does."""
+    scaled = [item.name for item in plan.items if any(edit.follows for edit in item.edits)]
+    if scaled:
+        raise UnsupportedError(
+            f"The adapter scales {len(scaled)} biases as it scales their weights, which no other kind of adapter does.",
+            faults=[Fault(name, "is scaled") for name in scaled],
+            hint="dora-convert merge makes a model of base and adapter",
+        )
 
 
 def modules_besides(plan: Plan, jobs: Collection[MatchedChange]) -> frozenset[str]:

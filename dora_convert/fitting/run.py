@@ -69,9 +69,9 @@ def run_plan(
     """
     spec = choose_compute(plan.memory, settings)
     settings.notify(f"memory: at most {format_size(settings.max_memory)}; one module takes {format_size(plan.memory)}")
-    adapters = [scan_adapter(plan.like)] if plan.like else []
+    adapters = [scan_adapter(adapter) for adapter in plan.adapters]
     folder.check_space((3 if plan.one_rank else 2) * plan.bytes_out)
-    read = input_states(folder, plan.bases, [plan.like] if plan.like else [])
+    read = input_states(folder, plan.bases, plan.adapters)
     with folder.entered(*read):
         terms = {**plan.terms, "goal": plan.goal, "command": plan.command, "format": plan.format.NAME}
         terms |= {"one_rank": plan.one_rank, "dtype": plan.dtype}
@@ -248,7 +248,9 @@ def _put_side_files(plan: FittingPlan, folder: OutputFolder, settings: Settings)
     source = plan.sources[-1].path
     for name in tokenizer_files(source) if source.is_dir() else ():
         folder.put(name, source / name)
-    roles = (*("base", "tuned")[: len(plan.bases)], *(["adapter"] if plan.like else []))
+    roles = list(("base", "tuned")[: len(plan.bases)])
+    roles += ["adapter"] if plan.like else []
+    roles += [f"adapter {number}" for number in range(2, 2 + len(plan.others))]
     works = dict(zip(roles, plan.sources, strict=True))
     fields = inherited({role: work.path for role, work in works.items()})
     if fields.notice:
@@ -260,10 +262,10 @@ def _card(plan: FittingPlan, works: Mapping[str, Source], base_model: str | None
     """Return the model card; `works` are the inputs by role."""
     base, kind = next(iter(plan.bases), None), "DoRA" if plan.is_dora else "LoRA"
     metadata = {} if not base or base.is_file else metadata_of(base.root / NAME)
-    config, adapters = base.config if base else None, [plan.like] if plan.like else []
+    config, adapters = base.config if base else None, plan.adapters
     named = base.source.name if base else (plan.like and plan.like.base) or "its base"
     facts = Facts(
-        title=f"{kind} of {plan.sources[-1].name}",
+        title=f"{kind} of {' and '.join(each.name for each in plan.sources[-1 - len(plan.others) :])}",
         about=f"A {kind} adapter for {named}.",
         kinds=(kind,),
         relation="adapter",

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from typing_extensions import Self
 
@@ -30,7 +30,7 @@ from ..settings import Settings, without_collections
 from ..sources.inputs import modules_of, open_inputs, unused
 from ..sources.prefetch import reading
 from ..sources.session import Session
-from ..storage.refs import PathLike
+from ..storage.refs import PathLike, listed
 from .jobs import FittingPlan, Result, error_of
 
 if TYPE_CHECKING:  # which imports torch
@@ -100,31 +100,43 @@ class FittingSession:
         """True if whole matrices are held in single precision."""
         return self.options["compute_dtype"] != "float64"
 
-    def match(self, base: PathLike | None, adapter: PathLike, verb: str) -> Plan:
-        """Open a base and an adapter, and match each of the adapter's tensors with the base.
+    def match(self, base: PathLike | None, adapter: PathLike | Sequence[PathLike], verb: str) -> Plan:
+        """Open a base and an adapter, or several, and match each of the adapters' tensors with the base.
 
         Warns about oddities; PlanError lists all tensors that match nothing.
         """
+        named, options = listed(adapter), cast("dict[str, Any]", self.options)
         checkpoint, adapters = open_inputs(
             None if base is None else os.fspath(base),
-            [os.fspath(adapter)],
+            named,
             self.session,
             out=self.folder.given,
             waived=self.selection.waived,
             verb=verb,
         )
-        self.folder.refuse_inside([checkpoint.source.path, adapters[0].source.path])
+        self.folder.refuse_inside([checkpoint.source.path, *(each.source.path for each in adapters)])
         if self.target:
             refuse_path(adapters[0], self.settings.base_model or checkpoint.source.repo)
-        if beside := [file.name for file in adapters[0].beside if file.fate == "applied"]:
+        if beside := [file.name for each in adapters for file in each.beside if file.fate == "applied"]:
             raise UnsupportedError(
                 f"{verb} does not carry the weights beside {adapters[0].source.name}: {', '.join(beside)}.",
                 hint=f"{' '.join(f'--ignore-file {name}' for name in beside)} leaves them out",
             )
         idle = self.selection.check_globs(modules_of(adapters))
-        for doubt in (*doubts(checkpoint, adapters), *unused(checkpoint, adapters), *idle):
+        selection, weights = replace(self.selection, dtype=None, quantised="all"), (1.0,) * len(adapters)
+        if "method" in options:
+            from ..plan.methods import choose_combination
+
+            warn = self.settings.warn
+            combination, weights = choose_combination(options, len(named), len(adapters), warn)
+            selection = replace(selection, combination=combination)
+        for doubt in (
+            *doubts(checkpoint, adapters, selection.combination.method),
+            *unused(checkpoint, adapters),
+            *idle,
+        ):
             self.settings.warn(doubt)
-        plan = make_plan(checkpoint, adapters, (1.0,), replace(self.selection, dtype=None, quantised="all"))
+        plan = make_plan(checkpoint, adapters, weights, selection)
         for doubt in plan.warnings:
             self.settings.warn(doubt)
         if checkpoint.is_here and any(edit.decomposed for item in plan.items for edit in item.edits):

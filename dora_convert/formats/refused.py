@@ -13,6 +13,7 @@ from ..adapters import NOTHING, Adapter, Waived
 from ..adapters.parts import Findings
 from ..errors import UnsupportedError
 from ..storage.file_view import FileView
+from ..storage.filenames import MODEL
 from ..storage.refs import Source
 from ..storage.safetensors import StoredTensor
 
@@ -54,6 +55,8 @@ def recognises(view: FileView) -> bool:
 
 def _find(view: FileView) -> Signature | None:
     for name in view.candidates:
+        if MODEL.match(name):
+            continue  # a model may have a layer called lora_A
         if found := _first_match(view.tensors(name)):
             # PEFT's own reader says what a config lacks
             return None if found is PEFT and view.has(CONFIG) else found

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..engine.precision import nearest, read_rows
-from ..plan.item import Item
+from ..plan.item import Edit, Item
 from ..storage.reader import Reader
 from ..storage.safetensors import StoredTensor
 from .expected import Expected
@@ -57,8 +57,9 @@ def find_cause(expected: Expected, written: StoredTensor, reader: Reader, expert
     `experts` are the numbers of the wrong experts; other tensors are one expert.
     """
     item = expected.item
-    if len(item.edits) != 1 or item.combination or not (low := item.edits[0].low) or item.replaced or low.start:
+    if len(item.edits) != 1 or item.combination or item.replaced or item.start:
         return None
+    plain = _is_plain(item.edits[0])
     height = item.matrix[0] // item.experts
     numbers = [number for expert in experts for number in range(expert * height, (expert + 1) * height)]
     first, last = item.edits[0].own_rows(0, item.matrix[0])
@@ -70,8 +71,9 @@ def find_cause(expected: Expected, written: StoredTensor, reader: Reader, expert
         rest = _read(expected, written, reader, numbers) if step > 1 else ()
         return _explains(mistake, sample, item.dtype) and _explains(mistake, rest, item.dtype)
 
-    causes = [what for what, mistake in _mistakes(expected) if explains(mistake)]
-    if UNMERGED not in causes and not item.edits[0].two_passes:
+    mistakes = _mistakes(expected) if plain else [(UNMERGED, _unmerged)]
+    causes = [what for what, mistake in mistakes if explains(mistake)]
+    if plain and UNMERGED not in causes and not item.edits[0].two_passes:
         factors = {what: factor for what, factor in _factors(item).items() if explains(_scaled(item, factor))}
         factor = next(iter(factors.values())) if factors else _fitted(item, sample)
         if factors or explains(_scaled(item, factor)):
@@ -81,9 +83,20 @@ def find_cause(expected: Expected, written: StoredTensor, reader: Reader, expert
     return where + ", or ".join(causes) or None
 
 
+def _is_plain(edit: Edit) -> bool:
+    """Return True for a LoRA, or a DoRA with one norm per output: the known mistakes are theirs."""
+    own = edit.magnitudes
+    usual = not own or (own.axis == "rows" and not own.normalised and edit.norm_ratio == 1)
+    return edit.low is not None and usual
+
+
+def _unmerged(rows: WrongRows) -> Tensor:
+    return rows.W
+
+
 def _read(expected: Expected, written: StoredTensor, reader: Reader, rows: Sequence[int]) -> Iterator[WrongRows]:
     """Yield rows of a wrong tensor and of everything that it should come from, block by block."""
-    by_rows = None if expected.item.edits[0].two_passes else expected.m[0]
+    by_rows = None if expected.item.edits[0].axis == 0 else expected.m[0]
     for numbers in expected.chunks(rows, BLOCK_ELEMENTS):
         W, (part,), x = expected.block(numbers)
         got = read_rows(reader, written, numbers).to(W.device).double()
@@ -117,7 +130,7 @@ def _mistakes(expected: Expected) -> Iterator[tuple[str, Mistake]]:
     """Yield the mistakes that this update allows, except for factors of its scaling."""
     item, edit = expected.item, expected.item.edits[0]
     rows, columns = item.matrix
-    yield UNMERGED, lambda rows: rows.W
+    yield UNMERGED, _unmerged
     if edit.decomposed:
         lost = "the magnitude was dropped: plain LoRA was merged where DoRA was due"
         yield lost, lambda rows: rows.W + edit.weight * rows.delta

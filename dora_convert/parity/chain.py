@@ -16,21 +16,38 @@ from .roundings import several_roundings
 class ChainExpected(Expected):
     """Each edit on the result of the one before."""
 
+    _link = 0
+    """The link whose weight is wanted: `before` returns the result of the links before it."""
+
+    def before(self, rows: Sequence[int]) -> Tensor:
+        """Return some rows before the link at hand."""
+        W, last = super().before(rows), self._link
+        for number in range(last):
+            W = self._after(number, self._part_of(number, W, rows), W)
+        self._link = last
+        return W
+
     def block(self, rows: Sequence[int]) -> Block:
         """Return some rows before any edit, each link's part, and the last link's result."""
         first = W = self.before(rows)
         parts = []
         for number in range(len(self.item.edits)):
-            parts.append(self._part(number, W, rows))
+            parts.append(self._part_of(number, W, rows))
             W = self._after(number, parts[-1], W)
+        self._link = 0
         return Block(first, parts, W)
+
+    def _part_of(self, number: int, W: Tensor, rows: Sequence[int]) -> EditPart:
+        """Return the part of one link in some rows, which the links before have made W."""
+        self._link = number
+        return self._part(number, W, rows)
 
     def bound(self, rows: Sequence[int], x: Tensor, *, rounded_once: bool) -> Tensor:
         """Return the largest distance from x: the slack of each link, as the links after it pass it on."""
         W, item = self.before(rows), self.item
         total = torch.zeros_like(W)
         for number, edit in enumerate(item.edits):
-            part = self._part(number, W, rows)
+            part = self._part_of(number, W, rows)
             slack = (part.terms + 2) * EPSILON * (part.size() + W.abs())
             if not rounded_once:
                 slack = slack + half_ulp(part.delta, item.dtype) + half_ulp(W, item.dtype)
@@ -43,6 +60,7 @@ class ChainExpected(Expected):
                 lengths = torch.linalg.vector_norm(total, dim=edit.axis, keepdim=True) / part.n
                 passed = passed + abs(edit.weight) * W.abs() * lengths
             total = passed + (math.sqrt(W.shape[1]) + 6) * EPSILON * W.abs()
+        self._link = 0
         return half_ulp(x, item.dtype) + total
 
     def forward(self, rows: Sequence[int], block: Block, x: Tensor, *, by_columns: bool) -> Tensor:  # noqa: ARG002
@@ -57,17 +75,10 @@ class ChainExpected(Expected):
 
     def _measure(self, number: int) -> Tensor:
         """Return the norms of one link along the columns, from the whole tensor."""
-        squares: Tensor | float = 0.0
-        for chunk in self.chunks(range(self.item.source.matrix[0])):
-            W = self.before(chunk)
-            for link in range(number):
-                W = self._after(link, self._part(link, W, chunk), W)
-            squares = squares + (W + self._delta(number, W, chunk)).square().sum(dim=0)
-        return torch.as_tensor(squares).sqrt()
-
-    def _delta(self, number: int, W: Tensor, rows: Sequence[int]) -> Tensor:  # noqa: ARG002 - for kinds that need W
-        left, right, scale = self.factors(number, rows)
-        return scale * torch.einsum("kr,rc->kc", left, right)
+        self._link = number
+        n = super()._measure(number)
+        self._link = 0
+        return n
 
 
 def outputs_of(block: Block, x: Tensor, *, by_columns: bool) -> Tensor:

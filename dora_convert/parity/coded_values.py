@@ -61,16 +61,15 @@ class CodedValues:
                 return self._trained[row].double()
         raise AssertionError(f"{self._tensor.scheme.title} has no second decoder")
 
-    def half_steps(self, numbers: Sequence[int], x: Tensor) -> Tensor:
-        """Return half the distance between the neighbours that values x have among a block's codes.
+    def with_steps(self, numbers: Sequence[int], x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return some rows, and half the distance between the neighbours that values x have among a block's codes.
 
         At the ends of a range of integers it is more: the stored scale, zero point and bias are rounded themselves.
         """
-        halves = []
+        scheme, values, halves = self._tensor.scheme, [], []
+        assert isinstance(scheme, Blocks)
         for line, number in enumerate(numbers):
-            scheme = self._tensor.scheme
-            assert isinstance(scheme, Blocks)
-            q, _, s, b = self._block_parts(scheme, number)
+            q, z, s, b = self._block_parts(scheme, number)
             half = half_step((x[line].cpu() - b) / s, scheme.grid)
             if scheme.grid not in FLOATS:
                 span, low = 2**scheme.bits - 1, 0 if scheme.grid == "unsigned" else -(2 ** (scheme.bits - 1))
@@ -78,7 +77,8 @@ class CodedValues:
                 shifted = "zero" in self._tensor.parts, "bias" in self._tensor.parts
                 half += at_end * (span * 2.0**-8 * (1 + shifted[1]) + 0.5 * shifted[0] + shifted[1])
             halves.append(s.abs() * half)
-        return torch.stack(halves)
+            values.append((q - z) * s + b)
+        return torch.stack(values), torch.stack(halves)
 
     def _block_row(self, scheme: Blocks, row: int) -> Tensor:
         """W = (q − z)·s + b, with the block of rows and columns that each element lies in."""
@@ -100,15 +100,18 @@ class CodedValues:
         group = j // scheme.columns if groups > 1 else torch.zeros_like(j)
         if groups > 1 and "index" in tensor.parts:
             group = self._numbers("index", j).long().clamp(min=0)
-        at = position * groups + group
+        every = torch.arange(groups)
+        at = position * groups + every
         s = self._numbers("scale", at, "F8_E8M0" if scheme.exponents else None) * scheme.factor
         if "global" in tensor.parts:
-            overall = self._numbers("global", torch.zeros_like(j))
+            overall = self._numbers("global", torch.zeros_like(every))
             s = s / overall if scheme.divides else s * overall
-        z = torch.zeros_like(q)
+        z = b = torch.zeros(groups, dtype=torch.float64)
         if "zero" in tensor.parts:
-            z = self._packed_zero(scheme, row, group, groups) if scheme.packed_zeros else self._numbers("zero", at)
-        return q, z, s, self._numbers("bias", at) if "bias" in tensor.parts else torch.zeros_like(q)
+            z = self._packed_zero(scheme, row, every, groups) if scheme.packed_zeros else self._numbers("zero", at)
+        if "bias" in tensor.parts:
+            b = self._numbers("bias", at)
+        return q, z[group], s[group], b[group]
 
     def _packed_zero(self, scheme: Blocks, row: int, group: Tensor, groups: int) -> Tensor:
         """Zero points lie along the rows: bit `row·bits` of the stream of words of each group."""
@@ -134,14 +137,15 @@ class CodedValues:
         K, N = self._tensor.columns, self._tensor.shape[0]
         k = torch.arange(K)
         q = torch.zeros(K, dtype=torch.float64)
-        zero = torch.zeros(K, dtype=torch.float64)
         g = self._numbers("index", k).long() if "index" in self._tensor.parts else k // scheme.group
+        groups = torch.arange(self._tensor.parts["scale"].shape[0])
+        zero = torch.zeros(len(groups), dtype=torch.float64)
         line = 32 * self._tensor.parts["zero"].shape[1]
         for bit in range(scheme.bits):
             at = k * scheme.bits + bit
             q += self._bits("codes", at // 32 * 32 * N + 32 * n + at % 32, 1).double() * 2**bit
-            zero += self._bits("zero", g * line + n * scheme.bits + bit, 1).double() * 2**bit
-        return self._numbers("scale", g * N + n) * (q - (zero + scheme.zero))
+            zero += self._bits("zero", groups * line + n * scheme.bits + bit, 1).double() * 2**bit
+        return self._numbers("scale", groups * N + n)[g] * (q - (zero[g] + scheme.zero))
 
     def _awq_row(self, scheme: Awq, n: int) -> Tensor:
         """W[n, k] = s[g, n]·(q[k, n] − z[g, n]); eight outputs share a word, in an order of their own."""
@@ -150,8 +154,9 @@ class CodedValues:
         g = k // scheme.group
         inside = 32 * (n // 8) + 4 * AWQ_ORDER.index(n % 8)
         q = self._bits("codes", 4 * k * N + inside, 4).double()
-        zero = self._bits("zero", 4 * g * N + inside, 4).double()
-        return self._numbers("scale", g * N + n) * (q - zero)
+        groups = torch.arange(self._tensor.parts["scale"].shape[0])
+        zero = self._bits("zero", 4 * groups * N + inside, 4).double()
+        return self._numbers("scale", groups * N + n)[g] * (q - zero[g])
 
     def _turned_row(self, scheme: TurnedMxfp4, row: int) -> Tensor:
         """W[e, k, r] = code[e, r, k]·2^(s[e, r, k/32] − 127); the row's number is e and k."""

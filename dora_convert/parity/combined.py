@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -120,12 +120,12 @@ class CombinedExpected(Expected):
         """Return the outputs of the combined weight: no adapter has a forward of its own for them."""
         return outputs_of(block, x, by_columns=by_columns)
 
-    def _part(self, number: int, W: Tensor, rows: Sequence[int]) -> EditPart:
+    def _difference(self, number: int, W: Tensor, rows: Sequence[int]) -> tuple[Tensor, Callable[[], Tensor], int]:
         update = self.item.edits[number].update
         if not isinstance(update, Full):
-            return super()._part(number, W, rows)
+            return super()._difference(number, W, rows)
         value = self._load(update.value, rows)
-        return EditPart(value - W, torch.ones((), dtype=W.dtype, device=W.device), value.abs, 1)
+        return value - W, value.abs, 1
 
     def _change(self, number: int, W: Tensor, rows: Sequence[int]) -> Tensor:
         """Return ΔW of one edit."""

@@ -59,7 +59,9 @@ class Expected:
         self._others = [self._other(edit) if edit.inner and not edit.low else None for edit in item.edits]
         self.m = [self._scales_of(k) if edit.decomposed else None for k, edit in enumerate(item.edits)]
         """For each edit, the magnitudes that it sets, 1 for outputs that it is not for; None for LoRA."""
-        self._column_norms = [self._measure(k) if edit.two_passes else None for k, edit in enumerate(item.edits)]
+        self._column_norms: list[Tensor | None] = []
+        for k, edit in enumerate(item.edits):
+            self._column_norms.append(self._measure(k) if edit.two_passes else None)
 
     def chunks(self, rows: Sequence[int], elements: int = CHUNK_ELEMENTS) -> Iterator[Sequence[int]]:
         """Yield the rows in chunks of bounded size; no chunk holds rows of two experts."""
@@ -90,7 +92,7 @@ class Expected:
         W, _, x = self.block(rows)
         base = self.item.base
         same = base and base.shape == self.item.stacked
-        return x, self._load(base, rows) if base and same else W
+        return x, self._load(base, rows) if base and same and not base.coded else W
 
     def forward(self, rows: Sequence[int], block: Block, x: Tensor, *, by_columns: bool) -> Tensor:
         """Return the adapter's own outputs for inputs x; with `by_columns`, these rows' addend to all outputs."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..engine.precision import GRID, TORCH, half_ulp, nearest, read_rows
-from ..plan.item import Edit, Item
+from ..plan.item import Item, are_apart
 from ..reports.verify import CheckedModule
 from ..storage.reader import Reader
 from ..storage.safetensors import StoredTensor
@@ -72,30 +72,29 @@ class Outputs:
         return ((error / size) ** 0.5, (floor / size) ** 0.5) if size else (None, None)
 
 
-def _first_decomposed(edits: Sequence[Edit]) -> int | None:
-    return next((number for number, edit in enumerate(edits) if edit.divides), None)
+def lengths_of(expected: Expected) -> list[Lengths]:
+    """Return the lengths that each DoRA on its own outputs sets, or else the first DoRA."""
+    edits = expected.item.edits
+    numbers = [number for number, edit in enumerate(edits) if edit.divides]
+    numbers = [] if expected.item.combination else numbers
+    return [Lengths(expected, number) for number in (numbers if are_apart(edits) else numbers[:1])]
 
 
 class Lengths:
     """The lengths of a DoRA's rows, or columns, as written and by definition."""
 
-    def __init__(self, expected: Expected) -> None:
-        edits = expected.item.edits
-        self._number = None if expected.item.combination else _first_decomposed(edits)
-        if self._number is None:
-            return
-        self._axis, m = edits[self._number].axis, expected.m[self._number]
+    def __init__(self, expected: Expected, number: int) -> None:
+        edits, self._number = expected.item.edits, number
+        self._axis, m = edits[number].axis, expected.m[number]
         assert m is not None
         self._numbers = torch.stack([m, *torch.zeros(4, len(m), dtype=m.dtype, device=m.device)])
-        self._own = slice(*edits[self._number].outputs or (0, len(m)))
         """For each row or column: m, n, m/n, and the sums of error·x and of x²."""
-        self._grid = coarser(edits[self._number], expected.item.dtype)
-        self._weight = sum(abs(edit.weight) for edit in edits)
+        self._own = slice(*edits[number].outputs or (0, len(m)))
+        self._grid = coarser(edits[number], expected.item.dtype)
+        self._weight = abs(edits[number].weight) if are_apart(edits) else sum(abs(edit.weight) for edit in edits)
 
     def add(self, rows: Sequence[int], block: Block, got: Tensor) -> None:
         """Add some rows that differ from the rounded result."""
-        if self._number is None:
-            return
         part = block.parts[self._number]
         assert part.n is not None
         numbers = self._numbers[:, rows[0] : rows[-1] + 1] if self._axis else self._numbers
@@ -108,8 +107,6 @@ class Lengths:
 
         The roundings of k different numbers are independent: their mean is k**-½ of one.
         """
-        if self._number is None:
-            return False
         own = self._numbers[:, self._own]
         numbers = own[:, own[4] > 0]
         if not numbers.numel():
@@ -129,18 +126,19 @@ def compare_all(
     written = replace(written, shape=item.stacked)
     expected = _definition(item, reader, device)
     outputs = Outputs(expected, samples if item.changed and len(item.shape) > 1 else 0, device)
-    differing, total, lengths = [], 0, Lengths(expected)
+    differing, total, lengths = [], 0, lengths_of(expected)
     for rows in expected.chunks(range(item.matrix[0] + item.grown), CHUNK_ELEMENTS):
         block, raw = expected.block(rows), read_rows(reader, written, rows).to(device)
         if off := count_off(block.x, raw, item.dtype):
             differing.append(rows)
             total += off
-            lengths.add(rows, block, raw)
+            for each in lengths:
+                each.add(rows, block, raw)
         if outputs.x.numel():
             got = raw.double()
             outputs.add(rows, block, got, nearest(block.x, item.dtype) if off else got)
     outputs.finish()
-    once, number, most = total <= max(FEW, ROUNDED_ONCE * written.numel) or lengths.biased(), 0, 0
+    once, number, most = total <= max(FEW, ROUNDED_ONCE * written.numel) or any(each.biased() for each in lengths), 0, 0
     experts = set[int]()
     for rows in differing:
         got = read_rows(reader, written, rows).to(device).double()

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..adapters import Full
-from ..errors import UsageError
+from ..errors import UnsupportedError, UsageError
 from ..option_table import Combination
 from ..storage.safetensors import FLOATS, StoredTensor
 from .item import Edit, Item
@@ -83,6 +83,11 @@ def combined(item: Item, how: Combination) -> Item:
     """Return an item with its combination, if its edits are more than a sum."""
     edits = tuple(_fitted(edit, item.source) for edit in item.edits)
     whole = any(isinstance(edit.update, Full) for edit in edits)
+    if how.method == "chain" and any(edit.follows for edit in edits[1:]):
+        raise UnsupportedError(
+            f"{item.name} follows the norms of a weight that the chain changes: that is not computed yet.",
+            hint="merge the adapters one by one",
+        )
     needed = len(edits) > 1 if how.method == "chain" else edits and (whole or not how.is_sum)
     return replace(item, edits=edits, combination=how if needed else None)
 

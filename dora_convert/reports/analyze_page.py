@@ -24,7 +24,9 @@ PROFILES = (
     ("delta_direction", "ΔD"),
     ("relative_change", "‖ΔW‖/‖W‖"),
     ("stable_rank", "stable rank of ΔW"),
+    ("spread", "‖w′‖/‖w‖, 95 % − 5 %"),
 )
+"""The figures that are drawn over the layers; a spread is that of |m|/‖W‖ for a DoRA."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,8 @@ def _name(points: Sequence[Point]) -> str:
 
 
 def _means(points: Sequence[Point]) -> dict[str, float]:
-    columns = {name: [getattr(point, name) for point in points] for name, _ in PROFILES}
+    columns = {name: [getattr(point, name) for point in points] for name, _ in PROFILES if name != "spread"}
+    columns["spread"] = [ratio["p95"] - ratio["p5"] for point in points if (ratio := point.norm_ratio)]
     kept = {name: [value for value in values if value is not None] for name, values in columns.items()}
     return {name: statistics.fmean(values) for name, values in kept.items() if values}
 

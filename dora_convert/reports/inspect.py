@@ -167,6 +167,8 @@ def about_adapter(report: AdapterReport, *, every: bool) -> Iterator[str]:
     if report.faults:
         yield f"would not be merged: {len(report.faults)} faults"
         yield from _listed(report.faults, every=every)
+    if axes := report.facts.get("axes"):
+        yield f"magnitudes: one for each of W's {' or '.join(axes)}"
     yield from (f"unusual: {text}" for text in report.unusual)
     yield from (f"note: {note}" for note in report.notes)
     if report.landing:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -20,9 +20,15 @@ class ChainInverse(Inverse):
         links = [replace(item, edits=(edit,), combination=None) for edit in item.edits]
         self._links = [Inverse(link, buffers, exact=exact, taken=None) for link in links]
         self.operands = [link.operands[0] for link in self._links]
+        self.keeps = any(link.keeps for link in self._links)
+
+    def hold(self, read: Callable[[int, int], Tensor], norms: Callable[[int, int], Sequence[Tensor | None]]) -> None:
+        """Do nothing: no link of a chain that is inverted needs all rows at once."""
 
     def predict_(self, x: Tensor, start: int, stop: int, norms: Sequence[Tensor | None]) -> Tensor:
         """Compute W from W' in place."""
+        if self.keeps:
+            return x
         for link, n in zip(reversed(self._links), reversed(norms), strict=True):
             x = link.predict_(x, start, stop, [n])
         return x

@@ -31,7 +31,7 @@ class Inverse:
         """
         self._edits, self._buffers, self._columns = item.edits, buffers, item.matrix[1]
         self._item = item
-        self._keeps = exact and not all(edit.low or not edit.inner for edit in item.edits)
+        self.keeps = exact and not all(edit.low or not edit.inner for edit in item.edits)
         """True if W is predicted to be W': the record then holds the whole difference."""
         self.operands = [
             LoadedEdit.load(edit, buffers, _fixed_point(edit, buffers) if exact else None) for edit in item.edits
@@ -44,7 +44,7 @@ class Inverse:
 
     def hold(self, read: Callable[[int, int], Tensor], norms: Callable[[int, int], Sequence[Tensor | None]]) -> None:
         """Turn back what needs all rows of W' at once; `read` returns rows, and `norms` the norms for them."""
-        for operand in () if self._keeps else self.operands:
+        for operand in () if self.keeps else self.operands:
             if operand.transform and operand.transform.needs_whole:
                 parts = []
                 for start, stop in self._item.spans():
@@ -54,7 +54,7 @@ class Inverse:
 
     def predict_(self, x: Tensor, start: int, stop: int, norms: Sequence[Tensor | None]) -> Tensor:
         """Compute W from W' in place; `norms` are those of the edits' rows in the block, or of all their columns."""
-        if self._keeps:
+        if self.keeps:
             return x
         g, factors = self.coefficients(norms, start, stop)
         if g is not None:

@@ -203,6 +203,7 @@ class _Extraction(Fitter):
             besides=frozenset(name.rpartition(".")[0] for name in weights.names),
             weights=frozenset(weights.names) if parameters else frozenset(),
             keeps_ties=self.differences.keeps_ties,
+            model=self.base,
         )
         return {"": adapter}
 

@@ -136,6 +136,7 @@ class _FromLora(Fitter):
             self.session.settings.base_model,
             targets=None if len(decomposed) == before else (),
             besides=modules_besides(self.matched, changes.jobs),
+            model=self.matched.base,
         )
         if not changes.rest:
             return {"": dora}

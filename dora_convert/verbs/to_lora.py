@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from typing_extensions import Unpack
 
-from ..adapters import Change, Decomposed, Delta, LowRank, low_rank
+from ..adapters import Change, Decomposed, Delta, LowRank, low_rank, transform_of
 from ..adapters.new_adapter import NewAdapter
 from ..fitting.jobs import (
     HELD,
@@ -44,9 +44,11 @@ COMPARED = 1 << 21
 
 @takes(ToLoraOptions)
 def to_lora(
-    base: PathLike | None, adapter: PathLike, out: PathLike, **options: Unpack[ToLoraOptions]
+    base: PathLike | None, adapter: PathLike | Sequence[PathLike], out: PathLike, **options: Unpack[ToLoraOptions]
 ) -> MadeReport | MadeDryRun:
     """Make a plain LoRA of an adapter: for each module the best factors of ΔW = apply(W) − W.
+
+    Several adapters become one LoRA of what they do together, combined as `merge` combines them.
 
     Exactly one of `rank`, `energy` (the share of squared singular values that is kept) and `max_error`
     (relative, of each module's ΔW) says how good. All modules get the largest rank that any of them needs, or
@@ -57,6 +59,10 @@ def to_lora(
     goal = parse_goal(options)
     with FittingSession.begin(out, options) as session:
         matched = session.match(base, adapter, "to-lora")
+        if len(matched.adapters) > 1 or any(item.combination for item in matched.items) or matched.weights != (1.0,):
+            from ..fitting.several import SeveralToLora
+
+            return session.finish(SeveralToLora(session, matched, options, goal), kept=[])
         changes = _divide(matched, session)
         fitter = _ToLora(session, matched, changes, options, goal)
         return session.finish(fitter, kept=[job.name for job in changes.kept])
@@ -97,7 +103,7 @@ def _cost(matched: Plan, session: FittingSession, rank: int, item: Item, edit: E
 
     `rank` is the largest of the adapter's, which all modules may get.
     """
-    plain = not edit.decomposed and not item.start
+    plain = edit.low and not edit.decomposed and not item.start
     factors = 8 * 4 * rank * sum(item.source.matrix)
     matrix = 24 * min(item.source.numel, COMPARED)
     if not plain:
@@ -113,10 +119,10 @@ def _largest_rank(job: MatchedChange, goal: Mapping[str, Any]) -> int:
     return min(exact, goal.get("rank") or exact)
 
 
-def _factors(job: MatchedChange) -> LowRank:
-    low = low_rank(job.change.update)
-    assert low
-    return low
+def _transposed(job: MatchedChange) -> bool | None:
+    """Return True for factors of an embedding, False for a convolution's, None for others."""
+    inner = transform_of(job.change.update)
+    return inner.transposed if inner else None
 
 
 @dataclass(frozen=True)
@@ -171,7 +177,7 @@ class _ToLora(Fitter):
         changes, biases = [], {}
         for job in divided.jobs:
             tensors = results[job.name].tensors
-            low = LowRank(tensors["A"], tensors["B"], 1.0, transposed=_factors(job).transposed)
+            low = LowRank(tensors["A"], tensors["B"], 1.0, transposed=_transposed(job))
             changes.append(replace(job.change, update=low))
             biases[job.name.rpartition(".")[0]] = tensors.get("b")
         for change in [*(job.change for job in divided.kept), *divided.unmatched, *divided.others]:
@@ -180,12 +186,14 @@ class _ToLora(Fitter):
         before = sum(isinstance(change.update, LowRank | Decomposed) for change in adapter.changes)
         after = sum(isinstance(change.update, LowRank) for change in changes)
         pruned = any(name.endswith(".lora_E") for name in adapter.ignored)
+        same = before == after and not pruned and all(low_rank(job.change.update) for job in divided.jobs)
         lora = NewAdapter(
             tuple(changes),
             adapter,
             self.session.settings.base_model,
-            targets=None if before == after and not pruned else (),
+            targets=None if same else (),
             besides=modules_besides(self.matched, [*divided.jobs, *divided.kept]),
+            model=self.matched.base,
         )
         return {"": lora}
 
@@ -211,7 +219,7 @@ class _ToLora(Fitter):
             why = lost if error > LOSSY else "its factors are as large as the weights"
             warn(f"merging would be the better way out: {why}")
         for job in self.changes.kept:
-            if (rank := _factors(job).rank) > self.goal.get("rank", rank):
+            if job.edit.low and (rank := job.edit.low.rank) > self.goal.get("rank", rank):
                 warn(f"{job.name} stays at rank {rank}: PEFT has one rank for several weights")
         others = [job.change.update for job in self.changes.kept]
         others += [change.update for change in self.changes.unmatched]

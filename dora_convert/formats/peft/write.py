@@ -18,7 +18,7 @@ from ...adapters.new_adapter import Files, NewAdapter
 from ...adapters.writing import refuse_others
 from ...storage.json_files import read_json
 from ...storage.safetensors import StoredTensor
-from .config import SCHEDULE, TASKS, Config
+from .config import LORA, SCHEDULE, TASKS, Config
 from .modules import CONFIG, PREFIX, TOKENS, WEIGHTS, part_of, plain
 
 MAGNITUDE = ".lora_magnitude_vector"
@@ -119,12 +119,12 @@ def _wrappers_around(target: str, new: NewAdapter) -> int:
 
 
 def _of(like: Adapter | None) -> tuple[dict[str, Any], Config | None]:
-    """Return the config of an adapter in this format: as the file has it, and parsed."""
+    """Return the config of a LoRA in this format: as the file has it, and parsed."""
     if like is None or like.format != "peft":
         return {}, None
     path = like.source.path / CONFIG
     raw = read_json(path)
-    return raw, Config.parse(raw, path)
+    return (raw, Config.parse(raw, path)) if str(raw.get("peft_type")).upper() in LORA else ({}, None)
 
 
 def _config(new: NewAdapter) -> dict[str, Any]:
@@ -132,7 +132,8 @@ def _config(new: NewAdapter) -> dict[str, Any]:
     before, config = _of(new.like)
     raw = {**_FRESH, **{key: value for key, value in before.items() if key not in {"init_r", *SCHEDULE}}}
     raw |= {"peft_type": "LORA", "inference_mode": True}
-    raw |= {"base_model_name_or_path": new.base or raw["base_model_name_or_path"]}
+    known = raw["base_model_name_or_path"] or (new.like and new.like.base)
+    raw |= {"base_model_name_or_path": new.base or known}
     raw |= {"revision": new.revision or raw["revision"]} if not new.base else {"revision": new.revision}
     raw["use_dora"] = any(isinstance(change.update, Decomposed) for change in new.changes)
     raw |= _numbers(new, config) | _beginnings(new, before) | _targets(new, config) | _whole(new, config)

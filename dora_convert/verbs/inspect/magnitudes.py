@@ -1,4 +1,4 @@
-"""Compare a few magnitudes with the rows of the base, without torch: normalised ones, and those of another base."""
+"""Compare a few magnitudes with the rows of the base, without torch: those of another base are far off."""
 
 from __future__ import annotations
 
@@ -13,26 +13,20 @@ from ...storage.safetensors import StoredTensor
 
 MODULES, ROWS = 12, 8
 """Modules and rows of each that are looked at."""
-FAR, NEAR_ONE, OTHER_BASE = math.log(1.4), 0.5, 0.5
-"""As in a merge: norms are far from 1 and magnitudes near it; or magnitudes are far from the norms."""
+OTHER_BASE = 0.5
+"""A median |m/‖W‖ − 1| above this means that m was trained on other weights, as in a merge."""
 FORMATS = {"F64": "d", "F32": "f", "F16": "e"}
 
 
 def doubt_magnitudes(plan: Plan) -> Iterator[str]:
-    """Yield a warning if magnitudes are normalised, or are those of another base."""
+    """Yield a warning if magnitudes are those of another base."""
     if not plan.base.is_here:
         return
     samples = [each for each in _samples(plan) if each]
     if not samples:
         return
-    m, n = (statistics.median(each[side] for each in samples) for side in (0, 1))
-    near = sum(_is_near_one(*each) for each in samples)
-    if 2 * near > len(samples):
-        yield (
-            f"the magnitudes are {m:.2g} in the median and the rows of the base {n:.2g}: they look normalised, "
-            "as TensorRT-LLM's normalize_weights.py leaves them; a merge refuses them"
-        )
-    elif statistics.median(abs(m / n - 1) for m, n in samples) > OTHER_BASE:
+    if statistics.median(abs(m / n - 1) for m, n in samples) > OTHER_BASE:
+        m, n = (statistics.median(each[side] for each in samples) for side in (0, 1))
         yield f"another base? The magnitudes are {m:.2g} in the median, the norms of the base's rows {n:.2g}"
 
 
@@ -54,11 +48,6 @@ def _samples(plan: Plan) -> Iterator[tuple[float, float] | None]:
         sizes = [abs(_values(update.m, row, 1)[0]) for row in rows]
         middle = statistics.median(sizes), statistics.median(norms)
         yield middle if all(middle) and all(map(math.isfinite, middle)) else None
-
-
-def _is_near_one(m: float, n: float) -> bool:
-    """Return True if magnitudes are near 1, and norms are not."""
-    return abs(math.log(n)) > FAR and abs(m - 1) < NEAR_ONE and abs(math.log(m)) < abs(math.log(m / n)) / 2
 
 
 def _values(tensor: StoredTensor, start: int, count: int) -> tuple[float, ...]:

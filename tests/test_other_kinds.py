@@ -1,0 +1,121 @@
+"""Kinds of adapters beyond low rank: combined, compressed, taken out, and refused where no equation helps."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import dora_convert
+from dora_convert.errors import DoraConvertError
+
+GOLDEN = Path(__file__).parent / "golden/formats"
+CASES = json.loads((GOLDEN / "cases.json").read_text())
+
+
+def base_of(case: str) -> Path:
+    """The base of a golden case."""
+    return GOLDEN / CASES[case]["base"]
+
+
+def merged(base: Path, adapters: object, out: Path, **options: object) -> dict[str, torch.Tensor]:
+    """The tensors of a merge."""
+    dora_convert.merge(base, adapters, out, **options)
+    return load_file(out / "model.safetensors")
+
+
+def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """The largest relative distance of two tensors of the same name."""
+    return max(float((one[name] - other[name]).norm() / other[name].norm()) for name in other)
+
+
+@pytest.mark.parametrize("case", ["peft-loha", "peft-lokr", "peft-oft", "peft-vera"])
+def test_a_lora_of_any_kind(tmp_path, case):
+    """Factors of full rank merge to the same weights; from-lora refuses the kind by name."""
+    base, adapter = base_of(case), GOLDEN / case
+    report = dora_convert.to_lora(base, adapter, tmp_path / "lora", rank=24)
+    assert report.relative_error < 1e-5
+    assert distance(merged(base, tmp_path / "lora", tmp_path / "b"), merged(base, adapter, tmp_path / "a")) < 1e-6
+    if case != "peft-vera":
+        with pytest.raises(DoraConvertError, match="cannot be DoRA"):
+            dora_convert.from_lora(base, adapter, tmp_path / "dora")
+
+
+def test_scaled_biases_have_no_lora(tmp_path):
+    """(IA)³ scales biases, too: to-lora says so, and merge does it."""
+    with pytest.raises(DoraConvertError, match="scales 4 biases"):
+        dora_convert.to_lora(base_of("peft-ia3"), GOLDEN / "peft-ia3", tmp_path / "lora", rank=4)
+
+
+def test_a_sum_of_kinds(tmp_path):
+    """Each change is of the unmerged weight, so the changes of a rotation and of a product add up."""
+    base = base_of("peft-oft")
+    one, other = GOLDEN / "peft-oft", GOLDEN / "peft-loha"
+    both = merged(base, [one, other], tmp_path / "both", weight=[0.5, 2.0], undo="exact")
+    W = load_file(base / "model.safetensors")
+    changes = [merged(base, each, tmp_path / each.name) for each in (one, other)]
+    for name, tensor in both.items():
+        wanted = W[name].double() + 0.5 * (changes[0][name] - W[name]) + 2.0 * (changes[1][name] - W[name])
+        assert (tensor - wanted).norm() < 1e-6 * wanted.norm()
+    assert dora_convert.verify(base, [one, other], tmp_path / "both", weight=[0.5, 2.0]).verdict == "agree"
+    dora_convert.unmerge(tmp_path / "both", [one, other], tmp_path / "back")
+    assert all(torch.equal(tensor, W[name]) for name, tensor in load_file(tmp_path / "back/model.safetensors").items())
+    merged(base, [one, other], tmp_path / "sum", weight=[0.5, 2.0])
+    with pytest.raises(DoraConvertError, match="cannot") as caught:
+        dora_convert.unmerge(tmp_path / "sum", [one, other], tmp_path / "no")
+    assert "OFT" in caught.value.text()
+
+
+@pytest.mark.parametrize("case", ["peft-ia3", "peft-loha", "peft-lokr", "peft-oft", "peft-vera", "hfadapters-dora"])
+def test_taken_out_by_arithmetic(tmp_path, case):
+    """Without a record of roundings, the inverse of each kind finds the base to the last bits."""
+    base = base_of(case)
+    files = list((GOLDEN / case).iterdir())
+    adapter = files[0] if len(files) == 1 else GOLDEN / case
+    merged(base, adapter, tmp_path / "out")
+    dora_convert.unmerge(tmp_path / "out", adapter, tmp_path / "back")
+    assert distance(load_file(tmp_path / "back/model.safetensors"), load_file(base / "model.safetensors")) < 1e-6
+
+
+def test_a_wrong_merge_of_another_kind(tmp_path):
+    """The cause is not named after LoRA's mistakes; a weight that was not merged is."""
+    base, adapter = base_of("peft-loha"), GOLDEN / "peft-loha"
+    merged(base, adapter, tmp_path / "out")
+    file = tmp_path / "out/model.safetensors"
+    good, W = load_file(file), load_file(base / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    for wrong, cause in ((W[name], "not merged"), (W[name] + 2 * (good[name] - W[name]), None)):
+        save_file({**good, name: wrong}, file, {"format": "pt"})
+        report = dora_convert.verify(base, adapter, tmp_path / "out").to_dict()
+        found = next(module for module in report["modules"] if name.startswith(module["name"]))
+        assert report["verdict"] != "agree"
+        assert cause in found["cause"] if cause else found["cause"] is None
+
+
+def test_the_memory_budget_changes_nothing(tmp_path):
+    """Blocks depend on shapes alone: one worker or two, any budget."""
+    base, adapter = base_of("peft-lokr"), GOLDEN / "peft-lokr"
+    one = merged(base, adapter, tmp_path / "one", workers=1)
+    two = merged(base, adapter, tmp_path / "two", workers=2, max_memory="1GiB")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_parts_that_contradict_each_other(tmp_path):
+    """A missing factor, and a rank that is not the config's, are faults with the module's name."""
+    adapter = tmp_path / "adapter"
+    shutil.copytree(GOLDEN / "peft-loha", adapter)
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    gone = next(name for name in tensors if name.endswith("hada_w2_b"))
+    del tensors[gone]
+    save_file(tensors, file)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"r": 2}))
+    with pytest.raises(DoraConvertError) as caught:
+        dora_convert.merge(base_of("peft-loha"), adapter, tmp_path / "out")
+    assert "has no hada_w2_b" in caught.value.text()
+    assert "the config says rank 2" in caught.value.text()
