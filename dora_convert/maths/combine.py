@@ -1,4 +1,4 @@
-"""Combine several changes of one weight: prune, drop at random, elect signs, add (docs/mathematics.md, 12 to 15).
+"""Combine several changes of one weight: prune, drop at random, elect signs, add (docs/mathematics.md, 21 to 24).
 
 All functions take blocks of rows. Random numbers depend on a key, a row and a column alone, so that no block, device
 or worker changes them.
@@ -23,7 +23,7 @@ def kept_count(density: float, numel: int) -> int:
 
 
 def prune_(delta: Tensor, least: float) -> Tensor:
-    """Set elements whose magnitude is below `least` to zero (12)."""
+    """Set elements whose magnitude is below `least` to zero (21)."""
     if least <= 0:
         return delta
     pruned: Tensor = torch.ops.aten.hardshrink(delta, math.nextafter(least, 0.0), out=delta)
@@ -84,7 +84,7 @@ def drop_(
     words: Tensor,  # random, as `delta`
     density: float,
 ) -> Tensor:
-    """Keep each element with probability `density`, and divide it by `density` (13, DARE)."""
+    """Keep each element with probability `density`, and divide it by `density` (22, DARE)."""
     if density >= 1:
         return delta
     return delta.mul_(words < _bound(density)).div_(density)
@@ -100,7 +100,7 @@ def drop_by_rank_(
     words: Tensor,  # random, as `delta`
     density: float,
 ) -> Tensor:
-    """Keep each element with a probability that grows with its magnitude's rank in its row, and divide by it (14).
+    """Keep each element with a probability that grows with its magnitude's rank in its row, and divide by it (23).
 
     The least of a row is kept with probability density − ε, the largest with density + ε.
     """
@@ -143,7 +143,7 @@ def elect_(
     majority: str,
     work: Sequence[Tensor],  # three more of the same shape
 ) -> Tensor:
-    """Add to W the mean of wᵢ·δᵢ over the changes whose sign is the majority's (15, TIES).
+    """Add to W the mean of wᵢ·δᵢ over the changes whose sign is the majority's (24, TIES).
 
     "total" elects the sign of Σ δᵢ, "frequency" the sign of Σ sign(δᵢ); zero counts as positive.
     """
