@@ -23,6 +23,9 @@ from ..storage.checkpoint import Checkpoint
 from ..storage.reader import Reader
 from ..storage.safetensors import FLOATS, StoredTensor
 
+CERTAIN = 5.0
+"""The logarithm of the ratio of two spreads counts if it is this many times 1/√n, for n magnitudes: 3.5 deviations."""
+LEAST_SPREAD = 1e-9
 SURE = 1.5
 """One reading counts if the other one's spread is so many times larger."""
 MODULES, ROWS = 6, 512
@@ -170,14 +173,20 @@ def _axis(adapter: Adapter, find: Find, base: Checkpoint) -> str:
     opened = [change for change in adapter.changes if _is_open(change.update)]
     if not _is_here(base):
         raise _undecided(opened, "the base is not on this machine")
-    spreads = {}
-    for axis, name in ((1, "rows"), (0, "columns")):
-        pooled = [_spread(_ratios(sample)) for sample in _samples(opened, find, base, axis)]
-        spreads[name] = statistics.median(pooled) if pooled else math.inf
-    best, other = sorted(spreads, key=lambda name: spreads[name])
-    if not math.isfinite(spreads[best]) or spreads[other] < SURE * spreads[best]:
+    certainty = _certainty(*(_samples(opened, find, base, axis) for axis in (1, 0)))
+    if abs(certainty) < CERTAIN:
         raise _undecided(opened, "the base's norms fit both")
-    return best
+    return "rows" if certainty > 0 else "columns"
+
+
+def _certainty(one: Sequence[MagnitudeSample], other: Sequence[MagnitudeSample]) -> float:
+    """Return √n times the mean logarithm of the ratio of spreads: positive if the first reading fits better."""
+    pairs = [(_spread(_ratios(a)), _spread(_ratios(b)), len(a.rows)) for a, b in zip(one, other, strict=False)]
+    pairs = [pair for pair in pairs if math.isfinite(pair[0]) and math.isfinite(pair[1])]
+    if not pairs:
+        return 0.0
+    logs = [math.log(max(b, LEAST_SPREAD) / max(a, LEAST_SPREAD)) for a, b, _ in pairs]
+    return statistics.fmean(logs) * math.sqrt(sum(count for *_, count in pairs))
 
 
 def _undecided(changes: Sequence[Change], why: str) -> UnsupportedError:
@@ -233,10 +242,9 @@ def _is_meta(changes: Sequence[Change], find: Find, base: Checkpoint) -> bool:
     for change in changes[:MODULES]:
         rows = _meta_rows(change, base)
         for sample in _samples([change], find, base) if rows else ():
-            plain.append(_spread(_ratios(sample)))
-            moved = sample._replace(m=[sample.m[row] for row in rows])
-            meta.append(_spread(_ratios(moved)))
-    return bool(plain) and statistics.median(meta) * SURE < statistics.median(plain)
+            plain.append(sample)
+            meta.append(sample._replace(m=[sample.m[row] for row in rows]))
+    return _certainty(meta, plain) >= CERTAIN
 
 
 def _meta_rows(change: Change, base: Checkpoint) -> tuple[int, ...]:
