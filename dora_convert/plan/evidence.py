@@ -47,6 +47,8 @@ class MagnitudeSample(NamedTuple):
     norms: Sequence[float]
     m: Sequence[float]
     """All magnitudes."""
+    changed: Sequence[float] = ()
+    """The rows' norms with the adapter's factors added: what an m of this very adapter is the norm of."""
 
 
 def decide(adapter: Adapter, find: Find, base: Checkpoint) -> Adapter:
@@ -121,11 +123,11 @@ def _samples(changes: Sequence[Change], find: Find, base: Checkpoint, axis: int 
             if not update or not W or type(W) is not StoredTensor or W.dtype not in FLOATS or len(samples) == MODULES:
                 continue
             if W.matrix[1 - axis] == update.m.numel:
-                samples.append(_sample(W, update.m, axis, reader))
+                samples.append(_sample(W, update, axis, reader))
     return samples
 
 
-def _sample(W: StoredTensor, m: StoredTensor, axis: int, reader: Reader) -> MagnitudeSample:
+def _sample(W: StoredTensor, update: Decomposed, axis: int, reader: Reader) -> MagnitudeSample:
     """Return the norms of some rows, or those of all columns as far as some rows tell, and all magnitudes."""
     import torch
 
@@ -142,9 +144,16 @@ def _sample(W: StoredTensor, m: StoredTensor, axis: int, reader: Reader) -> Magn
     matrix = torch.stack([read(W, row * width, width) for row in chosen])
     norms = matrix.norm(dim=axis) * (1 if axis == 1 else math.sqrt(height / len(chosen)))
     logs = [_log(value) for value in norms.tolist()]
-    whole = b"".join(map(bytes, reader.pieces(m)))
-    values = torch.frombuffer(bytearray(whole), dtype=dtypes[m.dtype]).double().tolist()
-    return MagnitudeSample(chosen if axis == 1 else range(width), logs, [_log(value) for value in values])
+
+    def whole(tensor: StoredTensor) -> torch.Tensor:
+        data = bytearray(b"".join(map(bytes, reader.pieces(tensor))))
+        return torch.frombuffer(data, dtype=dtypes[tensor.dtype]).double().view(tensor.matrix)
+
+    m, low, changed = whole(update.m).flatten().tolist(), update.inner, list[float]()
+    if axis == 1 and isinstance(low, LowRank) and low.A.matrix[1] == width and not (low.d or low.b or low.start):
+        V = matrix + low.scale * whole(low.B)[chosen] @ whole(low.A)
+        changed = [_log(value) for value in V.norm(dim=1).tolist()]
+    return MagnitudeSample(chosen if axis == 1 else range(width), logs, [_log(value) for value in m], changed)
 
 
 def _log(value: float) -> float:
@@ -208,6 +217,7 @@ def _are_normalised(samples: Sequence[MagnitudeSample]) -> bool:
     """Return True if magnitudes are near 1 in every module, and nearer to 1 than to the norms of the weights."""
     from_one = [statistics.median(abs(m) for m in sample.m) for sample in samples]
     from_norms = [statistics.median(map(abs, _ratios(sample))) for sample in samples]
+    from_norms = [min(far, _from_changed(sample)) for far, sample in zip(from_norms, samples, strict=True)]
     norms = [abs(statistics.median(sample.norms)) for sample in samples]
     if max(from_one) > NEAR_ONE or statistics.median(norms) < NEVER_NEAR:
         return False
@@ -218,6 +228,12 @@ def _are_normalised(samples: Sequence[MagnitudeSample]) -> bool:
     if len(means) < 2:
         return True
     return statistics.stdev(one for one, _ in means) <= statistics.stdev(other for _, other in means)
+
+
+def _from_changed(sample: MagnitudeSample) -> float:
+    """Return the distance of magnitudes from the norms of V = W + sBA, infinity if they are not known."""
+    pairs = zip(sample.rows, sample.changed, strict=False)
+    return statistics.median([abs(sample.m[row] - norm) for row, norm in pairs] or [math.inf])
 
 
 def _is_meta(changes: Sequence[Change], find: Find, base: Checkpoint) -> bool:
