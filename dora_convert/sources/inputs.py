@@ -162,11 +162,18 @@ def find_adapter(ref: str, session: Session) -> Source:
     left: list[str] = []
 
     def wanted(names: Sequence[str]) -> list[str]:
+        if parsed.file:
+            return [name for name in names if name in (parsed.file, "adapter_config.json")]
         chosen = wanted_of_adapter(names)
         left.extend(name for name in model_weights(names) if name not in chosen)
         return chosen
 
-    source = fetch(parsed, "ADAPTER", wanted, session)
+    source = fetch(parsed.around, "ADAPTER", wanted, session)
+    if parsed.file:
+        return replace(source, path=source.path / parsed.file, name=parsed.file)
+    if left and not detect(source.path):
+        several = f"{source.title} holds several weight files, and no adapter by name: {', '.join(left[:5])}."
+        raise RefError(several, hint=f"name one, such as hf://{parsed}/{left[0]}")
     if left:
         session.notify(f"not downloaded, a model beside the adapter by its name: {', '.join(left[:5])}")
     return source
@@ -180,8 +187,9 @@ def read_adapter(source: Source, waived: Waived = NOTHING) -> Adapter:
     if not (known := detect(source.path)):
         raise _not_an_adapter(source)
     adapter = known.read(source, waived)
-    folder = adapter.source.path
-    names = [name for name in list_files(folder) if is_adapter_file(name) or is_tokenizer_file(name)]
+    names = [
+        name for name in list_files(folder := adapter.source.path) if is_adapter_file(name) or is_tokenizer_file(name)
+    ]
     return replace(adapter, states=file_states([*(folder / name for name in names), *adapter.files]))
 
 
