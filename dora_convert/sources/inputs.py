@@ -18,7 +18,6 @@ from ..errors import RefError, UnsupportedError, UsageError
 from ..formats.detect import (
     ANCHORS,
     adapters_inside,
-    by_tensors,
     detect,
     find_format,
     is_adapter_file,
@@ -26,6 +25,7 @@ from ..formats.detect import (
     model_weights,
     read_refused,
     refuse_adapter,
+    refuse_tensors,
     wanted_of_adapter,
 )
 from ..storage.checkpoint import Checkpoint, open_checkpoint
@@ -104,7 +104,8 @@ def open_base(
         if mode != "whole":
             with suppress(UnsupportedError):  # torch's pickles have no headers that are read from the Hub
                 remote = look(parsed, what, session, whole=mode == "headers", weights=weights).checkpoint()
-                refuse_adapter_tensors(remote, what)
+                if remote.config is None:
+                    refuse_tensors(remote.tensors, f"{what} {remote.source.name}")
                 return remote
         source = fetch(parsed, what, wanted_of_base, session)
     else:
@@ -187,16 +188,9 @@ def read_adapter(source: Source, waived: Waived = NOTHING) -> Adapter:
     if not (known := detect(source.path)):
         raise _not_an_adapter(source)
     adapter = known.read(source, waived)
-    names = [
-        name for name in list_files(folder := adapter.source.path) if is_adapter_file(name) or is_tokenizer_file(name)
-    ]
+    folder = adapter.source.path
+    names = [name for name in list_files(folder) if is_adapter_file(name) or is_tokenizer_file(name)]
     return replace(adapter, states=file_states([*(folder / name for name in names), *adapter.files]))
-
-
-def refuse_adapter_tensors(checkpoint: Checkpoint, what: str) -> None:
-    """Raise RefError if the tensors of a checkpoint on the Hub are those of an adapter."""
-    if checkpoint.config is None and (known := by_tensors(checkpoint.tensors)):
-        raise RefError(f"{what} {checkpoint.source.name} is an adapter ({known.NAME}), not a model.")
 
 
 def read_or_refuse(source: Source, waived: Waived) -> tuple[Adapter, UnsupportedError | None]:
