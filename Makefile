@@ -9,6 +9,7 @@
 # make fuzz    a minute of broken files at everything that reads them; SEED=N for others
 # make oracles compare with the tools themselves (minutes); CASES=FOLDER adds their own adapters
 #              QUANTISERS=VENV/bin adds quantised bases, in an environment with the tools that make them
+#              TOOLS=VENV/bin makes adapters with lycoris-lora, and loads ours with it, mlx-lm and diffusers
 # make bench   time merges against cp and PEFT (needs about 10 GB of disk)
 
 PYTHON ?= python3
@@ -102,6 +103,7 @@ oracles: $(VENV)/ready
 	$(BIN)/python -m tests.oracles.verbs
 	$(BIN)/python -m tests.oracles.kinds
 	$(if $(QUANTISERS),$(QUANTISERS)/python tests/oracles/quantised.py)
+	$(if $(TOOLS),$(TOOLS)/python tests/oracles/formats.py $(BIN)/dora-convert)
 	$(if $(CASES),$(BIN)/python -m tests.oracles.analyze $(CASES))
 
 bench: $(VENV)/ready

@@ -248,3 +248,23 @@ def test_the_hint_about_the_base_is_given_where_it_is_likely(tmp_path, base, cas
     with pytest.raises(DoraConvertError) as caught:
         dora_convert.merge(base.path, adapter, tmp_path / "out")
     assert (HINT in f"{caught.value.hint}") == likely
+
+
+def test_magnitudes_of_a_large_change_are_not_normalised(tmp_path):
+    """Magnitudes near 1 that are the norms of W + sBA are norms, though those of W are far from them."""
+    torch.manual_seed(0)
+    weights = {f"model.layers.{k}.mlp.up_proj.weight": 0.02 * torch.randn(40, 32) for k in range(3)}
+    (tmp_path / "base").mkdir()
+    save_file(weights, tmp_path / "base/model.safetensors", {"format": "pt"})
+    (tmp_path / "base/config.json").write_text('{"model_type": "llama"}')
+    base = Base(tmp_path / "base", weights)
+    make_adapter(tmp_path / "lora", base, dora=False, targets=("up_proj",))
+    path = tmp_path / "lora/adapter_model.safetensors"
+    factors = {name: tensor * (7 if "lora_B" in name else 1) for name, tensor in load_file(path).items()}
+    save_file(factors, path, {"format": "pt"})
+    dora_convert.from_lora(base.path, tmp_path / "lora", tmp_path / "dora")
+    merged = []
+    for name in ("lora", "dora"):
+        dora_convert.merge(base.path, tmp_path / name, tmp_path / f"by {name}")
+        merged.append(load(tmp_path / f"by {name}"))
+    assert all(torch.allclose(merged[1][name], tensor, atol=1e-6) for name, tensor in merged[0].items())

@@ -25,6 +25,8 @@ class RowFactors:
     change: Change
     low: LowRank
     m: StoredTensor | None
+    kernel: tuple[int, ...] = ()
+    """The dimensions of a convolution's kernel that both factors lack, as those of a 1×1 convolution may."""
 
     @property
     def module(self) -> str:
@@ -41,7 +43,7 @@ def factors_of(new: NewAdapter, format_name: str, *, dora: bool = True, embeddin
     ]
     if faults or not new.changes:
         raise UnsupportedError(f"{format_name} cannot hold {len(faults)} changes.", faults=faults, hint=HINT)
-    found = [RowFactors(change, *_parts(change.update)) for change in new.changes]
+    found = [RowFactors(change, *_parts(change.update), _kernel(change, new)) for change in new.changes]
     kinds = {bool(each.m) for each in found}
     if len(kinds) > 1 and format_name in ("mlx", "torchtune"):
         raise UnsupportedError(f"{format_name} cannot hold LoRA and DoRA in one adapter.", hint=HINT)
@@ -52,6 +54,12 @@ def _parts(update: Update) -> tuple[LowRank, StoredTensor | None]:
     low = update.inner if isinstance(update, Decomposed) else update
     assert isinstance(low, LowRank)
     return low, update.m if isinstance(update, Decomposed) else None
+
+
+def _kernel(change: Change, new: NewAdapter) -> tuple[int, ...]:
+    """Return the dimensions of a point convolution's kernel, which only the base shows; () for all other weights."""
+    weight, (low, _) = new.model and new.model.tensors.get(change.target), _parts(change.update)
+    return weight.shape[2:] if weight and len(low.A.shape) == 2 and set(weight.shape[2:]) == {1} else ()
 
 
 def _objection(change: Change, *, dora: bool, embeddings: bool) -> str | None:

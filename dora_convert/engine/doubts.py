@@ -83,7 +83,7 @@ def _is_near_one(m: float, n: float) -> bool:
 
 
 def _sample(tensor: StoredTensor, edit: Edit, update: Decomposed, buffers: DeviceBuffers) -> tuple[Tensor, Tensor]:
-    """Return m and ‖W‖ for some outputs of one weight."""
+    """Return m and ‖W‖ for some outputs of one weight, or ‖W + sBA‖ if m is nearer to that."""
     m = buffers.whole(update.m).flatten()
     first, last = edit.own_rows(0, tensor.matrix[0])
     rows = last - first
@@ -94,4 +94,11 @@ def _sample(tensor: StoredTensor, edit: Edit, update: Decomposed, buffers: Devic
         own = sample[:, slice(*edit.outputs)] if edit.outputs else sample
         n = maths.norms(own, axis=0) * (rows / len(chosen)) ** 0.5
         return m, torch.linalg.vector_norm(n.view(len(m), -1), dim=1)  # a convolution's inputs have a kernel each
-    return m[chosen], maths.norms(sample, axis=1)
+    m, n = m[chosen], maths.norms(sample, axis=1)
+    low = edit.low
+    if not low or low.d or low.b or low.start or low.blocks != (1, 1) or (m / n).log().abs().nanmedian() <= FAR:
+        return m, n
+    B = torch.cat([buffers.rows(low.B, row, row + 1) for row in chosen])
+    changed = maths.norms(maths.add_low_rank_(sample, B, buffers.whole(low.A), low.scale), axis=1)
+    is_nearer = (m / changed).log().abs().nanmedian() < (m / n).log().abs().nanmedian()
+    return m, changed if is_nearer else n  # a large change: m is a norm of V, far from that of W

@@ -14,7 +14,7 @@ def kronecker_rows(
     start: int,
     stop: int,
 ) -> Tensor:  # (stop − start, b·d)
-    """Return some rows of C₁ ⊗ C₂: row p·c + q is row p of C₁ ⊗ row q of C₂ (10)."""
+    """Return some rows of C₁ ⊗ C₂: row p·c + q is row p of C₁ ⊗ row q of C₂ (42)."""
     rows = torch.arange(start, stop, device=one.device)
     left, right = one[rows // len(other)], other[rows % len(other)]
     return torch.einsum("kb,kd->kbd", left, right).flatten(1)
@@ -25,7 +25,7 @@ def tucker(
     B: Tensor,  # (out, r)
     A: Tensor,  # (r', in)
 ) -> Tensor:  # (out, in·k)
-    """Return Δ[o, i, t] = Σ core[m, n, t]·B[o, m]·A[n, i] (9)."""
+    """Return Δ[o, i, t] = Σ core[m, n, t]·B[o, m]·A[n, i] (41)."""
     half = torch.einsum("mnt,ni->mit", core, A)
     return (B @ half.flatten(1)).view(len(B), -1)
 
@@ -35,7 +35,7 @@ def fourier(
     seed: int,
     shape: tuple[int, int],  # (out, in)
 ) -> Tensor:  # (out, in)
-    """Return the real part of the inverse Fourier transform of a matrix of n seeded frequencies (13)."""
+    """Return the real part of the inverse Fourier transform of a matrix of n seeded frequencies (44)."""
     generator = torch.Generator().manual_seed(seed)
     places = torch.randperm(math.prod(shape), generator=generator)[: len(spectrum)]
     dense = spectrum.new_zeros(math.prod(shape))
@@ -45,7 +45,7 @@ def fourier(
 
 
 def circulant(kernel: Tensor) -> Tensor:  # (m, n, b) → (m·b, n·b)
-    """Return circulant blocks: block [i, j][p, q] is kernel[i, j, (q − p) mod b], all over n·b (14)."""
+    """Return circulant blocks: block [i, j][p, q] is kernel[i, j, (q − p) mod b], all over n·b (45)."""
     m, n, b = kernel.shape
     steps = torch.arange(b, device=kernel.device)
     blocks = kernel[:, :, (steps[None, :] - steps[:, None]) % b]  # (m, n, b, b)
@@ -58,7 +58,7 @@ def bounded(
     strength: Tensor,  # 1 element
     norms: Tensor,  # (in,)
 ) -> Tensor:  # (out, in)
-    """Return Σ λ/r·bᵢaᵢ/(‖aᵢ‖‖bᵢ‖)·diag(norms), where a norm counts as 1e-4 at least: DeLoRA (15)."""
+    """Return Σ λ/r·bᵢaᵢ/(‖aᵢ‖‖bᵢ‖)·diag(norms), where a norm counts as 1e-4 at least: DeLoRA (46)."""
     lengths = A.norm(dim=1).clamp(min=1e-4) * B.norm(dim=0).clamp(min=1e-4)
     delta: Tensor = (B * (strength / len(A) / lengths)) @ (A * norms)
     return delta
@@ -68,7 +68,7 @@ def tiled(
     block: Tensor,  # (r, out), or (r, a part of out)
     shape: tuple[int, int],  # (out, in)
 ) -> Tensor:  # (out, in)
-    """Return Δ[o, i] = block[i mod r, o mod its columns]: MiSS (16)."""
+    """Return Δ[o, i] = block[i mod r, o mod its columns]: MiSS (47)."""
     outputs, inputs = shape
     rows = torch.arange(inputs, device=block.device) % block.shape[0]
     columns = torch.arange(outputs, device=block.device) % block.shape[1]
@@ -83,7 +83,7 @@ def random_bases(
     scales: Tensor,  # (n, the smaller side): γ
     shape: tuple[int, int],  # (out, in)
 ) -> Tensor:  # (out, in)
-    """Return Σ of n products of shared random bases, with diagonals λ and γ: RandLoRA (17)."""
+    """Return Σ of n products of shared random bases, with diagonals λ and γ: RandLoRA (48)."""
     low, high = min(shape), max(shape)
     bases = weights.shape[1]
     left = B[:high, :bases, :].flatten(1)  # (high, n·r)

@@ -1,4 +1,4 @@
-"""Compute the rotations of OFT, BOFT and HRA: how each turns rows, and how to turn them back (18–20).
+"""Compute the rotations of OFT, BOFT and HRA: how each turns rows, and how to turn them back (49–51).
 
 A rotation is orthogonal, or nearly so: its R is applied to row vectors, x ↦ xR. Blocks are (n, b, b).
 """
@@ -73,7 +73,7 @@ def turn_back(x: Tensor, rotation: Rotation) -> Tensor:
 
 
 def oft(upper: Tensor, size: int, terms: int, limit: float) -> Rotation:  # upper: (n, b(b−1)/2)
-    """Return PEFT's OFT: W' = WRᵀ with R by the Cayley transform of skew blocks; `limit` is COFT's eps (18)."""
+    """Return PEFT's OFT: W' = WRᵀ with R by the Cayley transform of skew blocks; `limit` is COFT's eps (49)."""
     Q = skew(upper, size)
     if limit:
         lengths, most = torch.linalg.matrix_norm(Q, keepdim=True), limit / len(Q) ** 0.5
@@ -83,19 +83,20 @@ def oft(upper: Tensor, size: int, terms: int, limit: float) -> Rotation:  # uppe
 
 
 def boft(blocks: Tensor) -> Rotation:  # (stages, n, b, b)
-    """Return PEFT's BOFT: butterfly stages of exact Cayley transforms of the blocks' skew parts (19)."""
+    """Return PEFT's BOFT: butterfly stages of exact Cayley transforms of the blocks' skew parts (50)."""
     stages, count, size, _ = blocks.shape
     R = cayley((blocks.mT - blocks) / 2)
-    return [Stage(R[k].mT, _order_of_peft(count * size, size, k) if stages > 1 else None) for k in range(stages)]
+    orders = [_order_of_peft(count * size, size, k).to(R.device) if stages > 1 else None for k in range(stages)]
+    return [Stage(R[k].mT, orders[k]) for k in range(stages)]
 
 
 def diag_oft(blocks: Tensor, limit: float) -> Rotation:  # (n, b, b)
-    """Return LyCORIS' diag-OFT, for the columns of W as rows: W' = RᵀW; `limit` bounds all blocks together (18)."""
+    """Return LyCORIS' diag-OFT, for the columns of W as rows: W' = RᵀW; `limit` bounds all blocks together (49)."""
     return [Stage(cayley(_limited(blocks - blocks.mT, limit)))]
 
 
 def butterfly(blocks: Tensor, limit: float) -> Rotation:  # (stages, n, b, b)
-    """Return LyCORIS' BOFT, for the columns of W as rows: stage k mixes elements that are 2ᵏ·b/2 apart (19)."""
+    """Return LyCORIS' BOFT, for the columns of W as rows: stage k mixes elements that are 2ᵏ·b/2 apart (50)."""
     stages, count, size, _ = blocks.shape
     R = cayley(_limited(blocks - blocks.mT, limit))
     elements = torch.arange(count * size, device=blocks.device)
@@ -104,7 +105,7 @@ def butterfly(blocks: Tensor, limit: float) -> Rotation:  # (stages, n, b, b)
 
 
 def hra(u: Tensor, *, orthogonal: bool) -> Rotation:  # (width, r)
-    """Return HRA's reflections: by each column of u, made orthogonal to those before it if asked (20)."""
+    """Return HRA's reflections: by each column of u, made orthogonal to those before it if asked (51)."""
     vectors: list[Tensor] = []
     for column in u.T:
         rest = column

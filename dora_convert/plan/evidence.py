@@ -23,6 +23,9 @@ from ..storage.checkpoint import Checkpoint
 from ..storage.reader import Reader
 from ..storage.safetensors import FLOATS, StoredTensor
 
+CERTAIN = 5.0
+"""The logarithm of the ratio of two spreads counts if it is this many times 1/√n, for n magnitudes: 3.5 deviations."""
+LEAST_SPREAD = 1e-9
 SURE = 1.5
 """One reading counts if the other one's spread is so many times larger."""
 MODULES, ROWS = 6, 512
@@ -44,6 +47,8 @@ class MagnitudeSample(NamedTuple):
     norms: Sequence[float]
     m: Sequence[float]
     """All magnitudes."""
+    changed: Sequence[float] = ()
+    """The rows' norms with the adapter's factors added: what an m of this very adapter is the norm of."""
 
 
 def decide(adapter: Adapter, find: Find, base: Checkpoint) -> Adapter:
@@ -118,11 +123,11 @@ def _samples(changes: Sequence[Change], find: Find, base: Checkpoint, axis: int 
             if not update or not W or type(W) is not StoredTensor or W.dtype not in FLOATS or len(samples) == MODULES:
                 continue
             if W.matrix[1 - axis] == update.m.numel:
-                samples.append(_sample(W, update.m, axis, reader))
+                samples.append(_sample(W, update, axis, reader))
     return samples
 
 
-def _sample(W: StoredTensor, m: StoredTensor, axis: int, reader: Reader) -> MagnitudeSample:
+def _sample(W: StoredTensor, update: Decomposed, axis: int, reader: Reader) -> MagnitudeSample:
     """Return the norms of some rows, or those of all columns as far as some rows tell, and all magnitudes."""
     import torch
 
@@ -139,9 +144,16 @@ def _sample(W: StoredTensor, m: StoredTensor, axis: int, reader: Reader) -> Magn
     matrix = torch.stack([read(W, row * width, width) for row in chosen])
     norms = matrix.norm(dim=axis) * (1 if axis == 1 else math.sqrt(height / len(chosen)))
     logs = [_log(value) for value in norms.tolist()]
-    whole = b"".join(map(bytes, reader.pieces(m)))
-    values = torch.frombuffer(bytearray(whole), dtype=dtypes[m.dtype]).double().tolist()
-    return MagnitudeSample(chosen if axis == 1 else range(width), logs, [_log(value) for value in values])
+
+    def whole(tensor: StoredTensor) -> torch.Tensor:
+        data = bytearray(b"".join(map(bytes, reader.pieces(tensor))))
+        return torch.frombuffer(data, dtype=dtypes[tensor.dtype]).double().view(tensor.matrix)
+
+    m, low, changed = whole(update.m).flatten().tolist(), update.inner, list[float]()
+    if axis == 1 and isinstance(low, LowRank) and low.A.matrix[1] == width and not (low.d or low.b or low.start):
+        V = matrix + low.scale * whole(low.B)[chosen] @ whole(low.A)
+        changed = [_log(value) for value in V.norm(dim=1).tolist()]
+    return MagnitudeSample(chosen if axis == 1 else range(width), logs, [_log(value) for value in m], changed)
 
 
 def _log(value: float) -> float:
@@ -161,14 +173,20 @@ def _axis(adapter: Adapter, find: Find, base: Checkpoint) -> str:
     opened = [change for change in adapter.changes if _is_open(change.update)]
     if not _is_here(base):
         raise _undecided(opened, "the base is not on this machine")
-    spreads = {}
-    for axis, name in ((1, "rows"), (0, "columns")):
-        pooled = [_spread(_ratios(sample)) for sample in _samples(opened, find, base, axis)]
-        spreads[name] = statistics.median(pooled) if pooled else math.inf
-    best, other = sorted(spreads, key=lambda name: spreads[name])
-    if not math.isfinite(spreads[best]) or spreads[other] < SURE * spreads[best]:
+    certainty = _certainty(*(_samples(opened, find, base, axis) for axis in (1, 0)))
+    if abs(certainty) < CERTAIN:
         raise _undecided(opened, "the base's norms fit both")
-    return best
+    return "rows" if certainty > 0 else "columns"
+
+
+def _certainty(one: Sequence[MagnitudeSample], other: Sequence[MagnitudeSample]) -> float:
+    """Return √n times the mean logarithm of the ratio of spreads: positive if the first reading fits better."""
+    pairs = [(_spread(_ratios(a)), _spread(_ratios(b)), len(a.rows)) for a, b in zip(one, other, strict=False)]
+    pairs = [pair for pair in pairs if math.isfinite(pair[0]) and math.isfinite(pair[1])]
+    if not pairs:
+        return 0.0
+    logs = [math.log(max(b, LEAST_SPREAD) / max(a, LEAST_SPREAD)) for a, b, _ in pairs]
+    return statistics.fmean(logs) * math.sqrt(sum(count for *_, count in pairs))
 
 
 def _undecided(changes: Sequence[Change], why: str) -> UnsupportedError:
@@ -199,6 +217,7 @@ def _are_normalised(samples: Sequence[MagnitudeSample]) -> bool:
     """Return True if magnitudes are near 1 in every module, and nearer to 1 than to the norms of the weights."""
     from_one = [statistics.median(abs(m) for m in sample.m) for sample in samples]
     from_norms = [statistics.median(map(abs, _ratios(sample))) for sample in samples]
+    from_norms = [min(far, _from_changed(sample)) for far, sample in zip(from_norms, samples, strict=True)]
     norms = [abs(statistics.median(sample.norms)) for sample in samples]
     if max(from_one) > NEAR_ONE or statistics.median(norms) < NEVER_NEAR:
         return False
@@ -211,16 +230,21 @@ def _are_normalised(samples: Sequence[MagnitudeSample]) -> bool:
     return statistics.stdev(one for one, _ in means) <= statistics.stdev(other for _, other in means)
 
 
+def _from_changed(sample: MagnitudeSample) -> float:
+    """Return the distance of magnitudes from the norms of V = W + sBA, infinity if they are not known."""
+    pairs = zip(sample.rows, sample.changed, strict=False)
+    return statistics.median([abs(sample.m[row] - norm) for row, norm in pairs] or [math.inf])
+
+
 def _is_meta(changes: Sequence[Change], find: Find, base: Checkpoint) -> bool:
     """Return True if magnitudes fit the norms of the rows in Meta's order, and do not fit them as they are."""
     plain, meta = [], []
     for change in changes[:MODULES]:
         rows = _meta_rows(change, base)
         for sample in _samples([change], find, base) if rows else ():
-            plain.append(_spread(_ratios(sample)))
-            moved = sample._replace(m=[sample.m[row] for row in rows])
-            meta.append(_spread(_ratios(moved)))
-    return bool(plain) and statistics.median(meta) * SURE < statistics.median(plain)
+            plain.append(sample)
+            meta.append(sample._replace(m=[sample.m[row] for row in rows]))
+    return _certainty(meta, plain) >= CERTAIN
 
 
 def _meta_rows(change: Change, base: Checkpoint) -> tuple[int, ...]:

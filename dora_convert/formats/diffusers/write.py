@@ -22,10 +22,11 @@ def save(new: NewAdapter) -> Files:
     for each in found:
         A, B = matrices(each.low)
         name = component_name(each.module)
-        tensors[f"{name}.lora_A.weight"] = shaped(A, A.shape)
-        tensors[f"{name}.lora_B.weight"] = shaped(B, B.shape, each.low.scale)
+        tensors[f"{name}.lora_A.weight"] = shaped(A, (*A.shape, *each.kernel))
+        tensors[f"{name}.lora_B.weight"] = shaped(B, (*B.shape, *each.kernel), each.low.scale)
         if each.m:
-            rows = (each.m.numel,) if len(A.shape) == 2 else (1, each.m.numel, *(1,) * (len(A.shape) - 2))
+            ones = (1,) * (len(A.shape) - 2 + len(each.kernel))
+            rows = (1, each.m.numel, *ones) if ones else (each.m.numel,)
             tensors[f"{name}.lora_magnitude_vector"] = shaped(each.m, rows)
     return Files(WEIGHTS, dict(sorted(tensors.items())), {}, folded=folded)
 

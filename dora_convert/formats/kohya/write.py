@@ -24,11 +24,11 @@ def save(new: NewAdapter) -> Files:
     for each in found:
         A, B = matrices(each.low)
         name = flat_name(each.module, components)
-        tensors[f"{name}.lora_down.weight"] = shaped(A, A.shape)
-        tensors[f"{name}.lora_up.weight"] = shaped(B, B.shape)
+        tensors[f"{name}.lora_down.weight"] = shaped(A, (*A.shape, *each.kernel))
+        tensors[f"{name}.lora_up.weight"] = shaped(B, (*B.shape, *each.kernel))
         tensors[f"{name}.alpha"] = number(each.low.scale * each.low.rank)
         if each.m:
-            ones = (1,) * (len(A.shape) - 1)
+            ones = (1,) * (len(A.shape) - 1 + len(each.kernel))
             tensors[f"{name}.dora_scale"] = shaped(each.m, (each.m.numel, *ones))
     is_dora = any(each.m for each in found)
     args = '{"algo": "lora", "dora_wd": "True", "wd_on_output": "True"}' if is_dora else '{"algo": "lora"}'
