@@ -8,7 +8,8 @@ from peft.utils import merge_utils
 from safetensors.torch import save_file
 
 import dora_convert
-from dora_convert.errors import RefError, UnsupportedError, UsageError
+from dora_convert.cli import main
+from dora_convert.errors import PlanError, RefError, UnsupportedError, UsageError
 
 from .toy import contents, exact, load, make_adapter, make_base, stopped
 
@@ -221,3 +222,62 @@ def test_a_chain_has_an_inverse_and_ties_has_none(case, tmp_path):
     assert "which cannot be inverted" in caught.value.text()
     with pytest.raises(UsageError, match="name all adapters"):
         dora_convert.unmerge(tmp_path / "ties", adapters[:1], tmp_path / "out")
+
+
+def test_the_same_bytes_are_no_conflict(tmp_path):
+    """Two adapters that bring the same head agree; with other values both are named, and three ways out."""
+    base = make_base(tmp_path / "base", torch.float32, layers=1)
+    shape, adapters = base.tensors["lm_head.weight"].shape, []
+    for seed, value in enumerate((1.0, 1.0, 2.0)):
+        head = {"base_model.model.lm_head.weight": torch.full(shape, value)}
+        path = tmp_path / f"a{seed}"
+        adapters.append(make_adapter(path, base, dora=True, seed=seed, modules_to_save=["lm_head"], extra=head))
+    dora_convert.merge(base.path, adapters[:2], tmp_path / "out")
+    assert torch.equal(load(tmp_path / "out")["lm_head.weight"], torch.ones(shape))
+    with pytest.raises(PlanError) as caught:
+        dora_convert.merge(base.path, adapters[1:], tmp_path / "no")
+    assert "a1 and a2 both replace lm_head.weight" in caught.value.text()
+    report = dora_convert.merge(base.path, adapters[1:], tmp_path / "chain", method="chain")
+    assert torch.equal(load(tmp_path / "chain")["lm_head.weight"], torch.full(shape, 2.0))
+    assert any("a2 replaces lm_head.weight" in text for text in report.warnings)
+    dora_convert.merge(base.path, adapters[1:], tmp_path / "linear", method="linear", weight=[0.5, 0.25])
+    want = base.tensors["lm_head.weight"] * 0.25 + 0.5 + 0.5
+    torch.testing.assert_close(load(tmp_path / "linear")["lm_head.weight"], want)
+
+
+def test_options_are_checked(case, tmp_path):
+    """Densities that are missing, too many or no shares; options that change nothing are said."""
+    _, base, adapters, _ = case
+
+    def merge(**options):
+        return dora_convert.merge(base.path, adapters, tmp_path / "out", dry_run=True, **options)
+
+    for options, words in (
+        ({"method": "ties"}, "needs"),
+        ({"method": "ties", "density": [0.5, 0.5]}, "2 .* for 3 adapters"),
+        ({"method": "dare", "density": 0}, "above 0"),
+        ({"method": "dare", "density": 1.5}, "at most 1"),
+        ({"method": "mean", "density": 0.5}, "not one of"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            merge(**options)
+    report = merge(method="linear", density=0.5, seed=3, majority_sign="frequency")
+    assert sum("changes nothing" in text for text in report.warnings) == 3
+
+
+def test_the_command_of_the_card_repeats_the_merge(case, tmp_path, capsys):
+    """Method and options are in the card and in verify's notice; the command line takes them."""
+    _, base, adapters, _ = case
+    words = ["--method", "dare-ties", "--density", "0.5", "--density", "0.25", "--density", "1", "--seed", "4"]
+    words += ["--majority-sign", "frequency"]
+    with pytest.raises(SystemExit) as end:
+        main(["merge", str(base.path), *map(str, adapters), str(tmp_path / "out"), *words])
+    assert not end.value.code
+    card = (tmp_path / "out" / "README.md").read_text()
+    options = "--method dare-ties --density 0.5 --density 0.25 --density 1.0 --seed 4 --majority-sign frequency"
+    assert options in " ".join(card.split())
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        main(["verify", str(base.path), *map(str, adapters), str(tmp_path / "out")])
+    assert not end.value.code
+    assert options in " ".join(capsys.readouterr().err.split())

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..engine.device_buffers import DeviceBuffers
-from ..engine.factors import LoadedEdit
+from ..engine.factors import LoadedEdit, apply_edits
 from ..engine.precision import TORCH
-from ..engine.tensor import SourceValues, apply_edits, measure
+from ..engine.tensor import SourceValues, measure
 from ..errors import NumericalError
 from ..maths import lora as maths
 from .modules import AnalysedModule

@@ -20,8 +20,8 @@ from ..maths.kth_largest import KthLargest
 from ..option_table import COLLECTED, Combination
 from ..plan.item import Edit, Item
 from .device_buffers import DeviceBuffers
-from .factors import LoadedEdit
-from .tensor import SourceValues, apply_edits, measure
+from .factors import LoadedEdit, apply_edits
+from .tensor import SourceValues, measure
 
 GOLDEN = (5**0.5 - 1) / 2
 
@@ -70,7 +70,7 @@ class Combiner:
         """Compute the result of all edits in place."""
         if self._how.method == "chain":
             for operand in self.edits:
-                apply_edits(W, [operand], start, stop)
+                apply_edits(W, [operand], start, stop, self._buffers)
             return W
         deltas = [self._kept(number, W, start, stop) for number in range(len(self.edits))]
         weights = [operand.edit.weight for operand in self.edits]

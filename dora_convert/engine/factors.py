@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..adapters import Delta, LowRank
 from ..maths import lora as maths
-from ..plan.item import Edit
+from ..plan.item import Edit, are_apart
 from .device_buffers import DeviceBuffers
 
 if TYPE_CHECKING:
@@ -221,3 +221,33 @@ def _load_magnitudes(edit: Edit, buffers: DeviceBuffers) -> Tensor:
     m = buffers.whole(edit.magnitudes.m).flatten()
     m = m + edit.magnitudes.offset if edit.magnitudes.offset else m
     return m.repeat_interleave(edit.kernel) if edit.kernel > 1 else m
+
+
+def apply_edits(
+    W: Tensor, operands: Sequence[LoadedEdit], start: int, stop: int, buffers: DeviceBuffers | None = None
+) -> Tensor:
+    """Compute W + Σ wᵢ·(applyᵢ(W) − W) (4) in place; all norms are of the unmerged W.
+
+    Copies of W are in `buffers`, if given: malloc would keep them in pieces.
+    """
+    edits = [operand.edit for operand in operands]
+    if are_apart(edits) and all(edit.weight == 1 or not edit.depends for edit in edits):
+        for operand in operands:
+            if operand.edit.depends:
+                operand.apply_(W, start, stop)
+            else:
+                operand.add_(W, start, stop, operand.edit.weight)
+        return W
+    unmerged = _copied(W, "unmerged", buffers) if any(edit.depends for edit in edits) else W
+    for operand in operands:
+        if operand.edit.depends:
+            changed = operand.apply_(_copied(unmerged, "changed", buffers), start, stop)
+            W.add_(changed.sub_(unmerged), alpha=operand.edit.weight)
+        else:
+            operand.add_(W, start, stop, operand.edit.weight)
+    return W
+
+
+def _copied(W: Tensor, name: str, buffers: DeviceBuffers | None) -> Tensor:
+    """Return a copy of a block, in memory that the next block reuses if there are buffers."""
+    return buffers.scratch(name, W.shape, W.dtype).copy_(W) if buffers else W.clone()

@@ -16,12 +16,12 @@ from ..errors import NumericalError
 from ..maths import lora as maths
 from ..output.finished import TensorResult
 from ..output.shards import ShardFiles
-from ..plan.item import Item, are_apart
+from ..plan.item import Item
 from ..storage.reader import Digest, spans
 from ..storage.safetensors import BITS
 from ..storage.spool import Spool, SpooledTensor
 from .device_buffers import DeviceBuffers
-from .factors import LoadedEdit
+from .factors import LoadedEdit, apply_edits
 from .precision import TORCH, as_bytes
 
 
@@ -160,7 +160,7 @@ class MergeMaker:
 
     def _applied(self, W: Tensor, start: int, stop: int) -> Tensor:
         combiner = self._combiner
-        return combiner.apply(W, start, stop) if combiner else apply_edits(W, self.edits, start, stop)
+        return combiner.apply(W, start, stop) if combiner else apply_edits(W, self.edits, start, stop, self._buffers)
 
     def _see_base(self, raw: Tensor, W: Tensor, start: int, stop: int) -> None:
         """Hash the base's rows: the source's rows, unless an adapter replaces the tensor."""
@@ -264,25 +264,6 @@ def measure(item: Item, operands: Iterable[LoadedEdit], values: SourceValues, bu
             squares[k] += operand.measured(values.block(raw, start, stop), start, stop)
     for total, operand in zip(squares, pending, strict=True):
         operand.n.append(torch.as_tensor(total).sqrt())
-
-
-def apply_edits(W: Tensor, operands: Sequence[LoadedEdit], start: int, stop: int) -> Tensor:
-    """Compute W + Σ wᵢ·(applyᵢ(W) − W) (4) in place; all norms are of the unmerged W."""
-    edits = [operand.edit for operand in operands]
-    if are_apart(edits) and all(edit.weight == 1 or not edit.depends for edit in edits):
-        for operand in operands:
-            if operand.edit.depends:
-                operand.apply_(W, start, stop)
-            else:
-                operand.add_(W, start, stop, operand.edit.weight)
-        return W
-    unmerged = W.clone() if any(edit.depends for edit in edits) else W
-    for operand in operands:
-        if operand.edit.depends:
-            W.add_(operand.apply_(unmerged.clone(), start, stop).sub_(unmerged), alpha=operand.edit.weight)
-        else:
-            operand.add_(W, start, stop, operand.edit.weight)
-    return W
 
 
 def refuse_result(item: Item, raw: Tensor, result: Tensor) -> None:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..engine.combine import Combiner
 from ..engine.device_buffers import DeviceBuffers
-from ..engine.factors import StreamedFactors
-from ..engine.tensor import SourceValues, apply_edits, load_edits, measure
+from ..engine.factors import StreamedFactors, apply_edits
+from ..engine.tensor import SourceValues, load_edits, measure
 from ..errors import NumericalError
 from ..maths.lora import all_finite
 from ..maths.svd import compared, resize, squared, truncated_svd

@@ -101,7 +101,7 @@ class SeveralToLora(Fitter):
             tensors, own = results[item.name].tensors, item.edits[0].low
             assert own
             low = LowRank(tensors["A"], tensors["B"], 1.0, transposed=own.transposed)
-            changes.append(Change(names.get((own.A.path, own.A.name), item.name), low))
+            changes.append(Change(names.get(_key(own), item.name), low))
         adapted = {item.name for item in self.matched.items if item.changed}
         besides = frozenset(name.rpartition(".")[0] for name in self.matched.base.tensors if name not in adapted)
         model = self.session.settings.base_model
@@ -111,7 +111,7 @@ class SeveralToLora(Fitter):
         """Return the adapters' names of weights, by the factor A of their changes."""
         changes = [change for adapter in self.matched.adapters for change in adapter.changes]
         lows = [(low_rank(change.update), change.target) for change in changes]
-        return {(low.A.path, low.A.name): target for low, target in lows if low}
+        return {_key(low): target for low, target in lows if low}
 
     def describe(self, facts: Mapping[str, Any]) -> dict[str, Any]:
         """Return the error of a module's outputs, and the ranks that smaller errors would need."""
@@ -126,6 +126,12 @@ class SeveralToLora(Fitter):
         """Return the error of all outputs together."""
         facts = [result.facts for result in results.values()]
         return {"output_error": error_of(facts, "output_lost", "output")}
+
+
+def _key(low: LowRank) -> tuple[Path, str]:
+    """Return the file and name of a tensor that only one module has: VeRA's factors serve all."""
+    own = low.b or low.A
+    return own.path, own.name
 
 
 def _refusal(item: Item) -> str | None:

@@ -67,8 +67,13 @@ HEADS_OF: Mapping[str, frozenset[str]] = {
 """The families whose head in the running model has another name than `lm_head`."""
 HEAD_TOPS = frozenset({"lm_head", "cls", "vocab_transform", "vocab_layer_norm", "generator_predictions"})
 """First names of the layers around a language model's head, which models with another head do not have."""
-SCALED = frozenset({"t5gemma2", "prophetnet", "t5", "mt5", "umt5", "longt5", "switch_transformers", "pix2struct"})
-"""Families that compute differently with a tied head, so that untying the head changes more than weights."""
+SCALED = frozenset(
+    {
+        "t5", "mt5", "umt5", "longt5", "switch_transformers", "pix2struct", "t5gemma2", "prophetnet", "diffusion_gemma",
+        "zamba", "zamba2", "luke",
+    }
+)  # fmt: skip
+"""Families that compute differently with a tied head, or tie more than the head: untying it changes more weights."""
 INNER = {
     "gpt2": "transformer.", "bloom": "transformer.", "falcon": "transformer.", "bert": "bert.",
     "roberta": "roberta.", "xlm-roberta": "roberta.", "distilbert": "distilbert.", "electra": "electra.",

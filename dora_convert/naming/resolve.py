@@ -209,7 +209,7 @@ def find_tie(base: Checkpoint, tasks: Collection[str] = ()) -> Tie | None:
     Without a flag in the config, transformers' default holds: tied, if the architecture has a head and the
     checkpoint has none, or has the same bytes under both names.
     """
-    heads = [name for name in base.tensors if is_head(name)]
+    heads = [name for name in base.tensors if is_head(name) and not _is_other_output(name, base)]
     embeddings = [name for name in base.tensors if is_embedding(name)]
     if not (base.config and embeddings):
         return None
@@ -251,6 +251,11 @@ def _absent_head(embedding: str, base: Checkpoint) -> str:
     modules = (module for module, families in HEADS_OF.items() if families & base.model_types)
     decoder = "decoder." if base.model_types & COMPOSITE else ""
     return f"{decoder}{next(modules, 'lm_head')}.weight"
+
+
+def _is_other_output(tensor: str, base: Checkpoint) -> bool:
+    """Return True for an output layer that only some families use as a head."""
+    return tensor.endswith("proj_out.weight") and not base.model_types & HEADS_OF["proj_out"]
 
 
 def is_embedding(tensor: str) -> bool:

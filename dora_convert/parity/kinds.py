@@ -64,6 +64,8 @@ class ExpectedTransform:
         """
         delta, sizes = torch.zeros_like(W), torch.zeros_like(W)
         lines, columns = self._own(rows)
+        if not lines:
+            return delta, lambda: sizes, 1
         numbers = [rows[k] - self._first for k in lines]
         part = self._changed(W[lines][:, columns], numbers, lambda: self._own_of(whole()))
         delta[lines, columns], sizes[lines, columns] = part.delta, part.size
@@ -73,6 +75,8 @@ class ExpectedTransform:
         """Return W of some rows V; `whole` returns all rows of V."""
         W = V.clone()
         lines, columns = self._own(rows)
+        if not lines:
+            return W
         numbers = [rows[k] - self._first for k in lines]
         W[lines, columns] = self._taken_back(V[lines][:, columns], numbers, lambda: self._own_of(whole()))
         return W

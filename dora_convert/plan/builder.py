@@ -72,7 +72,7 @@ class PlanBuilder:
         update, name = change.update, names.find(change.target)
         if update.follows:
             self._follow(change, name, names, weight)
-        elif self.tie and (name in (self.tie.embedding, self.tie.head) or is_head(change.target)):
+        elif self.tie and (name in (self.tie.embedding, self.tie.head) or (not name and is_head(change.target))):
             self._keep_tied(change, name, adapter, weight)
         elif adapter.layers and (refusal := begins_elsewhere(update)):
             self._fault(update, refusal)

@@ -113,6 +113,10 @@ def adapters(model: PreTrainedModel) -> Iterator[tuple[str, dict[str, Any]]]:
         yield "list, DoRA", {"target_modules": whole, "use_dora": True}
     yield "all-linear", {"target_modules": "all-linear"}
     yield "all-linear, DoRA", {"target_modules": "all-linear", "use_dora": True}
+    head = model.get_output_embeddings()
+    heads = [name for name, module in model.named_modules() if module is head and isinstance(head, torch.nn.Linear)]
+    if heads:
+        yield "head", {"target_modules": heads}
     experts = {
         name.rpartition(".")[2] for name, value in model.named_parameters() if value.ndim == 3 and "expert" in name
     }
@@ -185,12 +189,20 @@ def try_family(family: str, name: str, folder: Path) -> Iterator[Row]:
         own = logits(truth)
         forward = None if isinstance(own, str) or isinstance(answer, str) else (own - answer).abs().max().item()
         for layout in layouts:
-            yield compare(Row(family, name, layout, kind, ""), folder, adapter, model, truth)._replace(forward=forward)
+            row = Row(family, name, layout, kind, "", forward=forward)
+            yield compare(row, folder, adapter, model, truth, None if isinstance(answer, str) else answer)
     yield from try_disk_names(family, name, folder, model, disk)
 
 
-def compare(row: Row, folder: Path, adapter: Path, model: PreTrainedModel, truth: PreTrainedModel) -> Row:
-    """Merge with our program and compare with a merged model."""
+def compare(
+    row: Row,
+    folder: Path,
+    adapter: Path,
+    model: PreTrainedModel,
+    truth: PreTrainedModel,
+    adapted: torch.Tensor | None = None,
+) -> Row:
+    """Merge with our program; compare with a merged model, and with the answer of base + adapter."""
     try:
         ours = merged(folder / row.layout, adapter, folder, model)
     except dora_convert.DoraConvertError as error:
@@ -202,7 +214,8 @@ def compare(row: Row, folder: Path, adapter: Path, model: PreTrainedModel, truth
         return row._replace(result="no load", why=f"{type(error).__name__}: {error}"[:300])
     worst, where = difference(ours.state_dict(), truth.state_dict())
     answer, own = logits(ours), logits(truth)
-    apart = None if isinstance(answer, str) or isinstance(own, str) else (answer - own).abs().max().item()
+    others = [] if isinstance(answer, str) else [each for each in (own, adapted) if isinstance(each, torch.Tensor)]
+    apart = min(((answer - other).abs().max().item() for other in others), default=None)
     right = worst <= TOLERANCE and (apart is None or apart <= 100 * TOLERANCE)
     return row._replace(
         result="right" if right else "wrong", why="" if right else f"{where}: {worst:.3g}", logits=apart

@@ -39,26 +39,54 @@ SIZES: Mapping[str, Any] = {
     r"first_k_dense_replace|num_dense_layers|moe_layer_start_index|first_dense_layers|n_dense_layers": 1,
 }
 """Values of config fields, by expressions for their names."""
-MOST_PARAMETERS = 20_000_000
+_MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16}
+_GEMMA = {
+    "vocab_size_per_layer_input": 99, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0,
+    "layer_types": ["sliding_attention", "full_attention"], "activation_sparsity_pattern": [0.0, 0.0],
+}  # fmt: skip
+OTHERS: Mapping[str, Mapping[str, Any]] = {
+    "bamba": _MAMBA,
+    "granitemoehybrid": _MAMBA,
+    "mamba2": {"num_heads": 8, "head_dim": 8},
+    "gemma3n_text": _GEMMA,
+    "gemma4_text": _GEMMA,
+    "gemma4_unified_text": _GEMMA,
+    "diffusion_gemma_text": _GEMMA,
+    "mobilebert": {"embedding_size": 16},
+    "xlnet": {"d_head": 8},
+}
+"""Fields whose sizes depend on others, by model type."""
+MADE_OF_OTHERS = ("gemma4_text", "gemma4_unified_text", "diffusion_gemma_text")
+"""Model types whose `per_layer_config` is made of the other fields."""
+MOST_PARAMETERS = 80_000_000
 
 
 def shrunk(config: PretrainedConfig) -> PretrainedConfig:
-    """Return a config with small sizes, in place; lists of one entry a layer are cut."""
+    """Return a config with small sizes; lists of one entry a layer are cut."""
     layers = getattr(config, "num_hidden_layers", None)
     for key, value in list(vars(config).items()):
         if isinstance(value, PretrainedConfig):
-            shrunk(value)
-        elif isinstance(value, bool) or key.startswith("_"):
-            continue
-        elif isinstance(value, int):
-            small = next((size for names, size in SIZES.items() if re.fullmatch(names, key)), None)
-            if small is not None and value > small:
-                setattr(config, key, small)
-            elif re.search("token_id|token_index", key) and value >= 99:
-                setattr(config, key, 90 + value % 9)
+            setattr(config, key, shrunk(value))
         elif isinstance(value, list) and len(value) == layers and layers > 2:
             setattr(config, key, [value[0], value[-1]])
+        elif isinstance(value, int) and not isinstance(value, bool) and not key.startswith("_"):
+            setattr(config, key, _small(key, value))
+    for key, value in OTHERS.get(config.model_type, {}).items():
+        if hasattr(config, key):
+            setattr(config, key, value)
+    if config.model_type in MADE_OF_OTHERS:
+        fields = config.to_dict()
+        fields.pop("per_layer_config", None)
+        return type(config)(**fields)
     return config
+
+
+def _small(key: str, value: int) -> int:
+    """Return a small number for a config field."""
+    small = next((size for names, size in SIZES.items() if re.fullmatch(names, key)), None)
+    if small is not None:
+        return min(small, value)
+    return 90 + value % 9 if re.search("token_id|token_index", key) and value >= 99 else value
 
 
 def tiny(name: str) -> PreTrainedModel | str:
