@@ -223,3 +223,9 @@ def by_tensors(tensors: Mapping[str, StoredTensor]) -> Format | None:
 
     view = FileView.of_tensors(tensors)
     return next((known for line in FORMATS if (known := load(line.module)).recognises(view)), None)
+
+
+def refuse_tensors(tensors: Mapping[str, StoredTensor], name: str) -> None:
+    """Raise RefError if the tensors of a weight file on the Hub, named as a model, are those of an adapter."""
+    if known := by_tensors(tensors):
+        raise RefError(f"{name} is an adapter ({known.NAME}), not a model.")

@@ -18,7 +18,6 @@ from ..errors import RefError, UnsupportedError, UsageError
 from ..formats.detect import (
     ANCHORS,
     adapters_inside,
-    by_tensors,
     detect,
     find_format,
     is_adapter_file,
@@ -26,6 +25,7 @@ from ..formats.detect import (
     model_weights,
     read_refused,
     refuse_adapter,
+    refuse_tensors,
     wanted_of_adapter,
 )
 from ..storage.checkpoint import Checkpoint, open_checkpoint
@@ -104,7 +104,8 @@ def open_base(
         if mode != "whole":
             with suppress(UnsupportedError):  # torch's pickles have no headers that are read from the Hub
                 remote = look(parsed, what, session, whole=mode == "headers", weights=weights).checkpoint()
-                refuse_adapter_tensors(remote, what)
+                if remote.config is None:
+                    refuse_tensors(remote.tensors, f"{what} {remote.source.name}")
                 return remote
         source = fetch(parsed, what, wanted_of_base, session)
     else:
@@ -162,11 +163,18 @@ def find_adapter(ref: str, session: Session) -> Source:
     left: list[str] = []
 
     def wanted(names: Sequence[str]) -> list[str]:
+        if parsed.file:
+            return [name for name in names if name in (parsed.file, "adapter_config.json")]
         chosen = wanted_of_adapter(names)
         left.extend(name for name in model_weights(names) if name not in chosen)
         return chosen
 
-    source = fetch(parsed, "ADAPTER", wanted, session)
+    source = fetch(parsed.around, "ADAPTER", wanted, session)
+    if parsed.file:
+        return replace(source, path=source.path / parsed.file, name=parsed.file)
+    if left and not detect(source.path):
+        several = f"{source.title} holds several weight files, and no adapter by name: {', '.join(left[:5])}."
+        raise RefError(several, hint=f"name one, such as hf://{parsed}/{left[0]}")
     if left:
         session.notify(f"not downloaded, a model beside the adapter by its name: {', '.join(left[:5])}")
     return source
@@ -183,12 +191,6 @@ def read_adapter(source: Source, waived: Waived = NOTHING) -> Adapter:
     folder = adapter.source.path
     names = [name for name in list_files(folder) if is_adapter_file(name) or is_tokenizer_file(name)]
     return replace(adapter, states=file_states([*(folder / name for name in names), *adapter.files]))
-
-
-def refuse_adapter_tensors(checkpoint: Checkpoint, what: str) -> None:
-    """Raise RefError if the tensors of a checkpoint on the Hub are those of an adapter."""
-    if checkpoint.config is None and (known := by_tensors(checkpoint.tensors)):
-        raise RefError(f"{what} {checkpoint.source.name} is an adapter ({known.NAME}), not a model.")
 
 
 def read_or_refuse(source: Source, waived: Waived) -> tuple[Adapter, UnsupportedError | None]:

@@ -12,7 +12,7 @@ import difflib
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -36,6 +36,17 @@ class HubRef:
     def __str__(self) -> str:
         at = f"@{self.revision}" if self.revision else ""
         return f"{self.repo}{at}{'/' + self.subfolder if self.subfolder else ''}"
+
+    @property
+    def file(self) -> str:
+        """The name of a single weight file, if the subfolder is one; else empty."""
+        name = self.subfolder.rpartition("/")[2]
+        return name if name.endswith((".safetensors", ".bin", ".pt", ".pth", ".npz", ".gguf")) else ""
+
+    @property
+    def around(self) -> HubRef:
+        """The folder that holds the file."""
+        return replace(self, subfolder=self.subfolder.rpartition("/")[0]) if self.file else self
 
     def in_repo(self, name: str) -> str:
         """Return the path in the repo of a file in the folder."""

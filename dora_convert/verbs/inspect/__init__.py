@@ -13,18 +13,18 @@ from typing_extensions import Unpack
 from ...adapters import Adapter, Change, Decomposed, Delta, Full, LowRank, Rows, Waived, tensors_of, transform_of
 from ...adapters.beside import doubts_of
 from ...errors import DoraConvertError, Fault, PlanError, RefError, UnsupportedError, UsageError
-from ...formats.detect import adapters_inside, detect, model_weights
+from ...formats.detect import adapters_inside, by_tensors, detect, model_weights
 from ...options import InspectOptions
 from ...output.lineage import doubts
 from ...plan.plan import Options, Plan, parse_options
 from ...plan.planner import make_plan
 from ...reports.checkpoint import CheckpointReport
 from ...reports.inspect import AdapterReport, Landing, Module
-from ...sources.inputs import open_base, read_adapter, read_or_refuse, refuse_adapter_tensors
+from ...sources.inputs import find_adapter, open_base, read_adapter, read_or_refuse
 from ...sources.remote_headers import RefListing, look
 from ...sources.session import Session
 from ...storage.checkpoint import Checkpoint
-from ...storage.refs import PathLike, Source, local_path, parse_ref
+from ...storage.refs import HubRef, PathLike, Source, local_path, parse_ref
 from .. import takes
 from .advice import advise
 from .census import census, common, fold
@@ -44,15 +44,19 @@ def inspect(
     """
     started, ref, base = time.monotonic(), os.fspath(ref), None if base is None else os.fspath(base)
     with Session(options["token"], cache=options["cache"]) as session:
-        listing = look(parse_ref(ref), "REF", session)
-        source = listing.source
-        if detect(source.path):
+        parsed = parse_ref(ref)
+        is_file = isinstance(parsed, HubRef) and bool(parsed.file)
+        listing = RefListing(find_adapter(ref, session)) if is_file else look(parsed, "REF", session)
+        source, checkpoint = listing.source, None
+        if not detect(source.path):
+            checkpoint = _open(listing)
+            if checkpoint.config is None and by_tensors(checkpoint.tensors):
+                source = find_adapter(ref, session)
+        if not checkpoint or source is not listing.source:
             against = None if base is None else open_base(base, "BASE", session, "brief")
             waived = parse_options(options).waived
             words = (str(ref), base)
             return _describe_adapter(source, listing.names, against, waived, words=words, started=started)
-        checkpoint = _open(listing)
-        refuse_adapter_tensors(checkpoint, "REF")
     if base is not None:
         swapped = detect(local_path(base, "BASE"))
         hint = shlex.join(["dora-convert", "inspect", base, "--base", ref])
