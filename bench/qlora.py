@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dora_convert
 
-LENGTH, BATCH, RANK = 96, 4, 8
+LENGTH, BATCH, RANK, HELD_OUT = 96, 2, 8, 8
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -48,7 +48,7 @@ def texts(tokenizer: Any) -> tuple[Tensor, Tensor]:
     pages = sorted((Path(__file__).parent.parent / "docs").glob("*.md"))
     tokens = tokenizer("\n".join(page.read_text(encoding="utf-8") for page in pages), return_tensors="pt").input_ids[0]
     blocks = tokens[: len(tokens) // LENGTH * LENGTH].view(-1, LENGTH)
-    return blocks[: len(blocks) * 9 // 10], blocks[len(blocks) * 9 // 10 :][:24]
+    return blocks[: len(blocks) * 9 // 10], blocks[len(blocks) * 9 // 10 :][:HELD_OUT]
 
 
 def train(base: str, blocks: Tensor, seed: int, steps: int, *, dora: bool) -> Any:

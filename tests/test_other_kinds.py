@@ -119,3 +119,42 @@ def test_parts_that_contradict_each_other(tmp_path):
         dora_convert.merge(base_of("peft-loha"), adapter, tmp_path / "out")
     assert "has no hada_w2_b" in caught.value.text()
     assert "the config says rank 2" in caught.value.text()
+
+
+def test_a_bias_follows_the_norm_of_its_weight(tmp_path):
+    """fsdp_qlora's forward scales the bias, too: merged, verified, taken out both ways, and not in place."""
+    base, adapter = base_of("peft-ia3"), tmp_path / "model_state_dict.safetensors"
+    W = load_file(base / "model.safetensors")
+    torch.manual_seed(0)
+    tensors, wanted = {}, {}
+    for name in ("model.layers.0.self_attn.k_proj", "model.layers.1.self_attn.v_proj"):
+        weight = W[f"{name}.weight"]
+        A, B, m = torch.randn(4, weight.shape[1]), torch.randn(weight.shape[0], 4), 1 + torch.rand(weight.shape[0])
+        tensors |= {f"{name}.dora_layer.lora_A.weight": A, f"{name}.dora_layer.lora_B.weight": B}
+        tensors[f"{name}.magnitude_layer.magnitude"] = m
+        V = weight.double() + B.double() @ A.double()
+        f = m / V.norm(dim=1)
+        wanted |= {f"{name}.weight": f[:, None] * V, f"{name}.bias": f * W[f"{name}.bias"]}
+    save_file(tensors, adapter)
+    for undo in ("exact", "norms"):
+        got = merged(base, adapter, tmp_path / undo, undo=undo)
+        assert all((got[name] - tensor).norm() < 1e-6 * tensor.norm() for name, tensor in wanted.items())
+        dora_convert.unmerge(tmp_path / undo, adapter, tmp_path / f"{undo}-back")
+        back = load_file(tmp_path / f"{undo}-back/model.safetensors")
+        assert distance(back, W) < (1e-12 if undo == "exact" else 1e-5)
+    assert dora_convert.verify(base, adapter, tmp_path / "exact").verdict == "agree"
+    merged(base, adapter, tmp_path / "none", undo="none")
+    dora_convert.unmerge(tmp_path / "none", adapter, tmp_path / "none-back", base=base)
+    assert distance(load_file(tmp_path / "none-back/model.safetensors"), W) < 1e-5
+    shutil.copytree(base, tmp_path / "base")
+    with pytest.raises(DoraConvertError, match="merge in place"):
+        dora_convert.merge(tmp_path / "base", adapter, in_place=True)
+
+
+def test_scales_of_outputs_are_set_in_place(tmp_path):
+    """(IA)³ needs no weight for a bias: in place, the same bytes."""
+    shutil.copytree(base_of("peft-ia3"), tmp_path / "base")
+    dora_convert.merge(tmp_path / "base", GOLDEN / "peft-ia3", in_place=True)
+    wanted = merged(base_of("peft-ia3"), GOLDEN / "peft-ia3", tmp_path / "out")
+    got = load_file(tmp_path / "base/model.safetensors")
+    assert all(torch.equal(got[name], tensor) for name, tensor in wanted.items())

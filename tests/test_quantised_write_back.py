@@ -16,7 +16,8 @@ KINDS = (
     "ct-fp8-tensor", "ct-fp8-block", "ct-mxfp8", "ct-int8-rows", "ct-int8-tensor", "ct-int8-asymmetric", "bnb-int8",
     "torchao-int8", "torchao-fp8", "mlx-8",
 )  # fmt: skip
-FEW = ("ct-int4", "ct-int4-asymmetric", "ct-int4-order", "ct-int3", "ct-int4-rows", "ct-int8-packed", "ct-nvfp4", "ct-mxfp4", "modelopt-nvfp4", "mlx-4", "mlx-3", "mlx-6", "mlx-mxfp4", "mlx-mxfp8", "mlx-nvfp4", "torchao-int4", "torchao-int4-asymmetric")  # fmt: skip
+FEW = (
+    "bnb-nf4", "bnb-nf4-double", "bnb-fp4", "bnb-nf4-bf16","ct-int4", "ct-int4-asymmetric", "ct-int4-order", "ct-int3", "ct-int4-rows", "ct-int8-packed", "ct-nvfp4", "ct-mxfp4", "modelopt-nvfp4", "mlx-4", "mlx-3", "mlx-6", "mlx-mxfp4", "mlx-mxfp8", "mlx-nvfp4", "torchao-int4", "torchao-int4-asymmetric")  # fmt: skip
 QUICK = {"device": "cpu", "workers": 1}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,13 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import dora_convert
-from dora_convert.adapters import LowRank
+from dora_convert.adapters import Full, LowRank, Rows
 from dora_convert.errors import PlanError
 from dora_convert.naming.resolve import NameResolver
 from dora_convert.naming.slots import Slot
 from dora_convert.plan import planner
 from dora_convert.plan.cutting import cut
-from dora_convert.storage.safetensors import StoredTensor
+from dora_convert.storage.reader import Reader
+from dora_convert.storage.safetensors import StoredTensor, read_header
 
 from .toy import load, rounded, write_json, write_shards
 
@@ -279,3 +281,22 @@ def test_a_lora_of_a_dora_has_the_change_of_all_outputs(tmp_path):
     mine, theirs = load(tmp_path / "by adapter"), load(tmp_path / "by lora")
     assert all(torch.allclose(mine[name].double(), theirs[name].double(), atol=1e-3) for name in near_names)
     assert report.relative_error < 0.5
+
+
+def test_tensors_saved_whole_are_cut_too(tmp_path):
+    """A stack, rows one below the other, a turned weight and rows of a fused one come from the saved tensor."""
+    disk = {name: x.float() for name, x in on_disk().items()}
+    saved = {name: torch.randn(weight.shape) for name, weight in in_model(disk).items()}
+    for folder, tensors in (("x", disk), ("y", saved)):
+        save_file({name: x.contiguous() for name, x in tensors.items()}, tmp_path / folder)
+    base = SimpleNamespace(tensors=read_header(tmp_path / "x").tensors, model_types=frozenset())
+    headers, expected = read_header(tmp_path / "y").tensors, back({n: x.double() for n, x in saved.items()}, disk)
+    with closing(Reader()) as reader:
+        for name, value in headers.items():
+            for part in cut(Full(value), SLOTS[name], base):
+                update, x = part.match.update, expected[part.name]
+                x = x[list(update.index)] if isinstance(update, Rows) else x
+                found = torch.frombuffer(
+                    bytearray(b"".join(map(bytes, reader.pieces(update.value)))), dtype=torch.float32
+                )
+                assert torch.equal(found.view(update.value.shape).double(), x), (name, part.name)

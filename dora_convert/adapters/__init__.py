@@ -157,7 +157,8 @@ class Decomposed(Update):
     @property
     def title(self) -> str:
         """The kind and its numbers, in a few words."""
-        what = self.inner.title if self.inner else "magnitudes alone"
+        alone = "scales alone" if self.normalised else "magnitudes alone"
+        what = self.inner.title if self.inner else alone
         if isinstance(self.inner, LowRank) and not self.normalised:
             what = what.replace("LoRA", "DoRA", 1)
         elif self.inner:

@@ -39,6 +39,7 @@ class Nibbles(Scheme):
     nested_block: int = 256
     nested_offset: float = 0.0
     writes: ClassVar[str] = "asked"
+    makes: ClassVar[tuple[str, ...]] = ("scale", "nested")
 
     def decode(self, tensor: CodedTensor, read: PartReader, start: int, stop: int) -> Tensor:
         """Return rows of the dense weight's matrix in float64."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..codecs import encoding
+from ..codecs.bitsandbytes import Nibbles
 from ..codecs.blocks import Blocks
 from ..codecs.coded import CHUNK_ELEMENTS, CodedTensor, as_bytes_of
 from ..codecs.numbers import unpack, values
@@ -44,10 +45,11 @@ def write_coded(
     Raises NumericalError if a result is NaN or Inf.
     """
     recoded = RecodedTensor(item, maker, buffers)
+    blocks = recoded.nibbles() if isinstance(recoded.scheme, Nibbles) else recoded.blocks()
     outputs = {"codes": item, **dict(item.parts)}
     digests = {role: Digest(proof=False) for role in outputs}
     places = dict.fromkeys(outputs, 0)
-    for pieces in recoded.blocks():
+    for pieces in blocks:
         for role, piece in pieces.items():
             data = as_bytes(piece.to("cpu").contiguous())
             shards.write(outputs[role], places[role], data)
@@ -71,8 +73,7 @@ class RecodedTensor:
     def __post_init__(self) -> None:
         source = self.item.source
         assert isinstance(source, CodedTensor)
-        assert isinstance(source.scheme, Blocks)
-        self._tensor, self._scheme = source, source.scheme
+        self._tensor, self.scheme = source, source.scheme
         self._parts = StoredParts(self.buffers.reader, self.buffers.spec.device)
         self._dtypes = {role: part.dtype for role, part in self.item.parts}
         self._fresh = source.scheme.writes == "asked"
@@ -82,6 +83,17 @@ class RecodedTensor:
         if index and source.parts["scale"].shape[-1] > 1:
             raw = self._parts.rows(as_bytes_of(index, 1), 0, 1)
             self._index = values(raw, index.dtype).long().flatten().clamp_(min=0)
+
+    @property
+    def _scheme(self) -> Blocks:
+        assert isinstance(self.scheme, Blocks)
+        return self.scheme
+
+    def nibbles(self) -> Iterator[dict[str, Tensor]]:
+        """Yield the bytes of codes of 4 bits in one line, and of their scales."""
+        from .recoding_nibbles import nibble_blocks
+
+        return nibble_blocks(self._tensor, self._merged, self._parts)
 
     def blocks(self) -> Iterator[dict[str, Tensor]]:
         """Yield the bytes of each block of rows, by role."""

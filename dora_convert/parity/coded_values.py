@@ -67,6 +67,8 @@ class CodedValues:
         At the ends of a range of integers it is more: the stored scale, zero point and bias are rounded themselves.
         """
         scheme, values, halves = self._tensor.scheme, [], []
+        if isinstance(scheme, Nibbles):
+            return self._nearest_nibbles(scheme, numbers, x)
         assert isinstance(scheme, Blocks)
         for line, number in enumerate(numbers):
             q, z, s, b = self._block_parts(scheme, number)
@@ -124,13 +126,23 @@ class CodedValues:
         """W = map[q]·absmax, over the flattened tensor; the first of two codes is in the high bits."""
         element = row * self._tensor.columns + torch.arange(self._tensor.columns)
         q = self._bits("codes", 4 * (element ^ 1), 4)
-        block = element // scheme.block
-        if "nested" in self._tensor.parts:
-            scale = self._numbers("nested_map", self._bits("scale", 8 * block, 8))
-            scale = scale * self._numbers("nested", block // scheme.nested_block) + scheme.nested_offset
-        else:
-            scale = self._numbers("scale", block)
-        return self._numbers("map", q) * scale
+        return self._numbers("map", q) * self._nibble_scales(scheme, element // scheme.block)
+
+    def _nearest_nibbles(self, scheme: Nibbles, numbers: Sequence[int], x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return some rows, and the distance of each of x to the nearest value that its block can have."""
+        table, distances = self._numbers("map", torch.arange(16)), []
+        for line, number in enumerate(numbers):
+            element = number * self._tensor.columns + torch.arange(self._tensor.columns)
+            scale = self._nibble_scales(scheme, element // scheme.block)
+            distances.append((table[:, None] * scale - x[line].cpu()).abs().amin(0))
+        return self.rows(numbers), torch.stack(distances)
+
+    def _nibble_scales(self, scheme: Nibbles, block: Tensor) -> Tensor:
+        """Return the scales of blocks of the line."""
+        if "nested" not in self._tensor.parts:
+            return self._numbers("scale", block)
+        scale = self._numbers("nested_map", self._bits("scale", 8 * block, 8))
+        return scale * self._numbers("nested", block // scheme.nested_block) + scheme.nested_offset
 
     def _gptq_row(self, scheme: Gptq, n: int) -> Tensor:
         """W[n, k] = s[g, n]·(q[k, n] − z[g, n])."""

@@ -53,6 +53,11 @@ def open_place(plan: Plan) -> InPlace:
             f"{checkpoint.source.name} is quantised, and its quantised weights are not changed in place.",
             hint="name an OUT instead",
         )
+    if any(edit.follows and edit.divides for item in plan.items if not item.undo for edit in item.edits):
+        raise UnsupportedError(
+            "The adapter scales biases by the norms of their weights, which a merge in place may have changed already.",
+            hint="name an OUT instead",
+        )
     place = InPlace(checkpoint.source.path, checkpoint.shards, checkpoint.index_name)
     place.refuse(plan)
     return place

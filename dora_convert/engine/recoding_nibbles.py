@@ -1,0 +1,74 @@
+"""Code a merged weight in nf4 or fp4 again: blocks of one line, the nearest value of the table, new scales.
+
+The offset and the tables of double quantisation stay the base's. Scales are coded first, and then values by the scales
+as they will be decoded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from ..codecs.bitsandbytes import Nibbles
+from ..codecs.coded import CHUNK_ELEMENTS, CodedTensor, as_bytes_of
+from ..codecs.numbers import values
+from ..storage.reader import spans
+from .decoding import StoredParts
+
+
+def nibble_blocks(
+    tensor: CodedTensor, merged: Callable[[int, int], Tensor], parts: StoredParts
+) -> Iterator[dict[str, Tensor]]:
+    """Yield the bytes of codes and scales, by role, block of rows after block; `merged` returns rows in float64."""
+    scheme = tensor.scheme
+    assert isinstance(scheme, Nibbles)
+    table, nested = _table(tensor, "map", parts), "nested" in tensor.parts
+    together = scheme.block * (scheme.nested_block if nested else 1)
+    step = together // math.gcd(tensor.columns, together)
+    for start, stop in spans(tensor.shape[0], tensor.columns, step=step):
+        line = merged(start, stop).flatten()
+        scales, pieces = _scales(tensor, scheme, _largest(line, scheme.block), parts)
+        codes = _nearest(line, scales, table, scheme.block)
+        codes = torch.nn.functional.pad(codes, (0, len(codes) % 2)).view(-1, 2)
+        yield {"codes": codes[:, 0] << 4 | codes[:, 1], **pieces}
+
+
+def _table(tensor: CodedTensor, role: str, parts: StoredParts) -> Tensor:
+    part = tensor.parts[role]
+    return values(parts.rows(as_bytes_of(part, 1), 0, 1), part.dtype).flatten()
+
+
+def _largest(line: Tensor, block: int) -> Tensor:
+    """Return the largest magnitude of each block of a line."""
+    return torch.nn.functional.pad(line, (0, -len(line) % block)).view(-1, block).abs().amax(1)
+
+
+def _scales(
+    tensor: CodedTensor, scheme: Nibbles, absmax: Tensor, parts: StoredParts
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return scales as they will be decoded, and the bytes of the parts that hold them."""
+    if "nested" not in tensor.parts:
+        stored = absmax.float()
+        return stored.double(), {"scale": stored.view(torch.uint8)}
+    table, offset = _table(tensor, "nested_map", parts), scheme.nested_offset
+    outer = _largest(absmax - offset, scheme.nested_block).float()
+    codes = _nearest(absmax - offset, outer.double(), table, scheme.nested_block)
+    scales = table[codes.long()] * outer.double().repeat_interleave(scheme.nested_block)[: len(codes)] + offset
+    return scales, {"scale": codes, "nested": outer.view(torch.uint8)}
+
+
+def _nearest(line: Tensor, scales: Tensor, table: Tensor, block: int) -> Tensor:
+    """Return the codes of the nearest values of a table, each block by its scale: uint8, in one line."""
+    order = table.argsort()
+    middles = (table[order][1:] + table[order][:-1]) / 2
+    codes = torch.empty(len(line), dtype=torch.uint8, device=line.device)
+    piece = max(1, CHUNK_ELEMENTS // block) * block
+    for first in range(0, len(line), piece):
+        part = line[first : first + piece]
+        scale = scales[first // block : -(-(first + len(part)) // block)].repeat_interleave(block)[: len(part)]
+        ratio = (part / scale).nan_to_num_(0.0)
+        codes[first : first + len(part)] = order[torch.bucketize(ratio, middles)].to(torch.uint8)
+    return codes
