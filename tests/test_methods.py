@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft.utils import merge_utils
 from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import dora_convert
 from dora_convert.cli import main
@@ -281,3 +282,23 @@ def test_the_command_of_the_card_repeats_the_merge(case, tmp_path, capsys):
         main(["verify", str(base.path), *map(str, adapters), str(tmp_path / "out")])
     assert not end.value.code
     assert options in " ".join(capsys.readouterr().err.split())
+
+
+def test_checkpoints_with_one_embedding(tmp_path):
+    """A tied embedding stays one weight, and is combined as one."""
+    torch.manual_seed(7)
+    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    config = LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=True)
+    models = [LlamaForCausalLM(config) for _ in range(3)]
+    for number, model in enumerate(models):
+        model.save_pretrained(tmp_path / str(number))
+    inputs = [tmp_path / "1", tmp_path / "2"]
+    dora_convert.merge(tmp_path / "0", inputs, tmp_path / "out", method="linear", weight=[0.5, 0.25])
+    base, *tuned = (model.state_dict() for model in models)
+    merged = LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    assert merged.config.tie_word_embeddings
+    assert "lm_head.weight" not in load(tmp_path / "out")
+    for name, x in merged.state_dict().items():
+        want = base[name] * 0.25 + tuned[0][name] * 0.5 + tuned[1][name] * 0.25
+        torch.testing.assert_close(x, want, rtol=0, atol=1e-6)
+    assert dora_convert.verify(tmp_path / "0", inputs, tmp_path / "out").verdict == "agree"

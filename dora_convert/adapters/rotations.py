@@ -30,6 +30,8 @@ class Rotated(Transform):
     """The terms of the Cayley–Neumann series; 0 for the exact Cayley transform."""
     limit: float = 0.0
     """The largest norm of a block's generator, if training limited it (constrained OFT)."""
+    embedding: bool = False
+    """True if PEFT's R turns rows of an embedding from the right as it is; of other weights, its transpose does."""
     shared: bool = False
     """True if one block serves everywhere."""
 

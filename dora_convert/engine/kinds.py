@@ -191,7 +191,7 @@ def load_rotation(rotated: Rotated, buffers: DeviceBuffers) -> rotations.Rotatio
     blocks = buffers.whole(stored).view(stored.shape)
     match rotated.rule:
         case "oft":
-            return rotations.oft(blocks, rotated.size, rotated.terms, rotated.limit)
+            return rotations.oft(blocks, rotated.size, rotated.terms, rotated.limit, embedding=rotated.embedding)
         case "boft":
             return rotations.boft(blocks)
         case "hra":

@@ -72,14 +72,17 @@ def turn_back(x: Tensor, rotation: Rotation) -> Tensor:
     return x
 
 
-def oft(upper: Tensor, size: int, terms: int, limit: float) -> Rotation:  # upper: (n, b(b−1)/2)
-    """Return PEFT's OFT: W' = WRᵀ with R by the Cayley transform of skew blocks; `limit` is COFT's eps (49)."""
+def oft(upper: Tensor, size: int, terms: int, limit: float, *, embedding: bool = False) -> Rotation:
+    """Return PEFT's OFT: W' = WRᵀ with R by the Cayley transform of skew blocks; `limit` is COFT's eps (49).
+
+    `upper` is (n, b(b−1)/2). An embedding's rows are turned by R itself.
+    """
     Q = skew(upper, size)
     if limit:
         lengths, most = torch.linalg.matrix_norm(Q, keepdim=True), limit / len(Q) ** 0.5
         Q = torch.where(lengths <= most, Q, Q * (most / lengths))
     R = cayley_series(Q, terms) if terms else cayley(-Q)
-    return [Stage(R.mT)]
+    return [Stage(R if embedding else R.mT)]
 
 
 def boft(blocks: Tensor) -> Rotation:  # (stages, n, b, b)

@@ -41,7 +41,8 @@ def stages_of(rotated: Rotated, load: Load) -> list[Stage]:
         case "hra":
             return [(u, None) for u in _unit_vectors(stored, orthogonal=bool(rotated.terms))]
         case "oft":
-            return [(torch.stack([_oft_block(upper, rotated, len(stored)) for upper in stored]), None)]
+            blocks = torch.stack([_oft_block(upper, rotated, len(stored)) for upper in stored])
+            return [(blocks.mT if rotated.embedding else blocks, None)]
         case "boft":
             orders = [_peft_order(stored.shape, k) for k in range(len(stored))]
             pairs = zip(stored, orders, strict=True)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import statistics
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from typing import NamedTuple
@@ -240,16 +240,17 @@ def _are_normalised(samples: Sequence[MagnitudeSample]) -> bool:
     samples = [sample for sample in samples if all(map(math.isfinite, (*sample.m, *sample.norms)))]
     if not samples:
         return False
-    from_one = [statistics.median(abs(m) for m in sample.m) for sample in samples]
-    from_norms = [statistics.median(map(abs, _ratios(sample))) for sample in samples]
+    from_one = [_median(map(abs, sample.m)) for sample in samples]
+    from_norms = [_median(map(abs, _ratios(sample))) for sample in samples]
     from_norms = [min(far, _from_changed(sample)) for far, sample in zip(from_norms, samples, strict=True)]
-    norms = [abs(statistics.median(sample.norms)) for sample in samples]
-    if max(from_one) > NEAR_ONE or statistics.median(norms) < NEVER_NEAR:
+    norms = [abs(_median(sample.norms)) for sample in samples]
+    if not max(from_one) <= NEAR_ONE or statistics.median(norms) < NEVER_NEAR:
         return False
     if statistics.median(from_one) * SURE > statistics.median(from_norms):
         return False
     # weights of another base: m is as far from ‖W‖ in every module, rather than near 1 in every module
-    means = [(statistics.median(s.m), statistics.median(_ratios(s))) for s in samples]
+    means = [(_median(s.m), _median(_ratios(s))) for s in samples]
+    means = [pair for pair in means if all(map(math.isfinite, pair))]
     if len(means) < 2:
         return True
     return statistics.stdev(one for one, _ in means) <= statistics.stdev(other for _, other in means)
@@ -258,7 +259,12 @@ def _are_normalised(samples: Sequence[MagnitudeSample]) -> bool:
 def _from_changed(sample: MagnitudeSample) -> float:
     """Return the distance of magnitudes from the norms of V = W + sBA, infinity if they are not known."""
     pairs = zip(sample.rows, sample.changed, strict=False)
-    return statistics.median([abs(sample.m[row] - norm) for row, norm in pairs] or [math.inf])
+    return _median(abs(sample.m[row] - norm) for row, norm in pairs)
+
+
+def _median(values: Iterable[float]) -> float:
+    """Return the median of the finite values, infinity if there are none: a damaged base may hold NaN."""
+    return statistics.median([value for value in values if math.isfinite(value)] or [math.inf])
 
 
 def _is_meta(changes: Sequence[Change], find: Find, base: Checkpoint) -> bool:

@@ -224,6 +224,7 @@ def stacked(tensor: StoredTensor, edits: Sequence[Edit]) -> StoredTensor:
         return tensor
     lows = ((edit.low, edit.outputs) for edit in edits if edit.low)
     stacked = any(low.experts or (outputs and len(tensor.shape) > len(low.A.shape)) for low, outputs in lows)
+    stacked = stacked or (tensor.coded and len(tensor.shape) == 3)  # a row of a matrix is decoded, not an expert
     return replace(tensor, shape=(tensor.numel // tensor.shape[2], tensor.shape[2])) if stacked else tensor
 
 

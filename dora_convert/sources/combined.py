@@ -8,6 +8,7 @@ from dataclasses import replace
 from ..adapters import Adapter, Change, Full
 from ..errors import RefError
 from ..formats.detect import detect, is_only_adapter, model_weights, wanted_of_adapter
+from ..naming.resolve import find_tie
 from ..storage.checkpoint import Checkpoint, open_checkpoint
 from ..storage.refs import HubRef, Source, local_source, parse_ref
 from ..storage.safetensors import FLOATS
@@ -76,6 +77,7 @@ def read_tuned(source: Source) -> Adapter:
         tensors=floats,
         files=tuple(dict.fromkeys(tensor.path for tensor in tuned.tensors.values())),
         ignored=dict.fromkeys(tuned.tensors.keys() - floats.keys(), "not a floating tensor: the base's stays"),
+        keeps_ties=find_tie(tuned) is not None,
         states=tuned.states,
     )
 

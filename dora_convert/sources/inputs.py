@@ -106,7 +106,8 @@ def open_base(
                 remote = look(parsed, what, session, whole=mode == "headers", weights=weights).checkpoint()
                 if remote.config is None:
                     refuse_tensors(remote.tensors, f"{what} {remote.source.name}")
-                return remote
+                if not any(".quant_state." in name for name in remote.tensors):
+                    return remote  # else only the bytes of these tensors tell the shapes of the weights
         source = fetch(parsed, what, wanted_of_base, session)
     else:
         source = local_source(parsed)

@@ -29,6 +29,8 @@ class KindReader:
     def __init__(self, kind: Kind, raw: Mapping[str, Any], path: Path) -> None:
         self.kind = kind
         common = {name: raw[name] for name in _COMMON if name in raw}
+        if str(common.get("bias")).endswith("_only"):  # oft_only, boft_only, …
+            common["bias"] = "lora_only"
         if "alpha" in kind.fields:
             common |= {name: raw[name] for name in ("r", "rank_pattern", "alpha_pattern") if name in raw}
             common |= {"lora_alpha": raw["alpha"]} if "alpha" in raw else {}

@@ -30,6 +30,7 @@ def _oft(module: KindModule) -> Update | str:
         "oft",
         terms=fields.get("num_cayley_neumann_terms", int, _TERMS) if series else 0,
         limit=fields.get("eps", float, 6e-5) if fields.get("coft", bool, default=False) else 0.0,
+        embedding=".oft_embedding_R" in upper.name,
         shared=fields.get("block_share", bool, default=False),
     )
 
