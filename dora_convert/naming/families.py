@@ -10,6 +10,7 @@ from collections.abc import Mapping
 PAST_LORA = {
     "jamba": ("mamba.dt_proj",),
     "longcat_flash": ("router.classifier",),
+    "mobilebert": ("cls.predictions.decoder", "cls.predictions.dense"),
     "siglip": ("head.attention.out_proj",),
     "siglip_vision_model": ("head.attention.out_proj",),
     "siglip2": ("head.attention.out_proj",),
@@ -19,7 +20,12 @@ PAST_LORA = {
 
 # Embeddings and heads
 
-EMBEDDINGS = frozenset({"embed_tokens", "wte", "word_embeddings", "shared", "embed_in", "tok_embeddings"})
+EMBEDDINGS = frozenset(
+    {
+        "embed_tokens", "wte", "word_embeddings", "word_embedding", "shared", "embed_in", "tok_embeddings",
+        "tokens_embed", "embeddings",
+    }
+)  # fmt: skip
 """Last names of input embeddings."""
 TABLES = ("wpe", "relative_attention_bias", "position_embeddings", "token_type_embeddings")
 """Last names of the other embeddings."""

@@ -180,9 +180,22 @@ class FamilyMap:
                 part = (piece.target * height, min((piece.target + 1) * height, shape[0]))
                 order = self._rotated(rest, rule.targets[piece.target], part[1] - part[0]) if rest else None
                 return Slot(piece.name, part=part, order=order)
+            case [["split", "0"]]:
+                return Slot(piece.name, part=self._attention(piece, shape[0]))
             case [["rope", *words]]:
                 return Slot(piece.name, order=self._rotated([["rope", *words]], rule.targets[0], shape[0]))
         raise Refused(f"{weight} is {piece.name} after the operation {', '.join(rule.operations)}: not done yet")
+
+    def _attention(self, piece: Piece, height: int) -> tuple[int, int]:
+        """Return the rows of queries, keys or values in one tensor of all three, by the numbers of heads."""
+        configs = [self._config, *(value for value in self._config.values() if isinstance(value, Mapping))]
+        keys = ("num_attention_heads", "num_key_value_heads")
+        heads, few = next((tuple(map(each.get, keys)) for each in configs if all(map(each.get, keys))), (0, 0))
+        if not heads or not few or height % (heads + 2 * few):
+            raise Refused(f"{piece.name} holds several weights, and the config does not say of which sizes")
+        size = height // (heads + 2 * few)
+        bounds = (0, heads * size, (heads + few) * size, height)
+        return bounds[piece.target], bounds[piece.target + 1]
 
     def _rotated(self, operations: Sequence[Sequence[str]], name: str, height: int) -> tuple[int, ...] | None:
         """Return the order of rows that rotary embeddings need: pairs on disk, halves in memory."""
