@@ -200,3 +200,13 @@ def test_several_files_are_not_guessed(merge):
     file = {f"lycoris_{UP.replace('.', '_')}.lora_{part}.weight": rand(2, 2) for part in ("up", "down")}
     with pytest.raises(dora_convert.RefError, match="several adapters"):
         merge({"a.safetensors": file, "b.safetensors": file})
+
+
+def test_inspect_without_alpha(tmp_path):
+    """What is known is shown; the scaling is null, never NaN, and the refusal names the option."""
+    file = tmp_path / "lora.pt"
+    torch.save({f"{UP}.lora_A": rand(2, HIDDEN), f"{UP}.lora_B": rand(WIDE, 2)}, file)
+    report = dora_convert.inspect(file).to_dict()
+    assert (report["format"], report["modules"][0]["rank"], report["modules"][0]["scaling"]) == ("loralib", 2, None)
+    assert "alpha" in report["refused"]["hint"]
+    json.dumps(report, allow_nan=False)

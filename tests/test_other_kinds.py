@@ -40,9 +40,8 @@ def test_a_lora_of_any_kind(tmp_path, case):
     report = dora_convert.to_lora(base, adapter, tmp_path / "lora", rank=24)
     assert report.relative_error < 1e-5
     assert distance(merged(base, tmp_path / "lora", tmp_path / "b"), merged(base, adapter, tmp_path / "a")) < 1e-6
-    if case != "peft-vera":
-        with pytest.raises(DoraConvertError, match="cannot be DoRA"):
-            dora_convert.from_lora(base, adapter, tmp_path / "dora")
+    with pytest.raises(DoraConvertError, match="cannot be DoRA"):
+        dora_convert.from_lora(base, adapter, tmp_path / "dora")
 
 
 def test_scaled_biases_have_no_lora(tmp_path):

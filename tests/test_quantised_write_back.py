@@ -119,3 +119,29 @@ def test_replaced_weights_become_dense(tmp_path):
     assert after["model.layers.0.mlp.gate_proj.weight"].dtype == torch.bfloat16
     skipped = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["modules_to_not_convert"]
     assert {"lm_head", "model.layers.0.mlp.up_proj", "model.layers.0.mlp.gate_proj"} == set(skipped)
+
+
+def test_a_stopped_merge_goes_on(tmp_path, monkeypatch):
+    """All parts of a weight are finished, or none: a resumed run leaves the bytes of one that was not stopped."""
+    from dora_convert.engine import recoding
+
+    base = copy_base("fp8-blocks", tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", base, dora=True)
+    dora_convert.merge(base, adapter, tmp_path / "whole", **QUICK)
+    write, calls = recoding.write_coded, []
+
+    def stops(*words):
+        calls.append(words)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return write(*words)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recoding, "write_coded", stops)
+        with pytest.raises(KeyboardInterrupt):
+            dora_convert.merge(base, adapter, tmp_path / "out", **QUICK)
+    assert dora_convert.merge(base, adapter, tmp_path / "out", **QUICK).resumed
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert all(
+        path.read_bytes() == (tmp_path / "whole" / path.relative_to(tmp_path / "out")).read_bytes() for path in files
+    )

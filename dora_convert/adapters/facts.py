@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import isfinite
+
 from ..errors import UnsupportedError
 from ..settings import AdapterFacts
 
@@ -20,7 +22,7 @@ class Scaling:
         Raises UnsupportedError, with the option to type, if neither a file nor the caller says alpha.
         """
         if (scaling := self._facts.scaling) is not None:
-            return scaling, f"{scaling:g} (--scaling)"
+            return scaling, f"{scaling:g} (--scaling)" if isfinite(scaling) else "not in the files"
         word = "" if self._facts.alpha is None else " (--alpha)"
         alpha = alpha if self._facts.alpha is None else self._facts.alpha
         if alpha is None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -30,6 +31,8 @@ SURE = 1.5
 """One reading counts if the other one's spread is so many times larger."""
 MODULES, ROWS = 6, 512
 """Weights that are sampled, and rows of each."""
+CLOSE = 0.25
+"""Magnitudes that differ less from the norms of W are not compared with those of V."""
 NEAR_ONE = 0.5
 """Magnitudes whose median is farther from 1 are not normalised."""
 NEVER_NEAR = 0.02
@@ -129,35 +132,54 @@ def _samples(changes: Sequence[Change], find: Find, base: Checkpoint, axis: int 
 
 def _sample(W: StoredTensor, update: Decomposed, axis: int, reader: Reader) -> MagnitudeSample:
     """Return the norms of some rows, or those of all columns as far as some rows tell, and all magnitudes."""
-    import torch
-
-    dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-    def read(tensor: StoredTensor, start: int, length: int) -> torch.Tensor:
-        data = bytearray(length * tensor.itemsize)
-        reader.read(tensor.path, tensor.start + start * tensor.itemsize, memoryview(data))
-        return torch.frombuffer(data, dtype=dtypes[tensor.dtype]).double()
-
     height, width = W.matrix
     count = min(ROWS, height)
     chosen = sorted({round(k * (height - 1) / max(1, count - 1)) for k in range(count)})
-    matrix = torch.stack([read(W, row * width, width) for row in chosen])
-    norms = matrix.norm(dim=axis) * (1 if axis == 1 else math.sqrt(height / len(chosen)))
-    logs = [_log(value) for value in norms.tolist()]
+    lines: list[tuple[float, ...]] = []
+    for row in chosen:
+        data = bytearray(width * W.itemsize)
+        reader.read(W.path, W.start + row * len(data), memoryview(data))
+        lines.append(_numbers(data, W.dtype))
+    norms = [math.hypot(*line) for line in (lines if axis == 1 else zip(*lines, strict=True))]
+    factor = 1 if axis == 1 else math.sqrt(height / len(chosen))
+    logs = [_log(norm * factor) for norm in norms]
+    m = [_log(value) for value in _numbers(b"".join(map(bytes, reader.pieces(update.m))), update.m.dtype)]
+    sample = MagnitudeSample(chosen if axis == 1 else range(width), logs, m, [])
+    is_near_one = statistics.median(map(abs, m)) < NEAR_ONE
+    if axis == 0 or not is_near_one or statistics.median(map(abs, _ratios(sample))) < CLOSE:
+        return sample
+    return sample._replace(changed=_changed(lines, chosen, update, reader))
+
+
+def _changed(
+    lines: Sequence[Sequence[float]], chosen: Sequence[int], update: Decomposed, reader: Reader
+) -> list[float]:
+    """Return the logarithms of the norms of some rows of V = W + sBA; empty if V is of another kind."""
+    low = update.inner
+    if not isinstance(low, LowRank) or low.A.matrix[1] != len(lines[0]) or low.d or low.b or low.start:
+        return []
+    import torch
 
     def whole(tensor: StoredTensor) -> torch.Tensor:
-        data = bytearray(b"".join(map(bytes, reader.pieces(tensor))))
-        return torch.frombuffer(data, dtype=dtypes[tensor.dtype]).double().view(tensor.matrix)
+        numbers = _numbers(b"".join(map(bytes, reader.pieces(tensor))), tensor.dtype)
+        return torch.tensor(numbers, dtype=torch.float64).view(tensor.matrix)
 
-    m, low, changed = whole(update.m).flatten().tolist(), update.inner, list[float]()
-    if axis == 1 and isinstance(low, LowRank) and low.A.matrix[1] == width and not (low.d or low.b or low.start):
-        V = matrix + low.scale * whole(low.B)[chosen] @ whole(low.A)
-        changed = [_log(value) for value in V.norm(dim=1).tolist()]
-    return MagnitudeSample(chosen if axis == 1 else range(width), logs, [_log(value) for value in m], changed)
+    V = torch.tensor(lines, dtype=torch.float64) + low.scale * whole(low.B)[chosen] @ whole(low.A)
+    return [_log(value) for value in V.norm(dim=1).tolist()]
+
+
+def _numbers(data: bytes | bytearray, dtype: str) -> tuple[float, ...]:
+    """Return stored numbers; bfloat16 is the upper half of float32."""
+    if dtype == "BF16":
+        wide = bytearray(2 * len(data))
+        wide[2::4], wide[3::4] = data[0::2], data[1::2]
+        data, dtype = wide, "F32"
+    letter, size = {"F64": ("d", 8), "F32": ("f", 4), "F16": ("e", 2)}[dtype]
+    return struct.unpack(f"<{len(data) // size}{letter}", data)
 
 
 def _log(value: float) -> float:
-    return math.log(value) if value > 0 else math.nan
+    return math.log(value) if 0 < value < math.inf else math.nan
 
 
 def _spread(differences: Sequence[float]) -> float:
@@ -215,6 +237,9 @@ def _of_peft(adapter: Adapter, find: Find, base: Checkpoint) -> dict[str, str]:
 
 def _are_normalised(samples: Sequence[MagnitudeSample]) -> bool:
     """Return True if magnitudes are near 1 in every module, and nearer to 1 than to the norms of the weights."""
+    samples = [sample for sample in samples if all(map(math.isfinite, (*sample.m, *sample.norms)))]
+    if not samples:
+        return False
     from_one = [_median(map(abs, sample.m)) for sample in samples]
     from_norms = [_median(map(abs, _ratios(sample))) for sample in samples]
     from_norms = [min(far, _from_changed(sample)) for far, sample in zip(from_norms, samples, strict=True)]

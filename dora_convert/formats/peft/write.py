@@ -16,6 +16,7 @@ from typing import Any
 from ...adapters import Adapter, Change, Decomposed, Delta, Full, LowRank, Rows, Start, low_rank, unwrapped
 from ...adapters.new_adapter import Files, NewAdapter
 from ...adapters.writing import refuse_others
+from ...errors import UnsupportedError
 from ...storage.json_files import read_json
 from ...storage.safetensors import StoredTensor
 from .config import LORA, SCHEDULE, TASKS, Config
@@ -62,6 +63,8 @@ def objection(change: Change, tensor: str, like: Adapter) -> str | None:
     low, (raw, config) = low_rank(change.update), _of(like)
     if not low:
         return f"is {change.update.title}: to-lora makes a LoRA of it first"
+    if low.b or low.widest:
+        return "is VeRA: to-lora makes a LoRA of it first"
     if config and config.adalora:
         return "AdaLoRA has no DoRA: to-lora makes a LoRA of it first"
     if why := shares_rank(change, tensor, like):
@@ -87,7 +90,7 @@ def _named(change: Change, new: NewAdapter) -> Iterator[tuple[str, StoredTensor]
         return (PREFIX + _own_name(change, plain(stored.name)) if own else module + suffix, stored)
 
     match update:
-        case LowRank() | Decomposed(LowRank()):
+        case LowRank(b=None) | Decomposed(LowRank(b=None)):
             low = low_rank(update)
             assert low
             yield name(low.A, ".lora_embedding_A" if low.transposed else ".lora_A.weight")
@@ -106,6 +109,8 @@ def _named(change: Change, new: NewAdapter) -> Iterator[tuple[str, StoredTensor]
                 other.target == f"{module.removeprefix(PREFIX)}.weight" for other, _ in new.low_ranks
             )
             yield name(value, f"{'.base_layer' if wrapped else ''}.{leaf}")
+        case _:
+            raise UnsupportedError(f"{change.target} is changed by {update.title}, which a LoRA of PEFT cannot hold.")
 
 
 def _wrappers_around(target: str, new: NewAdapter) -> int:

@@ -6,6 +6,7 @@ import os
 import shlex
 import time
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from typing import Any
 
 from typing_extensions import Unpack
@@ -128,11 +129,13 @@ def _module(change: Change, adapter: Adapter) -> Module:
             inner = transform_of(other)
             method = (inner or other).title.partition(",")[0]
             facts = {"rank": getattr(inner, "rank", None), "scaling": getattr(inner, "scale", None)}
+    if isinstance(given := facts.get("scaling"), float) and not isfinite(given):
+        facts["scaling"] = None  # no file and no option says it
     return Module(
         target=change.target,
         kind=fold(change.target),
         method=method,
-        what=change.update.title,
+        what=change.update.title.replace("scaling nan", "scaling unknown"),
         rule=change.rule or None,
         among=change.among,
         bytes=sum(tensor.nbytes for tensor in tensors),
