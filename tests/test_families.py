@@ -22,6 +22,7 @@ from dora_convert.naming.missing import explain_missing
 from dora_convert.naming.resolve import NameResolver, TableOnDemand, find_tie
 from dora_convert.naming.slots import Slot
 from dora_convert.naming.table import family_of, read_table
+from dora_convert.plan.explain import warn_of_past_lora
 from dora_convert.storage.checkpoint import open_checkpoint
 from dora_convert.storage.refs import Source
 
@@ -147,3 +148,13 @@ def test_the_head_that_is_not_stored_has_the_familys_name(tmp_path, kind, head):
     )
     tie = find_tie(type(tree)(tree.source, shards, tree.index_name, config))
     assert tie.head == f"{head}.weight"
+
+
+def test_a_weight_that_is_read_past_its_lora_is_warned_of():
+    """The merge says which layers training could not change."""
+    base = SimpleNamespace(model_types=frozenset({"jamba"}))
+    names = ("model.layers.0.mamba.dt_proj.weight", "model.layers.0.mamba.in_proj.weight")
+    items = {name: SimpleNamespace(edits=(1,)) for name in names}
+    (warning,) = warn_of_past_lora(base, items)
+    assert "jamba reads the weights of model.layers.0.mamba.dt_proj past their LoRA" in warning
+    assert "in_proj" not in warning
