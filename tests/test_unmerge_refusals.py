@@ -101,7 +101,7 @@ def test_a_dora_without_norms_is_refused(tmp_path, base, adapter):
         with pytest.raises(UnsupportedError) as caught:
             dora_convert.unmerge(model, adapter, tmp_path / "again")
         assert "‖W + sBA‖" in caught.value.text()
-        for way in ("--undo", "--base", "copy the base"):
+        for way in ("undo=", "base=", "copy the base"):
             assert way in caught.value.hint
         said = []
         report = dora_convert.unmerge(

@@ -7,8 +7,8 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
-from textwrap import wrap
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
@@ -40,6 +40,8 @@ UNTESTED = """
 The table has these families, too. They are not tested: transformers makes no tiny model of their default config, or
 does not load what it saved, or PEFT makes no adapter for them.
 
+| | families |
+|---|---|
 """
 
 
@@ -73,12 +75,18 @@ def _notes(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
             yield f"{row['adapter']}: the model reads a weight past its LoRA, so a merge differs from its forward pass"
 
 
+def _listed(families: Sequence[str]) -> Iterator[str]:
+    """Yield the lines of a table, one for each first letter."""
+    for letter, names in groupby(families, key=lambda family: family[0]):
+        yield f"| {letter} | {', '.join(f'`{name}`' for name in names)} |\n"
+
+
 def main() -> int:
     """Write the page."""
     path = Path(sys.argv[1] if len(sys.argv) > 1 else "families.jsonl")
     found = rows_of(path)
     families = {family: rows for family, rows in found.items() if rows}
-    untested = ", ".join(f"`{family}`" for family, rows in found.items() if not rows)
+    untested = [family for family, rows in found.items() if not rows]
     every = [row for rows in families.values() for row in rows]
     results = [row["result"] for row in every]
     table = json.loads((ROOT / "dora_convert" / "naming" / "families.json").read_text(encoding="utf-8"))
@@ -91,7 +99,7 @@ def main() -> int:
         wrong=len(results) - results.count("right") - results.count("refused"),
     )
     text += "".join(line_of(family, rows) for family, rows in families.items())
-    PAGE.write_text(text + UNTESTED + "\n".join(wrap(untested, 120)) + "\n", encoding="utf-8")
+    PAGE.write_text(text + UNTESTED + "".join(_listed(untested)), encoding="utf-8")
     return 0
 
 
