@@ -121,7 +121,7 @@ def _share(
             if not above:
                 raise UnsupportedError(
                     f"The adapter {source.name} is a VeRA, and the file lacks its shared lora_A and lora_B.",
-                    hint="save_adapter leaves them out for T5 and models without a head: add both from model.state_dict()",
+                    hint="save_adapter leaves both out for T5 and headless models: add them from model.state_dict()",
                 )
             used.add(nearest := max(above, key=len))
             parts |= {part: tensor for part, tensor in owners[nearest].items() if part not in parts}
