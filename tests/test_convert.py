@@ -71,7 +71,22 @@ def test_what_does_not_go_is_named(tmp_path, case, to, words):
         dora_convert.convert(adapter_of(case), tmp_path / "new", to=to, base=GOLDEN / CASES[case]["base"])
     assert words in caught.value.text()
     assert "to-lora" in f"{caught.value.hint}" or "diffusers" in f"{caught.value.hint}"
-    assert not (tmp_path / "new").exists()
+    assert not any(tmp_path.iterdir())
+    with pytest.raises(UnsupportedError):
+        dora_convert.convert(adapter_of(case), tmp_path / "new", to=to, base=GOLDEN / CASES[case]["base"], dry_run=True)
+
+
+def test_one_format_is_named(tmp_path):
+    """Neither none nor two; --format alone is --to. A dry run lists the modules."""
+    one, out = adapter_of("mlx-lora"), tmp_path / "new"
+    with pytest.raises(UsageError, match="needs"):
+        dora_convert.convert(one, out)
+    with pytest.raises(UsageError, match="two formats"):
+        dora_convert.convert(one, out, to="mlx", format="kohya")
+    dry = dora_convert.convert(one, out, format="kohya", dry_run=True).to_dict()
+    assert (dry["plan"]["to"], out.exists()) == ("kohya", False)
+    made = dora_convert.convert(one, out, to="kohya").to_dict()
+    assert dry["plan"]["modules"] == [module["name"] for module in made["modules"]]
 
 
 def test_gguf_as_the_library_reads_it(tmp_path):

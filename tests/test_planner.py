@@ -163,7 +163,7 @@ def test_unmatched_tensors_may_be_allowed(base, adapter, tmp_path):
 
 def test_nothing_to_merge(base, adapter):
     """A merge that applies no tensor is an error, not a copy."""
-    with pytest.raises(PlanError, match="Nothing to merge"):
+    with pytest.raises(PlanError, match="Nothing to do"):
         plan_of(base, adapter, exclude=("*",))
 
 

@@ -90,6 +90,15 @@ def test_other_verbs_read_as_if_dense(tmp_path):
     assert report.relative_error < 1e-3
 
 
+@pytest.mark.parametrize("kind", ["fp8-blocks", "bnb-nf4"])
+def test_extract_of_dense_from_coded(tmp_path, kind):
+    """Weights of one dtype, coded in BASE and dense in TUNED, are compared by value: those untouched are the same."""
+    lora = make_adapter(tmp_path / "lora", GOLDEN / kind, dora=False)
+    dora_convert.merge(GOLDEN / kind, lora, tmp_path / "tuned", dequantize=True, **QUICK)
+    report = dora_convert.extract(GOLDEN / kind, tmp_path / "tuned", tmp_path / "extracted", rank=4, **QUICK)
+    assert {module.name for module in report.modules} == {f"{module}.weight" for module in LLAMA}
+
+
 @pytest.mark.parametrize(
     ("kind", "words"),
     [("gptq", "GPTQ 4 bits, groups of 16"), ("fp8-blocks", "blocks of 16 × 16"), ("mlx-8", "MLX 8 bits")],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..errors import UnsupportedError
 from ..storage.checkpoint import Checkpoint
 
 
@@ -15,6 +16,14 @@ def head_size(base: Checkpoint, outputs: int, module: str) -> int | None:
         if isinstance(own, int) and own and outputs % own == 0:
             return outputs // own
     return None
+
+
+def heads_unknown(base: Checkpoint, module: str) -> UnsupportedError:
+    """Return the error for a base whose config does not say the heads of a module."""
+    return UnsupportedError(
+        f"config.json of {base.source.name} does not say the size of the heads of {module}.",
+        hint="num_attention_heads or head_dim in its config.json says it",
+    )
 
 
 def meta_rows(outputs: int, size: int) -> tuple[int, ...]:

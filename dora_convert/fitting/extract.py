@@ -36,13 +36,16 @@ def _same(one: StoredTensor, other: StoredTensor, reader: Reader) -> bool:
     """Return True if two tensors hold the same values."""
     if one.shape != other.shape:
         return False
-    if one.dtype == other.dtype or not {one.dtype, other.dtype} <= set(FLOATS):
+    coded = one.coded or other.coded
+    if not coded and (one.dtype == other.dtype or not {one.dtype, other.dtype} <= set(FLOATS)):
         return reader.same_bytes(one, other)
     coarse = TORCH[min(one.dtype, other.dtype, key=lambda dtype: (BITS[dtype], dtype))]
-    return all(
-        torch.equal(*(read_rows(reader, tensor, range(*span)).to(coarse) for tensor in (one, other)))
-        for span in spans(*one.matrix)
-    )
+
+    def values(tensor: StoredTensor, span: tuple[int, int]) -> Tensor:
+        x = read_rows(reader, tensor, range(*span))
+        return maths.round_to(x, torch.empty(x.shape, dtype=coarse)) if tensor.coded else x.to(coarse)
+
+    return all(torch.equal(values(one, span), values(other, span)) for span in spans(*one.matrix))
 
 
 def extract_module(

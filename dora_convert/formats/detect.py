@@ -96,11 +96,14 @@ def find_format(name: str) -> Format:
 
 def find_writable(name: str) -> WritableFormat:
     """Return a format that is written, by its name; UsageError lists the names."""
-    known = {load(line.module).NAME: load(line.module) for line in FORMATS}
-    writable = [each for each in known if hasattr(known[each], "writer")]
-    if name not in writable:
-        raise UsageError(f"--to or --format {name!r} is not one of {', '.join(writable)}.")
-    return cast("WritableFormat", known[name])
+    if name not in writable():
+        raise UsageError(f"{name!r} is not a format that is written.", hint=f"one of {', '.join(writable())}")
+    return cast("WritableFormat", find_format(name))
+
+
+def writable() -> list[str]:
+    """Return the names of the formats that are written."""
+    return [load(line.module).NAME for line in FORMATS if hasattr(load(line.module), "writer")]
 
 
 def detect(where: Path | Sequence[str]) -> Format | None:

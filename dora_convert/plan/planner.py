@@ -184,7 +184,7 @@ def _check(builder: PlanBuilder, items: Mapping[str, Item], base: Checkpoint, ad
         refuse(builder.faults, builder.beside, base, adapters)
     if not any(item.changed for item in items.values()):
         names = ", ".join(adapter.source.name for adapter in adapters)
-        raise PlanError(f"Nothing to merge: no tensor of {names} is left to apply.")
+        raise PlanError(f"Nothing to do: no tensor of {names} is left to apply.")
 
 
 def _resized(items: Mapping[str, Item]) -> dict[str, tuple[int, int]]:

@@ -188,7 +188,7 @@ class Reader:
 
     def same_bytes(self, one: StoredTensor, other: StoredTensor) -> bool:
         """Return True if two tensors have the same dtype, shape and contents."""
-        if (one.dtype, one.shape) != (other.dtype, other.shape):
+        if (one.dtype, one.shape, one.coded) != (other.dtype, other.shape, other.coded):
             return False
         pairs = zip(self.pieces(one), self.pieces(other), strict=True)
         return all(mine == theirs for mine, theirs in pairs)

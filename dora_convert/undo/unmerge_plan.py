@@ -22,7 +22,7 @@ from ..storage.checkpoint import Checkpoint
 from ..storage.safetensors import StoredTensor
 from .record import MergeRecord, not_as_written, rebuilt
 
-WAYS_OUT = "merge again with --undo norms or exact, name the base with --base, or copy the base itself"
+WAYS_OUT = "name the base with --base or copy the base itself; or merge again with --undo exact"
 
 
 @dataclass(frozen=True)

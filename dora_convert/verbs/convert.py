@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from typing_extensions import Unpack
 
 from ..adapters import Adapter, Change, Full, low_rank, tensors_of
 from ..adapters.beside import doubts_of
-from ..adapters.new_adapter import NewAdapter
+from ..adapters.new_adapter import Files, NewAdapter
 from ..errors import PlanError, UsageError
 from ..fitting.jobs import FittingPlan, Result
 from ..fitting.session import Fitter, FittingSession
+from ..formats.detect import writable
 from ..options import ConvertOptions
 from ..plan.planner import make_plan
 from ..reports.fitting import FittedModule, MadeDryRun, MadeReport
@@ -27,6 +29,8 @@ from . import takes
 if TYPE_CHECKING:
     from ..fitting.run import FitJob
 
+DEFAULT = "peft"
+"""The value of --format that is not given."""
 ROUNDING = 2.0**-24
 """The largest relative error of a scaling that is folded into B and rounded to float32."""
 
@@ -41,7 +45,7 @@ def convert(adapter: PathLike, out: PathLike, **options: Unpack[ConvertOptions])
 
     Raises DoraConvertError, and then leaves nothing under `out`.
     """
-    options["format"] = options["to"] or ""
+    options["format"] = _target(options)
     with FittingSession.begin(out, options) as session:
         ref = os.fspath(adapter)
         opened = open_adapter(ref, session.session, session.selection.waived)
@@ -50,7 +54,19 @@ def convert(adapter: PathLike, out: PathLike, **options: Unpack[ConvertOptions])
         session.folder.refuse_inside([opened.source.path, *([base.source.path] if base else [])])
         fitter = _Conversion(session, _settled(opened, base, session), base)
         report = session.finish(fitter, **{"from": opened.format, "to": session.format.NAME})
-        return replace(report, modules=fitter.modules) if isinstance(report, MadeReport) else report
+        if isinstance(report, MadeReport):
+            return replace(report, modules=fitter.modules, relative_error=ROUNDING if fitter.folded else 0.0)
+        return replace(report, plan={**report.plan, "modules": [module.name for module in fitter.modules]})
+
+
+def _target(options: ConvertOptions) -> str:
+    """Return the format to write; UsageError if none is named, or two are."""
+    to, other = options["to"], options["format"]
+    if to and other not in (to, DEFAULT):
+        raise UsageError(f"--to {to} and --format {other} name two formats.", hint="leave out --format")
+    if not to and other == DEFAULT:
+        raise UsageError(f"convert needs --to FORMAT: one of {', '.join(writable())}.", hint="such as --to peft")
+    return to or other
 
 
 def _settled(adapter: Adapter, base: Checkpoint | None, session: FittingSession) -> Adapter:
@@ -87,7 +103,30 @@ class _Conversion(Fitter):
     session: FittingSession
     adapter: Adapter
     base: Checkpoint | None
-    folded: bool = False
+
+    @property
+    def folded(self) -> bool:
+        """True if scalings go into B."""
+        return self.files.folded
+
+    @cached_property
+    def files(self) -> Files:
+        """The files to write; UnsupportedError names what the format cannot hold."""
+        return self.session.format.writer().save(self.new)
+
+    @cached_property
+    def new(self) -> NewAdapter:
+        """The adapter's changes, for the writer."""
+        same = self.adapter.format == self.session.format.NAME
+        return NewAdapter(
+            self.adapter.changes,
+            self.adapter if same else None,
+            self.session.settings.base_model or self.adapter.base,
+            revision=self.adapter.revision,
+            task=self.adapter.task,
+            model=self.base,
+            targets=None if same else (),
+        )
 
     @property
     def modules(self) -> tuple[FittedModule, ...]:
@@ -100,7 +139,7 @@ class _Conversion(Fitter):
         )
 
     def plan(self) -> FittingPlan:
-        """Return a plan without jobs: nothing is fitted."""
+        """Return a plan without jobs: nothing is fitted. UnsupportedError names what the format cannot hold."""
         size = sum(tensor.nbytes for change in self.adapter.changes for tensor in tensors_of(change.update))
         words = (self.adapter.source.title, "OUT", "--to", self.session.format.NAME)
         return FittingPlan(
@@ -110,7 +149,7 @@ class _Conversion(Fitter):
             jobs=[],
             format=self.session.format,
             bytes_out=4 * size,
-            terms={"to": self.session.format.NAME},
+            terms={"to": self.session.format.NAME, "folded": self.folded},
             is_dora="DoRA" in self.adapter.kind,
             like=self.adapter,
             dtype=self.session.selection.dtype,
@@ -126,18 +165,7 @@ class _Conversion(Fitter):
 
     def assemble(self, results: Mapping[str, Result]) -> dict[str, NewAdapter]:  # noqa: ARG002 - none
         """Return the adapter's changes."""
-        same = self.adapter.format == self.session.format.NAME
-        new = NewAdapter(
-            self.adapter.changes,
-            self.adapter if same else None,
-            self.session.settings.base_model or self.adapter.base,
-            revision=self.adapter.revision,
-            task=self.adapter.task,
-            model=self.base,
-            targets=None if same else (),
-        )
-        self.folded = self.session.format.writer().save(new).folded
-        return {"": new}
+        return {"": self.new}
 
     def conclude(self, results: Mapping[str, Result]) -> Mapping[str, Any]:  # noqa: ARG002 - none
         """Return True for scalings that went into B."""

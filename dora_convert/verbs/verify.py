@@ -87,6 +87,8 @@ def _plan(request: VerifyRequest) -> tuple[Plan, Checkpoint]:
     merged = open_base(request.merged, "MERGED", session)
     combination = SUM
     if receipt := _receipt(merged, request):
+        if options["method"] == receipt.combination.method and not (options["density"] or options["seed"]):
+            options = {**options, "method": None}  # with the receipt's density and seed
         combination = SUM if options["method"] else receipt.combination
         selection = replace(
             selection,

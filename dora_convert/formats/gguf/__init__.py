@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, cast
 
 from ...adapters import NOTHING, Adapter, Change, LowRank, Waived
 from ...adapters.parts import Findings, sort_parts, wrong_parts
-from ...adapters.rotary import head_size, meta_rows
+from ...adapters.rotary import head_size, heads_unknown, meta_rows
 from ...errors import UnsupportedError
 from ...storage.checkpoint import Checkpoint
 from ...storage.file_view import FileView
@@ -81,7 +81,7 @@ def _fit(adapter: Adapter, base: Checkpoint) -> Adapter:
         low = change.update
         if isinstance(low, LowRank) and change.module.endswith(ROTARY):
             if not (size := head_size(base, low.outputs, change.module)):
-                raise UnsupportedError(f"config.json of {base.source.name} does not say the heads of {change.module}.")
+                raise heads_unknown(base, change.module)
             low = replace(low, B=view_of(low.B, meta_rows(low.outputs, size)))
         changes.append(replace(change, update=low))
     return replace(adapter, changes=tuple(changes))

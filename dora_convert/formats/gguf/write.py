@@ -9,7 +9,7 @@ import re
 
 from ...adapters import Adapter, Change
 from ...adapters.new_adapter import Files, NewAdapter, ShapedTensor
-from ...adapters.rotary import head_size, inverse, meta_rows
+from ...adapters.rotary import head_size, heads_unknown, inverse, meta_rows
 from ...adapters.writing import HINT, RowFactors, factors_of, matrices, shaped
 from ...errors import UnsupportedError, UsageError
 from ...storage.stored_view import view
@@ -58,7 +58,7 @@ def _rows(new: NewAdapter, each: RowFactors) -> tuple[int, ...]:
     assert new.model
     outputs = each.low.outputs
     if not (size := head_size(new.model, outputs, each.module)):
-        raise UnsupportedError(f"config.json of the base does not say the heads of {each.module}.")
+        raise heads_unknown(new.model, each.module)
     return inverse(meta_rows(outputs, size))
 
 

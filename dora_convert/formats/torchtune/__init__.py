@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, cast
 from ...adapters import NOTHING, Adapter, Change, Decomposed, LowRank, Update, Waived
 from ...adapters.facts import Scaling
 from ...adapters.parts import Findings, Parts, follow, sort_parts, wrong_parts
-from ...adapters.rotary import head_size, inverse, meta_rows
+from ...adapters.rotary import head_size, heads_unknown, inverse, meta_rows
 from ...errors import RefError, UnsupportedError
 from ...storage.checkpoint import Checkpoint
 from ...storage.file_view import CONFIG, FileView
@@ -148,9 +148,7 @@ def _ordered(change: Change, base: Checkpoint, *, exported: bool) -> Change:
     low = update.inner if isinstance(update, Decomposed) else update
     assert isinstance(low, LowRank)
     if not (size := head_size(base, low.B.shape[0], change.module)):
-        raise UnsupportedError(
-            f"config.json of {base.source.name} does not say the number of heads of {change.module}."
-        )
+        raise heads_unknown(base, change.module)
     rows = meta_rows(low.B.shape[0], size)
     if is_meta and not exported:
         low = replace(low, B=view_of(low.B, rows))

@@ -11,7 +11,7 @@ import re
 
 from ...adapters import Adapter, Change
 from ...adapters.new_adapter import Files, NewAdapter, ShapedTensor
-from ...adapters.rotary import head_size, inverse, meta_rows
+from ...adapters.rotary import head_size, heads_unknown, inverse, meta_rows
 from ...adapters.writing import HINT, factors_of, matrices, one_scale, shaped
 from ...errors import UnsupportedError, UsageError
 from ...storage.safetensors import StoredTensor
@@ -68,8 +68,11 @@ def _rows(new: NewAdapter, module: str, outputs: int) -> tuple[int, ...]:
     if new.model.model_types & PLAIN:
         return ()
     size = head_size(new.model, outputs, module)
-    if not new.model.model_types & META or not size:
-        raise UnsupportedError("torchtune's order of rows is not known for this base.", hint=HINT)
+    if not new.model.model_types & META:
+        kinds = ", ".join(sorted(new.model.model_types)) or "a model without config.json"
+        raise UnsupportedError(f"torchtune's order of rows is not known for {kinds}.", hint="--to peft")
+    if not size:
+        raise heads_unknown(new.model, module)
     return inverse(meta_rows(outputs, size))
 
 
