@@ -69,7 +69,7 @@ def test_a_sum_of_kinds(tmp_path):
     assert "OFT" in caught.value.text()
 
 
-@pytest.mark.parametrize("case", ["peft-ia3", "peft-loha", "peft-lokr", "peft-oft", "peft-vera", "hfadapters-dora"])
+@pytest.mark.parametrize("case", ["peft-ia3", "peft-loha", "peft-lokr", "peft-oft", "peft-vera", "hfadapters-dvora"])
 def test_taken_out_by_arithmetic(tmp_path, case):
     """Without a record of roundings, the inverse of each kind finds the base to the last bits."""
     base = base_of(case)
