@@ -77,6 +77,7 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
             "audio_config": {**_EAR, "downsample_hidden_size": 16},
         },
     },
+    "DonutSwinForImageClassification": _SWIN,
     "ResNetForImageClassification": {"embedding_size": 8, **_STAGES},
     "Swinv2ForImageClassification": _SWIN,
     "VitDetModel": {**_VIT, "window_block_indices": [0], "window_size": 2},
