@@ -222,8 +222,16 @@ def test_adapterhub_vera(merge, tensors):
 def test_adapterhub_vera_that_is_not_whole(merge, more, what):
     """Shared matrices that are missing, or have another rank."""
     with pytest.raises(DoraConvertError) as caught:
-        merge({"pytorch_adapter.bin": vera_file() | {name: rand(*shape) for name, shape in more.items()}})
+        merge({"pytorch_adapter.bin": vera_file() | {name: rand(*shape) for name, shape in more.items()}}, alpha=2.0)
     assert what in caught.value.text()
+
+
+def test_adapterhub_without_a_config(merge):
+    """Its alpha is asked for, and never assumed."""
+    file = {f"{UP}.loras.x.lora_A": rand(2, HIDDEN), f"{UP}.loras.x.lora_B": rand(WIDE, 2)}
+    with pytest.raises(UnsupportedError) as caught:
+        merge({"pytorch_adapter.bin": file})
+    assert "alpha= A" in f"{caught.value.hint}"
 
 
 def test_adapterhub_dora_without_magnitudes(merge):

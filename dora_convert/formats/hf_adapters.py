@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from itertools import pairwise
 
 from ..adapters import NOTHING, Adapter, Change, Decomposed, Full, LowRank, Transform, Update, Waived
+from ..adapters.facts import Scaling
 from ..adapters.parts import Findings, Parts, follow, sort_parts, wrong_parts
 from ..errors import MalformedError, UnsupportedError
 from ..storage.file_view import CONFIG, FileView
@@ -27,7 +28,7 @@ from ..storage.safetensors import StoredTensor
 
 NAME = "hf-adapters"
 LIBRARY = "adapters"
-TAKES: tuple[str, ...] = ()
+TAKES = ("alpha", "scaling")
 WEIGHTS = ("adapter.safetensors", "pytorch_adapter.bin")
 HEADS = ("model_head.safetensors", "pytorch_model_head.bin")
 ENDS: Mapping[str, str] = {
@@ -68,10 +69,11 @@ def read(source: Source, waived: Waived = NOTHING) -> Adapter:
     common = {name: tensor for name, tensor in tensors.items() if _SHARED.search(name)}
     own = {_MARK.sub(".", name): tensor for name, tensor in tensors.items() if name not in common}
     modules, rest = sort_parts(own, ENDS)
-    findings = Findings()
+    findings, scaling = Findings(), Scaling(waived.facts, "AdapterHub without adapter_config.json", "8")
     is_vera = _share(modules, common, findings, source)
     for module, parts in modules.items():
-        _read_module(module, parts, config, findings)
+        if update := _read_module(parts, config, findings, scaling):
+            findings.changes.append(Change(f"{module}.weight", update[0], rule=update[1]))
     findings.fault(rest.values(), "is not part of a LoRA of the adapters library")
     heads = [name for name in HEADS if view.has(name) and name not in waived.files]
     for name in heads:
@@ -130,17 +132,21 @@ def _share(
     return bool(used)
 
 
-def _read_module(module: str, parts: Parts, config: Mapping[str, object], findings: Findings) -> None:
-    """Turn the parts of one module into a change, or a fault."""
+def _read_module(
+    parts: Parts, config: Mapping[str, object], findings: Findings, scaling: Scaling
+) -> tuple[Update, str] | None:
+    """Return the update of one module's parts and the rule of its scaling; a fault and None if they make none."""
     needed = ("ADEB" if {"D", "E"} & parts.keys() else "AB") + ("m" if config.get("use_dora") else "")
-    if why := wrong_parts(parts, needed, ENDS) or _wrong_shapes(parts):
+    alpha = config.get("alpha", 8 if config else None)
+    why = wrong_parts(parts, needed, ENDS) or _wrong_shapes(parts)
+    if alpha is not None and not isinstance(alpha, int | float):
+        why = f"has the alpha {alpha!r}"
+    if why:
         findings.fault(parts.values(), why)
-        return
-    alpha, rank = config.get("alpha", 8), parts["A"].shape[0]
-    number = float(alpha) if isinstance(alpha, int | float) else 8.0
-    inner = _product(parts, number / rank)
-    update: Update = Decomposed(inner, parts["m"], norm_scale=1.0) if "m" in parts else inner
-    findings.changes.append(Change(f"{module}.weight", update, rule=f"alpha {number:g} / rank {rank}"))
+        return None
+    scale, rule = scaling.of(parts["A"].shape[0], alpha)  # type: ignore[arg-type] # checked above
+    inner = _product(parts, scale)
+    return (Decomposed(inner, parts["m"], norm_scale=1.0) if "m" in parts else inner), rule
 
 
 def _wrong_shapes(parts: Parts) -> str | None:

@@ -29,7 +29,6 @@ from ..formats.detect import (
     wanted_of_adapter,
 )
 from ..storage.checkpoint import Checkpoint, open_checkpoint
-from ..storage.file_view import read_any
 from ..storage.filenames import file_states, is_tokenizer_file, list_files, refuse_links
 from ..storage.refs import HubRef, Source, local_path, local_source, parse_ref
 from .session import Session
@@ -211,6 +210,8 @@ def _not_an_adapter(source: Source) -> RefError:
     if root.is_file() and detect(root.parent):
         return RefError(f"ADAPTER {source.name} is a file; name the folder it lies in.", hint=str(root.parent))
     if root.is_file():
+        from ..storage.file_view import read_any
+
         read_any(root)  # says what is damaged
         return RefError(f"ADAPTER {source.name} is not an adapter of a known format.", hint=CONTENTS)
     if below := adapters_inside(root):

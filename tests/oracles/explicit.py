@@ -44,6 +44,7 @@ _BART = {
 }  # fmt: skip
 CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "BeitForImageClassification": {**_VIT, "use_relative_position_bias": True},
+    "ConditionalDetrForObjectDetection": _DETR,
     "ConvNextForImageClassification": _STAGES,
     "ConvNextV2ForImageClassification": _STAGES,
     "DbrxForCausalLM": {
@@ -77,10 +78,16 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
             "audio_config": {**_EAR, "downsample_hidden_size": 16},
         },
     },
+    "DonutSwinForImageClassification": _SWIN,
     "ResNetForImageClassification": {"embedding_size": 8, **_STAGES},
     "Swinv2ForImageClassification": _SWIN,
+    "TableTransformerForObjectDetection": _DETR,
     "VitDetModel": {**_VIT, "window_block_indices": [0], "window_size": 2},
 }  # fmt: skip
 """The fields of a config, by class."""
-CLASSES = {"detr": "DetrForObjectDetection"}
+CLASSES = {
+    "conditional_detr": "ConditionalDetrForObjectDetection",
+    "detr": "DetrForObjectDetection",
+    "table-transformer": "TableTransformerForObjectDetection",
+}
 """The class of a family that people fine-tune, where it is not the one of `families.LISTS`."""

@@ -115,7 +115,8 @@ def adapters(model: PreTrainedModel) -> Iterator[tuple[str, dict[str, Any]]]:
         yield "list, DoRA", {"target_modules": whole, "use_dora": True}
     yield "all-linear", {"target_modules": "all-linear"}
     yield "all-linear, DoRA", {"target_modules": "all-linear", "use_dora": True}
-    yield from with_head(leaves)
+    if isinstance(getattr(model, "classifier", None), torch.nn.Linear):
+        yield from with_classifier(leaves)
     head = model.get_output_embeddings()
     heads = [name for name, module in model.named_modules() if module is head and isinstance(head, torch.nn.Linear)]
     if heads:
@@ -128,10 +129,10 @@ def adapters(model: PreTrainedModel) -> Iterator[tuple[str, dict[str, Any]]]:
         yield "experts", {"target_modules": [], "target_parameters": sorted(experts)}
 
 
-def with_head(leaves: Collection[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+def with_classifier(leaves: Collection[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield adapters on queries and values with a trained classifier, as recipes for images have them."""
     pairs = [pair for pair in (("q_proj", "v_proj"), ("query", "value")) if {*pair} <= {*leaves}]
-    if "classifier" in leaves and pairs:
+    if pairs:
         fields = {"target_modules": list(pairs[0]), "modules_to_save": ["classifier"]}
         yield "classifier", fields
         yield "classifier, DoRA", {**fields, "use_dora": True}
