@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, ResNetConfig
 from transformers.conversion_mapping import _build_checkpoint_conversion_mapping, get_model_conversion_mapping
 from transformers.core_model_loading import (
     Chunk,
@@ -44,6 +44,7 @@ from transformers.core_model_loading import (
 )
 from transformers.initialization import no_init_weights
 from transformers.models.auto import modeling_auto
+from transformers.utils import import_utils
 
 from dora_convert.formats.peft.parameters import REGISTERED
 from dora_convert.naming import families
@@ -55,6 +56,11 @@ USUAL = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "SEQ_TO_SEQ_CAUSAL_
 NO_SINGLE_HEAD = {"fsmt", "musicgen", "musicgen_melody", *families.COMPOSITE}
 """Model types with several heads, or with another model's head."""
 ATTENTIONS = ("full_attention", "sliding_attention")
+_BACKBONE = ResNetConfig(out_features=["stage4"])
+_STAGES = ResNetConfig(out_features=["stage1", "stage2", "stage3", "stage4"])
+_TOWER = ResNetConfig(vocab_size=128, vocab_offset=262144, rms_norm_eps=1e-6, hidden_size=2048, model_args=None)
+"""Stand-ins for models of timm, which is not here: no rule is for a ResNet."""
+import_utils.BACKENDS_MAPPING["scipy"] = (lambda: True, "")  # losses need scipy, models do not
 HINTS: Mapping[str, Mapping[str, Any]] = {
     "hunyuan_v1_dense": {"head_dim": 128},
     "hunyuan_v1_moe": {"head_dim": 128},
@@ -86,6 +92,14 @@ HINTS: Mapping[str, Mapping[str, Any]] = {
     "chameleon": {"vocabulary_map": {"<image>": 4}},
     "emu3": {"vocabulary_map": {"<image>": 4}},
     "reformer": {"is_decoder": True},
+    "": {"spatial_merge_size": 2},  # the talker of qwen3_omni_moe
+    "detr": {"backbone_config": _STAGES},
+    "conditional_detr": {"backbone_config": _BACKBONE},
+    "deformable_detr": {"backbone_config": _STAGES},
+    "dab-detr": {"backbone_config": _BACKBONE},
+    "table-transformer": {"backbone_config": _BACKBONE},
+    "gemma3n": {"vision_config": _TOWER},
+    "fast_vlm": {"vision_config": _TOWER},
 }
 """Fields of configs whose defaults make no model, by model type."""
 
@@ -115,7 +129,10 @@ def build(name: str, config: PretrainedConfig | None = None) -> PreTrainedModel 
 def hinted(config: PretrainedConfig) -> PretrainedConfig:
     """Return a config whose defaults make a model."""
     for key, value in HINTS.get(config.model_type, {}).items():
-        setattr(config, key, value)
+        if isinstance(value, PretrainedConfig):
+            vars(config)[key] = value  # past the check of the config's type
+        else:
+            setattr(config, key, value)
     for inner in list(vars(config).values()):
         if isinstance(inner, PretrainedConfig):
             hinted(inner)

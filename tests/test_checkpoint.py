@@ -12,6 +12,7 @@ import dora_convert
 from dora_convert.errors import DoraConvertError, MalformedError, RefError, UnsupportedError
 from dora_convert.storage.checkpoint import open_checkpoint
 from dora_convert.storage.filenames import is_side_file, is_weight_file
+from dora_convert.storage.json_files import read_config
 from dora_convert.storage.refs import local_source
 
 from .toy import edit_json, make_base, write_json, write_shards
@@ -158,6 +159,7 @@ def test_quantised_weights_without_a_config(base, adapter, tmp_path):
         ("original/params.json", True, False),
         ("onnx/model.onnx_data", True, False),
         ("optimizer.pt", True, False),
+        ("spk_dict.pt", False, True),
         ("adapter_config.json", False, False),
     ],
 )
@@ -172,3 +174,10 @@ def test_header_order_is_byte_order(tmp_path):
     base = make_base(tmp_path / "base", shards=1)
     starts = [tensor.start for tensor in opened(base.path).shards[0].tensors]
     assert starts == sorted(starts)
+
+
+def test_layers_may_be_counted_for_each_part(tmp_path):
+    """LXMERT's config has a number of layers for each of its parts."""
+    config = {"num_hidden_layers": {"vision": 5, "cross_encoder": 5, "language": 9}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_config(tmp_path) == config

@@ -217,6 +217,20 @@ def test_interrupt(run, tmp_path, base, adapter, monkeypatch):
     assert "rerun the same command to resume" in err
 
 
+def test_interrupted_reading(run, base, adapter, monkeypatch):
+    """Ctrl-C in a verb that keeps nothing does not promise to resume."""
+    from dora_convert.verbs import analyze
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(analyze, "open_base", stop)
+    code, out, err = run("analyze", base.path, adapter)
+    assert (code, out) == (130, "")
+    assert "begins again" in err
+    assert "resume" not in err
+
+
 def test_interrupted_while_importing(tmp_path):
     """With -m, too, the exit code is 130, even where Ctrl-C comes while a dataclass is made of strings."""
     (tmp_path / "stopped.py").write_text(

@@ -34,6 +34,7 @@ SAMPLE = ("mixtral", "llava", "qwen2_vl", "dinov2", "bailing_hybrid", "ernie4_5_
 CLASSES = (
     "MixtralForCausalLM", "LlavaForConditionalGeneration", "Qwen2VLForConditionalGeneration", "ViTForImageClassification",
     "BailingHybridForCausalLM", "GraniteMoeForCausalLM", "GPTNeoXForCausalLM",
+    "DetrForObjectDetection",
 )  # fmt: skip
 
 

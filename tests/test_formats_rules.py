@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import dora_convert
-from dora_convert.errors import UnsupportedError, UsageError
+from dora_convert.errors import DoraConvertError, UnsupportedError, UsageError
 
 HIDDEN, WIDE, HEADS = 16, 24, 4
 Q, UP = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"
@@ -193,6 +193,54 @@ def test_torchtune_puts_rows_in_order(merge, tensors, order):
     merged = merge({"adapter_model.pt": file}, model_type=order, alpha=4.0)
     rows = B if order == "qwen2" else B.view(HEADS, 2, 2, 2).transpose(1, 2).reshape(HIDDEN, 2)
     assert_near(merged[f"{Q}.weight"], tensors[f"{Q}.weight"].double() + 2 * rows.double() @ A.double())
+
+
+def vera_file() -> dict[str, torch.Tensor]:
+    """AdapterHub's VeRA of one module, without the matrices that modules share."""
+    return {f"{UP}.loras.x.vera_D": rand(2, 2), f"{UP}.loras.x.vera_B": rand(WIDE, WIDE)}
+
+
+def test_adapterhub_vera(merge, tensors):
+    """The file of T5 or of a model without a head, with the shared matrices added from the model's state dict."""
+    file, A, B = vera_file(), rand(2, HIDDEN), rand(WIDE, 2)
+    D, E = (matrix.double() for matrix in file.values())
+    shared = {"shared_parameters.x.lora_A": A, "shared_parameters.x.lora_B": B}
+    config = {"config": {"architecture": "lora", "alpha": 6}, "version": "adapters.1.3.0"}
+    merged = merge({"adapter.safetensors": file | shared, "adapter_config.json": config})
+    assert_near(merged[f"{UP}.weight"], tensors[f"{UP}.weight"].double() + 3 * E @ B.double() @ D @ A.double())
+
+
+@pytest.mark.parametrize(
+    ("more", "what"),
+    [
+        ({}, "lacks its shared lora_A"),
+        ({"shared_parameters.x.lora_A": (2, HIDDEN)}, "has no lora_B"),
+        ({"shared_parameters.x.lora_A": (2, HIDDEN), "shared_parameters.x.lora_B": (WIDE, 3)}, "vera_D is"),
+        ({"other.shared_parameters.x.lora_A": (2, HIDDEN)}, "lacks its shared lora_A"),
+    ],
+)
+def test_adapterhub_vera_that_is_not_whole(merge, more, what):
+    """Shared matrices that are missing, or have another rank."""
+    with pytest.raises(DoraConvertError) as caught:
+        merge({"pytorch_adapter.bin": vera_file() | {name: rand(*shape) for name, shape in more.items()}}, alpha=2.0)
+    assert what in caught.value.text()
+
+
+def test_adapterhub_without_a_config(merge):
+    """Its alpha is asked for, and never assumed."""
+    file = {f"{UP}.loras.x.lora_A": rand(2, HIDDEN), f"{UP}.loras.x.lora_B": rand(WIDE, 2)}
+    with pytest.raises(UnsupportedError) as caught:
+        merge({"pytorch_adapter.bin": file})
+    assert "alpha= A" in f"{caught.value.hint}"
+
+
+def test_adapterhub_dora_without_magnitudes(merge):
+    """The config says DoRA, and one module has no magnitudes: never merged as a LoRA."""
+    file = {f"{UP}.loras.x.lora_A": rand(2, HIDDEN), f"{UP}.loras.x.lora_B": rand(WIDE, 2)}
+    config = {"config": {"architecture": "lora", "use_dora": True}, "version": "adapters.1.3.0"}
+    with pytest.raises(DoraConvertError) as caught:
+        merge({"pytorch_adapter.bin": file, "adapter_config.json": config})
+    assert "has no m.weight" in caught.value.text()
 
 
 def test_several_files_are_not_guessed(merge):

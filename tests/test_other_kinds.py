@@ -69,7 +69,7 @@ def test_a_sum_of_kinds(tmp_path):
     assert "OFT" in caught.value.text()
 
 
-@pytest.mark.parametrize("case", ["peft-ia3", "peft-loha", "peft-lokr", "peft-oft", "peft-vera", "hfadapters-dora"])
+@pytest.mark.parametrize("case", ["peft-ia3", "peft-loha", "peft-lokr", "peft-oft", "peft-vera", "hfadapters-dvora"])
 def test_taken_out_by_arithmetic(tmp_path, case):
     """Without a record of roundings, the inverse of each kind finds the base to the last bits."""
     base = base_of(case)
@@ -157,3 +157,21 @@ def test_scales_of_outputs_are_set_in_place(tmp_path):
     wanted = merged(base_of("peft-ia3"), GOLDEN / "peft-ia3", tmp_path / "out")
     got = load_file(tmp_path / "base/model.safetensors")
     assert all(torch.equal(got[name], tensor) for name, tensor in wanted.items())
+
+
+def test_blocks_of_one_tensor_are_several_modules(tmp_path):
+    """litgpt's q and v lie in one pair of factors: each module is fitted from its own block."""
+    base, adapter = base_of("litgpt-lora-qv"), GOLDEN / "litgpt-lora-qv"
+    report = dora_convert.to_lora(base, adapter, tmp_path / "lora", rank=4)
+    assert report.relative_error < 1e-5
+    dora_convert.from_lora(base, adapter, tmp_path / "dora")
+    wanted = merged(base, adapter, tmp_path / "a")
+    assert distance(merged(base, tmp_path / "lora", tmp_path / "b"), wanted) < 1e-6
+    assert distance(merged(base, tmp_path / "dora", tmp_path / "c"), wanted) < 1e-6
+
+
+def test_kinds_without_factors_are_no_lora(tmp_path):
+    """from-lora refuses them by name, for formats of all tools."""
+    with pytest.raises(DoraConvertError) as caught:
+        dora_convert.from_lora(base_of("peft-loha"), GOLDEN / "peft-loha", tmp_path / "dora", format="kohya")
+    assert "not a LoRA" in caught.value.text()

@@ -90,6 +90,13 @@ def test_other_verbs_read_as_if_dense(tmp_path):
     assert report.relative_error < 1e-3
 
 
+@pytest.mark.parametrize("option", ["dequantize", "dequantize_touched", "requantize"])
+def test_idle_options_warn(tmp_path, base, adapter, option):
+    """A dense base has nothing to dequantize, and the report says so."""
+    report = dora_convert.merge(base.path, adapter, tmp_path / "out", dry_run=True, **{option: True})
+    assert any("is not quantised" in warning for warning in report.warnings)
+
+
 @pytest.mark.parametrize("kind", ["fp8-blocks", "bnb-nf4"])
 def test_extract_of_dense_from_coded(tmp_path, kind):
     """Weights of one dtype, coded in BASE and dense in TUNED, are compared by value: those untouched are the same."""

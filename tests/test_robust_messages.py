@@ -308,3 +308,13 @@ def test_hints_are_commands(tmp_path, base, adapter, run, given):
     assert code == 2
     hint = next(line for line in err.splitlines() if line.startswith("Hint: "))
     assert f"'{folder}'" in hint
+
+
+@pytest.mark.parametrize(("kept", "words"), [(0, "is empty"), (100, "truncated"), (-10, "truncated")])
+def test_damaged_file_as_adapter(tmp_path, base, adapter, kept, words):
+    """A damaged file is called damaged, not of an unknown format."""
+    data = (adapter / "adapter_model.safetensors").read_bytes()
+    (tmp_path / "lora.safetensors").write_bytes(data[:kept])
+    with pytest.raises(dora_convert.MalformedError) as caught:
+        dora_convert.merge(base.path, tmp_path / "lora.safetensors", tmp_path / "out")
+    assert words in f"{caught.value} {caught.value.hint}"

@@ -149,13 +149,15 @@ def show_error(error: DoraConvertError, *, in_json: bool, colour: bool | None, o
 
 
 def fail(error: BaseException, *, as_json: bool, reads: bool = False) -> int:
-    """Print an error on stderr and return the exit code; `reads` leaves out that nothing was written."""
+    """Print an error on stderr and return the exit code; `reads` leaves out that nothing was written, or kept."""
     if isinstance(error, click.ClickException) and not as_json:
         text = StringIO()
         error.show(text)
         click.echo("\n".join(map(printable, text.getvalue().splitlines())), err=True)
         return error.exit_code
     known = _translate(error)
+    if reads and isinstance(known, InterruptedRunError):
+        known.hint = "rerun the same command; it begins again"
     with suppress(OSError):  # the exit code tells what a full device does not
         show_error(known, in_json=as_json, colour=colour(), outcome=not reads)
     return known.exit_code

@@ -252,6 +252,8 @@ def _computed(part: Computed, buffers: DeviceBuffers) -> Tensor:
         case "RandLoRA":
             bases = tensors["A"], tensors["B"]
             return additive.random_bases(*bases, tensors["weights"], tensors["scales"], (outputs, inputs))
+        case "VeRA with matrices":
+            return (tensors["E"] @ (tensors["B"] @ tensors["D"])) @ tensors["A"]
     assert part.rule == "VeRA"
     widest = int(numbers["outputs"]), int(numbers["inputs"])
     A, B = additive.seeded_projections(int(numbers["seed"]), int(numbers["rank"]), widest)

@@ -18,7 +18,7 @@ from ..plan.plan import Plan
 from ..storage.checkpoint import Checkpoint
 from ..storage.refs import Source
 from ..storage.safetensors import StoredTensor
-from ..storage.stored_view import shown_rows
+from ..storage.stored_view import shown_rows, whole_of
 
 HELD = {"lora": 10, "dora": 16}
 """Copies of a module's matrix that are held at once, in the dtype of the arithmetic."""
@@ -201,7 +201,7 @@ def match_changes(
         low = low_rank(change.update)
         if not isinstance(change.update, Transform | Decomposed):
             others.append(change)
-        elif parts := found.get(_names(change.update)):
+        elif parts := [part for part in found.get(_names(change.update), ()) if _is_of(part[1].update, change.update)]:
             if not low or all(edit.low and edit.low.B == low.B for _, edit in parts):
                 parts = _alone(change, parts)  # one weight, or both sides of a former tie
             inputs = tuple(item.source for item, _ in parts)
@@ -214,6 +214,14 @@ def match_changes(
 
 def _names(update: Update) -> tuple[str, ...]:
     return tuple(tensor.name for tensor in update.tensors)
+
+
+def _is_of(update: Update, whole: Update) -> bool:
+    """Return True if an edit's tensors lie within those of a change of the same names, of which a file has several."""
+    pairs = [(whole_of(one), whole_of(other)) for one, other in zip(update.tensors, whole.tensors, strict=True)]
+    return all(
+        other.start <= one.start and one.start + one.nbytes <= other.start + other.nbytes for one, other in pairs
+    )
 
 
 def _alone(change: Change, parts: list[tuple[Item, Edit]]) -> list[tuple[Item, Edit]]:

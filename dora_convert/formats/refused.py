@@ -74,7 +74,7 @@ def read(source: Source, waived: Waived = NOTHING) -> Adapter:  # noqa: ARG001 -
     assert found
     raise UnsupportedError(
         f"ADAPTER {source.name} is an adapter in the format of {found.tool}, {found.why}.",
-        hint="docs/formats.md lists the formats that are read",
+        hint=f"put its {CONFIG} beside it" if found is PEFT else "docs/formats.md lists the formats that are read",
     )
 
 

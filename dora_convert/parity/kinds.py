@@ -253,6 +253,11 @@ def _vera(part: Computed, parts: Parts) -> Tensor:
     return torch.einsum("o,or,r,ri->oi", b, B[:outputs].to(b), d, A[:, :inputs].to(d))
 
 
+def _vera_of_matrices(_: Computed, parts: Parts) -> Tensor:
+    return torch.einsum("op,pr,rs,si->oi", parts["E"], parts["B"], parts["D"], parts["A"])
+
+
 RULES: dict[str, Callable[[Computed, Parts], Tensor]] = {
     "MiSS": _miss, "DeLoRA": _delora, "FourierFT": _fourier, "C3A": _c3a, "RandLoRA": _randlora, "VeRA": _vera,
+    "VeRA with matrices": _vera_of_matrices,
 }  # fmt: skip

@@ -210,6 +210,9 @@ def _not_an_adapter(source: Source) -> RefError:
     if root.is_file() and detect(root.parent):
         return RefError(f"ADAPTER {source.name} is a file; name the folder it lies in.", hint=str(root.parent))
     if root.is_file():
+        from ..storage.file_view import read_any
+
+        read_any(root)  # says what is damaged
         return RefError(f"ADAPTER {source.name} is not an adapter of a known format.", hint=CONTENTS)
     if below := adapters_inside(root):
         return RefError(

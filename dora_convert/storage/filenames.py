@@ -39,6 +39,9 @@ WEIGHT_SUFFIXES = (
 )  # fmt: skip
 """Weights and their indexes: stale beside merged weights, so never copied."""
 
+VOICES = "spk_dict.pt"
+"""The voices of Qwen2.5-Omni, without which transformers does not load the model."""
+
 MODEL = re.compile(r"(pytorch_)?model(?![a-z])")
 """Beginnings of the names that a whole model's weight files have."""
 WEIGHT_FOLDERS = ("original", "onnx", "openvino", "coreml", "metal", "gguf")
@@ -83,7 +86,7 @@ def is_text(name: str) -> bool:
 def is_weight_file(name: str) -> bool:
     """Return True if a file, named by its path inside the folder, holds weights or an index of weights."""
     path = PurePosixPath(name)
-    return path.name.endswith(WEIGHT_SUFFIXES) or path.parts[0] in WEIGHT_FOLDERS
+    return path.parts[0] in WEIGHT_FOLDERS or (path.name.endswith(WEIGHT_SUFFIXES) and path.name != VOICES)
 
 
 def is_beside(name: str) -> bool:

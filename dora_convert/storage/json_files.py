@@ -39,7 +39,7 @@ class ConfigFields(TypedDict, total=False):
     architectures: list[str] | None
     model_type: str | None
     vocab_size: int | None
-    num_hidden_layers: int | None
+    num_hidden_layers: int | dict[str, int] | None  # lxmert has a number for each part
     tie_word_embeddings: bool | None
     torch_dtype: str | None
     text_config: dict[str, Any] | None

@@ -74,8 +74,9 @@ def _divide(matched: Plan, session: FittingSession, *, split: bool) -> _LoraChan
     faults = {change.target: TIED for change in unmatched}
     for job in jobs:
         tied = unmatched and (is_embedding(job.name) or is_head(job.name))
-        if why := TIED if tied else session.format.writer().objection(job.change, job.item.name, adapter):
-            faults[job.name] = why
+        why = TIED if tied else session.format.writer().objection(job.change, job.item.name, adapter)
+        if why or not isinstance(job.change.update, LowRank):
+            faults[job.name] = why or f"is {job.change.update.title}, not a LoRA; to-lora makes one of it"
     accepted = [job for job in jobs if job.name not in faults]
     if not accepted or (faults and not split):
         raise UnsupportedError(

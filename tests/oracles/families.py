@@ -20,7 +20,7 @@ import sys
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +35,7 @@ from transformers.models.auto import modeling_auto
 import dora_convert
 
 from .. import make_families
-from . import tiny
+from . import explicit, tiny
 
 USUAL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LAYOUTS = ("hub", "saved", "memory")
@@ -60,7 +60,7 @@ class Row(NamedTuple):
 
 def chosen(wanted: list[str]) -> dict[str, str]:
     """Return a class for each model type: its usual one with a head, else the bare model."""
-    classes: dict[str, str] = {}
+    classes = dict(explicit.CLASSES)
     for name in LISTS:
         for kind, entry in getattr(modeling_auto, f"MODEL_FOR_{name}_MAPPING_NAMES").items():
             classes.setdefault(kind, entry if isinstance(entry, str) else entry[0])
@@ -79,6 +79,8 @@ def save(model: PreTrainedModel, layout: str, folder: Path) -> dict[str, torch.T
     if layout == "hub":
         own._weight_conversions = get_model_conversion_mapping(own, add_legacy=False)
     own.save_pretrained(folder, save_original_format=layout != "memory")
+    if model.config.model_type == "qwen2_5_omni":
+        torch.save({}, folder / "spk_dict.pt")
     return load_file(folder / "model.safetensors")
 
 
@@ -99,7 +101,7 @@ def randomised(adapted: Any) -> Any:
         for name, parameter in adapted.named_parameters():
             if "lora_magnitude" in name:
                 parameter.mul_(1 + 0.1 * torch.randn_like(parameter))
-            elif "lora_" in name:
+            elif "lora_" in name or "modules_to_save" in name:
                 parameter.normal_(0, 0.2)
     return adapted
 
@@ -113,6 +115,8 @@ def adapters(model: PreTrainedModel) -> Iterator[tuple[str, dict[str, Any]]]:
         yield "list, DoRA", {"target_modules": whole, "use_dora": True}
     yield "all-linear", {"target_modules": "all-linear"}
     yield "all-linear, DoRA", {"target_modules": "all-linear", "use_dora": True}
+    if isinstance(getattr(model, "classifier", None), torch.nn.Linear):
+        yield from with_classifier(leaves)
     head = model.get_output_embeddings()
     heads = [name for name, module in model.named_modules() if module is head and isinstance(head, torch.nn.Linear)]
     if heads:
@@ -123,6 +127,15 @@ def adapters(model: PreTrainedModel) -> Iterator[tuple[str, dict[str, Any]]]:
     experts = {name for name in experts if "bias" not in name}
     if experts:
         yield "experts", {"target_modules": [], "target_parameters": sorted(experts)}
+
+
+def with_classifier(leaves: Collection[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield adapters on queries and values with a trained classifier, as recipes for images have them."""
+    pairs = [pair for pair in (("q_proj", "v_proj"), ("query", "value")) if {*pair} <= {*leaves}]
+    if pairs:
+        fields = {"target_modules": list(pairs[0]), "modules_to_save": ["classifier"]}
+        yield "classifier", fields
+        yield "classifier, DoRA", {**fields, "use_dora": True}
 
 
 def logits(model: Any) -> torch.Tensor | str:

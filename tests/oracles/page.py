@@ -24,9 +24,10 @@ found](formats.md#names) has the rest.
 
 Each family below is a tiny random model. PEFT makes adapters for it, all factors and magnitudes random: LoRA and DoRA
 on the usual list of modules and on `all-linear`, LoRA on the head and on experts (`target_parameters`), and LoRA in the
-names on disk, as transformers 4 had them. The base lies in up to three layouts: as on the Hub, as transformers 5 saves
-it, and with the running model's names. The merged folder is loaded by transformers. Each parameter is compared with
-PEFT's merge in float32. Logits are compared, too, where text alone is enough for the model.
+names on disk, as transformers 4 had them. For images there are LoRA and DoRA on queries and values with a trained
+classifier, too. The base lies in up to three layouts: as on the Hub, as transformers 5 saves it, and with the running
+model's names. The merged folder is loaded by transformers. Each parameter is compared with PEFT's merge in float32.
+Logits are compared, too, where text alone is enough for the model.
 
 Together {right} of {merges} merges of {families} families are right. {refused} are refused with a reason, and
 {wrong} differ from PEFT's merge.

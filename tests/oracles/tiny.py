@@ -11,6 +11,7 @@ import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .. import make_families
+from . import explicit
 
 SIZES: Mapping[str, Any] = {
     r"hidden_size|d_model|n_embd|dim|embed_dim|hidden_dim|embedding_size|projection_dim|output_dim|"
@@ -93,7 +94,8 @@ def tiny(name: str) -> PreTrainedModel | str:
     """Return a tiny model of a class, in float32 with random weights; the reason if its config makes none."""
     try:
         cls = getattr(transformers, name)
-        config = shrunk(make_families.hinted(cls.config_class()))
+        fields = explicit.CONFIGS.get(name)
+        config = cls.config_class(**fields) if fields else shrunk(make_families.hinted(cls.config_class()))
         with torch.device("meta"):
             count = sum(parameter.numel() for parameter in cls(config).parameters())
         if count > MOST_PARAMETERS:

@@ -180,8 +180,16 @@ def make_request_plan(request: MergeRequest, out: str, mode: Mode, weights: Path
     return plan_inputs(request, checkpoint, adapters)
 
 
-def _tell_of_quantised_training(adapters: Sequence[Adapter], settings: Settings) -> None:
-    """Say onto which base the merge is, and name the other choice, for adapters whose config names a quantised base."""
+IDLE = {"all": "--dequantize", "touched": "--dequantize-touched", "again": "--requantize"}
+"""Options that change nothing for a base that is not quantised, by what they make of one that is."""
+
+
+def _tell_of_dense_base(base: Checkpoint, adapters: Sequence[Adapter], quantised: str, settings: Settings) -> None:
+    """Warn of an option for quantised bases; name the other choice for adapters that were trained on one."""
+    if quantised in IDLE:
+        settings.warn(f"{IDLE[quantised]} changes nothing: {base.source.name} is not quantised")
+    if quantised:
+        return
     for adapter in adapters:
         if not (adapter.base and QUANTISED_NAME.search(adapter.base)):
             continue
@@ -206,8 +214,8 @@ def plan_inputs(request: MergeRequest, checkpoint: Checkpoint, adapters: Sequenc
             settings.warn(doubt)
     for note in (*unused(checkpoint, adapters), *selection.check_globs(modules_of(adapters))):
         settings.warn(note)
-    if not (selection.quantised or checkpoint.may_be_quantised):
-        _tell_of_quantised_training(adapters, settings)
+    if not checkpoint.may_be_quantised:
+        _tell_of_dense_base(checkpoint, adapters, selection.quantised, settings)
     plan = make_plan(checkpoint, adapters, strengths, selection)
     for doubt in plan.warnings:
         settings.warn(doubt)
