@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ import dora_convert
 from dora_convert.verbs.inspect.loaders import FEATURES, LOADERS, REFUSES, WRONG
 
 from .toy import edit_json, make_adapter, make_base
+
+GOLDEN = Path(__file__).parent / "golden" / "formats"
 
 
 def verdicts(report):
@@ -173,3 +176,12 @@ def test_no_torch(tmp_path):
     adapter = make_adapter(tmp_path / "a", base, dora=True)
     code = f"import sys, dora_convert; [dora_convert.inspect(x) for x in {[str(adapter), str(base.path)]}]; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_other_kinds_become_a_lora_or_a_model():
+    """No command is named that refuses the adapter, and the adapter's own file is no model beside it."""
+    report = dora_convert.inspect(GOLDEN / "lycoris-loha")
+    commands = {each.command.split()[1] for each in report.loaders if each.command}
+    assert commands <= {"merge", "to-lora"}
+    assert commands
+    assert not any("weights, too" in note for note in report.notes)

@@ -86,7 +86,8 @@ def _describe_adapter(
 ) -> AdapterReport:
     adapter, refusal = read_or_refuse(source, waived)
     others = [file for file in adapter.beside if file.fate != "model"]
-    models = [name for name in model_weights(names) if name not in {file.name for file in others}]
+    own = {*(file.name for file in others), *(path.name for path in adapter.files)}
+    models = [name for name in model_weights(names) if name not in own]
     notes = [f"holds a model's weights, too: {', '.join(models[:5])}"] if models else []
     notes += [f"weights beside the adapter: {file.name}, {file.tensors} tensors" for file in others]
     return AdapterReport(

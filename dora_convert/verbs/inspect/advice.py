@@ -144,7 +144,7 @@ class Advisor:
         rules = sorted((rule for rule in loader.rules if rule.feature in features), key=_severity)
         if layout_of(self.adapter) not in loader.formats:
             why = f"reads {' and '.join(loader.formats)} files, not {self.adapter.format}"
-            remedy = next((rule.remedy for rule in rules), CONVERT)
+            remedy = next((rule.remedy for rule in rules), LORA if "other kinds" in features else CONVERT)
             command = self._command(remedy, loader)
             lossy = _is_lossy(command, features)
             return LoaderAdvice(loader=name, verdict="no", why=why, source=source, command=command, lossy=lossy)
