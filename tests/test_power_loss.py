@@ -318,7 +318,7 @@ def test_every_moment_of_replacing(shim, pair, tmp_path):
     assert len(wrong) <= 2
 
 
-@pytest.mark.parametrize("share", [0.4, 0.6])
+@pytest.mark.parametrize("share", [0.4, 0.7])
 def test_killed_by_the_shim(recording, shim, pair, tmp_path, share):
     """The command that dies where it stands, and the power with it; started again, it goes on to the same bytes."""
     (root := tmp_path / "root").mkdir()
@@ -329,9 +329,10 @@ def test_killed_by_the_shim(recording, shim, pair, tmp_path, share):
         disk.play(*operation)
     lay(disk.found(all_unsynced_lost), root)
     assert not (root / "out").exists()
+    kept = any(b'{"made"' in path.read_bytes() for path in root.rglob("*") if path.is_file())
     done, _ = merge(shim, pair, root / "out")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["resumed"]
+    assert json.loads(done.stdout)["resumed"] is kept  # a slow disk may have entered nothing yet
     assert contents(root / "out") == pair[2]
 
 
