@@ -120,6 +120,10 @@ def test_faults_come_at_once_or_at_their_tensor(tmp_path, base):
     adapter = make_adapter(tmp_path / "adapter", base, dora=False)
     with pytest.raises(UsageError, match="device='gpu'"):
         dora_convert.iter_merged(base.path, adapter, device="gpu")
+    with pytest.raises(UsageError, match="No ADAPTER"):
+        dora_convert.iter_merged(base.path, [])
+    with pytest.raises(UsageError, match="neither a mapping"):
+        dora_convert.merge_state_dict(base.path, adapter)
     tensors = {
         name: torch.full_like(value, 1e38) if "up_proj" in name else value for name, value in files(base.path).items()
     }

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..adapters import Adapter, Full, Rows, Update, unwrapped
-from ..errors import Fault, PlanError, UnsupportedError
+from ..errors import Fault, PlanError, UnsupportedError, UsageError
 from ..naming.families import COUNTS, LAYERS, PAST_LORA, TABLES
 from ..naming.resolve import NameResolver, TableOnDemand, Tie, find_tie, is_embedding, is_head
 from ..storage.checkpoint import Checkpoint
@@ -116,6 +116,8 @@ def _for_base(adapter: Adapter, base: Checkpoint) -> Adapter:
 
 def _with_layers(base: Checkpoint, adapters: Sequence[Adapter]) -> Checkpoint:
     """Return the base with its layers repeated as the adapters' models had them."""
+    if not adapters:
+        raise UsageError("No ADAPTER is given.")
     orders = {adapter.layers for adapter in adapters}
     if len(orders) > 1:
         raise PlanError("The adapters were trained on different orders of layers (layer_replication).")

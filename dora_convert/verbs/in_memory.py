@@ -130,6 +130,10 @@ def _state_of(state: Mapping[str, Tensor] | Module) -> tuple[Mapping[str, Tensor
     """Return the tensors of a state dict or of a model, and the model's config."""
     from torch import Tensor
 
+    if not (isinstance(state, Mapping) or hasattr(state, "state_dict")):
+        raise UsageError(
+            "state_dict is neither a mapping of names to tensors nor a model.", hint="iter_merged reads a BASE"
+        )
     config = getattr(state, "config", None)
     values = state if isinstance(state, Mapping) else state.state_dict()
     if odd := [name for name, tensor in values.items() if not isinstance(tensor, Tensor)]:
