@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 import dora_convert
-from dora_convert.sources.session import Session
+from dora_convert.sources import Session
 
 from .hubserver import Hub, run
 from .test_outputs import merged

@@ -10,8 +10,8 @@ import dora_convert
 from dora_convert.errors import DoraConvertError, MalformedError, PlanError
 from dora_convert.plan.plan import Options
 from dora_convert.plan.planner import make_plan
+from dora_convert.sources import Session
 from dora_convert.sources.inputs import open_inputs
-from dora_convert.sources.session import Session
 
 from .toy import edit_json, make_adapter
 

@@ -16,8 +16,8 @@ from ..engine.workers import WorkerPool
 from ..plan.item import Item
 from ..reports.analyze import Collision, MovedVector
 from ..settings import Settings
+from ..sources import Session
 from ..sources.prefetch import reading
-from ..sources.session import Session
 from ..storage.checkpoint import Checkpoint
 from .collision import collide
 from .modules import AnalysedModule, PairedTensors, needs_of

@@ -27,9 +27,9 @@ from ..plan.plan import Options, Plan, parse_options
 from ..plan.planner import make_plan
 from ..reports.fitting import FittedModule, MadeDryRun, MadeReport
 from ..settings import Settings, without_collections
+from ..sources import Session
 from ..sources.inputs import modules_of, open_inputs, unused
 from ..sources.prefetch import reading
-from ..sources.session import Session
 from ..storage.refs import PathLike, listed
 from .jobs import FittingPlan, Result, error_of
 

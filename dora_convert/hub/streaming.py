@@ -11,9 +11,9 @@ from ..output.folder import LOCK, OutputFolder
 from ..output.shards import ShardFiles
 from ..plan.plan import Plan
 from ..reports.push import Pushed
+from ..sources import Session
 from ..sources.hub_client import without_bars
 from ..sources.prefetch import MOST_FILES, Prefetch, prefetch, shard_needs, weight_download
-from ..sources.session import Session
 from ..storage.checkpoint import Checkpoint
 from ..storage.filenames import INCOMING, JOURNAL, RECORD, SPOOL, UPLOADS, list_files
 from ..storage.journal import Background

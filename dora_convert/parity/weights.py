@@ -17,8 +17,8 @@ from ..plan.item import Item
 from ..plan.plan import Plan
 from ..reports.verify import CheckedModule, Untouched, VerifyReport
 from ..settings import Settings
+from ..sources import Session
 from ..sources.prefetch import reading
-from ..sources.session import Session
 from ..storage.checkpoint import Checkpoint
 from ..storage.reader import Reader
 from ..storage.safetensors import StoredTensor

@@ -12,7 +12,7 @@ from ..naming.resolve import find_tie
 from ..storage.checkpoint import Checkpoint, open_checkpoint
 from ..storage.refs import HubRef, Source, local_source, parse_ref
 from ..storage.safetensors import FLOATS
-from .session import Session
+from . import Session
 
 CHECKPOINT = "checkpoint"
 """The format of a fine-tuned checkpoint that is combined as if it were an adapter."""

@@ -16,8 +16,8 @@ from ..storage.checkpoint import weight_entry, weight_map
 from ..storage.filenames import RECORD, is_weight_file
 from ..storage.reader import sha256 as file_sha256
 from ..storage.refs import HubRef, Source
+from . import Session
 from .hub_client import connection_errors, reading_errors, with_retries, without_bars
-from .session import Session
 
 ANCHORS = (*ADAPTERS, "config.json", "model.safetensors")
 """Files that show whether a repo is in the cache."""

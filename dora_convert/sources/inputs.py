@@ -31,7 +31,7 @@ from ..formats.detect import (
 from ..storage.checkpoint import Checkpoint, open_checkpoint
 from ..storage.filenames import file_states, is_tokenizer_file, list_files, refuse_links
 from ..storage.refs import HubRef, Source, local_path, local_source, parse_ref
-from .session import Session
+from . import Session
 
 Mode = Literal["brief", "headers", "whole", "local"]
 CONTENTS = "docs/formats.md lists the formats that are read"

@@ -18,9 +18,9 @@ from ..plan.plan import Plan
 from ..storage.checkpoint import Checkpoint
 from ..storage.journal import Background
 from ..storage.reader import Reader
+from . import Session
 from .download import download, download_all, hashes_of
 from .hub_client import reading_errors, without_bars
-from .session import Session
 
 MOST_FILES = 3
 """Weight files on the disk at once, if files are limited."""

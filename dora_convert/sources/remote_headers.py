@@ -30,9 +30,9 @@ from ..storage.filenames import PICKLES, RECORD, is_weight_file
 from ..storage.json_files import read_config
 from ..storage.refs import HubRef, Source, local_source
 from ..storage.safetensors import MAX_HEADER, Header, parse_header, read_header
+from . import Session
 from .download import CONNECTIONS, download, fetch
 from .hub_client import reading_errors, with_retries
-from .session import Session
 
 FIRST = 8192
 """Bytes of the first request for a weight file without an index."""

@@ -28,8 +28,8 @@ from ..plan.quantised import as_dense
 from ..reports.analyze import AnalyzeReport, Collision, MovedVector, Point, TunedStep
 from ..reports.analyze_files import check_files, write_files
 from ..settings import Settings, peak_memory, without_collections
+from ..sources import Session
 from ..sources.inputs import modules_of, open_adapter, open_base, refuse_swapped, unused
-from ..sources.session import Session
 from ..storage.checkpoint import Checkpoint
 from ..storage.filenames import refuse_changed
 from ..storage.json_files import read_json

@@ -22,8 +22,8 @@ from ..options import (
 )
 from ..plan.plan import Plan, parse_options
 from ..settings import Settings, without_collections
+from ..sources import Session
 from ..sources.inputs import open_adapter
-from ..sources.session import Session
 from ..storage.refs import PathLike, listed
 from . import takes
 from .merge import MergeRequest, make_request_plan, plan_inputs

@@ -20,8 +20,8 @@ from ..plan.plan import Options, Plan, parse_options
 from ..plan.undo_part import Undo
 from ..reports.merge import DryRunReport, UnmergeReport
 from ..settings import Settings, without_collections
+from ..sources import Session
 from ..sources.inputs import open_adapter, open_base, refuse_swapped
-from ..sources.session import Session
 from ..storage.checkpoint import Checkpoint
 from ..storage.filenames import RECORD, UNDO
 from ..storage.reader import xxh3

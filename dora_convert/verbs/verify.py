@@ -19,9 +19,9 @@ from ..plan.planner import make_plan
 from ..reports.html import check_page, write_page
 from ..reports.verify import OutputsReport, VerifyReport
 from ..settings import Settings, parse_facts, require_extra, without_collections
+from ..sources import Session
 from ..sources.inputs import find_adapter, modules_of, open_base, open_inputs, refuse_swapped
 from ..sources.prefetch import download_weights
-from ..sources.session import Session
 from ..storage.checkpoint import Checkpoint
 from ..storage.filenames import RECORD, refuse_changed
 from ..storage.refs import PathLike, listed

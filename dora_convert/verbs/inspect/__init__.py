@@ -21,9 +21,9 @@ from ...plan.plan import Options, Plan, parse_options
 from ...plan.planner import make_plan
 from ...reports.checkpoint import CheckpointReport
 from ...reports.inspect import AdapterReport, Landing, Module
+from ...sources import Session
 from ...sources.inputs import find_adapter, open_base, read_adapter, read_or_refuse
 from ...sources.remote_headers import RefListing, look
-from ...sources.session import Session
 from ...storage.checkpoint import Checkpoint
 from ...storage.refs import HubRef, PathLike, Source, local_path, parse_ref
 from .. import takes

@@ -20,8 +20,8 @@ from ...plan.plan import Options, Plan, parse_options, parse_weights
 from ...plan.planner import make_plan
 from ...reports.merge import DryRunReport, MergeReport
 from ...settings import Settings, require_extra, without_collections
+from ...sources import Session
 from ...sources.inputs import QUANTISED_NAME, Mode, modules_of, open_inputs, strangers, unused
-from ...sources.session import Session
 from ...storage.filenames import INCOMING
 from ...storage.refs import PathLike, listed
 from .. import takes
