@@ -29,7 +29,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	touch $@
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
