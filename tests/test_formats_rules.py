@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import dora_convert
-from dora_convert.errors import DoraConvertError, UnsupportedError, UsageError
+from dora_convert.errors import DoraConvertError, RefError, UnsupportedError, UsageError
 
+GOLDEN = Path(__file__).parent / "golden" / "formats"
 HIDDEN, WIDE, HEADS = 16, 24, 4
 Q, UP = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"
 generator = torch.Generator().manual_seed(5)
@@ -258,3 +261,23 @@ def test_inspect_without_alpha(tmp_path):
     assert (report["format"], report["modules"][0]["rank"], report["modules"][0]["scaling"]) == ("loralib", 2, None)
     assert "alpha" in report["refused"]["hint"]
     json.dumps(report, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "lycoris-loha/lycoris.safetensors",
+        "fsdp-qlora-dora/model_state_dict.safetensors",
+        "loralib-linear/pytorch_lora.bin",
+        "diffusers-lora/pytorch_lora_weights.safetensors",
+    ],
+)
+def test_two_adapters_in_a_folder(case, tmp_path):
+    """Both files are named, and one of them alone is read."""
+    file = GOLDEN / case
+    for name in ("one", "two"):
+        shutil.copy(file, tmp_path / f"{name}{file.suffix}")
+    with pytest.raises(RefError, match=r"several adapters: one.*, two") as caught:
+        dora_convert.merge(tmp_path / "base", tmp_path, tmp_path / "out", alpha=16)
+    assert f"one{file.suffix}" in caught.value.hint
+    assert dora_convert.inspect(tmp_path / f"two{file.suffix}").kind == "adapter"

@@ -252,3 +252,13 @@ def error_of(facts: Collection[Mapping[str, Any]], lost: str = "lost", change: s
     """Return the relative error of several modules, √(Σ lost / Σ change); 0 if nothing changes."""
     total = sum(fact[change] for fact in facts)
     return float((sum(fact[lost] for fact in facts) / total) ** 0.5) if total else 0.0
+
+
+def compression_of(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a report says of a module that an SVD has compressed: its outputs' error, and ranks that suffice."""
+    return {
+        "output_error": error_of([facts], "output_lost", "output"),
+        "rank_for_1_percent": facts["one_percent"],
+        "rank_for_0.1_percent": facts["one_permille"],
+        "ranks_computed": facts["known"],
+    }

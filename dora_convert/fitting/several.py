@@ -16,7 +16,7 @@ from ..options import ToLoraOptions
 from ..plan.item import Item
 from ..plan.plan import Plan
 from .combined_change import CombinedChange
-from .jobs import HELD, FittingPlan, Result, error_of, goal_words
+from .jobs import HELD, FittingPlan, Result, compression_of, error_of, goal_words
 from .session import Fitter, FittingSession
 
 if TYPE_CHECKING:
@@ -115,12 +115,7 @@ class SeveralToLora(Fitter):
 
     def describe(self, facts: Mapping[str, Any]) -> dict[str, Any]:
         """Return the error of a module's outputs, and the ranks that smaller errors would need."""
-        return {
-            "output_error": error_of([facts], "output_lost", "output"),
-            "rank_for_1_percent": facts["one_percent"],
-            "rank_for_0.1_percent": facts["one_permille"],
-            "ranks_computed": facts["known"],
-        }
+        return compression_of(facts)
 
     def conclude(self, results: Mapping[str, Result]) -> dict[str, Any]:
         """Return the error of all outputs together."""

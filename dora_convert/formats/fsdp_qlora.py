@@ -17,7 +17,6 @@ from collections.abc import Mapping
 from ..adapters import NOTHING, Adapter, Change, Decomposed, Full, LowRank, Update, Waived
 from ..adapters.facts import Scaling
 from ..adapters.parts import Findings, Parts, follow, sort_parts, wrong_parts
-from ..errors import RefError
 from ..storage.file_view import FileView
 from ..storage.refs import Source
 from ..storage.safetensors import StoredTensor
@@ -44,10 +43,8 @@ def _is_fsdp(tensors: Mapping[str, StoredTensor]) -> bool:
 def read(source: Source, waived: Waived = NOTHING) -> Adapter:
     """Read a file's header; UnsupportedError for a custom LoRA without alpha."""
     view = FileView.of(source.path)
-    files = [name for name in view.candidates if _is_fsdp(view.tensors(name))]
-    if len(files) > 1:
-        raise RefError(f"{source.name} holds several adapters: {', '.join(files)}.", hint="name one of the files")
-    modules, rest = sort_parts(view.need(files[0]).tensors, ENDS)
+    file = view.only(_is_fsdp, source.name)
+    modules, rest = sort_parts(view.need(file).tensors, ENDS)
     findings, scaling = Findings(), Scaling(waived.facts, "fsdp_qlora", "16, with rank 64")
     for module, parts in modules.items():
         if why := wrong_parts(parts, {"A'", "B'"} if "A'" in parts else {"A", "B"}, ENDS):
@@ -56,7 +53,7 @@ def read(source: Source, waived: Waived = NOTHING) -> Adapter:
             findings.changes += _changes(module, parts, scaling)
     findings.changes += [Change(name, Full(tensor)) for name, tensor in rest.items()]
     fit = follow if any(isinstance(change.update, Decomposed) for change in findings.changes) else None
-    return findings.adapter(view, files, source, format=NAME, kind="DoRA" if fit else "LoRA", fit=fit)
+    return findings.adapter(view, [file], source, format=NAME, kind="DoRA" if fit else "LoRA", fit=fit)
 
 
 def _changes(module: str, parts: Parts, scaling: Scaling) -> list[Change]:

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from ..adapters import NOTHING, Adapter, Change, Full, LowRank, Waived
 from ..adapters.facts import Scaling
 from ..adapters.parts import Findings, Parts, is_embedding, rows_of, sort_parts, wrong_parts
-from ..errors import RefError, UnsupportedError
+from ..errors import UnsupportedError
 from ..settings import AdapterFacts
 from ..storage.file_view import FileView
 from ..storage.refs import Source
@@ -40,10 +40,8 @@ def _is_loralib(tensors: Mapping[str, StoredTensor]) -> bool:
 def read(source: Source, waived: Waived = NOTHING) -> Adapter:
     """Read a file's header; UnsupportedError without alpha, and without --enable-lora for a MergedLinear."""
     view = FileView.of(source.path)
-    files = [name for name in view.candidates if _is_loralib(view.tensors(name))]
-    if len(files) > 1:
-        raise RefError(f"{source.name} holds several adapters: {', '.join(files)}.", hint="name one of the files")
-    modules, rest = sort_parts(view.need(files[0]).tensors, ENDS)
+    file = view.only(_is_loralib, source.name)
+    modules, rest = sort_parts(view.need(file).tensors, ENDS)
     findings, scaling = Findings(), Scaling(waived.facts, "loralib", "1; its examples have 16 and 32")
     for module, parts in modules.items():
         if why := wrong_parts(parts, {"A", "B"}, ENDS):
@@ -57,7 +55,7 @@ def read(source: Source, waived: Waived = NOTHING) -> Adapter:
             findings.changes.append(Change(name, Full(tensor)))
         else:
             findings.fault([tensor], "is not part of a LoRA of loralib's form")
-    return findings.adapter(view, files, source, format=NAME, kind="LoRA")
+    return findings.adapter(view, [file], source, format=NAME, kind="LoRA")
 
 
 def _changes(module: str, parts: Parts, scaling: Scaling, facts: AdapterFacts) -> Iterator[Change]:

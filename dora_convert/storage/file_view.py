@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..errors import DoraConvertError
+from ..errors import DoraConvertError, RefError
 from .filenames import PICKLES
 from .json_files import read_json
 from .safetensors import Header, StoredTensor
@@ -98,6 +98,16 @@ class FileView:
     def find(self, test: Callable[[Mapping[str, StoredTensor]], bool]) -> str | None:
         """Return the first candidate whose tensors pass a test."""
         return next((name for name in self.candidates if (tensors := self.tensors(name)) and test(tensors)), None)
+
+    def only(self, test: Callable[[Mapping[str, StoredTensor]], bool], where: str) -> str:
+        """Return the one candidate whose tensors pass a test; RefError names several, or says that none does."""
+        passing = [name for name in self.candidates if test(self.tensors(name))]
+        if len(passing) > 1:
+            names = ", ".join(passing)
+            raise RefError(f"{where} holds several adapters: {names}.", hint=f"name one, such as {passing[0]}")
+        if not passing:
+            raise RefError(f"{where} holds no file with the adapter's tensors.", hint="download it again")
+        return passing[0]
 
 
 def read_any(path: Path) -> Header:

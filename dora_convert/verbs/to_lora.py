@@ -17,6 +17,7 @@ from ..fitting.jobs import (
     FittingPlan,
     MatchedChange,
     Result,
+    compression_of,
     doubt_ranks,
     error_of,
     goal_words,
@@ -199,12 +200,7 @@ class _ToLora(Fitter):
 
     def describe(self, facts: Mapping[str, Any]) -> dict[str, Any]:
         """Return the error of a module's outputs, and the ranks that smaller errors would need."""
-        return {
-            "output_error": error_of([facts], "output_lost", "output"),
-            "rank_for_1_percent": facts["one_percent"],
-            "rank_for_0.1_percent": facts["one_permille"],
-            "ranks_computed": facts["known"],
-        }
+        return compression_of(facts)
 
     def conclude(self, results: Mapping[str, Result]) -> dict[str, Any]:
         """Return the error of all outputs together; warn if merging is the better way out."""

@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ...adapters import NOTHING, Adapter, Change, Decomposed, Delta, LowRank, Update, Waived
 from ...adapters.parts import Findings, Parts, flat, read_number, sort_parts, wrong_parts
-from ...errors import RefError
 from ...storage.file_view import FileView
 from ...storage.refs import Source
 from ...storage.safetensors import StoredTensor
@@ -62,12 +61,8 @@ def _is_diffusers(tensors: Mapping[str, StoredTensor]) -> bool:
 def read(source: Source, waived: Waived = NOTHING) -> Adapter:  # noqa: ARG001 - files say all
     """Read a file's header and its alphas; RefError if a folder has several such files."""
     view = FileView.of(source.path)
-    files = [FILE] if FILE in view.names else [name for name in view.candidates if _is_diffusers(view.tensors(name))]
-    if len(files) > 1:
-        raise RefError(
-            f"{source.name} holds several adapters: {', '.join(files)}.", hint=f"name one, such as {files[0]}"
-        )
-    header = view.need(files[0])
+    file = FILE if FILE in view.names else view.only(_is_diffusers, source.name)
+    header = view.need(file)
     tensors = {_modern(name): tensor for name, tensor in header.tensors.items()}
     modules, rest = sort_parts(tensors, ENDS)
     findings, config = Findings(), ComponentConfig(header.metadata)
@@ -77,7 +72,7 @@ def read(source: Source, waived: Waived = NOTHING) -> Adapter:  # noqa: ARG001 -
     is_dora = any(isinstance(change.update, Decomposed) for change in findings.changes)
     return findings.adapter(
         view,
-        files,
+        [file],
         source,
         format=NAME,
         kind="DoRA" if is_dora else "LoRA",

@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, cast
 
 from ...adapters import NOTHING, Adapter, Change, Decomposed, Delta, LowRank, Transform, Update, Waived
 from ...adapters.parts import Findings, Parts, flat, read_number, sort_parts, turned, wrong_parts
-from ...errors import RefError
 from ...settings import AdapterFacts
 from ...storage.file_view import FileView
 from ...storage.refs import Source
@@ -67,13 +66,8 @@ def _is_kohya(tensors: Mapping[str, StoredTensor]) -> bool:
 def read(source: Source, waived: Waived = NOTHING) -> Adapter:
     """Read a file's header and its alphas; RefError if a folder has several such files."""
     view = FileView.of(source.path)
-    files = [name for name in view.candidates if _is_kohya(view.tensors(name))]
-    if len(files) > 1:
-        raise RefError(
-            f"{source.name} holds several adapters: {', '.join(files)}.", hint=f"name one, such as {files[0]}"
-        )
-    header = view.header(files[0])
-    assert header
+    file = view.only(_is_kohya, source.name)
+    header = view.need(file)
     modules, rest = sort_parts(header.tensors, ENDS)
     findings = Findings()
     for module, parts in modules.items():
@@ -85,7 +79,7 @@ def read(source: Source, waived: Waived = NOTHING) -> Adapter:
     flattened = all(_PREFIX.match(module) for module in modules)
     return findings.adapter(
         view,
-        files,
+        [file],
         source,
         format=NAME,
         kind=" and ".join(sorted(kinds)) or "LoRA",

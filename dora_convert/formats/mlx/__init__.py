@@ -86,14 +86,11 @@ def read(source: Source, waived: Waived = NOTHING) -> Adapter:
 def _file(view: FileView, source: Source) -> str:
     """Return the file with the tensors: the last one that was written, or the only one of another name."""
     usual = [name for name in FILES if name in view.names]
-    others = [name for name in view.candidates if _is_mlx(view.tensors(name))]
     if usual:
         return usual[0]
-    if len(others) > 1:
-        raise RefError(f"{source.name} holds several adapters: {', '.join(others)}.", hint="name one of the files")
-    if not others:
+    if not view.find(_is_mlx):
         raise RefError(f"{source.name} has mlx-lm's config, and no {FILES[0]}.")
-    return others[0]
+    return view.only(_is_mlx, source.name)
 
 
 class _Scale:

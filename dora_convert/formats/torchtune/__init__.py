@@ -24,7 +24,7 @@ from ...adapters import NOTHING, Adapter, Change, Decomposed, LowRank, Update, W
 from ...adapters.facts import Scaling
 from ...adapters.parts import Findings, Parts, follow, sort_parts, wrong_parts
 from ...adapters.rotary import head_size, heads_unknown, inverse, meta_rows
-from ...errors import RefError, UnsupportedError
+from ...errors import UnsupportedError
 from ...storage.checkpoint import Checkpoint
 from ...storage.file_view import CONFIG, FileView
 from ...storage.refs import Source
@@ -98,10 +98,7 @@ def _file(view: FileView, source: Source) -> str:
     for name in (OWN, *PEFT_FILES):
         if view.has(name):
             return name
-    others = [name for name in view.candidates if _is_torchtune(view.tensors(name))]
-    if numbered or len(others) == 1:
-        return (numbered or others)[-1]
-    raise RefError(f"{source.name} holds several adapters: {', '.join(others)}.", hint="name one of the files")
+    return numbered[-1] if numbered else view.only(_is_torchtune, source.name)
 
 
 def hub_name(module: str) -> str:
