@@ -94,7 +94,7 @@ class Run:
     _workers: WorkerPool[DeviceBuffers] = field(init=False)
 
     def __post_init__(self) -> None:
-        start = partial(DeviceBuffers, self.spec, self.reader)
+        start = DeviceBuffers.dealt(self.spec, self.reader)
         self._workers = WorkerPool(self.settings.max_memory, start, self.reader.stop)
         self._tight = self.settings.workers * self.plan.memory > self.settings.max_memory
 
@@ -220,6 +220,8 @@ def choose_compute(least: int, settings: Settings) -> ComputeSpec:
     settings.check_memory(least)
     spec = choose(settings.device, settings.compute_dtype)
     settings.notify(f"device: {spec}")
+    if settings.workers < len(spec.devices):
+        settings.notify(f"{len(spec.devices)} devices, and only {settings.workers} workers: some devices are idle")
     return spec
 
 
