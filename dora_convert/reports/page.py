@@ -6,6 +6,7 @@ import platform
 import re
 import shlex
 from collections.abc import Mapping, Sequence
+from html import escape
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,6 @@ from .glossary import TERMS
 
 if TYPE_CHECKING:
     from jinja2 import Environment
-    from markupsafe import Markup
 
 UNSAID = ("token", "on_progress", "on_notice")
 """Options that no page shows."""
@@ -29,18 +29,17 @@ LIBRARIES = ("torch", "safetensors", "transformers", "peft", "accelerate")
 def environment() -> Environment:
     """Return the templates of this folder, which escape everything that could be markup or control a terminal."""
     from jinja2 import Environment, PackageLoader
-    from markupsafe import Markup
 
     templates = Environment(
         loader=PackageLoader("dora_convert", "reports"),
         autoescape=True,
-        finalize=lambda value: printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
+        finalize=lambda value: printable(value) if isinstance(value, str) and not hasattr(value, "__html__") else value,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     templates.filters |= {
         "count": "{:,}".format,
-        "name": breakable,
+        "name": WrappingName,
         "error": lambda value: "–" if value is None else f"{value:.1e}",
         "number": lambda value: "–" if value is None else f"{value:.3g}",
         "ratio": lambda value: "–" if value is None else f"{value:.3f}",
@@ -50,11 +49,14 @@ def environment() -> Environment:
     return templates
 
 
-def breakable(text: str) -> Markup:
-    """Return a name or a path that a browser may wrap behind its dots and slashes."""
-    from markupsafe import Markup, escape
+class WrappingName(str):
+    """A name or a path that a browser may wrap behind its dots and slashes."""
 
-    return Markup(re.sub(PLACES, r"\g<0><wbr>", str(escape(printable(text)))))  # noqa: S704 - is escaped
+    __slots__ = ()
+
+    def __html__(self) -> str:
+        """Return the name as markup."""
+        return re.sub(PLACES, r"\g<0><wbr>", escape(printable(self)))
 
 
 def draw_page(template: str, report: Report, command: str, **facts: Any) -> str:
