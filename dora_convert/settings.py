@@ -89,9 +89,10 @@ class Settings:
             self.on_notice(text)
 
     def warn(self, text: str) -> None:
-        """Pass a warning to the caller, and keep it for the report."""
-        self.warnings.append(text)
-        self.notify(f"warning: {text}")
+        """Pass a warning to the caller, once, and keep it for the report."""
+        if text not in self.warnings:
+            self.warnings.append(text)
+            self.notify(f"warning: {text}")
 
 
 @dataclass(frozen=True)
