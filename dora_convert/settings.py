@@ -75,6 +75,11 @@ class Settings:
             on_notice=options["on_notice"],
         )
 
+    @property
+    def memory_each(self) -> int:
+        """A worker's share of the memory budget."""
+        return self.max_memory // self.workers
+
     def check_memory(self, least: int) -> None:
         """Raise UsageError if the budget is below `least`, the bytes of the costliest piece of work."""
         if least > self.max_memory:

@@ -62,15 +62,26 @@ def analyze(base: PathLike, tuned: PathLike | Sequence[PathLike], **options: Unp
     if shares := _shares_by_config(base, refs):
         report = _report(base, settings, options, trainable_share=shares)
         settings.warn("no weights found: only the shares of trained parameters are reported, from the configs")
-        return replace(report, warnings=tuple(settings.warnings))
+        report = replace(report, warnings=tuple(settings.warnings))
+        _write(report, listed(tuned), options)
+        return report
     with Session(options["token"], cache=options["cache"], notify=settings.notify) as session:
         refuse_swapped(base, [each.ref for each in refs], "", "analyze")
         request = _Request(as_dense(open_base(base, "BASE", session)), options, settings, session)
         steps = [request.open(each) for each in refs]
         report = request.measure(steps)
         refuse_changed(request.base.states, *(step.opened.states for step in steps))
-    write_files(report, options)
+    _write(report, listed(tuned), options)
     return report
+
+
+def _write(report: AnalyzeReport, tuned: Sequence[str], options: AnalyzeOptions) -> None:
+    """Write the files that the options name."""
+    if any(options[name] is not None for name in ("csv", "plot", "report")):
+        from ..reports.page import command_line
+
+        command = command_line("analyze", (report.base, *tuned), AnalyzeOptions, options)
+        write_files(report, options, command)
 
 
 def trainable_share(base: PathLike | Mapping[str, Any], adapter: PathLike | Mapping[str, Any]) -> float:
