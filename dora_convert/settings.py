@@ -30,7 +30,7 @@ MAX_MEMORY = "160MiB"
 REPO_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 EXTRAS = {
     "verify": ("transformers", "accelerate", "peft"), "trainer": ("transformers", "peft"), "plot": ("matplotlib",),
-    "nf4": ("bitsandbytes",),
+    "nf4": ("bitsandbytes",), "ray": ("ray",),
 }  # fmt: skip
 """The packages of each extra."""
 _UNITS = {"": 1} | {
