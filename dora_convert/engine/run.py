@@ -104,7 +104,7 @@ class Run:
     _workers: WorkerPool[DeviceBuffers] = field(init=False)
 
     def __post_init__(self) -> None:
-        start = partial(DeviceBuffers, self.spec, self.reader)
+        start = DeviceBuffers.dealt(self.spec, self.reader)
         self._workers = WorkerPool(self.settings.max_memory, start, self.reader.stop)
 
     def execute(self) -> None:
@@ -214,6 +214,8 @@ def choose_compute(least: int, settings: Settings, executor: Executor | None = N
     settings.check_memory(least)
     spec = executor.choose(settings) if executor else choose(settings.device, settings.compute_dtype)
     settings.notify(f"device: {spec}")
+    if settings.workers < len(spec.devices):
+        settings.notify(f"{len(spec.devices)} devices, and only {settings.workers} workers: some devices are idle")
     return spec
 
 
