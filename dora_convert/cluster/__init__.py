@@ -16,16 +16,8 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def on_cluster(
-    address: str | None, inputs: Iterable[Path], out: Path, settings: Settings
-) -> Iterator[ClusterExecutor | None]:
-    """Yield the executor of `--cluster`, once every node has shown that it sees the inputs and OUT's folder.
-
-    Yields None without an address.
-    """
-    if address is None:
-        yield None
-        return
+def on_cluster(address: str, inputs: Iterable[Path], out: Path, settings: Settings) -> Iterator[ClusterExecutor]:
+    """Yield the executor of `--cluster`, once every node has shown that it sees the inputs and OUT's folder."""
     from .ray_cluster import connected
 
     with connected(address, settings) as cluster:

@@ -22,14 +22,16 @@ from ..settings import Settings, __version__
 
 Work = TypeVar("Work")
 Result = TypeVar("Result")
+Work_contra = TypeVar("Work_contra", contravariant=True)
+Result_co = TypeVar("Result_co", covariant=True)
 HEAD_BYTES = 1 << 16
 """Bytes at a file's begin that tell whether two nodes see the same file."""
 
 
-class Job(Protocol[Work, Result]):
+class Job(Protocol[Work_contra, Result_co]):
     """Everything that tasks of one kind need, as data."""
 
-    def start(self) -> Callable[[Work], Result]:
+    def start(self) -> Callable[[Work_contra], Result_co]:
         """Return the function that does one task; called once in each process of a node."""
 
 
@@ -39,7 +41,8 @@ class Cluster(Protocol):
     def map(self, job: Job[Work, Result], tasks: Iterable[Work], *, gpu: bool = False) -> Iterator[tuple[Work, Result]]:
         """Yield each task with its result, as tasks end; a task of a lost node is done again elsewhere.
 
-        With `gpu`, each task has a GPU of its own. Raises the first error of a task. No task runs after the end of the iterator.
+        With `gpu`, each task has a GPU of its own. Raises the first error of a task. No task runs after the
+        end of the iterator.
         """
 
     def ask(self, question: Callable[[], NodeFacts]) -> list[NodeFacts]:
@@ -65,7 +68,7 @@ class NodeFacts:
 
 @dataclass(frozen=True)
 class NodeCheck:
-    """Asks a node for its facts: does it see the files that this machine sees?"""
+    """Asks a node for its facts, and if it sees the files that this machine sees."""
 
     heads: dict[str, str]
     """For each path, a hash of the file's size and its first bytes."""

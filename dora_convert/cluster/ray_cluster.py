@@ -9,14 +9,11 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import DoraConvertError, OutputError, UsageError
 from ..settings import Settings, require_extra
 from .jobs import Job, NodeFacts, Result, Work
-
-if TYPE_CHECKING:
-    import ray
 
 RETRIES = 5
 """Nodes or processes that one task may lose before the run fails."""
@@ -73,7 +70,7 @@ def _connect(address: str, workers: int) -> None:
         else:
             ray.init(address, **quiet)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-        where = "on this machine" if address in ("auto",) or local else f"at {address}"
+        where = "on this machine" if address == "auto" or local else f"at {address}"
         raise UsageError(
             f"No Ray cluster answers {where}: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
             hint="ray start --head starts one; --cluster local needs none",
@@ -102,11 +99,8 @@ class RayCluster:
         import ray
 
         self._ray = ray
-        self._nodes = [
-            node
-            for node in ray.nodes()
-            if node["Alive"] and (node["Resources"].get("CPU") or node["Resources"].get("GPU"))
-        ]
+        alive = [node for node in ray.nodes() if node["Alive"]]
+        self._nodes = [node for node in alive if node["Resources"].keys() & {"CPU", "GPU"}]
 
     def __str__(self) -> str:
         gpus = f", {self.gpus} GPUs" if self.gpus else ""
@@ -123,7 +117,8 @@ class RayCluster:
     def map(self, job: Job[Work, Result], tasks: Iterable[Work], *, gpu: bool = False) -> Iterator[tuple[Work, Result]]:
         """Yield each task with its result, as tasks end; a task of a lost node is done again elsewhere.
 
-        With `gpu`, each task has a GPU of its own. Raises the first error of a task. No task runs after the end of the iterator.
+        With `gpu`, each task has a GPU of its own. Raises the first error of a task. No task runs after the
+        end of the iterator.
         """
         ray = self._ray
         call = ray.remote(
@@ -135,7 +130,7 @@ class RayCluster:
         )(_do)
         shared, left = ray.put(job), iter(tasks)
         most = AHEAD * max(1, self.gpus if gpu else self._count("CPU"))
-        running: dict[ray.ObjectRef[Any], Work] = {}
+        running: dict[Any, Work] = {}
         try:
             while True:
                 for task in islice(left, most - len(running)):

@@ -24,7 +24,7 @@ from ..output.finished import FinishedLine, Task
 from ..output.shards import ShardFiles
 from ..plan.plan import Plan
 from ..settings import Settings
-from ..storage.filenames import RECORD, CLAIM
+from ..storage.filenames import CLAIM, RECORD
 from ..storage.journal import sync_path
 from ..storage.reader import Reader
 from ..storage.spool import Segment, Spool
@@ -209,11 +209,9 @@ class SharedShards(ShardFiles):
             return [(task.copy.shard, task.copy.target, task.copy.target + task.copy.length)]
         ranges: list[tuple[str, int, int]] = []
         parts = [part for name in task.names for part in self._parts[name]] if task.kind == "write" else []
-        for shard, start, stop in sorted((*self._start[part.name], part.nbytes) for part in parts):
-            stop += start
-            if ranges and ranges[-1][::2] == (shard, start):
-                start = ranges.pop()[1]
-            ranges.append((shard, start, stop))
+        for shard, start, nbytes in sorted((*self._start[part.name], part.nbytes) for part in parts):
+            joins = bool(ranges) and ranges[-1][::2] == (shard, start)
+            ranges.append((shard, ranges.pop()[1] if joins else start, start + nbytes))
         return ranges
 
     @contextmanager

@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from ..errors import OutputError, UsageError
 from ..plan.plan import Plan
 from ..storage.checkpoint import Checkpoint
-from ..storage.filenames import JOURNAL, RECORD, SPOOL, CLAIM, UPLOADS, is_text, journal_lines
+from ..storage.filenames import CLAIM, JOURNAL, RECORD, SPOOL, UPLOADS, is_text, journal_lines
 from ..storage.journal import sync_path
 from ..storage.refs import PathLike
 from .output import Output

@@ -36,7 +36,7 @@ def executor_for(
     adapters: Iterable[Adapter],
     folder: OutputFolder,
     settings: Settings,
-) -> AbstractContextManager[ClusterExecutor | None]:
+) -> AbstractContextManager[ClusterExecutor]:
     """Return the connection to a cluster whose nodes see all inputs, and the folder that OUT is made in."""
     states = [*(checkpoint.states for checkpoint in checkpoints), *(adapter.states for adapter in adapters)]
     return on_cluster(address, [path for each in states for path in each], folder.out, settings)
