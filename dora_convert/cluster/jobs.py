@@ -28,7 +28,7 @@ HEAD_BYTES = 1 << 16
 """Bytes at a file's begin that tell whether two nodes see the same file."""
 
 
-class Job(Protocol[Work_contra, Result_co]):
+class NodeJob(Protocol[Work_contra, Result_co]):
     """Everything that tasks of one kind need, as data."""
 
     def start(self) -> Callable[[Work_contra], Result_co]:
@@ -38,7 +38,9 @@ class Job(Protocol[Work_contra, Result_co]):
 class Cluster(Protocol):
     """Nodes that do tasks."""
 
-    def map(self, job: Job[Work, Result], tasks: Iterable[Work], *, gpu: bool = False) -> Iterator[tuple[Work, Result]]:
+    def map(
+        self, job: NodeJob[Work, Result], tasks: Iterable[Work], *, gpu: bool = False
+    ) -> Iterator[tuple[Work, Result]]:
         """Yield each task with its result, as tasks end; a task of a lost node is done again elsewhere.
 
         With `gpu`, each task has a GPU of its own. Raises the first error of a task. No task runs after the

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import DoraConvertError, OutputError, UsageError
 from ..settings import Settings, require_extra
-from .jobs import Job, NodeFacts, Result, Work
+from .address import LOCAL
+
+if TYPE_CHECKING:
+    from .jobs import NodeFacts, NodeJob, Result, Work
 
 RETRIES = 5
 """Nodes or processes that one task may lose before the run fails."""
@@ -23,24 +25,15 @@ ANSWER_SECONDS = 120
 """A node that does not start a process within this time does not take part."""
 END_SECONDS = 60
 """The time for running tasks to end after an error."""
-_LOCAL = re.compile(r"local(?::([1-9]\d*))?")
-
-
-def parse_address(address: str) -> str:
-    """Return a valid address of a cluster; UsageError for any other."""
-    if address != "auto" and not _LOCAL.fullmatch(address) and not re.fullmatch(r"ray://[^\s/]+:\d+", address):
-        raise UsageError(f"--cluster {address!r} is not one of auto, local, local:N, ray://HOST:PORT.")
-    return address
 
 
 @contextmanager
 def connected(address: str, settings: Settings) -> Iterator[RayCluster]:
     """Connect to a cluster, or start one on this machine; disconnect, or stop it, at the end.
 
-    A program that has connected already keeps its connection. Raises UsageError without Ray, for an invalid
-    address, and for a cluster that does not answer.
+    A program that has connected already keeps its connection. Raises UsageError without Ray, and for a cluster
+    that does not answer.
     """
-    parse_address(address)
     require_extra("ray", "--cluster")
     import ray
 
@@ -62,7 +55,7 @@ def _connect(address: str, workers: int) -> None:
     import ray
 
     quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
-    local = _LOCAL.fullmatch(address)
+    local = LOCAL.fullmatch(address)
     try:
         if local:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -114,7 +107,9 @@ class RayCluster:
         """The number of GPUs of all nodes."""
         return self._count("GPU")
 
-    def map(self, job: Job[Work, Result], tasks: Iterable[Work], *, gpu: bool = False) -> Iterator[tuple[Work, Result]]:
+    def map(
+        self, job: NodeJob[Work, Result], tasks: Iterable[Work], *, gpu: bool = False
+    ) -> Iterator[tuple[Work, Result]]:
         """Yield each task with its result, as tasks end; a task of a lost node is done again elsewhere.
 
         With `gpu`, each task has a GPU of its own. Raises the first error of a task. No task runs after the

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import errno
-import os
-import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -21,27 +18,20 @@ from ..engine.tensor import StartMaker
 from ..engine.workers import TensorWork
 from ..errors import OutputError, UsageError
 from ..output.finished import FinishedLine, Task
-from ..output.shards import ShardFiles
 from ..plan.plan import Plan
 from ..settings import Settings
 from ..storage.filenames import CLAIM, RECORD
-from ..storage.journal import sync_path
 from ..storage.reader import Reader
 from ..storage.spool import Segment, Spool
 from .jobs import Cluster, choose_for, node_name
+from .shared_shards import SharedShards
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
-_NO_LOCKS = {errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 GROUP_BYTES = 64 << 20
 """Bytes of the tensors that one task writes: much more work than the call, and little to lose."""
 
 
 class Outcome(NamedTuple):
-    """What a task sends back: lines for the journal, and the bytes that they keep in the spool."""
+    """The result of a task: lines for the journal, and the bytes that they keep in the spool."""
 
     lines: list[FinishedLine]
     spooled: bytes
@@ -189,64 +179,3 @@ class MemorySpool(Spool):
         data = bytes(self._data)
         self._data.clear()
         return data
-
-
-class SharedShards(ShardFiles):
-    """Shards that several machines write into at once.
-
-    NFS may write a whole page that it has cached, with old bytes of a neighbour that another machine has
-    written meanwhile. With a lock on a range of the file it writes only what the program wrote, and reads the
-    file anew.
-    """
-
-    def __init__(self, folder: Path, plan: Plan) -> None:
-        super().__init__(folder, plan, create=False)
-        self._parts = {item.name: tuple(item.together) for item in plan.items if not item.verbatim}
-
-    def ranges(self, task: Task) -> list[tuple[str, int, int]]:
-        """Return shard, begin and end of all that a task writes; neighbours are joined."""
-        if task.copy:
-            return [(task.copy.shard, task.copy.target, task.copy.target + task.copy.length)]
-        ranges: list[tuple[str, int, int]] = []
-        parts = [part for name in task.names for part in self._parts[name]] if task.kind == "write" else []
-        for shard, start, nbytes in sorted((*self._start[part.name], part.nbytes) for part in parts):
-            joins = bool(ranges) and ranges[-1][::2] == (shard, start)
-            ranges.append((shard, ranges.pop()[1] if joins else start, start + nbytes))
-        return ranges
-
-    @contextmanager
-    def writing(self, task: Task) -> Iterator[None]:
-        """Lock the bytes that a task writes, where the system has such locks; sync them at the end of the block."""
-        ranges = self.ranges(task)
-        with ExitStack() as stack:
-            for shard, start, stop in ranges:
-                descriptor = stack.enter_context(self._files.using(self.path(shard)))
-                stack.enter_context(_locked(descriptor, start, stop - start))
-            yield
-            for shard in sorted({shard for shard, _, _ in ranges}):
-                sync_path(self.path(shard))
-
-
-@contextmanager
-def _locked(descriptor: int, start: int, length: int) -> Iterator[None]:
-    """Hold a lock of this open file on a range of its bytes; on none if system or file system have no such locks."""
-    command = getattr(fcntl, "F_OFD_SETLKW", None)
-    if command is None or not length:
-        yield
-        return
-    try:
-        fcntl.fcntl(descriptor, command, _flock(fcntl.F_WRLCK, start, length))
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-        yield
-        return
-    try:
-        yield
-    finally:
-        fcntl.fcntl(descriptor, command, _flock(fcntl.F_UNLCK, start, length))
-
-
-def _flock(kind: int, start: int, length: int) -> bytes:
-    """Return Linux's struct flock: type, whence, start, length, process (0 for a lock of the open file)."""
-    return struct.pack("hhqqi0q", kind, os.SEEK_SET, start, length, 0)

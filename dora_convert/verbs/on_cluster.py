@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
-from ..adapters import Adapter
-from ..cluster import on_cluster
+from ..cluster.address import check_address
 from ..errors import UsageError
 from ..output.folder import OutputFolder
 from ..settings import Settings
-from ..storage.checkpoint import Checkpoint
+from ..storage.filenames import FileStates
 
 if TYPE_CHECKING:
     from ..cluster.tensors import ClusterExecutor
@@ -19,9 +20,7 @@ if TYPE_CHECKING:
 
 def refuse_for_cluster(options: Mapping[str, Any]) -> None:
     """Raise UsageError for an invalid address, and for options that need one machine."""
-    from ..cluster.ray_cluster import parse_address
-
-    parse_address(options["cluster"])
+    check_address(options["cluster"])
     if options.get("in_place"):
         raise UsageError("--in-place changes a checkpoint on one machine; --cluster writes a new one.")
     if options.get("no_local"):
@@ -30,13 +29,18 @@ def refuse_for_cluster(options: Mapping[str, Any]) -> None:
         raise UsageError("--no-cache removes files that the nodes of --cluster read.")
 
 
+@contextmanager
 def executor_for(
-    address: str,
-    checkpoints: Iterable[Checkpoint],
-    adapters: Iterable[Adapter],
-    folder: OutputFolder,
-    settings: Settings,
-) -> AbstractContextManager[ClusterExecutor]:
-    """Return the connection to a cluster whose nodes see all inputs, and the folder that OUT is made in."""
-    states = [*(checkpoint.states for checkpoint in checkpoints), *(adapter.states for adapter in adapters)]
-    return on_cluster(address, [path for each in states for path in each], folder.out, settings)
+    address: str, inputs: Iterable[FileStates], folder: OutputFolder, settings: Settings
+) -> Iterator[ClusterExecutor]:
+    """Connect to a cluster; every node must see the inputs, and the folder that OUT is made in."""
+    from ..cluster.ray_cluster import connected
+
+    with connected(address, settings) as cluster:
+        from ..cluster.jobs import check_nodes
+        from ..cluster.tensors import ClusterExecutor
+
+        files: list[Path] = [path for states in inputs for path in states]
+        parent = next(parent for parent in folder.out.parents if parent.is_dir())
+        check_nodes(cluster, files, parent / f".{folder.out.name}.{uuid4().hex[:8]}.token", settings)
+        yield ClusterExecutor(cluster)

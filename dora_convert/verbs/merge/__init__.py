@@ -134,7 +134,7 @@ def _merge_beside(request: MergeRequest) -> MergeReport | DryRunReport:
         _examiner(request, plan) as examine,
         _executor(request, plan, folder) as executor,
     ):
-        return run_merge(plan, folder, request.settings, hub, examine, executor)
+        return run_merge(plan, folder, request.settings, hub, examine, executor=executor)
 
 
 def _folder(request: MergeRequest) -> Path:
@@ -284,7 +284,8 @@ def _executor(
         return nullcontext()
     from ..on_cluster import executor_for
 
-    return executor_for(request.options["cluster"], [plan.base], plan.adapters, folder, request.settings)
+    inputs = [plan.base.states, *(adapter.states for adapter in plan.adapters)]
+    return executor_for(request.options["cluster"], inputs, folder, request.settings)
 
 
 @contextmanager
