@@ -452,6 +452,7 @@ def inspect(
     ref: _Path,
     base: _Path | None = None,
     *,
+    report: _Path | None = None,
     ignore_field: Sequence[str] = (),
     ignore_file: Sequence[str] = (),
     alpha: float | None = None,

@@ -217,6 +217,8 @@ class AnalyzeOptions(SelectOptions, FieldOptions, ComputeOptions, total=False):
 class InspectOptions(FieldOptions, HubOptions, total=False):
     """The options of inspect."""
 
+    report: Path | None
+
 
 class UploadOptions(CommitOptions, TokenOptions, CallOptions, total=False):
     """The options of push."""
