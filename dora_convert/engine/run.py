@@ -113,18 +113,19 @@ class Run:
         if self.hub:
             order = {shard.filename: number for number, shard in enumerate(self.plan.shards)}
             tasks.sort(key=lambda task: order[task.shard])
+        work = None if self.executor else self._work()  # reads headers of shards, before they are uploaded
         self._waiting.update(shard for task in tasks for shard in self._shards_of(task))
         for shard in self.plan.shards:
             if not self._waiting[shard.filename]:
                 self._finish(shard.filename)
         if self.executor:
             self.executor.execute(self, tasks)
-        else:
-            self._execute_here(tasks)
+        elif work:
+            self._workers.run(self.settings.workers, [partial(self._do, work, task) for task in tasks])
 
-    def _execute_here(self, tasks: Sequence[Task]) -> None:
-        """Do the tasks in threads."""
-        work = TensorWork(
+    def _work(self) -> TensorWork:
+        """Return the work of this process's threads."""
+        return TensorWork(
             plan=self.plan,
             shards=self.shards,
             reader=self.reader,
@@ -137,10 +138,8 @@ class Run:
             tight=self.settings.workers * self.plan.memory > self.settings.max_memory,
         )
 
-        def do(task: Task, buffers: DeviceBuffers) -> None:
-            self.take(task, work.do(task, buffers), map(self.shards.path, self._shards_of(task)))
-
-        self._workers.run(self.settings.workers, [partial(do, task) for task in tasks])
+    def _do(self, work: TensorWork, task: Task, buffers: DeviceBuffers) -> None:
+        self.take(task, work.do(task, buffers), map(self.shards.path, self._shards_of(task)))
 
     def _tasks(self) -> Iterator[Task]:
         """Yield everything that is not done yet.
