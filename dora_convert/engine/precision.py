@@ -50,6 +50,8 @@ class ComputeSpec:
     reason: str
     others: tuple[torch.device, ...] = ()
     """Further devices that workers are dealt over, all of one kind."""
+    staged: bool = False
+    """True if blocks pass through host memory on their way, read ahead and written behind."""
 
     @property
     def devices(self) -> tuple[torch.device, ...]:
@@ -88,7 +90,8 @@ def choose(device: str = "auto", compute_dtype: str = "auto") -> ComputeSpec:
         why += "; mps has no float64" if mps else ""
     if mps and compute_dtype == "float64":
         raise UsageError("mps has no float64.", hint="--compute-dtype float32, or --device cpu")
-    return ComputeSpec(devices[0], getattr(torch, compute_dtype), why, devices[1:])
+    staged = devices[0].type == "cuda"
+    return ComputeSpec(devices[0], getattr(torch, compute_dtype), why, devices[1:], staged)
 
 
 def _devices(names: str) -> tuple[tuple[torch.device, ...], str]:

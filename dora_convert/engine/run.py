@@ -203,12 +203,25 @@ def choose_compute(least: int, settings: Settings) -> ComputeSpec:
 
     Raises UsageError if the memory budget is below `least`, the costliest piece of work.
     """
-    settings.check_memory(least)
     spec = choose(settings.device, settings.compute_dtype)
+    if spec.staged:
+        from .device_plan import fit_memory
+
+        fit_memory(spec, settings)
+    settings.check_memory(least)
     settings.notify(f"device: {spec}")
     if settings.workers < len(spec.devices):
         settings.notify(f"{len(spec.devices)} devices, and only {settings.workers} workers: some devices are idle")
     return spec
+
+
+def cut_for(plan: Plan, spec: ComputeSpec, settings: Settings) -> Plan:
+    """Return a plan in the blocks that its device computes: bytes depend on shapes and on the kind of device."""
+    if not spec.staged:
+        return plan
+    from . import device_plan
+
+    return device_plan.cut_for(plan, spec, settings)
 
 
 def journal_key(spec: ComputeSpec, identity: Mapping[str, Any], **inputs: Any) -> JournalKey:

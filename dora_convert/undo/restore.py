@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import xxhash
 
 from ..engine.precision import ComputeSpec, scan_adapter
-from ..engine.run import Hashes, Run, Transfers, choose_compute, resume_plan, run
+from ..engine.run import Hashes, Run, Transfers, choose_compute, cut_for, resume_plan, run
 from ..errors import Fault, MalformedError, RefError, VerificationError
 from ..output.finished import TensorResult, copied_name, judge
 from ..output.output import input_states
@@ -45,8 +46,9 @@ def restore(
     Raises RefError if MERGED is not as a merge wrote it, VerificationError if a tensor differs from the
     base's though the record is exact, and every error of a merge. OUT does not exist then.
     """
-    plan = reversal.plan
-    spec = choose_compute(plan.memory, settings)
+    spec = choose_compute(reversal.plan.memory, settings)
+    plan = cut_for(reversal.plan, spec, settings)
+    reversal = replace(reversal, plan=plan)
     hashes = [scan_adapter(adapter) for adapter in plan.adapters]
     output.check_space(output.bytes_needed(plan) + sum(file.nbytes for file in files))
     copied = _copied(reversal, hub)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...engine.precision import doubt_zeros, scan_adapter
-from ...engine.run import Hashes, Run, choose_compute, resume_plan, run
+from ...engine.run import Hashes, Run, choose_compute, cut_for, resume_plan, run
 from ...engine.tensor import MergeMaker
 from ...errors import Fault, VerificationError
 from ...output.card import card_bytes, inherited, works_of
@@ -49,6 +49,7 @@ def run_merge(
     then.
     """
     spec, hashes = check_adapters(plan, settings)
+    plan = cut_for(plan, spec, settings)
     files = side_files(plan)
     for adopted in () if plan.base.is_file else adopted_sets(plan):
         (settings.warn if adopted.rivals else settings.notify)(adopted.notice(plan.base))
