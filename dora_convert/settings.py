@@ -32,7 +32,7 @@ DEVICES = re.compile(r"auto|mps|cpu(,cpu)*|cuda(:\d+)?(,(cuda:)?\d+)*")
 REPO_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 EXTRAS = {
     "verify": ("transformers", "accelerate", "peft"), "trainer": ("transformers", "peft"), "plot": ("matplotlib",),
-    "nf4": ("bitsandbytes",),
+    "nf4": ("bitsandbytes",), "ray": ("ray",),
 }  # fmt: skip
 """The packages of each extra."""
 _UNITS = {"": 1} | {
@@ -78,6 +78,11 @@ class Settings:
             on_notice=options["on_notice"],
         )
 
+    @property
+    def memory_each(self) -> int:
+        """A worker's share of the memory budget."""
+        return self.max_memory // self.workers
+
     def check_memory(self, least: int) -> None:
         """Raise UsageError if the budget is below `least`, the bytes of the costliest piece of work."""
         if least > self.max_memory:
@@ -92,9 +97,10 @@ class Settings:
             self.on_notice(text)
 
     def warn(self, text: str) -> None:
-        """Pass a warning to the caller, and keep it for the report."""
-        self.warnings.append(text)
-        self.notify(f"warning: {text}")
+        """Pass a warning to the caller, once, and keep it for the report."""
+        if text not in self.warnings:
+            self.warnings.append(text)
+            self.notify(f"warning: {text}")
 
 
 @dataclass(frozen=True)

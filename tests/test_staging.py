@@ -35,7 +35,7 @@ def staged(monkeypatch):
         sent.append(self.staged)
         return send(self, *args)
 
-    monkeypatch.setattr(engine_run, "choose", lambda *_: ComputeSpec(CPU, torch.float64, "test", staged=True))
+    monkeypatch.setattr(engine_run, "choose", lambda *_: ComputeSpec(CPU, torch.float64, "test", stages=True))
     monkeypatch.setattr(LargeItem, "block_elements", 16 * 72)
     monkeypatch.setattr(DeviceBuffers, "send", note)
     return sent
@@ -142,7 +142,7 @@ def test_read_ahead_yields_every_block(tmp_path, monkeypatch):
     reads, reader = [], Reader()
     read = reader.read
     monkeypatch.setattr(reader, "read", lambda *args: (reads.append(args[1]), read(*args))[1])
-    buffers = DeviceBuffers(ComputeSpec(CPU, torch.float64, "test", staged=True), reader)
+    buffers = DeviceBuffers(ComputeSpec(CPU, torch.float64, "test", stages=True), reader)
     before, spans = None, [(start, min(start + 7, len(whole))) for start in range(0, len(whole), 7)]
     for number, (start, stop, raw) in enumerate(read_ahead(stored, spans, buffers)):
         assert torch.equal(raw, whole[start:stop])
@@ -158,7 +158,7 @@ def test_read_ahead_reports_a_short_file(tmp_path):
     base = make_base(tmp_path / "base")
     stored = open_checkpoint(local_source(base.path)).tensors["model.layers.0.mlp.up_proj.weight"]
     stored.path.write_bytes(stored.path.read_bytes()[: stored.start + 100])
-    buffers = DeviceBuffers(ComputeSpec(CPU, torch.float64, "test", staged=True), Reader())
+    buffers = DeviceBuffers(ComputeSpec(CPU, torch.float64, "test", stages=True), Reader())
     with pytest.raises(MalformedError, match="became shorter"):
         list(read_ahead(stored, [(0, 16), (16, 32), (32, 48)], buffers))
 
@@ -171,8 +171,9 @@ def test_large_blocks_count_in_the_budget(tmp_path, staged, monkeypatch):
         dora_convert.merge(base.path, adapter, tmp_path / "out", max_memory=1000)
     assert "MiB' is the least" in str(error.value)
     settings = Settings(device="cuda", max_memory=1, default_memory=True, workers=2)
-    fit_memory(ComputeSpec(CPU, torch.float64, "test", staged=True), settings)
+    fit_memory(ComputeSpec(CPU, torch.float64, "test", stages=True), settings)
     assert settings.max_memory == DEVICE_MEMORY
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1000, 2000))
-    fit_memory(ComputeSpec(torch.device("cuda", 0), torch.float64, "test", staged=True), settings)
+    fit_memory(ComputeSpec(torch.device("cuda", 0), torch.float64, "test", stages=True), settings)
     assert settings.max_memory == 900

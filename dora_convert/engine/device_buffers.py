@@ -74,7 +74,7 @@ class DeviceBuffers:
         if self._exact is None:
             mps = self.spec.device.type == "mps"
             device = torch.device("cpu") if mps else self.spec.device
-            spec = ComputeSpec(device, torch.float64, "exact", staged=self.staged)
+            spec = ComputeSpec(device, torch.float64, "exact", stages=self.staged and not mps)
             self._exact = DeviceBuffers(spec, self.reader, self._stream)
         return self._exact
 

@@ -22,7 +22,8 @@ def fit_memory(spec: ComputeSpec, settings: Settings, least: int = 0) -> None:
     """
     if settings.default_memory:
         settings.max_memory = max(DEVICE_MEMORY, least)
-    free = [torch.cuda.mem_get_info(device)[0] for device in set(spec.devices) if device.type == "cuda"]
+    devices = {device for device in spec.devices if device.type == "cuda"} if torch.cuda.is_available() else ()
+    free = [torch.cuda.mem_get_info(device)[0] for device in devices]
     if free and settings.max_memory > (most := int(SPARE * min(free))):
         settings.notify(f"memory: {format_size(most)}, as the device has no more free")
         settings.max_memory = most

@@ -29,6 +29,7 @@ PLACES = {"I32": torch.int32, "I64": torch.int64}
 """The same for the dtypes of indices."""
 GRID = {"BF16": (8, -126), "F16": (11, -14), "F32": (24, -126), "F64": (53, -1022)}
 """Precision in bits and the least exponent of each dtype."""
+EXPONENT = 0x7FF << 52  # of a float64
 OWN_PAGES = 1 << 20
 """Bytes from which a tensor gets pages of its own.
 
@@ -50,8 +51,13 @@ class ComputeSpec:
     reason: str
     others: tuple[torch.device, ...] = ()
     """Further devices that workers are dealt over, all of one kind."""
-    staged: bool = False
-    """True if blocks pass through host memory on their way, read ahead and written behind."""
+    stages: bool = False
+    """True if a processor is to do as a device does."""
+
+    @property
+    def staged(self) -> bool:
+        """True if blocks pass through host memory on their way: they are large, read ahead and finished later."""
+        return self.stages or self.device.type == "cuda"
 
     @property
     def devices(self) -> tuple[torch.device, ...]:
@@ -90,8 +96,7 @@ def choose(device: str = "auto", compute_dtype: str = "auto") -> ComputeSpec:
         why += "; mps has no float64" if mps else ""
     if mps and compute_dtype == "float64":
         raise UsageError("mps has no float64.", hint="--compute-dtype float32, or --device cpu")
-    staged = devices[0].type == "cuda"
-    return ComputeSpec(devices[0], getattr(torch, compute_dtype), why, devices[1:], staged)
+    return ComputeSpec(devices[0], getattr(torch, compute_dtype), why, devices[1:])
 
 
 def _devices(names: str) -> tuple[tuple[torch.device, ...], str]:
@@ -133,8 +138,8 @@ def exact_arithmetic() -> Iterator[None]:
 def half_ulp(x: Tensor, dtype: str) -> Tensor:
     """Return half the distance between the neighbours of x in a dtype; x is float64."""
     precision, least = GRID[dtype]
-    exponent = (x.view(torch.int64) >> 52 & 0x7FF).clamp_(min=least + 1023)  # biased, as float64 stores it
-    return (exponent.sub_(precision) << 52).view(torch.float64)
+    power = x.view(torch.int64).bitwise_and(EXPONENT).view(torch.float64)  # the power of two that is not above |x|
+    return power.clamp_(2.0**least, 2.0**1023).mul_(2.0**-precision)
 
 
 def nearest(x: Tensor, dtype: str) -> Tensor:
@@ -144,8 +149,8 @@ def nearest(x: Tensor, dtype: str) -> Tensor:
     """
     if dtype == "F64":
         return x
-    unit = 2 * half_ulp(x, dtype)
-    return torch.round(x / unit).mul_(unit)
+    unit = half_ulp(x, dtype).mul_(2)
+    return torch.div(x, unit).round_().mul_(unit)
 
 
 def ordinal(x: Tensor, dtype: str) -> Tensor:
@@ -214,10 +219,7 @@ def _gather(reader: Reader, tensor: StoredTensor, runs: Sequence[tuple[int, int]
     """Read runs of elements, each given by (first, count), into one flat tensor."""
     size = tensor.itemsize
     data = bytearray(size * sum(number for _, number in runs))
-    view, position = memoryview(data), 0
-    for first, number in runs:
-        reader.read(tensor.path, tensor.start + first * size, view[position : position + number * size])
-        position += number * size
+    reader.gather(tensor.path, [(tensor.start + first * size, number * size) for first, number in runs], data)
     dtype = TORCH.get(tensor.dtype) or PLACES[tensor.dtype]
     return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
 

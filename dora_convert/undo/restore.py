@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import xxhash
 
 from ..engine.precision import ComputeSpec, scan_adapter
-from ..engine.run import Hashes, Run, Transfers, choose_compute, cut_for, resume_plan, run
+from ..engine.run import Hashes, Run, Transfers, choose_compute, resume_plan, run
 from ..errors import Fault, MalformedError, RefError, VerificationError
 from ..output.finished import TensorResult, copied_name, judge
 from ..output.output import input_states
@@ -18,7 +19,8 @@ from ..output.side_files import SideFile
 from ..reports.merge import Recovered, UnmergeReport
 from ..settings import Settings
 from ..storage.filenames import RECORD, UNDO, refuse_changed
-from ..storage.reader import Digest, Reader, damaged_tensors
+from ..storage.reader import Digest, Reader
+from ..storage.spool import damaged_tensors
 from .expected_base import RecoveryCheck
 from .files import left_over
 from .record import not_as_written
@@ -47,8 +49,11 @@ def restore(
     base's though the record is exact, and every error of a merge. OUT does not exist then.
     """
     spec = choose_compute(reversal.plan.memory, settings)
-    plan = cut_for(reversal.plan, spec, settings)
-    reversal = replace(reversal, plan=plan)
+    if spec.staged:
+        from ..engine.device_plan import cut_for
+
+        reversal = replace(reversal, plan=cut_for(reversal.plan, spec, settings))
+    plan = reversal.plan
     hashes = [scan_adapter(adapter) for adapter in plan.adapters]
     output.check_space(output.bytes_needed(plan) + sum(file.nbytes for file in files))
     copied = _copied(reversal, hub)
@@ -95,7 +100,7 @@ def _recover(
         settings,
         key=key,
         unfinished=unfinished,
-        check=RecoveryCheck if settings.verify else None,
+        check=partial(RecoveryCheck, memory=settings.memory_each) if settings.verify else None,
         hub=hub,
         spec=spec,
         maker=RecoveryMaker,

@@ -94,11 +94,10 @@ def _tensors(plan: Plan, settings: Settings) -> Iterator[tuple[str, Tensor]]:
 def _prepared(plan: Plan, settings: Settings) -> tuple[Plan, ComputeSpec]:
     """Choose the device, cut the plan for it, and refuse or warn of doubtful values in the adapters."""
     with without_collections():
-        from ..engine.run import cut_for
         from .merge.pipeline import check_adapters
 
-    spec, _ = check_adapters(plan, settings)
-    return cut_for(plan, spec, settings), spec
+    plan, spec, _ = check_adapters(plan, settings)
+    return plan, spec
 
 
 @takes(StreamOptions)
