@@ -63,10 +63,12 @@ def test_commands_run(page, place, monkeypatch):
 
 @pytest.mark.parametrize("page", sorted((ROOT / "docs/guides").glob("*.md")), ids=lambda page: page.name)
 def test_every_block_of_a_guide_runs_somewhere(page):
-    """console and python run here, bash and py in `make guides`; other blocks hold no command."""
+    """console and python run here, bash and py in `make guides`; a cluster's commands need a cluster."""
     fences = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
     for language, text in fences:
-        assert language in {"console", "python", "bash", "py", "yaml"}, text
+        assert language in {"console", "python", "bash", "py", "yaml"} or (page.stem, language) == ("cluster", "sh"), (
+            text
+        )
         if language == "console":
             assert all(re.match(r"([A-Z_]+=\S* )?dora-convert ", line) for line in text.splitlines()), text
         if language == "yaml":
@@ -172,3 +174,13 @@ def test_notebooks_have_their_outputs(path):
     assert not any(output["output_type"] == "error" for cell in cells for output in cell["outputs"])
     assert sum(bool(cell["outputs"]) for cell in cells) > len(cells) / 2
     assert not re.search(r"/(tmp|home|root|work)/", json.dumps([cell["outputs"] for cell in cells]))
+
+
+@pytest.mark.parametrize("name", ["lora-to-dora", "several-adapters"])
+def test_notebooks_run(name, tmp_path, monkeypatch):
+    """Every cell runs; `make notebooks` runs training-moves, which needs the trainings of `make figures`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    cells = json.loads((ROOT / f"docs/notebooks/{name}.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    exec(compile(code, name, "exec"), {"__name__": "__main__"})

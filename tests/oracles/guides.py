@@ -40,6 +40,8 @@ def blocks(text: str) -> Iterator[tuple[str, str]]:
             yield from (("bash", line) for line in block.splitlines())
         elif language in {"python", "py"}:
             yield "python", block
+        elif language == "sh":
+            yield from (("cluster", line) for line in block.splitlines())
 
 
 def missing(line: str) -> str | None:
@@ -66,7 +68,8 @@ def fill(place: Path, base: str, adapter: str, llama_cpp: str) -> None:
     (place / "ComfyUI/models/diffusion_models").mkdir(parents=True)
     for script in ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py"):
         real = str(Path(llama_cpp).resolve() / script)  # it looks for its own gguf-py beside itself
-        (place / script).write_text(f'import runpy\n\nrunpy.run_path({real!r}, run_name="__main__")\n')
+        code = f"import os, sys\n\nos.execv(sys.executable, [sys.executable, {real!r}, *sys.argv[1:]])\n"
+        (place / script).write_text(code)
     subprocess.run(["dora-convert", "merge", "base", "lora", "tuned", "-q"], cwd=place, check=True)
 
 
@@ -101,7 +104,8 @@ def run(guide: Path, place: Path) -> tuple[int, list[str], list[str]]:
     """Run a guide's blocks; return the number that ran, failures, and lines that were not run."""
     done, failed, left = 0, [], []
     for language, text in blocks(guide.read_text(encoding="utf-8")):
-        if language == "bash" and (reason := missing(text)):
+        reason = "needs a cluster" if language == "cluster" else missing(text) if language == "bash" else None
+        if reason:
             left.append(f"{text}  ({reason})")
             continue
         words = ["bash", "-c", text] if language == "bash" else [sys.executable, "-c", text]
