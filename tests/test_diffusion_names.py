@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import dora_convert
-from dora_convert.errors import PlanError
+from dora_convert.errors import PlanError, UnsupportedError
 
 NAMES = json.loads((Path(__file__).parent / "golden/diffusion/names.json").read_text())
 OUT, IN, RANK, ALPHA = 6, 4, 2, 6.0
@@ -93,7 +93,11 @@ def test_unet_in_both_names(kind, names, base, tmp_path):
     pairs = NAMES[kind]
     own = list(pairs.values()) if base == "folders" else list(pairs)
     tensors = numbered(own, OUT, IN)
-    folder = write_pipeline(tmp_path / "b", tensors) if base == "folders" else write_file(tmp_path / "b.safetensors", tensors)
+    folder = (
+        write_pipeline(tmp_path / "b", tensors)
+        if base == "folders"
+        else write_file(tmp_path / "b.safetensors", tensors)
+    )
     asked = [flat(name) for name in (pairs if names == "authors" else pairs.values())]
     adapter = kohya(dict.fromkeys(asked, (OUT, IN)))
     dora_convert.merge(folder, write_file(tmp_path / "a.safetensors", adapter), tmp_path / "out")
@@ -180,7 +184,9 @@ def test_flux_columns(tmp_path):
     q = "lora_transformer_transformer_blocks_0_attn_to_q"
     with pytest.raises(PlanError) as caught:
         dora_convert.merge(base, write_file(file, kohya({q: (H, H)}, dora="columns")), tmp_path / "other")
-    assert "has magnitudes by columns, for 8 outputs of double_blocks.0.img_attn.qkv.weight alone" in caught.value.text()
+    assert (
+        "has magnitudes by columns, for 8 outputs of double_blocks.0.img_attn.qkv.weight alone" in caught.value.text()
+    )
 
 
 OPEN = "conditioner.embedders.1.model."
@@ -199,9 +205,11 @@ def test_text_models_of_a_single_file(tmp_path):
         "lora_te1_encoder_layers_0_mlp_fc1": (OUT, IN), f"{layer}self_attn_k_proj": (IN, IN),
         f"{layer}self_attn_v_proj": (IN, IN), f"{layer}mlp_fc1": (OUT, IN), "lora_te2_text_projection": (OUT, IN),
     }  # fmt: skip
+    tensors["model_ema.decay"] = rand(1)
     adapter = kohya(modules)
     base, file = write_file(tmp_path / "b.safetensors", tensors), write_file(tmp_path / "a.safetensors", adapter)
-    dora_convert.merge(base, file, tmp_path / "out")
+    report = dora_convert.merge(base, file, tmp_path / "out")
+    assert "has averaged weights (model_ema.…)" in " ".join(report.warnings)
     merged = read_back(tmp_path / "out")
     fused = tensors[f"{LAYER}attn.in_proj_weight"].double()
     for part, rows in (("k", slice(IN, 2 * IN)), ("v", slice(2 * IN, None))):
@@ -210,6 +218,7 @@ def test_text_models_of_a_single_file(tmp_path):
         clip: expected(tensors[clip], adapter, "lora_te1_encoder_layers_0_mlp_fc1"),
         f"{LAYER}attn.in_proj_weight": fused, f"{LAYER}attn.in_proj_bias": tensors[f"{LAYER}attn.in_proj_bias"],
         f"{LAYER}mlp.c_fc.weight": expected(tensors[f"{LAYER}mlp.c_fc.weight"], adapter, f"{layer}mlp_fc1"),
+        "model_ema.decay": tensors["model_ema.decay"],
         f"{OPEN}text_projection": expected(tensors[f"{OPEN}text_projection"].T, adapter, "lora_te2_text_projection").T,
     }  # fmt: skip
     assert merged.keys() == wanted.keys()
@@ -219,8 +228,43 @@ def test_text_models_of_a_single_file(tmp_path):
 
 def test_two_modules_of_one_name(tmp_path):
     """A flattened name that two modules have: both are named, and neither is taken."""
-    base = write_file(tmp_path / "b.safetensors", {"x.up_down.weight": rand(OUT, IN), "x.up.down.weight": rand(OUT, IN)})
+    base = write_file(
+        tmp_path / "b.safetensors", {"x.up_down.weight": rand(OUT, IN), "x.up.down.weight": rand(OUT, IN)}
+    )
     file = write_file(tmp_path / "a.safetensors", kohya({"lora_unet_x_up_down": (OUT, IN)}))
     with pytest.raises(PlanError) as caught:
         dora_convert.merge(base, file, tmp_path / "out")
     assert "may be for any of x.up.down, x.up_down" in caught.value.text()
+
+
+@pytest.mark.parametrize("to", ["kohya", "diffusers"])
+def test_written_for_a_single_file(to, tmp_path):
+    """Components get their prefixes, and diffusers its own names: the new file merges to the same weights."""
+    tensors = numbered(list(NAMES["sd15"]), OUT, IN)
+    base = write_file(tmp_path / "b.safetensors", tensors)
+    adapter = write_file(tmp_path / "a.safetensors", kohya({flat(name): (OUT, IN) for name in NAMES["sd15"]}))
+    dora_convert.convert(adapter, tmp_path / "new", to=to, base=base)
+    (file,) = (tmp_path / "new").glob("*.safetensors")
+    ends = (".lora_down.weight", ".lora_A.weight")
+    names = {name.rpartition(end)[0] for name in load_file(file) for end in ends if name.endswith(end)}
+    own = [name.replace("/", ".", 1) for name in NAMES["sd15"].values()]
+    assert names == set(own if to == "diffusers" else map(flat, NAMES["sd15"]))
+    for each in (adapter, tmp_path / "new"):
+        dora_convert.merge(base, each, tmp_path / f"out-{each.name}")
+    one, two = (read_back(tmp_path / f"out-{name}") for name in ("a.safetensors", "new"))
+    assert all(torch.allclose(one[name], two[name], rtol=1e-6, atol=1e-6) for name in tensors)
+
+
+def test_formats_are_checked_before_fitting(tmp_path):
+    """A format refuses before anything is computed, and nothing is left."""
+    fused, _ = flux()
+    base = write_file(tmp_path / "b.safetensors", fused)
+    name = "lora_unet_double_blocks_0_img_attn_qkv"
+    adapter = write_file(tmp_path / "a.safetensors", kohya({name: (3 * H, H)}))
+    for to, why in (("diffusers", "lies otherwise in diffusers"), ("mlx", "is outside of the layers")):
+        with pytest.raises(UnsupportedError) as caught:
+            dora_convert.to_lora(base, adapter, tmp_path / "out", rank=2, format=to)
+        assert why in caught.value.text()
+        assert not list(tmp_path.glob("out*"))
+    dora_convert.to_lora(base, adapter, tmp_path / "out", rank=H, format="kohya")
+    assert f"{name}.lora_up.weight" in load_file(tmp_path / "out/adapter.safetensors")

@@ -36,7 +36,11 @@ PREFIXES = (
 """The beginnings of names in a single file, and their components."""
 
 
-class Place(NamedTuple):
+DIFFUSERS = ("down_blocks.", "single_transformer_blocks.")
+"""Beginnings of names that only diffusers has."""
+
+
+class ComponentModule(NamedTuple):
     """A module of a diffusion model, or of any other."""
 
     component: str
@@ -62,7 +66,7 @@ class DiffusionNames:
         found: dict[str, dict[str, str]] = {}
         whole = _whole_model(self._tensors)
         for name in self._tensors:
-            folder, inside, rest = name.partition("/")
+            folder, inside, _ = name.partition("/")
             component, start = (folder, len(folder) + 1) if inside else _beginning(name) or (whole, 0)
             found.setdefault(component, {})[name[start:]] = name
         if "unet" in found and _is_transformer(found["unet"]):
@@ -76,6 +80,36 @@ class DiffusionNames:
         """The names of all components."""
         return tuple(self._parts)
 
+    @property
+    def is_single_file(self) -> bool:
+        """True if components are not folders, and one of them at least is known."""
+        return any(self._parts) and not any("/" in name for names in self._parts.values() for name in names.values())
+
+    @property
+    def is_bare(self) -> bool:
+        """True if the only component is one model, whose names have no beginning for it."""
+        return len(self._parts) == 1 and all(
+            inner == own for part in self._parts.values() for inner, own in part.items()
+        )
+
+    @cached_property
+    def own_names(self) -> Mapping[str, str]:
+        """For each tensor, `<component>/<its name inside of it>`."""
+        return {
+            own: f"{part}/{inner}" if part else own
+            for part, names in self._parts.items()
+            for inner, own in names.items()
+        }
+
+    @cached_property
+    def diffusers_names(self) -> Mapping[str, str]:
+        """For each tensor, `<component>/<diffusers' name>`; tensors that lie otherwise there are left out."""
+        other = {slot.name: name for name, slots in self.weights.items() for slot in slots if slot.is_whole}
+        has_part = {slot.name for slots in self.weights.values() for slot in slots if not slot.is_whole}
+        if any(name.startswith(DIFFUSERS) for names in self._parts.values() for name in names):
+            return self.own_names
+        return {own: other.get(own, name) for own, name in self.own_names.items() if own not in has_part}
+
     @cached_property
     def weights(self) -> Mapping[str, tuple[Slot, ...]]:
         """The weights that only the other layout names, and their slots."""
@@ -86,20 +120,20 @@ class DiffusionNames:
                 found[f"{component}/{other}"] = tuple(replace(slot, name=names[slot.name]) for slot in slots)
         return found
 
-    def own(self) -> Iterator[Place]:
+    def own(self) -> Iterator[ComponentModule]:
         """Yield every module that owns a tensor, under its own name, each once."""
-        seen: dict[str, Place] = {}
+        seen: dict[str, ComponentModule] = {}
         for component, names in self._parts.items():
             for inner, own in names.items():
                 target = own.rpartition(".")[0]
-                seen.setdefault(target, Place(component, inner.rpartition(".")[0], target))
+                seen.setdefault(target, ComponentModule(component, inner.rpartition(".")[0], target))
         yield from seen.values()
 
-    def others(self) -> Iterator[Place]:
+    def others(self) -> Iterator[ComponentModule]:
         """Yield every module that only the other layout names, each once."""
         for target in dict.fromkeys(name.rpartition(".")[0] for name in self.weights):
             component, _, module = target.partition("/")
-            yield Place(component, module, target)
+            yield ComponentModule(component, module, target)
 
     def stored(self, target: str) -> tuple[Slot, ...] | None:
         """Return the slots of a weight that the other layout names; None for all other names."""

@@ -39,6 +39,8 @@ DOTTED_PREFIXES: Mapping[str, tuple[str, ...]] = {
     "text_encoder_3": ("text_encoder_3", "text_encoders.t5xxl", "te3"),
 }
 """The first words that diffusers, ComfyUI and ai-toolkit give a component."""
+AVERAGED = "model_ema."
+"""The beginning of an averaged copy of a single file's U-Net."""
 CLIP = "text_model."
 """The outer module of CLIP's text model, which transformers 5 leaves out of names."""
 
@@ -54,19 +56,24 @@ def with_base_names(adapter: Adapter, base: Checkpoint) -> Adapter:
     for change in adapter.changes:
         found = table.find(change.module)
         if len(found) > 1:
-            faults += [Fault(tensor.name, f"may be for any of {', '.join(found)}") for tensor in tensors_of(change.update)]
+            faults += [
+                Fault(tensor.name, f"may be for any of {', '.join(found)}") for tensor in tensors_of(change.update)
+            ]
             continue
         changes.append(
             replace(change, target=table.rename(change.target), among=tuple(map(table.rename, change.among)))
         )
-    return replace(adapter, changes=tuple(changes), faults=(*adapter.faults, *faults))
+    averaged = any(name.startswith(AVERAGED) for name in base.tensors)
+    warnings = (f"{base.source.name} has averaged weights ({AVERAGED}…), which stay as they are",) if averaged else ()
+    faults = [*adapter.faults, *faults]
+    return replace(adapter, changes=tuple(changes), faults=tuple(faults), warnings=(*adapter.warnings, *warnings))
 
 
 class _NameTable:
     """The modules of a base by the names that they have in files of one kind."""
 
     def __init__(self, base: Checkpoint, names: Spell) -> None:
-        """The base's own names count before CLIP's other spelling, and both before names in another layout."""
+        """Enter the base's own names first, then CLIP's other spelling, then names in another layout."""
         self._tables: tuple[dict[str, dict[str, None]], ...] = ({}, {}, {})
         diffusion = DiffusionNames(base.tensors)
         components = diffusion.components

@@ -1,4 +1,4 @@
-"""Pair the names that diffusion models have in diffusers with those of the models' own authors.
+"""ModulePair the names that diffusion models have in diffusers with those of the models' own authors.
 
     U-Net of SD 1, 2, SDXL   down_blocks.1.attentions.0.norm          input_blocks.4.1.norm
     OpenCLIP's text model    text_model.encoder.layers.0.mlp.fc1      transformer.resblocks.0.mlp.c_fc
@@ -22,7 +22,7 @@ Tensors = Mapping[str, StoredTensor]
 LEAVES = ("weight", "bias")
 
 
-class Pair(NamedTuple):
+class ModulePair(NamedTuple):
     """A module in both layouts; `{}` stands for weight or bias."""
 
     authors: str
@@ -96,7 +96,7 @@ def other_names(tensors: Tensors) -> Iterator[tuple[str, tuple[Slot, ...]]]:
                 yield authors, _stacked(pair, own, tensors)
 
 
-def layout_of(tensors: Collection[str]) -> Callable[[Tensors], Iterator[Pair]] | None:
+def layout_of(tensors: Collection[str]) -> Callable[[Tensors], Iterator[ModulePair]] | None:
     """Return the pairs of a component's kind of model; None for models that have one layout, or are not known."""
     if "down_blocks.0.resnets.0.conv1.weight" in tensors or "input_blocks.1.0.in_layers.2.weight" in tensors:
         return unet_pairs
@@ -107,7 +107,7 @@ def layout_of(tensors: Collection[str]) -> Callable[[Tensors], Iterator[Pair]] |
     return None
 
 
-def _parts(pair: Pair, authors: str, tensors: Tensors) -> Iterator[tuple[Slot, ...]]:
+def _parts(pair: ModulePair, authors: str, tensors: Tensors) -> Iterator[tuple[Slot, ...]]:
     """Yield the slot of each of diffusers' weights in the authors' tensor."""
     rows, first = tensors[authors].shape[0], 0
     if len(pair.diffusers) == 1:
@@ -118,7 +118,7 @@ def _parts(pair: Pair, authors: str, tensors: Tensors) -> Iterator[tuple[Slot, .
         first += size
 
 
-def _sizes(pair: Pair, authors: str, tensors: Tensors) -> list[int]:
+def _sizes(pair: ModulePair, authors: str, tensors: Tensors) -> list[int]:
     """Return the outputs of each part: thirds; of Flux's linear1 the width of the model three times, and the rest."""
     rows = tensors[authors].shape[0]
     if len(pair.diffusers) == 3:
@@ -127,7 +127,7 @@ def _sizes(pair: Pair, authors: str, tensors: Tensors) -> list[int]:
     return [width, width, width, rows - 3 * width]
 
 
-def _stacked(pair: Pair, own: list[str], tensors: Tensors) -> tuple[Slot, ...]:
+def _stacked(pair: ModulePair, own: list[str], tensors: Tensors) -> tuple[Slot, ...]:
     """Return the slots that diffusers' weights are in the authors' tensor."""
     if len(own) == 1:
         order = _halves(tensors[own[0]].shape[0]) if pair.swapped else None
@@ -144,11 +144,11 @@ def _halves(rows: int) -> tuple[int, ...]:
     return (*range(rows // 2, rows), *range(rows // 2))
 
 
-def _pairs(before: str, after: str, table: Mapping[str, tuple[str, ...]]) -> Iterator[Pair]:
+def _pairs(before: str, after: str, table: Mapping[str, tuple[str, ...]]) -> Iterator[ModulePair]:
     """Yield a table's modules inside of a block."""
     for authors, names in table.items():
         has_leaf = authors.endswith((".scale", "_{}"))
-        yield Pair(before + authors + ("" if has_leaf else ".{}"), tuple(f"{after}{name}.{{}}" for name in names))
+        yield ModulePair(before + authors + ("" if has_leaf else ".{}"), tuple(f"{after}{name}.{{}}" for name in names))
 
 
 def _numbers(tensors: Collection[str], stack: str) -> list[int]:
@@ -157,17 +157,17 @@ def _numbers(tensors: Collection[str], stack: str) -> list[int]:
     return sorted({int(match[1]) for name in tensors if (match := pattern.match(name))})
 
 
-def open_clip_pairs(tensors: Tensors) -> Iterator[Pair]:
+def open_clip_pairs(tensors: Tensors) -> Iterator[ModulePair]:
     """Yield the modules of OpenCLIP's text model that have different names in Hugging Face's CLIP."""
     for n in _numbers(tensors, "transformer.resblocks"):
         yield from _pairs(f"transformer.resblocks.{n}.", f"text_model.encoder.layers.{n}.", OPEN_CLIP)
-    yield Pair("token_embedding.{}", ("text_model.embeddings.token_embedding.{}",))
-    yield Pair("positional_embedding", ("text_model.embeddings.position_embedding.weight",))
-    yield Pair("ln_final.{}", ("text_model.final_layer_norm.{}",))
-    yield Pair("text_projection", ("text_projection.weight",), turned=True)
+    yield ModulePair("token_embedding.{}", ("text_model.embeddings.token_embedding.{}",))
+    yield ModulePair("positional_embedding", ("text_model.embeddings.position_embedding.weight",))
+    yield ModulePair("ln_final.{}", ("text_model.final_layer_norm.{}",))
+    yield ModulePair("text_projection", ("text_projection.weight",), turned=True)
 
 
-def flux_pairs(tensors: Tensors) -> Iterator[Pair]:
+def flux_pairs(tensors: Tensors) -> Iterator[ModulePair]:
     """Yield the modules of Flux."""
     for stacks, table in (("double_blocks", "transformer_blocks"), FLUX_DOUBLE), (
         ("single_blocks", "single_transformer_blocks"), FLUX_SINGLE,
@@ -175,24 +175,24 @@ def flux_pairs(tensors: Tensors) -> Iterator[Pair]:
         for n in sorted({n for stack in stacks for n in _numbers(tensors, stack)}):
             yield from _pairs(f"{stacks[0]}.{n}.", f"{stacks[1]}.{n}.", table)
     yield from _pairs("", "", {authors: (name,) for authors, name in FLUX_OUTER.items()})
-    yield Pair("final_layer.adaLN_modulation.1.{}", ("norm_out.linear.{}",), swapped=True)
+    yield ModulePair("final_layer.adaLN_modulation.1.{}", ("norm_out.linear.{}",), swapped=True)
 
 
-def unet_pairs(tensors: Tensors) -> Iterator[Pair]:
+def unet_pairs(tensors: Tensors) -> Iterator[ModulePair]:
     """Yield the modules of a U-Net that have different names in the two layouts."""
     modules = _modules_of(tensors)
     for authors, names in OUTER.items():
         chosen = [name for name in names if name in modules] if authors not in modules else names
-        yield from (Pair(f"{authors}.{{}}", (f"{name}.{{}}",)) for name in chosen)
+        yield from (ModulePair(f"{authors}.{{}}", (f"{name}.{{}}",)) for name in chosen)
     for authors, own in (*_down_blocks(modules), *_up_blocks(modules), *_middle()):
         if ".resnets." in own:
-            yield from (Pair(f"{authors}.{part}.{{}}", (f"{own}.{name}.{{}}",)) for part, name in RESNET.items())
+            yield from (ModulePair(f"{authors}.{part}.{{}}", (f"{own}.{name}.{{}}",)) for part, name in RESNET.items())
         elif ".attentions." in own:
             start = authors if authors in modules else own
             rests = [module[len(start) :] for module in modules if module.startswith(f"{start}.")]
-            yield from (Pair(f"{authors}{rest}.{{}}", (f"{own}{rest}.{{}}",)) for rest in sorted(rests))
+            yield from (ModulePair(f"{authors}{rest}.{{}}", (f"{own}{rest}.{{}}",)) for rest in sorted(rests))
         else:
-            yield Pair(f"{authors}.{{}}", (f"{own}.{{}}",))
+            yield ModulePair(f"{authors}.{{}}", (f"{own}.{{}}",))
 
 
 def _middle() -> Iterator[tuple[str, str]]:

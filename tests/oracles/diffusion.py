@@ -51,14 +51,17 @@ def unet(kind: str) -> diffusers.UNet2DConditionModel:
         options |= {"down_block_types": (*[attend[0]] * 3, attend[1]), "up_block_types": (plain[1], *[plain[0]] * 3)}
         options |= {"block_out_channels": (8, 8, 12, 12)}
     else:
-        options |= {"down_block_types": (attend[1], attend[0], attend[0]), "up_block_types": (*[plain[0]] * 2, plain[1])}
+        options |= {
+            "down_block_types": (attend[1], attend[0], attend[0]),
+            "up_block_types": (*[plain[0]] * 2, plain[1]),
+        }
         options |= {"block_out_channels": (8, 8, 12), "use_linear_projection": True, "addition_time_embed_dim": 4}
         options |= {"addition_embed_type": "text_time", "projection_class_embeddings_input_dim": 24 + WIDTH}
         options |= {"transformer_layers_per_block": (1, 2, 2)}
     return diffusers.UNet2DConditionModel(**options)
 
 
-def text_encoder(projected: bool) -> torch.nn.Module:
+def text_encoder(*, projected: bool) -> torch.nn.Module:
     """Return a small CLIP text model, with a projection as SDXL's second one."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -71,8 +74,8 @@ def text_encoder(projected: bool) -> torch.nn.Module:
 
 def pipeline(kind: str, folder: Path) -> diffusers.DiffusionPipeline:
     """Write a small pipeline in folders, and return it."""
-    parts: dict[str, Any] = {"unet": unet(kind), "text_encoder": text_encoder(False)}
-    parts |= {"text_encoder_2": text_encoder(True)} if kind == "sdxl" else {}
+    parts: dict[str, Any] = {"unet": unet(kind), "text_encoder": text_encoder(projected=False)}
+    parts |= {"text_encoder_2": text_encoder(projected=True)} if kind == "sdxl" else {}
     for name, part in parts.items():
         for parameter in part.parameters():
             parameter.data = torch.randn_like(parameter) * 0.3
@@ -157,7 +160,11 @@ def adapters(kind: str, pipe: diffusers.DiffusionPipeline) -> Iterator[tuple[str
     for pair in unet_pairs(dict.fromkeys(pipe.unet.state_dict())):  # type: ignore[arg-type] # names alone count
         authors[pair.diffusers[0].removesuffix(".{}")] = pair.authors.removesuffix(".{}")
     several = hasattr(pipe, "text_encoder_2")
-    prefixes = {"unet": "lora_unet_", "text_encoder": "lora_te1_" if several else "lora_te_", "text_encoder_2": "lora_te2_"}
+    prefixes = {
+        "unet": "lora_unet_",
+        "text_encoder": "lora_te1_" if several else "lora_te_",
+        "text_encoder_2": "lora_te2_",
+    }
     for naming in ("diffusers' names", "the authors' names"):
         found = Tensors()
         for (component, name), parts in factors.items():
@@ -167,11 +174,15 @@ def adapters(kind: str, pipe: diffusers.DiffusionPipeline) -> Iterator[tuple[str
             found |= {f"{flat}.lora_{part}.weight": T for part, T in parts.items()}
             found[f"{flat}.alpha"] = torch.tensor(ALPHA)
         yield f"kohya in {naming}", found
-    yield "diffusers", {
-        f"{component}.{name}.lora_{'A' if part == 'down' else 'B'}.weight": T * (ALPHA / RANK if part == "up" else 1)
-        for (component, name), parts in factors.items()
-        for part, T in parts.items()
-    }
+    yield (
+        "diffusers",
+        {
+            f"{component}.{name}.lora_{'A' if part == 'down' else 'B'}.weight": T
+            * (ALPHA / RANK if part == "up" else 1)
+            for (component, name), parts in factors.items()
+            for part, T in parts.items()
+        },
+    )
 
 
 def state_of(pipe: diffusers.DiffusionPipeline) -> Tensors:
@@ -208,24 +219,29 @@ def unets(work: Path, golden: dict[str, Any]) -> Iterator[tuple[str, float]]:
         yield f"{kind}: diffusers converts our names of a single file", error(before, converted(kind, pipe, single))
         save_file(single, base / "single.safetensors")
         golden[kind] = listing(kind, pipe, single)
+        truth = before
         for name, adapter in adapters(kind, pipe):
-            file = work / kind / f"{name.replace(' ', '-')}.safetensors"
+            file = base / f"{name.replace(' ', '-')}.safetensors"
             save_file({key: tensor.contiguous() for key, tensor in adapter.items()}, file)
-            as_named = name != "kohya in the authors' names" or kind == "sdxl"  # diffusers maps these names for SDXL alone
-            fresh = pipeline_of(kind, base, pipe) if as_named else fresh
-            if as_named:
-                fresh.load_lora_weights(dict(adapter))
-                fresh.fuse_lora(components=[c for c in ("unet", "text_encoder", "text_encoder_2") if hasattr(fresh, c)])
-            truth = state_of(fresh)
+            if "authors" not in name or kind == "sdxl":  # diffusers maps the authors' names for SDXL alone
+                truth = fused(pipeline_of(kind, base, pipe), adapter)
             changed = sum(not torch.equal(T, before[key]) for key, T in truth.items())
             assert changed == sum(key.endswith(("lora_down.weight", "lora_A.weight")) for key in adapter), changed
-            command("merge", base, file, work / f"{file.stem}-{kind}")
-            yield f"{kind}: {name} on the folders ({changed} weights)", error(truth, folder_state(work / f"{file.stem}-{kind}"))
-            command("merge", base / "single.safetensors", file, work / f"{file.stem}-{kind}-single")
-            (made,) = (work / f"{file.stem}-{kind}-single").glob("*.safetensors")
+            out = work / f"{kind}-{file.stem}"
+            command("merge", base, file, out)
+            yield f"{kind}: {name} on the folders ({changed} weights)", error(truth, folder_state(out))
+            command("merge", base / "single.safetensors", file, out.with_suffix(".single"))
+            (made,) = out.with_suffix(".single").glob("*.safetensors")
             merged = load_file(made)
             assert merged.keys() == single.keys()
             yield f"{kind}: {name} on the single file", error(truth, converted(kind, pipe, merged))
+
+
+def fused(pipe: diffusers.DiffusionPipeline, adapter: Tensors) -> Tensors:
+    """Return a pipeline's weights after diffusers has loaded and fused an adapter."""
+    pipe.load_lora_weights(dict(adapter))
+    pipe.fuse_lora(components=[name for name in ("unet", "text_encoder", "text_encoder_2") if hasattr(pipe, name)])
+    return state_of(pipe)
 
 
 def pipeline_of(kind: str, base: Path, pipe: diffusers.DiffusionPipeline) -> diffusers.DiffusionPipeline:
@@ -234,7 +250,7 @@ def pipeline_of(kind: str, base: Path, pipe: diffusers.DiffusionPipeline) -> dif
     for name in ("text_encoder", "text_encoder_2"):
         if getattr(pipe, name, None):
             parts[name] = type(getattr(pipe, name)).from_pretrained(base / name)
-    return type(pipe)(**{name: None for name in pipe.components} | parts | extra(kind))
+    return type(pipe)(**dict.fromkeys(pipe.components) | parts | extra(kind))
 
 
 def extra(kind: str) -> dict[str, Any]:
@@ -250,7 +266,9 @@ def listing(kind: str, pipe: diffusers.DiffusionPipeline, single: Tensors) -> di
     return {
         name.removesuffix(".weight"): places[tensor.data_ptr()].removesuffix(".weight")
         for name, tensor in single.items()
-        if tensor.data_ptr() in places and name.endswith("weight") and (name.endswith(ends) or any(w in name for w in whole))
+        if tensor.data_ptr() in places
+        and name.endswith("weight")
+        and (name.endswith(ends) or any(w in name for w in whole))
     }
 
 
@@ -302,7 +320,11 @@ def flux(work: Path, golden: dict[str, Any]) -> Iterator[tuple[str, float]]:
         W = authors[f"{name}.weight"]
         down, up = torch.randn(RANK, W.shape[1]), torch.randn(W.shape[0], RANK)
         flat = f"lora_unet_{name.replace('.', '_')}"
-        adapter |= {f"{flat}.lora_down.weight": down, f"{flat}.lora_up.weight": up, f"{flat}.alpha": torch.tensor(ALPHA)}
+        adapter |= {
+            f"{flat}.lora_down.weight": down,
+            f"{flat}.lora_up.weight": up,
+            f"{flat}.alpha": torch.tensor(ALPHA),
+        }
         truth_authors[f"{name}.weight"] = (W.double() + ALPHA / RANK * (up.double() @ down.double())).float()
     save_file(adapter, file)
     yield from on_flux(work, base, file, "kohya's fused names", truth_authors, flux_converted(truth_authors))
