@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from schema import schema
 
 import dora_convert
 from dora_convert.cli import COMMANDS, group
@@ -40,7 +41,7 @@ from torch.nn import Module
 
 _Path = str | os.PathLike[str]
 _Dtype = str | torch.dtype
-_Device = str | torch.device
+_Device = str | torch.device | Sequence[str | torch.device]
 
 __version__: str
 __all__: list[str]
@@ -141,6 +142,7 @@ PAGES = {
     ROOT / "docs/api.md": functions,
     ROOT / "docs/cli-reference.md": reference,
     ROOT / "dora_convert/__init__.pyi": stub,
+    ROOT / "dora_convert/report.schema.json": schema,
 }
 
 if __name__ == "__main__":

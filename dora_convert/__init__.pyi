@@ -33,7 +33,7 @@ from .reports.verify import VerifyReport as VerifyReport
 
 _Path = str | os.PathLike[str]
 _Dtype = str | torch.dtype
-_Device = str | torch.device
+_Device = str | torch.device | Sequence[str | torch.device]
 
 __version__: str
 __all__: list[str]
@@ -452,6 +452,7 @@ def inspect(
     ref: _Path,
     base: _Path | None = None,
     *,
+    report: _Path | None = None,
     ignore_field: Sequence[str] = (),
     ignore_file: Sequence[str] = (),
     alpha: float | None = None,
@@ -479,6 +480,7 @@ def merge(
     compute_dtype: _Dtype = 'auto',
     max_memory: str | int = '160MiB',
     workers: int | None = None,
+    cluster: str | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     undo: str | None = None,
@@ -531,6 +533,7 @@ def merge(
     compute_dtype: _Dtype = 'auto',
     max_memory: str | int = '160MiB',
     workers: int | None = None,
+    cluster: str | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     undo: str | None = None,
@@ -583,6 +586,7 @@ def merge(
     compute_dtype: _Dtype = 'auto',
     max_memory: str | int = '160MiB',
     workers: int | None = None,
+    cluster: str | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     undo: str | None = None,

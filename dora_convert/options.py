@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     Dtype = str | torch.dtype
-    Device = str | torch.device
+    Device = str | torch.device | Sequence[str | torch.device]
 else:  # signatures and help name no type of torch, which is imported later
     Dtype = Device = str
 SHORT_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -105,6 +105,12 @@ class WriteOptions(ComputeOptions, total=False):
     follow_links: bool
 
 
+class ClusterOptions(TypedDict, total=False):
+    """Verbs whose work several machines may share."""
+
+    cluster: str | None
+
+
 class OutputOptions(SelectOptions, CommitOptions, WriteOptions, total=False):
     """Verbs that write a new model or adapter."""
 
@@ -131,7 +137,9 @@ class GoalOptions(TypedDict, total=False):
     exact_svd: bool
 
 
-class MergeOptions(CombineOptions, MatchOptions, FieldOptions, CheckpointOptions, OutputOptions, total=False):
+class MergeOptions(
+    CombineOptions, MatchOptions, FieldOptions, CheckpointOptions, ClusterOptions, OutputOptions, total=False
+):
     """The options of merge."""
 
     undo: str | None
@@ -208,6 +216,8 @@ class AnalyzeOptions(SelectOptions, FieldOptions, ComputeOptions, total=False):
 
 class InspectOptions(FieldOptions, HubOptions, total=False):
     """The options of inspect."""
+
+    report: Path | None
 
 
 class UploadOptions(CommitOptions, TokenOptions, CallOptions, total=False):

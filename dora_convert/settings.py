@@ -27,10 +27,12 @@ __version__ = "0.1.0"
 MOST_WORKERS = 8
 MAX_MEMORY = "160MiB"
 """Bytes that streaming verbs hold at once by default."""
+DEVICES = re.compile(r"auto|mps|cpu(,cpu)*|cuda(:\d+)?(,(cuda:)?\d+)*")
+"""Devices of one kind. One that is named twice has two workers for each worker of one that is named once."""
 REPO_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 EXTRAS = {
     "verify": ("transformers", "accelerate", "peft"), "trainer": ("transformers", "peft"), "plot": ("matplotlib",),
-    "nf4": ("bitsandbytes",),
+    "nf4": ("bitsandbytes",), "ray": ("ray",),
 }  # fmt: skip
 """The packages of each extra."""
 _UNITS = {"": 1} | {
@@ -47,6 +49,8 @@ class Settings:
     device: str
     compute_dtype: str = "auto"
     max_memory: int
+    default_memory: bool = False
+    """True if the caller has not set the budget."""
     workers: int
     verify: bool = False
     base_model: str | None = None
@@ -59,19 +63,25 @@ class Settings:
     def parse(cls, options: Mapping[str, Any]) -> Self:
         """Return the choices among a verb's options; UsageError for an invalid device, size or repo id."""
         device, budget = options["device"], options["max_memory"]
-        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
-            raise UsageError(f"--device {device!r} is not one of auto, cpu, cuda, cuda:N, mps.")
+        if not DEVICES.fullmatch(device):
+            raise UsageError(f"--device {device!r} is not one of auto, cpu, cuda, cuda:N, cuda:N,M, mps.")
         check_base_model(options.get("base_model"))
         return cls(
             device=device,
             compute_dtype=options.get("compute_dtype", "auto"),
             max_memory=parse_size(MAX_MEMORY if budget in (None, "auto") else budget, "--max-memory"),
+            default_memory=budget in (None, "auto"),
             workers=options["workers"] or default_workers(),
             verify=options.get("verify", False),
             base_model=options.get("base_model"),
             on_progress=options["on_progress"],
             on_notice=options["on_notice"],
         )
+
+    @property
+    def memory_each(self) -> int:
+        """A worker's share of the memory budget."""
+        return self.max_memory // self.workers
 
     def check_memory(self, least: int) -> None:
         """Raise UsageError if the budget is below `least`, the bytes of the costliest piece of work."""
@@ -87,9 +97,10 @@ class Settings:
             self.on_notice(text)
 
     def warn(self, text: str) -> None:
-        """Pass a warning to the caller, and keep it for the report."""
-        self.warnings.append(text)
-        self.notify(f"warning: {text}")
+        """Pass a warning to the caller, once, and keep it for the report."""
+        if text not in self.warnings:
+            self.warnings.append(text)
+            self.notify(f"warning: {text}")
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ def takes(group: type) -> Callable[[Verb], Verb]:
 
         @wraps(verb)
         def complete(*args: Any, **options: Any) -> Any:
+            _refuse_unknown(verb.__name__, options, listed.parameters)
             try:
                 bound = listed.bind(*args, **options)
             except TypeError as error:
@@ -47,6 +48,18 @@ def takes(group: type) -> Callable[[Verb], Verb]:
     return decorate
 
 
+def _refuse_unknown(verb: str, options: Iterable[str], known: Iterable[str]) -> None:
+    """Raise TypeError for a keyword that a verb does not take, with the closest one that it takes."""
+    names = [*known, "progress"]
+    for name in options:
+        if name not in names:
+            from difflib import get_close_matches
+
+            closest = get_close_matches(name, names, 1)
+            advice = f"; did you mean {closest[0]!r}?" if closest else f"; help(dora_convert.{verb}) lists the options"
+            raise TypeError(f"{verb}() got an unexpected keyword argument {name!r}{advice}")
+
+
 def _given(name: str, value: Any, kind: Any, option: Option) -> Any:
     """Return an option's value as the verbs expect it; UsageError for a value of another kind.
 
@@ -56,6 +69,8 @@ def _given(name: str, value: Any, kind: Any, option: Option) -> Any:
         return _listed(name, value, float if float in get_args(kind) else str)
     if name == "on_notice" and value:
         return lambda text: value(printable(text))
+    if name == "device" and isinstance(value, Iterable) and not isinstance(value, str | bytes):
+        value = ",".join(map(str, value))
     if value is None or not (option.choices or name == "device"):
         return value
     word = str(value).removeprefix("torch.")
