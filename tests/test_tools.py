@@ -174,10 +174,15 @@ def test_as_a_command_of_hf(tmp_path):
         pytest.skip("needs sh")
     extension = Path(__file__).parent.parent / "hf-dora-convert"
     stub = tmp_path / "dora-convert"
-    missing = subprocess.run([sh, extension, "-h"], env={"PATH": str(tmp_path)}, capture_output=True, text=True)
+
+    def call(*words):
+        found = {"PATH": str(tmp_path)}
+        return subprocess.run([sh, extension, *words], env=found, capture_output=True, text=True, check=False)
+
+    missing = call("-h")
     assert (missing.returncode, missing.stdout) == (2, "")
     assert "not on PATH" in missing.stderr
     stub.write_text('#!/bin/sh\necho "$#: $1 $2"\nexit 7\n')
     stub.chmod(0o755)
-    done = subprocess.run([sh, extension, "merge", "a b"], env={"PATH": str(tmp_path)}, capture_output=True, text=True)
+    done = call("merge", "a b")
     assert (done.returncode, done.stdout) == (7, "2: merge a b\n")
