@@ -49,6 +49,8 @@ class Settings:
     device: str
     compute_dtype: str = "auto"
     max_memory: int
+    default_memory: bool = False
+    """True if the caller has not set the budget."""
     workers: int
     verify: bool = False
     base_model: str | None = None
@@ -68,6 +70,7 @@ class Settings:
             device=device,
             compute_dtype=options.get("compute_dtype", "auto"),
             max_memory=parse_size(MAX_MEMORY if budget in (None, "auto") else budget, "--max-memory"),
+            default_memory=budget in (None, "auto"),
             workers=options["workers"] or default_workers(),
             verify=options.get("verify", False),
             base_model=options.get("base_model"),

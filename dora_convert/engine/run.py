@@ -210,8 +210,12 @@ def choose_compute(least: int, settings: Settings, executor: Executor | None = N
 
     Raises UsageError if the memory budget is below `least`, the costliest piece of work.
     """
-    settings.check_memory(least)
     spec = executor.choose(settings) if executor else choose(settings.device, settings.compute_dtype)
+    if spec.staged:
+        from .device_plan import fit_memory
+
+        fit_memory(spec, settings)
+    settings.check_memory(least)
     settings.notify(f"device: {spec}")
     if settings.workers < len(spec.devices):
         settings.notify(f"{len(spec.devices)} devices, and only {settings.workers} workers: some devices are idle")

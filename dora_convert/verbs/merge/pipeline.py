@@ -55,7 +55,7 @@ def run_merge(
     OutputError for a disk that cannot hold the result, VerificationError if a check fails. OUT does not exist
     then.
     """
-    spec, hashes = check_adapters(plan, settings, executor)
+    plan, spec, hashes = check_adapters(plan, settings, executor)
     files = side_files(plan)
     for adopted in () if plan.base.is_file else adopted_sets(plan):
         (settings.warn if adopted.rivals else settings.notify)(adopted.notice(plan.base))
@@ -82,13 +82,22 @@ def run_merge(
         return _publish(done, output, hub, files, card=card, verdict=verdict, outputs=outputs)
 
 
-def check_adapters(plan: Plan, settings: Settings, executor: Executor | None = None) -> tuple[ComputeSpec, Hashes]:
-    """Choose the device, refuse NaN and Inf in the adapters, warn of odd values, and return their files' hashes."""
+def check_adapters(
+    plan: Plan, settings: Settings, executor: Executor | None = None
+) -> tuple[Plan, ComputeSpec, Hashes]:
+    """Choose the device, refuse NaN and Inf in the adapters, and warn of odd values.
+
+    Returns the plan in the device's blocks, the device, and the hashes of the adapters' files.
+    """
     spec = choose_compute(plan.memory, settings, executor)
+    if spec.staged:
+        from ...engine.device_plan import cut_for
+
+        plan = cut_for(plan, spec, settings)
     hashes = [scan_adapter(adapter) for adapter in plan.adapters]
     for doubt in filter(None, map(doubt_zeros, plan.adapters)):
         settings.warn(doubt)
-    return spec, hashes
+    return plan, spec, hashes
 
 
 LOSS = 0.1
