@@ -7,18 +7,21 @@ import torch
 from safetensors.torch import load_file
 
 import dora_convert
-from dora_convert import MalformedError, NumericalError, UsageError
+from dora_convert import MalformedError, NumericalError, UsageError, VerificationError
 from dora_convert.engine import run as engine_run
 from dora_convert.engine.device_buffers import DeviceBuffers
 from dora_convert.engine.device_plan import DEVICE_MEMORY, fit_memory
 from dora_convert.engine.precision import ComputeSpec
 from dora_convert.engine.staging import read_ahead
+from dora_convert.parity.self_check import SelfCheck, sample_rows
+from dora_convert.plan.item import Item
 from dora_convert.plan.large_blocks import LargeItem
 from dora_convert.settings import Settings
 from dora_convert.storage import reader as reading
 from dora_convert.storage.checkpoint import open_checkpoint
 from dora_convert.storage.reader import Reader
 from dora_convert.storage.refs import local_source
+from dora_convert.storage.safetensors import StoredTensor
 
 from .toy import contents, exact, load, make_adapter, make_base, rounded
 
@@ -123,6 +126,40 @@ def test_staged_adapters_out(tmp_path, staged):
     assert dora_convert.extract(base.path, tmp_path / "out", tmp_path / "from", rank=40).modules
     assert dora_convert.from_lora(base.path, lora, tmp_path / "dora").modules
     assert dict(dora_convert.iter_merged(base.path, dora)).keys() == load(tmp_path / "out").keys()
+
+
+def test_the_self_check_runs_on_the_device(tmp_path, staged, monkeypatch):
+    """The check gets the worker's device, and finds an element that the device got wrong in any block."""
+    devices = []
+    check = SelfCheck.check
+    monkeypatch.setattr(
+        SelfCheck,
+        "check",
+        lambda self, item, result, device: devices.append(device) or check(self, item, result, device),
+    )
+    base = make_base(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", base, dora=True)
+    dora_convert.merge(base.path, adapter, tmp_path / "right")
+    assert set(devices) == {CPU}
+    send, first = DeviceBuffers.send, []
+
+    def spoilt(self, x, *rest):
+        """Change the last row of the third block."""
+        first.append(x)
+        x[-1, 0] += (len(first) == 3) * x[-1, 0].abs()
+        return send(self, x, *rest)
+
+    monkeypatch.setattr(DeviceBuffers, "send", spoilt)
+    with pytest.raises(VerificationError):
+        dora_convert.merge(base.path, adapter, tmp_path / "wrong", workers=1)
+
+
+def test_rows_of_large_blocks_are_sampled_as_often(tmp_path, staged):
+    """The ends of a processor's blocks are looked at, too."""
+    item = Item("w", "BF16", (4096, 4096), *[StoredTensor("w", "BF16", (4096, 4096), tmp_path, 0)] * 2)
+    large = LargeItem(**vars(item))
+    assert set(sample_rows(item, "")) - set(sample_rows(large, "")) == set()
+    assert {row for start, stop in large.spans() for row in (start, stop - 1)} <= set(sample_rows(large, ""))
 
 
 def test_staged_faults_are_found(tmp_path, staged):

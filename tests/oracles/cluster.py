@@ -144,7 +144,7 @@ class Cases:
         """Ctrl-C in a terminal reaches every process of the group, Ray's own included."""
         words = [*self.words[:-1], "local:2"]
         process = start(words, None)
-        wait_for(self.out, 8, process)
+        wait_for(self.out, 20, process)
         os.killpg(process.pid, signal.SIGINT)
         errors = finish(process, 130)
         assert "Traceback" not in errors, errors
