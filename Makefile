@@ -11,7 +11,7 @@
 # make oracles compare with the tools themselves (minutes); CASES=FOLDER adds their own adapters
 #              QUANTISERS=VENV/bin adds quantised bases, in an environment with the tools that make them
 #              TOOLS=VENV/bin makes adapters with lycoris-lora, and loads ours with it, mlx-lm and diffusers
-# make cluster merge on a Ray cluster that loses a node, the driver, a disk (minutes; about 5 GB of disk)
+# make cluster merge on a Ray cluster that loses a node, the driver, a disk; and on S3, played by moto (minutes)
 # make bench   time merges against cp and PEFT (needs about 10 GB of disk)
 
 PYTHON ?= python3
@@ -116,11 +116,12 @@ oracles: $(VENV)/ready
 $(VENV)-cluster/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)-cluster
 	$(VENV)-cluster/bin/python -m pip install --quiet $(TORCH)
-	$(VENV)-cluster/bin/python -m pip install --quiet -e '.[ray]' numpy
+	$(VENV)-cluster/bin/python -m pip install --quiet -e '.[ray,s3]' numpy 'moto[server]'
 	touch $@
 
 cluster: $(VENV)-cluster/ready
 	$(VENV)-cluster/bin/python tests/oracles/cluster.py
+	$(VENV)-cluster/bin/python tests/oracles/stores.py
 
 bench: $(VENV)/ready
 	$(BIN)/python bench/merge.py

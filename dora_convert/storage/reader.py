@@ -124,6 +124,10 @@ class Reader:
         if self._supply:
             self._supply.close()
 
+    def is_remote(self, path: Path) -> bool:  # noqa: ARG002 - for readers of object stores
+        """Return True if a file has no descriptor: it stays where it is, and ranges of it are read."""
+        return False
+
     def using(self, path: Path) -> AbstractContextManager[int]:
         """Lend the descriptor of a file, once the file is on this machine."""
         if self._supply and path not in self._files:

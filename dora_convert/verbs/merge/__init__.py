@@ -23,7 +23,7 @@ from ...settings import Settings, require_extra, without_collections
 from ...sources import Session
 from ...sources.inputs import QUANTISED_NAME, Mode, modules_of, open_inputs, strangers, unused
 from ...storage.filenames import INCOMING
-from ...storage.refs import PathLike, listed
+from ...storage.refs import PathLike, is_stored, listed
 from .. import takes
 
 if TYPE_CHECKING:
@@ -120,12 +120,12 @@ def _merge_beside(request: MergeRequest) -> MergeReport | DryRunReport:
         require_extra("verify", "--verify-outputs")
     folder = OutputFolder(_folder(request), overwrite=options["overwrite"])
     folder.check()
-    out = "OUT" if options["no_local"] else folder.given
+    out = "OUT" if options["no_local"] else str(request.out or folder.given)
     weights = None if request.session.cache else folder.state / INCOMING
     plan = make_request_plan(request, out, _mode(request), weights)
     folder.refuse_inside([plan.base.source.path, *(adapter.source.path for adapter in plan.adapters)])
     if options["dry_run"]:
-        where = folder.given if target is None or target.local else target.repo
+        where = out if target is None or target.local else target.repo
         return DryRunReport.of(plan, request.settings, out=where)
     with without_collections():
         from .pipeline import run_merge
@@ -139,6 +139,10 @@ def _merge_beside(request: MergeRequest) -> MergeReport | DryRunReport:
 
 def _folder(request: MergeRequest) -> Path:
     """Return OUT, or the folder that shards pass through on their way to the Hub."""
+    if is_stored(request.out):
+        from .stores import folder_for
+
+        return folder_for(request)
     if request.target and not request.target.local:
         return request.target.transit_folder(request.out, [str(request.base), *request.adapters])
     if request.out is None:
@@ -189,24 +193,9 @@ def make_request_plan(request: MergeRequest, out: str, mode: Mode, weights: Path
     return plan_inputs(request, checkpoint, adapters)
 
 
-IDLE = {"all": "--dequantize", "touched": "--dequantize-touched", "again": "--requantize"}
-"""Options that change nothing for a base that is not quantised, by what they make of one that is."""
-
-
-def _tell_of_dense_base(base: Checkpoint, adapters: Sequence[Adapter], quantised: str, settings: Settings) -> None:
-    """Warn of an option for quantised bases; name the other choice for adapters that were trained on one."""
-    if quantised in IDLE:
-        settings.warn(f"{IDLE[quantised]} changes nothing: {base.source.name} is not quantised")
-    if quantised:
-        return
-    for adapter in adapters:
-        if not (adapter.base and QUANTISED_NAME.search(adapter.base)):
-            continue
-        settings.notify(
-            f"{adapter.source.name} was trained on {adapter.base}, which is quantised: merging onto the 16-bit weights "
-            "keeps their quality; --base-as nf4 merges onto the weights that training saw, and keeps the outputs of "
-            "the trained model (docs/qlora.md)"
-        )
+def names_quantised(adapter: Adapter) -> bool:
+    """Return True if an adapter says that it was trained on a quantised base."""
+    return bool(adapter.base and QUANTISED_NAME.search(adapter.base))
 
 
 def plan_inputs(request: MergeRequest, checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> Plan:
@@ -223,8 +212,10 @@ def plan_inputs(request: MergeRequest, checkpoint: Checkpoint, adapters: Sequenc
             settings.warn(doubt)
     for note in (*unused(checkpoint, adapters), *selection.check_globs(modules_of(adapters))):
         settings.warn(note)
-    if not checkpoint.may_be_quantised:
-        _tell_of_dense_base(checkpoint, adapters, selection.quantised, settings)
+    if not checkpoint.may_be_quantised and (selection.quantised or any(map(names_quantised, adapters))):
+        from .dense_base import tell_of_dense_base
+
+        tell_of_dense_base(checkpoint, adapters, selection.quantised, settings)
     plan = make_plan(checkpoint, adapters, strengths, selection)
     for doubt in plan.warnings:
         settings.warn(doubt)
@@ -263,13 +254,19 @@ def _mode(request: MergeRequest) -> Mode:
     """Return how much of a base on the Hub is downloaded before the plan is made."""
     if request.options["verify_outputs"] or (request.options["cluster"] and not request.options["dry_run"]):
         return "whole"
-    return "brief" if request.options["dry_run"] else "headers"
+    if request.options["dry_run"]:
+        return "brief"
+    return "ranges" if is_stored(request.base) else "headers"
 
 
 def _streaming(request: MergeRequest, plan: Plan, folder: OutputFolder) -> AbstractContextManager[HubStreaming | None]:
     """Return the download of the base's weights and the upload of shards, while the plan runs."""
-    if plan.base.is_here and not request.target:
+    if plan.base.is_here and not request.target and not is_stored(request.out):
         return nullcontext()
+    if is_stored(request.out) or plan.base.source.url:
+        from .stores import streaming_for
+
+        return streaming_for(request, plan, folder)
     from ...hub.streaming import stream_merge
 
     weights = None if request.session.cache else folder.state / INCOMING
