@@ -79,7 +79,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def complete(wheels: Path, site: Path) -> None:
+def complete(wheels: Path, site: Path, device: str) -> None:
     """Make the packages importable, here and in processes started from here."""
     files = sorted(wheels.glob("*.whl")) if wheels.is_dir() else []
     missing = []
@@ -94,7 +94,7 @@ def complete(wheels: Path, site: Path) -> None:
         sys.exit(f"{', '.join(missing)}: not installed, and no wheel in {wheels}")
     sys.path[:0] = [str(HERE), str(HERE.parent), str(site)]
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path[1:3])
-    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ |= {"HF_HUB_OFFLINE": "1"} | ({} if device.startswith("cuda") else {"DORA_CONVERT_REHEARSE": "1"})
     importlib.invalidate_caches()
 
 
@@ -153,7 +153,7 @@ def main() -> None:
     site = given.work / "site"
     site.mkdir(parents=True, exist_ok=True)
     given.out.mkdir(parents=True, exist_ok=True)
-    complete(given.wheels, site)
+    complete(given.wheels, site, given.device)
     table = Table()
     describe(table, given.device)
     import gpu_stages
