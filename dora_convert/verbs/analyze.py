@@ -160,10 +160,9 @@ class _Request:
         return step
 
     def _warn(self, texts: Sequence[str]) -> None:
-        """Warn once about each thing: the steps of one training have the same oddities."""
+        """Warn about each thing; the steps of one training have the same oddities."""
         for text in texts:
-            if text not in self.settings.warnings:
-                self.settings.warn(text)
+            self.settings.warn(text)
 
     def measure(self, steps: Sequence[_Step]) -> AnalyzeReport:
         """Measure all steps, and compare two adapters with each other."""

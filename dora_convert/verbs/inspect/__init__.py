@@ -181,9 +181,8 @@ def _landing(base: Checkpoint, adapter: Adapter, refusal: DoraConvertError | Non
         tensors=plan.counts() if plan else {},
         warnings=(
             *doubts(base, [adapter]),
-            *adapter.warnings,
+            *(plan.warnings if plan else adapter.warnings),
             *doubts_of(adapter.beside, adapter.source.name),
-            *(plan.warnings if plan else ()),
             *(doubt_magnitudes(plan) if plan else ()),
         ),
     )
