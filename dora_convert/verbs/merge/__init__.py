@@ -173,10 +173,7 @@ def _merge_in_place(request: MergeRequest) -> MergeReport | DryRunReport:
 
 @collections_paused()
 def make_request_plan(request: MergeRequest, out: str, mode: Mode, weights: Path | None = None) -> Plan:
-    """Open the inputs and decide every output tensor.
-
-    `out` is the last word of the command line, for hints.
-    """
+    """Open the inputs and decide every output tensor; `out` is the command line's last word, for hints."""
     checkpoint, adapters = open_inputs(
         None if request.base is None else os.fspath(request.base),
         request.adapters,
