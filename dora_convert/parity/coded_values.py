@@ -16,11 +16,13 @@ from ..codecs.awq import Awq
 from ..codecs.bitsandbytes import Nibbles
 from ..codecs.blocks import Blocks
 from ..codecs.coded import CodedTensor
+from ..codecs.gguf import Ggml
 from ..codecs.gpt_oss import TurnedMxfp4
 from ..codecs.gptq import Gptq
 from ..engine.precision import TORCH
 from ..storage.reader import Reader
 from ..storage.safetensors import BITS, StoredTensor
+from .ggml_values import GgmlRow, stored_row
 
 FLOATS = {"F8_E4M3": (4, 3), "F8_E5M2": (5, 2), "E2M1": (2, 1)}
 """The bits of exponent and mantissa of the grids of floats."""
@@ -56,6 +58,8 @@ class CodedValues:
                 return self._awq_row(scheme, row)
             case TurnedMxfp4() as scheme:
                 return self._turned_row(scheme, row)
+            case Ggml() as scheme:
+                return self._ggml_row(scheme, row)
             case AsTrained() as scheme:
                 self._trained = self._as_trained(scheme) if self._trained is None else self._trained
                 return self._trained[row].double()
@@ -177,6 +181,16 @@ class CodedValues:
         r = expert * R + torch.arange(R)
         q = float_value(self._bits("codes", 4 * (r * 32 * groups + k), 4), exponent=2, mantissa=1)
         return q * self._numbers("scale", r * groups + k // 32, "F8_E8M0")
+
+    def _ggml_row(self, scheme: Ggml, row: int) -> Tensor:
+        """One row of GGUF's blocks or plain numbers, less what is added on disk."""
+        K = self._tensor.columns
+        if scheme.kind not in TORCH:
+            return GgmlRow(scheme, row, K, self._bits).values() - scheme.added
+        place = torch.arange(K) + stored_row(scheme, row) * K
+        if len(self._tensor.shape) == 1:
+            place = torch.tensor([stored_row(scheme, k) for k in range(K)])
+        return self._numbers("codes", place) - scheme.added
 
     def _as_trained(self, scheme: AsTrained) -> Tensor:
         """Return the whole weight as bitsandbytes itself quantises and decodes it, in float32.

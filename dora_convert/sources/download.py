@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from ..errors import HubError
 from ..formats.detect import ANCHORS as ADAPTERS
 from ..formats.detect import refuse_adapter
-from ..storage.checkpoint import weight_entry, weight_map
+from ..storage.checkpoint import GGUF, weight_entry, weight_map
 from ..storage.filenames import RECORD, is_weight_file
 from ..storage.reader import sha256 as file_sha256
 from ..storage.refs import HubRef, Source
@@ -139,4 +140,17 @@ def wanted_of_base(names: Sequence[str]) -> list[str]:
     """Choose a base's weights or their index, the record of an earlier merge, and all other small files."""
     refuse_adapter(names, "the repo")
     entry = weight_entry([name for name in names if "/" not in name], "the repo")
+    if entry.endswith(GGUF):
+        from ..storage.gguf_model import parts_of
+
+        return [*parts_of(entry), *(name for name in names if not is_weight_file(name))]
     return [entry, *(name for name in names if name.startswith(f"{RECORD}/") or not is_weight_file(name))]
+
+
+def fetch_gguf(ref: HubRef, what: str, session: Session) -> Source:
+    """Download a GGUF file of a repo, and the other parts of its model."""
+    from ..storage.gguf_model import parts_of
+
+    parts = parts_of(ref.file)
+    source = fetch(ref.around, what, lambda names: [name for name in names if name in parts], session)
+    return replace(source, path=source.path / ref.file, name=f"{source.name}/{ref.file}")

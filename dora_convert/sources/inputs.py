@@ -28,7 +28,7 @@ from ..formats.detect import (
     refuse_tensors,
     wanted_of_adapter,
 )
-from ..storage.checkpoint import Checkpoint, open_checkpoint
+from ..storage.checkpoint import GGUF, Checkpoint, open_checkpoint
 from ..storage.filenames import file_states, is_tokenizer_file, list_files, refuse_links
 from ..storage.refs import HubRef, Source, local_path, local_source, parse_ref
 from . import Session
@@ -97,10 +97,12 @@ def open_base(
     """
     parsed = local_path(ref, what) if mode == "local" else parse_ref(ref, what)
     if isinstance(parsed, HubRef):
-        from .download import fetch, wanted_of_base
+        from .download import fetch, fetch_gguf, wanted_of_base
         from .remote_headers import look
 
         parsed = replace(parsed, revision=parsed.revision or revision)
+        if parsed.file.endswith(GGUF):
+            return open_checkpoint(fetch_gguf(parsed, what, session))
         if mode != "whole":
             with suppress(UnsupportedError):  # torch's pickles have no headers that are read from the Hub
                 remote = look(parsed, what, session, whole=mode == "headers", weights=weights).checkpoint()
@@ -190,8 +192,8 @@ def read_adapter(source: Source, waived: Waived = NOTHING) -> Adapter:
         raise _not_an_adapter(source)
     adapter = known.read(source, waived)
     folder = adapter.source.path
-    names = [name for name in list_files(folder) if is_adapter_file(name) or is_tokenizer_file(name)]
-    return replace(adapter, states=file_states([*(folder / name for name in names), *adapter.files]))
+    own = [folder / name for name in list_files(folder) if is_adapter_file(name) or is_tokenizer_file(name)]
+    return replace(adapter, states=file_states([*own, *adapter.files]))
 
 
 def read_or_refuse(source: Source, waived: Waived) -> tuple[Adapter, UnsupportedError | None]:

@@ -6,11 +6,11 @@ index, as in transformers' loader.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import Fault, MalformedError, RefError, UnsupportedError, shown
 from .filenames import (
@@ -23,15 +23,19 @@ from .filenames import (
     FileStates,
     file_states,
     is_plain,
-    is_side_file,
     is_text,
-    is_weight_file,
     linked_folders,
     list_files,
+    sort_files,
 )
 from .json_files import read_config, read_json
 from .refs import Source
 from .safetensors import FLOATS, Header, StoredTensor, open_file, read_header
+
+if TYPE_CHECKING:
+    from .gguf_model import GgufModel
+
+GGUF = ".gguf"
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,8 @@ class Checkpoint:
     """Names of tensors on disk, where they differ."""
     states: FileStates = field(default_factory=dict)
     """The local files that a merge reads, as they were before their headers were read."""
+    gguf: GgufModel | None = None
+    """What GGUF files say beside the tensors, if the weights are in such files."""
 
     @property
     def root(self) -> Path:
@@ -68,6 +74,11 @@ class Checkpoint:
     def is_file(self) -> bool:
         """True if the checkpoint is a single weight file; files beside it do not count."""
         return self.source.path.is_file()
+
+    @property
+    def is_bare(self) -> bool:
+        """True for a single weight file that tells nothing of the model's config: an output has weights alone."""
+        return self.is_file and not self.gguf
 
     @property
     def is_pipeline(self) -> bool:
@@ -132,6 +143,10 @@ def open_checkpoint(source: Source, *, unfinished: bool = False) -> Checkpoint:
     UnsupportedError for weights in a format that is not read.
     """
     root = source.path
+    if root.suffix == GGUF and root.is_file():
+        from .gguf_model import open_gguf, parts_of
+
+        return open_gguf(source, parts_of(root.name))
     if root.is_file():
         states = file_states([root, root.parent / "config.json"])
         shards = assemble(root.name, {root.name: read_weights(root)}, None, [])
@@ -144,11 +159,17 @@ def open_checkpoint(source: Source, *, unfinished: bool = False) -> Checkpoint:
     if not (entries := [entry.name for entry in root.iterdir()]):
         raise RefError(f"{source.name} is empty.", hint="name the folder with the model's files")
     if "model_index.json" in entries:
-        return _open_pipeline(source)
+        from .pipelines import open_pipeline
+
+        return open_pipeline(source)
     name = weight_entry(entries, source.name)
     names = [name for name in list_files(root) if not name.startswith(IN_PLACE)]
     if odd := [name for name in names if not is_text(name)]:
         raise MalformedError(f"{root} holds a file whose name is not UTF-8: {odd[0]!r}.", hint="rename it")
+    if name.endswith(GGUF):
+        from .gguf_model import open_gguf, parts_of
+
+        return open_gguf(source, parts_of(name), *sort_files(each for each in names if not each.endswith(GGUF)))
     states = file_states(root / name for name in names)
     notes = [f"{name} is a link to a folder; it is not copied" for name in linked_folders(root)]
     table = weight_map(root / name) if name.endswith(".json") else None
@@ -166,30 +187,6 @@ def open_checkpoint(source: Source, *, unfinished: bool = False) -> Checkpoint:
         left_behind=left_behind,
         notes=tuple(notes),
         states={path: state for path, state in states.items() if path.relative_to(root).as_posix() in read},
-    )
-
-
-def _open_pipeline(source: Source) -> Checkpoint:
-    """Return the components of a pipeline as one checkpoint, whose tensors are named `<component>/<name>`."""
-    from .pipelines import components
-
-    root, names = source.path, list_files(source.path)
-    shards, indexes, notes = list[Shard](), list[str](), list[str]()
-    for component in components(names):
-        part = open_checkpoint(Source(root / component, f"{source.name}/{component}"))
-        for shard in part.shards:
-            tensors = tuple(replace(tensor, name=f"{component}/{tensor.name}") for tensor in shard.tensors)
-            shards.append(Shard(f"{component}/{shard.filename}", shard.metadata, tensors))
-        indexes += [f"{component}/{part.index_name}"] if part.index_name else []
-        notes += part.notes
-    if not shards:
-        raise RefError(f"{source.name} is a pipeline, and no component of it holds weights.")
-    used = {*indexes, *(shard.filename for shard in shards)}
-    sides, left = sort_files(name for name in names if name not in used)
-    states = file_states(root / name for name in (*used, *sides))
-    sides = tuple(sorted((*sides, *indexes)))
-    return Checkpoint(
-        source, tuple(shards), None, side_files=sides, left_behind=left, notes=tuple(notes), states=states
     )
 
 
@@ -238,12 +235,23 @@ def weight_entry(names: Sequence[str], where: str) -> str:
             f"{where} has only {', '.join(old[:3])}: .ckpt files are not read.",
             hint="save it as safetensors, such as with diffusers: from_single_file(FILE).save_pretrained(FOLDER)",
         )
-    if other := sorted(name for name in names if name.endswith((".gguf", ".h5", ".msgpack"))):
+    if entry := _gguf_entry(names):
+        return entry
+    if other := sorted(name for name in names if name.endswith((".h5", ".msgpack"))):
         raise UnsupportedError(
             f"{where} has no safetensors weights, only {', '.join(other[:3])}: not read yet.",
             hint="save the model as safetensors, or name a revision that has them",
         )
     raise RefError(f"{where} holds no safetensors weights.")
+
+
+def _gguf_entry(names: Sequence[str]) -> str | None:
+    """Return the first GGUF file of the only model in such files; None if there is no such model."""
+    if not any(name.endswith(GGUF) for name in names):
+        return None
+    from .gguf_model import files_of_model
+
+    return next(iter(files_of_model(names)), None)
 
 
 def weight_map(path: Path) -> dict[str, str]:
@@ -286,10 +294,3 @@ def assemble(
         Shard(file, header.metadata, tuple(each for each in header.tensors.values() if owner[each.name] == file))
         for file, header in headers.items()
     )
-
-
-def sort_files(names: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Sort the files beside the weights: side files to copy, and other weights to leave behind."""
-    names = list(names)
-    visible = [name for name in names if not name.startswith((".", RECORD + "/"))]
-    return tuple(filter(is_side_file, names)), tuple(filter(is_weight_file, visible))

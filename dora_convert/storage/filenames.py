@@ -102,6 +102,13 @@ def is_side_file(name: str) -> bool:
     return not (hidden or parts[0] == RECORD or adapter or name in NOT_COPIED or is_weight_file(name))
 
 
+def sort_files(names: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Sort the files beside the weights: side files to copy, and other weights to leave behind."""
+    names = list(names)
+    visible = [name for name in names if not name.startswith((".", RECORD + "/"))]
+    return tuple(filter(is_side_file, names)), tuple(filter(is_weight_file, visible))
+
+
 def is_tokenizer_file(name: str) -> bool:
     """Return True for the tokenizer, processor and chat-template files of an adapter, which a merge takes."""
     return bool(matching([name], (*TOKENIZER, *TEMPLATE, *PROCESSOR)))

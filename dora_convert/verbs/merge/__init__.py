@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from typing_extensions import Unpack
 
 from ...errors import UsageError
-from ...option_table import combines
+from ...option_table import QUANTISED, combines
 from ...options import MergeOptions
 from ...output.folder import OutputFolder
 from ...output.side_files import tokenizer_files
@@ -180,14 +180,10 @@ def make_request_plan(request: MergeRequest, out: str, mode: Mode, weights: Path
     return plan_inputs(request, checkpoint, adapters)
 
 
-IDLE = {"all": "--dequantize", "touched": "--dequantize-touched", "again": "--requantize"}
-"""Options that change nothing for a base that is not quantised, by what they make of one that is."""
-
-
 def _tell_of_dense_base(base: Checkpoint, adapters: Sequence[Adapter], quantised: str, settings: Settings) -> None:
     """Warn of an option for quantised bases; name the other choice for adapters that were trained on one."""
-    if quantised in IDLE:
-        settings.warn(f"{IDLE[quantised]} changes nothing: {base.source.name} is not quantised")
+    if quantised in QUANTISED:
+        settings.warn(f"{QUANTISED[quantised]} changes nothing: {base.source.name} is not quantised")
     if quantised:
         return
     for adapter in adapters:
@@ -200,9 +196,24 @@ def _tell_of_dense_base(base: Checkpoint, adapters: Sequence[Adapter], quantised
         )
 
 
+def _selection(request: MergeRequest, base: Checkpoint) -> Options:
+    """Return the options for a base: none of GGUF files is given back, so there is no undo record.
+
+    Raises UsageError if the caller asks for one.
+    """
+    if not base.gguf:
+        return request.selection
+    if request.options["undo"] in ("norms", "exact"):
+        raise UsageError(
+            f"--undo {request.options['undo']}: a GGUF file cannot be given back by unmerge.",
+            hint="keep the file; leave --undo out",
+        )
+    return replace(request.selection, undo="none")
+
+
 def plan_inputs(request: MergeRequest, checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> Plan:
     """Warn about oddities of opened inputs, and decide every output tensor."""
-    settings, selection = request.settings, request.selection
+    settings, selection = request.settings, _selection(request, checkpoint)
     if len(adapters) > len(request.adapters) or combines(request.options):
         selection, strengths = _combined(request, checkpoint, adapters)
     else:
@@ -247,7 +258,7 @@ def _combined(
             f"--undo norms keeps nothing that takes --method {combination.method} out again: "
             "--undo exact keeps the base's bits, and unmerge needs them"
         )
-    return replace(request.selection, combination=combination), strengths
+    return replace(_selection(request, checkpoint), combination=combination), strengths
 
 
 def _mode(request: MergeRequest) -> Mode:
