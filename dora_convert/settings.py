@@ -27,6 +27,8 @@ __version__ = "0.1.0"
 MOST_WORKERS = 8
 MAX_MEMORY = "160MiB"
 """Bytes that streaming verbs hold at once by default."""
+DEVICES = re.compile(r"auto|mps|cpu(,cpu)*|cuda(:\d+)?(,(cuda:)?\d+)*")
+"""Devices of one kind. One that is named twice has two workers for each worker of one that is named once."""
 REPO_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 EXTRAS = {
     "verify": ("transformers", "accelerate", "peft"), "trainer": ("transformers", "peft"), "plot": ("matplotlib",),
@@ -59,8 +61,8 @@ class Settings:
     def parse(cls, options: Mapping[str, Any]) -> Self:
         """Return the choices among a verb's options; UsageError for an invalid device, size or repo id."""
         device, budget = options["device"], options["max_memory"]
-        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
-            raise UsageError(f"--device {device!r} is not one of auto, cpu, cuda, cuda:N, mps.")
+        if not DEVICES.fullmatch(device):
+            raise UsageError(f"--device {device!r} is not one of auto, cpu, cuda, cuda:N, cuda:N,M, mps.")
         check_base_model(options.get("base_model"))
         return cls(
             device=device,
@@ -72,6 +74,11 @@ class Settings:
             on_progress=options["on_progress"],
             on_notice=options["on_notice"],
         )
+
+    @property
+    def memory_each(self) -> int:
+        """A worker's share of the memory budget."""
+        return self.max_memory // self.workers
 
     def check_memory(self, least: int) -> None:
         """Raise UsageError if the budget is below `least`, the bytes of the costliest piece of work."""
@@ -87,9 +94,10 @@ class Settings:
             self.on_notice(text)
 
     def warn(self, text: str) -> None:
-        """Pass a warning to the caller, and keep it for the report."""
-        self.warnings.append(text)
-        self.notify(f"warning: {text}")
+        """Pass a warning to the caller, once, and keep it for the report."""
+        if text not in self.warnings:
+            self.warnings.append(text)
+            self.notify(f"warning: {text}")
 
 
 @dataclass(frozen=True)

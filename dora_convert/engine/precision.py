@@ -8,10 +8,11 @@ from __future__ import annotations
 import ctypes
 import math
 import mmap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ PLACES = {"I32": torch.int32, "I64": torch.int64}
 """The same for the dtypes of indices."""
 GRID = {"BF16": (8, -126), "F16": (11, -14), "F32": (24, -126), "F64": (53, -1022)}
 """Precision in bits and the least exponent of each dtype."""
+EXPONENT = 0x7FF << 52  # of a float64
 OWN_PAGES = 1 << 20
 """Bytes from which a tensor gets pages of its own.
 
@@ -47,6 +49,24 @@ class ComputeSpec:
     device: torch.device
     compute: torch.dtype
     reason: str
+    others: tuple[torch.device, ...] = ()
+    """Further devices that workers are dealt over, all of one kind."""
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """All devices, in the order that workers are dealt over them."""
+        return (self.device, *self.others)
+
+    @property
+    def title(self) -> str:
+        """The devices as users write them, such as cuda:0,1."""
+        first, *others = map(str, self.devices)
+        return ",".join([first, *(name.removeprefix("cuda:") for name in others)])
+
+    def dealt(self) -> Callable[[], ComputeSpec]:
+        """Return a function that gives each worker, when it starts, its device: one after the other, in turn."""
+        numbers, devices = count(), self.devices
+        return lambda: replace(self, device=devices[next(numbers) % len(devices)], others=())
 
     @property
     def compute_name(self) -> str:
@@ -54,42 +74,32 @@ class ComputeSpec:
         return str(self.compute).removeprefix("torch.")
 
     def __str__(self) -> str:
-        return f"{self.device}, {self.compute_name} ({self.reason})"
+        return f"{self.title}, {self.compute_name} ({self.reason})"
 
 
 def choose(device: str = "auto", compute_dtype: str = "auto") -> ComputeSpec:
-    """Choose the device and the dtype that `--device` and `--compute-dtype` ask for.
+    """Choose the devices and the dtype that `--device` and `--compute-dtype` ask for.
 
     Raises UsageError for a device that this machine does not have. No other device is taken instead.
     """
-    where, why = _device(device)
+    devices, why = _devices(device)
+    mps = devices[0].type == "mps"
     if compute_dtype == "auto":
-        compute_dtype = "float32" if where.type == "mps" else "float64"
-        why += "; mps has no float64" if where.type == "mps" else ""
-    if where.type == "mps" and compute_dtype == "float64":
+        compute_dtype = "float32" if mps else "float64"
+        why += "; mps has no float64" if mps else ""
+    if mps and compute_dtype == "float64":
         raise UsageError("mps has no float64.", hint="--compute-dtype float32, or --device cpu")
-    return ComputeSpec(where, getattr(torch, compute_dtype), why)
+    return ComputeSpec(devices[0], getattr(torch, compute_dtype), why, devices[1:])
 
 
-def _device(name: str) -> tuple[torch.device, str]:
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda", torch.cuda.current_device()), "CUDA device found"
-        return torch.device("cpu"), "no CUDA device found"
-    if name.startswith("cuda"):
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        index = int(name.partition(":")[2] or 0)
-        if index >= count:
-            is_cpu = not (torch.version.cuda or torch.version.hip)
-            why = f": torch {torch.__version__} is a CPU build" if is_cpu else ""
-            raise UsageError(
-                f"--device {name}: this machine has {count} usable CUDA devices{why}.",
-                hint="install a build with CUDA: https://pytorch.org/get-started/locally" if is_cpu else None,
-            )
-        return torch.device("cuda", index), "as asked"
-    if name == "mps" and not torch.backends.mps.is_available():
-        raise UsageError("--device mps: this machine has no mps device.")
-    return torch.device(name), "as asked"
+def _devices(names: str) -> tuple[tuple[torch.device, ...], str]:
+    if names == "auto" and not torch.cuda.is_available():
+        return (torch.device("cpu"),), "no CUDA device found"
+    if names == "cpu":
+        return (torch.device("cpu"),), "as asked"
+    from .devices import accelerators
+
+    return accelerators(names)
 
 
 @contextmanager
@@ -121,8 +131,8 @@ def exact_arithmetic() -> Iterator[None]:
 def half_ulp(x: Tensor, dtype: str) -> Tensor:
     """Return half the distance between the neighbours of x in a dtype; x is float64."""
     precision, least = GRID[dtype]
-    exponent = (x.view(torch.int64) >> 52 & 0x7FF).clamp_(min=least + 1023)  # biased, as float64 stores it
-    return (exponent.sub_(precision) << 52).view(torch.float64)
+    power = x.view(torch.int64).bitwise_and(EXPONENT).view(torch.float64)  # the power of two that is not above |x|
+    return power.clamp_(2.0**least, 2.0**1023).mul_(2.0**-precision)
 
 
 def nearest(x: Tensor, dtype: str) -> Tensor:
@@ -132,8 +142,8 @@ def nearest(x: Tensor, dtype: str) -> Tensor:
     """
     if dtype == "F64":
         return x
-    unit = 2 * half_ulp(x, dtype)
-    return torch.round(x / unit).mul_(unit)
+    unit = half_ulp(x, dtype).mul_(2)
+    return torch.div(x, unit).round_().mul_(unit)
 
 
 def ordinal(x: Tensor, dtype: str) -> Tensor:
@@ -201,11 +211,8 @@ def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
 def _gather(reader: Reader, tensor: StoredTensor, runs: Sequence[tuple[int, int]]) -> Tensor:
     """Read runs of elements, each given by (first, count), into one flat tensor."""
     size = tensor.itemsize
-    data = bytearray(size * sum(count for _, count in runs))
-    view, position = memoryview(data), 0
-    for first, count in runs:
-        reader.read(tensor.path, tensor.start + first * size, view[position : position + count * size])
-        position += count * size
+    data = bytearray(size * sum(number for _, number in runs))
+    reader.gather(tensor.path, [(tensor.start + first * size, number * size) for first, number in runs], data)
     dtype = TORCH.get(tensor.dtype) or PLACES[tensor.dtype]
     return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
 

@@ -25,9 +25,11 @@ from ..plan.item import Item
 from ..plan.plan import Plan
 from ..storage.reader import Reader
 from ..storage.safetensors import StoredTensor, read_header
-from .expected import Expected
+from .expected import ARRAYS, Expected
 
 RANDOM_ROWS = 16
+FEWEST_ELEMENTS, MOST_ELEMENTS = 1 << 10, 1 << 15
+"""Elements of rows that are compared together, as memory allows."""
 MOST_ROWS = 1024
 """So many of the rows that an adapter set are compared."""
 
@@ -35,8 +37,9 @@ MOST_ROWS = 1024
 class SelfCheck:
     """Compares tensors of a written folder, with headers read back from the disk, with the definitions."""
 
-    def __init__(self, folder: Path, plan: Plan, reader: Reader) -> None:
-        self._reader = reader
+    def __init__(self, folder: Path, plan: Plan, reader: Reader, memory: int = 0) -> None:
+        """`memory` is a worker's share of the budget: the more the costliest item leaves, the larger the chunks."""
+        self._reader, self._spare = reader, memory - plan.memory
         self._seed = plan.fingerprint
         self._written: dict[str, StoredTensor] = {}
         for shard in plan.shards:
@@ -65,10 +68,16 @@ class SelfCheck:
     def _expected(self, item: Item, result: TensorResult, rows: Sequence[int]) -> Expected:
         """Return the definition of an item's result, for a comparison of some rows."""
         if not item.combination:
-            return Expected(item, self._reader)
+            return self._sized(Expected(item, self._reader))
         from .combined import expected_of
 
-        return expected_of(item, self._reader, cuts=result.cuts, sample=rows)
+        return self._sized(expected_of(item, self._reader, cuts=result.cuts, sample=rows))
+
+    def _sized(self, expected: Expected) -> Expected:
+        """Let a definition compute as many elements together as the memory allows: calls cost more than numbers."""
+        fitting = self._spare // (8 * ARRAYS * max(1, len(expected.item.edits)))
+        expected.elements = max(FEWEST_ELEMENTS, min(fitting, MOST_ELEMENTS))
+        return expected
 
 
 def _refuse_unreadable(path: Path, names: set[str]) -> None:

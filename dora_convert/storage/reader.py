@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import xxhash
 
-from ..errors import Fault, MalformedError
+from ..errors import MalformedError
 from .safetensors import StoredTensor, unreadable
 
 PIECE_BYTES = 1 << 20
@@ -132,14 +132,19 @@ class Reader:
 
     def read(self, path: Path, offset: int, buffer: memoryview) -> None:
         """Fill the buffer from `offset`; raise MalformedError if the file ends first."""
-        done = 0
+        self.gather(path, [(offset, len(buffer))], buffer)
+
+    def gather(self, path: Path, runs: Iterable[tuple[int, int]], buffer: memoryview | bytearray) -> None:
+        """Fill the buffer with runs of bytes, each given by (offset, length), one after the other."""
+        rest = memoryview(buffer)
         try:
             with self.using(path) as descriptor:
-                while done < len(buffer):
-                    count = self._read_some(descriptor, buffer[done:], offset + done)
-                    if count == 0:
-                        raise MalformedError(f"{path} became shorter while it was read.")
-                    done += count
+                for start, length in runs:
+                    done = 0
+                    while done < length:
+                        if not (count := self._read_some(descriptor, rest[: length - done], start + done)):
+                            raise MalformedError(f"{path} became shorter while it was read.")
+                        rest, done = rest[count:], done + count
         except OSError as error:
             raise unreadable(path, error) from error
 
@@ -208,15 +213,6 @@ class Reader:
                 data = os.read(descriptor, len(buffer))
             buffer[: len(data)] = data
             return len(data)
-
-
-def damaged_tensors(digests: Mapping[str, str], tensors: Mapping[str, StoredTensor], reader: Reader) -> list[Fault]:
-    """Return a fault for each tensor that is missing, or whose xxh3-128 is not the one that was written."""
-    return [
-        Fault(name, "is not what was written" if name in tensors else "is missing")
-        for name, digest in digests.items()
-        if name not in tensors or reader.digest(tensors[name]).fast != digest
-    ]
 
 
 def same_bytes(one: StoredTensor, other: StoredTensor) -> bool:

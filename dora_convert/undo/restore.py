@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import xxhash
@@ -17,7 +18,8 @@ from ..output.side_files import SideFile
 from ..reports.merge import Recovered, UnmergeReport
 from ..settings import Settings
 from ..storage.filenames import RECORD, UNDO, refuse_changed
-from ..storage.reader import Digest, Reader, damaged_tensors
+from ..storage.reader import Digest, Reader
+from ..storage.spool import damaged_tensors
 from .expected_base import RecoveryCheck
 from .files import left_over
 from .record import not_as_written
@@ -93,7 +95,7 @@ def _recover(
         settings,
         key=key,
         unfinished=unfinished,
-        check=RecoveryCheck if settings.verify else None,
+        check=partial(RecoveryCheck, memory=settings.memory_each) if settings.verify else None,
         hub=hub,
         spec=spec,
         maker=RecoveryMaker,

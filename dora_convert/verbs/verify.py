@@ -16,7 +16,7 @@ from ..output.lineage import chains
 from ..output.receipt import Receipt, read_receipt
 from ..plan.plan import Plan, parse_options, parse_weights
 from ..plan.planner import make_plan
-from ..reports.html import check_page, write_page
+from ..reports.files import check_file, write_file
 from ..reports.verify import OutputsReport, VerifyReport
 from ..settings import Settings, parse_facts, require_extra, without_collections
 from ..sources import Session
@@ -46,7 +46,7 @@ def verify(
     """
     texts = _texts(options)
     if options["report"] is not None:
-        check_page(options["report"])
+        check_file(options["report"])
     settings = Settings.parse(options)
     with Session(options["token"], cache=options["cache"], notify=settings.notify) as session:
         request = VerifyRequest(
@@ -61,7 +61,12 @@ def verify(
         report = _compare(plan, checkpoint, request, texts)
         refuse_changed(plan.base.states, checkpoint.states, *(adapter.states for adapter in plan.adapters))
     if options["report"] is not None:
-        write_page(report, options["report"])
+        from ..reports.page import command_line
+        from ..reports.verify_page import render_comparison
+
+        refs = (request.base or report.base, *request.adapters, request.merged)
+        page = render_comparison(report, command_line("verify", refs, VerifyOptions, options))
+        write_file(options["report"], page.encode())
     return report
 
 

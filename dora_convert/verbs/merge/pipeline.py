@@ -149,7 +149,7 @@ def _write_tensors(
         settings,
         key=key,
         unfinished=unfinished,
-        check=SelfCheck if settings.verify else None,
+        check=partial(SelfCheck, memory=settings.memory_each) if settings.verify else None,
         hub=hub,
         spec=spec,
         maker=maker,
