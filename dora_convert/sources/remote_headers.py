@@ -17,9 +17,9 @@ from typing import Any
 
 from ..errors import MalformedError, RefError, UnsupportedError
 from ..formats.detect import ANCHORS, adapters_inside, detect, is_small_of_adapter, refuse_adapter
-from ..storage.checkpoint import GGUF, Checkpoint, assemble, open_checkpoint, shard_files, weight_entry, weight_map
-from ..storage.filenames import PICKLES, RECORD, is_weight_file, sort_files
-from ..storage.json_files import read_config
+from ..storage.checkpoint import Checkpoint, assemble, open_checkpoint, weight_entry
+from ..storage.filenames import GGUF, PICKLES, RECORD, is_weight_file, sort_files
+from ..storage.json_files import read_config, shard_files, weight_map
 from ..storage.refs import HubRef, Source, local_source
 from ..storage.safetensors import MAX_HEADER, Header, parse_header, read_header
 from . import Session

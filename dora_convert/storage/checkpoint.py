@@ -6,15 +6,16 @@ index, as in transformers' loader.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import Fault, MalformedError, RefError, UnsupportedError, shown
+from ..errors import Fault, MalformedError, RefError, UnsupportedError
 from .filenames import (
     CARD,
+    GGUF,
     IN_PLACE,
     JOURNAL,
     OF_TRAINING,
@@ -22,20 +23,18 @@ from .filenames import (
     RECORD,
     FileStates,
     file_states,
-    is_plain,
+    gguf_model,
     is_text,
     linked_folders,
     list_files,
     sort_files,
 )
-from .json_files import read_config, read_json
+from .json_files import indexed_files, read_config
 from .refs import Source
 from .safetensors import FLOATS, Header, StoredTensor, open_file, read_header
 
 if TYPE_CHECKING:
     from .gguf_model import GgufModel
-
-GGUF = ".gguf"
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class Checkpoint:
     states: FileStates = field(default_factory=dict)
     """The local files that a merge reads, as they were before their headers were read."""
     gguf: GgufModel | None = None
-    """What GGUF files say beside the tensors, if the weights are in such files."""
+    """The pairs of GGUF files, if the weights are in such files."""
 
     @property
     def root(self) -> Path:
@@ -144,36 +143,28 @@ def open_checkpoint(source: Source, *, unfinished: bool = False) -> Checkpoint:
     """
     root = source.path
     if root.suffix == GGUF and root.is_file():
-        from .gguf_model import open_gguf, parts_of
-
-        return open_gguf(source, parts_of(root.name))
+        return _open_gguf(source, root.name)
     if root.is_file():
         states = file_states([root, root.parent / "config.json"])
         shards = assemble(root.name, {root.name: read_weights(root)}, None, [])
         return Checkpoint(source, shards, None, read_config(root.parent), states=states)
     if not unfinished and (root / IN_PLACE / JOURNAL).exists():
-        raise RefError(
-            f"{source.name} is being changed in place, and that was not finished.",
-            hint="run the same command with --in-place again",
-        )
+        raise RefError(f"{source.name} is being changed in place.", hint="run the same command with --in-place again")
     if not (entries := [entry.name for entry in root.iterdir()]):
         raise RefError(f"{source.name} is empty.", hint="name the folder with the model's files")
     if "model_index.json" in entries:
-        from .pipelines import open_pipeline
-
-        return open_pipeline(source)
+        return _open_pipeline(source)
     name = weight_entry(entries, source.name)
     names = [name for name in list_files(root) if not name.startswith(IN_PLACE)]
     if odd := [name for name in names if not is_text(name)]:
         raise MalformedError(f"{root} holds a file whose name is not UTF-8: {odd[0]!r}.", hint="rename it")
     if name.endswith(GGUF):
-        from .gguf_model import open_gguf, parts_of
-
-        return open_gguf(source, parts_of(name), *sort_files(each for each in names if not each.endswith(GGUF)))
+        return _open_gguf(source, name, [each for each in names if not each.endswith(GGUF)])
     states = file_states(root / name for name in names)
     notes = [f"{name} is a link to a folder; it is not copied" for name in linked_folders(root)]
-    table = weight_map(root / name) if name.endswith(".json") else None
-    files = [name] if table is None else shard_files(root.name, table, lambda name: (root / name).exists())
+    table, files = None, [name]
+    if name.endswith(".json"):
+        table, files = indexed_files(root / name)
     shards = assemble(root.name, {file: read_weights(root / file) for file in files}, table, notes)
     used = {name, *files}
     side_files, left_behind = sort_files(name for name in names if name not in used)
@@ -187,6 +178,41 @@ def open_checkpoint(source: Source, *, unfinished: bool = False) -> Checkpoint:
         left_behind=left_behind,
         notes=tuple(notes),
         states={path: state for path, state in states.items() if path.relative_to(root).as_posix() in read},
+    )
+
+
+def _open_pipeline(source: Source) -> Checkpoint:
+    """Return the components of a pipeline as one checkpoint, whose tensors are named `<component>/<name>`."""
+    from .pipelines import components
+
+    root, names = source.path, list_files(source.path)
+    shards, indexes, notes = list[Shard](), list[str](), list[str]()
+    for component in components(names):
+        part = open_checkpoint(Source(root / component, f"{source.name}/{component}"))
+        for shard in part.shards:
+            tensors = tuple(replace(tensor, name=f"{component}/{tensor.name}") for tensor in shard.tensors)
+            shards.append(Shard(f"{component}/{shard.filename}", shard.metadata, tensors))
+        indexes += [f"{component}/{part.index_name}"] if part.index_name else []
+        notes += part.notes
+    if not shards:
+        raise RefError(f"{source.name} is a pipeline, and no component of it holds weights.")
+    used = {*indexes, *(shard.filename for shard in shards)}
+    sides, left = sort_files(name for name in names if name not in used)
+    states = file_states(root / name for name in (*used, *sides))
+    sides = tuple(sorted((*sides, *indexes)))
+    return Checkpoint(
+        source, tuple(shards), None, side_files=sides, left_behind=left, notes=tuple(notes), states=states
+    )
+
+
+def _open_gguf(source: Source, name: str, beside: Sequence[str] = ()) -> Checkpoint:
+    """Open a model in GGUF files from the name of one of them; without others beside it, no config there counts."""
+    from .gguf_model import read_model
+
+    found = read_model(source, name, beside)
+    shards = tuple(Shard(*shard) for shard in found.shards)
+    return Checkpoint(
+        source, shards, found.index_name, found.config, *sort_files(beside), states=found.states, gguf=found.model
     )
 
 
@@ -235,43 +261,14 @@ def weight_entry(names: Sequence[str], where: str) -> str:
             f"{where} has only {', '.join(old[:3])}: .ckpt files are not read.",
             hint="save it as safetensors, such as with diffusers: from_single_file(FILE).save_pretrained(FOLDER)",
         )
-    if entry := _gguf_entry(names):
-        return entry
+    if files := gguf_model(names):
+        return files[0]
     if other := sorted(name for name in names if name.endswith((".h5", ".msgpack"))):
         raise UnsupportedError(
             f"{where} has no safetensors weights, only {', '.join(other[:3])}: not read yet.",
             hint="save the model as safetensors, or name a revision that has them",
         )
     raise RefError(f"{where} holds no safetensors weights.")
-
-
-def _gguf_entry(names: Sequence[str]) -> str | None:
-    """Return the first GGUF file of the only model in such files; None if there is no such model."""
-    if not any(name.endswith(GGUF) for name in names):
-        return None
-    from .gguf_model import files_of_model
-
-    return next(iter(files_of_model(names)), None)
-
-
-def weight_map(path: Path) -> dict[str, str]:
-    """Read an index: the name of each tensor's file, which lies in the same folder."""
-    index = read_json(path)
-    table = index.get("weight_map")
-    if not isinstance(table, dict) or not all(isinstance(value, str) for value in table.values()):
-        raise MalformedError(f"{path}: weight_map must map tensor names to file names.")
-    for filename in sorted(set(table.values())):
-        if not is_plain(filename):
-            raise MalformedError(f"{path}: {shown(filename)} is not a plain file name.")
-    return table
-
-
-def shard_files(where: str, table: Mapping[str, str], exists: Callable[[str], bool]) -> list[str]:
-    """Return the files that an index names, sorted; raise RefError if one does not exist."""
-    filenames = sorted(set(table.values()))
-    if missing := [Fault(name, "missing") for name in filenames if not exists(name)]:
-        raise RefError(f"The index of {where} names {len(missing)} files that do not exist.", faults=missing)
-    return filenames
 
 
 def assemble(

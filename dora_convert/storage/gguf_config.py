@@ -40,7 +40,7 @@ TOKENS = {"bos": "bos", "eos": "eos", "padding": "pad"}
 LARGE = {"gemma2": 46, "gemma3": 62}
 """Layers of the models of 27B, which divide the queries by another number than the size of a head."""
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-"""What Llama 3.1, 3.2 and 3.3 say of their rotary embeddings beside the factor."""
+"""The fields of Llama 3.1, 3.2 and 3.3 for rotary embeddings, beside the factor."""
 
 
 def make_config(name: str, pairs: Mapping[str, Any], tensors: Tensors, factors: Factors) -> dict[str, Any]:
@@ -50,15 +50,17 @@ def make_config(name: str, pairs: Mapping[str, Any], tensors: Tensors, factors: 
         known = ", ".join(CLASSES)
         raise UnsupportedError(f"{name} is a GGUF file of {architecture}; as a base these are read: {known}.")
     own = {key.removeprefix(f"{architecture}."): value for key, value in pairs.items()}
-    config = {field: _short(own[key]) for key, field in NUMBERS.items() if isinstance(own.get(key), int | float)}
+    config: dict[str, Any] = {
+        field: _short(own[key]) for key, field in NUMBERS.items() if isinstance(own.get(key), int | float)
+    }
     if missing := [field for field in NEEDED if field not in config]:
         raise MalformedError(f"{name} does not say {', '.join(missing)}.", hint="put the model's config.json beside it")
     model_type, model_class = _class(architecture, own)
-    embedding = tensors.get("token_embd.weight")
+    embedding, tokens = tensors.get("token_embd.weight"), own.get("tokenizer.ggml.tokens") or ()
     config |= {
         "architectures": [model_class],
         "model_type": model_type,
-        "vocab_size": embedding.shape[0] if embedding else len(own.get("tokenizer.ggml.tokens") or ()),
+        "vocab_size": len(tokens) if embedding is None else embedding.shape[0],
         "tie_word_embeddings": "output.weight" not in tensors,
         "dtype": CONFIG_DTYPES.get(_dtype(tensors), "bfloat16"),
     }
@@ -71,7 +73,7 @@ def make_config(name: str, pairs: Mapping[str, Any], tensors: Tensors, factors: 
     return {**config, **_further(architecture, model_type, own, tensors, config)}
 
 
-def _short(value: float) -> float:
+def _short(value: Any) -> Any:
     """Return a number with the digits that float32 has: 1e-05 instead of 9.999999747378752e-06."""
     return float(f"{value:.7g}") if isinstance(value, float) else value
 
@@ -103,8 +105,8 @@ def _further(
     match architecture:
         case "llama":
             biases = {"attention_bias": "blk.0.attn_q.bias" in tensors, "mlp_bias": "blk.0.ffn_up.bias" in tensors}
-            more = {"mistral": {"sliding_window": window}, "llama": biases}.get(model_type)
-            return more or {"sliding_window": window, "num_local_experts": own["expert_count"]}
+            experts = {"num_local_experts": own["expert_count"]} if model_type == "mixtral" else {}
+            return biases if model_type == "llama" else {"sliding_window": window, **experts}
         case "gemma2" | "gemma3":
             size = config["head_dim"]
             if config["num_hidden_layers"] == LARGE[architecture]:

@@ -1,4 +1,4 @@
-"""Open a model in llama.cpp's GGUF files as a checkpoint: raw tensors by their own names, and a config of its pairs.
+"""Read a model in llama.cpp's GGUF files: raw tensors by their own names, and a config made from its pairs.
 
 A model is one file, or files named `NAME-00001-of-00003.gguf`. The first file's pairs count. Files named mmproj* are
 image encoders and do not count.
@@ -6,15 +6,13 @@ image encoders and do not count.
 
 from __future__ import annotations
 
-import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import RefError, UnsupportedError
-from .checkpoint import Checkpoint, Shard
-from .filenames import file_states, is_plain
+from .filenames import FileStates, file_states, gguf_parts, is_plain
 from .gguf_config import make_config
 from .gguf_file import GgufFrame, read_frame
 from .json_files import read_config
@@ -22,16 +20,15 @@ from .reader import read_whole
 from .refs import Source
 from .safetensors import StoredTensor
 
-SUFFIX = ".gguf"
-SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 ROTARY_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 """Tensors that hold what a config says of rotary embeddings."""
+FORMAT = {"format": "pt"}
 MARK = {"quantization_config": {"quant_method": "gguf"}}
 
 
 @dataclass(frozen=True)
 class GgufModel:
-    """What a model's GGUF files say beside the tensors."""
+    """The name and the pairs of a model in GGUF files."""
 
     name: str
     pairs: Mapping[str, Any]
@@ -47,56 +44,51 @@ class GgufModel:
         return value if type(value) is int else 0
 
 
-def files_of_model(names: Sequence[str]) -> list[str]:
-    """Return the GGUF files of the only model among some files; raise RefError if there are several."""
-    files = sorted(name for name in names if name.endswith(SUFFIX) and not name.startswith("mmproj"))
-    models = {SPLIT.sub("", name): name for name in reversed(files)}
-    if len(models) > 1:
-        raise RefError(f"Several GGUF models: {', '.join(sorted(models.values()))}.", hint="name one file")
-    return parts_of(files[0]) if files else []
+class FoundModel(NamedTuple):
+    """A model's files, as far as their headers tell."""
+
+    model: GgufModel
+    shards: Sequence[tuple[str, Mapping[str, str], tuple[StoredTensor, ...]]]
+    """The files by the names that their dense tensors get, with metadata and tensors."""
+    index_name: str | None
+    config: dict[str, Any]
+    states: FileStates
 
 
-def parts_of(name: str) -> list[str]:
-    """Return the names of all files of a model, from the name of one."""
-    if not (match := SPLIT.search(name)):
-        return [name]
-    stem, many = name[: match.start()], int(match[2])
-    return [f"{stem}-{number:05d}-of-{many:05d}{SUFFIX}" for number in range(1, many + 1)]
-
-
-def open_gguf(
-    source: Source, names: Sequence[str], side_files: Sequence[str] = (), left: Sequence[str] = ()
-) -> Checkpoint:
-    """Open the files of a model; beside a lone file no other file counts.
+def read_model(source: Source, name: str, beside: Sequence[str]) -> FoundModel:
+    """Read the headers of a model's files; beside a lone file no other file counts.
 
     Raises UnsupportedError for architectures that are not read.
     """
-    alone = source.path.is_file()
+    names, alone = gguf_parts(name), source.path.is_file()
     root = source.path.parent if alone else source.path
-    if missing := [name for name in names if not is_plain(name) or not (root / name).is_file()]:
+    if missing := [each for each in names if not is_plain(each) or not (root / each).is_file()]:
         raise RefError(f"{source.name} lacks {', '.join(missing[:5])}.", hint="download all parts")
-    states = file_states(root / name for name in (*names, *side_files))
-    frames = [read_frame(root / name) for name in names]
+    states = file_states(root / each for each in (*names, *beside))
+    frames = [read_frame(root / each) for each in names]
     model = GgufModel(source.name, frames[0].pairs)
     if model.pairs.get("general.type", "model") != "model":
         raise UnsupportedError(f"{source.name} is a GGUF {model.pairs['general.type']}, not a model.")
     tensors = {name: tensor for frame in frames for name, tensor in frame.tensors.items()}
     factors = {name: _numbers(tensors[name]) for name in ROTARY_FACTORS if name in tensors}
     config = (None if alone else read_config(root)) or make_config(source.name, model.pairs, tensors, factors)
-    shards = tuple(_shard(names, number, frame) for number, frame in enumerate(frames))
-    index = None if len(names) == 1 else "model.safetensors.index.json"
-    return Checkpoint(
-        source, shards, index, {**config, **MARK}, tuple(side_files), tuple(left), states=states, gguf=model
-    )
+    several = len(names) > 1
+    shards = [
+        (
+            f"model-{number:05d}-of-{len(names):05d}.safetensors" if several else "model.safetensors",
+            FORMAT,
+            _kept(frame),
+        )
+        for number, frame in enumerate(frames, 1)
+    ]
+    index = "model.safetensors.index.json" if several else None
+    return FoundModel(model, shards, index, {**config, **MARK}, states)
 
 
-def _shard(names: Sequence[str], number: int, frame: GgufFrame) -> Shard:
-    """Return one file with the name that its dense tensors get."""
-    part = f"-{number + 1:05d}-of-{len(names):05d}" if len(names) > 1 else ""
-    tensors = tuple(
-        each for tensor in frame.tensors.values() if tensor.name not in ROTARY_FACTORS for each in _experts(tensor)
-    )
-    return Shard(f"model{part}.safetensors", {"format": "pt"}, tensors)
+def _kept(frame: GgufFrame) -> tuple[StoredTensor, ...]:
+    """Return the tensors of a file that are weights, those of all experts cut into experts."""
+    weights = (tensor for tensor in frame.tensors.values() if tensor.name not in ROTARY_FACTORS)
+    return tuple(each for tensor in weights for each in _experts(tensor))
 
 
 def _experts(tensor: StoredTensor) -> Iterator[StoredTensor]:

@@ -56,7 +56,7 @@ def make_tokenizer(model: GgufModel) -> dict[str, bytes]:
         "padding": None,
         "added_tokens": [*_added(pairs, byte=kind == "gpt2")],
     }
-    whole |= {**steps, "post_processor": _around(pairs, start=bool(start), end=bool(pairs.get("add_eos_token")))}
+    whole |= steps | {"post_processor": _around(pairs, start=bool(start), end=bool(pairs.get("add_eos_token")))}
     files = {"tokenizer.json": _json(whole), "tokenizer_config.json": _json(_config(pairs))}
     if isinstance(template := model.pairs.get("tokenizer.chat_template"), str):
         files["chat_template.jinja"] = template.encode()

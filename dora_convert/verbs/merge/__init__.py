@@ -21,9 +21,9 @@ from ...plan.planner import make_plan
 from ...reports.merge import DryRunReport, MergeReport
 from ...settings import Settings, require_extra, without_collections
 from ...sources import Session
-from ...sources.inputs import QUANTISED_NAME, Mode, modules_of, open_inputs, strangers, unused
+from ...sources.inputs import Mode, modules_of, open_inputs, strangers, unused
 from ...storage.filenames import INCOMING
-from ...storage.refs import PathLike, listed
+from ...storage.refs import QUANTISED_NAME, PathLike, listed
 from .. import takes
 
 if TYPE_CHECKING:
