@@ -104,6 +104,7 @@ oracles: $(VENV)/ready
 	$(BIN)/python -m tests.oracles.kinds
 	$(if $(QUANTISERS),$(QUANTISERS)/python tests/oracles/quantised.py)
 	$(if $(TOOLS),$(TOOLS)/python tests/oracles/formats.py $(BIN)/dora-convert)
+	$(if $(TOOLS),$(TOOLS)/python tests/oracles/diffusion.py $(BIN)/dora-convert)
 	$(if $(CASES),$(BIN)/python -m tests.oracles.analyze $(CASES))
 
 bench: $(VENV)/ready

@@ -1,10 +1,13 @@
-"""mkdocs: links to files outside docs/ lead to the repository."""
+"""mkdocs: links to files outside docs/ lead to the repository, and the site holds the schema of the reports."""
 
 from __future__ import annotations
 
 import posixpath
 import re
+from pathlib import Path
 from typing import Any
+
+from mkdocs.structure.files import File
 
 REPOSITORY = "https://github.com/dora-convert/dora-convert/blob/main/"
 
@@ -18,3 +21,10 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         return match[0] if path.startswith("docs/") else f"]({REPOSITORY}{path})"
 
     return re.sub(r"\]\((\.\./[^)#]+)\)", absolute, markdown)
+
+
+def on_files(files: Any, config: Any, **_: Any) -> None:
+    """Add the schema that the package holds."""
+    name = "report.schema.json"
+    source = Path(config["config_file_path"]).parent / "dora_convert" / name
+    files.append(File.generated(config, name, content=source.read_text(encoding="utf-8")))

@@ -64,6 +64,8 @@ OPTIONS = {
                             choices=("auto", "float64", "float32")),
     "max_memory": Option("160MiB", f"{BUDGET}.", "SIZE"),
     "workers": Option(None, "Threads; default one per processor.", "N", least=1),
+    "cluster": Option(None, "Run on a Ray cluster: auto, local[:N] or ray://HOST:PORT; needs the extra ray.",
+                      "ADDRESS"),
     "include": Option((), "Only modules of this name; repeatable.", "GLOB"),
     "exclude": Option((), "No modules of this name; repeatable.", "GLOB"),
     "undo": Option(None, "Record that unmerge needs: norms (default; up to rounding) or exact (bit for bit).",

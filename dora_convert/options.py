@@ -105,6 +105,12 @@ class WriteOptions(ComputeOptions, total=False):
     follow_links: bool
 
 
+class ClusterOptions(TypedDict, total=False):
+    """Verbs whose work several machines may share."""
+
+    cluster: str | None
+
+
 class OutputOptions(SelectOptions, CommitOptions, WriteOptions, total=False):
     """Verbs that write a new model or adapter."""
 
@@ -131,7 +137,9 @@ class GoalOptions(TypedDict, total=False):
     exact_svd: bool
 
 
-class MergeOptions(CombineOptions, MatchOptions, FieldOptions, CheckpointOptions, OutputOptions, total=False):
+class MergeOptions(
+    CombineOptions, MatchOptions, FieldOptions, CheckpointOptions, ClusterOptions, OutputOptions, total=False
+):
     """The options of merge."""
 
     undo: str | None

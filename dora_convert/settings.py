@@ -32,7 +32,7 @@ DEVICES = re.compile(r"auto|mps|cpu(,cpu)*|cuda(:\d+)?(,(cuda:)?\d+)*")
 REPO_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 EXTRAS = {
     "verify": ("transformers", "accelerate", "peft"), "trainer": ("transformers", "peft"), "plot": ("matplotlib",),
-    "nf4": ("bitsandbytes",),
+    "nf4": ("bitsandbytes",), "ray": ("ray",),
 }  # fmt: skip
 """The packages of each extra."""
 _UNITS = {"": 1} | {
@@ -49,6 +49,8 @@ class Settings:
     device: str
     compute_dtype: str = "auto"
     max_memory: int
+    default_memory: bool = False
+    """True if the caller has not set the budget."""
     workers: int
     verify: bool = False
     base_model: str | None = None
@@ -68,6 +70,7 @@ class Settings:
             device=device,
             compute_dtype=options.get("compute_dtype", "auto"),
             max_memory=parse_size(MAX_MEMORY if budget in (None, "auto") else budget, "--max-memory"),
+            default_memory=budget in (None, "auto"),
             workers=options["workers"] or default_workers(),
             verify=options.get("verify", False),
             base_model=options.get("base_model"),

@@ -51,6 +51,13 @@ class ComputeSpec:
     reason: str
     others: tuple[torch.device, ...] = ()
     """Further devices that workers are dealt over, all of one kind."""
+    stages: bool = False
+    """True if a processor is to do as a device does."""
+
+    @property
+    def staged(self) -> bool:
+        """True if blocks pass through host memory on their way: they are large, read ahead and finished later."""
+        return self.stages or self.device.type == "cuda"
 
     @property
     def devices(self) -> tuple[torch.device, ...]:

@@ -16,7 +16,7 @@ from ..options import ToLoraOptions
 from ..plan.item import Item
 from ..plan.plan import Plan
 from .combined_change import CombinedChange
-from .jobs import HELD, FittingPlan, Result, compression_of, error_of, goal_words
+from .jobs import HELD, FittingPlan, Result, compression_of, error_of, expected_factors, goal_words
 from .session import Fitter, FittingSession
 
 if TYPE_CHECKING:
@@ -38,14 +38,14 @@ class SeveralToLora(Fitter):
     def plan(self) -> FittingPlan:
         """Return the modules that get factors; UnsupportedError names every change that no LoRA holds."""
         adapters, base = self.matched.adapters, self.matched.base
-        items = [item for item in self.matched.items if item.changed]
-        if faults := [Fault(item.name, why) for item in items if (why := _refusal(item))]:
+        changed = (item for item in self.matched.items if item.changed)
+        if faults := [Fault(item.name, why) for item in changed if (why := _refusal(item))]:
             raise UnsupportedError(
                 "One LoRA of several adapters holds factors alone.",
                 faults=faults,
                 hint="--exclude leaves these modules out; merge keeps all of them",
             )
-        jobs = [CombinedChange(item.name, (item.source,), self._cost(item), item) for item in items]
+        jobs = self._jobs
         rank = max((self._rank(job) for job in jobs), default=0)
         chosen = self.matched.options.combination
         words = (*(source.title for source in (base.source, *(each.source for each in adapters))), "OUT")
@@ -68,6 +68,11 @@ class SeveralToLora(Fitter):
             others=adapters[1:],
             dtype=self.session.selection.dtype,
         )
+
+    @property
+    def _jobs(self) -> list[CombinedChange]:
+        changed = (item for item in self.matched.items if item.changed)
+        return [CombinedChange(item.name, (item.source,), self._cost(item), item) for item in changed]
 
     def _cost(self, item: Item) -> int:
         """Return the bytes that a job holds: blocks, edits, and matrices."""
@@ -93,6 +98,13 @@ class SeveralToLora(Fitter):
             dtype=self.session.selection.dtype,
         )
 
+    def expected(self) -> dict[str, Result]:
+        """Return the headers of the new factors, of the largest ranks."""
+        found: dict[str, Result] = {}
+        for job in self._jobs:
+            found |= expected_factors(job, job.item.source.matrix, job.item.edits[0].low, self._rank(job))
+        return found
+
     def assemble(self, results: Mapping[str, Result]) -> dict[str, NewAdapter]:
         """Return the LoRA, whose scaling is 1."""
         first = self.matched.adapters[0]
@@ -104,8 +116,15 @@ class SeveralToLora(Fitter):
             changes.append(Change(names.get(_key(own), item.name), low))
         adapted = {item.name for item in self.matched.items if item.changed}
         besides = frozenset(name.rpartition(".")[0] for name in self.matched.base.tensors if name not in adapted)
-        model = self.session.settings.base_model
-        return {"": NewAdapter(tuple(changes), replace(first, ignored={}), model, targets=(), besides=besides)}
+        lora = NewAdapter(
+            tuple(changes),
+            replace(first, ignored={}),
+            self.session.settings.base_model,
+            targets=(),
+            besides=besides,
+            model=self.matched.base,
+        )
+        return {"": lora}
 
     def _targets(self) -> dict[tuple[Path, str], str]:
         """Return the adapters' names of weights, by the factor A of their changes."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import msgspec
 
@@ -89,8 +89,8 @@ class TensorResult:
 class Checker(Protocol):
     """Compares written tensors with their definitions."""
 
-    def check(self, item: Item, result: TensorResult) -> Verdict:
-        """Return the verdict on one tensor, from the facts about its writing."""
+    def check(self, item: Item, result: TensorResult, device: Any = None) -> Verdict:
+        """Return the verdict on one tensor, from the facts about its writing; on a device of torch, if given."""
 
 
 class FinishedLine(msgspec.Struct, frozen=True, omit_defaults=True):

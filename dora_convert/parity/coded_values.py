@@ -68,7 +68,7 @@ class CodedValues:
     def with_steps(self, numbers: Sequence[int], x: Tensor) -> tuple[Tensor, Tensor]:
         """Return some rows, and half the distance between the neighbours that values x have among a block's codes.
 
-        At the ends of a range of integers it is more: the stored scale, zero point and bias are rounded themselves.
+        At the ends of a range it is more: the stored scale, zero point and bias are rounded themselves.
         """
         scheme, values, halves = self._tensor.scheme, [], []
         if isinstance(scheme, Nibbles):
@@ -76,7 +76,10 @@ class CodedValues:
         assert isinstance(scheme, Blocks)
         for line, number in enumerate(numbers):
             q, z, s, b = self._block_parts(scheme, number)
-            half = half_step((x[line].cpu() - b) / s, scheme.grid)
+            v = (x[line].cpu() - b) / s
+            half = half_step(v, scheme.grid)
+            if scheme.grid == "E2M1" and scheme.scale_bytes == "F8_E4M3":  # few bits of a scale hold values this small
+                half += (v.abs() > 6) * 6 * half_step(s, "F8_E4M3") / s
             if scheme.grid not in FLOATS:
                 span, low = 2**scheme.bits - 1, 0 if scheme.grid == "unsigned" else -(2 ** (scheme.bits - 1))
                 at_end = (q <= low + scheme.balanced) | (q >= low + span)
@@ -108,7 +111,10 @@ class CodedValues:
             group = self._numbers("index", j).long().clamp(min=0)
         every = torch.arange(groups)
         at = position * groups + every
-        s = self._numbers("scale", at, "F8_E8M0" if scheme.exponents else None) * scheme.factor
+        s = (
+            self._numbers("scale", at, scheme.scale_bytes if tensor.parts["scale"].dtype == "U8" else None)
+            * scheme.factor
+        )
         if "global" in tensor.parts:
             overall = self._numbers("global", torch.zeros_like(every))
             s = s / overall if scheme.divides else s * overall

@@ -51,7 +51,7 @@ class Expected:
     """The float64 result x of an item, for any rows, and its bound; on any device that has float64."""
 
     def __init__(self, item: Item, reader: Reader, device: torch.device = CPU) -> None:
-        self.item, self._reader, self._device = item, reader, device
+        self.item, self._reader, self.device = item, reader, device
         self.elements = CHUNK_ELEMENTS
         self._wholes: dict[int, Tensor] = {}  # small tensors of which rows were read, by the id of their headers
         self._coded: CodedValues | None = None
@@ -143,7 +143,7 @@ class Expected:
         edit, m, n = self.item.edits[number], self.m[number], self._column_norms[number]
         delta, size, terms = self._difference(number, W, rows)
         if m is None:
-            f = torch.ones((), dtype=torch.float64, device=self._device)
+            f = torch.ones((), dtype=torch.float64, device=self.device)
         elif edit.axis == 0:
             f = (m if n is None else m / n).view(1, -1)
         else:
@@ -201,12 +201,12 @@ class Expected:
         """Return ‖W + sBA‖ along the columns, from the whole tensor; for a bias, of its weight."""
         edit = self.item.edits[number]
         if edit.follows:
-            other = Expected(edit.follows, self._reader, self._device)
+            other = Expected(edit.follows, self._reader, self.device)
             chunks = other.chunks(range(edit.follows.matrix[0]))
             if (n := other._column_norms[0]) is not None:
                 return n
             return torch.cat([torch.as_tensor(other.part(0, chunk).n).flatten() for chunk in chunks])
-        squares = torch.zeros(self.item.source.matrix[1], dtype=torch.float64, device=self._device)
+        squares = torch.zeros(self.item.source.matrix[1], dtype=torch.float64, device=self.device)
         for chunk in self.chunks(range(self.item.source.matrix[0])):
             W = self.before(chunk)
             V = W + edit.norm_ratio * self._difference(number, W, chunk)[0]
@@ -219,7 +219,7 @@ class Expected:
         """Return the factors to hold: both for experts, else the one with the stored matrix's columns."""
         if low.experts:
             pair = low.A, low.B
-            return tuple(read_rows(self._reader, each, range(each.matrix[0])).to(self._device) for each in pair)
+            return tuple(read_rows(self._reader, each, range(each.matrix[0])).to(self.device) for each in pair)
         held = _dense(self._load(low.B if edit.transposed else low.A), low.blocks[1 if edit.transposed else 0])
         if low.d:
             d = self._load(low.d).flatten()
@@ -255,7 +255,7 @@ class Expected:
         if low.blocks[0] > 1:
             left = _dense(self._load(low.A), low.blocks[0])[:, list(rows)].T
         else:
-            left = read_columns(self._reader, low.A, rows).to(self._device).double().T
+            left = read_columns(self._reader, low.A, rows).to(self.device).double().T
         return left, held[0].T, low.scale
 
     def _left(self, low: LowRank, rows: Sequence[int]) -> Tensor:
@@ -269,22 +269,22 @@ class Expected:
             return self._load(tensor, rows)
         if (whole := self._wholes.get(id(tensor))) is None:
             whole = self._wholes[id(tensor)] = read_rows(self._reader, tensor, range(tensor.matrix[0]))
-        return whole[list(rows)].to(self._device).double()
+        return whole[list(rows)].to(self.device).double()
 
     def _load(self, tensor: StoredTensor, rows: Sequence[int] | None = None) -> Tensor:
         """Read rows of a stored tensor's matrix, or all rows, in float64."""
         chosen = range(tensor.matrix[0]) if rows is None else rows
         if tensor.coded:
-            return self._decoded(tensor).rows(chosen).to(self._device)
+            return self._decoded(tensor).rows(chosen).to(self.device)
         height, filled = max(1, 4 * CHUNK_ELEMENTS // max(1, tensor.matrix[1])), 0
         if len(chosen) <= height:
-            return read_rows(self._reader, tensor, chosen).to(self._device).double()
+            return read_rows(self._reader, tensor, chosen).to(self.device).double()
         loaded = empty((len(chosen), tensor.matrix[1]), torch.float64)
         for start in range(0, len(chosen), height):
             part = read_rows(self._reader, tensor, chosen[start : start + height])
             loaded[filled : filled + len(part)] = part
             filled += len(part)
-        return loaded.to(self._device)
+        return loaded.to(self.device)
 
     def _decoded(self, tensor: StoredTensor) -> CodedValues:
         """Return the decoder of a coded tensor, which keeps what it has read."""

@@ -195,8 +195,7 @@ class Reader:
         """Return True if two tensors have the same dtype, shape and contents."""
         if (one.dtype, one.shape, one.coded) != (other.dtype, other.shape, other.coded):
             return False
-        pairs = zip(self.pieces(one), self.pieces(other), strict=True)
-        return all(mine == theirs for mine, theirs in pairs)
+        return all(mine == theirs for mine, theirs in zip(self.pieces(one), self.pieces(other), strict=True))
 
     if hasattr(os, "preadv"):
 
@@ -223,10 +222,10 @@ def same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
 
 def same_contents(path: Path, other: Path | bytes) -> bool:
     """Return True if a file holds some bytes, or the bytes of another file."""
-    if path.stat().st_size != (len(other) if isinstance(other, bytes) else other.stat().st_size):
-        return False
     if isinstance(other, bytes):
-        return path.read_bytes() == other
+        return path.stat().st_size == len(other) and path.read_bytes() == other
+    if path.stat().st_size != other.stat().st_size:
+        return False
     with path.open("rb") as one, other.open("rb") as two:
         return all(piece == two.read(PIECE_BYTES) for piece in iter(partial(one.read, PIECE_BYTES), b""))
 
@@ -281,16 +280,17 @@ def hash_of(digest: Any, source: Path | bytes) -> str:
     return str(digest.hexdigest())
 
 
-def block_height(rows: int, columns: int, step: int = ROWS_MULTIPLE) -> int:
-    """Return the rows of a block: about half a million elements, a multiple of 16 rows or `step`, at most all."""
-    fitting = BLOCK_ELEMENTS // max(1, columns)
+def block_height(rows: int, columns: int, step: int = ROWS_MULTIPLE, elements: int = 0) -> int:
+    """Return the rows of a block: half a million elements or so many, a multiple of 16 rows or `step`, at most all."""
+    fitting = (elements or BLOCK_ELEMENTS) // max(1, columns)
     return max(1, min(rows, max(step, fitting - fitting % step)))
 
 
-def spans(rows: int, columns: int, parts: int = 1, step: int = ROWS_MULTIPLE) -> Iterator[tuple[int, int]]:
+def spans(
+    rows: int, columns: int, parts: int = 1, step: int = ROWS_MULTIPLE, elements: int = 0
+) -> Iterator[tuple[int, int]]:
     """Yield a matrix's blocks as half-open ranges of rows; each of `parts` equal parts has its own blocks."""
-    whole = rows // parts
-    height = block_height(whole, columns, step)
+    whole, height = rows // parts, block_height(rows // parts, columns, step, elements)
     for first in range(0, rows, whole or 1):
         for start in range(first, first + whole, height):
             yield start, min(start + height, first + whole)

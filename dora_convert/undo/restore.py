@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -47,8 +48,12 @@ def restore(
     Raises RefError if MERGED is not as a merge wrote it, VerificationError if a tensor differs from the
     base's though the record is exact, and every error of a merge. OUT does not exist then.
     """
+    spec = choose_compute(reversal.plan.memory, settings)
+    if spec.staged:
+        from ..engine.device_plan import cut_for
+
+        reversal = replace(reversal, plan=cut_for(reversal.plan, spec, settings))
     plan = reversal.plan
-    spec = choose_compute(plan.memory, settings)
     hashes = [scan_adapter(adapter) for adapter in plan.adapters]
     output.check_space(output.bytes_needed(plan) + sum(file.nbytes for file in files))
     copied = _copied(reversal, hub)

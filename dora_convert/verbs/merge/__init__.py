@@ -28,6 +28,7 @@ from .. import takes
 
 if TYPE_CHECKING:
     from ...adapters import Adapter
+    from ...cluster.tensors import ClusterExecutor
     from ...hub.streaming import HubStreaming
     from ...hub.target import PushTarget
     from ...storage.checkpoint import Checkpoint
@@ -48,6 +49,10 @@ def merge(
     all, from worker threads. docs/cli.md explains the options. Raises DoraConvertError, and then leaves
     nothing under `out`.
     """
+    if options["cluster"] is not None:
+        from ..on_cluster import refuse_for_cluster
+
+        refuse_for_cluster(options)
     if options["in_place"] or options["allow_lossy"]:
         from ..in_place import refuse_options
 
@@ -124,8 +129,12 @@ def _merge_beside(request: MergeRequest) -> MergeReport | DryRunReport:
         return DryRunReport.of(plan, request.settings, out=where)
     with without_collections():
         from .pipeline import run_merge
-    with _streaming(request, plan, folder) as hub, _examiner(request, plan) as examine:
-        return run_merge(plan, folder, request.settings, hub, examine)
+    with (
+        _streaming(request, plan, folder) as hub,
+        _examiner(request, plan) as examine,
+        _executor(request, plan, folder) as executor,
+    ):
+        return run_merge(plan, folder, request.settings, hub, examine, executor=executor)
 
 
 def _folder(request: MergeRequest) -> Path:
@@ -263,7 +272,7 @@ def _combined(
 
 def _mode(request: MergeRequest) -> Mode:
     """Return how much of a base on the Hub is downloaded before the plan is made."""
-    if request.options["verify_outputs"]:
+    if request.options["verify_outputs"] or (request.options["cluster"] and not request.options["dry_run"]):
         return "whole"
     return "brief" if request.options["dry_run"] else "headers"
 
@@ -276,6 +285,18 @@ def _streaming(request: MergeRequest, plan: Plan, folder: OutputFolder) -> Abstr
 
     weights = None if request.session.cache else folder.state / INCOMING
     return stream_merge(plan, request.target, request.session, folder, weights)
+
+
+def _executor(
+    request: MergeRequest, plan: Plan, folder: OutputFolder
+) -> AbstractContextManager[ClusterExecutor | None]:
+    """Return the nodes of --cluster; None for this machine alone."""
+    if request.options["cluster"] is None:
+        return nullcontext()
+    from ..on_cluster import executor_for
+
+    inputs = [plan.base.states, *(adapter.states for adapter in plan.adapters)]
+    return executor_for(request.options["cluster"], inputs, folder, request.settings)
 
 
 @contextmanager
