@@ -186,6 +186,10 @@ def make_request_plan(request: MergeRequest, out: str, mode: Mode, weights: Path
         weights=weights,
         method=request.options["method"],
     )
+    if checkpoint.gguf:
+        from ...plan.quantised_config import undo_of_gguf
+
+        request = replace(request, selection=replace(request.selection, undo=undo_of_gguf(request.options["undo"])))
     return plan_inputs(request, checkpoint, adapters)
 
 
@@ -205,24 +209,9 @@ def _tell_of_dense_base(base: Checkpoint, adapters: Sequence[Adapter], quantised
         )
 
 
-def _selection(request: MergeRequest, base: Checkpoint) -> Options:
-    """Return the options for a base: none of GGUF files is given back, so there is no undo record.
-
-    Raises UsageError if the caller asks for one.
-    """
-    if not base.gguf:
-        return request.selection
-    if request.options["undo"] in ("norms", "exact"):
-        raise UsageError(
-            f"--undo {request.options['undo']}: a GGUF file cannot be given back by unmerge.",
-            hint="keep the file; leave --undo out",
-        )
-    return replace(request.selection, undo="none")
-
-
 def plan_inputs(request: MergeRequest, checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> Plan:
     """Warn about oddities of opened inputs, and decide every output tensor."""
-    settings, selection = request.settings, _selection(request, checkpoint)
+    settings, selection = request.settings, request.selection
     if len(adapters) > len(request.adapters) or combines(request.options):
         selection, strengths = _combined(request, checkpoint, adapters)
     else:
@@ -267,7 +256,7 @@ def _combined(
             f"--undo norms keeps nothing that takes --method {combination.method} out again: "
             "--undo exact keeps the base's bits, and unmerge needs them"
         )
-    return replace(_selection(request, checkpoint), combination=combination), strengths
+    return replace(request.selection, combination=combination), strengths
 
 
 def _mode(request: MergeRequest) -> Mode:
