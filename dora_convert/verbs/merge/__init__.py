@@ -285,7 +285,7 @@ def _executor(
     from ..on_cluster import executor_for
 
     inputs = [plan.base.states, *(adapter.states for adapter in plan.adapters)]
-    return executor_for(request.options["cluster"], inputs, folder, request.settings)
+    return executor_for(request.options["cluster"], inputs, folder.out, request.settings)
 
 
 @contextmanager
