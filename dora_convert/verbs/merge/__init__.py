@@ -19,7 +19,7 @@ from ...output.side_files import tokenizer_files
 from ...plan.plan import Options, Plan, parse_options, parse_weights
 from ...plan.planner import make_plan
 from ...reports.merge import DryRunReport, MergeReport
-from ...settings import Settings, require_extra, without_collections
+from ...settings import Settings, collections_paused, require_extra, without_collections
 from ...sources import Session
 from ...sources.inputs import Mode, modules_of, open_inputs, strangers, unused
 from ...storage.filenames import INCOMING
@@ -171,11 +171,9 @@ def _merge_in_place(request: MergeRequest) -> MergeReport | DryRunReport:
     return run_merge(plan, place, settings)
 
 
+@collections_paused()
 def make_request_plan(request: MergeRequest, out: str, mode: Mode, weights: Path | None = None) -> Plan:
-    """Open the inputs and decide every output tensor.
-
-    `out` is the last word of the command line, for hints.
-    """
+    """Open the inputs and decide every output tensor; `out` is the command line's last word, for hints."""
     checkpoint, adapters = open_inputs(
         None if request.base is None else os.fspath(request.base),
         request.adapters,
