@@ -40,10 +40,10 @@ class StoreUpload:
     def __init__(self, url: str, folder: OutputFolder) -> None:
         """Compare the account of an unfinished run with the store; without agreement the run begins anew."""
         self.store, self._account = ObjectStore(url), folder.state / UPLOADS
-        self.there = self.store.files()
+        self.present = self.store.files()
         self.done, self._mine = self._read(), self._account.exists()
         self.sent: list[PushedFile] = []
-        if any(self.there.get(name) != file for name, file in self.done.items()):
+        if any(self.present.get(name) != file for name, file in self.done.items()):
             (folder.state / JOURNAL).unlink(missing_ok=True)  # local shards may be hollow
             self.done = {}
 
@@ -55,9 +55,9 @@ class StoreUpload:
 
     def refuse_existing(self, *, overwrite: bool) -> None:
         """Raise OutputError for a folder with files of others, or with an output that may not be replaced."""
-        if not self.there or self._mine:
+        if not self.present or self._mine:
             return
-        if f"{RECORD}/{RECEIPT}" not in self.there and f"{RECORD}/{UPLOADS}" not in self.there:
+        if f"{RECORD}/{RECEIPT}" not in self.present and f"{RECORD}/{UPLOADS}" not in self.present:
             raise OutputError(
                 f"OUT {self.store.url} exists and was not written by dora-convert; it is not replaced.",
                 hint="choose another name, or remove it yourself",
@@ -71,7 +71,7 @@ class StoreUpload:
         self._account = path
         self._note()
         self.store.put(f"{RECORD}/{UPLOADS}", path)
-        self.store.remove([name for name in self.there if name.endswith(ENTRIES) and name not in self.done])
+        self.store.remove([name for name in self.present if name.endswith(ENTRIES) and name not in self.done])
 
     def send(self, name: str, path: Path) -> None:
         """Upload one file, unless it is uploaded already."""
@@ -91,7 +91,7 @@ class StoreUpload:
             if name not in {file.path for file in self.sent}:
                 self.done.pop(name, None)  # a file of an earlier attempt may have other contents
                 self.send(name, folder / name)
-        stale = tuple(sorted({*self.there, f"{RECORD}/{UPLOADS}"} - {*names} - {file.path for file in self.sent}))
+        stale = tuple(sorted({*self.present, f"{RECORD}/{UPLOADS}"} - {*names} - {file.path for file in self.sent}))
         self.store.remove(stale)
         return stale
 

@@ -142,7 +142,7 @@ def _folder(request: MergeRequest) -> Path:
     if is_stored(request.out):
         from .stores import folder_for
 
-        return folder_for(request)
+        return folder_for(str(request.out), [request.base, *request.adapters], request.options)
     if request.target and not request.target.local:
         return request.target.transit_folder(request.out, [str(request.base), *request.adapters])
     if request.out is None:
@@ -217,7 +217,10 @@ def plan_inputs(request: MergeRequest, checkpoint: Checkpoint, adapters: Sequenc
     if len(adapters) > len(request.adapters) or combines(request.options):
         from .several import combined
 
-        selection, strengths = combined(request, checkpoint, adapters)
+        given = len(request.adapters)
+        selection, strengths = combined(
+            request.options, given, checkpoint, adapters, selection=selection, warn=settings.warn
+        )
     else:
         strengths = parse_weights(request.options["weight"], len(adapters))
     if strangers(checkpoint, adapters):
@@ -260,7 +263,7 @@ def _streaming(request: MergeRequest, plan: Plan, folder: OutputFolder) -> Abstr
     if is_stored(request.out) or plan.base.source.url:
         from .stores import streaming_for
 
-        return streaming_for(request, plan, folder)
+        return streaming_for(request.out, request.options, plan, folder)
     from ...hub.streaming import stream_merge
 
     weights = None if request.session.cache else folder.state / INCOMING
