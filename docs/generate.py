@@ -40,7 +40,7 @@ from torch.nn import Module
 
 _Path = str | os.PathLike[str]
 _Dtype = str | torch.dtype
-_Device = str | torch.device
+_Device = str | torch.device | Sequence[str | torch.device]
 
 __version__: str
 __all__: list[str]

@@ -59,7 +59,7 @@ OPTIONS = {
                     choices=("auto", "bfloat16", "float16", "float32")),
     "legacy_config": Option(False, "Write config.json's rope_parameters in the older fields, too."),
     "max_shard_size": Option(None, "Such as 5GB or 4GiB; default the base's own shards.", "SIZE"),
-    "device": Option("auto", "Device that computes.", "auto|cpu|cuda[:N]|mps"),
+    "device": Option("auto", "Device that computes.", "auto|cpu|cuda[:N,…]|mps"),
     "compute_dtype": Option("auto", "Dtype of the arithmetic, rounded once at the end; auto is float64.",
                             choices=("auto", "float64", "float32")),
     "max_memory": Option("160MiB", f"{BUDGET}.", "SIZE"),

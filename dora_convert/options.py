@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     Dtype = str | torch.dtype
-    Device = str | torch.device
+    Device = str | torch.device | Sequence[str | torch.device]
 else:  # signatures and help name no type of torch, which is imported later
     Dtype = Device = str
 SHORT_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}

@@ -27,6 +27,8 @@ __version__ = "0.1.0"
 MOST_WORKERS = 8
 MAX_MEMORY = "160MiB"
 """Bytes that streaming verbs hold at once by default."""
+DEVICES = re.compile(r"auto|mps|cpu(,cpu)*|cuda(:\d+)?(,(cuda:)?\d+)*")
+"""Devices of one kind. One that is named twice has two workers for each worker of one that is named once."""
 REPO_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 EXTRAS = {
     "verify": ("transformers", "accelerate", "peft"), "trainer": ("transformers", "peft"), "plot": ("matplotlib",),
@@ -59,8 +61,8 @@ class Settings:
     def parse(cls, options: Mapping[str, Any]) -> Self:
         """Return the choices among a verb's options; UsageError for an invalid device, size or repo id."""
         device, budget = options["device"], options["max_memory"]
-        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
-            raise UsageError(f"--device {device!r} is not one of auto, cpu, cuda, cuda:N, mps.")
+        if not DEVICES.fullmatch(device):
+            raise UsageError(f"--device {device!r} is not one of auto, cpu, cuda, cuda:N, cuda:N,M, mps.")
         check_base_model(options.get("base_model"))
         return cls(
             device=device,

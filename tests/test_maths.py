@@ -54,6 +54,68 @@ def test_rounding_any_number(values, dtype):
     assert torch.equal(torch.signbit(got), torch.signbit(x))
 
 
+FLOATS8 = [torch.float8_e4m3fn, torch.float8_e5m2]
+
+
+def every_value(dtype: torch.dtype) -> np.ndarray:
+    """All finite values of a dtype from the largest negative one up, each once, as float64."""
+    size = dtype.itemsize
+    codes = torch.arange(1 << 8 * size, dtype=torch.int64).to(torch.uint8 if size == 1 else torch.int16)
+    values = codes.view(dtype).double()
+    return np.unique(values[values.isfinite()].numpy())
+
+
+def nearest_of(values: np.ndarray, x: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    """Return the value nearest to each x by comparing distances, which are exact here; ties go to the even code."""
+    above = np.clip(np.searchsorted(values, x), 1, len(values) - 1)
+    low, high = values[above - 1], values[above]
+    odd = torch.from_numpy(low).to(dtype).view(torch.uint8 if dtype.itemsize == 1 else torch.int16).numpy() & 1
+    tie = (low + high) / 2  # one bit more than the dtype has
+    return np.where((x < tie) | ((x == tie) & (odd == 0)), low, high)
+
+
+def round_without_branches(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Round as a device does."""
+    return torch.empty_like(x, dtype=dtype).copy_(maths.to_odd_(x, torch.empty_like(x, dtype=torch.float32)))
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, *FLOATS8], ids=str)
+def test_both_roundings_at_every_tie(dtype):
+    """All values, all ties, and both neighbours of each in float64, by either way: the nearest by exact distances."""
+    values = every_value(dtype)
+    ties = (values[1:] + values[:-1]) / 2
+    x = np.concatenate([values, ties, np.nextafter(ties, np.inf), np.nextafter(ties, -np.inf)])
+    want = nearest_of(values, x, dtype)
+    for way in (round_to, round_without_branches):
+        got = way(torch.from_numpy(x)[None], dtype).double()[0].numpy()
+        assert np.array_equal(got, want), way
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, *FLOATS8], ids=str)
+@given(st.lists(st.floats(allow_nan=False, width=64), min_size=1, max_size=40))
+@settings(max_examples=100, deadline=None)
+def test_both_roundings_of_any_number(dtype, values):
+    """The same bits by either way, zeros of both signs and infinities too."""
+    x = torch.tensor([values], dtype=torch.float64)
+    integers = torch.uint8 if dtype.itemsize == 1 else torch.int16
+    got = round_without_branches(x, dtype)
+    assert torch.equal(got.view(integers), round_to(x, dtype).view(integers))
+    limits = every_value(dtype)[[0, -1]]
+    inside = (x[0] >= limits[0]) & (x[0] <= limits[1])
+    want = nearest_of(every_value(dtype), x[0][inside].numpy(), dtype)
+    assert np.array_equal(got[0][inside].double().numpy(), want)
+
+
+@given(st.lists(st.floats(width=64), min_size=1, max_size=40))
+@settings(max_examples=100, deadline=None)
+def test_rounding_to_float32_agrees_with_numpy(values):
+    """One conversion rounds once."""
+    x = torch.tensor([values], dtype=torch.float64)
+    with np.errstate(over="ignore", invalid="ignore"):
+        want = x.numpy().astype(np.float32)
+    assert np.array_equal(round_to(x, torch.float32).numpy(), want, equal_nan=True)
+
+
 def test_rounding_of_nothing():
     """Tensors without elements."""
     assert round_to(torch.empty(0, 5, dtype=torch.float64), torch.bfloat16).shape == (0, 5)

@@ -41,7 +41,7 @@ class Measuring:
         width = self.spec.compute.itemsize
         needs = needs_of(modules)
         with reading(checkpoints, needs, self.session) as reader:
-            workers = WorkerPool(self.settings.max_memory, partial(DeviceBuffers, self.spec, reader), reader.stop)
+            workers = WorkerPool(self.settings.max_memory, DeviceBuffers.dealt(self.spec, reader), reader.stop)
 
             def one(name: str, buffers: DeviceBuffers) -> Any:
                 workers.check()

@@ -26,7 +26,7 @@ def _pattern() -> re.Pattern[str]:
             words.append(f"{flag(name)}|{flag(f'no_{name}')}")
             continue
         choices = "".join(f"{re.escape(choice)}\\b|" for choice in option.choices)
-        device = r"cuda:\d+|cuda\b|cpu\b|mps\b|auto\b|" if name == "device" else ""
+        device = r"cuda(?::\d+(?:,(?:cuda:)?\d+)*)?\b|cpu(?:,cpu)*\b|mps\b|auto\b|" if name == "device" else ""
         globs = r"\S+(?= matches)|" if option.metavar == "GLOB" else ""
         words.append(f"{flag(name)}(?:[ =](?:{choices}{device}{globs}{NAMED}|{SIZE}|{ODD}))?")
     return re.compile(rf"(?<![\w-])(?:{'|'.join(words)})(?![\w-])")

@@ -231,7 +231,7 @@ def _option(name: str, kind: Any, option: Option) -> Callable[[Command], Command
 
 def _devices(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:  # noqa: ARG001
     """Return the completions of a device's name."""
-    return [name for name in ("auto", "cpu", "cuda", "cuda:0", "mps") if name.startswith(incomplete)]
+    return [name for name in ("auto", "cpu", "cuda", "cuda:0", "cuda:0,1", "mps") if name.startswith(incomplete)]
 
 
 def _type(kind: Any, option: Option) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -44,6 +44,12 @@ class DeviceBuffers:
         self._parts: StoredParts | None = None
         self._wholes: dict[tuple[Path, int], Tensor] = {}
         """Whole tensors behind the last views, as they are stored, by file and place."""
+
+    @classmethod
+    def dealt(cls, spec: ComputeSpec, reader: Reader) -> Callable[[], DeviceBuffers]:
+        """Return a function that makes each worker's buffers, on the devices in turn."""
+        deal = spec.dealt()
+        return lambda: cls(deal(), reader)
 
     def exact(self) -> DeviceBuffers:
         """Return buffers in float64 on the same stream; on the host if the device has no float64."""

@@ -51,7 +51,7 @@ def merged_tensors(
     done = 0
     try:
         for batch in _batches(plan, settings.max_memory):
-            pool = WorkerPool(settings.max_memory, partial(DeviceBuffers, spec, reader), reader.stop)
+            pool = WorkerPool(settings.max_memory, DeviceBuffers.dealt(spec, reader), reader.stop)
             tasks = [partial(_compute, item, plan.cost(item), pool) for item in batch]
             results = pool.run(min(settings.workers, len(batch)), tasks)
             for item in batch:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import ctypes
 import math
 import mmap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -47,6 +48,24 @@ class ComputeSpec:
     device: torch.device
     compute: torch.dtype
     reason: str
+    others: tuple[torch.device, ...] = ()
+    """Further devices that workers are dealt over, all of one kind."""
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """All devices, in the order that workers are dealt over them."""
+        return (self.device, *self.others)
+
+    @property
+    def title(self) -> str:
+        """The devices as users write them, such as cuda:0,1."""
+        first, *others = map(str, self.devices)
+        return ",".join([first, *(name.removeprefix("cuda:") for name in others)])
+
+    def dealt(self) -> Callable[[], ComputeSpec]:
+        """Return a function that gives each worker, when it starts, its device: one after the other, in turn."""
+        numbers, devices = count(), self.devices
+        return lambda: replace(self, device=devices[next(numbers) % len(devices)], others=())
 
     @property
     def compute_name(self) -> str:
@@ -54,42 +73,32 @@ class ComputeSpec:
         return str(self.compute).removeprefix("torch.")
 
     def __str__(self) -> str:
-        return f"{self.device}, {self.compute_name} ({self.reason})"
+        return f"{self.title}, {self.compute_name} ({self.reason})"
 
 
 def choose(device: str = "auto", compute_dtype: str = "auto") -> ComputeSpec:
-    """Choose the device and the dtype that `--device` and `--compute-dtype` ask for.
+    """Choose the devices and the dtype that `--device` and `--compute-dtype` ask for.
 
     Raises UsageError for a device that this machine does not have. No other device is taken instead.
     """
-    where, why = _device(device)
+    devices, why = _devices(device)
+    mps = devices[0].type == "mps"
     if compute_dtype == "auto":
-        compute_dtype = "float32" if where.type == "mps" else "float64"
-        why += "; mps has no float64" if where.type == "mps" else ""
-    if where.type == "mps" and compute_dtype == "float64":
+        compute_dtype = "float32" if mps else "float64"
+        why += "; mps has no float64" if mps else ""
+    if mps and compute_dtype == "float64":
         raise UsageError("mps has no float64.", hint="--compute-dtype float32, or --device cpu")
-    return ComputeSpec(where, getattr(torch, compute_dtype), why)
+    return ComputeSpec(devices[0], getattr(torch, compute_dtype), why, devices[1:])
 
 
-def _device(name: str) -> tuple[torch.device, str]:
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda", torch.cuda.current_device()), "CUDA device found"
-        return torch.device("cpu"), "no CUDA device found"
-    if name.startswith("cuda"):
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        index = int(name.partition(":")[2] or 0)
-        if index >= count:
-            is_cpu = not (torch.version.cuda or torch.version.hip)
-            why = f": torch {torch.__version__} is a CPU build" if is_cpu else ""
-            raise UsageError(
-                f"--device {name}: this machine has {count} usable CUDA devices{why}.",
-                hint="install a build with CUDA: https://pytorch.org/get-started/locally" if is_cpu else None,
-            )
-        return torch.device("cuda", index), "as asked"
-    if name == "mps" and not torch.backends.mps.is_available():
-        raise UsageError("--device mps: this machine has no mps device.")
-    return torch.device(name), "as asked"
+def _devices(names: str) -> tuple[tuple[torch.device, ...], str]:
+    if names == "auto" and not torch.cuda.is_available():
+        return (torch.device("cpu"),), "no CUDA device found"
+    if names == "cpu":
+        return (torch.device("cpu"),), "as asked"
+    from .devices import accelerators
+
+    return accelerators(names)
 
 
 @contextmanager
@@ -201,11 +210,11 @@ def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
 def _gather(reader: Reader, tensor: StoredTensor, runs: Sequence[tuple[int, int]]) -> Tensor:
     """Read runs of elements, each given by (first, count), into one flat tensor."""
     size = tensor.itemsize
-    data = bytearray(size * sum(count for _, count in runs))
+    data = bytearray(size * sum(number for _, number in runs))
     view, position = memoryview(data), 0
-    for first, count in runs:
-        reader.read(tensor.path, tensor.start + first * size, view[position : position + count * size])
-        position += count * size
+    for first, number in runs:
+        reader.read(tensor.path, tensor.start + first * size, view[position : position + number * size])
+        position += number * size
     dtype = TORCH.get(tensor.dtype) or PLACES[tensor.dtype]
     return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
 

@@ -9,41 +9,39 @@ from __future__ import annotations
 import json
 import threading
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from ..output.finished import FinishedLine, Progress, TensorResult, Verdict, copied_name, kept_name
+from ..output.finished import Checker, FinishedLine, Progress, Task, copied_name, kept_name
 from ..output.output import Output
-from ..output.shards import Copy, ShardFiles
+from ..output.shards import ShardFiles
 from ..plan.item import Item
 from ..plan.plan import Plan
 from ..settings import Settings, __version__
 from ..storage.filenames import JOURNAL, SPOOL
 from ..storage.journal import Journal, JournalKey, UnfinishedRun
-from ..storage.reader import Digest, Reader
-from ..storage.safetensors import StoredTensor
-from ..storage.spool import Spool, SpooledTensor
+from ..storage.reader import Reader
+from ..storage.spool import Spool
 from .device_buffers import DeviceBuffers
 from .precision import ComputeSpec, choose
-from .tensor import StartMaker, write_item
-from .workers import WorkerPool
+from .tensor import StartMaker
+from .workers import TensorWork, WorkerPool
 
-Task = Callable[[DeviceBuffers], None]
 Hashes = Sequence[Mapping[str, str]]
 """For each adapter, the xxh3-128 of its files by name."""
 
 
-class Checker(Protocol):
-    """Compares written tensors with their definitions."""
+class Executor(Protocol):
+    """Does the tasks of a run elsewhere than in threads of this process."""
 
-    def check(self, item: Item, result: TensorResult) -> Verdict:
-        """Return the verdict on one tensor, from the facts about its writing."""
+    def execute(self, run: Run, tasks: Sequence[Task]) -> None:
+        """Do all tasks, and pass what comes of each to `run.take`, in this process."""
 
 
 class Transfers(Protocol):
@@ -83,6 +81,8 @@ class Run:
     hub: Transfers | None = None
     output: Output | None = None
     """Makes a tensor's source safe to read, and learns when it is settled; None for a rehearsal."""
+    executor: Executor | None = None
+    """Does the tasks; None for threads of this process."""
     hashed: Collection[str] = ()
     """Names of copied tensors whose hashes are wanted."""
     resumed: bool = False
@@ -91,27 +91,51 @@ class Run:
     _skipped: int = 0
     _waiting: Counter[str] = field(default_factory=Counter)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _together: dict[str, Sequence[Item]] = field(default_factory=dict)
+    """The parts of weights that are coded again, by the weight's name."""
     _workers: WorkerPool[DeviceBuffers] = field(init=False)
 
     def __post_init__(self) -> None:
-        start = partial(DeviceBuffers, self.spec, self.reader)
+        start = DeviceBuffers.dealt(self.spec, self.reader)
         self._workers = WorkerPool(self.settings.max_memory, start, self.reader.stop)
-        self._tight = self.settings.workers * self.plan.memory > self.settings.max_memory
 
     def execute(self) -> None:
         """Write every output tensor that is not finished yet."""
         tasks = list(self._tasks())
         if self.hub:
             order = {shard.filename: number for number, shard in enumerate(self.plan.shards)}
-            tasks.sort(key=lambda task: order[task[0]])
-        self._waiting.update(shard for shard, _ in tasks)
+            tasks.sort(key=lambda task: order[task.shard])
+        self._waiting.update(shard for task in tasks for shard in self._shards_of(task))
         for shard in self.plan.shards:
             if not self._waiting[shard.filename]:
                 self._finish(shard.filename)
-        self._workers.run(self.settings.workers, [task for _, task in tasks])
+        if self.executor:
+            self.executor.execute(self, tasks)
+        else:
+            self._execute_here(tasks)
 
-    def _tasks(self) -> Iterator[tuple[str, Task]]:
-        """Yield each task after the name of its shard.
+    def _execute_here(self, tasks: Sequence[Task]) -> None:
+        """Do the tasks in threads."""
+        work = TensorWork(
+            plan=self.plan,
+            shards=self.shards,
+            reader=self.reader,
+            spool=self.spool,
+            maker=self.maker,
+            checker=self.checker,
+            output=self.output,
+            advance=self.advance,
+            holding=self._workers.holding,
+            tight=self.settings.workers * self.plan.memory > self.settings.max_memory,
+        )
+
+        def do(task: Task, buffers: DeviceBuffers) -> None:
+            self.take(task, work.do(task, buffers), map(self.shards.path, self._shards_of(task)))
+
+        self._workers.run(self.settings.workers, [partial(do, task) for task in tasks])
+
+    def _tasks(self) -> Iterator[Task]:
+        """Yield everything that is not done yet.
 
         Copies come first: they need no arithmetic, so the disk is busy from the start.
         """
@@ -122,78 +146,40 @@ class Run:
         items = [item for item in unfinished if not item.part_of]
         left = [*(copy.length for copy in copies), *(each.nbytes for item in items for each in item.together)]
         self._skipped = self.plan.bytes_out - sum(left)
-        yield from ((copy.shard, partial(self._copy, copy)) for copy in copies)
-        yield from ((shard_of(item), partial(self._compute, item)) for item in items)
-        self._waiting.update(shard for item in items for shard in self._shards_of(item)[1:])
+        yield from (Task("copy", copy.shard, copy=copy) for copy in copies)
+        yield from (Task("write", shard_of(item), (item.name,)) for item in items)
+        self._together = {item.name: tuple(item.together) for item in items if item.parts}
         for tensor in self.plan.lost:
             if kept_name(tensor) not in done:
-                yield self.plan.lost_with[tensor.name], partial(self._keep, tensor)
+                # its shard waits for this task, so that the tensor's file is still on this machine
+                yield Task("keep", self.plan.lost_with[tensor.name], (tensor.name,))
         for item in self.plan.items:
             if item.name in self.hashed and copied_name(item) not in done:
-                yield shard_of(item), partial(self._hash, item)
+                yield Task("hash", shard_of(item), (item.name,))
 
-    def _copy(self, copy: Copy, _: DeviceBuffers) -> None:
-        self.advance(0)
-        self.shards.copy(copy, self.reader)
-        self.journal.add(FinishedLine(copied=copy[2:]), [self.shards.path(copy.shard)])
-        self.advance(copy.length)
-        self._finish(copy.shard)
+    def _shards_of(self, task: Task) -> list[str]:
+        """Return the shards that a task writes into or that wait for it, its own first."""
+        parts = [part for name in task.names for part in self._together.get(name, ())]
+        return list(dict.fromkeys((task.shard, *map(self.shards.shard_of, parts))))
 
-    def _hash(self, item: Item, _: DeviceBuffers) -> None:
-        """Enter the hash of a copied tensor."""
-        self.advance(0)
-        digest = self.reader.digest(item.source).fast
-        self._enter(copied_name(item), TensorResult(digest, digest, None), [])
-        self._finish(self.shards.shard_of(item))
-
-    def _compute(self, item: Item, buffers: DeviceBuffers) -> None:
-        item = self.output.prepare(item, self.reader) if self.output else item
-        with self._workers.holding(self.plan.cost(item)):
-            with buffers.working():
-                maker = self.maker(item, buffers, self.spool)
-                others = write_item(item, maker, buffers, self.shards, self.advance)
-                result = others.pop(item.name)
-            del maker  # with its factors, before another worker takes the memory
-            if self.checker:
-                result = replace(result, verdict=self.checker.check(item, result))
-            if self._tight:
-                buffers.release()
-        if result.verdict and result.verdict.wrong:
-            self.progress.done[item.name] = result
-            return
-        settled = partial(self.output.settled, item) if self.output else None
-        files = [*map(self.shards.path, self._shards_of(item)), self.spool.path]
-        for name, other in others.items():
-            self._enter(name, other, files)
-        self._enter(item.name, result, files, settled)
-        for shard in self._shards_of(item):
+    def take(self, task: Task, lines: Iterable[FinishedLine], files: Iterable[Path] = ()) -> None:
+        """Note what came of a task, and enter it in the journal once `files` and the spool are synced."""
+        synced, wrong = [*files, self.spool.path], False
+        for line in lines:
+            if line.made is not None and line.result:
+                self.progress.done[line.made] = line.result
+                if line.result.verdict and line.result.verdict.wrong:
+                    wrong = True
+                    continue
+            self.journal.add(line, synced, self._settled(task, line))
+        for shard in () if wrong else self._shards_of(task):
             self._finish(shard)
 
-    def _shards_of(self, item: Item) -> list[str]:
-        """Return the shards that an item's parts lie in, the item's own first."""
-        return list(dict.fromkeys(map(self.shards.shard_of, item.together)))
-
-    def _keep(self, tensor: StoredTensor, _: DeviceBuffers) -> None:
-        """Copy a whole tensor of the base into the undo record.
-
-        The tensor's shard waits for this task, so that the tensor's file is still on this machine.
-        """
-        digest, segments = Digest(proof=self.plan.options.exact), []
-        for piece in self.reader.pieces(tensor):
-            digest.update(piece)
-            segments.append(self.spool.add(piece))
-            self.advance(0)
-        part = SpooledTensor(kept_name(tensor), tensor.dtype, tensor.shape, tuple(segments))
-        result = TensorResult(digest.fast, digest.fast, digest.proof, (part,))
-        self._enter(part.name, result, [self.spool.path])
-        self._finish(self.plan.lost_with[tensor.name])
-
-    def _enter(
-        self, name: str, result: TensorResult, files: Collection[Path], then: Callable[[], None] | None = None
-    ) -> None:
-        """Note a result, and enter it in the journal once `files` are synced."""
-        self.progress.done[name] = result
-        self.journal.add(FinishedLine(name, result), files, then)
+    def _settled(self, task: Task, line: FinishedLine) -> Callable[[], None] | None:
+        """Return what the output does once a tensor's line is in the journal."""
+        if not self.output or task.kind != "write" or line.made not in task.names:
+            return None
+        return partial(self.output.settled, line.made)
 
     def _finish(self, shard: str) -> None:
         """Count a task of a shard as done; report the shard after its last task."""
@@ -220,6 +206,8 @@ def choose_compute(least: int, settings: Settings) -> ComputeSpec:
     settings.check_memory(least)
     spec = choose(settings.device, settings.compute_dtype)
     settings.notify(f"device: {spec}")
+    if settings.workers < len(spec.devices):
+        settings.notify(f"{len(spec.devices)} devices, and only {settings.workers} workers: some devices are idle")
     return spec
 
 

@@ -1,16 +1,28 @@
-"""Run tasks in worker threads within a memory budget, until the first error."""
+"""Do tasks: `TensorWork` does those of a plan, wherever it runs; `WorkerPool` runs any in threads."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Generic, TypeVar
 
 import torch
 
+from ..output.finished import Checker, FinishedLine, Task, TensorResult, copied_name, kept_name
+from ..output.output import Output
+from ..output.shards import ShardFiles
+from ..plan.item import Item
+from ..plan.plan import Plan
+from ..storage.reader import Digest, Reader
+from ..storage.safetensors import StoredTensor
+from ..storage.spool import Spool, SpooledTensor
+from .device_buffers import DeviceBuffers
 from .precision import exact_arithmetic
+from .tensor import StartMaker, write_item
 
 Context = TypeVar("Context")
 Result = TypeVar("Result")
@@ -79,3 +91,83 @@ def _raise_first(futures: Iterable[Future[Result]]) -> None:
     for future in futures:
         if (error := future.exception()) and not isinstance(error, StoppedError):
             raise error
+
+
+@dataclass(kw_only=True)
+class TensorWork:
+    """Does the tasks of one plan, with a worker's buffers; the caller enters what comes of them."""
+
+    plan: Plan
+    shards: ShardFiles
+    reader: Reader
+    spool: Spool
+    maker: StartMaker
+    """Starts the maker of a tensor."""
+    checker: Checker | None
+    output: Output | None
+    """Makes a tensor's source safe to read; None for a rehearsal."""
+    advance: Callable[[int], None]
+    """Called with the bytes of each block; may stop the worker."""
+    holding: Callable[[int], AbstractContextManager[None]]
+    """Waits for so many bytes of the memory budget."""
+    tight: bool = False
+    """True if all workers together need more than the budget, so that none keeps its buffers."""
+
+    @cached_property
+    def _items(self) -> dict[str, Item]:
+        return {item.name: item for item in self.plan.items}
+
+    @cached_property
+    def _lost(self) -> dict[str, StoredTensor]:
+        return {tensor.name: tensor for tensor in self.plan.lost}
+
+    def do(self, task: Task, buffers: DeviceBuffers) -> list[FinishedLine]:
+        """Do a task; return the lines for the journal, which count once the bytes behind them are synced."""
+        if task.copy:
+            return [self._copied(task)]
+        if task.kind == "keep":
+            return [self._kept(self._lost[name]) for name in task.names]
+        items = [self._items[name] for name in task.names]
+        if task.kind == "hash":
+            return [self._hashed(item) for item in items]
+        return [line for item in items for line in self._written(item, buffers)]
+
+    def _copied(self, task: Task) -> FinishedLine:
+        assert task.copy
+        self.advance(0)
+        self.shards.copy(task.copy, self.reader)
+        self.advance(task.copy.length)
+        return FinishedLine(copied=task.copy[2:])
+
+    def _hashed(self, item: Item) -> FinishedLine:
+        """Return the hash of a copied tensor."""
+        self.advance(0)
+        digest = self.reader.digest(item.source).fast
+        return FinishedLine(copied_name(item), TensorResult(digest, digest, None))
+
+    def _written(self, item: Item, buffers: DeviceBuffers) -> list[FinishedLine]:
+        """Write and check a tensor; of a wrong one, only its own line is returned."""
+        item = self.output.prepare(item, self.reader) if self.output else item
+        with self.holding(self.plan.cost(item)):
+            with buffers.working():
+                maker = self.maker(item, buffers, self.spool)
+                others = write_item(item, maker, buffers, self.shards, self.advance)
+                result = others.pop(item.name)
+            del maker  # with its factors, before another worker takes the memory
+            if self.checker:
+                result = replace(result, verdict=self.checker.check(item, result))
+            if self.tight:
+                buffers.release()
+        if result.verdict and result.verdict.wrong:
+            others = {}
+        return [FinishedLine(name, each) for name, each in (*others.items(), (item.name, result))]
+
+    def _kept(self, tensor: StoredTensor) -> FinishedLine:
+        """Copy a whole tensor of the base into the undo record."""
+        digest, segments = Digest(proof=self.plan.options.exact), []
+        for piece in self.reader.pieces(tensor):
+            digest.update(piece)
+            segments.append(self.spool.add(piece))
+            self.advance(0)
+        part = SpooledTensor(kept_name(tensor), tensor.dtype, tensor.shape, tuple(segments))
+        return FinishedLine(part.name, TensorResult(digest.fast, digest.fast, digest.proof, (part,)))

@@ -98,7 +98,7 @@ def run_plan(
             _put_side_files(plan, folder, settings)
         refuse_changed(*read)
         folder.publish()
-    facts = {"device": str(spec.device), "compute_dtype": spec.compute_name, "peak_memory_bytes": peak_memory()}
+    facts = {"device": spec.title, "compute_dtype": spec.compute_name, "peak_memory_bytes": peak_memory()}
     return results, {**facts, "bytes_written": written, "resumed": resumed}
 
 
@@ -143,7 +143,7 @@ class _Run:
 
     def execute(self, jobs: Collection[Job], fit: FitJob, reader: Reader) -> None:
         """Run some jobs, those that read the same file together."""
-        workers = WorkerPool(self.settings.max_memory, partial(DeviceBuffers, self.spec, reader), reader.stop)
+        workers = WorkerPool(self.settings.max_memory, DeviceBuffers.dealt(self.spec, reader), reader.stop)
         self._total += sum(job.nbytes for job in jobs)
 
         def one(job: Job, buffers: DeviceBuffers) -> None:

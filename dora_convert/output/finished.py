@@ -1,10 +1,11 @@
-"""Hold what a run has finished: results by tensor, and the lines of a journal that tell of them."""
+"""Hold what a run has to do and has done: its tasks, results by tensor, and the lines of its journal."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, Protocol
 
 import msgspec
 
@@ -14,6 +15,18 @@ from ..plan.plan import Plan
 from ..storage.json_files import Count, Real
 from ..storage.safetensors import StoredTensor
 from ..storage.spool import SpooledTensor
+from .shards import Copy
+
+
+class Task(NamedTuple):
+    """A piece of work as data, which any worker can do: in this process, in another, or on another machine."""
+
+    kind: Literal["copy", "write", "keep", "hash"]
+    """Copy bytes, write tensors of the plan, keep tensors of the base in the undo record, or hash copied tensors."""
+    shard: str
+    names: tuple[str, ...] = ()
+    """The tensors, by their names in the plan."""
+    copy: Copy | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +84,13 @@ class TensorResult:
     """Elements of a recovered tensor that several values of the base would have given."""
     cuts: tuple[tuple[Real, int], ...] = ()
     """For each pruned change, the least magnitude kept, and the flat place of the last kept one that equals it."""
+
+
+class Checker(Protocol):
+    """Compares written tensors with their definitions."""
+
+    def check(self, item: Item, result: TensorResult) -> Verdict:
+        """Return the verdict on one tensor, from the facts about its writing."""
 
 
 class FinishedLine(msgspec.Struct, frozen=True, omit_defaults=True):

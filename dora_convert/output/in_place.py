@@ -143,7 +143,7 @@ class InPlace(Output):
 
     def prepare(self, item: Item, reader: Reader) -> Item:
         """Copy the tensor's old bytes to the disk, and return the item with the copy as source."""
-        path, stored = self._old(item), self._tensors[item.name]
+        path, stored = self._old(item.name), self._tensors[item.name]
         if not path.exists():
             path.parent.mkdir(exist_ok=True)
             partial = path.with_suffix(".partial")
@@ -163,13 +163,13 @@ class InPlace(Output):
         assert item.base
         return replace(item, base=replace(item.base, path=path, start=0))
 
-    def settled(self, item: Item) -> None:
+    def settled(self, name: str) -> None:
         """Remove the copy of a tensor's old bytes: the new ones are synced and entered in the journal."""
-        self._old(item).unlink(missing_ok=True)
+        self._old(name).unlink(missing_ok=True)
 
-    def _old(self, item: Item) -> Path:
+    def _old(self, name: str) -> Path:
         """Return the path of a tensor's old bytes: a hash, since file systems fold case and limit lengths."""
-        return self.state / "old" / f"{xxhash.xxh3_128_hexdigest(item.name.encode())}.old"
+        return self.state / "old" / f"{xxhash.xxh3_128_hexdigest(name.encode())}.old"
 
     def path(self, name: str) -> Path:
         """Return the path that a file beside the weights is staged at until all files are."""

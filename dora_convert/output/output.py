@@ -81,7 +81,7 @@ class Output(ABC):
         """Return the item with a source that is safe to read while the item is written."""
         return item
 
-    def settled(self, item: Item) -> None:  # noqa: B027 - for outputs in place
+    def settled(self, name: str) -> None:  # noqa: B027 - for outputs in place
         """Note that a tensor is written, synced and entered in the journal."""
 
     def bytes_needed(self, plan: Plan) -> int:

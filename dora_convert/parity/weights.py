@@ -11,7 +11,7 @@ import torch
 
 from ..codecs.coded import CodedTensor
 from ..engine.doubts import check_magnitudes
-from ..engine.precision import choose, scan_adapter
+from ..engine.precision import ComputeSpec, choose, scan_adapter
 from ..engine.workers import WorkerPool
 from ..plan.item import Item
 from ..plan.plan import Plan
@@ -72,19 +72,19 @@ def _compare(pairing: Pairing, settings: Settings, samples: int, reader: Reader)
     done, total = 0, sum(written.nbytes for _, written in pairing.pairs)
     spec = choose(settings.device, "float64")
     settings.notify(f"device: {spec}")
-    workers: WorkerPool[None] = WorkerPool(settings.max_memory, lambda: None, reader.stop)
+    workers: WorkerPool[ComputeSpec] = WorkerPool(settings.max_memory, spec.dealt(), reader.stop)
 
-    def compare(item: Item, written: StoredTensor, _: None) -> CheckedModule | bool:
+    def compare(item: Item, written: StoredTensor, lane: ComputeSpec) -> CheckedModule | bool:
         nonlocal done
         workers.check()
         if written.coded and (item.source.coded or item.changed):
             with workers.holding(item.cost(8)):
-                result: CheckedModule | bool = _compare_coded(item, written, reader, samples, spec.device)
+                result: CheckedModule | bool = _compare_coded(item, written, reader, samples, lane.device)
         elif item.verbatim and item.source.dtype == written.dtype:
             result = reader.same_bytes(item.source, written)
         else:
             with workers.holding(item.cost(8)):
-                module = compare_all(item, written, reader, samples, spec.device)
+                module = compare_all(item, written, reader, samples, lane.device)
             result = module if item.changed else not module.wrong_elements
         reader.done(item.name)
         done += written.nbytes

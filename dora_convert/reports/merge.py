@@ -92,7 +92,7 @@ class MergeReport(PlanReport):
         if verdict:
             verified = Verified(checked=verdict.checked, wrong_elements=verdict.wrong, max_ulp=verdict.max_ulp)
         computed = {
-            "device": str(run.spec.device),
+            "device": run.spec.title,
             "compute_dtype": run.spec.compute_name,
             "bytes_written": run.written,
             "peak_memory_bytes": peak_memory(),

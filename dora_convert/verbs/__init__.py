@@ -56,6 +56,8 @@ def _given(name: str, value: Any, kind: Any, option: Option) -> Any:
         return _listed(name, value, float if float in get_args(kind) else str)
     if name == "on_notice" and value:
         return lambda text: value(printable(text))
+    if name == "device" and isinstance(value, Iterable) and not isinstance(value, str | bytes):
+        value = ",".join(map(str, value))
     if value is None or not (option.choices or name == "device"):
         return value
     word = str(value).removeprefix("torch.")

@@ -195,7 +195,7 @@ class _Request:
             collision=tuple(collision),
             vectors=tuple(vectors),
             notes=tuple(notes_of(tuned, points, collision)),
-            device=str(spec.device),
+            device=spec.title,
             compute_dtype=spec.compute_name,
         )
 
