@@ -81,7 +81,9 @@ def main() -> None:
 def report(seconds: dict[str, list[float]], peak: dict[str, int]) -> None:
     """Print the median of each command, its ratio to a single merge, and its memory."""
     torch_seconds = seconds.pop("import torch")
-    net = {name: [one - spent for one, spent in zip(each, torch_seconds, strict=True)] for name, each in seconds.items()}
+    net = {
+        name: [one - spent for one, spent in zip(each, torch_seconds, strict=True)] for name, each in seconds.items()
+    }
     print(f"\n{'':16}{'median s':>10}{'/ single':>10}{'net / net':>11}{'peak MB':>9}")
     for name, each in seconds.items():
         ratio = statistics.median(one / single for one, single in zip(each, seconds["single"], strict=True))

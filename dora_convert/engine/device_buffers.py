@@ -35,6 +35,8 @@ class DeviceBuffers:
     def __init__(self, spec: ComputeSpec, reader: Reader, stream: Any = None) -> None:
         self.spec = spec
         self.reader = reader
+        self.at_once = False
+        """True if the memory budget has room for the whole result of the item at hand."""
         self._cuda = spec.device.type == "cuda"
         if self._cuda and stream is None:
             stream = torch.cuda.Stream(spec.device)  # type: ignore[no-untyped-call]
@@ -58,6 +60,10 @@ class DeviceBuffers:
             device = torch.device("cpu") if mps else self.spec.device
             self._exact = DeviceBuffers(ComputeSpec(device, torch.float64, "exact"), self.reader, self._stream)
         return self._exact
+
+    def single(self) -> DeviceBuffers:
+        """Return new buffers in float32 on the same stream."""
+        return DeviceBuffers(ComputeSpec(self.spec.device, torch.float32, "estimate"), self.reader, self._stream)
 
     def working(self) -> AbstractContextManager[object]:
         """Return the context in which the tensors of these buffers may be used."""
@@ -176,6 +182,10 @@ class DeviceBuffers:
         self.forget()
         if self._exact:
             self._exact.release()
+
+    def free(self, name: str) -> None:
+        """Free one buffer."""
+        self._buffers.pop(name, None)
 
     def scratch(self, name: str, shape: Sequence[int], dtype: torch.dtype, *, on_host: bool = False) -> Tensor:
         """Return memory that the next call of the name reuses: fresh pages cost more than arithmetic."""

@@ -104,6 +104,8 @@ class EditCombiner(Protocol):
     edits: Sequence[LoadedEdit]
     cuts: tuple[tuple[float, int], ...]
     """For each pruned change, the least magnitude kept, and the flat place of the last kept one that equals it."""
+    result: Tensor | None
+    """The whole result, rounded, if one pass over the tensor has made it."""
 
     def apply(self, W: Tensor, start: int, stop: int) -> Tensor:
         """Compute the result of all edits for a block of rows, in place."""
@@ -147,12 +149,18 @@ class MergeMaker:
         """Return rows of the output from those of the source."""
         W = self.values.block(raw, start, stop)
         self._see_base(raw, W, start, stop)
-        result = self._buffers.land(self._applied(W, start, stop), TORCH[self._item.dtype])
+        result = self._rounded(W, start, stop)
         if not maths.all_finite(result) or not all(edit.is_finite() for edit in self.edits):
             refuse_result(self._item, raw, result)
         if self._observer:
             self._observer.after(raw, result, start)
         return result
+
+    def _rounded(self, W: Tensor, start: int, stop: int) -> Tensor:
+        """Return rows of the result, in host memory."""
+        if self._combiner and self._combiner.result is not None:
+            return self._combiner.result[start:stop]
+        return self._buffers.land(self._applied(W, start, stop), TORCH[self._item.dtype])
 
     def merged(self, raw: Tensor, start: int, stop: int) -> Tensor:
         """Return rows of the result before any rounding, on the device."""

@@ -1,6 +1,6 @@
-"""Bound the k-th largest of many magnitudes while they pass by, so that most are known to be above or below it.
+"""Bound the k-th largest of many magnitudes by a sample, so that most are known to be above or below it.
 
-The bounds come from the rank among the magnitudes seen so far. They may be wrong: `settle` says so at the end.
+The bounds may be wrong: `settle` says so when all magnitudes have been seen.
 """
 
 from __future__ import annotations
@@ -11,13 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-SAMPLED = 1 << 12
-"""Numbers that stand for others where a bound is chosen."""
-SPREAD, SIGMAS = 0.2, 2.5
-"""The standard deviation of a row's share above the threshold, and the multiple of it that bounds allow for.
-
-Rows of a DoRA differ by their magnitudes. Wider bounds cost more than the few tensors that need another pass.
-"""
+STEP = 61
+"""One of so many magnitudes is in the sample; a prime, so that rows of any length show all their columns in turn."""
+SIGMAS = 3.5
 
 
 class Found(NamedTuple):
@@ -29,45 +25,31 @@ class Found(NamedTuple):
 
 
 class Interval:
-    """Bounds of the k-th largest of n magnitudes of a matrix with so many rows."""
+    """Bounds of the k-th largest of n magnitudes."""
 
-    def __init__(self, k: int, n: int, rows: int) -> None:
-        self.k, self._n, self._rows = k, n, rows
-        self.low, self.high = 0.0, math.inf
-        self.above = self._seen = 0
-        """The number of magnitudes above `high`, and of all seen."""
+    def __init__(self, k: int, n: int) -> None:
+        self.k, self._n = k, n
+        self.low = self.high = 0.0
+        self.above = 0
+        """The number of magnitudes above `high`."""
+        self._sample: list[Tensor] = []
 
-    def guess(self, block: Tensor) -> None:
-        """Choose bounds by a sample of the first block; a share of the rows stands for all."""
-        sample = block.reshape(-1)[:: max(1, block.numel() // (4 * SAMPLED))].abs()
-        noise = 2 * SIGMAS / math.sqrt(max(1, len(sample)))
-        self._choose(sample, self.k / self._n * len(sample), (self._margin(block.numel()) + noise) * len(sample))
+    def look(self, change: Tensor) -> None:
+        """Take a sample of a block."""
+        self._sample.append(change.reshape(-1)[::STEP].abs())
 
-    def see(self, count: int, above: int) -> None:
-        """Count magnitudes, of which some are above the interval."""
-        self._seen += count
-        self.above += above
-
-    def narrow(self, sample: Tensor, count: int) -> None:
-        """Choose narrower bounds by a sample of the `count` magnitudes inside; `above` is the caller's to count."""
-        if not count:
-            return
-        part = len(sample) / count
-        middle = self.k * self._seen / self._n - self.above
-        self._choose(sample, middle * part, self._margin(self._seen) * self._seen * part)
-
-    def _margin(self, seen: int) -> float:
-        """Return the share of all magnitudes by which those seen may mislead about the rank."""
-        part = max(seen, 1) / self._n
-        return SIGMAS * SPREAD * math.sqrt(max(0.0, 1 / part - 1) / self._rows)
-
-    def _choose(self, sample: Tensor, middle: float, half: float) -> None:
-        """Set the bounds to the numbers of rank middle ± half of a sample, as far as it has such ranks."""
-        first, last = math.floor(middle - half), math.ceil(middle + half)
-        if first >= 1:
-            self.high = _ranked(sample, first)
-        if last <= len(sample):
-            self.low = _ranked(sample, last)
+    def choose(self) -> bool:
+        """Choose the bounds by the sample; return False if it is too small, or if zeros would be inside."""
+        sample = torch.cat(self._sample) if self._sample else torch.empty(0)
+        share, count = self.k / self._n, len(sample)
+        half = SIGMAS * math.sqrt(share * (1 - share) * count) + 2
+        first, last = math.floor(share * count - half), math.ceil(share * count + half)
+        self._sample = []
+        if not 1 <= first < last <= count:
+            return False
+        high, low = (float(sample.kthvalue(count + 1 - rank).values) for rank in (first, last))
+        self.low, self.high = low * (1 - 1e-5), high * (1 + 1e-5)  # the sample is of less precision
+        return self.low > 0
 
     def holds(self, magnitudes: Tensor) -> Tensor:
         """Return True for those inside the bounds."""
@@ -80,11 +62,6 @@ class Interval:
             return None
         value = inside.kthvalue(len(inside) + 1 - rank).values
         return Found(float(value), int((inside == value).sum()), rank - int((inside > value).sum()))
-
-
-def _ranked(sample: Tensor, rank: int) -> float:
-    """Return the number of a rank from the largest, which has rank 1."""
-    return float(sample.kthvalue(len(sample) + 1 - min(max(rank, 1), len(sample))).values)
 
 
 def nonzero_places(marked: Tensor) -> Tensor:
