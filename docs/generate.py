@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from schema import schema
 
 import dora_convert
 from dora_convert.cli import COMMANDS, group
@@ -141,6 +142,7 @@ PAGES = {
     ROOT / "docs/api.md": functions,
     ROOT / "docs/cli-reference.md": reference,
     ROOT / "dora_convert/__init__.pyi": stub,
+    ROOT / "dora_convert/report.schema.json": schema,
 }
 
 if __name__ == "__main__":

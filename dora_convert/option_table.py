@@ -68,6 +68,8 @@ OPTIONS = {
                             choices=("auto", "float64", "float32")),
     "max_memory": Option("160MiB", f"{BUDGET}.", "SIZE"),
     "workers": Option(None, "Threads; default one per processor.", "N", least=1),
+    "cluster": Option(None, "Run on a Ray cluster: auto, local[:N] or ray://HOST:PORT; needs the extra ray.",
+                      "ADDRESS"),
     "include": Option((), "Only modules of this name; repeatable.", "GLOB"),
     "exclude": Option((), "No modules of this name; repeatable.", "GLOB"),
     "undo": Option(None, "Record that unmerge needs: norms (default; up to rounding) or exact (bit for bit).",
@@ -105,6 +107,11 @@ OPTIONS = {
 }
 # fmt: on
 """All options, in the order of help and signatures."""
+
+QUANTISED = {"all": "--dequantize", "touched": "--dequantize-touched", "again": "--requantize"}
+"""Options by what they make of quantised weights."""
+REPEATED = ("include", "exclude", "ignore_field", "ignore_file")
+"""Options that may be given several times."""
 
 
 @dataclass(frozen=True)

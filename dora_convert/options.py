@@ -105,6 +105,12 @@ class WriteOptions(ComputeOptions, total=False):
     follow_links: bool
 
 
+class ClusterOptions(TypedDict, total=False):
+    """Verbs whose work several machines may share."""
+
+    cluster: str | None
+
+
 class OutputOptions(SelectOptions, CommitOptions, WriteOptions, total=False):
     """Verbs that write a new model or adapter."""
 
@@ -131,7 +137,9 @@ class GoalOptions(TypedDict, total=False):
     exact_svd: bool
 
 
-class MergeOptions(CombineOptions, MatchOptions, FieldOptions, CheckpointOptions, OutputOptions, total=False):
+class MergeOptions(
+    CombineOptions, MatchOptions, FieldOptions, CheckpointOptions, ClusterOptions, OutputOptions, total=False
+):
     """The options of merge."""
 
     undo: str | None
@@ -144,7 +152,7 @@ class MergeOptions(CombineOptions, MatchOptions, FieldOptions, CheckpointOptions
     no_local: bool
 
 
-class UnmergeOptions(FieldOptions, CheckpointOptions, WriteOptions, total=False):
+class UnmergeOptions(FieldOptions, CheckpointOptions, ClusterOptions, WriteOptions, total=False):
     """The options of unmerge."""
 
     base: Path | None
@@ -181,7 +189,9 @@ class ExtractOptions(GoalOptions, FittingOptions, total=False):
     embeddings: str
 
 
-class VerifyOptions(CombineOptions, MatchOptions, SelectOptions, FieldOptions, ComputeOptions, total=False):
+class VerifyOptions(
+    CombineOptions, MatchOptions, SelectOptions, FieldOptions, ClusterOptions, ComputeOptions, total=False
+):
     """The options of verify."""
 
     base_as: str | None
@@ -208,6 +218,8 @@ class AnalyzeOptions(SelectOptions, FieldOptions, ComputeOptions, total=False):
 
 class InspectOptions(FieldOptions, HubOptions, total=False):
     """The options of inspect."""
+
+    report: Path | None
 
 
 class UploadOptions(CommitOptions, TokenOptions, CallOptions, total=False):

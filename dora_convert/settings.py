@@ -32,7 +32,7 @@ DEVICES = re.compile(r"auto|mps|cpu(,cpu)*|cuda(:\d+)?(,(cuda:)?\d+)*")
 REPO_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 EXTRAS = {
     "verify": ("transformers", "accelerate", "peft"), "trainer": ("transformers", "peft"), "plot": ("matplotlib",),
-    "nf4": ("bitsandbytes",),
+    "nf4": ("bitsandbytes",), "ray": ("ray",),
 }  # fmt: skip
 """The packages of each extra."""
 _UNITS = {"": 1} | {
@@ -49,6 +49,8 @@ class Settings:
     device: str
     compute_dtype: str = "auto"
     max_memory: int
+    default_memory: bool = False
+    """True if the caller has not set the budget."""
     workers: int
     verify: bool = False
     base_model: str | None = None
@@ -68,12 +70,18 @@ class Settings:
             device=device,
             compute_dtype=options.get("compute_dtype", "auto"),
             max_memory=parse_size(MAX_MEMORY if budget in (None, "auto") else budget, "--max-memory"),
+            default_memory=budget in (None, "auto"),
             workers=options["workers"] or default_workers(),
             verify=options.get("verify", False),
             base_model=options.get("base_model"),
             on_progress=options["on_progress"],
             on_notice=options["on_notice"],
         )
+
+    @property
+    def memory_each(self) -> int:
+        """A worker's share of the memory budget."""
+        return self.max_memory // self.workers
 
     def check_memory(self, least: int) -> None:
         """Raise UsageError if the budget is below `least`, the bytes of the costliest piece of work."""
@@ -89,9 +97,10 @@ class Settings:
             self.on_notice(text)
 
     def warn(self, text: str) -> None:
-        """Pass a warning to the caller, and keep it for the report."""
-        self.warnings.append(text)
-        self.notify(f"warning: {text}")
+        """Pass a warning to the caller, once, and keep it for the report."""
+        if text not in self.warnings:
+            self.warnings.append(text)
+            self.notify(f"warning: {text}")
 
 
 @dataclass(frozen=True)
@@ -202,20 +211,27 @@ def peak_memory() -> int | None:
 
 
 @contextmanager
+def collections_paused() -> Iterator[None]:
+    """Build many objects that all stay without garbage collections, which would look at each again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@contextmanager
 def without_collections() -> Iterator[None]:
     """Import torch without garbage collection, which takes a third of the time and finds nothing.
 
     NumPy is not needed, and so torch's warning that NumPy is missing is of no use.
     """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
+    with collections_paused():
         with _uninterrupted(), _without_numpy():
             yield
         gc.freeze()  # imported modules never become garbage
-    finally:
-        if enabled:
-            gc.enable()
 
 
 @contextmanager

@@ -26,6 +26,7 @@ FLOORS = [
     "parity",
     "hub",
     "reports",
+    "cluster",
     "engine",
     "output",
     "sources",
@@ -44,6 +45,7 @@ NEVER = {
     "maths": {room for room in FLOORS if room != "maths"},
     "formats": {"plan", "naming"},
     "engine": {"hub", "undo", "parity"},
+    "cluster": {"hub", "undo", "parity"},
     "parity": {"maths"},
     "hub": {"parity"},
 }

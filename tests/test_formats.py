@@ -47,7 +47,9 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 def test_merged_as_the_tool_computes(tmp_path, case):
     """Within 1e-6 of the tool's own forward; verify agrees, and unmerge restores the base bit for bit."""
     base, adapter, options = GOLDEN / CASES[case]["base"], adapter_of(case), options_of(case)
-    dora_convert.merge(base, adapter, tmp_path / "out", undo="exact", **options)
+    notices: list[str] = []
+    dora_convert.merge(base, adapter, tmp_path / "out", undo="exact", on_notice=notices.append, **options)
+    assert len(notices) == len(set(notices))
     before, merged = tensors_of(base), tensors_of(tmp_path / "out")
     touched = set()
     for name, wanted in TRUTH.items():

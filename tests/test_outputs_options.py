@@ -18,6 +18,7 @@ from dora_convert.errors import DoraConvertError
 from . import toy
 from .test_outputs import changed, merged, outputs, trained
 from .test_page import read
+from .test_schema import faults, of
 from .toy import edit_json, make_adapter, make_base
 
 
@@ -61,6 +62,7 @@ def test_prompts(tmp_path, run):
     toy.write_json(base / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
     code, text, _ = run(*words, "--json")
     report = json.loads(text)
+    assert list(faults(report, of("OutputsReport"))) == []
     assert (code, report["prompts"], report["positions"]) == (0, 3, 2 + 3 + 3 + 3 * 8)
     texts = report["continuations"]
     assert {each["prompt"] for each in texts} == {"one two", "three four five", "two one six"}

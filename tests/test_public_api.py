@@ -39,7 +39,9 @@ def test_signatures_list_every_option():
     assert parameters["on_notice"].kind is inspect.Parameter.KEYWORD_ONLY
     assert inspect.signature(dora_convert.to_lora).parameters["max_memory"].default == "auto"
     assert "exact_svd: bool = False" in str(inspect.signature(dora_convert.extract))
-    with pytest.raises(TypeError, match=r"merge\(\) got an unexpected keyword argument 'devise'"):
+    with pytest.raises(
+        TypeError, match=r"merge\(\) got an unexpected keyword argument 'devise'; did you mean 'device'\?"
+    ):
         dora_convert.merge("base", "adapter", "out", devise="cpu")
 
 

@@ -14,12 +14,12 @@ GROUPS = {
         "dtype", "max_shard_size", "dequantize", "dequantize_touched", "requantize", "undo", "legacy_config", "format",
         "dry_run", "overwrite", "in_place", "allow_lossy",
     )),
-    "Checks": ("verify/", ("verify", "verify_outputs", "level", "samples", "prompt", "prompts", "report")),
+    "Checks": ("verify/", ("verify", "verify_outputs", "level", "samples", "prompt", "prompts")),
     "Machine": ("performance/", ("device", "compute_dtype", "max_memory", "workers", "cluster")),
     "Hub": ("hub/", (
         "push_to_hub", "no_local", "private", "create_pr", "commit_message", "base_model", "cache", "token",
     )),
-    "Answer": ("cli/", ("verbose", "quiet", "tsv", "as_json", "help")),
+    "Answer": ("cli/", ("report", "verbose", "quiet", "tsv", "as_json", "help")),
 }  # fmt: skip
 """The page and the options of each group; an option that is in none is the verb's own."""
 _PLACES = {name: title for title, (_, names) in GROUPS.items() for name in names}

@@ -24,6 +24,7 @@ def inspect(ref: str, *, sink: Sink, base: str | None, **keywords: Unpack[Inspec
     Examples:
       dora-convert inspect ./adapter
       dora-convert inspect ./adapter --base org/base
+      dora-convert inspect ./adapter --report adapter.html
       dora-convert inspect org/base --json
     """
     from ..verbs.inspect import inspect as verb

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ..storage.safetensors import StoredTensor
 from .coded import CodedTensor, PartReader, Scheme, as_bytes_of, as_matrix
-from .numbers import E2M1, looked_up, power, spread, unpack, values
+from .numbers import E2M1, looked_up, spread, unpack, values
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,8 +36,8 @@ class Blocks(Scheme):
     """A number that every scale is multiplied by."""
     divides: bool = False
     """True if the part "global" divides the scales instead of multiplying them."""
-    exponents: bool = False
-    """True if scales are bytes that are exponents of two."""
+    scale_bytes: str | None = None
+    """The dtype of scales that are stored as U8."""
     balanced: bool = False
     """True if the least code is as far from zero as the largest."""
     packed_zeros: bool = False
@@ -71,11 +71,15 @@ class Blocks(Scheme):
             return unpack(raw, self.bits, count).double().sub_(middle)
         return values(raw, self.grid)
 
+    def meant(self, dtype: str) -> str:
+        """Return the dtype that the numbers of a stored dtype have."""
+        return self.scale_bytes if self.scale_bytes and dtype == "U8" else dtype
+
     def scales(self, tensor: CodedTensor, read: PartReader, start: int, stop: int) -> Tensor:
         """Return the scales of rows: (stop − start, groups of columns)."""
         part = tensor.parts["scale"]
         raw = self._by_rows(part, read, start, stop)
-        scale = power(raw) if self.exponents else values(raw, part.dtype)
+        scale = values(raw, self.meant(part.dtype))
         scale = scale if self.factor == 1 else scale * self.factor
         if overall := tensor.parts.get("global"):
             number = values(read.rows(as_bytes_of(overall, 1), 0, 1), overall.dtype)

@@ -89,7 +89,7 @@ def _plain(found: Evidence, parts: dict[str, StoredTensor], args: Mapping[str, A
         height=codes.shape[-2],
         rows=rows,
         columns=columns,
-        exponents=scale.dtype == "U8",
+        scale_bytes="F8_E8M0",
     )
     return found.dense(codes.name, codes.shape, parts, scheme)
 
@@ -111,7 +111,7 @@ def _packed(found: Evidence, module: str, parts: dict[str, StoredTensor], args: 
         height=shape[-2],
         rows=rows,
         columns=columns,
-        exponents=scale.dtype in ("U8", "F8_E8M0"),
+        scale_bytes="F8_E8M0",
         divides=True,
         packed_zeros=True,
     )

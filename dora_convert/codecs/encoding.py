@@ -120,7 +120,8 @@ def rounded(numbers: Tensor, dtype: str, scheme: Blocks) -> Tensor:
     """Return numbers as a dtype stores them, in float64; exponents are rounded up."""
     import torch
 
-    if dtype == "F8_E8M0" or (scheme.exponents and dtype == "U8"):
+    dtype = scheme.meant(dtype)
+    if dtype == "F8_E8M0":
         mantissa, exponent = torch.frexp(numbers)
         exponent = (exponent - (mantissa == 0.5).to(exponent.dtype)).clamp(-127, 127)
         return power((exponent + 127).to(torch.uint8))
@@ -133,7 +134,8 @@ def stored(numbers: Tensor, dtype: str, scheme: Blocks) -> Tensor:
     """Return the bytes of numbers that a dtype holds: uint8 (rows, bytes)."""
     import torch
 
-    if dtype == "F8_E8M0" or (scheme.exponents and dtype == "U8"):
+    dtype = scheme.meant(dtype)
+    if dtype == "F8_E8M0":
         return (torch.frexp(numbers)[1] + 126).to(torch.uint8)
     kind = getattr(torch, TORCH_NAMES[dtype])
     return numbers.to(kind).contiguous().view(torch.uint8).view(len(numbers), -1)
@@ -221,4 +223,4 @@ def packed(codes: Tensor, bits: int, row_bytes: int) -> Tensor:
 
 def numbers_of(raw: Tensor, dtype: str, scheme: Blocks) -> Tensor:
     """Return stored numbers of blocks in float64."""
-    return power(raw) if scheme.exponents and dtype == "U8" else values(raw, dtype)
+    return values(raw, scheme.meant(dtype))

@@ -46,9 +46,7 @@ def claim(found: Evidence) -> Iterator[CodedTensor]:
             continue
         rows, columns = numbers(codes.shape, scale, block)
         title = title_of("fp8", codes.shape, rows, columns)
-        scheme = Fp8(
-            title, grid=codes.dtype, height=codes.shape[-2], rows=rows, columns=columns, exponents=scale.dtype == "U8"
-        )
+        scheme = Fp8(title, grid=codes.dtype, height=codes.shape[-2], rows=rows, columns=columns, scale_bytes="F8_E8M0")
         yield found.dense(name, codes.shape, {"codes": codes, "scale": scale, **found.of_inputs(module)}, scheme)
 
 

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from .blocks import Blocks
@@ -19,6 +19,9 @@ from .evidence import Evidence
 
 FLOAT_MODES = {"mxfp4": ("E2M1", 4, 32), "mxfp8": ("F8_E4M3", 8, 32), "nvfp4": ("E2M1", 4, 16)}
 """The grid, bits and group size of codes that are small floats."""
+
+SCALES = {"mxfp4": "F8_E8M0", "mxfp8": "F8_E8M0", "nvfp4": "F8_E4M3"}
+"""The dtype of their scales, which are stored as bytes."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +73,6 @@ def _weight(found: Evidence, parts: dict[str, Any], args: Mapping[str, Any], mod
         bits=bits,
         height=shape[-2],
         columns=group,
-        exponents=mode in ("mxfp4", "mxfp8"),
+        scale_bytes=SCALES.get(mode),
     )
-    if mode == "nvfp4":
-        parts = {**parts, "scale": replace(scales, dtype="F8_E4M3")}
     return found.dense(codes.name, shape, parts, scheme)

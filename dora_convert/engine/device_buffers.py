@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,12 +24,29 @@ if TYPE_CHECKING:
 FACTOR_ELEMENTS = 1 << 18
 
 
+class SentBlock(NamedTuple):
+    """A result in host memory, or on its way there."""
+
+    host: Tensor
+    all_finite: Callable[[], bool]
+    """Returns True if the result and its norms hold neither NaN nor Inf."""
+    event: Any = None
+    """Marks the end of the way; None if the result is there."""
+
+    def wait(self) -> Tensor:
+        """Return the result once it is there."""
+        if self.event:
+            self.event.synchronize()
+        return self.host
+
+
 class DeviceBuffers:
     """One worker's memory: reads rows of stored tensors as matrices on the device, and brings results back.
 
     On a GPU the host buffers are pinned, and each worker has a stream, so that one worker's transfers overlap
     another's arithmetic. Two calls with the same buffer name share memory: the second call overwrites the
-    first result.
+    first result. Buffers are `staged` on a GPU, or for a test: then `send` returns before the device is done,
+    and results take turns in two buffers.
     """
 
     def __init__(self, spec: ComputeSpec, reader: Reader, stream: Any = None) -> None:
@@ -37,7 +54,8 @@ class DeviceBuffers:
         self.reader = reader
         self.at_once = False
         """True if the memory budget has room for the whole result of the item at hand."""
-        self._cuda = spec.device.type == "cuda"
+        self.staged, self._cuda, self._turn = spec.staged, spec.device.type == "cuda", 0
+        self._lifted: Any = None  # marks when the last raw rows have left host memory
         if self._cuda and stream is None:
             stream = torch.cuda.Stream(spec.device)  # type: ignore[no-untyped-call]
         self._stream = stream
@@ -58,7 +76,8 @@ class DeviceBuffers:
         if self._exact is None:
             mps = self.spec.device.type == "mps"
             device = torch.device("cpu") if mps else self.spec.device
-            self._exact = DeviceBuffers(ComputeSpec(device, torch.float64, "exact"), self.reader, self._stream)
+            spec = ComputeSpec(device, torch.float64, "exact", stages=self.staged and not mps)
+            self._exact = DeviceBuffers(spec, self.reader, self._stream)
         return self._exact
 
     def single(self) -> DeviceBuffers:
@@ -79,6 +98,8 @@ class DeviceBuffers:
         if stored.is_view:
             return self._part(stored, range(start, stop), range(stored.matrix[1]))
         columns = stored.matrix[1]
+        if self._lifted:
+            self._lifted.synchronize()
         host = self.scratch(buffer, (stop - start, columns), TORCH[stored.dtype], on_host=True)
         self.reader.read(stored.path, stored.start + start * columns * stored.itemsize, as_bytes(host))
         return host
@@ -86,18 +107,43 @@ class DeviceBuffers:
     def lift(self, raw: Tensor) -> Tensor:
         """Copy raw rows to the device, in the compute dtype."""
         on_device = raw.to(self.spec.device, non_blocking=self._cuda)
+        self._lifted = self.mark()
         return self.scratch("work", raw.shape, self.spec.compute).copy_(on_device)
 
     def land(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Round a result to a dtype and copy it to host memory; all buffers of the device are free then."""
-        single = self.scratch("single", x.shape, torch.float32)
-        rounded = maths.round_to(x, self.scratch("rounded", x.shape, dtype), single)
-        if self.spec.device.type == "cpu":
+        rounded = self._rounded(x, dtype)
+        if self.spec.device.type == "cpu" and not self.staged:
             return rounded
         host = self.scratch("out", x.shape, dtype, on_host=True).copy_(rounded, non_blocking=self._cuda)
         if self._stream:
             self._stream.synchronize()
         return host
+
+    def send(self, x: Tensor, dtype: torch.dtype, norms: Sequence[Tensor]) -> SentBlock:
+        """Round a result, and copy it to host memory; staged, return before that, and keep the last result, too."""
+        if not self.staged:
+            host = self.land(x, dtype)
+            return SentBlock(host, lambda: maths.all_finite(host) and all(map(maths.all_finite, norms)))
+        self._turn ^= 1
+        rounded = self._rounded(x, dtype)
+        finite = torch.stack([torch.isfinite(each).all() for each in (rounded, *norms)]).all()
+        host = self.scratch(f"out {self._turn}", x.shape, dtype, on_host=True).copy_(rounded, non_blocking=self._cuda)
+        answer = self.scratch(f"finite {self._turn}", (), torch.bool, on_host=True)
+        answer.copy_(finite, non_blocking=self._cuda)
+        return SentBlock(host, lambda: bool(answer), self.mark())
+
+    def _rounded(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        single = self.scratch("single", x.shape, torch.float32)
+        return maths.round_to(x, self.scratch("rounded", x.shape, dtype), single)
+
+    def mark(self) -> Any:
+        """Return an event after all work so far on this worker's stream; None where work is done at once."""
+        if not self._stream:
+            return None
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(self._stream)
+        return event
 
     def whole(self, stored: StoredTensor) -> Tensor:
         """Read a whole stored tensor to the device, in the compute dtype and in memory of its own."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -64,6 +65,7 @@ class StreamedFactors(FactorPair):
         if low.d:  # diag(d) may stand on either side of the product
             right = right * buffers.whole(low.d).view((1, -1) if transposed else (-1, 1))
         self._b = buffers.whole(low.b).view(-1, 1) if low.b else None
+        self._all_left: Tensor | None = None  # all rows, where they stay on the device
         if self._b is not None and transposed:
             right = right * self._b
         self._right = right.T if transposed else right
@@ -71,7 +73,16 @@ class StreamedFactors(FactorPair):
             fixed.right_(self._right)
 
     def left(self, start: int, stop: int) -> Tensor:
-        """Read rows of the left factor: (stop − start, r)."""
+        """Read rows of the left factor: (stop − start, r); all rows at once, if it stays on the device."""
+        if self._all_left is not None:
+            return self._all_left[start:stop]
+        if self._buffers.staged:
+            rows = math.prod(self._low.inputs) if self._transposed else self._low.outputs
+            self._all_left = self._fixed_left(0, rows)
+            return self._all_left[start:stop]
+        return self._fixed_left(start, stop)
+
+    def _fixed_left(self, start: int, stop: int) -> Tensor:
         part = self._read_left(start, stop)
         return self._fixed.left_(part) if self._fixed else part
 

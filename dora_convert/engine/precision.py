@@ -29,6 +29,9 @@ PLACES = {"I32": torch.int32, "I64": torch.int64}
 """The same for the dtypes of indices."""
 GRID = {"BF16": (8, -126), "F16": (11, -14), "F32": (24, -126), "F64": (53, -1022)}
 """Precision in bits and the least exponent of each dtype."""
+NEAR_BYTES = 1 << 17
+"""Rows that lie within so many bytes are read at once, with the rows between them: a call costs more."""
+EXPONENT = 0x7FF << 52  # of a float64
 OWN_PAGES = 1 << 20
 """Bytes from which a tensor gets pages of its own.
 
@@ -50,6 +53,13 @@ class ComputeSpec:
     reason: str
     others: tuple[torch.device, ...] = ()
     """Further devices that workers are dealt over, all of one kind."""
+    stages: bool = False
+    """True if a processor is to do as a device does."""
+
+    @property
+    def staged(self) -> bool:
+        """True if blocks pass through host memory on their way: they are large, read ahead and finished later."""
+        return self.stages or self.device.type == "cuda"
 
     @property
     def devices(self) -> tuple[torch.device, ...]:
@@ -130,8 +140,8 @@ def exact_arithmetic() -> Iterator[None]:
 def half_ulp(x: Tensor, dtype: str) -> Tensor:
     """Return half the distance between the neighbours of x in a dtype; x is float64."""
     precision, least = GRID[dtype]
-    exponent = (x.view(torch.int64) >> 52 & 0x7FF).clamp_(min=least + 1023)  # biased, as float64 stores it
-    return (exponent.sub_(precision) << 52).view(torch.float64)
+    power = x.view(torch.int64).bitwise_and(EXPONENT).view(torch.float64)  # the power of two that is not above |x|
+    return power.clamp_(2.0**least, 2.0**1023).mul_(2.0**-precision)
 
 
 def nearest(x: Tensor, dtype: str) -> Tensor:
@@ -141,8 +151,8 @@ def nearest(x: Tensor, dtype: str) -> Tensor:
     """
     if dtype == "F64":
         return x
-    unit = 2 * half_ulp(x, dtype)
-    return torch.round(x / unit).mul_(unit)
+    unit = half_ulp(x, dtype).mul_(2)
+    return torch.div(x, unit).round_().mul_(unit)
 
 
 def ordinal(x: Tensor, dtype: str) -> Tensor:
@@ -179,6 +189,11 @@ def read_rows(reader: Reader, tensor: StoredTensor, rows: Sequence[int]) -> Tens
 
         return show(tensor, rows, range(tensor.matrix[1]), partial(read_rows, reader))
     width = tensor.matrix[1]
+    if rows and not isinstance(rows, range):
+        first, last = min(rows), max(rows) + 1
+        if len(rows) < last - first <= NEAR_BYTES // max(1, width * tensor.itemsize):
+            near = _gather(reader, tensor, [(first * width, (last - first) * width)]).view(last - first, width)
+            return near[[row - first for row in rows]]
     runs = [(start * width, count * width) for start, count in _runs(rows)]
     return _gather(reader, tensor, runs).view(len(rows), width)
 
@@ -211,10 +226,7 @@ def _gather(reader: Reader, tensor: StoredTensor, runs: Sequence[tuple[int, int]
     """Read runs of elements, each given by (first, count), into one flat tensor."""
     size = tensor.itemsize
     data = bytearray(size * sum(number for _, number in runs))
-    view, position = memoryview(data), 0
-    for first, number in runs:
-        reader.read(tensor.path, tensor.start + first * size, view[position : position + number * size])
-        position += number * size
+    reader.gather(tensor.path, [(tensor.start + first * size, number * size) for first, number in runs], data)
     dtype = TORCH.get(tensor.dtype) or PLACES[tensor.dtype]
     return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
 

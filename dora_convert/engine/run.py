@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ..output.finished import Checker, FinishedLine, Progress, Task, copied_name, kept_name
+from ..output.finished import Checker, FinishedLine, Progress, Task, copied_name, groups, kept_name
 from ..output.output import Output
 from ..output.shards import ShardFiles
 from ..plan.item import Item
@@ -37,8 +37,15 @@ Hashes = Sequence[Mapping[str, str]]
 """For each adapter, the xxh3-128 of its files by name."""
 
 
+StartCheck = Callable[[Path, Plan, Reader], Checker]
+"""Starts the check of tensors written into a folder."""
+
+
 class Executor(Protocol):
     """Does the tasks of a run elsewhere than in threads of this process."""
+
+    def choose(self, settings: Settings) -> ComputeSpec:
+        """Choose device and dtype, as `engine.precision.choose` does for this machine."""
 
     def execute(self, run: Run, tasks: Sequence[Task]) -> None:
         """Do all tasks, and pass what comes of each to `run.take`, in this process."""
@@ -76,7 +83,8 @@ class Run:
     journal: Journal
     maker: StartMaker
     """Starts the maker of a tensor."""
-    checker: Checker | None = None
+    check: StartCheck | None = None
+    """Starts the check of written tensors; None for no check."""
     progress: Progress = field(default_factory=Progress)
     hub: Transfers | None = None
     output: Output | None = None
@@ -105,24 +113,25 @@ class Run:
         if self.hub:
             order = {shard.filename: number for number, shard in enumerate(self.plan.shards)}
             tasks.sort(key=lambda task: order[task.shard])
+        work = None if self.executor else self._work()  # reads headers of shards, before they are uploaded
         self._waiting.update(shard for task in tasks for shard in self._shards_of(task))
         for shard in self.plan.shards:
             if not self._waiting[shard.filename]:
                 self._finish(shard.filename)
         if self.executor:
             self.executor.execute(self, tasks)
-        else:
-            self._execute_here(tasks)
+        elif work:
+            self._workers.run(self.settings.workers, [partial(self._do, work, task) for task in tasks])
 
-    def _execute_here(self, tasks: Sequence[Task]) -> None:
-        """Do the tasks in threads."""
-        work = TensorWork(
+    def _work(self) -> TensorWork:
+        """Return the work of this process's threads."""
+        return TensorWork(
             plan=self.plan,
             shards=self.shards,
             reader=self.reader,
             spool=self.spool,
             maker=self.maker,
-            checker=self.checker,
+            checker=self.check(self.output.partial, self.plan, self.reader) if self.check and self.output else None,
             output=self.output,
             advance=self.advance,
             holding=self._workers.holding,
@@ -130,10 +139,8 @@ class Run:
             tight=self.settings.workers * self.plan.memory > self.settings.max_memory,
         )
 
-        def do(task: Task, buffers: DeviceBuffers) -> None:
-            self.take(task, work.do(task, buffers), map(self.shards.path, self._shards_of(task)))
-
-        self._workers.run(self.settings.workers, [partial(do, task) for task in tasks])
+    def _do(self, work: TensorWork, task: Task, buffers: DeviceBuffers) -> None:
+        self.take(task, work.do(task, buffers), map(self.shards.path, self._shards_of(task)))
 
     def _tasks(self) -> Iterator[Task]:
         """Yield everything that is not done yet.
@@ -142,21 +149,20 @@ class Run:
         """
         shard_of, done = self.shards.shard_of, self.progress.done
         copies = [copy for copy in self.shards.copies(self.plan) if copy[2:] not in self.progress.copied]
-        finished = {name for name, result in done.items() if result.verdict or not self.checker}
+        finished = {name for name, result in done.items() if result.verdict or not self.check}
         unfinished = [item for item in self.plan.items if not item.verbatim and item.name not in finished]
         items = [item for item in unfinished if not item.part_of]
         left = [*(copy.length for copy in copies), *(each.nbytes for item in items for each in item.together)]
         self._skipped = self.plan.bytes_out - sum(left)
         yield from (Task("copy", copy.shard, copy=copy) for copy in copies)
-        yield from (Task("write", shard_of(item), (item.name,)) for item in items)
+        yield from groups("write", items, shard_of, self.settings.workers)
         self._together = {item.name: tuple(item.together) for item in items if item.parts}
         for tensor in self.plan.lost:
             if kept_name(tensor) not in done:
                 # its shard waits for this task, so that the tensor's file is still on this machine
                 yield Task("keep", self.plan.lost_with[tensor.name], (tensor.name,))
-        for item in self.plan.items:
-            if item.name in self.hashed and copied_name(item) not in done:
-                yield Task("hash", shard_of(item), (item.name,))
+        copied = [item for item in self.plan.items if item.name in self.hashed and copied_name(item) not in done]
+        yield from groups("hash", copied, shard_of, self.settings.workers)
 
     def _shards_of(self, task: Task) -> list[str]:
         """Return the shards that a task writes into or that wait for it, its own first."""
@@ -165,14 +171,15 @@ class Run:
 
     def take(self, task: Task, lines: Iterable[FinishedLine], files: Iterable[Path] = ()) -> None:
         """Note what came of a task, and enter it in the journal once `files` and the spool are synced."""
-        synced, wrong = [*files, self.spool.path], False
+        wrong, right = False, []
         for line in lines:
             if line.made is not None and line.result:
                 self.progress.done[line.made] = line.result
                 if line.result.verdict and line.result.verdict.wrong:
                     wrong = True
                     continue
-            self.journal.add(line, synced, self._settled(task, line))
+            right.append((line, self._settled(task, line)))
+        self.journal.add_all(right, [*files, self.spool.path])
         for shard in () if wrong else self._shards_of(task):
             self._finish(shard)
 
@@ -199,13 +206,17 @@ class Run:
                 self.settings.on_progress(self._skipped + self.written, self.plan.bytes_out)
 
 
-def choose_compute(least: int, settings: Settings) -> ComputeSpec:
-    """Choose device and dtype, and notify the caller.
+def choose_compute(least: int, settings: Settings, executor: Executor | None = None) -> ComputeSpec:
+    """Choose device and dtype, for this machine or an executor's, and notify the caller.
 
     Raises UsageError if the memory budget is below `least`, the costliest piece of work.
     """
+    spec = executor.choose(settings) if executor else choose(settings.device, settings.compute_dtype)
+    if spec.staged:
+        from .device_plan import fit_memory
+
+        fit_memory(spec, settings)
     settings.check_memory(least)
-    spec = choose(settings.device, settings.compute_dtype)
     settings.notify(f"device: {spec}")
     if settings.workers < len(spec.devices):
         settings.notify(f"{len(spec.devices)} devices, and only {settings.workers} workers: some devices are idle")
@@ -246,13 +257,13 @@ def run(
     *,
     key: JournalKey,
     unfinished: UnfinishedRun | None,
-    check: Callable[[Path, Plan, Reader], Checker] | None,
+    check: StartCheck | None,
     hub: Transfers | None,
     **details: Any,
 ) -> Run:
     """Write every tensor that is not finished yet; all bytes and the journal are synced afterwards.
 
-    `check` starts the check of the written folder; None for no check. `details` are fields of `Run`.
+    `details` are fields of `Run`.
     """
     progress = Progress.of(unfinished.lines if unfinished else ())
     if progress.done:
@@ -272,7 +283,7 @@ def run(
             reader=reader,
             spool=spool,
             journal=stack.enter_context(closing(Journal(output.state / JOURNAL, key, unfinished))),
-            checker=check(output.partial, plan, reader) if check else None,
+            check=check,
             progress=progress,
             hub=hub,
             output=output,

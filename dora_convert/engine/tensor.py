@@ -7,12 +7,12 @@ as taking the edits out again, are `TensorMaker`s of other rooms.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from contextlib import closing
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from ..errors import NumericalError
 from ..maths import lora as maths
 from ..output.finished import TensorResult
 from ..output.shards import ShardFiles
@@ -20,7 +20,7 @@ from ..plan.item import Item
 from ..storage.reader import Digest, spans
 from ..storage.safetensors import BITS
 from ..storage.spool import Spool, SpooledTensor
-from .device_buffers import DeviceBuffers
+from .device_buffers import DeviceBuffers, SentBlock
 from .factors import LoadedEdit, apply_edits
 from .precision import TORCH, as_bytes
 
@@ -45,14 +45,24 @@ StartMaker = Callable[[Item, DeviceBuffers, Spool], TensorMaker]
 """Starts the maker of one item; called in the worker that computes the item."""
 
 
+class Begun(NamedTuple):
+    """Some rows of an output that are being computed."""
+
+    raw: Tensor
+    start: int
+    norms: tuple[Tensor | None, ...]
+    """For each edit, the norms that it has divided by."""
+    sent: SentBlock
+
+
 class MergeObserver(Protocol):
     """Sees every block of one tensor during the merge, and keeps what undoing the merge needs."""
 
     def before(self, base: Tensor, W: Tensor, start: int, stop: int) -> None:
         """See some rows before the edits: the base's bytes, and the values that the edits start from."""
 
-    def after(self, raw: Tensor, result: Tensor, start: int) -> None:
-        """See some rows after the edits: the source's bytes, and the output's."""
+    def after(self, begun: Begun, result: Tensor) -> None:
+        """See some rows after the edits: the source's bytes, each edit's norms, and the output's bytes."""
 
     def beyond(self, base: memoryview, start: int, stop: int) -> None:
         """See rows of the base that the output has no place for."""
@@ -91,8 +101,15 @@ def write_tensor(
         shards.write(item, start * row_bytes, data)
         advance(len(data))
 
-    for start, stop in item.spans():
-        write(start, as_bytes(maker.block(buffers.raw(item.source, start, stop), start, stop)))
+    if buffers.staged:
+        from .staging import finished_blocks
+
+        with closing(finished_blocks(item, maker, buffers)) as blocks:
+            for start, block in blocks:
+                write(start, as_bytes(block))
+    else:
+        for start, stop in item.spans():
+            write(start, as_bytes(maker.block(buffers.raw(item.source, start, stop), start, stop)))
     for start, data in maker.rest():
         write(start, data)
     return maker.result(digest)
@@ -147,20 +164,39 @@ class MergeMaker:
 
     def block(self, raw: Tensor, start: int, stop: int) -> Tensor:
         """Return rows of the output from those of the source."""
+        return self.finish(self.begin(raw, start, stop))
+
+    def begin(self, raw: Tensor, start: int, stop: int) -> Begun:
+        """Start to compute some rows; the device may still compute them afterwards."""
         W = self.values.block(raw, start, stop)
-        self._see_base(raw, W, start, stop)
-        result = self._rounded(W, start, stop)
-        if not maths.all_finite(result) or not all(edit.is_finite() for edit in self.edits):
-            refuse_result(self._item, raw, result)
+        base = self._base_rows(raw, start, stop)
+        if self._observer and base is not None:
+            self._observer.before(base, W, start, start + len(base))
+        begun = self._sent(W, raw, start, stop)
+        if base is not None:
+            self._base.update(as_bytes(base))
+        return begun
+
+    def finish(self, begun: Begun) -> Tensor:
+        """Return the rows that were begun."""
+        result = begun.sent.wait()
+        if not begun.sent.all_finite():
+            from .refusals import refuse_result
+
+            refuse_result(self._item, begun.raw, result)
         if self._observer:
-            self._observer.after(raw, result, start)
+            self._observer.after(begun, result)
         return result
 
-    def _rounded(self, W: Tensor, start: int, stop: int) -> Tensor:
-        """Return rows of the result, in host memory."""
+    def _sent(self, W: Tensor, raw: Tensor, start: int, stop: int) -> Begun:
+        """Compute some rows, unless one pass over the tensor has made all of them, and send them to host memory."""
         if self._combiner and self._combiner.result is not None:
-            return self._combiner.result[start:stop]
-        return self._buffers.land(self._applied(W, start, stop), TORCH[self._item.dtype])
+            rows = self._combiner.result[start:stop]
+            return Begun(raw, start, (None,) * len(self.edits), SentBlock(rows, lambda: maths.all_finite(rows)))
+        result = self._applied(W, start, stop)
+        norms = tuple(edit.n[-1] if edit.n else None for edit in self.edits)
+        known = [n for n in norms if n is not None]
+        return Begun(raw, start, norms, self._buffers.send(result, TORCH[self._item.dtype], known))
 
     def merged(self, raw: Tensor, start: int, stop: int) -> Tensor:
         """Return rows of the result before any rounding, on the device."""
@@ -170,16 +206,12 @@ class MergeMaker:
         combiner = self._combiner
         return combiner.apply(W, start, stop) if combiner else apply_edits(W, self.edits, start, stop, self._buffers)
 
-    def _see_base(self, raw: Tensor, W: Tensor, start: int, stop: int) -> None:
-        """Hash the base's rows: the source's rows, unless an adapter replaces the tensor."""
+    def _base_rows(self, raw: Tensor, start: int, stop: int) -> Tensor | None:
+        """Return the base's rows: the source's rows, unless an adapter replaces the tensor; None if it has none."""
         item = self._item
         if not item.base or item.base.coded or start >= (rows := item.base.matrix[0]):
-            return
-        stop = min(stop, rows)
-        base = raw if item.source is item.base else self._buffers.raw(item.base, start, stop, "base")
-        self._base.update(as_bytes(base))
-        if self._observer:
-            self._observer.before(base, W, start, stop)
+            return None
+        return raw if item.source is item.base else self._buffers.raw(item.base, start, min(stop, rows), "base")
 
     def rest(self) -> Iterable[tuple[int, memoryview]]:
         """Yield the rows that an adapter adds below the source's."""
@@ -189,6 +221,8 @@ class MergeMaker:
             W = self.values.set_rows_(empty, rows + start)
             result = self._buffers.land(W, TORCH[self._item.dtype])
             if not maths.all_finite(result):
+                from .refusals import refuse_result
+
                 refuse_result(self._item, W, result)
             yield rows + start, as_bytes(result)
 
@@ -272,18 +306,3 @@ def measure(item: Item, operands: Iterable[LoadedEdit], values: SourceValues, bu
             squares[k] += operand.measured(values.block(raw, start, stop), start, stop)
     for total, operand in zip(squares, pending, strict=True):
         operand.n.append(torch.as_tensor(total).sqrt())
-
-
-def refuse_result(item: Item, raw: Tensor, result: Tensor) -> None:
-    """Raise the error that explains a NaN or Inf; a conversion may keep those of its source."""
-    if not item.changed and torch.equal(torch.isfinite(result), torch.isfinite(raw)):
-        return
-    if not torch.isfinite(raw).all():
-        owner = "BASE's" if item.source is item.base else "The adapter's"
-        raise NumericalError(f"{owner} tensor {item.source.name} holds NaN or Inf.", hint="the file is damaged")
-    if torch.isnan(result).any():
-        raise NumericalError(
-            f"{item.name}: W + sBA has an output whose weights are all zero, so DoRA's m/‖V‖ is undefined.",
-            hint="is this the base that the adapter was trained on?",
-        )
-    raise NumericalError(f"{item.name} overflows {item.dtype}.", hint="--dtype bfloat16 or float32 has the range")

@@ -160,7 +160,9 @@ class TensorWork:
                 result = others.pop(item.name)
             del maker  # with its factors, before another worker takes the memory
             if self.checker:
-                result = replace(result, verdict=self.checker.check(item, result))
+                device = buffers.spec.device if buffers.staged else None
+                with buffers.working():
+                    result = replace(result, verdict=self.checker.check(item, result, device))
             if self.tight:
                 buffers.release()
         if result.verdict and result.verdict.wrong:

@@ -142,6 +142,19 @@ class MatchedChange(Job):
         return [places[row] for row in mine]
 
 
+def header(role: str, *shape: int) -> StoredTensor:
+    """Return the header of a tensor that is not computed yet."""
+    return StoredTensor(role, "F32", shape, Path("not computed yet"), 0)
+
+
+def expected_factors(job: Job, matrix: tuple[int, int], low: LowRank | None, rank: int) -> dict[str, Result]:
+    """Return the headers of a job's factors, of a rank: those of a convolution or of experts as `low` has them."""
+    outputs, inputs = (low.outputs, low.inputs) if low else (matrix[0], matrix[1:])
+    r, ones = rank * max(1, low.experts if low else 1), (1,) * (len(inputs) - 1)
+    tensors = {"A": header("A", r, *inputs), "B": header("B", outputs, r, *ones)}
+    return {job.name: Result(tensors, {"rank": rank})}
+
+
 def needs_of(jobs: Collection[Job]) -> dict[str, tuple[Path, ...]]:
     """Return the files that each job reads, jobs of the same file together."""
     return {job.name: job.reads for job in sorted(jobs, key=lambda job: job.reads)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -47,6 +47,10 @@ class Fitter(ABC):
     @abstractmethod
     def load(self) -> FitJob:
         """Import and return the arithmetic of one job; the plan is made without torch."""
+
+    @abstractmethod
+    def expected(self) -> Mapping[str, Result]:
+        """Return the headers of the results, of the largest ranks: so formats are checked before anything is fitted."""
 
     @abstractmethod
     def assemble(self, results: Mapping[str, Result]) -> Mapping[str, NewAdapter]:
@@ -150,6 +154,7 @@ class FittingSession:
         plan, settings = fitter.plan(), self.settings
         if self.options["max_memory"] == "auto":
             settings.max_memory = max(settings.max_memory, plan.memory)
+        self._refuse(fitter)
         if self.options["dry_run"]:
             return MadeDryRun(plan=self._numbers(plan) | details, **self._facts(plan))
         with without_collections():
@@ -157,7 +162,7 @@ class FittingSession:
 
             fit = fitter.load()
         inputs = partial(reading, plan.bases, session=self.session)
-        results, fields = run_plan(plan, self.folder, settings, inputs, fit=fit, assemble=fitter.assemble)
+        results, fields = run_plan(plan, self.folder, settings, inputs, fit=fit, assemble=self._named(fitter))
         details |= fitter.conclude(results)
         if pushed := push_output(self.folder.given, self.target, settings):
             details["pushed"] = asdict(pushed)
@@ -174,6 +179,18 @@ class FittingSession:
             **fields,
             **self._facts(plan),
         )
+
+    def _named(self, fitter: Fitter) -> Callable[[Mapping[str, Result]], dict[str, NewAdapter]]:
+        """Return what makes adapters of results, with the names that the format gives a diffusion model's modules."""
+        from ..naming.components import by_component
+
+        name = self.format.NAME
+        return lambda results: {where: by_component(new, name) for where, new in fitter.assemble(results).items()}
+
+    def _refuse(self, fitter: Fitter) -> None:
+        """Raise UnsupportedError for changes that the format cannot hold, before anything is fitted."""
+        for new in self._named(fitter)(fitter.expected()).values():
+            self.format.writer().save(new)
 
     def _facts(self, plan: FittingPlan) -> dict[str, Any]:
         """Return the fields that the reports of a run and of a dry run share."""

@@ -19,9 +19,10 @@ from ..output.receipt import Receipt, read_receipt
 from ..sources.inputs import read_or_refuse
 from ..storage.checkpoint import open_checkpoint
 from ..storage.filenames import JOURNAL, RECEIPT, RECORD, UNDO, is_weight_file, list_files
-from ..storage.reader import Reader, damaged_tensors, sha256
+from ..storage.reader import Reader, sha256
 from ..storage.refs import Source, local_path, local_source, refuse_unfinished
 from ..storage.safetensors import StoredTensor, read_header
+from ..storage.spool import damaged_tensors
 
 HASHERS = 2
 

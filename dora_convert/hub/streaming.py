@@ -15,7 +15,7 @@ from ..sources import Session
 from ..sources.hub_client import without_bars
 from ..sources.prefetch import MOST_FILES, Prefetch, prefetch, shard_needs, weight_download
 from ..storage.checkpoint import Checkpoint
-from ..storage.filenames import INCOMING, JOURNAL, RECORD, SPOOL, UPLOADS, list_files
+from ..storage.filenames import CLAIM, INCOMING, JOURNAL, RECORD, SPOOL, UPLOADS, list_files
 from ..storage.journal import Background
 from ..storage.reader import Reader
 from .commit import commit_folder
@@ -24,7 +24,7 @@ from .target import PushTarget
 from .upload import Upload
 from .upload_journal import refused_copies
 
-NOT_OF_OUT = {LOCK, *(f"{RECORD}/{name}" for name in (JOURNAL, UPLOADS, SPOOL))}
+NOT_OF_OUT = {LOCK, *(f"{RECORD}/{name}" for name in (JOURNAL, UPLOADS, SPOOL, CLAIM))}
 """Files of OUT.partial that are not part of OUT."""
 
 

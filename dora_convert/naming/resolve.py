@@ -17,6 +17,7 @@ from ..storage.safetensors import StoredTensor
 from .families import COMPOSITE, EMBEDDINGS, HEADLESS, HEADS, HEADS_OF, SCALED
 
 if TYPE_CHECKING:
+    from .diffusion import DiffusionNames
     from .family_map import FamilyMap
     from .slots import NameMap, Slot
 
@@ -58,9 +59,16 @@ class TableOnDemand:
         family = family_of(config)
         return FamilyMap(self._base.tensors, family, config) if family else None
 
+    @cached_property
+    def _diffusion(self) -> DiffusionNames:
+        """The names of the checkpoint's tensors in the other layout of a diffusion model."""
+        from .diffusion import DiffusionNames
+
+        return DiffusionNames(self._base.tensors)
+
     def stored(self, target: str) -> tuple[Slot, ...] | None:
-        """Return the slots of a weight of the running model."""
-        return self.families.stored(target) if self.families else None
+        """Return the slots of a weight of the running model, or of a diffusion model in its other layout."""
+        return self.families.stored(target) if self.families else self._diffusion.stored(target)
 
     def running(self, name: str) -> str | None:
         """Return the weight of the running model that a stored tensor is part of."""
@@ -110,7 +118,8 @@ class NameResolver:
 
     def _plain(self, target: str) -> str | None:
         """Return the tensor that has a target's name, up to the prefix."""
-        for name in (self.prefix.apply(target), self.prefix.apply(unwrapped(target))):
+        bare = unwrapped(target)
+        for name in map(self.prefix.apply, (target,) if bare == target else (target, bare)):
             for candidate in _stored_names(name):
                 if candidate in self._tensors:
                     return candidate

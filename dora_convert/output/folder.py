@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from ..errors import OutputError, UsageError
 from ..plan.plan import Plan
 from ..storage.checkpoint import Checkpoint
-from ..storage.filenames import JOURNAL, RECORD, SPOOL, UPLOADS, is_text, journal_lines
+from ..storage.filenames import CLAIM, JOURNAL, RECORD, SPOOL, UPLOADS, is_text, journal_lines
 from ..storage.journal import sync_path
 from ..storage.refs import PathLike
 from .output import Output
@@ -200,7 +200,8 @@ class OutputFolder(Output):
         (self.state / JOURNAL).unlink()
         sync_path(self.state)
         (self.state / SPOOL).unlink()
-        (self.state / UPLOADS).unlink(missing_ok=True)
+        for name in (UPLOADS, CLAIM):
+            (self.state / name).unlink(missing_ok=True)
         self._unlock()
         sync_path(self.state)
         sync_path(self.partial)

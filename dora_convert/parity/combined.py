@@ -154,7 +154,7 @@ class CombinedExpected(Expected):
     def _bits(self, number: int, rows: Sequence[int]) -> Tensor:
         """Return the random bits of one edit's rows, as numbers from 0 to 2³² − 1."""
         key = xxhash.xxh3_64(f"{self._how.seed}/{number}/{self.item.name}".encode()).intdigest()
-        columns = torch.arange(self.item.matrix[1], device=self._device)
+        columns = torch.arange(self.item.matrix[1], device=self.device)
         lines = []
         for row in rows:
             mixed = _splitmix(key + 0x9E3779B97F4A7C15 * (row + 1))

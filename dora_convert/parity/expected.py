@@ -5,7 +5,6 @@ Merges are checked against this file, so it shares no code with the engine's ari
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..adapters import Delta, LowRank
-from ..engine.precision import TORCH, empty, half_ulp, read_columns, read_rows
+from ..engine.precision import empty, read_columns, read_rows
 from ..plan.item import Edit, Item
 from ..storage.reader import Reader
 from ..storage.safetensors import StoredTensor
@@ -24,7 +23,8 @@ if TYPE_CHECKING:
     from .kinds import ExpectedTransform
 
 CHUNK_ELEMENTS = 1 << 13
-"""Elements of rows that are checked together: a dozen arrays of this size are held at once."""
+"""Elements of rows that are computed together, unless more memory is free: a dozen arrays of this size are held."""
+ARRAYS = 12
 EPSILON = 2.0**-24
 CPU = torch.device("cpu")
 
@@ -51,7 +51,9 @@ class Expected:
     """The float64 result x of an item, for any rows, and its bound; on any device that has float64."""
 
     def __init__(self, item: Item, reader: Reader, device: torch.device = CPU) -> None:
-        self.item, self._reader, self._device = item, reader, device
+        self.item, self._reader, self.device = item, reader, device
+        self.elements = CHUNK_ELEMENTS
+        self._wholes: dict[int, Tensor] = {}  # small tensors of which rows were read, by the id of their headers
         self._coded: CodedValues | None = None
         self._set = {row: (rows.value, k) for rows in item.rows for k, row in enumerate(rows.index)}
         self._start = self._without_start()
@@ -63,10 +65,10 @@ class Expected:
         for k, edit in enumerate(item.edits):
             self._column_norms.append(self._measure(k) if edit.two_passes else None)
 
-    def chunks(self, rows: Sequence[int], elements: int = CHUNK_ELEMENTS) -> Iterator[Sequence[int]]:
-        """Yield the rows in chunks of bounded size; no chunk holds rows of two experts."""
+    def chunks(self, rows: Sequence[int], elements: int = 0) -> Iterator[Sequence[int]]:
+        """Yield the rows in chunks of so many elements; no chunk holds rows of two experts."""
         total, columns = self.item.source.matrix
-        height, part = max(1, elements // max(1, columns)), max(1, total // self.item.experts)
+        height, part = max(1, (elements or self.elements) // max(1, columns)), max(1, total // self.item.experts)
         first = 0
         while first < len(rows):
             last = min(first + height, len(rows))
@@ -90,9 +92,11 @@ class Expected:
     def rows(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return x, and the weight that the adapter is merged into: the base's, if the base has one."""
         W, _, x = self.block(rows)
-        base = self.item.base
-        same = base and base.shape == self.item.stacked
-        return x, self._load(base, rows) if base and same and not base.coded else W
+        item, base = self.item, self.item.base
+        if not base or base.shape != item.stacked or base.coded:
+            return x, W
+        as_read = base is item.source and self._start is None and not item.rows
+        return x, W if as_read else self._load(base, rows)
 
     def forward(self, rows: Sequence[int], block: Block, x: Tensor, *, by_columns: bool) -> Tensor:
         """Return the adapter's own outputs for inputs x; with `by_columns`, these rows' addend to all outputs."""
@@ -103,21 +107,10 @@ class Expected:
 
     def bound(self, rows: Sequence[int], x: Tensor, *, rounded_once: bool) -> Tensor:
         """Return the largest distance from x that an honest result may have."""
-        W, dtype = self.before(rows), self.item.dtype
-        tolerance = half_ulp(x, dtype) + (math.sqrt(W.shape[1]) + 6) * EPSILON * x.abs()
-        for edit, part in zip(self.item.edits, self._parts(W, rows), strict=True):
-            slack = (part.terms + 2) * EPSILON * (part.size() + W.abs())
-            if not rounded_once:
-                from .roundings import coarser, several_roundings
+        from .roundings import bound_of
 
-                slack = slack + half_ulp(part.delta, coarser(edit, dtype))
-                if part.n is not None:
-                    extra = several_roundings(self.item, edit, W, part.delta, f=part.f, n=part.n, x=x)
-                    tolerance += abs(edit.weight) * extra
-            if self._start is not None:  # rounded before, after products of the whole matrix in float32
-                slack = slack + 2 * half_ulp(W, self.item.source.dtype) + 64 * EPSILON * self._start.abs().max()
-            tolerance += abs(edit.weight) * part.f.abs() * slack
-        return tolerance
+        W = self.before(rows)
+        return bound_of(self.item, W, self._parts(W, rows), x, start=self._start, rounded_once=rounded_once)
 
     def before(self, rows: Sequence[int]) -> Tensor:
         """Return the stored weight less its start, with the rows that an adapter set, before any edit."""
@@ -134,12 +127,9 @@ class Expected:
         """Return the matrix that PiSSA, OLoRA or KaSA begin with, in the stored dtype; None for others."""
         if not (low := self.item.start):
             return None
-        from .starts import without_start
+        from .starts import rest_of
 
-        turned = self.item.edits[0].transposed
-        W = self._load(self.item.source).float()
-        rest = without_start(W.T if turned else W, low)
-        return (rest.T if turned else rest).contiguous().to(TORCH[self.item.source.dtype])
+        return rest_of(self._load(self.item.source), low, self.item)
 
     def part(self, number: int, rows: Sequence[int]) -> EditPart:
         """Return one edit's part in some rows."""
@@ -153,15 +143,16 @@ class Expected:
         edit, m, n = self.item.edits[number], self.m[number], self._column_norms[number]
         delta, size, terms = self._difference(number, W, rows)
         if m is None:
-            f = torch.ones((), dtype=torch.float64, device=self._device)
+            f = torch.ones((), dtype=torch.float64, device=self.device)
         elif edit.axis == 0:
             f = (m if n is None else m / n).view(1, -1)
         else:
             f = m[list(rows), None]
         if m is not None and edit.divides and n is None:
-            n = self._row_norms(number, W + edit.norm_ratio * delta, rows)
-            first, last = edit.outputs or (0, self.item.matrix[0])
-            n = torch.where(torch.tensor([first <= row < last for row in rows], device=n.device), n, 1.0)[:, None]
+            n = self._row_norms(number, W + (delta if edit.norm_ratio == 1 else edit.norm_ratio * delta), rows)
+            if own := edit.outputs:
+                n = torch.where(torch.tensor([own[0] <= row < own[1] for row in rows], device=n.device), n, 1.0)
+            n = n[:, None]
             f = f / n
         return EditPart(delta, f, size, terms, n)
 
@@ -174,7 +165,7 @@ class Expected:
             return delta, delta.abs, 1
         if edit.low:
             left, right, scale = self.factors(number, rows)
-            delta = scale * torch.einsum("kr,rc->kc", left, right)
+            delta = (scale * left) @ right
             return delta, lambda: abs(scale) * (left.abs() @ right.abs()), left.shape[1]
         if other:
             return other.change(W, rows, lambda: self.before(range(self.item.matrix[0])))
@@ -203,18 +194,19 @@ class Expected:
 
     def _row_norms(self, number: int, V: Tensor, rows: Sequence[int]) -> Tensor:  # noqa: ARG002
         """Return ‖V‖ of some rows, for one edit."""
-        return torch.einsum("kc,kc->k", V, V).sqrt()
+        squares: Tensor = torch.linalg.vecdot(V, V)
+        return squares.sqrt()
 
     def _measure(self, number: int) -> Tensor:
         """Return ‖W + sBA‖ along the columns, from the whole tensor; for a bias, of its weight."""
         edit = self.item.edits[number]
         if edit.follows:
-            other = Expected(edit.follows, self._reader, self._device)
+            other = Expected(edit.follows, self._reader, self.device)
             chunks = other.chunks(range(edit.follows.matrix[0]))
             if (n := other._column_norms[0]) is not None:
                 return n
             return torch.cat([torch.as_tensor(other.part(0, chunk).n).flatten() for chunk in chunks])
-        squares = torch.zeros(self.item.source.matrix[1], dtype=torch.float64, device=self._device)
+        squares = torch.zeros(self.item.source.matrix[1], dtype=torch.float64, device=self.device)
         for chunk in self.chunks(range(self.item.source.matrix[0])):
             W = self.before(chunk)
             V = W + edit.norm_ratio * self._difference(number, W, chunk)[0]
@@ -227,7 +219,7 @@ class Expected:
         """Return the factors to hold: both for experts, else the one with the stored matrix's columns."""
         if low.experts:
             pair = low.A, low.B
-            return tuple(read_rows(self._reader, each, range(each.matrix[0])).to(self._device) for each in pair)
+            return tuple(read_rows(self._reader, each, range(each.matrix[0])).to(self.device) for each in pair)
         held = _dense(self._load(low.B if edit.transposed else low.A), low.blocks[1 if edit.transposed else 0])
         if low.d:
             d = self._load(low.d).flatten()
@@ -258,32 +250,41 @@ class Expected:
             left[mine] = self._left(low, [rows[k] - first for k in mine])
             return left, held[0], low.scale
         if not edit.transposed:
-            dense = low.blocks[1] > 1
-            left = _dense(self._load(low.B), low.blocks[1])[list(rows)] if dense else self._left(low, rows)
-            return left, held[0], low.scale
+            dense = _dense(self._load(low.B), low.blocks[1])[list(rows)] if low.blocks[1] > 1 else None
+            return self._left(low, rows) if dense is None else dense, held[0], low.scale
         if low.blocks[0] > 1:
             left = _dense(self._load(low.A), low.blocks[0])[:, list(rows)].T
         else:
-            left = read_columns(self._reader, low.A, rows).to(self._device).double().T
+            left = read_columns(self._reader, low.A, rows).to(self.device).double().T
         return left, held[0].T, low.scale
 
     def _left(self, low: LowRank, rows: Sequence[int]) -> Tensor:
         """Return rows of diag(b)·B."""
-        left = self._load(low.B, rows)
+        left = self._rows_of(low.B, rows)
         return left * self._load(low.b).view(-1, 1)[list(rows)] if low.b else left
+
+    def _rows_of(self, tensor: StoredTensor, rows: Sequence[int]) -> Tensor:
+        """Read rows in float64; a tensor that is no larger than a chunk's array is read once and kept."""
+        if tensor.coded or tensor.nbytes > 8 * self.elements:
+            return self._load(tensor, rows)
+        if (whole := self._wholes.get(id(tensor))) is None:
+            whole = self._wholes[id(tensor)] = read_rows(self._reader, tensor, range(tensor.matrix[0]))
+        return whole[list(rows)].to(self.device).double()
 
     def _load(self, tensor: StoredTensor, rows: Sequence[int] | None = None) -> Tensor:
         """Read rows of a stored tensor's matrix, or all rows, in float64."""
         chosen = range(tensor.matrix[0]) if rows is None else rows
         if tensor.coded:
-            return self._decoded(tensor).rows(chosen).to(self._device)
-        loaded = empty((len(chosen), tensor.matrix[1]), torch.float64)
+            return self._decoded(tensor).rows(chosen).to(self.device)
         height, filled = max(1, 4 * CHUNK_ELEMENTS // max(1, tensor.matrix[1])), 0
+        if len(chosen) <= height:
+            return read_rows(self._reader, tensor, chosen).to(self.device).double()
+        loaded = empty((len(chosen), tensor.matrix[1]), torch.float64)
         for start in range(0, len(chosen), height):
             part = read_rows(self._reader, tensor, chosen[start : start + height])
             loaded[filled : filled + len(part)] = part
             filled += len(part)
-        return loaded.to(self._device)
+        return loaded.to(self.device)
 
     def _decoded(self, tensor: StoredTensor) -> CodedValues:
         """Return the decoder of a coded tensor, which keeps what it has read."""

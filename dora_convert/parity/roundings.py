@@ -1,12 +1,51 @@
-"""Bound the error of tools that round more often than once."""
+"""Bound the error of merges, by this tool and by others, which round more often than once."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from torch import Tensor
 
 from ..adapters import tensors_of
 from ..engine.precision import GRID, half_ulp
 from ..plan.item import Edit, Item
+
+EPSILON = 2.0 ** -GRID["F32"][0]
+
+
+class AnyPart(Protocol):
+    """One edit's part in some rows, as `parity.expected` computes it."""
+
+    @property
+    def delta(self) -> Tensor: ...  # noqa: D102
+    @property
+    def f(self) -> Tensor: ...  # noqa: D102
+    @property
+    def size(self) -> Callable[[], Tensor]: ...  # noqa: D102
+    @property
+    def terms(self) -> int: ...  # noqa: D102
+    @property
+    def n(self) -> Tensor | None: ...  # noqa: D102
+
+
+def bound_of(
+    item: Item, W: Tensor, parts: Sequence[AnyPart], x: Tensor, *, start: Tensor | None, rounded_once: bool
+) -> Tensor:
+    """Return the largest honest distance from x; `start` is the weight that training began with, if not W."""
+    tolerance = half_ulp(x, item.dtype) + (math.sqrt(W.shape[1]) + 6) * EPSILON * x.abs()
+    for edit, part in zip(item.edits, parts, strict=True):
+        slack = (part.terms + 2) * EPSILON * (part.size() + W.abs())
+        if not rounded_once:
+            slack = slack + half_ulp(part.delta, coarser(edit, item.dtype))
+            if part.n is not None:
+                extra = several_roundings(item, edit, W, part.delta, f=part.f, n=part.n, x=x)
+                tolerance += abs(edit.weight) * extra
+        if start is not None:  # rounded before, after products of the whole matrix in float32
+            slack = slack + 2 * half_ulp(W, item.source.dtype) + 64 * EPSILON * start.abs().max()
+        tolerance += abs(edit.weight) * part.f.abs() * slack
+    return tolerance
 
 
 def coarser(edit: Edit, dtype: str) -> str:

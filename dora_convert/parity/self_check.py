@@ -12,6 +12,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -23,11 +24,15 @@ from ..errors import VerificationError
 from ..output.finished import TensorResult, Verdict
 from ..plan.item import Item
 from ..plan.plan import Plan
-from ..storage.reader import Reader
+from ..storage.reader import Reader, spans
 from ..storage.safetensors import StoredTensor, read_header
-from .expected import Expected
+from .expected import ARRAYS, CPU, Expected
 
 RANDOM_ROWS = 16
+FEWEST_ELEMENTS, MOST_ELEMENTS = 1 << 10, 1 << 15
+"""Elements of rows that are compared together, as memory allows."""
+MOST_ON_DEVICE = 1 << 20
+"""The same for a device, which is asked for answers less often then."""
 MOST_ROWS = 1024
 """So many of the rows that an adapter set are compared."""
 
@@ -35,8 +40,9 @@ MOST_ROWS = 1024
 class SelfCheck:
     """Compares tensors of a written folder, with headers read back from the disk, with the definitions."""
 
-    def __init__(self, folder: Path, plan: Plan, reader: Reader) -> None:
-        self._reader = reader
+    def __init__(self, folder: Path, plan: Plan, reader: Reader, memory: int = 0) -> None:
+        """`memory` is a worker's share of the budget: the more the costliest item leaves, the larger the chunks."""
+        self._reader, self._spare = reader, memory - plan.memory
         self._seed = plan.fingerprint
         self._written: dict[str, StoredTensor] = {}
         for shard in plan.shards:
@@ -44,31 +50,38 @@ class SelfCheck:
             self._written |= {shard.prefix + name: tensor for name, tensor in read_header(path).tensors.items()}
             _refuse_unreadable(path, {item.name.removeprefix(shard.prefix) for item in shard.items})
 
-    def check(self, item: Item, result: TensorResult) -> Verdict:
-        """Compare a sample of an item's rows: both ends of every block, and some at random."""
+    def check(self, item: Item, result: TensorResult, device: torch.device | None = None) -> Verdict:
+        """Compare a sample of an item's rows: both ends of every block, and some at random; on a device, if given."""
         written = self._written[item.name]
         if (written.dtype, written.shape) != (item.dtype, item.shape):
             return Verdict(written.numel, written.numel)
-        return self._compare(item, written, result)
+        return self._compare(item, written, result, device or CPU)
 
-    def _compare(self, item: Item, written: StoredTensor, result: TensorResult) -> Verdict:
+    def _compare(self, item: Item, written: StoredTensor, result: TensorResult, device: torch.device) -> Verdict:
         if item.parts:
             from .recoded import as_written, compare_coded
 
             rows = sample_rows(item, f"{self._seed}/{item.name}")
             whole = as_written(item, self._written)
-            return compare_coded(whole, self._expected(item, result, rows), rows, self._reader)
+            return compare_coded(whole, self._expected(item, result, rows, CPU), rows, self._reader)
         written = replace(written, shape=item.stacked)
         rows = sample_rows(item, f"{self._seed}/{item.name}")
-        return compare(written, self._expected(item, result, rows), rows, self._reader)
+        return compare(written, self._expected(item, result, rows, device), rows, self._reader)
 
-    def _expected(self, item: Item, result: TensorResult, rows: Sequence[int]) -> Expected:
+    def _expected(self, item: Item, result: TensorResult, rows: Sequence[int], device: torch.device) -> Expected:
         """Return the definition of an item's result, for a comparison of some rows."""
         if not item.combination:
-            return Expected(item, self._reader)
+            return self._sized(Expected(item, self._reader, device))
         from .combined import expected_of
 
-        return expected_of(item, self._reader, cuts=result.cuts, sample=rows)
+        return self._sized(expected_of(item, self._reader, device, cuts=result.cuts, sample=rows))
+
+    def _sized(self, expected: Expected) -> Expected:
+        """Let a definition compute as many elements together as the memory allows: calls cost more than numbers."""
+        fitting = self._spare // (8 * ARRAYS * max(1, len(expected.item.edits)))
+        most = MOST_ELEMENTS if expected.device.type == "cpu" else MOST_ON_DEVICE
+        expected.elements = max(FEWEST_ELEMENTS, min(fitting, most))
+        return expected
 
 
 def _refuse_unreadable(path: Path, names: set[str]) -> None:
@@ -83,9 +96,13 @@ def _refuse_unreadable(path: Path, names: set[str]) -> None:
 
 
 def sample_rows(item: Item, seed: str) -> list[int]:
-    """Return both ends of every block, all rows that an adapter set, and random rows by the seed."""
+    """Return both ends of every block, all rows that an adapter set, and random rows by the seed.
+
+    Large blocks of a device have few ends: those of a processor's blocks are added.
+    """
     rows, chance = item.source.matrix[0], random.Random(seed)  # noqa: S311
-    sample = {row for start, stop in item.spans() for row in (start, stop - 1)}
+    usual = spans(*item.matrix, item.experts)
+    sample = {row for start, stop in chain(item.spans(), usual) for row in (start, stop - 1)}
     for trained in item.rows:
         few = len(trained.index) <= MOST_ROWS
         sample |= set(trained.index if few else chance.sample(trained.index, MOST_ROWS))
@@ -99,7 +116,7 @@ def compare(written: StoredTensor, expected: Expected, rows: Sequence[int], read
     total = Verdict()
     for chunk in expected.chunks(rows):
         x, base = expected.rows(chunk)
-        got, rounded = read_rows(reader, written, chunk).double(), nearest(x, item.dtype)
+        got, rounded = read_rows(reader, written, chunk).to(x.device).double(), nearest(x, item.dtype)
         total += Verdict(
             checked=x.numel(),
             rounding=_square(rounded - x) if item.changed else 0.0,

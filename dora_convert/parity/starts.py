@@ -6,6 +6,15 @@ import torch
 from torch import Tensor
 
 from ..adapters import LowRank, Start
+from ..engine.precision import TORCH
+from ..plan.item import Item
+
+
+def rest_of(W: Tensor, low: LowRank, item: Item) -> Tensor:
+    """Return a stored weight without its start, in the stored dtype."""
+    turned, W = item.edits[0].transposed, W.float()
+    rest = without_start(W.T if turned else W, low)
+    return (rest.T if turned else rest).contiguous().to(TORCH[item.source.dtype])
 
 
 def without_start(W: Tensor, low: LowRank) -> Tensor:

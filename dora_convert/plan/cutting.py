@@ -171,7 +171,11 @@ def _cut_factors(update: Update, slot: Slot, weight: ModelWeight) -> Update:
             return _of_experts(update, slot, weight)
         case LowRank():
             return _cut_low_rank(update, slot, weight)
-        case Decomposed(inner, m) if update.axis == "rows" or update.normalised or rows is None:
+        case Decomposed() if update.axis == "columns" and slot.part:
+            raise UncutError(
+                f"has magnitudes by columns, for {slot.part[1] - slot.part[0]} outputs of {slot.name} alone"
+            )
+        case Decomposed(inner, m) if update.axis == "rows" or update.normalised or not slot.outputs:
             m = _elements(m, rows) if update.axis == "rows" else m
             changed = _cut_factors(inner, slot, weight) if inner else None
             return replace(update, inner=changed if isinstance(changed, Transform) else None, m=m)

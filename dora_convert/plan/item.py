@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from ..adapters import Decomposed, Delta, Full, LowRank, Rows, Transform, low_rank, tensors_of, transform_of
 from ..option_table import Combination
@@ -111,6 +111,7 @@ class Edit:
 class Item:
     """One output tensor and its inputs."""
 
+    block_elements: ClassVar[int] = 0  # the usual number
     name: str
     dtype: str
     shape: tuple[int, ...]
@@ -214,7 +215,7 @@ class Item:
 
     def spans(self) -> Iterator[tuple[int, int]]:
         """Yield the blocks of rows; no block holds rows of two experts."""
-        return spans(*self.matrix, self.experts)
+        return spans(*self.matrix, self.experts, elements=self.block_elements)
 
     def cost(self, width: int, *, exact: bool = False) -> int:
         """Return the bytes that a worker holds: a block's buffers and factors, at `width` bytes an element.
@@ -226,7 +227,7 @@ class Item:
         if self.undo:
             return self.inverse_cost()
         rows, columns = self.matrix
-        height = block_height(max(rows // self.experts, self.grown), columns)
+        height = block_height(max(rows // self.experts, self.grown), columns, elements=self.block_elements)
         block = height * columns
         host = block * max(self.source.itemsize, BITS[self.dtype] // 8, self.base.itemsize if self.base else 0)
         total = host + block * (width + 4) + (host + 8 * block if self.replaced else 0)
@@ -256,7 +257,8 @@ class Item:
 
     def inverse_cost(self) -> int:
         """Return the bytes that a worker holds to take the edits out of a block, in float64."""
-        height = block_height(self.matrix[0] // self.experts, columns := self.matrix[1])
+        rows, columns = self.matrix
+        height = block_height(rows // self.experts, columns, elements=self.block_elements)
         wide = self.base.itemsize if self.base else 8
         counting = 40 if self.undo and not self.undo.ulps else 0  # for the differences of rounding
         block = height * columns * (self.source.itemsize + 8 + 8 + 4 + 5 * wide + counting)
@@ -280,10 +282,8 @@ class Item:
 
 def are_apart(edits: Sequence[Edit]) -> bool:
     """Return True if no two edits are for the same output of the stored weight."""
-    if len(edits) < 2:
-        return True
     parts = sorted(edit.outputs for edit in edits if edit.outputs)
-    return len(parts) == len(edits) and all(one[1] <= other[0] for one, other in pairwise(parts))
+    return len(edits) < 2 or (len(parts) == len(edits) and all(one[1] <= other[0] for one, other in pairwise(parts)))
 
 
 def edit_cost(edit: Edit, item: Item, height: int, width: int) -> int:
@@ -301,6 +301,5 @@ def edit_cost(edit: Edit, item: Item, height: int, width: int) -> int:
         return kept + low.A.nbytes + low.B.nbytes + 2 * width * low.rank * (inputs + low.outputs)
     whole, sliced = (low.outputs, inputs) if edit.transposed else (inputs, low.outputs)
     total = kept + low.rank * (whole * width + min(height, sliced) * (width + low.B.itemsize))
-    if low.blocks != (1, 1):
-        total += low.rank * whole * width
+    total += low.rank * whole * width if low.blocks != (1, 1) else 0
     return total + (low.outputs * (3 * width + 4) if edit.decomposed else 0)

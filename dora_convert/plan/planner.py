@@ -37,7 +37,6 @@ def make_plan(base: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[f
     """
     quantised = _quantised(base, options)
     whole = quantised.dense if quantised else base
-    said = {text for adapter in adapters for text in adapter.warnings}
     adapters = [_for_base(adapter, whole) for adapter in adapters]
     tree = _with_layers(whole, adapters)
     names = _resolvers(tree, adapters, options)
@@ -50,7 +49,6 @@ def make_plan(base: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[f
         names, tie = _resolvers(tree, adapters, options), find_tie(tree, tasks)
     adapters = [_settled(adapter, resolver, tree) for adapter, resolver in zip(adapters, names, strict=True)]
     builder = PlanBuilder(tree, tie, options)
-    builder.warnings += [text for adapter in adapters for text in adapter.warnings if text not in said]
     for adapter, resolver, weight in zip(adapters, names, weights, strict=True):
         builder.add(adapter, resolver, weight)
     builder.settle_ties()
@@ -82,7 +80,7 @@ def make_plan(base: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[f
 
 def _unless_a_file(plan: Plan) -> Plan:
     """Return a plan; raise UnsupportedError if it changes config.json, and the base is a single file."""
-    if plan.config and plan.base.is_file:
+    if plan.config and plan.base.is_bare:
         raise UnsupportedError(
             f"This merge changes config.json, too, and BASE {plan.base.source.name} is a single file.",
             hint=f"name its folder: {plan.base.root}",

@@ -30,12 +30,16 @@ def loaders_table(loaders: Sequence[LoaderAdvice]) -> Table:
     return table(("loader", "takes it", "why"), [(e.loader, words.get(e.verdict, e.verdict), e.why) for e in loaders])
 
 
-def commands_of(loaders: Sequence[LoaderAdvice]) -> Iterator[str]:
-    """Yield the commands, each once, after the programs that each is for."""
+def grouped_commands(loaders: Sequence[LoaderAdvice]) -> Iterator[tuple[str, str, str]]:
+    """Yield each command once: the programs that it is for, the command, and a remark if it approximates."""
     names: dict[tuple[str, bool], list[str]] = {}
     for each in loaders:
         if each.command:
             names.setdefault((each.command, each.lossy), []).append(each.loader)
     for (command, lossy), loaders_of in names.items():
-        remark = " (an approximation; merge is exact)" if lossy else ""
-        yield f"for {', '.join(loaders_of)}: {command}{remark}"
+        yield ", ".join(loaders_of), command, " (an approximation; merge is exact)" if lossy else ""
+
+
+def commands_of(loaders: Sequence[LoaderAdvice]) -> Iterator[str]:
+    """Yield the commands, each once, after the programs that each is for."""
+    yield from (f"for {names}: {command}{remark}" for names, command, remark in grouped_commands(loaders))

@@ -26,6 +26,7 @@ def check_files(options: Mapping[str, Any]) -> None:
     for name, what in (("csv", "the table"), ("plot", "the picture"), ("report", "the report")):
         if options[name] is not None:
             check_file(options[name], what, f"--{name} FILE")
+    _refuse_same(options)
     if options["plot"] is None or _ending(options["plot"]) in PAGES:
         return
     if _ending(options["plot"]) not in PICTURES:
@@ -36,19 +37,34 @@ def check_files(options: Mapping[str, Any]) -> None:
     require_extra("plot", "--plot")
 
 
+def _refuse_same(options: Mapping[str, Any]) -> None:
+    """Refuse one path for two files; a page may be named twice.
+
+    Raises UsageError.
+    """
+    seen: dict[Path, str] = {}
+    for name in ("csv", "plot", "report"):
+        if options[name] is None:
+            continue
+        other = seen.setdefault(Path(options[name]).resolve(), name)
+        both_pages = {name, other} == {"plot", "report"} and _ending(options["plot"]) in PAGES
+        if other != name and not both_pages:
+            raise UsageError(f"--{other} and --{name} name the same file, {options[name]}.", hint="name two files")
+
+
 def _ending(path: Any) -> str:
     return Path(path).suffix.lower()
 
 
-def write_files(report: AnalyzeReport, options: Mapping[str, Any]) -> None:
-    """Write the files that the options name."""
+def write_files(report: AnalyzeReport, options: Mapping[str, Any], command: str = "") -> None:
+    """Write the files that the options name; pages show the command."""
     if options["csv"] is not None:
         write_file(options["csv"], table(report).encode(), "the table")
     pages = {options["report"], options["plot"] if _ending(options["plot"] or "") in PAGES else None} - {None}
     if pages:
         from .analyze_page import render_analysis
 
-        page = render_analysis(report).encode()
+        page = render_analysis(report, command).encode()
         for path in pages:
             write_file(path, page)
     if options["plot"] is not None and _ending(options["plot"]) in PICTURES:

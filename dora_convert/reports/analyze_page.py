@@ -10,7 +10,7 @@ from typing import Any
 
 from .analyze import AnalyzeReport, Point
 from .charts import DASHES, LINES, VIRIDIS, LinearAxis, colour, log_share, marker
-from .html import environment
+from .page import draw_page
 
 WIDTH, HEIGHT = 360, 300
 LEFT, RIGHT, TOP, BOTTOM = 58, 348, 14, 250
@@ -66,7 +66,7 @@ def _means(points: Sequence[Point]) -> dict[str, float]:
     return {name: statistics.fmean(values) for name, values in kept.items() if values}
 
 
-def render_analysis(report: AnalyzeReport) -> str:
+def render_analysis(report: AnalyzeReport, command: str = "") -> str:
     """Return the page of a report."""
     points = gather(report.points)
     kinds = list(dict.fromkeys(point.kind for point in points))
@@ -78,13 +78,10 @@ def render_analysis(report: AnalyzeReport) -> str:
         key=lambda point: point.relative_change or 0.0,
         reverse=True,
     )
-    templates = environment()
-    templates.filters["number"] = lambda value: "–" if value is None else f"{value:.3g}"
-    templates.filters["ratio"] = lambda value: "–" if value is None else f"{value:.3f}"
-    templates.filters["percent"] = lambda value: "–" if value is None else f"{value:.2%}"
-    templates.filters["signed"] = lambda value: "–" if value is None else f"{value:+.2f}".replace("-", "−")
-    return templates.get_template("analyze.html.j2").render(
-        report=report,
+    return draw_page(
+        "analyze.html.j2",
+        report,
+        command,
         steps=steps,
         markers=[(marker(k), step) for k, step in enumerate(steps)],
         span=(min(layers), max(layers)) if layers else None,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, closing, contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import xxhash
 
-from ..errors import Fault, MalformedError
+from ..errors import MalformedError
 from .safetensors import StoredTensor, unreadable
 
 PIECE_BYTES = 1 << 20
@@ -33,7 +33,15 @@ SHARE = 4
 @dataclass
 class _OpenFile:
     descriptor: int
+    lock: threading.Lock
     users: int = 0
+
+    def __enter__(self) -> int:
+        return self.descriptor
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.users -= 1
 
 
 class OpenFiles:
@@ -45,19 +53,14 @@ class OpenFiles:
         self._files: dict[Path, _OpenFile] = {}
         self._most = _most_open()
 
-    @contextmanager
-    def using(self, path: Path) -> Iterator[int]:
-        """Lend a file's descriptor, which stays open until the end of the block."""
+    def using(self, path: Path) -> _OpenFile:
+        """Lend a file's descriptor, which stays open until the end of the block; a context manager."""
         with self._lock:
-            file = self._files.pop(path, None) or _OpenFile(os.open(path, self._flags))
+            file = self._files.pop(path, None) or _OpenFile(os.open(path, self._flags), self._lock)
             self._files[path] = file  # as the latest
             file.users += 1
             self._close_unused()
-        try:
-            yield file.descriptor
-        finally:
-            with self._lock:
-                file.users -= 1
+        return file
 
     def _close_unused(self) -> None:
         """Close the longest unused files until the rest are few enough."""
@@ -132,14 +135,19 @@ class Reader:
 
     def read(self, path: Path, offset: int, buffer: memoryview) -> None:
         """Fill the buffer from `offset`; raise MalformedError if the file ends first."""
-        done = 0
+        self.gather(path, [(offset, len(buffer))], buffer)
+
+    def gather(self, path: Path, runs: Iterable[tuple[int, int]], buffer: memoryview | bytearray) -> None:
+        """Fill the buffer with runs of bytes, each given by (offset, length), one after the other."""
+        rest = memoryview(buffer)
         try:
             with self.using(path) as descriptor:
-                while done < len(buffer):
-                    count = self._read_some(descriptor, buffer[done:], offset + done)
-                    if count == 0:
-                        raise MalformedError(f"{path} became shorter while it was read.")
-                    done += count
+                for start, length in runs:
+                    done = 0
+                    while done < length:
+                        if not (count := self._read_some(descriptor, rest[: length - done], start + done)):
+                            raise MalformedError(f"{path} became shorter while it was read.")
+                        rest, done = rest[count:], done + count
         except OSError as error:
             raise unreadable(path, error) from error
 
@@ -190,8 +198,7 @@ class Reader:
         """Return True if two tensors have the same dtype, shape and contents."""
         if (one.dtype, one.shape, one.coded) != (other.dtype, other.shape, other.coded):
             return False
-        pairs = zip(self.pieces(one), self.pieces(other), strict=True)
-        return all(mine == theirs for mine, theirs in pairs)
+        return all(mine == theirs for mine, theirs in zip(self.pieces(one), self.pieces(other), strict=True))
 
     if hasattr(os, "preadv"):
 
@@ -210,15 +217,6 @@ class Reader:
             return len(data)
 
 
-def damaged_tensors(digests: Mapping[str, str], tensors: Mapping[str, StoredTensor], reader: Reader) -> list[Fault]:
-    """Return a fault for each tensor that is missing, or whose xxh3-128 is not the one that was written."""
-    return [
-        Fault(name, "is not what was written" if name in tensors else "is missing")
-        for name, digest in digests.items()
-        if name not in tensors or reader.digest(tensors[name]).fast != digest
-    ]
-
-
 def same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
     """Return True if two tensors on this machine have the same dtype, shape and contents; reads both."""
     with closing(Reader()) as reader:
@@ -227,10 +225,10 @@ def same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
 
 def same_contents(path: Path, other: Path | bytes) -> bool:
     """Return True if a file holds some bytes, or the bytes of another file."""
-    if path.stat().st_size != (len(other) if isinstance(other, bytes) else other.stat().st_size):
-        return False
     if isinstance(other, bytes):
-        return path.read_bytes() == other
+        return path.stat().st_size == len(other) and path.read_bytes() == other
+    if path.stat().st_size != other.stat().st_size:
+        return False
     with path.open("rb") as one, other.open("rb") as two:
         return all(piece == two.read(PIECE_BYTES) for piece in iter(partial(one.read, PIECE_BYTES), b""))
 
@@ -285,16 +283,17 @@ def hash_of(digest: Any, source: Path | bytes) -> str:
     return str(digest.hexdigest())
 
 
-def block_height(rows: int, columns: int, step: int = ROWS_MULTIPLE) -> int:
-    """Return the rows of a block: about half a million elements, a multiple of 16 rows or `step`, at most all."""
-    fitting = BLOCK_ELEMENTS // max(1, columns)
+def block_height(rows: int, columns: int, step: int = ROWS_MULTIPLE, elements: int = 0) -> int:
+    """Return the rows of a block: half a million elements or so many, a multiple of 16 rows or `step`, at most all."""
+    fitting = (elements or BLOCK_ELEMENTS) // max(1, columns)
     return max(1, min(rows, max(step, fitting - fitting % step)))
 
 
-def spans(rows: int, columns: int, parts: int = 1, step: int = ROWS_MULTIPLE) -> Iterator[tuple[int, int]]:
+def spans(
+    rows: int, columns: int, parts: int = 1, step: int = ROWS_MULTIPLE, elements: int = 0
+) -> Iterator[tuple[int, int]]:
     """Yield a matrix's blocks as half-open ranges of rows; each of `parts` equal parts has its own blocks."""
-    whole = rows // parts
-    height = block_height(whole, columns, step)
+    whole, height = rows // parts, block_height(rows // parts, columns, step, elements)
     for first in range(0, rows, whole or 1):
         for start in range(first, first + whole, height):
             yield start, min(start + height, first + whole)

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from ..errors import MalformedError
+from ..errors import Fault, MalformedError
 from .json_files import Count, Dtype
 from .reader import PIECE_BYTES, Digest, Reader, read_whole
 from .safetensors import BITS, StoredTensor, encode_header
@@ -99,3 +99,12 @@ class Spool:
 def gather(tensors: Sequence[StoredTensor]) -> bytes:
     """Return stored tensors, of any files, as the bytes of one safetensors file."""
     return b"".join([encode_header(tensors), *map(read_whole, tensors)])
+
+
+def damaged_tensors(digests: Mapping[str, str], tensors: Mapping[str, StoredTensor], reader: Reader) -> list[Fault]:
+    """Return a fault for each tensor that is missing, or whose xxh3-128 is not the one that was written."""
+    return [
+        Fault(name, "is not what was written" if name in tensors else "is missing")
+        for name, digest in digests.items()
+        if name not in tensors or reader.digest(tensors[name]).fast != digest
+    ]

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from ..engine.device_buffers import DeviceBuffers
 from ..engine.precision import TORCH, as_bytes
-from ..engine.tensor import MergeMaker
+from ..engine.tensor import Begun, MergeMaker
 from ..maths import lora as maths
 from ..plan.item import Item
 from ..plan.plan import Plan
+from ..storage.reader import spans
 from ..storage.spool import Segment, Spool, SpooledTensor
 from .chain import inverse_of
 from .inverse import recorded
@@ -64,12 +65,12 @@ class UndoKeeper:
             self._index.extend(rows)
             self._segments.append(self._spool.add(data))
 
-    def after(self, raw: Tensor, result: Tensor, start: int) -> None:
+    def after(self, begun: Begun, result: Tensor) -> None:
         """Keep what rounding took from the base's rows, for an exact record."""
         if self._loss:
-            operands = self._operands if self._item.invertible else ()
-            norms = [operand.n[-1] if operand.edit.divides else None for operand in operands]
-            self._loss.see(raw, result, start, norms)
+            known = zip(self._operands, begun.norms, strict=True) if self._item.invertible else ()
+            norms = [n if operand.edit.divides else None for operand, n in known]
+            self._loss.see(begun.raw, result, begun.start, norms)
 
     def parts(self) -> tuple[SpooledTensor, ...]:
         """Return the tensors of the undo record, in their order."""
@@ -126,7 +127,8 @@ class RoundingLoss:
         maths.ordinals(raw, lost).sub_(maths.ordinals(predicted, ordinals))
         if own := [row - start for row in self._rows if start <= row < stop]:
             lost[own] = 0  # these rows are in the record, or in the adapter
-        self.segments.append(self.spool.add(pack(lost)))
+        for first, last in spans(*lost.shape):  # an unmerge unpacks them on a processor
+            self.segments.append(self.spool.add(pack(lost[first:last])))
 
     def parts(self) -> list[SpooledTensor]:
         """Return one tensor of bytes: the packed blocks."""

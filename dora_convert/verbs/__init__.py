@@ -32,6 +32,7 @@ def takes(group: type) -> Callable[[Verb], Verb]:
 
         @wraps(verb)
         def complete(*args: Any, **options: Any) -> Any:
+            _refuse_unknown(verb.__name__, options, listed.parameters)
             try:
                 bound = listed.bind(*args, **options)
             except TypeError as error:
@@ -45,6 +46,18 @@ def takes(group: type) -> Callable[[Verb], Verb]:
         return cast("Verb", complete)
 
     return decorate
+
+
+def _refuse_unknown(verb: str, options: Iterable[str], known: Iterable[str]) -> None:
+    """Raise TypeError for a keyword that a verb does not take, with the closest one that it takes."""
+    names = [*known, "progress"]
+    for name in options:
+        if name not in names:
+            from difflib import get_close_matches
+
+            closest = get_close_matches(name, names, 1)
+            advice = f"; did you mean {closest[0]!r}?" if closest else f"; help(dora_convert.{verb}) lists the options"
+            raise TypeError(f"{verb}() got an unexpected keyword argument {name!r}{advice}")
 
 
 def _given(name: str, value: Any, kind: Any, option: Option) -> Any:

@@ -62,15 +62,26 @@ def analyze(base: PathLike, tuned: PathLike | Sequence[PathLike], **options: Unp
     if shares := _shares_by_config(base, refs):
         report = _report(base, settings, options, trainable_share=shares)
         settings.warn("no weights found: only the shares of trained parameters are reported, from the configs")
-        return replace(report, warnings=tuple(settings.warnings))
+        report = replace(report, warnings=tuple(settings.warnings))
+        _write(report, listed(tuned), options)
+        return report
     with Session(options["token"], cache=options["cache"], notify=settings.notify) as session:
         refuse_swapped(base, [each.ref for each in refs], "", "analyze")
         request = _Request(as_dense(open_base(base, "BASE", session)), options, settings, session)
         steps = [request.open(each) for each in refs]
         report = request.measure(steps)
         refuse_changed(request.base.states, *(step.opened.states for step in steps))
-    write_files(report, options)
+    _write(report, listed(tuned), options)
     return report
+
+
+def _write(report: AnalyzeReport, tuned: Sequence[str], options: AnalyzeOptions) -> None:
+    """Write the files that the options name."""
+    if any(options[name] is not None for name in ("csv", "plot", "report")):
+        from ..reports.page import command_line
+
+        command = command_line("analyze", (report.base, *tuned), AnalyzeOptions, options)
+        write_files(report, options, command)
 
 
 def trainable_share(base: PathLike | Mapping[str, Any], adapter: PathLike | Mapping[str, Any]) -> float:
@@ -149,10 +160,9 @@ class _Request:
         return step
 
     def _warn(self, texts: Sequence[str]) -> None:
-        """Warn once about each thing: the steps of one training have the same oddities."""
+        """Warn about each thing; the steps of one training have the same oddities."""
         for text in texts:
-            if text not in self.settings.warnings:
-                self.settings.warn(text)
+            self.settings.warn(text)
 
     def measure(self, steps: Sequence[_Step]) -> AnalyzeReport:
         """Measure all steps, and compare two adapters with each other."""

@@ -117,8 +117,10 @@ class _Conversion(Fitter):
     @cached_property
     def new(self) -> NewAdapter:
         """The adapter's changes, for the writer."""
+        from ..naming.components import by_component
+
         same = self.adapter.format == self.session.format.NAME
-        return NewAdapter(
+        new = NewAdapter(
             self.adapter.changes,
             self.adapter if same else None,
             self.session.settings.base_model or self.adapter.base,
@@ -127,6 +129,7 @@ class _Conversion(Fitter):
             model=self.base,
             targets=None if same else (),
         )
+        return by_component(new, self.session.format.NAME)
 
     @property
     def modules(self) -> tuple[FittedModule, ...]:
@@ -162,6 +165,10 @@ class _Conversion(Fitter):
             raise AssertionError("a conversion has no jobs")
 
         return nothing
+
+    def expected(self) -> dict[str, Result]:
+        """Return no headers: nothing is fitted."""
+        return {}
 
     def assemble(self, results: Mapping[str, Result]) -> dict[str, NewAdapter]:  # noqa: ARG002 - none
         """Return the adapter's changes."""

@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 from ..adapters import Change, Decomposed, Full, LowRank
 from ..adapters.new_adapter import NewAdapter
 from ..errors import PlanError, UnsupportedError
-from ..fitting.jobs import FittingPlan, Result, doubt_ranks, goal_words, parse_goal
+from ..fitting.jobs import FittingPlan, Result, doubt_ranks, goal_words, header, parse_goal
 from ..fitting.model_weights import model_weights
 from ..fitting.pairs import Differences, both_of, short_names
 from ..fitting.session import Fitter, FittingSession
@@ -179,6 +179,19 @@ class _Extraction(Fitter):
             single=self.session.single,
             dtype=self.session.selection.dtype,
         )
+
+    def expected(self) -> dict[str, Result]:
+        """Return the headers of the factors and magnitudes, of the largest ranks."""
+        found: dict[str, Result] = {}
+        for pair in self.differences.pairs:
+            rank = min(self.goal.get("rank", pair.inputs[0].numel), *pair.matrix)
+            r, shape = rank * (pair.experts or 1), tuple(pair.matrix[::-1] if pair.embedding else pair.matrix)
+            if not pair.experts and len(pair.inputs[0].shape) > 2:  # a convolution
+                shape = pair.inputs[0].shape
+            tensors = {"A": header("A", r, *shape[1:]), "B": header("B", shape[0], r, *[1] * (len(shape) - 2))}
+            tensors |= {"m": header("m", shape[0])} if self.options["kind"] == "dora" else {}
+            found[pair.name] = Result(tensors, {"rank": rank})
+        return found
 
     def assemble(self, results: Mapping[str, Result]) -> dict[str, NewAdapter]:
         """Return the adapter: factors where there are some, everything else as TUNED has it."""

@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 from ..adapters import Change, Decomposed, LowRank, low_rank, tensors_of
 from ..adapters.new_adapter import NewAdapter
 from ..errors import Fault, UnsupportedError, UsageError
-from ..fitting.jobs import FittingPlan, MatchedChange, Result, match_changes, modules_besides
+from ..fitting.jobs import FittingPlan, MatchedChange, Result, header, match_changes, modules_besides
 from ..fitting.session import Fitter, FittingSession
 from ..naming.resolve import is_embedding, is_head
 from ..options import FromLoraOptions
@@ -121,6 +121,11 @@ class _FromLora(Fitter):
         from ..fitting.magnitudes import magnitudes
 
         return partial(magnitudes, preserve=self.options["init"] == "preserve")
+
+    def expected(self) -> dict[str, Result]:
+        """Return the headers of the magnitudes."""
+        lows = ((job.name, low_rank(job.change.update)) for job in self.changes.jobs)
+        return {name: Result({"m": header("m", low.outputs)}, {}) for name, low in lows if low}
 
     def assemble(self, results: Mapping[str, Result]) -> dict[str, NewAdapter]:
         """Return the DoRA, and in a sub-folder the LoRA of modules that cannot be DoRA."""

@@ -85,19 +85,19 @@ def _request(
 
 def _tensors(plan: Plan, settings: Settings) -> Iterator[tuple[str, Tensor]]:
     """Check what headers do not show, and return the generator of the tensors."""
-    spec = _prepared(plan, settings)
+    plan, spec = _prepared(plan, settings)
     from ..engine.in_memory import merged_tensors
 
     return ((item.name, tensor) for item, tensor in merged_tensors(plan, settings, spec))
 
 
-def _prepared(plan: Plan, settings: Settings) -> ComputeSpec:
-    """Choose the device, and refuse or warn of doubtful values in the adapters."""
+def _prepared(plan: Plan, settings: Settings) -> tuple[Plan, ComputeSpec]:
+    """Choose the device, cut the plan for it, and refuse or warn of doubtful values in the adapters."""
     with without_collections():
         from .merge.pipeline import check_adapters
 
-    spec, _ = check_adapters(plan, settings)
-    return spec
+    plan, spec, _ = check_adapters(plan, settings)
+    return plan, spec
 
 
 @takes(StreamOptions)
@@ -122,7 +122,8 @@ def merge_state_dict(
         opened = [open_adapter(ref, session, request.selection.waived) for ref in request.adapters]
         base, reader = in_memory(tensors, config, type(state_dict).__name__)
         plan = plan_inputs(request, base, opened)
-    merged = merged_tensors(plan, settings, _prepared(plan, settings), reader)
+    plan, spec = _prepared(plan, settings)
+    merged = merged_tensors(plan, settings, spec, reader)
     return {item.name: _result(item.name, tensor, tensors, verbatim=item.verbatim) for item, tensor in merged}
 
 

@@ -20,6 +20,7 @@ from ..fitting.jobs import (
     compression_of,
     doubt_ranks,
     error_of,
+    expected_factors,
     goal_words,
     match_changes,
     modules_besides,
@@ -171,6 +172,14 @@ class _ToLora(Fitter):
             dtype=self.session.selection.dtype,
             biases=self.changes.biases,
         )
+
+    def expected(self) -> dict[str, Result]:
+        """Return the headers of the new factors, of the largest ranks."""
+        found: dict[str, Result] = {}
+        for job in self.changes.jobs:
+            low, rank = low_rank(job.change.update), _largest_rank(job, self.goal)
+            found |= expected_factors(job, job.matrix, low, rank)
+        return found
 
     def assemble(self, results: Mapping[str, Result]) -> dict[str, NewAdapter]:
         """Return the LoRA: new factors with scaling 1, and everything else as it was."""

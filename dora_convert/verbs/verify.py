@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from typing_extensions import Unpack
 
@@ -16,7 +18,7 @@ from ..output.lineage import chains
 from ..output.receipt import Receipt, read_receipt
 from ..plan.plan import Plan, parse_options, parse_weights
 from ..plan.planner import make_plan
-from ..reports.html import check_page, write_page
+from ..reports.files import check_file, write_file
 from ..reports.verify import OutputsReport, VerifyReport
 from ..settings import Settings, parse_facts, require_extra, without_collections
 from ..sources import Session
@@ -26,6 +28,9 @@ from ..storage.checkpoint import Checkpoint
 from ..storage.filenames import RECORD, refuse_changed
 from ..storage.refs import PathLike, listed
 from . import takes
+
+if TYPE_CHECKING:
+    from ..cluster.jobs import Cluster
 
 
 @takes(VerifyOptions)
@@ -45,8 +50,12 @@ def verify(
     is replaced.
     """
     texts = _texts(options)
+    if options["cluster"] is not None:
+        from .on_cluster import refuse_for_cluster
+
+        refuse_for_cluster(options)
     if options["report"] is not None:
-        check_page(options["report"])
+        check_file(options["report"])
     settings = Settings.parse(options)
     with Session(options["token"], cache=options["cache"], notify=settings.notify) as session:
         request = VerifyRequest(
@@ -61,7 +70,12 @@ def verify(
         report = _compare(plan, checkpoint, request, texts)
         refuse_changed(plan.base.states, checkpoint.states, *(adapter.states for adapter in plan.adapters))
     if options["report"] is not None:
-        write_page(report, options["report"])
+        from ..reports.page import command_line
+        from ..reports.verify_page import render_comparison
+
+        refs = (request.base or report.base, *request.adapters, request.merged)
+        page = render_comparison(report, command_line("verify", refs, VerifyOptions, options))
+        write_file(options["report"], page.encode())
     return report
 
 
@@ -127,6 +141,21 @@ def _plan(request: VerifyRequest) -> tuple[Plan, Checkpoint]:
     return plan, merged
 
 
+@contextmanager
+def _cluster(plan: Plan, merged: Checkpoint, request: VerifyRequest) -> Iterator[Cluster | None]:
+    """Yield the nodes of --cluster, all of which see the inputs; None for this machine alone."""
+    if request.options["cluster"] is None:
+        yield None
+        return
+    from .on_cluster import nodes_that_see
+
+    for checkpoint in (plan.base, merged):
+        download_weights(checkpoint, request.session)
+    inputs = [plan.base.states, merged.states, *(adapter.states for adapter in plan.adapters)]
+    with nodes_that_see(request.options["cluster"], inputs, None, request.settings) as cluster:
+        yield cluster
+
+
 def _texts(options: VerifyOptions) -> tuple[str, ...]:
     """Return the prompts to run models on; UsageError if models cannot be run, or are not to be run."""
     prompt, prompts = options["prompt"], options["prompts"]
@@ -173,7 +202,8 @@ def _compare(
             from ..parity.weights import verify_weights
         from ..plan.quantised import as_dense
 
-        return verify_weights(plan, as_dense(merged), settings, session, options["samples"])
+        with _cluster(plan, merged, request) as cluster:
+            return verify_weights(plan, as_dense(merged), settings, session, options["samples"], cluster=cluster)
     with without_collections():
         from ..logits.compare import prepared
     for checkpoint in (plan.base, merged):

@@ -20,6 +20,7 @@ from ...output.lineage import doubts
 from ...plan.plan import Options, Plan, parse_options
 from ...plan.planner import make_plan
 from ...reports.checkpoint import CheckpointReport
+from ...reports.files import check_file, write_file
 from ...reports.inspect import AdapterReport, Landing, Module
 from ...sources import Session
 from ...sources.inputs import find_adapter, open_base, read_adapter, read_or_refuse
@@ -39,11 +40,28 @@ def inspect(
     """Describe an adapter or a checkpoint by its headers and small files; no weights are downloaded.
 
     With `base`, the report of an adapter says where each of its tensors would land in the base, and lists
-    everything that does not fit. Without `cache`, downloads are removed at the end.
+    everything that does not fit. Without `cache`, downloads are removed at the end. `report` is a path for an
+    HTML page; an existing file is replaced.
 
     Raises DoraConvertError for a REF that cannot be read, or is neither.
     """
-    started, ref, base = time.monotonic(), os.fspath(ref), None if base is None else os.fspath(base)
+    ref, base = os.fspath(ref), None if base is None else os.fspath(base)
+    if options["report"] is None:
+        return _describe(ref, base, options)
+    check_file(options["report"])
+    report = _describe(ref, base, options)
+    from ...reports.inspect_page import render_inspection
+    from ...reports.page import command_line
+
+    words = (ref, *(("--base", base) if base is not None else ()))
+    page = render_inspection(report, command_line("inspect", words, InspectOptions, options))
+    write_file(options["report"], page.encode())
+    return report
+
+
+def _describe(ref: str, base: str | None, options: InspectOptions) -> AdapterReport | CheckpointReport:
+    """Return the report on a REF."""
+    started = time.monotonic()
     with Session(options["token"], cache=options["cache"]) as session:
         parsed = parse_ref(ref)
         is_file = isinstance(parsed, HubRef) and bool(parsed.file)
@@ -163,9 +181,8 @@ def _landing(base: Checkpoint, adapter: Adapter, refusal: DoraConvertError | Non
         tensors=plan.counts() if plan else {},
         warnings=(
             *doubts(base, [adapter]),
-            *adapter.warnings,
+            *(plan.warnings if plan else adapter.warnings),
             *doubts_of(adapter.beside, adapter.source.name),
-            *(plan.warnings if plan else ()),
             *(doubt_magnitudes(plan) if plan else ()),
         ),
     )

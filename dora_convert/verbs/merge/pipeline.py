@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...engine.precision import doubt_zeros, scan_adapter
-from ...engine.run import Hashes, Run, choose_compute, resume_plan, run
+from ...engine.run import Executor, Hashes, Run, choose_compute, resume_plan, run
 from ...engine.tensor import MergeMaker
 from ...errors import Fault, VerificationError
 from ...output.card import card_bytes, inherited, works_of
@@ -40,18 +40,27 @@ Examine = Callable[[Checkpoint], "OutputsReport"]
 
 
 def run_merge(
-    plan: Plan, output: Output, settings: Settings, hub: HubStreaming | None = None, examine: Examine | None = None
+    plan: Plan,
+    output: Output,
+    settings: Settings,
+    hub: HubStreaming | None = None,
+    examine: Examine | None = None,
+    executor: Executor | None = None,
 ) -> MergeReport:
     """Run a merge's plan, and publish the result if `examine` finds no difference; with `hub`, push it, too.
+
+    `executor` writes the tensors; None for threads of this process.
 
     Raises UsageError for an unusable device or memory budget, NumericalError for NaN, Inf and overflow,
     OutputError for a disk that cannot hold the result, VerificationError if a check fails. OUT does not exist
     then.
     """
-    spec, hashes = check_adapters(plan, settings)
+    plan, spec, hashes = check_adapters(plan, settings, executor)
     files = side_files(plan)
-    for adopted in () if plan.base.is_file else adopted_sets(plan):
+    for adopted in () if plan.base.is_bare else adopted_sets(plan):
         (settings.warn if adopted.rivals else settings.notify)(adopted.notice(plan.base))
+    if plan.base.gguf:
+        _tell_of_gguf(plan.base, files, settings)
     fields = inherited(works_of(plan))
     if fields.notice:
         settings.notify(fields.notice)
@@ -60,7 +69,7 @@ def run_merge(
     output.check_space(needed + 2 * plan.undo_bytes + sum(file.nbytes for file in files))
     inputs = input_states(output, [plan.base], plan.adapters)
     with output.entered(*inputs):
-        done = _write_tensors(plan, output, settings, hub, spec=spec, hashes=hashes)
+        done = _write_tensors(plan, output, settings, hub, spec=spec, hashes=hashes, executor=executor)
         results = done.progress.done
         if not seen:
             _look_at_base(plan, settings)
@@ -75,15 +84,40 @@ def run_merge(
         return _publish(done, output, hub, files, card=card, verdict=verdict, outputs=outputs)
 
 
-def check_adapters(plan: Plan, settings: Settings) -> tuple[ComputeSpec, Hashes]:
-    """Choose the device, refuse NaN and Inf in the adapters, warn of odd values, and return their files' hashes."""
-    spec = choose_compute(plan.memory, settings)
+def check_adapters(
+    plan: Plan, settings: Settings, executor: Executor | None = None
+) -> tuple[Plan, ComputeSpec, Hashes]:
+    """Choose the device, refuse NaN and Inf in the adapters, and warn of odd values.
+
+    Returns the plan in the device's blocks, the device, and the hashes of the adapters' files.
+    """
+    spec = choose_compute(plan.memory, settings, executor)
+    if spec.staged:
+        from ...engine.device_plan import cut_for
+
+        plan = cut_for(plan, spec, settings)
     hashes = [scan_adapter(adapter) for adapter in plan.adapters]
     for doubt in filter(None, map(doubt_zeros, plan.adapters)):
         settings.warn(doubt)
-    return spec, hashes
+    return plan, spec, hashes
 
 
+def _tell_of_gguf(base: Checkpoint, files: Sequence[SideFile], settings: Settings) -> None:
+    """Say which files beside the weights are made from a GGUF base, and which cannot be."""
+    names = {file.name for file in files}
+    made = [name for name in ("config.json", *TOKENIZER_FILES) if name in names and name not in base.side_files]
+    settings.notify(f"made from the pairs of {base.source.name}: {', '.join(made)}")
+    if "tokenizer.json" not in names and not any(name in base.side_files for name in OTHER_TOKENIZERS):
+        pairs = base.gguf.pairs if base.gguf else {}
+        kind = " ".join(str(pairs.get(f"tokenizer.ggml.{key}", "")) for key in ("model", "pre")).strip() or "none"
+        settings.warn(
+            f"no tokenizer is written: that of {base.source.name} is of a kind that is not known ({kind}); copy the "
+            "tokenizer's files of the original model into OUT"
+        )
+
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+OTHER_TOKENIZERS = ("tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
 LOSS = 0.1
 """A share of the change lost above this is warned of."""
 
@@ -116,7 +150,14 @@ def _look_at_base(plan: Plan, settings: Settings) -> bool:
 
 
 def _write_tensors(
-    plan: Plan, output: Output, settings: Settings, hub: HubStreaming | None, *, spec: ComputeSpec, hashes: Hashes
+    plan: Plan,
+    output: Output,
+    settings: Settings,
+    hub: HubStreaming | None,
+    *,
+    spec: ComputeSpec,
+    hashes: Hashes,
+    executor: Executor | None,
 ) -> Run:
     """Write every tensor, from the start or from an unfinished run."""
     maker = partial(MergeMaker, prove=plan.options.exact, observe=_observe(plan), combine=_combine(plan))
@@ -131,10 +172,11 @@ def _write_tensors(
         settings,
         key=key,
         unfinished=unfinished,
-        check=SelfCheck if settings.verify else None,
+        check=partial(SelfCheck, memory=settings.memory_each) if settings.verify else None,
         hub=hub,
         spec=spec,
         maker=maker,
+        executor=executor,
         hashed={item.name for item in plan.items if item.verbatim},
     )
 

@@ -1,65 +1,43 @@
-"""Write the report of verify as one self-contained HTML page from the template page.html.j2."""
+"""Lay out the page of a comparison: the chart and both models' continuations, for verify.html.j2."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from itertools import takewhile
+from typing import Any
 
-from ..errors import printable
-from .files import Target, check_file, write_file
-from .verify import CheckedModule, OutputsReport, VerifyReport, figures
+from .page import draw_page
+from .verify import CheckedModule, Continuation, OutputsReport, VerifyReport, figures
 
-if TYPE_CHECKING:
-    from jinja2 import Environment
-
-LEFT, RIGHT, TOP, BOTTOM = 70, 705, 15, 370
+LEFT, RIGHT, TOP, BOTTOM = 62, 456, 12, 285
 """Edges of the chart's plot area, in the units of the template's viewBox."""
 
 
-def check_page(path: Target) -> None:
-    """Refuse a path that cannot be written to, before anything is compared.
-
-    Raises OutputError.
-    """
-    check_file(path)
-
-
-def write_page(report: VerifyReport | OutputsReport, path: Target) -> None:
-    """Write the page completely or not at all, and replace a file of the same name.
-
-    Raises OutputError.
-    """
-    write_file(path, render(report).encode())
-
-
-def environment() -> Environment:
-    """Return the templates of this folder, which escape everything that could be markup or control a terminal."""
-    from jinja2 import Environment, PackageLoader
-
-    templates = Environment(
-        loader=PackageLoader("dora_convert", "reports"),
-        autoescape=True,
-        finalize=lambda value: printable(value) if isinstance(value, str) else value,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    templates.filters["count"] = "{:,}".format
-    return templates
-
-
-def render(report: VerifyReport | OutputsReport) -> str:
+def render_comparison(report: VerifyReport | OutputsReport, command: str = "") -> str:
     """Return the page of a report."""
-    templates = environment()
-    templates.filters["error"] = lambda value: "–" if value is None else f"{value:.1e}"
     facts: dict[str, Any]
     if isinstance(report, OutputsReport):
-        facts = {"figures": list(figures(report)), "modules": (), "chart": None}
+        facts = {"figures": list(figures(report)), "pairs": [_pair(each) for each in report.continuations]}
     else:
         modules = sorted(report.modules, key=lambda m: (m.wrong_elements, m.output_error or 0.0), reverse=True)
-        facts = {"figures": (), "modules": modules, "chart": _chart(modules)}
-    return templates.get_template("page.html.j2").render(report=report, **facts)
+        causes = any(module.cause for module in modules)
+        facts = {"modules": modules, "causes": causes, "chart": _chart(modules)}
+    return draw_page("verify.html.j2", report, command, **facts)
+
+
+def _pair(each: Continuation) -> dict[str, Any]:
+    """Return a prompt's two continuations: the part that they share, and the rest of each."""
+    same = (a == b for a, b in zip(each.reference, each.merged, strict=False))
+    shared = each.reference[: sum(takewhile(bool, same))]
+    return {
+        "prompt": each.prompt,
+        "same": each.reference == each.merged,
+        "shared": shared,
+        "reference": each.reference.removeprefix(shared),
+        "merged": each.merged.removeprefix(shared),
+    }
 
 
 @dataclass(frozen=True)
@@ -107,6 +85,7 @@ def _chart(modules: Sequence[CheckedModule]) -> dict[str, Any] | None:
     low, high = 10.0 ** max(across.low, up.low), 10.0 ** min(across.high, up.high)
     return {
         "dots": [(module, across.at(floor), up.at(error)) for module, floor, error in points],
+        "wrong": any(module.wrong_elements for module, *_ in points),
         "across": across,
         "up": up,
         "even": [(across.at(value), up.at(value)) for value in (low, high)] if low < high else None,

@@ -1,0 +1,1 @@
+"""Run tasks on the nodes of a cluster, with Ray; Ray alone schedules, retries and carries results."""

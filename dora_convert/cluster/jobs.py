@@ -1,0 +1,189 @@
+"""Say what a cluster does for us: jobs, which nodes start once and then do task after task.
+
+`RayCluster` is the implementation. Tests use one that pickles, and runs in this process.
+"""
+
+from __future__ import annotations
+
+import platform
+import socket
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+import xxhash
+
+from ..engine.precision import ComputeSpec
+from ..errors import OutputError, UsageError
+from ..settings import Settings, __version__
+
+Work = TypeVar("Work")
+Result = TypeVar("Result")
+Work_contra = TypeVar("Work_contra", contravariant=True)
+Result_co = TypeVar("Result_co", covariant=True)
+TASK_BYTES = 64 << 20
+"""Bytes of the tensors of one task: much more work than the call, and little to lose."""
+HEAD_BYTES = 1 << 16
+"""Bytes at a file's begin that tell whether two nodes see the same file."""
+
+
+def ranges(sizes: Sequence[int]) -> Iterator[range]:
+    """Yield ranges of numbers, one after the other, whose sizes add up to a task's bytes."""
+    start = total = 0
+    for number, size in enumerate(sizes):
+        if number > start and total + size > TASK_BYTES:
+            yield range(start, number)
+            start, total = number, 0
+        total += size
+    if sizes:
+        yield range(start, len(sizes))
+
+
+class NodeJob(Protocol[Work_contra, Result_co]):
+    """Everything that tasks of one kind need, as data."""
+
+    def start(self) -> Callable[[Work_contra], Result_co]:
+        """Return the function that does one task; called once in each process of a node."""
+
+
+class Cluster(Protocol):
+    """Nodes that do tasks."""
+
+    def map(
+        self,
+        job: NodeJob[Work, Result],
+        tasks: Iterable[Work],
+        *,
+        gpu: bool = False,
+        withdraw: Callable[[], None] | None = None,
+    ) -> Iterator[tuple[Work, Result]]:
+        """Yield each task with its result, as tasks end; a task of a lost node is done again elsewhere.
+
+        With `gpu`, each task has a GPU of its own. Raises the first error of a task. After an error, `withdraw`
+        makes further tasks fail, and no task runs after the end of the iterator. Without `withdraw` some may.
+        """
+
+    def ask(self, question: Callable[[], NodeFacts]) -> list[NodeFacts]:
+        """Return the answer of every node that does tasks."""
+
+    @property
+    def gpus(self) -> int:
+        """The number of GPUs of all nodes."""
+
+
+@dataclass(frozen=True)
+class NodeFacts:
+    """Facts about one node that decide if it can take part."""
+
+    name: str
+    versions: tuple[str, ...]
+    """Of this package, torch and Python."""
+    processor: str
+    """The instruction set that torch uses."""
+    missing: tuple[str, ...]
+    """Paths that the node does not see, or sees other files at."""
+
+
+@dataclass(frozen=True)
+class NodeCheck:
+    """Asks a node for its facts, and if it sees the files that this machine sees."""
+
+    heads: dict[str, str]
+    """For each path, a hash of the file's size and its first bytes."""
+
+    def __call__(self) -> NodeFacts:
+        """Return the facts of the node that this is called on."""
+        missing = [path for path, head in self.heads.items() if _head(path) != head]
+        return NodeFacts(node_name(), _versions(), _processor(), tuple(missing))
+
+
+def node_name() -> str:
+    """Return the name of this machine, for messages."""
+    return socket.gethostname()
+
+
+def _versions() -> tuple[str, ...]:
+    python = platform.python_version().rpartition(".")[0]
+    return (f"dora-convert {__version__}", f"torch {torch.__version__}", f"Python {python}")
+
+
+@cache
+def _processor() -> str:
+    capability: Any = getattr(torch.backends, "cpu", None)
+    return str(capability.get_cpu_capability()) if capability else platform.machine()
+
+
+def _head(path: str) -> str:
+    """Return a hash of a file's size and first bytes; empty if the file cannot be read."""
+    try:
+        with Path(path).open("rb") as file:
+            digest = xxhash.xxh3_128(file.read(HEAD_BYTES))
+            digest.update(str(file.seek(0, 2)).encode())
+    except OSError:
+        return ""
+    return digest.hexdigest()
+
+
+def check_nodes(cluster: Cluster, inputs: Iterable[Path], token: Path | None, settings: Settings) -> None:
+    """Raise UsageError if a node lacks an input, the output's folder, or the versions of this machine.
+
+    `token` is a file beside the output that this function writes and removes; None without an output.
+    """
+    tokens = [token] if token else []
+    try:
+        for path in tokens:
+            path.write_text(path.name, encoding="utf-8")
+        heads = {str(path): _head(str(path)) for path in (*inputs, *tokens)}
+        answers = cluster.ask(NodeCheck(heads))
+    except OSError as error:
+        raise OutputError(f"OUT cannot be written: {error.filename}: {error.strerror or error}.") from error
+    finally:
+        for path in tokens:
+            path.unlink(missing_ok=True)
+    _refuse_nodes(answers, token)
+    if len(processors := {facts.processor for facts in (*answers, NodeCheck({})())}) > 1:
+        settings.warn(
+            f"the nodes have different processors ({', '.join(sorted(processors))}): last bits may depend on "
+            "the node that writes a tensor"
+        )
+
+
+def _refuse_nodes(answers: Sequence[NodeFacts], token: Path | None) -> None:
+    """Raise UsageError, naming node and path, for the first node that cannot take part."""
+    if not answers:
+        raise UsageError("The cluster has no node with a processor.", hint="ray status")
+    for facts in answers:
+        if facts.versions != _versions():
+            raise UsageError(
+                f"Node {facts.name} has {', '.join(facts.versions)}; this machine has {', '.join(_versions())}.",
+                hint="install the same versions on every node",
+            )
+    for facts in answers:
+        if token and str(token) in facts.missing:
+            raise UsageError(
+                f"Node {facts.name} does not see the folder {token.parent}, where OUT is written.",
+                hint="name an OUT on a file system that every node has at the same path",
+            )
+        if facts.missing:
+            raise UsageError(
+                f"Node {facts.name} does not see {facts.missing[0]} as this machine does"
+                + (f", nor {len(facts.missing) - 1} further inputs." if len(facts.missing) > 1 else "."),
+                hint="put the inputs on a file system that every node has at the same path",
+            )
+
+
+def choose_for(cluster: Cluster, settings: Settings) -> ComputeSpec:
+    """Choose the kind of device and the dtype for all nodes: a GPU for each task if the cluster has GPUs."""
+    device, compute = settings.device, settings.compute_dtype
+    if device not in ("auto", "cpu", "cuda"):
+        raise UsageError(
+            f"--device {device} does not go with --cluster: Ray deals the devices out.", hint="--device cuda, or cpu"
+        )
+    if device == "cuda" and not cluster.gpus:
+        raise UsageError("No node of the cluster has a CUDA device.", hint="ray status")
+    kind = "cuda" if cluster.gpus and device != "cpu" else "cpu"
+    dtype = torch.float64 if compute == "auto" else getattr(torch, compute)
+    return ComputeSpec(torch.device(kind), dtype, f"{cluster.gpus} GPUs in the cluster" if cluster.gpus else "cluster")

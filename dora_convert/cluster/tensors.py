@@ -1,0 +1,184 @@
+"""Write the tensors of a plan on a cluster: the nodes write and sync, this process keeps the journal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+from uuid import uuid4
+
+import torch
+
+from ..engine.device_buffers import DeviceBuffers
+from ..engine.precision import ComputeSpec, exact_arithmetic
+from ..engine.run import Run, StartCheck
+from ..engine.tensor import StartMaker
+from ..engine.workers import TensorWork
+from ..errors import OutputError, UsageError
+from ..output.finished import FinishedLine, Task
+from ..plan.plan import Plan
+from ..settings import Settings
+from ..storage.filenames import CLAIM, RECORD
+from ..storage.reader import Reader
+from ..storage.spool import Segment, Spool
+from . import jobs
+from .jobs import Cluster, choose_for, node_name
+from .shared_shards import SharedShards
+
+
+class Outcome(NamedTuple):
+    """The result of a task: lines for the journal, and the bytes that they keep in the spool."""
+
+    lines: list[FinishedLine]
+    spooled: bytes
+
+
+@dataclass
+class ClusterExecutor:
+    """Does the tasks of a run on the nodes of a cluster."""
+
+    cluster: Cluster
+
+    def choose(self, settings: Settings) -> ComputeSpec:
+        """Choose device and dtype for all nodes."""
+        return choose_for(self.cluster, settings)
+
+    def execute(self, run: Run, tasks: Sequence[Task]) -> None:
+        """Do all tasks on the nodes; a token in the output's folder keeps late tasks of a killed run out."""
+        assert run.output
+        folder, token = run.output.partial, uuid4().hex
+        (folder / RECORD / CLAIM).write_text(token, encoding="utf-8")
+        job = TensorJob(plan=run.plan, folder=folder, token=token, spec=run.spec, maker=run.maker, check=run.check)
+        sizes = {item.name: sum(each.nbytes for each in item.together) for item in run.plan.items}
+        gpu = run.spec.device.type == "cuda"
+        try:
+            for task, outcome in self.cluster.map(job, grouped(tasks, sizes), gpu=gpu, withdraw=job.withdraw):
+                start = run.spool.add(outcome.spooled).start if outcome.spooled else 0
+                run.take(task, [_moved(line, start) for line in outcome.lines])
+                run.advance(_nbytes(task, sizes))
+        finally:
+            job.withdraw()
+
+
+def grouped(tasks: Iterable[Task], sizes: dict[str, int]) -> Iterator[Task]:
+    """Yield tasks of the same kind and shard together, up to some bytes, in the given order."""
+    group: Task | None = None
+    for task in tasks:
+        if group and _goes_with(group, task) and _nbytes(group, sizes) + _nbytes(task, sizes) <= jobs.TASK_BYTES:
+            group = group._replace(names=group.names + task.names)
+            continue
+        if group:
+            yield group
+        group = task
+    if group:
+        yield group
+
+
+def _goes_with(group: Task, task: Task) -> bool:
+    return not task.copy and (group.kind, group.shard) == (task.kind, task.shard)
+
+
+def _nbytes(task: Task, sizes: dict[str, int]) -> int:
+    """Return the bytes that a task writes into shards."""
+    if task.copy:
+        return task.copy.length
+    return sum(sizes[name] for name in task.names) if task.kind == "write" else 0
+
+
+def _moved(line: FinishedLine, start: int) -> FinishedLine:
+    """Return a line whose parts lie after `start` in the spool."""
+    if not (line.result and line.result.parts):
+        return line
+    parts = tuple(
+        part._replace(segments=tuple(segment._replace(start=start + segment.start) for segment in part.segments))
+        for part in line.result.parts
+    )
+    return FinishedLine(line.made, replace(line.result, parts=parts))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorJob:
+    """Everything that a node needs to write tensors of a plan."""
+
+    plan: Plan
+    folder: Path
+    token: str
+    spec: ComputeSpec
+    maker: StartMaker
+    check: StartCheck | None
+
+    def start(self) -> Callable[[Task], Outcome]:
+        """Open the files, with one torch thread; return the function that does a task."""
+        if self.spec.device.type == "cuda" and not torch.cuda.is_available():
+            raise UsageError(
+                f"torch finds no CUDA device on {node_name()}.", hint="--device cpu, or install CUDA's torch"
+            )
+        torch.set_num_threads(1)
+        reader, spool = Reader(), MemorySpool()
+        shards = SharedShards(self.folder, self.plan)
+        buffers = DeviceBuffers(self.spec, reader)
+        work = TensorWork(
+            plan=self.plan,
+            shards=shards,
+            reader=reader,
+            spool=spool,
+            maker=self.maker,
+            checker=self.check(self.folder, self.plan, reader) if self.check else None,
+            output=None,
+            advance=lambda _: None,
+            holding=lambda _: nullcontext(),
+        )
+
+        def do(task: Task) -> Outcome:
+            self._refuse_late()
+            with _naming_node(), exact_arithmetic(), shards.writing(task):
+                lines = work.do(task, buffers)
+            return Outcome(lines, spool.taken())
+
+        return do
+
+    def withdraw(self) -> None:
+        """Remove the claim, without which no task begins."""
+        with suppress(OSError):
+            (self.folder / RECORD / CLAIM).unlink()
+
+    def _refuse_late(self) -> None:
+        """Raise OutputError if the output's folder belongs to another run by now."""
+        try:
+            token = (self.folder / RECORD / CLAIM).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            token = ""
+        if token != self.token:
+            raise OutputError(f"{self.folder} belongs to another run now, or is not seen by {node_name()}.")
+
+
+@contextmanager
+def _naming_node() -> Iterator[None]:
+    """Add the node's name to an error of its file system."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror or error}, on node {node_name()}", error.filename) from error
+
+
+class MemorySpool(Spool):
+    """A spool whose bytes go to another machine."""
+
+    path = Path()
+
+    def __init__(self) -> None:
+        self._data = bytearray()
+
+    def add(self, data: bytes | memoryview) -> Segment:
+        """Append bytes; return the segment that holds them."""
+        segment = Segment(len(self._data), len(data))
+        self._data += data
+        return segment
+
+    def taken(self) -> bytes:
+        """Return all bytes, and forget them."""
+        data = bytes(self._data)
+        self._data.clear()
+        return data
