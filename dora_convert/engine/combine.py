@@ -6,44 +6,20 @@ computes the same blocks with the same operations as the last one, so that all p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import xxhash
 from torch import Tensor
 
-from ..adapters import Full
-from ..errors import NumericalError
 from ..maths import combine as maths
 from ..maths.kth_largest import KthLargest
 from ..option_table import COLLECTED, STRIP, Combination
-from ..plan.item import Edit, Item
+from ..plan.item import Item
+from .changes import RESULT, LoadedValues, change_of, forget_norms, load_edit, refuse_infinite, scattered, wanted_rank
 from .device_buffers import DeviceBuffers
 from .factors import LoadedEdit, apply_edits
 from .tensor import SourceValues, measure
-
-GOLDEN = (5**0.5 - 1) / 2
-RESULT = "result"
-"""The name of the buffer of a tensor that is made in one pass."""
-
-
-@dataclass
-class LoadedValues(LoadedEdit):
-    """An edit whose result is stored whole: a saved module, or a fine-tuned checkpoint's tensor."""
-
-    buffers: DeviceBuffers | None = None
-
-    def change_(self, out: Tensor, W: Tensor, start: int, stop: int) -> None:
-        """Compute value − W."""
-        assert self.buffers
-        assert isinstance(self.edit.update, Full)
-        out.copy_(self.buffers.raw(self.edit.update.value, start, stop, "factor")).sub_(W)
-
-
-def load_edit(edit: Edit, buffers: DeviceBuffers) -> LoadedEdit:
-    """Read the tensors that every block of one edit needs."""
-    return LoadedValues(edit, buffers=buffers) if isinstance(edit.update, Full) else LoadedEdit.load(edit, buffers)
 
 
 class Combiner:
@@ -67,7 +43,7 @@ class Combiner:
         measure(self._item, factored, values, self._buffers)
         if self._how.prunes and not (self._buffers.at_once and self._make_at_once(values)):
             self.cuts = tuple(_Thresholds(self._item, self.edits, values, self._buffers).find())
-        _forget_norms(self.edits)
+        forget_norms(self.edits)
 
     def _make_at_once(self, values: SourceValues) -> bool:
         """Compute the whole result in one pass over the tensor; return False if thresholds must be known before."""
@@ -89,7 +65,7 @@ class Combiner:
             changes = [self.change(number, W, start, stop) for number in range(len(self.edits))]
             for operand in self.edits:
                 refuse_infinite(operand, self._item)
-            _forget_norms(self.edits)
+            forget_norms(self.edits)
             yield start, W, changes
 
     def apply(self, W: Tensor, start: int, stop: int) -> Tensor:
@@ -153,7 +129,7 @@ class Combiner:
             if operand.edit.two_passes or operand.transform:
                 before = _ChainValues(values, self.edits[:link])
                 measure(self._item, [operand], before, self._buffers)
-                _forget_norms(self.edits)
+                forget_norms(self.edits)
 
 
 class _ChainValues(SourceValues):
@@ -173,39 +149,6 @@ class _ChainValues(SourceValues):
 def _key(how: Combination, name: str, number: int) -> int:
     """Return the key of the random numbers for one edit of a tensor."""
     return xxhash.xxh3_64_intdigest(f"{how.seed}/{number}/{name}".encode())
-
-
-def _forget_norms(operands: Iterable[LoadedEdit]) -> None:
-    """Remove the norms of rows that a pass has computed; the last pass computes them again."""
-    for operand in operands:
-        if not operand.edit.two_passes:
-            operand.n.clear()
-
-
-def scattered(item: Item) -> Iterator[tuple[int, int]]:
-    """Yield the blocks of rows from all parts of the tensor in turn."""
-    spans = list(item.spans())
-    return (spans[k] for k in sorted(range(len(spans)), key=lambda k: k * GOLDEN % 1))
-
-
-def refuse_infinite(operand: LoadedEdit, item: Item) -> None:
-    """Raise NumericalError if the last norms of an edit are not finite."""
-    if not operand.is_finite():
-        raise NumericalError(
-            f"{item.name}: a change of it is NaN or infinite.",
-            hint="is this the base that the adapters were trained on?",
-        )
-
-
-def change_of(operand: LoadedEdit, W: Tensor, start: int, stop: int, *, out: Tensor) -> Tensor:
-    """Compute ΔW = apply(W) − W of one edit for a block."""
-    if isinstance(operand, LoadedValues):
-        operand.change_(out, W, start, stop)
-    elif not operand.edit.depends:
-        operand.add_(out.zero_(), start, stop)
-    else:
-        operand.apply_(out.copy_(W), start, stop).sub_(W)
-    return out
 
 
 class _Thresholds:
@@ -270,7 +213,7 @@ class _Thresholds:
                 refuse_infinite(operand, self._item)
                 magnitudes = delta.abs_()
                 see(number, magnitudes if in_order else operand.own(magnitudes, start, stop), start)
-            _forget_norms(self._operands)
+            forget_norms(self._operands)
 
     def _block(self, start: int, stop: int, *, reads: bool) -> Tensor:
         """Return a block of W; its values do not matter if no edit reads them."""
@@ -282,18 +225,3 @@ class _Thresholds:
 def _needs_base(operand: LoadedEdit) -> bool:
     """Return True if an edit's change depends on W."""
     return isinstance(operand, LoadedValues) or operand.edit.depends
-
-
-def wanted_rank(edit: Edit, item: Item) -> tuple[int, int] | None:
-    """Return k and n: an edit keeps the k largest of n elements; None if it keeps all."""
-    count = own_elements(edit, item)
-    return (maths.kept_count(edit.density, count), count) if edit.density < 1 else None
-
-
-def own_elements(edit: Edit, item: Item) -> int:
-    """Return the number of elements that an edit may change: PEFT prunes a module's own change."""
-    rows, columns = item.matrix
-    if not edit.outputs:
-        return rows * columns
-    count = edit.outputs[1] - edit.outputs[0]
-    return count * (rows if edit.by_columns else columns)

@@ -40,6 +40,16 @@ class SentBlock(NamedTuple):
         return self.host
 
 
+class Begun(NamedTuple):
+    """Some rows of an output that are being computed."""
+
+    raw: Tensor
+    start: int
+    norms: tuple[Tensor | None, ...]
+    """For each edit, the norms that it has divided by."""
+    sent: SentBlock
+
+
 class DeviceBuffers:
     """One worker's memory: reads rows of stored tensors as matrices on the device, and brings results back.
 

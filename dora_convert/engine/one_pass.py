@@ -17,7 +17,7 @@ from ..maths import combine as maths
 from ..maths.interval import Found, Interval, nonzero_places
 from ..option_table import STRIP, WAITING
 from ..plan.item import Item
-from .combine import RESULT, change_of, load_edit, wanted_rank
+from .changes import RESULT, change_of, load_edit, wanted_rank
 from .device_buffers import DeviceBuffers
 from .factors import LoadedEdit
 from .precision import TORCH

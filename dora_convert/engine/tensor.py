@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from ..plan.item import Item
 from ..storage.reader import Digest, spans
 from ..storage.safetensors import BITS
 from ..storage.spool import Spool, SpooledTensor
-from .device_buffers import DeviceBuffers, SentBlock
+from .device_buffers import Begun, DeviceBuffers, SentBlock
 from .factors import LoadedEdit, apply_edits
 from .precision import TORCH, as_bytes
 
@@ -43,16 +43,6 @@ class TensorMaker(Protocol):
 
 StartMaker = Callable[[Item, DeviceBuffers, Spool], TensorMaker]
 """Starts the maker of one item; called in the worker that computes the item."""
-
-
-class Begun(NamedTuple):
-    """Some rows of an output that are being computed."""
-
-    raw: Tensor
-    start: int
-    norms: tuple[Tensor | None, ...]
-    """For each edit, the norms that it has divided by."""
-    sent: SentBlock
 
 
 class MergeObserver(Protocol):
@@ -192,7 +182,7 @@ class MergeMaker:
         """Compute some rows, unless one pass over the tensor has made all of them, and send them to host memory."""
         if self._combiner and self._combiner.result is not None:
             rows = self._combiner.result[start:stop]
-            return Begun(raw, start, (None,) * len(self.edits), SentBlock(rows, lambda: maths.all_finite(rows)))
+            return Begun(raw, start, (), SentBlock(rows, lambda: maths.all_finite(rows)))
         result = self._applied(W, start, stop)
         norms = tuple(edit.n[-1] if edit.n else None for edit in self.edits)
         known = [n for n in norms if n is not None]

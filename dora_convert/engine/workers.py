@@ -151,7 +151,7 @@ class TensorWork:
         """Write and check a tensor; of a wrong one, only its own line is returned."""
         item = self.output.prepare(item, self.reader) if self.output else item
         cost = self.plan.cost(item)
-        spare = item.spare(self.plan.options.width)
+        spare = self.plan.spare(item)
         buffers.at_once = spare is not None and cost + spare <= self.share
         with self.holding(cost + (spare or 0 if buffers.at_once else 0)):
             with buffers.working():

@@ -242,12 +242,6 @@ class Item:
             total += self.inverse_cost()
         return total + sum(edit_cost(edit, self, height, width) for edit in self.edits)
 
-    def spare(self, width: int) -> int | None:
-        """Return the bytes beyond the cost with which a worker needs one pass less; None if none are of use."""
-        if not self.combination or self.parts:
-            return None
-        return self.combination.spare(len(self.edits), self.source.numel, self.nbytes, width)
-
     @property
     def invertible(self) -> bool:
         """True if equations recover the base from the output: those of a sum, and those of a chain, link by link."""
