@@ -157,7 +157,7 @@ def test_one_pass_gives_the_bytes_of_two(case, tmp_path, monkeypatch, method):
     _, base, adapters, _ = case
     options = {"method": method, "weight": WEIGHTS, "density": [0.3, 0.5, 1], "undo": "exact"}
     with monkeypatch.context() as patched:
-        patched.setattr("dora_convert.plan.plan.Plan.spare", lambda *_: None)
+        patched.setattr("dora_convert.engine.workers.spare_of", lambda *_: None)
         dora_convert.merge(base.path, adapters, tmp_path / "two", **options)
     assert not made
     dora_convert.merge(base.path, adapters, tmp_path / "one", **options)

@@ -151,7 +151,7 @@ class TensorWork:
         """Write and check a tensor; of a wrong one, only its own line is returned."""
         item = self.output.prepare(item, self.reader) if self.output else item
         cost = self.plan.cost(item)
-        spare = self.plan.spare(item)
+        spare = spare_of(item, self.plan.options.width)
         buffers.at_once = spare is not None and cost + spare <= self.share
         with self.holding(cost + (spare or 0 if buffers.at_once else 0)):
             with buffers.working():
@@ -178,3 +178,10 @@ class TensorWork:
             self.advance(0)
         part = SpooledTensor(kept_name(tensor), tensor.dtype, tensor.shape, tuple(segments))
         return FinishedLine(part.name, TensorResult(digest.fast, digest.fast, digest.proof, (part,)))
+
+
+def spare_of(item: Item, width: int) -> int | None:
+    """Return the bytes beyond the cost with which a worker needs one pass less; None if none are of use."""
+    if not item.combination or item.parts:
+        return None
+    return item.combination.spare(len(item.edits), item.source.numel, item.nbytes, width)

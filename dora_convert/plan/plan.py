@@ -104,12 +104,6 @@ class Plan:
         """Return the bytes that a worker holds for one item."""
         return item.cost(self.options.width, exact=self.options.exact and self.remembers(item))
 
-    def spare(self, item: Item) -> int | None:
-        """Return the bytes beyond the cost with which a worker needs one pass less; None if none are of use."""
-        if not item.combination or item.parts:
-            return None
-        return item.combination.spare(len(item.edits), item.source.numel, item.nbytes, self.options.width)
-
     @property
     def undo_bytes(self) -> int:
         """About the most bytes that the undo record's tensors take."""
