@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,12 +28,14 @@ def blocks(page: Path, language: str) -> list[str]:
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A folder with `base`, `adapter`, `lora` and `tuned`, as the documentation calls them."""
+    """A folder with `base`, adapters and fine-tunes, by the names of the documentation."""
     base = make_base(tmp_path / "base")
-    for name in ("adapter", "lora"):
-        adapter = make_adapter(tmp_path / name, base, dora=name == "adapter")
+    for seed, name in enumerate(("adapter", "lora", "style", "facts", "sft", "dpo")):
+        adapter = make_adapter(tmp_path / name, base, dora=name in ("adapter", "style"), seed=seed)
         edit_json(adapter / "adapter_config.json", base_model_name_or_path="base")
     dora_convert.merge(base.path, tmp_path / "adapter", tmp_path / "tuned")
+    for name in ("tuned-a", "tuned-b"):
+        shutil.copytree(tmp_path / "tuned", tmp_path / name)
     (tmp_path / "outputs").mkdir()
     trained = make_adapter(tmp_path / "outputs/checkpoint-500", base, dora=False)
     edit_json(trained / "adapter_config.json", base_model_name_or_path="unsloth/base-bnb-4bit")
