@@ -2,8 +2,8 @@
 
     TOOLS/python tests/oracles/formats.py DORA_CONVERT
 
-TOOLS is an environment with torch, transformers, lycoris-lora, diffusers, peft, mlx and mlx-lm; a tool that cannot be
-imported is an error. DORA_CONVERT is our command. Every weight is compared with the tool's own forward, in float64
+TOOLS is an environment with torch, transformers, lycoris-lora, diffusers, peft, mlx, mlx-lm and torchtune; a tool that
+cannot be imported is an error. torchtune's torchao lies apart (see `torchtune_reader.py`). DORA_CONVERT is our command. Every weight is compared with the tool's own forward, in float64
 where the tool computes so, within 1e-6 relative.
 """
 
@@ -215,7 +215,13 @@ def main() -> None:
     """Run every comparison; exit with 1 if one is off."""
     wrong = 0
     with tempfile.TemporaryDirectory() as folder:
-        suites: tuple[Callable[[Path], Iterator[tuple[str, float]]], ...] = (lycoris, written, torchtune, peft, diffusers)
+        suites: tuple[Callable[[Path], Iterator[tuple[str, float]]], ...] = (
+            lycoris,
+            written,
+            torchtune,
+            peft,
+            diffusers,
+        )
         for suite in suites:
             for name, error in suite(Path(folder)):
                 wrong += not error < BOUND

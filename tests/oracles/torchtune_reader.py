@@ -31,7 +31,10 @@ def applied(layer: torch.nn.Module) -> torch.Tensor:
 
 def main(base: Path, adapter: Path, out: Path) -> None:
     """Load base and adapter as torchtune's recipes do, and save what the layers apply."""
-    config, lora = (json.loads((path / name).read_text()) for path, name in ((base, "config.json"), (adapter, "adapter_config.json")))
+    config, lora = (
+        json.loads((path / name).read_text())
+        for path, name in ((base, "config.json"), (adapter, "adapter_config.json"))
+    )
     state = torch.load(adapter / "adapter_model.pt", weights_only=True)
     heads, kv, dim = (config[name] for name in ("num_attention_heads", "num_key_value_heads", "hidden_size"))
     model = lora_llama2(
@@ -48,7 +51,9 @@ def main(base: Path, adapter: Path, out: Path) -> None:
     model.double()
     layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, "lora_a")}
     merged = own | {f"{name}.weight": applied(layer) for name, layer in layers.items()}
-    save_file({k: T.contiguous() for k, T in tune_to_hf(merged, num_heads=heads, num_kv_heads=kv, dim=dim).items()}, out)
+    save_file(
+        {k: T.contiguous() for k, T in tune_to_hf(merged, num_heads=heads, num_kv_heads=kv, dim=dim).items()}, out
+    )
 
 
 if __name__ == "__main__":
