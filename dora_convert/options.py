@@ -152,7 +152,7 @@ class MergeOptions(
     no_local: bool
 
 
-class UnmergeOptions(FieldOptions, CheckpointOptions, WriteOptions, total=False):
+class UnmergeOptions(FieldOptions, CheckpointOptions, ClusterOptions, WriteOptions, total=False):
     """The options of unmerge."""
 
     base: Path | None
@@ -189,7 +189,9 @@ class ExtractOptions(GoalOptions, FittingOptions, total=False):
     embeddings: str
 
 
-class VerifyOptions(CombineOptions, MatchOptions, SelectOptions, FieldOptions, ComputeOptions, total=False):
+class VerifyOptions(
+    CombineOptions, MatchOptions, SelectOptions, FieldOptions, ClusterOptions, ComputeOptions, total=False
+):
     """The options of verify."""
 
     base_as: str | None

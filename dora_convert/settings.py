@@ -211,20 +211,27 @@ def peak_memory() -> int | None:
 
 
 @contextmanager
+def collections_paused() -> Iterator[None]:
+    """Build many objects that all stay without garbage collections, which would look at each again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@contextmanager
 def without_collections() -> Iterator[None]:
     """Import torch without garbage collection, which takes a third of the time and finds nothing.
 
     NumPy is not needed, and so torch's warning that NumPy is missing is of no use.
     """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
+    with collections_paused():
         with _uninterrupted(), _without_numpy():
             yield
         gc.freeze()  # imported modules never become garbage
-    finally:
-        if enabled:
-            gc.enable()
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import pytest
 
 import dora_convert
 from dora_convert import settings
-from dora_convert.cluster import ray_cluster, tensors
+from dora_convert.cluster import jobs, ray_cluster, tensors
 from dora_convert.cluster.jobs import NodeFacts
 from dora_convert.errors import OutputError, UsageError
 from dora_convert.output.finished import Task
@@ -38,11 +38,15 @@ class StandIn:
     gpus: int = 0
     done: list = field(default_factory=list)
 
-    def map(self, job, tasks, *, gpu):
+    def map(self, job, tasks, *, gpu, withdraw=None):
         assert not gpu
         nodes = [sent(job).start(), sent(job).start()]
         for number, task in enumerate(tasks):
             if len(self.done) >= self.allowed:
+                if withdraw:
+                    withdraw()
+                    with pytest.raises(OutputError, match="belongs to another run now"):
+                        nodes[0](task)
                 raise KeyboardInterrupt
             result = sent(nodes[number % 2](sent(task)))
             self.done.append(task)
@@ -63,7 +67,7 @@ def cluster(monkeypatch) -> StandIn:
         yield stand_in
 
     monkeypatch.setattr(ray_cluster, "connected", connected)
-    monkeypatch.setattr(tensors, "GROUP_BYTES", 1 << 12)
+    monkeypatch.setattr(jobs, "TASK_BYTES", 1 << 12)
     return stand_in
 
 
@@ -89,6 +93,31 @@ def test_bytes_are_those_of_a_local_merge(pair, cluster, tmp_path, undo):
     assert len(cluster.done) > 5
     assert seen[-1][0] == seen[-1][1] == report.bytes_written
     assert {path.name for path in tmp_path.iterdir()} == {"here", "out"}
+
+
+@pytest.mark.parametrize("undo", ["norms", "exact"])
+def test_unmerge(pair, cluster, tmp_path, undo):
+    """The base comes back, with the bytes of a local unmerge."""
+    base, adapter, _ = pair
+    dora_convert.merge(base, adapter, tmp_path / "merged", undo=undo)
+    dora_convert.unmerge(tmp_path / "merged", adapter, tmp_path / "here")
+    report = dora_convert.unmerge(tmp_path / "merged", adapter, tmp_path / "out", cluster="auto")
+    assert contents(tmp_path / "out") == contents(tmp_path / "here")
+    assert len(cluster.done) > 5
+    assert undo != "exact" or report.exact["bit_exact"] == report.exact["tensors"] > 0
+
+
+def test_verify(pair, cluster, tmp_path):
+    """Rows of the report are tasks, too; a difference is found on whichever node compares it."""
+    base, adapter, _ = pair
+    dora_convert.merge(base, adapter, tmp_path / "merged")
+    here = dora_convert.verify(base, adapter, tmp_path / "merged").to_dict()
+    there = dora_convert.verify(base, adapter, tmp_path / "merged", cluster="auto").to_dict()
+    assert there | {"seconds": 0} == here | {"seconds": 0}
+    assert len(cluster.done) > 5
+    shard = min((tmp_path / "merged").glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\x7f")
+    assert dora_convert.verify(base, adapter, tmp_path / "merged", cluster="auto").verdict == "differ"
 
 
 def test_the_same_command_resumes(pair, cluster, tmp_path):

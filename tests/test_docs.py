@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,12 +28,17 @@ def blocks(page: Path, language: str) -> list[str]:
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A folder with `base`, `adapter`, `lora` and `tuned`, as the documentation calls them."""
+    """A folder with `base`, adapters and fine-tunes, by the names of the documentation."""
     base = make_base(tmp_path / "base")
-    for name in ("adapter", "lora"):
-        adapter = make_adapter(tmp_path / name, base, dora=name == "adapter")
+    for seed, name in enumerate(("adapter", "lora", "style", "facts", "sft", "dpo")):
+        adapter = make_adapter(tmp_path / name, base, dora=name in ("adapter", "style"), seed=seed)
         edit_json(adapter / "adapter_config.json", base_model_name_or_path="base")
     dora_convert.merge(base.path, tmp_path / "adapter", tmp_path / "tuned")
+    for name in ("tuned-a", "tuned-b"):
+        shutil.copytree(tmp_path / "tuned", tmp_path / name)
+    (tmp_path / "outputs").mkdir()
+    trained = make_adapter(tmp_path / "outputs/checkpoint-500", base, dora=False)
+    edit_json(trained / "adapter_config.json", base_model_name_or_path="unsloth/base-bnb-4bit")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -45,21 +51,48 @@ def test_python_runs(page, place):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
-def test_commands_run(page, place):
+def test_commands_run(page, place, monkeypatch):
     """Every command of a console block succeeds."""
     for block in blocks(page, "console"):
         for line in block.splitlines():
-            if line.startswith("dora-convert "):
+            words = shlex.split(line)
+            while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
+                monkeypatch.setenv(*words.pop(0).split("=", 1))
+            if words[:1] == ["dora-convert"]:
                 with pytest.raises(SystemExit) as left:
-                    main(shlex.split(line)[1:])
+                    main(words[1:])
                 assert left.value.code == 0, line
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs/guides").glob("*.md")), ids=lambda page: page.name)
+def test_every_block_of_a_guide_runs_somewhere(page):
+    """console and python run here, bash and py in `make guides`; a cluster's commands need a cluster."""
+    fences = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    for language, text in fences:
+        assert language in {"console", "python", "bash", "py", "yaml"} or (page.stem, language) == ("cluster", "sh"), (
+            text
+        )
+        if language == "console":
+            assert all(re.match(r"([A-Z_]+=\S* )?dora-convert ", line) for line in text.splitlines()), text
+        if language == "yaml":
+            inputs = (ROOT / "action.yml").read_text(encoding="utf-8")
+            assert all(
+                f"\n  {name}:" in inputs
+                for name in re.findall(r"^          ([\w-]+): ", text, re.MULTILINE)
+                if name != "HF_TOKEN"
+            )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_links_lead_somewhere(page):
-    """Every relative link names a file."""
-    for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text(encoding="utf-8")):
+    """Every relative link names a file, and so does every address in this repository; README has no other kind."""
+    text = page.read_text(encoding="utf-8")
+    relative = re.findall(r"\]\((?!https?://|#)([^)#]+)", text)
+    for target in relative:
         assert (page.parent / target).exists(), target
+    for target in re.findall(r"dora-convert/dora-convert/(?:blob/)?main/([^)#\s]+)", text):
+        assert (ROOT / target).exists(), target
+    assert page.name != "README.md" or not relative  # PyPI shows it, too
 
 
 def test_reference_is_current():
@@ -144,3 +177,13 @@ def test_notebooks_have_their_outputs(path):
     assert not any(output["output_type"] == "error" for cell in cells for output in cell["outputs"])
     assert sum(bool(cell["outputs"]) for cell in cells) > len(cells) / 2
     assert not re.search(r"/(tmp|home|root|work)/", json.dumps([cell["outputs"] for cell in cells]))
+
+
+@pytest.mark.parametrize("name", ["lora-to-dora", "several-adapters"])
+def test_notebooks_run(name, tmp_path, monkeypatch):
+    """Every cell runs; `make notebooks` runs training-moves, which needs the trainings of `make figures`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    cells = json.loads((ROOT / f"docs/notebooks/{name}.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    exec(compile(code, name, "exec"), {"__name__": "__main__"})

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import dora_convert
+from dora_convert.engine.workers import TensorWork
 from dora_convert.errors import OutputError
 from dora_convert.storage.journal import read_journal
 
@@ -251,3 +252,25 @@ def test_journal_is_json_lines(tmp_path, base, adapter):
     records = [json.loads(line) for line in lines]
     assert {"plan", "adapters", "base", "versions", "device", "compute"} == records[0].keys()
     assert all(record.keys() & {"copied", "made"} for record in records[1:])
+
+
+def test_many_small_tensors_are_grouped(tmp_path, monkeypatch):
+    """A task that writes several tensors is resumed, and gives the bytes of tasks of one tensor each."""
+    base = make_base(tmp_path / "base", layers=16)
+    adapter = make_adapter(tmp_path / "adapter", base, dora=True)
+    dora_convert.merge(base.path, adapter, tmp_path / "single", workers=4)
+    sizes, do = [], TensorWork.do
+
+    def counted(self, task, buffers):
+        sizes.append(len(task.names))
+        if len(sizes) == 9:
+            raise KeyboardInterrupt
+        return do(self, task, buffers)
+
+    monkeypatch.setattr(TensorWork, "do", counted)
+    with pytest.raises(KeyboardInterrupt):
+        dora_convert.merge(base.path, adapter, tmp_path / "out", workers=1)
+    report = dora_convert.merge(base.path, adapter, tmp_path / "out", workers=1)
+    assert report.resumed
+    assert max(sizes) == 48 // 16
+    assert contents(tmp_path / "out") == contents(tmp_path / "single")

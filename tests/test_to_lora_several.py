@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 import dora_convert
 from dora_convert.errors import UnsupportedError
 
+from .test_formats import GOLDEN, adapter_of
 from .toy import exact, load, low_rank, make_adapter, make_base
 
 WEIGHTS = [0.7, 1.3]
@@ -66,6 +67,20 @@ def test_doras_by_ties(case, tmp_path):
         torch.testing.assert_close(base.tensors[name].double() + change, merged[name].double(), rtol=0, atol=2e-6)
     again = dora_convert.to_lora(base.path, adapters, tmp_path / "small", rank=3, **options)
     assert 0.1 < again.relative_error < 1
+
+
+@pytest.mark.parametrize("tools", [("peft-loha", "peft-oft"), ("lycoris-lokr", "mlx-lora")])
+def test_other_kinds(tmp_path, tools):
+    """Whatever the adapters add together, factors of full rank hold it: merged, both ways are the same."""
+    adapters = [adapter_of(tool) for tool in tools]
+    dora_convert.merge(GOLDEN / "base-2", adapters, tmp_path / "merged", dtype="float32")
+    options = {"rank": 64, "exact_svd": True}
+    report = dora_convert.to_lora(GOLDEN / "base-2", adapters, tmp_path / "one", **options)
+    dora_convert.merge(GOLDEN / "base-2", tmp_path / "one", tmp_path / "again", dtype="float32")
+    merged, again = load(tmp_path / "merged"), load(tmp_path / "again")
+    assert len(report.modules) >= 6
+    for name, value in merged.items():
+        torch.testing.assert_close(again[name], value, rtol=0, atol=2e-6)
 
 
 def test_what_no_lora_holds_is_refused(case, tmp_path):

@@ -166,3 +166,23 @@ def test_help_starts_no_engine():
     assert main
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stderr.strip() == "0"
+
+
+def test_as_a_command_of_hf(tmp_path):
+    """The extension runs the command that is on PATH, and says so if none is."""
+    if not (sh := shutil.which("sh")):
+        pytest.skip("needs sh")
+    extension = Path(__file__).parent.parent / "hf-dora-convert"
+    stub = tmp_path / "dora-convert"
+
+    def call(*words):
+        found = {"PATH": str(tmp_path)}
+        return subprocess.run([sh, extension, *words], env=found, capture_output=True, text=True, check=False)
+
+    missing = call("-h")
+    assert (missing.returncode, missing.stdout) == (2, "")
+    assert "not on PATH" in missing.stderr
+    stub.write_text('#!/bin/sh\necho "$#: $1 $2"\nexit 7\n')
+    stub.chmod(0o755)
+    done = call("merge", "a b")
+    assert (done.returncode, done.stdout) == (7, "2: merge a b\n")

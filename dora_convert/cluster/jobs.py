@@ -17,15 +17,29 @@ import torch
 import xxhash
 
 from ..engine.precision import ComputeSpec
-from ..errors import UsageError
+from ..errors import OutputError, UsageError
 from ..settings import Settings, __version__
 
 Work = TypeVar("Work")
 Result = TypeVar("Result")
 Work_contra = TypeVar("Work_contra", contravariant=True)
 Result_co = TypeVar("Result_co", covariant=True)
+TASK_BYTES = 64 << 20
+"""Bytes of the tensors of one task: much more work than the call, and little to lose."""
 HEAD_BYTES = 1 << 16
 """Bytes at a file's begin that tell whether two nodes see the same file."""
+
+
+def ranges(sizes: Sequence[int]) -> Iterator[range]:
+    """Yield ranges of numbers, one after the other, whose sizes add up to a task's bytes."""
+    start = total = 0
+    for number, size in enumerate(sizes):
+        if number > start and total + size > TASK_BYTES:
+            yield range(start, number)
+            start, total = number, 0
+        total += size
+    if sizes:
+        yield range(start, len(sizes))
 
 
 class NodeJob(Protocol[Work_contra, Result_co]):
@@ -39,12 +53,17 @@ class Cluster(Protocol):
     """Nodes that do tasks."""
 
     def map(
-        self, job: NodeJob[Work, Result], tasks: Iterable[Work], *, gpu: bool = False
+        self,
+        job: NodeJob[Work, Result],
+        tasks: Iterable[Work],
+        *,
+        gpu: bool = False,
+        withdraw: Callable[[], None] | None = None,
     ) -> Iterator[tuple[Work, Result]]:
         """Yield each task with its result, as tasks end; a task of a lost node is done again elsewhere.
 
-        With `gpu`, each task has a GPU of its own. Raises the first error of a task. No task runs after the
-        end of the iterator.
+        With `gpu`, each task has a GPU of its own. Raises the first error of a task. After an error, `withdraw`
+        makes further tasks fail, and no task runs after the end of the iterator. Without `withdraw` some may.
         """
 
     def ask(self, question: Callable[[], NodeFacts]) -> list[NodeFacts]:
@@ -108,17 +127,22 @@ def _head(path: str) -> str:
     return digest.hexdigest()
 
 
-def check_nodes(cluster: Cluster, inputs: Iterable[Path], token: Path, settings: Settings) -> None:
+def check_nodes(cluster: Cluster, inputs: Iterable[Path], token: Path | None, settings: Settings) -> None:
     """Raise UsageError if a node lacks an input, the output's folder, or the versions of this machine.
 
-    `token` is a file beside the output that this function writes and removes.
+    `token` is a file beside the output that this function writes and removes; None without an output.
     """
-    token.write_text(token.name, encoding="utf-8")
+    tokens = [token] if token else []
     try:
-        heads = {str(path): _head(str(path)) for path in (*inputs, token)}
+        for path in tokens:
+            path.write_text(path.name, encoding="utf-8")
+        heads = {str(path): _head(str(path)) for path in (*inputs, *tokens)}
         answers = cluster.ask(NodeCheck(heads))
+    except OSError as error:
+        raise OutputError(f"OUT cannot be written: {error.filename}: {error.strerror or error}.") from error
     finally:
-        token.unlink(missing_ok=True)
+        for path in tokens:
+            path.unlink(missing_ok=True)
     _refuse_nodes(answers, token)
     if len(processors := {facts.processor for facts in (*answers, NodeCheck({})())}) > 1:
         settings.warn(
@@ -127,7 +151,7 @@ def check_nodes(cluster: Cluster, inputs: Iterable[Path], token: Path, settings:
         )
 
 
-def _refuse_nodes(answers: Sequence[NodeFacts], token: Path) -> None:
+def _refuse_nodes(answers: Sequence[NodeFacts], token: Path | None) -> None:
     """Raise UsageError, naming node and path, for the first node that cannot take part."""
     if not answers:
         raise UsageError("The cluster has no node with a processor.", hint="ray status")
@@ -138,7 +162,7 @@ def _refuse_nodes(answers: Sequence[NodeFacts], token: Path) -> None:
                 hint="install the same versions on every node",
             )
     for facts in answers:
-        if str(token) in facts.missing:
+        if token and str(token) in facts.missing:
             raise UsageError(
                 f"Node {facts.name} does not see the folder {token.parent}, where OUT is written.",
                 hint="name an OUT on a file system that every node has at the same path",

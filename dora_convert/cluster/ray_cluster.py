@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 RETRIES = 5
 """Nodes or processes that one task may lose before the run fails."""
 AHEAD = 4
-"""Tasks that wait or run for each processor: enough that none is idle, few enough to cancel."""
+"""Tasks that wait or run for each processor: enough that none is idle, and few to wait for after an error."""
 ANSWER_SECONDS = 120
 """A node that does not start a process within this time does not take part."""
 END_SECONDS = 60
@@ -108,12 +108,17 @@ class RayCluster:
         return self._count("GPU")
 
     def map(
-        self, job: NodeJob[Work, Result], tasks: Iterable[Work], *, gpu: bool = False
+        self,
+        job: NodeJob[Work, Result],
+        tasks: Iterable[Work],
+        *,
+        gpu: bool = False,
+        withdraw: Callable[[], None] | None = None,
     ) -> Iterator[tuple[Work, Result]]:
         """Yield each task with its result, as tasks end; a task of a lost node is done again elsewhere.
 
-        With `gpu`, each task has a GPU of its own. Raises the first error of a task. No task runs after the
-        end of the iterator.
+        With `gpu`, each task has a GPU of its own. Raises the first error of a task. After an error, `withdraw`
+        makes further tasks fail, and no task runs after the end of the iterator. Without `withdraw` some may.
         """
         ray = self._ray
         call = ray.remote(
@@ -135,8 +140,11 @@ class RayCluster:
                 for reference in ray.wait(list(running), num_returns=1)[0]:
                     result = _result(reference)
                     yield running.pop(reference), result
-        finally:
-            _cancel(list(running))
+        except BaseException:
+            if withdraw:
+                withdraw()
+                _wait_for_end(list(running))
+            raise
 
     def ask(self, question: Callable[[], NodeFacts]) -> list[NodeFacts]:
         """Return the answer of every node; UsageError for a node that does not answer."""
@@ -191,16 +199,16 @@ def _result(reference: Any) -> Any:
         ) from error
 
 
-def _cancel(references: list[Any]) -> None:
-    """Cancel tasks, and wait until none runs."""
+def _wait_for_end(references: list[Any]) -> None:
+    """Wait until no task runs.
+
+    ray.cancel is not used: Ray 2.60 aborts the program if a task ends while it is cancelled.
+    """
     import ray
 
-    if not references or not ray.is_initialized():
-        return
-    with suppress(ray.exceptions.RayError):
-        for reference in references:
-            ray.cancel(reference)
-        ray.wait(references, num_returns=len(references), timeout=END_SECONDS)
+    if references and ray.is_initialized():
+        with suppress(ray.exceptions.RayError):
+            ray.wait(references, num_returns=len(references), timeout=END_SECONDS)
 
 
 _STARTED: dict[Any, Callable[[Any], Any]] = {}

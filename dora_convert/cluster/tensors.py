@@ -23,11 +23,9 @@ from ..settings import Settings
 from ..storage.filenames import CLAIM, RECORD
 from ..storage.reader import Reader
 from ..storage.spool import Segment, Spool
+from . import jobs
 from .jobs import Cluster, choose_for, node_name
 from .shared_shards import SharedShards
-
-GROUP_BYTES = 64 << 20
-"""Bytes of the tensors that one task writes: much more work than the call, and little to lose."""
 
 
 class Outcome(NamedTuple):
@@ -54,21 +52,21 @@ class ClusterExecutor:
         (folder / RECORD / CLAIM).write_text(token, encoding="utf-8")
         job = TensorJob(plan=run.plan, folder=folder, token=token, spec=run.spec, maker=run.maker, check=run.check)
         sizes = {item.name: sum(each.nbytes for each in item.together) for item in run.plan.items}
+        gpu = run.spec.device.type == "cuda"
         try:
-            for task, outcome in self.cluster.map(job, grouped(tasks, sizes), gpu=run.spec.device.type == "cuda"):
+            for task, outcome in self.cluster.map(job, grouped(tasks, sizes), gpu=gpu, withdraw=job.withdraw):
                 start = run.spool.add(outcome.spooled).start if outcome.spooled else 0
                 run.take(task, [_moved(line, start) for line in outcome.lines])
                 run.advance(_nbytes(task, sizes))
         finally:
-            with suppress(OSError):
-                (folder / RECORD / CLAIM).unlink()
+            job.withdraw()
 
 
 def grouped(tasks: Iterable[Task], sizes: dict[str, int]) -> Iterator[Task]:
     """Yield tasks of the same kind and shard together, up to some bytes, in the given order."""
     group: Task | None = None
     for task in tasks:
-        if group and _goes_with(group, task) and _nbytes(group, sizes) + _nbytes(task, sizes) <= GROUP_BYTES:
+        if group and _goes_with(group, task) and _nbytes(group, sizes) + _nbytes(task, sizes) <= jobs.TASK_BYTES:
             group = group._replace(names=group.names + task.names)
             continue
         if group:
@@ -140,6 +138,11 @@ class TensorJob:
             return Outcome(lines, spool.taken())
 
         return do
+
+    def withdraw(self) -> None:
+        """Remove the claim, without which no task begins."""
+        with suppress(OSError):
+            (self.folder / RECORD / CLAIM).unlink()
 
     def _refuse_late(self) -> None:
         """Raise OutputError if the output's folder belongs to another run by now."""

@@ -18,7 +18,7 @@ from ..plan.plan import Plan
 from ..storage.reader import Reader
 from ..storage.safetensors import StoredTensor
 from .device_buffers import DeviceBuffers
-from .precision import ComputeSpec
+from .precision import ComputeSpec, read_rows
 
 SAMPLED_ROWS = 16
 SAMPLED_FOR_COLUMNS = 256
@@ -89,7 +89,7 @@ def _sample(tensor: StoredTensor, edit: Edit, update: Decomposed, buffers: Devic
     rows = last - first
     wanted = SAMPLED_FOR_COLUMNS if edit.two_passes else SAMPLED_ROWS
     chosen = sorted({round(k * (rows - 1) / max(1, wanted - 1)) for k in range(min(wanted, rows))})
-    sample = torch.cat([buffers.rows(tensor, first + row, first + row + 1) for row in chosen])
+    sample = read_rows(buffers.reader, tensor, [first + row for row in chosen]).to(buffers.spec.compute)
     if edit.two_passes:  # the norm of a column, estimated from some of its elements
         own = sample[:, slice(*edit.outputs)] if edit.outputs else sample
         n = maths.norms(own, axis=0) * (rows / len(chosen)) ** 0.5
@@ -98,7 +98,7 @@ def _sample(tensor: StoredTensor, edit: Edit, update: Decomposed, buffers: Devic
     low = edit.low
     if not low or low.d or low.b or low.start or low.blocks != (1, 1) or (m / n).log().abs().nanmedian() <= FAR:
         return m, n
-    B = torch.cat([buffers.rows(low.B, row, row + 1) for row in chosen])
+    B = read_rows(buffers.reader, low.B, chosen).to(buffers.spec.compute)
     changed = maths.norms(maths.add_low_rank_(sample, B, buffers.whole(low.A), low.scale), axis=1)
     is_nearer = (m / changed).log().abs().nanmedian() < (m / n).log().abs().nanmedian()
     return m, changed if is_nearer else n  # a large change: m is a norm of V, far from that of W

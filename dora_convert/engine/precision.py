@@ -29,6 +29,8 @@ PLACES = {"I32": torch.int32, "I64": torch.int64}
 """The same for the dtypes of indices."""
 GRID = {"BF16": (8, -126), "F16": (11, -14), "F32": (24, -126), "F64": (53, -1022)}
 """Precision in bits and the least exponent of each dtype."""
+NEAR_BYTES = 1 << 17
+"""Rows that lie within so many bytes are read at once, with the rows between them: a call costs more."""
 EXPONENT = 0x7FF << 52  # of a float64
 OWN_PAGES = 1 << 20
 """Bytes from which a tensor gets pages of its own.
@@ -187,6 +189,11 @@ def read_rows(reader: Reader, tensor: StoredTensor, rows: Sequence[int]) -> Tens
 
         return show(tensor, rows, range(tensor.matrix[1]), partial(read_rows, reader))
     width = tensor.matrix[1]
+    if rows and not isinstance(rows, range):
+        first, last = min(rows), max(rows) + 1
+        if len(rows) < last - first <= NEAR_BYTES // max(1, width * tensor.itemsize):
+            near = _gather(reader, tensor, [(first * width, (last - first) * width)]).view(last - first, width)
+            return near[[row - first for row in rows]]
     runs = [(start * width, count * width) for start, count in _runs(rows)]
     return _gather(reader, tensor, runs).view(len(rows), width)
 

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ..output.finished import Checker, FinishedLine, Progress, Task, copied_name, kept_name
+from ..output.finished import Checker, FinishedLine, Progress, Task, copied_name, groups, kept_name
 from ..output.output import Output
 from ..output.shards import ShardFiles
 from ..plan.item import Item
@@ -154,15 +154,14 @@ class Run:
         left = [*(copy.length for copy in copies), *(each.nbytes for item in items for each in item.together)]
         self._skipped = self.plan.bytes_out - sum(left)
         yield from (Task("copy", copy.shard, copy=copy) for copy in copies)
-        yield from (Task("write", shard_of(item), (item.name,)) for item in items)
+        yield from groups("write", items, shard_of, self.settings.workers)
         self._together = {item.name: tuple(item.together) for item in items if item.parts}
         for tensor in self.plan.lost:
             if kept_name(tensor) not in done:
                 # its shard waits for this task, so that the tensor's file is still on this machine
                 yield Task("keep", self.plan.lost_with[tensor.name], (tensor.name,))
-        for item in self.plan.items:
-            if item.name in self.hashed and copied_name(item) not in done:
-                yield Task("hash", shard_of(item), (item.name,))
+        copied = [item for item in self.plan.items if item.name in self.hashed and copied_name(item) not in done]
+        yield from groups("hash", copied, shard_of, self.settings.workers)
 
     def _shards_of(self, task: Task) -> list[str]:
         """Return the shards that a task writes into or that wait for it, its own first."""
@@ -171,14 +170,15 @@ class Run:
 
     def take(self, task: Task, lines: Iterable[FinishedLine], files: Iterable[Path] = ()) -> None:
         """Note what came of a task, and enter it in the journal once `files` and the spool are synced."""
-        synced, wrong = [*files, self.spool.path], False
+        wrong, right = False, []
         for line in lines:
             if line.made is not None and line.result:
                 self.progress.done[line.made] = line.result
                 if line.result.verdict and line.result.verdict.wrong:
                     wrong = True
                     continue
-            self.journal.add(line, synced, self._settled(task, line))
+            right.append((line, self._settled(task, line)))
+        self.journal.add_all(right, [*files, self.spool.path])
         for shard in () if wrong else self._shards_of(task):
             self._finish(shard)
 

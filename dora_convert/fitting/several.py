@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..adapters import Change, LowRank, low_rank
+from ..adapters import Change, LowRank, Update, transform_of
 from ..adapters.new_adapter import NewAdapter
 from ..errors import Fault, UnsupportedError
 from ..options import ToLoraOptions
@@ -21,6 +21,8 @@ from .session import Fitter, FittingSession
 
 if TYPE_CHECKING:
     from .run import FitJob
+
+_Key = tuple[tuple[Path, str], ...]
 
 COMPARED = 1 << 21
 """Elements of ΔW that are compared with the product of the factors at once, in float64."""
@@ -110,9 +112,9 @@ class SeveralToLora(Fitter):
         first = self.matched.adapters[0]
         changes, names = [], self._targets()
         for item in (item for item in self.matched.items if item.changed):
-            tensors, own = results[item.name].tensors, item.edits[0].low
-            assert own
-            low = LowRank(tensors["A"], tensors["B"], 1.0, transposed=own.transposed)
+            tensors, own = results[item.name].tensors, item.edits[0].update
+            kind = transform_of(own)
+            low = LowRank(tensors["A"], tensors["B"], 1.0, transposed=kind.transposed if kind else None)
             changes.append(Change(names.get(_key(own), item.name), low))
         adapted = {item.name for item in self.matched.items if item.changed}
         besides = frozenset(name.rpartition(".")[0] for name in self.matched.base.tensors if name not in adapted)
@@ -126,11 +128,10 @@ class SeveralToLora(Fitter):
         )
         return {"": lora}
 
-    def _targets(self) -> dict[tuple[Path, str], str]:
-        """Return the adapters' names of weights, by the factor A of their changes."""
+    def _targets(self) -> dict[_Key, str]:
+        """Return the adapters' names of weights, by the tensors of their changes."""
         changes = [change for adapter in self.matched.adapters for change in adapter.changes]
-        lows = [(low_rank(change.update), change.target) for change in changes]
-        return {_key(low): target for low, target in lows if low}
+        return {_key(change.update): change.target for change in changes}
 
     def describe(self, facts: Mapping[str, Any]) -> dict[str, Any]:
         """Return the error of a module's outputs, and the ranks that smaller errors would need."""
@@ -142,10 +143,9 @@ class SeveralToLora(Fitter):
         return {"output_error": error_of(facts, "output_lost", "output")}
 
 
-def _key(low: LowRank) -> tuple[Path, str]:
-    """Return the file and name of a tensor that only one module has: VeRA's factors serve all."""
-    own = low.b or low.A
-    return own.path, own.name
+def _key(update: Update) -> _Key:
+    """Return the files and names of all tensors: modules may share some of them, as VeRA's factors."""
+    return tuple((tensor.path, tensor.name) for tensor in update.tensors)
 
 
 def _refusal(item: Item) -> str | None:
@@ -153,6 +153,8 @@ def _refusal(item: Item) -> str | None:
     if item.replaced or item.added:
         return "is replaced, or has new rows"
     for edit in item.edits:
-        if not edit.low or edit.outputs or edit.low.experts or edit.low.start:
-            return "is a bias, a stack of experts, a part of a fused weight, or of another kind"
+        if edit.follows or len(item.shape) < 2:
+            return "is a bias"
+        if edit.outputs or (edit.low and (edit.low.experts or edit.low.start)):
+            return "is a stack of experts, a part of a fused weight, or a kind that takes a part of it away"
     return None if math.prod(item.shape) else "is empty"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,7 @@ class Outgoing:
             self._notify(f"{card.NAME} was edited and names {', '.join(bases)} as its base: it goes up as it is")
             return
         tags = [_renamed(tag, self._base) for tag in fields.get("tags") or ()]
-        self.files[card.NAME] = card.with_base(readme, self._base, relation if unedited else None, tags)
+        self.files[card.NAME] = _with_base(readme, self._base, relation if unedited else None, tags)
         self._notify(f"{card.NAME} goes up with base_model {self._base}")
 
     def refuse_paths(self) -> None:
@@ -114,6 +114,18 @@ class Outgoing:
                 faults=tuple(self._faults),
                 hint="--base-model org/name replaces it in what is uploaded",
             )
+
+
+def _with_base(readme: bytes, base_model: str, relation: str | None, tags: Sequence[object]) -> bytes:
+    """Return a README with another base and other tags; a card of `render` stays one that nobody has edited."""
+    from huggingface_hub import ModelCard
+
+    unedited = card.is_unedited(readme)
+    edited = ModelCard(card.MARK.sub(b"", readme).decode(), ignore_metadata_errors=True)
+    edited.data["base_model"], edited.data["tags"] = base_model, list(tags) or None
+    if relation:
+        edited.data["base_model_relation"] = relation
+    return card.marked(str(edited)) if unedited else str(edited).encode()
 
 
 def base_of(readme: bytes) -> str | None:

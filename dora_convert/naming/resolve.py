@@ -118,7 +118,8 @@ class NameResolver:
 
     def _plain(self, target: str) -> str | None:
         """Return the tensor that has a target's name, up to the prefix."""
-        for name in (self.prefix.apply(target), self.prefix.apply(unwrapped(target))):
+        bare = unwrapped(target)
+        for name in map(self.prefix.apply, (target,) if bare == target else (target, bare)):
             for candidate in _stored_names(name):
                 if candidate in self._tensors:
                     return candidate

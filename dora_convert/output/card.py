@@ -1,6 +1,6 @@
 """Render model cards: the inputs of a checkpoint or an adapter, and the command that repeats it.
 
-huggingface_hub writes the front matter. A card is a function of the inputs: no dates, no name of the output, never a
+A card is a function of the inputs: no dates, no name of the output, never a
 local path. The last line holds a hash of the other lines, which identifies a card that nobody has edited.
 """
 
@@ -18,6 +18,8 @@ import xxhash
 from ..adapters import Adapter
 from ..errors import printable
 from ..naming.families import PIPELINES
+from ..option_table import QUANTISED, REPEATED
+from ..options import flag
 from ..plan.plan import Plan
 from ..settings import __version__
 from ..storage.checkpoint import Checkpoint
@@ -29,7 +31,14 @@ LISTS = ("language", "datasets")
 """Fields that a card takes from the cards of all works, as lists."""
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
-_MARK = re.compile(rb"<!-- dora-convert card ([0-9a-f]{32}) -->\n?\Z")
+FIELDS = (
+    "base_model", "datasets", "language", "library_name", "license", "license_name", "license_link", "pipeline_tag",
+    "tags", "base_model_relation",
+)  # fmt: skip
+"""The fields of a card in the order in which huggingface_hub writes them."""
+
+_FRONT = re.compile(rb"---(?:\r\n|\r|\n)([\S\s]*?)(?:\r\n|\r|\n)---[ \t]*(?:\r\n|\n|$)")
+MARK = re.compile(rb"<!-- dora-convert card ([0-9a-f]{32}) -->\n?\Z")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +68,7 @@ class Facts:
 
 def render(facts: Facts) -> bytes:
     """Render a card as README.md holds it."""
-    from huggingface_hub import ModelCardData
+    import yaml  # type: ignore[import-untyped] # its stubs are a package of their own
 
     tags = [kind.lower() for kind in facts.kinds] + (["merged"] if facts.relation == "finetune" else [])
     fields: dict[str, Any] = {
@@ -70,12 +79,14 @@ def render(facts: Facts) -> bytes:
         "base_model_relation": facts.relation if facts.base_model else None,
         "tags": [*tags, "dora-convert"],
     }
-    data = ModelCardData(**fields)
-    lines = ["---", *data.to_yaml(line_break="\n").split("\n"), "---", "", *_body(facts), ""]
-    return _marked("\n".join(map(printable, lines)))
+    given = {name: fields[name] for name in FIELDS if fields.get(name) is not None}
+    given["tags"] = list(dict.fromkeys(given["tags"]))
+    front = yaml.dump(given, stream=None, allow_unicode=True, sort_keys=False, line_break="\n").strip()
+    lines = ["---", *front.split("\n"), "---", "", *_body(facts), ""]
+    return marked("\n".join(map(printable, lines)))
 
 
-def _marked(text: str) -> bytes:
+def marked(text: str) -> bytes:
     """Return a card with the hash of its text."""
     digest = xxhash.xxh3_128_hexdigest(text.encode())
     return f"{text}<!-- dora-convert card {digest} -->\n".encode()
@@ -141,7 +152,7 @@ def _shell(command: Sequence[str]) -> list[str]:
 
 def is_unedited(card: bytes) -> bool:
     """Return True if a README is a card as `render` wrote it, which a new card may replace."""
-    match = _MARK.search(card)
+    match = MARK.search(card)
     return match is not None and xxhash.xxh3_128_hexdigest(card[: match.start()]).encode() == match[1]
 
 
@@ -156,28 +167,18 @@ def metadata_of(readme: Path) -> dict[str, Any]:
 
 def front_matter(readme: bytes) -> dict[str, Any]:
     """Return the front matter of a README's text, as `metadata_of` does."""
-    from huggingface_hub import ModelCard
+    if not readme.startswith(b"---") or not (match := _FRONT.match(readme)):
+        return {}
+    import yaml
 
     try:
-        if not readme.startswith(b"---"):
-            return {}
-        data = ModelCard(readme.decode(), ignore_metadata_errors=True).data
-        metadata: dict[str, Any] = data.to_dict()  # type: ignore[no-untyped-call]
+        metadata = yaml.safe_load(match[1].decode())
     except Exception:  # noqa: BLE001 - YAML of any content: the new card does without
         return {}
-    return metadata
-
-
-def with_base(readme: bytes, base_model: str, relation: str | None, tags: Sequence[object]) -> bytes:
-    """Return a README with another base and other tags; a card of `render` stays one that nobody has edited."""
-    from huggingface_hub import ModelCard
-
-    unedited = is_unedited(readme)
-    edited = ModelCard(_MARK.sub(b"", readme).decode(), ignore_metadata_errors=True)
-    edited.data["base_model"], edited.data["tags"] = base_model, list(tags) or None
-    if relation:
-        edited.data["base_model_relation"] = relation
-    return _marked(str(edited)) if unedited else str(edited).encode()
+    if not isinstance(metadata, dict) or not all(isinstance(name, str) for name in metadata):
+        return {}
+    fields = {name: value for name, value in metadata.items() if value is not None}
+    return fields | ({"tags": [fields["tags"]]} if isinstance(fields.get("tags"), str) else {})
 
 
 @dataclass(frozen=True)
@@ -272,18 +273,16 @@ def command(plan: Plan) -> list[str]:
     words = ["dora-convert", "merge", *(source.title for source in sources), "OUT"]
     if any(weight != 1 for weight in plan.weights):
         words += [word for weight in plan.weights for word in ("--weight", _number(weight))]
-    for flag, value in (
+    for name, value in (
         ("--dtype", CONFIG_DTYPES.get(options.dtype or "")),
         ("--compute-dtype", "float32" if options.compute_dtype == "F32" else None),
         ("--max-shard-size", options.max_shard_size),
         ("--undo", options.undo if options.undo != "norms" else None),
-        *(("--include", glob) for glob in options.include),
-        *(("--exclude", glob) for glob in options.exclude),
-        *(("--ignore-field", name) for name in options.ignore_field),
-        *(("--ignore-file", name) for name in options.ignore_file),
+        *((flag(many), each) for many in REPEATED for each in getattr(options, many)),
     ):
-        words += [flag, str(value)] if value else []
+        words += [name, str(value)] if value else []
     words += " ".join(options.combination.words).split()
+    words += QUANTISED.get(options.quantised, options.quantised.replace("as ", "--base-as ")).split()
     words += ["--legacy-config"] if options.legacy_config else []
     return [*words, "--allow-unmatched"] if options.allow_unmatched else words
 

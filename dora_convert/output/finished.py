@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -130,6 +130,34 @@ class Progress:
     def spooled(self) -> int:
         """Bytes of the spool that finished tensors use."""
         return max((part.end for result in self.done.values() for part in result.parts), default=0)
+
+
+GROUP_TENSORS, GROUP_BYTES = 64, 4 << 20
+"""The most tensors, and the most bytes of output, that one task writes if it writes several."""
+GROUPS = 16
+"""The least number of tasks for each worker if tensors are grouped."""
+
+
+def groups(
+    kind: Literal["write", "hash"], items: Sequence[Item], shard_of: Callable[[Item], str], workers: int
+) -> Iterator[Task]:
+    """Yield tasks for tensors: small neighbours of one shard in one task if there are many, others alone.
+
+    A task that is interrupted is lost. So the tensors of a task are few bytes, and a small part of the whole.
+    """
+    most = min(GROUP_TENSORS, len(items) // (GROUPS * workers))
+    names: list[str] = []
+    shard, nbytes = "", 0
+    for item in items:
+        nbytes += item.nbytes
+        alone = item.parts or len(names) >= most or nbytes > GROUP_BYTES or shard != shard_of(item)
+        if names and alone:
+            yield Task(kind, shard, tuple(names))
+            names, nbytes = [], item.nbytes
+        shard = shard_of(item)
+        names.append(item.name)
+    if names:
+        yield Task(kind, shard, tuple(names))
 
 
 def kept_name(tensor: StoredTensor) -> str:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING
 
-import torch
-
-from ..codecs.coded import CodedTensor
 from ..engine.doubts import check_magnitudes
 from ..engine.precision import ComputeSpec, choose, scan_adapter
 from ..engine.workers import WorkerPool
-from ..plan.item import Item
 from ..plan.plan import Plan
 from ..reports.verify import CheckedModule, Untouched, VerifyReport
 from ..settings import Settings
@@ -21,15 +19,25 @@ from ..sources import Session
 from ..sources.prefetch import reading
 from ..storage.checkpoint import Checkpoint
 from ..storage.reader import Reader
-from ..storage.safetensors import StoredTensor
-from .combined import expected_of
+from .comparing import Comparing
 from .headers import Pairing, config_problems, pair
-from .recoded import compare_coded
-from .tensor import Outputs, compare_all
+
+if TYPE_CHECKING:
+    from ..cluster.jobs import Cluster
 
 
-def verify_weights(plan: Plan, merged: Checkpoint, settings: Settings, session: Session, samples: int) -> VerifyReport:
+def verify_weights(
+    plan: Plan,
+    merged: Checkpoint,
+    settings: Settings,
+    session: Session,
+    samples: int,
+    *,
+    cluster: Cluster | None = None,
+) -> VerifyReport:
     """Compare every tensor, and the outputs of each merged module for some random inputs.
+
+    The nodes of `cluster` compare; None for threads of this process.
 
     Raises NumericalError if an adapter holds NaN or Inf, UnsupportedError if its magnitudes are normalised.
     """
@@ -41,7 +49,7 @@ def verify_weights(plan: Plan, merged: Checkpoint, settings: Settings, session: 
     needs = {item.name: (*item.source.paths, *written.paths) for item, written in pairing.pairs}
     with reading((plan.base, merged), needs, session) as reader:
         pairing.compare_twins(reader)
-        results = _compare(pairing, settings, samples, reader)
+        results = _compare(pairing, settings, samples, reader, cluster)
     modules = [result for result in results if isinstance(result, CheckedModule)]
     untouched = [item.name for item, _ in pairing.pairs if not item.changed]
     differing = [item.name for (item, _), result in zip(pairing.pairs, results, strict=True) if result is False]
@@ -67,58 +75,50 @@ def verify_weights(plan: Plan, merged: Checkpoint, settings: Settings, session: 
     )
 
 
-def _compare(pairing: Pairing, settings: Settings, samples: int, reader: Reader) -> list[CheckedModule | bool]:
+def _compare(
+    pairing: Pairing, settings: Settings, samples: int, reader: Reader, cluster: Cluster | None
+) -> list[CheckedModule | bool]:
     """Compare every tensor; return the report of each changed one, and of others True if they are the base's."""
-    done, total = 0, sum(written.nbytes for _, written in pairing.pairs)
+    done, sizes = 0, [written.nbytes for _, written in pairing.pairs]
+
+    def advance(numbers: Iterable[int]) -> None:
+        nonlocal done
+        done += sum(sizes[number] for number in numbers)
+        if settings.on_progress:
+            settings.on_progress(done, sum(sizes))
+
+    if cluster:
+        return _compare_on(cluster, pairing, settings, samples, advance)
     spec = choose(settings.device, "float64")
     settings.notify(f"device: {spec}")
     workers: WorkerPool[ComputeSpec] = WorkerPool(settings.max_memory, spec.dealt(), reader.stop)
+    comparing = Comparing(pairing.pairs, samples, spec)
 
-    def compare(item: Item, written: StoredTensor, lane: ComputeSpec) -> CheckedModule | bool:
-        nonlocal done
+    def compare(number: int, lane: ComputeSpec) -> CheckedModule | bool:
         workers.check()
-        if written.coded and (item.source.coded or item.changed):
-            with workers.holding(item.cost(8)):
-                result: CheckedModule | bool = _compare_coded(item, written, reader, samples, lane.device)
-        elif item.verbatim and item.source.dtype == written.dtype:
-            result = reader.same_bytes(item.source, written)
-        else:
-            with workers.holding(item.cost(8)):
-                module = compare_all(item, written, reader, samples, lane.device)
-            result = module if item.changed else not module.wrong_elements
-        reader.done(item.name)
-        done += written.nbytes
-        if settings.on_progress:
-            settings.on_progress(done, total)
+        result = comparing.one(number, reader, lane.device, workers.holding)
+        reader.done(pairing.pairs[number][0].name)
+        advance([number])
         return result
 
-    return workers.run(settings.workers, [partial(compare, *pair) for pair in pairing.pairs])
+    return workers.run(settings.workers, [partial(compare, number) for number in range(len(sizes))])
 
 
-def _compare_coded(
-    item: Item, written: StoredTensor, reader: Reader, samples: int, device: torch.device
-) -> CheckedModule | bool:
-    """Compare every element of a coded weight; of one that no adapter touched return True if its parts are the base's.
+def _compare_on(
+    cluster: Cluster, pairing: Pairing, settings: Settings, samples: int, advance: Callable[[Iterable[int]], None]
+) -> list[CheckedModule | bool]:
+    """Compare every tensor on the nodes of a cluster; each task is a range of pairs."""
+    from ..cluster.jobs import choose_for, ranges
 
-    An adapter's weight may lie anywhere within half a step of its codes, and its parts as well.
-    """
-    source = item.source
-    if not item.changed and isinstance(source, CodedTensor) and isinstance(written, CodedTensor):
-        pairs = [(part, written.parts.get(role)) for role, part in source.parts.items()]
-        return all(other is not None and reader.same_bytes(part, other) for part, other in pairs)
-    expected = expected_of(item, reader, device)
-    outputs = Outputs(expected, samples if len(item.shape) > 1 else 0, device)
-    verdict = compare_coded(written, expected, range(item.matrix[0]), reader, outputs)
-    error, floor = outputs.relative()
-    return CheckedModule(
-        name=item.name,
-        elements=written.numel,
-        wrong_elements=verdict.wrong,
-        max_ulp=verdict.max_ulp,
-        output_error=error,
-        output_floor=floor,
-        cause=None,
-    )
+    spec = choose_for(cluster, replace(settings, compute_dtype="float64"))
+    settings.notify(f"device: {spec}")
+    results: dict[int, CheckedModule | bool] = {}
+    tasks = ranges([written.nbytes for _, written in pairing.pairs])
+    job = Comparing(pairing.pairs, samples, spec)
+    for numbers, found in cluster.map(job, tasks, gpu=spec.device.type == "cuda"):
+        results |= zip(numbers, found, strict=True)
+        advance(numbers)
+    return [results[number] for number in range(len(pairing.pairs))]
 
 
 def _of_modules(modules: Sequence[CheckedModule]) -> Iterator[str]:

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from ..errors import HubError
 from ..formats.detect import ANCHORS as ADAPTERS
 from ..formats.detect import refuse_adapter
-from ..storage.checkpoint import weight_entry, weight_map
-from ..storage.filenames import RECORD, is_weight_file
+from ..storage.checkpoint import weight_entry
+from ..storage.filenames import GGUF, RECORD, gguf_parts, is_weight_file
+from ..storage.json_files import weight_map
 from ..storage.pipelines import INDEX as PIPELINE
 from ..storage.pipelines import files_inside
 from ..storage.reader import sha256 as file_sha256
@@ -142,6 +144,19 @@ def _cached_repo(ref: HubRef, what: str, error: Exception) -> Source:
 def wanted_of_base(names: Sequence[str]) -> list[str]:
     """Choose a base's weights or their index, the record of an earlier merge, and all other small files."""
     refuse_adapter(names, "the repo")
-    inside = files_inside(names) if PIPELINE in names else {"": [name for name in names if "/" not in name]}
-    chosen = [folder + weight_entry(inner, f"the repo {folder}".strip("/")) for folder, inner in inside.items()]
-    return [*chosen, *(name for name in names if name.startswith(f"{RECORD}/") or not is_weight_file(name))]
+    if PIPELINE in names:
+        entries = [folder + weight_entry(inner, f"the repo {folder[:-1]}") for folder, inner in files_inside(names).items()]
+    else:
+        entries = [weight_entry([name for name in names if "/" not in name], "the repo")]
+    if entries[0].endswith(GGUF):
+        return [*gguf_parts(entries[0]), *(name for name in names if not is_weight_file(name))]
+    return [*entries, *(name for name in names if name.startswith(f"{RECORD}/") or not is_weight_file(name))]
+
+
+def fetch_base(ref: HubRef, what: str, session: Session) -> Source:
+    """Download a base, or a GGUF file of a repo and the other parts of its model."""
+    if not ref.file.endswith(GGUF):
+        return fetch(ref, what, wanted_of_base, session)
+    parts = gguf_parts(ref.file)
+    source = fetch(ref.around, what, lambda names: [name for name in names if name in parts], session)
+    return replace(source, path=source.path / ref.file, name=f"{source.name}/{ref.file}")

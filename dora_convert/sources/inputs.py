@@ -5,7 +5,6 @@ Code for the Hub is imported only if a REF is a Hub repo.
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -29,15 +28,14 @@ from ..formats.detect import (
     wanted_of_adapter,
 )
 from ..storage.checkpoint import Checkpoint, open_checkpoint
-from ..storage.filenames import file_states, is_tokenizer_file, list_files, refuse_links
-from ..storage.refs import HubRef, Source, local_path, local_source, parse_ref
+from ..storage.filenames import GGUF, file_states, is_tokenizer_file, list_files, refuse_links
+from ..storage.refs import QUANTISED_NAME, HubRef, Source, local_path, local_source, parse_ref
 from . import Session
 
 Mode = Literal["brief", "headers", "whole", "local"]
-CONTENTS = "docs/formats.md lists the formats that are read"
 COMBINING = frozenset({"merge", "to-lora", "verify"})
 """Verbs that follow a chain of adapters down to its model."""
-QUANTISED_NAME = re.compile(r"(?i)[-_.](unsloth-)?(bnb|gptq|awq|gguf|[48]-?bits?|int[48]|fp8|nf4)\b.*$")
+CONTENTS = "docs/formats.md lists the formats that are read"
 
 
 def open_inputs(
@@ -97,18 +95,18 @@ def open_base(
     """
     parsed = local_path(ref, what) if mode == "local" else parse_ref(ref, what)
     if isinstance(parsed, HubRef):
-        from .download import fetch, wanted_of_base
+        from .download import fetch_base
         from .remote_headers import look
 
         parsed = replace(parsed, revision=parsed.revision or revision)
-        if mode != "whole":
+        if mode != "whole" and not parsed.file.endswith(GGUF):
             with suppress(UnsupportedError):  # torch's pickles have no headers that are read from the Hub
                 remote = look(parsed, what, session, whole=mode == "headers", weights=weights).checkpoint()
                 if remote.config is None:
                     refuse_tensors(remote.tensors, f"{what} {remote.source.name}")
                 if not any(".quant_state." in name for name in remote.tensors):
                     return remote  # else only the bytes of these tensors tell the shapes of the weights
-        source = fetch(parsed, what, wanted_of_base, session)
+        source = fetch_base(parsed, what, session)
     else:
         source = local_source(parsed)
     refuse_adapter(source.path, f"{what} {source.name}")
@@ -189,9 +187,9 @@ def read_adapter(source: Source, waived: Waived = NOTHING) -> Adapter:
     if not (known := detect(source.path)):
         raise _not_an_adapter(source)
     adapter = known.read(source, waived)
-    folder = adapter.source.path
-    names = [name for name in list_files(folder) if is_adapter_file(name) or is_tokenizer_file(name)]
-    return replace(adapter, states=file_states([*(folder / name for name in names), *adapter.files]))
+    root = adapter.source.path
+    own = [root / name for name in list_files(root) if is_adapter_file(name) or is_tokenizer_file(name)]
+    return replace(adapter, states=file_states([*own, *adapter.files]))
 
 
 def read_or_refuse(source: Source, waived: Waived) -> tuple[Adapter, UnsupportedError | None]:
@@ -213,7 +211,10 @@ def _not_an_adapter(source: Source) -> RefError:
         from ..storage.file_view import read_any
 
         read_any(root)  # says what is damaged
-        return RefError(f"ADAPTER {source.name} is not an adapter of a known format.", hint=CONTENTS)
+        return RefError(
+            f"ADAPTER {source.name} is not an adapter of a known format.",
+            hint="docs/formats.md lists the formats that are read",
+        )
     if below := adapters_inside(root):
         return RefError(
             f"ADAPTER {source.name} {lacking}, but these folders inside it do: {', '.join(below[:10])}.",
@@ -296,5 +297,4 @@ def _same_model(name: str, base: Checkpoint) -> bool:
     if isinstance(parsed, Path):
         return parsed.resolve() == base.source.path.resolve()
     known = {base.source.name, str((base.config or {}).get("_name_or_path", ""))}
-    last = name.rstrip("/").rpartition("/")[2].lower()
-    return any(last == other.rstrip("/").rpartition("/")[2].lower() for other in known)
+    return Path(name).name.lower() in {Path(other).name.lower() for other in known}

@@ -17,18 +17,9 @@ from typing import Any
 
 from ..errors import MalformedError, RefError, UnsupportedError
 from ..formats.detect import ANCHORS, adapters_inside, detect, is_small_of_adapter, refuse_adapter
-from ..storage.checkpoint import (
-    Checkpoint,
-    Shard,
-    assemble,
-    open_checkpoint,
-    shard_files,
-    sort_files,
-    weight_entry,
-    weight_map,
-)
-from ..storage.filenames import PICKLES, RECORD, is_weight_file
-from ..storage.json_files import read_config
+from ..storage.checkpoint import Checkpoint, Shard, assemble, open_checkpoint, weight_entry
+from ..storage.filenames import GGUF, PICKLES, RECORD, is_weight_file, sort_files
+from ..storage.json_files import read_config, shard_files, weight_map
 from ..storage.pipelines import INDEX as PIPELINE
 from ..storage.pipelines import files_inside
 from ..storage.refs import HubRef, Source, local_source
@@ -89,7 +80,7 @@ def look(
         with reading_errors(ref, what):
             return RefListing(source, names, _open_pipeline(source, names, session, folder))
     entry = _entry(ref, what, source, names)
-    if entry.removesuffix(".index.json").endswith(PICKLES):
+    if entry.removesuffix(".index.json").endswith((*PICKLES, GGUF)):
         return RefListing(source, names, _cached_pickles(source))
     with reading_errors(ref, what):
         return RefListing(source, names, _open_remote(source, names, entry, session, folder))
@@ -172,7 +163,7 @@ def _cached_pickles(source: Source) -> Checkpoint:
         return open_checkpoint(source)
     except (RefError, OSError) as error:
         raise UnsupportedError(
-            f"{source.name} keeps its weights as torch pickles, whose headers are not read from the Hub.",
+            f"{source.name} keeps its weights as torch pickles or GGUF, whose headers are not read from the Hub.",
             hint=f"hf download {source.repo}, then rerun",
         ) from error
 

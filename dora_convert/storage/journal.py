@@ -16,7 +16,7 @@ import errno
 import json
 import os
 import threading
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -30,6 +30,8 @@ _NO_FOLDER_SYNC = {errno.EACCES, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
 JournalKey = dict[str, Any]
 JournalLine = Any
 """A msgspec Struct, or a JSON object."""
+Lines = Sequence[tuple[JournalLine, Callable[[], None] | None]]
+"""Lines, each with what is called once it is synced."""
 
 
 class UnfinishedRun(NamedTuple):
@@ -94,7 +96,12 @@ class Journal:
 
     def add(self, line: JournalLine, files: Collection[Path], then: Callable[[], None] | None = None) -> None:
         """Write a line once the files that hold its bytes are synced; call `then` after that."""
-        self._thread.put((line, files, then))
+        self.add_all([(line, then)], files)
+
+    def add_all(self, lines: Lines, files: Collection[Path]) -> None:
+        """Write some lines, each with what is called after it, once the files that hold their bytes are synced."""
+        if lines:
+            self._thread.put((lines, files))
 
     def close(self) -> None:
         """Write the pending lines and stop; raise the error of the thread, if it had one."""
@@ -103,14 +110,13 @@ class Journal:
         finally:
             self._file.close()
 
-    def _keep(self, batch: list[tuple[JournalLine, Collection[Path], Callable[[], None] | None]]) -> None:
+    def _keep(self, batch: list[tuple[Lines, Collection[Path]]]) -> None:
         """Sync the files that lines speak of, write the lines, and call what comes after."""
-        for path in sorted({each for _, files, _ in batch for each in files}):
+        for path in sorted({each for _, files in batch for each in files}):
             sync_path(path)
-        self._append([msgspec.json.encode(line) for line, _, _ in batch])
-        for _, _, then in batch:
-            if then:
-                then()
+        self._append([msgspec.json.encode(line) for lines, _ in batch for line, _ in lines])
+        for then in (then for lines, _ in batch for _, then in lines if then):
+            then()
 
     def _append(self, lines: Iterable[bytes]) -> None:
         self._file.write(b"".join(line + b"\n" for line in lines))

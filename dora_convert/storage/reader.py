@@ -6,7 +6,7 @@ import hashlib
 import os
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,15 @@ SHARE = 4
 @dataclass
 class _OpenFile:
     descriptor: int
+    lock: threading.Lock
     users: int = 0
+
+    def __enter__(self) -> int:
+        return self.descriptor
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.users -= 1
 
 
 class OpenFiles:
@@ -45,19 +53,14 @@ class OpenFiles:
         self._files: dict[Path, _OpenFile] = {}
         self._most = _most_open()
 
-    @contextmanager
-    def using(self, path: Path) -> Iterator[int]:
-        """Lend a file's descriptor, which stays open until the end of the block."""
+    def using(self, path: Path) -> _OpenFile:
+        """Lend a file's descriptor, which stays open until the end of the block; a context manager."""
         with self._lock:
-            file = self._files.pop(path, None) or _OpenFile(os.open(path, self._flags))
+            file = self._files.pop(path, None) or _OpenFile(os.open(path, self._flags), self._lock)
             self._files[path] = file  # as the latest
             file.users += 1
             self._close_unused()
-        try:
-            yield file.descriptor
-        finally:
-            with self._lock:
-                file.users -= 1
+        return file
 
     def _close_unused(self) -> None:
         """Close the longest unused files until the rest are few enough."""

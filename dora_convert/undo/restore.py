@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from ..engine.precision import ComputeSpec, scan_adapter
-from ..engine.run import Hashes, Run, Transfers, choose_compute, resume_plan, run
+from ..engine.run import Executor, Hashes, Run, Transfers, choose_compute, resume_plan, run
 from ..errors import Fault, MalformedError, RefError, VerificationError
 from ..output.finished import TensorResult, copied_name, judge
 from ..output.output import input_states
@@ -40,15 +40,17 @@ def restore(
     settings: Settings,
     hub: Transfers | None = None,
     later: Callable[[Mapping[str, TensorResult]], Sequence[SideFile]] = lambda _: (),
+    executor: Executor | None = None,
 ) -> UnmergeReport:
     """Run a plan that undoes a merge, and publish the base.
 
-    `hub` downloads the inputs; `later` makes further side files from the results.
+    `hub` downloads the inputs; `later` makes further side files from the results. `executor` writes the tensors;
+    None for threads of this process.
 
     Raises RefError if MERGED is not as a merge wrote it, VerificationError if a tensor differs from the
     base's though the record is exact, and every error of a merge. OUT does not exist then.
     """
-    spec = choose_compute(reversal.plan.memory, settings)
+    spec = choose_compute(reversal.plan.memory, settings, executor)
     if spec.staged:
         from ..engine.device_plan import cut_for
 
@@ -59,7 +61,7 @@ def restore(
     copied = _copied(reversal, hub)
     inputs = input_states(output, filter(None, [plan.base, reversal.original]), plan.adapters)
     with output.entered(*inputs):
-        finished = _recover(reversal, output, settings, hub, spec=spec, hashes=hashes, copied=copied)
+        finished = _recover(reversal, output, settings, hub, spec=spec, hashes=hashes, copied=copied, executor=executor)
         done = finished.progress.done
         verdict = judge(plan, done) if settings.verify else None
         try:
@@ -85,6 +87,7 @@ def _recover(
     spec: ComputeSpec,
     hashes: Hashes,
     copied: Proofs,
+    executor: Executor | None,
 ) -> Run:
     """Write every tensor of the base, from the start or from an unfinished run."""
     receipt = xxhash.xxh3_128_hexdigest(reversal.record.receipt.to_bytes())
@@ -104,6 +107,7 @@ def _recover(
         hub=hub,
         spec=spec,
         maker=RecoveryMaker,
+        executor=executor,
         hashed=() if output.in_place else reversal.copies(),
     )
 

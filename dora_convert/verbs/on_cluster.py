@@ -10,11 +10,11 @@ from uuid import uuid4
 
 from ..cluster.address import check_address
 from ..errors import UsageError
-from ..output.folder import OutputFolder
 from ..settings import Settings
 from ..storage.filenames import FileStates
 
 if TYPE_CHECKING:
+    from ..cluster.jobs import Cluster
     from ..cluster.tensors import ClusterExecutor
 
 
@@ -25,22 +25,36 @@ def refuse_for_cluster(options: Mapping[str, Any]) -> None:
         raise UsageError("--in-place changes a checkpoint on one machine; --cluster writes a new one.")
     if options.get("no_local"):
         raise UsageError("--no-local keeps no file that the nodes of --cluster could share.", hint="name an OUT")
+    if options.get("level") == "outputs":
+        raise UsageError("--level outputs runs models on one machine; --cluster compares weights.")
     if not options.get("cache", True):
         raise UsageError("--no-cache removes files that the nodes of --cluster read.")
 
 
 @contextmanager
 def executor_for(
-    address: str, inputs: Iterable[FileStates], folder: OutputFolder, settings: Settings
+    address: str, inputs: Iterable[FileStates], out: Path, settings: Settings
 ) -> Iterator[ClusterExecutor]:
-    """Connect to a cluster; every node must see the inputs, and the folder that OUT is made in."""
+    """Connect to a cluster whose nodes write the tensors of a plan; they must see the inputs and OUT's parent."""
+    with nodes_that_see(address, inputs, out, settings) as cluster:
+        from ..cluster.tensors import ClusterExecutor
+
+        yield ClusterExecutor(cluster)
+
+
+@contextmanager
+def nodes_that_see(
+    address: str, inputs: Iterable[FileStates], out: Path | None, settings: Settings
+) -> Iterator[Cluster]:
+    """Connect to a cluster; every node must see the inputs, and the folder that `out` is made in, if any."""
     from ..cluster.ray_cluster import connected
 
     with connected(address, settings) as cluster:
         from ..cluster.jobs import check_nodes
-        from ..cluster.tensors import ClusterExecutor
 
-        files: list[Path] = [path for states in inputs for path in states]
-        parent = next(parent for parent in folder.out.parents if parent.is_dir())
-        check_nodes(cluster, files, parent / f".{folder.out.name}.{uuid4().hex[:8]}.token", settings)
-        yield ClusterExecutor(cluster)
+        token = None
+        if out:
+            parent = next(parent for parent in out.parents if parent.is_dir())
+            token = parent / f".{out.name}.{uuid4().hex[:8]}.token"
+        check_nodes(cluster, [path for states in inputs for path in states], token, settings)
+        yield cluster

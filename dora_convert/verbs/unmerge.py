@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -21,7 +22,7 @@ from ..plan.undo_part import Undo
 from ..reports.merge import DryRunReport, UnmergeReport
 from ..settings import Settings, without_collections
 from ..sources import Session
-from ..sources.inputs import open_adapter, open_base, refuse_swapped
+from ..sources.inputs import Mode, open_adapter, open_base, refuse_swapped
 from ..storage.checkpoint import Checkpoint
 from ..storage.filenames import RECORD, UNDO
 from ..storage.reader import xxh3
@@ -34,6 +35,7 @@ from . import takes
 from .in_place import open_place, refuse_lossy, refuse_options, refuse_out
 
 if TYPE_CHECKING:
+    from ..cluster.tensors import ClusterExecutor
     from ..output.output import Output
 
 
@@ -53,6 +55,10 @@ def unmerge(
 
     Raises DoraConvertError, and then leaves nothing under `out`.
     """
+    if options["cluster"] is not None:
+        from .on_cluster import refuse_for_cluster
+
+        refuse_for_cluster(options)
     refuse_options(options)
     selection = replace(parse_options(options), allow_unmatched=True)
     settings = Settings.parse(options)
@@ -130,15 +136,29 @@ def _restore(
         from ..undo.restore import restore
     later = {"later": partial(following, reversal, record)} if reversal.numbers else {}
     others = [reversal.original] if reversal.original else []
-    with stream_inputs(reversal.plan, others, request.session) as hub:
-        return restore(reversal, files, output, request.settings, hub=hub, **later)
+    with stream_inputs(reversal.plan, others, request.session) as hub, _executor(request, reversal, output) as executor:
+        return restore(reversal, files, output, request.settings, hub=hub, executor=executor, **later)
+
+
+def _executor(
+    request: UnmergeRequest, reversal: UnmergePlan, output: Output
+) -> AbstractContextManager[ClusterExecutor | None]:
+    """Return the nodes of --cluster; None for this machine alone."""
+    if request.options["cluster"] is None:
+        return nullcontext()
+    from .on_cluster import executor_for
+
+    inputs = [reversal.plan.base.states, *(adapter.states for adapter in reversal.plan.adapters)]
+    inputs += [reversal.original.states] if reversal.original else []
+    return executor_for(request.options["cluster"], inputs, output.out, request.settings)
 
 
 def _open(request: UnmergeRequest) -> _Inputs:
     """Return the headers of MERGED, of BASE and of the adapters, and the record of the merge."""
     options, session = request.options, request.session
-    merged = open_base(request.merged, "MERGED", session, "local" if options["in_place"] else "headers")
-    base = open_base(os.fspath(options["base"]), "BASE", session) if options["base"] else None
+    mode: Mode = "whole" if options["cluster"] else "headers"
+    merged = open_base(request.merged, "MERGED", session, "local" if options["in_place"] else mode)
+    base = open_base(os.fspath(options["base"]), "BASE", session, mode) if options["base"] else None
     record = read_record(merged)
     if record and record.torn:
         _warn_of_torn(merged, record, base, request.settings)

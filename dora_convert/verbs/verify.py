@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from typing_extensions import Unpack
 
@@ -27,6 +29,9 @@ from ..storage.filenames import RECORD, refuse_changed
 from ..storage.refs import PathLike, listed
 from . import takes
 
+if TYPE_CHECKING:
+    from ..cluster.jobs import Cluster
+
 
 @takes(VerifyOptions)
 def verify(
@@ -45,6 +50,10 @@ def verify(
     is replaced.
     """
     texts = _texts(options)
+    if options["cluster"] is not None:
+        from .on_cluster import refuse_for_cluster
+
+        refuse_for_cluster(options)
     if options["report"] is not None:
         check_file(options["report"])
     settings = Settings.parse(options)
@@ -132,6 +141,21 @@ def _plan(request: VerifyRequest) -> tuple[Plan, Checkpoint]:
     return plan, merged
 
 
+@contextmanager
+def _cluster(plan: Plan, merged: Checkpoint, request: VerifyRequest) -> Iterator[Cluster | None]:
+    """Yield the nodes of --cluster, all of which see the inputs; None for this machine alone."""
+    if request.options["cluster"] is None:
+        yield None
+        return
+    from .on_cluster import nodes_that_see
+
+    for checkpoint in (plan.base, merged):
+        download_weights(checkpoint, request.session)
+    inputs = [plan.base.states, merged.states, *(adapter.states for adapter in plan.adapters)]
+    with nodes_that_see(request.options["cluster"], inputs, None, request.settings) as cluster:
+        yield cluster
+
+
 def _texts(options: VerifyOptions) -> tuple[str, ...]:
     """Return the prompts to run models on; UsageError if models cannot be run, or are not to be run."""
     prompt, prompts = options["prompt"], options["prompts"]
@@ -178,7 +202,8 @@ def _compare(
             from ..parity.weights import verify_weights
         from ..plan.quantised import as_dense
 
-        return verify_weights(plan, as_dense(merged), settings, session, options["samples"])
+        with _cluster(plan, merged, request) as cluster:
+            return verify_weights(plan, as_dense(merged), settings, session, options["samples"], cluster=cluster)
     with without_collections():
         from ..logits.compare import prepared
     for checkpoint in (plan.base, merged):

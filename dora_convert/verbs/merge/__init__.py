@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING
 from typing_extensions import Unpack
 
 from ...errors import UsageError
-from ...option_table import combines
+from ...option_table import QUANTISED, combines
 from ...options import MergeOptions
 from ...output.folder import OutputFolder
 from ...output.side_files import tokenizer_files
 from ...plan.plan import Options, Plan, parse_options, parse_weights
 from ...plan.planner import make_plan
 from ...reports.merge import DryRunReport, MergeReport
-from ...settings import Settings, require_extra, without_collections
+from ...settings import Settings, collections_paused, require_extra, without_collections
 from ...sources import Session
-from ...sources.inputs import QUANTISED_NAME, Mode, modules_of, open_inputs, strangers, unused
+from ...sources.inputs import Mode, modules_of, open_inputs, strangers, unused
 from ...storage.filenames import INCOMING
-from ...storage.refs import PathLike, listed
+from ...storage.refs import QUANTISED_NAME, PathLike, listed
 from .. import takes
 
 if TYPE_CHECKING:
@@ -171,11 +171,9 @@ def _merge_in_place(request: MergeRequest) -> MergeReport | DryRunReport:
     return run_merge(plan, place, settings)
 
 
+@collections_paused()
 def make_request_plan(request: MergeRequest, out: str, mode: Mode, weights: Path | None = None) -> Plan:
-    """Open the inputs and decide every output tensor.
-
-    `out` is the last word of the command line, for hints.
-    """
+    """Open the inputs and decide every output tensor; `out` is the command line's last word, for hints."""
     checkpoint, adapters = open_inputs(
         None if request.base is None else os.fspath(request.base),
         request.adapters,
@@ -186,17 +184,17 @@ def make_request_plan(request: MergeRequest, out: str, mode: Mode, weights: Path
         weights=weights,
         method=request.options["method"],
     )
+    if checkpoint.gguf:
+        from ...plan.quantised_config import undo_of_gguf
+
+        request = replace(request, selection=replace(request.selection, undo=undo_of_gguf(request.options["undo"])))
     return plan_inputs(request, checkpoint, adapters)
-
-
-IDLE = {"all": "--dequantize", "touched": "--dequantize-touched", "again": "--requantize"}
-"""Options that change nothing for a base that is not quantised, by what they make of one that is."""
 
 
 def _tell_of_dense_base(base: Checkpoint, adapters: Sequence[Adapter], quantised: str, settings: Settings) -> None:
     """Warn of an option for quantised bases; name the other choice for adapters that were trained on one."""
-    if quantised in IDLE:
-        settings.warn(f"{IDLE[quantised]} changes nothing: {base.source.name} is not quantised")
+    if quantised in QUANTISED:
+        settings.warn(f"{QUANTISED[quantised]} changes nothing: {base.source.name} is not quantised")
     if quantised:
         return
     for adapter in adapters:
@@ -285,7 +283,7 @@ def _executor(
     from ..on_cluster import executor_for
 
     inputs = [plan.base.states, *(adapter.states for adapter in plan.adapters)]
-    return executor_for(request.options["cluster"], inputs, folder, request.settings)
+    return executor_for(request.options["cluster"], inputs, folder.out, request.settings)
 
 
 @contextmanager
