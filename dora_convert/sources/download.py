@@ -145,7 +145,9 @@ def wanted_of_base(names: Sequence[str]) -> list[str]:
     """Choose a base's weights or their index, the record of an earlier merge, and all other small files."""
     refuse_adapter(names, "the repo")
     if PIPELINE in names:
-        entries = [folder + weight_entry(inner, f"the repo {folder[:-1]}") for folder, inner in files_inside(names).items()]
+        entries = [
+            folder + weight_entry(inner, f"the repo {folder[:-1]}") for folder, inner in files_inside(names).items()
+        ]
     else:
         entries = [weight_entry([name for name in names if "/" not in name], "the repo")]
     if entries[0].endswith(GGUF):
