@@ -50,7 +50,8 @@ class CodedValues:
         wide = self._tensor.matrix[1] // max(1, self._tensor.columns)
         lines = torch.tensor([number * wide + k for number in numbers for k in range(wide)])
         height = max(1, TOGETHER // max(1, self._tensor.columns))
-        return torch.cat([self._rows(part[:, None]) for part in lines.split(height)]).view(len(numbers), -1)
+        pieces = [self._rows(lines[k : k + height, None]) for k in range(0, len(lines), height)]
+        return torch.cat(pieces).view(len(numbers), -1)
 
     def _rows(self, row: Tensor) -> Tensor:
         """Return the rows whose numbers stand in a column: (rows, columns)."""

@@ -97,7 +97,7 @@ class QuantisedBase:
             )
 
     def refuse_conv1d(self, names: Iterable[str]) -> None:
-        """Raise UnsupportedError for quantised Conv1D weights: tools store them as (out, in), the model as (in, out)."""
+        """Raise UnsupportedError for quantised Conv1D weights: tools store (out, in), the model has (in, out)."""
         chosen = [name for name in names if name in self.coded and is_conv1d(name, self.base.model_types)]
         if chosen:
             raise UnsupportedError(
