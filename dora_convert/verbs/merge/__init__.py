@@ -214,7 +214,7 @@ def plan_inputs(request: MergeRequest, checkpoint: Checkpoint, adapters: Sequenc
         selection, strengths = _combined(request, checkpoint, adapters)
     else:
         strengths = parse_weights(request.options["weight"], len(adapters))
-    if strangers(checkpoint, adapters):
+    if strangers(checkpoint, adapters) or len({adapter.files for adapter in adapters}) < len(adapters):
         from ...output.lineage import doubts
 
         for doubt in doubts(checkpoint, adapters, selection.combination.method):
