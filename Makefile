@@ -13,7 +13,7 @@
 #              TOOLS=VENV/bin makes adapters with lycoris-lora, diffusers and PEFT, and loads ours with these, mlx-lm
 #              and torchtune; LLAMA_CPP=FOLDER is llama.cpp's source, whose converter writes the same GGUF adapters
 # make gpu     test and time everything on a GPU, with PYTHON's own torch; GPU="--device cpu --scale 8" rehearses it
-# make cluster merge on a Ray cluster that loses a node, the driver, a disk (minutes; about 5 GB of disk)
+# make cluster merge on a Ray cluster that loses a node, the driver, a disk; and on S3, played by moto (minutes)
 # make bench   time merges against cp and PEFT (needs about 10 GB of disk)
 
 PYTHON ?= python3
@@ -122,11 +122,12 @@ gpu:
 $(VENV)-cluster/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)-cluster
 	$(VENV)-cluster/bin/python -m pip install --quiet $(TORCH)
-	$(VENV)-cluster/bin/python -m pip install --quiet -e '.[ray]' numpy
+	$(VENV)-cluster/bin/python -m pip install --quiet -e '.[ray,s3]' numpy 'moto[server]'
 	touch $@
 
 cluster: $(VENV)-cluster/ready
 	$(VENV)-cluster/bin/python tests/oracles/cluster.py
+	$(VENV)-cluster/bin/python tests/oracles/stores.py
 
 bench: $(VENV)/ready
 	$(BIN)/python bench/merge.py
