@@ -1,6 +1,6 @@
 """Which base for a QLoRA adapter? Train on nf4, merge in each way, and compare with the trained model.
 
-    python bench/qlora.py demo/build/SmolLM2-135M-Instruct [--seeds 3] [--steps 60]
+    python bench/qlora.py demo/build/SmolLM2-135M-Instruct [--seed 0 1 2] [--kind lora dora] [--steps 60]
 
 Needs bitsandbytes, transformers and PEFT. Trains a LoRA and a DoRA for each seed on this project's pages, with the
 base's weights quantised to nf4 and decoded. Prints for each merge: KL from the trained model's outputs on held-out
@@ -78,14 +78,15 @@ def compare(logs: Tensor, trained: Tensor, held_out: Tensor) -> tuple[float, flo
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("base")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--kind", choices=["lora", "dora"], nargs="+", default=["lora", "dora"])
     parser.add_argument("--steps", type=int, default=60)
     given = parser.parse_args()
     blocks, held_out = texts(AutoTokenizer.from_pretrained(given.base))
-    for dora in (False, True):
-        for seed in range(given.seeds):
+    for kind in given.kind:
+        for seed in given.seed:
             with tempfile.TemporaryDirectory() as where:
-                one_run(given, blocks, held_out, Path(where), seed=seed, dora=dora)
+                one_run(given, blocks, held_out, Path(where), seed=seed, dora=kind == "dora")
 
 
 def one_run(given: Any, blocks: Tensor, held_out: Tensor, root: Path, *, seed: int, dora: bool) -> None:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import dora_convert
-from dora_convert.errors import DoraConvertError, MalformedError, RefError, UnsupportedError
+from dora_convert.errors import DoraConvertError, MalformedError, RefError
 from dora_convert.storage.checkpoint import open_checkpoint
 from dora_convert.storage.filenames import is_side_file, is_weight_file
 from dora_convert.storage.json_files import read_config
@@ -102,7 +102,7 @@ def test_index_that_names_absent_tensors(base):
         (["config.json"], RefError, "no safetensors weights"),
         (["pytorch_model.bin"], MalformedError, "pytorch_model.bin"),
         (["training_args.bin"], RefError, "no safetensors weights"),
-        (["model.gguf"], UnsupportedError, "only model.gguf"),
+        (["model.gguf"], MalformedError, "not a valid GGUF file"),
         (["a.safetensors", "b.safetensors"], RefError, "several models"),
     ],
 )

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 from ..storage.checkpoint import Checkpoint, Shard
 from ..storage.safetensors import StoredTensor
-from . import awq, bitsandbytes, compressed, fp8, gpt_oss, gptq, mlx, modelopt, torchao
+from . import awq, bitsandbytes, compressed, fp8, gguf, gpt_oss, gptq, mlx, modelopt, torchao
 from .coded import CodedTensor
 from .evidence import Evidence
 
-CODECS = (compressed, modelopt, torchao, bitsandbytes, gpt_oss, gptq, awq, mlx, fp8)
+CODECS = (compressed, modelopt, torchao, bitsandbytes, gpt_oss, gptq, awq, mlx, gguf, fp8)
 """Every kind that is read. The first that claims a tensor has it."""
 
 

@@ -18,6 +18,8 @@ import xxhash
 from ..adapters import Adapter
 from ..errors import printable
 from ..naming.families import PIPELINES
+from ..option_table import QUANTISED, REPEATED
+from ..options import flag
 from ..plan.plan import Plan
 from ..settings import __version__
 from ..storage.checkpoint import Checkpoint
@@ -271,18 +273,16 @@ def command(plan: Plan) -> list[str]:
     words = ["dora-convert", "merge", *(source.title for source in sources), "OUT"]
     if any(weight != 1 for weight in plan.weights):
         words += [word for weight in plan.weights for word in ("--weight", _number(weight))]
-    for flag, value in (
+    for name, value in (
         ("--dtype", CONFIG_DTYPES.get(options.dtype or "")),
         ("--compute-dtype", "float32" if options.compute_dtype == "F32" else None),
         ("--max-shard-size", options.max_shard_size),
         ("--undo", options.undo if options.undo != "norms" else None),
-        *(("--include", glob) for glob in options.include),
-        *(("--exclude", glob) for glob in options.exclude),
-        *(("--ignore-field", name) for name in options.ignore_field),
-        *(("--ignore-file", name) for name in options.ignore_file),
+        *((flag(many), each) for many in REPEATED for each in getattr(options, many)),
     ):
-        words += [flag, str(value)] if value else []
+        words += [name, str(value)] if value else []
     words += " ".join(options.combination.words).split()
+    words += QUANTISED.get(options.quantised, options.quantised.replace("as ", "--base-as ")).split()
     words += ["--legacy-config"] if options.legacy_config else []
     return [*words, "--allow-unmatched"] if options.allow_unmatched else words
 

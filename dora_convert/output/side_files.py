@@ -54,7 +54,7 @@ class SideFile:
 def side_files(plan: Plan) -> list[SideFile]:
     """Return all files of OUT but weights and record, by name; none if the base is a single file."""
     base, root = plan.base, plan.base.root
-    if base.is_file:
+    if base.is_bare:
         return []
     files = {name: SideFile(name, _readable(root / name)) for name in base.side_files}
 
@@ -63,7 +63,9 @@ def side_files(plan: Plan) -> list[SideFile]:
         differs = before.is_file() and (name == card.NAME or not same_contents(before, source))
         files[name] = SideFile(name, source, fate, before if differs else None)
 
-    for adopted in adopted_sets(plan):
+    adopted_of = adopted_sets(plan)
+    files |= _made(base, [pattern for adopted in adopted_of for pattern in adopted.patterns])
+    for adopted in adopted_of:
         for name in adopted.replaced(base):
             del files[name]
         for name in adopted.files:
@@ -80,6 +82,16 @@ def side_files(plan: Plan) -> list[SideFile]:
         name = f"{RECORD}/{PREVIOUS}/{path.relative_to(root / RECORD).as_posix()}"
         files[name] = SideFile(name, path)
     return [files[name] for name in sorted(files)]
+
+
+def _made(base: Checkpoint, others: Sequence[str]) -> dict[str, SideFile]:
+    """Return the tokenizer of a GGUF base, made from its pairs, unless it has or gets another one."""
+    if not base.gguf or matching(base.side_files, TOKENIZER) or set(TOKENIZER) <= set(others):
+        return {}
+    from ..storage.gguf_tokenizer import make_tokenizer
+
+    made = make_tokenizer(base.gguf)
+    return {name: SideFile(name, made[name], "written") for name in made.keys() - set(matching(made, others))}
 
 
 def base_files(base: Checkpoint) -> dict[str, Path]:

@@ -16,11 +16,14 @@ from ..codecs.awq import Awq
 from ..codecs.bitsandbytes import Nibbles
 from ..codecs.blocks import Blocks
 from ..codecs.coded import CodedTensor
+from ..codecs.gguf import Ggml
 from ..codecs.gpt_oss import TurnedMxfp4
 from ..codecs.gptq import Gptq
 from ..engine.precision import TORCH
 from ..storage.reader import Reader
 from ..storage.safetensors import BITS, StoredTensor
+from .bit_numbers import float_value, number
+from .ggml_values import GgmlRow, stored_row
 
 FLOATS = {"F8_E4M3": (4, 3), "F8_E5M2": (5, 2), "E2M1": (2, 1)}
 """The bits of exponent and mantissa of the grids of floats."""
@@ -56,6 +59,8 @@ class CodedValues:
                 return self._awq_row(scheme, row)
             case TurnedMxfp4() as scheme:
                 return self._turned_row(scheme, row)
+            case Ggml() as scheme:
+                return self._ggml_row(scheme, row)
             case AsTrained() as scheme:
                 self._trained = self._as_trained(scheme) if self._trained is None else self._trained
                 return self._trained[row].double()
@@ -70,8 +75,8 @@ class CodedValues:
         if isinstance(scheme, Nibbles):
             return self._nearest_nibbles(scheme, numbers, x)
         assert isinstance(scheme, Blocks)
-        for line, number in enumerate(numbers):
-            q, z, s, b = self._block_parts(scheme, number)
+        for line, row in enumerate(numbers):
+            q, z, s, b = self._block_parts(scheme, row)
             v = (x[line].cpu() - b) / s
             half = half_step(v, scheme.grid)
             if scheme.grid == "E2M1" and scheme.scale_bytes == "F8_E4M3":  # few bits of a scale hold values this small
@@ -137,8 +142,8 @@ class CodedValues:
     def _nearest_nibbles(self, scheme: Nibbles, numbers: Sequence[int], x: Tensor) -> tuple[Tensor, Tensor]:
         """Return some rows, and the distance of each of x to the nearest value that its block can have."""
         table, distances = self._numbers("map", torch.arange(16)), []
-        for line, number in enumerate(numbers):
-            element = number * self._tensor.columns + torch.arange(self._tensor.columns)
+        for line, row in enumerate(numbers):
+            element = row * self._tensor.columns + torch.arange(self._tensor.columns)
             scale = self._nibble_scales(scheme, element // scheme.block)
             distances.append((table[:, None] * scale - x[line].cpu()).abs().amin(0))
         return self.rows(numbers), torch.stack(distances)
@@ -183,6 +188,16 @@ class CodedValues:
         r = expert * R + torch.arange(R)
         q = float_value(self._bits("codes", 4 * (r * 32 * groups + k), 4), exponent=2, mantissa=1)
         return q * self._numbers("scale", r * groups + k // 32, "F8_E8M0")
+
+    def _ggml_row(self, scheme: Ggml, row: int) -> Tensor:
+        """One row of GGUF's blocks or plain numbers, less what is added on disk."""
+        K = self._tensor.columns
+        if scheme.kind not in TORCH:
+            return GgmlRow(scheme, row, K, self._bits).values() - scheme.added
+        place = torch.arange(K) + stored_row(scheme, row) * K
+        if len(self._tensor.shape) == 1:
+            place = torch.tensor([stored_row(scheme, k) for k in range(K)])
+        return self._numbers("codes", place) - scheme.added
 
     def _as_trained(self, scheme: AsTrained) -> Tensor:
         """Return the whole weight as bitsandbytes itself quantises and decodes it, in float32.
@@ -258,35 +273,3 @@ def half_step(v: Tensor, grid: str) -> Tensor:
     exponent, mantissa = FLOATS[grid]
     e = torch.floor(torch.log2(v.abs().clamp(min=2.0**-30))).clamp(min=2 - 2 ** (exponent - 1))
     return torch.pow(torch.tensor(2.0, dtype=torch.float64), e - mantissa - 1)
-
-
-def number(bits: Tensor, dtype: str) -> Tensor:
-    """Return the number of a stored dtype that some bits are."""
-    match dtype:
-        case "F8_E4M3":
-            return float_value(bits, exponent=4, mantissa=3)
-        case "F8_E5M2":
-            return float_value(bits, exponent=5, mantissa=2)
-        case "F16":
-            return float_value(bits, exponent=5, mantissa=10)
-        case "BF16":
-            return float_value(bits, exponent=8, mantissa=7)
-        case "F32":
-            return float_value(bits, exponent=8, mantissa=23)
-        case "F8_E8M0":
-            return torch.pow(torch.tensor(2.0, dtype=torch.float64), (bits - 127).double())
-        case "U8":
-            return bits.double()
-    size = BITS[dtype]
-    return torch.where(bits >= 1 << size - 1, bits - (1 << size), bits).double() if size < 64 else bits.double()
-
-
-def float_value(bits: Tensor, *, exponent: int, mantissa: int) -> Tensor:
-    """Return (−1)^sign · 2^(e − bias) · 1.m, or 0.m for e = 0; no values are infinite or NaN."""
-    sign = bits >> exponent + mantissa & 1
-    e = bits >> mantissa & (1 << exponent) - 1
-    m = (bits & (1 << mantissa) - 1).double() / 2**mantissa
-    bias = 2 ** (exponent - 1) - 1
-    power = torch.where(e > 0, e, torch.ones_like(e)) - bias
-    value = torch.where(e > 0, 1 + m, m) * torch.pow(torch.tensor(2.0, dtype=torch.float64), power.double())
-    return torch.where(sign > 0, -value, value)

@@ -80,7 +80,7 @@ def make_plan(base: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[f
 
 def _unless_a_file(plan: Plan) -> Plan:
     """Return a plan; raise UnsupportedError if it changes config.json, and the base is a single file."""
-    if plan.config and plan.base.is_file:
+    if plan.config and plan.base.is_bare:
         raise UnsupportedError(
             f"This merge changes config.json, too, and BASE {plan.base.source.name} is a single file.",
             hint=f"name its folder: {plan.base.root}",

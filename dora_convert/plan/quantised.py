@@ -37,6 +37,7 @@ EXPERTS = re.compile(r"(.*\.experts\.)\d+\.")
 NAMES = {
     "hqq": "HQQ", "quanto": "quanto", "eetq": "EETQ", "aqlm": "AQLM", "vptq": "VPTQ", "spqr": "SpQR", "higgs": "HIGGS",
     "bitnet": "BitNet", "quark": "quark", "fbgemm_fp8": "FBGEMM", "auto-round": "auto-round", "awq": "AWQ",
+    "gguf": "GGUF",
 }  # fmt: skip
 """Names of methods as their authors write them."""
 
@@ -106,6 +107,11 @@ class QuantisedBase:
         `tree` is the dense base, perhaps with other names. Raises UnsupportedError for weights that the adapter
         changes and that cannot be coded again.
         """
+        if self.base.gguf and not self._all_dense:
+            raise UnsupportedError(
+                f"{self.base.source.name} is a GGUF model, and a merge writes no GGUF files.",
+                hint="--dequantize writes a dense checkpoint",
+            )
         plan = replace(plan, warnings=(*plan.warnings, *self.warnings()))
         again = self._coded_again(items)
         dense = self._dense_names(items, again)

@@ -48,6 +48,15 @@ def parse_choice(given: Mapping[str, Any]) -> str:
     return CHOICES[chosen[0]] if chosen else ""
 
 
+def undo_of_gguf(asked: str | None) -> str:
+    """Return the undo record of a GGUF base: none; UsageError if the caller asks for one."""
+    if asked not in (None, "none"):
+        raise UsageError(
+            f"--undo {asked}: a GGUF file cannot be given back by unmerge.", hint="keep the file; leave --undo out"
+        )
+    return "none"
+
+
 def without_quantisation(config: Config) -> dict[str, Any]:
     """Return a config that says nothing of quantisation, nested configs included."""
     return {

@@ -69,7 +69,8 @@ def draw_page(template: str, report: Report, command: str, **facts: Any) -> str:
         facts: Further variables of the template.
     """
     page = environment().get_template(template)
-    terms = [(term, text) for term, text, verbs in TERMS if report.command in verbs]
+    kind = "verify outputs" if getattr(report, "level", None) == "outputs" else report.command
+    terms = [(term, text) for term, text, pages in TERMS if kind in pages]
     return page.render(report=report, command=command, versions=versions(), terms=terms, **facts)
 
 

@@ -5,7 +5,6 @@ Code for the Hub is imported only if a REF is a Hub repo.
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -16,8 +15,6 @@ from typing import Literal
 from ..adapters import NOTHING, Adapter, Waived
 from ..errors import RefError, UnsupportedError, UsageError
 from ..formats.detect import (
-    ANCHORS,
-    adapters_inside,
     detect,
     find_format,
     is_adapter_file,
@@ -29,15 +26,13 @@ from ..formats.detect import (
     wanted_of_adapter,
 )
 from ..storage.checkpoint import Checkpoint, open_checkpoint
-from ..storage.filenames import file_states, is_tokenizer_file, list_files, refuse_links
-from ..storage.refs import HubRef, Source, local_path, local_source, parse_ref
+from ..storage.filenames import GGUF, file_states, is_tokenizer_file, list_files, refuse_links
+from ..storage.refs import QUANTISED_NAME, HubRef, Source, is_stored, local_path, local_source, parse_ref
 from . import Session
 
-Mode = Literal["brief", "headers", "whole", "local"]
-CONTENTS = "docs/formats.md lists the formats that are read"
+Mode = Literal["brief", "headers", "ranges", "whole", "local"]
 COMBINING = frozenset({"merge", "to-lora", "verify"})
 """Verbs that follow a chain of adapters down to its model."""
-QUANTISED_NAME = re.compile(r"(?i)[-_.](unsloth-)?(bnb|gptq|awq|gguf|[48]-?bits?|int[48]|fp8|nf4)\b.*$")
 
 
 def open_inputs(
@@ -93,22 +88,29 @@ def open_base(
 
     The weights of a Hub repo stay on the Hub in mode "headers"; in mode "brief", so do the side files.
     `weights` is the folder for a later download, by default the session's. Mode "whole" downloads the repo.
-    Mode "local" takes a local path only, which an earlier run may have begun to change in place.
+    Mode "local" takes a local path only, which an earlier run may have begun to change in place. Weights in an
+    object store stay there in modes "ranges" and "brief", and are downloaded in the others.
     """
+    if is_stored(ref) and mode != "local":
+        from .object_store import fetch_folder, open_stored
+
+        if mode in ("brief", "ranges"):
+            return open_stored(ref, what, session)
+        return open_checkpoint(fetch_folder(ref, session))
     parsed = local_path(ref, what) if mode == "local" else parse_ref(ref, what)
     if isinstance(parsed, HubRef):
-        from .download import fetch, wanted_of_base
+        from .download import fetch_base
         from .remote_headers import look
 
         parsed = replace(parsed, revision=parsed.revision or revision)
-        if mode != "whole":
+        if mode != "whole" and not parsed.file.endswith(GGUF):
             with suppress(UnsupportedError):  # torch's pickles have no headers that are read from the Hub
-                remote = look(parsed, what, session, whole=mode == "headers", weights=weights).checkpoint()
+                remote = look(parsed, what, session, whole=mode != "brief", weights=weights).checkpoint()
                 if remote.config is None:
                     refuse_tensors(remote.tensors, f"{what} {remote.source.name}")
                 if not any(".quant_state." in name for name in remote.tensors):
                     return remote  # else only the bytes of these tensors tell the shapes of the weights
-        source = fetch(parsed, what, wanted_of_base, session)
+        source = fetch_base(parsed, what, session)
     else:
         source = local_source(parsed)
     refuse_adapter(source.path, f"{what} {source.name}")
@@ -156,6 +158,10 @@ def _refuse_links(root: Path, opened: Checkpoint | Adapter, session: Session) ->
 
 def find_adapter(ref: str, session: Session) -> Source:
     """Return an adapter's local folder; the files of a Hub repo are downloaded."""
+    if is_stored(ref):
+        from .object_store import fetch_folder
+
+        return fetch_folder(ref, session)
     parsed = parse_ref(ref, "ADAPTER")
     if isinstance(parsed, Path):
         return local_source(parsed)
@@ -187,11 +193,13 @@ def read_adapter(source: Source, waived: Waived = NOTHING) -> Adapter:
     Raises RefError if no format recognises it, and the errors of the format.
     """
     if not (known := detect(source.path)):
-        raise _not_an_adapter(source)
+        from .not_an_adapter import error_for
+
+        raise error_for(source)
     adapter = known.read(source, waived)
-    folder = adapter.source.path
-    names = [name for name in list_files(folder) if is_adapter_file(name) or is_tokenizer_file(name)]
-    return replace(adapter, states=file_states([*(folder / name for name in names), *adapter.files]))
+    root = adapter.source.path
+    own = [root / name for name in list_files(root) if is_adapter_file(name) or is_tokenizer_file(name)]
+    return replace(adapter, states=file_states([*own, *adapter.files]))
 
 
 def read_or_refuse(source: Source, waived: Waived) -> tuple[Adapter, UnsupportedError | None]:
@@ -202,29 +210,6 @@ def read_or_refuse(source: Source, waived: Waived) -> tuple[Adapter, Unsupported
     except UnsupportedError as error:
         assert known
         return read_refused(known, source, waived), error
-
-
-def _not_an_adapter(source: Source) -> RefError:
-    """Return an error that says what the folder is instead, and where the adapter might be."""
-    root, lacking = source.path, f"has no {ANCHORS[0]}, and no other file of an adapter of a known format"
-    if root.is_file() and detect(root.parent):
-        return RefError(f"ADAPTER {source.name} is a file; name the folder it lies in.", hint=str(root.parent))
-    if root.is_file():
-        from ..storage.file_view import read_any
-
-        read_any(root)  # says what is damaged
-        return RefError(f"ADAPTER {source.name} is not an adapter of a known format.", hint=CONTENTS)
-    if below := adapters_inside(root):
-        return RefError(
-            f"ADAPTER {source.name} {lacking}, but these folders inside it do: {', '.join(below[:10])}.",
-            hint=f"name one of them, such as {root / below[-1]}",
-        )
-    if (root / "config.json").exists():
-        return RefError(
-            f"ADAPTER {source.name} is a model, not an adapter: it {lacking}.",
-            hint="--method linear, ties, dare and their like combine fine-tuned models, too",
-        )
-    return RefError(f"ADAPTER {source.name} {lacking}.")
 
 
 def refuse_swapped(base: str, adapters: Sequence[str], out: str, verb: str, what: str = "BASE") -> None:
@@ -296,5 +281,4 @@ def _same_model(name: str, base: Checkpoint) -> bool:
     if isinstance(parsed, Path):
         return parsed.resolve() == base.source.path.resolve()
     known = {base.source.name, str((base.config or {}).get("_name_or_path", ""))}
-    last = name.rstrip("/").rpartition("/")[2].lower()
-    return any(last == other.rstrip("/").rpartition("/")[2].lower() for other in known)
+    return Path(name).name.lower() in {Path(other).name.lower() for other in known}

@@ -6,15 +6,16 @@ index, as in transformers' loader.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..errors import Fault, MalformedError, RefError, UnsupportedError, shown
+from ..errors import Fault, MalformedError, RefError, UnsupportedError
 from .filenames import (
     CARD,
+    GGUF,
     IN_PLACE,
     JOURNAL,
     OF_TRAINING,
@@ -22,16 +23,18 @@ from .filenames import (
     RECORD,
     FileStates,
     file_states,
-    is_plain,
-    is_side_file,
+    gguf_model,
     is_text,
-    is_weight_file,
     linked_folders,
     list_files,
+    sort_files,
 )
-from .json_files import read_config, read_json
+from .json_files import indexed_files, read_config
 from .refs import Source
 from .safetensors import FLOATS, Header, StoredTensor, open_file, read_header
+
+if TYPE_CHECKING:
+    from .gguf_model import GgufModel
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,8 @@ class Checkpoint:
     """Names of tensors on disk, where they differ."""
     states: FileStates = field(default_factory=dict)
     """The local files that a merge reads, as they were before their headers were read."""
+    gguf: GgufModel | None = None
+    """The pairs of GGUF files, if the weights are in such files."""
 
     @property
     def root(self) -> Path:
@@ -68,6 +73,11 @@ class Checkpoint:
     def is_file(self) -> bool:
         """True if the checkpoint is a single weight file; files beside it do not count."""
         return self.source.path.is_file()
+
+    @property
+    def is_bare(self) -> bool:
+        """True for a single weight file that tells nothing of the model's config: an output has weights alone."""
+        return self.is_file and not self.gguf
 
     @property
     def is_pipeline(self) -> bool:
@@ -132,15 +142,14 @@ def open_checkpoint(source: Source, *, unfinished: bool = False) -> Checkpoint:
     UnsupportedError for weights in a format that is not read.
     """
     root = source.path
+    if root.suffix == GGUF and root.is_file():
+        return _open_gguf(source, root.name)
     if root.is_file():
         states = file_states([root, root.parent / "config.json"])
         shards = assemble(root.name, {root.name: read_weights(root)}, None, [])
         return Checkpoint(source, shards, None, read_config(root.parent), states=states)
     if not unfinished and (root / IN_PLACE / JOURNAL).exists():
-        raise RefError(
-            f"{source.name} is being changed in place, and that was not finished.",
-            hint="run the same command with --in-place again",
-        )
+        raise RefError(f"{source.name} is being changed in place.", hint="run the same command with --in-place again")
     if not (entries := [entry.name for entry in root.iterdir()]):
         raise RefError(f"{source.name} is empty.", hint="name the folder with the model's files")
     if "model_index.json" in entries:
@@ -149,10 +158,13 @@ def open_checkpoint(source: Source, *, unfinished: bool = False) -> Checkpoint:
     names = [name for name in list_files(root) if not name.startswith(IN_PLACE)]
     if odd := [name for name in names if not is_text(name)]:
         raise MalformedError(f"{root} holds a file whose name is not UTF-8: {odd[0]!r}.", hint="rename it")
+    if name.endswith(GGUF):
+        return _open_gguf(source, name, [each for each in names if not each.endswith(GGUF)])
     states = file_states(root / name for name in names)
     notes = [f"{name} is a link to a folder; it is not copied" for name in linked_folders(root)]
-    table = weight_map(root / name) if name.endswith(".json") else None
-    files = [name] if table is None else shard_files(root.name, table, lambda name: (root / name).exists())
+    table, files = None, [name]
+    if name.endswith(".json"):
+        table, files = indexed_files(root / name)
     shards = assemble(root.name, {file: read_weights(root / file) for file in files}, table, notes)
     used = {name, *files}
     side_files, left_behind = sort_files(name for name in names if name not in used)
@@ -190,6 +202,17 @@ def _open_pipeline(source: Source) -> Checkpoint:
     sides = tuple(sorted((*sides, *indexes)))
     return Checkpoint(
         source, tuple(shards), None, side_files=sides, left_behind=left, notes=tuple(notes), states=states
+    )
+
+
+def _open_gguf(source: Source, name: str, beside: Sequence[str] = ()) -> Checkpoint:
+    """Open a model in GGUF files from the name of one of them; without others beside it, no config there counts."""
+    from .gguf_model import read_model
+
+    found = read_model(source, name, beside)
+    shards = tuple(Shard(*shard) for shard in found.shards)
+    return Checkpoint(
+        source, shards, found.index_name, found.config, *sort_files(beside), states=found.states, gguf=found.model
     )
 
 
@@ -238,32 +261,14 @@ def weight_entry(names: Sequence[str], where: str) -> str:
             f"{where} has only {', '.join(old[:3])}: .ckpt files are not read.",
             hint="save it as safetensors, such as with diffusers: from_single_file(FILE).save_pretrained(FOLDER)",
         )
-    if other := sorted(name for name in names if name.endswith((".gguf", ".h5", ".msgpack"))):
+    if files := gguf_model(names):
+        return files[0]
+    if other := sorted(name for name in names if name.endswith((".h5", ".msgpack"))):
         raise UnsupportedError(
             f"{where} has no safetensors weights, only {', '.join(other[:3])}: not read yet.",
             hint="save the model as safetensors, or name a revision that has them",
         )
     raise RefError(f"{where} holds no safetensors weights.")
-
-
-def weight_map(path: Path) -> dict[str, str]:
-    """Read an index: the name of each tensor's file, which lies in the same folder."""
-    index = read_json(path)
-    table = index.get("weight_map")
-    if not isinstance(table, dict) or not all(isinstance(value, str) for value in table.values()):
-        raise MalformedError(f"{path}: weight_map must map tensor names to file names.")
-    for filename in sorted(set(table.values())):
-        if not is_plain(filename):
-            raise MalformedError(f"{path}: {shown(filename)} is not a plain file name.")
-    return table
-
-
-def shard_files(where: str, table: Mapping[str, str], exists: Callable[[str], bool]) -> list[str]:
-    """Return the files that an index names, sorted; raise RefError if one does not exist."""
-    filenames = sorted(set(table.values()))
-    if missing := [Fault(name, "missing") for name in filenames if not exists(name)]:
-        raise RefError(f"The index of {where} names {len(missing)} files that do not exist.", faults=missing)
-    return filenames
 
 
 def assemble(
@@ -286,10 +291,3 @@ def assemble(
         Shard(file, header.metadata, tuple(each for each in header.tensors.values() if owner[each.name] == file))
         for file, header in headers.items()
     )
-
-
-def sort_files(names: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Sort the files beside the weights: side files to copy, and other weights to leave behind."""
-    names = list(names)
-    visible = [name for name in names if not name.startswith((".", RECORD + "/"))]
-    return tuple(filter(is_side_file, names)), tuple(filter(is_weight_file, visible))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DoraConvertError, RefError
-from .filenames import PICKLES
+from .filenames import GGUF, PICKLES
 from .json_files import read_json
 from .safetensors import Header, StoredTensor
 
@@ -17,7 +17,6 @@ WRAPPERS = ("model_state_dict", "model", "state_dict")
 """Keys under which training scripts put a dict of tensors."""
 LITGPT = ".pth.lora"
 NUMPY = ".npz"
-GGUF = ".gguf"
 READ = (".safetensors", *PICKLES, LITGPT, NUMPY)
 """Ends of the weight files whose headers are read."""
 FEW = 5

@@ -32,6 +32,8 @@ IN_PLACE = ".dora-convert-in-place"
 
 INDEX_SUFFIX = ".safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth")
+GGUF = ".gguf"
+_PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 OF_TRAINING = re.compile(r"adapter_|training_args|optimizer|scheduler|rng_state|scaler")
 """Beginnings of file names that end like a model's weights and are not."""
 
@@ -102,6 +104,30 @@ def is_side_file(name: str) -> bool:
     hidden = any(part in (".cache", "__pycache__") or part.startswith(".git") for part in parts)
     adapter = len(parts) == 1 and name.startswith(ADAPTER_FILES)
     return not (hidden or parts[0] == RECORD or adapter or name in NOT_COPIED or is_weight_file(name))
+
+
+def sort_files(names: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Sort the files beside the weights: side files to copy, and other weights to leave behind."""
+    names = list(names)
+    visible = [name for name in names if not name.startswith((".", RECORD + "/"))]
+    return tuple(filter(is_side_file, names)), tuple(filter(is_weight_file, visible))
+
+
+def gguf_model(names: Sequence[str]) -> list[str]:
+    """Return the GGUF files of the only model among some files; raise RefError if there are several."""
+    files = sorted(name for name in names if name.endswith(GGUF) and not name.startswith("mmproj"))
+    models = {_PART.sub("", name): name for name in reversed(files)}
+    if len(models) > 1:
+        raise RefError(f"Several GGUF models: {', '.join(sorted(models.values()))}.", hint="name one file")
+    return gguf_parts(files[0]) if files else []
+
+
+def gguf_parts(name: str) -> list[str]:
+    """Return the names of all GGUF files of a model, from the name of one."""
+    if not (match := _PART.search(name)):
+        return [name]
+    stem, many = name[: match.start()], match[2]
+    return [f"{stem}-{number:05d}-of-{many}{GGUF}" for number in range(1, int(many) + 1)]
 
 
 def is_tokenizer_file(name: str) -> bool:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypedDict, TypeVar
 
 import msgspec
 from msgspec import Meta
 
-from ..errors import MalformedError, shown
+from ..errors import Fault, MalformedError, RefError, shown
+from .filenames import is_plain
 from .safetensors import BITS, open_file
 
 Value = TypeVar("Value")
@@ -101,3 +102,29 @@ def _check_types(config: Mapping[str, Any], path: Path) -> None:
     for value in config.values():
         if isinstance(value, dict):
             _check_types(value, path)
+
+
+def weight_map(path: Path) -> dict[str, str]:
+    """Read an index: the name of each tensor's file, which lies in the same folder."""
+    index = read_json(path)
+    table = index.get("weight_map")
+    if not isinstance(table, dict) or not all(isinstance(value, str) for value in table.values()):
+        raise MalformedError(f"{path}: weight_map must map tensor names to file names.")
+    for filename in sorted(set(table.values())):
+        if not is_plain(filename):
+            raise MalformedError(f"{path}: {shown(filename)} is not a plain file name.")
+    return table
+
+
+def shard_files(where: str, table: Mapping[str, str], exists: Callable[[str], bool]) -> list[str]:
+    """Return the files that an index names, sorted; raise RefError if one does not exist."""
+    filenames = sorted(set(table.values()))
+    if missing := [Fault(name, "missing") for name in filenames if not exists(name)]:
+        raise RefError(f"The index of {where} names {len(missing)} files that do not exist.", faults=missing)
+    return filenames
+
+
+def indexed_files(path: Path) -> tuple[dict[str, str], list[str]]:
+    """Read a local index: the name of each tensor's file, and all files."""
+    table = weight_map(path)
+    return table, shard_files(path.parent.name, table, lambda name: (path.parent / name).exists())

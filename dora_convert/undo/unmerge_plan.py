@@ -22,6 +22,8 @@ from ..storage.checkpoint import Checkpoint
 from ..storage.safetensors import StoredTensor
 from .record import MergeRecord, not_as_written, rebuilt
 
+OF_GGUF = "token_embd.weight"
+"""A tensor that every model in GGUF files has, and no other."""
 WAYS_OUT = "name the base with --base or copy the base itself; or merge again with --undo exact"
 
 
@@ -86,6 +88,11 @@ def plan_unmerge(
     if missing := [name for name in record.receipt.tensors if name not in merged.tensors]:
         raise not_as_written(merged, [Fault(name, "is missing") for name in missing])
     base = original if original and record.assumed else rebuilt(record, merged)
+    if OF_GGUF in base.tensors:
+        raise UnsupportedError(
+            f"{merged.source.name} was made from the GGUF model {base.source.name}, which no unmerge gives back.",
+            hint="keep the GGUF file itself",
+        )
     merge = make_plan(base, adapters, record.receipt.weights, record.options)
     _compare(merge, merged, record)
     ways = {name: _recovered(tensor, merge, merged, record, original) for name, tensor in base.tensors.items()}

@@ -15,8 +15,8 @@ from safetensors import safe_open
 
 import dora_convert
 from dora_convert.formats.detect import peft
-from dora_convert.storage.checkpoint import open_checkpoint, weight_map
-from dora_convert.storage.json_files import read_json
+from dora_convert.storage.checkpoint import open_checkpoint
+from dora_convert.storage.json_files import read_json, weight_map
 from dora_convert.storage.reader import Reader
 from dora_convert.storage.refs import Source
 from dora_convert.storage.safetensors import StoredTensor, read_header

@@ -91,16 +91,21 @@ def with_ctranslate2(merged: str, rows: list[list[int]]) -> list[list[int]]:
         return [result.sequences_ids[0] for result in generator.generate_batch(words, **settings)]
 
 
-def with_llama_cpp(merged: str, rows: list[list[int]], llama_cpp: str) -> list[list[int]]:
+def with_llama_cpp(merged: str, rows: list[list[int]], llama_cpp: str, lora: str = "") -> list[list[int]]:
+    """Return the tokens of llama.cpp; `lora` is an adapter of PEFT that its converter turns into GGUF."""
     import xllamacpp
 
     with tempfile.TemporaryDirectory() as folder:
         file = f"{folder}/model.gguf"
-        words = [sys.executable, f"{llama_cpp}/convert_hf_to_gguf.py", merged, "--outfile", file, "--outtype", "f32"]
-        subprocess.run(words, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        convert(llama_cpp, "hf", merged, "--outfile", file, "--outtype", "f32")
         parameters = xllamacpp.CommonParams()
         parameters.model.path = file
         parameters.n_ctx, parameters.n_parallel, parameters.warmup = 512, 1, False
+        if lora:
+            adapter = xllamacpp.CommonAdapterLoraInfo()
+            adapter.path, adapter.scale = f"{folder}/lora.gguf", 1.0
+            convert(llama_cpp, "lora", lora, "--base", merged, "--outfile", adapter.path, "--outtype", "f32")
+            parameters.lora_adapters = [adapter]
         server = xllamacpp.Server(parameters)
         results = []
         for row in rows:
@@ -110,6 +115,25 @@ def with_llama_cpp(merged: str, rows: list[list[int]], llama_cpp: str) -> list[l
             found = answer["choices"][0]["logprobs"]["content"]
             results.append([token["id"] for token in found][:TOKENS])
         return results
+
+
+def convert(llama_cpp: str, kind: str, *words: str) -> None:
+    """Run one of llama.cpp's converters."""
+    command = [sys.executable, f"{llama_cpp}/convert_{kind}_to_gguf.py", *words]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def make_rslora(adapter: str, folder: Path) -> None:
+    """Make an rsLoRA of a DoRA's factors, as strong as the DoRA's: alpha/√r is the old alpha/r."""
+    from safetensors.torch import load_file, save_file
+
+    folder.mkdir()
+    tensors = load_file(f"{adapter}/adapter_model.safetensors")
+    kept = {name: value for name, value in tensors.items() if "magnitude" not in name}
+    save_file(kept, folder / "adapter_model.safetensors", {"format": "pt"})
+    config = json.loads(Path(adapter, "adapter_config.json").read_text())
+    changes = {"use_dora": False, "use_rslora": True, "lora_alpha": config["lora_alpha"] / config["r"] ** 0.5}
+    (folder / "adapter_config.json").write_text(json.dumps({**config, **changes}))
 
 
 def with_diffusers(*_: object) -> list[list[int]]:
@@ -168,7 +192,7 @@ def check(name: str, *words: str) -> list[list[int]]:
     if name == "peft":
         return with_peft(*paths, json.loads(rows))
     if name == "llama.cpp":
-        return with_llama_cpp(paths[0], json.loads(rows), paths[1])
+        return with_llama_cpp(paths[0], json.loads(rows), *paths[1:])
     return CHECKS[name](paths[0], json.loads(rows))
 
 
@@ -184,17 +208,27 @@ def main(base: str, adapter: str, llama_cpp: str) -> int:
         expected = apart("peft", base, adapter, rows)
         runs: dict[str, tuple[str, ...]] = dict.fromkeys(CHECKS, (merged, rows))
         runs |= {"llama.cpp": (merged, llama_cpp, rows), "diffusers": ()}
+        expected_of = dict.fromkeys(runs, expected)
+        rslora, plain = f"{folder}/rslora", f"{folder}/plain"
+        make_rslora(adapter, Path(rslora))
+        dora_convert.to_lora(base, rslora, plain, rank=8)
+        runs["llama.cpp with rsLoRA by to-lora"] = (base, llama_cpp, plain, rows)
+        expected_of["llama.cpp with rsLoRA by to-lora"] = apart("peft", base, rslora, rows)
         for name, words in runs.items():
             try:
-                found = apart(name, *words)
+                found = apart(name.partition(" ")[0], *words)
             except RuntimeError as error:
                 failed += 1
                 say(f"{name}: FAILED\n{error}")
                 continue
-            equal = sum(one == other for one, other in zip(found, expected, strict=False))
-            right = name == "diffusers" or equal == len(expected)
+            wanted = expected_of[name]
+            equal = sum(one == other for one, other in zip(found, wanted, strict=False))
+            right = name == "diffusers" or equal == len(wanted)
             failed += not right
-            say(f"{name}: {'equal' if right else f'DIFFERENT, {equal} of {len(expected)} prompts equal'}")
+            say(f"{name}: {'equal' if right else f'DIFFERENT, {equal} of {len(wanted)} prompts equal'}")
+        wrong = apart("llama.cpp", base, llama_cpp, rslora, rows)
+        same = wrong == expected_of["llama.cpp with rsLoRA by to-lora"]
+        say(f"llama.cpp with rsLoRA as it is: {'equal, so docs/guides are out of date' if same else 'other tokens'}")
     return min(1, failed)
 
 

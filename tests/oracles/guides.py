@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
@@ -50,7 +51,38 @@ def missing(line: str) -> str | None:
         if line.startswith(start):
             return reason
     words = [word for word in shlex.split(line) if not re.fullmatch(r"[A-Z_]+=\S*", word)]
+    if "merged-q4.gguf" in words and not shutil.which("llama-quantize"):
+        return "llama-quantize is not installed"
     return None if shutil.which(words[0]) else f"{words[0]} is not installed"
+
+
+LLAMA = """#!{python}
+import argparse, json
+import xllamacpp
+parser = argparse.ArgumentParser()
+parser.add_argument("-m"), parser.add_argument("-p"), parser.add_argument("--lora")
+words = parser.parse_args()
+parameters = xllamacpp.CommonParams()
+parameters.model.path, parameters.n_ctx, parameters.n_parallel = words.m, 256, 1
+if words.lora:
+    adapter = xllamacpp.CommonAdapterLoraInfo()
+    adapter.path, adapter.scale = words.lora, 1.0
+    parameters.lora_adapters = [adapter]
+answer = xllamacpp.Server(parameters).handle_completions({{"prompt": words.p, "max_tokens": 8, "temperature": 0}})
+answer = json.loads(answer) if isinstance(answer, str) else answer
+print(answer["choices"][0]["text"])
+"""
+"""A `llama-cli` made of xllamacpp, if none is installed: it runs a model, with or without a LoRA."""
+
+
+def add_llama(folder: Path) -> None:
+    """Put a `llama-cli` on PATH if none is there and xllamacpp is."""
+    if not shutil.which("llama-cli") and find_spec("xllamacpp"):
+        script = folder / "llama-cli"
+        script.write_text(LLAMA.format(python=sys.executable))
+        script.chmod(0o755)
+        os.environ["PATH"] += f"{os.pathsep}{folder}"
+        sys.stdout.write("llama-cli is not installed: xllamacpp takes its place\n")
 
 
 def fill(place: Path, base: str, adapter: str, llama_cpp: str) -> None:
@@ -124,6 +156,7 @@ def main(base: str, adapter: str, llama_cpp: str, *names: str) -> int:
     os.environ["TQDM_DISABLE"] = "1"
     total = 0
     with tempfile.TemporaryDirectory() as folder:
+        add_llama(Path(folder))
         first = Path(folder) / "inputs"
         first.mkdir()
         fill(first, base, adapter, llama_cpp)

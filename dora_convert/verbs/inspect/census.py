@@ -18,7 +18,7 @@ from ...errors import MalformedError
 from ...naming.resolve import find_tie
 from ...output.receipt import Receipt, read_receipt
 from ...reports.checkpoint import CheckpointReport
-from ...storage.checkpoint import Checkpoint
+from ...storage.checkpoint import Checkpoint, Shard
 from ...storage.filenames import RECORD
 from ...storage.refs import Source
 from ...storage.safetensors import StoredTensor
@@ -38,14 +38,14 @@ def census(base: Checkpoint, started: float) -> CheckpointReport:
     notes = [*base.notes, *_doubts(base, quantised)]
     return CheckpointReport(
         kind="checkpoint",
-        format="safetensors" if entry.removesuffix(".index.json").endswith(".safetensors") else "torch pickle",
+        format=_format(base, entry),
         architectures=tuple(map(str, named)) if isinstance(named, list) else (),
         model_type=model_type if isinstance(model_type, str) else None,
         shards=tuple(
-            {"file": shard.filename, "tensors": len(shard.tensors), "bytes": _totals(shard.tensors)["bytes"]}
+            {"file": _file(base, shard), "tensors": len(shard.tensors), "bytes": _totals(shard.tensors)["bytes"]}
             for shard in base.shards
         ),
-        index=base.index_name,
+        index=None if base.gguf else base.index_name,
         tied={"embedding": tie.embedding, "head": tie.head, "head_stored": tie.stored} if tie else None,
         quantised=quantised,
         side_files=base.side_files,
@@ -55,6 +55,17 @@ def census(base: Checkpoint, started: float) -> CheckpointReport:
         **common(base.source, base.tensors.values(), notes, started)
         | {"parameters": _totals(with_dense(base, coded).tensors.values())["parameters"]},
     )
+
+
+def _format(base: Checkpoint, entry: str) -> str:
+    """Return the kind of the weight files."""
+    safe = entry.removesuffix(".index.json").endswith(".safetensors")
+    return "GGUF" if base.gguf else "safetensors" if safe else "torch pickle"
+
+
+def _file(base: Checkpoint, shard: Shard) -> str:
+    """Return the name of a weight file."""
+    return shard.tensors[0].path.name if base.gguf and shard.tensors else shard.filename
 
 
 def _doubts(base: Checkpoint, quantised: Mapping[str, Any] | None) -> Iterator[str]:

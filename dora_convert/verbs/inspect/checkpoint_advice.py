@@ -68,8 +68,13 @@ def _verdicts(base: Checkpoint, quantised: Mapping[str, Any] | None) -> Iterator
         if quantised and (objection := _objection(loader, str(quantised["method"]), base)):
             why, verdict = [*why, objection], "no"
         if loader == "llama.cpp":
-            why = [*why, "by its convert_hf_to_gguf.py"] if verdict == "yes" else why
-        if loader in {"vLLM", "SGLang", "llama.cpp"} and verdict == "yes" and not _has_tokenizer(base.side_files):
+            why = [*why, "by its convert_hf_to_gguf.py"] if verdict == "yes" and not base.gguf else why
+        if (
+            loader in {"vLLM", "SGLang", "llama.cpp"}
+            and verdict == "yes"
+            and not base.gguf
+            and not _has_tokenizer(base.side_files)
+        ):
             why = [*why, "with a tokenizer from elsewhere"]
         yield LoaderAdvice(loader=loader, verdict=verdict, why="; ".join(why), source=source, command=None)
 
@@ -89,6 +94,8 @@ def _has_tokenizer(files: Collection[str]) -> bool:
 
 def _objection(loader: str, method: str, base: Checkpoint) -> str | None:
     """Return why a program does not load a kind of quantisation; None if it does."""
+    if base.gguf:
+        return None if loader in {"llama.cpp", "transformers"} else "reads no GGUF; a merge with --dequantize is dense"
     own = isinstance((base.config or {}).get("quantization"), Mapping)
     if own or method == "mlx":
         return None if loader == "MLX" else "MLX's quantisation is its own; a merge with --dequantize is dense"

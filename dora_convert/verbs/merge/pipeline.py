@@ -57,8 +57,10 @@ def run_merge(
     """
     plan, spec, hashes = check_adapters(plan, settings, executor)
     files = side_files(plan)
-    for adopted in () if plan.base.is_file else adopted_sets(plan):
+    for adopted in () if plan.base.is_bare else adopted_sets(plan):
         (settings.warn if adopted.rivals else settings.notify)(adopted.notice(plan.base))
+    if plan.base.gguf:
+        _tell_of_gguf(plan.base, files, settings)
     fields = inherited(works_of(plan))
     if fields.notice:
         settings.notify(fields.notice)
@@ -100,6 +102,22 @@ def check_adapters(
     return plan, spec, hashes
 
 
+def _tell_of_gguf(base: Checkpoint, files: Sequence[SideFile], settings: Settings) -> None:
+    """Say which files beside the weights are made from a GGUF base, and which cannot be."""
+    names = {file.name for file in files}
+    made = [name for name in ("config.json", *TOKENIZER_FILES) if name in names and name not in base.side_files]
+    settings.notify(f"made from the pairs of {base.source.name}: {', '.join(made)}")
+    if "tokenizer.json" not in names and not any(name in base.side_files for name in OTHER_TOKENIZERS):
+        pairs = base.gguf.pairs if base.gguf else {}
+        kind = " ".join(str(pairs.get(f"tokenizer.ggml.{key}", "")) for key in ("model", "pre")).strip() or "none"
+        settings.warn(
+            f"no tokenizer is written: that of {base.source.name} is of a kind that is not known ({kind}); copy the "
+            "tokenizer's files of the original model into OUT"
+        )
+
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+OTHER_TOKENIZERS = ("tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
 LOSS = 0.1
 """A share of the change lost above this is warned of."""
 

@@ -1,0 +1,223 @@
+"""GGUF models as a base: every type, names, order of rows, config, tokenizer, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import dora_convert
+from dora_convert import RefError, UnsupportedError, UsageError
+from dora_convert.codecs.detect import find_coded
+from dora_convert.codecs.gguf_blocks import KINDS
+from dora_convert.parity.coded_values import CodedValues
+from dora_convert.storage.reader import Reader
+
+from . import gguf_bases
+from .gguf_bases import HALVES, HEADS, in_metas_order, llama, pairs_of, write_file
+from .quantised_bases import ALPHA, RANK, WholeParts, opened, rounded
+
+QUICK = {"device": "cpu", "workers": 1}
+MODULES = ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj")
+
+
+def adapter_for(path, values, *, dora):
+    """Write an adapter on a permuted and another module; return the merge's float64 result for all weights."""
+    chance, tensors, merged = torch.Generator().manual_seed(7), {}, dict(values)
+    for module in MODULES:
+        W = values[f"{module}.weight"]
+        A, B = (torch.randn(*shape, generator=chance) * 0.1 for shape in ((RANK, W.shape[1]), (W.shape[0], RANK)))
+        key, V = f"base_model.model.{module}", W + ALPHA / RANK * B.double() @ A.double()
+        tensors |= {f"{key}.lora_A.weight": A, f"{key}.lora_B.weight": B}
+        if dora:
+            m = (W.norm(dim=1) * (1 + 0.1 * torch.randn(len(W), generator=chance))).float()
+            tensors[f"{key}.lora_magnitude_vector"] = m
+            V = V * (m.double() / V.norm(dim=1))[:, None]
+        merged[f"{module}.weight"] = V
+    path.mkdir()
+    save_file(tensors, path / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA",
+        "r": RANK,
+        "lora_alpha": ALPHA,
+        "use_dora": dora,
+        "target_modules": ["q_proj", "down_proj"],
+    }
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    return merged
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_values_are_those_of_the_gguf_package(kind, tmp_path):
+    """Blocks decode to the package's values up to its float32, in pieces of any height, and so does the second decoder."""
+    values = llama(tmp_path / "model.gguf", kind)
+    coded = find_coded(opened(tmp_path / "model.gguf"))
+    assert coded.keys() == values.keys()
+    for name, tensor in coded.items():
+        rows, wanted = tensor.matrix[0], values[name]
+        got = tensor.scheme.decode(tensor, WholeParts(), 0, rows)
+        assert (got - wanted).abs().max() <= 2.0**-22 * wanted.abs().max() * 4, name
+        pieces = [tensor.scheme.decode(tensor, WholeParts(), k, min(k + 7, rows)) for k in range(0, rows, 7)]
+        assert torch.equal(torch.cat(pieces), got)
+        few = [0, rows // 3, rows - 1]
+        assert torch.equal(CodedValues(tensor, Reader()).rows(few), got[few])
+
+
+def test_every_readable_type_has_a_test():
+    assert HALVES.keys() == KINDS.keys()
+
+
+@pytest.mark.parametrize(("kind", "dora"), [("Q4_K", True), ("Q8_0", False), ("F16", True)])
+def test_dequantize_is_exact(kind, dora, tmp_path):
+    """OUT is a checkpoint of the Hub, whose weights are the float64 result rounded once; verify agrees."""
+    values = llama(tmp_path / "model.gguf", kind)
+    wanted = adapter_for(tmp_path / "adapter", values, dora=dora)
+    report = dora_convert.merge(
+        tmp_path / "model.gguf", tmp_path / "adapter", tmp_path / "out", dequantize=True, **QUICK
+    )
+    got = load_file(tmp_path / "out/model.safetensors")
+    assert got.keys() == wanted.keys()
+    dtype = torch.float16 if kind == "F16" else torch.bfloat16
+    for name, value in wanted.items():
+        off = got[name] != rounded(value, dtype)
+        assert off.sum() <= off.numel() / 20_000, name  # the package's own float32
+    assert report.verified.checked > report.verified.wrong_elements == 0
+    verdict = dora_convert.verify(tmp_path / "model.gguf", tmp_path / "adapter", tmp_path / "out", device="cpu")
+    assert verdict.verdict == "agree", verdict.problems
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert "quantization_config" not in config
+    assert (config["architectures"], config["rms_norm_eps"], config["head_dim"]) == (["LlamaForCausalLM"], 1e-5, 64)
+    assert config["tie_word_embeddings"] is False
+    assert "--dequantize" in (tmp_path / "out/README.md").read_text()
+
+
+def test_refusals_name_the_way_out(tmp_path):
+    """Codes are never written back, no undo record is kept, and unmerge says that it cannot make a GGUF file."""
+    base, adapter, out = tmp_path / "model.gguf", tmp_path / "adapter", tmp_path / "out"
+    adapter_for(adapter, llama(base, "Q4_0"), dora=False)
+    for choice in ({}, {"requantize": True}, {"dequantize_touched": True}):
+        with pytest.raises(UnsupportedError) as refused:
+            dora_convert.merge(base, adapter, out, **choice, **QUICK)
+        assert "dequantize=True writes" in str(refused.value.hint)
+    with pytest.raises(UsageError, match="cannot be given back"):
+        dora_convert.merge(base, adapter, out, dequantize=True, undo="norms", **QUICK)
+    with pytest.raises(UnsupportedError):
+        dora_convert.merge(base, adapter, in_place=True, allow_lossy=True, dequantize=True, **QUICK)
+    dora_convert.merge(base, adapter, out, dequantize=True, **QUICK)
+    with pytest.raises(UnsupportedError, match="no unmerge gives back"):
+        dora_convert.unmerge(out, adapter, tmp_path / "back", device="cpu")
+
+
+def test_what_is_not_read_is_refused_by_name(tmp_path):
+    write_file(tmp_path / "bert.gguf", "bert", {"token_embd.weight": np.zeros((4, 32), np.float32)})
+    with pytest.raises(UnsupportedError, match="GGUF file of bert"):
+        opened(tmp_path / "bert.gguf")
+    tensors = {"token_embd.weight": (np.zeros((4, 66), np.uint8), "IQ2_XXS")}
+    write_file(tmp_path / "iq.gguf", "llama", tensors)
+    with pytest.raises(UnsupportedError, match="IQ2_XXS"):
+        find_coded(opened(tmp_path / "iq.gguf"))
+    write_file(
+        tmp_path / "odd.gguf",
+        "llama",
+        {"token_embd.weight": np.zeros((4, 32), np.float32), "blk.0.odd.weight": np.zeros(4, np.float32)},
+    )
+    with pytest.raises(UnsupportedError) as refused:
+        find_coded(opened(tmp_path / "odd.gguf"))
+    assert [fault.what for fault in refused.value.faults] == ["blk.0.odd.weight"]
+
+
+def test_a_folder_and_split_files(tmp_path):
+    """Parts of a model are one checkpoint; files beside them are copied, and their config counts."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    values = llama(folder / "m.gguf", "Q4_1", split=6)
+    assert len(list(folder.glob("m-*-of-00002.gguf"))) == 2
+    wanted = adapter_for(tmp_path / "adapter", values, dora=False)
+    (folder / "tokenizer.model").write_bytes(b"spm")
+    report = dora_convert.merge(
+        folder, tmp_path / "adapter", tmp_path / "out", dequantize=True, dtype="float32", **QUICK
+    )
+    table = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())["weight_map"]
+    assert table.keys() == wanted.keys()
+    assert (tmp_path / "out/tokenizer.model").read_bytes() == b"spm"
+    assert report.verified.wrong_elements == 0
+    (folder / "other.gguf").write_bytes(b"GGUF")
+    with pytest.raises(RefError, match="Several GGUF models"):
+        opened(folder)
+    (folder / "other.gguf").unlink()
+    (folder / "m-00002-of-00002.gguf").unlink()
+    with pytest.raises(RefError, match="lacks m-00002"):
+        opened(folder)
+
+
+def test_other_verbs_read_it(tmp_path):
+    """inspect names the types and counts dense weights; extract and to-lora take the dense values."""
+    base = tmp_path / "model.gguf"
+    values = llama(base, "Q6_K")
+    adapter_for(tmp_path / "adapter", values, dora=False)
+    report = dora_convert.inspect(base).to_dict()
+    assert report["format"] == "GGUF"
+    assert report["dense_parameters"] == sum(value.numel() for value in values.values())
+    assert {title.partition(",")[0] for title in report["coded"]} == {"GGUF Q6_K", "GGUF F32"}
+    dora_convert.merge(base, tmp_path / "adapter", tmp_path / "out", dequantize=True, dtype="float32", **QUICK)
+    found = dora_convert.extract(base, tmp_path / "out", tmp_path / "again", rank=RANK, kind="lora", device="cpu")
+    assert found.relative_error < 1e-3
+    assert {module.name for module in found.modules} == {f"{module}.weight" for module in MODULES}
+
+
+def test_biases_norms_and_experts(tmp_path):
+    """Gemma's norms have one added on disk; biases of q are permuted; experts are tensors of their own."""
+
+    def gemma(writer):
+        pairs_of(writer)
+        writer.add_sliding_window(32)
+
+    norm = np.linspace(0.5, 1.5, gguf_bases.HIDDEN, dtype=np.float32)
+    embedding = {"token_embd.weight": np.ones((4, gguf_bases.HIDDEN), np.float32)}
+    base = opened(write_file(tmp_path / "g.gguf", "gemma2", {**embedding, "blk.0.ffn_norm.weight": norm}, pairs=gemma))
+    name, tensor = "model.layers.0.pre_feedforward_layernorm.weight", find_coded(base)
+    assert torch.equal(
+        tensor[name].scheme.decode(tensor[name], WholeParts(), 0, 1)[0], torch.from_numpy(norm).double() - 1
+    )
+    assert (base.config["sliding_window"], base.config["tie_word_embeddings"]) == (32, True)
+
+    bias = np.arange(gguf_bases.HIDDEN, dtype=np.float32)
+    path = write_file(tmp_path / "b.gguf", "llama", {**embedding, "blk.0.attn_q.bias": in_metas_order(bias, HEADS)})
+    tensor = find_coded(opened(path))["model.layers.0.self_attn.q_proj.bias"]
+    for got in (tensor.scheme.decode(tensor, WholeParts(), 0, 1), CodedValues(tensor, Reader()).rows([0])):
+        assert torch.equal(got[0], torch.from_numpy(bias).double())
+
+    def moe(writer):
+        pairs_of(writer)
+        writer.add_expert_count(3)
+
+    stacked = np.arange(3 * 2 * 32, dtype=np.float32).reshape(3, 2, 32)
+    base = opened(
+        write_file(tmp_path / "e.gguf", "qwen3moe", {**embedding, "blk.0.ffn_up_exps.weight": stacked}, pairs=moe)
+    )
+    tensor = find_coded(base)["model.layers.0.mlp.experts.2.up_proj.weight"]
+    assert torch.equal(tensor.scheme.decode(tensor, WholeParts(), 0, 2), torch.from_numpy(stacked[2]).double())
+
+
+def test_scaled_rotary_embeddings(tmp_path):
+    """Llama 3.1's factors become its rule in the config; factors of another rule are refused."""
+    inverse = 1 / 500000.0 ** (np.arange(0, 64, 2) / 64)
+    wavelength = 2 * np.pi / inverse
+    smooth = np.clip((8192 / wavelength - 1) / 3, 0, 1)
+    factors = (1 / ((1 - smooth) / 32 + smooth)).astype(np.float32)
+
+    pairs = partial(pairs_of, theta=500000.0)
+    embedding = {"token_embd.weight": np.ones((4, 256), np.float32)}
+    path = write_file(tmp_path / "a.gguf", "llama", {**embedding, "rope_freqs.weight": factors}, pairs=pairs)
+    said = opened(path).config["rope_scaling"]
+    assert said == {
+        "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }  # fmt: skip
+    path = write_file(tmp_path / "b.gguf", "llama", {**embedding, "rope_freqs.weight": factors**2}, pairs=pairs)
+    with pytest.raises(UnsupportedError, match="rotary"):
+        opened(path)
