@@ -6,10 +6,11 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import dora_convert
 from dora_convert.errors import UnsupportedError, UsageError
+from dora_convert.formats.gguf import names
 
 from .test_formats import CASES, GOLDEN, adapter_of, options_of, tensors_of
 
@@ -104,6 +105,61 @@ def test_gguf_as_the_library_reads_it(tmp_path):
     assert torch.equal(tensors["blk.0.attn_q.weight.lora_b"], q.view(4, 2, 4, -1).transpose(1, 2).reshape(q.shape))
     down = own["model.layers.0.mlp.down_proj.lora_a"].T
     assert torch.equal(tensors["blk.0.ffn_down.weight.lora_a"], down)
+
+
+@pytest.mark.parametrize("architecture", sorted({*names.ARCHITECTURES.values()}))
+def test_names_are_those_of_the_gguf_library(architecture):
+    """Every name that we give a module, for each architecture; names of other architectures' modules aside."""
+    import gguf
+
+    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    table = gguf.get_tensor_name_map(kinds[architecture], 2)
+    own = names.OTHERS.get(architecture, {})
+    given = {f"model.layers.1.{hub}": f"blk.1.{name}" for hub, name in names.modules_of(architecture).items()}
+    found = {hub: table.get_name(hub) for hub in given}
+    assert {hub: name for hub, name in found.items() if name and name != given[hub]} == {}
+    assert all(found[f"model.layers.1.{hub}"] for hub in own)
+    assert {table.get_name(hub) for hub in names.OUTSIDE} - {None} <= set(names.OUTSIDE.values())
+
+
+def test_gguf_of_another_architecture(tmp_path):
+    """Phi-3's fused projections and an embedding: read back they change the same weights."""
+    modules = {"model.layers.0.self_attn.qkv_proj": (24, 8), "model.layers.0.mlp.gate_up_proj": (32, 8)}
+    base = {f"{name}.weight": torch.randn(shape) for name, shape in modules.items()}
+    base["model.embed_tokens.weight"] = torch.randn(12, 8)
+    write_model(tmp_path / "base", base, {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"]})
+    tensors = {}
+    for name, (rows, columns) in modules.items():
+        tensors |= {f"{name}.lora_A.weight": torch.randn(2, columns), f"{name}.lora_B.weight": torch.randn(rows, 2)}
+    tensors["model.embed_tokens.lora_embedding_A"] = torch.randn(2, 12)
+    tensors["model.embed_tokens.lora_embedding_B"] = torch.randn(8, 2)
+    config = {
+        "peft_type": "LORA",
+        "r": 2,
+        "lora_alpha": 6,
+        "target_modules": ["qkv_proj", "gate_up_proj", "embed_tokens"],
+    }
+    write_adapter(tmp_path / "peft", tensors, config)
+    dora_convert.convert(tmp_path / "peft", tmp_path / "own", to="gguf", base=tmp_path / "base")
+    for name in ("peft", "own"):
+        dora_convert.merge(tmp_path / "base", tmp_path / name, tmp_path / f"out-{name}")
+    one, two = (tensors_of(tmp_path / f"out-{name}") for name in ("peft", "own"))
+    assert all(torch.equal(one[name], two[name]) and not torch.equal(one[name], W) for name, W in base.items())
+
+
+def write_model(folder, tensors, config):
+    """Write a checkpoint of one file."""
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def write_adapter(folder, tensors, config):
+    """Write a PEFT adapter."""
+    folder.mkdir()
+    own = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
+    save_file(own, folder / "adapter_model.safetensors", {"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
 def test_a_base_is_asked_for(tmp_path):

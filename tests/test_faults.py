@@ -255,7 +255,7 @@ ROWS = {
         f"{key} {str(value)[:20]}": (fields(SETTINGS, **{key: value}), key)
         for key, value in (
             ("r", 0), ("r", -1), ("r", 1.5), ("r", True), ("r", "8"), ("r", []), ("use_dora", "yes"), ("use_dora", 1),
-            ("lora_alpha", float("nan")), ("lora_alpha", float("inf")), ("lora_alpha", 0), ("lora_alpha", -4),
+            ("lora_alpha", float("nan")), ("lora_alpha", float("inf")), ("lora_alpha", 0), ("lora_alpha", -1e400),
             ("lora_alpha", "16"), ("lora_alpha", True), ("lora_alpha", 10**400), ("use_rslora", "no"),
             ("rank_pattern", []), ("rank_pattern", {"up_proj": "4"}), ("rank_pattern", {"up_proj": 0}),
             ("rank_pattern", {"(": 4}), ("alpha_pattern", 5), ("alpha_pattern", {"up_proj": float("nan")}),

@@ -6,6 +6,7 @@ import json
 import shutil
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from .hubserver import Hub, run
 from .test_formats import CASES, GOLDEN
@@ -58,3 +59,51 @@ def test_one_of_several_files_is_named(kohya_hub, tmp_path):
     done = run(kohya_hub, tmp_path / "home", "merge", base, "me/two", tmp_path / "out", "--quiet")
     assert done.returncode == 2
     assert "a.safetensors" in done.stderr
+
+
+@pytest.fixture
+def pipeline_hub(tmp_path):
+    """A Hub with a pipeline of diffusers, one of whose components has an index and shards."""
+    folder = tmp_path / "pipeline"
+    shutil.copytree(GOLDEN / CASES["kohya-lora-sd15"]["base"], folder)
+    (file,) = (folder / "unet").glob("*.safetensors")
+    tensors = load_file(file)
+    file.unlink()
+    names = sorted(tensors)
+    table = {name: f"{file.stem}-{1 + (n > 20):05d}-of-00002.safetensors" for n, name in enumerate(names)}
+    for shard in sorted(set(table.values())):
+        save_file({name: tensors[name] for name in names if table[name] == shard}, folder / "unet" / shard)
+    index = {"metadata": {}, "weight_map": table}
+    (folder / f"unet/{file.name}.index.json").write_text(json.dumps(index))
+    server = Hub({"me/pipeline": folder}, tmp_path / "pipelines")
+    yield server, folder
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("words", [(), ("--no-cache",)])
+def test_a_pipeline_on_the_hub_is_a_base(pipeline_hub, tmp_path, words):
+    """The same bytes as with the pipeline's folder: downloaded, or streamed component by component."""
+    hub, folder = pipeline_hub
+    adapter = next((GOLDEN / "kohya-lora-sd15").iterdir())
+    for base, out in (("me/pipeline", "remote"), (folder, "local")):
+        done = run(hub, tmp_path / "home", "merge", base, adapter, tmp_path / out, "--quiet", "--undo", "none", *words)
+        assert done.returncode == 0, done.stderr
+    files = [file for file in (tmp_path / "local").rglob("*") if file.is_file() and "dora_convert" not in file.parts]
+    assert len(files) > 5
+    for file in files:
+        if file.name != "README.md":
+            assert (tmp_path / "remote" / file.relative_to(tmp_path / "local")).read_bytes() == file.read_bytes()
+
+
+def test_a_pipeline_on_the_hub_is_inspected_and_planned(pipeline_hub, tmp_path):
+    """From headers alone: no weight file is downloaded."""
+    hub, _ = pipeline_hub
+    adapter = next((GOLDEN / "kohya-lora-sd15").iterdir())
+    for words in (("inspect", "me/pipeline"), ("merge", "me/pipeline", adapter, tmp_path / "out", "--dry-run")):
+        done = run(hub, tmp_path / "home", *words, "--json")
+        assert done.returncode == 0, done.stderr
+    assert not list((tmp_path / "home").rglob("*.safetensors"))
+    done = run(hub, tmp_path / "home", "merge", "me/pipeline", adapter, tmp_path / "out", "--max-shard-size", "1MB")
+    assert done.returncode == 2
+    assert "its components keep their files" in done.stderr

@@ -244,3 +244,9 @@ def test_copying_outside_the_kernel(tmp_path, base, adapter, monkeypatch):
         monkeypatch.setattr(os, "copy_file_range", refuses)
     dora_convert.merge(base.path, adapter, tmp_path / "out")
     same(load(tmp_path / "out"), exact(base, adapter), torch.bfloat16)
+
+
+def test_one_adapter_twice_is_said(tmp_path, base, adapter):
+    """It counts twice, as asked, and never silently."""
+    report = dora_convert.merge(base.path, [adapter, adapter], tmp_path / "out", dry_run=True)
+    assert sum("is given 2 times" in warning for warning in report.warnings) == 1

@@ -193,7 +193,6 @@ REFUSED = {
     "x-lora": (names(edit=fields(peft_type="XLORA")), "XLORA"),
     "prompt tuning": (names(edit=fields(peft_type="PROMPT_TUNING")), "PROMPT_TUNING"),
     "no alpha": (names(edit=fields(lora_alpha=0)), "lora_alpha"),
-    "negative alpha": (names(edit=fields(lora_alpha=-6)), "lora_alpha"),
     "magnitudes missing": (names(edit=renamed(lost="magnitude")), "magnitude"),
     "magnitudes unasked for": (names(edit=fields(use_dora=False)), "use_dora"),
     "half a pair": (names(edit=renamed(lost="layers.1.mlp.down_proj.lora_B")), "lora_B"),

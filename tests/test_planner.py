@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import dora_convert
+from dora_convert.adapters import low_rank
 from dora_convert.errors import DoraConvertError, MalformedError, PlanError
 from dora_convert.plan.plan import Options
 from dora_convert.plan.planner import make_plan
@@ -122,7 +125,7 @@ def test_magnitudes_without_use_dora(base, adapter):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"r": 0}, {"r": "4"}, {"r": 4.0}, {"r": True}, {"lora_alpha": 0}, {"lora_alpha": -1}, {"lora_alpha": "8"},
+        {"r": 0}, {"r": "4"}, {"r": 4.0}, {"r": True}, {"lora_alpha": 0}, {"lora_alpha": "8"},
         {"use_rslora": "yes"}, {"use_dora": 1}, {"rank_pattern": []}, {"rank_pattern": {"(": 4}},
         {"alpha_pattern": {"x": 0}}, {"modules_to_save": "head"}, {"modules_to_save": [3]},
         {"base_model_name_or_path": 3},
@@ -135,6 +138,16 @@ def test_config_values_of_wrong_types(base, adapter, fields):
     error = faults_of(base, adapter)
     assert isinstance(error, MalformedError)
     assert next(iter(fields)) in str(error)
+
+
+def test_a_negative_alpha_subtracts(base, adapter):
+    """As in PEFT, and a warning says it."""
+    scale = plan_of(base, adapter).adapters[0].changes[0].update
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    edit_json(adapter / "adapter_config.json", lora_alpha=-config["lora_alpha"])
+    plan = plan_of(base, adapter)
+    assert low_rank(plan.adapters[0].changes[0].update).scale == -low_rank(scale).scale
+    assert any("is subtracted" in warning for warning in plan.warnings)
 
 
 def test_old_magnitude_names(base, adapter):

@@ -87,3 +87,11 @@ def spread(scale: Tensor, columns: int, group: int) -> Tensor:
     if scale.shape[1] == 1:
         return scale
     return scale.repeat_interleave(group, dim=1)[:, :columns]
+
+
+def grouped(W: Tensor, numbers: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Return views of W and of one number for each group of columns that broadcast: no number is copied if possible."""
+    rows, columns = W.shape
+    if numbers.shape[1] > 1 and numbers.shape[1] * group == columns:
+        return W.view(rows, -1, group), numbers.unsqueeze(2)
+    return W, spread(numbers, columns, group)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -18,12 +19,21 @@ from .side_files import PREVIOUS
 def doubts(base: Checkpoint, adapters: Sequence[Adapter], method: str = "sum") -> Iterator[str]:
     """Yield warnings about adapters that name another base than BASE: chains, and bases that no receipt explains."""
     yield from chains(base, adapters, method)
+    yield from repeated(adapters)
     merged = _receipts(base.root)
     for adapter in strangers(base, adapters):
         if not (_is_result(adapter, merged) or any(_is_trained_on(adapter, first) for first in adapters)):
             name = base.source.repo or base.source.name
             kind = f" ({', '.join(sorted(base.model_types))})" if base.model_types else ""
             yield f"{adapter.source.name} was trained on {adapter.base}; BASE is {name}{kind}"
+
+
+def repeated(adapters: Sequence[Adapter]) -> Iterator[str]:
+    """Yield a warning for each adapter that is given more than once."""
+    counts = Counter(tuple(path.resolve() for path in adapter.files) for adapter in adapters)
+    for adapter in adapters:
+        if (count := counts.pop(tuple(path.resolve() for path in adapter.files), 1)) > 1:
+            yield f"{adapter.source.name} is given {count} times, and counts as often"
 
 
 def chains(base: Checkpoint, adapters: Sequence[Adapter], method: str = "sum") -> Iterator[str]:

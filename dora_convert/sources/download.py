@@ -16,12 +16,14 @@ from ..formats.detect import refuse_adapter
 from ..storage.checkpoint import weight_entry
 from ..storage.filenames import GGUF, RECORD, gguf_parts, is_weight_file
 from ..storage.json_files import weight_map
+from ..storage.pipelines import INDEX as PIPELINE
+from ..storage.pipelines import files_inside
 from ..storage.reader import sha256 as file_sha256
 from ..storage.refs import HubRef, Source
 from . import Session
 from .hub_client import connection_errors, reading_errors, with_retries, without_bars
 
-ANCHORS = (*ADAPTERS, "config.json", "model.safetensors")
+ANCHORS = (*ADAPTERS, "config.json", "model.safetensors", PIPELINE)
 """Files that show whether a repo is in the cache."""
 CONNECTIONS = 8
 
@@ -51,8 +53,10 @@ def fetch(ref: HubRef, what: str, wanted: Callable[[Sequence[str]], Sequence[str
             # by the revision's own name: the cache then knows its commit even without a connection
             download(ref, anchor, session)
         download_all(source.hub, chosen, session)
-        if index := next((name for name in chosen if name.endswith(".index.json")), None):
-            download_all(source.hub, sorted(set(weight_map(folder / index).values())), session)
+        for index in (name for name in chosen if name.endswith(".index.json") and not name.startswith(RECORD)):
+            where = index[: index.rfind("/") + 1]
+            shards = sorted({where + file for file in weight_map(folder / index).values()})
+            download_all(source.hub, shards, session)
     return source
 
 
@@ -140,10 +144,15 @@ def _cached_repo(ref: HubRef, what: str, error: Exception) -> Source:
 def wanted_of_base(names: Sequence[str]) -> list[str]:
     """Choose a base's weights or their index, the record of an earlier merge, and all other small files."""
     refuse_adapter(names, "the repo")
-    entry = weight_entry([name for name in names if "/" not in name], "the repo")
-    if entry.endswith(GGUF):
-        return [*gguf_parts(entry), *(name for name in names if not is_weight_file(name))]
-    return [entry, *(name for name in names if name.startswith(f"{RECORD}/") or not is_weight_file(name))]
+    if PIPELINE in names:
+        entries = [
+            folder + weight_entry(inner, f"the repo {folder[:-1]}") for folder, inner in files_inside(names).items()
+        ]
+    else:
+        entries = [weight_entry([name for name in names if "/" not in name], "the repo")]
+    if entries[0].endswith(GGUF):
+        return [*gguf_parts(entries[0]), *(name for name in names if not is_weight_file(name))]
+    return [*entries, *(name for name in names if name.startswith(f"{RECORD}/") or not is_weight_file(name))]
 
 
 def fetch_base(ref: HubRef, what: str, session: Session) -> Source:

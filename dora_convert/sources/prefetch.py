@@ -153,14 +153,20 @@ def weight_download(
     checkpoints: Iterable[Checkpoint], session: Session, folder: Path | None = None
 ) -> Callable[[Path], None]:
     """Return a function that downloads one weight file, by default into the session's folder or the cache."""
-    refs = {tensor.path: each.source.hub for each in checkpoints for tensor in each.tensors.values()}
+    names = {
+        tensor.path: (each.source.hub, shard.filename)
+        for each in checkpoints
+        for shard in each.shards
+        for tensor in shard.tensors
+    }
     hashes = cache(lambda ref: hashes_of(ref, session))
 
     def download_file(path: Path) -> None:
-        if ref := refs.get(path):  # other paths are left for their reader to refuse
+        if path in names:  # other paths are left for their reader to refuse
+            ref, name = names[path]
             with reading_errors(ref, "Repo"):
-                session.notify(f"downloading {path.name}")
-                download(ref, path.name, session, folder=folder, sha256=hashes(ref).get(path.name))
+                session.notify(f"downloading {name}")
+                download(ref, name, session, folder=folder, sha256=hashes(ref).get(name))
 
     return download_file
 

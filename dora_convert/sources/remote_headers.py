@@ -11,15 +11,17 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import MalformedError, RefError, UnsupportedError
 from ..formats.detect import ANCHORS, adapters_inside, detect, is_small_of_adapter, refuse_adapter
-from ..storage.checkpoint import Checkpoint, assemble, open_checkpoint, weight_entry
+from ..storage.checkpoint import Checkpoint, Shard, assemble, open_checkpoint, weight_entry
 from ..storage.filenames import GGUF, PICKLES, RECORD, is_weight_file, sort_files
 from ..storage.json_files import read_config, shard_files, weight_map
+from ..storage.pipelines import INDEX as PIPELINE
+from ..storage.pipelines import files_inside
 from ..storage.refs import HubRef, Source, local_source
 from ..storage.safetensors import MAX_HEADER, Header, parse_header, read_header
 from . import Session
@@ -74,6 +76,9 @@ def look(
     if detect(names):
         return RefListing(source, names)
     folder = weights / source.subfolder if weights else folder
+    if PIPELINE in names:
+        with reading_errors(ref, what):
+            return RefListing(source, names, _open_pipeline(source, names, session, folder))
     entry = _entry(ref, what, source, names)
     if entry.removesuffix(".index.json").endswith((*PICKLES, GGUF)):
         return RefListing(source, names, _cached_pickles(source))
@@ -105,6 +110,34 @@ def _open_remote(source: Source, names: Sequence[str], entry: str, session: Sess
         left_behind=left_behind,
         notes=tuple(notes),
     )
+
+
+def _open_pipeline(source: Source, names: Sequence[str], session: Session, folder: Path) -> Checkpoint:
+    """Return a remote pipeline from its headers; its tensors are named `<component>/<name>`.
+
+    Raises UnsupportedError for components that are torch's pickles.
+    """
+    shards, indexes, notes = list[Shard](), list[str](), list[str]()
+    for component, inner in files_inside(names).items():
+        where, entry = f"{source.name}/{component[:-1]}", weight_entry(inner, f"{source.name}/{component[:-1]}")
+        if entry.removesuffix(".index.json").endswith(PICKLES):
+            raise UnsupportedError(
+                f"{where} keeps its weights as torch pickles, whose headers are not read from the Hub.",
+                hint=f"hf download {source.repo}, then rerun",
+            )
+        is_index = entry.endswith(".json")
+        table = weight_map(download(source.hub, component + entry, session)) if is_index else None
+        files = [entry] if table is None else shard_files(where, table, inner.__contains__)
+        places = {name: component + file for name, file in table.items()} if table else None
+        headers = _headers(source, [component + file for file in files], places or {}, session.token, folder)
+        for shard in assemble(where, headers, places, notes):
+            tensors = tuple(replace(tensor, name=component + tensor.name) for tensor in shard.tensors)
+            shards.append(replace(shard, tensors=tensors))
+        indexes += [component + entry] if is_index else []
+    used = {*indexes, *(shard.filename for shard in shards)}
+    sides, left = sort_files(name for name in names if name not in used)
+    sides = tuple(sorted((*sides, *indexes)))
+    return Checkpoint(source, tuple(shards), None, side_files=sides, left_behind=left, notes=tuple(notes))
 
 
 def _entry(ref: HubRef, what: str, source: Source, names: Sequence[str]) -> str:

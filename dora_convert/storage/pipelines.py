@@ -19,6 +19,16 @@ def components(names: Sequence[str]) -> list[str]:
     return sorted(folder for folder in folders if folder != RECORD and not folder.startswith("."))
 
 
+def files_inside(names: Sequence[str]) -> dict[str, list[str]]:
+    """Return the files of each component of a pipeline: names inside of it, by the component with a slash."""
+    inside = {f"{component}/": list[str]() for component in components(names)}
+    for name in names:
+        folder, slash, inner = name.partition("/")
+        if slash and "/" not in inner and folder + slash in inside:
+            inside[folder + slash].append(inner)
+    return inside
+
+
 def without_variants(names: Sequence[str]) -> list[str]:
     """Return file names without those of other precisions, such as model.fp16.safetensors beside the plain one."""
     return [name for name in names if not ((match := _VARIANT.fullmatch(name)) and match[1] + match[2] in names)]

@@ -2,8 +2,8 @@
 
     TOOLS/python tests/oracles/formats.py DORA_CONVERT
 
-TOOLS is an environment with torch, transformers, lycoris-lora, diffusers, peft, mlx and mlx-lm; a tool that cannot be
-imported is an error. DORA_CONVERT is our command. Every weight is compared with the tool's own forward, in float64
+TOOLS is an environment with torch, transformers, lycoris-lora, diffusers, peft, mlx, mlx-lm and torchtune; a tool that
+cannot be imported is an error. torchtune's torchao lies apart (see `torchtune_reader.py`). DORA_CONVERT is our command. Every weight is compared with the tool's own forward, in float64
 where the tool computes so, within 1e-6 relative.
 """
 
@@ -36,11 +36,11 @@ def command(*words: object) -> None:
     subprocess.run([sys.argv[1], *map(str, words), "--quiet"], check=True, stdout=subprocess.DEVNULL)
 
 
-def make_base(folder: Path) -> nn.Module:
+def make_base(folder: Path, **options: int) -> nn.Module:
     """Write a small Llama in float32, and return it in float64."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    model = LlamaForCausalLM(LlamaConfig(**CONFIG))
+    model = LlamaForCausalLM(LlamaConfig(**(CONFIG | options)))
     for parameter in model.parameters():
         parameter.data = torch.randn_like(parameter) * (0.3 if parameter.dim() > 1 else 1.0)
     model.save_pretrained(folder)
@@ -112,11 +112,13 @@ def mlx_merged(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
     return {f"{name}.weight": torch.tensor(np.array(layer.weight)) for name, layer in fused.items()}
 
 
-def peft_adapter(folder: Path, model: nn.Module, *, dora: bool) -> Path:
+SOME, ALL = ["q_proj", "v_proj", "down_proj"], [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
+
+
+def peft_adapter(folder: Path, model: nn.Module, targets: list[str] = SOME, *, dora: bool) -> Path:
     """Write a PEFT adapter with every parameter off its start, of a scaling that is not 1."""
     from peft import LoraConfig, get_peft_model
 
-    targets = ["q_proj", "v_proj", "down_proj"]
     peft = get_peft_model(model, LoraConfig(r=4, lora_alpha=10, target_modules=targets, use_dora=dora))
     for name, parameter in peft.named_parameters():
         if "lora_" in name:
@@ -142,6 +144,36 @@ def written(work: Path) -> Iterator[tuple[str, float]]:
         yield f"mlx-lm loads our {kind}", error(mlx_merged(folder / "base", folder / "mlx"))
         command("convert", adapter, folder / "kohya", "--to", "kohya")
         yield f"LyCORIS loads our {kind}", error(lycoris_merged(folder / "base", folder / "kohya/adapter.safetensors"))
+
+
+def torchtune(work: Path) -> Iterator[tuple[str, float]]:
+    """Yield an error for our files of torchtune: the weights that its layers apply against our merge."""
+    for dora in (False, True):
+        folder, kind = work / f"torchtune-{dora}", "DoRA" if dora else "LoRA"
+        model = make_base(folder / "base", hidden_size=32).float()  # torchtune has no head_dim of its own
+        adapter = peft_adapter(folder / "peft", model, ALL, dora=dora)
+        command("merge", folder / "base", adapter, folder / "out")
+        command("convert", adapter, folder / "own", "--to", "torchtune", "--base", folder / "base")
+        reader = Path(__file__).parent / "torchtune_reader.py"
+        words = (sys.executable, reader, folder / "base", folder / "own", folder / "applied.safetensors")
+        subprocess.run([*map(str, words)], check=True)
+        yield f"torchtune loads our {kind}", largest_error(load_file(folder / "applied.safetensors"), folder / "out")
+
+
+def peft(work: Path) -> Iterator[tuple[str, float]]:
+    """Yield an error for files of other formats that we write as PEFT's: PEFT's merge against ours."""
+    from peft import PeftModel
+    from transformers import LlamaForCausalLM
+
+    for dora in (False, True):
+        folder, kind = work / f"peft-{dora}", "DoRA" if dora else "LoRA"
+        adapter = peft_adapter(folder / "peft", make_base(folder / "base").float(), ALL, dora=dora)
+        command("merge", folder / "base", adapter, folder / "out")
+        command("convert", adapter, folder / "mlx", "--to", "mlx")
+        command("convert", folder / "mlx", folder / "back", "--to", "peft", "--base", folder / "base")
+        model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(folder / "base"), folder / "back")
+        truth = model.double().merge_and_unload().state_dict()
+        yield f"PEFT loads our {kind} that was mlx-lm's", largest_error(dict(truth), folder / "out")
 
 
 def lycoris_merged(base: Path, file: Path) -> dict[str, torch.Tensor]:
@@ -183,7 +215,13 @@ def main() -> None:
     """Run every comparison; exit with 1 if one is off."""
     wrong = 0
     with tempfile.TemporaryDirectory() as folder:
-        suites: tuple[Callable[[Path], Iterator[tuple[str, float]]], ...] = (lycoris, written, diffusers)
+        suites: tuple[Callable[[Path], Iterator[tuple[str, float]]], ...] = (
+            lycoris,
+            written,
+            torchtune,
+            peft,
+            diffusers,
+        )
         for suite in suites:
             for name, error in suite(Path(folder)):
                 wrong += not error < BOUND

@@ -19,7 +19,7 @@ from ...storage.checkpoint import Checkpoint
 from ...storage.file_view import FileView
 from ...storage.refs import Source
 from ...storage.stored_view import view as view_of
-from .names import MODULES, PERMUTED, ROTARY
+from .names import OUTSIDE, PERMUTED, ROTARY, modules_of
 
 if TYPE_CHECKING:
     from ...adapters.new_adapter import Writer
@@ -28,7 +28,8 @@ NAME = "gguf"
 LIBRARY = "llama.cpp"
 TAKES: tuple[str, ...] = ()
 ENDS = {".lora_a": "A", ".lora_b": "B"}
-_HUB = {own: hub for hub, own in MODULES.items()}
+EMBEDDING = "token_embd.weight"
+"""The weight whose factor A is stored turned: (tokens, r)."""
 
 
 def recognises(view: FileView) -> bool:
@@ -57,21 +58,24 @@ def read(source: Source, waived: Waived = NOTHING) -> Adapter:  # noqa: ARG001 -
         if why := wrong_parts(parts, {"A", "B"}, ENDS):
             findings.fault(parts.values(), why)
             continue
-        rank = parts["A"].shape[0]
+        A, is_embedding = parts["A"], module == EMBEDDING
+        A = view_of(A, turned=True) if is_embedding and len(A.shape) == 2 else A
+        rank = A.shape[0]
         scale, rule = (alpha / rank, f"alpha {alpha:g} / rank {rank}") if alpha else (1.0, "alpha 0: 1")
-        low = LowRank(parts["A"], parts["B"], scale, transposed=False)
-        findings.changes.append(Change(f"{hub_name(module)}.weight", low, rule=rule))
+        low = LowRank(A, parts["B"], scale, transposed=is_embedding)
+        findings.changes.append(Change(f"{hub_name(module, architecture)}.weight", low, rule=rule))
     findings.fault(rest.values(), "is not part of a LoRA of llama.cpp's form")
     fit = _fit if architecture in PERMUTED else None
     return findings.adapter(view, [file], source, format=NAME, kind="LoRA", fit=fit)
 
 
-def hub_name(module: str) -> str:
+def hub_name(module: str, architecture: str) -> str:
     """Return the Hub's name of a weight of llama.cpp's, without `.weight`."""
     name = module.removesuffix(".weight")
     if match := re.fullmatch(r"blk\.(\d+)\.(.+)", name):
-        return f"model.layers.{match[1]}.{_HUB.get(match[2], match[2])}"
-    return {"output": "lm_head"}.get(name, name)
+        names = {own: hub for hub, own in modules_of(architecture).items()}
+        return f"model.layers.{match[1]}.{names.get(match[2], match[2])}"
+    return next((hub for hub, own in OUTSIDE.items() if own == name), name)
 
 
 def _fit(adapter: Adapter, base: Checkpoint) -> Adapter:

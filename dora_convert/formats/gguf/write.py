@@ -13,21 +13,22 @@ from ...adapters.rotary import head_size, heads_unknown, inverse, meta_rows
 from ...adapters.writing import HINT, RowFactors, factors_of, matrices, shaped
 from ...errors import UnsupportedError, UsageError
 from ...storage.stored_view import view
-from .names import ARCHITECTURES, MODULES, PERMUTED, ROTARY
+from .names import ARCHITECTURES, OUTSIDE, PERMUTED, ROTARY, modules_of
 
 WEIGHTS = "adapter.gguf"
+LAYER = re.compile(r"(?:model\.)?(?:language_model\.)?(?:model\.)?layers\.(\d+)\.(.+)")
 
 
 def save(new: NewAdapter) -> Files:
     """Return the file; UnsupportedError for DoRA and for modules that llama.cpp lacks, UsageError without a base."""
-    found = factors_of(new, "gguf", dora=False)
+    found = factors_of(new, "gguf", dora=False, embeddings=True)
     architecture = _architecture(new)
     alphas = {each.low.scale * each.low.rank for each in found}
-    folded = len(alphas) > 1
+    folded = len(alphas) > 1 or not all(alphas)
     tensors: dict[str, ShapedTensor] = {}
     for each in found:
-        A, B = matrices(each.low)
-        name = f"{own_name(each.module)}.weight"
+        A, B = (view(each.low.A, turned=True), each.low.B) if each.low.transposed else matrices(each.low)
+        name = f"{own_name(each.module, architecture)}.weight"
         if architecture in PERMUTED and each.module.endswith(ROTARY):
             B = view(B, _rows(new, each))
         tensors[f"{name}.lora_a"] = shaped(A, A.shape)
@@ -45,13 +46,13 @@ def _architecture(new: NewAdapter) -> str:
     """Return llama.cpp's name of the base's architecture."""
     if not new.model:
         raise UsageError("llama.cpp's names depend on the base.", hint="--base BASE")
-    known = [ARCHITECTURES[kind] for kind in new.model.model_types if kind in ARCHITECTURES]
-    if not known:
+    known = {ARCHITECTURES[kind] for kind in new.model.model_types if kind in ARCHITECTURES}
+    if len(known) != 1:
         kinds = ", ".join(sorted(new.model.model_types)) or "a model without config.json"
         raise UnsupportedError(
             f"GGUF adapters for {kinds} are not written yet.", hint="convert to peft, then llama.cpp's convert_lora"
         )
-    return known[0]
+    return known.pop()
 
 
 def _rows(new: NewAdapter, each: RowFactors) -> tuple[int, ...]:
@@ -62,14 +63,14 @@ def _rows(new: NewAdapter, each: RowFactors) -> tuple[int, ...]:
     return inverse(meta_rows(outputs, size))
 
 
-def own_name(module: str) -> str:
+def own_name(module: str, architecture: str) -> str:
     """Return llama.cpp's name of a module."""
-    match = re.fullmatch(r"(?:model\.)?layers\.(\d+)\.(.+)", module)
-    if match and match[2] in MODULES:
-        return f"blk.{match[1]}.{MODULES[match[2]]}"
-    if module == "lm_head":
-        return "output"
-    raise UnsupportedError(f"{module} has no name in llama.cpp that is known here.", hint=HINT)
+    match, names = LAYER.fullmatch(module), modules_of(architecture)
+    if match and match[2] in names:
+        return f"blk.{match[1]}.{names[match[2]]}"
+    if own := OUTSIDE.get(module.replace("language_model.", "")):
+        return own
+    raise UnsupportedError(f"{module} has no name in llama.cpp's {architecture} that is known here.", hint=HINT)
 
 
 def objection(change: Change, tensor: str, like: Adapter) -> str | None:  # noqa: ARG001 - as all writers

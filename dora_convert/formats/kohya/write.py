@@ -25,8 +25,9 @@ def save(new: NewAdapter) -> Files:
         A, B = matrices(each.low)
         name = flat_name(each.module, components)
         tensors[f"{name}.lora_down.weight"] = shaped(A, (*A.shape, *each.kernel))
-        tensors[f"{name}.lora_up.weight"] = shaped(B, (*B.shape, *each.kernel))
-        tensors[f"{name}.alpha"] = number(each.low.scale * each.low.rank)
+        zero = not each.low.scale  # an alpha of 0 stands for a scaling of 1
+        tensors[f"{name}.lora_up.weight"] = shaped(B, (*B.shape, *each.kernel), 0.0 if zero else 1.0)
+        tensors[f"{name}.alpha"] = number((each.low.scale or 1) * each.low.rank)
         if each.m:
             ones = (1,) * (len(A.shape) - 1 + len(each.kernel))
             tensors[f"{name}.dora_scale"] = shaped(each.m, (each.m.numel, *ones))

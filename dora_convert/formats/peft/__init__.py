@@ -117,8 +117,15 @@ def read(source: Source, waived: Waived = NOTHING) -> Adapter:
         layers=config.layers,
         task=config.task,
         promised=partial(promised, config, adapter.pruned),
+        warnings=_doubts(config, source) if not reader else (),
         beside=tuple(file.about for file in files),
     )
+
+
+def _doubts(config: Config, source: Source) -> tuple[str, ...]:
+    """Return a warning if the adapter is subtracted."""
+    negative = [alpha for alpha in (config.alpha, *config.alpha_pattern.values()) if alpha < 0]
+    return (f"{source.name} has lora_alpha {negative[0]:g}: it is subtracted, as in PEFT",) if negative else ()
 
 
 def _reader(raw: Mapping[str, Any], source: Source) -> KindReader | None:

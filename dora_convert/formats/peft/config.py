@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import sys
 from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -63,8 +62,8 @@ STARTS = {"pissa": Start.PISSA, "olora": Start.OLORA}
 Name = Annotated[str, Meta(min_length=1)]
 Rank = Annotated[int, Meta(gt=0, lt=2**60)]
 Row = Annotated[int, Meta(ge=0, lt=2**60)]
-Alpha = Annotated[int, Meta(gt=0, lt=2**60)] | Annotated[float, Meta(gt=0, le=sys.float_info.max)]
-"""A merge with an alpha of 0 changes nothing."""
+Alpha = Annotated[int, Meta(gt=-(2**60), lt=2**60)] | Annotated[float, Meta(ge=-1.7e308, le=1.7e308)]
+"""Negative numbers subtract, in PEFT too; 0 is refused."""
 
 
 class BlockDiagonal(Struct, frozen=True):
@@ -112,6 +111,9 @@ class Config(Struct, frozen=True, dict=True):
     def __post_init__(self) -> None:
         if sum(max(0, stop - start) for start, stop in self.layer_replication) > MOST_LAYERS:
             raise ValueError(f"layer_replication has more than {MOST_LAYERS} layers")
+        for name, alphas in (("lora_alpha", [self.alpha]), ("alpha_pattern", self.alpha_pattern.values())):
+            if not all(alphas):
+                raise ValueError(f"{name} is 0, so PEFT adds nothing of the factors: write the alpha of the training")
         for name, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
             if wrong := [pattern for pattern in patterns if not _is_regex(pattern)]:
                 raise ValueError(f"{name}: {shown(wrong[0])} is not a valid regex")
