@@ -161,6 +161,7 @@ def test_other_verbs_read_it(tmp_path):
     adapter_for(tmp_path / "adapter", values, dora=False)
     report = dora_convert.inspect(base).to_dict()
     assert report["format"] == "GGUF"
+    assert [each["loader"] for each in report["loaders"] if each["verdict"] == "no"] == ["MLX"]
     assert report["dense_parameters"] == sum(value.numel() for value in values.values())
     assert {title.partition(",")[0] for title in report["coded"]} == {"GGUF Q6_K", "GGUF F32"}
     dora_convert.merge(base, tmp_path / "adapter", tmp_path / "out", dequantize=True, dtype="float32", **QUICK)

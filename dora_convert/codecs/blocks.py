@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ..storage.safetensors import StoredTensor
 from .coded import CodedTensor, PartReader, Scheme, as_bytes_of, as_matrix
-from .numbers import E2M1, grouped, looked_up, unpack, values
+from .numbers import E2M1, grouped, pairs, unpack, values
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,9 +68,11 @@ class Blocks(Scheme):
         """Return the values of codes, before any scale: (stop − start, columns)."""
         raw, count = read.rows(as_matrix(tensor.parts["codes"]), start, stop), tensor.columns
         if self.grid == "E2M1":
-            return looked_up(unpack(raw, 4, count), E2M1)
+            return pairs(raw, E2M1)[:, :count].contiguous()
         if self.grid in ("signed", "unsigned"):
             middle = 1 << self.bits - 1 if self.grid == "signed" else 0
+            if self.bits == 4:
+                return pairs(raw, tuple(float(code - middle) for code in range(16)))[:, :count].contiguous()
             return unpack(raw, self.bits, count).double().sub_(middle)
         return values(raw, self.grid)
 

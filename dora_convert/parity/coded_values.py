@@ -292,5 +292,6 @@ def half_step(v: Tensor, grid: str) -> Tensor:
     if grid not in FLOATS:
         return torch.full_like(v, 0.5)
     exponent, mantissa = FLOATS[grid]
-    e = torch.floor(torch.log2(v.abs().clamp(min=2.0**-30))).clamp(min=2 - 2 ** (exponent - 1))
-    return torch.pow(torch.tensor(2.0, dtype=torch.float64), e - mantissa - 1)
+    e = torch.frexp(v.clamp(min=-(2.0**900), max=2.0**900))[1].long() - 1  # 2^e ≤ |v| < 2^(e + 1)
+    e = e.masked_fill(v == 0, -1000).clamp(min=2 - 2 ** (exponent - 1))
+    return (e - mantissa - 1 + 1023 << 52).view(torch.float64)
