@@ -9,11 +9,12 @@
 # make dist    build wheel and sdist, and check them (needs build and twine)
 # make fuzz    a minute of broken files at everything that reads them; SEED=N for others
 # make oracles compare with the tools themselves (minutes); CASES=FOLDER adds their own adapters
+#              GGUF=FILE compares a real model in GGUF with transformers' loader, too
 #              QUANTISERS=VENV/bin adds quantised bases, in an environment with the tools that make them
 #              TOOLS=VENV/bin makes adapters with lycoris-lora, diffusers and PEFT, and loads ours with these, mlx-lm
 #              and torchtune; LLAMA_CPP=FOLDER is llama.cpp's source, whose converter writes the same GGUF adapters
 # make gpu     test and time everything on a GPU, with PYTHON's own torch; GPU="--device cpu --scale 8" rehearses it
-# make cluster merge on a Ray cluster that loses a node, the driver, a disk (minutes; about 5 GB of disk)
+# make cluster merge on a Ray cluster that loses a node, the driver, a disk; and on S3, played by moto (minutes)
 # make bench   time merges against cp and PEFT (needs about 10 GB of disk)
 
 PYTHON ?= python3
@@ -110,6 +111,7 @@ oracles: $(VENV)/ready
 	$(BIN)/python -m tests.oracles.families
 	$(BIN)/python -m tests.oracles.verbs
 	$(BIN)/python -m tests.oracles.kinds
+	$(BIN)/python -m tests.oracles.gguf $(GGUF)
 	$(if $(QUANTISERS),$(QUANTISERS)/python tests/oracles/quantised.py)
 	$(if $(TOOLS),$(TOOLS)/python tests/oracles/formats.py $(BIN)/dora-convert)
 	$(if $(TOOLS),$(TOOLS)/python tests/oracles/diffusion.py $(BIN)/dora-convert)
@@ -122,11 +124,12 @@ gpu:
 $(VENV)-cluster/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)-cluster
 	$(VENV)-cluster/bin/python -m pip install --quiet $(TORCH)
-	$(VENV)-cluster/bin/python -m pip install --quiet -e '.[ray]' numpy
+	$(VENV)-cluster/bin/python -m pip install --quiet -e '.[ray,s3]' numpy 'moto[server]'
 	touch $@
 
 cluster: $(VENV)-cluster/ready
 	$(VENV)-cluster/bin/python tests/oracles/cluster.py
+	$(VENV)-cluster/bin/python tests/oracles/stores.py
 
 bench: $(VENV)/ready
 	$(BIN)/python bench/merge.py

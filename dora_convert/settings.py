@@ -33,6 +33,7 @@ REPO_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 EXTRAS = {
     "verify": ("transformers", "accelerate", "peft"), "trainer": ("transformers", "peft"), "plot": ("matplotlib",),
     "nf4": ("bitsandbytes",), "ray": ("ray",),
+    "s3": ("s3fs",), "gs": ("gcsfs",), "az": ("adlfs",),
 }  # fmt: skip
 """The packages of each extra."""
 _UNITS = {"": 1} | {

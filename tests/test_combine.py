@@ -39,8 +39,9 @@ def summed(deltas, weights):
 
 
 def elected(deltas, weights, majority):
-    W, *work = (torch.zeros_like(deltas[0]) for _ in range(4))
-    return combine.elect_(W, [each.clone() for each in deltas], weights, majority, work)
+    W, *work = (torch.zeros_like(deltas[0]) for _ in range(3))
+    marks = [torch.zeros(W.shape, dtype=dtype) for dtype in (torch.bool, torch.uint8)]
+    return combine.elect_(W, [each.clone() for each in deltas], weights, majority, work=work, marks=marks)
 
 
 def agree(got, want):

@@ -130,7 +130,7 @@ def outputs():
     )
     return OutputsReport(
         base="org/base", adapters=("org/adapter",), merged="out/" + "a-long-name-without-dots" * 4, verdict="differ",
-        problems=("the outputs differ by 3.2 times what rounding leaves",), notes=(), warnings=(), seconds=1.0,
+        problems=tuple(f"problem {k} of model.layers.{k}.self_attn.q_proj" for k in range(12)), notes=(), warnings=(), seconds=1.0,
         architecture="LlamaForCausalLM", prompts=2, positions=40, max_abs_logit_error=0.5, mean_abs_logit_error=0.1,
         rounding_floor=0.1, mean_rounding_floor=0.01, mean_margin=2.0, max_margin=8.0, mean_kl=1e-4,
         top1_agreement=0.9, greedy_agreement=0.5, device="cpu", offloaded=False, memory_bytes=1,

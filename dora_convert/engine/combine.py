@@ -6,42 +6,20 @@ computes the same blocks with the same operations as the last one, so that all p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import xxhash
 from torch import Tensor
 
-from ..adapters import Full
-from ..errors import NumericalError
 from ..maths import combine as maths
 from ..maths.kth_largest import KthLargest
-from ..option_table import COLLECTED, Combination
-from ..plan.item import Edit, Item
+from ..option_table import COLLECTED, STRIP, Combination
+from ..plan.item import Item
+from .changes import RESULT, LoadedValues, change_of, forget_norms, load_edit, refuse_infinite, scattered, wanted_rank
 from .device_buffers import DeviceBuffers
 from .factors import LoadedEdit, apply_edits
 from .tensor import SourceValues, measure
-
-GOLDEN = (5**0.5 - 1) / 2
-
-
-@dataclass
-class LoadedValues(LoadedEdit):
-    """An edit whose result is stored whole: a saved module, or a fine-tuned checkpoint's tensor."""
-
-    buffers: DeviceBuffers | None = None
-
-    def change_(self, out: Tensor, W: Tensor, start: int, stop: int) -> None:
-        """Compute value − W."""
-        assert self.buffers
-        assert isinstance(self.edit.update, Full)
-        out.copy_(self.buffers.raw(self.edit.update.value, start, stop, "factor")).sub_(W)
-
-
-def load_edit(edit: Edit, buffers: DeviceBuffers) -> LoadedEdit:
-    """Read the tensors that every block of one edit needs."""
-    return LoadedValues(edit, buffers=buffers) if isinstance(edit.update, Full) else LoadedEdit.load(edit, buffers)
 
 
 class Combiner:
@@ -54,6 +32,7 @@ class Combiner:
         self.edits: Sequence[LoadedEdit] = [load_edit(edit, buffers) for edit in item.edits]
         self._keys = [_key(self._how, item.name, number) for number in range(len(self.edits))]
         self.cuts: tuple[tuple[float, int], ...] = ()
+        self.result: Tensor | None = None
         self._prepare(values)
 
     def _prepare(self, values: SourceValues) -> None:
@@ -62,9 +41,32 @@ class Combiner:
             return
         factored = [operand for operand in self.edits if not isinstance(operand, LoadedValues)]
         measure(self._item, factored, values, self._buffers)
-        if self._how.prunes:
+        if self._how.prunes and not (self._buffers.at_once and self._make_at_once(values)):
             self.cuts = tuple(_Thresholds(self._item, self.edits, values, self._buffers).find())
-        _forget_norms(self.edits)
+        forget_norms(self.edits)
+
+    def _make_at_once(self, values: SourceValues) -> bool:
+        """Compute the whole result in one pass over the tensor; return False if thresholds must be known before."""
+        from .one_pass import OnePass, estimate
+
+        if not (intervals := estimate(self._item, self._buffers, self.edits)):
+            return False
+        work = OnePass(self._item, self._buffers, intervals, self.merge_)
+        if not work.make(self._changes(values)):
+            self._buffers.free(RESULT)
+            return False
+        self.result, self.cuts = work.result, work.cuts
+        return True
+
+    def _changes(self, values: SourceValues) -> Iterator[tuple[int, Tensor, list[Tensor]]]:
+        """Yield the first row of each block, W, and all changes of it."""
+        for start, stop in self._item.spans():
+            W = values.block(self._buffers.raw(self._item.source, start, stop), start, stop)
+            changes = [self.change(number, W, start, stop) for number in range(len(self.edits))]
+            for operand in self.edits:
+                refuse_infinite(operand, self._item)
+            forget_norms(self.edits)
+            yield start, W, changes
 
     def apply(self, W: Tensor, start: int, stop: int) -> Tensor:
         """Compute the result of all edits in place."""
@@ -73,11 +75,34 @@ class Combiner:
                 apply_edits(W, [operand], start, stop, self._buffers)
             return W
         deltas = [self._kept(number, W, start, stop) for number in range(len(self.edits))]
+        return self.merge_(W, deltas)
+
+    def merge_(self, W: Tensor, deltas: Sequence[Tensor]) -> Tensor:
+        """Add what is kept of all changes to W in place, or what the majority's sign leaves of it."""
         weights = [operand.edit.weight for operand in self.edits]
         if not self._how.elects:
             return maths.add_up_(W, deltas, weights)
-        work = [self._buffers.scratch(f"work {k}", W.shape, W.dtype) for k in range(3)]
-        return maths.elect_(W, deltas, weights, self._how.majority_sign, work)
+        work, marks = self._work(min(STRIP, W.numel()))
+        flat = [x.view(-1) for x in (W, *deltas)]
+        for first in range(0, W.numel(), STRIP):
+            piece, *others = (x[first : first + STRIP] for x in flat)
+            used = slice(len(piece))
+            maths.elect_(
+                piece,
+                others,
+                weights,
+                self._how.majority_sign,
+                work=[x[used] for x in work],
+                marks=[x[used] for x in marks],
+            )
+        return W
+
+    def _work(self, size: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Return scratch space for an election."""
+        votes = torch.uint8 if len(self.edits) < 1 << 8 else torch.int32
+        scratch, compute = self._buffers.scratch, self._buffers.spec.compute
+        work = [scratch(f"elect {k}", (size,), compute) for k in range(2)]
+        return work, [scratch("elect agrees", (size,), torch.bool), scratch("elect count", (size,), votes)]
 
     def change(self, number: int, W: Tensor, start: int, stop: int) -> Tensor:
         """Return the whole change of one edit, in memory that the next block reuses."""
@@ -104,7 +129,7 @@ class Combiner:
             if operand.edit.two_passes or operand.transform:
                 before = _ChainValues(values, self.edits[:link])
                 measure(self._item, [operand], before, self._buffers)
-                _forget_norms(self.edits)
+                forget_norms(self.edits)
 
 
 class _ChainValues(SourceValues):
@@ -126,24 +151,6 @@ def _key(how: Combination, name: str, number: int) -> int:
     return xxhash.xxh3_64_intdigest(f"{how.seed}/{number}/{name}".encode())
 
 
-def _forget_norms(operands: Iterable[LoadedEdit]) -> None:
-    """Remove the norms of rows that a pass has computed; the last pass computes them again."""
-    for operand in operands:
-        if not operand.edit.two_passes:
-            operand.n.clear()
-
-
-def change_of(operand: LoadedEdit, W: Tensor, start: int, stop: int, *, out: Tensor) -> Tensor:
-    """Compute ΔW = apply(W) − W of one edit for a block."""
-    if isinstance(operand, LoadedValues):
-        operand.change_(out, W, start, stop)
-    elif not operand.edit.depends:
-        operand.add_(out.zero_(), start, stop)
-    else:
-        operand.apply_(out.copy_(W), start, stop).sub_(W)
-    return out
-
-
 class _Thresholds:
     """Finds the least magnitude that each edit keeps."""
 
@@ -151,12 +158,9 @@ class _Thresholds:
         self, item: Item, operands: Sequence[LoadedEdit], values: SourceValues, buffers: DeviceBuffers
     ) -> None:
         self._item, self._operands, self._values, self._buffers = item, operands, values, buffers
-        counts = [own_elements(operand.edit, item) for operand in operands]
         self._found = [
-            KthLargest(maths.kept_count(operand.edit.density, count), count, COLLECTED)
-            if operand.edit.density < 1
-            else None
-            for operand, count in zip(operands, counts, strict=True)
+            KthLargest(*ranks, COLLECTED) if (ranks := wanted_rank(operand.edit, item)) else None
+            for operand in operands
         ]
 
     def find(self) -> list[tuple[float, int]]:
@@ -201,21 +205,15 @@ class _Thresholds:
         they come whole and from first to last.
         """
         reads = any(_needs_base(self._operands[number]) for number in numbers)
-        spans = list(self._item.spans())
-        order = range(len(spans)) if in_order else sorted(range(len(spans)), key=lambda k: k * GOLDEN % 1)
-        for start, stop in (spans[k] for k in order):
+        for start, stop in self._item.spans() if in_order else scattered(self._item):
             W = self._block(start, stop, reads=reads)
             for number in numbers:
                 operand = self._operands[number]
                 delta = change_of(operand, W, start, stop, out=self._buffers.scratch("delta 0", W.shape, W.dtype))
-                if not operand.is_finite():
-                    raise NumericalError(
-                        f"{self._item.name}: a change of it is NaN or infinite.",
-                        hint="is this the base that the adapters were trained on?",
-                    )
+                refuse_infinite(operand, self._item)
                 magnitudes = delta.abs_()
                 see(number, magnitudes if in_order else operand.own(magnitudes, start, stop), start)
-            _forget_norms(self._operands)
+            forget_norms(self._operands)
 
     def _block(self, start: int, stop: int, *, reads: bool) -> Tensor:
         """Return a block of W; its values do not matter if no edit reads them."""
@@ -227,12 +225,3 @@ class _Thresholds:
 def _needs_base(operand: LoadedEdit) -> bool:
     """Return True if an edit's change depends on W."""
     return isinstance(operand, LoadedValues) or operand.edit.depends
-
-
-def own_elements(edit: Edit, item: Item) -> int:
-    """Return the number of elements that an edit may change: PEFT prunes a module's own change."""
-    rows, columns = item.matrix
-    if not edit.outputs:
-        return rows * columns
-    count = edit.outputs[1] - edit.outputs[0]
-    return count * (rows if edit.by_columns else columns)

@@ -40,6 +40,16 @@ class SentBlock(NamedTuple):
         return self.host
 
 
+class Begun(NamedTuple):
+    """Some rows of an output that are being computed."""
+
+    raw: Tensor
+    start: int
+    norms: tuple[Tensor | None, ...]
+    """For each edit, the norms that it has divided by."""
+    sent: SentBlock
+
+
 class DeviceBuffers:
     """One worker's memory: reads rows of stored tensors as matrices on the device, and brings results back.
 
@@ -52,6 +62,8 @@ class DeviceBuffers:
     def __init__(self, spec: ComputeSpec, reader: Reader, stream: Any = None) -> None:
         self.spec = spec
         self.reader = reader
+        self.at_once = False
+        """True if the memory budget has room for the whole result of the item at hand."""
         self.staged, self._cuda, self._turn = spec.staged, spec.device.type == "cuda", 0
         self._lifted: Any = None  # marks when the last raw rows have left host memory
         if self._cuda and stream is None:
@@ -77,6 +89,10 @@ class DeviceBuffers:
             spec = ComputeSpec(device, torch.float64, "exact", stages=self.staged and not mps)
             self._exact = DeviceBuffers(spec, self.reader, self._stream)
         return self._exact
+
+    def single(self) -> DeviceBuffers:
+        """Return new buffers in float32 on the same stream."""
+        return DeviceBuffers(ComputeSpec(self.spec.device, torch.float32, "estimate"), self.reader, self._stream)
 
     def working(self) -> AbstractContextManager[object]:
         """Return the context in which the tensors of these buffers may be used."""
@@ -222,6 +238,10 @@ class DeviceBuffers:
         self.forget()
         if self._exact:
             self._exact.release()
+
+    def free(self, name: str) -> None:
+        """Free one buffer."""
+        self._buffers.pop(name, None)
 
     def scratch(self, name: str, shape: Sequence[int], dtype: torch.dtype, *, on_host: bool = False) -> Tensor:
         """Return memory that the next call of the name reuses: fresh pages cost more than arithmetic."""

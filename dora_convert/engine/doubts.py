@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from array import array
 from collections.abc import Mapping
 from contextlib import closing
 
@@ -36,21 +37,30 @@ def check_magnitudes(plan: Plan) -> str | None:
     with closing(Reader()) as reader:
         buffers = DeviceBuffers(ComputeSpec(torch.device("cpu"), torch.float64, "sample"), reader)
         samples = {
-            f"{item.name}{list(edit.outputs or '')}".removesuffix("[]"): _sample(
-                item.source, edit, edit.update, buffers
+            f"{item.name}{list(edit.outputs or '')}".removesuffix("[]"): tuple(
+                map(_kept, _sample(item.source, edit, edit.update, buffers))
             )
             for item in plan.items
             for edit in item.edits
             if isinstance(edit.update, Decomposed) and edit.divides
         }
-    _refuse_normalised(plan, samples)
-    ratios = [(m / n - 1).abs() for m, n in samples.values()]
+    known = {
+        name: (torch.tensor(m.tolist(), dtype=torch.float64), torch.tensor(n.tolist(), dtype=torch.float64))
+        for name, (m, n) in samples.items()
+    }
+    _refuse_normalised(plan, known)
+    ratios = [(m / n - 1).abs() for m, n in known.values()]
     if not ratios or (median := torch.cat(ratios).nanmedian().item()) <= OTHER_BASE:
         return None
     return (
         f"another base? The adapter's magnitudes differ from the norms of {plan.base.source.name} by "
         f"{median:.0%} in the median; those of its own base differ by a few percent."
     )
+
+
+def _kept(numbers: Tensor) -> array[float]:
+    """Return numbers outside of the C library's heap: between larger blocks that are freed, they would break it up."""
+    return array("d", numbers.tolist())
 
 
 def _refuse_normalised(plan: Plan, samples: Mapping[str, tuple[Tensor, Tensor]]) -> None:

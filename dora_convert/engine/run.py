@@ -135,6 +135,7 @@ class Run:
             output=self.output,
             advance=self.advance,
             holding=self._workers.holding,
+            share=self.settings.max_memory // max(1, self.settings.workers),
             tight=self.settings.workers * self.plan.memory > self.settings.max_memory,
         )
 

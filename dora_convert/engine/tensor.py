@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from ..plan.item import Item
 from ..storage.reader import Digest, spans
 from ..storage.safetensors import BITS
 from ..storage.spool import Spool, SpooledTensor
-from .device_buffers import DeviceBuffers, SentBlock
+from .device_buffers import Begun, DeviceBuffers, SentBlock
 from .factors import LoadedEdit, apply_edits
 from .precision import TORCH, as_bytes
 
@@ -43,16 +43,6 @@ class TensorMaker(Protocol):
 
 StartMaker = Callable[[Item, DeviceBuffers, Spool], TensorMaker]
 """Starts the maker of one item; called in the worker that computes the item."""
-
-
-class Begun(NamedTuple):
-    """Some rows of an output that are being computed."""
-
-    raw: Tensor
-    start: int
-    norms: tuple[Tensor | None, ...]
-    """For each edit, the norms that it has divided by."""
-    sent: SentBlock
 
 
 class MergeObserver(Protocol):
@@ -121,6 +111,8 @@ class EditCombiner(Protocol):
     edits: Sequence[LoadedEdit]
     cuts: tuple[tuple[float, int], ...]
     """For each pruned change, the least magnitude kept, and the flat place of the last kept one that equals it."""
+    result: Tensor | None
+    """The whole result, rounded, if one pass over the tensor has made it."""
 
     def apply(self, W: Tensor, start: int, stop: int) -> Tensor:
         """Compute the result of all edits for a block of rows, in place."""
@@ -170,10 +162,7 @@ class MergeMaker:
         base = self._base_rows(raw, start, stop)
         if self._observer and base is not None:
             self._observer.before(base, W, start, start + len(base))
-        result = self._applied(W, start, stop)
-        norms = tuple(edit.n[-1] if edit.n else None for edit in self.edits)
-        known = [n for n in norms if n is not None]
-        begun = Begun(raw, start, norms, self._buffers.send(result, TORCH[self._item.dtype], known))
+        begun = self._sent(W, raw, start, stop)
         if base is not None:
             self._base.update(as_bytes(base))
         return begun
@@ -188,6 +177,16 @@ class MergeMaker:
         if self._observer:
             self._observer.after(begun, result)
         return result
+
+    def _sent(self, W: Tensor, raw: Tensor, start: int, stop: int) -> Begun:
+        """Compute some rows, unless one pass over the tensor has made all of them, and send them to host memory."""
+        if self._combiner and self._combiner.result is not None:
+            rows = self._combiner.result[start:stop]
+            return Begun(raw, start, (), SentBlock(rows, lambda: maths.all_finite(rows)))
+        result = self._applied(W, start, stop)
+        norms = tuple(edit.n[-1] if edit.n else None for edit in self.edits)
+        known = [n for n in norms if n is not None]
+        return Begun(raw, start, norms, self._buffers.send(result, TORCH[self._item.dtype], known))
 
     def merged(self, raw: Tensor, start: int, stop: int) -> Tensor:
         """Return rows of the result before any rounding, on the device."""

@@ -110,6 +110,8 @@ class TensorWork:
     """Called with the bytes of each block; may stop the worker."""
     holding: Callable[[int], AbstractContextManager[None]]
     """Waits for so many bytes of the memory budget."""
+    share: int = 0
+    """The bytes of the budget for each worker, if an item is done faster with more than it needs."""
     tight: bool = False
     """True if all workers together need more than the budget, so that none keeps its buffers."""
 
@@ -148,7 +150,10 @@ class TensorWork:
     def _written(self, item: Item, buffers: DeviceBuffers) -> list[FinishedLine]:
         """Write and check a tensor; of a wrong one, only its own line is returned."""
         item = self.output.prepare(item, self.reader) if self.output else item
-        with self.holding(self.plan.cost(item)):
+        cost = self.plan.cost(item)
+        spare = spare_of(item, self.plan.options.width)
+        buffers.at_once = spare is not None and cost + spare <= self.share
+        with self.holding(cost + (spare or 0 if buffers.at_once else 0)):
             with buffers.working():
                 maker = self.maker(item, buffers, self.spool)
                 others = write_item(item, maker, buffers, self.shards, self.advance)
@@ -173,3 +178,10 @@ class TensorWork:
             self.advance(0)
         part = SpooledTensor(kept_name(tensor), tensor.dtype, tensor.shape, tuple(segments))
         return FinishedLine(part.name, TensorResult(digest.fast, digest.fast, digest.proof, (part,)))
+
+
+def spare_of(item: Item, width: int) -> int | None:
+    """Return the bytes beyond the cost with which a worker needs one pass less; None if none are of use."""
+    if not item.combination or item.parts:
+        return None
+    return item.combination.spare(len(item.edits), item.source.numel, item.nbytes, width)

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 from ..output.folder import LOCK, OutputFolder
 from ..output.shards import ShardFiles
@@ -28,10 +29,23 @@ NOT_OF_OUT = {LOCK, *(f"{RECORD}/{name}" for name in (JOURNAL, UPLOADS, SPOOL, C
 """Files of OUT.partial that are not part of OUT."""
 
 
+class ShardUpload(Protocol):
+    """Sends the files of one output away."""
+
+    def keep_journal(self, path: Path, *, by_name: bool) -> None:
+        """Note in a journal what is uploaded, and resume from it; `by_name` if local shards may be hollow."""
+
+    def send(self, name: str, path: Path) -> None:
+        """Upload one file, unless it is uploaded already."""
+
+    def close(self) -> None:
+        """Stop."""
+
+
 class HubStreaming:
     """Streams the inputs of one plan from the Hub, and its outputs to the Hub."""
 
-    def __init__(self, upload: Upload | None, inputs: Prefetch | None, *, local: bool) -> None:
+    def __init__(self, upload: ShardUpload | None, inputs: Prefetch | None, *, local: bool) -> None:
         self._upload, self._inputs, self.local = upload, inputs, local
         self._uploads: Background[str] = Background("upload", self._send)
         self._shards: ShardFiles
@@ -75,7 +89,7 @@ class HubStreaming:
     def finish(self, readme: bytes, message: str) -> Pushed | None:
         """Upload the remaining files of OUT.partial and commit; None if nothing is pushed."""
         shutil.rmtree(self._folder / RECORD / INCOMING, ignore_errors=True)
-        if not self._upload:
+        if not isinstance(self._upload, Upload):
             return None
         names = [name for name in list_files(self._folder) if name not in NOT_OF_OUT]
         outgoing = Outgoing(self._folder, None, given=False, notify=self._upload.notify)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 SPREAD = 0.15
 """The largest distance of DELLA's probabilities from the density."""
+HARDSHRINK = torch.ops.aten.hardshrink.out
 GOLDEN = 0x9E3779B97F4A7C15
 
 
@@ -24,10 +25,18 @@ def kept_count(density: float, numel: int) -> int:
 
 def prune_(delta: Tensor, least: float) -> Tensor:
     """Set elements whose magnitude is below `least` to zero (21)."""
-    if least <= 0:
-        return delta
-    pruned: Tensor = torch.ops.aten.hardshrink(delta, math.nextafter(least, 0.0), out=delta)
-    return pruned
+    return delta if least <= 0 else above_(delta, delta, before(least))
+
+
+def above_(out: Tensor, delta: Tensor, bound: float) -> Tensor:
+    """Copy the elements whose magnitude is above a bound ≥ 0; the others become zero."""
+    above: Tensor = HARDSHRINK(delta, bound, out=out)
+    return above
+
+
+def before(number: float) -> float:
+    """Return the largest float64 below a number > 0."""
+    return math.nextafter(number, 0.0)
 
 
 def drop_equal_(
@@ -141,19 +150,21 @@ def elect_(
     deltas: Sequence[Tensor],  # overwritten
     weights: Sequence[float],
     majority: str,
-    work: Sequence[Tensor],  # three more of the same shape
+    work: Sequence[Tensor],  # two more of the same shape
+    marks: Sequence[Tensor],  # two of the same shape: bool and uint8
 ) -> Tensor:
     """Add to W the mean of wᵢ·δᵢ over the changes whose sign is the majority's (24, TIES).
 
     "total" elects the sign of Σ δᵢ, "frequency" the sign of Σ sign(δᵢ); zero counts as positive.
     """
-    signs, total, count = work
+    (signs, total), (agrees, count) = work, marks
     for number, delta in enumerate(deltas):
         vote = delta if majority == "total" else torch.sign(delta, out=total)
         signs = signs.add_(vote) if number else signs.copy_(vote)
     signs.sign_().add_(0.5).sign_()
     for number, (delta, weight) in enumerate(zip(deltas, weights, strict=True)):
         agreeing = delta.mul_(signs).clamp_(min=0.0)
+        agreed = agrees.copy_(agreeing).view(torch.uint8)
         total = total.add_(agreeing, alpha=weight) if number else torch.mul(agreeing, weight, out=total)
-        count = count.add_(agreeing.sign_()) if number else torch.sign(agreeing, out=count)
-    return W.add_(total.div_(count.clamp_(min=1.0)).mul_(signs))
+        count = count.add_(agreed) if number else count.copy_(agreed)
+    return W.add_(total.div_(count.clamp_(min=1)).mul_(signs))

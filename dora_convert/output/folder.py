@@ -21,7 +21,7 @@ from ..plan.plan import Plan
 from ..storage.checkpoint import Checkpoint
 from ..storage.filenames import CLAIM, JOURNAL, RECORD, SPOOL, UPLOADS, is_text, journal_lines
 from ..storage.journal import sync_path
-from ..storage.refs import PathLike
+from ..storage.refs import PathLike, is_stored
 from .output import Output
 from .shards import ShardFiles
 
@@ -42,10 +42,12 @@ class OutputFolder(Output):
 
     WAY_OUT = "--overwrite starts over; the unfinished run is lost"
 
-    def __init__(self, out: Path, *, overwrite: bool, kind: Kind = "a model") -> None:
+    def __init__(self, out: PathLike, *, overwrite: bool, kind: Kind = "a model") -> None:
         """Refuse an OUT whose name no folder can have."""
         self.kind = kind
         self.given = str(out)
+        if is_stored(out):
+            raise OutputError(f"OUT {out}: only merge writes to an object store.", hint="name a folder, and copy it")
         out = Path(os.path.abspath(out))  # noqa: PTH100 - a link stays a link
         if not out.name or "\0" in self.given or not is_text(str(out)):
             raise OutputError(f"OUT {self.given!r} is not a valid folder name in UTF-8.")
@@ -270,6 +272,6 @@ def _remove_marked(folder: Path) -> None:
 def _identity(base: Checkpoint) -> list[list[Any]]:
     """Return a base's commit, or else the path and the state of each shard."""
     if base.source.commit:
-        return [[str(base.source.repo), base.source.commit]]
+        return [[base.source.repo or str(base.source.url), base.source.commit]]
     weights = {base.root / shard.filename for shard in base.shards}
     return journal_lines({path: state for path, state in base.states.items() if path in weights})

@@ -132,6 +132,12 @@ class ShardFiles:
     def copy(self, copy: Copy, reader: Reader) -> None:
         """Copy a range of a file's bytes, inside the kernel if the system can."""
         path, source, shard, target, length = copy
+        if reader.is_remote(path):
+            with self._files.using(self.path(shard)) as descriptor:
+                for piece in reader.span(path, source, length):
+                    self._write(descriptor, target, piece)
+                    target += len(piece)
+            return
         with reader.using(path) as file, self._files.using(self.path(shard)) as descriptor:
             if hasattr(os, "copy_file_range"):
                 try:

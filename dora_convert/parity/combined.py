@@ -21,6 +21,8 @@ from .thresholds import Cut, find_cut
 
 PASS_ELEMENTS = 1 << 17
 """Elements of rows that a search for a threshold looks at together."""
+SHARE_ELEMENTS = 1 << 15
+"""Elements of rows whose kept share is counted together."""
 SPREAD = 0.15
 ALL_BITS = (1 << 64) - 1
 FEW_ELEMENTS = 1 << 18
@@ -71,7 +73,7 @@ class CombinedExpected(Expected):
     def doubts(self, rows: Sequence[int]) -> bool:
         """Return True if a sample of rows keeps another share of a change than its density, beyond chance."""
         shares: list[list[Tensor]] = [[] for _ in self.item.edits]
-        for chunk in self.chunks(rows):
+        for chunk in self.chunks(rows, SHARE_ELEMENTS):
             W = self.before(chunk)
             for number, (least, _) in enumerate(self.cuts):
                 kept = self._change(number, W, chunk).abs() >= least

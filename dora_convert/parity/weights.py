@@ -90,6 +90,10 @@ def _compare(
     if cluster:
         return _compare_on(cluster, pairing, settings, samples, advance)
     spec = choose(settings.device, "float64")
+    if spec.staged:
+        from ..engine.device_plan import fit_memory
+
+        fit_memory(spec, settings)
     settings.notify(f"device: {spec}")
     workers: WorkerPool[ComputeSpec] = WorkerPool(settings.max_memory, spec.dealt(), reader.stop)
     comparing = Comparing(pairing.pairs, samples, spec)

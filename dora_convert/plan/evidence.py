@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -23,14 +22,15 @@ from ..errors import Fault, UnsupportedError
 from ..storage.checkpoint import Checkpoint
 from ..storage.reader import Reader
 from ..storage.safetensors import FLOATS, StoredTensor
+from .stored_numbers import line_of, log_of, numbers_of, vector
 
 CERTAIN = 5.0
 """The logarithm of the ratio of two spreads counts if it is this many times 1/√n, for n magnitudes: 3.5 deviations."""
 LEAST_SPREAD = 1e-9
 SURE = 1.5
 """One reading counts if the other one's spread is so many times larger."""
-MODULES, ROWS = 6, 512
-"""Weights that are sampled, and rows of each."""
+MODULES, FEW_ROWS, ROWS = 6, 48, 512
+"""Weights that are sampled, and rows of each: few for a first look, which usually decides."""
 CLOSE = 0.25
 """Magnitudes that differ less from the norms of W are not compared with those of V."""
 NEAR_ONE = 0.5
@@ -116,7 +116,9 @@ def _read_as(change: Change, decided: dict[str, str], base: Checkpoint) -> Chang
     return change
 
 
-def _samples(changes: Sequence[Change], find: Find, base: Checkpoint, axis: int = 1) -> list[MagnitudeSample]:
+def _samples(
+    changes: Sequence[Change], find: Find, base: Checkpoint, axis: int = 1, most: int = ROWS
+) -> list[MagnitudeSample]:
     """Return samples of some changes whose weights the base has as matrices of the right size."""
     samples: list[MagnitudeSample] = []
     with closing(Reader()) as reader:
@@ -126,60 +128,40 @@ def _samples(changes: Sequence[Change], find: Find, base: Checkpoint, axis: int 
             if not update or not W or type(W) is not StoredTensor or W.dtype not in FLOATS or len(samples) == MODULES:
                 continue
             if W.matrix[1 - axis] == update.m.numel:
-                samples.append(_sample(W, update, axis, reader))
+                samples.append(_sample(W, update, axis, reader, most))
     return samples
 
 
-def _sample(W: StoredTensor, update: Decomposed, axis: int, reader: Reader) -> MagnitudeSample:
+def _sample(W: StoredTensor, update: Decomposed, axis: int, reader: Reader, most: int) -> MagnitudeSample:
     """Return the norms of some rows, or those of all columns as far as some rows tell, and all magnitudes."""
     height, width = W.matrix
-    count = min(ROWS, height)
+    count = min(most, height)
     chosen = sorted({round(k * (height - 1) / max(1, count - 1)) for k in range(count)})
-    lines: list[tuple[float, ...]] = []
-    for row in chosen:
-        data = bytearray(width * W.itemsize)
-        reader.read(W.path, W.start + row * len(data), memoryview(data))
-        lines.append(_numbers(data, W.dtype))
-    norms = [math.hypot(*line) for line in (lines if axis == 1 else zip(*lines, strict=True))]
+    lines = (line_of(W, row, reader) for row in chosen)
+    if axis == 0:
+        norms = [math.hypot(*column) for column in zip(*(numbers_of(line, W.dtype) for line in lines), strict=True)]
+    elif count > FEW_ROWS:
+        norms = [float(vector(line, W.dtype).norm()) for line in lines]
+    else:
+        norms = [math.hypot(*numbers_of(line, W.dtype)) for line in lines]
     factor = 1 if axis == 1 else math.sqrt(height / len(chosen))
-    logs = [_log(norm * factor) for norm in norms]
-    m = [_log(value) for value in _numbers(b"".join(map(bytes, reader.pieces(update.m))), update.m.dtype)]
+    logs = [log_of(norm * factor) for norm in norms]
+    m = [log_of(value) for value in numbers_of(b"".join(map(bytes, reader.pieces(update.m))), update.m.dtype)]
     sample = MagnitudeSample(chosen if axis == 1 else range(width), logs, m, [])
     is_near_one = statistics.median(map(abs, m)) < NEAR_ONE
     if axis == 0 or not is_near_one or statistics.median(map(abs, _ratios(sample))) < CLOSE:
         return sample
-    return sample._replace(changed=_changed(lines, chosen, update, reader))
+    return sample._replace(changed=_changed(W, chosen, update, reader))
 
 
-def _changed(
-    lines: Sequence[Sequence[float]], chosen: Sequence[int], update: Decomposed, reader: Reader
-) -> list[float]:
+def _changed(W: StoredTensor, chosen: Sequence[int], update: Decomposed, reader: Reader) -> list[float]:
     """Return the logarithms of the norms of some rows of V = W + sBA; empty if V is of another kind."""
     low = update.inner
-    if not isinstance(low, LowRank) or low.A.matrix[1] != len(lines[0]) or low.d or low.b or low.start:
+    if not isinstance(low, LowRank) or low.A.matrix[1] != W.matrix[1] or low.d or low.b or low.start:
         return []
-    import torch
-
-    def whole(tensor: StoredTensor) -> torch.Tensor:
-        numbers = _numbers(b"".join(map(bytes, reader.pieces(tensor))), tensor.dtype)
-        return torch.tensor(numbers, dtype=torch.float64).view(tensor.matrix)
-
-    V = torch.tensor(lines, dtype=torch.float64) + low.scale * whole(low.B)[chosen] @ whole(low.A)
-    return [_log(value) for value in V.norm(dim=1).tolist()]
-
-
-def _numbers(data: bytes | bytearray, dtype: str) -> tuple[float, ...]:
-    """Return stored numbers; bfloat16 is the upper half of float32."""
-    if dtype == "BF16":
-        wide = bytearray(2 * len(data))
-        wide[2::4], wide[3::4] = data[0::2], data[1::2]
-        data, dtype = wide, "F32"
-    letter, size = {"F64": ("d", 8), "F32": ("f", 4), "F16": ("e", 2)}[dtype]
-    return struct.unpack(f"<{len(data) // size}{letter}", data)
-
-
-def _log(value: float) -> float:
-    return math.log(value) if 0 < value < math.inf else math.nan
+    A, B = (vector(bytearray().join(reader.pieces(each)), each.dtype).view(each.matrix) for each in (low.A, low.B))
+    lines = ((row, vector(line_of(W, row, reader), W.dtype)) for row in chosen)
+    return [log_of(float((line + low.scale * B[row] @ A).norm())) for row, line in lines]
 
 
 def _spread(differences: Sequence[float]) -> float:
@@ -231,8 +213,17 @@ def _of_peft(adapter: Adapter, find: Find, base: Checkpoint) -> dict[str, str]:
     if rotary and base.model_types & META_ORDER and _is_meta(rotary, find, base):
         return {"order": "meta"}
     step = max(1, len(changes) // MODULES)
+    if _fit_norms(_samples(changes[::step], find, base, most=FEW_ROWS)):
+        return {}
     samples = _samples(changes[::step], find, base)
     return {"magnitudes": "normalised"} if samples and _are_normalised(samples) else {}
+
+
+def _fit_norms(samples: Sequence[MagnitudeSample]) -> bool:
+    """Return True if magnitudes are nearer to the norms of the weights than to 1, by a first look at few rows."""
+    from_one = [_median(map(abs, sample.m)) for sample in samples]
+    from_norms = [_median(map(abs, _ratios(sample))) for sample in samples]
+    return not samples or statistics.median(from_one) > statistics.median(from_norms)
 
 
 def _are_normalised(samples: Sequence[MagnitudeSample]) -> bool:
@@ -269,13 +260,18 @@ def _median(values: Iterable[float]) -> float:
 
 def _is_meta(changes: Sequence[Change], find: Find, base: Checkpoint) -> bool:
     """Return True if magnitudes fit the norms of the rows in Meta's order, and do not fit them as they are."""
-    plain, meta = [], []
-    for change in changes[:MODULES]:
-        rows = _meta_rows(change, base)
-        for sample in _samples([change], find, base) if rows else ():
-            plain.append(sample)
-            meta.append(sample._replace(m=[sample.m[row] for row in rows]))
-    return _certainty(meta, plain) >= CERTAIN
+    certainty = 0.0
+    for most in (FEW_ROWS, ROWS):
+        plain, meta = [], []
+        for change in changes[:MODULES]:
+            rows = _meta_rows(change, base)
+            for sample in _samples([change], find, base, most=most) if rows else ():
+                plain.append(sample)
+                meta.append(sample._replace(m=[sample.m[row] for row in rows]))
+        certainty = _certainty(meta, plain)
+        if certainty <= -CERTAIN:
+            return False
+    return certainty >= CERTAIN
 
 
 def _meta_rows(change: Change, base: Checkpoint) -> tuple[int, ...]:

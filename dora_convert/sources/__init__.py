@@ -42,11 +42,13 @@ class Session:
 
     def place(self, repo: str, commit: str) -> Path | None:
         """Return the folder for the files of a commit, laid out as in the repo; None for the cache."""
-        if self.cache:
-            return None
+        return None if self.cache else self.temporary(f"{repo.replace('/', '--')}@{commit}")
+
+    def temporary(self, name: str) -> Path:
+        """Return a folder, which need not exist yet, for downloads that do not stay."""
         if self._folder is None:
             self._folder, self._lock = _new_folder()
-        return self._folder / f"{repo.replace('/', '--')}@{commit}"
+        return self._folder / name
 
     def __enter__(self) -> Self:
         return self

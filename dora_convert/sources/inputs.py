@@ -15,8 +15,6 @@ from typing import Literal
 from ..adapters import NOTHING, Adapter, Waived
 from ..errors import RefError, UnsupportedError, UsageError
 from ..formats.detect import (
-    ANCHORS,
-    adapters_inside,
     detect,
     find_format,
     is_adapter_file,
@@ -29,13 +27,12 @@ from ..formats.detect import (
 )
 from ..storage.checkpoint import Checkpoint, open_checkpoint
 from ..storage.filenames import GGUF, file_states, is_tokenizer_file, list_files, refuse_links
-from ..storage.refs import QUANTISED_NAME, HubRef, Source, local_path, local_source, parse_ref
+from ..storage.refs import QUANTISED_NAME, HubRef, Source, is_stored, local_path, local_source, parse_ref
 from . import Session
 
-Mode = Literal["brief", "headers", "whole", "local"]
+Mode = Literal["brief", "headers", "ranges", "whole", "local"]
 COMBINING = frozenset({"merge", "to-lora", "verify"})
 """Verbs that follow a chain of adapters down to its model."""
-CONTENTS = "docs/formats.md lists the formats that are read"
 
 
 def open_inputs(
@@ -91,8 +88,15 @@ def open_base(
 
     The weights of a Hub repo stay on the Hub in mode "headers"; in mode "brief", so do the side files.
     `weights` is the folder for a later download, by default the session's. Mode "whole" downloads the repo.
-    Mode "local" takes a local path only, which an earlier run may have begun to change in place.
+    Mode "local" takes a local path only, which an earlier run may have begun to change in place. Weights in an
+    object store stay there in modes "ranges" and "brief", and are downloaded in the others.
     """
+    if is_stored(ref) and mode != "local":
+        from .object_store import fetch_folder, open_stored
+
+        if mode in ("brief", "ranges"):
+            return open_stored(ref, what, session)
+        return open_checkpoint(fetch_folder(ref, session))
     parsed = local_path(ref, what) if mode == "local" else parse_ref(ref, what)
     if isinstance(parsed, HubRef):
         from .download import fetch_base
@@ -101,7 +105,7 @@ def open_base(
         parsed = replace(parsed, revision=parsed.revision or revision)
         if mode != "whole" and not parsed.file.endswith(GGUF):
             with suppress(UnsupportedError):  # torch's pickles have no headers that are read from the Hub
-                remote = look(parsed, what, session, whole=mode == "headers", weights=weights).checkpoint()
+                remote = look(parsed, what, session, whole=mode != "brief", weights=weights).checkpoint()
                 if remote.config is None:
                     refuse_tensors(remote.tensors, f"{what} {remote.source.name}")
                 if not any(".quant_state." in name for name in remote.tensors):
@@ -154,6 +158,10 @@ def _refuse_links(root: Path, opened: Checkpoint | Adapter, session: Session) ->
 
 def find_adapter(ref: str, session: Session) -> Source:
     """Return an adapter's local folder; the files of a Hub repo are downloaded."""
+    if is_stored(ref):
+        from .object_store import fetch_folder
+
+        return fetch_folder(ref, session)
     parsed = parse_ref(ref, "ADAPTER")
     if isinstance(parsed, Path):
         return local_source(parsed)
@@ -185,7 +193,9 @@ def read_adapter(source: Source, waived: Waived = NOTHING) -> Adapter:
     Raises RefError if no format recognises it, and the errors of the format.
     """
     if not (known := detect(source.path)):
-        raise _not_an_adapter(source)
+        from .not_an_adapter import error_for
+
+        raise error_for(source)
     adapter = known.read(source, waived)
     root = adapter.source.path
     own = [root / name for name in list_files(root) if is_adapter_file(name) or is_tokenizer_file(name)]
@@ -200,32 +210,6 @@ def read_or_refuse(source: Source, waived: Waived) -> tuple[Adapter, Unsupported
     except UnsupportedError as error:
         assert known
         return read_refused(known, source, waived), error
-
-
-def _not_an_adapter(source: Source) -> RefError:
-    """Return an error that says what the folder is instead, and where the adapter might be."""
-    root, lacking = source.path, f"has no {ANCHORS[0]}, and no other file of an adapter of a known format"
-    if root.is_file() and detect(root.parent):
-        return RefError(f"ADAPTER {source.name} is a file; name the folder it lies in.", hint=str(root.parent))
-    if root.is_file():
-        from ..storage.file_view import read_any
-
-        read_any(root)  # says what is damaged
-        return RefError(
-            f"ADAPTER {source.name} is not an adapter of a known format.",
-            hint="docs/formats.md lists the formats that are read",
-        )
-    if below := adapters_inside(root):
-        return RefError(
-            f"ADAPTER {source.name} {lacking}, but these folders inside it do: {', '.join(below[:10])}.",
-            hint=f"name one of them, such as {root / below[-1]}",
-        )
-    if (root / "config.json").exists():
-        return RefError(
-            f"ADAPTER {source.name} is a model, not an adapter: it {lacking}.",
-            hint="--method linear, ties, dare and their like combine fine-tuned models, too",
-        )
-    return RefError(f"ADAPTER {source.name} {lacking}.")
 
 
 def refuse_swapped(base: str, adapters: Sequence[str], out: str, verb: str, what: str = "BASE") -> None:

@@ -108,10 +108,7 @@ class FileSupply(Protocol):
 
 
 class Reader:
-    """Positional reads from any thread.
-
-    With `supply`, files may still be on their way: `supply` downloads and removes them.
-    """
+    """Positional reads from any thread; `supply` downloads and removes files that may still be on their way."""
 
     def __init__(self, supply: FileSupply | None = None) -> None:
         self._supply, self._files = supply, OpenFiles()
@@ -126,6 +123,10 @@ class Reader:
         """Wake every thread that waits for a file: the run has failed."""
         if self._supply:
             self._supply.close()
+
+    def is_remote(self, path: Path) -> bool:  # noqa: ARG002 - for readers of object stores
+        """Return True if a file stays in an object store, so that it has no descriptor."""
+        return False
 
     def using(self, path: Path) -> AbstractContextManager[int]:
         """Lend the descriptor of a file, once the file is on this machine."""

@@ -4,6 +4,7 @@
 org/name, org/name@revision           a repo on the Hugging Face Hub
 https://huggingface.co/org/name       the address of the repo's page, /tree/revision too
 hf://org/name[@revision][/subfolder]  the same, never a local path
+s3://bucket/folder, gs://…, az://…    a folder in an object store, for merge and other verbs that read whole inputs
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from ..errors import RefError
 
 PathLike = str | os.PathLike[str]
 
+STORES = ("s3", "gs", "az")
+"""Object stores, by the beginnings of their addresses; the extras have the same names."""
 _REPO = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[^/\s]+(?:/[^/\s]+)*?))?")
 QUANTISED_NAME = re.compile(r"(?i)[-_.](unsloth-)?(bnb|gptq|awq|gguf|[48]-?bits?|int[48]|fp8|nf4)\b.*$")
 """The end of the name of a quantised copy."""
@@ -64,6 +67,8 @@ class Source:
     repo: str | None = None
     commit: str | None = None
     subfolder: str = ""
+    url: str | None = None
+    """The address in an object store."""
 
     @property
     def hub(self) -> HubRef:
@@ -84,8 +89,8 @@ class Source:
 
     @property
     def address(self) -> str:
-        """The repo at its commit, or the local path."""
-        return self.title if self.repo else str(self.path)
+        """The repo at its commit, the address in an object store, or the local path."""
+        return self.title if self.repo else self.url or str(self.path)
 
 
 def parse_ref(ref: str, what: str = "REF") -> Path | HubRef:
@@ -109,6 +114,11 @@ def parse_ref(ref: str, what: str = "REF") -> Path | HubRef:
     slashes = ref.replace("\\", "/")
     meant = f"did you mean {slashes}?" if slashes != ref and _REPO.fullmatch(slashes) else _similar(path)
     raise RefError(f"{what} {ref!r} does not exist.", hint=meant or "a Hub repo is written org/name")
+
+
+def is_stored(ref: PathLike | None) -> bool:
+    """Return True if a REF or an OUT is an address in an object store; a Path has lost one of its slashes."""
+    return ref is not None and os.fspath(ref).partition(":/")[0] in STORES
 
 
 def refuse_unfinished(path: Path, what: str) -> None:

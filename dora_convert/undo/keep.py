@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..engine.device_buffers import DeviceBuffers
+from ..engine.device_buffers import Begun, DeviceBuffers
 from ..engine.precision import TORCH, as_bytes
-from ..engine.tensor import Begun, MergeMaker
+from ..engine.tensor import MergeMaker
 from ..maths import lora as maths
 from ..plan.item import Item
 from ..plan.plan import Plan

@@ -23,7 +23,7 @@ from ...settings import Settings, collections_paused, require_extra, without_col
 from ...sources import Session
 from ...sources.inputs import Mode, modules_of, open_inputs, strangers, unused
 from ...storage.filenames import INCOMING
-from ...storage.refs import QUANTISED_NAME, PathLike, listed
+from ...storage.refs import QUANTISED_NAME, PathLike, is_stored, listed
 from .. import takes
 
 if TYPE_CHECKING:
@@ -120,12 +120,12 @@ def _merge_beside(request: MergeRequest) -> MergeReport | DryRunReport:
         require_extra("verify", "--verify-outputs")
     folder = OutputFolder(_folder(request), overwrite=options["overwrite"])
     folder.check()
-    out = "OUT" if options["no_local"] else folder.given
+    out = "OUT" if options["no_local"] else str(request.out or folder.given)
     weights = None if request.session.cache else folder.state / INCOMING
     plan = make_request_plan(request, out, _mode(request), weights)
     folder.refuse_inside([plan.base.source.path, *(adapter.source.path for adapter in plan.adapters)])
     if options["dry_run"]:
-        where = folder.given if target is None or target.local else target.repo
+        where = out if target is None or target.local else target.repo
         return DryRunReport.of(plan, request.settings, out=where)
     with without_collections():
         from .pipeline import run_merge
@@ -139,6 +139,10 @@ def _merge_beside(request: MergeRequest) -> MergeReport | DryRunReport:
 
 def _folder(request: MergeRequest) -> Path:
     """Return OUT, or the folder that shards pass through on their way to the Hub."""
+    if is_stored(request.out):
+        from .stores import folder_for
+
+        return folder_for(str(request.out), [request.base, *request.adapters], request.options)
     if request.target and not request.target.local:
         return request.target.transit_folder(request.out, [str(request.base), *request.adapters])
     if request.out is None:
@@ -211,7 +215,12 @@ def plan_inputs(request: MergeRequest, checkpoint: Checkpoint, adapters: Sequenc
     """Warn about oddities of opened inputs, and decide every output tensor."""
     settings, selection = request.settings, request.selection
     if len(adapters) > len(request.adapters) or combines(request.options):
-        selection, strengths = _combined(request, checkpoint, adapters)
+        from .several import combined
+
+        given = len(request.adapters)
+        selection, strengths = combined(
+            request.options, given, checkpoint, adapters, selection=selection, warn=settings.warn
+        )
     else:
         strengths = parse_weights(request.options["weight"], len(adapters))
     if strangers(checkpoint, adapters) or len({adapter.files for adapter in adapters}) < len(adapters):
@@ -238,36 +247,23 @@ def plan_inputs(request: MergeRequest, checkpoint: Checkpoint, adapters: Sequenc
     return plan
 
 
-def _combined(
-    request: MergeRequest, checkpoint: Checkpoint, adapters: Sequence[Adapter]
-) -> tuple[Options, tuple[float, ...]]:
-    """Return the options and weights of a merge that is more than a sum; warn of oddities."""
-    from ...plan.methods import choose_combination
-    from ...sources.combined import untouched
-
-    warn = request.settings.warn
-    combination, strengths = choose_combination(request.options, len(request.adapters), len(adapters), warn)
-    for note in untouched(checkpoint, adapters):
-        warn(note)
-    if request.selection.undo == "norms" and not (combination.is_sum or combination.method == "chain"):
-        warn(
-            f"--undo norms keeps nothing that takes --method {combination.method} out again: "
-            "--undo exact keeps the base's bits, and unmerge needs them"
-        )
-    return replace(request.selection, combination=combination), strengths
-
-
 def _mode(request: MergeRequest) -> Mode:
     """Return how much of a base on the Hub is downloaded before the plan is made."""
     if request.options["verify_outputs"] or (request.options["cluster"] and not request.options["dry_run"]):
         return "whole"
-    return "brief" if request.options["dry_run"] else "headers"
+    if request.options["dry_run"]:
+        return "brief"
+    return "ranges" if is_stored(request.base) else "headers"
 
 
 def _streaming(request: MergeRequest, plan: Plan, folder: OutputFolder) -> AbstractContextManager[HubStreaming | None]:
     """Return the download of the base's weights and the upload of shards, while the plan runs."""
-    if plan.base.is_here and not request.target:
+    if plan.base.is_here and not request.target and not is_stored(request.out):
         return nullcontext()
+    if is_stored(request.out) or plan.base.source.url:
+        from .stores import streaming_for
+
+        return streaming_for(request.out, request.options, plan, folder)
     from ...hub.streaming import stream_merge
 
     weights = None if request.session.cache else folder.state / INCOMING

@@ -1,0 +1,49 @@
+"""Read some stored numbers while a plan is made: few without torch, many with it."""
+
+from __future__ import annotations
+
+import math
+import struct
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from ..settings import without_collections
+from ..storage.reader import Reader
+from ..storage.safetensors import StoredTensor
+
+if TYPE_CHECKING:
+    import torch
+
+
+def line_of(W: StoredTensor, row: int, reader: Reader) -> bytearray:
+    """Read one row of a stored matrix."""
+    data = bytearray(W.matrix[1] * W.itemsize)
+    reader.read(W.path, W.start + row * len(data), memoryview(data))
+    return data
+
+
+def numbers_of(data: bytes | bytearray, dtype: str) -> tuple[float, ...]:
+    """Return stored numbers; bfloat16 is the upper half of float32."""
+    if dtype == "BF16":
+        wide = bytearray(2 * len(data))
+        wide[2::4], wide[3::4] = data[0::2], data[1::2]
+        data, dtype = wide, "F32"
+    letter, size = {"F64": ("d", 8), "F32": ("f", 4), "F16": ("e", 2)}[dtype]
+    return struct.unpack(f"<{len(data) // size}{letter}", data)
+
+
+def vector(data: bytearray, dtype: str) -> torch.Tensor:
+    """Return stored numbers as a vector in float64: quicker than `numbers_of` once torch is imported."""
+    if "torch" not in sys.modules:
+        with without_collections():
+            import_module("torch")
+    import torch
+
+    kind = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[dtype]
+    return torch.frombuffer(data, dtype=kind).double()
+
+
+def log_of(value: float) -> float:
+    """Return the logarithm of a number; NaN if it has none."""
+    return math.log(value) if 0 < value < math.inf else math.nan

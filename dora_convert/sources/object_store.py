@@ -1,0 +1,203 @@
+"""Read and write a folder in an object store, through fsspec and the file system that an extra brings."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import xxhash
+
+from ..errors import OutputError, RefError
+from ..formats.detect import refuse_adapter
+from ..settings import EXTRAS, require_extra
+from ..storage.checkpoint import Checkpoint, assemble, open_checkpoint, weight_entry
+from ..storage.filenames import PICKLES, RECORD, is_weight_file, sort_files
+from ..storage.json_files import read_config, shard_files, weight_map
+from ..storage.refs import Source
+from ..storage.safetensors import MAX_HEADER, Header, parse_header
+from . import Session
+
+FIRST = 1 << 16
+"""Bytes of the first request for a header."""
+CONNECTIONS = 8
+
+
+class StoredFile(NamedTuple):
+    """One object: its size, and a tag that changes with its contents."""
+
+    size: int
+    tag: str
+
+
+class ObjectStore:
+    """A folder in an object store."""
+
+    def __init__(self, url: str) -> None:
+        """Take the address of a folder; raise UsageError if the extra for the store is missing."""
+        self.url = url.rstrip("/")
+        scheme = url.partition("://")[0]
+        if scheme in EXTRAS:
+            require_extra(scheme, url)
+        import fsspec
+
+        self._system: Any = fsspec.filesystem(scheme, use_listings_cache=False, skip_instance_cache=True)
+        self._root = str(self._system._strip_protocol(self.url))  # noqa: SLF001 - fsspec's name for a public step
+
+    def path(self, name: str) -> str:
+        """Return the store's own name of a file."""
+        return f"{self._root}/{name}"
+
+    def files(self) -> dict[str, StoredFile]:
+        """Return all files below the folder, by their paths inside it; RefError without access."""
+        with self.reading():
+            found = self._system.find(self._root, detail=True)
+            if not found:
+                self._system.ls(self._root.partition("/")[0])  # raises for a bucket that does not exist
+        return {
+            path.removeprefix(f"{self._root}/"): StoredFile(int(info["size"]), _tag(info))
+            for path, info in found.items()
+        }
+
+    def read(self, name: str, spans: Sequence[range]) -> list[bytes]:
+        """Return ranges of one file, read at once."""
+        with self.reading():
+            if len(spans) == 1:
+                return [self._system.cat_file(self.path(name), start=spans[0].start, end=spans[0].stop)]
+            starts, stops = [span.start for span in spans], [span.stop for span in spans]
+            data: list[bytes] = self._system.cat_ranges([self.path(name)] * len(spans), starts, stops)
+        return data
+
+    def fetch(self, names: Sequence[str], folder: Path) -> None:
+        """Download files into a folder."""
+
+        def get(name: str) -> None:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            self._system.get_file(self.path(name), str(folder / name))
+
+        with self.reading(), ThreadPoolExecutor(CONNECTIONS) as pool:
+            list(pool.map(get, names))
+
+    def put(self, name: str, path: Path) -> StoredFile:
+        """Upload a file, a large one in parts; return what the store says of it."""
+        with self.writing():
+            self._system.put_file(str(path), self.path(name))
+            parent = self.path(name).rpartition("/")[0]
+            info = next(each for each in self._system.ls(parent, detail=True) if each["name"] == self.path(name))
+        if info["size"] != path.stat().st_size:
+            raise OutputError(f"{self.url}/{name} arrived with {info['size']} bytes instead of {path.stat().st_size}.")
+        return StoredFile(int(info["size"]), _tag(info))
+
+    def remove(self, names: Sequence[str]) -> None:
+        """Remove files."""
+        with self.writing():
+            for name in names:
+                self._system.rm_file(self.path(name))
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Turn the store's errors into RefError."""
+        yield from self._errors(lambda why, hint: RefError(f"{self.url} cannot be read: {why}.", hint=hint))
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Turn the store's errors into OutputError."""
+        yield from self._errors(lambda why, hint: OutputError(f"{self.url} cannot be written: {why}.", hint=hint))
+
+    def _errors(self, error_of: Callable[[str, str | None], Exception]) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if not (reason := _reason(error, self._root.partition("/")[0])):
+                raise
+            raise error_of(*reason) from error
+
+
+def _tag(info: dict[str, Any]) -> str:
+    return str(
+        next((info[key] for key in ("ETag", "etag", "md5Hash", "crc32c", "created") if info.get(key)), "")
+    ).strip('"')
+
+
+def _reason(error: Exception, bucket: str) -> tuple[str, str | None] | None:
+    """Return the reason for a store's error and what helps, as users understand them; None for an error of ours."""
+    name, text = type(error).__name__, (str(error).splitlines() or [""])[0]
+    if isinstance(error, FileNotFoundError):
+        return f"bucket {bucket} or the folder in it does not exist", "check the spelling, and the account"
+    if "Credential" in name or "DefaultCredentials" in name or "credential" in text.lower():
+        return f"no credentials were found ({text})", "set the store's variables, such as AWS_ACCESS_KEY_ID, or log in"
+    if isinstance(error, PermissionError) or "Forbidden" in text or "AccessDenied" in text:
+        return f"access to bucket {bucket} was refused ({text})", "the account needs the right to list, read and write"
+    module = type(error).__module__.partition(".")[0]
+    if isinstance(error, OSError) or module in ("botocore", "aiohttp", "azure", "gcsfs", "google", "asyncio"):
+        return f"{name}: {text}", None
+    return None
+
+
+def listing_hash(files: dict[str, StoredFile]) -> str:
+    """Return a hash of names, sizes and tags: it changes with any file of a folder."""
+    lines = (f"{name} {file.size} {file.tag}" for name, file in sorted(files.items()))
+    return xxhash.xxh3_64_hexdigest("\n".join(lines).encode())
+
+
+def fetch_folder(url: str, session: Session) -> Source:
+    """Download a whole folder, or one weight file, to a folder that is removed at the end."""
+    store, name = ObjectStore(url), url.rstrip("/").rpartition("/")[2]
+    files = store.files()
+    if "" in files or list(files) == [store.path("").rstrip("/")]:
+        store, files = ObjectStore(url.rstrip("/").rpartition("/")[0]), {name: StoredFile(0, "")}
+        folder = session.temporary(name + xxhash.xxh3_64_hexdigest(url.encode()))
+        store.fetch([name], folder)
+        return Source(folder / name, name, url=url)
+    refuse_nothing(url, files)
+    folder = session.temporary(xxhash.xxh3_64_hexdigest(url.encode())) / name
+    store.fetch(list(files), folder)
+    return Source(folder, name, commit=listing_hash(files), url=store.url)
+
+
+def refuse_nothing(url: str, files: dict[str, StoredFile]) -> None:
+    """Raise RefError for a folder without files: object stores know no others."""
+    if not files:
+        raise RefError(f"{url} holds no files.", hint="check the spelling; a folder is written s3://bucket/folder")
+
+
+def open_stored(url: str, what: str, session: Session) -> Checkpoint:
+    """Open a checkpoint whose weights stay in the store: small files are downloaded, headers are read by ranges.
+
+    Torch's pickles are downloaded whole, for their headers lie at the end.
+    """
+    store, name = ObjectStore(url), url.rstrip("/").rpartition("/")[2]
+    files = store.files()
+    refuse_nothing(url, files)
+    refuse_adapter([file for file in files if "/" not in file], f"{what} {name}")
+    entry = weight_entry([file for file in files if "/" not in file], name)
+    if entry.removesuffix(".index.json").endswith(PICKLES):
+        return open_checkpoint(fetch_folder(url, session))
+    folder = session.temporary(xxhash.xxh3_64_hexdigest(url.encode())) / name
+    small = [file for file in files if file == entry.removesuffix(".safetensors") or not is_weight_file(file)]
+    small += [file for file in files if file.startswith(f"{RECORD}/")]
+    store.fetch(sorted({*small, *([entry] if entry.endswith(".json") else [])}), folder)
+    source = Source(folder, name, commit=listing_hash(files), url=store.url)
+    table = weight_map(folder / entry) if entry.endswith(".json") else None
+    shards = [entry] if table is None else shard_files(name, table, files.__contains__)
+    with ThreadPoolExecutor(CONNECTIONS) as pool:
+        headers = dict(
+            zip(shards, pool.map(lambda file: _header(store, file, files[file].size, folder), shards), strict=True)
+        )
+    notes: list[str] = []
+    sides, left = sort_files(file for file in files if file not in {entry, *shards})
+    checkpoint = Checkpoint(source, assemble(name, headers, table, notes), entry if table is not None else None)
+    return replace(checkpoint, config=read_config(folder), side_files=sides, left_behind=left, notes=tuple(notes))
+
+
+def _header(store: ObjectStore, file: str, size: int, folder: Path) -> Header:
+    """Return the header of a weight file, from one range or two."""
+    head = store.read(file, [range(min(FIRST, size))])[0]
+    length = min(8 + int.from_bytes(head[:8], "little"), size, 8 + MAX_HEADER)
+    if len(head) < length:
+        head += store.read(file, [range(len(head), length)])[0]
+    return parse_header(folder / file, size, io.BytesIO(head))
