@@ -117,7 +117,7 @@ def _compare_on(
     spec = choose_for(cluster, replace(settings, compute_dtype="float64"))
     settings.notify(f"device: {spec}")
     results: dict[int, CheckedModule | bool] = {}
-    tasks = ranges([written.nbytes for _, written in pairing.pairs])
+    tasks = ranges([written.nbytes for _, written in pairing.pairs], cluster.slots)
     job = Comparing(pairing.pairs, samples, spec)
     for numbers, found in cluster.map(job, tasks, gpu=spec.device.type == "cuda"):
         results |= zip(numbers, found, strict=True)
