@@ -175,6 +175,21 @@ def test_staged_faults_are_found(tmp_path, staged):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("undo", ["norms", "exact"])
+def test_the_budget_covers_the_buffers(tmp_path, staged, monkeypatch, undo):
+    """All buffers of a worker, the ring included, are within the cost of the costliest tensor."""
+    held, plans = [], []
+    start, begin = DeviceBuffers.__init__, engine_run.Run.__post_init__
+    monkeypatch.setattr(DeviceBuffers, "__init__", lambda self, *args: held.append(self) or start(self, *args))
+    monkeypatch.setattr(engine_run.Run, "__post_init__", lambda self: plans.append(self.plan) or begin(self))
+    base = make_base(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", base, dora=True)
+    dora_convert.merge(base.path, adapter, tmp_path / "out", workers=1, undo=undo)
+    nbytes = [buffer.numel() for buffers in held for buffer in buffers._buffers.values()]
+    assert any(name.startswith("in 3") for buffers in held for name in buffers._buffers)  # a whole ring
+    assert plans[0].memory / 3 < sum(nbytes) <= plans[0].memory
+
+
 def test_the_bench_compares_bytes(tmp_path, monkeypatch):
     """bench/gpu.py builds its models, and finds the bytes of a device and of a processor the same."""
     monkeypatch.syspath_prepend(Path(__file__).parent.parent / "bench")
