@@ -9,6 +9,7 @@
 # make dist    build wheel and sdist, and check them (needs build and twine)
 # make fuzz    a minute of broken files at everything that reads them; SEED=N for others
 # make oracles compare with the tools themselves (minutes); CASES=FOLDER adds their own adapters
+#              GGUF=FILE compares a real model in GGUF with transformers' loader, too
 #              QUANTISERS=VENV/bin adds quantised bases, in an environment with the tools that make them
 #              TOOLS=VENV/bin makes adapters with lycoris-lora, diffusers and PEFT, and loads ours with these, mlx-lm
 #              and torchtune; LLAMA_CPP=FOLDER is llama.cpp's source, whose converter writes the same GGUF adapters
@@ -110,6 +111,7 @@ oracles: $(VENV)/ready
 	$(BIN)/python -m tests.oracles.families
 	$(BIN)/python -m tests.oracles.verbs
 	$(BIN)/python -m tests.oracles.kinds
+	$(BIN)/python -m tests.oracles.gguf $(GGUF)
 	$(if $(QUANTISERS),$(QUANTISERS)/python tests/oracles/quantised.py)
 	$(if $(TOOLS),$(TOOLS)/python tests/oracles/formats.py $(BIN)/dora-convert)
 	$(if $(TOOLS),$(TOOLS)/python tests/oracles/diffusion.py $(BIN)/dora-convert)

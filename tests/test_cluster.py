@@ -36,6 +36,7 @@ class StandIn:
     facts: dict = field(default_factory=dict)
     allowed: int = 10**9
     gpus: int = 0
+    slots: int = 1000
     done: list = field(default_factory=list)
 
     def map(self, job, tasks, *, gpu, withdraw=None):
@@ -224,8 +225,9 @@ def test_tasks_are_grouped():
     copy = Task("copy", "a", copy=Copy(None, 0, "a", 0, 5))
     tasks = [copy, *(Task("write", shard, (name,)) for shard, name in ("ax", "ay", "az", "bw"))]
     sizes = {"x": 40 << 20, "y": 20 << 20, "z": 10 << 20, "w": 1}
-    groups = list(tensors.grouped(tasks, sizes))
+    groups = list(tensors.grouped(tasks, sizes, 2))
     assert [group.names for group in groups] == [(), ("x", "y"), ("z",), ("w",)]
+    assert list(jobs.ranges([60 << 20] * 4 + [1 << 20] * 9, 1)) == [range(2), range(2, 3), range(3, 8), range(8, 13)]
 
 
 @pytest.mark.parametrize(

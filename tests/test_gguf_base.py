@@ -105,7 +105,7 @@ def test_refusals_name_the_way_out(tmp_path):
         assert "dequantize=True writes" in str(refused.value.hint)
     with pytest.raises(UsageError, match="cannot be given back"):
         dora_convert.merge(base, adapter, out, dequantize=True, undo="norms", **QUICK)
-    with pytest.raises(UnsupportedError):
+    with pytest.raises(UsageError, match="does not go with"):
         dora_convert.merge(base, adapter, in_place=True, allow_lossy=True, dequantize=True, **QUICK)
     dora_convert.merge(base, adapter, out, dequantize=True, **QUICK)
     with pytest.raises(UnsupportedError, match="no unmerge gives back"):
@@ -161,6 +161,7 @@ def test_other_verbs_read_it(tmp_path):
     adapter_for(tmp_path / "adapter", values, dora=False)
     report = dora_convert.inspect(base).to_dict()
     assert report["format"] == "GGUF"
+    assert [each["loader"] for each in report["loaders"] if each["verdict"] == "no"] == ["MLX"]
     assert report["dense_parameters"] == sum(value.numel() for value in values.values())
     assert {title.partition(",")[0] for title in report["coded"]} == {"GGUF Q6_K", "GGUF F32"}
     dora_convert.merge(base, tmp_path / "adapter", tmp_path / "out", dequantize=True, dtype="float32", **QUICK)

@@ -11,21 +11,29 @@ from contextlib import closing
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import dora_convert
 from dora_convert.engine import run as engine_run
 from dora_convert.engine.device_buffers import DeviceBuffers
+from dora_convert.engine.in_memory import NoSpool
 from dora_convert.engine.precision import ComputeSpec
+from dora_convert.engine.tensor import MergeMaker
 from dora_convert.parity.combined import expected_of
+from dora_convert.parity.expected import Expected
+from dora_convert.plan.item import Edit, Item
 from dora_convert.plan.large_blocks import LargeItem
 from dora_convert.storage.reader import Reader
+from dora_convert.storage.safetensors import read_header
 
+from . import test_updates as updates
 from .test_other_kinds import CASES, GOLDEN, base_of
 from .toy import load, make_adapter, make_base
 
 META = torch.device("meta")
+SPEC = ComputeSpec(META, torch.float64, "test", stages=True)
 KINDS = sorted(case for case in CASES if case.startswith("peft-"))
 
 
@@ -51,11 +59,17 @@ def plans(monkeypatch):
     def bring(self, source, *options, **names):
         return self.fill_(1) if source.is_meta and not self.is_meta else copy(self, source, *options, **names)
 
-    start = engine_run.Run.__post_init__
+    def moved(self, *places, **names):
+        on_host = any(str(place) == "cpu" for place in places) and self.is_meta
+        dtype = next((place for place in places if isinstance(place, torch.dtype)), self.dtype)
+        return torch.ones(self.shape, dtype=dtype) if on_host else to(self, *places, **names)
+
+    to, start = torch.Tensor.to, engine_run.Run.__post_init__
+    monkeypatch.setattr(torch.Tensor, "to", moved)
     monkeypatch.setattr(torch.Tensor, "copy_", bring)
     monkeypatch.setattr(DeviceBuffers, "working", lambda _: OneDevice())
     monkeypatch.setattr(LargeItem, "block_elements", 16 * 72)
-    monkeypatch.setattr(engine_run, "choose", lambda *_: ComputeSpec(META, torch.float64, "test", stages=True))
+    monkeypatch.setattr(engine_run, "choose", lambda *_: SPEC)
     monkeypatch.setattr(engine_run.Run, "__post_init__", lambda self: plans.append(self.plan) or start(self))
     return plans
 
@@ -77,7 +91,8 @@ def test_blocks_never_wait(tmp_path, plans, dtype, dora):
     """LoRA and DoRA along rows, in every dtype."""
     base = make_base(tmp_path / "base", dtype)
     adapter = make_adapter(tmp_path / "adapter", base, dora=dora)
-    dora_convert.merge(base.path, adapter, tmp_path / "out", verify=False, undo="none")
+    for undo in ("none", "norms", "exact"):
+        dora_convert.merge(base.path, adapter, tmp_path / "out", verify=False, undo=undo, overwrite=True)
     assert load(tmp_path / "out").keys() == base.tensors.keys()
     expect_on_device(plans[0])
 
@@ -115,3 +130,28 @@ def test_what_waits_is_found(tmp_path, plans, monkeypatch):
         )
         with pytest.raises((RuntimeError, NotImplementedError)):
             dora_convert.merge(base.path, adapter, tmp_path / f"out{number}", verify=False, undo="none")
+
+
+WAITS = ("sparse", "diag-oft")
+"""Kinds that look for the elements of a block, and that ask for a length once a tensor."""
+
+
+@pytest.mark.parametrize("kind", [kind for kind in updates.NAMES if kind not in WAITS])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_no_kind_waits_or_mixes_devices(tmp_path, monkeypatch, kind, transposed):
+    """Every kind of update with norms of every sort, and its definition."""
+    monkeypatch.setattr("dora_convert.storage.reader.BLOCK_ELEMENTS", 300)
+    save_file({**(tensors := updates.randoms()), "turned": tensors["W"].T.contiguous()}, tmp_path / "all.safetensors")
+    files = dict(read_header(tmp_path / "all.safetensors").tensors)
+    doubles = {name: tensor.double() for name, tensor in tensors.items()}
+    base = files["turned" if transposed else "W"]
+    with closing(Reader()) as reader, OneDevice():
+        for how in updates.HOW:
+            V = torch.zeros(updates.OUT, updates.IN, dtype=torch.float64)
+            update, _ = updates.with_magnitudes(how, V, updates.kinds(files)[kind], doubles, files)
+            item = Item("W", "BF16", base.shape, base, base, edits=(Edit(update, transposed),), origin="W")
+            maker = MergeMaker(item, buffers := DeviceBuffers(SPEC, reader), NoSpool())
+            for span in item.spans():
+                assert maker.merged(buffers.raw(base, *span), *span).is_meta
+            expected = Expected(item, reader, META)
+            assert expected.block(range(5)).x.is_meta

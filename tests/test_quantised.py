@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import dora_convert
 from dora_convert import UnsupportedError, UsageError
@@ -19,14 +19,14 @@ QUICK = {"device": "cpu", "workers": 1}
 
 
 LORAS = ("fp8-blocks", "gptq-order", "bnb-nf4-double")
-"""Kinds that get a LoRA; the others' DoRAs need the norms of the decoded rows, too."""
+"""Kinds that get a LoRA, too; all get a DoRA, which needs the norms of the decoded rows."""
 
 
-@pytest.mark.parametrize("kind", MODELS)
-def test_dequantize_is_exact(kind, tmp_path):
+@pytest.mark.parametrize(("kind", "dora"), [(kind, True) for kind in MODELS] + [(kind, False) for kind in LORAS])
+def test_dequantize_is_exact(kind, dora, tmp_path):
     """All weights are the float64 result rounded once, and nothing says any more that the model is quantised."""
     base = copy_base(kind, tmp_path / "base")
-    adapter = make_adapter(tmp_path / "adapter", base, dora=kind not in LORAS)
+    adapter = make_adapter(tmp_path / "adapter", base, dora=dora)
     report = dora_convert.merge(base, adapter, tmp_path / "out", dequantize=True, **QUICK)
     got, wanted = load_file(tmp_path / "out/model.safetensors"), merged_values(base, adapter)
     assert got.keys() == wanted.keys()
@@ -157,3 +157,33 @@ def test_small_memory_and_blocks(tmp_path, monkeypatch):
         modules = [f"{module}.weight" for module in modules]
         assert all(torch.equal(one[name], two[name]) for name in one if name not in modules), kind
         assert all(torch.allclose(one[name].float(), two[name].float(), rtol=1e-2) for name in modules)
+
+
+@pytest.mark.parametrize("kind", ["bnb-nf4", "bnb-int8"])
+def test_conv1d_is_refused(kind, tmp_path):
+    """bitsandbytes stores GPT-2's Conv1D as (out, in), which the model does not: never merged the wrong way round."""
+    base = copy_base(kind, tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    own = "model.layers.0.self_attn.q_proj"
+    named = {name.replace(own, "h.0.attn.c_proj"): value for name, value in tensors.items() if own in name}
+    save_file(named | {"wte.weight": torch.zeros(16, 32)}, base / "model.safetensors", {"format": "pt"})
+    config = json.loads((base / "config.json").read_text()) | {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+    }
+    (base / "config.json").write_text(json.dumps(config))
+    adapter = make_adapter(tmp_path / "adapter", base, dora=False, modules=["h.0.attn.c_proj"])
+    for choice in ({}, {"dequantize": True}, {"requantize": True}):
+        with pytest.raises(UnsupportedError, match="Conv1D"):
+            dora_convert.merge(base, adapter, tmp_path / "out", **choice, **QUICK)
+
+
+def test_in_place_names_out(tmp_path):
+    """A quantised base that changes needs an OUT; the options that make it dense say so, too."""
+    base = copy_base("fp8-blocks", tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", base, dora=True)
+    with pytest.raises(UnsupportedError) as refused:
+        dora_convert.merge(base, adapter, in_place=True, allow_lossy=True, **QUICK)
+    assert "OUT" in str(refused.value.hint)
+    with pytest.raises(UsageError, match="does not go with"):
+        dora_convert.merge(base, adapter, in_place=True, dequantize=True, **QUICK)

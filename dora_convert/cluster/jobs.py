@@ -25,18 +25,26 @@ Result = TypeVar("Result")
 Work_contra = TypeVar("Work_contra", contravariant=True)
 Result_co = TypeVar("Result_co", covariant=True)
 TASK_BYTES = 64 << 20
-"""Bytes of the tensors of one task: much more work than the call, and little to lose."""
+"""Least bytes of the tensors of one task: much more work than the call, and little to lose."""
+ROUNDS = 2
+"""A task takes at most this part of the work left for each slot: large tasks first, and small ones at the end."""
 HEAD_BYTES = 1 << 16
 """Bytes at a file's begin that tell whether two nodes see the same file."""
 
 
-def ranges(sizes: Sequence[int]) -> Iterator[range]:
+def task_bytes(left: int, slots: int) -> int:
+    """Return the most bytes of the next task, by the bytes that are left: fewer calls, and a short end."""
+    return max(TASK_BYTES, left // (ROUNDS * max(1, slots)))
+
+
+def ranges(sizes: Sequence[int], slots: int) -> Iterator[range]:
     """Yield ranges of numbers, one after the other, whose sizes add up to a task's bytes."""
     start = total = 0
+    left = sum(sizes)
     for number, size in enumerate(sizes):
-        if number > start and total + size > TASK_BYTES:
+        if number > start and total + size > task_bytes(left, slots):
             yield range(start, number)
-            start, total = number, 0
+            start, total, left = number, 0, left - total
         total += size
     if sizes:
         yield range(start, len(sizes))
@@ -68,6 +76,10 @@ class Cluster(Protocol):
 
     def ask(self, question: Callable[[], NodeFacts]) -> list[NodeFacts]:
         """Return the answer of every node that does tasks."""
+
+    @property
+    def slots(self) -> int:
+        """The number of tasks that run at once."""
 
     @property
     def gpus(self) -> int:

@@ -103,6 +103,11 @@ class RayCluster:
         return int(sum(node["Resources"].get(resource, 0) for node in self._nodes))
 
     @property
+    def slots(self) -> int:
+        """The number of tasks that run at once: a processor or a GPU for each."""
+        return max(1, self.gpus or self._count("CPU"))
+
+    @property
     def gpus(self) -> int:
         """The number of GPUs of all nodes."""
         return self._count("GPU")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -54,7 +54,9 @@ class ClusterExecutor:
         sizes = {item.name: sum(each.nbytes for each in item.together) for item in run.plan.items}
         gpu = run.spec.device.type == "cuda"
         try:
-            for task, outcome in self.cluster.map(job, grouped(tasks, sizes), gpu=gpu, withdraw=job.withdraw):
+            for task, outcome in self.cluster.map(
+                job, grouped(tasks, sizes, self.cluster.slots), gpu=gpu, withdraw=job.withdraw
+            ):
                 start = run.spool.add(outcome.spooled).start if outcome.spooled else 0
                 run.take(task, [_moved(line, start) for line in outcome.lines])
                 run.advance(_nbytes(task, sizes))
@@ -62,18 +64,22 @@ class ClusterExecutor:
             job.withdraw()
 
 
-def grouped(tasks: Iterable[Task], sizes: dict[str, int]) -> Iterator[Task]:
+def grouped(tasks: Sequence[Task], sizes: dict[str, int], slots: int) -> Iterator[Task]:
     """Yield tasks of the same kind and shard together, up to some bytes, in the given order."""
-    group: Task | None = None
+    group, total, left = list[Task](), 0, sum(_nbytes(task, sizes) for task in tasks)
     for task in tasks:
-        if group and _goes_with(group, task) and _nbytes(group, sizes) + _nbytes(task, sizes) <= jobs.TASK_BYTES:
-            group = group._replace(names=group.names + task.names)
-            continue
-        if group:
-            yield group
-        group = task
+        nbytes = _nbytes(task, sizes)
+        if group and not (_goes_with(group[0], task) and total + nbytes <= jobs.task_bytes(left, slots)):
+            yield _joined(group)
+            group, total, left = [], 0, left - total
+        group.append(task)
+        total += nbytes
     if group:
-        yield group
+        yield _joined(group)
+
+
+def _joined(group: Sequence[Task]) -> Task:
+    return group[0]._replace(names=tuple(name for task in group for name in task.names))
 
 
 def _goes_with(group: Task, task: Task) -> bool:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from ..storage.safetensors import StoredTensor
 from .coded import CodedTensor, PartReader, Scheme, as_matrix
 from .evidence import Evidence
-from .numbers import unpack, values
+from .numbers import values
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,23 +36,24 @@ class Awq(Scheme):
     def decode(self, tensor: CodedTensor, read: PartReader, start: int, stop: int) -> Tensor:
         """Return rows of the dense weight's matrix in float64."""
         part = tensor.parts["scale"]
-        scale = values(read.columns(as_matrix(part), start * part.itemsize, stop * part.itemsize), part.dtype).T
-        zeros = _outputs(tensor.parts["zero"], read, start, stop).T.contiguous().double()
-        W = _outputs(tensor.parts["codes"], read, start, stop).T.contiguous().double()
-        columns = tensor.columns
-        W -= zeros.repeat_interleave(self.group, dim=1)[:, :columns]
-        return W.mul_(scale.repeat_interleave(self.group, dim=1)[:, :columns])
+        raw = read.columns(as_matrix(part), start * part.itemsize, stop * part.itemsize)
+        scale, zeros = values(raw, part.dtype).T, _outputs(tensor.parts["zero"], read, start, stop)
+        W = _outputs(tensor.parts["codes"], read, start, stop)
+        blocks = W.view(len(W), -1, self.group)
+        blocks.sub_(zeros.unsqueeze(2)).mul_(scale.unsqueeze(2))
+        return W
 
 
 def _outputs(part: StoredTensor, read: PartReader, start: int, stop: int) -> Tensor:
-    """Return the codes of some outputs, for every row of a part: uint8 (rows, stop − start)."""
+    """Return the codes of some outputs, for every row of a part: float64 (stop − start, rows)."""
     import torch
 
-    first = start // 8
-    words = read.columns(as_matrix(part), 4 * first, 4 * -(-stop // 8))
-    codes = unpack(words, 4, 2 * words.shape[1])
-    places = [8 * (output // 8) + PLACES[output % 8] - 8 * first for output in range(start, stop)]
-    return torch.stack([codes[:, place] for place in places], dim=1)
+    first, last = start // 8, -(-stop // 8)
+    words = read.columns(as_matrix(part), 4 * first, 4 * last).view(torch.int32).T.contiguous()
+    codes = torch.empty((last - first, 8, words.shape[1]), dtype=torch.float64, device=words.device)
+    for output, place in enumerate(PLACES):
+        codes[:, output] = words >> 4 * place & 15
+    return codes.view(-1, words.shape[1])[start - 8 * first : stop - 8 * first]
 
 
 def claim(found: Evidence) -> Iterator[CodedTensor]:
@@ -64,6 +65,8 @@ def claim(found: Evidence) -> Iterator[CodedTensor]:
         parts = {"codes": codes, **found.present({"zero": f"{module}.qzeros", "scale": f"{module}.scales"})}
         if len(parts) < 3 or codes.dtype != "I32" or len(codes.shape) != 2:
             continue
-        group = max(1, codes.shape[0] // max(1, parts["scale"].shape[0]))
+        group, rest = divmod(codes.shape[0], max(1, parts["scale"].shape[0]))
+        if rest or not group:
+            continue
         scheme = Awq(f"AWQ 4 bits, groups of {group}", group=group)
         yield found.dense(f"{module}.weight", (8 * codes.shape[1], codes.shape[0]), parts, scheme)

@@ -22,7 +22,7 @@ from ..storage.safetensors import CONFIG_DTYPES, StoredTensor, are_counts, is_po
 from .blocks import Blocks
 from .coded import CodedTensor, PartReader, Scheme, as_bytes_of
 from .evidence import Evidence
-from .numbers import picked, values
+from .numbers import pairs, values
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,13 +46,14 @@ class Nibbles(Scheme):
         first, last = start * tensor.columns, stop * tensor.columns
         begin = first - first % 2
         raw = _line(tensor.parts["codes"], read, begin // 2, -(-last // 2))
-        import torch
-
-        codes = torch.stack([raw >> 4, raw & 15], dim=-1).flatten()[first - begin :][: last - first]
-        W = picked(_table(tensor.parts["map"], read), codes)
+        table = tuple(_table(tensor.parts["map"], read).tolist())
+        W = pairs(raw[None], table, high_first=True).flatten()[first - begin :][: last - first]
         scales = self.absmax(tensor, read, first // self.block, -(-last // self.block))
         skipped = first % self.block
-        W *= scales.repeat_interleave(self.block)[skipped : skipped + len(W)]
+        if skipped or len(W) % self.block:
+            W = W * scales.repeat_interleave(self.block)[skipped : skipped + len(W)]
+        else:
+            W.view(-1, self.block).mul_(scales[:, None])
         return W.view(stop - start, tensor.columns)
 
     def absmax(self, tensor: CodedTensor, read: PartReader, start: int, stop: int) -> Tensor:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ..storage.safetensors import StoredTensor
 from .coded import CodedTensor, PartReader, Scheme, as_bytes_of, as_matrix
-from .numbers import E2M1, looked_up, spread, unpack, values
+from .numbers import E2M1, grouped, pairs, unpack, values
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,20 +54,25 @@ class Blocks(Scheme):
         """Return rows of the dense weight's matrix in float64."""
         W = self.codes(tensor, read, start, stop)
         if "zero" in tensor.parts:
-            W -= self._zeros(tensor, read, start, stop)
-        W *= self._across(tensor, read, self.scales(tensor, read, start, stop))
+            view, numbers = self._across(tensor, read, W, self._zeros(tensor, read, start, stop))
+            view.sub_(numbers)
+        view, numbers = self._across(tensor, read, W, self.scales(tensor, read, start, stop))
+        view.mul_(numbers)
         if "bias" in tensor.parts:
-            bias = self._by_rows(tensor.parts["bias"], read, start, stop)
-            W += self._across(tensor, read, values(bias, tensor.parts["bias"].dtype))
+            bias = values(self._by_rows(tensor.parts["bias"], read, start, stop), tensor.parts["bias"].dtype)
+            view, numbers = self._across(tensor, read, W, bias)
+            view.add_(numbers)
         return W
 
     def codes(self, tensor: CodedTensor, read: PartReader, start: int, stop: int) -> Tensor:
         """Return the values of codes, before any scale: (stop − start, columns)."""
         raw, count = read.rows(as_matrix(tensor.parts["codes"]), start, stop), tensor.columns
         if self.grid == "E2M1":
-            return looked_up(unpack(raw, 4, count), E2M1)
+            return pairs(raw, E2M1)[:, :count].contiguous()
         if self.grid in ("signed", "unsigned"):
             middle = 1 << self.bits - 1 if self.grid == "signed" else 0
+            if self.bits == 4:
+                return pairs(raw, tuple(float(code - middle) for code in range(16)))[:, :count].contiguous()
             return unpack(raw, self.bits, count).double().sub_(middle)
         return values(raw, self.grid)
 
@@ -101,22 +106,21 @@ class Blocks(Scheme):
         """Return the number of matrices of a part that has one number a block, and the rows of each."""
         return (part.shape[0] if len(part.shape) == 3 else 1), max(1, -(-self.height // self.rows))
 
-    def _across(self, tensor: CodedTensor, read: PartReader, numbers: Tensor) -> Tensor:
-        """Return one number for each column from one for each group of columns."""
+    def _across(self, tensor: CodedTensor, read: PartReader, W: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """Return views of W and of one number for each group of columns that broadcast."""
         if numbers.shape[1] > 1 and (index := tensor.parts.get("index")):
             group = values(read.rows(as_bytes_of(index, 1), 0, 1), index.dtype).long().flatten()
-            return numbers[:, group.clamp_(min=0)]
-        return spread(numbers, tensor.columns, self.columns)
+            return W, numbers[:, group.clamp_(min=0)]
+        return grouped(W, numbers, self.columns)
 
     def _zeros(self, tensor: CodedTensor, read: PartReader, start: int, stop: int) -> Tensor:
-        """Return the zero points of rows, for each column."""
+        """Return the zero points of rows, for each group of columns."""
         part = tensor.parts["zero"]
         if not self.packed_zeros:
-            zeros = values(self._by_rows(part, read, start, stop), part.dtype)
-            return self._across(tensor, read, zeros)
+            return values(self._by_rows(part, read, start, stop), part.dtype)
         first = start // 32 * 32  # 32 codes fill whole words
         words = read.rows(as_matrix(part), first * self.bits // 32, -(-stop * self.bits // 32))
         stream = words.view(len(words), -1, 4).transpose(0, 1).flatten(1)
         zeros = unpack(stream, self.bits, stop - first)[:, start - first :]
         middle = 1 << self.bits - 1 if self.grid == "signed" else 0
-        return self._across(tensor, read, zeros.T.double() - middle)
+        return zeros.T.double() - middle

@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING
 
 from .coded import CodedTensor, PartReader, Scheme, as_bytes_of, as_matrix
 from .evidence import Evidence
-from .numbers import spread, unpack, values
+from .numbers import grouped, pairs, unpack, values
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+FOUR_BITS = tuple(map(float, range(16)))
 METHODS = ("gptq", "auto-round", "auto_round", "autoround")
 
 
@@ -36,12 +37,11 @@ class Gptq(Scheme):
     """The number that is added to stored zero points."""
 
     def decode(self, tensor: CodedTensor, read: PartReader, start: int, stop: int) -> Tensor:
-        """Return rows of the dense weight's matrix in float64."""
+        """Return rows of the dense weight's matrix in float64; most are computed in columns as they lie on disk."""
         import torch
 
-        parts, count, columns = tensor.parts, stop - start, tensor.columns
-        words = read.columns(as_matrix(parts["codes"]), 4 * start, 4 * stop).view(-1, count, 4)
-        W = unpack(words.transpose(0, 1).reshape(count, -1), self.bits, columns).double()
+        parts, columns = tensor.parts, tensor.columns
+        words = read.columns(as_matrix(parts["codes"]), 4 * start, 4 * stop).view(torch.int32)
         first = start // 32 * 32  # 32 codes fill whole words
         stream = read.columns(as_matrix(parts["zero"]), first * self.bits // 8, -(-stop * self.bits // 32) * 4)
         zeros = unpack(stream, self.bits, stop - first)[:, start - first :].double() + self.zero
@@ -49,9 +49,35 @@ class Gptq(Scheme):
         scale = values(read.columns(as_matrix(part), start * part.itemsize, stop * part.itemsize), part.dtype)
         if "index" in parts:
             group = values(read.rows(as_bytes_of(parts["index"], 1), 0, 1), parts["index"].dtype).int().flatten()
-            if not torch.equal(group, torch.arange(columns, dtype=torch.int32, device=W.device) // self.group):
-                return W.sub_(zeros.T.index_select(1, group)).mul_(scale.T.index_select(1, group))
-        return W.sub_(spread(zeros.T, columns, self.group)).mul_(spread(scale.T, columns, self.group))
+            if not torch.equal(group, torch.arange(columns, dtype=torch.int32, device=group.device) // self.group):
+                W = self._codes(words, columns).sub_(zeros.index_select(0, group))
+                return W.mul_(scale.index_select(0, group)).T
+        if self.bits == 4:
+            W = pairs(words.T.contiguous().view(torch.uint8), FOUR_BITS)
+            view, numbers = grouped(W, zeros.T, self.group)
+            view.sub_(numbers)
+            view, numbers = grouped(W, scale.T, self.group)
+            view.mul_(numbers)
+            return W
+        W = self._codes(words, columns)
+        if len(zeros) * self.group == columns:
+            blocks = W.view(len(zeros), self.group, -1)
+            blocks.sub_(zeros.unsqueeze(1)).mul_(scale.unsqueeze(1))
+            return W.T
+        zeros, scale = (each.repeat_interleave(self.group, dim=0)[:columns] for each in (zeros, scale))
+        return W.sub_(zeros).mul_(scale).T
+
+    def _codes(self, words: Tensor, columns: int) -> Tensor:
+        """Return the codes of columns of words: float64 (columns of the weight, columns of words)."""
+        import torch
+
+        if 32 % self.bits:  # codes lie in two words
+            return unpack(words.T.contiguous().view(torch.uint8), self.bits, columns).T.double().contiguous()
+        each = 32 // self.bits
+        codes = torch.empty((len(words), each, words.shape[1]), dtype=torch.float64, device=words.device)
+        for place in range(each):
+            codes[:, place] = words >> self.bits * place & (1 << self.bits) - 1
+        return codes.view(-1, words.shape[1])[:columns]
 
 
 def claim(found: Evidence) -> Iterator[CodedTensor]:

@@ -61,6 +61,34 @@ def looked_up(codes: Tensor, table: tuple[float, ...]) -> Tensor:
     return picked(_table(table, codes.device), codes)
 
 
+def pairs(raw: Tensor, table: tuple[float, ...], *, high_first: bool = False) -> Tensor:
+    """Return a table's values for codes of 4 bits, two in a byte: float64 (rows, 2 · bytes).
+
+    One look-up gives both values of a byte, as a complex number: half the work of a look-up for each.
+    """
+    import torch
+
+    both = _pairs(table, high_first, raw.device).index_select(0, raw.flatten().int())
+    return torch.view_as_real(both).view(len(raw), -1)
+
+
+@cache
+def _pairs(values: tuple[float, ...], high_first: bool, device: torch.device) -> Tensor:  # noqa: FBT001 - for the cache
+    """Return the two values of every byte as complex numbers."""
+    import torch
+
+    low, high = torch.tensor(values, dtype=torch.float64, device=device).view(-1)[_nibbles(device)]
+    return torch.complex(high, low) if high_first else torch.complex(low, high)
+
+
+def _nibbles(device: torch.device) -> Tensor:
+    """Return the low and the high 4 bits of every byte: (2, 256)."""
+    import torch
+
+    every = torch.arange(256, device=device)
+    return torch.stack([every & 15, every >> 4])
+
+
 def picked(table: Tensor, codes: Tensor) -> Tensor:
     """Return the entries of a table that codes stand for."""
     return table.index_select(0, codes.flatten().int()).view(codes.shape)
@@ -87,3 +115,11 @@ def spread(scale: Tensor, columns: int, group: int) -> Tensor:
     if scale.shape[1] == 1:
         return scale
     return scale.repeat_interleave(group, dim=1)[:, :columns]
+
+
+def grouped(W: Tensor, numbers: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Return views of W and of one number for each group of columns that broadcast: no number is copied if possible."""
+    rows, columns = W.shape
+    if numbers.shape[1] > 1 and numbers.shape[1] * group == columns:
+        return W.view(rows, -1, group), numbers.unsqueeze(2)
+    return W, spread(numbers, columns, group)

@@ -15,6 +15,10 @@ from ..storage.safetensors import StoredTensor
 
 SMALL = 1 << 16
 """Bytes of a part that is read whole and kept, such as a table or the order of inputs."""
+WORDS = 16
+"""Bytes that strips are multiples of, so that words stay whole."""
+TOGETHER = 8
+"""Rows that some layouts have in one word: chunks end with a word."""
 MOST = 8
 """Such parts that are kept."""
 
@@ -53,12 +57,12 @@ class StoredParts:
             self._strips[place] = (first, last, strip)
             while len(self._strips) > 1 and sum(kept[2].numel() for kept in self._strips.values()) > 2 * STRIP_BYTES:
                 self._strips.pop(next(iter(self._strips)))
-        return strip[:, start - first : stop - first].to(self._device).contiguous()
+        return strip[:, start - first : stop - first].to(self._device)
 
     def _strip(self, part: StoredTensor, start: int, stop: int) -> tuple[int, int, Tensor]:
         """Read bytes of every row, from `start` on; more than asked for, if the strip is small then."""
         height, width = part.shape
-        last = min(width, max(stop, start + STRIP_BYTES // max(1, height)))
+        last = min(width, max(stop, start + STRIP_BYTES // max(1, height) // WORDS * WORDS))
         if (start, last) == (0, width):
             return start, last, self._read(part, 0, height)
         length = last - start
@@ -82,10 +86,12 @@ def decode(tensor: StoredTensor, parts: StoredParts, start: int, out: Tensor) ->
     narrow = rows[1] // max(1, columns)  # rows of the scheme in one row of the matrix
     lines = out.view(-1, columns)
     height = max(1, CHUNK_ELEMENTS // max(1, columns))
-    for first in range(0, len(lines), height):
-        part = lines[first : first + height]
+    height, first = height - height % TOGETHER if height > TOGETHER else height, 0
+    while first < len(lines):
         begin = start * narrow + first
+        part = lines[first : first + height - (begin % TOGETHER if height > TOGETHER else 0)]
         part.copy_(tensor.scheme.decode(tensor, parts, begin, begin + len(part)))
+        first += len(part)
     return out
 
 

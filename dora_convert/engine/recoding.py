@@ -15,6 +15,7 @@ from ..codecs.blocks import Blocks
 from ..codecs.coded import CHUNK_ELEMENTS, CodedTensor, as_bytes_of
 from ..codecs.numbers import unpack, values
 from ..errors import NumericalError
+from ..maths.lora import all_finite
 from ..output.finished import TensorResult
 from ..output.shards import ShardFiles
 from ..plan.item import Item
@@ -127,7 +128,7 @@ class RecodedTensor:
     def _merged(self, start: int, stop: int) -> Tensor:
         """Return some rows of the merge's result, in the compute dtype on the device."""
         x = self.maker.merged(self.buffers.raw(self.item.source, start, stop), start, stop)
-        if not bool(torch.isfinite(x).all()) or not all(edit.is_finite() for edit in self.maker.edits):
+        if not all_finite(x) or not all(edit.is_finite() for edit in self.maker.edits):
             raise NumericalError(
                 f"{self.item.name}: the merged weight holds NaN or Inf.",
                 hint="is this the base that the adapter was trained on?",

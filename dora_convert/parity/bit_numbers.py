@@ -12,9 +12,9 @@ def number(bits: Tensor, dtype: str) -> Tensor:
     """Return the number of a stored dtype that some bits are."""
     match dtype:
         case "F8_E4M3":
-            return float_value(bits, exponent=4, mantissa=3)
+            return float_value(torch.arange(256), exponent=4, mantissa=3)[bits]
         case "F8_E5M2":
-            return float_value(bits, exponent=5, mantissa=2)
+            return float_value(torch.arange(256), exponent=5, mantissa=2)[bits]
         case "F16":
             return float_value(bits, exponent=5, mantissa=10)
         case "BF16":

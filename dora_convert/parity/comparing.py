@@ -15,8 +15,9 @@ from ..reports.verify import CheckedModule
 from ..storage.reader import Reader
 from ..storage.safetensors import StoredTensor
 from .combined import expected_of
+from .expected import ARRAYS
 from .recoded import compare_coded
-from .tensor import Outputs, compare_all
+from .tensor import ON_DEVICE, Outputs, compare_all
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Comparing:
                 return _compare_coded(item, written, reader, self.samples, device)
         if item.verbatim and item.source.dtype == written.dtype:
             return reader.same_bytes(item.source, written)
-        with holding(item.cost(8)):
+        with holding(item.cost(8) + (0 if device.type == "cpu" else 8 * ARRAYS * ON_DEVICE)):
             module = compare_all(item, written, reader, self.samples, device)
         return module if item.changed else not module.wrong_elements
 

@@ -1,4 +1,4 @@
-"""Decode rows of GGUF's quantised types by their definitions: for each element its bits, its scale and its least value.
+"""Decode rows of GGUF's quantised types by their definitions: for each element its bits, its scale, its least value.
 
 codecs/gguf_blocks.py decodes whole blocks with tables of its own; nothing but names is shared.
 """
@@ -37,10 +37,10 @@ class ReadsBits(Protocol):
         """Return the numbers, int64."""
 
 
-class GgmlRow:
-    """Elements of one row: `at` reads bits of each element's block."""
+class GgmlRows:
+    """Elements of rows, whose numbers stand in a column: `at` reads bits of each element's block."""
 
-    def __init__(self, scheme: Ggml, row: int, columns: int, bits: ReadsBits) -> None:
+    def __init__(self, scheme: Ggml, row: Tensor, columns: int, bits: ReadsBits) -> None:
         self.kind = scheme.kind
         self.elements, self.nbytes, self.planes, self.added = FORMS[scheme.kind]
         j = torch.arange(columns)
@@ -67,7 +67,7 @@ class GgmlRow:
         return scale * self._code() - least
 
     def _code(self) -> Tensor:
-        e, code, below = self.e, torch.zeros_like(self.e), 0
+        e, code, below = self.e, torch.zeros_like(self._block), 0
         if self.kind == "Q8_0":
             return self.signed(2 + e)
         if self.kind == "TQ1_0":
@@ -89,33 +89,33 @@ class GgmlRow:
         return self.at(byte, 0, 8) * 3**k % 256 * 3 // 256
 
 
-def stored_row(scheme: Ggml, row: int) -> int:
-    """Return the number on disk of a row; in Meta's order, the pairs of a head's two halves lie side by side."""
+def stored_row(scheme: Ggml, row: Tensor) -> Tensor:
+    """Return the numbers on disk of rows; in Meta's order, the pairs of a head's two halves lie side by side."""
     if not scheme.head:
         return row
-    head, inside = divmod(row, scheme.head)
-    part, pair = divmod(inside, scheme.head // 2)
+    head, inside = row // scheme.head, row % scheme.head
+    part, pair = inside // (scheme.head // 2), inside % (scheme.head // 2)
     return head * scheme.head + 2 * pair + part
 
 
-def _plain(row: GgmlRow) -> tuple[Tensor, Tensor | float]:
+def _plain(row: GgmlRows) -> tuple[Tensor, Tensor | float]:
     if row.kind in ("Q4_1", "Q5_1"):
         return row.half(0), -row.half(2)
     return row.half({"TQ1_0": 52, "TQ2_0": 64}.get(row.kind, 0)), 0.0
 
 
-def _q2_k(row: GgmlRow) -> tuple[Tensor, Tensor]:
+def _q2_k(row: GgmlRows) -> tuple[Tensor, Tensor]:
     group = row.e // 16
     return row.half(80) * row.at(group, 0, 4), row.half(82) * row.at(group, 4, 4)
 
 
-def _q3_k(row: GgmlRow) -> tuple[Tensor, float]:
+def _q3_k(row: GgmlRows) -> tuple[Tensor, float]:
     group = row.e // 16
     low, high = row.at(96 + group % 8, group // 8 * 4, 4), row.at(104 + group % 4, group // 4 * 2, 2)
     return row.half(108) * (low + 16 * high - 32), 0.0
 
 
-def _q45_k(row: GgmlRow) -> tuple[Tensor, Tensor]:
+def _q45_k(row: GgmlRows) -> tuple[Tensor, Tensor]:
     group = row.e // 32
     early, g = group < 4, group % 4
 
@@ -125,21 +125,21 @@ def _q45_k(row: GgmlRow) -> tuple[Tensor, Tensor]:
     return row.half(0) * six(4, 0), row.half(2) * six(8, 4)
 
 
-def _q6_k(row: GgmlRow) -> tuple[Tensor, float]:
+def _q6_k(row: GgmlRows) -> tuple[Tensor, float]:
     return row.half(208) * row.signed(192 + row.e // 16), 0.0
 
 
-def _iq4_xs(row: GgmlRow) -> tuple[Tensor, float]:
+def _iq4_xs(row: GgmlRows) -> tuple[Tensor, float]:
     group = row.e // 32
     low, high = row.at(4 + group // 2, group % 2 * 4, 4), row.at(2 + group // 4, group % 4 * 2, 2)
     return row.half(0) * (low + 16 * high - 32), 0.0
 
 
-def _mxfp4(row: GgmlRow) -> tuple[Tensor, float]:
+def _mxfp4(row: GgmlRows) -> tuple[Tensor, float]:
     return torch.pow(torch.tensor(2.0, dtype=torch.float64), (row.at(0, 0, 8) - 127).double()), 0.0
 
 
-SCALES: dict[str, Callable[[GgmlRow], tuple[Tensor, Tensor | float]]] = {
+SCALES: dict[str, Callable[[GgmlRows], tuple[Tensor, Tensor | float]]] = {
     "Q2_K": _q2_k, "Q3_K": _q3_k, "Q4_K": _q45_k, "Q5_K": _q45_k, "Q6_K": _q6_k, "IQ4_XS": _iq4_xs, "MXFP4": _mxfp4,
 }  # fmt: skip
 """Scales and least values that are more than one float16 each."""

@@ -23,7 +23,8 @@ from .expected import CPU, Block, Expected
 from .roundings import coarser
 from .self_check import distance
 
-CHUNK_ELEMENTS = 3 << 15
+CHUNK_ELEMENTS, ON_DEVICE = 3 << 15, 1 << 21
+"""Elements that are compared together on a processor, and on a device, which costs time for each step."""
 ROUNDED_ONCE = 0.001
 """Largest share of elements off the rounded result after one rounding; float32 leaves a third of it."""
 FEW = 2
@@ -127,7 +128,8 @@ def compare_all(
     expected = _definition(item, reader, device)
     outputs = Outputs(expected, samples if item.changed and len(item.shape) > 1 else 0, device)
     differing, total, lengths = [], 0, lengths_of(expected)
-    for rows in expected.chunks(range(item.matrix[0] + item.grown), CHUNK_ELEMENTS):
+    elements = CHUNK_ELEMENTS if device.type == "cpu" else ON_DEVICE
+    for rows in expected.chunks(range(item.matrix[0] + item.grown), elements):
         block, raw = expected.block(rows), read_rows(reader, written, rows).to(device)
         if off := count_off(block.x, raw, item.dtype):
             differing.append(rows)

@@ -90,6 +90,10 @@ def _compare(
     if cluster:
         return _compare_on(cluster, pairing, settings, samples, advance)
     spec = choose(settings.device, "float64")
+    if spec.staged:
+        from ..engine.device_plan import fit_memory
+
+        fit_memory(spec, settings)
     settings.notify(f"device: {spec}")
     workers: WorkerPool[ComputeSpec] = WorkerPool(settings.max_memory, spec.dealt(), reader.stop)
     comparing = Comparing(pairing.pairs, samples, spec)
@@ -113,7 +117,7 @@ def _compare_on(
     spec = choose_for(cluster, replace(settings, compute_dtype="float64"))
     settings.notify(f"device: {spec}")
     results: dict[int, CheckedModule | bool] = {}
-    tasks = ranges([written.nbytes for _, written in pairing.pairs])
+    tasks = ranges([written.nbytes for _, written in pairing.pairs], cluster.slots)
     job = Comparing(pairing.pairs, samples, spec)
     for numbers, found in cluster.map(job, tasks, gpu=spec.device.type == "cuda"):
         results |= zip(numbers, found, strict=True)

@@ -6,7 +6,7 @@ The planner sees the base as if it were dense. Afterwards this file says which s
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -24,6 +24,7 @@ from ..storage.safetensors import FLOATS, StoredTensor
 from .item import Item
 from .plan import Options, Plan
 from .quantised_config import dense_modules, skipping, undescribed, without_quantisation
+from .shapes import is_conv1d
 from .sharding import lay_out
 
 FUSED = (
@@ -95,6 +96,16 @@ class QuantisedBase:
                 hint="name the full-precision checkpoint that it was made from",
             )
 
+    def refuse_conv1d(self, names: Iterable[str]) -> None:
+        """Raise UnsupportedError for quantised Conv1D weights: tools store (out, in), the model has (in, out)."""
+        chosen = [name for name in names if name in self.coded and is_conv1d(name, self.base.model_types)]
+        if chosen:
+            raise UnsupportedError(
+                f"{self.base.source.name} has quantised weights of Conv1D, which are stored transposed: not read.",
+                faults=[Fault(name, self.coded[name].scheme.title) for name in chosen],
+                hint="name the full-precision checkpoint that it was made from",
+            )
+
     def warnings(self) -> Iterator[str]:
         """Yield a warning if the config says quantised and the weights are dense."""
         if not self.coded and not self.unread:
@@ -112,6 +123,7 @@ class QuantisedBase:
                 f"{self.base.source.name} is a GGUF model, and a merge writes no GGUF files.",
                 hint="--dequantize writes a dense checkpoint",
             )
+        self.refuse_conv1d(name for name, item in items.items() if item.changed or self._all_dense)
         plan = replace(plan, warnings=(*plan.warnings, *self.warnings()))
         again = self._coded_again(items)
         dense = self._dense_names(items, again)
@@ -174,7 +186,9 @@ class QuantisedBase:
 
     def _refusal(self, faults: Mapping[str, CodedTensor]) -> UnsupportedError:
         """Return the error that names the ways out."""
-        hint = "--dequantize writes all weights dense; --dequantize-touched only those that the adapter changes"
+        hint = (
+            "--dequantize writes all weights dense, into OUT; --dequantize-touched only those that the adapter changes"
+        )
         may = [tensor for tensor in faults.values() if tensor.scheme.writes == "asked"]
         if may:
             hint += "; --requantize rounds to the old bits, which loses most of the change"
@@ -200,6 +214,7 @@ def as_dense(base: Checkpoint) -> Checkpoint:
     if not base.may_be_quantised or not (quantised := QuantisedBase.of(base, Options(quantised="all"))):
         return base
     quantised.refuse_unread(())
+    quantised.refuse_conv1d(quantised.coded)
     return quantised.dense
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from ..errors import UnsupportedError, UsageError
-from ..options import MergeOptions, UnmergeOptions
+from ..options import MergeOptions, UnmergeOptions, flag
 from ..output.in_place import InPlace
 from ..output.receipt import read_receipt
 from ..plan.plan import Plan
@@ -20,6 +20,9 @@ def refuse_options(options: InPlaceOptions) -> None:
     """Raise UsageError for options that mean nothing in place, or mean nothing elsewhere."""
     if options["in_place"] and options["overwrite"]:
         raise UsageError("--in-place writes no OUT that --overwrite could replace.")
+    for name in ("dequantize", "dequantize_touched", "requantize", "base_as"):
+        if options["in_place"] and options.get(name):
+            raise UsageError(f"{flag(name)} does not go with --in-place.", hint="name an OUT instead")
     if options["allow_lossy"] and not options["in_place"]:
         raise UsageError("--allow-lossy goes with --in-place.", hint="a merge into OUT loses nothing: BASE stays")
 
@@ -51,7 +54,7 @@ def open_place(plan: Plan) -> InPlace:
     if any(item.source.coded for item in plan.items):
         raise UnsupportedError(
             f"{checkpoint.source.name} is quantised, and its quantised weights are not changed in place.",
-            hint="name an OUT instead",
+            hint="name an OUT instead; --dequantize goes with it",
         )
     if any(edit.follows and edit.divides for item in plan.items if not item.undo for edit in item.edits):
         raise UnsupportedError(

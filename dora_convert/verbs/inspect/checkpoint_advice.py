@@ -57,26 +57,35 @@ def _dense_parameters(base: Checkpoint, coded: Mapping[str, Any]) -> int:
 
 def _verdicts(base: Checkpoint, quantised: Mapping[str, Any] | None) -> Iterator[LoaderAdvice]:
     """Yield each program's verdict."""
-    pickled = not all(shard.filename.endswith(".safetensors") for shard in base.shards)
     lacking = list(_lacking(base))
     for loader, source in PROGRAMS.items():
-        why, verdict = list(lacking), "no" if lacking else "yes"
-        if loader == "MLX" and pickled:
-            why, verdict = [*why, "reads safetensors only"], "no"
-        if loader == "MLX" and any(not shard.filename.startswith("model") for shard in base.shards):
-            why, verdict = [*why, "reads files named model*.safetensors only"], "no"
-        if quantised and (objection := _objection(loader, str(quantised["method"]), base)):
-            why, verdict = [*why, objection], "no"
-        if loader == "llama.cpp":
-            why = [*why, "by its convert_hf_to_gguf.py"] if verdict == "yes" and not base.gguf else why
-        if (
-            loader in {"vLLM", "SGLang", "llama.cpp"}
-            and verdict == "yes"
-            and not base.gguf
-            and not _has_tokenizer(base.side_files)
-        ):
-            why = [*why, "with a tokenizer from elsewhere"]
+        against = [*lacking, *_objections(loader, base, quantised)]
+        why = against or list(_conditions(loader, base))
+        verdict = "no" if against else "yes"
         yield LoaderAdvice(loader=loader, verdict=verdict, why="; ".join(why), source=source, command=None)
+
+
+def _objections(loader: str, base: Checkpoint, quantised: Mapping[str, Any] | None) -> Iterator[str]:
+    """Yield why a program does not load the files."""
+    names = [shard.filename for shard in base.shards]
+    if loader == "MLX" and not all(name.endswith(".safetensors") for name in names):
+        yield "reads safetensors only"
+    if loader == "MLX" and any(not name.startswith("model") for name in names):
+        yield "reads files named model*.safetensors only"
+    if quantised and (objection := _objection(loader, str(quantised["method"]), base)):
+        yield objection
+
+
+def _conditions(loader: str, base: Checkpoint) -> Iterator[str]:
+    """Yield what a program that loads the files needs for it."""
+    if base.gguf:
+        if loader == "vLLM":
+            yield "with its package vllm-gguf-plugin, from one file, and with --tokenizer of the original"
+        return
+    if loader == "llama.cpp":
+        yield "by its convert_hf_to_gguf.py"
+    if loader in {"vLLM", "SGLang", "llama.cpp"} and not _has_tokenizer(base.side_files):
+        yield "with a tokenizer from elsewhere"
 
 
 def _lacking(base: Checkpoint) -> Iterator[str]:
@@ -95,7 +104,7 @@ def _has_tokenizer(files: Collection[str]) -> bool:
 def _objection(loader: str, method: str, base: Checkpoint) -> str | None:
     """Return why a program does not load a kind of quantisation; None if it does."""
     if base.gguf:
-        return None if loader in {"llama.cpp", "transformers"} else "reads no GGUF; a merge with --dequantize is dense"
+        return "reads no GGUF; a merge with --dequantize is dense" if loader == "MLX" else None
     own = isinstance((base.config or {}).get("quantization"), Mapping)
     if own or method == "mlx":
         return None if loader == "MLX" else "MLX's quantisation is its own; a merge with --dequantize is dense"

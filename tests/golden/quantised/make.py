@@ -144,6 +144,27 @@ def check_fp8(folder):
         assert torch.allclose(theirs.flatten()[:4], first, rtol=2**-7), module
 
 
+def make_fp4_packed(folder):
+    """DeepSeek V4's experts: two 4-bit floats in an int8, with an exponent for 32 inputs; the other linears are fp8."""
+    import torch
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    chance, tensors, truth = torch.Generator().manual_seed(4), {}, {}
+    for name, value in weights().items():
+        module = name.removesuffix(".weight")
+        if module not in LINEARS:
+            tensors[name] = torch.tensor(value).bfloat16()
+            continue
+        N, K = value.shape
+        packed = torch.randint(-128, 128, (N, K // 2), generator=chance, dtype=torch.int64).to(torch.int8)
+        exponent = torch.randint(118, 123, (N, K // 32), generator=chance).to(torch.uint8)
+        tensors[name], tensors[f"{module}.scale"] = packed, exponent.view(torch.float8_e8m0fnu)
+        decoded = Fp8Dequantize(None)._dequantize_one(packed, exponent, output_dtype=torch.float32)
+        truth[name] = decoded.double().numpy()
+    said = {"quant_method": "fp8", "weight_block_size": [16, 16], "modules_to_not_convert": ["lm_head"]}
+    folder.save("fp8-packed-fp4", tensors, truth, said)
+
+
 # ---- compressed-tensors
 
 
@@ -617,7 +638,7 @@ def e4m3(raw):
 
 
 MAKERS = {
-    "fp8": make_fp8, "check": check_fp8, "compressed": make_compressed, "bitsandbytes": make_bitsandbytes, "torchao": make_torchao,
+    "fp8": make_fp8, "fp4-packed": make_fp4_packed, "check": check_fp8, "compressed": make_compressed, "bitsandbytes": make_bitsandbytes, "torchao": make_torchao,
     "gptq": make_gptq, "awq": make_awq, "gpt-oss": make_gpt_oss, "modelopt": make_modelopt,
 }  # fmt: skip
 
