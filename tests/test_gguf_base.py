@@ -19,6 +19,7 @@ from dora_convert.storage.reader import Reader
 
 from . import gguf_bases
 from .gguf_bases import HALVES, HEADS, in_metas_order, llama, pairs_of, write_file
+from .hubserver import Hub, run
 from .quantised_bases import ALPHA, RANK, WholeParts, opened, rounded
 
 QUICK = {"device": "cpu", "workers": 1}
@@ -152,6 +153,36 @@ def test_a_folder_and_split_files(tmp_path):
     (folder / "m-00002-of-00002.gguf").unlink()
     with pytest.raises(RefError, match="lacks m-00002"):
         opened(folder)
+
+
+def test_files_on_the_hub(tmp_path):
+    """A file of a repo, or the only model of one, is downloaded with all its parts; of several none is chosen."""
+    repo = tmp_path / "hub/quants"
+    repo.mkdir(parents=True)
+    adapter_for(tmp_path / "adapter", llama(repo / "m.gguf", "Q8_0", split=6), dora=False)
+    (repo / "README.md").write_text("# quants")
+    hub = Hub({"org/quants": repo}, tmp_path / "hub")
+    try:
+        base = "hf://org/quants/m-00001-of-00002.gguf"
+        words = [tmp_path / "adapter", tmp_path / "a", "--dequantize"]
+        done = run(hub, tmp_path / "cache", "merge", base, *words, HF_TOKEN="")
+        assert done.returncode == 0, done.stderr
+        again = run(
+            hub, tmp_path / "cache", "merge", "org/quants", words[0], tmp_path / "b", "--dequantize", HF_TOKEN=""
+        )
+        assert again.returncode == 0, again.stderr
+        names = [f"model-0000{k}-of-00002.safetensors" for k in (1, 2)]
+        for name in names:
+            assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+        llama(repo / "other.gguf", "Q4_0")
+        refused = run(
+            hub, tmp_path / "new", "merge", "org/quants", words[0], tmp_path / "c", "--dequantize", HF_TOKEN=""
+        )
+        assert refused.returncode == 2
+        assert "Several GGUF models" in refused.stderr
+    finally:
+        hub.shutdown()
+        hub.server_close()
 
 
 def test_other_verbs_read_it(tmp_path):

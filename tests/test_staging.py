@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from importlib import import_module
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -169,6 +173,22 @@ def test_staged_faults_are_found(tmp_path, staged):
     with pytest.raises(NumericalError, match="overflows F16"):
         dora_convert.merge(base.path, adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_bench_compares_bytes(tmp_path, monkeypatch):
+    """bench/gpu.py builds its models, and finds the bytes of a device and of a processor the same."""
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "bench")
+    gpu, verbs = import_module("gpu"), import_module("gpu_verbs")
+    try:
+        table = gpu.Table()
+        bench = verbs.Bench("cpu", tmp_path, table, 1)
+        bench.build(1, 64)
+        bench.compare_bytes()
+        assert not table.failed
+        assert sum(line.endswith("| yes |") for line in table.lines) == 4
+    finally:
+        for name in ("gpu", "gpu_verbs", "synthetic"):
+            sys.modules.pop(name)
 
 
 def test_read_ahead_yields_every_block(tmp_path, monkeypatch):
