@@ -11,6 +11,7 @@
 # make oracles compare with the tools themselves (minutes); CASES=FOLDER adds their own adapters
 #              GGUF=FILE compares a real model in GGUF with transformers' loader, too
 #              QUANTISERS=VENV/bin adds quantised bases, in an environment with the tools that make them
+#              MERGEKIT=VENV/bin/python compares DELLA with mergekit's
 #              TOOLS=VENV/bin makes adapters with lycoris-lora, diffusers and PEFT, and loads ours with these, mlx-lm
 #              and torchtune; LLAMA_CPP=FOLDER is llama.cpp's source, whose converter writes the same GGUF adapters
 # make gpu     test and time everything on a GPU, with PYTHON's own torch; GPU="--device cpu --scale 8" rehearses it
@@ -111,6 +112,7 @@ oracles: $(VENV)/ready
 	$(BIN)/python -m tests.oracles.families
 	$(BIN)/python -m tests.oracles.verbs
 	$(BIN)/python -m tests.oracles.kinds
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.oracles.methods $(MERGEKIT)
 	$(BIN)/python -m tests.oracles.gguf $(GGUF)
 	$(if $(QUANTISERS),$(QUANTISERS)/python tests/oracles/quantised.py)
 	$(if $(TOOLS),$(TOOLS)/python tests/oracles/formats.py $(BIN)/dora-convert)

@@ -61,9 +61,11 @@ class Bench:
         scale_model(scale)
         torch.manual_seed(0)
         for folder, count in ((self.base.parent, layers), (self.few, min(layers, FEW_LAYERS))):
-            synthetic.write_base(folder / "base", count, 5 if folder != self.few else 1)
+            todo = synthetic.shapes(count, synthetic.VOCABULARY, experts=0)
+            linear = {name: shape for name, shape in todo.items() if name.endswith("_proj.weight")}
+            synthetic.write_base(folder / "base", todo, 5 if folder != self.few else 1)
             for kind in ("dora", "lora"):
-                synthetic.write_adapter(folder / kind, count, 16, list(synthetic.LINEAR), dora=kind == "dora")
+                synthetic.write_adapter(folder / kind, linear, 16, dora=kind == "dora")
 
     def on(self, device: str, call: Callable[..., Any], *paths: Path, **options: Any) -> Any:
         """Call a verb on a device."""

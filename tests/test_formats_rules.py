@@ -198,6 +198,33 @@ def test_torchtune_puts_rows_in_order(merge, tensors, order):
     assert_near(merged[f"{Q}.weight"], tensors[f"{Q}.weight"].double() + 2 * rows.double() @ A.double())
 
 
+@pytest.mark.parametrize("names", ["kohya", "diffusers"])
+def test_ai_toolkit_adds_outside_of_the_norm(merge, tensors, tmp_path, names):
+    """(m/n)·(W + BA) + (s − 1)·BA, n of W + BA; alpha is in no file. Verified, undone, and never written as one DoRA."""
+    A, B, m = rand(2, HIDDEN), rand(WIDE, 2) * 0.1, near(tensors[f"{UP}.weight"].norm(dim=1))
+    flat = f"lora_unet_{UP.replace('.', '_')}"
+    prefix, ends = (flat, ("lora_down", "lora_up")) if names == "kohya" else (f"transformer.{UP}", ("lora_A", "lora_B"))
+    file = {f"{prefix}.{ends[0]}.weight": A, f"{prefix}.{ends[1]}.weight": B, f"{prefix}.magnitude": m}
+    merged = merge({"style.safetensors": file}, alpha=6.0)
+    BA = B.double() @ A.double()
+    V = tensors[f"{UP}.weight"].double() + BA
+    assert_near(merged[f"{UP}.weight"], m.double()[:, None] * V / V.norm(dim=1, keepdim=True) + 2 * BA)
+    base, adapter = tmp_path / "base", tmp_path / "files/style.safetensors"
+    assert dora_convert.verify(base, adapter, tmp_path / "out", alpha=6.0).verdict == "agree"
+    dora_convert.unmerge(tmp_path / "out", adapter, tmp_path / "back")
+    back = load_file(tmp_path / "back/model.safetensors")
+    assert_near(back[f"{UP}.weight"], tensors[f"{UP}.weight"].double())
+    for verb, options in ((dora_convert.to_lora, {"rank": 2}), (dora_convert.convert, {"to": "kohya"})):
+        words = (base, adapter) if verb is dora_convert.to_lora else (adapter,)
+        more = options if verb is dora_convert.to_lora else options | {"base": base}
+        with pytest.raises(UnsupportedError) as caught:
+            verb(*words, tmp_path / "new", alpha=6.0, **more)
+        assert "is changed twice" in caught.value.text()
+    save_file(file | {f"{prefix}.alpha": torch.tensor(2.0)}, tmp_path / "own.safetensors")
+    with pytest.raises(UsageError, match="have it, or need none"):
+        dora_convert.merge(base, tmp_path / "own.safetensors", tmp_path / "other", alpha=6.0)
+
+
 def vera_file() -> dict[str, torch.Tensor]:
     """AdapterHub's VeRA of one module, without the matrices that modules share."""
     return {f"{UP}.loras.x.vera_D": rand(2, 2), f"{UP}.loras.x.vera_B": rand(WIDE, WIDE)}

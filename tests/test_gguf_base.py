@@ -19,6 +19,7 @@ from dora_convert.storage.reader import Reader
 
 from . import gguf_bases
 from .gguf_bases import HALVES, HEADS, in_metas_order, llama, pairs_of, write_file
+from .hubserver import Hub, run
 from .quantised_bases import ALPHA, RANK, WholeParts, opened, rounded
 
 QUICK = {"device": "cpu", "workers": 1}
@@ -154,6 +155,36 @@ def test_a_folder_and_split_files(tmp_path):
         opened(folder)
 
 
+def test_files_on_the_hub(tmp_path):
+    """A file of a repo, or the only model of one, is downloaded with all its parts; of several none is chosen."""
+    repo = tmp_path / "hub/quants"
+    repo.mkdir(parents=True)
+    adapter_for(tmp_path / "adapter", llama(repo / "m.gguf", "Q8_0", split=6), dora=False)
+    (repo / "README.md").write_text("# quants")
+    hub = Hub({"org/quants": repo}, tmp_path / "hub")
+    try:
+        base = "hf://org/quants/m-00001-of-00002.gguf"
+        words = [tmp_path / "adapter", tmp_path / "a", "--dequantize"]
+        done = run(hub, tmp_path / "cache", "merge", base, *words, HF_TOKEN="")
+        assert done.returncode == 0, done.stderr
+        again = run(
+            hub, tmp_path / "cache", "merge", "org/quants", words[0], tmp_path / "b", "--dequantize", HF_TOKEN=""
+        )
+        assert again.returncode == 0, again.stderr
+        names = [f"model-0000{k}-of-00002.safetensors" for k in (1, 2)]
+        for name in names:
+            assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+        llama(repo / "other.gguf", "Q4_0")
+        refused = run(
+            hub, tmp_path / "new", "merge", "org/quants", words[0], tmp_path / "c", "--dequantize", HF_TOKEN=""
+        )
+        assert refused.returncode == 2
+        assert "Several GGUF models" in refused.stderr
+    finally:
+        hub.shutdown()
+        hub.server_close()
+
+
 def test_other_verbs_read_it(tmp_path):
     """inspect names the types and counts dense weights; extract and to-lora take the dense values."""
     base = tmp_path / "model.gguf"
@@ -222,3 +253,16 @@ def test_scaled_rotary_embeddings(tmp_path):
     path = write_file(tmp_path / "b.gguf", "llama", {**embedding, "rope_freqs.weight": factors**2}, pairs=pairs)
     with pytest.raises(UnsupportedError, match="rotary"):
         opened(path)
+
+
+def test_fitting_verbs(tmp_path):
+    """from-lora, to-lora, analyze and inspect of an adapter take the dense values, without a word of dequantising."""
+    base = tmp_path / "model.gguf"
+    values = llama(base, "Q5_K")
+    adapter_for(tmp_path / "lora", values, dora=False)
+    adapter_for(tmp_path / "dora", values, dora=True)
+    made = dora_convert.from_lora(base, tmp_path / "lora", tmp_path / "a", device="cpu")
+    assert {module.name.removesuffix(".weight") for module in made.modules} == set(MODULES)
+    assert dora_convert.to_lora(base, tmp_path / "dora", tmp_path / "b", rank=64, device="cpu").relative_error < 0.9
+    assert len(dora_convert.analyze(base, tmp_path / "lora", device="cpu").points) == len(MODULES)
+    assert "does not fit" not in str(dora_convert.inspect(tmp_path / "lora", base=base).to_dict())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from peft.utils import merge_utils
@@ -75,6 +77,9 @@ def test_as_peft_combines(case, tmp_path, method):
     options = {"method": method.partition(" ")[0], "weight": WEIGHTS, **options}
     report = dora_convert.merge(base.path, adapters, tmp_path / "out", **options)
     assert (report.verified.wrong_elements, report.verified.max_ulp) == (0, 0)
+    told = json.loads(json.dumps(report.to_dict()))
+    assert (told["method"], told["weights"]) == (options["method"], list(WEIGHTS))
+    assert told["density"] == [options["density"]] * 3 if "density" in options else told["density"] == []
     close(load(tmp_path / "out"), combined(case, oracle))
     checked = dora_convert.verify(base.path, adapters, tmp_path / "out")
     assert checked.verdict == "agree"

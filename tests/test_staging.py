@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from importlib import import_module
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -14,6 +18,7 @@ from dora_convert.engine.device_plan import DEVICE_MEMORY, fit_memory
 from dora_convert.engine.precision import ComputeSpec
 from dora_convert.engine.staging import read_ahead
 from dora_convert.parity.self_check import SelfCheck, sample_rows
+from dora_convert.plan import large_blocks
 from dora_convert.plan.item import Item
 from dora_convert.plan.large_blocks import LargeItem
 from dora_convert.settings import Settings
@@ -169,6 +174,47 @@ def test_staged_faults_are_found(tmp_path, staged):
     with pytest.raises(NumericalError, match="overflows F16"):
         dora_convert.merge(base.path, adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_default_budget_is_a_devices(tmp_path, staged, run, monkeypatch):
+    """A tensor whose block takes more than a processor's default is merged without an option, by either interface."""
+    monkeypatch.setattr(large_blocks, "TEMPORARY", 1 << 20)
+    base = make_base(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", base, dora=True)
+    dora_convert.merge(base.path, adapter, tmp_path / "out")
+    assert run("merge", base.path, adapter, tmp_path / "again", "--quiet")[0] == 0
+    assert run("merge", base.path, adapter, tmp_path / "third", "--max-memory", "200MiB")[0] == 2
+
+
+@pytest.mark.parametrize("undo", ["norms", "exact"])
+def test_the_budget_covers_the_buffers(tmp_path, staged, monkeypatch, undo):
+    """All buffers of a worker, the ring included, are within the cost of the costliest tensor."""
+    held, plans = [], []
+    start, begin = DeviceBuffers.__init__, engine_run.Run.__post_init__
+    monkeypatch.setattr(DeviceBuffers, "__init__", lambda self, *args: held.append(self) or start(self, *args))
+    monkeypatch.setattr(engine_run.Run, "__post_init__", lambda self: plans.append(self.plan) or begin(self))
+    base = make_base(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", base, dora=True)
+    dora_convert.merge(base.path, adapter, tmp_path / "out", workers=1, undo=undo)
+    nbytes = [buffer.numel() for buffers in held for buffer in buffers._buffers.values()]
+    assert any(name.startswith("in 3") for buffers in held for name in buffers._buffers)  # a whole ring
+    assert plans[0].memory / 3 < sum(nbytes) <= plans[0].memory
+
+
+def test_the_bench_compares_bytes(tmp_path, monkeypatch):
+    """bench/gpu.py builds its models, and finds the bytes of a device and of a processor the same."""
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "bench")
+    gpu, verbs = import_module("gpu"), import_module("gpu_verbs")
+    try:
+        table = gpu.Table()
+        bench = verbs.Bench("cpu", tmp_path, table, 1)
+        bench.build(1, 64)
+        bench.compare_bytes()
+        assert not table.failed
+        assert sum(line.endswith("| yes |") for line in table.lines) == 4
+    finally:
+        for name in ("gpu", "gpu_verbs", "synthetic"):
+            sys.modules.pop(name)
 
 
 def test_read_ahead_yields_every_block(tmp_path, monkeypatch):

@@ -252,6 +252,7 @@ class Change:
     """The place among the changes for one `among`, whose weights are in order; None if only shapes can tell."""
     outputs: tuple[int, int] | None = None
     """The outputs of the module that the update is for, from the first to before the last; None for all."""
+    beside: bool = False  # True if the update counts beside another one of the adapter for the same weight
 
     @property
     def module(self) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from ..errors import Fault, UnsupportedError
 from ..storage.checkpoint import Checkpoint
 from ..storage.safetensors import StoredTensor
 from . import Adapter, Change, LowRank, Update, low_rank, tensors_of
@@ -35,6 +37,16 @@ class NewAdapter:
     """True if embedding and head stay one weight."""
     model: Checkpoint | None = None
     """The base, for formats whose names or order depend on the model's kind."""
+
+    def __post_init__(self) -> None:
+        """Check that no weight has two changes with factors, which no format holds; UnsupportedError names them."""
+        counts = Counter((each.target, each.outputs) for each in self.changes if low_rank(each.update))
+        if twice := [target for (target, _), count in counts.items() if count > 1]:
+            raise UnsupportedError(
+                "An adapter that is written has one change for each weight.",
+                faults=[Fault(target, "is changed twice: by a DoRA, and by what its scaling adds") for target in twice],
+                hint="dora-convert merge makes a model of base and adapter",
+            )
 
     def carries(self, update: Update) -> bool:
         """Return True if all tensors of an update are `like`'s own."""

@@ -16,7 +16,7 @@ from ..maths import combine as maths
 from ..maths.kth_largest import KthLargest
 from ..option_table import COLLECTED, STRIP, Combination
 from ..plan.item import Item
-from .changes import RESULT, LoadedValues, change_of, forget_norms, load_edit, refuse_infinite, scattered, wanted_rank
+from .changes import LoadedValues, change_of, forget_norms, load_edit, refuse_infinite, scattered, wanted_rank
 from .device_buffers import DeviceBuffers
 from .factors import LoadedEdit, apply_edits
 from .tensor import SourceValues, measure
@@ -53,7 +53,7 @@ class Combiner:
             return False
         work = OnePass(self._item, self._buffers, intervals, self.merge_)
         if not work.make(self._changes(values)):
-            self._buffers.free(RESULT)
+            self._buffers.release()
             return False
         self.result, self.cuts = work.result, work.cuts
         return True

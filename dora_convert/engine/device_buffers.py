@@ -239,10 +239,6 @@ class DeviceBuffers:
         if self._exact:
             self._exact.release()
 
-    def free(self, name: str) -> None:
-        """Free one buffer."""
-        self._buffers.pop(name, None)
-
     def scratch(self, name: str, shape: Sequence[int], dtype: torch.dtype, *, on_host: bool = False) -> Tensor:
         """Return memory that the next call of the name reuses: fresh pages cost more than arithmetic."""
         nbytes = math.prod(shape) * dtype.itemsize

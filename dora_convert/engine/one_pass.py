@@ -8,7 +8,6 @@ or the threshold is not inside, nothing has been written, and the caller searche
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +36,9 @@ def estimate(item: Item, buffers: DeviceBuffers, operands: Sequence[LoadedEdit])
     edits = [load_edit(operand.edit, single) for operand in operands]
     for edit, operand in zip(edits, operands, strict=True):
         edit.n = [n.float() for n in operand.n]
+    for number, interval in enumerate(intervals):
+        if interval:
+            interval.begin(single.scratch(f"sample {number}", (interval.most,), torch.float32))
     values = SourceValues(item, single)
     for start, stop in item.spans():
         W = values.block(single.raw(item.source, start, stop), start, stop)
@@ -46,16 +48,35 @@ def estimate(item: Item, buffers: DeviceBuffers, operands: Sequence[LoadedEdit])
                 interval.look(edit.own(change, start, stop))
                 if not edit.edit.two_passes:
                     edit.n.clear()
+    chosen = [interval.choose() for interval in intervals if interval]
     single.release()
-    return intervals if all(interval.choose() for interval in intervals if interval) else None
+    return intervals if all(chosen) else None
 
 
-class Waiting(NamedTuple):
-    """Elements of some rows whose thresholds are not known yet."""
+class Waiting:
+    """Elements whose thresholds are not known yet, in memory of a fixed size."""
 
-    places: Tensor  # flat places in the tensor
-    W: Tensor
-    changes: list[Tensor]
+    def __init__(self, buffers: DeviceBuffers, changes: int) -> None:
+        compute = buffers.spec.compute
+        self._places = buffers.scratch("waiting places", (WAITING,), torch.int64)
+        self._numbers = [buffers.scratch(f"waiting {k}", (WAITING,), compute) for k in range(changes + 1)]
+        self.count = 0
+
+    def add(self, places: Tensor, first: int, numbers: Sequence[Tensor]) -> bool:
+        """Add elements of some rows: W, and each change; return False if there are too many."""
+        start, self.count = self.count, self.count + len(places)
+        if self.count > WAITING:
+            return False
+        torch.add(places, first, out=self._places[start : self.count])
+        for rows, held in zip(numbers, self._numbers, strict=True):
+            torch.index_select(rows.reshape(-1), 0, places, out=held[start : self.count])
+        return True
+
+    @property
+    def all(self) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Flat places in the tensor, W, and each change."""
+        W, *changes = (numbers[: self.count] for numbers in self._numbers)
+        return self._places[: self.count], W, changes
 
 
 class OnePass:
@@ -63,8 +84,7 @@ class OnePass:
 
     def __init__(self, item: Item, buffers: DeviceBuffers, intervals: Sequence[Interval | None], merge: Merge) -> None:
         self._buffers, self._intervals, self._merge = buffers, intervals, merge
-        self._waiting: list[Waiting] = []
-        self._count = 0
+        self._waiting = Waiting(buffers, len(intervals))
         self.result = buffers.scratch(RESULT, item.matrix, TORCH[item.dtype], on_host=True)
         self.cuts: tuple[tuple[float, int], ...] = ()
         """The least magnitude kept of each change, and the flat place of the last kept equal; −1 for all."""
@@ -72,13 +92,12 @@ class OnePass:
     def make(self, blocks: Blocks) -> bool:
         """Compute the result; return False if thresholds must be searched for first."""
         for start, W, changes in blocks:
-            self._add(start, W, changes)
-            if self._count > WAITING:
+            if not self._add(start, W, changes):
                 return False
         return self._settle()
 
-    def _add(self, start: int, W: Tensor, changes: Sequence[Tensor]) -> None:
-        """Compute a block of the result, as if no waiting element were kept."""
+    def _add(self, start: int, W: Tensor, changes: Sequence[Tensor]) -> bool:
+        """Compute a block of the result, as if no waiting element were kept; return False if too many wait."""
         columns = W.shape[1]
         height = max(1, STRIP // columns) if W.device.type == "cpu" else len(W)
         work = self._work((min(height, len(W)), columns), W.dtype)
@@ -86,8 +105,10 @@ class OnePass:
             strip = slice(first, min(first + height, len(W)))
             used = slice(strip.stop - first)
             parts = [change[strip] for change in changes]
-            self._add_strip((start + first) * columns, W[strip], parts, [each[used] for each in work])
+            if not self._add_strip((start + first) * columns, W[strip], parts, [each[used] for each in work]):
+                return False
         self.result[start : start + len(W)] = self._buffers.land(W, self.result.dtype)
+        return True
 
     def _work(self, shape: tuple[int, int], dtype: torch.dtype) -> list[Tensor]:
         """Return scratch space for a strip: three of flags, one of numbers, and one for each change."""
@@ -95,7 +116,7 @@ class OnePass:
         flags = [self._buffers.scratch(f"strip {name}", shape, torch.bool) for name in ("kept", "reached", "waits")]
         return flags + [self._buffers.scratch(f"strip {number}", shape, dtype) for number in numbers]
 
-    def _add_strip(self, place: int, W: Tensor, changes: Sequence[Tensor], scratch: Sequence[Tensor]) -> None:
+    def _add_strip(self, place: int, W: Tensor, changes: Sequence[Tensor], scratch: Sequence[Tensor]) -> bool:
         """Compute some rows of a block in place; `place` is that of the first element."""
         kept, reached, waits, work, *pruned = scratch
         waits.zero_()
@@ -107,17 +128,13 @@ class OnePass:
                 waits.bitwise_or_(reached.bitwise_xor_(kept))
             else:
                 own.copy_(change)
-        places = nonzero_places(waits)
-        chosen = [x.reshape(-1).index_select(0, places) for x in (W, *changes)]
-        self._waiting.append(Waiting(places + place, chosen[0], chosen[1:]))
-        self._count += len(places)
+        fits = self._waiting.add(nonzero_places(waits), place, (W, *changes))
         self._merge(W, pruned)
+        return fits
 
     def _settle(self) -> bool:
         """Find the thresholds, and write the elements that have waited for them."""
-        places, W = (torch.cat(x) for x in zip(*(waiting[:2] for waiting in self._waiting), strict=True))
-        changes = list(map(torch.cat, zip(*(waiting.changes for waiting in self._waiting), strict=True)))
-        self._waiting.clear()
+        places, W, changes = self._waiting.all
         cuts = []
         for interval, change in zip(self._intervals, changes, strict=True):
             magnitudes = change.abs()

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-STEP = 61
+STEP = 37
 """One of so many magnitudes is in the sample; a prime, so that rows of any length show all their columns in turn."""
-SIGMAS = 3.5
+SIGMAS = 3.0
 
 
 class Found(NamedTuple):
@@ -28,23 +28,34 @@ class Interval:
     """Bounds of the k-th largest of n magnitudes."""
 
     def __init__(self, k: int, n: int) -> None:
-        self.k, self._n = k, n
+        self._k, self._n = k, n
         self.low = self.high = 0.0
         self.above = 0
         """The number of magnitudes above `high`."""
-        self._sample: list[Tensor] = []
+        self._sample = torch.empty(0)
+        self._seen = 0
+
+    @property
+    def most(self) -> int:
+        """The most numbers that a sample holds, if no block is shorter than the step."""
+        return 2 * self._n // STEP + 1
+
+    def begin(self, space: Tensor) -> None:
+        """Take memory for the sample."""
+        self._sample = space
 
     def look(self, change: Tensor) -> None:
         """Take a sample of a block."""
-        self._sample.append(change.reshape(-1)[::STEP].abs())
+        part = change.reshape(-1)[::STEP]
+        first, self._seen = self._seen, min(self._seen + len(part), len(self._sample))
+        torch.abs(part[: self._seen - first], out=self._sample[first : self._seen])
 
     def choose(self) -> bool:
         """Choose the bounds by the sample; return False if it is too small, or if zeros would be inside."""
-        sample = torch.cat(self._sample) if self._sample else torch.empty(0)
-        share, count = self.k / self._n, len(sample)
+        sample, self._sample = self._sample[: self._seen], torch.empty(0)
+        share, count = self._k / self._n, len(sample)
         half = SIGMAS * math.sqrt(share * (1 - share) * count) + 2
         first, last = math.floor(share * count - half), math.ceil(share * count + half)
-        self._sample = []
         if not 1 <= first < last <= count:
             return False
         high, low = (float(sample.kthvalue(count + 1 - rank).values) for rank in (first, last))
@@ -57,7 +68,7 @@ class Interval:
 
     def settle(self, inside: Tensor) -> Found | None:
         """Return the k-th largest from all magnitudes inside; None if it is not one of them."""
-        rank = self.k - self.above
+        rank = self._k - self.above
         if not 0 < rank <= len(inside):
             return None
         value = inside.kthvalue(len(inside) + 1 - rank).values

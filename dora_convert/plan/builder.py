@@ -104,7 +104,7 @@ class PlanBuilder:
 
     def _claims(self, change: Change, name: str, outputs: tuple[int, int] | None = None) -> bool:
         """Note the outputs of a tensor that an addition is for; a fault if the adapter changes them already."""
-        if turn_of(change) < 2 or self._claimed.add(name, outputs):
+        if change.beside or turn_of(change) < 2 or self._claimed.add(name, outputs):
             return True
         self._fault(change.update, f"changes {name}, which another tensor of the same adapter changes, too")
         return False

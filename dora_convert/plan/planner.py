@@ -38,7 +38,7 @@ def make_plan(base: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[f
     quantised = _quantised(base, options)
     whole = quantised.dense if quantised else base
     adapters = [_for_base(adapter, whole) for adapter in adapters]
-    tree = _with_layers(whole, adapters)
+    tree = _with_layers(whole, adapters, options)
     names = _resolvers(tree, adapters, options)
     tasks = [adapter.task for adapter in adapters if adapter.task]
     tie = find_tie(tree, tasks)
@@ -112,10 +112,12 @@ def _for_base(adapter: Adapter, base: Checkpoint) -> Adapter:
     return adapter.fit(adapter, base) if adapter.fit else adapter
 
 
-def _with_layers(base: Checkpoint, adapters: Sequence[Adapter]) -> Checkpoint:
-    """Return the base with its layers repeated as the adapters' models had them."""
+def _with_layers(base: Checkpoint, adapters: Sequence[Adapter], options: Options) -> Checkpoint:
+    """Return the base with its layers repeated as the adapters' models had them; some adapters are refused."""
     if not adapters:
         raise UsageError("No ADAPTER is given.")
+    if (method := options.combination.method) != "sum" and any(c.beside for each in adapters for c in each.changes):
+        raise UnsupportedError(f"--method {method} does not take a DoRA whose scaling adds beside it (ai-toolkit).")
     orders = {adapter.layers for adapter in adapters}
     if len(orders) > 1:
         raise PlanError("The adapters were trained on different orders of layers (layer_replication).")

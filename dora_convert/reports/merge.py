@@ -33,6 +33,14 @@ class PlanReport(Report):
     """Output tensors by fate."""
     ledger: tuple[Mapping[str, Any], ...]
     """The fate of every adapter tensor."""
+    method: str
+    """The way in which several adapters are combined."""
+    weights: tuple[float, ...]
+    """The strength of each adapter."""
+    density: tuple[float, ...]
+    """The share of each adapter's change that is kept; empty if the method keeps all."""
+    seed: int
+    majority_sign: str
     undo: str
     warnings: tuple[str, ...]
     left_behind: tuple[str, ...]
@@ -45,7 +53,13 @@ class PlanReport(Report):
 
 
 def _common(plan: Plan, settings: Settings, out: str) -> dict[str, Any]:
+    how = plan.options.combination
     return {
+        "method": how.method,
+        "weights": tuple(plan.weights),
+        "density": how.densities,
+        "seed": how.seed,
+        "majority_sign": how.majority_sign,
         "command": "merge",
         "base": plan.base.source.address,
         "adapters": tuple(adapter.source.address for adapter in plan.adapters),

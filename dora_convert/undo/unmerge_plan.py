@@ -97,8 +97,9 @@ def plan_unmerge(
     _compare(merge, merged, record)
     ways = {name: _recovered(tensor, merge, merged, record, original) for name, tensor in base.tensors.items()}
     if faults := [fault for fault in ways.values() if isinstance(fault, Fault)]:
+        those = "adapters" if len(merge.adapters) > 1 else "adapter"
         raise UnsupportedError(
-            f"{merged.source.name} and the adapter alone cannot restore {len(faults)} tensors of the base.",
+            f"{merged.source.name} and the {those} alone cannot restore {len(faults)} tensors of the base.",
             faults=faults,
             hint=WAYS_OUT,
         )

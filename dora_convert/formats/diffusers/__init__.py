@@ -10,7 +10,8 @@ The ends, for a weight of (out, in, k…):
     .processor.to_q_lora.down.weight                                     before diffusers 0.18: of the module to_q
 
 The header's `lora_adapter_metadata` holds PEFT's config for each component, such as `unet.lora_alpha`. Without it,
-and without `.alpha`, s is 1. ai-toolkit never stores alpha.
+and without `.alpha`, s is 1, or as the caller says. ai-toolkit never stores alpha. Its norm is that of W + BA, and
+what s adds to BA is outside.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-from ...adapters import NOTHING, Adapter, Change, Decomposed, Delta, LowRank, Update, Waived
+from ...adapters import NOTHING, Adapter, Change, Decomposed, Delta, LowRank, Waived
+from ...adapters.facts import ScalingOrOne, scaled_outside
 from ...adapters.parts import Findings, Parts, flat, read_number, sort_parts, wrong_parts
 from ...storage.file_view import FileView
 from ...storage.refs import Source
@@ -31,9 +34,10 @@ if TYPE_CHECKING:
     from ...adapters.new_adapter import Writer
 
 NAME = LIBRARY = "diffusers"
-TAKES: tuple[str, ...] = ()
+TAKES = ("alpha", "scaling")
 FILE = "pytorch_lora_weights.safetensors"
 METADATA = "lora_adapter_metadata"
+OF_AI_TOOLKIT = ".magnitude"
 ENDS: Mapping[str, str] = {
     ".lora_A.weight": "A", ".lora.down.weight": "A", ".lora_linear_layer.down.weight": "A",
     ".lora_B.weight": "B", ".lora.up.weight": "B", ".lora_linear_layer.up.weight": "B",
@@ -58,16 +62,20 @@ def _is_diffusers(tensors: Mapping[str, StoredTensor]) -> bool:
     return any(_MARK.match(name) for name in tensors)
 
 
-def read(source: Source, waived: Waived = NOTHING) -> Adapter:  # noqa: ARG001 - files say all
-    """Read a file's header and its alphas; RefError if a folder has several such files."""
+def read(source: Source, waived: Waived = NOTHING) -> Adapter:
+    """Read a file's header and its alphas.
+
+    Raises RefError if a folder has several such files, UsageError if the caller says an alpha that no module lacks.
+    """
     view = FileView.of(source.path)
     file = FILE if FILE in view.names else view.only(_is_diffusers, source.name)
     header = view.need(file)
     tensors = {_modern(name): tensor for name, tensor in header.tensors.items()}
     modules, rest = sort_parts(tensors, ENDS)
-    findings, config = Findings(), ComponentConfig(header.metadata)
+    findings, config, otherwise = Findings(), ComponentConfig(header.metadata), ScalingOrOne(waived.facts)
     for module, parts in modules.items():
-        _read_module(module, parts, config, findings)
+        _read_module(module, parts, partial(_scaling, module, parts, config, otherwise), findings)
+    otherwise.refuse_needless()
     findings.fault(rest.values(), "is not part of a LoRA in diffusers' form")
     is_dora = any(isinstance(change.update, Decomposed) for change in findings.changes)
     return findings.adapter(
@@ -78,6 +86,7 @@ def read(source: Source, waived: Waived = NOTHING) -> Adapter:  # noqa: ARG001 -
         kind="DoRA" if is_dora else "LoRA",
         maker=_maker(header.metadata),
         base=config.base,
+        warnings=otherwise.warnings(source),
         naming="components",
     )
 
@@ -138,7 +147,18 @@ class ComponentConfig:
         return float(default) if isinstance(default, int | float) and default else None
 
 
-def _read_module(module: str, parts: Parts, config: ComponentConfig, findings: Findings) -> None:
+def _scaling(
+    module: str, parts: Parts, config: ComponentConfig, otherwise: ScalingOrOne, rank: int
+) -> tuple[float, str]:
+    """Return s of a module and its rule: of its own alpha, of the header's metadata, 1, or of ai-toolkit's caller."""
+    if alpha := parts.get("alpha"):
+        value = read_number(alpha)
+        return (value / rank, f"alpha {value:g} / rank {rank}") if value else (1.0, "alpha 0: 1")
+    of_ai_toolkit = "m" in parts and parts["m"].name.endswith(OF_AI_TOOLKIT)
+    return config.scaling(module, rank) or (otherwise.of(rank) if of_ai_toolkit else (1.0, "no alpha: 1"))
+
+
+def _read_module(module: str, parts: Parts, scaling: Callable[[int], tuple[float, str]], findings: Findings) -> None:
     """Turn the parts of one module into changes, or a fault."""
     if why := wrong_parts(parts, {"A", "B"}, ENDS):
         findings.fault(parts.values(), why)
@@ -149,16 +169,14 @@ def _read_module(module: str, parts: Parts, config: ComponentConfig, findings: F
     A, B = parts["A"], parts["B"]
     if len(flat(A).shape) == 2:
         A, B = flat(A), flat(B)
-    rank = A.shape[0]
-    scale, rule = config.scaling(module, rank) or (1.0, "no alpha: 1")
+    scale, rule = scaling(A.shape[0])
     if alpha := parts.get("alpha"):
-        value = read_number(alpha)
-        scale, rule = (value / rank, f"alpha {value:g} / rank {rank}") if value else (1.0, "alpha 0: 1")
         findings.ignored[alpha.name] = "read into the scaling"
-    update: Update = LowRank(A, B, scale, transposed=False)
-    if m := parts.get("m"):
-        update = Decomposed(LowRank(A, B, scale, transposed=False), m)
-    findings.changes.append(Change(f"{module}.weight", update, rule=rule))
+    low, m, target = LowRank(A, B, scale, transposed=False), parts.get("m"), f"{module}.weight"
+    if m and m.name.endswith(OF_AI_TOOLKIT):
+        findings.changes += scaled_outside(target, low, m, rule)
+    else:
+        findings.changes.append(Change(target, Decomposed(low, m) if m else low, rule=rule))
     if bias := parts.get("b"):
         findings.changes.append(Change(f"{module}.bias", Delta(bias, scale), rule=rule))
 

@@ -10,6 +10,7 @@ dots. Other programs write the same ends behind dotted names. The ends, for a we
     .diff  .diff_b   .w_norm  .b_norm                                          differences, added to weights and norms
     .oft_blocks (n, b, b) or (m, n, b, b)   .rescale (out, 1…)                 diag-OFT and BOFT, on the outputs
     .weight  .on_input                                                         LyCORIS' (IA)³: W·(1 + weight)
+    .magnitude (out)                                                           ai-toolkit's DoRA; it stores no alpha
     .dora_scale  (out, 1…) by rows, (1, in, 1…) by columns                     DoRA
 
 rsLoRA is in alpha already. A constrained diag-OFT has alpha·out as its limit. The header's metadata is optional.
@@ -18,11 +19,13 @@ rsLoRA is in alpha already. A constrained diag-OFT has alpha·out as its limit. 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 from ...adapters import NOTHING, Adapter, Change, Decomposed, Delta, LowRank, Transform, Update, Waived
+from ...adapters.facts import ScalingOrOne, scaled_outside
 from ...adapters.parts import Findings, Parts, flat, read_number, sort_parts, turned, wrong_parts
 from ...settings import AdapterFacts
 from ...storage.file_view import FileView
@@ -35,7 +38,7 @@ if TYPE_CHECKING:
 
 NAME = "kohya"
 LIBRARY = "diffusers"
-TAKES = ("axis",)
+TAKES = ("axis", "alpha", "scaling")
 
 ENDS: Mapping[str, str] = {
     ".lora_down.weight": "down", ".lora_up.weight": "up", ".lora_mid.weight": "mid", ".alpha": "alpha",
@@ -44,9 +47,11 @@ ENDS: Mapping[str, str] = {
     ".lokr_w2": "w2", ".lokr_w2_a": "w2a'", ".lokr_w2_b": "w2b'", ".lokr_t2": "t2'", ".diff": "diff",
     ".diff_b": "diff_b", ".w_norm": "w_norm", ".b_norm": "b_norm", ".oft_blocks": "oft", ".rescale": "rescale",
     ".on_input": "on_input", ".a1.weight": "a1", ".a2.weight": "a2", ".b1.weight": "b1", ".b2.weight": "b2",
-    ".q_layer.weight": "q_layer", ".p_layer.weight": "p_layer", ".lambda_layer": "lambda",
+    ".magnitude": "magnitude", ".q_layer.weight": "q_layer", ".p_layer.weight": "p_layer", ".lambda_layer": "lambda",
 }  # fmt: skip
 """A part of a module's update, by the end of a tensor's name."""
+Scaled = Callable[[Parts, int], tuple[float, str]]
+"""Gives s of a module's parts and a rank, and its rule."""
 _OF_LYCORIS = re.compile(r"\.(hada_|lokr_|dora_scale|oft_blocks|w_norm|b_norm|on_input)|^lycoris_")
 _MARKS = re.compile(r"\.(lora_down\.weight|hada_w1_a|lokr_w[12]\w*|oft_blocks|diff|w_norm|b1\.weight|on_input)$")
 _PREFIX = re.compile(r"(lora|lycoris)_[a-z0-9_]*?[^.]*$")
@@ -69,11 +74,12 @@ def read(source: Source, waived: Waived = NOTHING) -> Adapter:
     file = view.only(_is_kohya, source.name)
     header = view.need(file)
     modules, rest = sort_parts(header.tensors, ENDS)
-    findings = Findings()
+    findings, otherwise = Findings(), ScalingOrOne(waived.facts)
     for module, parts in modules.items():
         if weight := rest.pop(f"{module}.weight", None) if "on_input" in parts else None:
             parts["ia3"] = weight
-        _read_module(module, parts, findings, waived.facts)
+        _read_module(module, parts, findings, partial(_scaling, otherwise), waived.facts)
+    otherwise.refuse_needless()
     findings.fault(rest.values(), "is not part of a LoRA of kohya's form")
     kinds = {change.update.title.partition(",")[0] for change in findings.changes}
     flattened = all(_PREFIX.match(module) for module in modules)
@@ -85,6 +91,7 @@ def read(source: Source, waived: Waived = NOTHING) -> Adapter:
         kind=" and ".join(sorted(kinds)) or "LoRA",
         maker=_maker(header.metadata, header.tensors),
         base=header.metadata.get("ss_sd_model_name"),
+        warnings=otherwise.warnings(source),
         naming="flattened" if flattened else "components",
     )
 
@@ -98,7 +105,7 @@ def _maker(metadata: Mapping[str, str], tensors: Mapping[str, StoredTensor]) -> 
     return None
 
 
-def _read_module(module: str, parts: Parts, findings: Findings, facts: AdapterFacts) -> None:
+def _read_module(module: str, parts: Parts, findings: Findings, scaling: Scaled, facts: AdapterFacts) -> None:
     """Turn the parts of one module into changes, or a fault."""
     if known := next((REFUSED[part] for part in parts if part in REFUSED), None):
         findings.fault(parts.values(), f"is of {known}, which is not merged yet")
@@ -106,8 +113,11 @@ def _read_module(module: str, parts: Parts, findings: Findings, facts: AdapterFa
         findings.fault(parts.values(), why)
     else:
         used = {"alpha"}
-        for leaf, update, rule, names in _updates(parts, facts):
-            findings.changes.append(Change(f"{module}.{leaf}", update, rule=rule))
+        for leaf, update, rule, names in _updates(parts, scaling, facts):
+            if "magnitude" in names and isinstance(update, LowRank):
+                findings.changes += scaled_outside(f"{module}.{leaf}", update, parts["magnitude"], rule)
+            else:
+                findings.changes.append(Change(f"{module}.{leaf}", update, rule=rule))
             used |= names
         if alpha := parts.get("alpha"):
             findings.ignored[alpha.name] = "read into the scaling"
@@ -127,14 +137,15 @@ def _needed(parts: Parts) -> set[str]:
     return needed | ({"down", "up"} if "mid" in parts else set())
 
 
-def _updates(parts: Parts, facts: AdapterFacts) -> list[tuple[str, Update, str, set[str]]]:
+def _updates(parts: Parts, scaling: Scaled, facts: AdapterFacts) -> list[tuple[str, Update, str, set[str]]]:
     """Return a module's updates: the end of the target, the update, its rule, and the parts that it uses."""
     found: list[tuple[str, Update, str, set[str]]] = []
-    transform, rule, used = _transform(parts)
+    transform, rule, used = _transform(parts, scaling)
     if scale := parts.get("m") or parts.get("rescale") or parts.get("ia3"):
         update = _decomposed(scale, transform, parts, facts)
         found.append(("weight", update, rule, used | {"m", "rescale", "ia3"}))
     elif transform:
+        used = used | {"magnitude"} if isinstance(transform, LowRank) and "magnitude" in parts else used
         found.append(("weight", transform, rule, used))
     for part, leaf in (("w_norm", "weight"), ("diff_b", "bias"), ("b_norm", "bias")):
         if part in parts:
@@ -142,14 +153,14 @@ def _updates(parts: Parts, facts: AdapterFacts) -> list[tuple[str, Update, str, 
     return found
 
 
-def _transform(parts: Parts) -> tuple[Transform | None, str, set[str]]:
+def _transform(parts: Parts, scaling: Scaled) -> tuple[Transform | None, str, set[str]]:
     """Return what a module adds to W or turns W by, the rule of its scaling, and the parts that it uses."""
     if "down" in parts:
-        return _locon(parts)
+        return _locon(parts, scaling)
     if "w1a" in parts:
-        return _loha(parts)
+        return _loha(parts, scaling)
     if {"w1", "w2", "w1a'", "w2a'"} & parts.keys():
-        return _lokr(parts)
+        return _lokr(parts, scaling)
     if "diff" in parts:
         from ...adapters.kinds import Dense
 
@@ -165,16 +176,18 @@ def _transform(parts: Parts) -> tuple[Transform | None, str, set[str]]:
     return None, "", set()
 
 
-def _scaling(parts: Parts, rank: int) -> tuple[float, str]:
-    """Return s = alpha/r and its rule; 1 without alpha, or if alpha is 0."""
+def _scaling(otherwise: ScalingOrOne, parts: Parts, rank: int) -> tuple[float, str]:
+    """Return s = alpha/r and its rule; 1 without alpha, or if alpha is 0; ai-toolkit's alpha is the caller's."""
     alpha = read_number(parts["alpha"]) if "alpha" in parts else 0.0
+    if not alpha and "magnitude" in parts:
+        return otherwise.of(rank)
     return (alpha / rank, f"alpha {alpha:g} / rank {rank}") if alpha else (1.0, "no alpha: 1")
 
 
-def _locon(parts: Parts) -> tuple[Transform, str, set[str]]:
+def _locon(parts: Parts, scaling: Scaled) -> tuple[Transform, str, set[str]]:
     """Return a LoRA or LoCon: up·down, with a core between them if there is one."""
     down, up = parts["down"], parts["up"]
-    scale, rule = _scaling(parts, down.shape[0])
+    scale, rule = scaling(parts, down.shape[0])
     if "mid" in parts:
         from ...adapters.kinds import Tucker
 
@@ -184,23 +197,23 @@ def _locon(parts: Parts) -> tuple[Transform, str, set[str]]:
     return LowRank(down, up, scale, transposed=False), rule, {"down", "up"}
 
 
-def _loha(parts: Parts) -> tuple[Transform, str, set[str]]:
+def _loha(parts: Parts, scaling: Scaled) -> tuple[Transform, str, set[str]]:
     """Return a LoHa: the elementwise product of two products of factors."""
     from ...adapters.kinds import Hadamard
 
     one, other = (_product(parts, f"{w}a", f"{w}b", f"t{w[1]}") for w in ("w1", "w2"))
-    scale, rule = _scaling(parts, parts["w1b"].shape[0])
+    scale, rule = scaling(parts, parts["w1b"].shape[0])
     return Hadamard(one, other, scale, transposed=False), rule, {"w1a", "w1b", "w2a", "w2b", "t1", "t2"}
 
 
-def _lokr(parts: Parts) -> tuple[Transform, str, set[str]]:
+def _lokr(parts: Parts, scaling: Scaled) -> tuple[Transform, str, set[str]]:
     """Return a LoKr: a Kronecker product, each of whose sides is whole or a product of factors."""
     from ...adapters.kinds import Kronecker
 
     one = parts["w1"] if "w1" in parts else LowRank(parts["w1b'"], parts["w1a'"], 1.0, transposed=False)
     other = parts["w2"] if "w2" in parts else _product(parts, "w2a'", "w2b'", "t2'")
     ranked = parts.get("w2b'") or parts.get("w1b'")
-    scale, rule = _scaling(parts, ranked.shape[0]) if ranked else (1.0, "both sides are whole: 1")
+    scale, rule = scaling(parts, ranked.shape[0]) if ranked else (1.0, "both sides are whole: 1")
     used = {"w1", "w2", "w1a'", "w1b'", "w2a'", "w2b'", "t2'"}
     return Kronecker(one, other, scale, transposed=False), rule, used
 
