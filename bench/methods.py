@@ -43,12 +43,14 @@ def prepare(folder: Path, layers: int) -> None:
 def write(folder: Path, layers: int) -> None:
     """Write the base and three DoRAs; in a process of its own, or its memory counts as that of the merges."""
     import torch
-    from synthetic import LINEAR, write_adapter, write_base
+    from synthetic import VOCABULARY, shapes, write_adapter, write_base
 
     torch.manual_seed(0)
-    write_base(folder / "base", layers, max(1, layers // 3))
+    todo = shapes(layers, VOCABULARY, 0)
+    linear = {name: shape for name, shape in todo.items() if name.endswith("_proj.weight")}
+    write_base(folder / "base", todo, max(1, layers // 3))
     for number in range(3):
-        write_adapter(folder / f"dora{number}", layers, 16, list(LINEAR), dora=True)
+        write_adapter(folder / f"dora{number}", linear, 16, dora=True)
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ COLLECTED = 1 << 19
 """Magnitudes of one change that are held at most while a threshold is looked for."""
 STRIP = 1 << 16
 """Elements of a block that are pruned and elected together."""
-WAITING = 5 << 16
+WAITING = 3 << 16
 """Elements of a tensor that wait for a threshold at most, if the tensor is made in one pass."""
 
 

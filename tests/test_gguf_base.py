@@ -253,3 +253,16 @@ def test_scaled_rotary_embeddings(tmp_path):
     path = write_file(tmp_path / "b.gguf", "llama", {**embedding, "rope_freqs.weight": factors**2}, pairs=pairs)
     with pytest.raises(UnsupportedError, match="rotary"):
         opened(path)
+
+
+def test_fitting_verbs(tmp_path):
+    """from-lora, to-lora, analyze and inspect of an adapter take the dense values, without a word of dequantising."""
+    base = tmp_path / "model.gguf"
+    values = llama(base, "Q5_K")
+    adapter_for(tmp_path / "lora", values, dora=False)
+    adapter_for(tmp_path / "dora", values, dora=True)
+    made = dora_convert.from_lora(base, tmp_path / "lora", tmp_path / "a", device="cpu")
+    assert {module.name.removesuffix(".weight") for module in made.modules} == set(MODULES)
+    assert dora_convert.to_lora(base, tmp_path / "dora", tmp_path / "b", rank=64, device="cpu").relative_error < 0.9
+    assert len(dora_convert.analyze(base, tmp_path / "lora", device="cpu").points) == len(MODULES)
+    assert "does not fit" not in str(dora_convert.inspect(tmp_path / "lora", base=base).to_dict())

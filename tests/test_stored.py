@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from dora_convert.engine import precision
+from dora_convert.engine.precision import read_rows
 from dora_convert.errors import MalformedError
 from dora_convert.storage.reader import Reader
 from dora_convert.storage.safetensors import MAX_HEADER, read_header
@@ -155,3 +157,19 @@ def test_the_library_refuses_what_we_refuse(tmp_path):
     path = write(tmp_path / "x.safetensors", {"a": ENTRY}, b"\0" * 25)
     with pytest.raises(SafetensorError), safe_open(path, "pt"):
         pass
+
+
+def test_reads_near_rows_at_once(tmp_path, monkeypatch):
+    """Scattered rows of a small tensor come in one read, those of a large one in a read for each run; the same rows."""
+    tensor = torch.randn(64, 8)
+    save_file({"x": tensor}, tmp_path / "x.safetensors")
+    stored = read_header(tmp_path / "x.safetensors").tensors["x"]
+    reader, reads, gather = Reader(), [], Reader.gather
+    monkeypatch.setattr(
+        Reader, "gather", lambda self, path, runs, data: (reads.append(len(runs)), gather(self, path, runs, data))[1]
+    )
+    rows = [3, 4, 9, 33, 60]
+    assert torch.equal(read_rows(reader, stored, rows), tensor[rows])
+    monkeypatch.setattr(precision, "NEAR_BYTES", 256)
+    assert torch.equal(read_rows(reader, stored, rows), tensor[rows])
+    assert reads == [1, 4]

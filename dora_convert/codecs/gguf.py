@@ -73,8 +73,8 @@ def claim(found: Evidence) -> Iterator[CodedTensor]:
 
     Raises UnsupportedError for types that are not read, and for tensors without a name on the Hub.
     """
-    if not (model := found.base.gguf):
-        return
+    if not (model := found.base.gguf) or any(tensor.coded for tensor in found.tensors.values()):
+        return  # no GGUF, or shown dense already
     kinds = {name: tensor.kind for name, tensor in found.tensors.items() if isinstance(tensor, BlockTensor)}
     if odd := sorted({kind for kind in kinds.values() if kind not in KINDS}):
         raise UnsupportedError(

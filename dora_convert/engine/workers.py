@@ -93,6 +93,10 @@ def _raise_first(futures: Iterable[Future[Result]]) -> None:
             raise error
 
 
+UNCOUNTED = 48 << 20
+"""Bytes that all workers' libraries and checks were seen to hold beside what items count."""
+
+
 @dataclass(kw_only=True)
 class TensorWork:
     """Does the tasks of one plan, with a worker's buffers; the caller enters what comes of them."""

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-STEP = 61
+STEP = 37
 """One of so many magnitudes is in the sample; a prime, so that rows of any length show all their columns in turn."""
-SIGMAS = 3.5
+SIGMAS = 3.0
 
 
 class Found(NamedTuple):

@@ -108,7 +108,7 @@ class QuantisedBase:
 
     def warnings(self) -> Iterator[str]:
         """Yield a warning if the config says quantised and the weights are dense."""
-        if not self.coded and not self.unread:
+        if not self.coded and not self.unread and not self.base.gguf:
             rest = "" if self.options.quantised == "all" else "; the field stays as it is, and --dequantize removes it"
             yield f"{self.base.source.name} says that it is quantised ({self.title}), but its weights are dense{rest}"
 
@@ -118,7 +118,7 @@ class QuantisedBase:
         `tree` is the dense base, perhaps with other names. Raises UnsupportedError for weights that the adapter
         changes and that cannot be coded again.
         """
-        if self.base.gguf and not self._all_dense:
+        if self.base.gguf and self.coded and not self._all_dense:
             raise UnsupportedError(
                 f"{self.base.source.name} is a GGUF model, and a merge writes no GGUF files.",
                 hint="--dequantize writes a dense checkpoint",

@@ -6,6 +6,7 @@ import os
 import shlex
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import isfinite
 from typing import Any
 
@@ -190,6 +191,6 @@ def _landing(base: Checkpoint, adapter: Adapter, refusal: DoraConvertError | Non
 
 def _try_plan(base: Checkpoint, adapter: Adapter, options: Options) -> tuple[Plan | None, DoraConvertError | None]:
     try:
-        return make_plan(base, [adapter], (1.0,), options), None
+        return make_plan(base, [adapter], (1.0,), replace(options, quantised="all") if base.gguf else options), None
     except (PlanError, UnsupportedError, UsageError) as error:
         return None, error
