@@ -113,7 +113,7 @@ oracles: $(VENV)/ready
 	$(BIN)/python -m tests.oracles.verbs
 	$(BIN)/python -m tests.oracles.kinds
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.oracles.methods $(MERGEKIT)
-	$(BIN)/python -m tests.oracles.gguf $(GGUF)
+	$(BIN)/python -m tests.oracles.gguf_bases $(GGUF)
 	$(if $(QUANTISERS),$(QUANTISERS)/python tests/oracles/quantised.py)
 	$(if $(TOOLS),$(TOOLS)/python tests/oracles/formats.py $(BIN)/dora-convert)
 	$(if $(TOOLS),$(TOOLS)/python tests/oracles/diffusion.py $(BIN)/dora-convert)

@@ -138,6 +138,14 @@ def test_inspect_counts_dense_parameters(kind, words):
     assert sum(count["tensors"] for count in report.coded.values()) == len(TRUTH[kind])
 
 
+def test_inspect_says_which_option_is_missing(tmp_path):
+    """An adapter fits a base whose weights a merge must not code again; the report names the options."""
+    base = copy_base("bnb-nf4", tmp_path / "base")
+    landing = dora_convert.inspect(make_adapter(tmp_path / "adapter", base, dora=True), base=base).landing
+    assert (landing.fits, landing.tensors["merged"]) == (True, len(LLAMA))
+    assert any("--dequantize-touched" in warning for warning in landing.warnings)
+
+
 def test_base_as(tmp_path, monkeypatch):
     """--base-as needs bitsandbytes, and a 16-bit base; tests/oracles/quantised.py compares its results."""
     from dora_convert import UsageError

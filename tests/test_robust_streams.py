@@ -320,7 +320,7 @@ def test_what_is_imported_is_declared():
     """Every package that ours imports is one that installing it brings."""
     text = (ROOT / "pyproject.toml").read_text()
     named = {name.lower().replace("-", "_") for name in re.findall(r'^\s+"([A-Za-z_-]+)[>=\[]', text, re.MULTILINE)}
-    extras = {"accelerate", "bitsandbytes", "matplotlib", "peft", "transformers"}
+    extras = {"accelerate", "bitsandbytes", "fsspec", "matplotlib", "peft", "transformers"}
     known = named | extras | {"dora_convert", "yaml"} | set(sys.stdlib_module_names)
     found = set()
     for path in (ROOT / "dora_convert").rglob("*.py"):

@@ -9,11 +9,13 @@ Every case must end with the bytes of the local merge, or with exit code 2 and t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import filecmp
 import os
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -34,9 +36,8 @@ RAY = [sys.executable, "-c", "import sys; from ray.scripts.scripts import main; 
 @contextmanager
 def nodes(count: int = 3) -> Iterator[tuple[Cluster, list]]:
     """Start a cluster of nodes with a processor each; stop it at the end."""
-    cluster = Cluster(
-        initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": STORE, "include_dashboard": False}
-    )
+    head = {"num_cpus": 1, "object_store_memory": STORE, "include_dashboard": False, "ray_client_server_port": PORT}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
         yield cluster, [cluster.add_node(num_cpus=1, object_store_memory=STORE) for _ in range(count - 1)]
     finally:
@@ -178,6 +179,7 @@ class Cases:
 
     def client(self) -> str:
         """Through Ray Client, from a machine that is not a node."""
+        until(_answers)
         words = [*self.words[:-1], f"ray://127.0.0.1:{PORT}"]
         finish(start(words, None))
         return "same bytes"
@@ -208,6 +210,13 @@ def odd_node(cluster: Cluster, preparation: str) -> Iterator[None]:
         ray.shutdown()
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
+
+
+def _answers() -> bool:
+    """Return True once the server of Ray Client listens."""
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", PORT), timeout=1):
+        return True
+    return False
 
 
 def until(ready: Callable[[], bool], seconds: float = 120) -> None:

@@ -154,9 +154,10 @@ def main() -> None:
             "AWS_ENDPOINT_URL": endpoint, "HF_HOME": str(folder / "home"), "AWS_CONFIG_FILE": str(folder / "no"),
             "AWS_SHARED_CREDENTIALS_FILE": str(folder / "no"),
         }  # fmt: skip
-        synthetic.VOCABULARY = 1000
-        synthetic.write_base(folder / "base", LAYERS, 2)
-        synthetic.write_adapter(folder / "dora", LAYERS, 8, [*synthetic.LINEAR], dora=True)
+        shapes = synthetic.shapes(LAYERS, 1000, 0)
+        linear = {name: shape for name, shape in shapes.items() if name.endswith("_proj.weight")}
+        synthetic.write_base(folder / "base", shapes, 2)
+        synthetic.write_adapter(folder / "dora", linear, 8, dora=True)
         s3 = boto3.client("s3", endpoint_url=endpoint)
         s3.create_bucket(Bucket=BUCKET)
         cases(s3, folder)

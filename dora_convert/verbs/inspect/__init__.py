@@ -6,7 +6,6 @@ import os
 import shlex
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from math import isfinite
 from typing import Any
 
@@ -170,6 +169,10 @@ def _faults(faults: Sequence[Fault]) -> tuple[Mapping[str, str], ...]:
 
 def _landing(base: Checkpoint, adapter: Adapter, refusal: DoraConvertError | None) -> Landing:
     plan, error = (None, refusal) if refusal else _try_plan(base, adapter, Options())
+    choice = None
+    if error and not refusal and base.may_be_quantised:  # a merge needs one more option then, and no other adapter
+        plan, decoded = _try_plan(base, adapter, Options(quantised="all"))
+        choice, error = (error, None) if plan else (None, decoded)
     if error and not refusal:  # plan the tensors that do fit, if the rest only has no place
         plan, _ = _try_plan(base, adapter, Options(allow_unmatched=True))
     return Landing(
@@ -185,12 +188,13 @@ def _landing(base: Checkpoint, adapter: Adapter, refusal: DoraConvertError | Non
             *(plan.warnings if plan else adapter.warnings),
             *doubts_of(adapter.beside, adapter.source.name),
             *(doubt_magnitudes(plan) if plan else ()),
+            *([f"merge needs one more option: {choice.hint}"] if choice else ()),
         ),
     )
 
 
 def _try_plan(base: Checkpoint, adapter: Adapter, options: Options) -> tuple[Plan | None, DoraConvertError | None]:
     try:
-        return make_plan(base, [adapter], (1.0,), replace(options, quantised="all") if base.gguf else options), None
+        return make_plan(base, [adapter], (1.0,), options), None
     except (PlanError, UnsupportedError, UsageError) as error:
         return None, error

@@ -1,6 +1,6 @@
 """Compare GGUF bases with transformers' own loader: weights, config and tokenizer of every architecture that is read.
 
-    python -m tests.oracles.gguf [FILE.gguf]
+    python -m tests.oracles.gguf_bases [FILE.gguf]
 
 Makes a tiny model of each architecture in transformers, writes it as llama.cpp's converter does with the gguf package,
 and merges an adapter that changes nothing but one weight. The output must be the model itself, and compute its logits.
