@@ -99,7 +99,7 @@ class WriteOptions(ComputeOptions, total=False):
     """Verbs that compute and write a folder."""
 
     compute_dtype: Dtype
-    max_memory: str | int
+    max_memory: str | int | None
     dry_run: bool
     overwrite: bool
     follow_links: bool
@@ -207,7 +207,7 @@ class AnalyzeOptions(SelectOptions, FieldOptions, ComputeOptions, total=False):
     """The options of analyze."""
 
     compute_dtype: Dtype
-    max_memory: str | int
+    max_memory: str | int | None
     allow_unmatched: bool
     top: int
     spectrum: bool

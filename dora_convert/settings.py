@@ -71,7 +71,7 @@ class Settings:
             device=device,
             compute_dtype=options.get("compute_dtype", "auto"),
             max_memory=parse_size(MAX_MEMORY if budget in (None, "auto") else budget, "--max-memory"),
-            default_memory=budget in (None, "auto", MAX_MEMORY),  # the option's default is its text
+            default_memory=budget in (None, "auto"),
             workers=options["workers"] or default_workers(),
             verify=options.get("verify", False),
             base_model=options.get("base_model"),

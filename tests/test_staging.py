@@ -183,7 +183,7 @@ def test_the_default_budget_is_a_devices(tmp_path, staged, run, monkeypatch):
     adapter = make_adapter(tmp_path / "adapter", base, dora=True)
     dora_convert.merge(base.path, adapter, tmp_path / "out")
     assert run("merge", base.path, adapter, tmp_path / "again", "--quiet")[0] == 0
-    assert run("merge", base.path, adapter, tmp_path / "third", "--max-memory", "200MiB")[0] == 2
+    assert run("merge", base.path, adapter, tmp_path / "third", "--max-memory", "160MiB")[0] == 2
 
 
 @pytest.mark.parametrize("undo", ["norms", "exact"])

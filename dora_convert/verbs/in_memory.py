@@ -41,7 +41,7 @@ class StreamOptions(CombineOptions, MatchOptions, FieldOptions, SelectOptions, T
     dtype: Dtype
     device: Device
     compute_dtype: Dtype
-    max_memory: str | int
+    max_memory: str | int | None
     workers: int | None
 
 
