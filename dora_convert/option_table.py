@@ -11,8 +11,6 @@ COLLECTED = 1 << 19
 """Magnitudes of one change that are held at most while a threshold is looked for."""
 STRIP = 1 << 16
 """Elements of a block that are pruned and elected together."""
-WAITING = 3 << 16
-"""Elements of a tensor that wait for a threshold at most, if the tensor is made in one pass."""
 
 
 class Option(NamedTuple):
@@ -167,13 +165,6 @@ class Combination:
     def _strips(self, count: int, block: int, width: int) -> int:
         """Return the bytes of strips of changes, and of what they need to be pruned and elected."""
         return min(STRIP, block) * ((count + 3) * width + 5)
-
-    def spare(self, count: int, numel: int, nbytes: int, width: int) -> int | None:
-        """Return the bytes beyond the cost with which a tensor of `nbytes` is pruned in one pass; None if never."""
-        if not self.prunes:
-            return None
-        waiting = min(numel, WAITING) * (count + 2) * 8
-        return max(0, nbytes + waiting - (count + 3) * min(numel, COLLECTED) * width)
 
 
 SUM = Combination()

@@ -12,9 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import dora_convert
 from dora_convert.cli import main
-from dora_convert.engine.one_pass import OnePass
 from dora_convert.errors import PlanError, RefError, UnsupportedError, UsageError
-from dora_convert.maths.interval import Interval
 
 from .toy import contents, exact, load, make_adapter, make_base, stopped
 
@@ -144,36 +142,6 @@ def test_thresholds_of_many_blocks(case, tmp_path, monkeypatch):
     report = dora_convert.merge(base.path, adapters, tmp_path / "out", method="ties", weight=WEIGHTS, density=0.4)
     assert report.verified.wrong_elements == 0
     close(load(tmp_path / "out"), combined(case, ORACLES["ties"][0]))
-
-
-@pytest.mark.parametrize("method", ["ties", "magnitude-prune"])
-def test_one_pass_gives_the_bytes_of_two(case, tmp_path, monkeypatch, method):
-    """Memory for a whole result saves a pass, and changes no byte: many blocks, equal numbers, a wrong estimate."""
-    monkeypatch.setattr("dora_convert.storage.reader.BLOCK_ELEMENTS", 160)
-    monkeypatch.setattr("dora_convert.storage.reader.ROWS_MULTIPLE", 1)
-    monkeypatch.setattr("dora_convert.maths.interval.STEP", 3)
-    made, make = [], OnePass.make
-
-    def noted(self, blocks):
-        made.append(make(self, blocks))
-        return made[-1]
-
-    monkeypatch.setattr(OnePass, "make", noted)
-    _, base, adapters, _ = case
-    options = {"method": method, "weight": WEIGHTS, "density": [0.3, 0.5, 1], "undo": "exact"}
-    with monkeypatch.context() as patched:
-        patched.setattr("dora_convert.engine.workers.spare_of", lambda *_: None)
-        dora_convert.merge(base.path, adapters, tmp_path / "two", **options)
-    assert not made
-    dora_convert.merge(base.path, adapters, tmp_path / "one", **options)
-    assert made
-    assert all(made)
-    monkeypatch.setattr(Interval, "settle", lambda *_: None)
-    made.clear()
-    dora_convert.merge(base.path, adapters, tmp_path / "again", **options)
-    assert made
-    assert not any(made)
-    assert contents(tmp_path / "one") == contents(tmp_path / "two") == contents(tmp_path / "again")
 
 
 def test_equal_magnitudes_are_kept_in_order(tmp_path):

@@ -6,7 +6,7 @@ computes the same blocks with the same operations as the last one, so that all p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import xxhash
@@ -32,7 +32,6 @@ class Combiner:
         self.edits: Sequence[LoadedEdit] = [load_edit(edit, buffers) for edit in item.edits]
         self._keys = [_key(self._how, item.name, number) for number in range(len(self.edits))]
         self.cuts: tuple[tuple[float, int], ...] = ()
-        self.result: Tensor | None = None
         self._prepare(values)
 
     def _prepare(self, values: SourceValues) -> None:
@@ -41,32 +40,9 @@ class Combiner:
             return
         factored = [operand for operand in self.edits if not isinstance(operand, LoadedValues)]
         measure(self._item, factored, values, self._buffers)
-        if self._how.prunes and not (self._buffers.at_once and self._make_at_once(values)):
+        if self._how.prunes:
             self.cuts = tuple(_Thresholds(self._item, self.edits, values, self._buffers).find())
         forget_norms(self.edits)
-
-    def _make_at_once(self, values: SourceValues) -> bool:
-        """Compute the whole result in one pass over the tensor; return False if thresholds must be known before."""
-        from .one_pass import OnePass, estimate
-
-        if not (intervals := estimate(self._item, self._buffers, self.edits)):
-            return False
-        work = OnePass(self._item, self._buffers, intervals, self.merge_)
-        if not work.make(self._changes(values)):
-            self._buffers.release()
-            return False
-        self.result, self.cuts = work.result, work.cuts
-        return True
-
-    def _changes(self, values: SourceValues) -> Iterator[tuple[int, Tensor, list[Tensor]]]:
-        """Yield the first row of each block, W, and all changes of it."""
-        for start, stop in self._item.spans():
-            W = values.block(self._buffers.raw(self._item.source, start, stop), start, stop)
-            changes = [self.change(number, W, start, stop) for number in range(len(self.edits))]
-            for operand in self.edits:
-                refuse_infinite(operand, self._item)
-            forget_norms(self.edits)
-            yield start, W, changes
 
     def apply(self, W: Tensor, start: int, stop: int) -> Tensor:
         """Compute the result of all edits in place."""
@@ -75,9 +51,9 @@ class Combiner:
                 apply_edits(W, [operand], start, stop, self._buffers)
             return W
         deltas = [self._kept(number, W, start, stop) for number in range(len(self.edits))]
-        return self.merge_(W, deltas)
+        return self._merge(W, deltas)
 
-    def merge_(self, W: Tensor, deltas: Sequence[Tensor]) -> Tensor:
+    def _merge(self, W: Tensor, deltas: Sequence[Tensor]) -> Tensor:
         """Add what is kept of all changes to W in place, or what the majority's sign leaves of it."""
         weights = [operand.edit.weight for operand in self.edits]
         if not self._how.elects:

@@ -62,8 +62,6 @@ class DeviceBuffers:
     def __init__(self, spec: ComputeSpec, reader: Reader, stream: Any = None) -> None:
         self.spec = spec
         self.reader = reader
-        self.at_once = False
-        """True if the memory budget has room for the whole result of the item at hand."""
         self.staged, self._cuda, self._turn = spec.staged, spec.device.type == "cuda", 0
         self._lifted: Any = None  # marks when the last raw rows have left host memory
         if self._cuda and stream is None:

@@ -31,7 +31,7 @@ from ..storage.spool import Spool
 from .device_buffers import DeviceBuffers
 from .precision import ComputeSpec, choose
 from .tensor import StartMaker
-from .workers import UNCOUNTED, TensorWork, WorkerPool
+from .workers import TensorWork, WorkerPool
 
 Hashes = Sequence[Mapping[str, str]]
 """For each adapter, the xxh3-128 of its files by name."""
@@ -135,7 +135,6 @@ class Run:
             output=self.output,
             advance=self.advance,
             holding=self._workers.holding,
-            share=max(0, self.settings.max_memory - UNCOUNTED) // max(1, self.settings.workers),
             tight=self.settings.workers * self.plan.memory > self.settings.max_memory,
         )
 

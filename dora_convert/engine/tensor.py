@@ -20,7 +20,7 @@ from ..plan.item import Item
 from ..storage.reader import Digest, spans
 from ..storage.safetensors import BITS
 from ..storage.spool import Spool, SpooledTensor
-from .device_buffers import Begun, DeviceBuffers, SentBlock
+from .device_buffers import Begun, DeviceBuffers
 from .factors import LoadedEdit, apply_edits
 from .precision import TORCH, as_bytes
 
@@ -111,8 +111,6 @@ class EditCombiner(Protocol):
     edits: Sequence[LoadedEdit]
     cuts: tuple[tuple[float, int], ...]
     """For each pruned change, the least magnitude kept, and the flat place of the last kept one that equals it."""
-    result: Tensor | None
-    """The whole result, rounded, if one pass over the tensor has made it."""
 
     def apply(self, W: Tensor, start: int, stop: int) -> Tensor:
         """Compute the result of all edits for a block of rows, in place."""
@@ -179,10 +177,7 @@ class MergeMaker:
         return result
 
     def _sent(self, W: Tensor, raw: Tensor, start: int, stop: int) -> Begun:
-        """Compute some rows, unless one pass over the tensor has made all of them, and send them to host memory."""
-        if self._combiner and self._combiner.result is not None:
-            rows = self._combiner.result[start:stop]
-            return Begun(raw, start, (), SentBlock(rows, lambda: maths.all_finite(rows)))
+        """Compute some rows, and send them to host memory."""
         result = self._applied(W, start, stop)
         norms = tuple(edit.n[-1] if edit.n else None for edit in self.edits)
         known = [n for n in norms if n is not None]

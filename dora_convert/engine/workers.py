@@ -93,10 +93,6 @@ def _raise_first(futures: Iterable[Future[Result]]) -> None:
             raise error
 
 
-UNCOUNTED = 48 << 20
-"""Bytes that all workers' libraries and checks were seen to hold beside what items count."""
-
-
 @dataclass(kw_only=True)
 class TensorWork:
     """Does the tasks of one plan, with a worker's buffers; the caller enters what comes of them."""
@@ -114,8 +110,6 @@ class TensorWork:
     """Called with the bytes of each block; may stop the worker."""
     holding: Callable[[int], AbstractContextManager[None]]
     """Waits for so many bytes of the memory budget."""
-    share: int = 0
-    """The bytes of the budget for each worker, if an item is done faster with more than it needs."""
     tight: bool = False
     """True if all workers together need more than the budget, so that none keeps its buffers."""
 
@@ -154,10 +148,7 @@ class TensorWork:
     def _written(self, item: Item, buffers: DeviceBuffers) -> list[FinishedLine]:
         """Write and check a tensor; of a wrong one, only its own line is returned."""
         item = self.output.prepare(item, self.reader) if self.output else item
-        cost = self.plan.cost(item)
-        spare = spare_of(item, self.plan.options.width)
-        buffers.at_once = spare is not None and cost + spare <= self.share
-        with self.holding(cost + (spare or 0 if buffers.at_once else 0)):
+        with self.holding(self.plan.cost(item)):
             with buffers.working():
                 maker = self.maker(item, buffers, self.spool)
                 others = write_item(item, maker, buffers, self.shards, self.advance)
@@ -182,10 +173,3 @@ class TensorWork:
             self.advance(0)
         part = SpooledTensor(kept_name(tensor), tensor.dtype, tensor.shape, tuple(segments))
         return FinishedLine(part.name, TensorResult(digest.fast, digest.fast, digest.proof, (part,)))
-
-
-def spare_of(item: Item, width: int) -> int | None:
-    """Return the bytes beyond the cost with which a worker needs one pass less; None if none are of use."""
-    if not item.combination or item.parts:
-        return None
-    return item.combination.spare(len(item.edits), item.source.numel, item.nbytes, width)
