@@ -20,7 +20,7 @@ from dora_convert.plan.large_blocks import LargeItem
 
 from . import quantised_bases as quantised
 from .test_other_kinds import CASES, GOLDEN, base_of
-from .toy import contents, exact, load, make_adapter, make_base, rounded
+from .toy import contents, embeddings_and_head, exact, load, make_adapter, make_base, rounded
 
 REHEARSED = os.environ.get("DORA_CONVERT_REHEARSE") == "1"
 reason = f"no CUDA device for torch {torch.__version__}"
@@ -108,12 +108,7 @@ def test_all_cards(tmp_path, base, dora, device):
 
 def test_embeddings_and_replacements(tmp_path, device, base):
     """Two passes, saved modules, and several adapters."""
-    extra = {
-        "base_model.model.model.embed_tokens.lora_embedding_A": torch.randn(4, 72),
-        "base_model.model.model.embed_tokens.lora_embedding_B": torch.randn(40, 4),
-        "base_model.model.model.embed_tokens.lora_magnitude_vector": torch.rand(40) + 8,
-        "base_model.model.lm_head.weight": torch.randn(72, 40),
-    }
+    extra = embeddings_and_head()
     one = make_adapter(tmp_path / "one", base, dora=True, extra=extra)
     adapters = [one, make_adapter(tmp_path / "two", base, dora=False, seed=8)]
     for where in (device, "cpu"):

@@ -30,7 +30,7 @@ from dora_convert.storage.safetensors import read_header
 
 from . import test_updates as updates
 from .test_other_kinds import CASES, GOLDEN, base_of
-from .toy import load, make_adapter, make_base
+from .toy import embeddings_and_head, load, make_adapter, make_base
 
 META = torch.device("meta")
 SPEC = ComputeSpec(META, torch.float64, "test", stages=True)
@@ -100,12 +100,7 @@ def test_blocks_never_wait(tmp_path, plans, dtype, dora):
 def test_embeddings_and_several_adapters_never_wait(tmp_path, plans):
     """Norms along columns take two passes, and two adapters a copy of W."""
     base = make_base(tmp_path / "base")
-    extra = {
-        "base_model.model.model.embed_tokens.lora_embedding_A": torch.randn(4, 72),
-        "base_model.model.model.embed_tokens.lora_embedding_B": torch.randn(40, 4),
-        "base_model.model.model.embed_tokens.lora_magnitude_vector": torch.rand(40) + 8,
-        "base_model.model.lm_head.weight": torch.randn(72, 40),
-    }
+    extra = embeddings_and_head()
     adapters = [make_adapter(tmp_path / "one", base, dora=True, extra=extra)]
     adapters.append(make_adapter(tmp_path / "two", base, dora=True, seed=8))
     dora_convert.merge(base.path, adapters, tmp_path / "out", verify=False, undo="none", weight=[1, 0.5])

@@ -28,7 +28,7 @@ from dora_convert.storage.reader import Reader
 from dora_convert.storage.refs import local_source
 from dora_convert.storage.safetensors import StoredTensor
 
-from .toy import contents, exact, load, make_adapter, make_base, rounded
+from .toy import contents, embeddings_and_head, exact, load, make_adapter, make_base, rounded
 
 CPU = torch.device("cpu")
 
@@ -86,12 +86,7 @@ def test_staged_bytes_are_those_of_the_same_blocks(tmp_path, staged, monkeypatch
 def test_staged_embeddings_replacements_and_columns(tmp_path, staged, monkeypatch):
     """Two passes over a tensor, saved modules, norms along columns, several adapters, and the way back."""
     base = make_base(tmp_path / "base")
-    extra = {
-        "base_model.model.model.embed_tokens.lora_embedding_A": torch.randn(4, 72),
-        "base_model.model.model.embed_tokens.lora_embedding_B": torch.randn(40, 4),
-        "base_model.model.model.embed_tokens.lora_magnitude_vector": torch.rand(40) + 8,
-        "base_model.model.lm_head.weight": torch.randn(72, 40),
-    }
+    extra = embeddings_and_head()
     first = make_adapter(tmp_path / "one", base, dora=True, extra=extra)
     second = make_adapter(tmp_path / "two", base, dora=False, seed=8)
     adapters = [first, second]

@@ -103,6 +103,17 @@ def make_adapter(
     return path
 
 
+def embeddings_and_head() -> dict[str, torch.Tensor]:
+    """Further tensors for `make_adapter`: a DoRA of the embeddings, and a saved head."""
+    prefix = "base_model.model.model.embed_tokens"
+    return {
+        f"{prefix}.lora_embedding_A": torch.randn(4, 72),
+        f"{prefix}.lora_embedding_B": torch.randn(40, 4),
+        f"{prefix}.lora_magnitude_vector": torch.rand(40) + 8,
+        "base_model.model.lm_head.weight": torch.randn(72, 40),
+    }
+
+
 def edit_json(path: Path, **fields) -> None:
     """Change some fields of a JSON file."""
     write_json(path, json.loads(path.read_text()) | fields)

@@ -120,11 +120,7 @@ class RayCluster:
         gpu: bool = False,
         withdraw: Callable[[], None] | None = None,
     ) -> Iterator[tuple[Work, Result]]:
-        """Yield each task with its result, as tasks end; a task of a lost node is done again elsewhere.
-
-        With `gpu`, each task has a GPU of its own. Raises the first error of a task. After an error, `withdraw`
-        makes further tasks fail, and no task runs after the end of the iterator. Without `withdraw` some may.
-        """
+        """Yield each task with its result, as `Cluster.map` says."""
         ray = self._ray
         call = ray.remote(
             num_cpus=1,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from ..storage.safetensors import BITS, StoredTensor
+from ..storage.safetensors import StoredTensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -106,8 +106,3 @@ def as_matrix(part: StoredTensor) -> StoredTensor:
 def as_bytes_of(part: StoredTensor, rows: int) -> StoredTensor:
     """Return a part as a matrix of bytes with some number of rows."""
     return replace(part, dtype="U8", shape=(rows, part.nbytes // max(1, rows)))
-
-
-def bytes_each(part: StoredTensor) -> int:
-    """Return the bytes of one element."""
-    return BITS[part.dtype] // 8

@@ -15,8 +15,6 @@ from .device_buffers import DeviceBuffers
 from .factors import LoadedEdit
 
 GOLDEN = (5**0.5 - 1) / 2
-RESULT = "result"
-"""The name of the buffer of a tensor that is made in one pass."""
 
 
 @dataclass

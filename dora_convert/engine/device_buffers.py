@@ -88,10 +88,6 @@ class DeviceBuffers:
             self._exact = DeviceBuffers(spec, self.reader, self._stream)
         return self._exact
 
-    def single(self) -> DeviceBuffers:
-        """Return new buffers in float32 on the same stream."""
-        return DeviceBuffers(ComputeSpec(self.spec.device, torch.float32, "estimate"), self.reader, self._stream)
-
     def working(self) -> AbstractContextManager[object]:
         """Return the context in which the tensors of these buffers may be used."""
         return torch.cuda.stream(self._stream) if self._stream else nullcontext()

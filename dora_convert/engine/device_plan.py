@@ -20,13 +20,13 @@ def fit_memory(spec: ComputeSpec, settings: Settings, least: int = 0) -> None:
 
     Host and device memory are counted together, so that neither is short of the budget.
     """
-    if settings.default_memory:
-        settings.max_memory = max(DEVICE_MEMORY, least)
+    wanted = max(DEVICE_MEMORY, least) if settings.default_memory else settings.max_memory
     devices = {device for device in spec.devices if device.type == "cuda"} if torch.cuda.is_available() else ()
     free = [torch.cuda.mem_get_info(device)[0] for device in devices]
-    if free and settings.max_memory > (most := int(SPARE * min(free))):
+    most = int(SPARE * min(free)) if free else wanted
+    if settings.max_memory != most < wanted:  # said once: a plan's large blocks come later
         settings.notify(f"memory: {format_size(most)}, as the device has no more free")
-        settings.max_memory = most
+    settings.max_memory = min(wanted, most)
 
 
 def cut_for(plan: Plan, spec: ComputeSpec, settings: Settings) -> Plan:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 SPREAD = 0.15
 """The largest distance of DELLA's probabilities from the density."""
-HARDSHRINK = torch.ops.aten.hardshrink.out
 GOLDEN = 0x9E3779B97F4A7C15
 
 
@@ -25,18 +24,10 @@ def kept_count(density: float, numel: int) -> int:
 
 def prune_(delta: Tensor, least: float) -> Tensor:
     """Set elements whose magnitude is below `least` to zero (21)."""
-    return delta if least <= 0 else above_(delta, delta, before(least))
-
-
-def above_(out: Tensor, delta: Tensor, bound: float) -> Tensor:
-    """Copy the elements whose magnitude is above a bound ≥ 0; the others become zero."""
-    above: Tensor = HARDSHRINK(delta, bound, out=out)
-    return above
-
-
-def before(number: float) -> float:
-    """Return the largest float64 below a number > 0."""
-    return math.nextafter(number, 0.0)
+    if least <= 0:
+        return delta
+    pruned: Tensor = torch.ops.aten.hardshrink(delta, math.nextafter(least, 0.0), out=delta)
+    return pruned
 
 
 def drop_equal_(

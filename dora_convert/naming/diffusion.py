@@ -19,7 +19,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from ..storage.safetensors import StoredTensor
-from .layouts import layout_of, other_names
+from .layouts import flux_pairs, layout_of, other_names, unet_pairs
 from .slots import Slot
 
 PREFIXES = (
@@ -151,9 +151,8 @@ def _beginning(name: str) -> tuple[str, int] | None:
 
 def _whole_model(tensors: Mapping[str, StoredTensor]) -> str:
     """Return the component that a file or a folder of one model is; empty if it is no diffusion model."""
-    if not (layout := layout_of(tensors)):
-        return ""
-    return {"unet_pairs": "unet", "flux_pairs": "transformer"}.get(layout.__name__, "")
+    layout = layout_of(tensors)
+    return "unet" if layout is unet_pairs else "transformer" if layout is flux_pairs else ""
 
 
 def _is_transformer(names: Mapping[str, str]) -> bool:

@@ -1,4 +1,4 @@
-"""ModulePair the names that diffusion models have in diffusers with those of the models' own authors.
+"""Pair the names that diffusion models have in diffusers with those of the models' own authors.
 
     U-Net of SD 1, 2, SDXL   down_blocks.1.attentions.0.norm          input_blocks.4.1.norm
     OpenCLIP's text model    text_model.encoder.layers.0.mlp.fc1      transformer.resblocks.0.mlp.c_fc

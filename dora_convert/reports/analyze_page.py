@@ -12,7 +12,6 @@ from .analyze import AnalyzeReport, Point
 from .charts import DASHES, LINES, VIRIDIS, LinearAxis, colour, log_share, marker
 from .page import draw_page
 
-WIDTH, HEIGHT = 360, 300
 LEFT, RIGHT, TOP, BOTTOM = 58, 348, 14, 250
 """Edges of a chart's plot area, in the units of its viewBox."""
 CELL, LABEL, HEAD = 22, 150, 8

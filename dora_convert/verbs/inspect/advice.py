@@ -23,8 +23,6 @@ IMAGE_PARTS = frozenset(
      "up_blocks", "mid_block", "transformer_blocks", "single_transformer_blocks", "double_blocks", "single_blocks"}
 )  # fmt: skip
 """First names of modules that image models have."""
-FLAT_PARTS = ("lora_unet", "lora_te", "lora_transformer")
-"""Beginnings of kohya's names of such modules."""
 NEED_BASE = ("kohya", "diffusers", "torchtune", "gguf")
 """Formats that `convert` reads or writes with a base only."""
 TORCHTUNE_EXPORT = "torchtune, exported for PEFT"

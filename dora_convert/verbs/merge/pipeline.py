@@ -23,7 +23,16 @@ from ...plan.plan import Plan
 from ...reports.merge import MergeReport
 from ...settings import Settings, __version__
 from ...storage.checkpoint import Checkpoint, open_checkpoint
-from ...storage.filenames import RECEIPT, RECORD, SPOOL, UNDO, refuse_changed
+from ...storage.filenames import (
+    RECEIPT,
+    RECORD,
+    SPOOL,
+    TOKENIZER,
+    UNDO,
+    is_tokenizer_file,
+    matching,
+    refuse_changed,
+)  # fmt: skip
 from ...storage.reader import sha256
 from ...storage.refs import local_source
 from ...storage.spool import Spool, SpooledTensor
@@ -104,10 +113,12 @@ def check_adapters(
 
 def _tell_of_gguf(base: Checkpoint, files: Sequence[SideFile], settings: Settings) -> None:
     """Say which files beside the weights are made from a GGUF base, and which cannot be."""
-    names = {file.name for file in files}
-    made = [name for name in ("config.json", *TOKENIZER_FILES) if name in names and name not in base.side_files]
+    names = [file.name for file in files]
+    made = [
+        name for name in names if name not in base.side_files and (name == "config.json" or is_tokenizer_file(name))
+    ]
     settings.notify(f"made from the pairs of {base.source.name}: {', '.join(made)}")
-    if "tokenizer.json" not in names and not any(name in base.side_files for name in OTHER_TOKENIZERS):
+    if not matching(names, TOKENIZER):
         pairs = base.gguf.pairs if base.gguf else {}
         kind = " ".join(str(pairs.get(f"tokenizer.ggml.{key}", "")) for key in ("model", "pre")).strip() or "none"
         settings.warn(
@@ -116,8 +127,6 @@ def _tell_of_gguf(base: Checkpoint, files: Sequence[SideFile], settings: Setting
         )
 
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-OTHER_TOKENIZERS = ("tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
 LOSS = 0.1
 """A share of the change lost above this is warned of."""
 
