@@ -10,24 +10,28 @@ import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
-import torch
 import xxhash
 
-from ..engine.precision import ComputeSpec
 from ..errors import OutputError, UsageError
 from ..settings import Settings, __version__
+
+if TYPE_CHECKING:
+    from ..engine.precision import ComputeSpec
 
 Work = TypeVar("Work")
 Result = TypeVar("Result")
 Work_contra = TypeVar("Work_contra", contravariant=True)
 Result_co = TypeVar("Result_co", covariant=True)
-TASK_BYTES = 64 << 20
+TASK_BYTES = 32 << 20
 """Least bytes of the tensors of one task: much more work than the call, and little to lose."""
 ROUNDS = 2
 """A task takes at most this part of the work left for each slot: large tasks first, and small ones at the end."""
+INSTRUCTIONS = {"AVX512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma"}, "AVX2": {"avx2", "fma"}}
+"""The flags of a processor that torch asks for before it uses an instruction set, the widest first."""
 HEAD_BYTES = 1 << 16
 """Bytes at a file's begin that tell whether two nodes see the same file."""
 
@@ -61,17 +65,12 @@ class Cluster(Protocol):
     """Nodes that do tasks."""
 
     def map(
-        self,
-        job: NodeJob[Work, Result],
-        tasks: Iterable[Work],
-        *,
-        gpu: bool = False,
-        withdraw: Callable[[], None] | None = None,
+        self, job: NodeJob[Work, Result], tasks: Iterable[Work], *, withdraw: Callable[[], None] | None = None
     ) -> Iterator[tuple[Work, Result]]:
         """Yield each task with its result, as tasks end; a task of a lost node is done again elsewhere.
 
-        With `gpu`, each task has a GPU of its own. Raises the first error of a task. After an error, `withdraw`
-        makes further tasks fail, and no task runs after the end of the iterator. Without `withdraw` some may.
+        Raises the first error of a task. After an error, `withdraw` makes further tasks fail, and no task runs
+        after the end of the iterator. Without `withdraw` some may.
         """
 
     def ask(self, question: Callable[[], NodeFacts]) -> list[NodeFacts]:
@@ -119,13 +118,19 @@ def node_name() -> str:
 
 def _versions() -> tuple[str, ...]:
     python = platform.python_version().rpartition(".")[0]
-    return (f"dora-convert {__version__}", f"torch {torch.__version__}", f"Python {python}")
+    return (f"dora-convert {__version__}", f"torch {version('torch')}", f"Python {python}")
 
 
 @cache
 def _processor() -> str:
-    capability: Any = getattr(torch.backends, "cpu", None)
-    return str(capability.get_cpu_capability()) if capability else platform.machine()
+    """Return the instruction set that torch would use; torch itself is not imported for it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.machine()
+    flags = next((set(line.split()) for line in lines if line.startswith("flags")), set[str]())
+    sets = [name for name, needed in INSTRUCTIONS.items() if needed <= flags]
+    return sets[0] if sets else platform.machine()
 
 
 def _head(path: str) -> str:
@@ -196,6 +201,10 @@ def choose_for(cluster: Cluster, settings: Settings) -> ComputeSpec:
         )
     if device == "cuda" and not cluster.gpus:
         raise UsageError("No node of the cluster has a CUDA device.", hint="ray status")
+    import torch
+
+    from ..engine.precision import ComputeSpec
+
     kind = "cuda" if cluster.gpus and device != "cpu" else "cpu"
     dtype = torch.float64 if compute == "auto" else getattr(torch, compute)
     return ComputeSpec(torch.device(kind), dtype, f"{cluster.gpus} GPUs in the cluster" if cluster.gpus else "cluster")

@@ -33,28 +33,21 @@ def refuse_for_cluster(options: Mapping[str, Any]) -> None:
 
 @contextmanager
 def executor_for(
-    address: str, inputs: Iterable[FileStates], out: Path, settings: Settings
+    cluster: Cluster, inputs: Iterable[FileStates], out: Path, settings: Settings
 ) -> Iterator[ClusterExecutor]:
-    """Connect to a cluster whose nodes write the tensors of a plan; they must see the inputs and OUT's parent."""
-    with nodes_that_see(address, inputs, out, settings) as cluster:
-        from ..cluster.tensors import ClusterExecutor
+    """Yield what has the nodes write the tensors of a plan; they must see the inputs and OUT's parent."""
+    refuse_blind_nodes(cluster, inputs, out, settings)
+    from ..cluster.tensors import ClusterExecutor
 
-        yield ClusterExecutor(cluster)
+    yield ClusterExecutor(cluster)
 
 
-@contextmanager
-def nodes_that_see(
-    address: str, inputs: Iterable[FileStates], out: Path | None, settings: Settings
-) -> Iterator[Cluster]:
-    """Connect to a cluster; every node must see the inputs, and the folder that `out` is made in, if any."""
-    from ..cluster.ray_cluster import connected
+def refuse_blind_nodes(cluster: Cluster, inputs: Iterable[FileStates], out: Path | None, settings: Settings) -> None:
+    """Raise UsageError if a node does not see the inputs, or the folder that `out` is made in, if any."""
+    from ..cluster.jobs import check_nodes
 
-    with connected(address, settings) as cluster:
-        from ..cluster.jobs import check_nodes
-
-        token = None
-        if out:
-            parent = next(parent for parent in out.parents if parent.is_dir())
-            token = parent / f".{out.name}.{uuid4().hex[:8]}.token"
-        check_nodes(cluster, [path for states in inputs for path in states], token, settings)
-        yield cluster
+    token = None
+    if out:
+        parent = next(parent for parent in out.parents if parent.is_dir())
+        token = parent / f".{out.name}.{uuid4().hex[:8]}.token"
+    check_nodes(cluster, [path for states in inputs for path in states], token, settings)

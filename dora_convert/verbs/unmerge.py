@@ -31,10 +31,11 @@ from ..undo.files import remaining_files, restored_files
 from ..undo.record import MergeRecord, in_order, no_record, read_record
 from ..undo.removal import following, plan_removal
 from ..undo.unmerge_plan import UnmergePlan, plan_unmerge
-from . import takes
+from . import nodes_of, takes
 from .in_place import open_place, refuse_lossy, refuse_options, refuse_out
 
 if TYPE_CHECKING:
+    from ..cluster.jobs import Cluster
     from ..cluster.tensors import ClusterExecutor
     from ..output.output import Output
 
@@ -55,16 +56,15 @@ def unmerge(
 
     Raises DoraConvertError, and then leaves nothing under `out`.
     """
-    if options["cluster"] is not None:
-        from .on_cluster import refuse_for_cluster
-
-        refuse_for_cluster(options)
     refuse_options(options)
     selection = replace(parse_options(options), allow_unmatched=True)
     settings = Settings.parse(options)
-    with Session(
-        options["token"], cache=options["cache"], notify=settings.notify, follow_links=options["follow_links"]
-    ) as session:
+    with (
+        Session(
+            options["token"], cache=options["cache"], notify=settings.notify, follow_links=options["follow_links"]
+        ) as session,
+        nodes_of(options, settings) as cluster,
+    ):
         request = UnmergeRequest(
             merged=os.fspath(merged),
             adapters=listed(adapters),
@@ -73,6 +73,7 @@ def unmerge(
             selection=selection,
             settings=settings,
             session=session,
+            cluster=cluster,
         )
         return _unmerge(request)
 
@@ -89,6 +90,8 @@ class UnmergeRequest:
     """The options that decide the plan."""
     settings: Settings
     session: Session
+    cluster: Cluster | None
+    """The nodes that write the tensors; None for this machine alone."""
 
 
 @dataclass(frozen=True)
@@ -143,14 +146,14 @@ def _restore(
 def _executor(
     request: UnmergeRequest, reversal: UnmergePlan, output: Output
 ) -> AbstractContextManager[ClusterExecutor | None]:
-    """Return the nodes of --cluster; None for this machine alone."""
-    if request.options["cluster"] is None:
+    """Return what has the nodes of --cluster write the tensors; None for this machine alone."""
+    if request.cluster is None:
         return nullcontext()
     from .on_cluster import executor_for
 
     inputs = [reversal.plan.base.states, *(adapter.states for adapter in reversal.plan.adapters)]
     inputs += [reversal.original.states] if reversal.original else []
-    return executor_for(request.options["cluster"], inputs, output.out, request.settings)
+    return executor_for(request.cluster, inputs, output.out, request.settings)
 
 
 def _open(request: UnmergeRequest) -> _Inputs:

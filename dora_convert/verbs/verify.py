@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -27,7 +26,7 @@ from ..sources.prefetch import download_weights
 from ..storage.checkpoint import Checkpoint
 from ..storage.filenames import RECORD, refuse_changed
 from ..storage.refs import PathLike, listed
-from . import takes
+from . import nodes_of, takes
 
 if TYPE_CHECKING:
     from ..cluster.jobs import Cluster
@@ -50,14 +49,13 @@ def verify(
     is replaced.
     """
     texts = _texts(options)
-    if options["cluster"] is not None:
-        from .on_cluster import refuse_for_cluster
-
-        refuse_for_cluster(options)
     if options["report"] is not None:
         check_file(options["report"])
     settings = Settings.parse(options)
-    with Session(options["token"], cache=options["cache"], notify=settings.notify) as session:
+    with (
+        Session(options["token"], cache=options["cache"], notify=settings.notify) as session,
+        nodes_of(options, settings) as cluster,
+    ):
         request = VerifyRequest(
             base=None if base is None else os.fspath(base),
             adapters=listed(adapters),
@@ -65,6 +63,7 @@ def verify(
             options=options,
             settings=settings,
             session=session,
+            cluster=cluster,
         )
         plan, checkpoint = _plan(request)
         report = _compare(plan, checkpoint, request, texts)
@@ -89,6 +88,8 @@ class VerifyRequest:
     options: VerifyOptions
     settings: Settings
     session: Session
+    cluster: Cluster | None
+    """The nodes that compare; None for this machine alone."""
 
 
 def _plan(request: VerifyRequest) -> tuple[Plan, Checkpoint]:
@@ -141,19 +142,16 @@ def _plan(request: VerifyRequest) -> tuple[Plan, Checkpoint]:
     return plan, merged
 
 
-@contextmanager
-def _cluster(plan: Plan, merged: Checkpoint, request: VerifyRequest) -> Iterator[Cluster | None]:
-    """Yield the nodes of --cluster, all of which see the inputs; None for this machine alone."""
-    if request.options["cluster"] is None:
-        yield None
+def _check_cluster(plan: Plan, merged: Checkpoint, request: VerifyRequest) -> None:
+    """Raise UsageError if a node of --cluster does not see the inputs."""
+    if request.cluster is None:
         return
-    from .on_cluster import nodes_that_see
+    from .on_cluster import refuse_blind_nodes
 
     for checkpoint in (plan.base, merged):
         download_weights(checkpoint, request.session)
     inputs = [plan.base.states, merged.states, *(adapter.states for adapter in plan.adapters)]
-    with nodes_that_see(request.options["cluster"], inputs, None, request.settings) as cluster:
-        yield cluster
+    refuse_blind_nodes(request.cluster, inputs, None, request.settings)
 
 
 def _texts(options: VerifyOptions) -> tuple[str, ...]:
@@ -202,8 +200,8 @@ def _compare(
             from ..parity.weights import verify_weights
         from ..plan.quantised import as_dense
 
-        with _cluster(plan, merged, request) as cluster:
-            return verify_weights(plan, as_dense(merged), settings, session, options["samples"], cluster=cluster)
+        _check_cluster(plan, merged, request)
+        return verify_weights(plan, as_dense(merged), settings, session, options["samples"], cluster=request.cluster)
     with without_collections():
         from ..logits.compare import prepared
     for checkpoint in (plan.base, merged):

@@ -24,10 +24,11 @@ from ...sources import Session
 from ...sources.inputs import Mode, modules_of, open_inputs, strangers, unused
 from ...storage.filenames import INCOMING
 from ...storage.refs import QUANTISED_NAME, PathLike, is_stored, listed
-from .. import takes
+from .. import nodes_of, takes
 
 if TYPE_CHECKING:
     from ...adapters import Adapter
+    from ...cluster.jobs import Cluster
     from ...cluster.tensors import ClusterExecutor
     from ...hub.streaming import HubStreaming
     from ...hub.target import PushTarget
@@ -49,10 +50,6 @@ def merge(
     all, from worker threads. docs/cli.md explains the options. Raises DoraConvertError, and then leaves
     nothing under `out`.
     """
-    if options["cluster"] is not None:
-        from ..on_cluster import refuse_for_cluster
-
-        refuse_for_cluster(options)
     if options["in_place"] or options["allow_lossy"]:
         from ..in_place import refuse_options
 
@@ -62,9 +59,10 @@ def merge(
     target = _target(options)
     settings = Settings.parse(options)
     cache = options["cache"] and not options["no_local"]
-    with Session(
-        options["token"], cache=cache, notify=settings.notify, follow_links=options["follow_links"]
-    ) as session:
+    with (
+        Session(options["token"], cache=cache, notify=settings.notify, follow_links=options["follow_links"]) as session,
+        nodes_of(options, settings) as cluster,
+    ):
         request = MergeRequest(
             base=base,
             adapters=listed(adapters),
@@ -74,6 +72,7 @@ def merge(
             settings=settings,
             session=session,
             target=target,
+            cluster=cluster,
         )
         return _merge_in_place(request) if options["in_place"] else _merge_beside(request)
 
@@ -99,6 +98,8 @@ class MergeRequest:
     session: Session
     target: PushTarget | None
     """The repo on the Hub that the result is uploaded to."""
+    cluster: Cluster | None = None
+    """The nodes that write the tensors; None for this machine alone."""
 
 
 def _target(options: MergeOptions) -> PushTarget | None:
@@ -273,13 +274,13 @@ def _streaming(request: MergeRequest, plan: Plan, folder: OutputFolder) -> Abstr
 def _executor(
     request: MergeRequest, plan: Plan, folder: OutputFolder
 ) -> AbstractContextManager[ClusterExecutor | None]:
-    """Return the nodes of --cluster; None for this machine alone."""
-    if request.options["cluster"] is None:
+    """Return what has the nodes of --cluster write the tensors; None for this machine alone."""
+    if request.cluster is None:
         return nullcontext()
     from ..on_cluster import executor_for
 
     inputs = [plan.base.states, *(adapter.states for adapter in plan.adapters)]
-    return executor_for(request.options["cluster"], inputs, folder.out, request.settings)
+    return executor_for(request.cluster, inputs, folder.out, request.settings)
 
 
 @contextmanager

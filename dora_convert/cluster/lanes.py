@@ -1,0 +1,154 @@
+"""Hand tasks to lanes: threads of this process, and processes of other nodes, each with one task at a time."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from itertools import islice
+from queue import SimpleQueue
+from typing import Any, Generic, Protocol
+
+from ..errors import OutputError
+from .jobs import NodeJob, Result, Work
+
+AHEAD = 2
+"""Tasks of a lane that run or wait: enough that no lane is idle, and few to wait for at the end."""
+RETRIES = 5
+"""Lanes that one task may lose before the run fails."""
+END_SECONDS = 60
+"""The time for running tasks to end after an error."""
+
+
+class LaneLostError(Exception):
+    """Says that a lane is gone, with the tasks that it had."""
+
+
+class Lane(Protocol):
+    """Starts a job, and then does its tasks one after the other."""
+
+    def start(self, job: Any) -> Future[Any]:
+        """Start a job."""
+
+    def send(self, task: Any) -> Future[Any]:
+        """Do a task after all that were sent before."""
+
+    def result(self, future: Future[Any]) -> Any:
+        """Return what a start or a task returned, or raise its error, or LaneLostError."""
+
+    def renew(self) -> None:
+        """Take another process instead of one that was lost."""
+
+    def close(self) -> None:
+        """Do no further task."""
+
+
+class ThreadLane:
+    """A lane in a thread of this process."""
+
+    def __init__(self) -> None:
+        self._pool, self._closed = ThreadPoolExecutor(1, "lane"), False
+        self._do: Callable[[Any], Any] | None = None
+
+    def start(self, job: NodeJob[Any, Any]) -> Future[Any]:
+        """Start a job."""
+        return self._pool.submit(self._start, job)
+
+    def _start(self, job: NodeJob[Any, Any]) -> None:
+        self._do = job.start()
+
+    def send(self, task: Any) -> Future[Any]:
+        """Do a task after all that were sent before."""
+        return self._pool.submit(self._one, task)
+
+    def _one(self, task: Any) -> Any:
+        if self._closed or not self._do:
+            raise LaneLostError
+        return self._do(task)
+
+    def result(self, future: Future[Any]) -> Any:
+        """Return what a start or a task returned, or raise its error."""
+        return future.result()
+
+    def renew(self) -> None:
+        """Do nothing: the thread is not lost before this process."""
+
+    def close(self) -> None:
+        """Do no further task."""
+        self._closed = True
+        self._pool.shutdown(wait=False)
+
+
+class Dispatch(Generic[Work, Result]):
+    """Hands the tasks of a job to lanes, and yields their results."""
+
+    def __init__(self, lanes: Sequence[Lane], start: Callable[[Lane], Future[Any]], tasks: Iterable[Work]) -> None:
+        """`start` has a lane start the job."""
+        self._lanes, self._start_job = lanes, start
+        self._tasks, self._waiting, self._losses = iter(tasks), deque[Work](), Counter[Work]()
+        self._load: dict[Lane, int] = {}
+        """The tasks at each lane that has started the job."""
+        self._running: dict[Future[Any], Work] = {}
+        self._ends = SimpleQueue[tuple[Lane, Future[Any]]]()
+
+    def results(self) -> Iterator[tuple[Work, Result]]:
+        """Yield each task with its result; raise the first error of a start or of a task."""
+        for lane in self._lanes:
+            self._start(lane)
+        while self._has_next() or self._running:
+            lane, future = self._ends.get()
+            task = self._running.pop(future, None)
+            try:
+                result = lane.result(future)
+            except LaneLostError as error:
+                self._lose(lane, task, error)
+                continue
+            self._load[lane] = 0 if task is None else self._load[lane] - 1
+            self._fill()
+            if task is not None:
+                yield task, result
+
+    def stop(self) -> None:
+        """Do no further task; wait until no task runs."""
+        for lane in self._lanes:
+            lane.close()
+        wait(self._running, timeout=END_SECONDS)
+
+    def _start(self, lane: Lane) -> None:
+        self._watch(lane, self._start_job(lane))
+
+    def _watch(self, lane: Lane, future: Future[Any]) -> None:
+        future.add_done_callback(lambda ended: self._ends.put((lane, ended)))
+
+    def _has_next(self) -> bool:
+        """Return True if a task is left to hand out."""
+        if not self._waiting:
+            self._waiting.extend(islice(self._tasks, 1))
+        return bool(self._waiting)
+
+    def _fill(self) -> None:
+        """Give tasks to the lanes that have few, in turn."""
+        for load in range(AHEAD):
+            for lane in [lane for lane, busy in self._load.items() if busy <= load]:
+                if not self._has_next():
+                    return
+                future = lane.send(task := self._waiting.popleft())
+                self._running[future] = task
+                self._load[lane] += 1
+                self._watch(lane, future)
+
+    def _lose(self, lane: Lane, task: Work | None, error: LaneLostError) -> None:
+        """Hand the task of a lost lane out again, and take another process for the lane."""
+        if task is not None:
+            self._waiting.appendleft(task)
+            self._losses[task] += 1
+            if self._losses[task] > RETRIES:
+                raise OutputError(
+                    f"A task was lost {RETRIES + 1} times with the process that did it: {error}",
+                    hint="is a node short of memory? less --max-memory needs less; rerun the same command to resume",
+                    outcome="What is done is kept.",
+                ) from error
+        if task is None or self._load.pop(lane, None) is not None:
+            lane.renew()
+            self._start(lane)
+        self._fill()
