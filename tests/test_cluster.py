@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import pickle
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -52,9 +53,9 @@ class StandIn:
             self.done.append(task)
             yield task, result
 
-    def ask(self, question) -> list[NodeFacts]:
+    def ask(self, question) -> Callable[[], list[NodeFacts]]:
         facts = sent(question)()
-        return [facts, replace(facts, name="second", **self.facts)]
+        return lambda: [facts, replace(facts, name="second", **self.facts)]
 
 
 @pytest.fixture

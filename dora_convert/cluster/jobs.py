@@ -8,6 +8,7 @@ from __future__ import annotations
 import platform
 import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -73,8 +74,8 @@ class Cluster(Protocol):
         after the end of the iterator. Without `withdraw` some may.
         """
 
-    def ask(self, question: Callable[[], NodeFacts]) -> list[NodeFacts]:
-        """Return the answer of every node that does tasks."""
+    def ask(self, question: Callable[[], NodeFacts]) -> Callable[[], list[NodeFacts]]:
+        """Ask every node; return a function that waits for the answers."""
 
     @property
     def slots(self) -> int:
@@ -144,22 +145,38 @@ def _head(path: str) -> str:
     return digest.hexdigest()
 
 
-def check_nodes(cluster: Cluster, inputs: Iterable[Path], token: Path | None, settings: Settings) -> None:
-    """Raise UsageError if a node lacks an input, the output's folder, or the versions of this machine.
+@contextmanager
+def asked_nodes(
+    cluster: Cluster, inputs: Iterable[Path], token: Path | None, settings: Settings
+) -> Iterator[Callable[[], None]]:
+    """Ask all nodes for their versions, and if they see the inputs and the output's folder.
 
-    `token` is a file beside the output that this function writes and removes; None without an output.
+    Yields a function that waits for the answers, and raises UsageError if a node cannot take part. `token` is a file
+    beside the output that this function writes and removes; None without an output.
     """
     tokens = [token] if token else []
     try:
         for path in tokens:
-            path.write_text(path.name, encoding="utf-8")
+            _write(path)
         heads = {str(path): _head(str(path)) for path in (*inputs, *tokens)}
         answers = cluster.ask(NodeCheck(heads))
-    except OSError as error:
-        raise OutputError(f"OUT cannot be written: {error.filename}: {error.strerror or error}.") from error
+        yield lambda: _check_answers(answers(), token, settings)
     finally:
         for path in tokens:
             path.unlink(missing_ok=True)
+
+
+def _write(token: Path) -> None:
+    try:
+        token.write_text(token.name, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"OUT cannot be written: {error.filename}: {error.strerror or error}.") from error
+
+
+def _check_answers(answers: Sequence[NodeFacts], token: Path | None, settings: Settings) -> None:
+    """Raise UsageError if a node cannot take part; warn of different processors."""
+    if token:
+        token.unlink(missing_ok=True)
     _refuse_nodes(answers, token)
     if len(processors := {facts.processor for facts in (*answers, NodeCheck({})())}) > 1:
         settings.warn(

@@ -100,8 +100,6 @@ class RayCluster:
         self._own = OwnNode.reserved(self._nodes) if takes_part and kind == "CPU" else None
         counts = lanes_of(self._nodes, kind, self._own)
         self._processes = [ProcessLane(node, kind) for node, count in counts for _ in range(count)]
-        for node in (node for node, count in counts if not count):
-            self._ask(node, bool)  # starts a process now that will answer later
 
     def __str__(self) -> str:
         gpus = f", {self.gpus} GPUs" if self.gpus else ""
@@ -145,14 +143,16 @@ class RayCluster:
             for thread in threads:
                 thread.close()
 
-    def ask(self, question: Callable[[], NodeFacts]) -> list[NodeFacts]:
-        """Return the answer of every node; UsageError for a node that does not answer."""
+    def ask(self, question: Callable[[], NodeFacts]) -> Callable[[], list[NodeFacts]]:
+        """Ask every node; return a function that waits for the answers, UsageError for a node without one."""
         asked = {self._ask(node, question): node for node in self._nodes if not (self._own and node is self._own.node)}
+        return lambda: [*([question()] if self._own else []), *self._answers(asked)]
+
+    def _answers(self, asked: dict[Any, Any]) -> list[NodeFacts]:
         ready, late = self._ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_SECONDS) if asked else ([], [])
         for reference in late:
             raise UsageError(f"Node {_name(asked[reference])} of the cluster does not answer.", hint="ray status")
-        answers = [self._answer(asked[reference], reference) for reference in ready]
-        return [question(), *answers] if self._own else answers
+        return [self._answer(asked[reference], reference) for reference in ready]
 
     def _ask(self, node: dict[str, Any], question: Callable[[], Any]) -> Any:
         """Ask a process of a node that has started anyway, or a new one."""

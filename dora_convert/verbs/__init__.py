@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable
 from functools import wraps
 from inspect import Parameter, signature
 from numbers import Real
-from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args
+from typing import Any, TypeVar, cast, get_args
 
 from ..errors import UsageError, printable
 from ..option_table import Option
 from ..options import SHORT_NAMES, flag, options_of
-
-if TYPE_CHECKING:
-    from ..cluster.jobs import Cluster
-    from ..settings import Settings
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 
@@ -91,17 +86,3 @@ def _listed(name: str, value: Any, kind: type[str | float]) -> tuple[Any, ...]:
     if not all(isinstance(each, str if kind is str else Real) for each in values):
         raise UsageError(f"{flag(name)} {value!r} is not {'text' if kind is str else 'a number'}, or a list of such.")
     return values
-
-
-def nodes_of(options: Mapping[str, Any], settings: Settings) -> AbstractContextManager[Cluster | None]:
-    """Return the connection to the nodes of --cluster; nothing for this machine alone, and for a dry run."""
-    if options["cluster"] is None:
-        return nullcontext()
-    from .on_cluster import refuse_for_cluster
-
-    refuse_for_cluster(options)
-    if options.get("dry_run"):
-        return nullcontext()
-    from ..cluster.ray_cluster import connected
-
-    return connected(options["cluster"], settings)

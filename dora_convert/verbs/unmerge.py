@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,11 +31,10 @@ from ..undo.files import remaining_files, restored_files
 from ..undo.record import MergeRecord, in_order, no_record, read_record
 from ..undo.removal import following, plan_removal
 from ..undo.unmerge_plan import UnmergePlan, plan_unmerge
-from . import nodes_of, takes
+from . import takes
 from .in_place import open_place, refuse_lossy, refuse_options, refuse_out
 
 if TYPE_CHECKING:
-    from ..cluster.jobs import Cluster
     from ..cluster.tensors import ClusterExecutor
     from ..output.output import Output
 
@@ -56,15 +55,16 @@ def unmerge(
 
     Raises DoraConvertError, and then leaves nothing under `out`.
     """
+    if options["cluster"] is not None:
+        from .on_cluster import refuse_for_cluster
+
+        refuse_for_cluster(options)
     refuse_options(options)
     selection = replace(parse_options(options), allow_unmatched=True)
     settings = Settings.parse(options)
-    with (
-        Session(
-            options["token"], cache=options["cache"], notify=settings.notify, follow_links=options["follow_links"]
-        ) as session,
-        nodes_of(options, settings) as cluster,
-    ):
+    with Session(
+        options["token"], cache=options["cache"], notify=settings.notify, follow_links=options["follow_links"]
+    ) as session:
         request = UnmergeRequest(
             merged=os.fspath(merged),
             adapters=listed(adapters),
@@ -73,7 +73,6 @@ def unmerge(
             selection=selection,
             settings=settings,
             session=session,
-            cluster=cluster,
         )
         return _unmerge(request)
 
@@ -90,8 +89,6 @@ class UnmergeRequest:
     """The options that decide the plan."""
     settings: Settings
     session: Session
-    cluster: Cluster | None
-    """The nodes that write the tensors; None for this machine alone."""
 
 
 @dataclass(frozen=True)
@@ -134,26 +131,28 @@ def _restore(
     request: UnmergeRequest, reversal: UnmergePlan, record: MergeRecord, files: Sequence[SideFile], output: Output
 ) -> UnmergeReport:
     """Run the plan while its inputs are downloaded."""
-    with without_collections():
-        from ..hub.streaming import stream_inputs
-        from ..undo.restore import restore
     later = {"later": partial(following, reversal, record)} if reversal.numbers else {}
     others = [reversal.original] if reversal.original else []
-    with stream_inputs(reversal.plan, others, request.session) as hub, _executor(request, reversal, output) as executor:
-        return restore(reversal, files, output, request.settings, hub=hub, executor=executor, **later)
+    with _nodes(request, reversal, output) as nodes:
+        with without_collections():
+            from ..hub.streaming import stream_inputs
+            from ..undo.restore import restore
+        with stream_inputs(reversal.plan, others, request.session) as hub:
+            executor = nodes() if nodes else None
+            return restore(reversal, files, output, request.settings, hub=hub, executor=executor, **later)
 
 
-def _executor(
+def _nodes(
     request: UnmergeRequest, reversal: UnmergePlan, output: Output
-) -> AbstractContextManager[ClusterExecutor | None]:
-    """Return what has the nodes of --cluster write the tensors; None for this machine alone."""
-    if request.cluster is None:
+) -> AbstractContextManager[Callable[[], ClusterExecutor] | None]:
+    """Return the nodes of --cluster, which start while torch is imported; None for this machine alone."""
+    if request.options["cluster"] is None:
         return nullcontext()
-    from .on_cluster import executor_for
+    from .on_cluster import writing_nodes
 
     inputs = [reversal.plan.base.states, *(adapter.states for adapter in reversal.plan.adapters)]
     inputs += [reversal.original.states] if reversal.original else []
-    return executor_for(request.cluster, inputs, output.out, request.settings)
+    return writing_nodes(request.options["cluster"], inputs, output.out, request.settings)
 
 
 def _open(request: UnmergeRequest) -> _Inputs:

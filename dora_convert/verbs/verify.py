@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,7 @@ from ..sources.prefetch import download_weights
 from ..storage.checkpoint import Checkpoint
 from ..storage.filenames import RECORD, refuse_changed
 from ..storage.refs import PathLike, listed
-from . import nodes_of, takes
+from . import takes
 
 if TYPE_CHECKING:
     from ..cluster.jobs import Cluster
@@ -49,13 +50,14 @@ def verify(
     is replaced.
     """
     texts = _texts(options)
+    if options["cluster"] is not None:
+        from .on_cluster import refuse_for_cluster
+
+        refuse_for_cluster(options)
     if options["report"] is not None:
         check_file(options["report"])
     settings = Settings.parse(options)
-    with (
-        Session(options["token"], cache=options["cache"], notify=settings.notify) as session,
-        nodes_of(options, settings) as cluster,
-    ):
+    with Session(options["token"], cache=options["cache"], notify=settings.notify) as session:
         request = VerifyRequest(
             base=None if base is None else os.fspath(base),
             adapters=listed(adapters),
@@ -63,7 +65,6 @@ def verify(
             options=options,
             settings=settings,
             session=session,
-            cluster=cluster,
         )
         plan, checkpoint = _plan(request)
         report = _compare(plan, checkpoint, request, texts)
@@ -88,8 +89,6 @@ class VerifyRequest:
     options: VerifyOptions
     settings: Settings
     session: Session
-    cluster: Cluster | None
-    """The nodes that compare; None for this machine alone."""
 
 
 def _plan(request: VerifyRequest) -> tuple[Plan, Checkpoint]:
@@ -142,16 +141,19 @@ def _plan(request: VerifyRequest) -> tuple[Plan, Checkpoint]:
     return plan, merged
 
 
-def _check_cluster(plan: Plan, merged: Checkpoint, request: VerifyRequest) -> None:
-    """Raise UsageError if a node of --cluster does not see the inputs."""
-    if request.cluster is None:
+@contextmanager
+def _nodes(plan: Plan, merged: Checkpoint, request: VerifyRequest) -> Iterator[Callable[[], Cluster] | None]:
+    """Yield the nodes of --cluster, all of which must see the inputs; None for this machine alone."""
+    if request.options["cluster"] is None:
+        yield None
         return
-    from .on_cluster import refuse_blind_nodes
+    from .on_cluster import nodes_that_see
 
     for checkpoint in (plan.base, merged):
         download_weights(checkpoint, request.session)
     inputs = [plan.base.states, merged.states, *(adapter.states for adapter in plan.adapters)]
-    refuse_blind_nodes(request.cluster, inputs, None, request.settings)
+    with nodes_that_see(request.options["cluster"], inputs, None, request.settings) as nodes:
+        yield nodes
 
 
 def _texts(options: VerifyOptions) -> tuple[str, ...]:
@@ -196,12 +198,13 @@ def _compare(
     """Compare weights, or run both models on texts."""
     options, settings, session = request.options, request.settings, request.session
     if options["level"] == "weights":
-        with without_collections():
-            from ..parity.weights import verify_weights
-        from ..plan.quantised import as_dense
+        with _nodes(plan, merged, request) as nodes:
+            with without_collections():
+                from ..parity.weights import verify_weights
+            from ..plan.quantised import as_dense
 
-        _check_cluster(plan, merged, request)
-        return verify_weights(plan, as_dense(merged), settings, session, options["samples"], cluster=request.cluster)
+            cluster = nodes() if nodes else None
+            return verify_weights(plan, as_dense(merged), settings, session, options["samples"], cluster=cluster)
     with without_collections():
         from ..logits.compare import prepared
     for checkpoint in (plan.base, merged):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,11 +24,10 @@ from ...sources import Session
 from ...sources.inputs import Mode, modules_of, open_inputs, strangers, unused
 from ...storage.filenames import INCOMING
 from ...storage.refs import QUANTISED_NAME, PathLike, is_stored, listed
-from .. import nodes_of, takes
+from .. import takes
 
 if TYPE_CHECKING:
     from ...adapters import Adapter
-    from ...cluster.jobs import Cluster
     from ...cluster.tensors import ClusterExecutor
     from ...hub.streaming import HubStreaming
     from ...hub.target import PushTarget
@@ -54,6 +53,10 @@ def merge(
     all, from worker threads. docs/cli.md explains the options. Raises DoraConvertError, and then leaves
     nothing under `out`.
     """
+    if options["cluster"] is not None:
+        from ..on_cluster import refuse_for_cluster
+
+        refuse_for_cluster(options)
     if options["in_place"] or options["allow_lossy"]:
         from ..in_place import refuse_options
 
@@ -63,10 +66,9 @@ def merge(
     target = _target(options)
     settings = Settings.parse(options)
     cache = options["cache"] and not options["no_local"]
-    with (
-        Session(options["token"], cache=cache, notify=settings.notify, follow_links=options["follow_links"]) as session,
-        nodes_of(options, settings) as cluster,
-    ):
+    with Session(
+        options["token"], cache=cache, notify=settings.notify, follow_links=options["follow_links"]
+    ) as session:
         request = MergeRequest(
             base=base,
             adapters=listed(adapters),
@@ -76,7 +78,6 @@ def merge(
             settings=settings,
             session=session,
             target=target,
-            cluster=cluster,
         )
         return _merge_in_place(request) if options["in_place"] else _merge_beside(request)
 
@@ -102,8 +103,6 @@ class MergeRequest:
     session: Session
     target: PushTarget | None
     """The repo on the Hub that the result is uploaded to."""
-    cluster: Cluster | None = None
-    """The nodes that write the tensors; None for this machine alone."""
 
 
 def _target(options: MergeOptions) -> PushTarget | None:
@@ -132,22 +131,18 @@ def _merge_beside(request: MergeRequest) -> MergeReport | DryRunReport:
     folder.refuse_inside([plan.base.source.path, *(adapter.source.path for adapter in plan.adapters)])
     if options["dry_run"]:
         return DryRunReport.of(plan, request.settings, out=out if target is None or target.local else target.repo)
-    with _begun_early(request, plan, folder):
+    with _begun_early(request, plan, folder), _nodes(request, plan, folder) as nodes:
         with without_collections():
             from .pipeline import run_merge
         if later and any(question() for question in later):
             plan = make_request_plan(request, out, _mode(request), weights)
-        with (
-            _streaming(request, plan, folder) as hub,
-            _examiner(request, plan) as examine,
-            _executor(request, plan, folder) as executor,
-        ):
-            return run_merge(plan, folder, request.settings, hub, examine, executor=executor)
+        with _streaming(request, plan, folder) as hub, _examiner(request, plan) as examine:
+            return run_merge(plan, folder, request.settings, hub, examine, executor=nodes() if nodes else None)
 
 
 def _begun_early(request: MergeRequest, plan: Plan, folder: OutputFolder) -> AbstractContextManager[None]:
     """Begin to fill the output while torch is imported, if all is on this machine and that gains anything."""
-    if request.target or request.options["cluster"] or is_stored(request.out) or plan.bytes_out < EARLY_BYTES:
+    if request.target or is_stored(request.out) or plan.bytes_out < EARLY_BYTES:
         return nullcontext()
     from .early import begun_early
 
@@ -277,16 +272,16 @@ def _streaming(request: MergeRequest, plan: Plan, folder: OutputFolder) -> Abstr
     return stream_merge(plan, request.target, request.session, folder, weights)
 
 
-def _executor(
+def _nodes(
     request: MergeRequest, plan: Plan, folder: OutputFolder
-) -> AbstractContextManager[ClusterExecutor | None]:
-    """Return what has the nodes of --cluster write the tensors; None for this machine alone."""
-    if request.cluster is None:
+) -> AbstractContextManager[Callable[[], ClusterExecutor] | None]:
+    """Return the nodes of --cluster, which start while torch is imported; None for this machine alone."""
+    if request.options["cluster"] is None:
         return nullcontext()
-    from ..on_cluster import executor_for
+    from ..on_cluster import writing_nodes
 
     inputs = [plan.base.states, *(adapter.states for adapter in plan.adapters)]
-    return executor_for(request.cluster, inputs, folder.out, request.settings)
+    return writing_nodes(request.options["cluster"], inputs, folder.out, request.settings)
 
 
 @contextmanager
