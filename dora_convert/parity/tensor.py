@@ -64,8 +64,8 @@ class Outputs:
             self._sums = ()
 
     def _count(self, got: Tensor, rounded: Tensor, y: Tensor) -> None:
-        for number, x in enumerate((got - y, rounded - y, y)):
-            self.squares[number] += float(x.square().sum())
+        sums = torch.stack([x.square().sum() for x in (got - y, rounded - y, y)]).tolist()  # one answer of a device
+        self.squares = [total + each for total, each in zip(self.squares, sums, strict=True)]
 
     def relative(self) -> tuple[float | None, float | None]:
         """Return the relative errors as stored and with perfect rounding; None without outputs."""

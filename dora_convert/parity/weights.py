@@ -9,8 +9,9 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+from ..engine.device_buffers import DeviceBuffers
 from ..engine.doubts import check_magnitudes
-from ..engine.precision import ComputeSpec, choose, scan_adapter
+from ..engine.precision import choose, scan_adapter
 from ..engine.workers import WorkerPool
 from ..plan.plan import Plan
 from ..reports.verify import CheckedModule, Untouched, VerifyReport
@@ -91,16 +92,18 @@ def _compare(
         return _compare_on(cluster, pairing, settings, samples, advance)
     spec = choose(settings.device, "float64")
     if spec.staged:
-        from ..engine.device_plan import fit_memory
+        from ..engine.device_plan import fit_memory, load_solvers
 
         fit_memory(spec, settings)
+        load_solvers(spec, (edit for item, _ in pairing.pairs for edit in item.edits))
     settings.notify(f"device: {spec}")
-    workers: WorkerPool[ComputeSpec] = WorkerPool(settings.max_memory, spec.dealt(), reader.stop)
+    workers = WorkerPool(settings.max_memory, DeviceBuffers.dealt(spec, reader), reader.stop)
     comparing = Comparing(pairing.pairs, samples, spec)
 
-    def compare(number: int, lane: ComputeSpec) -> CheckedModule | bool:
+    def compare(number: int, lane: DeviceBuffers) -> CheckedModule | bool:
         workers.check()
-        result = comparing.one(number, reader, lane.device, workers.holding)
+        with lane.working():  # on a stream of its own: an answer waits for the worker's own work alone
+            result = comparing.one(number, reader, lane.spec.device, workers.holding)
         reader.done(pairing.pairs[number][0].name)
         advance([number])
         return result

@@ -15,6 +15,8 @@ RING = 4
 """Blocks of a tensor that are in host memory at once: one is finished, one computed, two are read ahead."""
 TEMPORARY = 16
 """Bytes an element that rounding, and the search for NaN, take on a device for a moment."""
+CHECKING = 3 << 20
+"""Bytes that the self-check takes at least."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class LargeItem(Item):
     The size is the same for all devices: bytes must not depend on a card or on its memory.
     """
 
-    block_elements: ClassVar[int] = 1 << 23
+    block_elements: ClassVar[int] = 1 << 22
 
     def cost(self, width: int, *, exact: bool = False) -> int:
         """Return the bytes that a worker holds, in host memory and on the device together."""
@@ -32,7 +34,7 @@ class LargeItem(Item):
         height = block_height(max(rows // self.experts, self.grown), columns, elements=self.block_elements)
         element = max(tensor.itemsize for tensor in (self.source, self.base) if tensor)
         ahead = len(list(islice(self.spans(), RING)))
-        staged = height * columns * (ahead * element + 3 * element + TEMPORARY)
+        staged = height * columns * (ahead * element + 3 * element + TEMPORARY) + CHECKING
         return super().cost(width, exact=exact) + staged + sum(map(self._left_cost, range(len(self.edits))))
 
     def _left_cost(self, number: int) -> int:
