@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ..engine.device_buffers import DeviceBuffers
+from ..engine.devices import DeviceStream
 from ..engine.doubts import check_magnitudes
 from ..engine.precision import choose, scan_adapter
 from ..engine.workers import WorkerPool
@@ -97,13 +97,14 @@ def _compare(
         fit_memory(spec, settings)
         load_solvers(spec, (edit for item, _ in pairing.pairs for edit in item.edits))
     settings.notify(f"device: {spec}")
-    workers = WorkerPool(settings.max_memory, DeviceBuffers.dealt(spec, reader), reader.stop)
+    deal, memory = spec.dealt(), settings.max_memory
+    workers = WorkerPool(memory, lambda: DeviceStream.on(deal().device), reader.stop)
     comparing = Comparing(pairing.pairs, samples, spec)
 
-    def compare(number: int, lane: DeviceBuffers) -> CheckedModule | bool:
+    def compare(number: int, mine: DeviceStream) -> CheckedModule | bool:
         workers.check()
-        with lane.working():  # on a stream of its own: an answer waits for the worker's own work alone
-            result = comparing.one(number, reader, lane.spec.device, workers.holding)
+        with mine.working():
+            result = comparing.one(number, reader, mine.device, workers.holding)
         reader.done(pairing.pairs[number][0].name)
         advance([number])
         return result
