@@ -14,6 +14,8 @@ from .precision import ComputeSpec
 
 DEVICE_MEMORY = 4 << 30
 """Bytes that workers hold by default on a device and for it: a dozen blocks on their way."""
+USUAL_WORKERS = 4
+"""Workers for each device unless the caller sets their number: Python's lock lets more of them do no more."""
 SPARE = 0.9
 """The share of a device's free memory that workers may hold: the allocator keeps pieces."""
 
@@ -40,6 +42,8 @@ def cut_for(plan: Plan, spec: ComputeSpec, settings: Settings) -> Plan:
     plan = in_large_blocks(plan)
     fit_memory(spec, settings, plan.memory)
     settings.check_memory(plan.memory)
+    if settings.default_workers:
+        settings.workers = min(settings.workers, USUAL_WORKERS * len(spec.devices))
     if settings.workers > (most := max(len(spec.devices), settings.max_memory // max(1, plan.memory))):
         settings.workers = most
         settings.notify(f"workers: {most}, as {format_size(settings.max_memory)} hold no more")

@@ -26,7 +26,7 @@ class LargeItem(Item):
     The size is the same for all devices: bytes must not depend on a card or on its memory.
     """
 
-    block_elements: ClassVar[int] = 1 << 22
+    block_elements: ClassVar[int] = 1 << 23
 
     def cost(self, width: int, *, exact: bool = False) -> int:
         """Return the bytes that a worker holds, in host memory and on the device together."""
