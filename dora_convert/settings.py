@@ -24,7 +24,8 @@ from .errors import UsageError
 
 __version__ = "0.1.0"
 
-MOST_WORKERS = 8
+MOST_WORKERS = 4
+"""More of them by default would wait for each other: Python runs one at a time between two calls of torch."""
 MAX_MEMORY = "160MiB"
 """Bytes that streaming verbs hold at once by default."""
 DEVICES = re.compile(r"auto|mps|cpu(,cpu)*|cuda(:\d+)?(,(cuda:)?\d+)*")
@@ -178,7 +179,7 @@ def check_base_model(repo: str | None) -> None:
 
 
 def usual_workers() -> int:
-    """Return the number of processors that this process may use, at least two and at most eight."""
+    """Return the number of processors that this process may use, at least two and at most four."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
     return max(2, min(count, MOST_WORKERS))
 

@@ -14,7 +14,7 @@ import dora_convert
 from dora_convert import MalformedError, NumericalError, UsageError, VerificationError
 from dora_convert.engine import run as engine_run
 from dora_convert.engine.device_buffers import DeviceBuffers
-from dora_convert.engine.device_plan import DEVICE_MEMORY, fit_memory
+from dora_convert.engine.device_plan import DEVICE_MEMORY, fit_settings
 from dora_convert.engine.precision import ComputeSpec
 from dora_convert.engine.staging import read_ahead
 from dora_convert.output.finished import Task, in_turn
@@ -251,11 +251,11 @@ def test_large_blocks_count_in_the_budget(tmp_path, staged, monkeypatch):
         dora_convert.merge(base.path, adapter, tmp_path / "out", max_memory=1000)
     assert "MiB' is the least" in str(error.value)
     settings = Settings(device="cuda", max_memory=1, default_memory=True, workers=2)
-    fit_memory(ComputeSpec(CPU, torch.float64, "test", stages=True), settings)
+    fit_settings(ComputeSpec(CPU, torch.float64, "test", stages=True), settings)
     assert settings.max_memory == DEVICE_MEMORY
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1000, 2000))
-    fit_memory(ComputeSpec(torch.device("cuda", 0), torch.float64, "test", stages=True), settings)
+    fit_settings(ComputeSpec(torch.device("cuda", 0), torch.float64, "test", stages=True), settings)
     assert settings.max_memory == 900
 
 

@@ -214,9 +214,9 @@ def choose_compute(least: int, settings: Settings, executor: Executor | None = N
     """
     spec = executor.choose(settings) if executor else choose(settings.device, settings.compute_dtype)
     if spec.staged:
-        from .device_plan import fit_memory
+        from .device_plan import fit_settings
 
-        fit_memory(spec, settings)
+        fit_settings(spec, settings)
     settings.check_memory(least)
     settings.notify(f"device: {spec}")
     if settings.workers < len(spec.devices):

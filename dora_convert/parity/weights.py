@@ -92,14 +92,14 @@ def _compare(
         return _compare_on(cluster, pairing, settings, samples, advance)
     spec = choose(settings.device, "float64")
     if spec.staged:
-        from ..engine.device_plan import fit_memory, load_solvers
+        from ..engine.device_plan import fit_settings, load_solvers
 
-        fit_memory(spec, settings)
+        fit_settings(spec, settings)
         load_solvers(spec, (edit for item, _ in pairing.pairs for edit in item.edits))
     settings.notify(f"device: {spec}")
     deal, memory = spec.dealt(), settings.max_memory
     workers = WorkerPool(memory, lambda: DeviceStream.on(deal().device), reader.stop)
-    comparing = Comparing(pairing.pairs, samples, spec)
+    comparing = Comparing(pairing.pairs, samples, spec, settings.memory_each)
 
     def compare(number: int, mine: DeviceStream) -> CheckedModule | bool:
         workers.check()

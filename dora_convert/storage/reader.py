@@ -197,9 +197,9 @@ class Reader:
 
     def same_bytes(self, one: StoredTensor, other: StoredTensor) -> bool:
         """Return True if two tensors have the same dtype, shape and contents."""
-        if (one.dtype, one.shape, one.coded) != (other.dtype, other.shape, other.coded):
-            return False
-        return all(_equal(*pair) for pair in zip(self.pieces(one), self.pieces(other), strict=True))
+        alike = (one.dtype, one.shape, one.coded) == (other.dtype, other.shape, other.coded)
+        mine = map(bytearray, self.pieces(one))  # two memoryviews would compare byte by byte
+        return alike and all(piece == theirs for piece, theirs in zip(mine, self.pieces(other), strict=True))
 
     if hasattr(os, "preadv"):
 
@@ -222,12 +222,6 @@ def same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
     """Return True if two tensors on this machine have the same dtype, shape and contents; reads both."""
     with closing(Reader()) as reader:
         return reader.same_bytes(one, other)
-
-
-def _equal(mine: memoryview, theirs: memoryview) -> bool:
-    """Compare bytes; two memoryviews would compare element by element, forty times as slow as a bytearray."""
-    whole = mine.obj
-    return (whole if isinstance(whole, bytearray) and len(whole) == len(mine) else bytearray(mine)) == theirs
 
 
 def same_contents(path: Path, other: Path | bytes) -> bool:
