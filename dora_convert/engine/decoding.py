@@ -19,6 +19,8 @@ WORDS = 16
 """Bytes that strips are multiples of, so that words stay whole."""
 TOGETHER = 8
 """Rows that some layouts have in one word: chunks end with a word."""
+MOST_STRIPS = 3 * STRIP_BYTES // 2
+"""Bytes of strips that are kept."""
 MOST = 8
 """Such parts that are kept."""
 
@@ -55,7 +57,7 @@ class StoredParts:
             first, last, strip = self._strip(part, start, stop)
             self._strips.pop(place, None)
             self._strips[place] = (first, last, strip)
-            while len(self._strips) > 1 and sum(kept[2].numel() for kept in self._strips.values()) > 2 * STRIP_BYTES:
+            while len(self._strips) > 1 and sum(kept[2].numel() for kept in self._strips.values()) > MOST_STRIPS:
                 self._strips.pop(next(iter(self._strips)))
         return strip[:, start - first : stop - first].to(self._device)
 
@@ -67,9 +69,8 @@ class StoredParts:
             return start, last, self._read(part, 0, height)
         length = last - start
         data = bytearray(height * length)
-        for row in range(height):
-            into = memoryview(data)[row * length : (row + 1) * length]
-            self._reader.read(part.path, part.start + row * width + start, into)
+        runs = [(part.start + row * width + start, length) for row in range(height)]
+        self._reader.gather(part.path, runs, data)
         return start, last, torch.frombuffer(data, dtype=torch.uint8).view(height, length)
 
     def _read(self, part: StoredTensor, start: int, stop: int) -> Tensor:
@@ -90,7 +91,7 @@ def decode(tensor: StoredTensor, parts: StoredParts, start: int, out: Tensor) ->
     while first < len(lines):
         begin = start * narrow + first
         part = lines[first : first + height - (begin % TOGETHER if height > TOGETHER else 0)]
-        part.copy_(tensor.scheme.decode(tensor, parts, begin, begin + len(part)))
+        tensor.scheme.fill(tensor, parts, begin, part)
         first += len(part)
     return out
 

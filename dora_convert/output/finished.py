@@ -121,11 +121,15 @@ class Progress:
         """Return the progress that a journal's lines tell."""
         progress = cls()
         for line in lines:
-            if line.copied:
-                progress.copied.add(line.copied)
-            elif line.made is not None and line.result:
-                progress.done[line.made] = line.result
+            progress.add(line)
         return progress
+
+    def add(self, line: FinishedLine) -> None:
+        """Count what a line of the journal tells."""
+        if line.copied:
+            self.copied.add(line.copied)
+        elif line.made is not None and line.result:
+            self.done[line.made] = line.result
 
     @property
     def spooled(self) -> int:
