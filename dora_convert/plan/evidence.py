@@ -15,6 +15,7 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 from ..adapters import Adapter, Change, Decomposed, LowRank, Update
@@ -22,7 +23,7 @@ from ..errors import Fault, UnsupportedError
 from ..storage.checkpoint import Checkpoint
 from ..storage.reader import Reader
 from ..storage.safetensors import FLOATS, StoredTensor
-from .stored_numbers import line_of, log_of, numbers_of, vector
+from .stored_numbers import Questions, answered, line_of, log_of, numbers_of, vector
 
 CERTAIN = 5.0
 """The logarithm of the ratio of two spreads counts if it is this many times 1/√n, for n magnitudes: 3.5 deviations."""
@@ -54,11 +55,12 @@ class MagnitudeSample(NamedTuple):
     """The rows' norms with the adapter's factors added: what an m of this very adapter is the norm of."""
 
 
-def decide(adapter: Adapter, find: Find, base: Checkpoint) -> Adapter:
+def decide(adapter: Adapter, find: Find, base: Checkpoint, later: Questions | None = None) -> Adapter:
     """Return an adapter with all of this decided, and with a warning for each decision that is not the usual one.
 
-    Decisions of an earlier merge, in `adapter.decided`, count as they are. Raises UnsupportedError if the axis is
-    not decided and the base does not tell.
+    Decisions of an earlier merge, in `adapter.decided`, count as they are. A question that waits for torch goes to
+    `later`, if given; until then, the usual answer counts. Raises UnsupportedError if the axis is not decided and
+    the base does not tell.
     """
     if not any(_magnitudes(change.update) for change in adapter.changes):
         return adapter
@@ -66,7 +68,7 @@ def decide(adapter: Adapter, find: Find, base: Checkpoint) -> Adapter:
     if any(_is_open(change.update) for change in adapter.changes):
         decided.setdefault("axis", _axis(adapter, find, base))
     elif adapter.format == "peft" and not adapter.decided and _is_here(base):
-        decided |= _of_peft(adapter, find, base)
+        decided |= answered(partial(_of_peft, adapter, find, base), later)
     if not decided:
         return adapter
     changes = tuple(_read_as(change, decided, base) for change in adapter.changes)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import struct
 import sys
+from collections.abc import Callable
+from contextvars import ContextVar
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -14,6 +16,27 @@ from ..storage.safetensors import StoredTensor
 
 if TYPE_CHECKING:
     import torch
+
+Question = Callable[[], dict[str, str]]
+Questions = list[Question]
+_put_off: ContextVar[bool] = ContextVar("_put_off", default=False)
+
+
+class NeedsTorchError(Exception):
+    """Says that an answer takes torch, which is not imported yet."""
+
+
+def answered(question: Question, later: Questions | None) -> dict[str, str]:
+    """Answer a question; if `later` is given and the answer takes torch, put it off, and return no answer."""
+    token = _put_off.set(later is not None)
+    try:
+        return question()
+    except NeedsTorchError:
+        assert later is not None
+        later.append(question)
+        return {}
+    finally:
+        _put_off.reset(token)
 
 
 def line_of(W: StoredTensor, row: int, reader: Reader) -> bytearray:
@@ -34,8 +57,13 @@ def numbers_of(data: bytes | bytearray, dtype: str) -> tuple[float, ...]:
 
 
 def vector(data: bytearray, dtype: str) -> torch.Tensor:
-    """Return stored numbers as a vector in float64: quicker than `numbers_of` once torch is imported."""
+    """Return stored numbers as a vector in float64: quicker than `numbers_of` once torch is imported.
+
+    Raises NeedsTorchError inside `answered`, if torch is not imported and the answer may wait.
+    """
     if "torch" not in sys.modules:
+        if _put_off.get():
+            raise NeedsTorchError
         with without_collections():
             import_module("torch")
     import torch
