@@ -252,7 +252,8 @@ def nearest_codes(x: Tensor, table: Tensor) -> Tensor:
     middles = (table[order][1:] + table[order][:-1]) / 2
     for cells in (1 << 6, 1 << 9, 1 << 12):
         start, scale = float(middles[0]), (cells - 1) / float((middles[-1] - middles[0]).clamp(min=1e-300))
-        if len((taken := _cells(middles, start, scale, cells)).unique()) == len(middles):
+        taken = _cells(middles, start, scale, cells)
+        if bool((taken.diff() > 0).all()):
             break
     else:
         return order.to(torch.uint8)[torch.bucketize(x, middles)]
@@ -265,7 +266,7 @@ def nearest_codes(x: Tensor, table: Tensor) -> Tensor:
         above = x > picked(limit, cell)
         return picked(codes, cell.mul_(2).add_(above))
 
-    return torch.cat([coded(piece) for piece in x.split(PIECE_ELEMENTS)])
+    return torch.cat([coded(x[first : first + PIECE_ELEMENTS]) for first in range(0, len(x), PIECE_ELEMENTS)])
 
 
 def _cells(x: Tensor, start: float, scale: float, cells: int) -> Tensor:
