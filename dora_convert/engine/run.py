@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ..output.finished import Checker, FinishedLine, Progress, Task, copied_name, groups, kept_name
+from ..output.finished import Checker, FinishedLine, Progress, Task, copied_name, groups, in_turn, kept_name
 from ..output.output import Output, Transfers
 from ..output.shards import QUICK_SECONDS, ShardFiles
 from ..plan.item import Item
@@ -94,6 +94,8 @@ class Run:
         if self.hub:
             order = {shard.filename: number for number, shard in enumerate(self.plan.shards)}
             tasks.sort(key=lambda task: order[task.shard])
+        elif not self.executor:
+            tasks = in_turn(tasks)
         work = None if self.executor else self._work()  # reads headers of shards, before they are uploaded
         self._waiting.update(shard for task in tasks for shard in self._shards_of(task))
         for shard in self.plan.shards:
@@ -201,9 +203,9 @@ def choose_compute(least: int, settings: Settings, executor: Executor | None = N
     """
     spec = executor.choose(settings) if executor else choose(settings.device, settings.compute_dtype)
     if spec.staged:
-        from .device_plan import fit_memory
+        from .device_plan import fit_settings
 
-        fit_memory(spec, settings)
+        fit_settings(spec, settings)
     settings.check_memory(least)
     settings.notify(f"device: {spec}")
     if settings.workers < len(spec.devices):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
@@ -162,6 +163,17 @@ def groups(
         names.append(item.name)
     if names:
         yield Task(kind, shard, tuple(names))
+
+
+def in_turn(tasks: Iterable[Task]) -> list[Task]:
+    """Return one task of each shard in turn: the system lets one thread at a time write into a file."""
+    turns = Counter[str]()
+
+    def turn(task: Task) -> int:
+        turns[task.shard] += 1
+        return turns[task.shard]
+
+    return sorted(tasks, key=turn)
 
 
 def kept_name(tensor: StoredTensor) -> str:
