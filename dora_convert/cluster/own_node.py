@@ -1,4 +1,4 @@
-"""Say which lanes the nodes get; reserve the processors of this process's own node for threads of this process."""
+"""Say which workers the nodes get; reserve the processors of this process's own node for threads of this process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class OwnNode:
 
     def __init__(self, node: Any, group: Any) -> None:
         self.node, self._group = node, group
-        self.lanes = min(int(node["Resources"]["CPU"]), processors())
+        self.workers = min(int(node["Resources"]["CPU"]), processors())
 
     @classmethod
     def reserved(cls, nodes: Iterable[Any]) -> OwnNode | None:
@@ -47,14 +47,14 @@ def own_id() -> str | None:
     return None if client.is_connected() else ray.get_runtime_context().get_node_id()
 
 
-def lanes_of(nodes: Sequence[Any], kind: str, own: OwnNode | None) -> list[tuple[Any, int]]:
+def workers_of(nodes: Sequence[Any], kind: str, own: OwnNode | None) -> list[tuple[Any, int]]:
     """Return each node with the number of processes that do its tasks, those of `own` left out.
 
     Nodes at the address of this machine share its processors: together they get a process for each processor.
     """
     here = own_id()
     address = next((node["NodeManagerAddress"] for node in nodes if node["NodeID"] == here), None)
-    left = processors() - (own.lanes if own else 0)
+    left = processors() - (own.workers if own else 0)
     counts = []
     for node in nodes:
         if own and node is own.node:

@@ -13,10 +13,10 @@ from typing import Any, cast
 from ..errors import DoraConvertError, UsageError
 from ..settings import Settings, require_extra
 from .address import LOCAL
+from .dispatch import Dispatch, ThreadWorker, Worker, WorkerLostError
 from .jobs import NodeFacts, NodeJob, Result, Work
-from .lanes import Dispatch, Lane, LaneLostError, ThreadLane
 from .node import NodeProcess, answer
-from .own_node import OwnNode, lanes_of
+from .own_node import OwnNode, workers_of
 
 ANSWER_SECONDS = 120
 """A node that does not start a process within this time does not take part."""
@@ -98,8 +98,8 @@ class RayCluster:
         self._nodes = [node for node in alive if node["Resources"].keys() & {"CPU", "GPU"}]
         kind = "GPU" if self.gpus and device != "cpu" else "CPU"
         self._own = OwnNode.reserved(self._nodes) if takes_part and kind == "CPU" else None
-        counts = lanes_of(self._nodes, kind, self._own)
-        self._processes = [ProcessLane(node, kind) for node, count in counts for _ in range(count)]
+        counts = workers_of(self._nodes, kind, self._own)
+        self._processes = [ProcessWorker(node, kind) for node, count in counts for _ in range(count)]
 
     def __str__(self) -> str:
         gpus = f", {self.gpus} GPUs" if self.gpus else ""
@@ -111,7 +111,7 @@ class RayCluster:
     @property
     def slots(self) -> int:
         """The number of tasks that run at once."""
-        return len(self._processes) + (self._own.lanes if self._own else 0)
+        return len(self._processes) + (self._own.workers if self._own else 0)
 
     @property
     def gpus(self) -> int:
@@ -125,10 +125,10 @@ class RayCluster:
         from ..engine.precision import exact_arithmetic
 
         shared = self._ray.put(job)
-        threads = [ThreadLane() for _ in range(self._own.lanes if self._own else 0)]
+        threads = [ThreadWorker() for _ in range(self._own.workers if self._own else 0)]
 
-        def start(lane: Lane) -> Future[Any]:
-            return lane.start(job) if isinstance(lane, ThreadLane) else lane.start(shared)
+        def start(worker: Worker) -> Future[Any]:
+            return worker.start(job) if isinstance(worker, ThreadWorker) else worker.start(shared)
 
         dispatch = Dispatch[Work, Result]([*threads, *self._processes], start, tasks)
         try:
@@ -161,8 +161,8 @@ class RayCluster:
         for process in self._processes:
             if process.node is node:
                 return process.actor.answer.remote(question)
-        there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        return self._ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(answer).remote(question)
+        strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        return self._ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=strategy)(answer).remote(question)
 
     def close(self) -> None:
         """End the processes, and give this node's processors back: the program keeps its connection."""
@@ -184,8 +184,8 @@ class RayCluster:
         return facts
 
 
-class ProcessLane:
-    """A lane in a process of a node, an actor of Ray."""
+class ProcessWorker:
+    """A worker in a process of a node, an actor of Ray."""
 
     def __init__(self, node: dict[str, Any], kind: str) -> None:
         """Start the process, with a processor, and with a GPU if `kind` says so."""
@@ -198,8 +198,8 @@ class ProcessLane:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         gpus = 1 if self._kind == "GPU" else 0
-        there = NodeAffinitySchedulingStrategy(self.node["NodeID"], soft=True)
-        self.actor = ray.remote(num_cpus=1, num_gpus=gpus, scheduling_strategy=there)(NodeProcess).remote()
+        strategy = NodeAffinitySchedulingStrategy(self.node["NodeID"], soft=True)
+        self.actor = ray.remote(num_cpus=1, num_gpus=gpus, scheduling_strategy=strategy)(NodeProcess).remote()
 
     def start(self, job: Any) -> Future[Any]:
         """Start a job, which Ray holds."""
@@ -210,7 +210,7 @@ class ProcessLane:
         return cast("Future[Any]", self.actor.do.remote(task).future())
 
     def result(self, future: Future[Any]) -> Any:
-        """Return what a start or a task returned, or raise its error, or LaneLostError."""
+        """Return what a start or a task returned, or raise its error, or WorkerLostError."""
         import ray
 
         try:
@@ -218,7 +218,7 @@ class ProcessLane:
         except ray.exceptions.RayTaskError as error:
             raise error.cause from None
         except ray.exceptions.RayError as error:
-            raise LaneLostError(_last_line(error)) from error
+            raise WorkerLostError(_last_line(error)) from error
 
     def close(self) -> None:
         """Do nothing: a task that was withdrawn ends at once."""
