@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ..output.finished import Checker, FinishedLine, Progress, Task, copied_name, groups, kept_name
+from ..output.finished import Checker, FinishedLine, Progress, Task, copied_name, groups, interleaved, kept_name
 from ..output.output import Output, Transfers
 from ..output.shards import QUICK_SECONDS, ShardFiles
 from ..plan.item import Item
@@ -143,7 +143,7 @@ class Run:
         left = [*(copy.length for copy in copies), *(each.nbytes for item in items for each in item.together)]
         self._skipped = self.plan.bytes_out - sum(left) - self.written
         yield from (Task("copy", copy.shard, copy=copy) for copy in copies)
-        yield from groups("write", items, shard_of, self.settings.workers)
+        yield from interleaved(groups("write", items, shard_of, self.settings.workers), self.settings.workers)
         self._together = {item.name: tuple(item.together) for item in items if item.parts}
         for tensor in self.plan.lost:
             if kept_name(tensor) not in done:

@@ -164,6 +164,25 @@ def groups(
         yield Task(kind, shard, tuple(names))
 
 
+def interleaved(tasks: Iterable[Task], width: int) -> Iterator[Task]:
+    """Yield tasks so that neighbours are of different shards, of so many shards at a time.
+
+    Two workers that write into one file wait for each other.
+    """
+    by_shard: dict[str, list[Task]] = {}
+    for task in tasks:
+        by_shard.setdefault(task.shard, []).append(task)
+    waiting = [iter(each) for each in by_shard.values()]
+    taken, waiting = waiting[:width], waiting[width:]
+    while taken:
+        queue = taken.pop(0)
+        if (ready := next(queue, None)) is not None:
+            yield ready
+            taken.append(queue)
+        else:
+            taken, waiting = [*waiting[:1], *taken], waiting[1:]
+
+
 def kept_name(tensor: StoredTensor) -> str:
     """Return the name in the undo record of a tensor of the base that is kept whole."""
     return f"whole/{tensor.name}"
