@@ -24,7 +24,8 @@ from .errors import UsageError
 
 __version__ = "0.1.0"
 
-MOST_WORKERS = 8
+MOST_WORKERS = 4
+"""More of them by default would wait for each other: Python runs one at a time between two calls of torch."""
 MAX_MEMORY = "160MiB"
 """Bytes that streaming verbs hold at once by default."""
 DEVICES = re.compile(r"auto|mps|cpu(,cpu)*|cuda(:\d+)?(,(cuda:)?\d+)*")
@@ -53,6 +54,8 @@ class Settings:
     default_memory: bool = False
     """True if the caller has not set the budget."""
     workers: int
+    default_workers: bool = False
+    """True if the caller has not set the number of workers."""
     verify: bool = False
     base_model: str | None = None
     on_progress: Callable[[int, int], None] | None = None
@@ -72,7 +75,8 @@ class Settings:
             compute_dtype=options.get("compute_dtype", "auto"),
             max_memory=parse_size(MAX_MEMORY if budget in (None, "auto") else budget, "--max-memory"),
             default_memory=budget in (None, "auto"),
-            workers=options["workers"] or default_workers(),
+            workers=options["workers"] or usual_workers(),
+            default_workers=not options["workers"],
             verify=options.get("verify", False),
             base_model=options.get("base_model"),
             on_progress=options["on_progress"],
@@ -174,8 +178,8 @@ def check_base_model(repo: str | None) -> None:
         raise UsageError(f"--base-model {repo!r} is not a valid repo id.", hint="write it as org/name")
 
 
-def default_workers() -> int:
-    """Return the number of processors that this process may use, at least two and at most eight."""
+def usual_workers() -> int:
+    """Return the number of processors that this process may use, at least two and at most four."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
     return max(2, min(count, MOST_WORKERS))
 

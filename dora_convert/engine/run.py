@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ..output.finished import Checker, FinishedLine, Progress, Task, copied_name, groups, interleaved, kept_name
+from ..output.finished import Checker, FinishedLine, Progress, Task, copied_name, groups, in_turn, kept_name
 from ..output.output import Output, Transfers
 from ..output.shards import QUICK_SECONDS, ShardFiles
 from ..plan.item import Item
@@ -94,6 +94,8 @@ class Run:
         if self.hub:
             order = {shard.filename: number for number, shard in enumerate(self.plan.shards)}
             tasks.sort(key=lambda task: order[task.shard])
+        elif not self.executor:
+            tasks = in_turn(tasks)
         work = None if self.executor else self._work()  # reads headers of shards, before they are uploaded
         self._waiting.update(shard for task in tasks for shard in self._shards_of(task))
         for shard in self.plan.shards:
@@ -143,7 +145,7 @@ class Run:
         left = [*(copy.length for copy in copies), *(each.nbytes for item in items for each in item.together)]
         self._skipped = self.plan.bytes_out - sum(left) - self.written
         yield from (Task("copy", copy.shard, copy=copy) for copy in copies)
-        yield from interleaved(groups("write", items, shard_of, self.settings.workers), self.settings.workers)
+        yield from groups("write", items, shard_of, self.settings.workers)
         self._together = {item.name: tuple(item.together) for item in items if item.parts}
         for tensor in self.plan.lost:
             if kept_name(tensor) not in done:
@@ -201,9 +203,9 @@ def choose_compute(least: int, settings: Settings, executor: Executor | None = N
     """
     spec = executor.choose(settings) if executor else choose(settings.device, settings.compute_dtype)
     if spec.staged:
-        from .device_plan import fit_memory
+        from .device_plan import fit_settings
 
-        fit_memory(spec, settings)
+        fit_settings(spec, settings)
     settings.check_memory(least)
     settings.notify(f"device: {spec}")
     if settings.workers < len(spec.devices):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
@@ -164,23 +165,15 @@ def groups(
         yield Task(kind, shard, tuple(names))
 
 
-def interleaved(tasks: Iterable[Task], width: int) -> Iterator[Task]:
-    """Yield tasks so that neighbours are of different shards, of so many shards at a time.
+def in_turn(tasks: Iterable[Task]) -> list[Task]:
+    """Return one task of each shard in turn: the system lets one thread at a time write into a file."""
+    turns = Counter[str]()
 
-    Two workers that write into one file wait for each other.
-    """
-    by_shard: dict[str, list[Task]] = {}
-    for task in tasks:
-        by_shard.setdefault(task.shard, []).append(task)
-    waiting = [iter(each) for each in by_shard.values()]
-    taken, waiting = waiting[:width], waiting[width:]
-    while taken:
-        queue = taken.pop(0)
-        if (ready := next(queue, None)) is not None:
-            yield ready
-            taken.append(queue)
-        else:
-            taken, waiting = [*waiting[:1], *taken], waiting[1:]
+    def turn(task: Task) -> int:
+        turns[task.shard] += 1
+        return turns[task.shard]
+
+    return sorted(tasks, key=turn)
 
 
 def kept_name(tensor: StoredTensor) -> str:

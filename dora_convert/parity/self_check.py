@@ -29,9 +29,9 @@ from ..storage.safetensors import StoredTensor, read_header
 from .expected import ARRAYS, CPU, Expected
 
 RANDOM_ROWS = 16
-FEWEST_ELEMENTS, MOST_ELEMENTS = 1 << 10, 1 << 15
-"""Elements of rows that are compared together, as memory allows."""
-MOST_ON_DEVICE = 1 << 20
+ON_PROCESSOR = (1 << 10, 1 << 15)
+"""The fewest and the most elements of rows that are compared together, as memory allows."""
+ON_DEVICE = (1 << 15, 1 << 20)
 """The same for a device, which is asked for answers less often then."""
 MOST_ROWS = 1024
 """So many of the rows that an adapter set are compared."""
@@ -79,8 +79,8 @@ class SelfCheck:
     def _sized(self, expected: Expected) -> Expected:
         """Let a definition compute as many elements together as the memory allows: calls cost more than numbers."""
         fitting = self._spare // (8 * ARRAYS * max(1, len(expected.item.edits)))
-        most = MOST_ELEMENTS if expected.device.type == "cpu" else MOST_ON_DEVICE
-        expected.elements = max(FEWEST_ELEMENTS, min(fitting, most))
+        fewest, most = ON_PROCESSOR if expected.device.type == "cpu" else ON_DEVICE
+        expected.elements = max(fewest, min(fitting, most))
         return expected
 
 
