@@ -73,6 +73,7 @@ class DeviceBuffers:
         """Buffers in the shapes that were asked for: a new view costs a call of torch, and the interpreter's lock."""
         self._exact: DeviceBuffers | None = None
         self._parts: StoredParts | None = None
+        self._at_work: Tensor | None = None  # rows that were decoded where arithmetic is done
         self._wholes: dict[tuple[Path, int], Tensor] = {}
         """Whole tensors behind the last views, as they are stored, by file and place."""
 
@@ -98,7 +99,7 @@ class DeviceBuffers:
     def raw(self, stored: StoredTensor, start: int, stop: int, buffer: str = "in") -> Tensor:
         """Read rows of a stored tensor into host memory as they are on disk: (rows, columns).
 
-        Rows of a coded tensor are decoded: float64, on the device.
+        Rows of a coded tensor are decoded: float64, on the device. In the buffer "work" they are lifted already.
         """
         if stored.coded:
             return self._decoded(stored, start, stop, buffer)
@@ -112,7 +113,9 @@ class DeviceBuffers:
         return host
 
     def lift(self, raw: Tensor) -> Tensor:
-        """Copy raw rows to the device, in the compute dtype."""
+        """Copy raw rows to the device, in the compute dtype; rows that were decoded there stay."""
+        if raw is self._at_work:
+            return raw
         on_device = raw if self._on_host else raw.to(self.spec.device, non_blocking=self._cuda)
         self._lifted = self.mark()
         return self.scratch("work", raw.shape, self.spec.compute).copy_(on_device)
@@ -224,7 +227,10 @@ class DeviceBuffers:
         host = self.spec.device.type == "mps"  # which has no float64
         device = torch.device("cpu") if host else self.spec.device
         self._parts = self._parts or StoredParts(self.reader, device)
-        out = self.scratch(f"{buffer}, decoded", (stop - start, stored.matrix[1]), torch.float64, on_host=host)
+        in_place = buffer == "work" and self.spec.compute == torch.float64
+        name = buffer if in_place else f"{buffer}, decoded"
+        out = self.scratch(name, (stop - start, stored.matrix[1]), torch.float64, on_host=host)
+        self._at_work = out if in_place else None
         return decode(stored, self._parts, start, out)
 
     def forget(self) -> None:
