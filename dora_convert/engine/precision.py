@@ -72,6 +72,12 @@ class ComputeSpec:
         first, *others = map(str, self.devices)
         return ",".join([first, *(name.removeprefix("cuda:") for name in others)])
 
+    @property
+    def kind(self) -> str:
+        """The name of what decides the last bits: the model of a GPU, or the type of another device."""
+        known = self.device.type == "cuda" and torch.cuda.is_available()
+        return torch.cuda.get_device_name(self.device) if known else self.device.type
+
     def dealt(self) -> Callable[[], ComputeSpec]:
         """Return a function that gives each worker, when it starts, its device: one after the other, in turn."""
         numbers, devices = count(), self.devices

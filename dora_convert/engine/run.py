@@ -219,7 +219,7 @@ def journal_key(spec: ComputeSpec, identity: Mapping[str, Any], **inputs: Any) -
         **inputs,
         **identity,
         "versions": [__version__, torch.__version__],
-        "device": spec.device.type,
+        "device": spec.kind,
         "compute": spec.compute_name,
     }
     as_read_back: JournalKey = json.loads(json.dumps(key))
