@@ -16,7 +16,7 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3
 FLOATS8 = ("F8_E4M3", "F8_E5M2")
 """The dtypes of floats of 8 bits."""
 
-PIECE_ELEMENTS = 1 << 18
+PIECE_ELEMENTS = 1 << 17
 """Elements that are computed together where steps need memory for each element."""
 
 TORCH_NAMES = {

@@ -175,14 +175,14 @@ class RecodedTensor:
         return encoding.numbers_of(raw, part.dtype, scheme)
 
     def _codes(self, x: Tensor, numbers: Mapping[str, Tensor]) -> Tensor:
-        """Return the codes of some rows, which begin with a block, a few rows at a time."""
+        """Return the codes of some rows, which begin with a block, a few rows at a time; x is overwritten."""
         row_bytes = self.item.nbytes // (self._tensor.numel // self._columns)
         codes = torch.empty((len(x), row_bytes), dtype=torch.uint8, device=x.device)
         height = max(1, CHUNK_ELEMENTS // self._columns)
         for first in range(0, len(x), height):
             part = x[first : first + height]
             block = torch.arange(first, first + len(part), device=x.device) // self._scheme.rows
-            own = {role: each if len(each) == 1 else each[block] for role, each in numbers.items()}
+            own = {role: each if len(each) == 1 else each.index_select(0, block) for role, each in numbers.items()}
             codes[first : first + len(part)] = encoding.encode(self._scheme, part, own, self._index, row_bytes)
         return codes
 
