@@ -65,7 +65,9 @@ class DeviceBuffers:
         self.staged, self._cuda, self._turn = spec.staged, spec.device.type == "cuda", 0
         self._lifted: Any = None  # marks when the last raw rows have left host memory
         if self._cuda and stream is None:
-            stream = torch.cuda.Stream(spec.device)  # type: ignore[no-untyped-call]
+            from .streams import stream_of
+
+            stream = stream_of(spec)
         self._stream = stream
         self._buffers: dict[str, Tensor] = {}
         self._exact: DeviceBuffers | None = None

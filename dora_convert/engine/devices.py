@@ -1,9 +1,6 @@
-"""Find the accelerators that `--device` names, and give each worker a stream on one."""
+"""Find the accelerators that `--device` names."""
 
 from __future__ import annotations
-
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
 
 import torch
 
@@ -64,22 +61,3 @@ def _cuda_device(index: int, names: str) -> torch.device:
         f"--device {names}: this machine has {count} usable CUDA devices{why}.",
         hint="install a build with CUDA: https://pytorch.org/get-started/locally" if is_cpu else None,
     )
-
-
-class DeviceStream(NamedTuple):
-    """A worker's device, and its stream there: the worker's answers wait for its own work alone."""
-
-    device: torch.device
-    stream: Any
-    """None on a processor, where work is done at once."""
-
-    @classmethod
-    def on(cls, device: torch.device) -> DeviceStream:
-        """Return a device with a new stream."""
-        if device.type != "cuda":
-            return cls(device, None)
-        return cls(device, torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
-
-    def working(self) -> AbstractContextManager[object]:
-        """Return the context in which tensors of this stream may be used."""
-        return torch.cuda.stream(self.stream) if self.stream else nullcontext()

@@ -55,6 +55,8 @@ class ComputeSpec:
     """Further devices that workers are dealt over, all of one kind."""
     stages: bool = False
     """True if a processor is to do as a device does."""
+    worker: int = 0
+    """The number of the worker that computes so, on one device."""
 
     @property
     def staged(self) -> bool:
@@ -81,7 +83,12 @@ class ComputeSpec:
     def dealt(self) -> Callable[[], ComputeSpec]:
         """Return a function that gives each worker, when it starts, its device: one after the other, in turn."""
         numbers, devices = count(), self.devices
-        return lambda: replace(self, device=devices[next(numbers) % len(devices)], others=())
+
+        def deal() -> ComputeSpec:
+            worker = next(numbers)
+            return replace(self, device=devices[worker % len(devices)], others=(), worker=worker)
+
+        return deal
 
     @property
     def compute_name(self) -> str:
