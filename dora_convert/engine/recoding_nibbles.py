@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from ..codecs import encoding
 from ..codecs.bitsandbytes import Nibbles
 from ..codecs.coded import CodedTensor, as_bytes_of
+from ..codecs.codes import nearest_codes
 from ..codecs.numbers import by_groups, picked, values
 from ..storage.reader import spans
 from .decoding import StoredParts
@@ -68,4 +68,4 @@ def _nearest(line: Tensor, scales: Tensor, table: Tensor, block: int) -> Tensor:
     by_groups(line[None], scales[None], block, Tensor.div_)
     if bool((scales == 0).any()):
         line.nan_to_num_(0.0)
-    return encoding.nearest_codes(line, table)
+    return nearest_codes(line, table)

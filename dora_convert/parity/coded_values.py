@@ -89,7 +89,7 @@ class CodedValues:
             span, low = 2**scheme.bits - 1, 0 if scheme.grid == "unsigned" else -(2 ** (scheme.bits - 1))
             at_end = (q <= low + scheme.balanced) | (q >= low + span)
             shifted = "zero" in self._tensor.parts, "bias" in self._tensor.parts
-            half += at_end * (span * 2.0**-8 * (1 + shifted[1]) + 0.5 * shifted[0] + shifted[1])
+            half.masked_fill_(at_end, 0.5 + span * 2.0**-8 * (1 + shifted[1]) + 0.5 * shifted[0] + shifted[1])
         return (q - z) * s + b, s.abs() * half
 
     def _block_parts(self, scheme: Blocks, row: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -102,7 +102,7 @@ class CodedValues:
         down = -(-scheme.height // scheme.rows)
         position = row // scheme.height * down + (row % scheme.height // scheme.rows).clamp(max=down - 1)
         groups = parts["scale"].numel // (down * (tensor.numel // K // scheme.height))
-        group = j // scheme.columns if groups > 1 else torch.zeros_like(j)
+        group: Tensor | int = scheme.columns
         if groups > 1 and "index" in parts:
             group = self._parts.numbers("index", START, j).long().clamp(min=0).flatten()
         every, first = torch.arange(groups), position * groups
@@ -117,7 +117,7 @@ class CodedValues:
             z = self._packed_zeros(scheme, row, every) if packed else self._parts.numbers("zero", first, every)
         if "bias" in parts:
             b = self._parts.numbers("bias", first, every)
-        return q, spread(z, group), spread(s, group), spread(b, group)
+        return q, spread(z, group, K), spread(s, group, K), spread(b, group, K)
 
     def _packed_zeros(self, scheme: Blocks, row: Tensor, group: Tensor) -> Tensor:
         """Zero points lie along the rows: bit `row·bits` of the stream of words of each group."""
@@ -150,11 +150,11 @@ class CodedValues:
 
     def _nibble_scales(self, scheme: Nibbles, row: Tensor) -> Tensor:
         """Return the scale of each element of some rows; blocks do not begin anew with each row."""
-        K, j = self._tensor.columns, torch.arange(self._tensor.columns)
+        K = self._tensor.columns
         if K % scheme.block:
-            return self._block_scales(scheme, START, (row * K + j) // scheme.block)
+            return self._block_scales(scheme, START, (row * K + torch.arange(K)) // scheme.block)
         scales = self._block_scales(scheme, row * (K // scheme.block), torch.arange(K // scheme.block))
-        return spread(scales, j // scheme.block)
+        return spread(scales, scheme.block, K)
 
     def _block_scales(self, scheme: Nibbles, first: Tensor, inside: Tensor) -> Tensor:
         """Return the scales of blocks of the line."""
@@ -169,7 +169,7 @@ class CodedValues:
         """W[n, k] = s[g, n]·(q[k, n] − z[g, n])."""
         K, N, bits = self._tensor.columns, self._tensor.shape[0], scheme.bits
         k = torch.arange(K)
-        g = k // scheme.group
+        g: Tensor | int = scheme.group
         if "index" in self._tensor.parts:
             g = self._parts.numbers("index", START, k).long().flatten()
         groups = torch.arange(self._tensor.parts["scale"].shape[0])
@@ -181,19 +181,19 @@ class CodedValues:
             q = q + self._parts.whole("codes", 32 * n, at // 32 * 32 * N + at % 32, step).double() * 2**bit
             zero = zero + self._parts.whole("zero", n * bits + bit, groups * line, step).double() * 2**bit
         scale = self._parts.numbers("scale", n, groups * N)
-        return spread(scale, g) * (q - spread(zero + scheme.zero, g))
+        return spread(scale, g, K) * (q - spread(zero + scheme.zero, g, K))
 
     def _awq_rows(self, scheme: Awq, n: Tensor) -> Tensor:
         """W[n, k] = s[g, n]·(q[k, n] − z[g, n]); eight outputs share a word, in an order of their own."""
         K, N = self._tensor.columns, self._tensor.shape[0]
         k = torch.arange(K)
-        g = k // scheme.group
         place = torch.tensor([AWQ_ORDER.index(output) for output in range(8)])
         first = 32 * (n // 8) + 4 * place[n % 8]
         q = self._parts.whole("codes", first, 4 * k * N, 4).double()
         groups = torch.arange(self._tensor.parts["scale"].shape[0])
         zero = self._parts.whole("zero", first, 4 * groups * N, 4).double()
-        return spread(self._parts.numbers("scale", n, groups * N), g) * (q - spread(zero, g))
+        scale = self._parts.numbers("scale", n, groups * N)
+        return spread(scale, scheme.group, K) * (q - spread(zero, scheme.group, K))
 
     def _turned_rows(self, scheme: TurnedMxfp4, row: Tensor) -> Tensor:
         """W[e, k, r] = code[e, r, k]·2^(s[e, r, k/32] − 127); the row's number is e and k."""
@@ -254,6 +254,5 @@ def half_step(v: Tensor, grid: str) -> Tensor:
     if grid not in SMALL_FLOATS:
         return torch.full_like(v, 0.5)
     exponent, mantissa = SMALL_FLOATS[grid]
-    e = torch.frexp(v.clamp(min=-(2.0**900), max=2.0**900))[1].long() - 1  # 2^e ≤ |v| < 2^(e + 1)
-    e = e.masked_fill(v == 0, -1000).clamp(min=2 - 2 ** (exponent - 1))
-    return (e - mantissa - 1 + 1023 << 52).view(torch.float64)
+    power = v.view(torch.int64).bitwise_and(0x7FF << 52).view(torch.float64)  # 2^e ≤ |v| < 2^(e + 1)
+    return power.clamp_(2.0 ** (2 - 2 ** (exponent - 1)), 2.0**900).mul_(2.0 ** (-mantissa - 1))

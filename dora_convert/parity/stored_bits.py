@@ -98,8 +98,11 @@ def picked(values: Tensor, index: Tensor) -> Tensor:
     return values.index_select(0, index.flatten()).view(index.shape)
 
 
-def spread(numbers: Tensor, group: Tensor) -> Tensor:
-    """Return numbers of rows, (rows, groups), for the group of each column: (rows, columns)."""
-    if numbers.shape[1] == 1:
+def spread(numbers: Tensor, group: Tensor | int, columns: int) -> Tensor:
+    """Return numbers of rows, (rows, groups), for each column: by its group, or by the columns of all groups."""
+    rows, groups = numbers.shape
+    if groups == 1:
         return numbers
-    return picked(numbers.flatten(), torch.arange(len(numbers))[:, None] * numbers.shape[1] + group)
+    if isinstance(group, int):
+        return numbers.repeat_interleave(group, dim=1)[:, :columns]
+    return picked(numbers.flatten(), torch.arange(rows)[:, None] * groups + group)
