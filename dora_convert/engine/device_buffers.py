@@ -16,12 +16,13 @@ from ..maths import lora as maths
 from ..plan.item import KEPT
 from ..storage.reader import Reader
 from ..storage.safetensors import StoredTensor
-from .precision import PLACES, TORCH, ComputeSpec, as_bytes, empty, read_rows
+from .precision import OWN_PAGES, PLACES, TORCH, ComputeSpec, as_bytes, empty, read_rows
 
 if TYPE_CHECKING:
     from .decoding import StoredParts
 
 FACTOR_ELEMENTS = 1 << 18
+MOST_VIEWS = 256
 
 
 class SentBlock(NamedTuple):
@@ -66,8 +67,10 @@ class DeviceBuffers:
         self._lifted: Any = None  # marks when the last raw rows have left host memory
         if self._cuda and stream is None:
             stream = torch.cuda.Stream(spec.device)  # type: ignore[no-untyped-call]
-        self._stream = stream
+        self._stream, self._on_host = stream, spec.device.type == "cpu"
         self._buffers: dict[str, Tensor] = {}
+        self._views: dict[tuple[Any, ...], Tensor] = {}
+        """Buffers in the shapes that were asked for: a new view costs a call of torch, and the interpreter's lock."""
         self._exact: DeviceBuffers | None = None
         self._parts: StoredParts | None = None
         self._at_work: Tensor | None = None  # rows that were decoded where arithmetic is done
@@ -113,7 +116,7 @@ class DeviceBuffers:
         """Copy raw rows to the device, in the compute dtype; rows that were decoded there stay."""
         if raw is self._at_work:
             return raw
-        on_device = raw.to(self.spec.device, non_blocking=self._cuda)
+        on_device = raw if self._on_host else raw.to(self.spec.device, non_blocking=self._cuda)
         self._lifted = self.mark()
         return self.scratch("work", raw.shape, self.spec.compute).copy_(on_device)
 
@@ -155,6 +158,8 @@ class DeviceBuffers:
     def whole(self, stored: StoredTensor) -> Tensor:
         """Read a whole stored tensor to the device, in the compute dtype and in memory of its own."""
         rows, columns = stored.matrix
+        if self._on_host and rows * columns * self.spec.compute.itemsize < OWN_PAGES:
+            return self.computed(self.raw(stored, 0, rows, "factor"))
         matrix = self._empty((rows, columns), self.spec.compute, self.spec.device)
         height = max(1, FACTOR_ELEMENTS // max(1, columns))
         for start in range(0, rows, height):
@@ -175,7 +180,8 @@ class DeviceBuffers:
 
     def computed(self, host: Tensor) -> Tensor:
         """Copy a host tensor to the device, in the compute dtype."""
-        return host.to(self.spec.device).to(self.spec.compute, copy=True)
+        on_device = host if self._on_host else host.to(self.spec.device)
+        return on_device.to(self.spec.compute, copy=True)
 
     def rows(self, stored: StoredTensor, start: int, stop: int) -> Tensor:
         """Read some rows of a small stored tensor to the device."""
@@ -235,19 +241,26 @@ class DeviceBuffers:
     def release(self) -> None:
         """Free all buffers, for another worker that may need the memory."""
         self._buffers.clear()
+        self._views.clear()
         self.forget()
         if self._exact:
             self._exact.release()
 
     def scratch(self, name: str, shape: Sequence[int], dtype: torch.dtype, *, on_host: bool = False) -> Tensor:
         """Return memory that the next call of the name reuses: fresh pages cost more than arithmetic."""
+        key = (name, dtype, *shape)
+        if (known := self._views.get(key)) is not None:
+            return known
         nbytes = math.prod(shape) * dtype.itemsize
         buffer = self._buffers.get(name)
-        if buffer is None or buffer.numel() < nbytes:
+        if buffer is None or buffer.numel() < nbytes or len(self._views) > MOST_VIEWS:
+            self._views.clear()
             self._buffers.pop(name, None)
+            del buffer
             device = torch.device("cpu") if on_host else self.spec.device
             buffer = self._buffers[name] = self._empty((nbytes,), torch.uint8, device)
-        return buffer[:nbytes].view(dtype).view(tuple(shape))
+        view = self._views[key] = buffer[:nbytes].view(dtype).view(tuple(shape))
+        return view
 
     def _empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return an uninitialised tensor; pinned on the host of a GPU."""

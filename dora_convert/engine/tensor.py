@@ -219,7 +219,8 @@ class MergeMaker:
         """Return the hashes of both tensors, and the parts of the undo record."""
         item = self._item
         coded = item.base is not None and item.base.coded  # its parts are kept whole
-        for start, stop in spans(*item.base.matrix) if item.base and not coded else ():
+        longer = item.base is not None and item.base.matrix[0] > item.source.matrix[0]
+        for start, stop in spans(*item.base.matrix) if item.base and longer and not coded else ():
             if item.base and stop > (first := max(start, item.source.matrix[0])):
                 data = as_bytes(self._buffers.raw(item.base, first, stop, "base"))
                 self._base.update(data)

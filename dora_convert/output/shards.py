@@ -18,7 +18,7 @@ from ..storage.reader import OpenFiles, Reader
 from ..storage.safetensors import encode_header
 
 COPY_BYTES = 64 << 20
-SLICE_BYTES = 1 << 18
+SLICE_BYTES = 1 << 19
 """Bytes of one write. Larger ones make the system look for larger pieces of memory, which it often has not at hand."""
 QUICK_SECONDS = 0.1
 """Most file systems allocate a model's space in this time; others need as long as for writing it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import struct
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -39,10 +39,11 @@ def answered(question: Question, later: Questions | None) -> dict[str, str]:
         _put_off.reset(token)
 
 
-def line_of(W: StoredTensor, row: int, reader: Reader) -> bytearray:
-    """Read one row of a stored matrix."""
-    data = bytearray(W.matrix[1] * W.itemsize)
-    reader.read(W.path, W.start + row * len(data), memoryview(data))
+def lines_of(W: StoredTensor, rows: Sequence[int], reader: Reader) -> bytearray:
+    """Read some rows of a stored matrix."""
+    length = W.matrix[1] * W.itemsize
+    data = bytearray(len(rows) * length)
+    reader.gather(W.path, [(W.start + row * length, length) for row in rows], data)
     return data
 
 
@@ -70,6 +71,12 @@ def vector(data: bytearray, dtype: str) -> torch.Tensor:
 
     kind = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[dtype]
     return torch.frombuffer(data, dtype=kind).double()
+
+
+def norms_of(data: bytearray, W: StoredTensor) -> list[float]:
+    """Return the norms of stored rows of a matrix; raises as `vector` does."""
+    norms: list[float] = vector(data, W.dtype).view(-1, W.matrix[1]).norm(dim=1).tolist()
+    return norms
 
 
 def log_of(value: float) -> float:
