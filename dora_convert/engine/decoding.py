@@ -12,7 +12,6 @@ from torch import Tensor
 from ..codecs.coded import CHUNK_ELEMENTS, STRIP_BYTES, CodedTensor
 from ..storage.reader import PIECE_BYTES, Reader
 from ..storage.safetensors import StoredTensor
-from .precision import as_bytes
 
 SMALL = 1 << 16
 """Bytes of a part that is read whole and kept, such as a table or the order of inputs."""
@@ -84,14 +83,16 @@ class StoredParts:
         last = min(width, max(stop, start + STRIP_BYTES // max(1, height) // WORDS * WORDS))
         if (start, last) == (0, width):
             return start, last, self._read(part, 0, height)
-        strip = torch.empty(height, last - start, dtype=torch.uint8)
-        if width > NEAR * (last - start):
-            runs = [(part.start + row * width + start, last - start) for row in range(height)]
-            self._reader.gather(part.path, runs, as_bytes(strip))
-        else:  # one read of many rows takes less time than many reads
-            rows = max(1, PIECE_BYTES // width)
-            for first in range(0, height, rows):
-                strip[first : first + rows] = self._read(part, first, min(height, first + rows))[:, start:last]
+        length = last - start
+        if width > NEAR * length:
+            data = bytearray(height * length)
+            runs = [(part.start + row * width + start, length) for row in range(height)]
+            self._reader.gather(part.path, runs, data)
+            return start, last, torch.frombuffer(data, dtype=torch.uint8).view(height, length)
+        strip = torch.empty(height, length, dtype=torch.uint8)
+        rows = max(1, PIECE_BYTES // width)
+        for first in range(0, height, rows):  # a read of many rows takes less time than a read of each
+            strip[first : first + rows] = self._read(part, first, min(height, first + rows))[:, start:last]
         return start, last, strip
 
     def _read(self, part: StoredTensor, start: int, stop: int) -> Tensor:
