@@ -122,7 +122,7 @@ def _compare_on(
     results: dict[int, CheckedModule | bool] = {}
     tasks = ranges([written.nbytes for _, written in pairing.pairs], cluster.slots)
     job = Comparing(pairing.pairs, samples, spec)
-    for numbers, found in cluster.map(job, tasks, gpu=spec.device.type == "cuda"):
+    for numbers, found in cluster.map(job, tasks):
         results |= zip(numbers, found, strict=True)
         advance(numbers)
     return [results[number] for number in range(len(pairing.pairs))]
