@@ -185,8 +185,12 @@ def check_base_model(repo: str | None) -> None:
 
 def usual_workers() -> int:
     """Return the number of processors that this process may use, at least two and at most four."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
-    return max(2, min(count, MOST_WORKERS))
+    return max(2, min(processors(), MOST_WORKERS))
+
+
+def processors() -> int:
+    """Return the number of processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
 
 
 def parse_size(text: str | int, option: str) -> int:

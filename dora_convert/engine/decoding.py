@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..codecs.coded import CHUNK_ELEMENTS, STRIP_BYTES, CodedTensor
-from ..storage.reader import Reader
+from ..storage.reader import PIECE_BYTES, Reader
 from ..storage.safetensors import StoredTensor
 
 SMALL = 1 << 16
@@ -21,6 +21,8 @@ TOGETHER = 8
 """Rows that some layouts have in one word: chunks end with a word."""
 MOST_STRIPS = 3 * STRIP_BYTES // 2
 """Bytes of strips that are kept."""
+NEAR = 8
+"""Whole rows are read if they are at most so many times as long as a strip's."""
 MOST = 8
 """Such parts that are kept."""
 
@@ -82,10 +84,16 @@ class StoredParts:
         if (start, last) == (0, width):
             return start, last, self._read(part, 0, height)
         length = last - start
-        data = bytearray(height * length)
-        runs = [(part.start + row * width + start, length) for row in range(height)]
-        self._reader.gather(part.path, runs, data)
-        return start, last, torch.frombuffer(data, dtype=torch.uint8).view(height, length)
+        if width > NEAR * length:
+            data = bytearray(height * length)
+            runs = [(part.start + row * width + start, length) for row in range(height)]
+            self._reader.gather(part.path, runs, data)
+            return start, last, torch.frombuffer(data, dtype=torch.uint8).view(height, length)
+        strip = torch.empty(height, length, dtype=torch.uint8)
+        rows = max(1, PIECE_BYTES // width)
+        for first in range(0, height, rows):  # a read of many rows takes less time than a read of each
+            strip[first : first + rows] = self._read(part, first, min(height, first + rows))[:, start:last]
+        return start, last, strip
 
     def _read(self, part: StoredTensor, start: int, stop: int) -> Tensor:
         width = part.shape[1]

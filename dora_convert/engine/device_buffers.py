@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -60,13 +61,15 @@ class DeviceBuffers:
     and results take turns in two buffers.
     """
 
-    def __init__(self, spec: ComputeSpec, reader: Reader, stream: Any = None) -> None:
+    def __init__(self, spec: ComputeSpec, reader: Reader, stream: Any = None, worker: int = 0) -> None:
         self.spec = spec
         self.reader = reader
         self.staged, self._cuda, self._turn = spec.staged, spec.device.type == "cuda", 0
         self._lifted: Any = None  # marks when the last raw rows have left host memory
         if self._cuda and stream is None:
-            stream = torch.cuda.Stream(spec.device)  # type: ignore[no-untyped-call]
+            from .streams import stream_of
+
+            stream = stream_of(spec.device, worker)
         self._stream, self._on_host = stream, spec.device.type == "cpu"
         self._buffers: dict[str, Tensor] = {}
         self._views: dict[tuple[Any, ...], Tensor] = {}
@@ -80,8 +83,8 @@ class DeviceBuffers:
     @classmethod
     def dealt(cls, spec: ComputeSpec, reader: Reader) -> Callable[[], DeviceBuffers]:
         """Return a function that makes each worker's buffers, on the devices in turn."""
-        deal = spec.dealt()
-        return lambda: cls(deal(), reader)
+        deal, numbers = spec.dealt(), count()
+        return lambda: cls(deal(), reader, None, next(numbers))
 
     def exact(self) -> DeviceBuffers:
         """Return buffers in float64 on the same stream; on the host if the device has no float64."""

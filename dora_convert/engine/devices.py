@@ -1,9 +1,6 @@
-"""Find the accelerators that `--device` names, and give each worker a stream on one."""
+"""Find the accelerators that `--device` names."""
 
 from __future__ import annotations
-
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
 
 import torch
 
@@ -66,20 +63,6 @@ def _cuda_device(index: int, names: str) -> torch.device:
     )
 
 
-class DeviceStream(NamedTuple):
-    """A worker's device, and its stream there: the worker's answers wait for its own work alone."""
-
-    device: torch.device
-    stream: Any
-    """None on a processor, where work is done at once."""
-
-    @classmethod
-    def on(cls, device: torch.device) -> DeviceStream:
-        """Return a device with a new stream."""
-        if device.type != "cuda":
-            return cls(device, None)
-        return cls(device, torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
-
-    def working(self) -> AbstractContextManager[object]:
-        """Return the context in which tensors of this stream may be used."""
-        return torch.cuda.stream(self.stream) if self.stream else nullcontext()
+def model_of(device: torch.device) -> str:
+    """Return the model of a card, which decides the last bits; the type of a device that is not in this machine."""
+    return torch.cuda.get_device_name(device) if torch.cuda.is_available() else device.type

@@ -215,11 +215,16 @@ def choose_compute(least: int, settings: Settings, executor: Executor | None = N
 
 def journal_key(spec: ComputeSpec, identity: Mapping[str, Any], **inputs: Any) -> JournalKey:
     """Return everything that decides the output's bytes: `identity`, `inputs`, versions and the device."""
+    device = spec.device.type
+    if device == "cuda":
+        from .devices import model_of
+
+        device = model_of(spec.device)
     key = {
         **inputs,
         **identity,
         "versions": [__version__, torch.__version__],
-        "device": spec.device.type,
+        "device": device,
         "compute": spec.compute_name,
     }
     as_read_back: JournalKey = json.loads(json.dumps(key))

@@ -49,16 +49,16 @@ class StoredBits:
         if bool((rest := first & 7).any()):
             first, inside = first - rest, inside + rest
         byte, bit = inside >> 3, inside & 7
-        low, high = int(byte.min()), int((inside + (count - 1)).max()) >> 3
-        data, begin = self._bytes(role, first, low, high - low + 1)
+        low, most = int(inside.min()) >> 3, int(bit.max())
+        data, begin = self._bytes(role, first, low, (int(inside.max()) + count + 7 >> 3) - low)
         place = begin + byte
         value = picked(data, place)
         value = value.int() if count <= NARROW else value.long()
-        for k in range(1, (int(bit.max()) + count + 7) // 8):
+        for k in range(1, most + count + 7 >> 3):
             value |= picked(data, (place + k).clamp_(max=len(data) - 1)).to(value.dtype) << 8 * k
-        if int(bit.max()):
+        if most:
             value >>= bit.to(value.dtype)
-        return value.bitwise_and_((1 << count) - 1) if count not in (8, 64) or int(bit.max()) else value
+        return value.bitwise_and_((1 << count) - 1) if count not in (8, 64) or most else value
 
     def _bytes(self, role: str, first: Tensor, low: int, width: int) -> tuple[Tensor, Tensor]:
         """Return bytes of a part in one line, and the place there of each row's `first` bit: (rows, 1)."""

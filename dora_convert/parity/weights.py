@@ -9,9 +9,9 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ..engine.devices import DeviceStream
 from ..engine.doubts import check_magnitudes
 from ..engine.precision import choose, scan_adapter
+from ..engine.streams import DeviceStream
 from ..engine.workers import WorkerPool
 from ..plan.plan import Plan
 from ..reports.verify import CheckedModule, Untouched, VerifyReport
@@ -97,8 +97,7 @@ def _compare(
         fit_settings(spec, settings)
         load_solvers(spec, (edit for item, _ in pairing.pairs for edit in item.edits))
     settings.notify(f"device: {spec}")
-    deal, memory = spec.dealt(), settings.max_memory
-    workers = WorkerPool(memory, lambda: DeviceStream.on(deal().device), reader.stop)
+    workers = WorkerPool(settings.max_memory, DeviceStream.dealt(spec), reader.stop)
     comparing = Comparing(pairing.pairs, samples, spec, settings.memory_each)
 
     def compare(number: int, mine: DeviceStream) -> CheckedModule | bool:
@@ -123,7 +122,7 @@ def _compare_on(
     results: dict[int, CheckedModule | bool] = {}
     tasks = ranges([written.nbytes for _, written in pairing.pairs], cluster.slots)
     job = Comparing(pairing.pairs, samples, spec)
-    for numbers, found in cluster.map(job, tasks, gpu=spec.device.type == "cuda"):
+    for numbers, found in cluster.map(job, tasks):
         results |= zip(numbers, found, strict=True)
         advance(numbers)
     return [results[number] for number in range(len(pairing.pairs))]

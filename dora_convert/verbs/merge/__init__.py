@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -131,22 +131,18 @@ def _merge_beside(request: MergeRequest) -> MergeReport | DryRunReport:
     folder.refuse_inside([plan.base.source.path, *(adapter.source.path for adapter in plan.adapters)])
     if options["dry_run"]:
         return DryRunReport.of(plan, request.settings, out=out if target is None or target.local else target.repo)
-    with _begun_early(request, plan, folder):
+    with _begun_early(request, plan, folder), _nodes(request, plan, folder) as nodes:
         with without_collections(numpy=bool(options["verify_outputs"] or options["cluster"] or options["base_as"])):
             from .pipeline import run_merge
         if later and any(question() for question in later):
             plan = make_request_plan(request, out, _mode(request), weights)
-        with (
-            _streaming(request, plan, folder) as hub,
-            _examiner(request, plan) as examine,
-            _executor(request, plan, folder) as executor,
-        ):
-            return run_merge(plan, folder, request.settings, hub, examine, executor=executor)
+        with _streaming(request, plan, folder) as hub, _examiner(request, plan) as examine:
+            return run_merge(plan, folder, request.settings, hub, examine, executor=nodes() if nodes else None)
 
 
 def _begun_early(request: MergeRequest, plan: Plan, folder: OutputFolder) -> AbstractContextManager[None]:
     """Begin to fill the output while torch is imported, if all is on this machine and that gains anything."""
-    if request.target or request.options["cluster"] or is_stored(request.out) or plan.bytes_out < EARLY_BYTES:
+    if request.target or is_stored(request.out) or plan.bytes_out < EARLY_BYTES:
         return nullcontext()
     from .early import begun_early
 
@@ -276,16 +272,16 @@ def _streaming(request: MergeRequest, plan: Plan, folder: OutputFolder) -> Abstr
     return stream_merge(plan, request.target, request.session, folder, weights)
 
 
-def _executor(
+def _nodes(
     request: MergeRequest, plan: Plan, folder: OutputFolder
-) -> AbstractContextManager[ClusterExecutor | None]:
-    """Return the nodes of --cluster; None for this machine alone."""
+) -> AbstractContextManager[Callable[[], ClusterExecutor] | None]:
+    """Return the nodes of --cluster, which start while torch is imported; None for this machine alone."""
     if request.options["cluster"] is None:
         return nullcontext()
-    from ..on_cluster import executor_for
+    from ..on_cluster import writing_nodes
 
     inputs = [plan.base.states, *(adapter.states for adapter in plan.adapters)]
-    return executor_for(request.options["cluster"], inputs, folder.out, request.settings)
+    return writing_nodes(request.options["cluster"], inputs, folder.out, request.settings)
 
 
 @contextmanager
