@@ -38,15 +38,13 @@ EXTRAS = {
     "s3": ("s3fs",), "gs": ("gcsfs",), "az": ("adlfs",),
 }  # fmt: skip
 """The packages of each extra."""
+own_process = [False]
+"""True if no other code runs in this process: it is a command's."""
 _UNITS = {"": 1} | {
     prefix + suffix: base**power
     for suffix, base in (("B", 1000), ("iB", 1024))
     for power, prefix in enumerate(("", "K", "M", "G", "T"))
 }
-
-
-own_process = [False]
-"""True if no other code runs in this process: it is a command's."""
 
 
 @dataclass(kw_only=True)
@@ -219,8 +217,7 @@ def peak_memory() -> int | None:
         import resource
     except ImportError:  # Windows
         return None
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 @contextmanager
@@ -239,8 +236,7 @@ def collections_paused() -> Iterator[None]:
 def without_collections(*, numpy: bool = True) -> Iterator[None]:
     """Import torch without garbage collection, which takes a third of the time and finds nothing.
 
-    NumPy is not needed, and so torch's warning that NumPy is missing is of no use. Without `numpy`, a process of our
-    own hides it from torch: importing it takes a tenth of a second.
+    torch's warning that NumPy is missing is of no use. Without `numpy`, a process of our own saves a tenth of a second.
     """
     with collections_paused():
         with _uninterrupted(), _without_numpy(hidden=not numpy and own_process[0]):
