@@ -19,7 +19,7 @@ import click
 
 from ..option_table import Option
 from ..options import SHORT_NAMES, Path, flag, options_of
-from ..settings import __version__
+from ..settings import __version__, own_process
 from .sink import Sink, colour, fail
 
 if TYPE_CHECKING:
@@ -151,6 +151,7 @@ def run() -> None:
     Python takes a tenth of a second to take torch apart at the end. So a process that has imported torch, and whose
     threads are done, runs the functions that modules have registered for the end, and ends at once.
     """
+    own_process[0] = True
     try:
         main()
     except SystemExit as end:

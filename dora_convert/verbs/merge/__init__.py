@@ -132,7 +132,7 @@ def _merge_beside(request: MergeRequest) -> MergeReport | DryRunReport:
     if options["dry_run"]:
         return DryRunReport.of(plan, request.settings, out=out if target is None or target.local else target.repo)
     with _begun_early(request, plan, folder), _nodes(request, plan, folder) as nodes:
-        with without_collections():
+        with without_collections(numpy=bool(options["verify_outputs"] or options["cluster"] or options["base_as"])):
             from .pipeline import run_merge
         if later and any(question() for question in later):
             plan = make_request_plan(request, out, _mode(request), weights)
