@@ -4,7 +4,7 @@
     python bench/scale.py simulate [--model deepseek-v3] [--task 32] [--driver 1.0] …
 
 `plan` writes headers with the real shapes and no bytes behind them, and runs `merge --dry-run` in a process of its own.
-`simulate` deals tasks to hosts, one after the other, as `cluster/dispatch.py` does. All its assumptions are options, which it prints.
+`simulate` deals tasks to hosts as they have time. All its assumptions are options, which it prints.
 """
 
 from __future__ import annotations
