@@ -78,3 +78,19 @@ def test_the_first_error_ends_the_run():
     """It is the task's own error."""
     with pytest.raises(ValueError, match="-7"):
         run([ThreadWorker(), ThreadWorker()], [*range(20), -7, *range(20, 40)])
+
+
+class Stillborn(ThreadWorker):
+    """A worker that never starts."""
+
+    def start(self, job) -> Future:  # noqa: ARG002
+        gone: Future = Future()
+        gone.set_exception(WorkerLostError("no memory"))
+        return gone
+
+
+def test_a_worker_that_never_starts_is_given_up():
+    """Others do all tasks; without others the run ends."""
+    assert run([Stillborn(), ThreadWorker()], range(9)) == {task: task * task for task in range(9)}
+    with pytest.raises(OutputError, match="A process was lost"):
+        run([Stillborn(), Stillborn()], range(9))

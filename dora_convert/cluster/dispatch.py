@@ -15,7 +15,7 @@ from .jobs import NodeJob, Result, Work
 AHEAD = 2
 """Tasks of a worker that run or wait: enough that no worker is idle, and few to wait for at the end."""
 RETRIES = 5
-"""Workers that one task may lose before the run fails."""
+"""Workers that one task may lose before the run fails, and processes that a worker may lose before it is given up."""
 END_SECONDS = 60
 """The time for running tasks to end after an error."""
 
@@ -86,7 +86,7 @@ class Dispatch(Generic[Work, Result]):
         self, workers: Sequence[Worker], start: Callable[[Worker], Future[Any]], tasks: Iterable[Work]
     ) -> None:
         """`start` has a worker start the job."""
-        self._workers, self._start_job = workers, start
+        self._workers, self._start_job = list(workers), start
         self._tasks, self._waiting, self._losses = iter(tasks), deque[Work](), Counter[Any]()
         self._load: dict[Worker, int] = {}
         """The tasks at each worker that has started the job."""
@@ -144,7 +144,10 @@ class Dispatch(Generic[Work, Result]):
         """Hand the task of a lost worker out again, and take another process for the worker."""
         what = worker if task is None else task
         self._losses[what] += 1
-        if self._losses[what] > RETRIES:
+        often = self._losses[what] > RETRIES
+        if task is None and often:
+            self._workers.remove(worker)
+        if often and (task is not None or not self._workers):
             raise OutputError(
                 f"{'A process' if task is None else 'A task'} was lost {RETRIES + 1} times: {error}",
                 hint="is a node short of memory? less --max-memory needs less; rerun the same command to resume",
@@ -152,7 +155,7 @@ class Dispatch(Generic[Work, Result]):
             ) from error
         if task is not None:
             self._waiting.appendleft(task)
-        if task is None or self._load.pop(worker, None) is not None:
+        if worker in self._workers and (task is None or self._load.pop(worker, None) is not None):
             worker.renew()
             self._start(worker)
         self._fill()

@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
-from ..errors import DoraConvertError, UsageError
+from ..errors import UsageError
 from ..settings import Settings, require_extra
 from .address import LOCAL
 from .dispatch import Dispatch, ThreadWorker, Worker, WorkerLostError
@@ -18,8 +18,10 @@ from .jobs import NodeFacts, NodeJob, Result, Work
 from .node import NodeProcess, answer
 from .own_node import OwnNode, workers_of
 
+BUSY_SECONDS = 15
+"""A node whose processors are all taken for so long is asked by a process that needs none."""
 ANSWER_SECONDS = 120
-"""A node that does not start a process within this time does not take part."""
+"""A node that does not start such a process within this time ends the run."""
 
 
 @contextmanager
@@ -145,24 +147,46 @@ class RayCluster:
 
     def ask(self, question: Callable[[], NodeFacts]) -> Callable[[], list[NodeFacts]]:
         """Ask every node; return a function that waits for the answers, UsageError for a node without one."""
-        asked = {self._ask(node, question): node for node in self._nodes if not (self._own and node is self._own.node)}
-        return lambda: [*([question()] if self._own else []), *self._answers(asked)]
+        processes = {process.node["NodeID"]: process for process in self._processes}
+        asked = {}
+        for node in self._nodes:
+            if process := processes.get(node["NodeID"]):
+                asked[process.actor.answer.remote(question)] = node
+            elif not (self._own and node is self._own.node):
+                asked[self._call(node, question)] = node
+        return lambda: [*([question()] if self._own else []), *self._answers(asked, question)]
 
-    def _answers(self, asked: dict[Any, Any]) -> list[NodeFacts]:
-        ready, late = self._ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_SECONDS) if asked else ([], [])
-        for reference in late:
-            raise UsageError(f"Node {_name(asked[reference])} of the cluster does not answer.", hint="ray status")
-        return [self._answer(asked[reference], reference) for reference in ready]
-
-    def _ask(self, node: dict[str, Any], question: Callable[[], Any]) -> Any:
-        """Ask a process of a node that has started anyway, or a new one."""
+    def _call(self, node: dict[str, Any], question: Callable[[], Any]) -> Any:
+        """Ask a process of a node that needs no free processor."""
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        for process in self._processes:
-            if process.node is node:
-                return process.actor.answer.remote(question)
         strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         return self._ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=strategy)(answer).remote(question)
+
+    def _answers(self, asked: dict[Any, Any], question: Callable[[], NodeFacts]) -> list[NodeFacts]:
+        """Wait for answers; a node whose process has not started by then, or is lost, is asked once more."""
+        silent = set(self._ray.wait(list(asked), num_returns=len(asked), timeout=BUSY_SECONDS)[1]) if asked else set()
+        facts = []
+        for reference, node in list(asked.items()):
+            if reference not in silent:
+                try:
+                    facts.append(self._ray.get(reference))
+                    continue
+                except self._ray.exceptions.ActorDiedError:
+                    pass
+                except self._ray.exceptions.RayError as error:
+                    raise _cannot_run(node, error) from error
+            facts.append(self._answer(node, self._call(node, question)))
+        return facts
+
+    def _answer(self, node: dict[str, Any], reference: Any) -> NodeFacts:
+        try:
+            facts: NodeFacts = self._ray.get(reference, timeout=ANSWER_SECONDS)
+        except self._ray.exceptions.GetTimeoutError:
+            raise UsageError(f"Node {_name(node)} of the cluster does not answer.", hint="ray status") from None
+        except self._ray.exceptions.RayError as error:
+            raise _cannot_run(node, error) from error
+        return facts
 
     def close(self) -> None:
         """End the processes, and give this node's processors back: the program keeps its connection."""
@@ -170,18 +194,6 @@ class RayCluster:
             self._ray.kill(process.actor)
         if self._own:
             self._own.release()
-
-    def _answer(self, node: dict[str, Any], reference: Any) -> NodeFacts:
-        try:
-            facts: NodeFacts = self._ray.get(reference)
-        except DoraConvertError:
-            raise
-        except self._ray.exceptions.RayError as error:
-            raise UsageError(
-                f"Node {_name(node)} of the cluster cannot run dora-convert: {_last_line(error)}",
-                hint="install the same dora-convert, torch and Python on every node",
-            ) from error
-        return facts
 
 
 class ProcessWorker:
@@ -222,6 +234,13 @@ class ProcessWorker:
 
     def close(self) -> None:
         """Do nothing: a task that was withdrawn ends at once."""
+
+
+def _cannot_run(node: dict[str, Any], error: Exception) -> UsageError:
+    return UsageError(
+        f"Node {_name(node)} of the cluster cannot run dora-convert: {_last_line(error)}",
+        hint="install the same dora-convert, torch and Python on every node",
+    )
 
 
 def _name(node: dict[str, Any]) -> str:
