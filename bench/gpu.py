@@ -93,7 +93,7 @@ def complete(wheels: Path, site: Path, device: str) -> None:
     if missing:
         sys.exit(f"{', '.join(missing)}: not installed, and no wheel in {wheels}")
     sys.path[:0] = [str(HERE), str(HERE.parent), str(site)]
-    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path[1:3])
+    os.environ["PYTHONPATH"] = os.pathsep.join([*sys.path[1:3], os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     os.environ |= {"HF_HUB_OFFLINE": "1"} | ({} if device.startswith("cuda") else {"DORA_CONVERT_REHEARSE": "1"})
     importlib.invalidate_caches()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -112,11 +113,26 @@ class Bench:
             add(f"DoRA, {self.title}, {workers} workers", self.merges(self.device, "dora", workers=workers))
         add(f"DoRA, {self.title}, no self-check", self.merges(self.device, "dora", verify=False))
         add(f"LoRA, {self.title}", self.merges(self.device, "lora"))
+        add("DoRA with an exact record", self.merges(self.device, "dora", undo="exact"))
         add("DoRA, cpu", self.merges("cpu", "dora", as_device=False))
+        add("import torch, a process", [self.process("-c", "import torch") for _ in range(self.rounds)])
+        command = ("-m", "dora_convert", "merge", self.base, self.base.parent / "dora", "--quiet")
+        for device in dict.fromkeys((self.device, "cpu")):
+            add(
+                f"DoRA on {device}, a whole process",
+                [self.process(*command, self.work / "whole", "--device", device) for _ in range(self.rounds)],
+            )
 
     def merges(self, device: str, adapter: str, **options: Any) -> list[float]:
         """Return the seconds of each round of a merge."""
         return [self.merge(device, adapter, "timed", **options)[0] for _ in range(self.rounds)]
+
+    def process(self, *arguments: object) -> float:
+        """Return the seconds of a Python process."""
+        shutil.rmtree(self.work / "whole", ignore_errors=True)
+        started = time.perf_counter()
+        subprocess.run([sys.executable, *map(str, arguments)], check=True, capture_output=True)
+        return time.perf_counter() - started
 
     def copy(self) -> float:
         """Return the seconds of a copy and its sync."""

@@ -1,10 +1,10 @@
 """Plan merges of the largest models from sparse files, and simulate the merges on clusters.
 
     python bench/scale.py plan FOLDER [--model deepseek-v3] [--targets attention|all]
-    python bench/scale.py simulate [--model deepseek-v3] [--task 64] [--driver 1.0] …
+    python bench/scale.py simulate [--model deepseek-v3] [--task 32] [--driver 1.0] …
 
 `plan` writes headers with the real shapes and no bytes behind them, and runs `merge --dry-run` in a process of its own.
-`simulate` deals tasks to hosts, one after the other, as Ray does. All its assumptions are options, which it prints.
+`simulate` deals tasks to hosts as they have time. All its assumptions are options, which it prints.
 """
 
 from __future__ import annotations
@@ -252,7 +252,7 @@ def main() -> None:
     for name, default, text in (
         ("cores", 16, "tasks that a host does at once"),
         ("compute", 0.4, "GB/s that one core merges, checks and hashes, without waiting for the disk"),
-        ("task", 64, "least MiB of one task"),
+        ("task", 32, "least MiB of one task"),
         ("rounds", 2.0, "a task takes at most this part of the work left for each slot"),
         ("driver", 1.0, "milliseconds of the driver for each task"),
         ("plan", 7, "seconds to plan"),

@@ -72,7 +72,7 @@ OPTIONS = {
     "compute_dtype": Option("auto", "Dtype of the arithmetic, rounded once at the end; auto is float64.",
                             choices=("auto", "float64", "float32")),
     "max_memory": Option(None, f"{BUDGET}; default 160MiB, on a GPU 4GiB.", "SIZE"),
-    "workers": Option(None, "Threads; default one per processor.", "N", least=1),
+    "workers": Option(None, "Threads; default one per processor, at most 4.", "N", least=1),
     "cluster": Option(None, "Run on a Ray cluster: auto, local[:N] or ray://HOST:PORT; needs the extra ray.",
                       "ADDRESS"),
     "include": Option((), "Only modules of this name; repeatable.", "GLOB"),

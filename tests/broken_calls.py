@@ -90,6 +90,10 @@ if accessor := getattr(pathlib, "_NormalAccessor", None):  # Python 3.10 has tak
     accessor.open = staticmethod(counted_open)
 
 from dora_convert.cli import main  # noqa: E402
+from dora_convert.output import shards  # noqa: E402
+
+real_fallocate = shards._fallocate
+shards._fallocate = lambda file, size: (step(), real_fallocate(file, size))
 
 try:
     main()

@@ -282,7 +282,13 @@ int fsync(int file) {
 int fdatasync(int file) { return watched(file) ? fsync(file) : (int)syscall(SYS_fdatasync, file); }
 ssize_t pwrite(int f, const void *d, size_t n, off_t at) { return pwrite64(f, d, n, at); }
 ssize_t sendfile(int to, int from, off_t *at, size_t n) { return sendfile64(to, from, (off64_t *)at, n); }
+int fallocate64(int file, int mode, off64_t offset, off64_t length) {
+    int failed = mode ? syscall(SYS_fallocate, file, mode, offset, length) : posix_fallocate64(file, offset, length);
+    return failed > 0 ? (errno = failed, -1) : failed;
+}
+
 int ftruncate(int file, off_t size) { return ftruncate64(file, size); }
+int fallocate(int file, int mode, off_t at, off_t n) { return fallocate64(file, mode, at, n); }
 int posix_fallocate(int file, off_t at, off_t n) { return posix_fallocate64(file, at, n); }
 int open(const char *path, int flags, ...) { MODE(flags); return opened(AT_FDCWD, path, flags, mode); }
 int openat(int folder, const char *path, int flags, ...) { MODE(flags); return opened(folder, path, flags, mode); }

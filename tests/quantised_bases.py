@@ -35,6 +35,13 @@ class WholeParts:
         return torch.frombuffer(bytearray(read_whole(part)), dtype=torch.uint8).view(part.shape)
 
 
+def decoded(tensor, start, stop):
+    """Return rows of a coded tensor's matrix in float64."""
+    out = torch.empty(stop - start, tensor.columns, dtype=torch.float64)
+    tensor.scheme.fill(tensor, WholeParts(), start, out)
+    return out
+
+
 def opened(path):
     return open_checkpoint(local_source(Path(path)))
 
@@ -47,7 +54,7 @@ def dense_values(path) -> dict[str, torch.Tensor]:
     values = {}
     for name, tensor in coded.items():
         rows = tensor.numel // tensor.columns
-        values[name] = tensor.scheme.decode(tensor, WholeParts(), 0, rows).reshape(tensor.shape).contiguous()
+        values[name] = decoded(tensor, 0, rows).reshape(tensor.shape)
     for shard in base.shards:
         loaded = load_file(base.root / shard.filename)
         values |= {name: loaded[name].double() for name in loaded if name not in parts}

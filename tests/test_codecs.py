@@ -10,7 +10,7 @@ import torch
 
 from dora_convert.codecs.detect import find_coded, with_dense
 
-from .quantised_bases import GOLDEN, TRUTH, WholeParts
+from .quantised_bases import GOLDEN, TRUTH, decoded
 from .quantised_bases import opened as open_folder
 
 
@@ -18,14 +18,10 @@ def opened(kind):
     return open_folder(GOLDEN / kind)
 
 
-def decoded(tensor, height):
+def in_blocks(tensor, height):
     """Decode a tensor in blocks of some rows, as one matrix."""
     rows = tensor.numel // tensor.columns
-    blocks = [
-        tensor.scheme.decode(tensor, WholeParts(), start, min(start + height, rows)) for start in range(0, rows, height)
-    ]
-    assert all(block.dtype == torch.float64 for block in blocks)
-    return torch.cat(blocks).contiguous()
+    return torch.cat([decoded(tensor, start, min(start + height, rows)) for start in range(0, rows, height)])
 
 
 @pytest.mark.parametrize("kind", sorted(TRUTH))
@@ -36,10 +32,10 @@ def test_values_are_exact(kind):
     for name, truth in TRUTH[kind].items():
         tensor = coded[name]
         assert list(tensor.shape) == truth["shape"]
-        whole = decoded(tensor, 1 << 20)
+        whole = in_blocks(tensor, 1 << 20)
         assert whole.flatten()[:4].tolist() == pytest.approx(truth["first"], rel=1e-12)
         assert hashlib.sha256(whole.numpy().tobytes()).hexdigest() == truth["sha256"], name
-        assert torch.equal(decoded(tensor, 7), whole)
+        assert torch.equal(in_blocks(tensor, 7), whole)
 
 
 @pytest.mark.parametrize("kind", ["fp8-blocks", "gptq", "mlx-4", "bnb-nf4", "ct-int4"])

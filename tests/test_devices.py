@@ -12,6 +12,7 @@ from dora_convert import UsageError
 from dora_convert.engine import devices as found
 from dora_convert.engine.device_buffers import DeviceBuffers
 from dora_convert.engine.precision import ComputeSpec, choose
+from dora_convert.engine.run import journal_key
 from dora_convert.settings import DEVICES
 
 from .toy import contents, make_adapter, make_base
@@ -60,6 +61,12 @@ def test_cards_of_another_model_are_told(cards):
         choose("cuda:0,1")
     with pytest.raises(UsageError, match="--device cuda:0,9: this machine has 4 usable"):
         choose("cuda:0,9")
+
+
+def test_a_run_goes_on_with_the_same_model_of_card(cards):
+    """Another model may round otherwise, so its run starts again."""
+    keys = [journal_key(choose(name), {})["device"] for name in ("cuda:0", "cuda:1", "cuda:2", "cpu")]
+    assert keys == ["H100", "A100", "H100", "cpu"]
 
 
 @pytest.mark.parametrize("names", ["cpu,", "cpu,cuda", "cuda:0,mps", "mps,mps", "cuda,", "0,1", "auto,cpu"])

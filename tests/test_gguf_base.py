@@ -20,7 +20,7 @@ from dora_convert.storage.reader import Reader
 from . import gguf_bases
 from .gguf_bases import HALVES, HEADS, in_metas_order, llama, pairs_of, write_file
 from .hubserver import Hub, run
-from .quantised_bases import ALPHA, RANK, WholeParts, opened, rounded
+from .quantised_bases import ALPHA, RANK, decoded, opened, rounded
 
 QUICK = {"device": "cpu", "workers": 1}
 MODULES = ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj")
@@ -60,9 +60,9 @@ def test_values_are_those_of_the_gguf_package(kind, tmp_path):
     assert coded.keys() == values.keys()
     for name, tensor in coded.items():
         rows, wanted = tensor.matrix[0], values[name]
-        got = tensor.scheme.decode(tensor, WholeParts(), 0, rows)
+        got = decoded(tensor, 0, rows)
         assert (got - wanted).abs().max() <= 2.0**-22 * wanted.abs().max() * 4, name
-        pieces = [tensor.scheme.decode(tensor, WholeParts(), k, min(k + 7, rows)) for k in range(0, rows, 7)]
+        pieces = [decoded(tensor, k, min(k + 7, rows)) for k in range(0, rows, 7)]
         assert torch.equal(torch.cat(pieces), got)
         few = [0, rows // 3, rows - 1]
         assert torch.equal(CodedValues(tensor, Reader()).rows(few), got[few])
@@ -212,15 +212,13 @@ def test_biases_norms_and_experts(tmp_path):
     embedding = {"token_embd.weight": np.ones((4, gguf_bases.HIDDEN), np.float32)}
     base = opened(write_file(tmp_path / "g.gguf", "gemma2", {**embedding, "blk.0.ffn_norm.weight": norm}, pairs=gemma))
     name, tensor = "model.layers.0.pre_feedforward_layernorm.weight", find_coded(base)
-    assert torch.equal(
-        tensor[name].scheme.decode(tensor[name], WholeParts(), 0, 1)[0], torch.from_numpy(norm).double() - 1
-    )
+    assert torch.equal(decoded(tensor[name], 0, 1)[0], torch.from_numpy(norm).double() - 1)
     assert (base.config["sliding_window"], base.config["tie_word_embeddings"]) == (32, True)
 
     bias = np.arange(gguf_bases.HIDDEN, dtype=np.float32)
     path = write_file(tmp_path / "b.gguf", "llama", {**embedding, "blk.0.attn_q.bias": in_metas_order(bias, HEADS)})
     tensor = find_coded(opened(path))["model.layers.0.self_attn.q_proj.bias"]
-    for got in (tensor.scheme.decode(tensor, WholeParts(), 0, 1), CodedValues(tensor, Reader()).rows([0])):
+    for got in (decoded(tensor, 0, 1), CodedValues(tensor, Reader()).rows([0])):
         assert torch.equal(got[0], torch.from_numpy(bias).double())
 
     def moe(writer):
@@ -232,7 +230,7 @@ def test_biases_norms_and_experts(tmp_path):
         write_file(tmp_path / "e.gguf", "qwen3moe", {**embedding, "blk.0.ffn_up_exps.weight": stacked}, pairs=moe)
     )
     tensor = find_coded(base)["model.layers.0.mlp.experts.2.up_proj.weight"]
-    assert torch.equal(tensor.scheme.decode(tensor, WholeParts(), 0, 2), torch.from_numpy(stacked[2]).double())
+    assert torch.equal(decoded(tensor, 0, 2), torch.from_numpy(stacked[2]).double())
 
 
 def test_scaled_rotary_embeddings(tmp_path):

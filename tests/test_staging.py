@@ -14,9 +14,10 @@ import dora_convert
 from dora_convert import MalformedError, NumericalError, UsageError, VerificationError
 from dora_convert.engine import run as engine_run
 from dora_convert.engine.device_buffers import DeviceBuffers
-from dora_convert.engine.device_plan import DEVICE_MEMORY, fit_memory
+from dora_convert.engine.device_plan import DEVICE_MEMORY, fit_settings
 from dora_convert.engine.precision import ComputeSpec
 from dora_convert.engine.staging import read_ahead
+from dora_convert.output.finished import Task, in_turn
 from dora_convert.parity.self_check import SelfCheck, sample_rows
 from dora_convert.plan import large_blocks
 from dora_convert.plan.item import Item
@@ -45,6 +46,7 @@ def staged(monkeypatch):
 
     monkeypatch.setattr(engine_run, "choose", lambda *_: ComputeSpec(CPU, torch.float64, "test", stages=True))
     monkeypatch.setattr(LargeItem, "block_elements", 16 * 72)
+    monkeypatch.setattr(large_blocks, "CHECKING", 0)
     monkeypatch.setattr(DeviceBuffers, "send", note)
     return sent
 
@@ -249,9 +251,27 @@ def test_large_blocks_count_in_the_budget(tmp_path, staged, monkeypatch):
         dora_convert.merge(base.path, adapter, tmp_path / "out", max_memory=1000)
     assert "MiB' is the least" in str(error.value)
     settings = Settings(device="cuda", max_memory=1, default_memory=True, workers=2)
-    fit_memory(ComputeSpec(CPU, torch.float64, "test", stages=True), settings)
+    fit_settings(ComputeSpec(CPU, torch.float64, "test", stages=True), settings)
     assert settings.max_memory == DEVICE_MEMORY
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1000, 2000))
-    fit_memory(ComputeSpec(torch.device("cuda", 0), torch.float64, "test", stages=True), settings)
+    fit_settings(ComputeSpec(torch.device("cuda", 0), torch.float64, "test", stages=True), settings)
     assert settings.max_memory == 900
+
+
+def test_workers_beyond_the_budget_are_told(tmp_path, staged, monkeypatch):
+    """No worker takes turns for memory on a device; the bytes stay."""
+    monkeypatch.setattr(large_blocks, "CHECKING", 3 << 20)
+    base = make_base(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", base, dora=True)
+    said: list[str] = []
+    dora_convert.merge(base.path, adapter, tmp_path / "one", workers=1)
+    dora_convert.merge(base.path, adapter, tmp_path / "few", workers=16, max_memory="8MiB", on_notice=said.append)
+    assert any(text.startswith("workers: 2, as ") for text in said), said
+    assert contents(tmp_path / "one") == contents(tmp_path / "few")
+
+
+def test_tasks_take_shards_in_turn():
+    """Threads that write into one file wait for each other, so neighbours have different ones."""
+    tasks = [Task("write", shard, (name,)) for shard, name in ("aw", "ax", "ay", "bz")]
+    assert [(task.shard, *task.names) for task in in_turn(tasks)] == [("a", "w"), ("b", "z"), ("a", "x"), ("a", "y")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ import dora_convert
 from dora_convert.cli import COMMANDS, main
 from dora_convert.cli.help import GROUPS
 
+from .spawner import Process
 from .toy import edit_json
 
 SHELL = """
@@ -186,3 +188,19 @@ def test_as_a_command_of_hf(tmp_path):
     stub.chmod(0o755)
     done = call("merge", "a b")
     assert (done.returncode, done.stdout) == (7, "2: merge a b\n")
+
+
+def test_the_end_of_a_process_with_torch():
+    """The process ends at once, with its exit code, and after what other modules do at the end."""
+    code = """
+import atexit, sys, types
+sys.modules["torch"] = types.ModuleType("torch")
+atexit.register(print, "bye")
+from dora_convert.cli import run
+run()
+raise AssertionError
+"""
+    done = Process(["-c", code, "--version"], os.environ).wait()
+    assert (done.returncode, done.stdout.split()[-1]) == (0, "bye"), done.stderr
+    done = Process(["-c", code, "merg"], os.environ).wait()
+    assert (done.returncode, done.stdout.split()) == (2, ["bye"])

@@ -5,8 +5,10 @@ Commands collect options, call the library, and hand the report to a sink. They 
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import partial, wraps
@@ -17,7 +19,7 @@ import click
 
 from ..option_table import Option
 from ..options import SHORT_NAMES, Path, flag, options_of
-from ..settings import __version__
+from ..settings import __version__, own_process
 from .sink import Sink, colour, fail
 
 if TYPE_CHECKING:
@@ -141,6 +143,25 @@ def main(args: Sequence[str] | None = None) -> None:
         _drop_unwritten(sys.stdout)
         _drop_unwritten(sys.stderr)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def run() -> None:
+    """Run the command line as a process of its own; raises SystemExit as `main` does, or ends the process.
+
+    Python takes a tenth of a second to take torch apart at the end. So a process that has imported torch, and whose
+    threads are done, runs the functions that modules have registered for the end, and ends at once.
+    """
+    own_process[0] = True
+    try:
+        main()
+    except SystemExit as end:
+        threads = threading.enumerate()
+        if "torch" not in sys.modules or not all(each.daemon or each is threading.main_thread() for each in threads):
+            raise
+        atexit._run_exitfuncs()  # noqa: SLF001 - no public name
+        _drop_unwritten(sys.stdout)
+        _drop_unwritten(sys.stderr)
+        os._exit(end.code if isinstance(end.code, int) else 0)
 
 
 def _open_if_closed(number: int, name: str, mode: str) -> None:

@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from ..reports import Report, Table, table
-from ..settings import __version__, default_workers, format_size, without_collections
+from ..settings import __version__, format_size, usual_workers, without_collections
 from . import command, takes_sink
 from .sink import Sink
 
@@ -56,7 +56,7 @@ def env(*, sink: Sink) -> None:
         "dora-convert": __version__,
         "Python": f"{platform.python_version()} ({sys.executable})",
         "system": platform.platform(),
-        "processors": f"{os.cpu_count()}, {default_workers()} used by default",
+        "processors": f"{os.cpu_count()}, {usual_workers()} used by default",
         "memory": _memory(),
         "disk": f"{format_size(shutil.disk_usage('.').free)} free here",
         "devices": _devices(),

@@ -8,26 +8,31 @@ from __future__ import annotations
 import platform
 import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
-import torch
 import xxhash
 
-from ..engine.precision import ComputeSpec
 from ..errors import OutputError, UsageError
 from ..settings import Settings, __version__
+
+if TYPE_CHECKING:
+    from ..engine.precision import ComputeSpec
 
 Work = TypeVar("Work")
 Result = TypeVar("Result")
 Work_contra = TypeVar("Work_contra", contravariant=True)
 Result_co = TypeVar("Result_co", covariant=True)
-TASK_BYTES = 64 << 20
+TASK_BYTES = 32 << 20
 """Least bytes of the tensors of one task: much more work than the call, and little to lose."""
 ROUNDS = 2
 """A task takes at most this part of the work left for each slot: large tasks first, and small ones at the end."""
+INSTRUCTIONS = {"AVX512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma"}, "AVX2": {"avx2", "fma"}}
+"""The flags of a processor that torch asks for before it uses an instruction set, the widest first."""
 HEAD_BYTES = 1 << 16
 """Bytes at a file's begin that tell whether two nodes see the same file."""
 
@@ -61,21 +66,16 @@ class Cluster(Protocol):
     """Nodes that do tasks."""
 
     def map(
-        self,
-        job: NodeJob[Work, Result],
-        tasks: Iterable[Work],
-        *,
-        gpu: bool = False,
-        withdraw: Callable[[], None] | None = None,
+        self, job: NodeJob[Work, Result], tasks: Iterable[Work], *, withdraw: Callable[[], None] | None = None
     ) -> Iterator[tuple[Work, Result]]:
         """Yield each task with its result, as tasks end; a task of a lost node is done again elsewhere.
 
-        With `gpu`, each task has a GPU of its own. Raises the first error of a task. After an error, `withdraw`
-        makes further tasks fail, and no task runs after the end of the iterator. Without `withdraw` some may.
+        Raises the first error of a task. After an error, `withdraw` makes further tasks fail, and no task runs
+        after the end of the iterator. Without `withdraw` some may.
         """
 
-    def ask(self, question: Callable[[], NodeFacts]) -> list[NodeFacts]:
-        """Return the answer of every node that does tasks."""
+    def ask(self, question: Callable[[], NodeFacts]) -> Callable[[], list[NodeFacts]]:
+        """Ask every node; return a function that waits for the answers."""
 
     @property
     def slots(self) -> int:
@@ -119,13 +119,19 @@ def node_name() -> str:
 
 def _versions() -> tuple[str, ...]:
     python = platform.python_version().rpartition(".")[0]
-    return (f"dora-convert {__version__}", f"torch {torch.__version__}", f"Python {python}")
+    return (f"dora-convert {__version__}", f"torch {version('torch')}", f"Python {python}")
 
 
 @cache
 def _processor() -> str:
-    capability: Any = getattr(torch.backends, "cpu", None)
-    return str(capability.get_cpu_capability()) if capability else platform.machine()
+    """Return the instruction set that torch would use; torch itself is not imported for it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.machine()
+    flags = next((set(line.split()) for line in lines if line.startswith("flags")), set[str]())
+    sets = [name for name, needed in INSTRUCTIONS.items() if needed <= flags]
+    return sets[0] if sets else platform.machine()
 
 
 def _head(path: str) -> str:
@@ -139,22 +145,38 @@ def _head(path: str) -> str:
     return digest.hexdigest()
 
 
-def check_nodes(cluster: Cluster, inputs: Iterable[Path], token: Path | None, settings: Settings) -> None:
-    """Raise UsageError if a node lacks an input, the output's folder, or the versions of this machine.
+@contextmanager
+def asked_nodes(
+    cluster: Cluster, inputs: Iterable[Path], token: Path | None, settings: Settings
+) -> Iterator[Callable[[], None]]:
+    """Ask all nodes for their versions, and if they see the inputs and the output's folder.
 
-    `token` is a file beside the output that this function writes and removes; None without an output.
+    Yields a function that waits for the answers, and raises UsageError if a node cannot take part. `token` is a file
+    beside the output that this function writes and removes; None without an output.
     """
     tokens = [token] if token else []
     try:
         for path in tokens:
-            path.write_text(path.name, encoding="utf-8")
+            _write(path)
         heads = {str(path): _head(str(path)) for path in (*inputs, *tokens)}
         answers = cluster.ask(NodeCheck(heads))
-    except OSError as error:
-        raise OutputError(f"OUT cannot be written: {error.filename}: {error.strerror or error}.") from error
+        yield lambda: _check_answers(answers(), token, settings)
     finally:
         for path in tokens:
             path.unlink(missing_ok=True)
+
+
+def _write(token: Path) -> None:
+    try:
+        token.write_text(token.name, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"OUT cannot be written: {error.filename}: {error.strerror or error}.") from error
+
+
+def _check_answers(answers: Sequence[NodeFacts], token: Path | None, settings: Settings) -> None:
+    """Raise UsageError if a node cannot take part; warn of different processors."""
+    if token:
+        token.unlink(missing_ok=True)
     _refuse_nodes(answers, token)
     if len(processors := {facts.processor for facts in (*answers, NodeCheck({})())}) > 1:
         settings.warn(
@@ -196,6 +218,10 @@ def choose_for(cluster: Cluster, settings: Settings) -> ComputeSpec:
         )
     if device == "cuda" and not cluster.gpus:
         raise UsageError("No node of the cluster has a CUDA device.", hint="ray status")
+    import torch
+
+    from ..engine.precision import ComputeSpec
+
     kind = "cuda" if cluster.gpus and device != "cpu" else "cpu"
     dtype = torch.float64 if compute == "auto" else getattr(torch, compute)
     return ComputeSpec(torch.device(kind), dtype, f"{cluster.gpus} GPUs in the cluster" if cluster.gpus else "cluster")

@@ -6,25 +6,22 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
-from itertools import islice
-from typing import TYPE_CHECKING, Any
+from concurrent.futures import Future
+from contextlib import contextmanager, nullcontext
+from typing import Any, cast
 
-from ..errors import DoraConvertError, OutputError, UsageError
+from ..errors import UsageError
 from ..settings import Settings, require_extra
 from .address import LOCAL
+from .dispatch import Dispatch, ThreadWorker, Worker, WorkerLostError
+from .jobs import NodeFacts, NodeJob, Result, Work
+from .node import NodeProcess, answer
+from .own_node import OwnNode, workers_of
 
-if TYPE_CHECKING:
-    from .jobs import NodeFacts, NodeJob, Result, Work
-
-RETRIES = 5
-"""Nodes or processes that one task may lose before the run fails."""
-AHEAD = 4
-"""Tasks that wait or run for each processor: enough that none is idle, and few to wait for after an error."""
+BUSY_SECONDS = 15
+"""A node whose processors are all taken for so long is asked by a process that needs none."""
 ANSWER_SECONDS = 120
-"""A node that does not start a process within this time does not take part."""
-END_SECONDS = 60
-"""The time for running tasks to end after an error."""
+"""A node that does not start such a process within this time ends the run."""
 
 
 @contextmanager
@@ -41,13 +38,16 @@ def connected(address: str, settings: Settings) -> Iterator[RayCluster]:
     with _same_signals():
         if mine:
             _connect(address, settings.workers)
+        cluster = None
         try:
-            cluster = RayCluster()
+            cluster = RayCluster(settings.device, takes_part=not LOCAL.fullmatch(address))
             settings.notify(f"cluster: {cluster}")
             yield cluster
         finally:
             if mine:
                 ray.shutdown()
+            elif cluster is not None:
+                cluster.close()
 
 
 def _connect(address: str, workers: int) -> None:
@@ -88,12 +88,20 @@ def _same_signals() -> Iterator[None]:
 class RayCluster:
     """The Ray cluster that this process is connected to."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str, *, takes_part: bool) -> None:
+        """Start a process for each processor, or for each GPU if the nodes have some and `device` is not cpu.
+
+        If this process `takes_part`, threads of it do the tasks of its own node.
+        """
         import ray
 
         self._ray = ray
         alive = [node for node in ray.nodes() if node["Alive"]]
         self._nodes = [node for node in alive if node["Resources"].keys() & {"CPU", "GPU"}]
+        kind = "GPU" if self.gpus and device != "cpu" else "CPU"
+        self._own = OwnNode.reserved(self._nodes) if takes_part and kind == "CPU" else None
+        counts = workers_of(self._nodes, kind, self._own)
+        self._processes = [ProcessWorker(node, kind) for node, count in counts for _ in range(count)]
 
     def __str__(self) -> str:
         gpus = f", {self.gpus} GPUs" if self.gpus else ""
@@ -104,8 +112,8 @@ class RayCluster:
 
     @property
     def slots(self) -> int:
-        """The number of tasks that run at once: a processor or a GPU for each."""
-        return max(1, self.gpus or self._count("CPU"))
+        """The number of tasks that run at once."""
+        return len(self._processes) + (self._own.workers if self._own else 0)
 
     @property
     def gpus(self) -> int:
@@ -113,67 +121,126 @@ class RayCluster:
         return self._count("GPU")
 
     def map(
-        self,
-        job: NodeJob[Work, Result],
-        tasks: Iterable[Work],
-        *,
-        gpu: bool = False,
-        withdraw: Callable[[], None] | None = None,
+        self, job: NodeJob[Work, Result], tasks: Iterable[Work], *, withdraw: Callable[[], None] | None = None
     ) -> Iterator[tuple[Work, Result]]:
         """Yield each task with its result, as `Cluster.map` says."""
-        ray = self._ray
-        call = ray.remote(
-            num_cpus=1,
-            num_gpus=1 if gpu else 0,
-            max_retries=RETRIES,
-            retry_exceptions=False,
-            scheduling_strategy="SPREAD",
-        )(_do)
-        shared, left = ray.put(job), iter(tasks)
-        most = AHEAD * max(1, self.gpus if gpu else self._count("CPU"))
-        running: dict[Any, Work] = {}
+        from ..engine.precision import exact_arithmetic
+
+        shared = self._ray.put(job)
+        threads = [ThreadWorker() for _ in range(self._own.workers if self._own else 0)]
+
+        def start(worker: Worker) -> Future[Any]:
+            return worker.start(job) if isinstance(worker, ThreadWorker) else worker.start(shared)
+
+        dispatch = Dispatch[Work, Result]([*threads, *self._processes], start, tasks)
         try:
-            while True:
-                for task in islice(left, most - len(running)):
-                    running[call.remote([shared], task)] = task
-                if not running:
-                    return
-                for reference in ray.wait(list(running), num_returns=1)[0]:
-                    result = _result(reference)
-                    yield running.pop(reference), result
+            with exact_arithmetic() if threads else nullcontext():
+                yield from dispatch.results()
         except BaseException:
             if withdraw:
                 withdraw()
-                _wait_for_end(list(running))
+                dispatch.stop()
             raise
+        finally:
+            for thread in threads:
+                thread.close()
 
-    def ask(self, question: Callable[[], NodeFacts]) -> list[NodeFacts]:
-        """Return the answer of every node; UsageError for a node that does not answer."""
+    def ask(self, question: Callable[[], NodeFacts]) -> Callable[[], list[NodeFacts]]:
+        """Ask every node; return a function that waits for the answers, UsageError for a node without one."""
+        processes = {process.node["NodeID"]: process for process in self._processes}
+        asked = {}
+        for node in self._nodes:
+            if process := processes.get(node["NodeID"]):
+                asked[process.actor.answer.remote(question)] = node
+            elif not (self._own and node is self._own.node):
+                asked[self._call(node, question)] = node
+        return lambda: [*([question()] if self._own else []), *self._answers(asked, question)]
+
+    def _call(self, node: dict[str, Any], question: Callable[[], Any]) -> Any:
+        """Ask a process of a node that needs no free processor."""
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        call = self._ray.remote(num_cpus=0, max_retries=0)(_answer)
-        asked = {
-            call.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
-                question
-            ): node
-            for node in self._nodes
-        }
-        ready, late = self._ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_SECONDS) if asked else ([], [])
-        for reference in late:
-            raise UsageError(f"Node {_name(asked[reference])} of the cluster does not answer.", hint="ray status")
-        return [self._answer(asked[reference], reference) for reference in ready]
+        strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        return self._ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=strategy)(answer).remote(question)
+
+    def _answers(self, asked: dict[Any, Any], question: Callable[[], NodeFacts]) -> list[NodeFacts]:
+        """Wait for answers; a node whose process has not started by then, or is lost, is asked once more."""
+        silent = set(self._ray.wait(list(asked), num_returns=len(asked), timeout=BUSY_SECONDS)[1]) if asked else set()
+        facts = []
+        for reference, node in list(asked.items()):
+            if reference not in silent:
+                try:
+                    facts.append(self._ray.get(reference))
+                    continue
+                except self._ray.exceptions.ActorDiedError:
+                    pass
+                except self._ray.exceptions.RayError as error:
+                    raise _cannot_run(node, error) from error
+            facts.append(self._answer(node, self._call(node, question)))
+        return facts
 
     def _answer(self, node: dict[str, Any], reference: Any) -> NodeFacts:
         try:
-            facts: NodeFacts = self._ray.get(reference)
-        except DoraConvertError:
-            raise
+            facts: NodeFacts = self._ray.get(reference, timeout=ANSWER_SECONDS)
+        except self._ray.exceptions.GetTimeoutError:
+            raise UsageError(f"Node {_name(node)} of the cluster does not answer.", hint="ray status") from None
         except self._ray.exceptions.RayError as error:
-            raise UsageError(
-                f"Node {_name(node)} of the cluster cannot run dora-convert: {_last_line(error)}",
-                hint="install the same dora-convert, torch and Python on every node",
-            ) from error
+            raise _cannot_run(node, error) from error
         return facts
+
+    def close(self) -> None:
+        """End the processes, and give this node's processors back: the program keeps its connection."""
+        for process in self._processes:
+            self._ray.kill(process.actor)
+        if self._own:
+            self._own.release()
+
+
+class ProcessWorker:
+    """A worker in a process of a node, an actor of Ray."""
+
+    def __init__(self, node: dict[str, Any], kind: str) -> None:
+        """Start the process, with a processor, and with a GPU if `kind` says so."""
+        self.node, self._kind = node, kind
+        self.renew()
+
+    def renew(self) -> None:
+        """Start the process, on another node if this one is lost."""
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        gpus = 1 if self._kind == "GPU" else 0
+        strategy = NodeAffinitySchedulingStrategy(self.node["NodeID"], soft=True)
+        self.actor = ray.remote(num_cpus=1, num_gpus=gpus, scheduling_strategy=strategy)(NodeProcess).remote()
+
+    def start(self, job: Any) -> Future[Any]:
+        """Start a job, which Ray holds."""
+        return cast("Future[Any]", self.actor.start.remote(job).future())
+
+    def send(self, task: Any) -> Future[Any]:
+        """Do a task after all that were sent before."""
+        return cast("Future[Any]", self.actor.do.remote(task).future())
+
+    def result(self, future: Future[Any]) -> Any:
+        """Return what a start or a task returned, or raise its error, or WorkerLostError."""
+        import ray
+
+        try:
+            return future.result()
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+        except ray.exceptions.RayError as error:
+            raise WorkerLostError(_last_line(error)) from error
+
+    def close(self) -> None:
+        """Do nothing: a task that was withdrawn ends at once."""
+
+
+def _cannot_run(node: dict[str, Any], error: Exception) -> UsageError:
+    return UsageError(
+        f"Node {_name(node)} of the cluster cannot run dora-convert: {_last_line(error)}",
+        hint="install the same dora-convert, torch and Python on every node",
+    )
 
 
 def _name(node: dict[str, Any]) -> str:
@@ -182,49 +249,3 @@ def _name(node: dict[str, Any]) -> str:
 
 def _last_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[-1]
-
-
-def _result(reference: Any) -> Any:
-    """Return what a task returned, or raise its own error."""
-    import ray
-
-    try:
-        return ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from None
-    except ray.exceptions.RayError as error:
-        raise OutputError(
-            f"A task was lost {RETRIES + 1} times with the process that did it: {_last_line(error)}",
-            hint="is a node short of memory? less --max-memory needs less; rerun the same command to resume",
-            outcome="What is done is kept.",
-        ) from error
-
-
-def _wait_for_end(references: list[Any]) -> None:
-    """Wait until no task runs.
-
-    ray.cancel is not used: Ray 2.60 aborts the program if a task ends while it is cancelled.
-    """
-    import ray
-
-    if references and ray.is_initialized():
-        with suppress(ray.exceptions.RayError):
-            ray.wait(references, num_returns=len(references), timeout=END_SECONDS)
-
-
-_STARTED: dict[Any, Callable[[Any], Any]] = {}
-"""In a process of a node: the job that was started last."""
-
-
-def _do(shared: list[Any], task: Any) -> Any:
-    """Do a task on a node, with the job that this process has started for it."""
-    import ray
-
-    if shared[0] not in _STARTED:
-        _STARTED.clear()
-        _STARTED[shared[0]] = ray.get(shared[0]).start()
-    return _STARTED[shared[0]](task)
-
-
-def _answer(question: Callable[[], Any]) -> Any:
-    return question()

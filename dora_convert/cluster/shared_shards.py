@@ -5,20 +5,23 @@ from __future__ import annotations
 import errno
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import cast
 
 from ..output.finished import Task
 from ..output.shards import ShardFiles
 from ..plan.plan import Plan
-from ..storage.journal import sync_path
+from ..storage.journal import Background, sync_path
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+SYNC_BYTES = 16 << 20
+"""After so many bytes the disk begins to write: little is left at the end of a task, and calls are few."""
 _NO_LOCKS = {errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
@@ -32,6 +35,7 @@ class SharedShards(ShardFiles):
 
     def __init__(self, folder: Path, plan: Plan) -> None:
         super().__init__(folder, plan, create=False)
+        self._unsynced, self._syncing = 0, cast("Background[None] | None", None)
         self._parts = {item.name: tuple(item.together) for item in plan.items if not item.verbatim}
 
     def ranges(self, task: Task) -> list[tuple[str, int, int]]:
@@ -46,16 +50,37 @@ class SharedShards(ShardFiles):
         return ranges
 
     @contextmanager
-    def writing(self, task: Task) -> Iterator[None]:
-        """Lock the bytes that a task writes, where the system has such locks; sync them at the end of the block."""
+    def writing(self, task: Task, *, sync: bool) -> Iterator[None]:
+        """Lock the bytes that a task writes, where the system has such locks.
+
+        With `sync`, the bytes are on the disk at the end of the block. The disk begins while the task computes.
+        """
         ranges = self.ranges(task)
         with ExitStack() as stack:
             for shard, start, stop in ranges:
                 descriptor = stack.enter_context(self._files.using(self.path(shard)))
                 stack.enter_context(_locked(descriptor, start, stop - start))
+            if not sync:
+                yield
+                return
+            files = sorted({self.path(shard) for shard, _, _ in ranges})
+            self._unsynced, self._syncing = 0, Background("sync", lambda _: _sync(files))
+            stack.callback(self._syncing.stop)
             yield
-            for shard in sorted({shard for shard, _, _ in ranges}):
-                sync_path(self.path(shard))
+            self._syncing.finish()
+            _sync(files)
+
+    def wrote(self, nbytes: int) -> None:
+        """Count bytes that the task at work has written, and have the disk begin with them now and then."""
+        self._unsynced += nbytes
+        if self._syncing and self._unsynced >= SYNC_BYTES:
+            self._unsynced = 0
+            self._syncing.put(None)
+
+
+def _sync(files: Iterable[Path]) -> None:
+    for file in files:
+        sync_path(file)
 
 
 @contextmanager

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 from uuid import uuid4
@@ -33,6 +34,8 @@ class Outcome(NamedTuple):
 
     lines: list[FinishedLine]
     spooled: bytes
+    unsynced: tuple[Path, ...]
+    """Files that hold the bytes and are not synced yet."""
 
 
 @dataclass
@@ -52,13 +55,11 @@ class ClusterExecutor:
         (folder / RECORD / CLAIM).write_text(token, encoding="utf-8")
         job = TensorJob(plan=run.plan, folder=folder, token=token, spec=run.spec, maker=run.maker, check=run.check)
         sizes = {item.name: sum(each.nbytes for each in item.together) for item in run.plan.items}
-        gpu = run.spec.device.type == "cuda"
         try:
-            for task, outcome in self.cluster.map(
-                job, grouped(tasks, sizes, self.cluster.slots), gpu=gpu, withdraw=job.withdraw
-            ):
+            together = grouped(tasks, sizes, self.cluster.slots)
+            for task, outcome in self.cluster.map(job, together, withdraw=job.withdraw):
                 start = run.spool.add(outcome.spooled).start if outcome.spooled else 0
-                run.take(task, [_moved(line, start) for line in outcome.lines])
+                run.take(task, [_moved(line, start) for line in outcome.lines], outcome.unsynced)
                 run.advance(_nbytes(task, sizes))
         finally:
             job.withdraw()
@@ -114,6 +115,8 @@ class TensorJob:
     spec: ComputeSpec
     maker: StartMaker
     check: StartCheck | None
+    driver: tuple[str, int] = field(default_factory=lambda: (node_name(), os.getpid()))
+    """The process that keeps the journal. It syncs its own bytes in the journal's thread."""
 
     def start(self) -> Callable[[Task], Outcome]:
         """Open the files, with one torch thread; return the function that does a task."""
@@ -133,15 +136,18 @@ class TensorJob:
             maker=self.maker,
             checker=self.check(self.folder, self.plan, reader) if self.check else None,
             output=None,
-            advance=lambda _: None,
+            advance=shards.wrote,
             holding=lambda _: nullcontext(),
         )
 
+        sync = self.driver != (node_name(), os.getpid())
+
         def do(task: Task) -> Outcome:
             self._refuse_late()
-            with _naming_node(), exact_arithmetic(), shards.writing(task):
+            with _naming_node(), exact_arithmetic(), shards.writing(task, sync=sync):
                 lines = work.do(task, buffers)
-            return Outcome(lines, spool.taken())
+            unsynced = {shards.path(shard) for shard, _, _ in shards.ranges(task)} if not sync else ()
+            return Outcome(lines, spool.taken(), tuple(unsynced))
 
         return do
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from .coded import CodedTensor, PartReader, Scheme, as_bytes_of
-from .numbers import picked
+from .numbers import pick, scale_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,15 +39,15 @@ class AsTrained(Scheme):
         """Return the bytes held for the whole weight: it, its codes, and the tool's copies."""
         return 8 * tensor.numel
 
-    def decode(self, tensor: CodedTensor, read: PartReader, start: int, stop: int) -> Tensor:
-        """Return rows of the weight in float64: code·scale."""
-        made = self.made(tensor, read)
+    def fill(self, tensor: CodedTensor, read: PartReader, start: int, out: Tensor) -> None:
+        """Fill `out` with rows of the weight: code·scale."""
+        made, stop = self.made(tensor, read), start + len(out)
         first, last = start * tensor.columns, stop * tensor.columns
         if made.table is None:
-            return made.codes[start:stop].double() * (made.scales[start:stop] / 127)[:, None]
-        begin = first // BLOCK
-        wide = made.scales[begin : -(-last // BLOCK)].repeat_interleave(BLOCK)[first - begin * BLOCK :]
-        return (picked(made.table, made.codes[first:last]) * wide[: last - first]).view(stop - start, -1)
+            out.copy_(made.codes[start:stop]).mul_((made.scales[start:stop] / 127)[:, None])
+            return
+        pick(made.table, made.codes[first:last], out)
+        scale_line(out.view(1, -1), first, made.scales[first // BLOCK : -(-last // BLOCK)], BLOCK)
 
     def made(self, tensor: CodedTensor, read: PartReader) -> MadeCodes:
         """Return the codes of the whole weight, made now or kept from before."""

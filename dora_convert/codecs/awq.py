@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from ..storage.safetensors import StoredTensor
 from .coded import CodedTensor, PartReader, Scheme, as_matrix
 from .evidence import Evidence
-from .numbers import values
+from .numbers import by_groups, values
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,27 +33,31 @@ class Awq(Scheme):
 
     group: int = 128
 
-    def decode(self, tensor: CodedTensor, read: PartReader, start: int, stop: int) -> Tensor:
-        """Return rows of the dense weight's matrix in float64."""
-        part = tensor.parts["scale"]
+    def fill(self, tensor: CodedTensor, read: PartReader, start: int, out: Tensor) -> None:
+        """Fill `out` with rows of the dense weight's matrix from `start` on."""
+        import torch
+
+        part, stop = tensor.parts["scale"], start + len(out)
         raw = read.columns(as_matrix(part), start * part.itemsize, stop * part.itemsize)
-        scale, zeros = values(raw, part.dtype).T, _outputs(tensor.parts["zero"], read, start, stop)
-        W = _outputs(tensor.parts["codes"], read, start, stop)
-        blocks = W.view(len(W), -1, self.group)
-        blocks.sub_(zeros.unsqueeze(2)).mul_(scale.unsqueeze(2))
-        return W
+        zeros = out.new_empty(len(out), part.shape[0])
+        _outputs(tensor.parts["zero"], read, start, zeros)
+        _outputs(tensor.parts["codes"], read, start, out)
+        by_groups(out, zeros, self.group, torch.Tensor.sub_)
+        by_groups(out, values(raw, part.dtype).T.contiguous(), self.group, torch.Tensor.mul_)
 
 
-def _outputs(part: StoredTensor, read: PartReader, start: int, stop: int) -> Tensor:
-    """Return the codes of some outputs, for every row of a part: float64 (stop − start, rows)."""
+def _outputs(part: StoredTensor, read: PartReader, start: int, out: Tensor) -> None:
+    """Fill float64 (outputs, rows) with the codes of some outputs, for every row of a part."""
     import torch
 
-    first, last = start // 8, -(-stop // 8)
+    first, last = start // 8, -(-(start + len(out)) // 8)
     words = read.columns(as_matrix(part), 4 * first, 4 * last).view(torch.int32).T.contiguous()
-    codes = torch.empty((last - first, 8, words.shape[1]), dtype=torch.float64, device=words.device)
+    whole = len(out) == 8 * len(words)
+    codes = (out if whole else out.new_empty(8 * len(words), out.shape[1])).view(-1, 8, out.shape[1])
     for output, place in enumerate(PLACES):
-        codes[:, output] = words >> 4 * place & 15
-    return codes.view(-1, words.shape[1])[start - 8 * first : stop - 8 * first]
+        codes[:, output] = (words >> 4 * place).bitwise_and_(15)
+    if not whole:
+        out.copy_(codes.view(-1, out.shape[1])[start - 8 * first :][: len(out)])
 
 
 def claim(found: Evidence) -> Iterator[CodedTensor]:

@@ -22,7 +22,7 @@ from ..storage.safetensors import CONFIG_DTYPES, StoredTensor, are_counts, is_po
 from .blocks import Blocks
 from .coded import CodedTensor, PartReader, Scheme, as_bytes_of
 from .evidence import Evidence
-from .numbers import pairs, values
+from .numbers import look_up_pairs, picked, scale_line, values
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,20 +41,20 @@ class Nibbles(Scheme):
     writes: ClassVar[str] = "asked"
     makes: ClassVar[tuple[str, ...]] = ("scale", "nested")
 
-    def decode(self, tensor: CodedTensor, read: PartReader, start: int, stop: int) -> Tensor:
-        """Return rows of the dense weight's matrix in float64."""
-        first, last = start * tensor.columns, stop * tensor.columns
-        begin = first - first % 2
-        raw = _line(tensor.parts["codes"], read, begin // 2, -(-last // 2))
+    def fill(self, tensor: CodedTensor, read: PartReader, start: int, out: Tensor) -> None:
+        """Fill `out` with rows of the dense weight's matrix from `start` on."""
+        first, line = start * tensor.columns, out.view(1, -1)
+        last, begin = first + line.numel(), first - first % 2
+        raw = _line(tensor.parts["codes"], read, begin // 2, -(-last // 2))[None]
         table = tuple(_table(tensor.parts["map"], read).tolist())
-        W = pairs(raw[None], table, high_first=True).flatten()[first - begin :][: last - first]
-        scales = self.absmax(tensor, read, first // self.block, -(-last // self.block))
-        skipped = first % self.block
-        if skipped or len(W) % self.block:
-            W = W * scales.repeat_interleave(self.block)[skipped : skipped + len(W)]
+        if begin == first:
+            look_up_pairs(raw, table, line, high_first=True)
         else:
-            W.view(-1, self.block).mul_(scales[:, None])
-        return W.view(stop - start, tensor.columns)
+            wide = line.new_empty(1, line.numel() + 1)
+            look_up_pairs(raw, table, wide, high_first=True)
+            line.copy_(wide[:, 1:])
+        scales = self.absmax(tensor, read, first // self.block, -(-last // self.block))
+        scale_line(line, first, scales, self.block)
 
     def absmax(self, tensor: CodedTensor, read: PartReader, start: int, stop: int) -> Tensor:
         """Return the scales of blocks, decoded if they are quantised."""
@@ -68,7 +68,7 @@ class Nibbles(Scheme):
         first, last = start // self.nested_block, -(-stop // self.nested_block)
         scales = values(_line(nested, read, first * nested.itemsize, last * nested.itemsize), nested.dtype)
         block = torch.arange(start, stop, device=raw.device) // self.nested_block - first
-        return _table(tensor.parts["nested_map"], read)[raw.long()] * scales[block] + self.nested_offset
+        return picked(_table(tensor.parts["nested_map"], read), raw) * picked(scales, block) + self.nested_offset
 
 
 def _line(part: StoredTensor, read: PartReader, start: int, stop: int) -> Tensor:

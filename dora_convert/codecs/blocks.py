@@ -8,12 +8,13 @@ optional. Most kinds of quantisation are this with other names.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from ..storage.safetensors import StoredTensor
 from .coded import CodedTensor, PartReader, Scheme, as_bytes_of, as_matrix
-from .numbers import E2M1, grouped, pairs, unpack, values
+from .numbers import E2M1, FLOATS8, by_groups, look_up_pairs, pick, row_pieces, table_of, unpack, values
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,31 +51,34 @@ class Blocks(Scheme):
         """The rows that share a scale."""
         return 0 if self.rows >= self.height else self.rows
 
-    def decode(self, tensor: CodedTensor, read: PartReader, start: int, stop: int) -> Tensor:
-        """Return rows of the dense weight's matrix in float64."""
-        W = self.codes(tensor, read, start, stop)
-        if "zero" in tensor.parts:
-            view, numbers = self._across(tensor, read, W, self._zeros(tensor, read, start, stop))
-            view.sub_(numbers)
-        view, numbers = self._across(tensor, read, W, self.scales(tensor, read, start, stop))
-        view.mul_(numbers)
-        if "bias" in tensor.parts:
-            bias = values(self._by_rows(tensor.parts["bias"], read, start, stop), tensor.parts["bias"].dtype)
-            view, numbers = self._across(tensor, read, W, bias)
-            view.add_(numbers)
-        return W
+    def fill(self, tensor: CodedTensor, read: PartReader, start: int, out: Tensor) -> None:
+        """Fill `out` with rows of the dense weight's matrix from `start` on."""
+        import torch
 
-    def codes(self, tensor: CodedTensor, read: PartReader, start: int, stop: int) -> Tensor:
-        """Return the values of codes, before any scale: (stop − start, columns)."""
-        raw, count = read.rows(as_matrix(tensor.parts["codes"]), start, stop), tensor.columns
+        stop, parts = start + len(out), tensor.parts
+        self._fill_codes(read.rows(as_matrix(parts["codes"]), start, stop), out)
+        if "zero" in parts:
+            self._apply(tensor, read, out, self._zeros(tensor, read, start, stop), torch.Tensor.sub_)
+        self._apply(tensor, read, out, self.scales(tensor, read, start, stop), torch.Tensor.mul_)
+        if "bias" in parts:
+            self._apply(tensor, read, out, self._by_rows(parts["bias"], read, start, stop), torch.Tensor.add_)
+
+    def _fill_codes(self, raw: Tensor, out: Tensor) -> None:
+        """Fill `out` with the values of codes, before any scale."""
+        import torch
+
         if self.grid == "E2M1":
-            return pairs(raw, E2M1)[:, :count].contiguous()
-        if self.grid in ("signed", "unsigned"):
+            look_up_pairs(raw, E2M1, out)
+        elif self.grid in ("signed", "unsigned"):
             middle = 1 << self.bits - 1 if self.grid == "signed" else 0
             if self.bits == 4:
-                return pairs(raw, tuple(float(code - middle) for code in range(16)))[:, :count].contiguous()
-            return unpack(raw, self.bits, count).double().sub_(middle)
-        return values(raw, self.grid)
+                look_up_pairs(raw, tuple(float(code - middle) for code in range(16)), out)
+            else:
+                out.copy_(unpack(raw, self.bits, out.shape[1])).sub_(middle)
+        elif self.grid in FLOATS8:
+            pick(table_of(self.grid, raw.device), raw, out)
+        else:
+            out.copy_(raw.view(torch.int8))
 
     def meant(self, dtype: str) -> str:
         """Return the dtype that the numbers of a stored dtype have."""
@@ -82,9 +86,7 @@ class Blocks(Scheme):
 
     def scales(self, tensor: CodedTensor, read: PartReader, start: int, stop: int) -> Tensor:
         """Return the scales of rows: (stop − start, groups of columns)."""
-        part = tensor.parts["scale"]
-        raw = self._by_rows(part, read, start, stop)
-        scale = values(raw, self.meant(part.dtype))
+        scale = self._by_rows(tensor.parts["scale"], read, start, stop)
         scale = scale if self.factor == 1 else scale * self.factor
         if overall := tensor.parts.get("global"):
             number = values(read.rows(as_bytes_of(overall, 1), 0, 1), overall.dtype)
@@ -92,7 +94,7 @@ class Blocks(Scheme):
         return scale
 
     def _by_rows(self, part: StoredTensor, read: PartReader, start: int, stop: int) -> Tensor:
-        """Return a part's row for each row of the weight, as bytes."""
+        """Return a part's numbers for each row of the weight."""
         import torch
 
         matrices, each = self.scale_rows(part)
@@ -100,24 +102,34 @@ class Blocks(Scheme):
         row = row // self.height * each + (row % self.height // self.rows).clamp_(max=each - 1)
         first, last = int(row[0]), int(row[-1])
         raw = read.rows(as_bytes_of(part, matrices * each), first, last + 1)
-        return raw[(row - first).to(raw.device)]
+        numbers = values(raw, self.meant(part.dtype))
+        return numbers if len(numbers) == len(row) else numbers.index_select(0, (row - first).to(raw.device))
 
     def scale_rows(self, part: StoredTensor) -> tuple[int, int]:
         """Return the number of matrices of a part that has one number a block, and the rows of each."""
         return (part.shape[0] if len(part.shape) == 3 else 1), max(1, -(-self.height // self.rows))
 
-    def _across(self, tensor: CodedTensor, read: PartReader, W: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        """Return views of W and of one number for each group of columns that broadcast."""
-        if numbers.shape[1] > 1 and (index := tensor.parts.get("index")):
-            group = values(read.rows(as_bytes_of(index, 1), 0, 1), index.dtype).long().flatten()
-            return W, numbers[:, group.clamp_(min=0)]
-        return grouped(W, numbers, self.columns)
+    def _apply(
+        self,
+        tensor: CodedTensor,
+        read: PartReader,
+        W: Tensor,
+        numbers: Tensor,
+        apply: Callable[[Tensor, Tensor], Tensor],
+    ) -> None:
+        """Apply an operation in place to W and to one number for each group of columns."""
+        if numbers.shape[1] == 1 or not (index := tensor.parts.get("index")):
+            by_groups(W, numbers, self.columns, apply)
+            return
+        group = values(read.rows(as_bytes_of(index, 1), 0, 1), index.dtype).int().flatten().clamp_(min=0)
+        for rows in row_pieces(W):
+            apply(W[rows], numbers[rows].index_select(1, group))
 
     def _zeros(self, tensor: CodedTensor, read: PartReader, start: int, stop: int) -> Tensor:
         """Return the zero points of rows, for each group of columns."""
         part = tensor.parts["zero"]
         if not self.packed_zeros:
-            return values(self._by_rows(part, read, start, stop), part.dtype)
+            return self._by_rows(part, read, start, stop)
         first = start // 32 * 32  # 32 codes fill whole words
         words = read.rows(as_matrix(part), first * self.bits // 32, -(-stop * self.bits // 32))
         stream = words.view(len(words), -1, 4).transpose(0, 1).flatten(1)

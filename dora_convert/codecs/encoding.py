@@ -6,11 +6,12 @@ of its kind. Codes are rounded to nearest, ties to even, from float64.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from .blocks import Blocks
-from .numbers import TORCH_NAMES, power, values
+from .codes import packed, to_e2m1, to_float8
+from .numbers import TORCH_NAMES, by_groups, power, row_pieces, values
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -148,95 +149,47 @@ def scale_of(scheme: Blocks, numbers: Mapping[str, Tensor]) -> Tensor:
 
 
 def encode(scheme: Blocks, x: Tensor, numbers: Mapping[str, Tensor], index: Tensor | None, row_bytes: int) -> Tensor:
-    """Return the codes of rows as bytes: uint8 (rows, row_bytes).
+    """Return the codes of rows as bytes: uint8 (rows, row_bytes); x is overwritten.
 
     `numbers` are as stored: a row for each of x, or one for all.
     """
     import torch
 
-    scale, count = scale_of(scheme, numbers), len(x)
-    empty = bool((scale == 0).any())
-    wide = {role: numbers[role] for role in ("zero", "bias") if role in numbers} | {"scale": scale}
-    x, wide = _broadcast(scheme, x, wide, index)
-    scale = wide["scale"]
-    if top := TOPS.get(scheme.grid):
-        q = (x / scale).nan_to_num_(0.0) if empty else x / scale
-        q.clamp_(-top, top)
-        codes = to_float8(q, scheme.grid).view(torch.uint8) if scheme.grid != "E2M1" else _to_e2m1(q)
-    else:
-        least, most = code_range(scheme)
-        q = _codes_of(x, scale, wide)
-        q = (q.nan_to_num_(0.0) if empty else q).clamp_(least, most)
-        middle = 1 << scheme.bits - 1 if scheme.grid == "signed" else 0
-        q = q.add_(middle).to(torch.int16) if scheme.grid != "I8" else q  # float64 to uint8 takes four times as long
-        codes = q.to(torch.uint8) if scheme.grid != "I8" else q.to(torch.int8).view(torch.uint8)
+    scale = scale_of(scheme, numbers)
+
+    def apply(number: Tensor, how: Callable[[Tensor, Tensor], Tensor]) -> None:
+        if index is None or number.shape[1] == 1:
+            by_groups(x, number, scheme.columns, how)
+            return
+        for rows in row_pieces(x):
+            how(x[rows], (number if len(number) == 1 else number[rows]).index_select(1, index))
+
+    top = TOPS.get(scheme.grid)
+    if "bias" in numbers:
+        apply(numbers["bias"], torch.Tensor.sub_)
+    apply(scale, torch.Tensor.div_)
+    if not top:
+        x.round_()
+        if "zero" in numbers:
+            apply(numbers["zero"], torch.Tensor.add_)
+    if bool((scale == 0).any()):
+        x.nan_to_num_(0.0)
+    least, most = (-top, top) if top else code_range(scheme)
+    codes = _bytes_of(scheme, x.clamp_(least, most))
     bits = scheme.bits if scheme.grid in ("signed", "unsigned", "E2M1") else 8
-    return packed(codes.view(count, -1), bits, row_bytes)
+    return packed(codes, bits, row_bytes)
 
 
-def _broadcast(
-    scheme: Blocks, x: Tensor, numbers: Mapping[str, Tensor], index: Tensor | None
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return views of values and of numbers of their blocks that broadcast; numbers are copied for odd blocks only."""
-    groups = -(-x.shape[1] // scheme.columns)
-    even = index is None and groups * scheme.columns == x.shape[1]
-    if even and all(number.shape[1] in (1, groups) for number in numbers.values()):
-        each = {role: number.unsqueeze(2) for role, number in numbers.items()}
-        return x.reshape(len(x), groups, scheme.columns), each
-    return x, {role: _wide(scheme, number, x, index) for role, number in numbers.items()}
-
-
-def _wide(scheme: Blocks, number: Tensor, x: Tensor, index: Tensor | None) -> Tensor:
-    """Return one number for each element from one for each block; a lone one broadcasts."""
-    if index is not None:
-        return number[:, index]
-    return number if number.shape[1] == 1 else number.repeat_interleave(scheme.columns, dim=1)[:, : x.shape[1]]
-
-
-def to_float8(x: Tensor, dtype: str) -> Tensor:
-    """Round float64 to a float of 8 bits, once: through float32, rounded to odd where it might be a tie.
-
-    Halfway between two floats of 8 bits, a float32 has 19 low bits that are zero.
-    """
+def _bytes_of(scheme: Blocks, q: Tensor) -> Tensor:
+    """Return a byte for each value of the grid: uint8, of its shape."""
     import torch
 
-    single = x.to(torch.float32)
-    bits = single.view(torch.int32)
-    may_tie = bits & 0x7FFFF == 0
-    if bool(may_tie.any()):
-        ties = may_tie.flatten().nonzero().flatten()
-        value, exact = single.flatten()[ties].double(), x.flatten()[ties]
-        odd = bits.flatten()[ties] - (value.abs() > exact.abs()).to(torch.int32)
-        bits.view(-1)[ties] = odd | (value != exact).to(torch.int32)
-    return single.to(getattr(torch, TORCH_NAMES[dtype]))
-
-
-def _to_e2m1(x: Tensor) -> Tensor:
-    """Return the codes of the nearest values of the 4-bit float, ties to an even code."""
-    import torch
-
-    size = x.abs()
-    code = (size * 2).round()  # the codes of 0 to 2 are twice the value
-    code = torch.where(size > 2, size.round() + 2, code)
-    code = torch.where(size > 4, (size / 2).round() + 4, code)
-    return (code.clamp_(max=7) + 8 * torch.signbit(x)).to(torch.uint8)
-
-
-def packed(codes: Tensor, bits: int, row_bytes: int) -> Tensor:
-    """Return codes of some bits without gaps, low bits first: uint8 (rows, row_bytes)."""
-    import torch
-
-    if bits == 8:
-        return codes.contiguous()
-    count = row_bytes * 8 // bits if 8 % bits == 0 else -(-codes.shape[1] // 8) * 8
-    codes = torch.nn.functional.pad(codes, (0, max(0, count - codes.shape[1])))
-    if 8 % bits:
-        bit = (codes.unsqueeze(-1) >> torch.arange(bits, dtype=torch.uint8, device=codes.device)) & 1
-        codes, bits = bit.flatten(1), 1
-    pieces = codes.view(len(codes), -1, 8 // bits)
-    out = sum((pieces[..., k] << bits * k for k in range(8 // bits)), torch.zeros_like(pieces[..., 0]))
-    short = row_bytes - out.shape[1]
-    return torch.nn.functional.pad(out, (0, short)) if short > 0 else out[:, :row_bytes]
+    if scheme.grid == "E2M1":
+        return torch.cat([to_e2m1(q[rows]) for rows in row_pieces(q)])
+    if scheme.grid in TOPS:
+        return to_float8(q, scheme.grid).view(torch.uint8)
+    middle = 1 << scheme.bits - 1 if scheme.grid == "signed" else 0
+    return q.to(torch.int16).add_(middle).to(torch.uint8)  # float64 to uint8 takes four times as long
 
 
 def numbers_of(raw: Tensor, dtype: str, scheme: Blocks) -> Tensor:

@@ -35,20 +35,19 @@ class Ggml(Scheme):
     added: int = 0
     """A number that is added on disk."""
 
-    def decode(self, tensor: CodedTensor, read: PartReader, start: int, stop: int) -> Tensor:
-        """Return rows of the dense weight's matrix in float64."""
-        part = tensor.parts["codes"]
-        raw = self._rows(as_matrix(part), read, start, stop)
+    def fill(self, tensor: CodedTensor, read: PartReader, start: int, out: Tensor) -> None:
+        """Fill `out` with rows of the dense weight's matrix from `start` on."""
+        raw = self._rows(as_matrix(tensor.parts["codes"]), read, start, start + len(out))
         if self.kind in FLOATS:
-            W = values(raw, self.kind)
+            W = values(raw, self.kind).view(out.shape)
+            turned = self.head and len(tensor.shape) == 1
+            out.copy_(W[:, self._places(0, tensor.columns).to(W.device)] if turned else W)
         else:
             kind = KINDS[self.kind]
             blocks = raw.reshape(-1, raw.shape[1] * kind.elements // tensor.columns)
-            W = kind.decode(blocks)
-        W = W.view(stop - start, tensor.columns)
-        if self.head and len(tensor.shape) == 1:
-            W = W[:, self._places(0, tensor.columns).to(W.device)]
-        return W.sub_(self.added) if self.added else W
+            kind.fill(blocks, out.view(-1, kind.elements))
+        if self.added:
+            out.sub_(self.added)
 
     def _rows(self, part: StoredTensor, read: PartReader, start: int, stop: int) -> Tensor:
         """Return rows as bytes, in the order of the dense weight."""
@@ -57,7 +56,7 @@ class Ggml(Scheme):
         stored = self._places(start, stop)
         first = int(stored.min())
         raw = read.rows(part, first, int(stored.max()) + 1)
-        return raw[(stored - first).to(raw.device)]
+        return raw.index_select(0, (stored - first).to(raw.device))
 
     def _places(self, start: int, stop: int) -> Tensor:
         """Return the numbers on disk of rows of the dense weight."""

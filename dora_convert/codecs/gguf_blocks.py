@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .numbers import E2M1, looked_up, power, values
+from .numbers import E2M1, look_up, power, values
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,45 +53,53 @@ class BlockKind:
     table: tuple[float, ...] = ()
     """The values of codes, if they are not the codes themselves."""
 
-    def decode(self, blocks: Tensor) -> Tensor:
-        """Return the values of blocks, float64 (blocks, elements), from their bytes: uint8 (blocks, bytes)."""
+    def fill(self, blocks: Tensor, W: Tensor) -> None:
+        """Fill W, float64 (blocks, elements), with the values of blocks, from their bytes: uint8 (blocks, bytes)."""
+        import torch
+
         codes = self.planes[0].codes(blocks)
         for plane, below in zip(self.planes[1:], self.planes, strict=False):
             codes |= plane.codes(blocks) << below.bits
-        W = looked_up(codes, self.table) if self.table else codes.double()
-        return self.scaled(blocks, W.sub_(self.middle) if self.middle else W)
+        if self.table:
+            look_up(codes, self.table, W)
+        else:
+            W.copy_(codes.sub_(self.middle).view(torch.int8) if self.middle else codes)
+        self.scale_(blocks, W)
 
-    def scaled(self, blocks: Tensor, W: Tensor) -> Tensor:
-        """Return codes times their scales, less the least values; the codes are overwritten."""
+    def scale_(self, blocks: Tensor, W: Tensor) -> None:
+        """Turn codes into values in place: times their scales, less the least values."""
         assert self.scales
         scale, least = self.scales(blocks)
         groups = W.view(len(blocks), scale.shape[1], -1)
         groups.mul_(scale.unsqueeze(2))
         if least is not None:
             groups.sub_(least.unsqueeze(2))
-        return W
 
 
 class Bytes8(BlockKind):
     """Q8_0: a scale, and a signed byte for each element."""
 
-    def decode(self, blocks: Tensor) -> Tensor:
-        """Return the values of blocks."""
-        return self.scaled(blocks, values(blocks[:, 2:], "I8"))
+    def fill(self, blocks: Tensor, W: Tensor) -> None:
+        """Fill W with the values of blocks."""
+        import torch
+
+        W.copy_(blocks[:, 2:].view(torch.int8))
+        self.scale_(blocks, W)
 
 
 class Trits(BlockKind):
     """TQ1_0: five elements of three values in a byte, as the digits after the point in base 3."""
 
-    def decode(self, blocks: Tensor) -> Tensor:
-        """Return the values of blocks."""
+    def fill(self, blocks: Tensor, W: Tensor) -> None:
+        """Fill W with the values of blocks."""
         import torch
 
         digits = []
         for first, last, count in ((0, 32, 5), (32, 48, 5), (48, 52, 4)):
             raw = blocks[:, first:last]
             digits += [(raw * power).int() * 3 >> 8 for power in TRITS[:count]]
-        return self.scaled(blocks, torch.cat(digits, dim=1).double().sub_(1))
+        W.copy_(torch.cat(digits, dim=1)).sub_(1)
+        self.scale_(blocks, W)
 
 
 def half(blocks: Tensor, at: int) -> Tensor:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from ..storage.safetensors import StoredTensor
 from .coded import CodedTensor, PartReader, Scheme
 from .evidence import Evidence
-from .numbers import E2M1, looked_up, power, unpack
+from .numbers import E2M1, look_up, power
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,28 +28,28 @@ class TurnedMxfp4(Scheme):
     height: int = 32
     """The rows of one expert's dense weight."""
 
-    def decode(self, tensor: CodedTensor, read: PartReader, start: int, stop: int) -> Tensor:
-        """Return rows of all experts' dense weights, one below the other, in float64."""
+    def fill(self, tensor: CodedTensor, read: PartReader, start: int, out: Tensor) -> None:
+        """Fill `out` with rows of all experts' dense weights, one below the other."""
+        stop = start + len(out)
+        for expert in range(start // self.height, -(-stop // self.height)):
+            first = max(start, expert * self.height)
+            piece = out[first - start : (expert + 1) * self.height - start]
+            self._fill(tensor, read, expert, first - expert * self.height, piece)
+
+    def _fill(self, tensor: CodedTensor, read: PartReader, expert: int, start: int, out: Tensor) -> None:
+        """Fill `out` with rows of one expert's weight."""
         import torch
 
-        pieces = []
-        while start < stop:
-            expert = start // self.height
-            last = min(stop, (expert + 1) * self.height)
-            first = expert * self.height
-            pieces.append(self._of(tensor, read, expert, start - first, last - first))
-            start = last
-        return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
-
-    def _of(self, tensor: CodedTensor, read: PartReader, expert: int, start: int, stop: int) -> Tensor:
-        """Return some rows of one expert's weight."""
         codes, scale = (_matrix(tensor.parts[role], expert) for role in ("codes", "scale"))
-        begin = start - start % 2
-        nibbles = unpack(read.columns(codes, begin // 2, -(-stop // 2)), 4, stop - begin)[:, start - begin :]
+        begin, stop = start - start % 2, start + len(out)
+        pairs = read.columns(codes, begin // 2, -(-stop // 2)).T.contiguous()
+        nibbles = torch.stack([pairs & 15, pairs >> 4], dim=1).view(-1, out.shape[1])
+        look_up(nibbles[start - begin : stop - begin], E2M1, out)
         first = start // 32
-        exponents = power(read.columns(scale, first, -(-stop // 32))).repeat_interleave(32, dim=1)
-        W = looked_up(nibbles, E2M1).mul_(exponents[:, start - 32 * first : stop - 32 * first])
-        return W.T
+        exponents = power(read.columns(scale, first, -(-stop // 32)).T.contiguous())
+        for k in range(len(exponents)):
+            group = out[max(0, 32 * (first + k) - start) : 32 * (first + k + 1) - start]
+            group.mul_(exponents[k])
 
 
 def _matrix(part: StoredTensor, expert: int) -> StoredTensor:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from .coded import CodedTensor, PartReader, Scheme, as_bytes_of, as_matrix
 from .evidence import Evidence
-from .numbers import grouped, pairs, unpack, values
+from .numbers import by_groups, look_up_pairs, nibbles, pick, row_pieces, unpack, values
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,48 +36,55 @@ class Gptq(Scheme):
     zero: int = 1
     """The number that is added to stored zero points."""
 
-    def decode(self, tensor: CodedTensor, read: PartReader, start: int, stop: int) -> Tensor:
-        """Return rows of the dense weight's matrix in float64; most are computed in columns as they lie on disk."""
+    def fill(self, tensor: CodedTensor, read: PartReader, start: int, out: Tensor) -> None:
+        """Fill `out` with rows of the dense weight's matrix from `start` on."""
         import torch
 
-        parts, columns = tensor.parts, tensor.columns
+        parts, stop = tensor.parts, start + len(out)
         words = read.columns(as_matrix(parts["codes"]), 4 * start, 4 * stop).view(torch.int32)
+        raw = words.T.contiguous().view(torch.uint8)
         first = start // 32 * 32  # 32 codes fill whole words
         stream = read.columns(as_matrix(parts["zero"]), first * self.bits // 8, -(-stop * self.bits // 32) * 4)
         zeros = unpack(stream, self.bits, stop - first)[:, start - first :].double() + self.zero
         part = parts["scale"]
         scale = values(read.columns(as_matrix(part), start * part.itemsize, stop * part.itemsize), part.dtype)
-        if "index" in parts:
-            group = values(read.rows(as_bytes_of(parts["index"], 1), 0, 1), parts["index"].dtype).int().flatten()
-            if not torch.equal(group, torch.arange(columns, dtype=torch.int32, device=group.device) // self.group):
-                W = self._codes(words, columns).sub_(zeros.index_select(0, group))
-                return W.mul_(scale.index_select(0, group)).T
+        numbers = zeros.T.contiguous(), scale.T.contiguous()
+        group = self._order(tensor, read)
+        if group is not None and self.bits <= 4:
+            self._fill_by_table(raw, group, *numbers, out)
+            return
         if self.bits == 4:
-            W = pairs(words.T.contiguous().view(torch.uint8), FOUR_BITS)
-            view, numbers = grouped(W, zeros.T, self.group)
-            view.sub_(numbers)
-            view, numbers = grouped(W, scale.T, self.group)
-            view.mul_(numbers)
-            return W
-        W = self._codes(words, columns)
-        if len(zeros) * self.group == columns:
-            blocks = W.view(len(zeros), self.group, -1)
-            blocks.sub_(zeros.unsqueeze(1)).mul_(scale.unsqueeze(1))
-            return W.T
-        zeros, scale = (each.repeat_interleave(self.group, dim=0)[:columns] for each in (zeros, scale))
-        return W.sub_(zeros).mul_(scale).T
+            look_up_pairs(raw, FOUR_BITS, out)
+        else:
+            out.copy_(unpack(raw, self.bits, out.shape[1]))
+        for number, apply in zip(numbers, (torch.Tensor.sub_, torch.Tensor.mul_), strict=True):
+            if group is None:
+                by_groups(out, number, self.group, apply)
+                continue
+            for rows in row_pieces(out):
+                apply(out[rows], number[rows].index_select(1, group))
 
-    def _codes(self, words: Tensor, columns: int) -> Tensor:
-        """Return the codes of columns of words: float64 (columns of the weight, columns of words)."""
+    def _order(self, tensor: CodedTensor, read: PartReader) -> Tensor | None:
+        """Return the group of each input: int32; None if groups are neighbours."""
         import torch
 
-        if 32 % self.bits:  # codes lie in two words
-            return unpack(words.T.contiguous().view(torch.uint8), self.bits, columns).T.double().contiguous()
-        each = 32 // self.bits
-        codes = torch.empty((len(words), each, words.shape[1]), dtype=torch.float64, device=words.device)
-        for place in range(each):
-            codes[:, place] = words >> self.bits * place & (1 << self.bits) - 1
-        return codes.view(-1, words.shape[1])[:columns]
+        if not (part := tensor.parts.get("index")):
+            return None
+        group = values(read.rows(as_bytes_of(part, 1), 0, 1), part.dtype).int().flatten()
+        usual = torch.arange(len(group), dtype=torch.int32, device=group.device) // self.group
+        return None if torch.equal(group, usual) else group
+
+    def _fill_by_table(self, raw: Tensor, group: Tensor, zeros: Tensor, scale: Tensor, out: Tensor) -> None:
+        """Look each value up among those that the codes of its row and group can have."""
+        import torch
+
+        codes = torch.arange(1 << self.bits, dtype=torch.float64, device=raw.device)
+        table = (codes - zeros.unsqueeze(2)).mul_(scale.unsqueeze(2))
+        row = torch.arange(len(raw), dtype=torch.int32, device=raw.device) * table[0].numel()
+        for rows in row_pieces(out):
+            place = nibbles(raw[rows]) if self.bits == 4 else unpack(raw[rows], self.bits, out.shape[1]).int()
+            place.add_(group * len(codes)).add_(row[rows, None])
+            pick(table.view(-1), place, out[rows])
 
 
 def claim(found: Evidence) -> Iterator[CodedTensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,12 @@ if TYPE_CHECKING:
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 """The values of the 4-bit float of mxfp4 and nvfp4, by code."""
+
+FLOATS8 = ("F8_E4M3", "F8_E5M2")
+"""The dtypes of floats of 8 bits."""
+
+PIECE_ELEMENTS = 1 << 17
+"""Elements that are computed together where steps need memory for each element."""
 
 TORCH_NAMES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
@@ -43,8 +50,8 @@ def values(raw: Tensor, dtype: str) -> Tensor:
 
     if dtype == "F8_E8M0":
         return power(raw)
-    if dtype in ("F8_E4M3", "F8_E5M2"):  # a table is several times faster than a conversion
-        return picked(_bytes_as(dtype, raw.device), raw)
+    if dtype in FLOATS8:  # a table is several times faster than a conversion
+        return picked(table_of(dtype, raw.device), raw)
     return raw.contiguous().view(getattr(torch, TORCH_NAMES[dtype])).to(torch.float64)
 
 
@@ -56,20 +63,30 @@ def power(raw: Tensor) -> Tensor:
     return bits.view(torch.float64).masked_fill(raw == 255, torch.nan)
 
 
-def looked_up(codes: Tensor, table: tuple[float, ...]) -> Tensor:
-    """Return a table's values for codes, in float64."""
-    return picked(_table(table, codes.device), codes)
+def look_up(codes: Tensor, table: tuple[float, ...], out: Tensor) -> None:
+    """Fill contiguous float64 with a table's values for codes."""
+    pick(_table(table, codes.device), codes, out)
 
 
-def pairs(raw: Tensor, table: tuple[float, ...], *, high_first: bool = False) -> Tensor:
-    """Return a table's values for codes of 4 bits, two in a byte: float64 (rows, 2 · bytes).
+def pick(table: Tensor, codes: Tensor, out: Tensor) -> None:
+    """Fill contiguous memory with the entries of a table that codes stand for."""
+    import torch
+
+    torch.index_select(table, 0, codes.flatten().int(), out=out.view(-1))
+
+
+def look_up_pairs(raw: Tensor, table: tuple[float, ...], out: Tensor, *, high_first: bool = False) -> None:
+    """Fill float64 (rows, columns) with a table's values for codes of 4 bits, two in a byte of `raw` (rows, bytes).
 
     One look-up gives both values of a byte, as a complex number: half the work of a look-up for each.
     """
     import torch
 
-    both = _pairs(table, high_first, raw.device).index_select(0, raw.flatten().int())
-    return torch.view_as_real(both).view(len(raw), -1)
+    both = _pairs(table, high_first, raw.device)
+    if out.numel() == 2 * raw.numel() and out.storage_offset() % 2 == 0:
+        pick(both, raw, torch.view_as_complex(out.view(-1, 2)))
+    else:  # the last byte of a row is cut off
+        out.copy_(torch.view_as_real(picked(both, raw)).view(len(raw), -1)[:, : out.shape[1]])
 
 
 @cache
@@ -79,6 +96,21 @@ def _pairs(values: tuple[float, ...], high_first: bool, device: torch.device) ->
 
     low, high = torch.tensor(values, dtype=torch.float64, device=device).view(-1)[_nibbles(device)]
     return torch.complex(high, low) if high_first else torch.complex(low, high)
+
+
+def nibbles(raw: Tensor) -> Tensor:
+    """Return codes of 4 bits, two in a byte, the low ones first: int32 (rows, 2 · bytes)."""
+    import torch
+
+    return picked(_two_numbers(raw.device), raw).view(torch.int32)
+
+
+@cache
+def _two_numbers(device: torch.device) -> Tensor:
+    """Return the two int32 codes of every byte, as one int64."""
+    import torch
+
+    return _nibbles(device).T.to(torch.int32).contiguous().view(torch.int64).flatten()
 
 
 def _nibbles(device: torch.device) -> Tensor:
@@ -95,7 +127,7 @@ def picked(table: Tensor, codes: Tensor) -> Tensor:
 
 
 @cache
-def _bytes_as(dtype: str, device: torch.device) -> Tensor:
+def table_of(dtype: str, device: torch.device) -> Tensor:
     """Return the values of all bytes of a dtype."""
     import torch
 
@@ -110,16 +142,34 @@ def _table(values: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.float64, device=device)
 
 
-def spread(scale: Tensor, columns: int, group: int) -> Tensor:
-    """Return one number for each column from one for each group of columns: (rows, columns)."""
-    if scale.shape[1] == 1:
-        return scale
-    return scale.repeat_interleave(group, dim=1)[:, :columns]
+def by_groups(W: Tensor, numbers: Tensor, group: int, apply: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Apply an operation in place to W (rows, columns) and to one number for each group of columns, or for each row.
+
+    Numbers broadcast and are not copied. The last group may be cut off.
+    """
+    columns = W.shape[1]
+    if numbers.shape[1] == 1:
+        apply(W, numbers)
+        return
+    whole = columns // group * group
+    if whole:
+        apply(W[:, :whole].view(len(W), -1, group), numbers[:, : whole // group].unsqueeze(2))
+    if whole < columns:
+        apply(W[:, whole:], numbers[:, whole // group, None])
 
 
-def grouped(W: Tensor, numbers: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """Return views of W and of one number for each group of columns that broadcast: no number is copied if possible."""
-    rows, columns = W.shape
-    if numbers.shape[1] > 1 and numbers.shape[1] * group == columns:
-        return W.view(rows, -1, group), numbers.unsqueeze(2)
-    return W, spread(numbers, columns, group)
+def scale_line(line: Tensor, first: int, scales: Tensor, block: int) -> None:
+    """Multiply a line, (1, n), by one number for each block, in place; `first` is the number of its first element."""
+    skipped = min(-first % block, line.shape[1])
+    if skipped:  # the rest of a block that began before
+        line[:, :skipped].mul_(scales[0])
+        scales = scales[1:]
+    if line.shape[1] > skipped:
+        by_groups(line[:, skipped:], scales[None], block, type(line).mul_)
+
+
+def row_pieces(W: Tensor) -> Iterator[slice]:
+    """Yield runs of rows of W, where steps need memory for each element."""
+    height = max(1, PIECE_ELEMENTS // max(1, W.shape[1]))
+    for first in range(0, len(W), height):
+        yield slice(first, first + height)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..codecs.coded import CHUNK_ELEMENTS, STRIP_BYTES, CodedTensor
-from ..storage.reader import Reader
+from ..storage.reader import PIECE_BYTES, Reader
 from ..storage.safetensors import StoredTensor
 
 SMALL = 1 << 16
@@ -19,8 +19,25 @@ WORDS = 16
 """Bytes that strips are multiples of, so that words stay whole."""
 TOGETHER = 8
 """Rows that some layouts have in one word: chunks end with a word."""
+MOST_STRIPS = 3 * STRIP_BYTES // 2
+"""Bytes of strips that are kept."""
+NEAR = 8
+"""Whole rows are read if they are at most so many times as long as a strip's."""
 MOST = 8
 """Such parts that are kept."""
+
+
+FREED = 4 << 20
+"""Bytes of a tensor that is freed at once: afterwards glibc keeps as much again for the next tensors."""
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep the pages of temporary tensors, up to twice FREED for each thread.
+
+    glibc gives freed pages back at once until a program has freed larger tensors. Steps between code and value would
+    wait for fresh pages half of their time.
+    """
+    torch.empty(FREED, dtype=torch.uint8)
 
 
 class StoredParts:
@@ -31,6 +48,7 @@ class StoredParts:
     """
 
     def __init__(self, reader: Reader, device: torch.device) -> None:
+        keep_freed_memory()
         self._reader, self._device = reader, device
         self._strips: dict[tuple[Path, int], tuple[int, int, Tensor]] = {}
         self.held: dict[tuple[Path, int], Any] = {}
@@ -55,7 +73,7 @@ class StoredParts:
             first, last, strip = self._strip(part, start, stop)
             self._strips.pop(place, None)
             self._strips[place] = (first, last, strip)
-            while len(self._strips) > 1 and sum(kept[2].numel() for kept in self._strips.values()) > 2 * STRIP_BYTES:
+            while len(self._strips) > 1 and sum(kept[2].numel() for kept in self._strips.values()) > MOST_STRIPS:
                 self._strips.pop(next(iter(self._strips)))
         return strip[:, start - first : stop - first].to(self._device)
 
@@ -66,11 +84,16 @@ class StoredParts:
         if (start, last) == (0, width):
             return start, last, self._read(part, 0, height)
         length = last - start
-        data = bytearray(height * length)
-        for row in range(height):
-            into = memoryview(data)[row * length : (row + 1) * length]
-            self._reader.read(part.path, part.start + row * width + start, into)
-        return start, last, torch.frombuffer(data, dtype=torch.uint8).view(height, length)
+        if width > NEAR * length:
+            data = bytearray(height * length)
+            runs = [(part.start + row * width + start, length) for row in range(height)]
+            self._reader.gather(part.path, runs, data)
+            return start, last, torch.frombuffer(data, dtype=torch.uint8).view(height, length)
+        strip = torch.empty(height, length, dtype=torch.uint8)
+        rows = max(1, PIECE_BYTES // width)
+        for first in range(0, height, rows):  # a read of many rows takes less time than a read of each
+            strip[first : first + rows] = self._read(part, first, min(height, first + rows))[:, start:last]
+        return start, last, strip
 
     def _read(self, part: StoredTensor, start: int, stop: int) -> Tensor:
         width = part.shape[1]
@@ -90,7 +113,7 @@ def decode(tensor: StoredTensor, parts: StoredParts, start: int, out: Tensor) ->
     while first < len(lines):
         begin = start * narrow + first
         part = lines[first : first + height - (begin % TOGETHER if height > TOGETHER else 0)]
-        part.copy_(tensor.scheme.decode(tensor, parts, begin, begin + len(part)))
+        tensor.scheme.fill(tensor, parts, begin, part)
         first += len(part)
     return out
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,12 +17,13 @@ from ..maths import lora as maths
 from ..plan.item import KEPT
 from ..storage.reader import Reader
 from ..storage.safetensors import StoredTensor
-from .precision import PLACES, TORCH, ComputeSpec, as_bytes, empty, read_rows
+from .precision import OWN_PAGES, PLACES, TORCH, ComputeSpec, as_bytes, empty, read_rows
 
 if TYPE_CHECKING:
     from .decoding import StoredParts
 
 FACTOR_ELEMENTS = 1 << 18
+MOST_VIEWS = 256
 
 
 class SentBlock(NamedTuple):
@@ -59,25 +61,30 @@ class DeviceBuffers:
     and results take turns in two buffers.
     """
 
-    def __init__(self, spec: ComputeSpec, reader: Reader, stream: Any = None) -> None:
+    def __init__(self, spec: ComputeSpec, reader: Reader, stream: Any = None, worker: int = 0) -> None:
         self.spec = spec
         self.reader = reader
         self.staged, self._cuda, self._turn = spec.staged, spec.device.type == "cuda", 0
         self._lifted: Any = None  # marks when the last raw rows have left host memory
         if self._cuda and stream is None:
-            stream = torch.cuda.Stream(spec.device)  # type: ignore[no-untyped-call]
-        self._stream = stream
+            from .streams import stream_of
+
+            stream = stream_of(spec.device, worker)
+        self._stream, self._on_host = stream, spec.device.type == "cpu"
         self._buffers: dict[str, Tensor] = {}
+        self._views: dict[tuple[Any, ...], Tensor] = {}
+        """Buffers in the shapes that were asked for: a new view costs a call of torch, and the interpreter's lock."""
         self._exact: DeviceBuffers | None = None
         self._parts: StoredParts | None = None
+        self._at_work: Tensor | None = None  # rows that were decoded where arithmetic is done
         self._wholes: dict[tuple[Path, int], Tensor] = {}
         """Whole tensors behind the last views, as they are stored, by file and place."""
 
     @classmethod
     def dealt(cls, spec: ComputeSpec, reader: Reader) -> Callable[[], DeviceBuffers]:
         """Return a function that makes each worker's buffers, on the devices in turn."""
-        deal = spec.dealt()
-        return lambda: cls(deal(), reader)
+        deal, numbers = spec.dealt(), count()
+        return lambda: cls(deal(), reader, None, next(numbers))
 
     def exact(self) -> DeviceBuffers:
         """Return buffers in float64 on the same stream; on the host if the device has no float64."""
@@ -95,7 +102,7 @@ class DeviceBuffers:
     def raw(self, stored: StoredTensor, start: int, stop: int, buffer: str = "in") -> Tensor:
         """Read rows of a stored tensor into host memory as they are on disk: (rows, columns).
 
-        Rows of a coded tensor are decoded: float64, on the device.
+        Rows of a coded tensor are decoded: float64, on the device. In the buffer "work" they are lifted already.
         """
         if stored.coded:
             return self._decoded(stored, start, stop, buffer)
@@ -109,8 +116,10 @@ class DeviceBuffers:
         return host
 
     def lift(self, raw: Tensor) -> Tensor:
-        """Copy raw rows to the device, in the compute dtype."""
-        on_device = raw.to(self.spec.device, non_blocking=self._cuda)
+        """Copy raw rows to the device, in the compute dtype; rows that were decoded there stay."""
+        if raw is self._at_work:
+            return raw
+        on_device = raw if self._on_host else raw.to(self.spec.device, non_blocking=self._cuda)
         self._lifted = self.mark()
         return self.scratch("work", raw.shape, self.spec.compute).copy_(on_device)
 
@@ -152,6 +161,8 @@ class DeviceBuffers:
     def whole(self, stored: StoredTensor) -> Tensor:
         """Read a whole stored tensor to the device, in the compute dtype and in memory of its own."""
         rows, columns = stored.matrix
+        if self._on_host and rows * columns * self.spec.compute.itemsize < OWN_PAGES:
+            return self.computed(self.raw(stored, 0, rows, "factor"))
         matrix = self._empty((rows, columns), self.spec.compute, self.spec.device)
         height = max(1, FACTOR_ELEMENTS // max(1, columns))
         for start in range(0, rows, height):
@@ -172,7 +183,8 @@ class DeviceBuffers:
 
     def computed(self, host: Tensor) -> Tensor:
         """Copy a host tensor to the device, in the compute dtype."""
-        return host.to(self.spec.device).to(self.spec.compute, copy=True)
+        on_device = host if self._on_host else host.to(self.spec.device)
+        return on_device.to(self.spec.compute, copy=True)
 
     def rows(self, stored: StoredTensor, start: int, stop: int) -> Tensor:
         """Read some rows of a small stored tensor to the device."""
@@ -218,7 +230,10 @@ class DeviceBuffers:
         host = self.spec.device.type == "mps"  # which has no float64
         device = torch.device("cpu") if host else self.spec.device
         self._parts = self._parts or StoredParts(self.reader, device)
-        out = self.scratch(f"{buffer}, decoded", (stop - start, stored.matrix[1]), torch.float64, on_host=host)
+        in_place = buffer == "work" and self.spec.compute == torch.float64
+        name = buffer if in_place else f"{buffer}, decoded"
+        out = self.scratch(name, (stop - start, stored.matrix[1]), torch.float64, on_host=host)
+        self._at_work = out if in_place else None
         return decode(stored, self._parts, start, out)
 
     def forget(self) -> None:
@@ -229,19 +244,26 @@ class DeviceBuffers:
     def release(self) -> None:
         """Free all buffers, for another worker that may need the memory."""
         self._buffers.clear()
+        self._views.clear()
         self.forget()
         if self._exact:
             self._exact.release()
 
     def scratch(self, name: str, shape: Sequence[int], dtype: torch.dtype, *, on_host: bool = False) -> Tensor:
         """Return memory that the next call of the name reuses: fresh pages cost more than arithmetic."""
+        key = (name, dtype, *shape)
+        if (known := self._views.get(key)) is not None:
+            return known
         nbytes = math.prod(shape) * dtype.itemsize
         buffer = self._buffers.get(name)
-        if buffer is None or buffer.numel() < nbytes:
+        if buffer is None or buffer.numel() < nbytes or len(self._views) > MOST_VIEWS:
+            self._views.clear()
             self._buffers.pop(name, None)
+            del buffer
             device = torch.device("cpu") if on_host else self.spec.device
             buffer = self._buffers[name] = self._empty((nbytes,), torch.uint8, device)
-        return buffer[:nbytes].view(dtype).view(tuple(shape))
+        view = self._views[key] = buffer[:nbytes].view(dtype).view(tuple(shape))
+        return view
 
     def _empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return an uninitialised tensor; pinned on the host of a GPU."""

@@ -61,3 +61,8 @@ def _cuda_device(index: int, names: str) -> torch.device:
         f"--device {names}: this machine has {count} usable CUDA devices{why}.",
         hint="install a build with CUDA: https://pytorch.org/get-started/locally" if is_cpu else None,
     )
+
+
+def model_of(device: torch.device) -> str:
+    """Return the model of a card, which decides the last bits; the type of a device that is not in this machine."""
+    return torch.cuda.get_device_name(device) if torch.cuda.is_available() else device.type

@@ -246,7 +246,7 @@ class LoadedEdit:
         if edit.divides and not edit.two_passes:
             n = maths.norms(V, axis=1) if other is None else self.measured(other, start, stop).sqrt_()
             self.n.append(n)
-        m = m[first:last] if edit.axis else m
+        m = m[first:last] if edit.axis and last - first < len(m) else m
         if edit.divides:
             maths.rescale_(V, m, self.n[-1], edit.axis)
         else:

@@ -47,6 +47,10 @@ def merged_tensors(
 
     `reader` reads the inputs; None for files.
     """
+    if spec.staged:
+        from .device_plan import cut_for
+
+        plan = cut_for(plan, spec, settings)
     reader = reader or Reader()
     done = 0
     try:

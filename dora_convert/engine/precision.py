@@ -189,10 +189,12 @@ def read_rows(reader: Reader, tensor: StoredTensor, rows: Sequence[int]) -> Tens
 
         return show(tensor, rows, range(tensor.matrix[1]), partial(read_rows, reader))
     width = tensor.matrix[1]
-    if rows and not isinstance(rows, range):
+    if isinstance(rows, range) and rows.step == 1:
+        return _read(reader, tensor, rows.start * width, len(rows) * width).view(len(rows), width)
+    if rows:
         first, last = min(rows), max(rows) + 1
         if len(rows) < last - first <= NEAR_BYTES // max(1, width * tensor.itemsize):
-            near = _gather(reader, tensor, [(first * width, (last - first) * width)]).view(last - first, width)
+            near = _read(reader, tensor, first * width, (last - first) * width).view(last - first, width)
             return near[[row - first for row in rows]]
     runs = [(start * width, count * width) for start, count in _runs(rows)]
     return _gather(reader, tensor, runs).view(len(rows), width)
@@ -222,11 +224,23 @@ def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
     return runs
 
 
+def _read(reader: Reader, tensor: StoredTensor, first: int, number: int) -> Tensor:
+    """Read so many neighbouring elements into a flat tensor."""
+    size = tensor.itemsize
+    data = bytearray(size * number)
+    reader.read(tensor.path, tensor.start + first * size, memoryview(data))
+    return _numbers(data, tensor)
+
+
 def _gather(reader: Reader, tensor: StoredTensor, runs: Sequence[tuple[int, int]]) -> Tensor:
     """Read runs of elements, each given by (first, count), into one flat tensor."""
     size = tensor.itemsize
     data = bytearray(size * sum(number for _, number in runs))
     reader.gather(tensor.path, [(tensor.start + first * size, number * size) for first, number in runs], data)
+    return _numbers(data, tensor)
+
+
+def _numbers(data: bytearray, tensor: StoredTensor) -> Tensor:
     dtype = TORCH.get(tensor.dtype) or PLACES[tensor.dtype]
     return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
 

@@ -13,6 +13,7 @@ from ..codecs import encoding
 from ..codecs.bitsandbytes import Nibbles
 from ..codecs.blocks import Blocks
 from ..codecs.coded import CHUNK_ELEMENTS, CodedTensor, as_bytes_of
+from ..codecs.codes import packed
 from ..codecs.numbers import unpack, values
 from ..errors import NumericalError
 from ..maths.lora import all_finite
@@ -127,7 +128,7 @@ class RecodedTensor:
 
     def _merged(self, start: int, stop: int) -> Tensor:
         """Return some rows of the merge's result, in the compute dtype on the device."""
-        x = self.maker.merged(self.buffers.raw(self.item.source, start, stop), start, stop)
+        x = self.maker.merged(self.buffers.raw(self.item.source, start, stop, "work"), start, stop)
         if not all_finite(x) or not all(edit.is_finite() for edit in self.maker.edits):
             raise NumericalError(
                 f"{self.item.name}: the merged weight holds NaN or Inf.",
@@ -175,14 +176,14 @@ class RecodedTensor:
         return encoding.numbers_of(raw, part.dtype, scheme)
 
     def _codes(self, x: Tensor, numbers: Mapping[str, Tensor]) -> Tensor:
-        """Return the codes of some rows, which begin with a block, a few rows at a time."""
+        """Return the codes of some rows, which begin with a block, a few rows at a time; x is overwritten."""
         row_bytes = self.item.nbytes // (self._tensor.numel // self._columns)
         codes = torch.empty((len(x), row_bytes), dtype=torch.uint8, device=x.device)
         height = max(1, CHUNK_ELEMENTS // self._columns)
         for first in range(0, len(x), height):
             part = x[first : first + height]
             block = torch.arange(first, first + len(part), device=x.device) // self._scheme.rows
-            own = {role: each if len(each) == 1 else each[block] for role, each in numbers.items()}
+            own = {role: each if len(each) == 1 else each.index_select(0, block) for role, each in numbers.items()}
             codes[first : first + len(part)] = encoding.encode(self._scheme, part, own, self._index, row_bytes)
         return codes
 
@@ -199,7 +200,7 @@ class RecodedTensor:
     def _packed_zeros(self, zeros: Tensor, count: int) -> Tensor:
         bits = self._scheme.bits
         codes = (zeros.T + (1 << bits - 1)).to(torch.uint8)
-        stream = encoding.packed(codes.contiguous(), bits, -(-count * bits // 32) * 4)
+        stream = packed(codes.contiguous(), bits, -(-count * bits // 32) * 4)
         return stream.view(len(stream), -1, 4).transpose(0, 1).contiguous().flatten(1)
 
 

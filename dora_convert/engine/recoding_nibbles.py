@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ..codecs.bitsandbytes import Nibbles
-from ..codecs.coded import CHUNK_ELEMENTS, CodedTensor, as_bytes_of
-from ..codecs.numbers import values
+from ..codecs.coded import CodedTensor, as_bytes_of
+from ..codecs.codes import nearest_codes
+from ..codecs.numbers import by_groups, picked, values
 from ..storage.reader import spans
 from .decoding import StoredParts
 
@@ -32,8 +33,8 @@ def nibble_blocks(
         line = merged(start, stop).flatten()
         scales, pieces = _scales(tensor, scheme, _largest(line, scheme.block), parts)
         codes = _nearest(line, scales, table, scheme.block)
-        codes = torch.nn.functional.pad(codes, (0, len(codes) % 2)).view(-1, 2)
-        yield {"codes": codes[:, 0] << 4 | codes[:, 1], **pieces}
+        two = torch.nn.functional.pad(codes, (0, len(codes) % 2)).view(torch.int16)
+        yield {"codes": (two << 4).bitwise_or_(two >> 8).to(torch.uint8), **pieces}
 
 
 def _table(tensor: CodedTensor, role: str, parts: StoredParts) -> Tensor:
@@ -43,7 +44,9 @@ def _table(tensor: CodedTensor, role: str, parts: StoredParts) -> Tensor:
 
 def _largest(line: Tensor, block: int) -> Tensor:
     """Return the largest magnitude of each block of a line."""
-    return torch.nn.functional.pad(line, (0, -len(line) % block)).view(-1, block).abs().amax(1)
+    rest = -len(line) % block
+    blocks = (torch.nn.functional.pad(line, (0, rest)) if rest else line).view(-1, block)
+    return blocks.amax(1).maximum(-blocks.amin(1))
 
 
 def _scales(
@@ -56,19 +59,13 @@ def _scales(
     table, offset = _table(tensor, "nested_map", parts), scheme.nested_offset
     outer = _largest(absmax - offset, scheme.nested_block).float()
     codes = _nearest(absmax - offset, outer.double(), table, scheme.nested_block)
-    scales = table[codes.long()] * outer.double().repeat_interleave(scheme.nested_block)[: len(codes)] + offset
+    scales = picked(table, codes) * outer.double().repeat_interleave(scheme.nested_block)[: len(codes)] + offset
     return scales, {"scale": codes, "nested": outer.view(torch.uint8)}
 
 
 def _nearest(line: Tensor, scales: Tensor, table: Tensor, block: int) -> Tensor:
-    """Return the codes of the nearest values of a table, each block by its scale: uint8, in one line."""
-    order = table.argsort()
-    middles = (table[order][1:] + table[order][:-1]) / 2
-    codes = torch.empty(len(line), dtype=torch.uint8, device=line.device)
-    piece = max(1, CHUNK_ELEMENTS // block) * block
-    for first in range(0, len(line), piece):
-        part = line[first : first + piece]
-        scale = scales[first // block : -(-(first + len(part)) // block)].repeat_interleave(block)[: len(part)]
-        ratio = (part / scale).nan_to_num_(0.0)
-        codes[first : first + len(part)] = order[torch.bucketize(ratio, middles)].to(torch.uint8)
-    return codes
+    """Return the codes of the nearest values of a table, each block by its scale: uint8; the line is overwritten."""
+    by_groups(line[None], scales[None], block, Tensor.div_)
+    if bool((scales == 0).any()):
+        line.nan_to_num_(0.0)
+    return nearest_codes(line, table)

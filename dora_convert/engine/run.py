@@ -18,9 +18,9 @@ from typing import Any, Protocol
 
 import torch
 
-from ..output.finished import Checker, FinishedLine, Progress, Task, copied_name, groups, kept_name
-from ..output.output import Output
-from ..output.shards import ShardFiles
+from ..output.finished import Checker, FinishedLine, Progress, Task, copied_name, groups, in_turn, kept_name
+from ..output.output import Output, Transfers
+from ..output.shards import QUICK_SECONDS, ShardFiles
 from ..plan.item import Item
 from ..plan.plan import Plan
 from ..settings import Settings, __version__
@@ -49,25 +49,6 @@ class Executor(Protocol):
 
     def execute(self, run: Run, tasks: Sequence[Task]) -> None:
         """Do all tasks, and pass what comes of each to `run.take`, in this process."""
-
-
-class Transfers(Protocol):
-    """The downloads of a plan's inputs and the uploads of its output, while the plan runs."""
-
-    local: bool
-    """True if the output stays on this machine."""
-
-    def reader(self) -> Reader:
-        """Return a reader that waits for files that are downloaded."""
-
-    def begin(self, folder: Path, shards: ShardFiles) -> None:
-        """Take the output's folder and its open shards, and resume earlier uploads."""
-
-    def shard_finished(self, shard: str) -> None:
-        """Note that a shard is finished and, if checked, right; called by workers."""
-
-    def settle(self) -> None:
-        """Wait until all finished shards are uploaded."""
 
 
 @dataclass(kw_only=True)
@@ -113,6 +94,8 @@ class Run:
         if self.hub:
             order = {shard.filename: number for number, shard in enumerate(self.plan.shards)}
             tasks.sort(key=lambda task: order[task.shard])
+        elif not self.executor:
+            tasks = in_turn(tasks)
         work = None if self.executor else self._work()  # reads headers of shards, before they are uploaded
         self._waiting.update(shard for task in tasks for shard in self._shards_of(task))
         for shard in self.plan.shards:
@@ -122,6 +105,14 @@ class Run:
             self.executor.execute(self, tasks)
         elif work:
             self._workers.run(self.settings.workers, [partial(self._do, work, task) for task in tasks])
+
+    def adopt(self, lines: Sequence[FinishedLine]) -> None:
+        """Count what was done before the run, and enter it in the journal once it is synced."""
+        for line in lines:
+            self.progress.add(line)
+            self.written += line.copied[2] if line.copied else 0
+        files = {self.shards.path(line.copied[0]) for line in lines if line.copied}
+        self.journal.add_all([(line, None) for line in lines], files)
 
     def _work(self) -> TensorWork:
         """Return the work of this process's threads."""
@@ -152,7 +143,7 @@ class Run:
         unfinished = [item for item in self.plan.items if not item.verbatim and item.name not in finished]
         items = [item for item in unfinished if not item.part_of]
         left = [*(copy.length for copy in copies), *(each.nbytes for item in items for each in item.together)]
-        self._skipped = self.plan.bytes_out - sum(left)
+        self._skipped = self.plan.bytes_out - sum(left) - self.written
         yield from (Task("copy", copy.shard, copy=copy) for copy in copies)
         yield from groups("write", items, shard_of, self.settings.workers)
         self._together = {item.name: tuple(item.together) for item in items if item.parts}
@@ -212,9 +203,9 @@ def choose_compute(least: int, settings: Settings, executor: Executor | None = N
     """
     spec = executor.choose(settings) if executor else choose(settings.device, settings.compute_dtype)
     if spec.staged:
-        from .device_plan import fit_memory
+        from .device_plan import fit_settings
 
-        fit_memory(spec, settings)
+        fit_settings(spec, settings)
     settings.check_memory(least)
     settings.notify(f"device: {spec}")
     if settings.workers < len(spec.devices):
@@ -224,11 +215,16 @@ def choose_compute(least: int, settings: Settings, executor: Executor | None = N
 
 def journal_key(spec: ComputeSpec, identity: Mapping[str, Any], **inputs: Any) -> JournalKey:
     """Return everything that decides the output's bytes: `identity`, `inputs`, versions and the device."""
+    device = spec.device.type
+    if device == "cuda":
+        from .devices import model_of
+
+        device = model_of(spec.device)
     key = {
         **inputs,
         **identity,
         "versions": [__version__, torch.__version__],
-        "device": spec.device.type,
+        "device": device,
         "compute": spec.compute_name,
     }
     as_read_back: JournalKey = json.loads(json.dumps(key))
@@ -272,9 +268,11 @@ def run(
         spool = stack.enter_context(closing(Spool(output.state / SPOOL, progress.spooled)))
         sparse = hub is not None and not hub.local
         shards = stack.enter_context(closing(output.open_shards(plan, new=unfinished is None, sparse=sparse)))
+        early = output.early.finish() if output.early else ()
         if hub:
             hub.begin(output.partial, shards)
         output.sync()
+        shards.check(QUICK_SECONDS)
         execution = Run(
             plan=plan,
             settings=settings,
@@ -289,6 +287,7 @@ def run(
             resumed=bool(unfinished and unfinished.lines),
             **details,
         )
+        execution.adopt(early)
         execution.execute()
         if hub:
             hub.settle()

@@ -98,8 +98,9 @@ def write_tensor(
             for start, block in blocks:
                 write(start, as_bytes(block))
     else:
+        place = "work" if item.source.coded and isinstance(maker, MergeMaker) else "in"
         for start, stop in item.spans():
-            write(start, as_bytes(maker.block(buffers.raw(item.source, start, stop), start, stop)))
+            write(start, as_bytes(maker.block(buffers.raw(item.source, start, stop, place), start, stop)))
     for start, data in maker.rest():
         write(start, data)
     return maker.result(digest)
@@ -171,7 +172,10 @@ class MergeMaker:
         if not begun.sent.all_finite():
             from .refusals import refuse_result
 
-            refuse_result(self._item, begun.raw, result)
+            raw, source = begun.raw, self._item.source
+            if source.coded:  # decoded where the result was computed
+                raw = self._buffers.raw(source, begun.start, begun.start + len(result))
+            refuse_result(self._item, raw, result)
         if self._observer:
             self._observer.after(begun, result)
         return result
@@ -215,7 +219,8 @@ class MergeMaker:
         """Return the hashes of both tensors, and the parts of the undo record."""
         item = self._item
         coded = item.base is not None and item.base.coded  # its parts are kept whole
-        for start, stop in spans(*item.base.matrix) if item.base and not coded else ():
+        longer = item.base is not None and item.base.matrix[0] > item.source.matrix[0]
+        for start, stop in spans(*item.base.matrix) if item.base and longer and not coded else ():
             if item.base and stop > (first := max(start, item.source.matrix[0])):
                 data = as_bytes(self._buffers.raw(item.base, first, stop, "base"))
                 self._base.update(data)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Generic, TypeVar
@@ -111,7 +111,7 @@ class TensorWork:
     holding: Callable[[int], AbstractContextManager[None]]
     """Waits for so many bytes of the memory budget."""
     tight: bool = False
-    """True if all workers together need more than the budget, so that none keeps its buffers."""
+    """True if all workers together may need more than the budget: then each waits for it, and keeps no buffers."""
 
     @cached_property
     def _items(self) -> dict[str, Item]:
@@ -148,7 +148,7 @@ class TensorWork:
     def _written(self, item: Item, buffers: DeviceBuffers) -> list[FinishedLine]:
         """Write and check a tensor; of a wrong one, only its own line is returned."""
         item = self.output.prepare(item, self.reader) if self.output else item
-        with self.holding(self.plan.cost(item)):
+        with self.holding(self.plan.cost(item)) if self.tight else nullcontext():
             with buffers.working():
                 maker = self.maker(item, buffers, self.spool)
                 others = write_item(item, maker, buffers, self.shards, self.advance)

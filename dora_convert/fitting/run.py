@@ -153,6 +153,10 @@ class _Run:
                     self._keep(job, fit(job, buffers))
             reader.done(job.name)
 
+        if self.spec.staged:
+            from ..engine.device_plan import load_solvers
+
+            load_solvers(self.spec)
         todo = sorted(jobs, key=lambda job: job.reads)
         workers.run(self.settings.workers, [partial(one, job) for job in todo])
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 LOW_BITS = (1 << 29) - 1  # the bits of a float64's fraction that a float32 does not have
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+LEAST_NORMAL = torch.finfo(torch.float32).tiny
 RUN = 512  # elements that are rounded again together if one of them needs it
 
 
@@ -162,7 +163,9 @@ def round_to(
     least = runs.view(torch.int16).amin(dim=1)
     ties = (least == torch.iinfo(torch.int16).min).nonzero().squeeze(1)
     if len(ties):
-        runs[ties] = _to_odd(_on_grid(exact[ties])).to(torch.float32)
+        near = exact[ties]
+        near = _on_grid(near) if near.abs().amin().item() < LEAST_NORMAL else near
+        runs[ties] = _to_odd(near).to(torch.float32)
     return out.copy_(y)
 
 
@@ -194,9 +197,9 @@ def _to_odd(x: Tensor) -> Tensor:
 def _on_grid(x: Tensor) -> Tensor:
     """Round x to multiples of 2⁻¹³³, bfloat16's smallest number, below float32's normal numbers."""
     grid = 1.5 * 2.0 ** (52 - 133)
-    return torch.where(x.abs() < torch.finfo(torch.float32).tiny, ((x + grid) - grid).copysign(x), x)
+    return torch.where(x.abs() < LEAST_NORMAL, ((x + grid) - grid).copysign(x), x)
 
 
 def all_finite(x: Tensor) -> bool:
     """Return True if no element is NaN or infinite; a finite sum proves it, but a sum may overflow."""
-    return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
+    return math.isfinite(x.sum().item()) or bool(torch.isfinite(x).all())

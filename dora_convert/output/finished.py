@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
@@ -120,11 +121,15 @@ class Progress:
         """Return the progress that a journal's lines tell."""
         progress = cls()
         for line in lines:
-            if line.copied:
-                progress.copied.add(line.copied)
-            elif line.made is not None and line.result:
-                progress.done[line.made] = line.result
+            progress.add(line)
         return progress
+
+    def add(self, line: FinishedLine) -> None:
+        """Count what a line of the journal tells."""
+        if line.copied:
+            self.copied.add(line.copied)
+        elif line.made is not None and line.result:
+            self.done[line.made] = line.result
 
     @property
     def spooled(self) -> int:
@@ -158,6 +163,17 @@ def groups(
         names.append(item.name)
     if names:
         yield Task(kind, shard, tuple(names))
+
+
+def in_turn(tasks: Iterable[Task]) -> list[Task]:
+    """Return one task of each shard in turn: the system lets one thread at a time write into a file."""
+    turns = Counter[str]()
+
+    def turn(task: Task) -> int:
+        turns[task.shard] += 1
+        return turns[task.shard]
+
+    return sorted(tasks, key=turn)
 
 
 def kept_name(tensor: StoredTensor) -> str:

@@ -99,8 +99,15 @@ class OutputFolder(Output):
         stats = [path.stat() for path in self.partial.rglob("*") if path.is_file()]
         return sum(int(getattr(stat, "st_blocks", -(-stat.st_size // 512))) * 512 for stat in stats)
 
+    @property
+    def is_open(self) -> bool:
+        """True while this process holds the lock."""
+        return self._lock.is_locked
+
     def open(self) -> None:
         """Create OUT.partial, or enter the one of an unfinished run, and lock it."""
+        if self.is_open:
+            return  # begun early
         try:
             self._refuse_foreign()
             _make_folder(self.partial)
@@ -171,6 +178,11 @@ class OutputFolder(Output):
 
     def open_shards(self, plan: Plan, *, new: bool, sparse: bool = False) -> ShardFiles:
         """Create the shards in OUT.partial, or open the shards of an unfinished run."""
+        if self.early and self.early.shards.fits(plan):
+            return self.early.shards
+        if self.early:
+            self._stop_early()
+            self.clear()
         return ShardFiles(self.partial, plan, create=new, sparse=sparse)
 
     def publish(self, report: object = None, removed: Sequence[str] = ()) -> None:  # noqa: ARG002
@@ -208,8 +220,14 @@ class OutputFolder(Output):
         sync_path(self.state)
         sync_path(self.partial)
 
+    def _stop_early(self) -> None:
+        if self.early:
+            self.early.discard()
+            self.early = None
+
     def leave(self) -> None:
         """Unlock, and keep OUT.partial for the same command to resume."""
+        self._stop_early()
         self._lock.release()
         if self._held is not None:
             os.close(self._held)
@@ -217,6 +235,7 @@ class OutputFolder(Output):
 
     def discard(self) -> None:
         """Unlock, and remove OUT.partial, which is not worth resuming."""
+        self._stop_early()
         try:
             self._unlock()
             if self.partial.exists():

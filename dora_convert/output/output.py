@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..adapters import Adapter
 from ..errors import MalformedError, NumericalError, OutputError, RefError, VerificationError, hint_of
@@ -21,6 +21,9 @@ from ..storage.reader import Reader
 from ..storage.safetensors import encode_header
 from .shards import ShardFiles
 from .side_files import copy_or_write
+
+if TYPE_CHECKING:
+    from .early import HeadStart
 
 
 class Output(ABC):
@@ -40,6 +43,8 @@ class Output(ABC):
     """The folder that the weights are written into."""
     state: Path
     """The folder of journal and spool."""
+    early: HeadStart | None = None
+    """Shards that were begun before the run's key was known."""
 
     @abstractmethod
     def identity(self, bases: Sequence[Checkpoint]) -> Mapping[str, Any]:
@@ -147,8 +152,8 @@ class Output(ABC):
 
     def _is_kept(self, error: BaseException) -> bool:
         """Return True if the same command can resume a run that ended with an error."""
-        if isinstance(error, OSError):
-            return self.begun
+        if not self.begun:
+            return False
         if isinstance(error, RefError):  # an input has changed: what is written is a mixture
             return self.in_place
         return not isinstance(error, NumericalError)
@@ -181,6 +186,8 @@ class Output(ABC):
         `keep` names the files that the run goes on with, `complete` says that all of them exist, and
         `line_type` is the type of the journal's lines.
         """
+        if self.early:
+            return None  # nothing but this run's shards is in the output
         path = self.state / JOURNAL
         unfinished = read_journal(path)
         if unfinished and _same_key(unfinished.key, key) and complete():
@@ -190,6 +197,25 @@ class Output(ABC):
             raise OutputError(f"{self.partial} holds an unfinished run of something else.", hint=self.WAY_OUT)
         self.clear()
         return None
+
+
+class Transfers(Protocol):
+    """The downloads of a plan's inputs and the uploads of its output, while the plan runs."""
+
+    local: bool
+    """True if the output stays on this machine."""
+
+    def reader(self) -> Reader:
+        """Return a reader that waits for files that are downloaded."""
+
+    def begin(self, folder: Path, shards: ShardFiles) -> None:
+        """Take the output's folder and its open shards, and resume earlier uploads."""
+
+    def shard_finished(self, shard: str) -> None:
+        """Note that a shard is finished and, if checked, right; called by workers."""
+
+    def settle(self) -> None:
+        """Wait until all finished shards are uploaded."""
 
 
 @contextmanager

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,11 +13,16 @@ from typing import NamedTuple
 
 from ..plan.item import Item
 from ..plan.plan import Plan
+from ..storage.journal import Background
 from ..storage.reader import OpenFiles, Reader
 from ..storage.safetensors import encode_header
 
 COPY_BYTES = 64 << 20
-SLICE_BYTES = 1 << 20
+SLICE_BYTES = 1 << 19
+"""Bytes of one write. Larger ones make the system look for larger pieces of memory, which it often has not at hand."""
+QUICK_SECONDS = 0.1
+"""Most file systems allocate a model's space in this time; others need as long as for writing it."""
+_NO_SPACE_AHEAD = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
 _NO_KERNEL_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM}
 
 
@@ -46,7 +53,7 @@ class ShardFiles:
     def __init__(
         self, folder: Path, plan: Plan, *, create: bool, sparse: bool = False, starts: Mapping[str, int] | None = None
     ) -> None:
-        """Take the shards that exist; with `create`, write the headers, allocate the space and sync.
+        """Take the shards that exist; with `create`, write the headers and sync, and begin to allocate the space.
 
         `sparse` shards take space only as they are filled. `starts` are the offsets of tensors in files that
         other tools wrote.
@@ -58,19 +65,41 @@ class ShardFiles:
         self._files = OpenFiles(os.O_RDWR)
         self._start: dict[str, tuple[str, int]] = {}
         self._seeking = threading.Lock()
+        self._allocation = Background("allocate", self._allocate_each)
         for shard in plan.shards:
-            header = self._heads[shard.filename]
-            position = len(header)
+            position = len(self._heads[shard.filename])
             for item in shard.items:
                 self._start[item.name] = (shard.filename, starts[item.name] if starts else position)
                 position += item.nbytes
             if create:
-                self.path(shard.filename).parent.mkdir(exist_ok=True)
-                self.path(shard.filename).touch(exist_ok=False)
-                with self._files.using(self.path(shard.filename)) as descriptor:
-                    os.ftruncate(descriptor, position) if sparse else _allocate(descriptor, position)
-                    self._write(descriptor, 0, memoryview(header))
-                    os.fsync(descriptor)
+                self._create(shard.filename, position)
+                if not sparse:
+                    self._allocation.put((shard.filename, position))
+
+    def _create(self, shard: str, size: int) -> None:
+        """Create a shard of its full size, with its header, and sync it."""
+        self.path(shard).parent.mkdir(exist_ok=True)
+        self.path(shard).touch(exist_ok=False)
+        with self._files.using(self.path(shard)) as descriptor:
+            os.ftruncate(descriptor, size)
+            self._write(descriptor, 0, memoryview(self._heads[shard]))
+            os.fsync(descriptor)
+
+    def _allocate_each(self, sizes: list[tuple[str, int]]) -> None:
+        """Allocate the space of shards; a write that comes before is as good."""
+        for shard, size in sizes:
+            with self._files.using(self.path(shard)) as descriptor:
+                _allocate(descriptor, size)
+
+    def check(self, wait: float = 0.0) -> None:
+        """Raise the error of the allocation, if it has failed so far, or fails while so many seconds are waited."""
+        self._allocation.idle(wait) if wait else self._allocation.check()
+
+    def fits(self, plan: Plan) -> bool:
+        """Return True if these shards are those of a plan."""
+        return self._heads == {
+            each.filename: encode_header(each.items, each.metadata, each.prefix) for each in plan.shards
+        }
 
     def path(self, shard: str) -> Path:
         """Return the path of a shard."""
@@ -91,6 +120,7 @@ class ShardFiles:
     def write(self, item: Item, offset: int, data: memoryview) -> None:
         """Write bytes of a tensor at an offset inside the tensor."""
         shard, start = self._start[item.name]
+        self._allocation.check()
         with self._files.using(self.path(shard)) as descriptor:
             self._write(descriptor, start + offset, data)
 
@@ -152,15 +182,32 @@ class ShardFiles:
 
     def close(self) -> None:
         """Close every shard."""
+        self._allocation.stop(wait=True)
         self._files.close()
 
 
 def _allocate(descriptor: int, size: int) -> None:
-    """Size a file and allocate its space now: faster than growing it, and a full disk shows at once."""
-    os.ftruncate(descriptor, size)
-    if hasattr(os, "posix_fallocate") and size:
-        try:
+    """Allocate a file's space now: faster than growing it, and a full disk shows at once.
+
+    Some file systems cannot do it. There the C library's `posix_fallocate` writes a byte into every block, which
+    takes as long as writing the file. Linux's own call refuses instead.
+    """
+    try:
+        if sys.platform == "linux" and size:
+            _fallocate(descriptor, size)
+        elif hasattr(os, "posix_fallocate") and size:
             os.posix_fallocate(descriptor, 0, size)
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-                raise
+    except OSError as error:
+        if error.errno not in _NO_SPACE_AHEAD:
+            raise
+
+
+def _fallocate(descriptor: int, size: int) -> None:
+    """Call Linux's fallocate; raises OSError, with EOPNOTSUPP on file systems that cannot do it."""
+    call = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
+    if call is None:  # a C library without it
+        return
+    call.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    while call(descriptor, 0, 0, size):
+        if (number := ctypes.get_errno()) != errno.EINTR:
+            raise OSError(number, os.strerror(number))

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
 from ..storage.safetensors import BITS
 
+SMALL_FLOATS = {"F8_E4M3": (4, 3), "F8_E5M2": (5, 2), "E2M1": (2, 1)}
+"""The bits of exponent and mantissa of floats of 8 bits and fewer."""
+
 
 def number(bits: Tensor, dtype: str) -> Tensor:
     """Return the number of a stored dtype that some bits are."""
     match dtype:
-        case "F8_E4M3":
-            return float_value(torch.arange(256), exponent=4, mantissa=3)[bits]
-        case "F8_E5M2":
-            return float_value(torch.arange(256), exponent=5, mantissa=2)[bits]
+        case "F8_E4M3" | "F8_E5M2":
+            return table_of(dtype).index_select(0, bits.flatten()).view(bits.shape)
         case "F16":
             return float_value(bits, exponent=5, mantissa=10)
         case "BF16":
@@ -27,6 +30,13 @@ def number(bits: Tensor, dtype: str) -> Tensor:
             return bits.double()
     size = BITS[dtype]
     return torch.where(bits >= 1 << size - 1, bits - (1 << size), bits).double() if size < 64 else bits.double()
+
+
+@cache
+def table_of(dtype: str) -> Tensor:
+    """Return the numbers of all bits of a small float."""
+    exponent, mantissa = SMALL_FLOATS[dtype]
+    return float_value(torch.arange(2 << exponent + mantissa), exponent=exponent, mantissa=mantissa)
 
 
 def float_value(bits: Tensor, *, exponent: int, mantissa: int) -> Tensor:

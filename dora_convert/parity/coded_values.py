@@ -6,7 +6,7 @@ bits and block sizes, and no arithmetic. A code is found by its bit in the file,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -21,14 +21,11 @@ from ..codecs.gpt_oss import TurnedMxfp4
 from ..codecs.gptq import Gptq
 from ..engine.precision import TORCH
 from ..storage.reader import Reader
-from ..storage.safetensors import BITS, StoredTensor
-from .bit_numbers import float_value, number
-from .ggml_values import GgmlRows, stored_row
+from ..storage.safetensors import StoredTensor
+from .bit_numbers import SMALL_FLOATS, number, table_of
+from .ggml_values import ggml_rows, stored_row
+from .stored_bits import START, StoredBits, picked, spread
 
-FLOATS = {"F8_E4M3": (4, 3), "F8_E5M2": (5, 2), "E2M1": (2, 1)}
-"""The bits of exponent and mantissa of the grids of floats."""
-SMALL = 1 << 16
-"""Bytes of a part that is read whole and kept."""
 TOGETHER = 1 << 15
 """Elements that are decoded together."""
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -43,7 +40,7 @@ class CodedValues:
         self.tensor = self._tensor = tensor
         self._reader = reader
         self._trained: Tensor | None = None
-        self._held: dict[str, tuple[int, Tensor]] = {}
+        self._parts = StoredBits(tensor, reader)
 
     def rows(self, numbers: Sequence[int]) -> Tensor:
         """Return some rows of the tensor's matrix: (rows, columns)."""
@@ -88,120 +85,134 @@ class CodedValues:
         half = half_step(v, scheme.grid)
         if scheme.grid == "E2M1" and scheme.scale_bytes == "F8_E4M3":  # few bits of a scale hold values this small
             half += (v.abs() > 6) * 6 * half_step(s, "F8_E4M3") / s
-        if scheme.grid not in FLOATS:
+        if scheme.grid not in SMALL_FLOATS:
             span, low = 2**scheme.bits - 1, 0 if scheme.grid == "unsigned" else -(2 ** (scheme.bits - 1))
             at_end = (q <= low + scheme.balanced) | (q >= low + span)
             shifted = "zero" in self._tensor.parts, "bias" in self._tensor.parts
-            half += at_end * (span * 2.0**-8 * (1 + shifted[1]) + 0.5 * shifted[0] + shifted[1])
+            half.masked_fill_(at_end, 0.5 + span * 2.0**-8 * (1 + shifted[1]) + 0.5 * shifted[0] + shifted[1])
         return (q - z) * s + b, s.abs() * half
 
     def _block_parts(self, scheme: Blocks, row: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return q, z, s and b of W = (q − z)·s + b, with the block of rows and columns that each element lies in."""
-        tensor, K = self._tensor, self._tensor.columns
-        codes = tensor.parts["codes"]
+        tensor, parts, K = self._tensor, self._tensor.parts, self._tensor.columns
         j = torch.arange(K)
-        line = 8 * codes.nbytes // (tensor.numel // K)  # bits of a row of codes
+        line = 8 * parts["codes"].nbytes // (tensor.numel // K)  # bits of a row of codes
         width = scheme.bits if scheme.grid in ("signed", "unsigned", "E2M1") else 8
-        q = meaning(self._bits("codes", row * line + j * width, width), scheme)
-        matrix, inside = row // scheme.height, row % scheme.height
+        q = meaning(self._parts.whole("codes", row * line, j * width, width), scheme)
         down = -(-scheme.height // scheme.rows)
-        position = matrix * down + (inside // scheme.rows).clamp(max=down - 1)
-        groups = tensor.parts["scale"].numel // (down * (tensor.numel // K // scheme.height))
-        group = j // scheme.columns if groups > 1 else torch.zeros_like(j)
-        if groups > 1 and "index" in tensor.parts:
-            group = self._numbers("index", j).long().clamp(min=0)
-        every = torch.arange(groups)
-        at = position * groups + every
-        meant = scheme.scale_bytes if tensor.parts["scale"].dtype == "U8" else None
-        s = self._numbers("scale", at, meant) * scheme.factor
-        if "global" in tensor.parts:
-            overall = self._numbers("global", torch.zeros_like(every))
+        position = row // scheme.height * down + (row % scheme.height // scheme.rows).clamp(max=down - 1)
+        groups = parts["scale"].numel // (down * (tensor.numel // K // scheme.height))
+        group: Tensor | int = scheme.columns
+        if groups > 1 and "index" in parts:
+            group = self._parts.numbers("index", START, j).long().clamp(min=0).flatten()
+        every, first = torch.arange(groups), position * groups
+        meant = scheme.scale_bytes if parts["scale"].dtype == "U8" else None
+        s = self._parts.numbers("scale", first, every, meant) * scheme.factor
+        if "global" in parts:
+            overall = self._parts.numbers("global", START, torch.zeros_like(every))
             s = s / overall if scheme.divides else s * overall
-        z = b = torch.zeros(1, groups, dtype=torch.float64)
-        if "zero" in tensor.parts:
-            z = self._packed_zeros(scheme, row, every, groups) if scheme.packed_zeros else self._numbers("zero", at)
-        if "bias" in tensor.parts:
-            b = self._numbers("bias", at)
-        return q, z[:, group], s[:, group], b[:, group]
+        z = b = torch.zeros(1, 1, dtype=torch.float64)
+        if "zero" in parts:
+            packed = scheme.packed_zeros
+            z = self._packed_zeros(scheme, row, every) if packed else self._parts.numbers("zero", first, every)
+        if "bias" in parts:
+            b = self._parts.numbers("bias", first, every)
+        return q, spread(z, group, K), spread(s, group, K), spread(b, group, K)
 
-    def _packed_zeros(self, scheme: Blocks, row: Tensor, group: Tensor, groups: int) -> Tensor:
+    def _packed_zeros(self, scheme: Blocks, row: Tensor, group: Tensor) -> Tensor:
         """Zero points lie along the rows: bit `row·bits` of the stream of words of each group."""
-        low = row * scheme.bits
+        low, groups = row * scheme.bits, len(group)
         each = [
-            self._bits("zero", (low + k) // 32 * 32 * groups + (low + k) % 32 + 32 * group, 1).double() * 2**k
+            self._parts.whole("zero", (low + k) // 32 * 32 * groups + (low + k) % 32, 32 * group, 1).double() * 2**k
             for k in range(scheme.bits)
         ]
         return torch.stack(each).sum(0) - (2 ** (scheme.bits - 1) if scheme.grid == "signed" else 0)
 
     def _nibble_rows(self, scheme: Nibbles, row: Tensor) -> Tensor:
         """W = map[q]·absmax, over the flattened tensor; the first of two codes is in the high bits."""
-        element = row * self._tensor.columns + torch.arange(self._tensor.columns)
-        q = self._bits("codes", 4 * (element ^ 1), 4)
-        return self._numbers("map", torch.arange(16))[q] * self._nibble_scales(scheme, element // scheme.block)
+        K, j = self._tensor.columns, torch.arange(self._tensor.columns)
+        if K % 2:  # a row may begin within a byte
+            q = self._parts.whole("codes", START, 4 * (row * K + j ^ 1), 4)
+        else:
+            q = self._parts.whole("codes", row * K * 4, 4 * (j ^ 1), 4)
+        return picked(self._parts.numbers("map", START, torch.arange(16)).flatten(), q) * self._nibble_scales(
+            scheme, row
+        )
 
     def _nearest_nibbles(self, scheme: Nibbles, numbers: Sequence[int], x: Tensor) -> tuple[Tensor, Tensor]:
         """Return some rows, and the distance of each of x to the nearest value that its block can have."""
-        table, distances = self._numbers("map", torch.arange(16)), []
-        for line, row in enumerate(numbers):
-            element = row * self._tensor.columns + torch.arange(self._tensor.columns)
-            scale = self._nibble_scales(scheme, element // scheme.block)
-            distances.append((table[:, None] * scale - x[line]).abs().amin(0))
-        return self.rows(numbers), torch.stack(distances)
+        row = torch.tensor(numbers)[:, None]
+        values, scale = self._parts.numbers("map", START, torch.arange(16)).flatten(), self._nibble_scales(scheme, row)
+        nearest = torch.full_like(x, torch.inf)
+        for value in values.tolist():
+            nearest = nearest.minimum((value * scale - x).abs_())
+        return self.rows(numbers), nearest
 
-    def _nibble_scales(self, scheme: Nibbles, block: Tensor) -> Tensor:
+    def _nibble_scales(self, scheme: Nibbles, row: Tensor) -> Tensor:
+        """Return the scale of each element of some rows; blocks do not begin anew with each row."""
+        K = self._tensor.columns
+        if K % scheme.block:
+            return self._block_scales(scheme, START, (row * K + torch.arange(K)) // scheme.block)
+        scales = self._block_scales(scheme, row * (K // scheme.block), torch.arange(K // scheme.block))
+        return spread(scales, scheme.block, K)
+
+    def _block_scales(self, scheme: Nibbles, first: Tensor, inside: Tensor) -> Tensor:
         """Return the scales of blocks of the line."""
         if "nested" not in self._tensor.parts:
-            return self._numbers("scale", block)
-        scale = self._numbers("nested_map", torch.arange(256))[self._bits("scale", 8 * block, 8)]
-        return scale * self._numbers("nested", block // scheme.nested_block) + scheme.nested_offset
+            return self._parts.numbers("scale", first, inside)
+        table = self._parts.numbers("nested_map", START, torch.arange(256)).flatten()
+        scale = picked(table, self._parts.whole("scale", 8 * first, 8 * inside, 8))
+        nested = self._parts.numbers("nested", START, (first + inside) // scheme.nested_block)
+        return scale * nested + scheme.nested_offset
 
     def _gptq_rows(self, scheme: Gptq, n: Tensor) -> Tensor:
         """W[n, k] = s[g, n]·(q[k, n] − z[g, n])."""
-        K, N = self._tensor.columns, self._tensor.shape[0]
+        K, N, bits = self._tensor.columns, self._tensor.shape[0], scheme.bits
         k = torch.arange(K)
-        g = self._numbers("index", k).long() if "index" in self._tensor.parts else k // scheme.group
+        g: Tensor | int = scheme.group
+        if "index" in self._tensor.parts:
+            g = self._parts.numbers("index", START, k).long().flatten()
         groups = torch.arange(self._tensor.parts["scale"].shape[0])
         line = 32 * self._tensor.parts["zero"].shape[1]
-        q = self._streamed("codes", k * scheme.bits, scheme.bits, lambda at: at // 32 * 32 * N + 32 * n + at % 32)
-        zero = self._streamed("zero", n * scheme.bits, scheme.bits, lambda at: groups * line + at)
-        return self._numbers("scale", groups * N + n)[:, g] * (q - (zero[:, g] + scheme.zero))
-
-    def _streamed(self, role: str, first: Tensor, bits: int, place: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return numbers whose bits are those of a stream from `first` on; `place` finds a bit of it in the part."""
-        if 32 % bits == 0:  # no number lies in two words
-            return self._bits(role, place(first), bits).double()
-        each = (self._bits(role, place(first + bit), 1).double() * 2**bit for bit in range(bits))
-        return torch.stack(tuple(each)).sum(0)
+        q, zero = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+        step = bits if 32 % bits == 0 else 1  # a number may lie in two words
+        for bit in range(0, bits, step):
+            at = k * bits + bit
+            q = q + self._parts.whole("codes", 32 * n, at // 32 * 32 * N + at % 32, step).double() * 2**bit
+            zero = zero + self._parts.whole("zero", n * bits + bit, groups * line, step).double() * 2**bit
+        scale = self._parts.numbers("scale", n, groups * N)
+        return spread(scale, g, K) * (q - spread(zero + scheme.zero, g, K))
 
     def _awq_rows(self, scheme: Awq, n: Tensor) -> Tensor:
         """W[n, k] = s[g, n]·(q[k, n] − z[g, n]); eight outputs share a word, in an order of their own."""
         K, N = self._tensor.columns, self._tensor.shape[0]
         k = torch.arange(K)
-        g = k // scheme.group
         place = torch.tensor([AWQ_ORDER.index(output) for output in range(8)])
-        inside = 32 * (n // 8) + 4 * place[n % 8]
-        q = self._bits("codes", 4 * k * N + inside, 4).double()
+        first = 32 * (n // 8) + 4 * place[n % 8]
+        q = self._parts.whole("codes", first, 4 * k * N, 4).double()
         groups = torch.arange(self._tensor.parts["scale"].shape[0])
-        zero = self._bits("zero", 4 * groups * N + inside, 4).double()
-        return self._numbers("scale", groups * N + n)[:, g] * (q - zero[:, g])
+        zero = self._parts.whole("zero", first, 4 * groups * N, 4).double()
+        scale = self._parts.numbers("scale", n, groups * N)
+        return spread(scale, scheme.group, K) * (q - spread(zero, scheme.group, K))
 
     def _turned_rows(self, scheme: TurnedMxfp4, row: Tensor) -> Tensor:
         """W[e, k, r] = code[e, r, k]·2^(s[e, r, k/32] − 127); the row's number is e and k."""
         expert, k = row // scheme.height, row % scheme.height
         _, R, groups, _ = self._tensor.parts["codes"].shape
-        r = expert * R + torch.arange(R)
-        q = float_value(torch.arange(16), exponent=2, mantissa=1)[self._bits("codes", 4 * (r * 32 * groups + k), 4)]
-        return q * self._numbers("scale", r * groups + k // 32, "F8_E8M0")
+        first, r = expert * R, torch.arange(R)
+        q = self._parts.whole("codes", 4 * (first * 32 * groups + k), 4 * r * 32 * groups, 4)
+        scale = self._parts.numbers("scale", first * groups + k // 32, r * groups, "F8_E8M0")
+        return picked(table_of("E2M1"), q) * scale
 
     def _ggml_rows(self, scheme: Ggml, row: Tensor) -> Tensor:
         """Rows of GGUF's blocks or plain numbers, less what is added on disk."""
         K = self._tensor.columns
         if scheme.kind not in TORCH:
-            return GgmlRows(scheme, row, K, self._bits).values() - scheme.added
-        place = torch.arange(K) + stored_row(scheme, row) * K
+            return ggml_rows(scheme, row, K, self._parts) - scheme.added
+        first, inside = stored_row(scheme, row) * K, torch.arange(K)
         if len(self._tensor.shape) == 1:
-            place = stored_row(scheme, torch.arange(K)).expand(len(row), K)
-        return self._numbers("codes", place) - scheme.added
+            first, inside = row * K, stored_row(scheme, inside)
+        return self._parts.numbers("codes", first, inside) - scheme.added
 
     def _as_trained(self, scheme: AsTrained) -> Tensor:
         """Return the whole weight as bitsandbytes itself quantises and decodes it, in float32.
@@ -225,61 +236,12 @@ class CodedValues:
         decoded: Tensor = functional.dequantize_4bit(packed, state)
         return decoded.view(part.shape)
 
-    def _numbers(self, role: str, index: Tensor, dtype: str | None = None) -> Tensor:
-        """Return elements of a part as numbers, by their indices."""
-        part = self._tensor.parts[role]
-        dtype = dtype or part.dtype
-        return number(self._bits(role, index.long() * BITS[part.dtype], BITS[part.dtype]), dtype)
-
-    def _bits(self, role: str, position: Tensor, count: int) -> Tensor:
-        """Return whole numbers of `count` bits, which begin at bits of a part; the low bits come first."""
-        part = self._tensor.parts[role]
-        lines = position.reshape(-1, position.shape[-1])
-        first, last = lines.amin(1) // 8, (lines.amax(1) + count - 1) // 8 + 1
-        if len(lines) > 1 and part.nbytes > SMALL and 4 * int((last - first).sum()) < int(last.max() - first.min()):
-            data, start = self._gathered(part, first, last)
-            byte = (lines // 8 - start[:, None]).view(position.shape)
-        else:
-            data, begin = self._bytes(role, part, int(first.min()), int(last.max()))
-            byte = position // 8 - begin
-        return _numbers_at(data, byte, position % 8, count)
-
-    def _gathered(self, part: StoredTensor, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-        """Return runs of bytes of a part, one after the other, and the number that each first byte would have."""
-        lengths = last - first
-        data = bytearray(int(lengths.sum()))
-        runs = [(part.start + a, b - a) for a, b in zip(first.tolist(), last.tolist(), strict=True)]
-        self._reader.gather(part.path, runs, data)
-        return torch.frombuffer(data, dtype=torch.uint8), first - (lengths.cumsum(0) - lengths)
-
-    def _bytes(self, role: str, part: StoredTensor, first: int, last: int) -> tuple[Tensor, int]:
-        """Return bytes of a part, and the number of the first; columns keep all bytes of one expert."""
-        start, held = self._held.get(role, (0, torch.empty(0, dtype=torch.uint8)))
-        if start <= first and last <= start + len(held):
-            return held, start
-        unit = part.nbytes // (part.shape[0] if len(part.shape) > 2 else 1)
-        if 2 * (last - first) > unit or unit <= SMALL:
-            first, last = first // unit * unit, -(-last // unit) * unit
-        data = bytearray(last - first)
-        self._reader.read(part.path, part.start + first, memoryview(data))
-        self._held[role] = (first, torch.frombuffer(data, dtype=torch.uint8))
-        return self._held[role][1], first
-
-
-def _numbers_at(data: Tensor, byte: Tensor, bit: Tensor, count: int) -> Tensor:
-    """Return numbers of `count` bits that begin at a bit of a byte."""
-    value = data[byte].long()
-    for k in range(1, (count + 14) // 8 if count % 8 else count // 8):
-        value |= data[(byte + k).clamp(max=len(data) - 1)].long() << 8 * k
-    value >>= bit
-    return value & ((1 << count) - 1 if count < 64 else -1)
-
 
 def meaning(codes: Tensor, scheme: Blocks) -> Tensor:
     """Return the values that codes stand for, before their scale."""
     match scheme.grid:
         case "E2M1":
-            return float_value(torch.arange(16), exponent=2, mantissa=1)[codes]
+            return picked(table_of("E2M1"), codes)
         case "signed":
             return codes.double().sub(1 << scheme.bits - 1)
         case "unsigned":
@@ -289,9 +251,8 @@ def meaning(codes: Tensor, scheme: Blocks) -> Tensor:
 
 def half_step(v: Tensor, grid: str) -> Tensor:
     """Return half the distance between the neighbours of values, in units of their scale."""
-    if grid not in FLOATS:
+    if grid not in SMALL_FLOATS:
         return torch.full_like(v, 0.5)
-    exponent, mantissa = FLOATS[grid]
-    e = torch.frexp(v.clamp(min=-(2.0**900), max=2.0**900))[1].long() - 1  # 2^e ≤ |v| < 2^(e + 1)
-    e = e.masked_fill(v == 0, -1000).clamp(min=2 - 2 ** (exponent - 1))
-    return (e - mantissa - 1 + 1023 << 52).view(torch.float64)
+    exponent, mantissa = SMALL_FLOATS[grid]
+    power = v.view(torch.int64).bitwise_and(0x7FF << 52).view(torch.float64)  # 2^e ≤ |v| < 2^(e + 1)
+    return power.clamp_(2.0 ** (2 - 2 ** (exponent - 1)), 2.0**900).mul_(2.0 ** (-mantissa - 1))

@@ -17,7 +17,7 @@ from ..storage.safetensors import StoredTensor
 from .combined import expected_of
 from .expected import ARRAYS
 from .recoded import compare_coded
-from .tensor import ON_DEVICE, Outputs, compare_all
+from .tensor import FEWEST_ELEMENTS, MOST_ELEMENTS, ON_DEVICE, Outputs, compare_all
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class Comparing:
     pairs: Sequence[tuple[Item, StoredTensor]]
     samples: int
     spec: ComputeSpec
+    memory: int = 0
+    """A worker's share of the memory budget."""
 
     def start(self) -> Callable[[Iterable[int]], list[CheckedModule | bool]]:
         """Return the function that compares some pairs, by their numbers, on a node of a cluster."""
@@ -52,9 +54,16 @@ class Comparing:
                 return _compare_coded(item, written, reader, self.samples, device)
         if item.verbatim and item.source.dtype == written.dtype:
             return reader.same_bytes(item.source, written)
-        with holding(item.cost(8) + (0 if device.type == "cpu" else 8 * ARRAYS * ON_DEVICE)):
-            module = compare_all(item, written, reader, self.samples, device)
+        elements = self._elements(item, device)
+        with holding(item.cost(8) + 8 * ARRAYS * (elements - FEWEST_ELEMENTS)):
+            module = compare_all(item, written, reader, self.samples, device, elements=elements)
         return module if item.changed else not module.wrong_elements
+
+    def _elements(self, item: Item, device: torch.device) -> int:
+        """Return the number of elements that are compared together; an item's cost covers the fewest."""
+        if device.type != "cpu":
+            return ON_DEVICE
+        return max(FEWEST_ELEMENTS, min(MOST_ELEMENTS, (self.memory - item.cost(8)) // (8 * ARRAYS)))
 
 
 def _compare_coded(

@@ -147,7 +147,7 @@ class Expected:
         elif edit.axis == 0:
             f = (m if n is None else m / n).view(1, -1)
         else:
-            f = m[list(rows), None]
+            f = m[list(rows)].unsqueeze(1)
         if m is not None and edit.divides and n is None:
             n = self._row_norms(number, W + (delta if edit.norm_ratio == 1 else edit.norm_ratio * delta), rows)
             if own := edit.outputs:
@@ -180,8 +180,8 @@ class Expected:
         """Return one magnitude for each row or column of the stored matrix."""
         edit = self.item.edits[number]
         assert edit.magnitudes
-        m = (self._load(edit.magnitudes.m).flatten() + edit.magnitudes.offset).repeat_interleave(edit.kernel)
-        return self._spread(number, m, 1.0)
+        m = self._load(edit.magnitudes.m).flatten() + edit.magnitudes.offset
+        return self._spread(number, m.repeat_interleave(edit.kernel) if edit.kernel > 1 else m, 1.0)
 
     def _spread(self, number: int, values: Tensor, other: float) -> Tensor:
         """Return a number for every output of the stored weight, from those of one edit's own outputs."""

@@ -6,12 +6,12 @@ codecs/gguf_blocks.py decodes whole blocks with tables of its own; nothing but n
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..codecs.gguf import Ggml
+from .stored_bits import StoredBits, picked
 
 FORMS = {
     "Q4_0": (32, 18, [(2, 16, 4)], -8), "Q4_1": (32, 20, [(4, 16, 4)], 0),
@@ -30,27 +30,35 @@ TABLES = {
 }
 
 
-class ReadsBits(Protocol):
-    """Reads whole numbers of some bits, by the bits where they begin."""
-
-    def __call__(self, role: str, position: Tensor, count: int) -> Tensor:
-        """Return the numbers, int64."""
+EVERY = 16
+"""Elements that share their scale in every type: groups have 16, 32, or more."""
 
 
-class GgmlRows:
-    """Elements of rows, whose numbers stand in a column: `at` reads bits of each element's block."""
+def ggml_rows(scheme: Ggml, row: Tensor, columns: int, parts: StoredBits) -> Tensor:
+    """Return scale·code − least for each element of rows, whose numbers stand in a column: float64 (rows, columns)."""
+    elements, nbytes = FORMS[scheme.kind][:2]
+    line = columns // elements * nbytes
+    first = stored_row(scheme, row) * line * 8
+    parts.hold("codes", first, line)
+    code = GgmlElements(scheme.kind, torch.arange(columns), first, parts).code()
+    groups = GgmlElements(scheme.kind, torch.arange(0, columns, EVERY), first, parts)
+    scale, least = SCALES.get(scheme.kind, _plain)(groups)
+    code.mul_(scale.repeat_interleave(EVERY, dim=1))
+    return code - (least.repeat_interleave(EVERY, dim=1) if isinstance(least, Tensor) else least)
 
-    def __init__(self, scheme: Ggml, row: Tensor, columns: int, bits: ReadsBits) -> None:
-        self.kind = scheme.kind
-        self.elements, self.nbytes, self.planes, self.added = FORMS[scheme.kind]
-        j = torch.arange(columns)
-        self.e = j % self.elements
-        self._block = (stored_row(scheme, row) * columns + j) // self.elements * self.nbytes
-        self._bits = bits
+
+class GgmlElements:
+    """Some elements j of each row: `at` reads bits of each element's block."""
+
+    def __init__(self, kind: str, j: Tensor, first: Tensor, parts: StoredBits) -> None:
+        self.kind, self._first, self._parts = kind, first, parts
+        elements, nbytes, self.planes, self.added = FORMS[kind]
+        self.e = j % elements
+        self._block = j // elements * nbytes
 
     def at(self, byte: Tensor | int, shift: Tensor | int, count: int) -> Tensor:
         """Return `count` bits of each element's block, from a byte and a bit of it on."""
-        return self._bits("codes", 8 * (self._block + byte) + shift, count)
+        return self._parts.whole("codes", self._first, 8 * (self._block + byte) + shift, count)
 
     def half(self, byte: int) -> Tensor:
         """Return the float16 of each element's block at a byte."""
@@ -61,13 +69,9 @@ class GgmlRows:
         value = self.at(byte, 0, 8)
         return torch.where(value > 127, value - 256, value).double()
 
-    def values(self) -> Tensor:
-        """Return scale·code − least for each element: float64."""
-        scale, least = SCALES.get(self.kind, _plain)(self)
-        return scale * self._code() - least
-
-    def _code(self) -> Tensor:
-        e, code, below = self.e, torch.zeros_like(self._block), 0
+    def code(self) -> Tensor:
+        """Return each element's code, before its scale: float64 (rows, elements)."""
+        e, code, below = self.e, torch.zeros((), dtype=torch.int32), 0
         if self.kind == "Q8_0":
             return self.signed(2 + e)
         if self.kind == "TQ1_0":
@@ -75,10 +79,13 @@ class GgmlRows:
         for first, wide, count in self.planes:
             many = 8 // count  # elements of a byte
             inside = e % (wide * many)
-            code += self.at(first + e // (wide * many) * wide + inside % wide, inside // wide * count, count) << below
+            code = (
+                code
+                | self.at(first + e // (wide * many) * wide + inside % wide, inside // wide * count, count) << below
+            )
             below += count
         if table := TABLES.get(self.kind[:3] if self.kind.startswith("IQ4") else self.kind):
-            return torch.tensor(table, dtype=torch.float64)[code]
+            return picked(torch.tensor(table, dtype=torch.float64), code)
         return (code + self.added).double()
 
     def _digit(self) -> Tensor:
@@ -98,24 +105,24 @@ def stored_row(scheme: Ggml, row: Tensor) -> Tensor:
     return head * scheme.head + 2 * pair + part
 
 
-def _plain(row: GgmlRows) -> tuple[Tensor, Tensor | float]:
+def _plain(row: GgmlElements) -> tuple[Tensor, Tensor | float]:
     if row.kind in ("Q4_1", "Q5_1"):
         return row.half(0), -row.half(2)
     return row.half({"TQ1_0": 52, "TQ2_0": 64}.get(row.kind, 0)), 0.0
 
 
-def _q2_k(row: GgmlRows) -> tuple[Tensor, Tensor]:
+def _q2_k(row: GgmlElements) -> tuple[Tensor, Tensor]:
     group = row.e // 16
     return row.half(80) * row.at(group, 0, 4), row.half(82) * row.at(group, 4, 4)
 
 
-def _q3_k(row: GgmlRows) -> tuple[Tensor, float]:
+def _q3_k(row: GgmlElements) -> tuple[Tensor, float]:
     group = row.e // 16
     low, high = row.at(96 + group % 8, group // 8 * 4, 4), row.at(104 + group % 4, group // 4 * 2, 2)
     return row.half(108) * (low + 16 * high - 32), 0.0
 
 
-def _q45_k(row: GgmlRows) -> tuple[Tensor, Tensor]:
+def _q45_k(row: GgmlElements) -> tuple[Tensor, Tensor]:
     group = row.e // 32
     early, g = group < 4, group % 4
 
@@ -125,21 +132,21 @@ def _q45_k(row: GgmlRows) -> tuple[Tensor, Tensor]:
     return row.half(0) * six(4, 0), row.half(2) * six(8, 4)
 
 
-def _q6_k(row: GgmlRows) -> tuple[Tensor, float]:
+def _q6_k(row: GgmlElements) -> tuple[Tensor, float]:
     return row.half(208) * row.signed(192 + row.e // 16), 0.0
 
 
-def _iq4_xs(row: GgmlRows) -> tuple[Tensor, float]:
+def _iq4_xs(row: GgmlElements) -> tuple[Tensor, float]:
     group = row.e // 32
     low, high = row.at(4 + group // 2, group % 2 * 4, 4), row.at(2 + group // 4, group % 4 * 2, 2)
     return row.half(0) * (low + 16 * high - 32), 0.0
 
 
-def _mxfp4(row: GgmlRows) -> tuple[Tensor, float]:
+def _mxfp4(row: GgmlElements) -> tuple[Tensor, float]:
     return torch.pow(torch.tensor(2.0, dtype=torch.float64), (row.at(0, 0, 8) - 127).double()), 0.0
 
 
-SCALES: dict[str, Callable[[GgmlRows], tuple[Tensor, Tensor | float]]] = {
+SCALES: dict[str, Callable[[GgmlElements], tuple[Tensor, Tensor | float]]] = {
     "Q2_K": _q2_k, "Q3_K": _q3_k, "Q4_K": _q45_k, "Q5_K": _q45_k, "Q6_K": _q6_k, "IQ4_XS": _iq4_xs, "MXFP4": _mxfp4,
 }  # fmt: skip
 """Scales and least values that are more than one float16 each."""

@@ -53,11 +53,11 @@ def compare_coded(
         if outputs and outputs.x.numel():
             device = outputs.x.device
             outputs.add(chunk, expected.block(chunk), got.to(device), got.to(device))
-        bound = halves * SLACK + 2.0**-22 * x.abs()
+        bound, off = halves * SLACK + 2.0**-22 * x.abs(), got - x
         total += Verdict(
             checked=x.numel(),
-            wrong=int((~((got - x).abs() <= bound)).sum()),
-            rounding=float(torch.linalg.vector_norm(got - x).square()),
+            wrong=x.numel() - int((off.abs() <= bound).sum()),
+            rounding=float(torch.linalg.vector_norm(off).square()),
             change=float(torch.linalg.vector_norm(x - base).square()),
         )
     if outputs:

@@ -29,9 +29,9 @@ from ..storage.safetensors import StoredTensor, read_header
 from .expected import ARRAYS, CPU, Expected
 
 RANDOM_ROWS = 16
-FEWEST_ELEMENTS, MOST_ELEMENTS = 1 << 10, 1 << 15
-"""Elements of rows that are compared together, as memory allows."""
-MOST_ON_DEVICE = 1 << 20
+ON_PROCESSOR = (1 << 10, 1 << 15)
+"""The fewest and the most elements of rows that are compared together, as memory allows."""
+ON_DEVICE = (1 << 15, 1 << 20)
 """The same for a device, which is asked for answers less often then."""
 MOST_ROWS = 1024
 """So many of the rows that an adapter set are compared."""
@@ -64,7 +64,7 @@ class SelfCheck:
             rows = sample_rows(item, f"{self._seed}/{item.name}")
             whole = as_written(item, self._written)
             return compare_coded(whole, self._expected(item, result, rows, CPU), rows, self._reader)
-        written = replace(written, shape=item.stacked)
+        written = replace(written, shape=item.stacked) if written.shape != item.stacked else written
         rows = sample_rows(item, f"{self._seed}/{item.name}")
         return compare(written, self._expected(item, result, rows, device), rows, self._reader)
 
@@ -79,8 +79,8 @@ class SelfCheck:
     def _sized(self, expected: Expected) -> Expected:
         """Let a definition compute as many elements together as the memory allows: calls cost more than numbers."""
         fitting = self._spare // (8 * ARRAYS * max(1, len(expected.item.edits)))
-        most = MOST_ELEMENTS if expected.device.type == "cpu" else MOST_ON_DEVICE
-        expected.elements = max(FEWEST_ELEMENTS, min(fitting, most))
+        fewest, most = ON_PROCESSOR if expected.device.type == "cpu" else ON_DEVICE
+        expected.elements = max(fewest, min(fitting, most))
         return expected
 
 
@@ -129,7 +129,7 @@ def compare(written: StoredTensor, expected: Expected, rows: Sequence[int], read
 
 
 def _square(x: Tensor) -> float:
-    return float(torch.linalg.vector_norm(x).square())
+    return float(torch.linalg.vector_norm(x)) ** 2
 
 
 def distance(got: Tensor, expected: Expected, rows: Sequence[int], *, rounded_once: bool) -> tuple[int, int]:

@@ -23,8 +23,10 @@ from .expected import CPU, Block, Expected
 from .roundings import coarser
 from .self_check import distance
 
-CHUNK_ELEMENTS, ON_DEVICE = 3 << 15, 1 << 21
-"""Elements that are compared together on a processor, and on a device, which costs time for each step."""
+FEWEST_ELEMENTS, MOST_ELEMENTS = 3 << 15, 1 << 18
+"""Elements that are compared together on a processor, as memory allows: many workers wait for calls."""
+ON_DEVICE = 1 << 21
+"""The same for a device, which costs time for each step."""
 ROUNDED_ONCE = 0.001
 """Largest share of elements off the rounded result after one rounding; float32 leaves a third of it."""
 FEW = 2
@@ -64,8 +66,8 @@ class Outputs:
             self._sums = ()
 
     def _count(self, got: Tensor, rounded: Tensor, y: Tensor) -> None:
-        for number, x in enumerate((got - y, rounded - y, y)):
-            self.squares[number] += float(x.square().sum())
+        sums = torch.stack([x.square().sum() for x in (got - y, rounded - y, y)]).tolist()  # one answer of a device
+        self.squares = [total + each for total, each in zip(self.squares, sums, strict=True)]
 
     def relative(self) -> tuple[float | None, float | None]:
         """Return the relative errors as stored and with perfect rounding; None without outputs."""
@@ -120,16 +122,18 @@ class Lengths:
 
 
 def compare_all(
-    item: Item, written: StoredTensor, reader: Reader, samples: int, device: torch.device = CPU
+    item: Item, written: StoredTensor, reader: Reader, samples: int, device: torch.device = CPU, elements: int = 0
 ) -> CheckedModule:
-    """Compare every element of a tensor, in the stored dtype, and the outputs for some random inputs."""
+    """Compare every element of a tensor, in the stored dtype, and the outputs for some random inputs.
+
+    So many elements are compared together: FEWEST_ELEMENTS unless given.
+    """
     item = replace(item, dtype=written.dtype)
     written = replace(written, shape=item.stacked)
     expected = _definition(item, reader, device)
     outputs = Outputs(expected, samples if item.changed and len(item.shape) > 1 else 0, device)
     differing, total, lengths = [], 0, lengths_of(expected)
-    elements = CHUNK_ELEMENTS if device.type == "cpu" else ON_DEVICE
-    for rows in expected.chunks(range(item.matrix[0] + item.grown), elements):
+    for rows in expected.chunks(range(item.matrix[0] + item.grown), elements or FEWEST_ELEMENTS):
         block, raw = expected.block(rows), read_rows(reader, written, rows).to(device)
         if off := count_off(block.x, raw, item.dtype):
             differing.append(rows)

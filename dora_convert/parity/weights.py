@@ -10,7 +10,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ..engine.doubts import check_magnitudes
-from ..engine.precision import ComputeSpec, choose, scan_adapter
+from ..engine.precision import choose, scan_adapter
+from ..engine.streams import DeviceStream
 from ..engine.workers import WorkerPool
 from ..plan.plan import Plan
 from ..reports.verify import CheckedModule, Untouched, VerifyReport
@@ -91,16 +92,18 @@ def _compare(
         return _compare_on(cluster, pairing, settings, samples, advance)
     spec = choose(settings.device, "float64")
     if spec.staged:
-        from ..engine.device_plan import fit_memory
+        from ..engine.device_plan import fit_settings, load_solvers
 
-        fit_memory(spec, settings)
+        fit_settings(spec, settings)
+        load_solvers(spec, (edit for item, _ in pairing.pairs for edit in item.edits))
     settings.notify(f"device: {spec}")
-    workers: WorkerPool[ComputeSpec] = WorkerPool(settings.max_memory, spec.dealt(), reader.stop)
-    comparing = Comparing(pairing.pairs, samples, spec)
+    workers = WorkerPool(settings.max_memory, DeviceStream.dealt(spec), reader.stop)
+    comparing = Comparing(pairing.pairs, samples, spec, settings.memory_each)
 
-    def compare(number: int, lane: ComputeSpec) -> CheckedModule | bool:
+    def compare(number: int, mine: DeviceStream) -> CheckedModule | bool:
         workers.check()
-        result = comparing.one(number, reader, lane.device, workers.holding)
+        with mine.working():
+            result = comparing.one(number, reader, mine.device, workers.holding)
         reader.done(pairing.pairs[number][0].name)
         advance([number])
         return result
@@ -119,7 +122,7 @@ def _compare_on(
     results: dict[int, CheckedModule | bool] = {}
     tasks = ranges([written.nbytes for _, written in pairing.pairs], cluster.slots)
     job = Comparing(pairing.pairs, samples, spec)
-    for numbers, found in cluster.map(job, tasks, gpu=spec.device.type == "cuda"):
+    for numbers, found in cluster.map(job, tasks):
         results |= zip(numbers, found, strict=True)
         advance(numbers)
     return [results[number] for number in range(len(pairing.pairs))]

@@ -15,6 +15,7 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 from ..adapters import Adapter, Change, Decomposed, LowRank, Update
@@ -22,7 +23,7 @@ from ..errors import Fault, UnsupportedError
 from ..storage.checkpoint import Checkpoint
 from ..storage.reader import Reader
 from ..storage.safetensors import FLOATS, StoredTensor
-from .stored_numbers import line_of, log_of, numbers_of, vector
+from .stored_numbers import Questions, answered, lines_of, log_of, norms_of, numbers_of, vector
 
 CERTAIN = 5.0
 """The logarithm of the ratio of two spreads counts if it is this many times 1/√n, for n magnitudes: 3.5 deviations."""
@@ -31,6 +32,8 @@ SURE = 1.5
 """One reading counts if the other one's spread is so many times larger."""
 MODULES, FEW_ROWS, ROWS = 6, 48, 512
 """Weights that are sampled, and rows of each: few for a first look, which usually decides."""
+TOGETHER = 64
+"""Rows that are read together."""
 CLOSE = 0.25
 """Magnitudes that differ less from the norms of W are not compared with those of V."""
 NEAR_ONE = 0.5
@@ -54,11 +57,12 @@ class MagnitudeSample(NamedTuple):
     """The rows' norms with the adapter's factors added: what an m of this very adapter is the norm of."""
 
 
-def decide(adapter: Adapter, find: Find, base: Checkpoint) -> Adapter:
+def decide(adapter: Adapter, find: Find, base: Checkpoint, later: Questions | None = None) -> Adapter:
     """Return an adapter with all of this decided, and with a warning for each decision that is not the usual one.
 
-    Decisions of an earlier merge, in `adapter.decided`, count as they are. Raises UnsupportedError if the axis is
-    not decided and the base does not tell.
+    Decisions of an earlier merge, in `adapter.decided`, count as they are. A question that waits for torch goes to
+    `later`, if given; until then, the usual answer counts. Raises UnsupportedError if the axis is not decided and
+    the base does not tell.
     """
     if not any(_magnitudes(change.update) for change in adapter.changes):
         return adapter
@@ -66,7 +70,7 @@ def decide(adapter: Adapter, find: Find, base: Checkpoint) -> Adapter:
     if any(_is_open(change.update) for change in adapter.changes):
         decided.setdefault("axis", _axis(adapter, find, base))
     elif adapter.format == "peft" and not adapter.decided and _is_here(base):
-        decided |= _of_peft(adapter, find, base)
+        decided |= answered(partial(_of_peft, adapter, find, base), later)
     if not decided:
         return adapter
     changes = tuple(_read_as(change, decided, base) for change in adapter.changes)
@@ -137,11 +141,12 @@ def _sample(W: StoredTensor, update: Decomposed, axis: int, reader: Reader, most
     height, width = W.matrix
     count = min(most, height)
     chosen = sorted({round(k * (height - 1) / max(1, count - 1)) for k in range(count)})
-    lines = (line_of(W, row, reader) for row in chosen)
+    lines = (lines_of(W, [row], reader) for row in chosen)
     if axis == 0:
         norms = [math.hypot(*column) for column in zip(*(numbers_of(line, W.dtype) for line in lines), strict=True)]
     elif count > FEW_ROWS:
-        norms = [float(vector(line, W.dtype).norm()) for line in lines]
+        parts = (chosen[start : start + TOGETHER] for start in range(0, len(chosen), TOGETHER))
+        norms = [norm for part in parts for norm in norms_of(lines_of(W, part, reader), W)]
     else:
         norms = [math.hypot(*numbers_of(line, W.dtype)) for line in lines]
     factor = 1 if axis == 1 else math.sqrt(height / len(chosen))
@@ -160,7 +165,7 @@ def _changed(W: StoredTensor, chosen: Sequence[int], update: Decomposed, reader:
     if not isinstance(low, LowRank) or low.A.matrix[1] != W.matrix[1] or low.d or low.b or low.start:
         return []
     A, B = (vector(bytearray().join(reader.pieces(each)), each.dtype).view(each.matrix) for each in (low.A, low.B))
-    lines = ((row, vector(line_of(W, row, reader), W.dtype)) for row in chosen)
+    lines = ((row, vector(lines_of(W, [row], reader), W.dtype)) for row in chosen)
     return [log_of(float((line + low.scale * B[row] @ A).norm())) for row, line in lines]
 
 

@@ -15,6 +15,8 @@ RING = 4
 """Blocks of a tensor that are in host memory at once: one is finished, one computed, two are read ahead."""
 TEMPORARY = 16
 """Bytes an element that rounding, and the search for NaN, take on a device for a moment."""
+CHECKING = 3 << 20
+"""Bytes that the self-check takes at least."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class LargeItem(Item):
         height = block_height(max(rows // self.experts, self.grown), columns, elements=self.block_elements)
         element = max(tensor.itemsize for tensor in (self.source, self.base) if tensor)
         ahead = len(list(islice(self.spans(), RING)))
-        staged = height * columns * (ahead * element + 3 * element + TEMPORARY)
+        staged = height * columns * (ahead * element + 3 * element + TEMPORARY) + CHECKING
         return super().cost(width, exact=exact) + staged + sum(map(self._left_cost, range(len(self.edits))))
 
     def _left_cost(self, number: int) -> int:

@@ -24,13 +24,19 @@ from .sharding import lay_out
 
 if TYPE_CHECKING:
     from .quantised import QuantisedBase
+    from .stored_numbers import Questions
 
 DECOMPOSED = ("Decomposed", "Undecided")
 """Kinds of update that have magnitudes."""
 
 
-def make_plan(base: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[float], options: Options) -> Plan:
+def make_plan(
+    base: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[float], options: Options,
+    later: Questions | None = None,
+) -> Plan:  # fmt: skip
     """Decide every output tensor.
+
+    Questions that wait for torch go to `later`, if given: an answer to one means that the plan must be made again.
 
     Raises UnsupportedError for bases that are refused as a whole, UsageError for weights that cannot be
     applied, and PlanError with every fault of every adapter otherwise.
@@ -40,20 +46,18 @@ def make_plan(base: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[f
     adapters = [_for_base(adapter, whole) for adapter in adapters]
     tree = _with_layers(whole, adapters, options)
     names = _resolvers(tree, adapters, options)
-    tasks = [adapter.task for adapter in adapters if adapter.task]
-    tie = find_tie(tree, tasks)
+    tie = find_tie(tree, tasks := [adapter.task for adapter in adapters if adapter.task])
     if prefix := _prefix(adapters, names, tie, options):
         from ..naming.views import with_names
 
         tree = with_names(tree, lambda name: [prefix + name])
         names, tie = _resolvers(tree, adapters, options), find_tie(tree, tasks)
-    adapters = [_settled(adapter, resolver, tree) for adapter, resolver in zip(adapters, names, strict=True)]
+    adapters = [_settled(adapter, resolver, tree, later) for adapter, resolver in zip(adapters, names, strict=True)]
     builder = PlanBuilder(tree, tie, options)
     for adapter, resolver, weight in zip(adapters, names, weights, strict=True):
         builder.add(adapter, resolver, weight)
     builder.settle_ties()
-    items = {name: builder.item(name) for name in builder.targets}
-    resized = _resized(items)
+    resized = _resized(items := {name: builder.item(name) for name in builder.targets})
     builder.faults += _resized_alone(items, resized)
     if quantised:
         quantised.refuse_unread(builder.faults)
@@ -133,12 +137,12 @@ def _resolvers(tree: Checkpoint, adapters: Sequence[Adapter], options: Options) 
     return [NameResolver(tree.tensors, _targets(adapter, options), table) for adapter in adapters]
 
 
-def _settled(adapter: Adapter, names: NameResolver, base: Checkpoint) -> Adapter:
+def _settled(adapter: Adapter, names: NameResolver, base: Checkpoint, later: Questions | None) -> Adapter:
     """Return an adapter whose changes have no names of training programs, and nothing that is left open."""
     if any(type(change.update).__name__ in DECOMPOSED for change in adapter.changes):
         from .evidence import decide
 
-        adapter = decide(adapter, names.find, base)
+        adapter = decide(adapter, names.find, base, later)
     if all(unwrapped(change.target) == change.target for change in adapter.changes):
         return adapter
     changes = (

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import struct
 import sys
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -15,11 +17,33 @@ from ..storage.safetensors import StoredTensor
 if TYPE_CHECKING:
     import torch
 
+Question = Callable[[], dict[str, str]]
+Questions = list[Question]
+_put_off: ContextVar[bool] = ContextVar("_put_off", default=False)
 
-def line_of(W: StoredTensor, row: int, reader: Reader) -> bytearray:
-    """Read one row of a stored matrix."""
-    data = bytearray(W.matrix[1] * W.itemsize)
-    reader.read(W.path, W.start + row * len(data), memoryview(data))
+
+class NeedsTorchError(Exception):
+    """Says that an answer takes torch, which is not imported yet."""
+
+
+def answered(question: Question, later: Questions | None) -> dict[str, str]:
+    """Answer a question; if `later` is given and the answer takes torch, put it off, and return no answer."""
+    token = _put_off.set(later is not None)
+    try:
+        return question()
+    except NeedsTorchError:
+        assert later is not None
+        later.append(question)
+        return {}
+    finally:
+        _put_off.reset(token)
+
+
+def lines_of(W: StoredTensor, rows: Sequence[int], reader: Reader) -> bytearray:
+    """Read some rows of a stored matrix."""
+    length = W.matrix[1] * W.itemsize
+    data = bytearray(len(rows) * length)
+    reader.gather(W.path, [(W.start + row * length, length) for row in rows], data)
     return data
 
 
@@ -34,14 +58,25 @@ def numbers_of(data: bytes | bytearray, dtype: str) -> tuple[float, ...]:
 
 
 def vector(data: bytearray, dtype: str) -> torch.Tensor:
-    """Return stored numbers as a vector in float64: quicker than `numbers_of` once torch is imported."""
+    """Return stored numbers as a vector in float64: quicker than `numbers_of` once torch is imported.
+
+    Raises NeedsTorchError inside `answered`, if torch is not imported and the answer may wait.
+    """
     if "torch" not in sys.modules:
+        if _put_off.get():
+            raise NeedsTorchError
         with without_collections():
             import_module("torch")
     import torch
 
     kind = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[dtype]
     return torch.frombuffer(data, dtype=kind).double()
+
+
+def norms_of(data: bytearray, W: StoredTensor) -> list[float]:
+    """Return the norms of stored rows of a matrix; raises as `vector` does."""
+    norms: list[float] = vector(data, W.dtype).view(-1, W.matrix[1]).norm(dim=1).tolist()
+    return norms
 
 
 def log_of(value: float) -> float:

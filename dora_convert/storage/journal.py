@@ -150,6 +150,7 @@ class Background(Generic[Task]):
         self.closed = False
         self._work, self._claim, self._gather = work, claim, gather
         self._tasks: list[Task] = []
+        self._busy = False
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
@@ -181,11 +182,20 @@ class Background(Generic[Task]):
             self._thread.join()
         self.check()
 
-    def stop(self) -> None:
-        """Drop all tasks that wait, and do not wait for the task at work."""
+    def idle(self, seconds: float) -> bool:
+        """Wait until no task is left, at most so many seconds; raise the error that ended the thread."""
+        with self.changed:
+            self.changed.wait_for(lambda: self._error or not (self._tasks or self._busy), seconds)
+            self.check()
+            return not (self._tasks or self._busy)
+
+    def stop(self, *, wait: bool = False) -> None:
+        """Drop all tasks that wait; with `wait`, wait for the task at work."""
         with self.changed:
             self._tasks.clear()
             self._close()
+        if wait and self._thread.ident:
+            self._thread.join()
 
     def _close(self) -> None:
         with self.changed:
@@ -204,10 +214,12 @@ class Background(Generic[Task]):
     def _take(self) -> list[Task]:
         """Return the tasks to do next; none at the end."""
         with self.changed:
+            self._busy = False
+            self.changed.notify_all()
             self.changed.wait_for(lambda: self.closed or (self._tasks and self._claim()))
-            if self._gather is None:
-                taken, self._tasks = self._tasks[:1], self._tasks[1:]
-                return taken
-            self.changed.wait_for(lambda: self.closed, self._gather)
-            taken, self._tasks = self._tasks, []
+            if self._gather is not None:
+                self.changed.wait_for(lambda: self.closed, self._gather)
+            count = 1 if self._gather is None else len(self._tasks)
+            taken, self._tasks = self._tasks[:count], self._tasks[count:]
+            self._busy = bool(taken)
         return taken

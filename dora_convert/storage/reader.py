@@ -197,9 +197,9 @@ class Reader:
 
     def same_bytes(self, one: StoredTensor, other: StoredTensor) -> bool:
         """Return True if two tensors have the same dtype, shape and contents."""
-        if (one.dtype, one.shape, one.coded) != (other.dtype, other.shape, other.coded):
-            return False
-        return all(mine == theirs for mine, theirs in zip(self.pieces(one), self.pieces(other), strict=True))
+        alike = (one.dtype, one.shape, one.coded) == (other.dtype, other.shape, other.coded)
+        mine = map(bytearray, self.pieces(one))  # two memoryviews would compare byte by byte
+        return alike and all(piece == theirs for piece, theirs in zip(mine, self.pieces(other), strict=True))
 
     if hasattr(os, "preadv"):
 

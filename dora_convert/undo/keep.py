@@ -86,7 +86,7 @@ class UndoKeeper:
             return tuple(parts)
         for number, operand in enumerate(self._operands if item.invertible else ()):
             if operand.edit.divides:
-                n = torch.cat(operand.n).to("cpu", torch.float32)
+                n = (torch.cat(operand.n) if len(operand.n) > 1 else operand.n[0]).to("cpu", torch.float32)
                 parts.append(self._part(f"norm/{number}", n))
         for side, factor in zip(("left", "right"), self._taken or (), strict=False):
             parts.append(self._part(f"start/{side}", factor.to("cpu", torch.float32).contiguous()))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from ..engine.precision import ComputeSpec, scan_adapter
-from ..engine.run import Executor, Hashes, Run, Transfers, choose_compute, resume_plan, run
+from ..engine.run import Executor, Hashes, Run, choose_compute, resume_plan, run
 from ..errors import Fault, MalformedError, RefError, VerificationError
 from ..output.finished import TensorResult, copied_name, judge
 from ..output.output import input_states
@@ -28,7 +28,7 @@ from .recover import RecoveryMaker
 from .unmerge_plan import UnmergePlan
 
 if TYPE_CHECKING:
-    from ..output.output import Output
+    from ..output.output import Output, Transfers
 
 Proofs = Mapping[str, Digest]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,29 +32,42 @@ def refuse_for_cluster(options: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def executor_for(
+def writing_nodes(
     address: str, inputs: Iterable[FileStates], out: Path, settings: Settings
-) -> Iterator[ClusterExecutor]:
+) -> Iterator[Callable[[], ClusterExecutor]]:
     """Connect to a cluster whose nodes write the tensors of a plan; they must see the inputs and OUT's parent."""
-    with nodes_that_see(address, inputs, out, settings) as cluster:
-        from ..cluster.tensors import ClusterExecutor
+    with nodes_that_see(address, inputs, out, settings) as agreed:
 
-        yield ClusterExecutor(cluster)
+        def executor() -> ClusterExecutor:
+            from ..cluster.tensors import ClusterExecutor
+
+            return ClusterExecutor(agreed())
+
+        yield executor
 
 
 @contextmanager
 def nodes_that_see(
     address: str, inputs: Iterable[FileStates], out: Path | None, settings: Settings
-) -> Iterator[Cluster]:
-    """Connect to a cluster; every node must see the inputs, and the folder that `out` is made in, if any."""
+) -> Iterator[Callable[[], Cluster]]:
+    """Connect to a cluster; every node must see the inputs, and the folder that `out` is made in, if any.
+
+    The processes of the nodes start meanwhile, and import torch. Yields a function that waits until all nodes have
+    agreed, and returns the cluster.
+    """
+    from ..cluster.jobs import asked_nodes
     from ..cluster.ray_cluster import connected
 
     with connected(address, settings) as cluster:
-        from ..cluster.jobs import check_nodes
-
         token = None
         if out:
             parent = next(parent for parent in out.parents if parent.is_dir())
             token = parent / f".{out.name}.{uuid4().hex[:8]}.token"
-        check_nodes(cluster, [path for states in inputs for path in states], token, settings)
-        yield cluster
+        paths = [path for states in inputs for path in states]
+        with asked_nodes(cluster, paths, token, settings) as check:
+
+            def agreed() -> Cluster:
+                check()
+                return cluster
+
+            yield agreed

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -131,26 +131,28 @@ def _restore(
     request: UnmergeRequest, reversal: UnmergePlan, record: MergeRecord, files: Sequence[SideFile], output: Output
 ) -> UnmergeReport:
     """Run the plan while its inputs are downloaded."""
-    with without_collections():
-        from ..hub.streaming import stream_inputs
-        from ..undo.restore import restore
     later = {"later": partial(following, reversal, record)} if reversal.numbers else {}
     others = [reversal.original] if reversal.original else []
-    with stream_inputs(reversal.plan, others, request.session) as hub, _executor(request, reversal, output) as executor:
-        return restore(reversal, files, output, request.settings, hub=hub, executor=executor, **later)
+    with _nodes(request, reversal, output) as nodes:
+        with without_collections():
+            from ..hub.streaming import stream_inputs
+            from ..undo.restore import restore
+        with stream_inputs(reversal.plan, others, request.session) as hub:
+            executor = nodes() if nodes else None
+            return restore(reversal, files, output, request.settings, hub=hub, executor=executor, **later)
 
 
-def _executor(
+def _nodes(
     request: UnmergeRequest, reversal: UnmergePlan, output: Output
-) -> AbstractContextManager[ClusterExecutor | None]:
-    """Return the nodes of --cluster; None for this machine alone."""
+) -> AbstractContextManager[Callable[[], ClusterExecutor] | None]:
+    """Return the nodes of --cluster, which start while torch is imported; None for this machine alone."""
     if request.options["cluster"] is None:
         return nullcontext()
-    from .on_cluster import executor_for
+    from .on_cluster import writing_nodes
 
     inputs = [reversal.plan.base.states, *(adapter.states for adapter in reversal.plan.adapters)]
     inputs += [reversal.original.states] if reversal.original else []
-    return executor_for(request.options["cluster"], inputs, output.out, request.settings)
+    return writing_nodes(request.options["cluster"], inputs, output.out, request.settings)
 
 
 def _open(request: UnmergeRequest) -> _Inputs:

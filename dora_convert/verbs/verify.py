@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -142,8 +142,8 @@ def _plan(request: VerifyRequest) -> tuple[Plan, Checkpoint]:
 
 
 @contextmanager
-def _cluster(plan: Plan, merged: Checkpoint, request: VerifyRequest) -> Iterator[Cluster | None]:
-    """Yield the nodes of --cluster, all of which see the inputs; None for this machine alone."""
+def _nodes(plan: Plan, merged: Checkpoint, request: VerifyRequest) -> Iterator[Callable[[], Cluster] | None]:
+    """Yield the nodes of --cluster, all of which must see the inputs; None for this machine alone."""
     if request.options["cluster"] is None:
         yield None
         return
@@ -152,8 +152,8 @@ def _cluster(plan: Plan, merged: Checkpoint, request: VerifyRequest) -> Iterator
     for checkpoint in (plan.base, merged):
         download_weights(checkpoint, request.session)
     inputs = [plan.base.states, merged.states, *(adapter.states for adapter in plan.adapters)]
-    with nodes_that_see(request.options["cluster"], inputs, None, request.settings) as cluster:
-        yield cluster
+    with nodes_that_see(request.options["cluster"], inputs, None, request.settings) as nodes:
+        yield nodes
 
 
 def _texts(options: VerifyOptions) -> tuple[str, ...]:
@@ -198,11 +198,12 @@ def _compare(
     """Compare weights, or run both models on texts."""
     options, settings, session = request.options, request.settings, request.session
     if options["level"] == "weights":
-        with without_collections():
-            from ..parity.weights import verify_weights
-        from ..plan.quantised import as_dense
+        with _nodes(plan, merged, request) as nodes:
+            with without_collections():
+                from ..parity.weights import verify_weights
+            from ..plan.quantised import as_dense
 
-        with _cluster(plan, merged, request) as cluster:
+            cluster = nodes() if nodes else None
             return verify_weights(plan, as_dense(merged), settings, session, options["samples"], cluster=cluster)
     with without_collections():
         from ..logits.compare import prepared

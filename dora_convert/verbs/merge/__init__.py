@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from typing_extensions import Unpack
 
 from ...errors import UsageError
-from ...option_table import QUANTISED, combines
+from ...option_table import combines
 from ...options import MergeOptions
 from ...output.folder import OutputFolder
 from ...output.side_files import tokenizer_files
@@ -31,8 +31,12 @@ if TYPE_CHECKING:
     from ...cluster.tensors import ClusterExecutor
     from ...hub.streaming import HubStreaming
     from ...hub.target import PushTarget
+    from ...plan.stored_numbers import Questions
     from ...storage.checkpoint import Checkpoint
     from .pipeline import Examine
+
+EARLY_BYTES = 1 << 25
+"""Smaller outputs gain nothing if they are begun early."""
 
 
 @takes(MergeOptions)
@@ -122,19 +126,27 @@ def _merge_beside(request: MergeRequest) -> MergeReport | DryRunReport:
     folder.check()
     out = "OUT" if options["no_local"] else str(request.out or folder.given)
     weights = None if request.session.cache else folder.state / INCOMING
-    plan = make_request_plan(request, out, _mode(request), weights)
+    later: Questions | None = None if options["dry_run"] else []
+    plan = make_request_plan(request, out, _mode(request), weights, later=later)
     folder.refuse_inside([plan.base.source.path, *(adapter.source.path for adapter in plan.adapters)])
     if options["dry_run"]:
-        where = out if target is None or target.local else target.repo
-        return DryRunReport.of(plan, request.settings, out=where)
-    with without_collections():
-        from .pipeline import run_merge
-    with (
-        _streaming(request, plan, folder) as hub,
-        _examiner(request, plan) as examine,
-        _executor(request, plan, folder) as executor,
-    ):
-        return run_merge(plan, folder, request.settings, hub, examine, executor=executor)
+        return DryRunReport.of(plan, request.settings, out=out if target is None or target.local else target.repo)
+    with _begun_early(request, plan, folder), _nodes(request, plan, folder) as nodes:
+        with without_collections(numpy=bool(options["verify_outputs"] or options["cluster"] or options["base_as"])):
+            from .pipeline import run_merge
+        if later and any(question() for question in later):
+            plan = make_request_plan(request, out, _mode(request), weights)
+        with _streaming(request, plan, folder) as hub, _examiner(request, plan) as examine:
+            return run_merge(plan, folder, request.settings, hub, examine, executor=nodes() if nodes else None)
+
+
+def _begun_early(request: MergeRequest, plan: Plan, folder: OutputFolder) -> AbstractContextManager[None]:
+    """Begin to fill the output while torch is imported, if all is on this machine and that gains anything."""
+    if request.target or is_stored(request.out) or plan.bytes_out < EARLY_BYTES:
+        return nullcontext()
+    from .early import begun_early
+
+    return begun_early(folder, plan)
 
 
 def _folder(request: MergeRequest) -> Path:
@@ -176,7 +188,9 @@ def _merge_in_place(request: MergeRequest) -> MergeReport | DryRunReport:
 
 
 @collections_paused()
-def make_request_plan(request: MergeRequest, out: str, mode: Mode, weights: Path | None = None) -> Plan:
+def make_request_plan(
+    request: MergeRequest, out: str, mode: Mode, weights: Path | None = None, *, later: Questions | None = None
+) -> Plan:
     """Open the inputs and decide every output tensor; `out` is the command line's last word, for hints."""
     checkpoint, adapters = open_inputs(
         None if request.base is None else os.fspath(request.base),
@@ -192,34 +206,19 @@ def make_request_plan(request: MergeRequest, out: str, mode: Mode, weights: Path
         from ...plan.quantised_config import undo_of_gguf
 
         request = replace(request, selection=replace(request.selection, undo=undo_of_gguf(request.options["undo"])))
-    return plan_inputs(request, checkpoint, adapters)
+    return plan_inputs(request, checkpoint, adapters, later)
 
 
-def _tell_of_dense_base(base: Checkpoint, adapters: Sequence[Adapter], quantised: str, settings: Settings) -> None:
-    """Warn of an option for quantised bases; name the other choice for adapters that were trained on one."""
-    if quantised in QUANTISED:
-        settings.warn(f"{QUANTISED[quantised]} changes nothing: {base.source.name} is not quantised")
-    if quantised:
-        return
-    for adapter in adapters:
-        if not (adapter.base and QUANTISED_NAME.search(adapter.base)):
-            continue
-        settings.notify(
-            f"{adapter.source.name} was trained on {adapter.base}, which is quantised: merging onto the 16-bit weights "
-            "keeps their quality; --base-as nf4 merges onto the weights that training saw, and keeps the outputs of "
-            "the trained model (docs/qlora.md)"
-        )
-
-
-def plan_inputs(request: MergeRequest, checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> Plan:
+def plan_inputs(
+    request: MergeRequest, checkpoint: Checkpoint, adapters: Sequence[Adapter], later: Questions | None = None
+) -> Plan:
     """Warn about oddities of opened inputs, and decide every output tensor."""
     settings, selection = request.settings, request.selection
     if len(adapters) > len(request.adapters) or combines(request.options):
         from .several import combined
 
-        given = len(request.adapters)
         selection, strengths = combined(
-            request.options, given, checkpoint, adapters, selection=selection, warn=settings.warn
+            request.options, len(request.adapters), checkpoint, adapters, selection=selection, warn=settings.warn
         )
     else:
         strengths = parse_weights(request.options["weight"], len(adapters))
@@ -230,9 +229,12 @@ def plan_inputs(request: MergeRequest, checkpoint: Checkpoint, adapters: Sequenc
             settings.warn(doubt)
     for note in (*unused(checkpoint, adapters), *selection.check_globs(modules_of(adapters))):
         settings.warn(note)
-    if not checkpoint.may_be_quantised:
-        _tell_of_dense_base(checkpoint, adapters, selection.quantised, settings)
-    plan = make_plan(checkpoint, adapters, strengths, selection)
+    of_quantised = any(QUANTISED_NAME.search(adapter.base or "") for adapter in adapters)
+    if not checkpoint.may_be_quantised and (selection.quantised or of_quantised):
+        from .dense_base import tell_of_dense_base
+
+        tell_of_dense_base(checkpoint, adapters, selection.quantised, settings)
+    plan = make_plan(checkpoint, adapters, strengths, selection, later)
     for doubt in plan.warnings:
         settings.warn(doubt)
     if selection.legacy_config and plan.config is None:
@@ -270,16 +272,16 @@ def _streaming(request: MergeRequest, plan: Plan, folder: OutputFolder) -> Abstr
     return stream_merge(plan, request.target, request.session, folder, weights)
 
 
-def _executor(
+def _nodes(
     request: MergeRequest, plan: Plan, folder: OutputFolder
-) -> AbstractContextManager[ClusterExecutor | None]:
-    """Return the nodes of --cluster; None for this machine alone."""
+) -> AbstractContextManager[Callable[[], ClusterExecutor] | None]:
+    """Return the nodes of --cluster, which start while torch is imported; None for this machine alone."""
     if request.options["cluster"] is None:
         return nullcontext()
-    from ..on_cluster import executor_for
+    from ..on_cluster import writing_nodes
 
     inputs = [plan.base.states, *(adapter.states for adapter in plan.adapters)]
-    return executor_for(request.options["cluster"], inputs, folder.out, request.settings)
+    return writing_nodes(request.options["cluster"], inputs, folder.out, request.settings)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...engine.precision import doubt_zeros, scan_adapter
+from ...engine.precision import doubt_zeros, exact_arithmetic, scan_adapter
 from ...engine.run import Executor, Hashes, Run, choose_compute, resume_plan, run
 from ...engine.tensor import MergeMaker
 from ...errors import Fault, VerificationError
@@ -64,7 +64,8 @@ def run_merge(
     OutputError for a disk that cannot hold the result, VerificationError if a check fails. OUT does not exist
     then.
     """
-    plan, spec, hashes = check_adapters(plan, settings, executor)
+    with exact_arithmetic():  # one thread: a second one would only wait, and take its processor from other work
+        plan, spec, hashes = check_adapters(plan, settings, executor)
     files = side_files(plan)
     for adopted in () if plan.base.is_bare else adopted_sets(plan):
         (settings.warn if adopted.rivals else settings.notify)(adopted.notice(plan.base))
@@ -73,7 +74,8 @@ def run_merge(
     fields = inherited(works_of(plan))
     if fields.notice:
         settings.notify(fields.notice)
-    seen = _look_at_base(plan, settings)
+    with exact_arithmetic():
+        seen = _look_at_base(plan, settings)
     needed = hub.room(plan) if hub else output.bytes_needed(plan)
     output.check_space(needed + 2 * plan.undo_bytes + sum(file.nbytes for file in files))
     inputs = input_states(output, [plan.base], plan.adapters)

@@ -1,0 +1,42 @@
+"""Run in the processes of a cluster's nodes; importing this module is cheap, torch follows in a thread."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+from ..settings import without_collections
+
+
+class NodeProcess:
+    """A process of a node: it imports torch at once, starts jobs, and does their tasks."""
+
+    def __init__(self) -> None:
+        self._do: Callable[[Any], Any] | None = None
+        threading.Thread(target=_import_torch, name="torch", daemon=True).start()
+
+    def answer(self, question: Callable[[], Any]) -> Any:
+        """Answer a question about this node, which needs no torch."""
+        return question()
+
+    def start(self, job: Any) -> None:
+        """Start a job; further tasks are tasks of this job."""
+        self._do = job.start()
+
+    def do(self, task: Any) -> Any:
+        """Do a task of the job that was started last."""
+        assert self._do
+        return self._do(task)
+
+
+def _import_torch() -> None:
+    with without_collections():
+        import_module("torch")
+        import_module("..engine.workers", __package__)
+
+
+def answer(question: Callable[[], Any]) -> Any:
+    """Answer a question about the node that this function is called on."""
+    return question()

@@ -1,0 +1,96 @@
+"""Dispatch: tasks go to workers that may be lost, and each task's result comes once."""
+
+from __future__ import annotations
+
+from collections import Counter
+from concurrent.futures import Future
+
+import pytest
+
+from dora_convert.cluster import dispatch
+from dora_convert.cluster.dispatch import Dispatch, ThreadWorker, WorkerLostError
+from dora_convert.errors import OutputError
+
+
+class Squares:
+    """A job: squares of numbers; some numbers fail."""
+
+    def start(self):
+        return self.square
+
+    @staticmethod
+    def square(number: int) -> int:
+        if number < 0:
+            raise ValueError(number)
+        return number * number
+
+
+class Mortal(ThreadWorker):
+    """A worker that is lost after some tasks, as often as `lives` says."""
+
+    def __init__(self, tasks: int, lives: int) -> None:
+        super().__init__()
+        self.tasks, self.lives, self.left = tasks, lives, tasks
+
+    def send(self, task) -> Future:
+        self.left -= 1
+        if self.left < 0 and self.lives > 0:
+            gone: Future = Future()
+            gone.set_exception(WorkerLostError("power cut"))
+            return gone
+        return super().send(task)
+
+    def renew(self) -> None:
+        self.lives, self.left = self.lives - 1, self.tasks
+
+
+def run(workers, tasks):
+    """The results of all tasks, by task."""
+    work = Dispatch(workers, lambda worker: worker.start(Squares()), tasks)
+    try:
+        pairs = list(work.results())
+    finally:
+        work.stop()
+    assert max(Counter(task for task, _ in pairs).values()) == 1
+    return dict(pairs)
+
+
+@pytest.mark.parametrize("lives", [0, 1, 3])
+def test_tasks_of_a_lost_worker_are_done_elsewhere(lives):
+    """Each task has its result once, whoever did it."""
+    tasks = range(50)
+    assert run([ThreadWorker(), Mortal(4, lives)], tasks) == {task: task * task for task in tasks}
+
+
+def test_a_worker_alone_is_renewed():
+    """Another process takes its place, and starts the job anew."""
+    assert run([Mortal(2, 5)], range(20)) == {task: task * task for task in range(20)}
+
+
+def test_tasks_that_kill_every_worker():
+    """The run ends after some losses, and says what to do."""
+    with pytest.raises(OutputError, match=f"was lost {dispatch.RETRIES + 1} times: power cut") as caught:
+        run([Mortal(0, 1000)], range(3))
+    assert "resume" in caught.value.hint
+
+
+def test_the_first_error_ends_the_run():
+    """It is the task's own error."""
+    with pytest.raises(ValueError, match="-7"):
+        run([ThreadWorker(), ThreadWorker()], [*range(20), -7, *range(20, 40)])
+
+
+class Stillborn(ThreadWorker):
+    """A worker that never starts."""
+
+    def start(self, job) -> Future:  # noqa: ARG002
+        gone: Future = Future()
+        gone.set_exception(WorkerLostError("no memory"))
+        return gone
+
+
+def test_a_worker_that_never_starts_is_given_up():
+    """Others do all tasks; without others the run ends."""
+    assert run([Stillborn(), ThreadWorker()], range(9)) == {task: task * task for task in range(9)}
+    with pytest.raises(OutputError, match="A process was lost"):
+        run([Stillborn(), Stillborn()], range(9))
