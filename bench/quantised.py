@@ -143,7 +143,9 @@ KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "mlx-4": (mlx4, {"quantization": {"group_size": 64, "bits": 4}}),
     "mlx-8": (mlx8, {"quantization": {"group_size": 64, "bits": 8}}),
 }
+DENSE, BACK, AGAIN = "--dequantize", "", "--requantize"
 WRITTEN_BACK = ("fp8-blocks", "ct-int8", "bnb-int8", "mlx-8")
+WRITTEN_AGAIN = ("ct-int4", "ct-mxfp4", "bnb-nf4", "bnb-nf4-double", "mlx-4")
 
 
 def make(folder: Path, kind: str) -> Path:
@@ -248,13 +250,14 @@ def main() -> None:
     adapter, plain = make_adapter(given.folder, dora=given.dora), make(given.folder, "dense")
     for kind in given.kinds or [*KINDS, *BLOCKS]:
         base = make(given.folder, kind)
-        for way in (["--dequantize"], *([[]] if kind in WRITTEN_BACK else [])):
+        for way in [DENSE, *[BACK] * (kind in WRITTEN_BACK), *[AGAIN] * (kind in WRITTEN_AGAIN)]:
             ratios = []
             for _ in range(given.pairs):
-                one, two = timed(plain, adapter, given.folder / "out"), timed(base, adapter, given.folder / "out", *way)
+                one = timed(plain, adapter, given.folder / "out")
+                two = timed(base, adapter, given.folder / "out", *way.split())
                 ratios.append([b / a for a, b in zip(one, two, strict=True)])
             wall, used, memory = (statistics.median(column) for column in zip(*ratios, strict=True))
-            label = f"{kind} {way[0] if way else 'written back'}"
+            label = f"{kind} {way or 'written back'}"
             print(
                 f"{label:32} time {wall:.2f}  processor {used:.2f}  memory {memory:.2f}  ({two[0]:.1f} s)", flush=True
             )

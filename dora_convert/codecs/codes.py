@@ -61,39 +61,51 @@ def to_e2m1(x: Tensor) -> Tensor:
     return code.add_(power.sub_(ONE).bitwise_right_shift_(22)).add_(sign).to(torch.uint8)
 
 
-def nearest_codes(x: Tensor, table: Tensor) -> Tensor:
-    """Return the codes of the nearest values of a table of at most 256, uint8; of two, the lesser value's.
+class NearestCodes:
+    """Finds the codes of the nearest values of a table of at most 256; of two, the lesser value's.
 
-    A grid finds the only middle of two values that x may lie on either side of.
+    Each cell of a regular grid has at most one middle of two values: that a value may lie on either side of.
     """
-    import torch
 
-    order = table.argsort()
-    middles = (table[order][1:] + table[order][:-1]) / 2
-    for cells in (1 << 6, 1 << 9, 1 << 12):
-        start, scale = float(middles[0]), (cells - 1) / float((middles[-1] - middles[0]).clamp(min=1e-300))
-        taken = _cells(middles, start, scale, cells)
-        if bool((taken.diff() > 0).all()):
-            break
-    else:
-        return order.to(torch.uint8)[torch.bucketize(x, middles)]
-    limit = middles.new_full((cells,), torch.inf).index_put_((taken,), middles)
-    before = torch.searchsorted(taken, torch.arange(cells, device=x.device))
-    codes = order.to(torch.uint8)[torch.stack([before, (before + 1).clamp_(max=len(middles))], dim=1)].flatten()
+    def __init__(self, table: Tensor) -> None:
+        import torch
 
-    def coded(x: Tensor) -> Tensor:
-        cell = _cells(x, start, scale, cells)
-        above = x > picked(limit, cell)
-        return picked(codes, cell.mul_(2).add_(above))
+        order = table.argsort()
+        self._middles = (table[order][1:] + table[order][:-1]) / 2
+        self._order = order.to(torch.uint8)
+        first, width = float(self._middles[0]), float(self._middles[-1] - self._middles[0])
+        self._limits: Tensor | None = None
+        for self._cells in (1 << 6, 1 << 9, 1 << 12):
+            self._scale = (self._cells - 1) / max(width, 1e-300)
+            self._shift = torch.tensor(-first * self._scale, dtype=torch.float32, device=table.device)
+            taken = self._cell(self._middles)
+            if bool((taken.diff() > 0).all()):
+                self._limits = self._middles.new_full((self._cells,), torch.inf).index_put_((taken,), self._middles)
+                before = torch.searchsorted(taken, torch.arange(self._cells, device=table.device))
+                sides = torch.stack([before, (before + 1).clamp_(max=len(taken))], dim=1).flatten()
+                self._codes = self._order[sides]
+                return
 
-    return torch.cat([coded(x[first : first + PIECE_ELEMENTS]) for first in range(0, len(x), PIECE_ELEMENTS)])
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the codes of some values in one line: uint8."""
+        import torch
 
+        if self._limits is None:
+            return self._order[torch.bucketize(x, self._middles)]
+        return torch.cat([self._of(x[first : first + PIECE_ELEMENTS]) for first in range(0, len(x), PIECE_ELEMENTS)])
 
-def _cells(x: Tensor, start: float, scale: float, cells: int) -> Tensor:
-    """Return the cell of a regular grid that each value lies in, int32; no larger value has a smaller cell."""
-    import torch
+    def _of(self, x: Tensor) -> Tensor:
+        assert self._limits is not None
+        cell = self._cell(x)
+        above = x > picked(self._limits, cell)
+        return picked(self._codes, cell.mul_(2).add_(above))
 
-    return x.to(torch.float32).sub_(start).mul_(scale).clamp_(0, cells - 1).to(torch.int32)
+    def _cell(self, x: Tensor) -> Tensor:
+        """Return the cell that each value lies in, int32; no larger value has a smaller cell."""
+        import torch
+
+        place = torch.add(self._shift, x.to(torch.float32), alpha=self._scale)
+        return place.clamp_(0, self._cells - 1).to(torch.int32)
 
 
 def packed(codes: Tensor, bits: int, row_bytes: int) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..codecs.bitsandbytes import Nibbles
 from ..codecs.coded import CodedTensor, as_bytes_of
-from ..codecs.codes import nearest_codes
+from ..codecs.codes import NearestCodes
 from ..codecs.numbers import by_groups, picked, values
 from ..storage.reader import spans
 from .decoding import StoredParts
@@ -26,13 +26,16 @@ def nibble_blocks(
     """Yield the bytes of codes and scales, by role, block of rows after block; `merged` returns rows in float64."""
     scheme = tensor.scheme
     assert isinstance(scheme, Nibbles)
-    table, nested = _table(tensor, "map", parts), "nested" in tensor.parts
+    coder, scale_coder, nested = NearestCodes(_table(tensor, "map", parts)), None, "nested" in tensor.parts
+    if nested:
+        table = _table(tensor, "nested_map", parts)
+        scale_coder = table, NearestCodes(table)
     together = scheme.block * (scheme.nested_block if nested else 1)
     step = together // math.gcd(tensor.columns, together)
     for start, stop in spans(tensor.shape[0], tensor.columns, step=step):
         line = merged(start, stop).flatten()
-        scales, pieces = _scales(tensor, scheme, _largest(line, scheme.block), parts)
-        codes = _nearest(line, scales, table, scheme.block)
+        scales, pieces = _scales(scheme, _largest(line, scheme.block), scale_coder)
+        codes = _nearest(line, scales, coder, scheme.block)
         two = torch.nn.functional.pad(codes, (0, len(codes) % 2)).view(torch.int16)
         yield {"codes": (two << 4).bitwise_or_(two >> 8).to(torch.uint8), **pieces}
 
@@ -50,22 +53,25 @@ def _largest(line: Tensor, block: int) -> Tensor:
 
 
 def _scales(
-    tensor: CodedTensor, scheme: Nibbles, absmax: Tensor, parts: StoredParts
+    scheme: Nibbles, absmax: Tensor, coder: tuple[Tensor, NearestCodes] | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return scales as they will be decoded, and the bytes of the parts that hold them."""
-    if "nested" not in tensor.parts:
+    """Return scales as they will be decoded, and the bytes of the parts that hold them.
+
+    `coder` holds the values of codes of scales, and finds these codes, if scales are coded, too.
+    """
+    if not coder:
         stored = absmax.float()
         return stored.double(), {"scale": stored.view(torch.uint8)}
-    table, offset = _table(tensor, "nested_map", parts), scheme.nested_offset
+    (table, nearest), offset = coder, scheme.nested_offset
     outer = _largest(absmax - offset, scheme.nested_block).float()
-    codes = _nearest(absmax - offset, outer.double(), table, scheme.nested_block)
+    codes = _nearest(absmax - offset, outer.double(), nearest, scheme.nested_block)
     scales = picked(table, codes) * outer.double().repeat_interleave(scheme.nested_block)[: len(codes)] + offset
     return scales, {"scale": codes, "nested": outer.view(torch.uint8)}
 
 
-def _nearest(line: Tensor, scales: Tensor, table: Tensor, block: int) -> Tensor:
-    """Return the codes of the nearest values of a table, each block by its scale: uint8; the line is overwritten."""
+def _nearest(line: Tensor, scales: Tensor, nearest: NearestCodes, block: int) -> Tensor:
+    """Return the codes of the nearest values, each block by its scale: uint8; the line is overwritten."""
     by_groups(line[None], scales[None], block, Tensor.div_)
     if bool((scales == 0).any()):
         line.nan_to_num_(0.0)
-    return nearest_codes(line, table)
+    return nearest(line)
