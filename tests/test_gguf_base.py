@@ -233,6 +233,26 @@ def test_biases_norms_and_experts(tmp_path):
     assert torch.equal(decoded(tensor, 0, 2), torch.from_numpy(stacked[2]).double())
 
 
+def test_gemma_and_starcoder2(tmp_path):
+    """Gemma's second norm has llama's name, and one added; StarCoder2 has biases, and norms of another kind."""
+
+    def starcoder2(writer):
+        pairs_of(writer)
+        writer.add_layer_norm_eps(1e-6)
+
+    norm, embedding = np.full(4, 1.5, np.float32), {"token_embd.weight": np.ones((4, 4), np.float32)}
+    base = opened(write_file(tmp_path / "g.gguf", "gemma", {**embedding, "blk.0.ffn_norm.weight": norm}))
+    tensor = find_coded(base)["model.layers.0.post_attention_layernorm.weight"]
+    assert decoded(tensor, 0, 1).tolist() == [[0.5] * 4]
+    assert base.config["architectures"] == ["GemmaForCausalLM"]
+    tensors = {**embedding, "blk.0.ffn_up.bias": norm, "output_norm.bias": norm}
+    base = opened(write_file(tmp_path / "s.gguf", "starcoder2", tensors, pairs=starcoder2))
+    coded = find_coded(base)
+    assert coded.keys() == {"model.embed_tokens.weight", "model.layers.0.mlp.c_fc.bias", "model.norm.bias"}
+    assert decoded(coded["model.norm.bias"], 0, 1).tolist() == [[1.5] * 4]
+    assert (base.config["model_type"], base.config["norm_epsilon"]) == ("starcoder2", 1e-6)
+
+
 def test_scaled_rotary_embeddings(tmp_path):
     """Llama 3.1's factors become its rule in the config; factors of another rule are refused."""
     inverse = 1 / 500000.0 ** (np.arange(0, 64, 2) / 64)

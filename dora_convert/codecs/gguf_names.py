@@ -26,12 +26,14 @@ MIXTRAL = {
     "ffn_gate_inp": "block_sparse_moe.gate", "ffn_gate_exps": "block_sparse_moe.experts.{}.w1",
     "ffn_up_exps": "block_sparse_moe.experts.{}.w3", "ffn_down_exps": "block_sparse_moe.experts.{}.w2",
 }  # fmt: skip
+STARCODER2 = {"ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"}
 PHI3 = {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
 FURTHER: Mapping[str, Mapping[str, str]] = {
     "gemma2": GEMMA, "gemma3": GEMMA, "qwen2moe": QWEN_EXPERTS, "qwen3moe": QWEN_EXPERTS, "phi3": PHI3,
+    "starcoder2": STARCODER2,
 }  # fmt: skip
 """Names inside a layer that an architecture has otherwise."""
-NORMS_PLUS_ONE = frozenset({"gemma2", "gemma3"})
+NORMS_PLUS_ONE = frozenset({"gemma", "gemma2", "gemma3"})
 """Architectures whose norms have one added in GGUF files."""
 ROTARY = {".q_proj.": "attention.head_count", ".k_proj.": "attention.head_count_kv"}
 """Modules whose rows lie in Meta's order in files of llama, and the pair that counts their heads."""

@@ -23,19 +23,23 @@ CLASSES = {
     "qwen3": ("qwen3", "Qwen3ForCausalLM"), "qwen2moe": ("qwen2_moe", "Qwen2MoeForCausalLM"),
     "qwen3moe": ("qwen3_moe", "Qwen3MoeForCausalLM"), "gemma2": ("gemma2", "Gemma2ForCausalLM"),
     "gemma3": ("gemma3_text", "Gemma3ForCausalLM"), "phi3": ("phi3", "Phi3ForCausalLM"),
+    "gemma": ("gemma", "GemmaForCausalLM"), "starcoder2": ("starcoder2", "Starcoder2ForCausalLM"),
 }  # fmt: skip
 """llama.cpp's architectures that are read, with the model_type and the class in transformers."""
 NUMBERS = {
     "context_length": "max_position_embeddings", "embedding_length": "hidden_size",
     "block_count": "num_hidden_layers", "feed_forward_length": "intermediate_size",
     "attention.head_count": "num_attention_heads", "attention.head_count_kv": "num_key_value_heads",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps", "rope.freq_base": "rope_theta",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps", "attention.layer_norm_epsilon": "norm_epsilon",
+    "rope.freq_base": "rope_theta",
     "attention.key_length": "head_dim", "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping", "expert_used_count": "num_experts_per_tok",
     "expert_feed_forward_length": "moe_intermediate_size",
     "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
 }  # fmt: skip
-NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps")
+NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads")
+EPSILON = {"starcoder2": "norm_epsilon"}
+"""Fields of norms, where they are not of kind RMS."""
 TOKENS = {"bos": "bos", "eos": "eos", "padding": "pad"}
 LARGE = {"gemma2": 46, "gemma3": 62}
 """Layers of the models of 27B, which divide the queries by another number than the size of a head."""
@@ -53,7 +57,8 @@ def make_config(name: str, pairs: Mapping[str, Any], tensors: Tensors, factors: 
     config: dict[str, Any] = {
         field: _short(own[key]) for key, field in NUMBERS.items() if isinstance(own.get(key), int | float)
     }
-    if missing := [field for field in NEEDED if field not in config]:
+    needed = (*NEEDED, EPSILON.get(architecture, "rms_norm_eps"))
+    if missing := [field for field in needed if field not in config]:
         raise MalformedError(f"{name} does not say {', '.join(missing)}.", hint="put the model's config.json beside it")
     model_type, model_class = _class(architecture, own)
     embedding, tokens = tensors.get("token_embd.weight"), own.get("tokenizer.ggml.tokens") or ()

@@ -32,7 +32,8 @@ TINY = {
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 GEMMAS = {"sliding_window": 16, "query_pre_attn_scalar": 32}
 MODELS = {
-    "llama": ("llama", {}), "qwen2": ("qwen2", {}), "qwen3": ("qwen3", {}), "gemma2": ("gemma2", GEMMAS), "gemma3": ("gemma3_text", GEMMAS), "phi3": ("phi3", {"head_dim": 16}),
+    "llama": ("llama", {}), "qwen2": ("qwen2", {}), "qwen3": ("qwen3", {}), "gemma": ("gemma", {}), "gemma2": ("gemma2", GEMMAS), "gemma3": ("gemma3_text", GEMMAS), "phi3": ("phi3", {"head_dim": 16}),
+    "starcoder2": ("starcoder2", {"head_dim": 16, "norm_epsilon": 1e-5}),
     "qwen2moe": ("qwen2_moe", {**EXPERTS, "shared_expert_intermediate_size": 80}),
     "qwen3moe": ("qwen3_moe", {**EXPERTS, "norm_topk_prob": True}),
     "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
@@ -44,7 +45,7 @@ PARTS = (
     ("mlp.gate_proj", "ffn_gate"), ("mlp.up_proj", "ffn_up"), ("mlp.down_proj", "ffn_down"), ("mlp.gate", "ffn_gate_inp"),
     ("block_sparse_moe.gate", "ffn_gate_inp"), ("mlp.shared_expert_gate", "ffn_gate_inp_shexp"),
     ("mlp.shared_expert.gate_proj", "ffn_gate_shexp"), ("mlp.shared_expert.up_proj", "ffn_up_shexp"),
-    ("mlp.shared_expert.down_proj", "ffn_down_shexp"),
+    ("mlp.shared_expert.down_proj", "ffn_down_shexp"), ("mlp.c_fc", "ffn_up"), ("mlp.c_proj", "ffn_down"),
 )  # fmt: skip
 """The Hub's names inside a layer, and llama.cpp's, as its converter's table has them."""
 GEMMA = {
@@ -57,7 +58,7 @@ def gguf_tensors(state: dict[str, torch.Tensor], name: str, config: object) -> d
     """Return a checkpoint's tensors as llama.cpp's converter writes them."""
     outer = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
     inner = {"post_attention_layernorm": "ffn_norm", **dict(PARTS)}
-    inner |= GEMMA if name.startswith("gemma") else {}
+    inner |= GEMMA if name in ("gemma2", "gemma3") else {}
     tensors: dict[str, np.ndarray] = {}
     experts: dict[tuple[str, str], dict[int, np.ndarray]] = {}
     short = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down", "w1": "gate", "w3": "up", "w2": "down"}
@@ -92,11 +93,11 @@ def write(path: Path, name: str, config: object, tensors: dict[str, np.ndarray])
     writer.add_feed_forward_length(128)
     writer.add_head_count(4)
     writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(1e-5)
+    (writer.add_layer_norm_eps if name == "starcoder2" else writer.add_layer_norm_rms_eps)(1e-5)
     rope = getattr(config, "rope_parameters", None) or {}
     theta = rope.get("rope_theta") or rope.get("full_attention", {}).get("rope_theta") or 10000.0
     writer.add_rope_freq_base(float(theta))
-    if name != "phi3":
+    if name not in ("phi3", "starcoder2"):
         writer.add_key_length(32)
     if window := of.get("sliding_window"):
         writer.add_sliding_window(window)
