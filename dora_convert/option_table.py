@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 METHODS = ("sum", "chain", "linear", "ties", "dare", "dare-ties", "della", "magnitude-prune")
-COLLECTED = 1 << 19
+COLLECTED = 1 << 18
 """Magnitudes of one change that are held at most while a threshold is looked for."""
-STRIP = 1 << 16
+SAMPLE, FEWEST, MOST = 1 << 6, 1 << 15, 1 << 19
+"""A search looks at one of so many magnitudes first, at so many at least, and at so many at most."""
+HELD = 3.3
+"""The width of an interval of shares that holds the k-th largest, times the root of the sample's size."""
+PIECE, LOWEST = 1 << 17, 16
+"""Elements of a block whose changes are computed together, and the least rows of them."""
+STRIP = 1 << 17
 """Elements of a block that are pruned and elected together."""
 
 
@@ -155,16 +162,42 @@ class Combination:
         words += [f"--seed {self.seed}"] if self.seed else []
         return words + (["--majority-sign frequency"] if self.majority_sign != "total" else [])
 
-    def cost(self, count: int, numel: int, block: int, width: int) -> int:
-        """Return the bytes that combining `count` edits needs: for a block, and for a tensor's thresholds."""
+    def cost(
+        self, count: int, matrix: tuple[int, int], block: int, width: int, *, rank: int = 0, whole: bool = False
+    ) -> int:
+        """Return the bytes that combining `count` edits needs: for a block, and for a tensor's thresholds.
+
+        `rank` is that of all edits together. Changes of a `whole` block are computed at once, else of pieces.
+        """
         if self.method == "chain":
             return 2 * block * width
-        total = count * block * width + (32 * block if self.draws else 0) + self._strips(count, block, width)
-        return total + ((count + 3) * min(numel, COLLECTED) * width if self.prunes else 0)
+        piece = block if whole else min(block, piece_height(matrix[1]) * matrix[1])
+        total = count * piece * width + (32 * piece if self.draws else 0)
+        total += min(STRIP, piece) * (2 * width + count + 4)
+        return total + (8 * block + self._search_cost(count, matrix, rank) if self.prunes else 0)
 
-    def _strips(self, count: int, block: int, width: int) -> int:
-        """Return the bytes of strips of changes, and of what they need to be pruned and elected."""
-        return min(STRIP, block) * ((count + 3) * width + 5)
+    def _search_cost(self, count: int, matrix: tuple[int, int], rank: int) -> int:
+        """Return the bytes that searches for thresholds need: for numbers, for factors in two forms, for norms."""
+        (rows, columns), numel = matrix, matrix[0] * matrix[1]
+        exact = (count + 3) * min(numel, COLLECTED) * 8
+        quick = 8 * count * sample_size(numel) + (count + 3) * held_elements(numel) * 20
+        factors = rank * 12 * columns + min(8 * rank * rows, 8 * count * COLLECTED) + 8 * count * rows
+        return max(exact, quick if held_elements(numel) <= COLLECTED else 0) + factors
+
+
+def piece_height(columns: int) -> int:
+    """Return how many rows of changes are computed together."""
+    return max(LOWEST, PIECE // max(1, columns))
+
+
+def sample_size(numel: int) -> int:
+    """Return how many magnitudes of a change a search for its threshold looks at first."""
+    return max(1, min(max(numel // SAMPLE, FEWEST), MOST, numel))
+
+
+def held_elements(numel: int) -> int:
+    """Return how many elements of a change a search holds: those near the k-th largest of the sample."""
+    return min(numel, math.ceil(HELD * numel / math.sqrt(sample_size(numel))))
 
 
 SUM = Combination()

@@ -7,6 +7,7 @@ import torch
 from peft.utils import merge_utils
 
 from dora_convert.maths import combine
+from dora_convert.maths.bracket import Bracket, parting
 from dora_convert.maths.kth_largest import KthLargest
 
 CPU = torch.device("cpu")
@@ -40,8 +41,9 @@ def summed(deltas, weights):
 
 def elected(deltas, weights, majority):
     W, *work = (torch.zeros_like(deltas[0]) for _ in range(3))
-    marks = [torch.zeros(W.shape, dtype=dtype) for dtype in (torch.bool, torch.uint8)]
-    return combine.elect_(W, [each.clone() for each in deltas], weights, majority, work=work, marks=marks)
+    stacked = torch.stack(list(deltas))
+    marks = [torch.zeros_like(stacked, dtype=torch.bool), torch.zeros_like(W, dtype=torch.uint8)]
+    return combine.elect_(W, stacked, weights, majority, work=work, marks=marks)
 
 
 def agree(got, want):
@@ -175,3 +177,35 @@ def test_equal_numbers_are_dropped_from_a_place_on():
     x = torch.tensor([[2.0, -1.0, 1.0], [1.0, 3.0, -1.0]]).double()
     assert combine.drop_equal_(x.clone(), 1.0, 3).tolist() == [[2, -1, 1], [0, 3, 0]]
     assert combine.drop_equal_(x.clone(), 1.0, -5).tolist() == [[2, 0, 0], [0, 3, 0]]
+
+
+# ---- thresholds by approximate magnitudes
+
+
+@pytest.mark.parametrize("k", [37, 4000, 7990])
+def test_approximate_magnitudes_find_the_largest(k):
+    """Magnitudes in float32 and a few in float64 tell the k largest, rows of any size; an error tells who is near."""
+    torch.manual_seed(4)
+    x = torch.randn(64, 125).double() * torch.linspace(0.1, 3, 64)[:, None]
+    approximate = (x * (1 + 1e-5 * torch.rand_like(x))).float()
+    bracket = Bracket(k, x.numel())
+    assert bracket.choose(approximate.flatten()[::3].abs())
+    for first in range(0, 64, 16):
+        block = approximate[first : first + 16].clone()
+        bracket.add(block, torch.empty_like(block), x[first : first + 16].contiguous(), first * 125)
+    near = bracket.near(2e-5, 0.0)
+    assert torch.equal(x.flatten()[near.places], near.weights)
+    value = parting(near.weights.abs(), near.rank, near.error, 1e-15)
+    assert int((x.abs() >= value).sum()) == k
+
+
+def test_bounds_that_hold_no_k_th_largest_are_told():
+    """A sample of other numbers misleads; equal numbers cannot be parted."""
+    x = torch.arange(1, 1001).float()
+    bracket = Bracket(500, 1000)
+    assert bracket.choose(x / 2)
+    bracket.add(x.clone(), torch.empty_like(x), x.double(), 0)
+    assert bracket.near(1e-7, 0.0) is None
+    assert bracket.missed
+    assert parting(torch.tensor([3.0, 2.0, 2.0, 1.0]), 2, 0.5, 0.0) is None
+    assert parting(torch.tensor([1.0, 3.0, 2.0]), 2, 0.5, 0.0) == 1.75

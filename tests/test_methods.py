@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import dora_convert
 from dora_convert.cli import main
+from dora_convert.engine.quick_thresholds import QuickThresholds
 from dora_convert.errors import PlanError, RefError, UnsupportedError, UsageError
 
 from .toy import contents, exact, load, make_adapter, make_base, stopped
@@ -136,12 +137,28 @@ def test_thresholds_of_many_blocks(case, tmp_path, monkeypatch):
     """Tensors of many blocks, more elements than are collected at once, and a self-check that believes thresholds."""
     monkeypatch.setattr("dora_convert.storage.reader.BLOCK_ELEMENTS", 160)
     monkeypatch.setattr("dora_convert.storage.reader.ROWS_MULTIPLE", 1)
-    monkeypatch.setattr("dora_convert.engine.combine.COLLECTED", 300)
+    monkeypatch.setattr("dora_convert.engine.thresholds.COLLECTED", 300)
     monkeypatch.setattr("dora_convert.parity.combined.FEW_ELEMENTS", 100)
     _, base, adapters, _ = case
     report = dora_convert.merge(base.path, adapters, tmp_path / "out", method="ties", weight=WEIGHTS, density=0.4)
     assert report.verified.wrong_elements == 0
     close(load(tmp_path / "out"), combined(case, ORACLES["ties"][0]))
+
+
+def test_two_ways_to_a_threshold(case, tmp_path, monkeypatch):
+    """The quick search and the exact one keep the same elements, also of rows that nearly cancel in V = W + s·BA."""
+    _, base, adapters, _ = case
+    written, calls = [], []
+    for kept in (1 << 18, 300):  # all numbers are held, or only those near the threshold
+        monkeypatch.setattr("dora_convert.engine.thresholds.COLLECTED", kept)
+        monkeypatch.setattr("dora_convert.engine.quick_thresholds.CANCELLED", 1.0 if kept == 300 else 0.0)
+        found = QuickThresholds.find
+        monkeypatch.setattr(QuickThresholds, "find", lambda *a, f=found: calls.append(f(*a)) or calls[-1])
+        out = tmp_path / str(kept)
+        dora_convert.merge(base.path, adapters, out, method="ties", weight=WEIGHTS, density=0.4)
+        written.append(load(out))
+    assert sum(map(len, calls)) > 5
+    assert all(torch.equal(written[0][name], x) for name, x in written[1].items())
 
 
 def test_equal_magnitudes_are_kept_in_order(tmp_path):

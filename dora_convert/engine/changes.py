@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
+import torch
 from torch import Tensor
 
 from ..adapters import Full
 from ..errors import NumericalError
 from ..maths import combine as maths
+from ..maths import lora
+from ..option_table import piece_height
 from ..plan.item import Edit, Item
 from .device_buffers import DeviceBuffers
 from .factors import LoadedEdit
 
 GOLDEN = (5**0.5 - 1) / 2
+PARTS = 32
+"""The least number of parts of a tensor that a sample is taken from."""
+SAMPLED = 64
+"""A sample has one of so many rows."""
 
 
 @dataclass
@@ -48,9 +57,24 @@ def scattered(item: Item) -> Iterator[tuple[int, int]]:
     return (spans[k] for k in sorted(range(len(spans)), key=lambda k: k * GOLDEN % 1))
 
 
-def refuse_infinite(operand: LoadedEdit, item: Item) -> None:
-    """Raise NumericalError if the last norms of an edit are not finite."""
-    if not operand.is_finite():
+def sampled(item: Item) -> list[tuple[int, int]]:
+    """Return a few rows from each part of the tensor; all rows of one block, if single rows are costly to read."""
+    spans = list(item.spans())
+    if item.source.coded or item.source.is_view:
+        return spans[:1]
+    parts, found = math.ceil(PARTS / max(1, len(spans))), list[tuple[int, int]]()
+    for start, stop in spans:
+        edges = [start + (stop - start) * part // parts for part in range(parts + 1)]
+        for first, last in pairwise(edges):
+            height = min(last - first, max(1, (last - first) // SAMPLED))
+            place = first + int(len(found) * GOLDEN % 1 * (last - first - height + 1))
+            found += [(place, place + height)] if height else []
+    return found
+
+
+def refuse_infinite(operand: LoadedEdit, item: Item, n: Tensor | None = None) -> None:
+    """Raise NumericalError if some norms, or the last ones of an edit, are not finite."""
+    if not (operand.is_finite() if n is None else lora.all_finite(n)):
         raise NumericalError(
             f"{item.name}: a change of it is NaN or infinite.",
             hint="is this the base that the adapters were trained on?",
@@ -61,11 +85,42 @@ def change_of(operand: LoadedEdit, W: Tensor, start: int, stop: int, *, out: Ten
     """Compute ΔW = apply(W) − W of one edit for a block."""
     if isinstance(operand, LoadedValues):
         operand.change_(out, W, start, stop)
+    elif operand.known is not None:
+        _low_rank_change(operand, W, start, stop, out)
     elif not operand.edit.depends:
         operand.add_(out.zero_(), start, stop)
     else:
         operand.apply_(out.copy_(W), start, stop).sub_(W)
     return out
+
+
+def _low_rank_change(operand: LoadedEdit, W: Tensor, start: int, stop: int, out: Tensor) -> None:
+    """Compute ΔW = (f − 1)·W + s·f·BA with f = m/‖V‖: as the norms are known, V is not needed."""
+    low, factors = operand.edit.low, operand.factors
+    assert low
+    assert factors
+    assert operand.m is not None
+    assert operand.known is not None
+    n = operand.known[start:stop]
+    f = (operand.m[start:stop] / n).unsqueeze(1)
+    lora.add_low_rank_(torch.mul(W, f - 1, out=out), factors.left(start, stop) * f, factors.right(start), low.scale)
+    operand.n.append(n)
+
+
+def pieces(item: Item, start: int, stop: int) -> list[tuple[int, int]]:
+    """Return the rows whose changes are computed together: parts of a block, which stay in a processor's cache.
+
+    Products have other bits at other heights, so pieces depend on shapes alone.
+    """
+    height = stop - start if item.block_elements else piece_height(item.matrix[1])
+    return [(first, min(first + height, stop)) for first in range(start, stop, max(1, height))]
+
+
+def hold_factors(operands: Iterable[LoadedEdit], start: int, stop: int) -> None:
+    """Read the factors' rows of a block at once, which are used in pieces."""
+    for operand in operands:
+        if operand.factors and not operand.edit.outputs:
+            operand.factors.hold(start, stop)
 
 
 def wanted_rank(edit: Edit, item: Item) -> tuple[int, int] | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..adapters import Delta, LowRank
 from ..maths import lora as maths
 from ..plan.item import Edit, are_apart
-from .device_buffers import DeviceBuffers
+from .device_buffers import FACTOR_ELEMENTS, DeviceBuffers
 
 if TYPE_CHECKING:
     from .kinds import LoadedTransform
@@ -29,6 +29,9 @@ class FactorPair:
     def left(self, start: int, stop: int) -> Tensor:
         """Return rows of the factor that has the weight's rows: (stop − start, r)."""
         return self._left[start:stop]
+
+    def hold(self, start: int, stop: int) -> None:
+        """Keep rows of the left factor, which are asked for in pieces; all rows are held here."""
 
     def right(self, start: int) -> Tensor:  # noqa: ARG002 - the same for all rows
         """Return the factor with the weight's columns, (r, columns), for a block that begins at `start`."""
@@ -71,6 +74,8 @@ class StreamedFactors(FactorPair):
         self._right = right.T if transposed else right
         if fixed:
             fixed.right_(self._right)
+        self._held, self._first_held = self._right.new_empty(0, 0), 0
+        """Rows of the left factor that are kept, and the number of the first."""
 
     def left(self, start: int, stop: int) -> Tensor:
         """Read rows of the left factor: (stop − start, r); all rows at once, if it stays on the device."""
@@ -80,7 +85,20 @@ class StreamedFactors(FactorPair):
             rows = math.prod(self._low.inputs) if self._transposed else self._low.outputs
             self._all_left = self._fixed_left(0, rows)
             return self._all_left[start:stop]
+        if self._holds(start, stop):
+            return self._held[start - self._first_held : stop - self._first_held]
         return self._fixed_left(start, stop)
+
+    def _holds(self, start: int, stop: int) -> bool:
+        return self._first_held <= start and stop <= self._first_held + len(self._held)
+
+    def hold(self, start: int, stop: int) -> None:
+        """Keep rows of the left factor, which are asked for in pieces or again; all rows, if they are few."""
+        if self._buffers.staged or self._holds(start, stop):
+            return
+        rows = math.prod(self._low.inputs) if self._transposed else self._low.outputs
+        first, last = (0, rows) if rows * self._low.rank <= FACTOR_ELEMENTS else (start, stop)
+        self._held, self._first_held = self._fixed_left(first, last), first
 
     def _fixed_left(self, start: int, stop: int) -> Tensor:
         part = self._read_left(start, stop)
@@ -146,6 +164,8 @@ class LoadedEdit:
     """The magnitudes of a DoRA."""
     n: list[Tensor] = field(default_factory=list)
     """The norms of a DoRA's own outputs: one tensor per block, or one for all blocks if they run along the columns."""
+    known: Tensor | None = None
+    """The norms of all rows, if an earlier pass has computed them."""
 
     @classmethod
     def load(cls, edit: Edit, buffers: DeviceBuffers, fixed: FixedPoint | None = None) -> LoadedEdit:
@@ -207,6 +227,14 @@ class LoadedEdit:
         if self.edit.kernel > 1:
             squares = squares.view(-1, self.edit.kernel).sum(1).repeat_interleave(self.edit.kernel)
         return squares
+
+    def norms_of_rows(self, W: Tensor, start: int, stop: int) -> Tensor:
+        """Compute V in place, and return the norms of its rows, for an edit of all outputs."""
+        if self.edit.norm_ratio == 1:
+            return maths.norms(self.add_(W, start, stop), axis=1)
+        n = self.measured(W.clone(), start, stop).sqrt_()
+        self.add_(W, start, stop)
+        return n
 
     def apply_(self, W: Tensor, start: int, stop: int) -> Tensor:
         """Compute V in place, or m·V/‖V‖, or m·V if m is normalised."""

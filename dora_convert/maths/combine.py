@@ -138,24 +138,35 @@ def add_up_(
 
 def elect_(
     W: Tensor,  # changed in place
-    deltas: Sequence[Tensor],  # overwritten
+    deltas: Tensor,  # one change after another, each as W; overwritten
     weights: Sequence[float],
     majority: str,
-    work: Sequence[Tensor],  # two more of the same shape
-    marks: Sequence[Tensor],  # two of the same shape: bool and uint8
+    work: Sequence[Tensor],  # two more as W
+    marks: Sequence[Tensor],  # bool as `deltas`, and uint8 as W; int32 for more than 255 changes
 ) -> Tensor:
     """Add to W the mean of wᵢ·δᵢ over the changes whose sign is the majority's (24, TIES).
 
     "total" elects the sign of Σ δᵢ, "frequency" the sign of Σ sign(δᵢ); zero counts as positive.
     """
     (signs, total), (agrees, count) = work, marks
-    for number, delta in enumerate(deltas):
-        vote = delta if majority == "total" else torch.sign(delta, out=total)
-        signs = signs.add_(vote) if number else signs.copy_(vote)
-    signs.sign_().add_(0.5).sign_()
-    for number, (delta, weight) in enumerate(zip(deltas, weights, strict=True)):
-        agreeing = delta.mul_(signs).clamp_(min=0.0)
-        agreed = agrees.copy_(agreeing).view(torch.uint8)
-        total = total.add_(agreeing, alpha=weight) if number else torch.mul(agreeing, weight, out=total)
-        count = count.add_(agreed) if number else count.copy_(agreed)
-    return W.add_(total.div_(count.clamp_(min=1)).mul_(signs))
+    _votes(deltas, majority, signs, total).ge_(0.0).mul_(2.0).sub_(1.0)
+    agrees.copy_(deltas.mul_(signs).clamp_(min=0.0))
+    torch.sum(agrees.view(torch.uint8), dim=0, dtype=count.dtype, out=count)
+    torch.mul(deltas[0], weights[0], out=total)
+    for delta, weight in zip(deltas[1:], weights[1:], strict=True):
+        total.add_(delta, alpha=weight)
+    total.mul_(signs)
+    return W.addcdiv_(total, signs.copy_(count).clamp_(min=1.0))
+
+
+def _votes(deltas: Tensor, majority: str, out: Tensor, vote: Tensor) -> Tensor:
+    """Return the sum of all changes, or of their signs; `vote` is scratch space."""
+    if majority == "total":
+        torch.add(deltas[0], deltas[1], out=out) if len(deltas) > 1 else out.copy_(deltas[0])
+        for delta in deltas[2:]:
+            out.add_(delta)
+        return out
+    torch.sign(deltas[0], out=out)
+    for delta in deltas[1:]:
+        out.add_(torch.sign(delta, out=vote))
+    return out

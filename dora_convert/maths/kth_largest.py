@@ -1,27 +1,35 @@
-"""Find the k-th largest number of a stream of blocks, exactly, without sorting or holding all of them.
+"""Find the k-th largest magnitude of a stream of blocks, exactly, without sorting or holding all of them.
 
-The first pass holds the numbers of an interval. Whenever these become too many, the interval shrinks around the rank
-that the wanted number has among those seen so far. If the wanted number leaves the interval after all, further passes
-count the numbers by 16 of their bits at a time, which narrows the interval to one that is right for certain.
+A sample of the stream gives an interval that holds the k-th largest. A pass counts the numbers above the interval, and
+holds those inside. While the blocks pass by, the interval shrinks around the rank that the number has among those seen
+so far. If the number leaves the interval after all, a sample of all blocks chooses another one. If that fails, too,
+further passes count the numbers by 16 of their bits at a time, which leads to an interval that is right for certain.
 """
 
 from __future__ import annotations
 
+import math
 import sys
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-CAPACITY = 1 << 19
+CAPACITY = 1 << 18
 """Numbers of one stream that are held at most, beside those of a block."""
-SAMPLED, MARGIN = 1 << 14, 0.05
-"""Numbers that stand for others where a bound is chosen, and the shares of all numbers on each side at first."""
+FEW = 1 << 15
+"""So many numbers are held before the interval shrinks, unless fewer are allowed."""
+SIGMAS = 4.0
+"""Half an interval's width, in standard errors of a share."""
+ROUGH = 1 << 12
 DIGITS = 16
+GROUP = 8
+"""Numbers that are looked at together where few are chosen."""
 INTEGERS = {4: torch.int32, 8: torch.int64}
 
 
 class KthLargest:
-    """The k-th largest of n numbers ≥ 0 that pass by in blocks, as often as `done` is False.
+    """The k-th largest magnitude of n numbers that pass by in blocks, as often as `done` is False.
 
     Blocks of the first pass should come in no order of their sizes, so that those seen are like those to come.
     """
@@ -30,56 +38,88 @@ class KthLargest:
         """Ask for the k-th largest of n."""
         self.k, self.n, self._capacity = k, n, capacity
         self.value = sys.float_info.max
-        """The k-th largest number; the largest of all numbers if k is 0."""
+        """The k-th largest magnitude; the largest of all numbers if k is 0."""
         self.equal = self.wanted = 0
         """The number of equals of it, and of those among the k largest."""
         self.done = k == 0
-        self._low, self._high = 0.0, float("inf")
-        self._above = self._inside = self._seen = 0
+        self._low, self._high = 0.0, math.inf  # zeros are never inside
+        self._above = self._inside = self._seen = self._blocks = 0
         self._found: list[Tensor] = []
+        self._spread = -1.0  # how far the shares of parts differ, beyond chance; negative if nobody looked
+        self._sample: list[Tensor] = []
         self._counts: Tensor | None = None
-        self._certain = False
+        self._certain = self._again = False
 
-    def add(self, numbers: Tensor, single: Tensor | None = None) -> None:
-        """Take a block; `single` is scratch space of its shape in float32.
+    @property
+    def sample_size(self) -> int:
+        """The numbers that a sample should have: more cost more than a narrow interval saves."""
+        return math.ceil(1.3 * math.pow(self.n, 2 / 3))
+
+    def look(self, sample: Tensor, *, of_all: bool = False) -> None:
+        """Choose the first interval by a sample: a row of numbers for each part of the stream.
+
+        Parts that are `of_all` are all there are, so that their differences are no doubt about others.
+        """
+        share, rounded = self.k / self.n, sample.abs().float()
+        rough = _about(rounded.flatten()[:: max(1, sample.numel() // ROUGH)], share)
+        shares = rounded.gt(rough).double().mean(dim=1)
+        chance = share * (1 - share) / sample.shape[1]
+        beyond = float(shares.var()) - chance if len(shares) > 1 else 0.0
+        self._spread = math.sqrt(max(0.0, beyond))
+        error = math.sqrt((chance + (0.0 if of_all else self._spread**2)) / len(sample))
+        margin = SIGMAS * error + 1 / sample.numel()
+        self._high = _about(rounded, share - margin) if share > margin else math.inf
+        self._low = _about(rounded, share + margin) if share + margin < 1 else 0.0
+
+    def add(self, numbers: Tensor, scratch: Sequence[Tensor] = ()) -> None:
+        """Take a block; `scratch` is two tensors of its shape in float32.
 
         Rounding to float32 keeps the order, and the bounds are such numbers. So comparisons are of half the size.
         """
         if self._counts is not None:
-            self._count(numbers)
+            self._count(numbers.abs())
             return
-        rounded = self._comparable(numbers, single)
-        if not self._seen and self.n > self._capacity and not self._certain:
-            self._guess(rounded)
-        reached, above = rounded >= self._low, rounded > self._high
-        self._seen += numbers.numel()
-        self._above += int(torch.count_nonzero(above))
-        inside = _selected(numbers.reshape(-1), reached.bitwise_xor_(above).view(-1))
-        self._inside += len(inside)
-        if self._inside - len(inside) <= self._capacity:
+        sizes, chosen = scratch or (torch.empty_like(numbers, dtype=torch.float32) for _ in range(2))
+        if self._certain:
+            sizes, chosen = numbers.abs(), torch.empty_like(numbers)
+        else:
+            sizes.copy_(numbers).abs_()
+        self._remember(sizes)
+        inside = self._between(numbers, sizes, chosen)
+        self._above += 0 if self._high == math.inf else _number_of(sizes.gt_(self._high))
+        self._seen, self._blocks = self._seen + numbers.numel(), self._blocks + 1
+        if self._inside <= self._capacity:
             self._found.append(inside)
-        if self._inside > self._capacity // 2 and self._seen < self.n:
+        self._inside += len(inside)
+        many = min(self._capacity // 2, max(FEW, 6 * self._half()))
+        if self._inside > many and self._seen < self.n and not self._certain:
             self._shrink()
 
-    def _comparable(self, numbers: Tensor, single: Tensor | None) -> Tensor:
-        """Return the numbers as the bounds are: rounded to float32, if passes by bits have not set the bounds."""
-        if self._certain:
-            return numbers
-        return numbers.float() if single is None else single.copy_(numbers)
+    def _remember(self, sizes: Tensor) -> None:
+        """Keep a sample of all blocks, in case the interval is wrong."""
+        if not self._again and sizes.numel():
+            step = max(1, self.n // self.sample_size) | 1
+            self._sample.append(sizes.reshape(-1)[::step].clone())
 
-    def _guess(self, rounded: Tensor) -> None:
-        """Choose a wide interval by a sample of the first block."""
-        share = self.k / self.n
-        if share > MARGIN:
-            self._high = _about(rounded, share - MARGIN)
-        if share + MARGIN < 1:
-            self._low = _about(rounded, share + MARGIN)
+    def _between(self, numbers: Tensor, sizes: Tensor, chosen: Tensor) -> Tensor:
+        """Return the magnitudes inside the interval; `chosen` is overwritten."""
+        below, above = _below(self._low, sizes.dtype), -_below(-self._high, sizes.dtype)
+        torch.ops.aten.hardtanh_backward.grad_input(sizes, sizes, below, above, grad_input=chosen)
+        return _selected(numbers.reshape(-1), chosen.view(-1)).abs_()
+
+    def _half(self) -> int:
+        """Return how many numbers the wanted rank may be off among those seen."""
+        share, rest = self.k / self.n, max(0.0, 1 - self._seen / self.n)
+        if self._spread < 0:
+            return self._capacity // GROUP
+        variance = share * (1 - share) / self._seen + self._spread**2 / self._blocks
+        return min(self._capacity // GROUP, math.ceil(SIGMAS * self._seen * math.sqrt(variance * rest)) + GROUP)
 
     def _shrink(self) -> None:
-        """Hold a quarter of the numbers that fit, around the rank that is wanted among those seen."""
-        if sum(map(len, self._found)) < self._inside:
+        """Hold the numbers around the rank that is wanted among those seen."""
+        if not self._holds_all:
             return  # too many equal numbers: they were not held
-        found, half = torch.cat(self._found), self._capacity // 8
+        found, half = torch.cat(self._found), self._half()
         rounded = found if self._certain else found.float()
         middle = round(self.k * self._seen / self.n) - self._above
         if middle > half:
@@ -87,7 +127,7 @@ class KthLargest:
         if middle + half < len(found):
             self._low = _about(rounded, (middle + half) / len(found))
         self._above += int(torch.count_nonzero(rounded > self._high))
-        kept = _selected(found, (rounded >= self._low) & (rounded <= self._high))
+        kept = found[(rounded >= self._low) & (rounded <= self._high)]
         self._found, self._inside = [kept], len(kept)
 
     def finish(self) -> bool:
@@ -96,28 +136,57 @@ class KthLargest:
             return True
         if self._counts is not None:
             self._narrow()
-        elif self._above < self.k <= self._above + self._inside == self._above + sum(map(len, self._found)):
+        elif self._above < self.k and self._holds_all and self._reaches:
             self._settle()
         else:
             self._restart()
         return self.done
 
+    @property
+    def _holds_all(self) -> bool:
+        """True if all numbers inside the interval are held."""
+        return self._inside == sum(map(len, self._found))
+
+    @property
+    def _reaches(self) -> bool:
+        """True if the wanted number is not below the interval."""
+        return self._low == 0 or self.k <= self._above + self._inside
+
     def _settle(self) -> None:
-        """Find the number among the collected ones."""
-        found, rank = torch.cat(self._found), self.k - self._above
+        """Find the number among the held ones; it is zero if they are too few."""
+        rank = self.k - self._above
+        if rank > self._inside:
+            self._end(0.0, self.n - self._above - self._inside, rank - self._inside)
+            return
+        found = torch.cat(self._found)
         value = found.kthvalue(len(found) + 1 - rank).values
         self._end(float(value), int((found == value).sum()), rank - int((found > value).sum()))
 
+    def end(self, value: float) -> None:
+        """Take a number that parts the k largest from all others, found otherwise."""
+        self._end(value, 0, 0)
+
     def _end(self, value: float, equal: int, wanted: int) -> None:
         self.value, self.equal, self.wanted, self.done = value, equal, wanted, True
-        self._found, self._counts = [], None
+        self._found, self._sample, self._counts = [], [], None
+
+    def _restart(self) -> None:
+        """Choose another interval by the sample of all blocks; if this has been tried, count bits."""
+        sample, self._sample = self._sample, []
+        can_help = self._holds_all and not self._again and bool(sample)
+        self._found, self._above, self._inside, self._seen, self._blocks = [], 0, 0, 0, 0
+        self._again = True
+        if can_help:
+            length = min(map(len, sample))
+            self.look(torch.stack([part[:length] for part in sample]), of_all=True)
+        else:
+            self._begin_counting()
 
     # ---- the passes that are right for certain: bits of numbers ≥ 0 grow with the numbers
 
-    def _restart(self) -> None:
-        """Begin to count all numbers by their highest bits."""
-        self._found, self._prefix, self._above, self._inside = [], 0, 0, 0
-        self._shift = -1
+    def _begin_counting(self) -> None:
+        """Count all numbers by their highest bits."""
+        self._prefix, self._shift = 0, -1
         self._counts = torch.zeros(1 << DIGITS, dtype=torch.int64)
 
     def _count(self, numbers: Tensor) -> None:
@@ -157,14 +226,26 @@ class KthLargest:
 
 def _about(numbers: Tensor, share: float) -> float:
     """Return a number that about a share of some numbers exceeds."""
-    sample = numbers.reshape(-1)[:: max(1, numbers.numel() // SAMPLED)]
-    rank = min(max(1, round(share * len(sample))), len(sample))
-    return float(sample.kthvalue(len(sample) + 1 - rank).values)
+    rank = min(max(1, round(share * numbers.numel())), numbers.numel())
+    return float(numbers.flatten().kthvalue(numbers.numel() + 1 - rank).values)
+
+
+def _below(bound: float, dtype: torch.dtype) -> float:
+    """Return the greatest number of a dtype below a bound, which is one; 0 below 0, as zeros are not looked for."""
+    if bound in (0.0, -math.inf):
+        return bound
+    return float(torch.nextafter(torch.tensor(bound, dtype=dtype), torch.tensor(-math.inf, dtype=dtype)))
+
+
+def _number_of(flags: Tensor) -> int:
+    """Return the number of ones among zeros and ones; float32 adds up so many exactly."""
+    return int(flags.sum()) if flags.numel() < 1 << 24 else int(torch.count_nonzero(flags))
 
 
 def _selected(numbers: Tensor, chosen: Tensor) -> Tensor:
-    """Return the numbers that are chosen; if they are few, eight flags are looked at together."""
-    if len(numbers) % 8 or 32 * int(torch.count_nonzero(chosen)) > len(numbers):
-        return numbers[chosen]
-    eights = chosen.view(torch.int64).nonzero().squeeze(1)
-    return numbers.view(-1, 8)[eights][chosen.view(-1, 8)[eights]]
+    """Return the numbers where `chosen` is not zero; where few are, most groups are passed over."""
+    if len(numbers) % GROUP:
+        return numbers[chosen != 0]
+    groups = chosen.view(GROUP, -1)
+    hits = groups.amax(dim=0).nonzero().squeeze(1)
+    return numbers.view(GROUP, -1).index_select(1, hits)[groups.index_select(1, hits) != 0]

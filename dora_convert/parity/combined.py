@@ -97,7 +97,7 @@ class CombinedExpected(Expected):
         stacked = torch.stack(kept)
         agreeing = stacked.sign() == self._elected(stacked)
         weighted = torch.tensor(weights, dtype=W.dtype, device=W.device)[:, None, None] * stacked
-        mean = torch.where(agreeing, weighted, 0.0).sum(0) / agreeing.sum(0).clamp(min=1)
+        mean = (agreeing * weighted).sum(0) / agreeing.sum(0).clamp(min=1)
         return Block(W, parts, W + mean)
 
     def bound(self, rows: Sequence[int], x: Tensor, *, rounded_once: bool) -> Tensor:
@@ -143,7 +143,7 @@ class CombinedExpected(Expected):
             if last >= 0:
                 places = torch.tensor(list(rows), device=W.device)[:, None] * W.shape[1]
                 mask &= (change.abs() > least) | (places + torch.arange(W.shape[1], device=W.device) <= last)
-            return Kept(torch.where(mask, change, 0.0), change, 1.0, slack, doubtful)
+            return Kept(mask * change, change, 1.0, slack, doubtful)
         certain = torch.zeros_like(change, dtype=torch.bool)
         if not self._how.draws or edit.density >= 1:
             return Kept(change, change, 1.0, slack, certain)

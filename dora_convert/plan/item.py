@@ -233,7 +233,8 @@ class Item:
         total = host + block * (width + 4) + (host + 8 * block if self.replaced else 0)
         total += self.source.held(block, again=bool(self.parts))
         if self.combination:
-            total += self.combination.cost(len(self.edits), self.source.numel, block, width)
+            rank, whole = sum(edit.low.rank for edit in self.edits if edit.low), self.block_elements > 0
+            total += self.combination.cost(len(self.edits), self.matrix, block, width, rank=rank, whole=whole)
         elif len(self.edits) > 1:
             total += 2 * block * width
         if self.start:
