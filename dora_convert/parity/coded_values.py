@@ -143,7 +143,7 @@ class CodedValues:
         values, scale = self._parts.numbers("map", START, torch.arange(16)).flatten(), self._nibble_scales(scheme, row)
         nearest = torch.full_like(x, torch.inf)
         for value in values.tolist():
-            torch.minimum(nearest, torch.mul(scale, value, out=v).sub_(x).abs_(), out=nearest)
+            torch.minimum(nearest, torch.mul(scale.expand_as(x), value, out=v).sub_(x).abs_(), out=nearest)
         return self._nibble_values(row) * scale, nearest
 
     def _nibble_scales(self, scheme: Nibbles, row: Tensor) -> Tensor:
