@@ -89,8 +89,9 @@ class Stillborn(ThreadWorker):
         return gone
 
 
-def test_a_worker_that_never_starts_is_given_up():
+def test_a_worker_that_never_starts_is_given_up(monkeypatch):
     """Others do all tasks; without others the run ends."""
+    monkeypatch.setattr(dispatch, "RENEW_SECONDS", 0.001)
     assert run([Stillborn(), ThreadWorker()], range(9)) == {task: task * task for task in range(9)}
     with pytest.raises(OutputError, match="A process was lost"):
         run([Stillborn(), Stillborn()], range(9))
