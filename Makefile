@@ -153,10 +153,12 @@ oracles-mergekit: $(VENV)/ready $(VENV)-mergekit/ready
 gpu:
 	$(PYTHON) bench/gpu.py $(GPU)
 
+# moto comes second, with the one boto3 that s3fs can live with: pip takes ten minutes to find it in one step
 $(VENV)-cluster/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)-cluster
 	$(VENV)-cluster/bin/python -m pip install --quiet $(TORCH)
-	$(VENV)-cluster/bin/python -m pip install --quiet -e '.[ray,s3]' numpy 'moto[server]'
+	$(VENV)-cluster/bin/python -m pip install --quiet -e '.[ray,s3]' numpy
+	$(VENV)-cluster/bin/python -m pip install --quiet 'aiobotocore[boto3]' 'moto[server]'
 	touch $@
 
 cluster: $(VENV)-cluster/ready

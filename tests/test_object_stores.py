@@ -194,3 +194,28 @@ def test_clear_errors(pair, store, tmp_path, monkeypatch):
         monkeypatch.setattr(type(store), "find", lambda *_, error=error, **__: (_ for _ in ()).throw(error))
         with pytest.raises(RefError, match=words):
             dora_convert.merge(base, pair[1], tmp_path / "out")
+
+
+def test_inspect(pair, store, monkeypatch):
+    """Reports are those of local folders, and no weights of a model are downloaded."""
+    base, adapter, merged = pair
+    fetch, fetched = object_store.ObjectStore.fetch, []
+    monkeypatch.setattr(
+        object_store.ObjectStore,
+        "fetch",
+        lambda self, names, folder: fetched.extend(names) or fetch(self, names, folder),
+    )
+    for folder, name in ((base, "base"), (merged, "merged"), (adapter, "adapter")):
+        here = dora_convert.inspect(folder).to_dict()
+        there = dora_convert.inspect(upload(store, folder, name)).to_dict()
+        assert {key for key in here if here[key] != there[key]} <= {
+            "ref",
+            "commit",
+            "seconds",
+            "loaders",
+        }  # which name the REF
+        assert any(file.endswith(".safetensors") for file in fetched) == (name == "adapter")
+    report = dora_convert.inspect(f"{BUCKET}/adapter", f"{BUCKET}/base").to_dict()
+    assert report["landing"] is not None
+    with pytest.raises(RefError, match="holds no files"):
+        dora_convert.inspect(f"{BUCKET}/nothing")

@@ -57,7 +57,7 @@ class CodedValues:
                 q, z, s, b = self._block_parts(scheme, row)
                 return (q - z) * s + b
             case Nibbles() as scheme:
-                return self._nibble_rows(scheme, row)
+                return self._nibble_values(row) * self._nibble_scales(scheme, row)  # over the flattened tensor
             case Gptq() as scheme:
                 return self._gptq_rows(scheme, row)
             case Awq() as scheme:
@@ -128,25 +128,23 @@ class CodedValues:
         ]
         return torch.stack(each).sum(0) - (2 ** (scheme.bits - 1) if scheme.grid == "signed" else 0)
 
-    def _nibble_rows(self, scheme: Nibbles, row: Tensor) -> Tensor:
-        """W = map[q]·absmax, over the flattened tensor; the first of two codes is in the high bits."""
+    def _nibble_values(self, row: Tensor) -> Tensor:
+        """Return the values of codes before their scale, map[q]; the first of two codes is in the high bits."""
         K, j = self._tensor.columns, torch.arange(self._tensor.columns)
         if K % 2:  # a row may begin within a byte
             q = self._parts.whole("codes", START, 4 * (row * K + j ^ 1), 4)
         else:
             q = self._parts.whole("codes", row * K * 4, 4 * (j ^ 1), 4)
-        return picked(self._parts.numbers("map", START, torch.arange(16)).flatten(), q) * self._nibble_scales(
-            scheme, row
-        )
+        return picked(self._parts.numbers("map", START, torch.arange(16)).flatten(), q)
 
     def _nearest_nibbles(self, scheme: Nibbles, numbers: Sequence[int], x: Tensor) -> tuple[Tensor, Tensor]:
         """Return some rows, and the distance of each of x to the nearest value that its block can have."""
-        row = torch.tensor(numbers)[:, None]
+        row, v = torch.tensor(numbers)[:, None], torch.empty_like(x)
         values, scale = self._parts.numbers("map", START, torch.arange(16)).flatten(), self._nibble_scales(scheme, row)
         nearest = torch.full_like(x, torch.inf)
         for value in values.tolist():
-            nearest = nearest.minimum((value * scale - x).abs_())
-        return self.rows(numbers), nearest
+            torch.minimum(nearest, torch.mul(scale.expand_as(x), value, out=v).sub_(x).abs_(), out=nearest)
+        return self._nibble_values(row) * scale, nearest
 
     def _nibble_scales(self, scheme: Nibbles, row: Tensor) -> Tensor:
         """Return the scale of each element of some rows; blocks do not begin anew with each row."""

@@ -50,9 +50,8 @@ class Block(NamedTuple):
 class Expected:
     """The float64 result x of an item, for any rows, and its bound; on any device that has float64."""
 
-    def __init__(self, item: Item, reader: Reader, device: torch.device = CPU) -> None:
-        self.item, self._reader, self.device = item, reader, device
-        self.elements = CHUNK_ELEMENTS
+    def __init__(self, item: Item, reader: Reader, device: torch.device = CPU, elements: int = CHUNK_ELEMENTS) -> None:
+        self.item, self._reader, self.device, self.elements = item, reader, device, elements
         self._wholes: dict[int, Tensor] = {}  # small tensors of which rows were read, by the id of their headers
         self._coded: CodedValues | None = None
         self._set = {row: (rows.value, k) for rows in item.rows for k, row in enumerate(rows.index)}
@@ -201,7 +200,7 @@ class Expected:
         """Return ‖W + sBA‖ along the columns, from the whole tensor; for a bias, of its weight."""
         edit = self.item.edits[number]
         if edit.follows:
-            other = Expected(edit.follows, self._reader, self.device)
+            other = Expected(edit.follows, self._reader, self.device, self.elements)
             chunks = other.chunks(range(edit.follows.matrix[0]))
             if (n := other._column_norms[0]) is not None:
                 return n

@@ -70,18 +70,20 @@ class SelfCheck:
 
     def _expected(self, item: Item, result: TensorResult, rows: Sequence[int], device: torch.device) -> Expected:
         """Return the definition of an item's result, for a comparison of some rows."""
+        elements = self._elements(item, device)
         if not item.combination:
-            return self._sized(Expected(item, self._reader, device))
+            return Expected(item, self._reader, device, elements)
         from .combined import expected_of
 
-        return self._sized(expected_of(item, self._reader, device, cuts=result.cuts, sample=rows))
-
-    def _sized(self, expected: Expected) -> Expected:
-        """Let a definition compute as many elements together as the memory allows: calls cost more than numbers."""
-        fitting = self._spare // (8 * ARRAYS * max(1, len(expected.item.edits)))
-        fewest, most = ON_PROCESSOR if expected.device.type == "cpu" else ON_DEVICE
-        expected.elements = max(fewest, min(fitting, most))
+        expected = expected_of(item, self._reader, device, cuts=result.cuts, sample=rows)
+        expected.elements = elements
         return expected
+
+    def _elements(self, item: Item, device: torch.device) -> int:
+        """Return the elements that are computed together, as the memory allows: calls cost more than numbers."""
+        fitting = self._spare // (8 * ARRAYS * max(1, len(item.edits)))
+        fewest, most = ON_PROCESSOR if device.type == "cpu" else ON_DEVICE
+        return max(fewest, min(fitting, most))
 
 
 def _refuse_unreadable(path: Path, names: set[str]) -> None:

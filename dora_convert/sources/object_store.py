@@ -13,14 +13,15 @@ from typing import Any, NamedTuple
 import xxhash
 
 from ..errors import OutputError, RefError
-from ..formats.detect import refuse_adapter
+from ..formats.detect import detect, refuse_adapter, wanted_of_adapter
 from ..settings import EXTRAS, require_extra
 from ..storage.checkpoint import Checkpoint, assemble, open_checkpoint, weight_entry
-from ..storage.filenames import PICKLES, RECORD, is_weight_file, sort_files
+from ..storage.filenames import PICKLES, RECEIPT, RECORD, is_weight_file, sort_files
 from ..storage.json_files import read_config, shard_files, weight_map
 from ..storage.refs import Source
 from ..storage.safetensors import MAX_HEADER, Header, parse_header
 from . import Session
+from .remote_headers import RefListing
 
 FIRST = 1 << 16
 """Bytes of the first request for a header."""
@@ -165,10 +166,11 @@ def refuse_nothing(url: str, files: dict[str, StoredFile]) -> None:
         raise RefError(f"{url} holds no files.", hint="check the spelling; a folder is written s3://bucket/folder")
 
 
-def open_stored(url: str, what: str, session: Session) -> Checkpoint:
+def open_stored(url: str, what: str, session: Session, *, records: bool = True) -> Checkpoint:
     """Open a checkpoint whose weights stay in the store: small files are downloaded, headers are read by ranges.
 
-    Torch's pickles are downloaded whole, for their headers lie at the end.
+    Torch's pickles are downloaded whole, for their headers lie at the end. Without `records`, receipts are downloaded,
+    but not the undo records beside them.
     """
     store, name = ObjectStore(url), url.rstrip("/").rpartition("/")[2]
     files = store.files()
@@ -179,7 +181,8 @@ def open_stored(url: str, what: str, session: Session) -> Checkpoint:
         return open_checkpoint(fetch_folder(url, session))
     folder = session.temporary(xxhash.xxh3_64_hexdigest(url.encode())) / name
     small = [file for file in files if file == entry.removesuffix(".safetensors") or not is_weight_file(file)]
-    small += [file for file in files if file.startswith(f"{RECORD}/")]
+    kept = RECEIPT if not records else ""
+    small += [file for file in files if file.startswith(f"{RECORD}/") and file.endswith(kept)]
     store.fetch(sorted({*small, *([entry] if entry.endswith(".json") else [])}), folder)
     source = Source(folder, name, commit=listing_hash(files), url=store.url)
     table = weight_map(folder / entry) if entry.endswith(".json") else None
@@ -192,6 +195,22 @@ def open_stored(url: str, what: str, session: Session) -> Checkpoint:
     sides, left = sort_files(file for file in files if file not in {entry, *shards})
     checkpoint = Checkpoint(source, assemble(name, headers, table, notes), entry if table is not None else None)
     return replace(checkpoint, config=read_config(folder), side_files=sides, left_behind=left, notes=tuple(notes))
+
+
+def look_stored(url: str, session: Session) -> RefListing:
+    """List a folder in an object store: an adapter is downloaded, but of a checkpoint only headers and small files."""
+    store, name = ObjectStore(url), url.rstrip("/").rpartition("/")[2]
+    files = store.files()
+    refuse_nothing(url, files)
+    names = tuple(file for file in files if "/" not in file)
+    if list(files) == [store.path("").rstrip("/")] or "" in files:
+        return RefListing(fetch_folder(url, session))
+    if not detect(names):
+        checkpoint = open_stored(url, "REF", session, records=False)
+        return RefListing(checkpoint.source, names, checkpoint)
+    folder = session.temporary(xxhash.xxh3_64_hexdigest(url.encode())) / name
+    store.fetch(wanted_of_adapter(names), folder)
+    return RefListing(Source(folder, name, commit=listing_hash(files), url=store.url), names)
 
 
 def _header(store: ObjectStore, file: str, size: int, folder: Path) -> Header:

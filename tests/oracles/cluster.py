@@ -245,6 +245,7 @@ def main() -> None:
     parser.add_argument("--layers", default="4")
     parser.add_argument("--folder", type=Path)
     chosen = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background of a shell ignore it
     names = chosen.cases or [name for name, case in vars(Cases).items() if callable(case) and not name.startswith("_")]
     folder = chosen.folder or Path(tempfile.mkdtemp(prefix="dora-convert-cluster-"))
     if not (folder / "base").exists():

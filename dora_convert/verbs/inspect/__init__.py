@@ -26,7 +26,7 @@ from ...sources import Session
 from ...sources.inputs import find_adapter, open_base, read_adapter, read_or_refuse
 from ...sources.remote_headers import RefListing, look
 from ...storage.checkpoint import Checkpoint
-from ...storage.refs import HubRef, PathLike, Source, local_path, parse_ref
+from ...storage.refs import HubRef, PathLike, Source, is_stored, local_path, parse_ref
 from .. import takes
 from .advice import advise
 from .census import census, common, fold
@@ -63,9 +63,7 @@ def _describe(ref: str, base: str | None, options: InspectOptions) -> AdapterRep
     """Return the report on a REF."""
     started = time.monotonic()
     with Session(options["token"], cache=options["cache"]) as session:
-        parsed = parse_ref(ref)
-        is_file = isinstance(parsed, HubRef) and bool(parsed.file)
-        listing = RefListing(find_adapter(ref, session)) if is_file else look(parsed, "REF", session)
+        listing = _listed(ref, session)
         source, checkpoint = listing.source, None
         if not detect(source.path):
             checkpoint = _open(listing)
@@ -76,11 +74,22 @@ def _describe(ref: str, base: str | None, options: InspectOptions) -> AdapterRep
             waived = parse_options(options).waived
             words = (str(ref), base)
             return _describe_adapter(source, listing.names, against, waived, words=words, started=started)
-    if base is not None:
-        swapped = detect(local_path(base, "BASE"))
-        hint = shlex.join(["dora-convert", "inspect", base, "--base", ref])
-        raise UsageError(f"REF {ref} is a model; --base is for adapters.", hint=hint if swapped else None)
-    return census(checkpoint, started)
+        if base is not None:
+            swapped = detect(local_path(base, "BASE"))
+            hint = shlex.join(["dora-convert", "inspect", base, "--base", ref])
+            raise UsageError(f"REF {ref} is a model; --base is for adapters.", hint=hint if swapped else None)
+        return census(checkpoint, started)
+
+
+def _listed(ref: str, session: Session) -> RefListing:
+    """Return the files of a REF, with a checkpoint's headers if its weights stay away."""
+    if is_stored(ref):
+        from ...sources.object_store import look_stored
+
+        return look_stored(ref, session)
+    parsed = parse_ref(ref)
+    is_file = isinstance(parsed, HubRef) and bool(parsed.file)
+    return RefListing(find_adapter(ref, session)) if is_file else look(parsed, "REF", session)
 
 
 def _open(listing: RefListing) -> Checkpoint:
