@@ -18,7 +18,7 @@ from pathlib import Path
 from merge import run
 
 HERE = Path(__file__).parent
-DENSITY = {"ties": ["0.2"], "magnitude-prune": ["0.2"], "dare": ["0.5"], "dare-ties": ["0.5"], "della": ["0.5"]}
+DENSITY = {"ties": ["0.5"], "magnitude-prune": ["0.5"], "dare": ["0.5"], "dare-ties": ["0.5"], "della": ["0.5"]}
 
 
 def commands(folder: Path, methods: list[str], more: list[str]) -> dict[str, list[str]]:

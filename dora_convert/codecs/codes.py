@@ -81,7 +81,7 @@ class NearestCodes:
             taken = self._cell(self._middles)
             if bool((taken.diff() > 0).all()):
                 self._limits = self._middles.new_full((self._cells,), torch.inf).index_put_((taken,), self._middles)
-                before = torch.searchsorted(taken, torch.arange(self._cells, device=table.device))
+                before = torch.searchsorted(taken, torch.arange(self._cells, dtype=taken.dtype, device=table.device))
                 sides = torch.stack([before, (before + 1).clamp_(max=len(taken))], dim=1).flatten()
                 self._codes = self._order[sides]
                 return

@@ -62,7 +62,7 @@ class KthLargest:
         """
         share, rounded = self.k / self.n, sample.abs().float()
         rough = _about(rounded.flatten()[:: max(1, sample.numel() // ROUGH)], share)
-        shares = rounded.gt(rough).double().mean(dim=1)
+        shares = rounded.gt(rough).float().mean(dim=1)  # float64 is not on all devices
         chance = share * (1 - share) / sample.shape[1]
         beyond = float(shares.var()) - chance if len(shares) > 1 else 0.0
         self._spread = math.sqrt(max(0.0, beyond))
