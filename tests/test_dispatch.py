@@ -7,7 +7,7 @@ from concurrent.futures import Future
 
 import pytest
 
-from dora_convert.cluster import dispatch
+from dora_convert.cluster import dispatch, own_node
 from dora_convert.cluster.dispatch import Dispatch, ThreadWorker, WorkerLostError
 from dora_convert.errors import OutputError
 
@@ -89,8 +89,29 @@ class Stillborn(ThreadWorker):
         return gone
 
 
-def test_a_worker_that_never_starts_is_given_up():
+def test_a_worker_that_never_starts_is_given_up(monkeypatch):
     """Others do all tasks; without others the run ends."""
+    monkeypatch.setattr(dispatch, "RENEW_SECONDS", 0.001)
     assert run([Stillborn(), ThreadWorker()], range(9)) == {task: task * task for task in range(9)}
     with pytest.raises(OutputError, match="A process was lost"):
         run([Stillborn(), Stillborn()], range(9))
+
+
+def test_nodes_of_one_machine_share_its_processors(monkeypatch):
+    """A process for each processor, less the threads of this process; other machines get what Ray says."""
+    monkeypatch.setattr(own_node, "own_id", lambda: "a")
+    monkeypatch.setattr(own_node, "processors", lambda: 6)
+    nodes = [
+        {"NodeID": name, "NodeManagerAddress": address, "Resources": {"CPU": count, "GPU": 1}}
+        for name, address, count in (("a", "here", 5), ("b", "here", 3), ("c", "here", 2), ("d", "there", 64))
+    ]
+
+    def counts(kind, own=None, *, shared=True):
+        return [count for _, count in own_node.workers_of(nodes, kind, own, shared=shared)]
+
+    assert counts("CPU") == [5, 1, 0, 64]
+    assert counts("CPU", own_node.OwnNode(nodes[0], None, 4)) == [1, 1, 0, 64]
+    assert counts("GPU") == [1, 1, 1, 1]
+    assert counts("CPU", shared=False) == [5, 3, 2, 64]
+    monkeypatch.setattr(own_node, "own_id", lambda: None)
+    assert counts("CPU") == [5, 3, 2, 64]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import islice
 from queue import SimpleQueue
+from threading import Timer
 from typing import Any, Generic, Protocol
 
 from ..errors import OutputError
@@ -16,6 +17,8 @@ AHEAD = 2
 """Tasks of a worker that run or wait: enough that no worker is idle, and few to wait for at the end."""
 RETRIES = 5
 """Workers that one task may lose before the run fails, and processes that a worker may lose before it is given up."""
+RENEW_SECONDS = 1.5
+"""A worker that did not start is renewed after this time, then after twice as much: a new cluster may need some."""
 END_SECONDS = 60
 """The time for running tasks to end after an error."""
 
@@ -91,12 +94,20 @@ class Dispatch(Generic[Work, Result]):
         self._load: dict[Worker, int] = {}
         """The tasks at each worker that has started the job."""
         self._running: dict[Future[Any], Work] = {}
+        self._timers = list[Timer]()
         self._ends = SimpleQueue[tuple[Worker, Future[Any]]]()
 
     def results(self) -> Iterator[tuple[Work, Result]]:
         """Yield each task with its result; raise the first error of a start or of a task."""
-        for worker in self._workers:
-            self._start(worker)
+        try:
+            for worker in self._workers:
+                self._start(worker)
+            yield from self._results()
+        finally:
+            for timer in self._timers:
+                timer.cancel()
+
+    def _results(self) -> Iterator[tuple[Work, Result]]:
         while self._has_next() or self._running:
             worker, future = self._ends.get()
             task = self._running.pop(future, None)
@@ -156,6 +167,13 @@ class Dispatch(Generic[Work, Result]):
         if task is not None:
             self._waiting.appendleft(task)
         if worker in self._workers and (task is None or self._load.pop(worker, None) is not None):
-            worker.renew()
-            self._start(worker)
+            delay = RENEW_SECONDS * self._losses[worker] if task is None else 0.0
+            timer = Timer(delay, self._renew, [worker])
+            self._timers.append(timer)
+            timer.daemon = True
+            timer.start()
         self._fill()
+
+    def _renew(self, worker: Worker) -> None:
+        worker.renew()
+        self._start(worker)

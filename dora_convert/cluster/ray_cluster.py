@@ -91,7 +91,8 @@ class RayCluster:
     def __init__(self, device: str, *, takes_part: bool) -> None:
         """Start a process for each processor, or for each GPU if the nodes have some and `device` is not cpu.
 
-        If this process `takes_part`, threads of it do the tasks of its own node.
+        If this process `takes_part`, threads of it do tasks of its own node, and the nodes on this machine share its
+        processors.
         """
         import ray
 
@@ -100,7 +101,7 @@ class RayCluster:
         self._nodes = [node for node in alive if node["Resources"].keys() & {"CPU", "GPU"}]
         kind = "GPU" if self.gpus and device != "cpu" else "CPU"
         self._own = OwnNode.reserved(self._nodes) if takes_part and kind == "CPU" else None
-        counts = workers_of(self._nodes, kind, self._own)
+        counts = workers_of(self._nodes, kind, self._own, shared=takes_part)
         self._processes = [ProcessWorker(node, kind) for node, count in counts for _ in range(count)]
 
     def __str__(self) -> str:
@@ -150,10 +151,10 @@ class RayCluster:
         processes = {process.node["NodeID"]: process for process in self._processes}
         asked = {}
         for node in self._nodes:
-            if process := processes.get(node["NodeID"]):
-                asked[process.actor.answer.remote(question)] = node
-            elif not (self._own and node is self._own.node):
-                asked[self._call(node, question)] = node
+            if self._own and node is self._own.node:
+                continue
+            process = processes.get(node["NodeID"])
+            asked[process.actor.answer.remote(question) if process else self._call(node, question)] = node
         return lambda: [*([question()] if self._own else []), *self._answers(asked, question)]
 
     def _call(self, node: dict[str, Any], question: Callable[[], Any]) -> Any:
