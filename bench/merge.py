@@ -39,7 +39,8 @@ Times = dict[str, list[float]]
 
 def run(command: list[str], out: Path) -> tuple[float, int]:
     """Run one process and return its seconds and its peak resident bytes."""
-    shutil.rmtree(out, ignore_errors=True)
+    for folder in (out, out.with_name(f"{out.name}.partial")):  # of a bench that was stopped: it would be resumed
+        shutil.rmtree(folder, ignore_errors=True)
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     message = process.stderr.read()

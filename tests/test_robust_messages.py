@@ -156,7 +156,7 @@ def test_page_addresses(tmp_path, adapter, run, ref, repo, verb):
         ("hf://org/name@", "revision"),
         ("@v2", "org/name"),
         ("org/name@v2@v3", "revision"),
-        ("s3://bucket/model", "s3"),
+        ("ftp://host/model", "ftp"),
         ("file:///tmp/model", "file"),
         ("org\\name", "org/name"),
     ],
