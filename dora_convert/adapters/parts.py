@@ -127,14 +127,6 @@ def turned(tensor: StoredTensor) -> StoredTensor:
     return view(tensor, turned=True)
 
 
-def weight_of(target: str, base: Checkpoint) -> StoredTensor | None:
-    """Return the base's tensor of a name, or the only one that ends so."""
-    if target in base.tensors:
-        return base.tensors[target]
-    ends = [name for name in base.tensors if name.endswith(f".{target}") or f".{target}".endswith(f".{name}")]
-    return base.tensors[ends[0]] if len(ends) == 1 else None
-
-
 def follow(adapter: Adapter, base: Checkpoint) -> Adapter:
     """Return an adapter with a change for each bias that the base has beside a decomposed weight.
 
