@@ -90,8 +90,8 @@ class TensorResult:
 class Checker(Protocol):
     """Compares written tensors with their definitions."""
 
-    def check(self, item: Item, result: TensorResult, device: Any = None) -> Verdict:
-        """Return the verdict on one tensor, from the facts about its writing; on a device of torch, if given."""
+    def check_all(self, finished: Sequence[tuple[Item, TensorResult]], device: Any = None) -> list[Verdict]:
+        """Return the verdicts on tensors, from the facts about their writing; on a device of torch, if given."""
 
 
 class FinishedLine(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,10 +27,15 @@ from ..plan.item import Item
 from ..plan.plan import Plan
 from ..storage.reader import Reader, spans
 from ..storage.safetensors import StoredTensor, read_header
-from .expected import ARRAYS, CPU, Expected
+from .stacks import CPU, SampledRows, verdicts_on_right
+
+if TYPE_CHECKING:
+    from .expected import Expected
 
 RANDOM_ROWS = 16
-ON_PROCESSOR = (1 << 10, 1 << 15)
+ARRAYS = 12
+"""Arrays of a chunk's elements that are held."""
+ON_PROCESSOR = (1 << 10, 1 << 16)
 """The fewest and the most elements of rows that are compared together, as memory allows."""
 ON_DEVICE = (1 << 15, 1 << 20)
 """The same for a device, which is asked for answers less often then."""
@@ -50,6 +56,14 @@ class SelfCheck:
             self._written |= {shard.prefix + name: tensor for name, tensor in read_header(path).tensors.items()}
             _refuse_unreadable(path, {item.name.removeprefix(shard.prefix) for item in shard.items})
 
+    def check_all(
+        self, finished: Sequence[tuple[Item, TensorResult]], device: torch.device | None = None
+    ) -> list[Verdict]:
+        """Check several items; rows of plain LoRAs and DoRAs of one shape are compared together."""
+        pairs = [SampledRows(item, self._written[item.name], self._rows(item)) for item, _ in finished]
+        right = verdicts_on_right(pairs, self._reader, device or CPU, self._elements(1, device or CPU))
+        return [right.get(item.name) or self.check(item, result, device) for item, result in finished]
+
     def check(self, item: Item, result: TensorResult, device: torch.device | None = None) -> Verdict:
         """Compare a sample of an item's rows: both ends of every block, and some at random; on a device, if given."""
         written = self._written[item.name]
@@ -61,17 +75,21 @@ class SelfCheck:
         if item.parts:
             from .recoded import as_written, compare_coded
 
-            rows = sample_rows(item, f"{self._seed}/{item.name}")
-            whole = as_written(item, self._written)
+            rows, whole = self._rows(item), as_written(item, self._written)
             return compare_coded(whole, self._expected(item, result, rows, CPU), rows, self._reader)
         written = replace(written, shape=item.stacked) if written.shape != item.stacked else written
-        rows = sample_rows(item, f"{self._seed}/{item.name}")
+        rows = self._rows(item)
         return compare(written, self._expected(item, result, rows, device), rows, self._reader)
+
+    def _rows(self, item: Item) -> list[int]:
+        return sample_rows(item, f"{self._seed}/{item.name}")
 
     def _expected(self, item: Item, result: TensorResult, rows: Sequence[int], device: torch.device) -> Expected:
         """Return the definition of an item's result, for a comparison of some rows."""
-        elements = self._elements(item, device)
+        elements = self._elements(len(item.edits), device)
         if not item.combination:
+            from .expected import Expected
+
             return Expected(item, self._reader, device, elements)
         from .combined import expected_of
 
@@ -79,9 +97,9 @@ class SelfCheck:
         expected.elements = elements
         return expected
 
-    def _elements(self, item: Item, device: torch.device) -> int:
+    def _elements(self, edits: int, device: torch.device) -> int:
         """Return the elements that are computed together, as the memory allows: calls cost more than numbers."""
-        fitting = self._spare // (8 * ARRAYS * max(1, len(item.edits)))
+        fitting = self._spare // (8 * ARRAYS * max(1, edits))
         fewest, most = ON_PROCESSOR if device.type == "cpu" else ON_DEVICE
         return max(fewest, min(fitting, most))
 
@@ -98,17 +116,19 @@ def _refuse_unreadable(path: Path, names: set[str]) -> None:
 
 
 def sample_rows(item: Item, seed: str) -> list[int]:
-    """Return both ends of every block, all rows that an adapter set, and random rows by the seed.
+    """Return both ends of every block, all rows that an adapter set, and further rows at random by the seed.
 
     Large blocks of a device have few ends: those of a processor's blocks are added.
     """
     rows, chance = item.source.matrix[0], random.Random(seed)  # noqa: S311
-    usual = spans(*item.matrix, item.experts)
+    usual = spans(*item.matrix, item.experts) if item.block_elements else ()
     sample = {row for start, stop in chain(item.spans(), usual) for row in (start, stop - 1)}
+    enough = min(rows, len(sample) + RANDOM_ROWS)
+    while len(sample) < enough:
+        sample.add(int(rows * chance.random()))
     for trained in item.rows:
         few = len(trained.index) <= MOST_ROWS
         sample |= set(trained.index if few else chance.sample(trained.index, MOST_ROWS))
-    sample |= {chance.randrange(rows) for _ in range(RANDOM_ROWS if rows else 0)}
     return sorted(row for row in sample if row < rows + item.grown)  # an unmerge has no new rows
 
 
