@@ -33,7 +33,7 @@ SMALL_BYTES = 1 << 14
 
 
 class StackKind(NamedTuple):
-    """What weights of one stack have in common."""
+    """The properties that all weights of one stack share."""
 
     matrix: tuple[int, int]
     rank: int
