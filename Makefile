@@ -12,7 +12,8 @@
 #              adapters to analyze, GGUF=FILE a real model in GGUF. One part alone: make oracles-tools (adapters' tools and
 #              loaders), oracles-quantisers, oracles-mergekit, oracles-own (PEFT and transformers)
 # make gpu     test and time everything on a GPU, with PYTHON's own torch; GPU="--device cpu --scale 8" rehearses it
-# make cluster merge on a Ray cluster that loses a node, the driver, a disk; and on S3, played by moto (minutes)
+# make cluster merge on a Ray cluster that loses a node, the driver, a disk; and on emulators of S3, Google's and Azure's
+#              stores (minutes; needs npm for azurite)
 # make bench   time merges against cp and PEFT (needs about 10 GB of disk)
 
 PYTHON ?= python3
@@ -157,13 +158,15 @@ gpu:
 $(VENV)-cluster/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)-cluster
 	$(VENV)-cluster/bin/python -m pip install --quiet $(TORCH)
-	$(VENV)-cluster/bin/python -m pip install --quiet -e '.[ray,s3]' numpy
+	$(VENV)-cluster/bin/python -m pip install --quiet -e '.[ray,s3,gs,az]' numpy pytest hypothesis gcp-storage-emulator
 	$(VENV)-cluster/bin/python -m pip install --quiet 'aiobotocore[boto3]' 'moto[server]'
+	npm install --silent --prefix $(VENV)-cluster azurite
 	touch $@
 
 cluster: $(VENV)-cluster/ready
 	$(VENV)-cluster/bin/python tests/oracles/cluster.py
-	$(VENV)-cluster/bin/python tests/oracles/stores.py
+	AZURITE=$(VENV)-cluster/node_modules/.bin/azurite-blob $(VENV)-cluster/bin/python -m pytest -q tests/test_object_stores.py
+	AZURITE=$(VENV)-cluster/node_modules/.bin/azurite-blob $(VENV)-cluster/bin/python -m tests.oracles.stores
 
 bench: $(VENV)/ready
 	$(BIN)/python bench/merge.py

@@ -1,6 +1,7 @@
 """BASE, ADAPTER and OUT in an object store: fsspec's store in memory stands for S3 and its like.
 
-tests/oracles/stores.py does the same with s3fs and moto's server.
+At the end of this file emulators of S3, Google Cloud Storage and Azure do, where they are installed, as in
+`make cluster`. tests/oracles/stores.py does more with them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dora_convert.hub import store_streaming
 from dora_convert.sources import object_store, range_reader
 from dora_convert.storage import refs
 
+from .emulators import emulated, missing
 from .toy import contents, make_adapter, make_base
 
 BUCKET = "memory://bucket"
@@ -219,3 +221,32 @@ def test_inspect(pair, store, monkeypatch):
     assert report["landing"] is not None
     with pytest.raises(RefError, match="holds no files"):
         dora_convert.inspect(f"{BUCKET}/nothing")
+
+
+@pytest.fixture(params=["s3", "gs", "az"])
+def bucket(request, monkeypatch, tmp_path):
+    """A bucket of an emulator, which the environment names."""
+    if reason := missing(request.param):
+        pytest.skip(reason)
+    with emulated(request.param) as bucket:
+        for name, value in bucket.variables.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
+        yield bucket
+
+
+def test_an_emulated_store(pair, bucket, tmp_path):
+    """Merge, verify, unmerge and inspect with everything in the store; a bucket that does not exist."""
+    base, adapter = bucket.upload(pair[0], "base"), bucket.upload(pair[1], "adapter")
+    dora_convert.merge(base, adapter, f"{bucket.url}/out")
+    files = {name: bucket.read(f"out/{name}") for name in bucket.files("out")}
+    assert files.keys() == contents(pair[2]).keys()
+    assert weights(files) == weights(contents(pair[2]))
+    assert dora_convert.verify(base, adapter, f"{bucket.url}/out").verdict == "agree"
+    dora_convert.unmerge(f"{bucket.url}/out", adapter, tmp_path / "back")
+    assert contents(tmp_path / "back").keys() == contents(pair[0]).keys()
+    assert dora_convert.inspect(base).to_dict()["kind"] == "checkpoint"
+    with pytest.raises(OutputError, match="exists"):
+        dora_convert.merge(base, adapter, f"{bucket.url}/out")
+    with pytest.raises(RefError, match="does not exist"):
+        dora_convert.merge(f"{bucket.scheme}://no-such-bucket/base", adapter, tmp_path / "never")

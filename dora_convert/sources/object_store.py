@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -26,6 +28,12 @@ from .remote_headers import RefListing
 FIRST = 1 << 16
 """Bytes of the first request for a header."""
 CONNECTIONS = 8
+LOG_IN = {
+    "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or log in with aws configure",
+    "gs": "set GOOGLE_APPLICATION_CREDENTIALS, or log in with gcloud auth application-default login",
+    "az": "set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY, or AZURE_STORAGE_CONNECTION_STRING",
+}
+"""The ways to give each store credentials."""
 
 
 class StoredFile(NamedTuple):
@@ -39,14 +47,17 @@ class ObjectStore:
     """A folder in an object store."""
 
     def __init__(self, url: str) -> None:
-        """Take the address of a folder; raise UsageError if the extra for the store is missing."""
+        """Take the address of a folder; raise UsageError if the extra is missing, RefError without credentials."""
         self.url = url.rstrip("/")
-        scheme = url.partition("://")[0]
-        if scheme in EXTRAS:
-            require_extra(scheme, url)
+        self._scheme, _, self._root = self.url.partition("://")
+        if self._scheme in EXTRAS:
+            require_extra(self._scheme, url)
+        if self._scheme == "gs":
+            _quieten_gcsfs()
         import fsspec
 
-        self._system: Any = fsspec.filesystem(scheme, use_listings_cache=False, skip_instance_cache=True)
+        with self.reading():
+            self._system: Any = fsspec.filesystem(self._scheme, use_listings_cache=False, skip_instance_cache=True)
         self._root = str(self._system._strip_protocol(self.url))  # noqa: SLF001 - fsspec's name for a public step
 
     def path(self, name: str) -> str:
@@ -113,9 +124,15 @@ class ObjectStore:
         try:
             yield
         except Exception as error:
-            if not (reason := _reason(error, self._root.partition("/")[0])):
+            if not (reason := _reason(error, self._scheme, self._root.partition("/")[0])):
                 raise
             raise error_of(*reason) from error
+
+
+def _quieten_gcsfs() -> None:
+    """Have gcsfs log to a program's handlers only, and not look up a bucket's kind before each step."""
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    logging.getLogger("gcsfs").addHandler(logging.NullHandler())
 
 
 def _tag(info: dict[str, Any]) -> str:
@@ -124,14 +141,15 @@ def _tag(info: dict[str, Any]) -> str:
     ).strip('"')
 
 
-def _reason(error: Exception, bucket: str) -> tuple[str, str | None] | None:
+def _reason(error: Exception, scheme: str, bucket: str) -> tuple[str, str | None] | None:
     """Return the reason for a store's error and what helps, as users understand them; None for an error of ours."""
     name, text = type(error).__name__, (str(error).splitlines() or [""])[0]
     if isinstance(error, FileNotFoundError):
         return f"bucket {bucket} or the folder in it does not exist", "check the spelling, and the account"
-    if "Credential" in name or "DefaultCredentials" in name or "credential" in text.lower():
-        return f"no credentials were found ({text})", "set the store's variables, such as AWS_ACCESS_KEY_ID, or log in"
-    if isinstance(error, PermissionError) or "Forbidden" in text or "AccessDenied" in text:
+    if "Credential" in name or "credential" in text.lower() or text.startswith("Anonymous caller"):
+        return f"no credentials were found ({text})", LOG_IN.get(scheme)
+    denied = getattr(error, "status_code", 0) in (401, 403) or "Forbidden" in text or "AccessDenied" in text
+    if denied or isinstance(error, PermissionError):
         return f"access to bucket {bucket} was refused ({text})", "the account needs the right to list, read and write"
     module = type(error).__module__.partition(".")[0]
     if isinstance(error, OSError) or module in ("botocore", "aiohttp", "azure", "gcsfs", "google", "asyncio"):
