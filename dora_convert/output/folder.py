@@ -184,7 +184,7 @@ class OutputFolder(Output):
         if self.early:
             self._stop_early()
             self.clear()
-        return ShardFiles(self.partial, plan, create=new, sparse=sparse)
+        return ShardFiles(self.partial, plan, create=new, sparse=sparse, cached=sparse)
 
     def publish(self, report: object = None, removed: Sequence[str] = ()) -> None:  # noqa: ARG002
         """Rename OUT.partial to OUT; all files are synced before the rename, the name after it."""

@@ -9,6 +9,7 @@ with f = m/n (1 for LoRA) and d the stored dtype: a merge rounds once. docs/prec
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -136,6 +137,7 @@ def compare(written: StoredTensor, expected: Expected, rows: Sequence[int], read
     """Count the elements of some rows that are off, and measure the distance of these elements."""
     item = expected.item
     total = Verdict()
+    read_ahead(reader, written, rows)
     for chunk in expected.chunks(rows):
         x, base = expected.rows(chunk)
         got, rounded = read_rows(reader, written, chunk).to(x.device).double(), nearest(x, item.dtype)
@@ -148,6 +150,16 @@ def compare(written: StoredTensor, expected: Expected, rows: Sequence[int], read
             wrong, ulp = distance(got, expected, chunk, rounded_once=True)
             total += Verdict(wrong=wrong, max_ulp=ulp)
     return total
+
+
+def read_ahead(reader: Reader, tensor: StoredTensor, rows: Sequence[int]) -> None:
+    """Ask the system to read rows of a tensor, all at once: what was just written may be on the disk alone."""
+    if not hasattr(os, "posix_fadvise") or reader.is_remote(tensor.path):
+        return
+    width = tensor.matrix[1] * tensor.itemsize
+    with reader.using(tensor.path) as descriptor:
+        for row in rows:
+            os.posix_fadvise(descriptor, tensor.start + row * width, width, os.POSIX_FADV_WILLNEED)
 
 
 def _square(x: Tensor) -> float:
