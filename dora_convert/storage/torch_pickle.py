@@ -27,7 +27,8 @@ from typing import IO, Any, NamedTuple
 
 from ..errors import DoraConvertError, MalformedError, UnsupportedError, shown
 from .bounded_file import BoundedFile
-from .safetensors import BITS, MAX_DIMENSIONS, Header, StoredTensor, are_counts, open_file
+from .safetensors import BITS, MAX_DIMENSIONS, Header, StoredTensor, open_file
+from .strict_header import are_counts
 
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 
