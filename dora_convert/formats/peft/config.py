@@ -238,8 +238,6 @@ class Config(Struct, frozen=True, dict=True):
     def blocks(self, module: str) -> tuple[int, int]:
         """Return the numbers of diagonal blocks that A and B of a module have (BD-LoRA)."""
         options = self.block_diagonal
-        if not (options.target_modules_bd_a or options.target_modules_bd_b):
-            return (1, 1)
         on_A, on_B = (
             any(pattern in module for pattern in patterns or ())
             for patterns in (options.target_modules_bd_a, options.target_modules_bd_b)
