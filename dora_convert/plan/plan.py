@@ -157,9 +157,8 @@ class Plan:
     @cached_property
     def fingerprint(self) -> str:
         """xxh3-128 of the plan as JSON lines without paths: equal plans have equal fingerprints."""
-        options = self.options
-        lines: list[Any] = [[options.compute_dtype, options.undo, self.index_name, self.config]]
-        lines += [words] if (words := options.combination.words) else []
+        options, words = self.options, self.options.combination.words
+        lines: list[Any] = [[options.compute_dtype, options.undo, self.index_name, self.config], *[words] * bool(words)]
         for shard in self.shards:
             lines += [[shard.filename, dict(shard.metadata)], *map(_describe, shard.items)]
         return xxhash.xxh3_128_hexdigest(msgspec.json.Encoder().encode_lines(lines))
