@@ -27,7 +27,8 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import ClassVar, NamedTuple
 
 MORE_FILES = "ulimit -n 1024, then the same command"
@@ -112,6 +113,30 @@ class DoraConvertError(Exception):
         if self.faults:
             body["faults"] = [{"what": _text(what), "why": _text(why)} for what, why in self.faults]
         return {"error": body}
+
+
+@contextmanager
+def noted(errors: list[tuple[str, DoraConvertError]], named: str) -> Iterator[None]:
+    """Add an error of the block to a list, with its input's word and REF, instead of raising it."""
+    try:
+        yield
+    except DoraConvertError as error:
+        errors.append((named, error))
+
+
+def together(errors: Sequence[tuple[str, DoraConvertError]]) -> DoraConvertError:
+    """Return the errors of several inputs as one; each comes with its input's word and REF, such as "BASE 'a'"."""
+    if len(errors) == 1:
+        return errors[0][1]
+    faults, hints = list[Fault](), dict[str, None]()
+    for named, error in errors:
+        faults += [Fault(named, error.message.removeprefix(named).strip().rstrip(".")), *error.faults]
+        hints |= {error.hint.rstrip("."): None} if error.hint else {}
+    kinds = {type(error) for _, error in errors}
+    kind = kinds.pop() if len(kinds) == 1 else DoraConvertError
+    return kind(
+        f"{len(errors)} inputs cannot be read.", faults=faults, hint="; ".join(hints).replace("?; ", "? ") or None
+    )
 
 
 class UsageError(DoraConvertError, ValueError, kind="usage"):

@@ -81,6 +81,8 @@ for name in names | {"fsync", "fdatasync", "ftruncate", "posix_fallocate", "copy
         setattr(os, name, counted(name))
 for name in ("pwrite",) if hasattr(os, "pwrite") else ("write",):
     setattr(os, name, counted(name, torn=True))
+if hasattr(os, "pwritev"):
+    os.pwritev = counted("pwritev", torn=True)  # torn: without the second of its two pieces
 for name in ("scandir", "listdir") if opening else ():
     setattr(os, name, counted(name))
 os.open, io.open, builtins.open = counted_os_open, counted_open, counted_open
@@ -92,6 +94,7 @@ if accessor := getattr(pathlib, "_NormalAccessor", None):  # Python 3.10 has tak
 from dora_convert.cli import main  # noqa: E402
 from dora_convert.output import shards  # noqa: E402
 
+shards.LEAST_UNCACHED, shards.PAGE = 4096, 1024
 real_fallocate = shards._fallocate
 shards._fallocate = lambda file, size: (step(), real_fallocate(file, size))
 

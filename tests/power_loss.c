@@ -22,6 +22,7 @@
 #include <string.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/uio.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -159,6 +160,14 @@ ssize_t pwrite64(int file, const void *data, size_t length, off64_t offset) {
     return end(), done;
 }
 
+ssize_t pwritev64v2(int file, const struct iovec *parts, int count, off64_t offset, int flags) {
+    if (!watched(file))
+        return syscall(SYS_pwritev2, file, parts, count, offset, 0L, flags);
+    ssize_t done = begin_data() ? syscall(SYS_pwritev2, file, parts, count, offset, 0L, flags) : -1;
+    wrote(file, offset, done);
+    return end(), done;
+}
+
 ssize_t copy_file_range(int from, off64_t *at, int to, off64_t *offset, size_t length, unsigned flags) {
     if (!watched(to))
         return syscall(SYS_copy_file_range, from, at, to, offset, length, flags);
@@ -281,6 +290,7 @@ int fsync(int file) {
 /* The same under their other names. */
 int fdatasync(int file) { return watched(file) ? fsync(file) : (int)syscall(SYS_fdatasync, file); }
 ssize_t pwrite(int f, const void *d, size_t n, off_t at) { return pwrite64(f, d, n, at); }
+ssize_t pwritev2(int f, const struct iovec *p, int n, off_t at, int flags) { return pwritev64v2(f, p, n, at, flags); }
 ssize_t sendfile(int to, int from, off_t *at, size_t n) { return sendfile64(to, from, (off64_t *)at, n); }
 int fallocate64(int file, int mode, off64_t offset, off64_t length) {
     int failed = mode ? syscall(SYS_fallocate, file, mode, offset, length) : posix_fallocate64(file, offset, length);

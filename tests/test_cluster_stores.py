@@ -177,17 +177,20 @@ def test_a_full_disk_on_a_node(pair, cluster, store, monkeypatch):
 
 def test_a_wrong_tensor_is_not_uploaded(pair, cluster, store, monkeypatch):
     """The self-check runs on the node; the shard is made again by the same command."""
-    check = self_check.SelfCheck.check
+    check, name = self_check.SelfCheck.check_all, "model.layers.1.mlp.up_proj.weight"
 
-    def wrong(self, item, *words):
-        return Verdict(10, 10) if item.name == "model.layers.1.mlp.up_proj.weight" else check(self, item, *words)
+    def wrong(self, finished, *words):
+        verdicts = check(self, finished, *words)
+        return [
+            Verdict(10, 10) if item.name == name else each for (item, _), each in zip(finished, verdicts, strict=True)
+        ]
 
-    monkeypatch.setattr(self_check.SelfCheck, "check", wrong)
+    monkeypatch.setattr(self_check.SelfCheck, "check_all", wrong)
     with pytest.raises(VerificationError, match="1 tensors on disk"):
         merge(pair[0], pair[1])
     count = len([name for name in stored(store, "out") if name.endswith(".safetensors")])
     assert count == len(cluster.done) - 1
-    monkeypatch.setattr(self_check.SelfCheck, "check", check)
+    monkeypatch.setattr(self_check.SelfCheck, "check_all", check)
     assert merge(pair[0], pair[1]).resumed
     assert stored(store, "out") == pair[2]
 

@@ -145,3 +145,26 @@ def test_a_stopped_merge_goes_on(tmp_path, monkeypatch):
     assert all(
         path.read_bytes() == (tmp_path / "whole" / path.relative_to(tmp_path / "out")).read_bytes() for path in files
     )
+
+
+@pytest.mark.parametrize(
+    ("kind", "size"), [("ct-nvfp4", 1), ("modelopt-nvfp4", 1), ("mlx-nvfp4", 1e6), ("mlx-4", 1e18), ("bnb-int8", 1e18), ("bnb-nf4", 1e18), ("bnb-nf4-double", 1e18)]
+)  # fmt: skip
+def test_scales_that_overflow_are_named(kind, size, tmp_path):
+    """Not a failed self-check, nor a clipped block: the scale's dtype has an end."""
+    base = copy_base(kind, tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", base, dora=False, size=size)
+    with pytest.raises(dora_convert.NumericalError, match=r"too large for .* a block's scale overflows") as caught:
+        dora_convert.merge(base, adapter, tmp_path / "out", requantize=True, **QUICK)
+    assert "touched" in caught.value.hint
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_scale_at_its_end_still_holds_what_rounds_to_the_largest_code(tmp_path):
+    """Values up to 7 × the largest scale round to the code of 6: verify agrees, element by element."""
+    base = copy_base("ct-nvfp4", tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", base, dora=False, size=0.0325)
+    dora_convert.merge(base, adapter, tmp_path / "out", requantize=True, **QUICK)
+    written = raw(tmp_path / "out")
+    assert max(float(written[name].float().max()) for name in written if name.endswith("weight_scale")) == 448
+    assert dora_convert.verify(base, adapter, tmp_path / "out", **QUICK).verdict == "agree"

@@ -133,11 +133,9 @@ def test_staged_adapters_out(tmp_path, staged):
 def test_the_self_check_runs_on_the_device(tmp_path, staged, monkeypatch):
     """The check gets the worker's device, and finds an element that the device got wrong in any block."""
     devices = []
-    check = SelfCheck.check
+    check = SelfCheck.check_all
     monkeypatch.setattr(
-        SelfCheck,
-        "check",
-        lambda self, item, result, device: devices.append(device) or check(self, item, result, device),
+        SelfCheck, "check_all", lambda self, finished, device: devices.append(device) or check(self, finished, device)
     )
     base = make_base(tmp_path / "base")
     adapter = make_adapter(tmp_path / "adapter", base, dora=True)

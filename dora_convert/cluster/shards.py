@@ -45,7 +45,7 @@ class MadeShards(NamedTuple):
     """Empty if the check found a wrong tensor: then nothing is uploaded."""
 
 
-class Arrivals(Protocol):
+class UploadAccount(Protocol):
     """Keeps account of the shards that nodes have uploaded."""
 
     def arrived(self, files: Mapping[str, StoredFile]) -> None:
@@ -66,7 +66,7 @@ class ShardExecutor:
 
     def execute(self, run: Run, tasks: Sequence[Task]) -> None:
         """Make all shards that have tasks left, each whole."""
-        store, token, arrivals = ObjectStore(self.out), uuid4().hex, cast("Arrivals", run.hub)
+        store, token, account = ObjectStore(self.out), uuid4().hex, cast("UploadAccount", run.hub)
         store.write(f"{RECORD}/{CLAIM}", token.encode())
         job = ShardJob(
             plan=run.plan, out=self.out, token=token, spec=run.spec, maker=run.maker, check=run.check,
@@ -80,7 +80,7 @@ class ShardExecutor:
             units = [unit for unit in units_of(run.plan) if left.keys() & unit]
             for unit, made in self.cluster.map(job, units):
                 start = run.spool.add(made.spooled).start if made.spooled else 0
-                arrivals.arrived(made.files)
+                account.arrived(made.files)
                 run.take(Task("write", unit[0]), [moved(line, start) for line in made.lines])
                 run.advance(sum(left[shard] for shard in unit))
         finally:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 TOPS = {"F8_E4M3": 448.0, "F8_E5M2": 57344.0, "E2M1": 6.0}
 """The largest value of each grid of floats."""
+REACH = {"E2M1": 7 / 6}
+"""Times the largest value of a grid, what still is within half a step of it."""
 EPSILON = 1e-7
 """The least scale of MLX."""
 
@@ -116,16 +118,21 @@ def _mlx(low: Tensor, high: Tensor, most: int) -> dict[str, Tensor]:
 
 
 def rounded(numbers: Tensor, dtype: str, scheme: Blocks) -> Tensor:
-    """Return numbers as a dtype stores them, in float64; exponents are rounded up."""
+    """Return numbers as a dtype stores them, in float64; exponents are rounded up.
+
+    A number is Inf if the dtype does not hold it.
+    """
     import torch
 
     dtype = scheme.meant(dtype)
     if dtype == "F8_E8M0":
         mantissa, exponent = torch.frexp(numbers)
-        exponent = (exponent - (mantissa == 0.5).to(exponent.dtype)).clamp(-127, 127)
-        return power((exponent + 127).to(torch.uint8))
+        exponent = exponent - (mantissa == 0.5).to(exponent.dtype)
+        return power((exponent.clamp(-127, 127) + 127).to(torch.uint8)).masked_fill_(exponent > 127, torch.inf)
     if dtype in ("F8_E4M3", "F8_E5M2"):
-        return to_float8(numbers.clamp(max=TOPS[dtype]), dtype).double()
+        top = TOPS[dtype]
+        reach = top * REACH.get(scheme.grid, 1 + 2.0**-6)  # rounds to the top itself
+        return to_float8(numbers.clamp(max=top), dtype).double().masked_fill_(numbers > reach, torch.inf)
     return numbers.to(getattr(torch, TORCH_NAMES[dtype])).double()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -25,6 +26,7 @@ from .decoding import StoredParts
 from .device_buffers import DeviceBuffers
 from .factors import LoadedEdit
 from .precision import as_bytes
+from .refusals import refuse_overflow
 
 
 class ValueMaker(Protocol):
@@ -95,7 +97,7 @@ class RecodedTensor:
         """Yield the bytes of codes of 4 bits in one line, and of their scales."""
         from .recoding_nibbles import nibble_blocks
 
-        return nibble_blocks(self._tensor, self._merged, self._parts)
+        return nibble_blocks(self._tensor, self._merged, self._parts, partial(refuse_overflow, self.item))
 
     def blocks(self) -> Iterator[dict[str, Tensor]]:
         """Yield the bytes of each block of rows, by role."""
@@ -158,6 +160,7 @@ class RecodedTensor:
         if overall := self._tensor.parts.get("global"):
             old["global"] = values(self._parts.rows(as_bytes_of(overall, 1), 0, 1), overall.dtype)
         new = encoding.settle(self._scheme, old, low, high, self._dtypes, fresh=self._fresh)
+        refuse_overflow(self.item, new.values())
         return {**old, **new}
 
     def _old(self, role: str, start: int, stop: int, like: Tensor) -> Tensor:

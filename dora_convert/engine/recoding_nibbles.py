@@ -7,7 +7,7 @@ as they will be decoded.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -21,9 +21,15 @@ from .decoding import StoredParts
 
 
 def nibble_blocks(
-    tensor: CodedTensor, merged: Callable[[int, int], Tensor], parts: StoredParts
+    tensor: CodedTensor,
+    merged: Callable[[int, int], Tensor],
+    parts: StoredParts,
+    refuse: Callable[[Sequence[Tensor]], None],
 ) -> Iterator[dict[str, Tensor]]:
-    """Yield the bytes of codes and scales, by role, block of rows after block; `merged` returns rows in float64."""
+    """Yield the bytes of codes and scales, by role, block of rows after block; `merged` returns rows in float64.
+
+    `refuse` raises an error for scales that are Inf.
+    """
     scheme = tensor.scheme
     assert isinstance(scheme, Nibbles)
     coder, scale_coder, nested = NearestCodes(_table(tensor, "map", parts)), None, "nested" in tensor.parts
@@ -35,6 +41,7 @@ def nibble_blocks(
     for start, stop in spans(tensor.shape[0], tensor.columns, step=step):
         line = merged(start, stop).flatten()
         scales, pieces = _scales(scheme, _largest(line, scheme.block), scale_coder)
+        refuse([scales])
         codes = _nearest(line, scales, coder, scheme.block)
         two = torch.nn.functional.pad(codes, (0, len(codes) % 2)).view(torch.int16)
         yield {"codes": (two << 4).bitwise_or_(two >> 8).to(torch.uint8), **pieces}

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
+from ..codecs.coded import CodedTensor
 from ..errors import NumericalError
 from ..plan.item import Item
+
+
+def refuse_overflow(item: Item, numbers: Iterable[Tensor]) -> None:
+    """Raise NumericalError if a new scale of a quantised weight is NaN or Inf: its dtype does not hold it."""
+    if all(bool(torch.isfinite(number).all()) for number in numbers):
+        return
+    assert isinstance(item.source, CodedTensor)
+    beside = "; the scale of the whole weight stays the base's" if "global" in item.source.parts else ""
+    raise NumericalError(
+        f"{item.name}: merged values are too large for {item.source.scheme.title}: a block's scale overflows{beside}.",
+        hint="--dequantize-touched writes such weights dense; is the adapter's scaling right?",
+    )
 
 
 def refuse_result(item: Item, raw: Tensor, result: Tensor) -> None:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Generic, TypeVar
 
 import torch
 
-from ..output.finished import Checker, FinishedLine, Task, TensorResult, copied_name, kept_name
+from ..output.finished import Checker, FinishedLine, Task, TensorResult, Verdict, copied_name, kept_name
 from ..output.output import Output
 from ..output.shards import ShardFiles
 from ..plan.item import Item
@@ -130,6 +130,8 @@ class TensorWork:
         items = [self._items[name] for name in task.names]
         if task.kind == "hash":
             return [self._hashed(item) for item in items]
+        if not self.tight:
+            return self._all_written(items, buffers)
         return [line for item in items for line in self._written(item, buffers)]
 
     def _copied(self, task: Task) -> FinishedLine:
@@ -146,23 +148,33 @@ class TensorWork:
         return FinishedLine(copied_name(item), TensorResult(digest, digest, None))
 
     def _written(self, item: Item, buffers: DeviceBuffers) -> list[FinishedLine]:
-        """Write and check a tensor; of a wrong one, only its own line is returned."""
-        item = self.output.prepare(item, self.reader) if self.output else item
-        with self.holding(self.plan.cost(item)) if self.tight else nullcontext():
-            with buffers.working():
-                maker = self.maker(item, buffers, self.spool)
-                others = write_item(item, maker, buffers, self.shards, self.advance)
-                result = others.pop(item.name)
-            del maker  # with its factors, before another worker takes the memory
-            if self.checker:
-                device = buffers.spec.device if buffers.staged else None
-                with buffers.working():
-                    result = replace(result, verdict=self.checker.check(item, result, device))
-            if self.tight:
-                buffers.release()
-        if result.verdict and result.verdict.wrong:
-            others = {}
-        return [FinishedLine(name, each) for name, each in (*others.items(), (item.name, result))]
+        """Write and check one tensor within the memory budget, and give its memory back."""
+        with self.holding(self.plan.cost(item)):
+            lines = self._all_written([item], buffers)
+            buffers.release()
+        return lines
+
+    def _all_written(self, items: Sequence[Item], buffers: DeviceBuffers) -> list[FinishedLine]:
+        """Write tensors one after the other, and check them together."""
+        items = [self.output.prepare(item, self.reader) if self.output else item for item in items]
+        written = [self._results(item, buffers) for item in items]
+        verdicts = self._verdicts([(item, each[item.name]) for item, each in zip(items, written, strict=True)], buffers)
+        each = zip(items, written, verdicts, strict=True)
+        return [line for item, results, verdict in each for line in _lines(item, results, verdict)]
+
+    def _results(self, item: Item, buffers: DeviceBuffers) -> dict[str, TensorResult]:
+        """Write a tensor, and the further parts of a weight that is coded again; return the facts by name."""
+        with buffers.working():
+            maker = self.maker(item, buffers, self.spool)
+            return write_item(item, maker, buffers, self.shards, self.advance)
+
+    def _verdicts(
+        self, finished: Sequence[tuple[Item, TensorResult]], buffers: DeviceBuffers
+    ) -> Sequence[Verdict | None]:
+        if not self.checker:
+            return [None] * len(finished)
+        with buffers.working():
+            return self.checker.check_all(finished, buffers.spec.device if buffers.staged else None)
 
     def _kept(self, tensor: StoredTensor) -> FinishedLine:
         """Copy a whole tensor of the base into the undo record."""
@@ -173,3 +185,10 @@ class TensorWork:
             self.advance(0)
         part = SpooledTensor(kept_name(tensor), tensor.dtype, tensor.shape, tuple(segments))
         return FinishedLine(part.name, TensorResult(digest.fast, digest.fast, digest.proof, (part,)))
+
+
+def _lines(item: Item, results: dict[str, TensorResult], verdict: Verdict | None) -> Iterator[FinishedLine]:
+    """Yield the lines of a tensor and its further parts; of a wrong one, only its own line."""
+    others = {} if verdict and verdict.wrong else results
+    yield from (FinishedLine(name, each) for name, each in others.items() if name != item.name)
+    yield FinishedLine(item.name, replace(results[item.name], verdict=verdict))

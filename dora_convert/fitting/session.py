@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from typing_extensions import Self
@@ -93,7 +92,7 @@ class FittingSession:
                 settings=settings,
                 session=session,
                 format=find_writable(options["format"]),
-                folder=OutputFolder(Path(out), overwrite=options["overwrite"], kind="an adapter"),
+                folder=OutputFolder(out, overwrite=options["overwrite"], kind="an adapter"),
                 target=target,
             )
             fitting.folder.check()

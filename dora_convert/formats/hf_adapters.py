@@ -62,7 +62,9 @@ def read(source: Source, waived: Waived = NOTHING) -> Adapter:
     files = [name for name in WEIGHTS if view.has(name)][:1]
     files = files or [name for name in view.candidates if _is_adapters(view.tensors(name))][:1]
     if not files:
-        raise MalformedError(f"The adapter {source.name} has {CONFIG} but no {WEIGHTS[0]}.")
+        raise MalformedError(
+            f"ADAPTER {source.address} has {CONFIG} but no {WEIGHTS[0]}.", hint="put its weights beside it"
+        )
     tensors = view.need(files[0]).tensors
     if any(_OTHER.search(name) for name in tensors):
         raise UnsupportedError(f"The adapter {source.name} adds modules to the model, so no single weight equals it.")

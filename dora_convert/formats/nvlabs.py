@@ -49,7 +49,9 @@ def read(source: Source, waived: Waived = NOTHING) -> Adapter:
     files = [name for name in WEIGHTS if view.has(name)][:1]
     files = files or [name for name in view.candidates if _is_nvlabs(view.tensors(name)) and name != BESIDE][:1]
     if not files and not view.has(BESIDE):
-        raise MalformedError(f"The adapter {source.name} has {CONFIG} but no {WEIGHTS[0]}.")
+        raise MalformedError(
+            f"ADAPTER {source.address} has {CONFIG} but no {WEIGHTS[0]}.", hint="put its weights beside it"
+        )
     files += [BESIDE] if view.has(BESIDE) and BESIDE not in waived.files else []
     tensors: dict[str, StoredTensor] = {}
     origins: dict[str, str] = {}

@@ -73,7 +73,7 @@ def read(source: Source, waived: Waived = NOTHING) -> Adapter:  # noqa: ARG001 -
     found = _find(view)
     assert found
     raise UnsupportedError(
-        f"ADAPTER {source.name} is an adapter in the format of {found.tool}, {found.why}.",
+        f"ADAPTER {source.address} is an adapter in the format of {found.tool}, {found.why}.",
         hint=f"put its {CONFIG} beside it" if found is PEFT else "docs/formats.md lists the formats that are read",
     )
 

@@ -56,7 +56,7 @@ def read(source: Source, waived: Waived = NOTHING) -> Adapter:
     view = FileView.of(source.path)
     files = [name for name in view.candidates if _maker(view.tensors(name))]
     if len(files) > 1:
-        raise RefError(f"{source.name} holds several models: {', '.join(files)}.", hint="name one of the files")
+        raise RefError(f"{source.address} holds several models: {', '.join(files)}.", hint="name one of the files")
     tensors = view.need(files[0]).tensors
     maker = str(_maker(tensors))
     modules, rest = sort_parts(tensors, ENDS)

@@ -38,7 +38,7 @@ class HeadStart:
 
     def __init__(self, folder: Path, plan: Plan) -> None:
         """Create the shards in a folder, and start the thread."""
-        self.shards = ShardFiles(folder, plan, create=True)
+        self.shards = ShardFiles(folder, plan, create=True, cached=False)
         self._plan, self._reader = plan, Reader()
         self._lines: list[FinishedLine] = []
         self._error: BaseException | None = None

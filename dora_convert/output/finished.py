@@ -93,8 +93,8 @@ class Checker(Protocol):
     def read_headers(self, shards: Iterable[OutputShard]) -> None:
         """Read the headers of shards back; VerificationError for other tensors than the plan's."""
 
-    def check(self, item: Item, result: TensorResult, device: Any = None) -> Verdict:
-        """Return the verdict on one tensor, from the facts about its writing; on a device of torch, if given."""
+    def check_all(self, finished: Sequence[tuple[Item, TensorResult]], device: Any = None) -> list[Verdict]:
+        """Return the verdicts on tensors, from the facts about their writing; on a device of torch, if given."""
 
 
 class FinishedLine(msgspec.Struct, frozen=True, omit_defaults=True):

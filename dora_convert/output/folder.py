@@ -21,7 +21,7 @@ from ..plan.plan import Plan
 from ..storage.checkpoint import Checkpoint
 from ..storage.filenames import CLAIM, JOURNAL, RECORD, SPOOL, UPLOADS, is_text, journal_lines
 from ..storage.journal import sync_path
-from ..storage.refs import PathLike, is_stored
+from ..storage.refs import PathLike, is_stored, local_path
 from .output import Output
 from .shards import ShardFiles
 
@@ -45,10 +45,11 @@ class OutputFolder(Output):
     def __init__(self, out: PathLike, *, overwrite: bool, kind: Kind = "a model") -> None:
         """Refuse an OUT whose name no folder can have."""
         self.kind = kind
-        self.given = str(out)
         if is_stored(out):
             raise OutputError(f"OUT {out}: only merge writes to an object store.", hint="name a folder, and copy it")
-        out = Path(os.path.abspath(out))  # noqa: PTH100 - a link stays a link
+        named = local_path(os.fspath(out), "OUT")
+        self.given = str(named)
+        out = Path(os.path.abspath(named))  # noqa: PTH100 - a link stays a link
         if not out.name or "\0" in self.given or not is_text(str(out)):
             raise OutputError(f"OUT {self.given!r} is not a valid folder name in UTF-8.")
         self.out = out
@@ -183,7 +184,7 @@ class OutputFolder(Output):
         if self.early:
             self._stop_early()
             self.clear()
-        return ShardFiles(self.partial, plan, create=new, sparse=sparse)
+        return ShardFiles(self.partial, plan, create=new, sparse=sparse, cached=sparse)
 
     def publish(self, report: object = None, removed: Sequence[str] = ()) -> None:  # noqa: ARG002
         """Rename OUT.partial to OUT; all files are synced before the rename, the name after it."""
@@ -252,7 +253,7 @@ def new_folder(out: PathLike | None, verb: str, *, overwrite: bool) -> OutputFol
     """Return OUT as a folder; refuse an OUT that is missing or taken."""
     if out is None:
         raise UsageError(f"{verb} needs OUT, or --in-place.")
-    folder = OutputFolder(Path(out), overwrite=overwrite)
+    folder = OutputFolder(out, overwrite=overwrite)
     folder.check()
     return folder
 

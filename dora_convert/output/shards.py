@@ -20,8 +20,17 @@ from ..storage.safetensors import encode_header
 COPY_BYTES = 64 << 20
 SLICE_BYTES = 1 << 19
 """Bytes of one write. Larger ones make the system look for larger pieces of memory, which it often has not at hand."""
+UNCACHED = 0x80 if sys.platform == "linux" and hasattr(os, "pwritev") else 0
+"""Linux's RWF_DONTCACHE, since 6.14: begin to write to the disk at once, and forget the pages then."""
+UNCACHED_SLICE = 1 << 20
+"""The most bytes of one such write: more than that do not stay in a processor's cache on their way."""
+LEAST_UNCACHED = 1 << 20
+"""Smaller tensors are written to the page cache: the system writes many of them to the disk at once."""
+PAGE = 1 << 16
+"""A multiple of the size of a page on every machine."""
 QUICK_SECONDS = 0.1
 """Most file systems allocate a model's space in this time; others need as long as for writing it."""
+_NO_FLAG = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
 _NO_SPACE_AHEAD = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
 _NO_KERNEL_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM}
 
@@ -51,13 +60,23 @@ class ShardFiles:
     """The shards of a plan, in a folder."""
 
     def __init__(
-        self, folder: Path, plan: Plan, *, create: bool, sparse: bool = False, starts: Mapping[str, int] | None = None
+        self,
+        folder: Path,
+        plan: Plan,
+        *,
+        create: bool,
+        sparse: bool = False,
+        cached: bool = True,
+        starts: Mapping[str, int] | None = None,
     ) -> None:
         """Take the shards that exist; with `create`, write the headers and sync, and begin to allocate the space.
 
         `sparse` shards take space only as they are filled. `starts` are the offsets of tensors in files that
-        other tools wrote.
+        other tools wrote. Unless `cached`, large tensors leave the page cache as soon as they are on the disk.
         """
+        self._flags, self._paged = UNCACHED, bool(UNCACHED) and not cached
+        self._tails: dict[str, tuple[int, bytes]] = {}
+        """The last bytes of tensors at work, which do not fill a page, and their offsets in the shards."""
         self._folder = folder
         self._heads = {
             shard.filename: encode_header(shard.items, shard.metadata, shard.prefix) for shard in plan.shards
@@ -122,7 +141,40 @@ class ShardFiles:
         shard, start = self._start[item.name]
         self._allocation.check()
         with self._files.using(self.path(shard)) as descriptor:
-            self._write(descriptor, start + offset, data)
+            if self._paged and item.nbytes >= LEAST_UNCACHED:
+                last = offset + len(data) == item.nbytes
+                self._write_pages(item.name, descriptor, start + offset, data, last=last)
+            else:
+                self._write(descriptor, start + offset, data)
+
+    def _write_pages(self, name: str, descriptor: int, position: int, data: memoryview, *, last: bool) -> None:
+        """Write the whole pages of a tensor's next bytes; the rest waits, or it would be read back from the disk."""
+        start, tail = self._tails.pop(name, (position, b""))
+        if start + len(tail) != position:  # a tensor that is begun again
+            self._write(descriptor, start, memoryview(tail))
+            start, tail = position, b""
+        end = position + len(data)
+        whole = end if last else max(start, end - end % PAGE)
+        if whole <= position < end:
+            self._tails[name] = (start, tail + data)
+            return
+        if whole < end:
+            self._tails[name] = (whole, bytes(data[whole - position :]))
+        self._write_uncached(descriptor, start, tail, data[: whole - position])
+
+    def _write_uncached(self, descriptor: int, position: int, tail: bytes, data: memoryview) -> None:
+        """Write bytes in two pieces, past the page cache if the system can."""
+        while tail or len(data):
+            room = max(0, UNCACHED_SLICE - position % PAGE - len(tail))
+            try:
+                done = os.pwritev(descriptor, [tail, data[:room]], position, self._flags)
+            except OSError as error:
+                if not self._flags or error.errno not in _NO_FLAG:
+                    raise
+                self._flags = 0
+                continue
+            position += done
+            data, tail = data[max(0, done - len(tail)) :], tail[done:]
 
     if hasattr(os, "pwrite"):
 

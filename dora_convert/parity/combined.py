@@ -16,7 +16,8 @@ from ..engine.precision import half_ulp
 from ..plan.item import Edit, Item
 from ..storage.reader import Reader
 from .chain import ChainExpected, outputs_of
-from .expected import CPU, EPSILON, Block, EditPart, Expected
+from .expected import EPSILON, Block, EditPart, Expected
+from .stacks import CPU
 from .thresholds import Cut, find_cut
 
 PASS_ELEMENTS = 1 << 17

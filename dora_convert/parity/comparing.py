@@ -15,8 +15,8 @@ from ..reports.verify import CheckedModule
 from ..storage.reader import Reader
 from ..storage.safetensors import StoredTensor
 from .combined import expected_of
-from .expected import ARRAYS
 from .recoded import compare_coded
+from .self_check import ARRAYS
 from .tensor import FEWEST_ELEMENTS, MOST_ELEMENTS, ON_DEVICE, Outputs, compare_all
 
 

@@ -17,6 +17,7 @@ from ..engine.precision import empty, read_columns, read_rows
 from ..plan.item import Edit, Item
 from ..storage.reader import Reader
 from ..storage.safetensors import StoredTensor
+from .stacks import CPU
 
 if TYPE_CHECKING:
     from .coded_values import CodedValues
@@ -24,9 +25,7 @@ if TYPE_CHECKING:
 
 CHUNK_ELEMENTS = 1 << 13
 """Elements of rows that are computed together, unless more memory is free: a dozen arrays of this size are held."""
-ARRAYS = 12
 EPSILON = 2.0**-24
-CPU = torch.device("cpu")
 
 
 class EditPart(NamedTuple):

@@ -9,11 +9,13 @@ with f = m/n (1 for LoRA) and d the stored dtype: a merge rounds once. docs/prec
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,10 +28,15 @@ from ..plan.item import Item
 from ..plan.plan import OutputShard, Plan
 from ..storage.reader import Reader, spans
 from ..storage.safetensors import StoredTensor, read_header
-from .expected import ARRAYS, CPU, Expected
+from .stacks import CPU, SampledRows, verdicts_on_right
+
+if TYPE_CHECKING:
+    from .expected import Expected
 
 RANDOM_ROWS = 16
-ON_PROCESSOR = (1 << 10, 1 << 15)
+ARRAYS = 12
+"""Arrays of a chunk's elements that are held."""
+ON_PROCESSOR = (1 << 10, 1 << 16)
 """The fewest and the most elements of rows that are compared together, as memory allows."""
 ON_DEVICE = (1 << 15, 1 << 20)
 """The same for a device, which is asked for answers less often then."""
@@ -69,6 +76,14 @@ class SelfCheck:
         self._written = WrittenTensors(folder, plan)
         self.read_headers = self._written.read
 
+    def check_all(
+        self, finished: Sequence[tuple[Item, TensorResult]], device: torch.device | None = None
+    ) -> list[Verdict]:
+        """Check several items; rows of plain LoRAs and DoRAs of one shape are compared together."""
+        pairs = [SampledRows(item, self._written.tensor(item.name), self._rows(item)) for item, _ in finished]
+        right = verdicts_on_right(pairs, self._reader, device or CPU, self._elements(1, device or CPU))
+        return [right.get(item.name) or self.check(item, result, device) for item, result in finished]
+
     def check(self, item: Item, result: TensorResult, device: torch.device | None = None) -> Verdict:
         """Compare a sample of an item's rows: both ends of every block, and some at random; on a device, if given."""
         written = self._written.tensor(item.name)
@@ -80,17 +95,21 @@ class SelfCheck:
         if item.parts:
             from .recoded import as_written, compare_coded
 
-            rows = sample_rows(item, f"{self._seed}/{item.name}")
-            whole = as_written(item, self._written.tensor)
+            rows, whole = self._rows(item), as_written(item, self._written.tensor)
             return compare_coded(whole, self._expected(item, result, rows, CPU), rows, self._reader)
         written = replace(written, shape=item.stacked) if written.shape != item.stacked else written
-        rows = sample_rows(item, f"{self._seed}/{item.name}")
+        rows = self._rows(item)
         return compare(written, self._expected(item, result, rows, device), rows, self._reader)
+
+    def _rows(self, item: Item) -> list[int]:
+        return sample_rows(item, f"{self._seed}/{item.name}")
 
     def _expected(self, item: Item, result: TensorResult, rows: Sequence[int], device: torch.device) -> Expected:
         """Return the definition of an item's result, for a comparison of some rows."""
-        elements = self._elements(item, device)
+        elements = self._elements(len(item.edits), device)
         if not item.combination:
+            from .expected import Expected
+
             return Expected(item, self._reader, device, elements)
         from .combined import expected_of
 
@@ -98,9 +117,9 @@ class SelfCheck:
         expected.elements = elements
         return expected
 
-    def _elements(self, item: Item, device: torch.device) -> int:
+    def _elements(self, edits: int, device: torch.device) -> int:
         """Return the elements that are computed together, as the memory allows: calls cost more than numbers."""
-        fitting = self._spare // (8 * ARRAYS * max(1, len(item.edits)))
+        fitting = self._spare // (8 * ARRAYS * max(1, edits))
         fewest, most = ON_PROCESSOR if device.type == "cpu" else ON_DEVICE
         return max(fewest, min(fitting, most))
 
@@ -117,17 +136,19 @@ def _refuse_unreadable(path: Path, names: set[str]) -> None:
 
 
 def sample_rows(item: Item, seed: str) -> list[int]:
-    """Return both ends of every block, all rows that an adapter set, and random rows by the seed.
+    """Return both ends of every block, all rows that an adapter set, and further rows at random by the seed.
 
     Large blocks of a device have few ends: those of a processor's blocks are added.
     """
     rows, chance = item.source.matrix[0], random.Random(seed)  # noqa: S311
-    usual = spans(*item.matrix, item.experts)
+    usual = spans(*item.matrix, item.experts) if item.block_elements else ()
     sample = {row for start, stop in chain(item.spans(), usual) for row in (start, stop - 1)}
+    enough = min(rows, len(sample) + RANDOM_ROWS)
+    while len(sample) < enough:
+        sample.add(int(rows * chance.random()))
     for trained in item.rows:
         few = len(trained.index) <= MOST_ROWS
         sample |= set(trained.index if few else chance.sample(trained.index, MOST_ROWS))
-    sample |= {chance.randrange(rows) for _ in range(RANDOM_ROWS if rows else 0)}
     return sorted(row for row in sample if row < rows + item.grown)  # an unmerge has no new rows
 
 
@@ -135,6 +156,7 @@ def compare(written: StoredTensor, expected: Expected, rows: Sequence[int], read
     """Count the elements of some rows that are off, and measure the distance of these elements."""
     item = expected.item
     total = Verdict()
+    read_ahead(reader, written, rows)
     for chunk in expected.chunks(rows):
         x, base = expected.rows(chunk)
         got, rounded = read_rows(reader, written, chunk).to(x.device).double(), nearest(x, item.dtype)
@@ -147,6 +169,16 @@ def compare(written: StoredTensor, expected: Expected, rows: Sequence[int], read
             wrong, ulp = distance(got, expected, chunk, rounded_once=True)
             total += Verdict(wrong=wrong, max_ulp=ulp)
     return total
+
+
+def read_ahead(reader: Reader, tensor: StoredTensor, rows: Sequence[int]) -> None:
+    """Ask the system to read rows of a tensor, all at once: what was just written may be on the disk alone."""
+    if not hasattr(os, "posix_fadvise") or reader.is_remote(tensor.path):
+        return
+    width = tensor.matrix[1] * tensor.itemsize
+    with reader.using(tensor.path) as descriptor:
+        for row in rows:
+            os.posix_fadvise(descriptor, tensor.start + row * width, width, os.POSIX_FADV_WILLNEED)
 
 
 def _square(x: Tensor) -> float:

@@ -19,9 +19,10 @@ from ..reports.verify import CheckedModule
 from ..storage.reader import Reader
 from ..storage.safetensors import StoredTensor
 from .causes import find_cause
-from .expected import CPU, Block, Expected
+from .expected import Block, Expected
 from .roundings import coarser
 from .self_check import distance
+from .stacks import CPU
 
 FEWEST_ELEMENTS, MOST_ELEMENTS = 3 << 15, 1 << 18
 """Elements that are compared together on a processor, as memory allows: many workers wait for calls."""

@@ -44,9 +44,10 @@ class OutputShard:
     @property
     def inputs(self) -> Mapping[Path, None]:
         """The files that the shard's tensors are computed from, each once."""
+        items = (*self.items, *(edit.follows for item in self.items for edit in item.edits if edit.follows))
         return dict.fromkeys(
             path
-            for item in self.items
+            for item in items
             for source in (item.source, item.base, *(item.undo.tensors if item.undo else ()))
             if source
             for path in source.paths

@@ -17,7 +17,7 @@ def check_file(path: Target, what: str = "the report", option: str = "--report F
 
     Raises OutputError.
     """
-    file = Path(path)
+    file = Path(path).expanduser()
     try:
         folder = file.parent.stat().st_mode
         if not stat.S_ISDIR(folder) or not os.access(file.parent, os.W_OK | os.X_OK):
@@ -38,7 +38,7 @@ def write_file(path: Target, data: bytes, what: str = "the report") -> None:
 
     Raises OutputError.
     """
-    file = Path(path)
+    file = Path(path).expanduser()
     temporary = file.parent / f".dora-convert-{secrets.token_hex(8)}.tmp"
     try:
         with temporary.open("xb") as opened:

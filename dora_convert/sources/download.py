@@ -10,9 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from ..errors import HubError
+from ..errors import HubError, RefError
 from ..formats.detect import ANCHORS as ADAPTERS
-from ..formats.detect import refuse_adapter
+from ..formats.detect import detect, model_weights, refuse_adapter, wanted_of_adapter
 from ..storage.checkpoint import weight_entry
 from ..storage.filenames import GGUF, RECORD, gguf_parts, is_weight_file
 from ..storage.json_files import weight_map
@@ -162,3 +162,28 @@ def fetch_base(ref: HubRef, what: str, session: Session) -> Source:
     parts = gguf_parts(ref.file)
     source = fetch(ref.around, what, lambda names: [name for name in names if name in parts], session)
     return replace(source, path=source.path / ref.file, name=f"{source.name}/{ref.file}")
+
+
+def fetch_adapter(ref: HubRef, session: Session) -> Source:
+    """Download an adapter's files, or the one file that a REF names.
+
+    Raises RefError if a repo holds several weight files, and none is an adapter by its name.
+    """
+    left: list[str] = []
+
+    def wanted(names: Sequence[str]) -> list[str]:
+        if ref.file:
+            return [name for name in names if name in (ref.file, "adapter_config.json")]
+        chosen = wanted_of_adapter(names)
+        left.extend(name for name in model_weights(names) if name not in chosen)
+        return chosen
+
+    source = fetch(ref.around, "ADAPTER", wanted, session)
+    if ref.file:
+        return replace(source, path=source.path / ref.file, name=ref.file)
+    if left and not detect(source.path):
+        several = f"{source.title} holds several weight files, and no adapter by name: {', '.join(left[:5])}."
+        raise RefError(several, hint=f"name one, such as hf://{ref}/{left[0]}")
+    if left:
+        session.notify(f"not downloaded, a model beside the adapter by its name: {', '.join(left[:5])}")
+    return source

@@ -6,14 +6,14 @@ Code for the Hub is imported only if a REF is a Hub repo.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from ..adapters import NOTHING, Adapter, Waived
-from ..errors import RefError, UnsupportedError, UsageError
+from ..errors import DoraConvertError, RefError, UnsupportedError, UsageError, noted, together
 from ..formats.detect import (
     detect,
     find_format,
@@ -23,11 +23,19 @@ from ..formats.detect import (
     read_refused,
     refuse_adapter,
     refuse_tensors,
-    wanted_of_adapter,
 )
 from ..storage.checkpoint import Checkpoint, open_checkpoint
 from ..storage.filenames import GGUF, file_states, is_tokenizer_file, list_files, refuse_links
-from ..storage.refs import QUANTISED_NAME, HubRef, Source, is_stored, local_path, local_source, parse_ref
+from ..storage.refs import (
+    QUANTISED_NAME,
+    HubRef,
+    Source,
+    is_stored,
+    local_path,
+    local_source,
+    parse_ref,
+    refuse_missing,
+)
 from . import Session
 
 Mode = Literal["brief", "headers", "ranges", "whole", "local"]
@@ -58,7 +66,7 @@ def open_inputs(
     if base is not None:
         refuse_swapped(base, adapters, out, verb)
     tuned = bool(method) and method != "chain"
-    opened = [open_adapter(ref, session, waived, tuned=tuned) for ref in adapters]
+    opened = _open_adapters(adapters, base, lambda ref: open_adapter(ref, session, waived, tuned=tuned), session)
     refuse_needless(opened, waived)
     for name in waived.files:
         if not any((adapter.source.path / name).is_file() for adapter in opened):
@@ -73,6 +81,23 @@ def open_inputs(
     if base is None:
         session.notify(f"base: {checkpoint.source.title}, as {opened[0].source.name} says")
     return checkpoint, opened
+
+
+def _open_adapters(
+    refs: Sequence[str], base: str | None, open_one: Callable[[str], Adapter], session: Session
+) -> list[Adapter]:
+    """Open all adapters. If one cannot be opened, the error names all of them, and a local BASE that cannot be."""
+    refuse_missing(("BASE", base), *(("ADAPTER", ref) for ref in refs))
+    opened, errors = list[Adapter](), list[tuple[str, DoraConvertError]]()
+    for ref in refs:
+        with noted(errors, f"ADAPTER {ref!r}"):
+            opened.append(open_one(ref))
+    if errors and base is not None and local_path(base, "BASE").exists():
+        with noted(errors, f"BASE {base!r}"):
+            open_base(base, "BASE", session)
+    if errors:
+        raise together(errors)
+    return opened
 
 
 def open_base(
@@ -165,26 +190,9 @@ def find_adapter(ref: str, session: Session) -> Source:
     parsed = parse_ref(ref, "ADAPTER")
     if isinstance(parsed, Path):
         return local_source(parsed)
-    from .download import fetch
+    from .download import fetch_adapter
 
-    left: list[str] = []
-
-    def wanted(names: Sequence[str]) -> list[str]:
-        if parsed.file:
-            return [name for name in names if name in (parsed.file, "adapter_config.json")]
-        chosen = wanted_of_adapter(names)
-        left.extend(name for name in model_weights(names) if name not in chosen)
-        return chosen
-
-    source = fetch(parsed.around, "ADAPTER", wanted, session)
-    if parsed.file:
-        return replace(source, path=source.path / parsed.file, name=parsed.file)
-    if left and not detect(source.path):
-        several = f"{source.title} holds several weight files, and no adapter by name: {', '.join(left[:5])}."
-        raise RefError(several, hint=f"name one, such as hf://{parsed}/{left[0]}")
-    if left:
-        session.notify(f"not downloaded, a model beside the adapter by its name: {', '.join(left[:5])}")
-    return source
+    return fetch_adapter(parsed, session)
 
 
 def read_adapter(source: Source, waived: Waived = NOTHING) -> Adapter:

@@ -149,12 +149,14 @@ def open_checkpoint(source: Source, *, unfinished: bool = False) -> Checkpoint:
         shards = assemble(root.name, {root.name: read_weights(root)}, None, [])
         return Checkpoint(source, shards, None, read_config(root.parent), states=states)
     if not unfinished and (root / IN_PLACE / JOURNAL).exists():
-        raise RefError(f"{source.name} is being changed in place.", hint="run the same command with --in-place again")
+        raise RefError(
+            f"{source.address} is being changed in place.", hint="run the same command with --in-place again"
+        )
     if not (entries := [entry.name for entry in root.iterdir()]):
-        raise RefError(f"{source.name} is empty.", hint="name the folder with the model's files")
+        raise RefError(f"{source.address} is empty.", hint="name the folder with the model's files")
     if "model_index.json" in entries:
         return _open_pipeline(source)
-    name = weight_entry(entries, source.name)
+    name = weight_entry(entries, source.address)
     names = [name for name in list_files(root) if not name.startswith(IN_PLACE)]
     if odd := [name for name in names if not is_text(name)]:
         raise MalformedError(f"{root} holds a file whose name is not UTF-8: {odd[0]!r}.", hint="rename it")
@@ -195,7 +197,7 @@ def _open_pipeline(source: Source) -> Checkpoint:
         indexes += [f"{component}/{part.index_name}"] if part.index_name else []
         notes += part.notes
     if not shards:
-        raise RefError(f"{source.name} is a pipeline, and no component of it holds weights.")
+        raise RefError(f"{source.address} is a pipeline, and no component of it holds weights.")
     used = {*indexes, *(shard.filename for shard in shards)}
     sides, left = sort_files(name for name in names if name not in used)
     states = file_states(root / name for name in (*used, *sides))
@@ -268,7 +270,7 @@ def weight_entry(names: Sequence[str], where: str) -> str:
             f"{where} has no safetensors weights, only {', '.join(other[:3])}: not read yet.",
             hint="save the model as safetensors, or name a revision that has them",
         )
-    raise RefError(f"{where} holds no safetensors weights.")
+    raise RefError(f"{where} holds no safetensors weights.", hint="name the folder with the model's files")
 
 
 def assemble(

@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from ..errors import RefError
+from ..errors import DoraConvertError, RefError, noted, together
 
 PathLike = str | os.PathLike[str]
 
@@ -114,6 +114,18 @@ def parse_ref(ref: str, what: str = "REF") -> Path | HubRef:
     slashes = ref.replace("\\", "/")
     meant = f"did you mean {slashes}?" if slashes != ref and _REPO.fullmatch(slashes) else _similar(path)
     raise RefError(f"{what} {ref!r} does not exist.", hint=meant or "a Hub repo is written org/name")
+
+
+def refuse_missing(*named: tuple[str, PathLike | None]) -> None:
+    """Raise RefError for all REFs that are neither on this machine nor addresses; each comes with its word."""
+    errors = list[tuple[str, DoraConvertError]]()
+    for what, ref in named:
+        if ref is None or is_stored(ref):
+            continue
+        with noted(errors, f"{what} {os.fspath(ref)!r}"):
+            parse_ref(os.fspath(ref), what)
+    if errors:
+        raise together(errors)
 
 
 def is_stored(ref: PathLike | None) -> bool:

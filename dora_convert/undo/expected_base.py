@@ -158,6 +158,12 @@ class ChainExpectedBase(ExpectedBase):
 class RecoveryCheck(SelfCheck):
     """Compares recovered tensors with the base's, as far as the undo record tells them."""
 
+    def check_all(
+        self, finished: Sequence[tuple[Item, TensorResult]], device: torch.device | None = None
+    ) -> list[Verdict]:
+        """Check items one by one: the merge's definitions are not theirs."""
+        return [self.check(item, result, device) for item, result in finished]
+
     def _compare(self, item: Item, written: StoredTensor, result: TensorResult, device: torch.device) -> Verdict:
         """Compare a sample of rows; read a tensor that is recovered bit for bit back whole."""
         if item.undo and item.undo.ulps:

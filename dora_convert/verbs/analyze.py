@@ -33,7 +33,7 @@ from ..sources.inputs import modules_of, open_adapter, open_base, refuse_swapped
 from ..storage.checkpoint import Checkpoint
 from ..storage.filenames import refuse_changed
 from ..storage.json_files import read_json
-from ..storage.refs import HubRef, PathLike, listed, local_path, parse_ref
+from ..storage.refs import HubRef, PathLike, listed, local_path, parse_ref, refuse_missing
 from . import takes
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ def analyze(base: PathLike, tuned: PathLike | Sequence[PathLike], **options: Unp
     Raises DoraConvertError, and then writes nothing.
     """
     check_files(options)
+    refuse_missing(("BASE", base), *(("TUNED", ref) for ref in listed(tuned)))
     settings, refs = Settings.parse(options), expand(listed(tuned))
     if not refs:
         raise UsageError("analyze needs BASE and one TUNED or more.")

@@ -23,7 +23,7 @@ from ..reports.fitting import FittedModule, MadeDryRun, MadeReport
 from ..sources.inputs import open_adapter, open_base, refuse_needless
 from ..storage.checkpoint import Checkpoint
 from ..storage.reader import same_bytes
-from ..storage.refs import PathLike
+from ..storage.refs import PathLike, refuse_missing
 from . import takes
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ def convert(adapter: PathLike, out: PathLike, **options: Unpack[ConvertOptions])
     options["format"] = _target(options)
     with FittingSession.begin(out, options) as session:
         ref = os.fspath(adapter)
+        refuse_missing(("ADAPTER", ref), ("BASE", options["base"]))
         opened = open_adapter(ref, session.session, session.selection.waived)
         refuse_needless([opened], session.selection.waived)
         base = None if options["base"] is None else open_base(os.fspath(options["base"]), "BASE", session.session)

@@ -24,7 +24,7 @@ from ..settings import format_size, without_collections
 from ..sources.inputs import open_base
 from ..sources.prefetch import reading
 from ..storage.checkpoint import Checkpoint
-from ..storage.refs import PathLike
+from ..storage.refs import PathLike, refuse_missing
 from . import takes
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ def extract(
 
 
 def _open(session: FittingSession, base: PathLike, tuned: PathLike) -> tuple[Checkpoint, Checkpoint]:
+    refuse_missing(("BASE", base), ("TUNED", tuned))
     before = open_base(os.fspath(base), "BASE", session.session)
     after = open_base(os.fspath(tuned), "TUNED", session.session)
     before, after = as_dense(before), as_dense(after)

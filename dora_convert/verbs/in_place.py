@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
-from ..errors import UnsupportedError, UsageError
+from ..errors import RefError, UnsupportedError, UsageError
 from ..options import MergeOptions, UnmergeOptions, flag
 from ..output.in_place import InPlace
 from ..output.receipt import read_receipt
@@ -46,6 +48,17 @@ def refuse_out(ref: PathLike | None, role: str, out: PathLike | None) -> PathLik
             hint="name an OUT instead, or download it first",
         )
     return ref
+
+
+@contextmanager
+def last_word(adapters: Sequence[str]) -> Iterator[None]:
+    """Say of an ADAPTER that cannot be opened that it may have been meant as OUT, which --in-place does not take."""
+    try:
+        yield
+    except RefError as error:
+        if len(adapters) > 1:
+            error.hint = f"--in-place takes no OUT: leave {adapters[-1]} out if that is one"
+        raise
 
 
 def open_place(plan: Plan) -> InPlace:

@@ -26,7 +26,7 @@ from ..sources.inputs import Mode, open_adapter, open_base, refuse_swapped
 from ..storage.checkpoint import Checkpoint
 from ..storage.filenames import RECORD, UNDO
 from ..storage.reader import xxh3
-from ..storage.refs import PathLike, listed
+from ..storage.refs import PathLike, listed, refuse_missing
 from ..undo.files import remaining_files, restored_files
 from ..undo.record import MergeRecord, in_order, no_record, read_record
 from ..undo.removal import following, plan_removal
@@ -159,6 +159,9 @@ def _open(request: UnmergeRequest) -> _Inputs:
     """Return the headers of MERGED, of BASE and of the adapters, and the record of the merge."""
     options, session = request.options, request.session
     mode: Mode = "whole" if options["cluster"] else "headers"
+    refuse_missing(
+        ("MERGED", request.merged), *(("ADAPTER", ref) for ref in request.adapters), ("BASE", options["base"])
+    )
     merged = open_base(request.merged, "MERGED", session, "local" if options["in_place"] else mode)
     base = open_base(os.fspath(options["base"]), "BASE", session, mode) if options["base"] else None
     record = read_record(merged)

@@ -26,7 +26,7 @@ from ..sources.inputs import find_adapter, modules_of, open_base, open_inputs, r
 from ..sources.prefetch import download_weights
 from ..storage.checkpoint import Checkpoint
 from ..storage.filenames import RECORD, refuse_changed
-from ..storage.refs import PathLike, listed
+from ..storage.refs import PathLike, listed, refuse_missing
 from . import takes
 
 if TYPE_CHECKING:
@@ -98,6 +98,7 @@ def _plan(request: VerifyRequest) -> tuple[Plan, Checkpoint]:
     weights = parse_weights(options["weight"], len(request.adapters))
     if request.base is not None:
         refuse_swapped(request.base, request.adapters, request.merged, "verify")
+    refuse_missing(("BASE", request.base), *(("ADAPTER", ref) for ref in request.adapters), ("MERGED", request.merged))
     merged = open_base(request.merged, "MERGED", session)
     combination = SUM
     if receipt := _receipt(merged, request):

@@ -198,8 +198,11 @@ def works(node: object) -> bool:
 
 
 @contextmanager
-def odd_node(cluster: Cluster, preparation: str) -> Iterator[None]:
-    """Add a node of two processors in a namespace of its own, after some commands; remove it at the end."""
+def odd_node(cluster: Cluster, preparation: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Add a node of two processors in a namespace of its own, after some commands; remove it at the end.
+
+    Yields its process, which may be killed meanwhile.
+    """
     begin = shlex.join([*RAY, "start", "--address", cluster.address, "--num-cpus", "2", "--block"])
     begin += f" --object-store-memory {STORE}"
     process = subprocess.Popen(
@@ -213,11 +216,12 @@ def odd_node(cluster: Cluster, preparation: str) -> Iterator[None]:
     try:
         until(lambda: sum(node["Alive"] for node in ray.nodes()) > known)
         ray.shutdown()
-        yield
+        yield process
         ray.init(cluster.address, logging_level="ERROR", log_to_driver=False)
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        until(lambda: sum(node["Alive"] for node in ray.nodes()) == known)
+        until(lambda: sum(node["Alive"] for node in ray.nodes()) <= known)
     finally:
         ray.shutdown()
         if process.poll() is None:

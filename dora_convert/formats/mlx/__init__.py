@@ -89,7 +89,7 @@ def _file(view: FileView, source: Source) -> str:
     if usual:
         return usual[0]
     if not view.find(_is_mlx):
-        raise RefError(f"{source.name} has mlx-lm's config, and no {FILES[0]}.")
+        raise RefError(f"ADAPTER {source.address} has mlx-lm's config, and no {FILES[0]}.")
     return view.only(_is_mlx, source.name)
 
 

@@ -182,7 +182,9 @@ def _weights(source: Source) -> Path:
     for name in WEIGHTS:
         if (source.path / name).exists():
             return source.path / name
-    raise MalformedError(f"The adapter {source.name} has {CONFIG} but no {WEIGHTS[0]}.")
+    raise MalformedError(
+        f"ADAPTER {source.address} has {CONFIG} but no {WEIGHTS[0]}.", hint="put its weights beside it"
+    )
 
 
 @dataclass

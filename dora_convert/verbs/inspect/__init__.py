@@ -26,7 +26,7 @@ from ...sources import Session
 from ...sources.inputs import find_adapter, open_base, read_adapter, read_or_refuse
 from ...sources.remote_headers import RefListing, look
 from ...storage.checkpoint import Checkpoint
-from ...storage.refs import HubRef, PathLike, Source, is_stored, local_path, parse_ref
+from ...storage.refs import HubRef, PathLike, Source, is_stored, local_path, parse_ref, refuse_missing
 from .. import takes
 from .advice import advise
 from .census import census, common, fold
@@ -62,6 +62,7 @@ def inspect(
 def _describe(ref: str, base: str | None, options: InspectOptions) -> AdapterReport | CheckpointReport:
     """Return the report on a REF."""
     started = time.monotonic()
+    refuse_missing(("REF", ref), ("BASE", base))
     with Session(options["token"], cache=options["cache"]) as session:
         listing = _listed(ref, session)
         source, checkpoint = listing.source, None

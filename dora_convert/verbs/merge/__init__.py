@@ -124,7 +124,7 @@ def _merge_beside(request: MergeRequest) -> MergeReport | DryRunReport:
         require_extra("verify", "--verify-outputs")
     folder = OutputFolder(_folder(request), overwrite=options["overwrite"])
     folder.check()
-    out = "OUT" if options["no_local"] else str(request.out or folder.given)
+    out = "OUT" if options["no_local"] else str(request.out) if is_stored(request.out) else folder.given
     weights = None if request.session.cache else folder.state / INCOMING
     later: Questions | None = None if options["dry_run"] else []
     plan = make_request_plan(request, out, _mode(request), weights, later=later)
@@ -149,7 +149,7 @@ def _begun_early(request: MergeRequest, plan: Plan, folder: OutputFolder) -> Abs
     return begun_early(folder, plan)
 
 
-def _folder(request: MergeRequest) -> Path:
+def _folder(request: MergeRequest) -> PathLike:
     """Return OUT, or the folder that shards pass through on their way to the Hub."""
     if is_stored(request.out):
         from .stores import folder_for
@@ -159,7 +159,7 @@ def _folder(request: MergeRequest) -> Path:
         return request.target.transit_folder(request.out, [str(request.base), *request.adapters])
     if request.out is None:
         raise UsageError("merge needs OUT, or --in-place, or --push-to-hub REPO_ID --no-local.")
-    return Path(request.out)
+    return request.out
 
 
 def _merge_in_place(request: MergeRequest) -> MergeReport | DryRunReport:
@@ -177,7 +177,8 @@ def _merge_in_place(request: MergeRequest) -> MergeReport | DryRunReport:
     in_place.refuse_lossy(request.selection.undo, options)
     if report := finished(base, "merge", request.adapters, settings):
         return MergeReport.read(report)
-    plan = make_request_plan(request, "--in-place", "local")
+    with in_place.last_word(request.adapters):
+        plan = make_request_plan(request, "--in-place", "local")
     place = in_place.open_place(plan)
     in_place.refuse_merged(plan, place)
     if options["dry_run"]:

@@ -1,0 +1,107 @@
+"""Check several weights at once: a stack says of each what a check of the weight alone says."""
+
+from __future__ import annotations
+
+from contextlib import closing
+
+import pytest
+import torch
+
+import dora_convert
+from dora_convert.adapters import Decomposed
+from dora_convert.errors import VerificationError
+from dora_convert.output import finished
+from dora_convert.output.finished import TensorResult
+from dora_convert.output.shards import ShardFiles
+from dora_convert.parity.self_check import SelfCheck
+from dora_convert.parity.stacks import CPU, SampledRows, verdicts_on_right
+from dora_convert.plan.plan import Options
+from dora_convert.plan.planner import make_plan
+from dora_convert.sources import Session
+from dora_convert.sources.inputs import open_inputs
+from dora_convert.storage.reader import Reader
+
+from .toy import embeddings_and_head, exact, load, make_adapter, make_base, rounded
+
+NOTHING = TensorResult(None, "", None)
+
+
+def checked(base, adapters, out):
+    """Return the changed items of a merge, the self-check of OUT, and its reader."""
+    checkpoint, opened = open_inputs(str(base.path), list(map(str, adapters)), Session(), out=str(out))
+    plan, reader = make_plan(checkpoint, opened, [1.0] * len(opened), Options()), Reader()
+    return [item for item in plan.items if item.changed], SelfCheck(out, plan, reader, 1 << 26), reader
+
+
+def right_names(items, check, reader, elements=1 << 16) -> dict:
+    sampled = [SampledRows(item, check._written[item.name], check._rows(item)) for item in items]
+    return verdicts_on_right(sampled, reader, CPU, elements)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_stack_says_what_each_check_says(tmp_path, dtype):
+    """LoRAs, DoRAs and an embedding of one merge: all plain weights are in stacks, and all verdicts are the same."""
+    base = make_base(tmp_path / "base", dtype)
+    targets = ("q_proj", "k_proj", "up_proj")
+    dora = make_adapter(tmp_path / "dora", base, dora=True, targets=targets, extra=embeddings_and_head())
+    lora = make_adapter(tmp_path / "lora", base, dora=False, targets=("down_proj",))
+    dora_convert.merge(base.path, [dora, lora], tmp_path / "out")
+    items, check, reader = checked(base, [dora, lora], tmp_path / "out")
+    with closing(reader):
+        together = check.check_all([(item, NOTHING) for item in items])
+        alone = [check.check(item, NOTHING) for item in items]
+        plain = {item.name for item in items if item.name.startswith("model.layers.")}
+        for elements in (1, 100, 1 << 16):
+            assert right_names(items, check, reader, elements).keys() == plain
+    assert any(isinstance(item.edits[0].update, Decomposed) for item in items)
+    for one, other in zip(together, alone, strict=True):
+        assert (one.checked, one.wrong, one.max_ulp) == (other.checked, 0, 0)
+        assert one.change == pytest.approx(other.change)
+        assert one.rounding == pytest.approx(other.rounding)
+
+
+def test_a_stack_leaves_out_what_is_off(tmp_path):
+    """A weight with one element off, by one ulp or by much, is in no verdict of its stack; the others are."""
+    base = make_base(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", base, dora=True)
+    dora_convert.merge(base.path, adapter, tmp_path / "out")
+    items, check, reader = checked(base, [adapter], tmp_path / "out")
+    with closing(reader):
+        names = right_names(items, check, reader).keys()
+        assert names == {item.name for item in items}
+        for number, item in enumerate(items):
+            written, row = check._written[item.name], check._rows(item)[number]
+            place = written.start + 2 * (row * item.matrix[1] + number)
+            right = written.path.read_bytes()
+            low, high = right[place], right[place + 1]
+            for value in (low ^ 1, high), (low, high ^ 0x80), (0, 0), (0xC0, 0x7F), (0x80, 0x7F):
+                written.path.write_bytes(right[:place] + bytes(value) + right[place + 2 :])
+                assert right_names(items, check, reader).keys() == names - {item.name}
+                verdicts = check.check_all([(each, NOTHING) for each in items])
+                assert verdicts[number] == check.check(item, NOTHING)
+                assert verdicts[number].max_ulp >= 1
+            written.path.write_bytes(right)
+
+
+def test_one_wrong_tensor_of_a_task(tmp_path, monkeypatch):
+    """Of tensors that one task writes, the wrong one alone is named, and alone is written again."""
+    base = make_base(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", base, dora=True)
+    monkeypatch.setattr(finished, "GROUPS", 1)
+    write, written = ShardFiles.write, []
+
+    def flip(self, item, offset, data):
+        written.append(item.name)
+        if item.name == "model.layers.1.self_attn.k_proj.weight" and len(set(written)) > 1:
+            data = memoryview(bytes([data[0], data[1] ^ 0x10]) + bytes(data[2:]))
+        write(self, item, offset, data)
+
+    monkeypatch.setattr(ShardFiles, "write", flip)
+    with pytest.raises(VerificationError) as caught:
+        dora_convert.merge(base.path, adapter, tmp_path / "out", workers=1)
+    assert [fault.what for fault in caught.value.faults] == ["model.layers.1.self_attn.k_proj.weight"]
+    written.clear()
+    assert dora_convert.merge(base.path, adapter, tmp_path / "out", workers=1).resumed
+    assert set(written) == {"model.layers.1.self_attn.k_proj.weight"}
+    got, want = load(tmp_path / "out"), exact(base, adapter)
+    assert all(torch.equal(got[name], rounded(x, torch.bfloat16)) for name, x in want.items())
