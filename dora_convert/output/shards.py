@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from ..plan.item import Item
 from ..plan.plan import Plan
-from ..storage.journal import Background
+from ..storage.journal import Background, sync_path
 from ..storage.reader import OpenFiles, Reader
 from ..storage.safetensors import encode_header
 
@@ -74,13 +74,14 @@ class ShardFiles:
         `sparse` shards take space only as they are filled. `starts` are the offsets of tensors in files that
         other tools wrote. Unless `cached`, large tensors leave the page cache as soon as they are on the disk.
         """
-        self._flags, self._paged = UNCACHED, bool(UNCACHED) and not cached
+        self._cached, self._flags = cached, UNCACHED
         self._tails: dict[str, tuple[int, bytes]] = {}
         """The last bytes of tensors at work, which do not fill a page, and their offsets in the shards."""
         self._folder = folder
         self._heads = {
             shard.filename: encode_header(shard.items, shard.metadata, shard.prefix) for shard in plan.shards
         }
+        self._paths = {self.path(name) for name in self._heads}
         self._files = OpenFiles(os.O_RDWR)
         self._start: dict[str, tuple[str, int]] = {}
         self._seeking = threading.Lock()
@@ -141,7 +142,7 @@ class ShardFiles:
         shard, start = self._start[item.name]
         self._allocation.check()
         with self._files.using(self.path(shard)) as descriptor:
-            if self._paged and item.nbytes >= LEAST_UNCACHED:
+            if UNCACHED and not self._cached and item.nbytes >= LEAST_UNCACHED:
                 last = offset + len(data) == item.nbytes
                 self._write_pages(item.name, descriptor, start + offset, data, last=last)
             else:
@@ -231,6 +232,10 @@ class ShardFiles:
             for piece in reader.span(path, source, length):
                 self._write(descriptor, target, piece)
                 target += len(piece)
+
+    def sync(self, path: Path) -> None:
+        """Sync a file; of a shard, let go the pages that are still in the page cache."""
+        sync_path(path, forget=not self._cached and path in self._paths)
 
     def close(self) -> None:
         """Close every shard."""
