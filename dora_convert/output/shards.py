@@ -20,8 +20,8 @@ from ..storage.safetensors import encode_header
 COPY_BYTES = 64 << 20
 SLICE_BYTES = 1 << 19
 """Bytes of one write. Larger ones make the system look for larger pieces of memory, which it often has not at hand."""
-UNCACHED = 0x80 if sys.platform == "linux" and hasattr(os, "pwritev") else 0
-"""Linux's RWF_DONTCACHE, since 6.14: begin to write to the disk at once, and forget the pages then."""
+UNCACHED_SINCE = (6, 16)
+"""The version of Linux from which the flag is used: it came with 6.14, whose first fixes are in by then."""
 UNCACHED_SLICE = 1 << 20
 """The most bytes of one such write: more than that do not stay in a processor's cache on their way."""
 LEAST_UNCACHED = 1 << 20
@@ -33,6 +33,17 @@ QUICK_SECONDS = 0.1
 _NO_FLAG = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
 _NO_SPACE_AHEAD = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
 _NO_KERNEL_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM}
+
+
+def _uncached() -> int:
+    """Return the flag RWF_DONTCACHE if this Linux has it: write to the disk at once, and forget the pages then."""
+    if sys.platform != "linux" or not hasattr(os, "pwritev"):
+        return 0
+    version = os.uname().release.replace("-", ".").split(".")[:2]
+    return 0x80 if tuple(int(word) for word in version if word.isdigit()) >= UNCACHED_SINCE else 0
+
+
+UNCACHED = _uncached()
 
 
 class Copy(NamedTuple):
