@@ -34,7 +34,7 @@ def checked(base, adapters, out):
 
 
 def right_names(items, check, reader, elements=1 << 16) -> dict:
-    sampled = [SampledRows(item, check._written[item.name], check._rows(item)) for item in items]
+    sampled = [SampledRows(item, check._written.tensor(item.name), check._rows(item)) for item in items]
     return verdicts_on_right(sampled, reader, CPU, elements)
 
 
@@ -70,7 +70,7 @@ def test_a_stack_leaves_out_what_is_off(tmp_path):
         names = right_names(items, check, reader).keys()
         assert names == {item.name for item in items}
         for number, item in enumerate(items):
-            written, row = check._written[item.name], check._rows(item)[number]
+            written, row = check._written.tensor(item.name), check._rows(item)[number]
             place = written.start + 2 * (row * item.matrix[1] + number)
             right = written.path.read_bytes()
             low, high = right[place], right[place + 1]
