@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import random
+import shutil
 import threading
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +21,7 @@ from .toy import contents, make_adapter, make_base, stopped
 
 PAGE = 1024
 
-pytestmark = pytest.mark.skipif(not shards.UNCACHED, reason="needs Linux")
+pytestmark = pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="needs a system that can be advised")
 
 
 @dataclass
@@ -43,6 +45,7 @@ class Writes:
 @pytest.fixture
 def writes(monkeypatch):
     """Small pages, small tensors, and the system's calls."""
+    monkeypatch.setattr(shards, "UNCACHED", 0x80)
     monkeypatch.setattr(shards, "PAGE", PAGE)
     monkeypatch.setattr(shards, "LEAST_UNCACHED", 100)
     monkeypatch.setattr(shards, "UNCACHED_SLICE", 4 * PAGE)
@@ -149,9 +152,39 @@ def test_disk_full(tmp_path, pair, writes):
     assert contents(tmp_path / "out") == whole
 
 
+@pytest.mark.parametrize(
+    ("release", "flag"), [("6.18.44-fc-v509", 0x80), ("6.16", 0x80), ("6.15.2", 0), ("5.10-x", 0), ("odd", 0)]
+)
+def test_which_systems(monkeypatch, release, flag):
+    """Linux has the flag since 6.14; its first versions are left alone."""
+    monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(release=release))
+    monkeypatch.setattr(shards.sys, "platform", "linux")
+    assert shards._uncached() == flag
+
+
 def test_this_system(tmp_path, pair, monkeypatch):
     """Whatever this system and its file systems know of the flag."""
     base, adapter, whole = pair
     monkeypatch.setattr(shards, "LEAST_UNCACHED", 100)
     dora_convert.merge(base, adapter, tmp_path / "out")
     assert contents(tmp_path / "out") == whole
+
+
+def test_pages_are_let_go(tmp_path, pair, monkeypatch):
+    """Once they are synced, pages of new shards leave the cache; those of a model that is changed in place stay."""
+    base, adapter, _ = pair
+    forgotten, advise = [], os.posix_fadvise
+
+    def advises(descriptor, start, length, advice):
+        if advice == os.POSIX_FADV_DONTNEED:
+            forgotten.append(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+        advise(descriptor, start, length, advice)
+
+    monkeypatch.setattr(os, "posix_fadvise", advises)
+    dora_convert.merge(base, adapter, tmp_path / "out", undo="exact")
+    assert forgotten
+    assert all(name.endswith(".safetensors") for name in forgotten)
+    forgotten.clear()
+    mine = shutil.copytree(base, tmp_path / "mine")
+    dora_convert.merge(mine, adapter, in_place=True)
+    assert not forgotten

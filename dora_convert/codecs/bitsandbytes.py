@@ -18,7 +18,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..storage.safetensors import CONFIG_DTYPES, StoredTensor, are_counts, is_possible
+from ..storage.safetensors import CONFIG_DTYPES, StoredTensor, is_possible
+from ..storage.strict_header import are_counts
 from .blocks import Blocks
 from .coded import CodedTensor, PartReader, Scheme, as_bytes_of
 from .evidence import Evidence

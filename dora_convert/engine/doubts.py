@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from array import array
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 
 import torch
@@ -14,13 +14,15 @@ from torch import Tensor
 from ..adapters import Decomposed
 from ..errors import Fault, UnsupportedError
 from ..maths import lora as maths
-from ..plan.item import Edit
+from ..plan.item import Edit, Item
 from ..plan.plan import Plan
 from ..storage.reader import Reader
 from ..storage.safetensors import StoredTensor
 from .device_buffers import DeviceBuffers
 from .precision import ComputeSpec, read_rows
 
+MOST_SAMPLED = 4096
+"""Modules that are looked at; of more, so many are chosen evenly."""
 SAMPLED_ROWS = 16
 SAMPLED_FOR_COLUMNS = 256
 OTHER_BASE = 0.5
@@ -38,11 +40,9 @@ def check_magnitudes(plan: Plan) -> str | None:
         buffers = DeviceBuffers(ComputeSpec(torch.device("cpu"), torch.float64, "sample"), reader)
         samples = {
             f"{item.name}{list(edit.outputs or '')}".removesuffix("[]"): tuple(
-                map(_kept, _sample(item.source, edit, edit.update, buffers))
+                map(_kept, _sample(item.source, edit, update, buffers))
             )
-            for item in plan.items
-            for edit in item.edits
-            if isinstance(edit.update, Decomposed) and edit.divides
+            for item, edit, update in _chosen(plan)
         }
     known = {
         name: (torch.tensor(m.tolist(), dtype=torch.float64), torch.tensor(n.tolist(), dtype=torch.float64))
@@ -56,6 +56,17 @@ def check_magnitudes(plan: Plan) -> str | None:
         f"another base? The adapter's magnitudes differ from the norms of {plan.base.source.name} by "
         f"{median:.0%} in the median; those of its own base differ by a few percent."
     )
+
+
+def _chosen(plan: Plan) -> Sequence[tuple[Item, Edit, Decomposed]]:
+    """Return the edits that divide by norms, or as many of them as are looked at."""
+    edits = [
+        (item, edit, edit.update)
+        for item in plan.items
+        for edit in item.edits
+        if isinstance(edit.update, Decomposed) and edit.divides
+    ]
+    return edits[:: 1 + len(edits) // MOST_SAMPLED]
 
 
 def _kept(numbers: Tensor) -> array[float]:
@@ -79,8 +90,9 @@ def _refuse_normalised(plan: Plan, samples: Mapping[str, tuple[Tensor, Tensor]])
         for name, (m, n) in near.items()
     ]
     names = ", ".join(adapter.source.name for adapter in plan.adapters)
+    among = f" (among {len(samples)} that were looked at)" if 2 * len(samples) > MOST_SAMPLED else ""
     raise UnsupportedError(
-        f"The magnitudes of {len(faults)} modules of {names} are normalised: divided by the norms of the rows.",
+        f"The magnitudes of {len(faults)} modules{among} of {names} are normalised: divided by the norms of the rows.",
         faults=faults,
         hint="TensorRT-LLM's normalize_weights.py writes m/‖V‖ under the same name: name the adapter before that",
     )

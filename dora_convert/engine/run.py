@@ -279,7 +279,7 @@ def run(
             shards=shards,
             reader=reader,
             spool=spool,
-            journal=stack.enter_context(closing(Journal(output.state / JOURNAL, key, unfinished))),
+            journal=stack.enter_context(closing(Journal(output.state / JOURNAL, key, unfinished, sync=shards.sync))),
             check=check,
             progress=progress,
             hub=hub,

@@ -118,6 +118,8 @@ class NameResolver:
 
     def _plain(self, target: str) -> str | None:
         """Return the tensor that has a target's name, up to the prefix."""
+        if (name := self.prefix.apply(target)) in self._tensors:
+            return name
         bare = unwrapped(target)
         for name in map(self.prefix.apply, (target,) if bare == target else (target, bare)):
             for candidate in _stored_names(name):

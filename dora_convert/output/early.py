@@ -15,7 +15,6 @@ from pathlib import Path
 import xxhash
 
 from ..plan.plan import Plan
-from ..storage.journal import sync_path
 from ..storage.reader import Reader
 from ..storage.safetensors import StoredTensor
 from .finished import FinishedLine, TensorResult, copied_name
@@ -80,7 +79,7 @@ class HeadStart:
             self._lines.append(FinishedLine(copied=copy[2:]))
             yield
             if (unsynced := unsynced + copy.length) >= SYNCED_BYTES:
-                sync_path(self.shards.path(copy.shard))  # the disk has nothing else to do
+                self.shards.sync(self.shards.path(copy.shard))  # the disk has nothing else to do
                 unsynced = 0
                 yield
         for item in self._plan.items:

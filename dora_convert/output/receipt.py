@@ -183,7 +183,8 @@ class Receipt(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     def to_bytes(self) -> bytes:
         """Return the receipt as it is written."""
-        return (json.dumps(msgspec.to_builtins(self), indent=1, ensure_ascii=False) + "\n").encode()
+        text = json.dumps(msgspec.to_builtins(self), ensure_ascii=False)  # with indents, Python's own code would do it
+        return msgspec.json.format(text.encode(), indent=1) + b"\n"
 
 
 def read_receipt(record: Path) -> Receipt | None:

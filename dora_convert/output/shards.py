@@ -13,15 +13,15 @@ from typing import NamedTuple
 
 from ..plan.item import Item
 from ..plan.plan import Plan
-from ..storage.journal import Background
+from ..storage.journal import Background, sync_path
 from ..storage.reader import OpenFiles, Reader
 from ..storage.safetensors import encode_header
 
 COPY_BYTES = 64 << 20
 SLICE_BYTES = 1 << 19
 """Bytes of one write. Larger ones make the system look for larger pieces of memory, which it often has not at hand."""
-UNCACHED = 0x80 if sys.platform == "linux" and hasattr(os, "pwritev") else 0
-"""Linux's RWF_DONTCACHE, since 6.14: begin to write to the disk at once, and forget the pages then."""
+UNCACHED_SINCE = (6, 16)
+"""The version of Linux from which the flag is used: it came with 6.14, whose first fixes are in by then."""
 UNCACHED_SLICE = 1 << 20
 """The most bytes of one such write: more than that do not stay in a processor's cache on their way."""
 LEAST_UNCACHED = 1 << 20
@@ -33,6 +33,17 @@ QUICK_SECONDS = 0.1
 _NO_FLAG = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
 _NO_SPACE_AHEAD = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
 _NO_KERNEL_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM}
+
+
+def _uncached() -> int:
+    """Return the flag RWF_DONTCACHE if this Linux has it: write to the disk at once, and forget the pages then."""
+    if sys.platform != "linux" or not hasattr(os, "pwritev"):
+        return 0
+    version = os.uname().release.replace("-", ".").split(".")[:2]
+    return 0x80 if tuple(int(word) for word in version if word.isdigit()) >= UNCACHED_SINCE else 0
+
+
+UNCACHED = _uncached()
 
 
 class Copy(NamedTuple):
@@ -74,13 +85,14 @@ class ShardFiles:
         `sparse` shards take space only as they are filled. `starts` are the offsets of tensors in files that
         other tools wrote. Unless `cached`, large tensors leave the page cache as soon as they are on the disk.
         """
-        self._flags, self._paged = UNCACHED, bool(UNCACHED) and not cached
+        self._cached, self._flags = cached, UNCACHED
         self._tails: dict[str, tuple[int, bytes]] = {}
         """The last bytes of tensors at work, which do not fill a page, and their offsets in the shards."""
         self._folder = folder
         self._heads = {
             shard.filename: encode_header(shard.items, shard.metadata, shard.prefix) for shard in plan.shards
         }
+        self._paths = {self.path(name) for name in self._heads}
         self._files = OpenFiles(os.O_RDWR)
         self._start: dict[str, tuple[str, int]] = {}
         self._seeking = threading.Lock()
@@ -141,7 +153,7 @@ class ShardFiles:
         shard, start = self._start[item.name]
         self._allocation.check()
         with self._files.using(self.path(shard)) as descriptor:
-            if self._paged and item.nbytes >= LEAST_UNCACHED:
+            if UNCACHED and not self._cached and item.nbytes >= LEAST_UNCACHED:
                 last = offset + len(data) == item.nbytes
                 self._write_pages(item.name, descriptor, start + offset, data, last=last)
             else:
@@ -231,6 +243,10 @@ class ShardFiles:
             for piece in reader.span(path, source, length):
                 self._write(descriptor, target, piece)
                 target += len(piece)
+
+    def sync(self, path: Path) -> None:
+        """Sync a file; of a shard, let go the pages that are still in the page cache."""
+        sync_path(path, forget=not self._cached and path in self._paths)
 
     def close(self) -> None:
         """Close every shard."""

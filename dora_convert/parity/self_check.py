@@ -9,7 +9,6 @@ with f = m/n (1 for LoRA) and d the stored dtype: a merge rounds once. docs/prec
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,11 +23,12 @@ from torch import Tensor
 from ..engine.precision import nearest, ordinal, read_rows
 from ..errors import VerificationError
 from ..output.finished import TensorResult, Verdict
+from ..output.shards import LEAST_UNCACHED
 from ..plan.item import Item
 from ..plan.plan import Plan
 from ..storage.reader import Reader, spans
 from ..storage.safetensors import StoredTensor, read_header
-from .stacks import CPU, SampledRows, verdicts_on_right
+from .stacks import CPU, SampledRows, read_ahead, verdicts_on_right
 
 if TYPE_CHECKING:
     from .expected import Expected
@@ -62,6 +62,9 @@ class SelfCheck:
     ) -> list[Verdict]:
         """Check several items; rows of plain LoRAs and DoRAs of one shape are compared together."""
         pairs = [SampledRows(item, self._written[item.name], self._rows(item)) for item, _ in finished]
+        for pair in pairs:
+            if pair.written.nbytes >= LEAST_UNCACHED:
+                read_ahead(self._reader, pair.written, pair.rows)
         right = verdicts_on_right(pairs, self._reader, device or CPU, self._elements(1, device or CPU))
         return [right.get(item.name) or self.check(item, result, device) for item, result in finished]
 
@@ -137,7 +140,6 @@ def compare(written: StoredTensor, expected: Expected, rows: Sequence[int], read
     """Count the elements of some rows that are off, and measure the distance of these elements."""
     item = expected.item
     total = Verdict()
-    read_ahead(reader, written, rows)
     for chunk in expected.chunks(rows):
         x, base = expected.rows(chunk)
         got, rounded = read_rows(reader, written, chunk).to(x.device).double(), nearest(x, item.dtype)
@@ -150,16 +152,6 @@ def compare(written: StoredTensor, expected: Expected, rows: Sequence[int], read
             wrong, ulp = distance(got, expected, chunk, rounded_once=True)
             total += Verdict(wrong=wrong, max_ulp=ulp)
     return total
-
-
-def read_ahead(reader: Reader, tensor: StoredTensor, rows: Sequence[int]) -> None:
-    """Ask the system to read rows of a tensor, all at once: what was just written may be on the disk alone."""
-    if not hasattr(os, "posix_fadvise") or reader.is_remote(tensor.path):
-        return
-    width = tensor.matrix[1] * tensor.itemsize
-    with reader.using(tensor.path) as descriptor:
-        for row in rows:
-            os.posix_fadvise(descriptor, tensor.start + row * width, width, os.POSIX_FADV_WILLNEED)
 
 
 def _square(x: Tensor) -> float:

@@ -7,6 +7,7 @@ nearest. `parity.expected` looks at the others, and measures how far they are of
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -206,6 +207,14 @@ def _read(reader: Reader, tensors: Sequence[StoredTensor], rows: Sequence[Sequen
         reader.gather(path, runs, data[filled : filled + length])
         filled += length
     return torch.frombuffer(data, dtype=TORCH[first.dtype]).view(len(tensors), -1, columns)
+
+
+def read_ahead(reader: Reader, tensor: StoredTensor, rows: Sequence[int]) -> None:
+    """Ask the system to read rows of a tensor, all at once: what was just written may be on the disk alone."""
+    if rows and hasattr(os, "posix_fadvise") and not reader.is_remote(tensor.path):
+        with reader.using(tensor.path) as descriptor:
+            for start, length in _joined(_runs(tensor, rows)):
+                os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_WILLNEED)
 
 
 def _runs(tensor: StoredTensor, rows: Sequence[int] | None) -> list[tuple[int, int]]:

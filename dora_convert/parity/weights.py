@@ -7,12 +7,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..engine.doubts import check_magnitudes
 from ..engine.precision import choose, scan_adapter
 from ..engine.streams import DeviceStream
 from ..engine.workers import WorkerPool
+from ..plan.item import Item
 from ..plan.plan import Plan
 from ..reports.verify import CheckedModule, Untouched, VerifyReport
 from ..settings import Settings
@@ -47,7 +49,7 @@ def verify_weights(
     if plan.base.is_here:
         check_magnitudes(plan)
     pairing = pair(plan, merged)
-    needs = {item.name: (*item.source.paths, *written.paths) for item, written in pairing.pairs}
+    needs = {item.name: (*_read_by(item), *written.paths) for item, written in pairing.pairs}
     with reading((plan.base, merged), needs, session) as reader:
         pairing.compare_twins(reader)
         results = _compare(pairing, settings, samples, reader, cluster)
@@ -137,6 +139,14 @@ def _of_modules(modules: Sequence[CheckedModule]) -> Iterator[str]:
             f"{module.name}: {module.wrong_elements:,} of {module.elements:,} elements are wrong, "
             f"by up to {module.max_ulp} ulp{why}"
         )
+
+
+def _read_by(item: Item) -> Iterator[Path]:
+    """Yield the base's files that the definition of a tensor reads."""
+    yield from item.source.paths
+    for edit in item.edits:
+        if edit.follows:
+            yield from edit.follows.source.paths
 
 
 def _of_base(plan: Plan, untouched: int, differing: int, modules: Sequence[CheckedModule]) -> Iterator[str]:

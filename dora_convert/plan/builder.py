@@ -259,7 +259,7 @@ class PlanBuilder:
         self.warnings += [warning] if warning else []
 
     def _enter_merged(self, update: Update, into: tuple[str, ...]) -> None:
-        combined = any(update == edit.update for edit in self.targets[into[0]].edits)
+        combined = any(update is edit.update or update == edit.update for edit in self.targets[into[0]].edits)
         replaces = isinstance(update, Full | Rows) and not combined
         self._enter(update, "replaced" if replaces else "merged", into, update.title)
 
@@ -293,8 +293,8 @@ class PlanBuilder:
 
             item = combined(item, self.options.combination)
         alone = len(item.edits) == 1 and item.edits[0].weight == 1 and not item.combination
-        if item.start and not alone:
+        if not alone and item.start:
             self._fault(item.start, f"began training with another {name}: it is merged alone and at weight 1")
-        for edit in item.edits if item.grown else ():
+        for edit in item.edits if target.rows and item.grown else ():
             self._fault(edit.update, f"is for a {name} without the rows that another adapter adds")
         return item

@@ -168,9 +168,9 @@ class Item:
     @property
     def verbatim(self) -> bool:
         """True if the output's bytes are on disk: the base's, or an adapter's counters and the like."""
-        copied = not self.replaced or self.source.dtype not in FLOATS
-        same = copied and self.dtype == self.source.dtype and not self.source.coded
-        return not self.edits and same and not self.undo and not self.part_of
+        if self.edits or self.undo or self.part_of or self.dtype != self.source.dtype or self.source.coded:
+            return False
+        return not self.replaced or self.source.dtype not in FLOATS
 
     @property
     def fate(self) -> str:

@@ -6,7 +6,6 @@ reports print it.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
@@ -17,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import xxhash
 
 from ..adapters import Adapter, Decomposed, Delta, Full, Waived, tensors_of
@@ -44,9 +44,10 @@ class OutputShard:
     @property
     def inputs(self) -> Mapping[Path, None]:
         """The files that the shard's tensors are computed from, each once."""
+        items = (*self.items, *(edit.follows for item in self.items for edit in item.edits if edit.follows))
         return dict.fromkeys(
             path
-            for item in self.items
+            for item in items
             for source in (item.source, item.base, *(item.undo.tensors if item.undo else ()))
             if source
             for path in source.paths
@@ -156,12 +157,11 @@ class Plan:
     @cached_property
     def fingerprint(self) -> str:
         """xxh3-128 of the plan as JSON lines without paths: equal plans have equal fingerprints."""
-        options = self.options
-        lines: list[Any] = [[options.compute_dtype, options.undo, self.index_name, self.config]]
-        lines += [words] if (words := options.combination.words) else []
+        options, words = self.options, self.options.combination.words
+        lines: list[Any] = [[options.compute_dtype, options.undo, self.index_name, self.config], *[words] * bool(words)]
         for shard in self.shards:
             lines += [[shard.filename, dict(shard.metadata)], *map(_describe, shard.items)]
-        return xxhash.xxh3_128_hexdigest("\n".join(map(json.dumps, lines)).encode())
+        return xxhash.xxh3_128_hexdigest(msgspec.json.Encoder().encode_lines(lines))
 
 
 def _describe(item: Item) -> list[Any]:
@@ -240,8 +240,9 @@ class Options:
 
     def selects(self, module: str) -> bool:
         """Return True if --include and --exclude leave a module in."""
-        included = not self.include or any(_matches(module, glob) for glob in self.include)
-        return included and not any(_matches(module, glob) for glob in self.exclude)
+        if self.include and not any(_matches(module, glob) for glob in self.include):
+            return False
+        return not (self.exclude and any(_matches(module, glob) for glob in self.exclude))
 
     def check_globs(self, modules: Collection[str]) -> Iterator[str]:
         """Yield a warning for each --exclude that matches no module; raise UsageError for such an --include."""

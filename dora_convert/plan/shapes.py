@@ -112,7 +112,9 @@ def _match_decomposed(update: Decomposed, name: str, shape: Shape, model_types: 
     if m.numel != count:
         return f"its magnitude has {m.numel} elements for {count} {what}"
     kernel = math.prod(shape[2:]) if update.axis == "columns" else 1
-    return Match(replace(update, inner=transform_of(match.update) if inner else None), match.transposed, kernel)
+    if inner and match.update is not inner:
+        update = replace(update, inner=transform_of(match.update))
+    return Match(update, match.transposed, kernel)
 
 
 def _match_magnitudes(update: Decomposed, name: str, shape: Shape, model_types: frozenset[str]) -> Match | str:

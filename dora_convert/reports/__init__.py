@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence, Sized
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from html import escape
 from typing import Any, NamedTuple, TypeVar
 
@@ -84,7 +84,8 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as `--json` prints it."""
-        return {"schema": SCHEMA, "version": __version__, **asdict(self)}
+        values = {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
+        return {"schema": SCHEMA, "version": __version__, **values}
 
     def parts(self, *, every: bool) -> Iterator[Table | str]:
         """Yield the report for people, as tables and lines; `every` lists each entry."""
@@ -105,6 +106,15 @@ class Report:
             f"<div>{escape(part)}</div>" if isinstance(part, str) else part.html() for part in self.parts(every=False)
         )
         return "\n".join(drawn).replace(" (--verbose)", "")
+
+
+def _plain(value: Any) -> Any:
+    """Return a value of a report as plain data; long lists of plain data are not copied value by value."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    return type(value)(map(_plain, value)) if type(value) in (list, tuple) else value
 
 
 def _short(value: object) -> str:

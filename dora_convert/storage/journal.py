@@ -65,8 +65,11 @@ def read_journal(path: Path, line_type: Any = dict[str, Any]) -> UnfinishedRun |
     return UnfinishedRun(key, lines, sum(map(len, raw))) if raw else None
 
 
-def sync_path(path: Path) -> None:
-    """Sync a file or a folder to the disk; some systems open no folders, some file systems sync none."""
+def sync_path(path: Path, *, forget: bool = False) -> None:
+    """Sync a file or a folder to the disk; some systems open no folders, some file systems sync none.
+
+    With `forget`, the file's pages leave the page cache, if the system can be asked to.
+    """
     folder = path.is_dir()
     if folder and os.name == "nt":
         return
@@ -74,6 +77,8 @@ def sync_path(path: Path) -> None:
         descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
         try:
             os.fsync(descriptor)
+            if forget and hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(descriptor)
     except OSError as error:
@@ -84,8 +89,16 @@ def sync_path(path: Path) -> None:
 class Journal:
     """An open journal and the thread that keeps it."""
 
-    def __init__(self, path: Path, key: JournalKey, earlier: UnfinishedRun | None = None) -> None:
-        """Start a journal, or resume an earlier one after its last whole line."""
+    def __init__(
+        self,
+        path: Path,
+        key: JournalKey,
+        earlier: UnfinishedRun | None = None,
+        *,
+        sync: Callable[[Path], None] = sync_path,
+    ) -> None:
+        """Start a journal, or resume an earlier one after its last whole line; `sync` syncs a file of bytes."""
+        self._sync = sync
         end = earlier.end if earlier else 0
         self._file = path.open("r+b" if earlier else "w+b")
         self._file.truncate(end)
@@ -113,7 +126,7 @@ class Journal:
     def _keep(self, batch: list[tuple[Lines, Collection[Path]]]) -> None:
         """Sync the files that lines speak of, write the lines, and call what comes after."""
         for path in sorted({each for _, files in batch for each in files}):
-            sync_path(path)
+            self._sync(path)
         self._append([msgspec.json.encode(line) for lines, _ in batch for line, _ in lines])
         for then in (then for lines, _ in batch for _, then in lines if then):
             then()

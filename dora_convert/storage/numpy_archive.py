@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MalformedError, UnsupportedError, shown
-from .safetensors import Header, StoredTensor, are_counts, is_possible, open_file
+from .safetensors import Header, StoredTensor, is_possible, open_file
+from .strict_header import are_counts
 
 MAGIC = b"\x93NUMPY"
 MOST_HEADER = 1 << 16

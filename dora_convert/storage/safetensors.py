@@ -18,7 +18,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, TypeGuard
+from typing import Annotated, Any, BinaryIO, ClassVar
+
+import msgspec
 
 from ..errors import MalformedError, hint_of
 
@@ -41,8 +43,9 @@ MAX_TENSORS = 500_000
 MAX_VALUES = 1_000_000
 """Other values in a header, such as entries of metadata."""
 MAX_DIMENSIONS = 64
-MAX_DIGITS = 19
 MAX_ELEMENTS = 2**60
+Natural = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
+"""A number of elements or bytes."""
 LFS_POINTER = b"version https://git-lfs"
 
 
@@ -101,6 +104,18 @@ class StoredTensor:
         return (self.shape[0], math.prod(self.shape[1:]))
 
 
+class HeaderEntry(msgspec.Struct, forbid_unknown_fields=True):
+    """The entry of one tensor in a header."""
+
+    dtype: str
+    shape: tuple[Natural, ...]
+    data_offsets: tuple[Natural, Natural]
+    """The first byte and the byte after the last, from the end of the header."""
+
+
+_DECODER = msgspec.json.Decoder(HeaderEntry)
+
+
 @dataclass(frozen=True)
 class Header:
     """The header of one weight file; tensors in the order of their bytes."""
@@ -152,22 +167,40 @@ def parse_header(path: Path, size: int, file: BinaryIO) -> Header:
             f"{path} is not a safetensors file: {size} bytes cannot hold a header of {length} bytes.",
             hint="It may be truncated; download it again.",
         )
-    entries = _load_json(path, file.read(length))
-    metadata = entries.pop("__metadata__", {})
-    metadata = {} if metadata is None else metadata
-    if not (isinstance(metadata, dict) and all(isinstance(text, str) for text in metadata.values())):
-        raise MalformedError(f"{path}: __metadata__ must map strings to strings.")
-    unsorted = [_entry(path, 8 + length, name, entry) for name, entry in entries.items()]
-    tensors = sorted(unsorted, key=lambda tensor: (tensor.start, tensor.nbytes))
-    _check_tiling(path, tensors, 8 + length, size)
-    return Header({tensor.name: tensor for tensor in tensors}, metadata)
+    raw = file.read(length)
+    _refuse_many(path, raw)
+    if not (parsed := _quickly_parsed(raw)):
+        from .strict_header import parse_strictly
+
+        values, metadata = parse_strictly(path, raw)
+        parsed = {name: HeaderEntry(*value) for name, value in values.items()}, metadata
+    entries, metadata = parsed
+    body = 8 + length
+    ordered = sorted(entries.items(), key=lambda entry: entry[1].data_offsets)
+    tensors = {name: _tensor(path, body, name, entry) for name, entry in ordered}
+    _check_tiling(path, ordered, body, size - body)
+    return Header(tensors, metadata)
 
 
-def _load_json(path: Path, raw: bytes) -> dict[str, Any]:
-    """Return the header's JSON, whose numbers are counts; Python's reader alone is less strict.
+def _quickly_parsed(raw: bytes) -> tuple[dict[str, HeaderEntry], dict[str, str]] | None:
+    """Parse a header as every library writes it; return None for another one, which needs a closer look."""
+    try:
+        values = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
+        written = bytes(values.pop("__metadata__", b"{}"))
+        metadata = msgspec.json.decode(written, type=dict[str, str])
+        entries = {name: _DECODER.decode(entry) for name, entry in values.items()}
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+    # msgspec takes the last of equal keys, and an escape may hide one
+    counts = {raw.count(b'"dtype"'), raw.count(b'"shape"'), raw.count(b'"data_offsets"'), len(entries)}
+    once = len(counts) == 1 and raw.count(b'"__metadata__"') < 2 and msgspec.json.encode(metadata) == written
+    return (entries, metadata) if once and raw.count(b"\\") == written.count(b"\\") else None
 
-    The values are counted before they take memory: every value but the first of an object or a list follows
-    a comma.
+
+def _refuse_many(path: Path, raw: bytes) -> None:
+    """Raise MalformedError for more values than a model has, before they take memory.
+
+    Every value but the first of an object or a list follows a comma.
     """
     tensors = raw.count(b"{")
     if tensors > MAX_TENSORS or raw.count(b",") > MAX_VALUES + 8 * tensors:
@@ -175,67 +208,36 @@ def _load_json(path: Path, raw: bytes) -> dict[str, Any]:
             f"{path}: the header has too many entries: more than {MAX_TENSORS} tensors or {MAX_VALUES} other values."
         )
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        entries = dict(pairs)
-        if len(entries) != len(pairs):
-            raise ValueError("a key occurs twice")
-        return entries
-
-    def count(digits: str) -> int:
-        if not digits.isdecimal() or len(digits) > MAX_DIGITS:
-            raise ValueError(f"{digits[:30]} is not a number of elements or bytes")
-        return int(digits)
-
-    try:
-        text = raw.decode()
-        header = json.loads(text, object_pairs_hook=unique, parse_int=count, parse_float=count, parse_constant=count)
-        if "\\u" in text:  # half a surrogate pair is not a character
-            json.dumps(header, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
-        raise MalformedError(f"{path}: the header is not valid JSON ({error}).") from error
-    if not isinstance(header, dict):
-        raise MalformedError(f"{path}: the header is not a JSON object.")
-    return header
-
-
-def are_counts(value: object, kind: type[Sequence[Any]] = list) -> TypeGuard[Sequence[int]]:
-    """Return True for a list, or another kind of sequence, of numbers of elements or bytes."""
-    return isinstance(value, kind) and all(type(item) is int and 0 <= item < 1 << 63 for item in value)
-
 
 def is_possible(shape: Sequence[int]) -> bool:
     """Return True if a file can hold a tensor of a shape; empty dimensions count as 1."""
-    return len(shape) <= MAX_DIMENSIONS and math.prod(max(1, each) for each in shape) <= MAX_ELEMENTS
+    numel = math.prod(shape) or math.prod(max(1, each) for each in shape)
+    return len(shape) <= MAX_DIMENSIONS and numel <= MAX_ELEMENTS
 
 
-def _entry(path: Path, body: int, name: str, entry: Any) -> StoredTensor:
+def _tensor(path: Path, body: int, name: str, entry: HeaderEntry) -> StoredTensor:
     """Return one header entry as a tensor, checked against its own dtype and shape."""
-    fields: dict[str, Any] = entry if isinstance(entry, dict) and len(entry) == 3 else {}
-    shape, offsets, dtype = fields.get("shape"), fields.get("data_offsets"), fields.get("dtype")
-    if not (are_counts(shape) and are_counts(offsets) and len(offsets) == 2 and isinstance(dtype, str)):
-        raise MalformedError(f"{path}: the header entry of {name} is malformed.")
+    dtype, shape, (first, last) = entry.dtype, entry.shape, entry.data_offsets
     if dtype not in BITS:
         raise MalformedError(f"{path}: {name} has the unknown dtype {dtype}.")
     if len(shape) > MAX_DIMENSIONS:
         raise MalformedError(f"{path}: {name} has {len(shape)} dimensions; at most {MAX_DIMENSIONS} are read.")
-    tensor = StoredTensor(name, dtype, tuple(shape), path, body + offsets[0])
-    if not is_possible(shape) or tensor.numel * BITS[dtype] != 8 * (offsets[1] - offsets[0]):
-        raise MalformedError(
-            f"{path}: {name} is declared as {dtype} {list(shape)}, which is not {offsets[1] - offsets[0]} bytes."
-        )
-    return tensor
+    if not is_possible(shape) or math.prod(shape) * BITS[dtype] != 8 * (last - first):
+        raise MalformedError(f"{path}: {name} is declared as {dtype} {list(shape)}, which is not {last - first} bytes.")
+    return StoredTensor(name, dtype, shape, path, body + first)
 
 
-def _check_tiling(path: Path, tensors: list[StoredTensor], body: int, size: int) -> None:
-    """Raise MalformedError unless the tensors cover the file's body without gaps or overlaps."""
-    position = body
-    for tensor in tensors:
-        if tensor.start != position:
-            raise MalformedError(f"{path}: {tensor.name} does not start where the tensor before it ends.")
-        position += tensor.nbytes
+def _check_tiling(path: Path, entries: Sequence[tuple[str, HeaderEntry]], body: int, size: int) -> None:
+    """Raise MalformedError unless the tensors cover `size` bytes after the header without gaps or overlaps."""
+    position = 0
+    for name, entry in entries:
+        first, last = entry.data_offsets
+        if first != position:
+            raise MalformedError(f"{path}: {name} does not start where the tensor before it ends.")
+        position = last
     if position != size:
         raise MalformedError(
-            f"{path} is {size} bytes long, but its header describes {position}.",
+            f"{path} is {body + size} bytes long, but its header describes {body + position}.",
             hint="The file is truncated or has trailing bytes; download it again.",
         )
 

@@ -27,10 +27,10 @@ from typing import IO, Any, NamedTuple
 
 from ..errors import DoraConvertError, MalformedError, UnsupportedError, shown
 from .bounded_file import BoundedFile
-from .safetensors import BITS, MAX_DIMENSIONS, Header, StoredTensor, are_counts, open_file
+from .safetensors import BITS, MAX_DIMENSIONS, Header, StoredTensor, open_file
+from .strict_header import are_counts
 
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
-
 MAX_PICKLE = 32_000_000
 """Bytes, enough for 150,000 tensors; a hostile pickle takes up to 70 times as much memory."""
 

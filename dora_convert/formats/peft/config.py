@@ -128,7 +128,7 @@ class Config(Struct, frozen=True, dict=True):
         given = {name: value for name, value in raw.items() if value is not None and name not in masks}
         return checked(given, cls, str(path))
 
-    @property
+    @cached_property
     def adalora(self) -> int | None:
         """AdaLoRA's first rank, which its scaling is divided by; None for LoRA."""
         return self.init_r if self.peft_type.upper() == "ADALORA" else None
@@ -143,14 +143,14 @@ class Config(Struct, frozen=True, dict=True):
         """The names in target_modules; empty for a regex."""
         return tuple(self.target_modules) if isinstance(self.target_modules, list) else ()
 
-    @property
+    @cached_property
     def start(self) -> Start | None:
         """The start of training that moved the base, if one did."""
         if self.kasa_config:
             return Start.KASA
         return STARTS.get(str(self.init_lora_weights).lower())
 
-    @property
+    @cached_property
     def version(self) -> tuple[int, ...]:
         """PEFT's version as numbers; a file without a version is older than 0.18."""
         return tuple(int(part) for part in re.findall(r"\d+", self.peft_version)[:3])

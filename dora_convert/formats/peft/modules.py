@@ -138,6 +138,8 @@ def _contradiction(key: str, parts: Parts, config: Config) -> str | None:
 def _wrong_rank(key: str, parts: Parts, config: Config) -> str | None:
     """Return why the shapes contradict the config's rank; None if they do not."""
     A, B, rank = parts["A"].shape, parts["B"].shape, config.rank(key)
+    if len(A) == len(B) == 2 and A[0] == B[1] == rank and "d" not in parts and config.blocks(key)[1] == 1:
+        return None  # as nearly all are
     shapes = f"lora_A is {A} and lora_B is {B}"
     if len(A) < 2 or len(B) < 2:
         return f"{shapes}: not matrices"
@@ -165,6 +167,7 @@ PARTS: Mapping[str, str] = {
 """A part of a module's update, by the end of a tensor's name."""
 TOKENS = (".token_adapter.trainable_tokens_delta", ".trainable_tokens_delta")
 TOKENS_BASE = ".token_adapter.base_layer.weight"
+ENDS = (*PARTS, *TOKENS, TOKENS_BASE)
 _FRONT = re.compile(rf"((?:{'|'.join(WRAPPERS)})\.)*{re.escape(PREFIX)}")
 _DEFAULT = re.compile(r"\.default(?=(\.weight|\.bias)?$)")
 """The adapter's name, which PEFT takes out when it saves and other programs leave in."""
@@ -173,15 +176,22 @@ _SAVED = re.compile(r"(.+)\.(modules_to_save(?:\.default)?|original_module)(\..+
 
 def plain(name: str, parts: Collection[str] = PARTS) -> str:
     """Return a tensor's name without PEFT's prefix and without the adapter's name; `parts` are ends of names."""
-    name = name[match.end() :] if (match := _FRONT.match(name)) else name
+    if name.startswith(PREFIX):  # nearly always
+        name = name[len(PREFIX) :]
+    elif match := _FRONT.match(name):
+        name = name[match.end() :]
+    if ".default" not in name or part_of(name, parts)[1]:
+        return name
     bare = _DEFAULT.sub("", name)
-    return bare if not part_of(name, parts)[1] and part_of(bare, parts)[1] else name
+    return bare if part_of(bare, parts)[1] else name
 
 
 def part_of(name: str, parts: Collection[str] = PARTS) -> tuple[str, str]:
     """Return the module of a plain name, and the end that PEFT added; "" for a tensor of the model itself."""
-    end = next((end for end in (*parts, *TOKENS, TOKENS_BASE) if name.endswith(end)), "")
-    return name.removesuffix(end), end
+    for end in ENDS if parts is PARTS else (*parts, *TOKENS, TOKENS_BASE):
+        if name.endswith(end):
+            return name[: -len(end)], end
+    return name, ""
 
 
 def wrapped_whole(name: str) -> tuple[str, str, str] | None:
