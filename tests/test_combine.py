@@ -229,7 +229,7 @@ def test_doubts_of_float32_are_marked(majority, dtype):
     off = torch.where(exact == 0, 0.0, (torch.rand_like(exact) * 2 - 1) * error * 0.9)
     for weights in ([1.0, 1.0, 1.0], WEIGHTS):
         errors = in_single.Errors(error * (sum(map(abs, weights)) + 1), 3 * error + 2.0**-21)
-        rule, out = in_single.Rule(weights, majority), torch.empty(size, dtype=dtype)
+        rule, out = in_single.CombineRule(weights, majority), torch.empty(size, dtype=dtype)
         kept = (exact + off).float()
         marks = in_single.combine(
             rule,

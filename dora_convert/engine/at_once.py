@@ -79,7 +79,7 @@ class _AtOnce:
         self._item, self._searches, self._quick, self._buffers = item, searches, quick, buffers
         weights = [edit.weight for edit in item.edits]
         how = item.combination
-        self._rule = in_single.Rule(weights, how.majority_sign if how.elects else "")
+        self._rule = in_single.CombineRule(weights, how.majority_sign if how.elects else "")
         self._errors = in_single.Errors(0.0, 0.0)
         """Those of the worst block."""
         self._above = torch.zeros(len(searches), dtype=torch.int64)

@@ -20,7 +20,7 @@ RELATIVE = 2.0**-22
 """Four roundings: of W plus the change, of a bound, and two to spare."""
 
 
-class Rule(NamedTuple):
+class CombineRule(NamedTuple):
     """The way in which pruned changes become one."""
 
     weights: Sequence[float]
@@ -38,7 +38,7 @@ class Errors(NamedTuple):
 
 
 def combine(
-    rule: Rule,
+    rule: CombineRule,
     W: Tensor,  # float32, of one dimension
     kept: Tensor,  # float32, one pruned change after another, each as W
     errors: Errors,
