@@ -304,6 +304,7 @@ def test_two_adapters_in_a_folder(case, tmp_path):
     file = GOLDEN / case
     for name in ("one", "two"):
         shutil.copy(file, tmp_path / f"{name}{file.suffix}")
+    (tmp_path / "base").mkdir()
     with pytest.raises(RefError, match=r"several adapters: one.*, two") as caught:
         dora_convert.merge(tmp_path / "base", tmp_path, tmp_path / "out", alpha=16)
     assert f"one{file.suffix}" in caught.value.hint

@@ -169,6 +169,7 @@ def test_unmatched_tensors_may_be_allowed(base, adapter, tmp_path):
     unmatched = [entry for entry in report.ledger if entry["fate"] == "unmatched"]
     assert len(unmatched) == 3
     assert "closest" in unmatched[0]["why"]
+    assert "3 adapter tensors have no place in the base, and are left out" in report.warnings[-1]
     change(adapter, **{"mlp.up_proj.lora_A.weight": torch.ones(4, 41)})
     with pytest.raises(PlanError, match="3 adapter tensors"):
         dora_convert.merge(base.path, adapter, tmp_path / "out2", allow_unmatched=True)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 UNFOLDED = 1 << 16
 """Columns of a table that is not drawn on a terminal: programs read it line by line."""
+WARNING = "warning: "
 LONGEST_NAME = 40
 """Characters of a name that is not broken into lines."""
 
@@ -41,8 +42,11 @@ class Sink:
         return not (self._json or self._tsv or self._quiet)
 
     def notice(self, text: str) -> None:
-        """Print a notice or a warning on stderr; a full device is no reason to stop the work."""
-        if not self._quiet:
+        """Print a notice or a warning on stderr; a full device is no reason to stop the work.
+
+        With --quiet, warnings are printed, and notices are not.
+        """
+        if not self._quiet or text.startswith(WARNING):
             with suppress(OSError):
                 if self._bar is not None:
                     self._bar.clear()

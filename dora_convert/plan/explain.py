@@ -68,6 +68,14 @@ def warn_of_missing(adapters: Sequence[Adapter], missing: Sequence[Sequence[str]
     )
 
 
+def warn_of_unmatched(names: Sequence[str]) -> str:
+    """Return a warning about adapter tensors that are left out, as the caller allows."""
+    return (
+        f"{len(names)} adapter tensors have no place in the base, and are left out: "
+        f"{', '.join(names[:SHOWN])}{' …' if names[SHOWN:] else ''}"
+    )
+
+
 def entries_of_missing(missing: Sequence[Sequence[str]]) -> list[Entry]:
     """Return the ledger's entries for the weights that adapters lack."""
     return [Entry(name, "missing", (), LACKING) for names in missing for name in names]

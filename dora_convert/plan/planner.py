@@ -82,6 +82,14 @@ def make_plan(
     return _unless_a_file(quantised.settled(plan, items, tree) if quantised else plan)
 
 
+def left_out(plan: Plan) -> Iterator[str]:
+    """Yield a warning about adapter tensors without a place in the base, which the caller allows."""
+    if names := [entry.tensor for entry in plan.ledger if entry.fate == "unmatched"]:
+        from .explain import warn_of_unmatched
+
+        yield warn_of_unmatched(names)
+
+
 def _unless_a_file(plan: Plan) -> Plan:
     """Return a plan; raise UnsupportedError if it changes config.json, and the base is a single file."""
     if plan.config and plan.base.is_bare:

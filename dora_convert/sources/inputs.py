@@ -87,8 +87,9 @@ def _open_adapters(
     refs: Sequence[str], base: str | None, open_one: Callable[[str], Adapter], session: Session
 ) -> list[Adapter]:
     """Open all adapters. If one cannot be opened, the error names all of them, and a local BASE that cannot be."""
-    refuse_missing(("BASE", base), *(("ADAPTER", ref) for ref in refs))
     opened, errors = list[Adapter](), list[tuple[str, DoraConvertError]]()
+    with noted(errors, f"BASE {base!r}"):
+        refuse_missing(("BASE", base))
     for ref in refs:
         with noted(errors, f"ADAPTER {ref!r}"):
             opened.append(open_one(ref))

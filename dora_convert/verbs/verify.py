@@ -17,7 +17,7 @@ from ..options import VerifyOptions
 from ..output.lineage import chains
 from ..output.receipt import Receipt, read_receipt
 from ..plan.plan import Plan, parse_options, parse_weights
-from ..plan.planner import make_plan
+from ..plan.planner import left_out, make_plan
 from ..reports.files import check_file, write_file
 from ..reports.verify import OutputsReport, VerifyReport
 from ..settings import Settings, parse_facts, require_extra, without_collections
@@ -137,7 +137,7 @@ def _plan(request: VerifyRequest) -> tuple[Plan, Checkpoint]:
     for doubt in (*chains(base, adapters, combination.method), *idle):
         settings.warn(doubt)
     plan = make_plan(base, adapters, weights, selection if selection.quantised else replace(selection, quantised="all"))
-    for doubt in plan.warnings:
+    for doubt in (*plan.warnings, *left_out(plan)):
         settings.warn(doubt)
     return plan, merged
 

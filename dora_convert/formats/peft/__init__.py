@@ -23,7 +23,7 @@ refused by name, never merged wrongly: see `config.py`.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -117,15 +117,20 @@ def read(source: Source, waived: Waived = NOTHING) -> Adapter:
         layers=config.layers,
         task=config.task,
         promised=partial(promised, config, adapter.pruned),
-        warnings=_doubts(config, source) if not reader else (),
+        warnings=_doubts(config, source, adapter.modules) if not reader else (),
         beside=tuple(file.about for file in files),
     )
 
 
-def _doubts(config: Config, source: Source) -> tuple[str, ...]:
-    """Return a warning if the adapter is subtracted."""
-    negative = [alpha for alpha in (config.alpha, *config.alpha_pattern.values()) if alpha < 0]
-    return (f"{source.name} has lora_alpha {negative[0]:g}: it is subtracted, as in PEFT",) if negative else ()
+def _doubts(config: Config, source: Source, modules: Collection[str]) -> tuple[str, ...]:
+    """Return warnings about a config that does not fit its tensors; most configs need no closer look."""
+    odd = config.rank_pattern or config.alpha_pattern or config.layers_to_transform or config.exclude_modules
+    ends = tuple(f".{name}" for name in config.modules)
+    if not odd and config.alpha >= 0 and all(f".{module}".endswith(ends) for module in modules):
+        return ()
+    from .doubts import doubts_of
+
+    return tuple(doubts_of(config, source.name, modules))
 
 
 def _reader(raw: Mapping[str, Any], source: Source) -> KindReader | None:

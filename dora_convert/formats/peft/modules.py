@@ -233,6 +233,11 @@ def promised(
     return [*names, *(weights[module] for module in _embeddings(config, weights))]
 
 
+def targeted(config: Config, modules: Collection[str]) -> set[str]:
+    """Return the modules that a config targets; "all-linear" targets all."""
+    return set(_targets(config, dict(zip(modules, modules, strict=True)), lambda _: True))
+
+
 def _targets(config: Config, weights: Mapping[str, str], is_linear: Callable[[str], bool]) -> Iterator[str]:
     """Yield the modules that target_modules and its exceptions leave."""
     target = config.target_modules

@@ -17,7 +17,7 @@ from ...options import MergeOptions
 from ...output.folder import OutputFolder
 from ...output.side_files import tokenizer_files
 from ...plan.plan import Options, Plan, parse_options, parse_weights
-from ...plan.planner import make_plan
+from ...plan.planner import left_out, make_plan
 from ...reports.merge import DryRunReport, MergeReport
 from ...settings import Settings, collections_paused, require_extra, without_collections
 from ...sources import Session
@@ -236,7 +236,7 @@ def plan_inputs(
 
         tell_of_dense_base(checkpoint, adapters, selection.quantised, settings)
     plan = make_plan(checkpoint, adapters, strengths, selection, later)
-    for doubt in plan.warnings:
+    for doubt in (*plan.warnings, *left_out(plan)):
         settings.warn(doubt)
     if selection.legacy_config and plan.config is None:
         settings.warn(
