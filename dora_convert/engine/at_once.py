@@ -3,8 +3,8 @@
 Norms and a sample come first, as always (engine/quick_thresholds.py). The sample bounds each threshold. The pass
 computes all changes in float32, combines those that are certainly kept, and rounds the results into a tensor that is
 held as a whole. A few elements are set aside: those inside the bounds, and those whose result float32 does not decide.
-Once the thresholds are known, these are combined again. What is still in doubt is computed in float64, one by one. So
-the bytes are those of float64.
+Once the thresholds are known, these are combined again. Elements that are still in doubt are computed in float64, one
+by one. So the bytes are those of float64.
 """
 
 from __future__ import annotations

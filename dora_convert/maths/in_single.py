@@ -32,9 +32,9 @@ class Errors(NamedTuple):
     """The most that float32 may be off by."""
 
     added: float
-    """What is added to W."""
+    """For the addend of W."""
     vote: float
-    """The sum of the changes."""
+    """For the sum of the changes."""
 
 
 def combine(
