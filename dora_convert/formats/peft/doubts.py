@@ -8,7 +8,7 @@ from itertools import islice
 
 from ...adapters import unwrapped
 from .config import Config
-from .modules import targeted
+from .modules import targets_of
 from .patterns import PatternTable, as_key
 
 SHOWN, TRIED = 10, 1000
@@ -26,7 +26,10 @@ def doubts_of(config: Config, name: str, modules: Collection[str]) -> Iterator[s
     for field, table in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
         if idle := list(islice(_idle(table, {*modules, *bare}), SHOWN + 1)):
             yield f"{field} of {name} has keys that match no module of it: {_listed(idle)}"
-    if config.target_modules is not None and (others := sorted(set(bare) - targeted(config, bare))):
+    if config.target_modules is None:
+        return
+    targeted = targets_of(config, dict(zip(bare, bare, strict=True)), lambda _: True)  # "all-linear" targets all
+    if others := sorted(set(bare) - set(targeted)):
         yield (
             f"{len(others)} modules of {name} have factors, but target_modules and its exceptions leave them out: "
             f"{_listed(others)}. PEFT would not load them; here they count."

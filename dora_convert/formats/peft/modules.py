@@ -228,17 +228,12 @@ def promised(
     MultiheadAttention. Raises MalformedError for a pattern that takes too long.
     """
     weights = {name.removesuffix(".weight"): name for name, shape in shapes.items() if len(shape) > 1}
-    names = [weights[module] for module in _targets(config, weights, is_linear) if module not in pruned]
+    names = [weights[module] for module in targets_of(config, weights, is_linear) if module not in pruned]
     names += [name for name in shapes if config.modules_to_save and config.saves(name)]
     return [*names, *(weights[module] for module in _embeddings(config, weights))]
 
 
-def targeted(config: Config, modules: Collection[str]) -> set[str]:
-    """Return the modules that a config targets; "all-linear" targets all."""
-    return set(_targets(config, dict(zip(modules, modules, strict=True)), lambda _: True))
-
-
-def _targets(config: Config, weights: Mapping[str, str], is_linear: Callable[[str], bool]) -> Iterator[str]:
+def targets_of(config: Config, weights: Mapping[str, str], is_linear: Callable[[str], bool]) -> Iterator[str]:
     """Yield the modules that target_modules and its exceptions leave."""
     target = config.target_modules
     if isinstance(target, str) and target.lower() == "all-linear":

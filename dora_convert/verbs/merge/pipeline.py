@@ -21,7 +21,7 @@ from ...output.side_files import SideFile, adopted_sets, base_files, originals, 
 from ...parity.self_check import SelfCheck
 from ...plan.plan import Plan
 from ...reports.merge import MergeReport
-from ...settings import Settings, __version__
+from ...settings import Settings, __version__, collections_paused
 from ...storage.checkpoint import Checkpoint, open_checkpoint
 from ...storage.filenames import (
     RECEIPT,
@@ -95,6 +95,7 @@ def run_merge(
         return _publish(done, output, hub, files, card=card, verdict=verdict, outputs=outputs)
 
 
+@collections_paused()
 def check_adapters(
     plan: Plan, settings: Settings, executor: Executor | None = None
 ) -> tuple[Plan, ComputeSpec, Hashes]:
@@ -150,6 +151,7 @@ def _tell_loss(plan: Plan, verdict: Verdict | None, settings: Settings) -> None:
         settings.notify(f"written back as {', '.join(titles)}: {lost:.1%} of the change is lost to rounding")
 
 
+@collections_paused()
 def _look_at_base(plan: Plan, settings: Settings) -> bool:
     """Warn of a base that does not look like the adapter's; return False if the weights are not local yet."""
     if plan.base.is_here and any(edit.decomposed for item in plan.items for edit in item.edits):
@@ -192,6 +194,7 @@ def _write_tensors(
     )
 
 
+@collections_paused()
 def _write_files(done: Run, output: Output, files: Sequence[SideFile], hashes: Hashes) -> None:
     """Write everything beside the weights: side files, the undo record, the receipt."""
     plan, results, spec = done.plan, done.progress.done, done.spec
@@ -208,6 +211,7 @@ def _write_files(done: Run, output: Output, files: Sequence[SideFile], hashes: H
     output.put(f"{RECORD}/{RECEIPT}", receipt.to_bytes())
 
 
+@collections_paused()
 def _publish(
     done: Run,
     output: Output,
