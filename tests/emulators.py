@@ -81,6 +81,9 @@ class S3(Bucket):
             "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1",
             "AWS_ENDPOINT_URL": endpoint, "AWS_CONFIG_FILE": "/no/file", "AWS_SHARED_CREDENTIALS_FILE": "/no/file",
         }  # fmt: skip
+        import requests
+
+        requests.post(f"{endpoint}/moto-api/reset", timeout=10)  # an earlier server's buckets
         self._client = self._connect("s3")
         self._client.create_bucket(Bucket=BUCKET)
 

@@ -7,69 +7,25 @@ A stand-in takes Ray's place: it pickles all that a cluster would send, and runs
 from __future__ import annotations
 
 import errno
-import pickle
-from collections.abc import Callable
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
 
 import pytest
 
 import dora_convert
 from dora_convert import settings
-from dora_convert.cluster import jobs, ray_cluster, tensors
-from dora_convert.cluster.jobs import NodeFacts
+from dora_convert.cluster import jobs, tensors
 from dora_convert.errors import OutputError, UsageError
 from dora_convert.output.finished import Task
 from dora_convert.output.shards import Copy
 
+from .stand_in import StandIn, connected_to
 from .toy import contents, make_adapter, make_base
-
-
-def sent(value):
-    """A value as another machine would get it."""
-    return pickle.loads(pickle.dumps(value))
-
-
-@dataclass
-class StandIn:
-    """Two nodes, in this process; the second one answers with `facts`, and after `allowed` tasks all is lost."""
-
-    facts: dict = field(default_factory=dict)
-    allowed: int = 10**9
-    gpus: int = 0
-    slots: int = 1000
-    done: list = field(default_factory=list)
-
-    def map(self, job, tasks, *, withdraw=None):
-        nodes = [sent(job).start(), sent(job).start()]
-        for number, task in enumerate(tasks):
-            if len(self.done) >= self.allowed:
-                if withdraw:
-                    withdraw()
-                    with pytest.raises(OutputError, match="belongs to another run now"):
-                        nodes[0](task)
-                raise KeyboardInterrupt
-            result = sent(nodes[number % 2](sent(task)))
-            self.done.append(task)
-            yield task, result
-
-    def ask(self, question) -> Callable[[], list[NodeFacts]]:
-        facts = sent(question)()
-        return lambda: [facts, replace(facts, name="second", **self.facts)]
 
 
 @pytest.fixture
 def cluster(monkeypatch) -> StandIn:
     """The stand-in, to which --cluster connects; small tasks."""
-    stand_in = StandIn()
-
-    @contextmanager
-    def connected(address, _):
-        yield stand_in
-
-    monkeypatch.setattr(ray_cluster, "connected", connected)
     monkeypatch.setattr(jobs, "TASK_BYTES", 1 << 12)
-    return stand_in
+    return connected_to(StandIn(), monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -148,6 +148,40 @@ def test_a_lost_shard_begins_anew(pair, store, monkeypatch):
     assert weights(stored(store, "out")) == weights(contents(pair[2]))
 
 
+@pytest.mark.parametrize("account", [None, b'{"model-00001'])
+def test_a_lost_account_begins_anew(pair, store, monkeypatch, tmp_path, account):
+    """Without a valid list of what was sent, hollow shards are not taken for shards."""
+    put = object_store.ObjectStore.put
+    monkeypatch.setattr(object_store.ObjectStore, "put", fails_at(2))
+    with pytest.raises(OutputError, match="no network"):
+        dora_convert.merge(pair[0], pair[1], f"{BUCKET}/out", workers=1)
+    (path,) = (tmp_path / "home").rglob("uploads.jsonl")
+    path.unlink() if account is None else path.write_bytes(account)
+    for name in store.find("/bucket/out"):
+        store.rm_file(name)
+    monkeypatch.setattr(object_store.ObjectStore, "put", put)
+    dora_convert.merge(pair[0], pair[1], f"{BUCKET}/out")
+    assert weights(stored(store, "out")) == weights(contents(pair[2]))
+
+
+def test_a_shard_that_another_run_replaces(pair, store, monkeypatch):
+    """The run ends before the entry of the model is written, and the same command begins anew."""
+    settle = store_streaming.HubStreaming.settle
+
+    def replaced(self):
+        settle(self)
+        shard = next(path for path in store.find("/bucket/out") if path.endswith(".safetensors"))
+        store.pipe_file(shard, b"another")
+
+    monkeypatch.setattr(store_streaming.HubStreaming, "settle", replaced)
+    with pytest.raises(OutputError, match="changed after it was uploaded"):
+        dora_convert.merge(pair[0], pair[1], f"{BUCKET}/out")
+    monkeypatch.setattr(store_streaming.HubStreaming, "settle", settle)
+    assert "config.json" not in stored(store, "out")
+    dora_convert.merge(pair[0], pair[1], f"{BUCKET}/out")
+    assert weights(stored(store, "out")) == weights(contents(pair[2]))
+
+
 def test_what_exists_is_not_replaced(pair, store):
     """Files of others never, outputs of ours with --overwrite; stale files go."""
     store.pipe_file("/bucket/out/notes.txt", b"mine")
@@ -182,8 +216,8 @@ def test_clear_errors(pair, store, tmp_path, monkeypatch):
         dora_convert.merge(f"{BUCKET}/nothing", pair[1], tmp_path / "out")
     with pytest.raises(OutputError, match="only merge writes to an object store"):
         dora_convert.convert(pair[1], f"{BUCKET}/out", to="kohya")
-    with pytest.raises(UsageError, match="goes with none of"):
-        dora_convert.merge(pair[0], pair[1], f"{BUCKET}/out", cluster="local")
+    with pytest.raises(UsageError, match="goes neither with"):
+        dora_convert.merge(pair[0], pair[1], f"{BUCKET}/out", verify_outputs=True)
     monkeypatch.setattr(settings, "_is_installed", lambda name: name != "s3fs")
     with pytest.raises(UsageError, match="needs s3fs") as caught:
         dora_convert.merge("s3://bucket/base", pair[1], tmp_path / "out")

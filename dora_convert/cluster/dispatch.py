@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from itertools import islice
 from queue import SimpleQueue
 from threading import Timer
 from typing import Any, Generic, Protocol
 
 from ..errors import OutputError
-from .jobs import NodeJob, Result, Work
+from .jobs import NodeJob, NodeWork, Result, Work
+from .node import end
 
 AHEAD = 2
 """Tasks of a worker that run or wait: enough that no worker is idle, and few to wait for at the end."""
@@ -77,8 +79,12 @@ class ThreadWorker:
         """Do nothing: the thread is not lost before this process."""
 
     def close(self) -> None:
-        """Do no further task."""
+        """Do no further task, and end the one at work if the job can."""
         self._closed = True
+        if isinstance(self._do, NodeWork):
+            self._do.stop()
+        with suppress(RuntimeError):  # closed before
+            self._pool.submit(end, self._do)
         self._pool.shutdown(wait=False)
 
 

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import platform
 import socket
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import xxhash
 
-from ..errors import OutputError, UsageError
+from ..errors import DoraConvertError, OutputError, UsageError
 from ..settings import Settings, __version__
 
 if TYPE_CHECKING:
@@ -59,7 +59,25 @@ class NodeJob(Protocol[Work_contra, Result_co]):
     """Everything that tasks of one kind need, as data."""
 
     def start(self) -> Callable[[Work_contra], Result_co]:
-        """Return the function that does one task; called once in each process of a node."""
+        """Return the function that does one task, maybe a `NodeWork`; called once in each process of a node."""
+
+
+class NodeWork(Generic[Work, Result]):
+    """Does the tasks of a job in one process, and holds what must be closed at the end."""
+
+    def __init__(self, do: Callable[[Work], Result], stack: ExitStack) -> None:
+        self._do, self._stack = do, stack
+
+    def __call__(self, task: Work) -> Result:
+        """Do a task."""
+        return self._do(task)
+
+    def stop(self) -> None:
+        """End the task at work soon; by default at its own end."""
+
+    def close(self) -> None:
+        """Close files, and remove what does not stay; called between two tasks."""
+        self._stack.close()
 
 
 class Cluster(Protocol):
@@ -97,6 +115,8 @@ class NodeFacts:
     """The instruction set that torch uses."""
     missing: tuple[str, ...]
     """Paths that the node does not see, or sees other files at."""
+    refused: str = ""
+    """The reason why an object store does not answer the node as it answers this machine."""
 
 
 @dataclass(frozen=True)
@@ -105,16 +125,34 @@ class NodeCheck:
 
     heads: dict[str, str]
     """For each path, a hash of the file's size and its first bytes."""
+    stores: Mapping[str, str | None] = field(default_factory=dict)
+    """For each folder in a store, the hash of its listing if it is an input."""
 
     def __call__(self) -> NodeFacts:
         """Return the facts of the node that this is called on."""
         missing = [path for path, head in self.heads.items() if _head(path) != head]
-        return NodeFacts(node_name(), _versions(), _processor(), tuple(missing))
+        return NodeFacts(node_name(), _versions(), _processor(), tuple(missing), _refusal(self.stores))
 
 
 def node_name() -> str:
     """Return the name of this machine, for messages."""
     return socket.gethostname()
+
+
+def _refusal(stores: Mapping[str, str | None]) -> str:
+    """Return the reason why a store does not answer this node as it should; empty if all do."""
+    if not stores:
+        return ""
+    from ..sources.object_store import ObjectStore, listing_hash
+
+    for url, wanted in stores.items():
+        try:
+            files = ObjectStore(url).files()
+        except DoraConvertError as error:
+            return str(error)
+        if wanted and listing_hash(files) != wanted:
+            return f"{url} holds other files than this machine finds there."
+    return ""
 
 
 def _versions() -> tuple[str, ...]:
@@ -147,10 +185,11 @@ def _head(path: str) -> str:
 
 @contextmanager
 def asked_nodes(
-    cluster: Cluster, inputs: Iterable[Path], token: Path | None, settings: Settings
+    cluster: Cluster, inputs: Iterable[Path], token: Path | None, settings: Settings, stores: Mapping[str, str | None]
 ) -> Iterator[Callable[[], None]]:
     """Ask all nodes for their versions, and if they see the inputs and the output's folder.
 
+    `stores` are folders in object stores that every node must reach.
     Yields a function that waits for the answers, and raises UsageError if a node cannot take part. `token` is a file
     beside the output that this function writes and removes; None without an output.
     """
@@ -159,7 +198,7 @@ def asked_nodes(
         for path in tokens:
             _write(path)
         heads = {str(path): _head(str(path)) for path in (*inputs, *tokens)}
-        answers = cluster.ask(NodeCheck(heads))
+        answers = cluster.ask(NodeCheck(heads, stores))
         yield lambda: _check_answers(answers(), token, settings)
     finally:
         for path in tokens:
@@ -196,6 +235,11 @@ def _refuse_nodes(answers: Sequence[NodeFacts], token: Path | None) -> None:
                 hint="install the same versions on every node",
             )
     for facts in answers:
+        if facts.refused:
+            raise UsageError(
+                f"Node {facts.name}: {facts.refused}",
+                hint="every node needs the store's extra, its address and credentials",
+            )
         if token and str(token) in facts.missing:
             raise UsageError(
                 f"Node {facts.name} does not see the folder {token.parent}, where OUT is written.",

@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import Any
 
 from ..settings import without_collections
+from .jobs import NodeWork
 
 
 class NodeProcess:
@@ -25,10 +26,21 @@ class NodeProcess:
         """Start a job; further tasks are tasks of this job."""
         self._do = job.start()
 
+    def end(self) -> None:
+        """End the job that was started last."""
+        end(self._do)
+        self._do = None
+
     def do(self, task: Any) -> Any:
         """Do a task of the job that was started last."""
         assert self._do
         return self._do(task)
+
+
+def end(work: Callable[[Any], Any] | None) -> None:
+    """Close what a job's work holds."""
+    if isinstance(work, NodeWork):
+        work.close()
 
 
 def _import_torch() -> None:

@@ -20,6 +20,8 @@ from .own_node import OwnNode, workers_of
 
 BUSY_SECONDS = 15
 """A node whose processors are all taken for so long is asked by a process that needs none."""
+END_SECONDS = 5
+"""The time for processes to remove what they have downloaded; what stays is removed by the next run on the node."""
 ANSWER_SECONDS = 120
 """A node that does not start such a process within this time ends the run."""
 
@@ -145,6 +147,8 @@ class RayCluster:
         finally:
             for thread in threads:
                 thread.close()
+        ends = [process.actor.end.remote() for process in self._processes]
+        self._ray.wait(ends, num_returns=len(ends), timeout=END_SECONDS)
 
     def ask(self, question: Callable[[], NodeFacts]) -> Callable[[], list[NodeFacts]]:
         """Ask every node; return a function that waits for the answers, UsageError for a node without one."""

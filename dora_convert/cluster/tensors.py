@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -21,11 +21,12 @@ from ..errors import OutputError, UsageError
 from ..output.finished import FinishedLine, Task
 from ..plan.plan import Plan
 from ..settings import Settings
+from ..sources import Session
 from ..storage.filenames import CLAIM, RECORD
-from ..storage.reader import Reader
 from ..storage.spool import Segment, Spool
 from . import jobs
-from .jobs import Cluster, choose_for, node_name
+from .jobs import Cluster, NodeWork, choose_for, node_name
+from .node_files import NodeFiles
 from .shared_shards import SharedShards
 
 
@@ -53,23 +54,26 @@ class ClusterExecutor:
         assert run.output
         folder, token = run.output.partial, uuid4().hex
         (folder / RECORD / CLAIM).write_text(token, encoding="utf-8")
-        job = TensorJob(plan=run.plan, folder=folder, token=token, spec=run.spec, maker=run.maker, check=run.check)
+        job = TensorJob(
+            plan=run.plan, folder=folder, token=token, spec=run.spec, maker=run.maker, check=run.check,
+            files=NodeFiles.of(run.plan),
+        )  # fmt: skip
         sizes = {item.name: sum(each.nbytes for each in item.together) for item in run.plan.items}
         try:
             together = grouped(tasks, sizes, self.cluster.slots)
             for task, outcome in self.cluster.map(job, together, withdraw=job.withdraw):
                 start = run.spool.add(outcome.spooled).start if outcome.spooled else 0
-                run.take(task, [_moved(line, start) for line in outcome.lines], outcome.unsynced)
-                run.advance(_nbytes(task, sizes))
+                run.take(task, [moved(line, start) for line in outcome.lines], outcome.unsynced)
+                run.advance(nbytes_of(task, sizes))
         finally:
             job.withdraw()
 
 
 def grouped(tasks: Sequence[Task], sizes: dict[str, int], slots: int) -> Iterator[Task]:
     """Yield tasks of the same kind and shard together, up to some bytes, in the given order."""
-    group, total, left = list[Task](), 0, sum(_nbytes(task, sizes) for task in tasks)
+    group, total, left = list[Task](), 0, sum(nbytes_of(task, sizes) for task in tasks)
     for task in tasks:
-        nbytes = _nbytes(task, sizes)
+        nbytes = nbytes_of(task, sizes)
         if group and not (_goes_with(group[0], task) and total + nbytes <= jobs.task_bytes(left, slots)):
             yield _joined(group)
             group, total, left = [], 0, left - total
@@ -87,14 +91,14 @@ def _goes_with(group: Task, task: Task) -> bool:
     return not task.copy and (group.kind, group.shard) == (task.kind, task.shard)
 
 
-def _nbytes(task: Task, sizes: dict[str, int]) -> int:
+def nbytes_of(task: Task, sizes: dict[str, int]) -> int:
     """Return the bytes that a task writes into shards."""
     if task.copy:
         return task.copy.length
     return sum(sizes[name] for name in task.names) if task.kind == "write" else 0
 
 
-def _moved(line: FinishedLine, start: int) -> FinishedLine:
+def moved(line: FinishedLine, start: int) -> FinishedLine:
     """Return a line whose parts lie after `start` in the spool."""
     if not (line.result and line.result.parts):
         return line
@@ -115,17 +119,16 @@ class TensorJob:
     spec: ComputeSpec
     maker: StartMaker
     check: StartCheck | None
+    files: NodeFiles
     driver: tuple[str, int] = field(default_factory=lambda: (node_name(), os.getpid()))
     """The process that keeps the journal. It syncs its own bytes in the journal's thread."""
 
-    def start(self) -> Callable[[Task], Outcome]:
-        """Open the files, with one torch thread; return the function that does a task."""
-        if self.spec.device.type == "cuda" and not torch.cuda.is_available():
-            raise UsageError(
-                f"torch finds no CUDA device on {node_name()}.", hint="--device cpu, or install CUDA's torch"
-            )
-        torch.set_num_threads(1)
-        reader, spool = Reader(), MemorySpool()
+    def start(self) -> NodeWork[Task, Outcome]:
+        """Open the files, with one torch thread; return what does a task."""
+        one_thread(self.spec)
+        stack = ExitStack()
+        reader = stack.enter_context(closing(self.files.reader(stack.enter_context(Session()))))
+        spool = MemorySpool()
         shards = SharedShards(self.folder, self.plan)
         buffers = DeviceBuffers(self.spec, reader)
         work = TensorWork(
@@ -144,12 +147,13 @@ class TensorJob:
 
         def do(task: Task) -> Outcome:
             self._refuse_late()
-            with _naming_node(), exact_arithmetic(), shards.writing(task, sync=sync):
+            with naming_node(), exact_arithmetic(), shards.writing(task, sync=sync):
                 lines = work.do(task, buffers)
             unsynced = {shards.path(shard) for shard, _, _ in shards.ranges(task)} if not sync else ()
             return Outcome(lines, spool.taken(), tuple(unsynced))
 
-        return do
+        stack.enter_context(closing(shards))
+        return NodeWork(do, stack)
 
     def withdraw(self) -> None:
         """Remove the claim, without which no task begins."""
@@ -166,8 +170,15 @@ class TensorJob:
             raise OutputError(f"{self.folder} belongs to another run now, or is not seen by {node_name()}.")
 
 
+def one_thread(spec: ComputeSpec) -> None:
+    """Give this process one torch thread; raise UsageError if it lacks the device that was chosen."""
+    if spec.device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"torch finds no CUDA device on {node_name()}.", hint="--device cpu, or install CUDA's torch")
+    torch.set_num_threads(1)
+
+
 @contextmanager
-def _naming_node() -> Iterator[None]:
+def naming_node() -> Iterator[None]:
     """Add the node's name to an error of its file system."""
     try:
         yield

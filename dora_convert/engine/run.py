@@ -96,7 +96,10 @@ class Run:
             tasks.sort(key=lambda task: order[task.shard])
         elif not self.executor:
             tasks = in_turn(tasks)
-        work = None if self.executor else self._work()  # reads headers of shards, before they are uploaded
+        checker = self.check(self.output.partial, self.plan, self.reader) if self.check and self.output else None
+        if checker:
+            checker.read_headers(self.plan.shards)  # before any shard is uploaded
+        work = None if self.executor else self._work(checker)
         self._waiting.update(shard for task in tasks for shard in self._shards_of(task))
         for shard in self.plan.shards:
             if not self._waiting[shard.filename]:
@@ -114,7 +117,7 @@ class Run:
         files = {self.shards.path(line.copied[0]) for line in lines if line.copied}
         self.journal.add_all([(line, None) for line in lines], files)
 
-    def _work(self) -> TensorWork:
+    def _work(self, checker: Checker | None) -> TensorWork:
         """Return the work of this process's threads."""
         return TensorWork(
             plan=self.plan,
@@ -122,7 +125,7 @@ class Run:
             reader=self.reader,
             spool=self.spool,
             maker=self.maker,
-            checker=self.check(self.output.partial, self.plan, self.reader) if self.check and self.output else None,
+            checker=checker,
             output=self.output,
             advance=self.advance,
             holding=self._workers.holding,

@@ -68,7 +68,9 @@ def run_plan(
     overflow, OutputError for a full disk. OUT does not exist then.
     """
     spec = choose_compute(plan.memory, settings)
-    settings.notify(f"memory: at most {format_size(settings.max_memory)}; one module takes {format_size(plan.memory)}")
+    if plan.memory:  # none for a format that copies factors
+        most, module = format_size(settings.max_memory), format_size(plan.memory)
+        settings.notify(f"memory: at most {most}; one module takes {module}")
     adapters = [scan_adapter(adapter) for adapter in plan.adapters]
     folder.check_space((3 if plan.one_rank else 2) * plan.bytes_out)
     read = input_states(folder, plan.bases, plan.adapters)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 
 import msgspec
 import xxhash
@@ -41,17 +42,23 @@ class StoreUpload:
         """Compare the account of an unfinished run with the store; without agreement the run begins anew."""
         self.store, self._account = ObjectStore(url), folder.state / UPLOADS
         self.present = self.store.files()
-        self.done, self._mine = self._read(), self._account.exists()
-        self.sent: list[PushedFile] = []
-        if any(self.present.get(name) != file for name, file in self.done.items()):
+        self._mine, self.sent, self._noting = self._account.exists(), list[PushedFile](), Lock()
+        account = self._read()
+        self.done = account or {}
+        if account is None or self._changed(self.present):
             (folder.state / JOURNAL).unlink(missing_ok=True)  # local shards may be hollow
             self.done = {}
 
-    def _read(self) -> dict[str, StoredFile]:
+    def _read(self) -> dict[str, StoredFile] | None:
+        """Return the account of an unfinished run; None without a valid one."""
         try:
             return msgspec.json.decode(self._account.read_bytes(), type=dict[str, StoredFile])
         except (OSError, msgspec.DecodeError):
-            return {}
+            return None
+
+    def _changed(self, present: Mapping[str, StoredFile]) -> list[str]:
+        """Return the files of the account that are not in the store as they were uploaded."""
+        return [name for name, file in self.done.items() if present.get(name) != file]
 
     def refuse_existing(self, *, overwrite: bool) -> None:
         """Raise OutputError for a folder with files of others, or with an output that may not be replaced."""
@@ -69,24 +76,45 @@ class StoreUpload:
         """Mark the store's folder as unfinished and ours; the account is `path`."""
         del by_name
         self._account = path
-        self._note()
+        self._note({})
         self.store.put(f"{RECORD}/{UPLOADS}", path)
         self.store.remove([name for name in self.present if name.endswith(ENTRIES) and name not in self.done])
 
     def send(self, name: str, path: Path) -> None:
         """Upload one file, unless it is uploaded already."""
         state = "unchanged"
+        if any(file.path == name for file in self.sent):
+            return
         if name not in self.done:
-            self.done[name], state = self.store.put(name, path), "uploaded"
-            self._note()
+            file, state = self.store.put(name, path), "uploaded"
+            self._note({name: file})
         self.sent.append(PushedFile(name, self.done[name].size, state))
 
-    def _note(self) -> None:
-        self._account.write_bytes(msgspec.json.encode(self.done))
-        sync_path(self._account)
+    def enter(self, files: Mapping[str, StoredFile]) -> None:
+        """Enter files that nodes of a cluster have uploaded."""
+        self._note(files)
+        self.sent += [PushedFile(name, file.size, "uploaded") for name, file in files.items()]
+
+    def _note(self, files: Mapping[str, StoredFile]) -> None:
+        """Add files to the account, and write it anew: a kill leaves the old one or the new one."""
+        new = self._account.parent.with_name(UPLOADS)
+        with self._noting:
+            self.done |= files
+            new.write_bytes(msgspec.json.encode(self.done))
+            sync_path(new)
+            new.replace(self._account)
+            sync_path(self._account.parent)
 
     def finish(self, folder: Path, names: Sequence[str]) -> tuple[str, ...]:
-        """Upload all other files, those that loaders begin with last; remove what is not of this output."""
+        """Upload all other files, those that loaders begin with last; remove what is not of this output.
+
+        Raises OutputError if an uploaded file is not in the store any more as it was uploaded.
+        """
+        if changed := self._changed(self.store.files()):
+            raise OutputError(
+                f"{self.store.url}/{changed[0]} changed after it was uploaded.",
+                hint="does another run write there? rerun the same command to begin anew",
+            )
         for name in sorted(names, key=lambda name: (name.endswith(ENTRIES), name)):
             if name not in {file.path for file in self.sent}:
                 self.done.pop(name, None)  # a file of an earlier attempt may have other contents
@@ -103,14 +131,27 @@ class StoreStreaming(HubStreaming):
     """Reads a plan's base from an object store by ranges, or uploads its output to one, or both."""
 
     def __init__(
-        self, upload: StoreUpload | None, inputs: Prefetch | None, base: ObjectStore | None, plan: Plan
+        self, upload: StoreUpload | None, inputs: Prefetch | None, base: ObjectStore | None, plan: Plan, *, nodes: bool
     ) -> None:
+        """`nodes`: the nodes of a cluster make shards, and upload them."""
         super().__init__(upload, inputs, local=upload is None)
-        self._to, self._from, self._plan = upload, base, plan
+        self._to, self._from, self._plan, self._nodes = upload, base, plan, nodes
+
+    def room(self, plan: Plan) -> int:
+        """Return the most bytes that the outputs take on this machine's disk at once."""
+        return 0 if self._nodes and self._to else super().room(plan)
+
+    def arrived(self, files: Mapping[str, StoredFile]) -> None:
+        """Enter shards that nodes have uploaded, before the journal counts them as done."""
+        assert self._to
+        self._to.enter(files)
 
     def reader(self) -> Reader:
         """Return a reader of local files, and of the base's ranges."""
-        return RangeReader(self._from, _names(self._plan), self._inputs) if self._from else super().reader()
+        if not self._from:
+            return super().reader()
+        store = self._from
+        return RangeReader({path: (store, name) for path, name in _names(self._plan).items()}, self._inputs)
 
     def settle(self) -> None:
         """Wait until all finished shards are uploaded; RefError if the base has changed meanwhile."""
@@ -139,14 +180,20 @@ def _names(plan: Plan) -> Mapping[Path, str]:
 
 
 @contextmanager
-def stream_stores(plan: Plan, out: str | None, folder: OutputFolder, *, overwrite: bool) -> Iterator[StoreStreaming]:
+def stream_stores(
+    plan: Plan, out: str | None, folder: OutputFolder, *, overwrite: bool, nodes: bool
+) -> Iterator[StoreStreaming]:
     """Stream a merge whose base stays in an object store, or whose output goes to one, `out`."""
     upload = StoreUpload(out, folder) if out else None
     if upload:
         upload.refuse_existing(overwrite=overwrite)
-    inputs = Prefetch(shard_needs(plan), None, keep=True, most_files=MOST_FILES, outputs=True) if upload else None
+    inputs = (
+        Prefetch(shard_needs(plan), None, keep=True, most_files=MOST_FILES, outputs=True)
+        if upload and not nodes
+        else None
+    )
     base = ObjectStore(plan.base.source.url) if plan.base.source.url and not plan.base.is_here else None
-    streaming = StoreStreaming(upload, inputs, base, plan)
+    streaming = StoreStreaming(upload, inputs, base, plan, nodes=nodes)
     try:
         yield streaming
     finally:

@@ -74,13 +74,21 @@ class HubStreaming:
             self._uploads.put(shard)
 
     def _send(self, shards: list[str]) -> None:
+        try:
+            for shard in shards:
+                self._send_one(shard)
+        except BaseException as error:
+            if self._inputs:
+                self._inputs.fail(error)  # workers may wait for the room that this upload would have made
+            raise
+
+    def _send_one(self, shard: str) -> None:
         assert self._upload
-        for shard in shards:
-            self._upload.send(shard, self._folder / shard)
-            if not self.local:
-                self._shards.hollow(shard)
-                if self._inputs:
-                    self._inputs.uploaded(shard)
+        self._upload.send(shard, self._folder / shard)
+        if not self.local:
+            self._shards.hollow(shard)
+            if self._inputs:
+                self._inputs.uploaded(shard)
 
     def settle(self) -> None:
         """Wait until all finished shards are uploaded."""

@@ -12,7 +12,7 @@ import msgspec
 
 from ..errors import Fault, VerificationError
 from ..plan.item import Item
-from ..plan.plan import Plan
+from ..plan.plan import OutputShard, Plan
 from ..storage.json_files import Count, Real
 from ..storage.safetensors import StoredTensor
 from ..storage.spool import SpooledTensor
@@ -89,6 +89,9 @@ class TensorResult:
 
 class Checker(Protocol):
     """Compares written tensors with their definitions."""
+
+    def read_headers(self, shards: Iterable[OutputShard]) -> None:
+        """Read the headers of shards back; VerificationError for other tensors than the plan's."""
 
     def check_all(self, finished: Sequence[tuple[Item, TensorResult]], device: Any = None) -> list[Verdict]:
         """Return the verdicts on tensors, from the facts about their writing; on a device of torch, if given."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -34,11 +34,11 @@ SLACK = 1 + 2.0**-20
 """Times half a step: the ends of a block's range are rounded, too."""
 
 
-def as_written(item: Item, tensors: Mapping[str, StoredTensor]) -> CodedTensor:
+def as_written(item: Item, written: Callable[[str], StoredTensor]) -> CodedTensor:
     """Return an item's weight as its parts were written; parts that did not change were copied."""
     source = item.source
     assert isinstance(source, CodedTensor)
-    parts = {role: tensors[part.name] for role, part in source.parts.items()}
+    parts = {role: written(part.name) for role, part in source.parts.items()}
     return replace(source, path=parts["codes"].path, start=parts["codes"].start, parts=parts)
 
 

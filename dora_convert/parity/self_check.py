@@ -10,7 +10,7 @@ with f = m/n (1 for LoRA) and d the stored dtype: a merge rounds once. docs/prec
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -25,7 +25,7 @@ from ..errors import VerificationError
 from ..output.finished import TensorResult, Verdict
 from ..output.shards import LEAST_UNCACHED
 from ..plan.item import Item
-from ..plan.plan import Plan
+from ..plan.plan import OutputShard, Plan
 from ..storage.reader import Reader, spans
 from ..storage.safetensors import StoredTensor, read_header
 from .stacks import CPU, SampledRows, read_ahead, verdicts_on_right
@@ -44,6 +44,28 @@ MOST_ROWS = 1024
 """So many of the rows that an adapter set are compared."""
 
 
+class WrittenTensors:
+    """The tensors of a written folder, by name; a shard's header is read back when its first tensor is asked for."""
+
+    def __init__(self, folder: Path, plan: Plan) -> None:
+        self._folder, self._found = folder, dict[str, StoredTensor]()
+        self._shards = {item.name: shard for shard in plan.shards for item in shard.items}
+
+    def tensor(self, name: str) -> StoredTensor:
+        """Return a tensor as it was written; VerificationError for a shard with other tensors than the plan's."""
+        if name not in self._found:
+            self.read([self._shards[name]])
+        return self._found[name]
+
+    def read(self, shards: Iterable[OutputShard]) -> None:
+        """Read the headers of shards back."""
+        for shard in shards:
+            path = self._folder / shard.filename
+            tensors = read_header(path).tensors
+            _refuse_unreadable(path, {item.name.removeprefix(shard.prefix) for item in shard.items})
+            self._found |= {shard.prefix + name: tensor for name, tensor in tensors.items()}
+
+
 class SelfCheck:
     """Compares tensors of a written folder, with headers read back from the disk, with the definitions."""
 
@@ -51,17 +73,14 @@ class SelfCheck:
         """`memory` is a worker's share of the budget: the more the costliest item leaves, the larger the chunks."""
         self._reader, self._spare = reader, memory - plan.memory
         self._seed = plan.fingerprint
-        self._written: dict[str, StoredTensor] = {}
-        for shard in plan.shards:
-            path = folder / shard.filename
-            self._written |= {shard.prefix + name: tensor for name, tensor in read_header(path).tensors.items()}
-            _refuse_unreadable(path, {item.name.removeprefix(shard.prefix) for item in shard.items})
+        self._written = WrittenTensors(folder, plan)
+        self.read_headers = self._written.read
 
     def check_all(
         self, finished: Sequence[tuple[Item, TensorResult]], device: torch.device | None = None
     ) -> list[Verdict]:
         """Check several items; rows of plain LoRAs and DoRAs of one shape are compared together."""
-        pairs = [SampledRows(item, self._written[item.name], self._rows(item)) for item, _ in finished]
+        pairs = [SampledRows(item, self._written.tensor(item.name), self._rows(item)) for item, _ in finished]
         for pair in pairs:
             if pair.written.nbytes >= LEAST_UNCACHED:
                 read_ahead(self._reader, pair.written, pair.rows)
@@ -70,7 +89,7 @@ class SelfCheck:
 
     def check(self, item: Item, result: TensorResult, device: torch.device | None = None) -> Verdict:
         """Compare a sample of an item's rows: both ends of every block, and some at random; on a device, if given."""
-        written = self._written[item.name]
+        written = self._written.tensor(item.name)
         if (written.dtype, written.shape) != (item.dtype, item.shape):
             return Verdict(written.numel, written.numel)
         return self._compare(item, written, result, device or CPU)
@@ -79,7 +98,7 @@ class SelfCheck:
         if item.parts:
             from .recoded import as_written, compare_coded
 
-            rows, whole = self._rows(item), as_written(item, self._written)
+            rows, whole = self._rows(item), as_written(item, self._written.tensor)
             return compare_coded(whole, self._expected(item, result, rows, CPU), rows, self._reader)
         written = replace(written, shape=item.stacked) if written.shape != item.stacked else written
         rows = self._rows(item)

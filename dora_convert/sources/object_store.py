@@ -104,6 +104,19 @@ class ObjectStore:
             raise OutputError(f"{self.url}/{name} arrived with {info['size']} bytes instead of {path.stat().st_size}.")
         return StoredFile(int(info["size"]), _tag(info))
 
+    def write(self, name: str, data: bytes) -> None:
+        """Write a small file."""
+        with self.writing():
+            self._system.pipe_file(self.path(name), data)
+
+    def text(self, name: str) -> str:
+        """Return the text of a small file; empty if the file does not exist."""
+        with self.reading():
+            try:
+                return bytes(self._system.cat_file(self.path(name))).decode()
+            except FileNotFoundError:
+                return ""
+
     def remove(self, names: Sequence[str]) -> None:
         """Remove files."""
         with self.writing():

@@ -51,14 +51,15 @@ class Prefetch:
         self.inputs = list(dict.fromkeys(path for paths in needs.values() for path in paths))
         self._users = {path: {task for task, paths in needs.items() if path in paths} for path in self.inputs}
         most = max((len(paths) for paths in needs.values()), default=1)
-        self._free = float("inf") if most_files is None else max(most_files, most + 2)
         self._begins = Counter(next(iter(paths)) for paths in needs.values() if paths and outputs)
+        together = max(2, *self._begins.values(), 0)  # outputs of one input are begun at once
+        self._free = float("inf") if most_files is None else max(most_files, most + together)
         self._begun: set[Path] = set()
         self._local: set[Path] = set(local if download else self.inputs)
         self._requested: set[Path] = set()
         self._readers: list[Reader] = []
         self._thread = Background("download", self._download, claim=self._claim)
-        self._changed = self._thread.changed
+        self._changed, self.fail = self._thread.changed, self._thread.fail
 
     def reader(self) -> Reader:
         """Return a reader that waits for downloads, and closes files before they are removed."""
@@ -99,9 +100,11 @@ class Prefetch:
     def uploaded(self, output: str) -> None:
         """Note that an output of this run is uploaded and takes no space on the disk any more."""
         with self._changed:
-            paths = self._needs[output]
-            if paths and next(iter(paths)) in self._begun:
+            first = next(iter(self._needs[output]), None)
+            if first in self._begun:
                 self._free += 1
+            elif first:
+                self._begins[first] -= 1  # uploaded by an earlier run
             self._changed.notify_all()
 
     def close(self) -> None:

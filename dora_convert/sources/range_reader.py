@@ -10,17 +10,19 @@ from ..errors import MalformedError
 from ..storage.reader import FileSupply, Reader
 from .object_store import ObjectStore
 
+StoredNames = Mapping[Path, tuple[ObjectStore, str]]
+"""The store and the name in it of each file, by the path that stored tensors have."""
 WINDOW = 4 << 20
 """Bytes that a thread reads at least where it reads on: a request takes as long as reading some megabytes."""
 
 
 class RangeReader(Reader):
-    """A reader of local files, and of files in a store."""
+    """A reader of local files, and of files in stores."""
 
-    def __init__(self, store: ObjectStore, names: Mapping[Path, str], supply: FileSupply | None = None) -> None:
-        """`names` are the store's files by the paths that stored tensors have; `supply` limits the outputs' number."""
+    def __init__(self, names: StoredNames, supply: FileSupply | None = None) -> None:
+        """`names` are the files that stay in stores; `supply` limits the outputs' number."""
         super().__init__(supply)
-        self._store, self._names, self._limits = store, names, supply
+        self._names, self._limits = names, supply
         self._last = threading.local()
 
     def is_remote(self, path: Path) -> bool:
@@ -35,10 +37,11 @@ class RangeReader(Reader):
         if self._limits:
             self._limits.need(path)
         spans, rest = [range(start, start + length) for start, length in runs if length], memoryview(buffer)
-        found = [self._one(path, spans[0])] if len(spans) == 1 else self._store.read(self._names[path], spans)
+        store, name = self._names[path]
+        found = [self._one(path, spans[0])] if len(spans) == 1 else store.read(name, spans)
         for span, data in zip(spans, found, strict=True):
             if len(data) != len(span):
-                raise MalformedError(f"{self._store.url}/{self._names[path]} became shorter while it was read.")
+                raise MalformedError(f"{store.url}/{name} became shorter while it was read.")
             rest[: len(data)] = data
             rest = rest[len(data) :]
 
@@ -49,6 +52,7 @@ class RangeReader(Reader):
             return memoryview(data)[span.start - start : span.stop - start]
         goes_on = before == path and span.start == getattr(self._last, "stop", None)
         stop = max(span.stop, span.start + WINDOW) if goes_on else span.stop
-        data = self._store.read(self._names[path], [range(span.start, stop)])[0]
+        store, name = self._names[path]
+        data = store.read(name, [range(span.start, stop)])[0]
         self._last.answer, self._last.stop = (path, span.start, data), span.start + len(data)
         return memoryview(data)[: len(span)]

@@ -181,6 +181,12 @@ class Background(Generic[Task]):
         if self._error:
             raise self._error
 
+    def fail(self, error: BaseException) -> None:
+        """Wake everyone who waits, with an error from elsewhere."""
+        with self.changed:
+            self._error = self._error or error
+            self.changed.notify_all()
+
     def wait_for(self, ready: Callable[[], bool]) -> bool:
         """Wait until `ready`, an error or the end; raise the error, and return True if `ready`."""
         with self.changed:
@@ -220,9 +226,7 @@ class Background(Generic[Task]):
             while tasks := self._take():
                 self._work(tasks)
         except BaseException as error:  # noqa: BLE001 - raised again in the threads that wait
-            with self.changed:
-                self._error = error
-                self.changed.notify_all()
+            self.fail(error)
 
     def _take(self) -> list[Task]:
         """Return the tasks to do next; none at the end."""

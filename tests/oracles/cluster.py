@@ -198,30 +198,38 @@ def works(node: object) -> bool:
 
 
 @contextmanager
-def odd_node(cluster: Cluster, preparation: str) -> Iterator[None]:
-    """Add a node of two processors in a namespace of its own, after some commands; remove it at the end."""
+def odd_node(cluster: Cluster, preparation: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Add a node of two processors in a namespace of its own, after some commands; remove it at the end.
+
+    Yields its process, which may be killed meanwhile.
+    """
     begin = shlex.join([*RAY, "start", "--address", cluster.address, "--num-cpus", "2", "--block"])
     begin += f" --object-store-memory {STORE}"
+    ray.init(cluster.address, logging_level="ERROR", log_to_driver=False)
+    known = _alive()
     process = subprocess.Popen(
         ["unshare", "--mount", "--uts", "sh", "-c", f"{preparation} && exec {begin}"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    known = len(cluster.list_all_nodes())
-    ray.init(cluster.address, logging_level="ERROR", log_to_driver=False)
     try:
-        until(lambda: sum(node["Alive"] for node in ray.nodes()) > known)
+        until(lambda: _alive() > known)
         ray.shutdown()
-        yield
+        yield process
         ray.init(cluster.address, logging_level="ERROR", log_to_driver=False)
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        until(lambda: sum(node["Alive"] for node in ray.nodes()) == known)
+        until(lambda: _alive() <= known)
     finally:
         ray.shutdown()
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
+
+
+def _alive() -> int:
+    return sum(node["Alive"] for node in ray.nodes())
 
 
 def _answers() -> bool:

@@ -28,7 +28,7 @@ from .. import takes
 
 if TYPE_CHECKING:
     from ...adapters import Adapter
-    from ...cluster.tensors import ClusterExecutor
+    from ...engine.run import Executor
     from ...hub.streaming import HubStreaming
     from ...hub.target import PushTarget
     from ...plan.stored_numbers import Questions
@@ -252,7 +252,7 @@ def plan_inputs(
 
 def _mode(request: MergeRequest) -> Mode:
     """Return how much of a base on the Hub is downloaded before the plan is made."""
-    if request.options["verify_outputs"] or (request.options["cluster"] and not request.options["dry_run"]):
+    if request.options["verify_outputs"]:
         return "whole"
     if request.options["dry_run"]:
         return "brief"
@@ -275,14 +275,14 @@ def _streaming(request: MergeRequest, plan: Plan, folder: OutputFolder) -> Abstr
 
 def _nodes(
     request: MergeRequest, plan: Plan, folder: OutputFolder
-) -> AbstractContextManager[Callable[[], ClusterExecutor] | None]:
+) -> AbstractContextManager[Callable[[], Executor] | None]:
     """Return the nodes of --cluster, which start while torch is imported; None for this machine alone."""
     if request.options["cluster"] is None:
         return nullcontext()
-    from ..on_cluster import writing_nodes
+    from ..on_cluster import merging_nodes
 
-    inputs = [plan.base.states, *(adapter.states for adapter in plan.adapters)]
-    return writing_nodes(request.options["cluster"], inputs, folder.out, request.settings)
+    out = str(request.out) if is_stored(request.out) else folder.out
+    return merging_nodes(request.options["cluster"], plan, out, request.settings)
 
 
 @contextmanager

@@ -16,9 +16,9 @@ from ...storage.refs import PathLike, is_stored
 
 def folder_for(out: PathLike, refs: Sequence[PathLike | None], options: MergeOptions) -> Path:
     """Return the folder on this machine for an OUT in a store; UsageError for options that need OUT itself."""
-    if options["push_to_hub"] or options["cluster"] or options["verify_outputs"]:
+    if options["push_to_hub"] or options["verify_outputs"]:
         raise UsageError(
-            f"OUT {out} goes with none of --push-to-hub, --cluster and --verify-outputs.",
+            f"OUT {out} goes neither with --push-to-hub nor with --verify-outputs.",
             hint="name a folder, and copy it afterwards",
         )
     return transit_folder(str(out), refs)
@@ -30,4 +30,5 @@ def streaming_for(
     """Return the transfers of a merge whose base stays in a store, or whose output goes to one."""
     if options["push_to_hub"]:
         raise UsageError("--push-to-hub takes no base from an object store.", hint="push OUT afterwards")
-    return stream_stores(plan, str(out) if is_stored(out) else None, folder, overwrite=options["overwrite"])
+    url, nodes = str(out) if is_stored(out) else None, options["cluster"] is not None
+    return stream_stores(plan, url, folder, overwrite=options["overwrite"], nodes=nodes)
