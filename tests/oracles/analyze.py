@@ -75,6 +75,8 @@ def check(case: Path) -> float | None:
 def main(cases: str) -> None:
     found = [check(case) for case in sorted(Path(cases).iterdir()) if (case / "meta.json").exists()]
     measured = [error for error in found if error is not None]
+    if not measured:
+        sys.exit(f"{cases} has no case that can be measured: folders with a meta.json")
     sys.stdout.write(f"{len(measured)} of {len(found)} cases measured, largest error {max(measured):.1e}" + "\n")
     sys.exit(max(measured) > TOLERANCE)
 
