@@ -200,16 +200,6 @@ def held_elements(numel: int) -> int:
     return min(numel, math.ceil(HELD * numel / math.sqrt(sample_size(numel))))
 
 
-def set_aside(count: int, numel: int) -> int:
-    """Return how many elements are set aside at most while `count` changes of a tensor are combined at once."""
-    return min(numel, count * held_elements(numel) + numel // 100)
-
-
-def at_once_cost(count: int, numel: int) -> int:
-    """Return the bytes needed beside those of a search: the result in half precision, and what is set aside."""
-    return 2 * numel + 8 * set_aside(count, numel)
-
-
 SUM = Combination()
 
 

@@ -12,7 +12,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import dora_convert
 from dora_convert.cli import main
-from dora_convert.engine import at_once
 from dora_convert.engine.quick_thresholds import QuickThresholds
 from dora_convert.errors import PlanError, RefError, UnsupportedError, UsageError
 
@@ -160,30 +159,6 @@ def test_two_ways_to_a_threshold(case, tmp_path, monkeypatch):
         written.append(load(out))
     assert sum(map(len, calls)) > 5
     assert all(torch.equal(written[0][name], x) for name, x in written[1].items())
-
-
-def test_one_pass_in_float32_gives_the_bytes_of_float64(tmp_path, monkeypatch):
-    """The whole result at once, and block by block: the same bytes, whatever the memory; verify agrees."""
-    monkeypatch.setattr("dora_convert.engine.thresholds.COLLECTED", 300)
-    base, held = make_base(tmp_path / "base", torch.bfloat16, layers=1), []
-    kinds = enumerate((True, False, True))
-    adapters = [make_adapter(tmp_path / f"{seed}", base, dora=dora, seed=seed) for seed, dora in kinds]
-    whole = at_once.combine_at_once
-    monkeypatch.setattr(at_once, "combine_at_once", lambda *a: held.append(whole(*a)) or held[-1])
-    for name, options in (
-        ("total", {"method": "ties", "density": 0.4}),
-        ("frequency", {"method": "ties", "density": [0.2, 0.5, 0.9], "majority_sign": "frequency"}),
-        ("sum", {"method": "magnitude-prune", "density": 0.5, "weight": WEIGHTS}),
-    ):
-        held.clear()
-        report = dora_convert.merge(base.path, adapters, tmp_path / f"{name} once", **options)
-        assert sum(each is not None for each in held) == 3
-        assert report.verified.wrong_elements == 0
-        monkeypatch.setattr(at_once, "_suits", lambda _: False)
-        dora_convert.merge(base.path, adapters, tmp_path / name, **options)
-        monkeypatch.undo() if name == "sum" else monkeypatch.setattr(at_once, "_suits", lambda _: True)
-        assert contents(tmp_path / name) == contents(tmp_path / f"{name} once")
-    assert dora_convert.verify(base.path, adapters, tmp_path / "sum once").verdict == "agree"
 
 
 def test_equal_magnitudes_are_kept_in_order(tmp_path):

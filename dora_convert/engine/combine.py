@@ -12,11 +12,10 @@ import xxhash
 from torch import Tensor
 
 from ..maths import combine as maths
-from ..maths import lora
 from ..option_table import STRIP, Combination
 from ..plan.item import Item
 from .changes import LoadedValues, change_of, forget_norms, hold_factors, load_edit, pieces
-from .device_buffers import Begun, DeviceBuffers, SentBlock
+from .device_buffers import DeviceBuffers
 from .factors import LoadedEdit, apply_edits
 from .tensor import SourceValues, measure
 from .thresholds import Thresholds
@@ -25,50 +24,24 @@ from .thresholds import Thresholds
 class Combiner:
     """Turns blocks of W into blocks of the combined result."""
 
-    def __init__(self, item: Item, buffers: DeviceBuffers, values: SourceValues, *, room: int = 0) -> None:
-        """Read the edits, and find the norms and thresholds that need the whole tensor.
-
-        With `room`, so many bytes of memory, the whole rounded result may be made at once and held.
-        """
+    def __init__(self, item: Item, buffers: DeviceBuffers, values: SourceValues) -> None:
+        """Read the edits, and find the norms and thresholds that need the whole tensor."""
         assert item.combination
         self._item, self._buffers, self._how = item, buffers, item.combination
         self.edits: Sequence[LoadedEdit] = [load_edit(edit, buffers) for edit in item.edits]
         self._keys = [_key(self._how, item.name, number) for number in range(len(self.edits))]
         self.cuts: tuple[tuple[float, int], ...] = ()
-        self._held: Tensor | None = None
-        self._prepare(values, room)
+        self._prepare(values)
 
-    def _prepare(self, values: SourceValues, room: int) -> None:
+    def _prepare(self, values: SourceValues) -> None:
         if self._how.method == "chain":
             self._measure_chain(values)
             return
         factored = [operand for operand in self.edits if not isinstance(operand, LoadedValues)]
         measure(self._item, factored, values, self._buffers)
         if self._how.prunes:
-            self._prune(values, room)
+            self.cuts = tuple(Thresholds(self._item, self.edits, values, self._buffers).find())
         forget_norms(self.edits)
-
-    def _prune(self, values: SourceValues, room: int) -> None:
-        """Find the least magnitude that each edit keeps; hold the whole result if it comes along with that."""
-        thresholds = Thresholds(self._item, self.edits, values, self._buffers)
-        if room > 0:
-            from .at_once import combine_at_once
-
-            if whole := combine_at_once(self._item, thresholds, self._buffers, room):
-                self._held, self.cuts = whole
-                return
-        self.cuts = tuple(thresholds.find())
-
-    def made(self, raw: Tensor, start: int, stop: int) -> Begun | None:
-        """Return a block of the rounded result, if the whole of it is held."""
-        if self._held is None:
-            return None
-        rows = self._held[start:stop]
-
-        def all_finite() -> bool:
-            return lora.all_finite(rows) and all(operand.is_finite() for operand in self.edits)
-
-        return Begun(raw, start, (None,) * len(self.edits), SentBlock(rows, all_finite))
 
     def apply(self, W: Tensor, start: int, stop: int) -> Tensor:
         """Compute the result of all edits in place."""

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from ..maths import lora
-from ..maths.bracket import Bracket, parting
+from ..maths.bracket import Bracket, Near, parting
 from ..option_table import COLLECTED, held_elements, sample_size
 from ..plan.item import Item
 from .changes import GOLDEN, hold_factors, refuse_infinite
-from .device_buffers import FACTOR_ELEMENTS, DeviceBuffers
+from .device_buffers import DeviceBuffers
 from .factors import LoadedEdit
 from .tensor import SourceValues
 
@@ -73,41 +73,15 @@ class _Right:
     largest: float
 
 
-@dataclass
-class SinglePart:
-    """An edit's change of a block in float32: g·W + left·right."""
-
-    g: Tensor | None  # broadcasts over the block; None is 0
-    left: Tensor
-    right: Tensor
-    product: float
-    """The largest sum of the magnitudes of a product's terms may be so large."""
-
-    def change(self, W: Tensor, out: Tensor, first: int = 0) -> Tensor:
-        """Return the change of some rows W of the block, from row `first` on."""
-        rows = slice(first, first + len(out))
-        if self.g is None:
-            return torch.mm(self.left[rows], self.right, out=out)
-        g = self.g if len(self.g) == 1 else self.g[rows]
-        return torch.mul(W, g, out=out).addmm_(self.left[rows], self.right)
-
-    def most(self, W: float) -> float:
-        """Return a bound of the magnitudes of all terms of a change together, where no weight is larger than W."""
-        return self.product + (0.0 if self.g is None else W * float(self.g.abs().max()))
-
-
-class ThresholdSearch:
+class _ThresholdSearch:
     """The search of one edit's threshold."""
 
     def __init__(self, operand: LoadedEdit, bracket: Bracket) -> None:
         self.operand, self.bracket = operand, bracket
         self.sample: list[Tensor] = []
-        self.found: float | None = None
-        """A number that parts the k largest magnitudes from the others, once it is known."""
         self.product = 0.0
         """The largest sum of the magnitudes of a product's terms may be so large."""
         self._right: _Right | None = None
-        self._columns: tuple[Tensor, Tensor] | None = None
         self.divides_rows = operand.m is not None and not operand.edit.two_passes
         self.norms = torch.empty(len(operand.m) if operand.m is not None else 0, dtype=torch.float64)
         """Of all rows, if the edit divides by these."""
@@ -128,14 +102,17 @@ class ThresholdSearch:
         m = operand.m[start:stop] if self.divides_rows else operand.m
         return _Part((m / n).unsqueeze(operand.edit.axis), *self.factors(start, stop))
 
-    def single(self, start: int, stop: int) -> SinglePart:
-        """Return what makes the change of a block in float32, and note how large the product's terms may be."""
-        part = self.part(start, stop)
+    def approximate(self, W: Tensor, out: Tensor, span: tuple[int, int]) -> Tensor:
+        """Return the change of a block in float32, and note how large the product's terms may be."""
+        part = self.part(*span)
         left = part.left if part.f is None or not self.divides_rows else part.left * part.f
         right = self._single(part)
-        product = float(left.square().sum(1).max().sqrt()) * right.largest
-        self.product = max(self.product, product)
-        return SinglePart(None if part.f is None else (part.f - 1).float(), left.float(), right.single, product)
+        if part.f is None:
+            torch.mm(left.float(), right.single, out=out)
+        else:
+            torch.mul(W, (part.f - 1).float(), out=out).addmm_(left.float(), right.single)
+        self.product = max(self.product, float(left.square().sum(1).max().sqrt()) * right.largest)
+        return out
 
     @property
     def errors(self) -> tuple[float, float]:
@@ -157,29 +134,21 @@ class ThresholdSearch:
             self._right = _Right(part.right, scaled.float(), largest)
         return self._right
 
-    def exact(self, places: Tensor, W: Tensor, spans: Sequence[tuple[int, int]], columns: int) -> Tensor:
-        """Return the change of single elements of W in float64; places are in the order of the spans."""
-        low = self.operand.edit.low
-        assert low
-        if not low.experts and spans[-1][1] * low.rank <= FACTOR_ELEMENTS:
-            spans = [(0, spans[-1][1])]  # the factor's rows are held
-        rows, cols = places // columns, places % columns
+    def exact(self, near: Near, spans: Sequence[tuple[int, int]], columns: int) -> tuple[Tensor, Tensor]:
+        """Return the magnitudes of single elements in float64, and of what they are the difference of.
+
+        Places are in the order of the spans.
+        """
+        rows, cols = near.places // columns, near.places % columns
         edges = torch.searchsorted(rows, torch.tensor([start for start, _ in spans])).tolist()
-        found = torch.zeros_like(W)
+        found = torch.zeros_like(near.weights)
         for (start, stop), first, last in zip(spans, edges, [*edges[1:], len(rows)], strict=True):
             if first < last:
                 part, row, col = self.part(start, stop), rows[first:last] - start, cols[first:last]
-                product = (part.left[row] * self._turned(part)[col]).sum(dim=1)
+                product, W = (part.left[row] * part.right[:, col].T).sum(dim=1), near.weights[first:last]
                 f = None if part.f is None else part.f.flatten()[row if self.divides_rows else col]
-                few = W[first:last]
-                found[first:last] = product if f is None else (few + product) * f - few
-        return found
-
-    def _turned(self, part: _Part) -> Tensor:
-        """Return the right factor with a row for each column; most blocks have that of the one before."""
-        if self._columns is None or self._columns[0].data_ptr() != part.right.data_ptr():
-            self._columns = part.right, part.right.T.contiguous()
-        return self._columns[1]
+                found[first:last] = product if f is None else (W + product) * f - W
+        return found.abs_(), near.weights.abs() + found
 
 
 class QuickThresholds:
@@ -187,35 +156,32 @@ class QuickThresholds:
 
     def __init__(self, item: Item, values: SourceValues, buffers: DeviceBuffers) -> None:
         self._item, self._values, self._buffers = item, values, buffers
-        self.spans, self._step = list(item.spans()), _step(item)
-        self._searches: dict[int, ThresholdSearch] = {}
-
-    def begin(self, operands: dict[int, tuple[LoadedEdit, int]]) -> dict[int, ThresholdSearch]:
-        """Measure some edits in a first pass, unless that is done; `operands` are edits and their k, by number."""
-        if self._searches.keys() != operands.keys():
-            numel = self._item.source.numel
-            self._searches = {n: ThresholdSearch(operand, Bracket(k, numel)) for n, (operand, k) in operands.items()}
-            self._measure(list(self._searches.values()))
-            for each in self._searches.values():
-                each.operand.known = each.norms if each.divides_rows else None
-        return self._searches
+        self._spans, self._step = list(item.spans()), _step(item)
 
     def find(self, operands: dict[int, tuple[LoadedEdit, int]]) -> dict[int, float]:
-        """Return a number that parts the k largest magnitudes from the others, for each edit where this succeeds."""
-        searches, cuts = self.begin(operands), dict[int, float]()
+        """Return a number that parts the k largest magnitudes from the others, for each edit where this succeeds.
+
+        `operands` are edits and their k, by the edit's number.
+        """
+        numel = self._item.source.numel
+        searches = {number: _ThresholdSearch(operand, Bracket(k, numel)) for number, (operand, k) in operands.items()}
+        self._measure(list(searches.values()))
+        for each in searches.values():
+            each.operand.known = each.norms if each.divides_rows else None
+        cuts: dict[int, float] = {}
         for sigmas in ATTEMPTS:
             chosen = {k: each for k, each in searches.items() if each.bracket.choose(torch.cat(each.sample), sigmas)}
             self._count(list(chosen.values()))
-            found = {number: self.settle(each) for number, each in chosen.items()}
+            found = {number: self._settle(each) for number, each in chosen.items()}
             cuts |= {number: cut for number, cut in found.items() if cut is not None}
             searches = {number: each for number, each in chosen.items() if each.bracket.missed}
         return cuts
 
-    def _measure(self, searches: Sequence[ThresholdSearch]) -> None:
+    def _measure(self, searches: Sequence[_ThresholdSearch]) -> None:
         """Compute the norms of rows, and take samples of the changes."""
         dividing = [each for each in searches if each.divides_rows]
         gram = _Gram(dividing)
-        for number, span in enumerate(self.spans):
+        for number, span in enumerate(self._spans):
             hold_factors([each.operand for each in searches], *span)
             W = self._block(searches, *span)
             for each, n in zip(dividing, gram.norms(W, span) if dividing else (), strict=True):
@@ -226,9 +192,9 @@ class QuickThresholds:
             for each in searches:
                 each.sample.append(each.part(*span).columns(columns).change(few).abs_().float().flatten())
 
-    def _count(self, searches: Sequence[ThresholdSearch]) -> None:
+    def _count(self, searches: Sequence[_ThresholdSearch]) -> None:
         """Count the changes above each interval, and hold those inside."""
-        for span in self.spans if searches else ():
+        for span in self._spans if searches else ():
             hold_factors([each.operand for each in searches], *span)
             W = self._block(searches, *span)
             single = self._scratch("single W", W.shape)
@@ -236,10 +202,10 @@ class QuickThresholds:
                 single.copy_(W)
             change, chosen = (self._scratch(name, W.shape) for name in ("single", "chosen"))
             for each in searches:
-                each.single(*span).change(single, change)
+                each.approximate(single, change, span)
                 each.bracket.add(change, chosen, W, span[0] * W.shape[1])
 
-    def _block(self, searches: Sequence[ThresholdSearch], start: int, stop: int) -> Tensor:
+    def _block(self, searches: Sequence[_ThresholdSearch], start: int, stop: int) -> Tensor:
         """Return a block of W; of any values if no change needs W."""
         if any(each.operand.edit.depends for each in searches):
             return self._values.block(self._buffers.raw(self._item.source, start, stop), start, stop)
@@ -248,21 +214,20 @@ class QuickThresholds:
     def _scratch(self, name: str, shape: tuple[int, ...]) -> Tensor:
         return self._buffers.scratch(name, shape, torch.float32)
 
-    def settle(self, search: ThresholdSearch) -> float | None:
+    def _settle(self, search: _ThresholdSearch) -> float | None:
         """Return a number that parts the k largest magnitudes from the others; None if it must be found otherwise."""
         share, spread = search.errors
         if not math.isfinite(spread) or (near := search.bracket.near(share, spread)) is None:
             return None
-        magnitudes = search.exact(near.places, near.weights, self.spans, self._item.matrix[1]).abs_()
-        rest = share * DOUBLE / SINGLE * (spread + float((near.weights.abs() + magnitudes).max()))
-        search.found = parting(magnitudes, near.rank, near.error, rest)
-        return search.found
+        magnitudes, sizes = search.exact(near, self._spans, self._item.matrix[1])
+        rest = share * DOUBLE / SINGLE * (spread + float(sizes.max()))
+        return parting(magnitudes, near.rank, near.error, rest)
 
 
 class _Gram:
     """Computes norms of V = W + s·BA from W·Aᵀ: ‖V‖² = ‖W‖² + 2s·⟨WAᵀ, B⟩ + s²·‖BA‖², for all edits at once."""
 
-    def __init__(self, searches: Sequence[ThresholdSearch]) -> None:
+    def __init__(self, searches: Sequence[_ThresholdSearch]) -> None:
         self._searches = searches
         self._rights: list[Tensor] = []
         self._stacked = torch.empty(0)
@@ -287,7 +252,7 @@ class _Gram:
             self._rights, self._stacked = rights, torch.cat(rights)
             self._squares = [right @ right.T for right in rights]
 
-    def _direct(self, search: ThresholdSearch, W: Tensor, span: tuple[int, int]) -> Tensor:
+    def _direct(self, search: _ThresholdSearch, W: Tensor, span: tuple[int, int]) -> Tensor:
         """Return norms of rows that nearly cancel, of which the sum above has lost digits."""
         return search.operand.norms_of_rows(W.clone(), *span)
 

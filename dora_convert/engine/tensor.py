@@ -116,9 +116,6 @@ class EditCombiner(Protocol):
     def apply(self, W: Tensor, start: int, stop: int) -> Tensor:
         """Compute the result of all edits for a block of rows, in place."""
 
-    def made(self, raw: Tensor, start: int, stop: int) -> Begun | None:
-        """Return a block of the rounded result, if the whole of it came along with the cuts."""
-
 
 Combine = Callable[[Item, DeviceBuffers, "SourceValues"], EditCombiner]
 """Loads the edits of one item, and finds what needs the whole tensor."""
@@ -139,7 +136,10 @@ class MergeMaker:
         observe: Observe | None = None,
         combine: Combine | None = None,
     ) -> None:
-        """Load the edits. `prove` asks for the base's sha256, too; `combine` is for edits that are not added up."""
+        """Load the edits; `prove` asks for the sha256 of the base's bytes, too.
+
+        `combine` is for items whose edits are not added up.
+        """
         if not any(tensor.kept for tensor in item.factors):
             buffers.forget()
         self._item, self._buffers = item, buffers
@@ -157,12 +157,11 @@ class MergeMaker:
 
     def begin(self, raw: Tensor, start: int, stop: int) -> Begun:
         """Start to compute some rows; the device may still compute them afterwards."""
-        made = self._combiner.made(raw, start, stop) if self._combiner else None
-        W = raw if made and not self._observer else self.values.block(raw, start, stop)
+        W = self.values.block(raw, start, stop)
         base = self._base_rows(raw, start, stop)
         if self._observer and base is not None:
             self._observer.before(base, W, start, start + len(base))
-        begun = made or self._sent(W, raw, start, stop)
+        begun = self._sent(W, raw, start, stop)
         if base is not None:
             self._base.update(as_bytes(base))
         return begun

@@ -27,7 +27,6 @@ from .changes import (
 )
 from .device_buffers import DeviceBuffers
 from .factors import LoadedEdit
-from .quick_thresholds import QuickThresholds, fits, is_low_rank
 from .tensor import SourceValues
 
 See = Callable[[int, Tensor, tuple[int, int]], None]
@@ -45,7 +44,6 @@ class Thresholds:
             KthLargest(*ranks, COLLECTED) if (ranks := wanted_rank(operand.edit, item)) else None
             for operand in operands
         ]
-        self.quick = QuickThresholds(item, values, buffers)
 
     def find(self) -> list[tuple[float, int]]:
         """Return the least magnitude for each edit, and the flat place of the last of its equals; −1 for all."""
@@ -59,13 +57,9 @@ class Thresholds:
 
     def _look_quickly(self) -> None:
         """Find the thresholds of large low-rank changes in float32."""
-        operands = self.quick_operands()
-        for number, value in (self.quick.find(operands) if operands else {}).items():
-            self._search(number).end(value)
+        from .quick_thresholds import QuickThresholds, fits, is_low_rank
 
-    def quick_operands(self) -> dict[int, tuple[LoadedEdit, int]]:
-        """Return the edits whose thresholds may be found in float32, and how many elements each keeps, by number."""
-        return {
+        operands = {
             number: (operand, found.k)
             for number, (operand, found) in enumerate(zip(self._operands, self._found, strict=True))
             if found
@@ -74,6 +68,9 @@ class Thresholds:
             and fits(found.n)
             and is_low_rank(operand, self._buffers)
         }
+        quick = QuickThresholds(self._item, self._values, self._buffers)
+        for number, value in (quick.find(operands) if operands else {}).items():
+            self._search(number).end(value)
 
     def _look(self) -> None:
         """Show each search a sample, if it cannot hold all numbers."""

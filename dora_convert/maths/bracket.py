@@ -35,8 +35,7 @@ class Bracket:
 
     def __init__(self, k: int, n: int) -> None:
         self.k, self.n = k, n
-        self.low = self.high = 0.0
-        """The bounds; those of the sample."""
+        self._low = self._high = 0.0
         self._above = 0
         self.missed = False
         """True if the k-th largest was not well inside the bounds."""
@@ -51,13 +50,8 @@ class Bracket:
         if not count or first >= count or last <= 1:
             return False
         high, low = _ranked(sample, max(1, first), min(last, count))
-        self.high, self.low = math.inf if first < 1 else high, 0.0 if last > count else low
-        return self.low < self.high
-
-    def narrow(self, kth: float, error: float) -> None:
-        """Choose bounds around the k-th largest that is known by now; magnitudes may be off by an error."""
-        low, high = torch.tensor([kth - 6 * error, kth + 6 * error]).tolist()  # in float32
-        self.low, self.high = max(0.0, low), high
+        self._high, self._low = math.inf if first < 1 else high, 0.0 if last > count else low
+        return self._low < self._high
 
     def add(
         self,
@@ -68,14 +62,10 @@ class Bracket:
     ) -> None:
         """Take a block."""
         sizes = change.abs_()
-        torch.ops.aten.hardtanh_backward.grad_input(sizes, sizes, self.low, self.high, grad_input=chosen)
+        torch.ops.aten.hardtanh_backward.grad_input(sizes, sizes, self._low, self._high, grad_input=chosen)
         places = _nonzero(chosen.view(-1))
         self._found.append((chosen.view(-1)[places], places + first, W.view(-1)[places]))
-        self._above += int(sizes.ge_(self.high).sum())  # float32 adds up so many ones exactly
-
-    def hold(self, sizes: Tensor, places: Tensor, weights: Tensor, above: int) -> None:
-        """Take all magnitudes inside the bounds at once, and the number of those above."""
-        self._found, self._above = [(sizes, places, weights)], above
+        self._above += int(sizes.ge_(self._high).sum())  # float32 adds up so many ones exactly
 
     def near(self, share: float, spread: float) -> Near | None:
         """Return the elements in doubt, if a magnitude x is off by `share`·(x + `spread`) at most.
@@ -91,7 +81,7 @@ class Bracket:
         kth = float(sizes.kthvalue(len(sizes) + 1 - rank).values)
         error = share * (kth + spread)
         low, high = kth - 3 * error, kth + 3 * error
-        if not self.low <= low <= high <= self.high:
+        if not self._low <= low <= high <= self._high:
             return None
         self.missed = False
         larger = int(torch.count_nonzero(sizes > high))

@@ -173,7 +173,7 @@ def _write_tensors(
     executor: Executor | None,
 ) -> Run:
     """Write every tensor, from the start or from an unfinished run."""
-    maker = partial(MergeMaker, prove=plan.options.exact, observe=_observe(plan), combine=_combine(plan, settings))
+    maker = partial(MergeMaker, prove=plan.options.exact, observe=_observe(plan), combine=_combine(plan))
     key, unfinished = resume_plan(output, plan, hashes, spec)
     if output.in_place and not unfinished:
         from ...engine.rehearsal import rehearse
@@ -246,13 +246,13 @@ def _observe(plan: Plan) -> Observe | None:
     return partial(keeper, plan)
 
 
-def _combine(plan: Plan, settings: Settings) -> Combine | None:
+def _combine(plan: Plan) -> Combine | None:
     """Return what combines edits in another way than a sum; None if no tensor needs it."""
     if not any(item.combination for item in plan.items):
         return None
     from ...engine.combine import Combiner
 
-    return partial(Combiner, room=settings.memory_each - plan.memory)
+    return Combiner
 
 
 def _examine(output: Output, examine: Examine) -> OutputsReport:
