@@ -70,7 +70,9 @@ class Cases:
 
     def killed_driver(self, cluster: Cluster, _: list) -> str:
         process = on_cluster.start(self.words, cluster.address)
-        self._wait(process, 2)
+        while not self._entered():
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.05)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         before = self.shards()
@@ -91,6 +93,11 @@ class Cases:
         assert seconds < 30, seconds
         run(self.words, RAY_ADDRESS=cluster.address)
         return f"ended after {seconds:.1f} s, resumed"
+
+    def _entered(self) -> int:
+        """Return the number of lines in the driver's journal, without the key."""
+        journals = self.hidden.glob("dora_convert/merges/*/model.partial/dora_convert/journal.jsonl")
+        return sum(len(path.read_bytes().splitlines()) - 1 for path in journals)
 
     def _wait(self, process: subprocess.Popen[str], count: int) -> int:
         while len(self.shards()) < count:
