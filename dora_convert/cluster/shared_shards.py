@@ -34,7 +34,7 @@ class SharedShards(ShardFiles):
     """
 
     def __init__(self, folder: Path, plan: Plan) -> None:
-        super().__init__(folder, plan, create=False)
+        super().__init__(folder, plan, create=False, cached=False)
         self._unsynced, self._syncing = 0, cast("Background[None] | None", None)
         self._parts = {item.name: tuple(item.together) for item in plan.items if not item.verbatim}
 
