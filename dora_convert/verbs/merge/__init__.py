@@ -118,11 +118,11 @@ def _target(options: MergeOptions) -> PushTarget | None:
 def _merge_beside(request: MergeRequest) -> MergeReport | DryRunReport:
     """Write OUT beside the base, or only on the Hub."""
     options, target = request.options, request.target
-    if options["verify_outputs"]:
-        if options["no_local"]:
-            raise UsageError("--no-local keeps nothing that --verify-outputs could run.", hint="name an OUT")
-        require_extra("verify", "--verify-outputs")
+    if options["verify_outputs"] and options["no_local"]:
+        raise UsageError("--no-local keeps nothing that --verify-outputs could run.", hint="name an OUT")
     folder = OutputFolder(_folder(request), overwrite=options["overwrite"])
+    if options["verify_outputs"]:
+        require_extra("verify", "--verify-outputs")
     folder.check()
     out = "OUT" if options["no_local"] else str(request.out) if is_stored(request.out) else folder.given
     weights = None if request.session.cache else folder.state / INCOMING
