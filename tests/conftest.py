@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 
+import fsspec
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub reads it
@@ -14,6 +15,8 @@ os.environ.pop("CI", None)  # where it is set, pytest shows differences in full:
 
 import torch
 from hypothesis import settings
+
+from dora_convert.storage import refs
 
 from .commands import exit_code
 from .hubserver import Hub
@@ -72,3 +75,15 @@ def hub(tmp_path):
     yield server
     server.shutdown()
     server.server_close()
+
+
+@pytest.fixture
+def store(monkeypatch, tmp_path):
+    """An empty object store in memory; the user's cache is a temporary folder."""
+    system = fsspec.filesystem("memory")
+    system.store.clear()
+    system.pseudo_dirs[:] = [""]
+    monkeypatch.setattr(refs, "STORES", ("s3", "memory"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
+    yield system
+    system.store.clear()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 from dataclasses import replace
 
-import fsspec
 import pytest
 
 import dora_convert
@@ -17,7 +16,6 @@ from dora_convert.errors import OutputError, UsageError, VerificationError
 from dora_convert.output.finished import Verdict
 from dora_convert.parity import self_check
 from dora_convert.sources import object_store
-from dora_convert.storage import refs
 
 from .quantised_bases import copy_base
 from .quantised_bases import make_adapter as make_coded_adapter
@@ -32,18 +30,6 @@ ADDRESS = f"{BUCKET}/out"
 def cluster(monkeypatch) -> StandIn:
     """The stand-in, to which --cluster connects."""
     return connected_to(StandIn(), monkeypatch)
-
-
-@pytest.fixture
-def store(monkeypatch, tmp_path):
-    """An empty store; the user's cache is a temporary folder."""
-    system = fsspec.filesystem("memory")
-    system.store.clear()
-    system.pseudo_dirs[:] = [""]
-    monkeypatch.setattr(refs, "STORES", ("s3", "memory"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
-    yield system
-    system.store.clear()
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ At the end of this file emulators of S3, Google Cloud Storage and Azure do, wher
 
 from __future__ import annotations
 
-import fsspec
 import pytest
 
 import dora_convert
@@ -14,24 +13,11 @@ from dora_convert import settings
 from dora_convert.errors import OutputError, RefError, UsageError
 from dora_convert.hub import store_streaming
 from dora_convert.sources import object_store, range_reader
-from dora_convert.storage import refs
 
 from .emulators import emulated, missing
 from .toy import contents, make_adapter, make_base
 
 BUCKET = "memory://bucket"
-
-
-@pytest.fixture
-def store(monkeypatch, tmp_path):
-    """An empty store; the user's cache is a temporary folder."""
-    system = fsspec.filesystem("memory")
-    system.store.clear()
-    system.pseudo_dirs[:] = [""]
-    monkeypatch.setattr(refs, "STORES", ("s3", "memory"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
-    yield system
-    system.store.clear()
 
 
 @pytest.fixture(scope="module")

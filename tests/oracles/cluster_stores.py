@@ -39,8 +39,8 @@ def nodes(
         with ExitStack() as stack:
             found = []
             for number in range(count):
-                home = f"export HF_HOME=/tmp/node-{number}; {prefix}"
-                hide = f"{home} hostname node-{number}; mount -t tmpfs none {shlex.quote(str(hidden))}"
+                home = shlex.quote(str(hidden.parent / f"node-{number}"))
+                hide = f"export HF_HOME={home}; {prefix} hostname node-{number}; mount -t tmpfs none {shlex.quote(str(hidden))}"
                 found.append(stack.enter_context(on_cluster.odd_node(cluster, hide)))
             yield cluster, found
     finally:
