@@ -66,7 +66,7 @@ def _chosen(plan: Plan) -> Sequence[tuple[Item, Edit, Decomposed]]:
         for edit in item.edits
         if isinstance(edit.update, Decomposed) and edit.divides
     ]
-    return edits[:: 1 + len(edits) // MOST_SAMPLED]
+    return edits[:: math.ceil(len(edits) / MOST_SAMPLED) or 1]
 
 
 def _kept(numbers: Tensor) -> array[float]:

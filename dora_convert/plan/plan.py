@@ -158,7 +158,8 @@ class Plan:
     def fingerprint(self) -> str:
         """xxh3-128 of the plan as JSON lines without paths: equal plans have equal fingerprints."""
         options, words = self.options, self.options.combination.words
-        lines: list[Any] = [[options.compute_dtype, options.undo, self.index_name, self.config], *[words] * bool(words)]
+        lines: list[Any] = [[options.compute_dtype, options.undo, self.index_name, self.config]]
+        lines += [words] if words else []
         for shard in self.shards:
             lines += [[shard.filename, dict(shard.metadata)], *map(_describe, shard.items)]
         return xxhash.xxh3_128_hexdigest(msgspec.json.Encoder().encode_lines(lines))
@@ -169,10 +170,8 @@ def _describe(item: Item) -> list[Any]:
     edits = [_describe_edit(edit) for edit in item.edits]
     undo = [[stored.name for stored in item.undo.tensors]] if item.undo else []
     names = [item.name, item.dtype, item.shape, item.origin, item.source.name]
-    coded = (
-        [repr(getattr(item.source, "scheme", "")), [part.name for _, part in item.parts]] if item.source.coded else []
-    )
-    return [*names, item.replaced, rows, edits, *undo, *coded]
+    coded = [repr(getattr(item.source, "scheme", "")), [part.name for _, part in item.parts]]
+    return [*names, item.replaced, rows, edits, *undo, *(coded if item.source.coded else [])]
 
 
 def _describe_edit(edit: Edit) -> list[Any]:
