@@ -24,11 +24,16 @@ DRIVER = """
     import dora_convert
     from dora_convert.storage import reader as blocks
     from dora_convert.storage import journal
+    from dora_convert.storage.journal import Journal
     from dora_convert.output.shards import ShardFiles
 
     base, adapter, out, allowed = *sys.argv[1:4], int(sys.argv[4])
     blocks.BLOCK_ELEMENTS, journal.BATCH_SECONDS = 1 << 10, 0.0
-    write, lock, count = ShardFiles._write, threading.Lock(), 0
+    write, add_all, lock, count = ShardFiles._write, Journal.add_all, threading.Lock(), 0
+
+    def adds(self, *lines):
+        add_all(self, *lines)
+        self._thread.idle(60.0)  # a slow disk must not lose what came before the last write
 
     def dies(self, descriptor, position, data):
         global count
@@ -39,7 +44,7 @@ DRIVER = """
                 os._exit(9)
         write(self, descriptor, position, data)
 
-    ShardFiles._write = dies
+    ShardFiles._write, Journal.add_all = dies, adds
     report = dora_convert.merge(base, adapter, out, overwrite="--overwrite" in sys.argv, undo="norms")
     print(report.resumed, report.bytes_written)
 """
