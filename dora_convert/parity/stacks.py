@@ -21,25 +21,16 @@ from torch import Tensor
 from ..adapters import Decomposed, LowRank
 from ..engine.precision import TORCH, half_ulp
 from ..output.finished import Verdict
-from ..plan.item import Edit, Item
+from ..plan.alike import kind_of
+from ..plan.item import Item
 from ..storage.reader import Reader
 from ..storage.safetensors import StoredTensor
 
 ReadStack = Callable[..., Tensor]
 """Reads some rows of each of several tensors, or all."""
 CPU = torch.device("cpu")
-ROUNDED = ("BF16", "F16", "F32")
 SMALL_BYTES = 1 << 14
 """A tensor up to this size is read whole if some rows are asked for: a call of the system costs as much."""
-
-
-class StackKind(NamedTuple):
-    """The properties that all weights of one stack share."""
-
-    matrix: tuple[int, int]
-    rank: int
-    dtypes: tuple[str, ...]
-    """Of the base's weight, of the written one, of A, B and m."""
 
 
 class SampledRows(NamedTuple):
@@ -79,40 +70,6 @@ def verdicts_on_right(
         for pair, verdict in zip(alike, Stack(alike, reader, device, elements).verdicts(), strict=True)
         if verdict
     }
-
-
-def kind_of(item: Item) -> StackKind | None:
-    """Return the kind of a weight's stack; None for a weight that is not W + s·BA or m·(W + s·BA)/‖W + s·BA‖."""
-    if len(item.edits) != 1 or item.dtype not in ROUNDED or not _is_plain(item) or not item.source.numel:
-        return None
-    edit = item.edits[0]
-    low = edit.low
-    if not low or not _is_plain_edit(edit) or not _is_plain_low_rank(low):
-        return None
-    m = (edit.update.m,) if isinstance(edit.update, Decomposed) else ()
-    tensors = (item.source, low.A, low.B, *m)
-    if any(tensor.is_view or tensor.coded or tensor.dtype not in TORCH for tensor in tensors):
-        return None
-    if (low.B.matrix[0], low.A.matrix[1]) != item.matrix or any(each.numel != item.matrix[0] for each in m):
-        return None
-    return StackKind(item.matrix, low.rank, (item.dtype, *(tensor.dtype for tensor in tensors)))
-
-
-def _is_plain(item: Item) -> bool:
-    """Return True if the rows of an item are those of the base, with edits that are added up."""
-    odd = item.rows or item.parts or item.undo or item.combination or item.grown
-    return item.source is item.base and not odd
-
-
-def _is_plain_edit(edit: Edit) -> bool:
-    """Return True for a whole edit by rows of the weight as it is stored."""
-    if edit.transposed or edit.outputs or edit.weight != 1 or edit.follows:
-        return False
-    return isinstance(edit.update, LowRank) or (edit.divides and edit.axis == 1 and edit.norm_ratio == 1)
-
-
-def _is_plain_low_rank(low: LowRank) -> bool:
-    return not (low.start or low.experts or low.d or low.b or low.widest) and low.blocks == (1, 1)
 
 
 @dataclass(frozen=True)
