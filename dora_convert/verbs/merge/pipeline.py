@@ -11,7 +11,7 @@ import torch
 
 from ...engine.precision import doubt_zeros, exact_arithmetic, scan_adapter
 from ...engine.run import Executor, Hashes, Run, choose_compute, resume_plan, run
-from ...engine.tensor import MergeMaker
+from ...engine.tensor import MergeStart
 from ...errors import Fault, VerificationError
 from ...output.card import card_bytes, inherited, works_of
 from ...output.finished import TensorResult, Verdict, judge, kept_name
@@ -39,7 +39,8 @@ from ...storage.spool import Spool, SpooledTensor
 
 if TYPE_CHECKING:
     from ...engine.precision import ComputeSpec
-    from ...engine.tensor import Combine, Observe
+    from ...engine.protocols import Observe
+    from ...engine.tensor import Combine
     from ...hub.streaming import HubStreaming
     from ...output.output import Output
     from ...reports.verify import OutputsReport
@@ -173,7 +174,9 @@ def _write_tensors(
     executor: Executor | None,
 ) -> Run:
     """Write every tensor, from the start or from an unfinished run."""
-    maker = partial(MergeMaker, prove=plan.options.exact, observe=_observe(plan), combine=_combine(plan))
+    maker = MergeStart(
+        prove=plan.options.exact, observe=_observe(plan), combine=_combine(plan), memory=settings.memory_each
+    )
     key, unfinished = resume_plan(output, plan, hashes, spec)
     if output.in_place and not unfinished:
         from ...engine.rehearsal import rehearse
@@ -241,9 +244,9 @@ def _observe(plan: Plan) -> Observe | None:
     """Return the starter of undo keepers; None if an unmerge needs the output alone."""
     if not plan.undo_bytes:
         return None
-    from ...undo.keep import keeper
+    from ...undo.keep import UndoKeepers
 
-    return partial(keeper, plan)
+    return UndoKeepers(plan)
 
 
 def _combine(plan: Plan) -> Combine | None:
