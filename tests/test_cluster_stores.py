@@ -135,8 +135,8 @@ def test_a_node_that_finds_another_base(pair, cluster, store, monkeypatch):
     base = upload(store, pair[0], "base")
     ask = cluster.ask
 
-    def changed(question):
-        return ask(replace(question, stores={**question.stores, base: "another"}))
+    def changed(question, late=None):
+        return ask(replace(question, stores={**question.stores, base: "another"}), late)
 
     monkeypatch.setattr(cluster, "ask", changed)
     with pytest.raises(UsageError, match="bucket/base holds other files than this machine finds there"):

@@ -22,8 +22,10 @@ class NodeProcess:
         """Answer a question about this node, which needs no torch."""
         return question()
 
-    def start(self, job: Any) -> None:
-        """Start a job; further tasks are tasks of this job."""
+    def start(self, job: Any, check: Callable[[], None] | None = None) -> None:
+        """Start a job, after a `check` of this node if any; further tasks are tasks of this job."""
+        if check:
+            check()
         self._do = job.start()
 
     def end(self) -> None:
