@@ -7,14 +7,16 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-from ..settings import without_collections
+from ..settings import own_process, without_collections
 from .jobs import NodeWork
 
 
 class NodeProcess:
     """A process of a node: it imports torch at once, starts jobs, and does their tasks."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, alone: bool = False) -> None:
+        """With `alone`, no other code runs in this process."""
+        own_process[0] |= alone
         self._do: Callable[[Any], Any] | None = None
         threading.Thread(target=_import_torch, name="torch", daemon=True).start()
 
@@ -46,7 +48,7 @@ def end(work: Callable[[Any], Any] | None) -> None:
 
 
 def _import_torch() -> None:
-    with without_collections():
+    with without_collections(numpy=False):
         import_module("torch")
         import_module("..engine.workers", __package__)
 

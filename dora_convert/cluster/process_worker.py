@@ -31,7 +31,7 @@ class ProcessWorker:
 
         gpus = 1 if self._kind == "GPU" else 0
         strategy = NodeAffinitySchedulingStrategy(self.node["NodeID"], soft=True)
-        return _process_class().options(num_cpus=1, num_gpus=gpus, scheduling_strategy=strategy).remote()
+        return _process_class().options(num_cpus=1, num_gpus=gpus, scheduling_strategy=strategy).remote(alone=True)
 
     def start(self, job: Any) -> Future[Any]:
         """Start a job, which Ray holds."""

@@ -47,7 +47,6 @@ def connected(address: str, settings: Settings) -> Iterator[RayCluster]:
         cluster = None
         try:
             cluster = RayCluster(settings.device, takes_part=not LOCAL.fullmatch(address))
-            settings.notify(f"cluster: {cluster}")
             yield cluster
         except BaseException:
             if mine:
