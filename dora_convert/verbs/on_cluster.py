@@ -34,7 +34,10 @@ def refuse_for_cluster(options: Mapping[str, Any]) -> None:
     if options.get("in_place"):
         raise UsageError("--in-place changes a checkpoint on one machine; --cluster writes a new one.")
     if options.get("no_local"):
-        raise UsageError("--no-local keeps no file that the nodes of --cluster could share.", hint="name an OUT")
+        raise UsageError(
+            "--no-local keeps no file that the nodes of --cluster could share.",
+            hint="name an OUT that all nodes see, beside --push-to-hub, or one in an object store",
+        )
     if options.get("level") == "outputs":
         raise UsageError("--level outputs runs models on one machine; --cluster compares weights.")
     if not options.get("cache", True):
