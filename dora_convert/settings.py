@@ -38,6 +38,8 @@ EXTRAS = {
     "s3": ("s3fs",), "gs": ("gcsfs",), "az": ("adlfs",),
 }  # fmt: skip
 """The packages of each extra."""
+PLUGINS = "TORCH_DEVICE_BACKEND_AUTOLOAD"
+"""torch's own variable: 0 leaves plug-ins of devices that are neither a processor nor CUDA nor MPS alone."""
 own_process = [False]
 """True if no other code runs in this process: it is a command's."""
 _UNITS = {"": 1} | {
@@ -236,10 +238,12 @@ def collections_paused() -> Iterator[None]:
 def without_collections(*, numpy: bool = True) -> Iterator[None]:
     """Import torch without garbage collection, which takes a third of the time and finds nothing.
 
-    torch's warning that NumPy is missing is of no use. Without `numpy`, a process of our own saves a tenth of a second.
+    torch's warning that NumPy is missing is of no use. Without `numpy`, a process of our own saves a tenth of a second:
+    NumPy is hidden, and torch does not look for plug-ins of other devices.
     """
+    bare = not numpy and own_process[0]
     with collections_paused():
-        with _uninterrupted(), _without_numpy(hidden=not numpy and own_process[0]):
+        with _uninterrupted(), _without_numpy(hidden=bare), _without_plugins(skipped=bare):
             yield
         gc.freeze()  # imported modules never become garbage
 
@@ -275,6 +279,19 @@ def _without_numpy(*, hidden: bool) -> Iterator[None]:
             del sys.modules["numpy"]
         if mine in warnings.filters:
             warnings.filters.remove(mine)  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _without_plugins(*, skipped: bool) -> Iterator[None]:
+    """Tell torch not to look for plug-ins of devices, among all installed packages, unless the user decides it."""
+    if not skipped or PLUGINS in os.environ:
+        yield
+        return
+    os.environ[PLUGINS] = "0"
+    try:
+        yield
+    finally:
+        del os.environ[PLUGINS]
 
 
 def require_extra(extra: str, purpose: str) -> None:

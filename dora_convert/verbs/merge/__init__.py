@@ -133,8 +133,8 @@ def _merge_beside(request: MergeRequest) -> MergeReport | DryRunReport:
         return DryRunReport.of(plan, request.settings, out=out if target is None or target.local else target.repo)
     with _begun_early(request, plan, folder), _nodes(request, plan, folder) as nodes:
         with without_collections(numpy=bool(options["verify_outputs"] or options["cluster"] or options["base_as"])):
-            from .pipeline import run_merge
-        if later and any(question() for question in later):
+            from .pipeline import answers_differ, run_merge
+        if later and answers_differ(later):
             plan = make_request_plan(request, out, _mode(request), weights)
         with _streaming(request, plan, folder) as hub, _examiner(request, plan) as examine:
             return run_merge(plan, folder, request.settings, hub, examine, executor=nodes() if nodes else None)
