@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from .ahead import load_torch
+from .torch_import import load_torch
 
 
 def run() -> None:

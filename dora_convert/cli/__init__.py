@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, TextIO, get_args
 
 import click
 
-from ..ahead import begun
 from ..option_table import Option
 from ..options import SHORT_NAMES, Path, flag, options_of
-from ..settings import __version__, own_process
+from ..settings import __version__
+from ..torch_import import begun, own_process
 from .sink import Sink, colour, fail
 
 if TYPE_CHECKING:
@@ -149,8 +149,8 @@ def main(args: Sequence[str] | None = None) -> None:
 def run() -> None:
     """Run the command line as a process of its own; raises SystemExit as `main` does, or ends the process.
 
-    Python takes a tenth of a second to take torch apart at the end. So a process that has imported torch, or loads its
-    libraries, and whose threads are done, runs the functions that modules have registered for the end, and ends at once.
+    Python takes a tenth of a second to take torch apart at the end. So a process that has torch, or has begun to
+    load it, and whose threads are done, runs the functions that modules have registered for the end, and ends at once.
     """
     own_process[0] = True
     try:

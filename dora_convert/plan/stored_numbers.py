@@ -10,9 +10,9 @@ from contextvars import ContextVar
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from ..settings import without_collections
 from ..storage.reader import Reader
 from ..storage.safetensors import StoredTensor
+from ..torch_import import without_collections
 
 if TYPE_CHECKING:
     import torch
@@ -81,9 +81,14 @@ def has_torch() -> bool:
     return "torch" in sys.modules
 
 
-def norms_of(data: bytearray, W: StoredTensor) -> list[float]:
-    """Return the norms of stored rows of a matrix; raises as `vector` does."""
-    norms: list[float] = vector(data, W.dtype).view(-1, W.matrix[1]).norm(dim=1).tolist()
+def norms_of(data: bytearray, W: StoredTensor, *, few: bool) -> list[float]:
+    """Return the norms of stored rows of a matrix; `few` need no torch, for many it raises as `vector` does."""
+    width = W.matrix[1]
+    if few and not has_torch():
+        length = width * W.itemsize
+        rows = (data[start : start + length] for start in range(0, len(data), length))
+        return [math.hypot(*numbers_of(row, W.dtype)) for row in rows]
+    norms: list[float] = vector(data, W.dtype).view(-1, width).norm(dim=1).tolist()
     return norms
 
 

@@ -19,11 +19,12 @@ from ...output.side_files import tokenizer_files
 from ...plan.plan import Options, Plan, parse_options, parse_weights
 from ...plan.planner import left_out, make_plan
 from ...reports.merge import DryRunReport, MergeReport
-from ...settings import Settings, collections_paused, require_extra, without_collections
+from ...settings import Settings, require_extra
 from ...sources import Session
 from ...sources.inputs import Mode, modules_of, open_inputs, strangers, unused
 from ...storage.filenames import INCOMING
 from ...storage.refs import QUANTISED_NAME, PathLike, is_stored, listed
+from ...torch_import import collections_paused, without_collections
 from .. import takes
 
 if TYPE_CHECKING:
