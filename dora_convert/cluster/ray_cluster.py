@@ -12,7 +12,8 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from ..errors import UsageError
-from ..settings import Settings, own_process, require_extra
+from ..settings import Settings, require_extra
+from ..torch_import import own_process
 from .address import LOCAL
 from .dispatch import Dispatch, ThreadWorker, Worker
 from .jobs import NodeFacts, NodeJob, Result, Work
