@@ -7,7 +7,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-from ..settings import without_collections
+from ..torch_import import without_collections
 from .jobs import NodeWork
 
 

@@ -19,11 +19,12 @@ from ...output.side_files import tokenizer_files
 from ...plan.plan import Options, Plan, parse_options, parse_weights
 from ...plan.planner import left_out, make_plan
 from ...reports.merge import DryRunReport, MergeReport
-from ...settings import Settings, collections_paused, require_extra, without_collections
+from ...settings import Settings, require_extra
 from ...sources import Session
 from ...sources.inputs import Mode, modules_of, open_inputs, strangers, unused
 from ...storage.filenames import INCOMING
 from ...storage.refs import QUANTISED_NAME, PathLike, is_stored, listed
+from ...torch_import import collections_paused, without_collections
 from .. import takes
 
 if TYPE_CHECKING:
@@ -133,8 +134,8 @@ def _merge_beside(request: MergeRequest) -> MergeReport | DryRunReport:
         return DryRunReport.of(plan, request.settings, out=out if target is None or target.local else target.repo)
     with _begun_early(request, plan, folder), _nodes(request, plan, folder) as nodes:
         with without_collections(numpy=bool(options["verify_outputs"] or options["cluster"] or options["base_as"])):
-            from .pipeline import run_merge
-        if later and any(question() for question in later):
+            from .pipeline import answers_differ, run_merge
+        if later and answers_differ(later):
             plan = make_request_plan(request, out, _mode(request), weights)
         with _streaming(request, plan, folder) as hub, _examiner(request, plan) as examine:
             return run_merge(plan, folder, request.settings, hub, examine, executor=nodes() if nodes else None)
