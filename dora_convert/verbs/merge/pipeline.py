@@ -24,14 +24,7 @@ from ...reports.merge import MergeReport
 from ...settings import Settings, __version__
 from ...storage.checkpoint import Checkpoint, open_checkpoint
 from ...storage.filenames import (
-    RECEIPT,
-    RECORD,
-    SPOOL,
-    TOKENIZER,
-    UNDO,
-    is_tokenizer_file,
-    matching,
-    refuse_changed,
+    RECEIPT, RECORD, SPOOL, TOKENIZER, UNDO, is_tokenizer_file, matching, refuse_changed,
 )  # fmt: skip
 from ...storage.reader import sha256
 from ...storage.refs import local_source
