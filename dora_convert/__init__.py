@@ -12,8 +12,6 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from .settings import __version__
-
 _MODULES = {
     "errors": (
         "DoraConvertError", "HubError", "MalformedError", "NumericalError", "OutputError", "PlanError",
@@ -45,10 +43,11 @@ __all__ = ["__version__", *_OWNER]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _OWNER:
+    owner = "settings" if name == "__version__" else _OWNER.get(name)
+    if not owner:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_OWNER[name]}", __name__), name)
-    if _OWNER[name].startswith("verbs."):
+    value = getattr(import_module(f".{owner}", __name__), name)
+    if owner.startswith("verbs."):
         from .api import public
 
         value = public(value)

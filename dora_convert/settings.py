@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import os
 import re
-import signal
 import sys
-import threading
 import time
-import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
@@ -22,6 +18,7 @@ from typing import Any
 from typing_extensions import Self
 
 from .errors import UsageError
+from .torch_import import without_collections
 
 __version__ = "0.1.0"
 
@@ -38,8 +35,6 @@ EXTRAS = {
     "s3": ("s3fs",), "gs": ("gcsfs",), "az": ("adlfs",),
 }  # fmt: skip
 """The packages of each extra."""
-own_process = [False]
-"""True if no other code runs in this process: it is a command's."""
 _UNITS = {"": 1} | {
     prefix + suffix: base**power
     for suffix, base in (("B", 1000), ("iB", 1024))
@@ -218,63 +213,6 @@ def peak_memory() -> int | None:
     except ImportError:  # Windows
         return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-@contextmanager
-def collections_paused() -> Iterator[None]:
-    """Build many objects that all stay without garbage collections, which would look at each again and again."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-@contextmanager
-def without_collections(*, numpy: bool = True) -> Iterator[None]:
-    """Import torch without garbage collection, which takes a third of the time and finds nothing.
-
-    torch's warning that NumPy is missing is of no use. Without `numpy`, a process of our own saves a tenth of a second.
-    """
-    with collections_paused():
-        with _uninterrupted(), _without_numpy(hidden=not numpy and own_process[0]):
-            yield
-        gc.freeze()  # imported modules never become garbage
-
-
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Hold Ctrl-C back: in the middle of importing torch it is lost, or ends the process without a word."""
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or before is None:
-        yield
-        return
-    caught: list[int] = []
-    signal.signal(signal.SIGINT, lambda number, _: caught.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if caught:
-        signal.raise_signal(signal.SIGINT)
-
-
-@contextmanager
-def _without_numpy(*, hidden: bool) -> Iterator[None]:
-    """Ignore torch's warning that numpy is missing: nothing here needs numpy; torch does not find it if `hidden`."""
-    if hidden := hidden and "numpy" not in sys.modules:
-        sys.modules["numpy"] = None  # type: ignore[assignment] # as Python has it for what cannot be imported
-    warnings.filterwarnings("ignore", "Failed to initialize NumPy")
-    mine = warnings.filters[0]
-    try:
-        yield
-    finally:  # catch_warnings would also drop the filters that the imported packages set
-        if hidden:
-            del sys.modules["numpy"]
-        if mine in warnings.filters:
-            warnings.filters.remove(mine)  # type: ignore[attr-defined]
 
 
 def require_extra(extra: str, purpose: str) -> None:

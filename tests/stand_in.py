@@ -47,8 +47,9 @@ class StandIn:
             for node in nodes:
                 end(node)
 
-    def ask(self, question) -> Callable[[], list[NodeFacts]]:
+    def ask(self, question, late=None) -> Callable[[], list[NodeFacts]]:
         facts = sent(question)()
+        sent(late)()
         return lambda: [facts, replace(facts, name="second", **self.facts)]
 
 

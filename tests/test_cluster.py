@@ -123,10 +123,10 @@ def test_a_node_without_outs_folder(pair, cluster, tmp_path, monkeypatch):
     """The token beside OUT is not found there."""
     ask = cluster.ask
 
-    def without_path(question):
+    def without_path(question, late=None):
         token = next(path for path in question.heads if path.endswith(".token"))
         cluster.facts = {"missing": (token,)}
-        return ask(question)
+        return ask(question, late)
 
     monkeypatch.setattr(cluster, "ask", without_path)
     with pytest.raises(UsageError, match=f"Node second does not see the folder {tmp_path}, where OUT is written"):

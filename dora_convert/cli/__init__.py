@@ -19,7 +19,8 @@ import click
 
 from ..option_table import Option
 from ..options import SHORT_NAMES, Path, flag, options_of
-from ..settings import __version__, own_process
+from ..settings import __version__
+from ..torch_import import begun, own_process
 from .sink import Sink, colour, fail
 
 if TYPE_CHECKING:
@@ -148,15 +149,16 @@ def main(args: Sequence[str] | None = None) -> None:
 def run() -> None:
     """Run the command line as a process of its own; raises SystemExit as `main` does, or ends the process.
 
-    Python takes a tenth of a second to take torch apart at the end. So a process that has imported torch, and whose
-    threads are done, runs the functions that modules have registered for the end, and ends at once.
+    Python takes a tenth of a second to take torch apart at the end. So a process that has torch, or has begun to
+    load it, and whose threads are done, runs the functions that modules have registered for the end, and ends at once.
     """
     own_process[0] = True
     try:
         main()
     except SystemExit as end:
         threads = threading.enumerate()
-        if "torch" not in sys.modules or not all(each.daemon or each is threading.main_thread() for each in threads):
+        has_torch = begun[0] or "torch" in sys.modules
+        if not has_torch or not all(each.daemon or each is threading.main_thread() for each in threads):
             raise
         atexit._run_exitfuncs()  # noqa: SLF001 - no public name
         _drop_unwritten(sys.stdout)

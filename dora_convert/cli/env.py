@@ -12,7 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from ..reports import Report, Table, table
-from ..settings import __version__, format_size, usual_workers, without_collections
+from ..settings import __version__, format_size, usual_workers
+from ..torch_import import without_collections
 from . import command, takes_sink
 from .sink import Sink
 

@@ -25,11 +25,12 @@ from ..output.lineage import doubts
 from ..plan.plan import Options, Plan, parse_options
 from ..plan.planner import make_plan
 from ..reports.fitting import FittedModule, MadeDryRun, MadeReport
-from ..settings import Settings, without_collections
+from ..settings import Settings
 from ..sources import Session
 from ..sources.inputs import modules_of, open_inputs, unused
 from ..sources.prefetch import reading
 from ..storage.refs import PathLike, listed
+from ..torch_import import without_collections
 from .jobs import FittingPlan, Result, error_of
 
 if TYPE_CHECKING:  # which imports torch

@@ -17,7 +17,11 @@ from ..storage.safetensors import StoredTensor
 from .combined import expected_of
 from .recoded import compare_coded
 from .self_check import ARRAYS
+from .stacks import read_ahead
 from .tensor import FEWEST_ELEMENTS, MOST_ELEMENTS, ON_DEVICE, Outputs, compare_all
+
+AHEAD_BYTES = 256 << 20
+"""Larger tensors are not read ahead: they may not fit into the system's cache beside others."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,12 @@ class Comparing:
         with holding(item.cost(8) + 8 * ARRAYS * (elements - FEWEST_ELEMENTS)):
             module = compare_all(item, written, reader, self.samples, device, elements=elements)
         return module if item.changed else not module.wrong_elements
+
+    def read_ahead(self, number: int, reader: Reader) -> None:
+        """Ask the system to read a pair that is compared soon; a merge leaves its output on the disk alone."""
+        for tensor in (self.pairs[number][0].source, self.pairs[number][1]):
+            if not (tensor.coded or tensor.is_view or tensor.nbytes > AHEAD_BYTES):
+                read_ahead(reader, tensor)
 
     def _elements(self, item: Item, device: torch.device) -> int:
         """Return the number of elements that are compared together; an item's cost covers the fewest."""

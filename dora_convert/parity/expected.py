@@ -277,7 +277,8 @@ class Expected:
         height, filled = max(1, 4 * CHUNK_ELEMENTS // max(1, tensor.matrix[1])), 0
         if len(chosen) <= height or self.device.type != "cpu":  # a device widens numbers itself
             return read_rows(self._reader, tensor, chosen).to(self.device).double()
-        loaded = empty((len(chosen), tensor.matrix[1]), torch.float64)
+        small = len(chosen) * tensor.matrix[1] <= 32 * CHUNK_ELEMENTS  # the next chunk takes the same pages
+        loaded = (torch.empty if small else empty)((len(chosen), tensor.matrix[1]), dtype=torch.float64)
         for start in range(0, len(chosen), height):
             part = read_rows(self._reader, tensor, chosen[start : start + height])
             loaded[filled : filled + len(part)] = part

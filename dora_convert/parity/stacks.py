@@ -166,9 +166,13 @@ def _read(reader: Reader, tensors: Sequence[StoredTensor], rows: Sequence[Sequen
     return torch.frombuffer(data, dtype=TORCH[first.dtype]).view(len(tensors), -1, columns)
 
 
-def read_ahead(reader: Reader, tensor: StoredTensor, rows: Sequence[int]) -> None:
-    """Ask the system to read rows of a tensor, all at once: what was just written may be on the disk alone."""
-    if rows and hasattr(os, "posix_fadvise") and not reader.is_remote(tensor.path):
+def read_ahead(reader: Reader, tensor: StoredTensor, rows: Sequence[int] | None = None) -> None:
+    """Ask the system to read rows of a tensor, or all: what was just written may be on the disk alone.
+
+    A file that is still on its way is left alone.
+    """
+    here = hasattr(os, "posix_fadvise") and not reader.is_remote(tensor.path) and tensor.path.is_file()
+    if here and (rows or rows is None):
         with reader.using(tensor.path) as descriptor:
             for start, length in _joined(_runs(tensor, rows)):
                 os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_WILLNEED)

@@ -104,6 +104,8 @@ def _compare(
 
     def compare(number: int, mine: DeviceStream) -> CheckedModule | bool:
         workers.check()
+        if (later := number + settings.workers) < len(sizes):
+            comparing.read_ahead(later, reader)
         with mine.working():
             result = comparing.one(number, reader, mine.device, workers.holding)
         reader.done(pairing.pairs[number][0].name)

@@ -23,7 +23,7 @@ from ..errors import Fault, UnsupportedError
 from ..storage.checkpoint import Checkpoint
 from ..storage.reader import Reader
 from ..storage.safetensors import FLOATS, StoredTensor
-from .stored_numbers import Questions, answered, lines_of, log_of, norms_of, numbers_of, vector
+from .stored_numbers import Questions, answered, lines_of, log_of, logs_of, norms_of, numbers_of, vector
 
 CERTAIN = 5.0
 """The logarithm of the ratio of two spreads counts if it is this many times 1/√n, for n magnitudes: 3.5 deviations."""
@@ -141,17 +141,16 @@ def _sample(W: StoredTensor, update: Decomposed, axis: int, reader: Reader, most
     height, width = W.matrix
     count = min(most, height)
     chosen = sorted({round(k * (height - 1) / max(1, count - 1)) for k in range(count)})
-    lines = (lines_of(W, [row], reader) for row in chosen)
     if axis == 0:
+        lines = (lines_of(W, [row], reader) for row in chosen)
         norms = [math.hypot(*column) for column in zip(*(numbers_of(line, W.dtype) for line in lines), strict=True)]
-    elif count > FEW_ROWS:
-        parts = (chosen[start : start + TOGETHER] for start in range(0, len(chosen), TOGETHER))
-        norms = [norm for part in parts for norm in norms_of(lines_of(W, part, reader), W)]
     else:
-        norms = [math.hypot(*numbers_of(line, W.dtype)) for line in lines]
+        parts = (chosen[start : start + TOGETHER] for start in range(0, len(chosen), TOGETHER))
+        few = count <= FEW_ROWS
+        norms = [norm for part in parts for norm in norms_of(lines_of(W, part, reader), W, few=few)]
     factor = 1 if axis == 1 else math.sqrt(height / len(chosen))
     logs = [log_of(norm * factor) for norm in norms]
-    m = [log_of(value) for value in numbers_of(b"".join(map(bytes, reader.pieces(update.m))), update.m.dtype)]
+    m = logs_of(bytearray().join(reader.pieces(update.m)), update.m.dtype)
     sample = MagnitudeSample(chosen if axis == 1 else range(width), logs, m, [])
     is_near_one = statistics.median(map(abs, m)) < NEAR_ONE
     if axis == 0 or not is_near_one or statistics.median(map(abs, _ratios(sample))) < CLOSE:

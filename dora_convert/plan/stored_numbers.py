@@ -10,9 +10,9 @@ from contextvars import ContextVar
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from ..settings import without_collections
 from ..storage.reader import Reader
 from ..storage.safetensors import StoredTensor
+from ..torch_import import without_collections
 
 if TYPE_CHECKING:
     import torch
@@ -41,9 +41,12 @@ def answered(question: Question, later: Questions | None) -> dict[str, str]:
 
 def lines_of(W: StoredTensor, rows: Sequence[int], reader: Reader) -> bytearray:
     """Read some rows of a stored matrix."""
-    length = W.matrix[1] * W.itemsize
+    length, first, last = W.matrix[1] * W.itemsize, min(rows), max(rows)
     data = bytearray(len(rows) * length)
-    reader.gather(W.path, [(W.start + row * length, length) for row in rows], data)
+    if last - first + 1 == len(rows):  # neighbours
+        reader.read(W.path, W.start + first * length, memoryview(data))
+    else:
+        reader.gather(W.path, [(W.start + row * length, length) for row in rows], data)
     return data
 
 
@@ -57,12 +60,12 @@ def numbers_of(data: bytes | bytearray, dtype: str) -> tuple[float, ...]:
     return struct.unpack(f"<{len(data) // size}{letter}", data)
 
 
-def vector(data: bytearray, dtype: str) -> torch.Tensor:
+def vector(data: bytes | bytearray, dtype: str) -> torch.Tensor:
     """Return stored numbers as a vector in float64: quicker than `numbers_of` once torch is imported.
 
     Raises NeedsTorchError inside `answered`, if torch is not imported and the answer may wait.
     """
-    if "torch" not in sys.modules:
+    if not has_torch():
         if _put_off.get():
             raise NeedsTorchError
         with without_collections():
@@ -73,10 +76,29 @@ def vector(data: bytearray, dtype: str) -> torch.Tensor:
     return torch.frombuffer(data, dtype=kind).double()
 
 
-def norms_of(data: bytearray, W: StoredTensor) -> list[float]:
-    """Return the norms of stored rows of a matrix; raises as `vector` does."""
-    norms: list[float] = vector(data, W.dtype).view(-1, W.matrix[1]).norm(dim=1).tolist()
+def has_torch() -> bool:
+    """Return True if torch is imported."""
+    return "torch" in sys.modules
+
+
+def norms_of(data: bytearray, W: StoredTensor, *, few: bool) -> list[float]:
+    """Return the norms of stored rows of a matrix; `few` need no torch, for many it raises as `vector` does."""
+    width = W.matrix[1]
+    if few and not has_torch():
+        length = width * W.itemsize
+        rows = (data[start : start + length] for start in range(0, len(data), length))
+        return [math.hypot(*numbers_of(row, W.dtype)) for row in rows]
+    norms: list[float] = vector(data, W.dtype).view(-1, width).norm(dim=1).tolist()
     return norms
+
+
+def logs_of(data: bytes | bytearray, dtype: str) -> list[float]:
+    """Return the logarithms of stored numbers; NaN for what has none. Needs no torch, but is quicker with it."""
+    if not has_torch():
+        return list(map(log_of, numbers_of(data, dtype)))
+    numbers = vector(data, dtype)
+    logs: list[float] = numbers.log().where((numbers > 0) & numbers.isfinite(), math.nan).tolist()
+    return logs
 
 
 def log_of(value: float) -> float:

@@ -27,13 +27,14 @@ from ..plan.planner import make_plan
 from ..plan.quantised import as_dense
 from ..reports.analyze import AnalyzeReport, Collision, MovedVector, Point, TunedStep
 from ..reports.analyze_files import check_files, write_files
-from ..settings import Settings, peak_memory, without_collections
+from ..settings import Settings, peak_memory
 from ..sources import Session
 from ..sources.inputs import modules_of, open_adapter, open_base, refuse_swapped, unused
 from ..storage.checkpoint import Checkpoint
 from ..storage.filenames import refuse_changed
 from ..storage.json_files import read_json
 from ..storage.refs import HubRef, PathLike, listed, local_path, parse_ref, refuse_missing
+from ..torch_import import without_collections
 from . import takes
 
 if TYPE_CHECKING:

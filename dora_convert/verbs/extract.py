@@ -20,11 +20,12 @@ from ..fitting.session import Fitter, FittingSession
 from ..options import ExtractOptions
 from ..plan.quantised import as_dense
 from ..reports.fitting import MadeDryRun, MadeReport
-from ..settings import format_size, without_collections
+from ..settings import format_size
 from ..sources.inputs import open_base
 from ..sources.prefetch import reading
 from ..storage.checkpoint import Checkpoint
 from ..storage.refs import PathLike, refuse_missing
+from ..torch_import import without_collections
 from . import takes
 
 if TYPE_CHECKING:

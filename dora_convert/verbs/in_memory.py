@@ -21,10 +21,11 @@ from ..options import (
     TokenOptions,
 )
 from ..plan.plan import Plan, parse_options
-from ..settings import Settings, without_collections
+from ..settings import Settings
 from ..sources import Session
 from ..sources.inputs import open_adapter
 from ..storage.refs import PathLike, listed
+from ..torch_import import without_collections
 from . import takes
 from .merge import MergeRequest, make_request_plan, plan_inputs
 

@@ -20,13 +20,14 @@ from ..output.side_files import SideFile, base_files
 from ..plan.plan import Options, Plan, parse_options
 from ..plan.undo_part import Undo
 from ..reports.merge import DryRunReport, UnmergeReport
-from ..settings import Settings, without_collections
+from ..settings import Settings
 from ..sources import Session
 from ..sources.inputs import Mode, open_adapter, open_base, refuse_swapped
 from ..storage.checkpoint import Checkpoint
 from ..storage.filenames import RECORD, UNDO
 from ..storage.reader import xxh3
 from ..storage.refs import PathLike, listed, refuse_missing
+from ..torch_import import without_collections
 from ..undo.files import remaining_files, restored_files
 from ..undo.record import MergeRecord, in_order, no_record, read_record
 from ..undo.removal import following, plan_removal

@@ -20,13 +20,14 @@ from ..plan.plan import Plan, parse_options, parse_weights
 from ..plan.planner import left_out, make_plan
 from ..reports.files import check_file, write_file
 from ..reports.verify import OutputsReport, VerifyReport
-from ..settings import Settings, parse_facts, require_extra, without_collections
+from ..settings import Settings, parse_facts, require_extra
 from ..sources import Session
 from ..sources.inputs import find_adapter, modules_of, open_base, open_inputs, refuse_swapped
 from ..sources.prefetch import download_weights
 from ..storage.checkpoint import Checkpoint
 from ..storage.filenames import RECORD, refuse_changed
 from ..storage.refs import PathLike, listed, refuse_missing
+from ..torch_import import without_collections
 from . import takes
 
 if TYPE_CHECKING:

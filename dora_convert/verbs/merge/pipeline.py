@@ -21,7 +21,7 @@ from ...output.side_files import SideFile, adopted_sets, base_files, originals, 
 from ...parity.self_check import SelfCheck
 from ...plan.plan import Plan
 from ...reports.merge import MergeReport
-from ...settings import Settings, __version__, collections_paused
+from ...settings import Settings, __version__
 from ...storage.checkpoint import Checkpoint, open_checkpoint
 from ...storage.filenames import (
     RECEIPT,
@@ -36,16 +36,24 @@ from ...storage.filenames import (
 from ...storage.reader import sha256
 from ...storage.refs import local_source
 from ...storage.spool import Spool, SpooledTensor
+from ...torch_import import collections_paused
 
 if TYPE_CHECKING:
     from ...engine.precision import ComputeSpec
     from ...engine.tensor import Combine, Observe
     from ...hub.streaming import HubStreaming
     from ...output.output import Output
+    from ...plan.stored_numbers import Questions
     from ...reports.verify import OutputsReport
 
 Examine = Callable[[Checkpoint], "OutputsReport"]
 """Runs the written model, and compares its outputs with those of base and adapters."""
+
+
+def answers_differ(questions: Questions) -> bool:
+    """Answer what had to wait for torch; return True if an answer is not the usual one."""
+    with exact_arithmetic():  # one thread: a second one would spin longer than it works
+        return any(question() for question in questions)
 
 
 def run_merge(
