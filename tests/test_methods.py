@@ -172,7 +172,9 @@ def test_float32_rounds_as_float64(case, tmp_path, monkeypatch, method):
     rounded, blocks, written = QuickCombiner.rounded, [], []
     for slack, quick in ((8, True), (1 << 20, True), (8, False)):
         monkeypatch.setattr("dora_convert.engine.quick_combine.SLACK", slack)
-        monkeypatch.setattr(QuickCombiner, "rounded", lambda *a, q=quick: blocks.append(rounded(*a) if q else None) or blocks[-1])
+        monkeypatch.setattr(
+            QuickCombiner, "rounded", lambda *a, q=quick: blocks.append(rounded(*a) if q else None) or blocks[-1]
+        )
         out = tmp_path / f"{len(written)}"
         dora_convert.merge(base.path, adapters, out, **options)
         written.append(load(out))

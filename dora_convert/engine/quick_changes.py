@@ -130,8 +130,8 @@ class QuickChange:
         product = torch.linalg.vector_norm(left, dim=1, keepdim=True).mul_(right.largest)
         self.product = max(self.product, float(product.max()))
         g = None if part.f is None else part.f - 1
-        largest = 0.0 if g is None else float(g.abs().max())
-        return SinglePart(part, None if g is None else g.float(), left.float(), right.single, largest, product)
+        largest, g = (0.0, None) if g is None else (float(g.abs().max()), g.float())
+        return SinglePart(part, g, left.float(), right.single, largest=largest, product=product)
 
     @property
     def errors(self) -> tuple[float, float]:

@@ -7,6 +7,7 @@ those of float64.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 
@@ -95,24 +96,24 @@ class QuickCombiner:
         return in_single.combine(self._rule, W, deltas, errors, out=out, scratch=self._scratch)
 
     def _errors(self, parts: Sequence[SinglePart], raw: Tensor) -> in_single.Errors | None:
-        """Return bounds of the errors in a block; None if there are no useful ones.
+        """Return bounds of the errors in a block; None if there are none.
 
         A change is off by a share τ of |g·W| and the product's terms together, as in QuickChange.errors. A mean is off
-        by no more than the worst of its terms, a sum by no more than all of them. Adding rounds some times more. With
-        G·|W| + P, a bound of a combined change's magnitude, and its result x, G·|W| ≤ (G·|x| + P)/(1 − G) − P.
+        by no more than the worst of its terms, a sum by no more than all of them. Adding rounds some times more.
         """
-        count = len(parts)
-        shares = [each.errors[0] + (count + SLACK) * SINGLE for each in self._changes]
+        shares = [each.errors[0] + (len(parts) + SLACK) * SINGLE for each in self._changes]
         weights = [abs(weight) for weight in self._rule.weights]
         g = [weight * part.largest for weight, part in zip(weights, parts, strict=True)]
         products = torch.stack([weight * part.product for weight, part in zip(weights, parts, strict=True)])
         G, P = (max(g), products.amax(0)) if self._rule.majority else (sum(g), products.sum(0))
-        if not G < 1 / 4 or not lora.all_finite(P):
-            return None
         worst, largest = 1.01 * max(shares), float(raw.abs().amax())
         vote = sum(part.largest * largest + float(part.product.max()) for part in parts)
-        added = (worst / (1 - G) * P).add_(UNDERFLOW)
-        return in_single.Errors(worst * G / (1 - G) + 6 * SINGLE, added.float(), worst * vote + UNDERFLOW)
+        if not (lora.all_finite(P) and math.isfinite(vote) and math.isfinite(G)):
+            return None
+        share, added = 6 * SINGLE, P + G * largest
+        if G < 1 / 4:  # with the result x, |W| ≤ |x| + G·|W| + P, so G·|W| + P ≤ (G·|x| + P)/(1 − G)
+            share, added = share + worst * G / (1 - G), P / (1 - G)
+        return in_single.Errors(share, (worst * added).add_(UNDERFLOW).float(), worst * vote + UNDERFLOW)
 
     def _near(self, first: int, last: int) -> Tensor:
         """Return the places in a block of elements that are near to a threshold."""
