@@ -17,7 +17,9 @@ from dora_convert.errors import OutputError
 
 def sent(value):
     """A value as another machine would get it."""
-    return pickle.loads(pickle.dumps(value))
+    buffers = []
+    data = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
+    return pickle.loads(data, buffers=[bytes(buffer) for buffer in buffers])
 
 
 @dataclass

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 import dora_convert
-from dora_convert.cluster import node_files, shards, tensors
+from dora_convert.cluster import node_files, node_spool, shards, tensors
 from dora_convert.errors import OutputError, UsageError, VerificationError
 from dora_convert.output.finished import Verdict
 from dora_convert.parity import self_check
@@ -91,6 +91,7 @@ def test_the_same_command_resumes(pair, cluster, store, monkeypatch, first, seco
         return put(self, name, path)
 
     words = {"undo": "exact", "max_shard_size": "12KB", "workers": 1}
+    monkeypatch.setattr(node_spool, "KEPT_BYTES", 100)
     monkeypatch.setattr(object_store.ObjectStore, "put", failing)
     with pytest.raises(KeyboardInterrupt):
         dora_convert.merge(pair[0], pair[1], ADDRESS, cluster=first, **words)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
-from typing import Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -19,50 +20,13 @@ from ..output.shards import ShardFiles
 from ..plan.item import Item
 from ..storage.reader import Digest, spans
 from ..storage.safetensors import BITS
-from ..storage.spool import Spool, SpooledTensor
+from ..storage.spool import Spool
 from .device_buffers import Begun, DeviceBuffers
 from .factors import LoadedEdit, apply_edits
 from .precision import TORCH, as_bytes
 
-
-class TensorMaker(Protocol):
-    """Turns blocks of a source tensor into blocks of an output tensor."""
-
-    proves_output: bool
-    """True if the sha256 of the written bytes is needed."""
-
-    def block(self, raw: Tensor, start: int, stop: int) -> Tensor:
-        """Return rows of the output, in host memory, from the same rows of the source."""
-
-    def rest(self) -> Iterable[tuple[int, memoryview]]:
-        """Yield the output's rows beyond the source's last one: each block's first row, and its bytes."""
-
-    def result(self, written: Digest) -> TensorResult:
-        """Return the facts about the finished tensor, whose written bytes have these hashes."""
-
-
-StartMaker = Callable[[Item, DeviceBuffers, Spool], TensorMaker]
-"""Starts the maker of one item; called in the worker that computes the item."""
-
-
-class MergeObserver(Protocol):
-    """Sees every block of one tensor during the merge, and keeps what undoing the merge needs."""
-
-    def before(self, base: Tensor, W: Tensor, start: int, stop: int) -> None:
-        """See some rows before the edits: the base's bytes, and the values that the edits start from."""
-
-    def after(self, begun: Begun, result: Tensor) -> None:
-        """See some rows after the edits: the source's bytes, each edit's norms, and the output's bytes."""
-
-    def beyond(self, base: memoryview, start: int, stop: int) -> None:
-        """See rows of the base that the output has no place for."""
-
-    def parts(self) -> tuple[SpooledTensor, ...]:
-        """Return the tensors of the undo record."""
-
-
-Observe = Callable[[Item, "MergeMaker", DeviceBuffers, Spool], "MergeObserver | None"]
-"""Starts the observer of one item; None if nothing of the item must be kept."""
+if TYPE_CHECKING:
+    from .protocols import Observe, TensorMaker
 
 
 def write_item(
@@ -152,7 +116,7 @@ class MergeMaker:
         if not self._combiner:
             measure(item, self.edits, self.values, buffers)
         self._base = Digest(proof=prove)
-        self._observer = observe(item, self, buffers, spool) if observe else None
+        self._observer = observe(item, self.edits, self.values.taken, buffers, spool) if observe else None
 
     def block(self, raw: Tensor, start: int, stop: int) -> Tensor:
         """Return rows of the output from those of the source."""
@@ -231,6 +195,21 @@ class MergeMaker:
             return TensorResult(None, written.fast, None, parts)
         cuts = self._combiner.cuts if self._combiner else ()
         return TensorResult(self._base.fast, written.fast, self._base.proof, parts, cuts=cuts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeStart:
+    """Starts the maker of any tensor of a merge."""
+
+    prove: bool = False
+    observe: Observe | None = None
+    combine: Combine | None = None
+    memory: int = 0
+    """Bytes that a worker may hold for several weights that are merged at once."""
+
+    def __call__(self, item: Item, buffers: DeviceBuffers, spool: Spool) -> MergeMaker:
+        """Load the edits of one item."""
+        return MergeMaker(item, buffers, spool, prove=self.prove, observe=self.observe, combine=self.combine)
 
 
 def load_edits(item: Item, buffers: DeviceBuffers) -> list[LoadedEdit]:
