@@ -12,13 +12,12 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 from uuid import uuid4
 
 from ..engine.device_buffers import DeviceBuffers
 from ..engine.precision import ComputeSpec, exact_arithmetic
 from ..engine.run import Run, StartCheck
-from ..engine.tensor import StartMaker
 from ..engine.workers import StoppedError, TensorWork
 from ..errors import OutputError
 from ..output.finished import FinishedLine, Task
@@ -32,6 +31,9 @@ from .jobs import Cluster, NodeWork, choose_for
 from .node_files import NodeFiles
 from .node_spool import NodeSpool, SentBytes
 from .tensors import naming_node, nbytes_of, one_thread, spooled
+
+if TYPE_CHECKING:
+    from ..engine.protocols import StartMaker
 
 Unit = tuple[str, ...]
 """The names of shards that are made together: mostly one."""

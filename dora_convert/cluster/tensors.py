@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 from uuid import uuid4
 
 import torch
@@ -15,7 +15,6 @@ import torch
 from ..engine.device_buffers import DeviceBuffers
 from ..engine.precision import ComputeSpec, exact_arithmetic
 from ..engine.run import Run, StartCheck
-from ..engine.tensor import StartMaker
 from ..engine.workers import TensorWork
 from ..errors import OutputError, UsageError
 from ..output.finished import FinishedLine, Task
@@ -29,6 +28,9 @@ from .jobs import Cluster, NodeWork, choose_for, node_name
 from .node_files import NodeFiles
 from .node_spool import NodeSpool, SentBytes
 from .shared_shards import SharedShards
+
+if TYPE_CHECKING:
+    from ..engine.protocols import StartMaker
 
 
 class Outcome(NamedTuple):
