@@ -17,7 +17,9 @@ from dora_convert.errors import OutputError
 
 def sent(value):
     """A value as another machine would get it."""
-    return pickle.loads(pickle.dumps(value))
+    buffers = []
+    data = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
+    return pickle.loads(data, buffers=[bytes(buffer) for buffer in buffers])
 
 
 @dataclass
@@ -47,8 +49,9 @@ class StandIn:
             for node in nodes:
                 end(node)
 
-    def ask(self, question) -> Callable[[], list[NodeFacts]]:
+    def ask(self, question, late=None) -> Callable[[], list[NodeFacts]]:
         facts = sent(question)()
+        sent(late)()
         return lambda: [facts, replace(facts, name="second", **self.facts)]
 
 

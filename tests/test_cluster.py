@@ -12,7 +12,7 @@ import pytest
 
 import dora_convert
 from dora_convert import settings
-from dora_convert.cluster import jobs, tensors
+from dora_convert.cluster import jobs, node_spool, tensors
 from dora_convert.errors import OutputError, UsageError
 from dora_convert.output.finished import Task
 from dora_convert.output.shards import Copy
@@ -37,9 +37,10 @@ def pair(tmp_path_factory):
 
 
 @pytest.mark.parametrize("undo", ["norms", "exact"])
-def test_bytes_are_those_of_a_local_merge(pair, cluster, tmp_path, undo):
-    """Weights, record, receipt and card are equal, and nothing else is left."""
+def test_bytes_are_those_of_a_local_merge(pair, cluster, tmp_path, undo, monkeypatch):
+    """Weights, record, receipt and card are equal, and nothing else is left; a long record passes through a file."""
     base, adapter, _ = pair
+    monkeypatch.setattr(node_spool, "KEPT_BYTES", 100 if undo == "exact" else 1 << 20)
     seen: list[tuple[int, int]] = []
     dora_convert.merge(base, adapter, tmp_path / "here", undo=undo)
     report = dora_convert.merge(
@@ -123,10 +124,10 @@ def test_a_node_without_outs_folder(pair, cluster, tmp_path, monkeypatch):
     """The token beside OUT is not found there."""
     ask = cluster.ask
 
-    def without_path(question):
+    def without_path(question, late=None):
         token = next(path for path in question.heads if path.endswith(".token"))
         cluster.facts = {"missing": (token,)}
-        return ask(question)
+        return ask(question, late)
 
     monkeypatch.setattr(cluster, "ask", without_path)
     with pytest.raises(UsageError, match=f"Node second does not see the folder {tmp_path}, where OUT is written"):

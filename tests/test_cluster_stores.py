@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 import dora_convert
-from dora_convert.cluster import node_files, shards, tensors
+from dora_convert.cluster import node_files, node_spool, shards, tensors
 from dora_convert.errors import OutputError, UsageError, VerificationError
 from dora_convert.output.finished import Verdict
 from dora_convert.parity import self_check
@@ -91,6 +91,7 @@ def test_the_same_command_resumes(pair, cluster, store, monkeypatch, first, seco
         return put(self, name, path)
 
     words = {"undo": "exact", "max_shard_size": "12KB", "workers": 1}
+    monkeypatch.setattr(node_spool, "KEPT_BYTES", 100)
     monkeypatch.setattr(object_store.ObjectStore, "put", failing)
     with pytest.raises(KeyboardInterrupt):
         dora_convert.merge(pair[0], pair[1], ADDRESS, cluster=first, **words)
@@ -98,6 +99,7 @@ def test_the_same_command_resumes(pair, cluster, store, monkeypatch, first, seco
     assert len(kept) == 3
     assert "config.json" not in stored(store, "out")
     monkeypatch.setattr(object_store.ObjectStore, "put", put)
+    store.pipe_file(f"/{ADDRESS.partition('://')[2]}/dora_convert/{tensors.CLAIM}", b"left by a driver that was killed")
     cluster.done.clear()
     report = dora_convert.merge(pair[0], pair[1], ADDRESS, cluster=second, **words)
     assert report.resumed
@@ -135,8 +137,8 @@ def test_a_node_that_finds_another_base(pair, cluster, store, monkeypatch):
     base = upload(store, pair[0], "base")
     ask = cluster.ask
 
-    def changed(question):
-        return ask(replace(question, stores={**question.stores, base: "another"}))
+    def changed(question, late=None):
+        return ask(replace(question, stores={**question.stores, base: "another"}), late)
 
     monkeypatch.setattr(cluster, "ask", changed)
     with pytest.raises(UsageError, match="bucket/base holds other files than this machine finds there"):

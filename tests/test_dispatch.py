@@ -7,9 +7,10 @@ from concurrent.futures import Future
 
 import pytest
 
-from dora_convert.cluster import dispatch, own_node
+from dora_convert.cluster import dispatch, jobs, own_node
 from dora_convert.cluster.dispatch import Dispatch, ThreadWorker, WorkerLostError
-from dora_convert.errors import OutputError
+from dora_convert.cluster.node import NodeProcess
+from dora_convert.errors import OutputError, UsageError
 
 
 class Squares:
@@ -115,3 +116,15 @@ def test_nodes_of_one_machine_share_its_processors(monkeypatch):
     assert counts("CPU", shared=False) == [5, 3, 2, 64]
     monkeypatch.setattr(own_node, "own_id", lambda: None)
     assert counts("CPU") == [5, 3, 2, 64]
+
+
+def test_a_process_that_takes_a_lost_ones_place_is_checked():
+    """It may be on a node that was not asked, and says so before it starts the job."""
+    head = jobs.NodeCheck({__file__: "another file"})
+    process = NodeProcess()
+    with pytest.raises(UsageError, match=r"does not see .*test_dispatch.py as this machine does"):
+        process.start(Squares(), jobs.LateCheck(head))
+    process.start(Squares(), jobs.LateCheck(jobs.NodeCheck({})))
+    assert process.do(3) == 9
+    with pytest.raises(UsageError, match="the command's machine has torch 0"):
+        jobs.LateCheck(jobs.NodeCheck({}), ("torch 0",))()

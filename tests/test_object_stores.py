@@ -6,6 +6,8 @@ At the end of this file emulators of S3, Google Cloud Storage and Azure do, wher
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 import dora_convert
@@ -202,6 +204,10 @@ def test_clear_errors(pair, store, tmp_path, monkeypatch):
         dora_convert.merge(f"{BUCKET}/nothing", pair[1], tmp_path / "out")
     with pytest.raises(OutputError, match="only merge writes to an object store"):
         dora_convert.convert(pair[1], f"{BUCKET}/out", to="kohya")
+    for out in ("hf://org/out", "https://huggingface.co/org/out", Path("hf://org/out")):
+        with pytest.raises(OutputError, match="is an address, not a folder") as caught:
+            dora_convert.merge(pair[0], pair[1], out)
+        assert "ORG/NAME" in caught.value.hint
     with pytest.raises(UsageError, match="goes neither with"):
         dora_convert.merge(pair[0], pair[1], f"{BUCKET}/out", verify_outputs=True)
     monkeypatch.setattr(settings, "_is_installed", lambda name: name != "s3fs")

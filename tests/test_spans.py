@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -179,7 +180,7 @@ def test_edits_on_their_own_outputs_are_taken_out_again(tmp_path, reader, monkey
     monkeypatch.setattr("dora_convert.storage.reader.BLOCK_ELEMENTS", 300)
     item, _, W = cut_item(tmp_path, transposed=transposed, dora=True, weights=weights, cuts=(CUTS[0], (30, 41)))
     with closing(Spool(tmp_path / "spool")) as spool:
-        observe = lambda item, maker, buffers, spool: UndoKeeper(item, maker, buffers, spool, exact=exact)  # noqa: E731
+        observe = partial(UndoKeeper, exact=exact)
         got, maker = merge(item, reader, spool, observe=observe)
         parts = {part.name: part for part in maker._observer.parts()}
         assert [parts[f"norm/{k}/W"].shape for k in (0, 1)] == [(24,), (11,)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -172,12 +173,7 @@ def test_merged_checked_and_taken_out(tmp_path, monkeypatch, everything, kind, t
             update, wanted = with_magnitudes(how, definition(kind, t), kinds(files)[kind], t, files)
             item = Item("W", "F32", base.shape, base, base, edits=(Edit(update, transposed),), origin="W")
             assert how != "none" or len(list(item.spans())) > 1
-            maker = MergeMaker(
-                item,
-                buffers,
-                spool,
-                observe=lambda *given: UndoKeeper(*given, exact=number == 1),  # noqa: B023
-            )
+            maker = MergeMaker(item, buffers, spool, observe=partial(UndoKeeper, exact=number == 1))
             got = torch.cat([maker.block(buffers.raw(base, *span), *span).clone() for span in item.spans()])
             assert (got - turn(wanted)).norm() < 1e-6 * wanted.norm(), how
             expected = Expected(item, reader)

@@ -92,8 +92,13 @@ class Cluster(Protocol):
         after the end of the iterator. Without `withdraw` some may.
         """
 
-    def ask(self, question: Callable[[], NodeFacts]) -> Callable[[], list[NodeFacts]]:
-        """Ask every node; return a function that waits for the answers."""
+    def ask(
+        self, question: Callable[[], NodeFacts], late: Callable[[], None] | None = None
+    ) -> Callable[[], list[NodeFacts]]:
+        """Ask every node that works; return a function that waits for the answers.
+
+        A node that takes the place of a lost one calls `late`, which raises UsageError if it cannot.
+        """
 
     @property
     def slots(self) -> int:
@@ -160,6 +165,18 @@ def _versions() -> tuple[str, ...]:
     return (f"dora-convert {__version__}", f"torch {version('torch')}", f"Python {python}")
 
 
+@dataclass(frozen=True)
+class LateCheck:
+    """Checks a node that takes part only after another one was lost."""
+
+    check: NodeCheck
+    versions: tuple[str, ...] = field(default_factory=_versions)
+
+    def __call__(self) -> None:
+        """Raise UsageError if the node that this is called on cannot take part."""
+        _refuse_nodes([self.check()], None, self.versions)
+
+
 @cache
 def _processor() -> str:
     """Return the instruction set that torch would use; torch itself is not imported for it."""
@@ -198,7 +215,8 @@ def asked_nodes(
         for path in tokens:
             _write(path)
         heads = {str(path): _head(str(path)) for path in (*inputs, *tokens)}
-        answers = cluster.ask(NodeCheck(heads, stores))
+        known = {path: head for path, head in heads.items() if path not in set(map(str, tokens))}
+        answers = cluster.ask(NodeCheck(heads, stores), LateCheck(NodeCheck(known, stores)))
         yield lambda: _check_answers(answers(), token, settings)
     finally:
         for path in tokens:
@@ -216,7 +234,7 @@ def _check_answers(answers: Sequence[NodeFacts], token: Path | None, settings: S
     """Raise UsageError if a node cannot take part; warn of different processors."""
     if token:
         token.unlink(missing_ok=True)
-    _refuse_nodes(answers, token)
+    _refuse_nodes(answers, token, _versions())
     if len(processors := {facts.processor for facts in (*answers, NodeCheck({})())}) > 1:
         settings.warn(
             f"the nodes have different processors ({', '.join(sorted(processors))}): last bits may depend on "
@@ -224,14 +242,14 @@ def _check_answers(answers: Sequence[NodeFacts], token: Path | None, settings: S
         )
 
 
-def _refuse_nodes(answers: Sequence[NodeFacts], token: Path | None) -> None:
+def _refuse_nodes(answers: Sequence[NodeFacts], token: Path | None, versions: tuple[str, ...]) -> None:
     """Raise UsageError, naming node and path, for the first node that cannot take part."""
     if not answers:
         raise UsageError("The cluster has no node with a processor.", hint="ray status")
     for facts in answers:
-        if facts.versions != _versions():
+        if facts.versions != versions:
             raise UsageError(
-                f"Node {facts.name} has {', '.join(facts.versions)}; this machine has {', '.join(_versions())}.",
+                f"Node {facts.name} has {', '.join(facts.versions)}; the command's machine has {', '.join(versions)}.",
                 hint="install the same versions on every node",
             )
     for facts in answers:

@@ -7,14 +7,16 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-from ..torch_import import without_collections
+from ..torch_import import own_process, without_collections
 from .jobs import NodeWork
 
 
 class NodeProcess:
     """A process of a node: it imports torch at once, starts jobs, and does their tasks."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, alone: bool = False) -> None:
+        """With `alone`, no other code runs in this process."""
+        own_process[0] |= alone
         self._do: Callable[[Any], Any] | None = None
         threading.Thread(target=_import_torch, name="torch", daemon=True).start()
 
@@ -22,8 +24,10 @@ class NodeProcess:
         """Answer a question about this node, which needs no torch."""
         return question()
 
-    def start(self, job: Any) -> None:
-        """Start a job; further tasks are tasks of this job."""
+    def start(self, job: Any, check: Callable[[], None] | None = None) -> None:
+        """Start a job, after a `check` of this node if any; further tasks are tasks of this job."""
+        if check:
+            check()
         self._do = job.start()
 
     def end(self) -> None:
@@ -44,7 +48,7 @@ def end(work: Callable[[Any], Any] | None) -> None:
 
 
 def _import_torch() -> None:
-    with without_collections():
+    with without_collections(numpy=False):
         import_module("torch")
         import_module("..engine.workers", __package__)
 

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
-from typing import Any, cast
+from typing import Any
 
 from ..errors import UsageError
 from ..settings import Settings, require_extra
+from ..torch_import import ends_at_once, own_process
 from .address import LOCAL
-from .dispatch import Dispatch, ThreadWorker, Worker, WorkerLostError
+from .dispatch import Dispatch, ThreadWorker, Worker
 from .jobs import NodeFacts, NodeJob, Result, Work
-from .node import NodeProcess, answer
+from .node import answer
 from .own_node import OwnNode, workers_of
+from .process_worker import ProcessWorker, last_line
 
 BUSY_SECONDS = 15
 """A node whose processors are all taken for so long is asked by a process that needs none."""
@@ -24,6 +27,8 @@ END_SECONDS = 5
 """The time for processes to remove what they have downloaded; what stays is removed by the next run on the node."""
 ANSWER_SECONDS = 120
 """A node that does not start such a process within this time ends the run."""
+GOODBYE_SECONDS = 0.05
+"""The time to tell the cluster that this process ends. Ray's threads then need a quarter of a second to end."""
 
 
 @contextmanager
@@ -43,12 +48,16 @@ def connected(address: str, settings: Settings) -> Iterator[RayCluster]:
         cluster = None
         try:
             cluster = RayCluster(settings.device, takes_part=not LOCAL.fullmatch(address))
-            settings.notify(f"cluster: {cluster}")
             yield cluster
-        finally:
+        except BaseException:
             if mine:
                 ray.shutdown()
-            elif cluster is not None:
+            raise
+        else:
+            if mine:
+                _disconnect(at_once=own_process[0] and address == "auto")
+        finally:
+            if not mine and cluster is not None:
                 cluster.close()
 
 
@@ -70,6 +79,26 @@ def _connect(address: str, workers: int) -> None:
             f"No Ray cluster answers {where}: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
             hint="ray start --head starts one; --cluster local needs none",
         ) from error
+
+
+def _disconnect(*, at_once: bool) -> None:
+    """Leave the cluster, or stop it if it is ours; with `at_once` when this process ends, without a wait."""
+    import ray
+
+    if not at_once:
+        ray.shutdown()
+        return
+    atexit.unregister(ray.shutdown)
+    atexit.register(_say_goodbye)
+
+
+def _say_goodbye() -> None:
+    """Leave the cluster; if this process ends at once, do not wait for Ray's threads, and touch nothing of Ray."""
+    import ray
+
+    leaving = threading.Thread(target=ray.shutdown, name="goodbye", daemon=True)
+    leaving.start()
+    leaving.join(GOODBYE_SECONDS if ends_at_once[0] else None)
 
 
 @contextmanager
@@ -105,6 +134,7 @@ class RayCluster:
         self._own = OwnNode.reserved(self._nodes) if takes_part and kind == "CPU" else None
         counts = workers_of(self._nodes, kind, self._own, shared=takes_part)
         self._processes = [ProcessWorker(node, kind) for node, count in counts for _ in range(count)]
+        self._standing_by = {node["NodeID"] for node, count in counts if takes_part and not count}
 
     def __str__(self) -> str:
         gpus = f", {self.gpus} GPUs" if self.gpus else ""
@@ -150,12 +180,19 @@ class RayCluster:
         ends = [process.actor.end.remote() for process in self._processes]
         self._ray.wait(ends, num_returns=len(ends), timeout=END_SECONDS)
 
-    def ask(self, question: Callable[[], NodeFacts]) -> Callable[[], list[NodeFacts]]:
-        """Ask every node; return a function that waits for the answers, UsageError for a node without one."""
+    def ask(
+        self, question: Callable[[], NodeFacts], late: Callable[[], None] | None = None
+    ) -> Callable[[], list[NodeFacts]]:
+        """Ask every node; return a function that waits for the answers, UsageError for a node without one.
+
+        A node that stands by is not asked. It runs `late` when it takes a lost process's place.
+        """
         processes = {process.node["NodeID"]: process for process in self._processes}
+        for each in self._processes:
+            each.late = late
         asked = {}
         for node in self._nodes:
-            if self._own and node is self._own.node:
+            if node["NodeID"] in self._standing_by or (self._own and node is self._own.node):
                 continue
             process = processes.get(node["NodeID"])
             asked[process.actor.answer.remote(question) if process else self._call(node, question)] = node
@@ -201,56 +238,12 @@ class RayCluster:
             self._own.release()
 
 
-class ProcessWorker:
-    """A worker in a process of a node, an actor of Ray."""
-
-    def __init__(self, node: dict[str, Any], kind: str) -> None:
-        """Start the process, with a processor, and with a GPU if `kind` says so."""
-        self.node, self._kind = node, kind
-        self.renew()
-
-    def renew(self) -> None:
-        """Start the process, on another node if this one is lost."""
-        import ray
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-        gpus = 1 if self._kind == "GPU" else 0
-        strategy = NodeAffinitySchedulingStrategy(self.node["NodeID"], soft=True)
-        self.actor = ray.remote(num_cpus=1, num_gpus=gpus, scheduling_strategy=strategy)(NodeProcess).remote()
-
-    def start(self, job: Any) -> Future[Any]:
-        """Start a job, which Ray holds."""
-        return cast("Future[Any]", self.actor.start.remote(job).future())
-
-    def send(self, task: Any) -> Future[Any]:
-        """Do a task after all that were sent before."""
-        return cast("Future[Any]", self.actor.do.remote(task).future())
-
-    def result(self, future: Future[Any]) -> Any:
-        """Return what a start or a task returned, or raise its error, or WorkerLostError."""
-        import ray
-
-        try:
-            return future.result()
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause from None
-        except ray.exceptions.RayError as error:
-            raise WorkerLostError(_last_line(error)) from error
-
-    def close(self) -> None:
-        """Do nothing: a task that was withdrawn ends at once."""
-
-
 def _cannot_run(node: dict[str, Any], error: Exception) -> UsageError:
     return UsageError(
-        f"Node {_name(node)} of the cluster cannot run dora-convert: {_last_line(error)}",
+        f"Node {_name(node)} of the cluster cannot run dora-convert: {last_line(error)}",
         hint="install the same dora-convert, torch and Python on every node",
     )
 
 
 def _name(node: dict[str, Any]) -> str:
     return str(node.get("NodeManagerHostname") or node.get("NodeManagerAddress"))
-
-
-def _last_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1]

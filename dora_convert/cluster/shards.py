@@ -12,13 +12,12 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 from uuid import uuid4
 
 from ..engine.device_buffers import DeviceBuffers
 from ..engine.precision import ComputeSpec, exact_arithmetic
 from ..engine.run import Run, StartCheck
-from ..engine.tensor import StartMaker
 from ..engine.workers import StoppedError, TensorWork
 from ..errors import OutputError
 from ..output.finished import FinishedLine, Task
@@ -30,7 +29,11 @@ from ..sources.object_store import ObjectStore, StoredFile
 from ..storage.filenames import CLAIM, RECORD
 from .jobs import Cluster, NodeWork, choose_for
 from .node_files import NodeFiles
-from .tensors import MemorySpool, moved, naming_node, nbytes_of, one_thread
+from .node_spool import NodeSpool, SentBytes
+from .tensors import naming_node, nbytes_of, one_thread, spooled
+
+if TYPE_CHECKING:
+    from ..engine.protocols import StartMaker
 
 Unit = tuple[str, ...]
 """The names of shards that are made together: mostly one."""
@@ -40,7 +43,7 @@ class MadeShards(NamedTuple):
     """The result of a task: lines for the journal, the bytes that they keep in the spool, and the uploaded shards."""
 
     lines: list[FinishedLine]
-    spooled: bytes
+    spooled: SentBytes
     files: dict[str, StoredFile]
     """Empty if the check found a wrong tensor: then nothing is uploaded."""
 
@@ -79,9 +82,9 @@ class ShardExecutor:
         try:
             units = [unit for unit in units_of(run.plan) if left.keys() & unit]
             for unit, made in self.cluster.map(job, units):
-                start = run.spool.add(made.spooled).start if made.spooled else 0
+                lines = spooled(run.spool, made.spooled, made.lines)
                 account.arrived(made.files)
-                run.take(Task("write", unit[0]), [moved(line, start) for line in made.lines])
+                run.take(Task("write", unit[0]), lines)
                 run.advance(sum(left[shard] for shard in unit))
         finally:
             with suppress(Exception):  # another error is on its way, or the shards are all there
@@ -164,20 +167,23 @@ class ShardWork(NodeWork[Unit, MadeShards]):
                 shutil.rmtree(folder)
 
     def _made(self, unit: Unit, folder: Path) -> MadeShards:
-        job, spool = self._job, MemorySpool()
+        job = self._job
         part = replace(job.plan, shards=tuple(shard for shard in job.plan.shards if shard.filename in unit))
         checker = job.check(folder, job.plan, self._reader) if job.check else None
-        with closing(ShardFiles(folder, part, create=True, sparse=True)) as shards:
+        with ExitStack() as stack:
+            shards = stack.enter_context(closing(ShardFiles(folder, part, create=True, sparse=True)))
+            spool = stack.enter_context(closing(NodeSpool(self._session)))
             work = TensorWork(
                 plan=job.plan, shards=shards, reader=self._reader, spool=spool, maker=job.maker, checker=checker,
                 output=None, advance=self._advance, holding=lambda _: nullcontext(),
             )  # fmt: skip
             tasks = tasks_of(job.plan, unit, shards, job.hashed)
             lines = [line for task in tasks for line in work.do(task, self._buffers)]
+            record = spool.taken()
         if checker:
             checker.read_headers(part.shards)
         wrong = any(line.result and line.result.verdict and line.result.verdict.wrong for line in lines)
-        return MadeShards(lines, spool.taken(), {} if wrong else self._uploaded(unit, folder))
+        return MadeShards(lines, record, {} if wrong else self._uploaded(unit, folder))
 
     def _uploaded(self, unit: Unit, folder: Path) -> dict[str, StoredFile]:
         self._refuse_late()

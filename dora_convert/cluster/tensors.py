@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 from uuid import uuid4
 
 import torch
@@ -15,7 +15,6 @@ import torch
 from ..engine.device_buffers import DeviceBuffers
 from ..engine.precision import ComputeSpec, exact_arithmetic
 from ..engine.run import Run, StartCheck
-from ..engine.tensor import StartMaker
 from ..engine.workers import TensorWork
 from ..errors import OutputError, UsageError
 from ..output.finished import FinishedLine, Task
@@ -23,18 +22,22 @@ from ..plan.plan import Plan
 from ..settings import Settings
 from ..sources import Session
 from ..storage.filenames import CLAIM, RECORD
-from ..storage.spool import Segment, Spool
+from ..storage.spool import Spool
 from . import jobs
 from .jobs import Cluster, NodeWork, choose_for, node_name
 from .node_files import NodeFiles
+from .node_spool import NodeSpool, SentBytes
 from .shared_shards import SharedShards
+
+if TYPE_CHECKING:
+    from ..engine.protocols import StartMaker
 
 
 class Outcome(NamedTuple):
     """The result of a task: lines for the journal, and the bytes that they keep in the spool."""
 
     lines: list[FinishedLine]
-    spooled: bytes
+    spooled: SentBytes
     unsynced: tuple[Path, ...]
     """Files that hold the bytes and are not synced yet."""
 
@@ -62,8 +65,8 @@ class ClusterExecutor:
         try:
             together = grouped(tasks, sizes, self.cluster.slots)
             for task, outcome in self.cluster.map(job, together, withdraw=job.withdraw):
-                start = run.spool.add(outcome.spooled).start if outcome.spooled else 0
-                run.take(task, [moved(line, start) for line in outcome.lines], outcome.unsynced)
+                lines = spooled(run.spool, outcome.spooled, outcome.lines)
+                run.take(task, lines, outcome.unsynced)
                 run.advance(nbytes_of(task, sizes))
         finally:
             job.withdraw()
@@ -98,7 +101,13 @@ def nbytes_of(task: Task, sizes: dict[str, int]) -> int:
     return sum(sizes[name] for name in task.names) if task.kind == "write" else 0
 
 
-def moved(line: FinishedLine, start: int) -> FinishedLine:
+def spooled(spool: Spool, record: SentBytes, lines: Sequence[FinishedLine]) -> list[FinishedLine]:
+    """Append a task's record to the spool; return the task's lines with the places of their parts."""
+    start = spool.add(record.data).start if record.data else 0
+    return [_moved(line, start) for line in lines]
+
+
+def _moved(line: FinishedLine, start: int) -> FinishedLine:
     """Return a line whose parts lie after `start` in the spool."""
     if not (line.result and line.result.parts):
         return line
@@ -127,8 +136,9 @@ class TensorJob:
         """Open the files, with one torch thread; return what does a task."""
         one_thread(self.spec)
         stack = ExitStack()
-        reader = stack.enter_context(closing(self.files.reader(stack.enter_context(Session()))))
-        spool = MemorySpool()
+        session = stack.enter_context(Session())
+        reader = stack.enter_context(closing(self.files.reader(session)))
+        spool = stack.enter_context(closing(NodeSpool(session)))
         shards = SharedShards(self.folder, self.plan)
         buffers = DeviceBuffers(self.spec, reader)
         work = TensorWork(
@@ -184,24 +194,3 @@ def naming_node() -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(error.errno, f"{error.strerror or error}, on node {node_name()}", error.filename) from error
-
-
-class MemorySpool(Spool):
-    """A spool whose bytes go to another machine."""
-
-    path = Path()
-
-    def __init__(self) -> None:
-        self._data = bytearray()
-
-    def add(self, data: bytes | memoryview) -> Segment:
-        """Append bytes; return the segment that holds them."""
-        segment = Segment(len(self._data), len(data))
-        self._data += data
-        return segment
-
-    def taken(self) -> bytes:
-        """Return all bytes, and forget them."""
-        data = bytes(self._data)
-        self._data.clear()
-        return data

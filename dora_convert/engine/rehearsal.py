@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..output.finished import TensorResult
 from ..output.shards import Copy, ShardFiles
@@ -17,7 +18,9 @@ from ..storage.reader import Reader
 from ..storage.spool import Segment, Spool
 from .precision import ComputeSpec
 from .run import Run
-from .tensor import StartMaker
+
+if TYPE_CHECKING:
+    from .protocols import StartMaker
 
 
 def rehearse(

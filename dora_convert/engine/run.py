@@ -14,7 +14,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -30,8 +30,10 @@ from ..storage.reader import Reader
 from ..storage.spool import Spool
 from .device_buffers import DeviceBuffers
 from .precision import ComputeSpec, choose
-from .tensor import StartMaker
 from .workers import TensorWork, WorkerPool
+
+if TYPE_CHECKING:
+    from .protocols import StartMaker
 
 Hashes = Sequence[Mapping[str, str]]
 """For each adapter, the xxh3-128 of its files by name."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
-from typing import Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -19,50 +20,13 @@ from ..output.shards import ShardFiles
 from ..plan.item import Item
 from ..storage.reader import Digest, spans
 from ..storage.safetensors import BITS
-from ..storage.spool import Spool, SpooledTensor
+from ..storage.spool import Spool
 from .device_buffers import Begun, DeviceBuffers
 from .factors import LoadedEdit, apply_edits
 from .precision import TORCH, as_bytes
 
-
-class TensorMaker(Protocol):
-    """Turns blocks of a source tensor into blocks of an output tensor."""
-
-    proves_output: bool
-    """True if the sha256 of the written bytes is needed."""
-
-    def block(self, raw: Tensor, start: int, stop: int) -> Tensor:
-        """Return rows of the output, in host memory, from the same rows of the source."""
-
-    def rest(self) -> Iterable[tuple[int, memoryview]]:
-        """Yield the output's rows beyond the source's last one: each block's first row, and its bytes."""
-
-    def result(self, written: Digest) -> TensorResult:
-        """Return the facts about the finished tensor, whose written bytes have these hashes."""
-
-
-StartMaker = Callable[[Item, DeviceBuffers, Spool], TensorMaker]
-"""Starts the maker of one item; called in the worker that computes the item."""
-
-
-class MergeObserver(Protocol):
-    """Sees every block of one tensor during the merge, and keeps what undoing the merge needs."""
-
-    def before(self, base: Tensor, W: Tensor, start: int, stop: int) -> None:
-        """See some rows before the edits: the base's bytes, and the values that the edits start from."""
-
-    def after(self, begun: Begun, result: Tensor) -> None:
-        """See some rows after the edits: the source's bytes, each edit's norms, and the output's bytes."""
-
-    def beyond(self, base: memoryview, start: int, stop: int) -> None:
-        """See rows of the base that the output has no place for."""
-
-    def parts(self) -> tuple[SpooledTensor, ...]:
-        """Return the tensors of the undo record."""
-
-
-Observe = Callable[[Item, "MergeMaker", DeviceBuffers, Spool], "MergeObserver | None"]
-"""Starts the observer of one item; None if nothing of the item must be kept."""
+if TYPE_CHECKING:
+    from .protocols import Observe, TensorMaker
 
 
 def write_item(
@@ -116,6 +80,9 @@ class EditCombiner(Protocol):
     def apply(self, W: Tensor, start: int, stop: int) -> Tensor:
         """Compute the result of all edits for a block of rows, in place."""
 
+    def rounded(self, raw: Tensor, start: int, stop: int) -> Tensor | None:
+        """Return the rounded result of a block, from the base's rows; None if `apply` must compute it."""
+
 
 Combine = Callable[[Item, DeviceBuffers, "SourceValues"], EditCombiner]
 """Loads the edits of one item, and finds what needs the whole tensor."""
@@ -149,7 +116,7 @@ class MergeMaker:
         if not self._combiner:
             measure(item, self.edits, self.values, buffers)
         self._base = Digest(proof=prove)
-        self._observer = observe(item, self, buffers, spool) if observe else None
+        self._observer = observe(item, self.edits, self.values.taken, buffers, spool) if observe else None
 
     def block(self, raw: Tensor, start: int, stop: int) -> Tensor:
         """Return rows of the output from those of the source."""
@@ -157,14 +124,17 @@ class MergeMaker:
 
     def begin(self, raw: Tensor, start: int, stop: int) -> Begun:
         """Start to compute some rows; the device may still compute them afterwards."""
-        W = self.values.block(raw, start, stop)
+        rounded = self._combiner.rounded(raw, start, stop) if self._combiner else None
+        W = self.values.block(raw, start, stop) if rounded is None else raw
         base = self._base_rows(raw, start, stop)
         if self._observer and base is not None:
             self._observer.before(base, W, start, start + len(base))
-        begun = self._sent(W, raw, start, stop)
+        result = self._applied(W, start, stop) if rounded is None else rounded
+        norms = tuple(edit.n[-1] if edit.n else None for edit in self.edits)
+        sent = self._buffers.send(result, TORCH[self._item.dtype], [n for n in norms if n is not None])
         if base is not None:
             self._base.update(as_bytes(base))
-        return begun
+        return Begun(raw, start, norms, sent)
 
     def finish(self, begun: Begun) -> Tensor:
         """Return the rows that were begun."""
@@ -180,20 +150,14 @@ class MergeMaker:
             self._observer.after(begun, result)
         return result
 
-    def _sent(self, W: Tensor, raw: Tensor, start: int, stop: int) -> Begun:
-        """Compute some rows, and send them to host memory."""
-        result = self._applied(W, start, stop)
-        norms = tuple(edit.n[-1] if edit.n else None for edit in self.edits)
-        known = [n for n in norms if n is not None]
-        return Begun(raw, start, norms, self._buffers.send(result, TORCH[self._item.dtype], known))
-
     def merged(self, raw: Tensor, start: int, stop: int) -> Tensor:
         """Return rows of the result before any rounding, on the device."""
         return self._applied(self.values.block(raw, start, stop), start, stop)
 
     def _applied(self, W: Tensor, start: int, stop: int) -> Tensor:
-        combiner = self._combiner
-        return combiner.apply(W, start, stop) if combiner else apply_edits(W, self.edits, start, stop, self._buffers)
+        if self._combiner:
+            return self._combiner.apply(W, start, stop)
+        return apply_edits(W, self.edits, start, stop, self._buffers)
 
     def _base_rows(self, raw: Tensor, start: int, stop: int) -> Tensor | None:
         """Return the base's rows: the source's rows, unless an adapter replaces the tensor; None if it has none."""
@@ -231,6 +195,21 @@ class MergeMaker:
             return TensorResult(None, written.fast, None, parts)
         cuts = self._combiner.cuts if self._combiner else ()
         return TensorResult(self._base.fast, written.fast, self._base.proof, parts, cuts=cuts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeStart:
+    """Starts the maker of any tensor of a merge."""
+
+    prove: bool = False
+    observe: Observe | None = None
+    combine: Combine | None = None
+    memory: int = 0
+    """Bytes that a worker may hold for several weights that are merged at once."""
+
+    def __call__(self, item: Item, buffers: DeviceBuffers, spool: Spool) -> MergeMaker:
+        """Load the edits of one item."""
+        return MergeMaker(item, buffers, spool, prove=self.prove, observe=self.observe, combine=self.combine)
 
 
 def load_edits(item: Item, buffers: DeviceBuffers) -> list[LoadedEdit]:

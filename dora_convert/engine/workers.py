@@ -8,7 +8,7 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 
@@ -22,7 +22,10 @@ from ..storage.safetensors import StoredTensor
 from ..storage.spool import Spool, SpooledTensor
 from .device_buffers import DeviceBuffers
 from .precision import exact_arithmetic
-from .tensor import StartMaker, write_item
+from .tensor import MergeStart, write_item
+
+if TYPE_CHECKING:
+    from .protocols import StartMaker
 
 Context = TypeVar("Context")
 Result = TypeVar("Result")
@@ -157,10 +160,24 @@ class TensorWork:
     def _all_written(self, items: Sequence[Item], buffers: DeviceBuffers) -> list[FinishedLine]:
         """Write tensors one after the other, and check them together."""
         items = [self.output.prepare(item, self.reader) if self.output else item for item in items]
-        written = [self._results(item, buffers) for item in items]
+        together = self._stacked(items, buffers) if len(items) > 1 and not buffers.staged else {}
+        written = [together.get(item.name) or self._results(item, buffers) for item in items]
         verdicts = self._verdicts([(item, each[item.name]) for item, each in zip(items, written, strict=True)], buffers)
         each = zip(items, written, verdicts, strict=True)
         return [line for item, results, verdict in each for line in _lines(item, results, verdict)]
+
+    def _stacked(self, items: Sequence[Item], buffers: DeviceBuffers) -> dict[str, dict[str, TensorResult]]:
+        """Write the small weights that can be merged together; return the facts, by name and name again."""
+        start = self.maker
+        if not isinstance(start, MergeStart) or start.prove:
+            return {}
+        from .stacked import StackedMerge, stacks
+
+        merge = StackedMerge(
+            start=start, buffers=buffers, shards=self.shards, spool=self.spool, advance=self.advance
+        )  # fmt: skip
+        found = [merge.results(weights) for weights in stacks(items, start.memory, self.plan.cost)]
+        return {name: {name: result} for results in found for name, result in results.items()}
 
     def _results(self, item: Item, buffers: DeviceBuffers) -> dict[str, TensorResult]:
         """Write a tensor, and the further parts of a weight that is coded again; return the facts by name."""

@@ -21,7 +21,7 @@ from ..plan.plan import Plan
 from ..storage.checkpoint import Checkpoint
 from ..storage.filenames import CLAIM, JOURNAL, RECORD, SPOOL, UPLOADS, is_text, journal_lines
 from ..storage.journal import sync_path
-from ..storage.refs import PathLike, is_stored, local_path
+from ..storage.refs import PathLike, local_path, refuse_address
 from .output import Output
 from .shards import ShardFiles
 
@@ -45,8 +45,7 @@ class OutputFolder(Output):
     def __init__(self, out: PathLike, *, overwrite: bool, kind: Kind = "a model") -> None:
         """Refuse an OUT whose name no folder can have."""
         self.kind = kind
-        if is_stored(out):
-            raise OutputError(f"OUT {out}: only merge writes to an object store.", hint="name a folder, and copy it")
+        refuse_address(out)
         named = local_path(os.fspath(out), "OUT")
         self.given = str(named)
         out = Path(os.path.abspath(named))  # noqa: PTH100 - a link stays a link

@@ -29,7 +29,7 @@ from ..storage.safetensors import StoredTensor
 ReadStack = Callable[..., Tensor]
 """Reads some rows of each of several tensors, or all."""
 CPU = torch.device("cpu")
-SMALL_BYTES = 1 << 14
+SMALL_BYTES = 1 << 19
 """A tensor up to this size is read whole if some rows are asked for: a call of the system costs as much."""
 
 
@@ -146,10 +146,20 @@ def read_stack(
     reader: Reader, device: torch.device, tensors: Sequence[StoredTensor], rows: Sequence[Sequence[int]] | None = None
 ) -> Tensor:
     """Read some rows of each of several tensors of one shape, or all: (tensors, rows, columns) in float64."""
-    if rows is None or tensors[0].nbytes > SMALL_BYTES:
-        return _read(reader, tensors, rows).to(device).double()
-    stack, chosen = _read(reader, tensors, None), torch.tensor(rows)
-    return stack[torch.arange(len(stack))[:, None], chosen].to(device).double()
+    few = rows is not None and tensors[0].nbytes <= SMALL_BYTES
+    return (_pick(reader, tensors, rows or ()) if few else _read(reader, tensors, rows)).to(device).double()
+
+
+def _pick(reader: Reader, tensors: Sequence[StoredTensor], rows: Sequence[Sequence[int]]) -> Tensor:
+    """Read small tensors whole, one after the other into the same memory, and keep some rows of each."""
+    first, columns = tensors[0], tensors[0].matrix[1]
+    data, dtype = memoryview(bytearray(first.nbytes)), TORCH[first.dtype]
+    whole = torch.frombuffer(data, dtype=dtype).view(-1, columns)
+    picked = torch.empty(len(tensors), len(rows[0]), columns, dtype=dtype)
+    for tensor, part, chosen in zip(tensors, picked, torch.tensor(rows), strict=True):
+        reader.read(tensor.path, tensor.start, data)
+        torch.index_select(whole, 0, chosen, out=part)
+    return picked
 
 
 def _read(reader: Reader, tensors: Sequence[StoredTensor], rows: Sequence[Sequence[int]] | None) -> Tensor:

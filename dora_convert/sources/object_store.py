@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +34,9 @@ LOG_IN = {
     "az": "set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY, or AZURE_STORAGE_CONNECTION_STRING",
 }
 """The ways to give each store credentials."""
+
+TAGS = ("ETag", "md5Hash", "crc32c", "etag", "created")
+"""Facts of an object that change with its bytes, the best first: S3's, two of Google's, Azure's, any other store's."""
 
 
 class StoredFile(NamedTuple):
@@ -118,10 +121,11 @@ class ObjectStore:
                 return ""
 
     def remove(self, names: Sequence[str]) -> None:
-        """Remove files."""
+        """Remove files; those that are gone already are no error, as S3 has it."""
         with self.writing():
             for name in names:
-                self._system.rm_file(self.path(name))
+                with suppress(FileNotFoundError):
+                    self._system.rm_file(self.path(name))
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -149,9 +153,8 @@ def _quieten_gcsfs() -> None:
 
 
 def _tag(info: dict[str, Any]) -> str:
-    return str(
-        next((info[key] for key in ("ETag", "etag", "md5Hash", "crc32c", "created") if info.get(key)), "")
-    ).strip('"')
+    """Return a hash of an object's bytes if the store has one: a late upload of the same bytes changes nothing."""
+    return str(next((info[key] for key in TAGS if info.get(key)), "")).strip('"')
 
 
 def _reason(error: Exception, scheme: str, bucket: str) -> tuple[str, str | None] | None:

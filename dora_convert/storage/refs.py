@@ -18,12 +18,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from ..errors import DoraConvertError, RefError, noted, together
+from ..errors import DoraConvertError, OutputError, RefError, noted, together
 
 PathLike = str | os.PathLike[str]
 
 STORES = ("s3", "gs", "az")
 """Object stores, by the beginnings of their addresses; the extras have the same names."""
+_SCHEME = re.compile(r"(hf|https?|ftp|file|s3a|s3n|gcs|abfss?|adl|wasbs?|hdfs|dbfs):/")
+"""The beginnings of other addresses; a Path has lost one of the slashes."""
 _REPO = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[^/\s]+(?:/[^/\s]+)*?))?")
 QUANTISED_NAME = re.compile(r"(?i)[-_.](unsloth-)?(bnb|gptq|awq|gguf|[48]-?bits?|int[48]|fp8|nf4)\b.*$")
 """The end of the name of a quantised copy."""
@@ -131,6 +133,17 @@ def refuse_missing(*named: tuple[str, PathLike | None]) -> None:
 def is_stored(ref: PathLike | None) -> bool:
     """Return True if a REF or an OUT is an address in an object store; a Path has lost one of its slashes."""
     return ref is not None and os.fspath(ref).partition(":/")[0] in STORES
+
+
+def refuse_address(out: PathLike) -> None:
+    """Raise OutputError for an OUT that is an address, which else would become a folder of this name."""
+    if is_stored(out):
+        raise OutputError(f"OUT {out}: only merge writes to an object store.", hint="name a folder, and copy it")
+    if _SCHEME.match(os.fspath(out)):
+        raise OutputError(
+            f"OUT {out} is an address, not a folder.",
+            hint="for the Hub, name a folder and --push-to-hub ORG/NAME; merge takes --no-local instead of a folder",
+        )
 
 
 def refuse_unfinished(path: Path, what: str) -> None:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ..engine.device_buffers import Begun, DeviceBuffers
+from ..engine.factors import LoadedEdit
 from ..engine.precision import TORCH, as_bytes
-from ..engine.tensor import MergeMaker
+from ..engine.protocols import Taken
 from ..maths import lora as maths
 from ..plan.item import Item
 from ..plan.plan import Plan
@@ -22,18 +23,50 @@ from .inverse import recorded
 from .packing import pack
 
 
-def keeper(plan: Plan, item: Item, maker: MergeMaker, buffers: DeviceBuffers, spool: Spool) -> UndoKeeper | None:
-    """Return the keeper of an item's undo record; None if an unmerge needs the output alone."""
-    if not plan.remembers(item) or not item.undo_bytes(exact=plan.options.exact):
-        return None
-    return UndoKeeper(item, maker, buffers, spool, exact=plan.options.exact)
+@dataclass(frozen=True)
+class UndoKeepers:
+    """Starts the keepers of a plan's undo record."""
+
+    plan: Plan
+
+    def __call__(
+        self, item: Item, edits: Sequence[LoadedEdit], taken: Taken, buffers: DeviceBuffers, spool: Spool
+    ) -> UndoKeeper | None:
+        """Return the keeper of one item; None if an unmerge needs the output alone."""
+        exact = self.plan.options.exact
+        if not self.plan.remembers(item) or not item.undo_bytes(exact=exact):
+            return None
+        return UndoKeeper(item, edits, taken, buffers, spool, exact=exact)
+
+    def stack(self, weights: Sequence[Item], norms: Tensor | None, spool: Spool) -> Sequence[tuple[SpooledTensor, ...]]:
+        """Keep the norms of whole weights of one shape, all at once; return the parts of each."""
+        if norms is None:
+            return [()] * len(weights)
+        kept = spool.add(as_bytes(norms.to("cpu", torch.float32)))
+        size = kept.length // len(weights)
+        segments = (Segment(kept.start + k * size, size) for k in range(len(weights)))
+        return [
+            (SpooledTensor(f"norm/0/{weight.origin}", "F32", (size // 4,), (segment,)),)
+            if self.plan.remembers(weight)
+            else ()
+            for weight, segment in zip(weights, segments, strict=True)
+        ]
 
 
 class UndoKeeper:
     """Keeps what an unmerge of one tensor needs, while the tensor is merged."""
 
-    def __init__(self, item: Item, maker: MergeMaker, buffers: DeviceBuffers, spool: Spool, *, exact: bool) -> None:
-        self._item, self._operands, self._taken = item, maker.edits, maker.values.taken
+    def __init__(
+        self,
+        item: Item,
+        edits: Sequence[LoadedEdit],
+        taken: Taken,
+        buffers: DeviceBuffers,
+        spool: Spool,
+        *,
+        exact: bool,
+    ) -> None:
+        self._item, self._operands, self._taken = item, edits, taken
         self._buffers, self._spool = buffers, spool
         self._index: list[int] = []
         self._segments: list[Segment] = []
@@ -102,7 +135,7 @@ class RoundingLoss:
     """The rounding loss of one tensor, block by block: the base's bits less the predicted ones, in ulps."""
 
     item: Item
-    taken: tuple[Tensor, Tensor] | None
+    taken: Taken
     buffers: DeviceBuffers
     spool: Spool
     segments: list[Segment] = field(default_factory=list)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -15,6 +16,7 @@ from ..storage.filenames import FileStates
 
 if TYPE_CHECKING:
     from ..cluster.jobs import Cluster
+    from ..cluster.ray_cluster import RayCluster
     from ..cluster.tensors import ClusterExecutor
     from ..engine.run import Executor
     from ..plan.plan import Plan
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 Stores = Mapping[str, str | None]
 """Folders in object stores, each with the hash of its listing if it is an input."""
 NO_STORES: Stores = {}
+Ask = Callable[["Plan", Path | str], AbstractContextManager[Callable[[], "Executor"]]]
+"""Asks the nodes of a cluster for a plan's files and OUT; gives a function that waits until all have agreed."""
 
 
 def refuse_for_cluster(options: Mapping[str, Any]) -> None:
@@ -30,7 +34,10 @@ def refuse_for_cluster(options: Mapping[str, Any]) -> None:
     if options.get("in_place"):
         raise UsageError("--in-place changes a checkpoint on one machine; --cluster writes a new one.")
     if options.get("no_local"):
-        raise UsageError("--no-local keeps no file that the nodes of --cluster could share.", hint="name an OUT")
+        raise UsageError(
+            "--no-local keeps no file that the nodes of --cluster could share.",
+            hint="name an OUT that all nodes see, beside --push-to-hub, or one in an object store",
+        )
     if options.get("level") == "outputs":
         raise UsageError("--level outputs runs models on one machine; --cluster compares weights.")
     if not options.get("cache", True):
@@ -38,34 +45,55 @@ def refuse_for_cluster(options: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def writing_nodes(
-    address: str, inputs: Iterable[FileStates], out: Path, settings: Settings, stores: Stores = NO_STORES
-) -> Iterator[Callable[[], ClusterExecutor]]:
-    """Connect to a cluster whose nodes write the tensors of a plan; they must see the inputs and OUT's parent."""
-    with nodes_that_see(address, inputs, out, settings, stores) as agreed:
+def connecting(address: str, settings: Settings) -> Iterator[Callable[[], RayCluster]]:
+    """Connect to a cluster in a thread, whose processes start and import torch meanwhile.
 
-        def executor() -> ClusterExecutor:
-            from ..cluster.tensors import ClusterExecutor
+    Yields a function that waits for the connection; the connection ends with the block.
+    """
+    from ..cluster.ray_cluster import connected
 
-            return ClusterExecutor(agreed())
+    with ExitStack() as stack, ThreadPoolExecutor(1, "connect") as pool:
+        future = pool.submit(stack.enter_context, connected(address, settings))
 
-        yield executor
+        def connection() -> RayCluster:
+            cluster = future.result()
+            settings.notify(f"cluster: {cluster}")
+            return cluster
+
+        yield connection
 
 
 @contextmanager
-def merging_nodes(address: str, plan: Plan, out: Path | str, settings: Settings) -> Iterator[Callable[[], Executor]]:
-    """Connect to a cluster whose nodes write a merge's tensors; inputs, and OUT, may be in object stores.
+def writing_nodes(
+    address: str, inputs: Iterable[FileStates], out: Path, settings: Settings
+) -> Iterator[Callable[[], ClusterExecutor]]:
+    """Connect to a cluster whose nodes write the tensors of a plan; they must see the inputs and OUT's parent."""
+    with connecting(address, settings) as connection, _agreeing(connection(), inputs, out, settings) as agreed:
+        yield lambda: _tensor_executor(agreed())
 
-    `out` is a folder that all nodes see, or the address of one in a store, into which nodes upload whole shards.
+
+@contextmanager
+def merging_nodes(address: str, settings: Settings) -> Iterator[Ask]:
+    """Connect to a cluster whose nodes write a merge's tensors, while the plan is made.
+
+    Yields a function that takes the plan and OUT, and asks the nodes. OUT is a folder that all nodes see, or the
+    address of one in a store, into which nodes upload whole shards.
     """
+    with connecting(address, settings) as connection:
+        yield lambda plan, out: _asked_for(connection(), plan, out, settings)
+
+
+@contextmanager
+def _asked_for(cluster: Cluster, plan: Plan, out: Path | str, settings: Settings) -> Iterator[Callable[[], Executor]]:
+    """Ask the nodes for a plan's files; inputs, and OUT, may be in object stores."""
     from ..cluster.node_files import shared_files, stores_of
 
-    inputs = shared_files(plan)
+    inputs, stores = shared_files(plan), stores_of(plan)
     if isinstance(out, Path):
-        with writing_nodes(address, inputs, out, settings, stores_of(plan)) as executor:
-            yield executor
+        with _agreeing(cluster, inputs, out, settings, stores) as agreed:
+            yield lambda: _tensor_executor(agreed())
         return
-    with nodes_that_see(address, inputs, None, settings, {**stores_of(plan), out: None}) as agreed:
+    with _agreeing(cluster, inputs, None, settings, {**stores, out: None}) as agreed:
 
         def uploading() -> Executor:
             from ..cluster.shards import ShardExecutor
@@ -75,30 +103,43 @@ def merging_nodes(address: str, plan: Plan, out: Path | str, settings: Settings)
         yield uploading
 
 
+def _tensor_executor(cluster: Cluster) -> ClusterExecutor:
+    from ..cluster.tensors import ClusterExecutor
+
+    return ClusterExecutor(cluster)
+
+
 @contextmanager
 def nodes_that_see(
-    address: str, inputs: Iterable[FileStates], out: Path | None, settings: Settings, stores: Stores = NO_STORES
+    address: str, inputs: Iterable[FileStates], out: Path | None, settings: Settings
 ) -> Iterator[Callable[[], Cluster]]:
     """Connect to a cluster; every node must see the inputs, and the folder that `out` is made in, if any.
 
-    Every node must also reach `stores`, and find the files in them that this machine has found.
+    Yields a function that waits until all nodes have agreed, and returns the cluster.
+    """
+    with connecting(address, settings) as connection, _agreeing(connection(), inputs, out, settings) as agreed:
+        yield agreed
 
-    The processes of the nodes start meanwhile, and import torch. Yields a function that waits until all nodes have
-    agreed, and returns the cluster.
+
+@contextmanager
+def _agreeing(
+    cluster: Cluster, inputs: Iterable[FileStates], out: Path | None, settings: Settings, stores: Stores = NO_STORES
+) -> Iterator[Callable[[], Cluster]]:
+    """Ask all nodes if they see the inputs and `out`, and reach `stores` with the files that this machine has found.
+
+    Yields a function that waits until all nodes have agreed, and returns the cluster.
     """
     from ..cluster.jobs import asked_nodes
-    from ..cluster.ray_cluster import connected
 
-    with connected(address, settings) as cluster:
-        token = None
-        if out:
-            parent = next(parent for parent in out.parents if parent.is_dir())
-            token = parent / f".{out.name}.{uuid4().hex[:8]}.token"
-        paths = [path for states in inputs for path in states]
-        with asked_nodes(cluster, paths, token, settings, stores) as check:
+    token = None
+    if out:
+        parent = next(parent for parent in out.parents if parent.is_dir())
+        token = parent / f".{out.name}.{uuid4().hex[:8]}.token"
+    paths = [path for states in inputs for path in states]
+    with asked_nodes(cluster, paths, token, settings, stores) as check:
 
-            def agreed() -> Cluster:
-                check()
-                return cluster
+        def agreed() -> Cluster:
+            check()
+            return cluster
 
-            yield agreed
+        yield agreed

@@ -186,8 +186,9 @@ class Cases:
         return "same bytes"
 
 
-NODES = {"full_disk": 1}
-"""Nodes of a case before it adds one; three if not named. Nodes of one machine share its processors."""
+NODES = {"full_disk": 1, "no_path": 1, "no_input": 1}
+"""Nodes of a case before it adds one; three if not named. Nodes of one machine share its processors, and those
+without a process are not asked."""
 
 
 def works(node: object) -> bool:

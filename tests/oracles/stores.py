@@ -78,12 +78,12 @@ def cases(bucket: Bucket, folder: Path) -> None:
 
 
 def interrupted(bucket: Bucket, folder: Path, base: str, local: Path) -> None:
-    """Kill a merge after its first shard is uploaded; the same command does the rest."""
+    """Kill a merge after its first shard is uploaded and its first tensor entered; the same command does the rest."""
     words = ["merge", base, str(folder / "dora"), f"{bucket.url}/killed"]
     process = subprocess.Popen([sys.executable, "-m", "dora_convert", *words], stderr=subprocess.DEVNULL)
     shards: dict[str, object] = {}
-    while not shards and process.poll() is None:
-        time.sleep(0.1)
+    while not (shards and entered()) and process.poll() is None:
+        time.sleep(0.05)
         shards = {name: tag for name, tag in bucket.files("killed").items() if name.endswith(".safetensors")}
     process.kill()
     process.wait()
@@ -95,6 +95,13 @@ def interrupted(bucket: Bucket, folder: Path, base: str, local: Path) -> None:
     kept = sum(again[name] == tag for name, tag in shards.items())
     notice = next(line for line in errors.splitlines() if "resumed" in line)
     say(f"killed with {len(shards)} shard uploaded, {kept} not sent again; {notice}")
+
+
+def entered() -> int:
+    """Return the number of tensors in the journals of unfinished merges into stores."""
+    merges = Path(os.environ["HF_HOME"]) / "dora_convert/merges"
+    journals = merges.glob("*/model.partial/dora_convert/journal.jsonl")
+    return sum(path.read_bytes().count(b'"made"') for path in journals)
 
 
 def refusals(bucket: Bucket, adapter: str, folder: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,11 +29,11 @@ from .. import takes
 
 if TYPE_CHECKING:
     from ...adapters import Adapter
-    from ...engine.run import Executor
     from ...hub.streaming import HubStreaming
     from ...hub.target import PushTarget
     from ...plan.stored_numbers import Questions
     from ...storage.checkpoint import Checkpoint
+    from ..on_cluster import Ask
     from .pipeline import Examine
 
 EARLY_BYTES = 1 << 25
@@ -80,7 +80,10 @@ def merge(
             session=session,
             target=target,
         )
-        return _merge_in_place(request) if options["in_place"] else _merge_beside(request)
+        if options["in_place"]:
+            return _merge_in_place(request)
+        with _connecting(request) as ask:
+            return _merge_beside(request, ask)
 
 
 def _usual_undo(options: MergeOptions) -> str:
@@ -116,8 +119,8 @@ def _target(options: MergeOptions) -> PushTarget | None:
     return PushTarget.parse(options, local=not options["no_local"])
 
 
-def _merge_beside(request: MergeRequest) -> MergeReport | DryRunReport:
-    """Write OUT beside the base, or only on the Hub."""
+def _merge_beside(request: MergeRequest, ask: Ask | None) -> MergeReport | DryRunReport:
+    """Write OUT beside the base, or only on the Hub; `ask` asks the nodes of a cluster that write it."""
     options, target = request.options, request.target
     if options["verify_outputs"] and options["no_local"]:
         raise UsageError("--no-local keeps nothing that --verify-outputs could run.", hint="name an OUT")
@@ -132,8 +135,9 @@ def _merge_beside(request: MergeRequest) -> MergeReport | DryRunReport:
     folder.refuse_inside([plan.base.source.path, *(adapter.source.path for adapter in plan.adapters)])
     if options["dry_run"]:
         return DryRunReport.of(plan, request.settings, out=out if target is None or target.local else target.repo)
-    with _begun_early(request, plan, folder), _nodes(request, plan, folder) as nodes:
-        with without_collections(numpy=bool(options["verify_outputs"] or options["cluster"] or options["base_as"])):
+    final = str(request.out) if is_stored(request.out) else folder.out
+    with _begun_early(request, plan, folder), ask(plan, final) if ask else nullcontext() as nodes:
+        with without_collections(numpy=bool(options["verify_outputs"] or options["base_as"])):
             from .pipeline import answers_differ, run_merge
         if later and answers_differ(later):
             plan = make_request_plan(request, out, _mode(request), weights)
@@ -274,16 +278,13 @@ def _streaming(request: MergeRequest, plan: Plan, folder: OutputFolder) -> Abstr
     return stream_merge(plan, request.target, request.session, folder, weights)
 
 
-def _nodes(
-    request: MergeRequest, plan: Plan, folder: OutputFolder
-) -> AbstractContextManager[Callable[[], Executor] | None]:
-    """Return the nodes of --cluster, which start while torch is imported; None for this machine alone."""
-    if request.options["cluster"] is None:
+def _connecting(request: MergeRequest) -> AbstractContextManager[Ask | None]:
+    """Connect to --cluster, whose processes start while the plan is made; None for this machine alone."""
+    if request.options["cluster"] is None or request.options["dry_run"]:
         return nullcontext()
     from ..on_cluster import merging_nodes
 
-    out = str(request.out) if is_stored(request.out) else folder.out
-    return merging_nodes(request.options["cluster"], plan, out, request.settings)
+    return merging_nodes(request.options["cluster"], request.settings)
 
 
 @contextmanager
