@@ -33,6 +33,8 @@ PLUGINS = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 """torch's own variable: 0 leaves alone the plug-ins of devices that are neither a processor nor CUDA nor MPS."""
 own_process = [False]
 """True if no other code runs in this process: it is a command's."""
+ends_at_once = [False]
+"""True once this process ends without taking itself apart."""
 begun = [False]
 """True if this process has begun to load torch's libraries."""
 
