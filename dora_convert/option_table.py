@@ -174,7 +174,7 @@ class Combination:
         piece = block if whole else min(block, piece_height(matrix[1]) * matrix[1])
         total = count * piece * width + (32 * piece if self.draws else 0)
         total += min(STRIP, piece) * (2 * width + count + 4)
-        return total + (8 * block + self._search_cost(count, matrix, rank) if self.prunes else 0)
+        return total + (9 * block + self._search_cost(count, matrix, rank) if self.prunes else 0)
 
     def _search_cost(self, count: int, matrix: tuple[int, int], rank: int) -> int:
         """Return the bytes that searches for thresholds need: for numbers, for factors in two forms, for norms."""

@@ -192,7 +192,13 @@ def test_approximate_magnitudes_find_the_largest(k):
     assert bracket.choose(approximate.flatten()[::3].abs())
     for first in range(0, 64, 16):
         block = approximate[first : first + 16].clone()
-        bracket.add(block, torch.empty_like(block), x[first : first + 16].contiguous(), first * 125)
+        bracket.add(
+            block,
+            torch.empty_like(block),
+            torch.empty_like(block).bool(),
+            x[first : first + 16].contiguous(),
+            first * 125,
+        )
     near = bracket.near(2e-5, 0.0)
     assert torch.equal(x.flatten()[near.places], near.weights)
     value = parting(near.weights.abs(), near.rank, near.error, 1e-15)
@@ -204,7 +210,7 @@ def test_bounds_that_hold_no_k_th_largest_are_told():
     x = torch.arange(1, 1001).float()
     bracket = Bracket(500, 1000)
     assert bracket.choose(x / 2)
-    bracket.add(x.clone(), torch.empty_like(x), x.double(), 0)
+    bracket.add(x.clone(), torch.empty_like(x), torch.empty_like(x).bool(), x, 0)
     assert bracket.near(1e-7, 0.0) is None
     assert bracket.missed
     assert parting(torch.tensor([3.0, 2.0, 2.0, 1.0]), 2, 0.5, 0.0) is None

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import dora_convert
 from dora_convert.cli import main
+from dora_convert.engine.quick_combine import QuickCombiner
 from dora_convert.engine.quick_thresholds import QuickThresholds
 from dora_convert.errors import PlanError, RefError, UnsupportedError, UsageError
 
@@ -159,6 +160,26 @@ def test_two_ways_to_a_threshold(case, tmp_path, monkeypatch):
         written.append(load(out))
     assert sum(map(len, calls)) > 5
     assert all(torch.equal(written[0][name], x) for name, x in written[1].items())
+
+
+@pytest.mark.parametrize("method", ["ties", "ties by frequency", "magnitude-prune"])
+def test_float32_rounds_as_float64(case, tmp_path, monkeypatch, method):
+    """Blocks have the same bytes in float32 with few doubts, in float32 with doubts everywhere, and in float64."""
+    monkeypatch.setattr("dora_convert.engine.thresholds.COLLECTED", 300)
+    monkeypatch.setattr("dora_convert.engine.quick_combine.MOST_DOUBTFUL", 1.0)
+    _, base, adapters, _ = case
+    options = {**ORACLES[method][1], "method": method.split()[0], "weight": WEIGHTS, "dtype": "bfloat16"}
+    rounded, blocks, written = QuickCombiner.rounded, [], []
+    for slack, quick in ((8, True), (1 << 20, True), (8, False)):
+        monkeypatch.setattr("dora_convert.engine.quick_combine.SLACK", slack)
+        monkeypatch.setattr(
+            QuickCombiner, "rounded", lambda *a, q=quick: blocks.append(rounded(*a) if q else None) or blocks[-1]
+        )
+        out = tmp_path / f"{len(written)}"
+        dora_convert.merge(base.path, adapters, out, **options)
+        written.append(load(out))
+    assert sum(block is not None for block in blocks) > 5
+    assert all(torch.equal(written[2][name], x) for each in written[:2] for name, x in each.items())
 
 
 def test_equal_magnitudes_are_kept_in_order(tmp_path):

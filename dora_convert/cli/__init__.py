@@ -20,7 +20,7 @@ import click
 from ..option_table import Option
 from ..options import SHORT_NAMES, Path, flag, options_of
 from ..settings import __version__
-from ..torch_import import begun, own_process
+from ..torch_import import begun, ends_at_once, own_process
 from .sink import Sink, colour, fail
 
 if TYPE_CHECKING:
@@ -160,6 +160,7 @@ def run() -> None:
         has_torch = begun[0] or "torch" in sys.modules
         if not has_torch or not all(each.daemon or each is threading.main_thread() for each in threads):
             raise
+        ends_at_once[0] = True
         atexit._run_exitfuncs()  # noqa: SLF001 - no public name
         _drop_unwritten(sys.stdout)
         _drop_unwritten(sys.stderr)

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import UsageError
 from ..settings import Settings, require_extra
-from ..torch_import import own_process
+from ..torch_import import ends_at_once, own_process
 from .address import LOCAL
 from .dispatch import Dispatch, ThreadWorker, Worker
 from .jobs import NodeFacts, NodeJob, Result, Work
@@ -82,16 +82,23 @@ def _connect(address: str, workers: int) -> None:
 
 
 def _disconnect(*, at_once: bool) -> None:
-    """Leave the cluster, or stop it if it is ours; with `at_once`, the end of this process ends Ray's threads."""
+    """Leave the cluster, or stop it if it is ours; with `at_once` when this process ends, without a wait."""
     import ray
 
     if not at_once:
         ray.shutdown()
         return
     atexit.unregister(ray.shutdown)
+    atexit.register(_say_goodbye)
+
+
+def _say_goodbye() -> None:
+    """Leave the cluster; if this process ends at once, do not wait for Ray's threads, and touch nothing of Ray."""
+    import ray
+
     leaving = threading.Thread(target=ray.shutdown, name="goodbye", daemon=True)
     leaving.start()
-    leaving.join(GOODBYE_SECONDS)
+    leaving.join(GOODBYE_SECONDS if ends_at_once[0] else None)
 
 
 @contextmanager

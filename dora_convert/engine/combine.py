@@ -6,6 +6,7 @@ Thresholds of pruning need the whole tensor, so they are found (engine/threshold
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import xxhash
@@ -20,6 +21,9 @@ from .factors import LoadedEdit, apply_edits
 from .tensor import SourceValues, measure
 from .thresholds import Thresholds
 
+if TYPE_CHECKING:
+    from .quick_combine import QuickCombiner
+
 
 class Combiner:
     """Turns blocks of W into blocks of the combined result."""
@@ -31,6 +35,7 @@ class Combiner:
         self.edits: Sequence[LoadedEdit] = [load_edit(edit, buffers) for edit in item.edits]
         self._keys = [_key(self._how, item.name, number) for number in range(len(self.edits))]
         self.cuts: tuple[tuple[float, int], ...] = ()
+        self._quick: QuickCombiner | None = None
         self._prepare(values)
 
     def _prepare(self, values: SourceValues) -> None:
@@ -40,8 +45,14 @@ class Combiner:
         factored = [operand for operand in self.edits if not isinstance(operand, LoadedValues)]
         measure(self._item, factored, values, self._buffers)
         if self._how.prunes:
-            self.cuts = tuple(Thresholds(self._item, self.edits, values, self._buffers).find())
+            thresholds = Thresholds(self._item, self.edits, values, self._buffers)
+            self.cuts = tuple(thresholds.find())
+            self._quick = _quick_combiner(self._item, thresholds, self._buffers)
         forget_norms(self.edits)
+
+    def rounded(self, raw: Tensor, start: int, stop: int) -> Tensor | None:
+        """Return the rounded result of a block, from the base's rows; None if `apply` must compute it."""
+        return self._quick.rounded(raw, start, stop) if self._quick else None
 
     def apply(self, W: Tensor, start: int, stop: int) -> Tensor:
         """Compute the result of all edits in place."""
@@ -118,6 +129,16 @@ class _ChainValues(SourceValues):
         for operand in self._links:
             apply_edits(W, [operand], start, stop)
         return W
+
+
+def _quick_combiner(item: Item, thresholds: Thresholds, buffers: DeviceBuffers) -> QuickCombiner | None:
+    """Return what combines an item in float32; None if all thresholds were found otherwise."""
+    if not thresholds.quick:
+        return None
+    from .quick_combine import QuickCombiner, suits
+
+    changes = [thresholds.quick[number] for number in sorted(thresholds.quick)]
+    return QuickCombiner(item, changes, buffers) if suits(item, changes) else None
 
 
 def _key(how: Combination, name: str, number: int) -> int:

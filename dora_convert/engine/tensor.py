@@ -80,6 +80,9 @@ class EditCombiner(Protocol):
     def apply(self, W: Tensor, start: int, stop: int) -> Tensor:
         """Compute the result of all edits for a block of rows, in place."""
 
+    def rounded(self, raw: Tensor, start: int, stop: int) -> Tensor | None:
+        """Return the rounded result of a block, from the base's rows; None if `apply` must compute it."""
+
 
 Combine = Callable[[Item, DeviceBuffers, "SourceValues"], EditCombiner]
 """Loads the edits of one item, and finds what needs the whole tensor."""
@@ -121,14 +124,17 @@ class MergeMaker:
 
     def begin(self, raw: Tensor, start: int, stop: int) -> Begun:
         """Start to compute some rows; the device may still compute them afterwards."""
-        W = self.values.block(raw, start, stop)
+        rounded = self._combiner.rounded(raw, start, stop) if self._combiner else None
+        W = self.values.block(raw, start, stop) if rounded is None else raw
         base = self._base_rows(raw, start, stop)
         if self._observer and base is not None:
             self._observer.before(base, W, start, start + len(base))
-        begun = self._sent(W, raw, start, stop)
+        result = self._applied(W, start, stop) if rounded is None else rounded
+        norms = tuple(edit.n[-1] if edit.n else None for edit in self.edits)
+        sent = self._buffers.send(result, TORCH[self._item.dtype], [n for n in norms if n is not None])
         if base is not None:
             self._base.update(as_bytes(base))
-        return begun
+        return Begun(raw, start, norms, sent)
 
     def finish(self, begun: Begun) -> Tensor:
         """Return the rows that were begun."""
@@ -144,20 +150,14 @@ class MergeMaker:
             self._observer.after(begun, result)
         return result
 
-    def _sent(self, W: Tensor, raw: Tensor, start: int, stop: int) -> Begun:
-        """Compute some rows, and send them to host memory."""
-        result = self._applied(W, start, stop)
-        norms = tuple(edit.n[-1] if edit.n else None for edit in self.edits)
-        known = [n for n in norms if n is not None]
-        return Begun(raw, start, norms, self._buffers.send(result, TORCH[self._item.dtype], known))
-
     def merged(self, raw: Tensor, start: int, stop: int) -> Tensor:
         """Return rows of the result before any rounding, on the device."""
         return self._applied(self.values.block(raw, start, stop), start, stop)
 
     def _applied(self, W: Tensor, start: int, stop: int) -> Tensor:
-        combiner = self._combiner
-        return combiner.apply(W, start, stop) if combiner else apply_edits(W, self.edits, start, stop, self._buffers)
+        if self._combiner:
+            return self._combiner.apply(W, start, stop)
+        return apply_edits(W, self.edits, start, stop, self._buffers)
 
     def _base_rows(self, raw: Tensor, start: int, stop: int) -> Tensor | None:
         """Return the base's rows: the source's rows, unless an adapter replaces the tensor; None if it has none."""

@@ -7,6 +7,7 @@ sample of rows from all parts of the tensor comes first: with it, one pass is en
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -29,6 +30,9 @@ from .device_buffers import DeviceBuffers
 from .factors import LoadedEdit
 from .tensor import SourceValues
 
+if TYPE_CHECKING:
+    from .quick_changes import QuickChange
+
 See = Callable[[int, Tensor, tuple[int, int]], None]
 """Takes the number of an edit, a block of its change, and the rows of the block."""
 
@@ -44,6 +48,8 @@ class Thresholds:
             KthLargest(*ranks, COLLECTED) if (ranks := wanted_rank(operand.edit, item)) else None
             for operand in operands
         ]
+        self.quick: dict[int, QuickChange] = {}
+        """Changes whose thresholds were found in float32, by the edit's number."""
 
     def find(self) -> list[tuple[float, int]]:
         """Return the least magnitude for each edit, and the flat place of the last of its equals; −1 for all."""
@@ -57,7 +63,8 @@ class Thresholds:
 
     def _look_quickly(self) -> None:
         """Find the thresholds of large low-rank changes in float32."""
-        from .quick_thresholds import QuickThresholds, fits, is_low_rank
+        from .quick_changes import is_low_rank
+        from .quick_thresholds import QuickThresholds, fits
 
         operands = {
             number: (operand, found.k)
@@ -69,8 +76,9 @@ class Thresholds:
             and is_low_rank(operand, self._buffers)
         }
         quick = QuickThresholds(self._item, self._values, self._buffers)
-        for number, value in (quick.find(operands) if operands else {}).items():
-            self._search(number).end(value)
+        self.quick = quick.find(operands) if operands else {}
+        for number, change in self.quick.items():
+            self._search(number).end(change.cut)
 
     def _look(self) -> None:
         """Show each search a sample, if it cannot hold all numbers."""

@@ -12,11 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .in_single import marked
+
 SIGMAS = 3.2
 """The distance of bounds from the sample's k-th largest, in standard errors, if nothing else is asked for."""
 ROUGH = 1 << 12
-GROUP = 8
-"""Numbers that are looked at together, as few are inside the bounds."""
 
 
 class Near(NamedTuple):
@@ -26,8 +26,10 @@ class Near(NamedTuple):
     weights: Tensor  # what was held with each
     rank: int
     """So many of them are among the k largest."""
+    middle: float
+    """The k-th largest approximate magnitude."""
     error: float
-    """Their magnitudes may be off by so much."""
+    """Magnitudes may be off by so much."""
 
 
 class Bracket:
@@ -57,13 +59,14 @@ class Bracket:
         self,
         change: Tensor,  # float32, contiguous, overwritten
         chosen: Tensor,  # another of the same shape
+        marks: Tensor,  # bool, of the same shape: scratch space, too
         W: Tensor,  # of the same shape
         first: int,  # the place of the first element
     ) -> None:
         """Take a block."""
         sizes = change.abs_()
         torch.ops.aten.hardtanh_backward.grad_input(sizes, sizes, self._low, self._high, grad_input=chosen)
-        places = _nonzero(chosen.view(-1))
+        places = marked(marks.copy_(chosen).view(-1))
         self._found.append((chosen.view(-1)[places], places + first, W.view(-1)[places]))
         self._above += int(sizes.ge_(self._high).sum())  # float32 adds up so many ones exactly
 
@@ -86,7 +89,7 @@ class Bracket:
         self.missed = False
         larger = int(torch.count_nonzero(sizes > high))
         doubtful = (sizes >= low) & (sizes <= high)
-        return Near(places[doubtful], weights[doubtful], rank - larger, error)
+        return Near(places[doubtful], weights[doubtful], rank - larger, kth, error)
 
 
 def parting(
@@ -123,15 +126,3 @@ def _at(sample: Tensor, share: float) -> float:
     """Return a number that about a share of a sample exceeds."""
     rank = min(max(1, round(share * len(sample))), len(sample))
     return float(sample.kthvalue(len(sample) + 1 - rank).values)
-
-
-def _nonzero(chosen: Tensor) -> Tensor:
-    """Return the places of the few numbers that are not zero; most groups are passed over."""
-    if len(chosen) % GROUP:
-        return chosen.nonzero().squeeze(1)
-    groups = chosen.view(GROUP, -1)
-    hits = groups.amax(dim=0).nonzero().squeeze(1)
-    inside = groups.index_select(1, hits).view(-1).nonzero().squeeze(1)
-    if not len(hits):
-        return inside
-    return torch.div(inside, len(hits), rounding_mode="floor") * groups.shape[1] + hits[inside % len(hits)]

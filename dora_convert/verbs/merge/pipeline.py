@@ -23,9 +23,7 @@ from ...plan.plan import Plan
 from ...reports.merge import MergeReport
 from ...settings import Settings, __version__
 from ...storage.checkpoint import Checkpoint, open_checkpoint
-from ...storage.filenames import (
-    RECEIPT, RECORD, SPOOL, TOKENIZER, UNDO, is_tokenizer_file, matching, refuse_changed,
-)  # fmt: skip
+from ...storage.filenames import RECEIPT, RECORD, SPOOL, UNDO, refuse_changed
 from ...storage.reader import sha256
 from ...storage.refs import local_source
 from ...storage.spool import Spool, SpooledTensor
@@ -72,7 +70,9 @@ def run_merge(
     for adopted in () if plan.base.is_bare else adopted_sets(plan):
         (settings.warn if adopted.rivals else settings.notify)(adopted.notice(plan.base))
     if plan.base.gguf:
-        _tell_of_gguf(plan.base, files, settings)
+        from .gguf_notices import tell_of_gguf
+
+        tell_of_gguf(plan.base, files, settings)
     fields = inherited(works_of(plan))
     if fields.notice:
         settings.notify(fields.notice)
@@ -114,22 +114,6 @@ def check_adapters(
     for doubt in filter(None, map(doubt_zeros, plan.adapters)):
         settings.warn(doubt)
     return plan, spec, hashes
-
-
-def _tell_of_gguf(base: Checkpoint, files: Sequence[SideFile], settings: Settings) -> None:
-    """Say which files beside the weights are made from a GGUF base, and which cannot be."""
-    names = [file.name for file in files]
-    made = [
-        name for name in names if name not in base.side_files and (name == "config.json" or is_tokenizer_file(name))
-    ]
-    settings.notify(f"made from the pairs of {base.source.name}: {', '.join(made)}")
-    if not matching(names, TOKENIZER):
-        pairs = base.gguf.pairs if base.gguf else {}
-        kind = " ".join(str(pairs.get(f"tokenizer.ggml.{key}", "")) for key in ("model", "pre")).strip() or "none"
-        settings.warn(
-            f"no tokenizer is written: that of {base.source.name} is of a kind that is not known ({kind}); copy the "
-            "tokenizer's files of the original model into OUT"
-        )
 
 
 LOSS = 0.1

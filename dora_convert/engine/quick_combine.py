@@ -1,0 +1,138 @@
+"""Combine pruned low-rank changes in float32, and the elements that float32 does not decide in float64.
+
+The thresholds are known (engine/quick_thresholds.py), and the elements that are near to one. Of all others float32
+tells which are kept. It decides the rounded result of nearly all elements, too: errors are bounded. So the bytes are
+those of float64.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ..maths import combine as exactly
+from ..maths import in_single, lora
+from ..maths.in_single import SINGLE
+from ..option_table import STRIP
+from ..plan.item import Item
+from .changes import hold_factors
+from .device_buffers import DeviceBuffers
+from .quick_changes import SLACK, QuickChange, SinglePart, holds_base
+
+UNDERFLOW = 2.0**-110
+"""More than all steps for one element lose below float32's normal numbers."""
+LEAST_CUT = 2.0**-80
+"""Float32 has no relative precision for much smaller changes."""
+MOST_CHANGES = 255
+"""So many are counted in a byte."""
+MOST_DOUBTFUL = 1 / 32
+"""If more elements of a block are in doubt, float64 is as quick."""
+
+
+def suits(item: Item, changes: Sequence[QuickChange]) -> bool:
+    """Return True if float32 holds the base's numbers, is far finer than the output's dtype, and tells signs."""
+    plain = holds_base(item) and item.dtype == "BF16" and not (item.parts or item.replaced)
+    certain = all(each.middle > max(LEAST_CUT, 8 * _error(each)) for each in changes)
+    return plain and certain and len(changes) == len(item.edits) <= MOST_CHANGES
+
+
+def _error(change: QuickChange) -> float:
+    share, spread = change.errors
+    return share * (change.middle + spread)
+
+
+class QuickCombiner:
+    """Combines blocks of one item."""
+
+    def __init__(self, item: Item, changes: Sequence[QuickChange], buffers: DeviceBuffers) -> None:
+        assert item.combination
+        self._item, self._changes, self._scratch = item, changes, buffers.scratch
+        how = item.combination
+        weights = [edit.weight for edit in item.edits]
+        self._rule = in_single.CombineRule(weights, how.majority_sign if how.elects else "")
+        self.helps = True
+        """False once too many elements of a block were in doubt."""
+
+    def rounded(self, raw: Tensor, start: int, stop: int) -> Tensor | None:
+        """Return a block's result, rounded; None if it must be computed otherwise. `raw` are the base's rows."""
+        if not self.helps:
+            return None
+        hold_factors([each.operand for each in self._changes], start, stop)
+        parts = [each.single(start, stop) for each in self._changes]
+        if (errors := self._errors(parts, raw)) is None:
+            return None
+        out, columns = self._scratch("rounded", raw.shape, torch.bfloat16), raw.shape[1]
+        marks = self._scratch("marks", raw.shape, torch.uint8)
+        for first, last in self._strips(stop - start):
+            rows = slice(first, last)
+            few = errors._replace(added=errors.added[rows])
+            marks[rows] = self._strip(raw[rows], parts, first, few, out[rows])
+        marks.view(-1)[self._near(start * columns, stop * columns)] = 1
+        places = in_single.marked(marks.view(-1))
+        self.helps = len(places) <= MOST_DOUBTFUL * raw.numel()
+        out.view(-1)[places] = self._exact(parts, places, raw)
+        for each in self._changes:
+            if each.divides_rows:
+                each.operand.n.append(each.norms[start:stop])
+        return out
+
+    def _strips(self, height: int) -> Iterator[tuple[int, int]]:
+        """Yield rows of a block that are combined together."""
+        step = max(1, STRIP // self._item.matrix[1])
+        return ((first, min(first + step, height)) for first in range(0, height, step))
+
+    def _strip(
+        self, raw: Tensor, parts: Sequence[SinglePart], first: int, errors: in_single.Errors, out: Tensor
+    ) -> Tensor:
+        """Combine some rows, from row `first` of the block on; return marks of the doubtful elements."""
+        W = self._scratch("single", raw.shape, torch.float32).copy_(raw)
+        deltas = self._scratch("deltas", (len(parts), *raw.shape), torch.float32)
+        for part, change, delta in zip(parts, self._changes, deltas, strict=True):
+            torch.ops.aten.hardshrink(part.change(W, delta, first), change.middle, out=delta)
+        return in_single.combine(self._rule, W, deltas, errors, out=out, scratch=self._scratch)
+
+    def _errors(self, parts: Sequence[SinglePart], raw: Tensor) -> in_single.Errors | None:
+        """Return bounds of the errors in a block; None if there are none.
+
+        A change is off by a share τ of |g·W| and the product's terms together, as in QuickChange.errors. A mean is off
+        by no more than the worst of its terms, a sum by no more than all of them. Adding rounds some times more.
+        """
+        shares = [each.errors[0] + (len(parts) + SLACK) * SINGLE for each in self._changes]
+        weights = [abs(weight) for weight in self._rule.weights]
+        g = [weight * part.largest for weight, part in zip(weights, parts, strict=True)]
+        products = torch.stack([weight * part.product for weight, part in zip(weights, parts, strict=True)])
+        G, P = (max(g), products.amax(0)) if self._rule.majority else (sum(g), products.sum(0))
+        worst, largest = 1.01 * max(shares), float(raw.abs().amax())
+        vote = sum(part.largest * largest + float(part.product.max()) for part in parts)
+        if not (lora.all_finite(P) and math.isfinite(vote) and math.isfinite(G)):
+            return None
+        share, added = 6 * SINGLE, P + G * largest
+        if G < 1 / 4:  # with the result x, |W| ≤ |x| + G·|W| + P, so G·|W| + P ≤ (G·|x| + P)/(1 − G)
+            share, added = share + worst * G / (1 - G), P / (1 - G)
+        return in_single.Errors(share, (worst * added).add_(UNDERFLOW).float(), worst * vote + UNDERFLOW)
+
+    def _near(self, first: int, last: int) -> Tensor:
+        """Return the places in a block of elements that are near to a threshold."""
+        found: set[int] = set()
+        for each in self._changes:
+            found.update(each.near[bisect_left(each.near, first) : bisect_left(each.near, last)])
+        return torch.tensor([place - first for place in found], dtype=torch.int64)
+
+    def _exact(self, parts: Sequence[SinglePart], places: Tensor, raw: Tensor) -> Tensor:
+        """Return the rounded result of single elements, by the definition in float64."""
+        rows, columns = places // raw.shape[1], places % raw.shape[1]
+        W, majority = raw.view(-1)[places].double(), self._rule.majority
+        deltas = torch.stack([part.exact.elements(W, rows, columns) for part in parts])
+        for delta, change in zip(deltas, self._changes, strict=True):
+            exactly.prune_(delta, change.cut)
+        if majority:
+            work = [torch.empty_like(W) for _ in range(2)]
+            marks = [torch.empty_like(deltas, dtype=torch.bool), torch.empty_like(W, dtype=torch.uint8)]
+            exactly.elect_(W, deltas, self._rule.weights, majority, work=work, marks=marks)
+        else:
+            exactly.add_up_(W, tuple(deltas), self._rule.weights)
+        return lora.round_to(W, torch.empty_like(W, dtype=torch.bfloat16))
