@@ -166,7 +166,9 @@ class Memory(threading.local):
         return self._tensors[name][:number].view(tuple(shape))
 
     def doubles(self, name: str, values: Tensor, device: torch.device) -> Tensor:
-        """Return values in float64 on a device."""
+        """Return values in float64 on a device, which widens them itself."""
+        if device.type != "cpu":
+            return values.to(device).double()
         return self.tensor(name, values.shape, device).copy_(values)
 
     def bytes(self, number: int) -> memoryview:
