@@ -62,7 +62,7 @@ class QuickCombiner:
         self._rows = (0, 0)
         self._parts: list[SinglePart] = []
         self._errors: in_single.Errors | None = None
-        """What makes the changes of these rows, and bounds of their errors; None if there are none."""
+        """The rows whose changes are prepared, these changes, and bounds of their errors; None if there are none."""
 
     def rounded(self, raw: Tensor, start: int, stop: int) -> Tensor | None:
         """Return a block's result, rounded; None if it must be computed otherwise. `raw` are the base's rows."""
