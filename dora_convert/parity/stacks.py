@@ -94,23 +94,31 @@ class Stack:
         factors = StackedFactors.load(pairs, self.reader, self.device)
         height = -(-rows // -(-rows * columns // self.elements))  # of equal parts
         parts = [slice(first, first + height) for first in range(0, rows, height)]
-        facts = torch.stack([self._facts(pairs, factors, part) for part in parts])
-        sums, room = facts[:, :2].sum(0), facts[:, 2].amin(0)
-        for change, rounding, least in torch.stack([*sums, room], dim=1).tolist():
-            yield Verdict(rows * columns, change=change, rounding=rounding) if least > 0 else None
+        for quick in (True, False) if self.device.type == "cpu" else (False,):
+            facts = torch.stack([self._facts(pairs, factors, part, quick=quick) for part in parts]).tolist()
+            room = [min(each) for each in zip(*(part[2] for part in facts), strict=True)]
+            if all(least > 0 for least in room):
+                break
+        for number in range(len(pairs)):
+            change, rounding = (sum(part[k][number] ** 2 for part in facts) for k in (0, 1))
+            right = all(part[2][number] > 0 for part in facts)
+            yield Verdict(rows * columns, change=change, rounding=rounding) if right else None
 
-    def _facts(self, pairs: Sequence[SampledRows], factors: StackedFactors, part: slice) -> Tensor:
-        """Return three facts on each weight: Σ (x − W)², Σ (got − x)², and the room for its worst element.
+    def _facts(self, pairs: Sequence[SampledRows], factors: StackedFactors, part: slice, *, quick: bool) -> Tensor:
+        """Return three facts on each weight: ‖x − W‖, ‖got − x‖, and the room for its worst element.
 
         If the last is positive, every element is the value nearest to x. NaN is not positive, nor is a tie.
         """
         rows = [pair.rows[part] for pair in pairs]
-        W = MEMORY.doubles("W", read_stack(self.reader, [pair.item.source for pair in pairs], rows), self.device)
-        x = factors.result(W, part)
-        got = read_stack(self.reader, [pair.written for pair in pairs], rows)
-        off = MEMORY.doubles("got", got, self.device).sub_(x)
-        sums = [torch.linalg.vector_norm(each, dim=(1, 2)).square_() for each in (W.sub_(x), off)]
-        return torch.stack([*sums, least_room(off.abs_(), x, pairs[0].item.dtype, spare=W)])
+        raw = read_stack(self.reader, [pair.item.source for pair in pairs], rows)
+        both = MEMORY.tensor("both", (2, *raw.shape), self.device)
+        both[0] = raw
+        x = factors.result(both[0], part)
+        both[1] = read_stack(self.reader, [pair.written for pair in pairs], rows)
+        norms = torch.linalg.vector_norm(both.sub_(x), dim=(2, 3))
+        spare, off = both
+        room = least_room(off.abs_(), x, pairs[0].item.dtype, spare if quick else None)
+        return torch.cat([norms, room.unsqueeze(0)])
 
 
 class StackedFactors(NamedTuple):
@@ -124,10 +132,11 @@ class StackedFactors(NamedTuple):
     def load(cls, pairs: Sequence[SampledRows], reader: Reader, device: torch.device) -> StackedFactors:
         """Read the factors."""
         right = MEMORY.doubles("A", read_stack(reader, [pair.low.A for pair in pairs]), device)
-        scales = torch.tensor([pair.low.scale for pair in pairs], dtype=right.dtype, device=device)
+        scales = [pair.low.scale for pair in pairs]
+        right *= scales[0] if len(set(scales)) == 1 else torch.tensor(scales).double().to(device)[:, None, None]
         B, rows = [pair.low.B for pair in pairs], [pair.rows for pair in pairs]
         left = read_stack(reader, B, rows, HELD_BYTES).to(device).double()
-        return cls(left, right.mul_(scales[:, None, None]), _magnitudes(pairs, reader, device))
+        return cls(left, right, _magnitudes(pairs, reader, device))
 
     def result(self, W: Tensor, part: slice) -> Tensor:
         """Return x of some rows: W + s·BA, or m times it over its norm."""
@@ -181,18 +190,16 @@ class Memory(threading.local):
 MEMORY = Memory()
 
 
-def least_room(off: Tensor, x: Tensor, dtype: str, spare: Tensor) -> Tensor:
+def least_room(off: Tensor, x: Tensor, dtype: str, spare: Tensor | None = None) -> Tensor:
     """Return the least of ½ulp(x) − `off` in each matrix of a stack, in any unit: only its sign counts, and is exact.
 
-    Half a unit in the last place is a power of two: 2⁻ᵖ of the one that is not above |x|. Zeros and subnormal numbers
-    have larger units than that, and are looked at once more if need be. `x` and `spare` are overwritten.
+    Half a unit in the last place is a power of two: 2⁻ᵖ of the one that is not above |x|, which takes x's place. Zeros
+    and subnormal numbers have larger units than that; with `spare`, which is overwritten, this is left out.
     """
     p, least = GRID[dtype]
     power = x.view(torch.int64).bitwise_and_(EXPONENT).view(torch.float64)
-    if x.device.type == "cpu":
-        room = torch.sub(power, off, alpha=2.0**p, out=spare).amin(dim=(1, 2))
-        if bool((room > 0).all()):
-            return room
+    if spare is not None:
+        return torch.sub(power, off, alpha=2.0**p, out=spare).amin(dim=(1, 2))
     return power.clamp_(2.0**least, 2.0**1023).mul_(2.0**-p).sub_(off).amin(dim=(1, 2))
 
 
