@@ -121,7 +121,7 @@ oracles-own: $(VENV)/ready
 $(VENV)-tools/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)-tools
 	$(VENV)-tools/bin/python -m pip install --quiet $(TORCH)
-	$(VENV)-tools/bin/python -m pip install --quiet transformers peft diffusers lycoris-lora 'mlx[cpu]' mlx-lm gguf torchtune sentencepiece protobuf
+	$(VENV)-tools/bin/python -m pip install --quiet -e . transformers peft diffusers lycoris-lora 'mlx[cpu]' mlx-lm gguf torchtune sentencepiece protobuf
 	$(VENV)-tools/bin/python -m pip install --quiet --no-deps --target $(VENV)-tools/torchao torchao==0.9.0
 	$(VENV)-tools/bin/python -m pip download --quiet --no-deps --dest $(VENV)-tools llama-cpp-python
 	tar xzf $(VENV)-tools/llama_cpp_python-*.tar.gz -C $(VENV)-tools

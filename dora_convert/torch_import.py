@@ -69,13 +69,19 @@ def _load() -> None:
 
 @contextmanager
 def collections_paused() -> Iterator[None]:
-    """Build many objects that all stay without garbage collections, which would look at each again and again."""
-    enabled = gc.isenabled()
+    """Build many objects that all stay without garbage collections, which would look at each again and again.
+
+    Afterwards the objects count as old, or the next collection would look at all of them at once.
+    """
+    enabled, frozen = gc.isenabled(), gc.get_freeze_count()
     gc.disable()
     try:
         yield
     finally:
         if enabled:
+            gc.freeze()
+            if not (own_process[0] or frozen):
+                gc.unfreeze()
             gc.enable()
 
 

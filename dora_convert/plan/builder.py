@@ -35,9 +35,9 @@ class PlanBuilder:
 
     def __init__(self, base: Checkpoint, tie: Tie | None, options: Options) -> None:
         self.base, self.tie, self.options = base, tie, options
-        first = {base.stored_name(name): name for name in reversed(list(base.tensors))}
+        first = {base.stored_name(name): name for name in reversed(list(base.tensors))} if base.renamed else {}
         self.targets = {
-            name: TargetTensor(tensor, tensor, added=first[base.stored_name(name)] != name)
+            name: TargetTensor(tensor, tensor, added=bool(first) and first[base.stored_name(name)] != name)
             for name, tensor in base.tensors.items()
         }
         self.untied = False
@@ -259,8 +259,8 @@ class PlanBuilder:
         self.warnings += [warning] if warning else []
 
     def _enter_merged(self, update: Update, into: tuple[str, ...]) -> None:
-        combined = any(update is edit.update or update == edit.update for edit in self.targets[into[0]].edits)
-        replaces = isinstance(update, Full | Rows) and not combined
+        edits = (edit.update for edit in self.targets[into[0]].edits)
+        replaces = isinstance(update, Full | Rows) and not any(update is each or update == each for each in edits)
         self._enter(update, "replaced" if replaces else "merged", into, update.title)
 
     def _enter(self, update: Update, fate: str, into: tuple[str, ...], why: str) -> None:

@@ -54,8 +54,7 @@ class OutputShard:
         )
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(msgspec.Struct, frozen=True, gc=False):
     """One line of the ledger: an adapter tensor, its fate, the output tensors that contain it, and why."""
 
     tensor: str
@@ -65,7 +64,7 @@ class Entry:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the entry as reports and receipts hold it."""
-        return {**vars(self), "into": list(self.into)}
+        return {**msgspec.structs.asdict(self), "into": list(self.into)}
 
 
 @dataclass(frozen=True)
@@ -175,10 +174,10 @@ def _describe(item: Item) -> list[Any]:
 
 
 def _describe_edit(edit: Edit) -> list[Any]:
-    names = [tensor.name for tensor in tensors_of(edit.update)]
-    known: list[Any] = [type(edit.update).__name__, edit.transposed, edit.weight, names]
+    tensors = tuple(tensors_of(edit.update))
+    known: list[Any] = [type(edit.update).__name__, edit.transposed, edit.weight, [each.name for each in tensors]]
     known += [list(edit.outputs)] if edit.outputs else []
-    if views := [tensor for tensor in tensors_of(edit.update) if tensor.is_view]:
+    if views := [tensor for tensor in tensors if tensor.is_view]:
         from ..storage.stored_view import describe_view
 
         known += map(describe_view, views)

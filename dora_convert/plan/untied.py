@@ -27,7 +27,7 @@ def resize(targets: Mapping[str, TargetTensor], ledger: list[Entry], name: str, 
     target.rows.append(Rows(tail, tuple(range(height, new))))
     for k, entry in enumerate(ledger):
         if entry.tensor == saved.name and entry.into:
-            ledger[k] = replace(entry, into=(*entry.into, name))
+            ledger[k] = Entry(entry.tensor, entry.fate, (*entry.into, name), entry.why)
     return (
         f"{new - height} new rows of {name} are in no file: they are taken from the adapter's {other}, where they began"
     )

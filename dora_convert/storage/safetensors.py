@@ -104,7 +104,7 @@ class StoredTensor:
         return (self.shape[0], math.prod(self.shape[1:]))
 
 
-class HeaderEntry(msgspec.Struct, forbid_unknown_fields=True):
+class HeaderEntry(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     """The entry of one tensor in a header."""
 
     dtype: str
@@ -113,7 +113,7 @@ class HeaderEntry(msgspec.Struct, forbid_unknown_fields=True):
     """The first byte and the byte after the last, from the end of the header."""
 
 
-_DECODER = msgspec.json.Decoder(HeaderEntry)
+_DECODER = msgspec.json.Decoder(list[HeaderEntry])
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,8 @@ def _quickly_parsed(raw: bytes) -> tuple[dict[str, HeaderEntry], dict[str, str]]
         values = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
         written = bytes(values.pop("__metadata__", b"{}"))
         metadata = msgspec.json.decode(written, type=dict[str, str])
-        entries = {name: _DECODER.decode(entry) for name, entry in values.items()}
+        listed = _DECODER.decode(b"[%b]" % b",".join(values.values()))
+        entries = dict(zip(values, listed, strict=True))
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
     # msgspec takes the last of equal keys, and an escape may hide one
@@ -222,7 +223,8 @@ def _tensor(path: Path, body: int, name: str, entry: HeaderEntry) -> StoredTenso
         raise MalformedError(f"{path}: {name} has the unknown dtype {dtype}.")
     if len(shape) > MAX_DIMENSIONS:
         raise MalformedError(f"{path}: {name} has {len(shape)} dimensions; at most {MAX_DIMENSIONS} are read.")
-    if not is_possible(shape) or math.prod(shape) * BITS[dtype] != 8 * (last - first):
+    numel = math.prod(shape)
+    if numel * BITS[dtype] != 8 * (last - first) or not (0 < numel <= MAX_ELEMENTS or is_possible(shape)):
         raise MalformedError(f"{path}: {name} is declared as {dtype} {list(shape)}, which is not {last - first} bytes.")
     return StoredTensor(name, dtype, shape, path, body + first)
 

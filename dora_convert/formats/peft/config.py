@@ -238,10 +238,8 @@ class Config(Struct, frozen=True, dict=True):
     def blocks(self, module: str) -> tuple[int, int]:
         """Return the numbers of diagonal blocks that A and B of a module have (BD-LoRA)."""
         options = self.block_diagonal
-        on_A, on_B = (
-            any(pattern in module for pattern in patterns or ())
-            for patterns in (options.target_modules_bd_a, options.target_modules_bd_b)
-        )
+        sides = (options.target_modules_bd_a, options.target_modules_bd_b)
+        on_A, on_B = (any(pattern in module for pattern in each) if each else False for each in sides)
         return (options.nblocks if on_A else 1, options.nblocks if on_B else 1)
 
     def square_experts(self) -> tuple[bool, bool]:

@@ -24,7 +24,7 @@ def doubts_of(config: Config, name: str, modules: Collection[str]) -> Iterator[s
     if config.parameters or len(bare) < len(modules):
         return  # parameters and parts of MultiheadAttention have names of their own
     for field, table in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
-        if idle := list(islice(_idle(table, {*modules, *bare}), SHOWN + 1)):
+        if table and (idle := list(islice(_idle(table, {*modules, *bare}), SHOWN + 1))):
             yield f"{field} of {name} has keys that match no module of it: {_listed(idle)}"
     if config.target_modules is None:
         return

@@ -98,7 +98,7 @@ def _key(module: str, modules: Collection[str], config: Config) -> str:
 
 def _update(weight: _Weight, parts: Parts, config: Config, start: Start | None) -> Update:
     A, rank = parts["A"], config.rank(weight.key)
-    embedding = part_of(plain(A.name))[1] == ".lora_embedding_A"
+    embedding = ".lora_embedding_A" in A.name and part_of(plain(A.name))[1] == ".lora_embedding_A"
     linear = len(A.shape) == 2 and not embedding
     update = LowRank(
         A,
@@ -188,6 +188,9 @@ def plain(name: str, parts: Collection[str] = PARTS) -> str:
 
 def part_of(name: str, parts: Collection[str] = PARTS) -> tuple[str, str]:
     """Return the module of a plain name, and the end that PEFT added; "" for a tensor of the model itself."""
+    at = name.rfind(".lora_")
+    if parts is PARTS and at >= 0 and name[at:] in PARTS:  # nearly always
+        return name[:at], name[at:]
     for end in ENDS if parts is PARTS else (*parts, *TOKENS, TOKENS_BASE):
         if name.endswith(end):
             return name[: -len(end)], end
@@ -244,7 +247,7 @@ def targets_of(config: Config, weights: Mapping[str, str], is_linear: Callable[[
     in_layers = (lambda _: True) if isinstance(target, str) else _layers(config, weights)
     saved = tuple(f".{name}." for name in config.modules_to_save)
     for module in weights:
-        within = any(name in f".{module}." for name in saved)
+        within = saved and any(name in f".{module}." for name in saved)
         if not within and chosen(module) and not excluded(module) and in_layers(module):
             yield module
 

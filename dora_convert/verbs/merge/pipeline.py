@@ -23,7 +23,7 @@ from ...plan.plan import Plan
 from ...reports.merge import MergeReport
 from ...settings import Settings, __version__
 from ...storage.checkpoint import Checkpoint, open_checkpoint
-from ...storage.filenames import RECEIPT, RECORD, SPOOL, UNDO, refuse_changed  # fmt: skip
+from ...storage.filenames import RECEIPT, RECORD, SPOOL, UNDO, refuse_changed
 from ...storage.reader import sha256
 from ...storage.refs import local_source
 from ...storage.spool import Spool, SpooledTensor
