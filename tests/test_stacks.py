@@ -6,15 +6,17 @@ from contextlib import closing
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import dora_convert
 from dora_convert.adapters import Decomposed
+from dora_convert.engine.precision import GRID, half_ulp, nearest
 from dora_convert.errors import VerificationError
 from dora_convert.output import finished
 from dora_convert.output.finished import TensorResult
 from dora_convert.output.shards import ShardFiles
 from dora_convert.parity.self_check import SelfCheck
-from dora_convert.parity.stacks import CPU, SampledRows, verdicts_on_right
+from dora_convert.parity.stacks import CPU, SampledRows, least_room, verdicts_on_right
 from dora_convert.plan.plan import Options
 from dora_convert.plan.planner import make_plan
 from dora_convert.sources import Session
@@ -81,6 +83,40 @@ def test_a_stack_leaves_out_what_is_off(tmp_path):
                 assert verdicts[number] == check.check(item, NOTHING)
                 assert verdicts[number].max_ulp >= 1
             written.path.write_bytes(right)
+
+
+@pytest.mark.parametrize("dtype", list(GRID)[:3])
+def test_the_room_of_each_matrix_has_the_sign_that_the_definition_gives(dtype):
+    """Zeros, subnormal numbers and ties beside usual ones: in one matrix of a stack, and in none."""
+    p, least = GRID[dtype]
+    x = torch.randn(4, 3, 5, dtype=torch.float64)
+    x[1, 0, 0], x[2, 2, 4] = 0.0, 2.0 ** (least - 3) * 1.1
+    x[3, 1, 1] = 1.0 + 2.0**-p
+    off = (nearest(x, dtype) - x).abs()
+    room = least_room(off.clone(), x.clone(), dtype, torch.empty_like(x))
+    assert (room > 0).tolist() == [True, True, True, False]
+    assert (room > 0).tolist() == ((half_ulp(x, dtype) - off).amin(dim=(1, 2)) > 0).tolist()
+    off[0, 2, 2] = float("nan")
+    assert (least_room(off, x, dtype, torch.empty_like(x)) > 0).tolist() == [False, True, True, False]
+
+
+def test_untrained_weights_and_zeros_are_quick(tmp_path):
+    """Rows of zeros, and a B of zeros, whose results are the base's values: all are in a stack, and right."""
+    base = make_base(tmp_path / "base")
+    for path in base.path.glob("*.safetensors"):
+        tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+        for tensor in tensors.values():
+            tensor[:1] = 0
+        save_file(tensors, path, {"format": "pt"})
+    adapter = make_adapter(tmp_path / "adapter", base, dora=False)
+    path = adapter / "adapter_model.safetensors"
+    save_file({name: tensor * ("lora_B" not in name) for name, tensor in load_file(path).items()}, path)
+    dora_convert.merge(base.path, adapter, tmp_path / "out")
+    items, check, reader = checked(base, [adapter], tmp_path / "out")
+    with closing(reader):
+        verdicts = right_names(items, check, reader)
+    assert verdicts.keys() == {item.name for item in items}
+    assert all(verdict.change == verdict.rounding == 0 for verdict in verdicts.values())
 
 
 def test_one_wrong_tensor_of_a_task(tmp_path, monkeypatch):

@@ -26,8 +26,7 @@ def prune_(delta: Tensor, least: float) -> Tensor:
     """Set elements whose magnitude is below `least` to zero (21)."""
     if least <= 0:
         return delta
-    pruned: Tensor = torch.ops.aten.hardshrink(delta, math.nextafter(least, 0.0), out=delta)
-    return pruned
+    return torch.hardshrink(delta, math.nextafter(least, 0.0), out=delta)
 
 
 def drop_equal_(

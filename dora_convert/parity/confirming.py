@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from ..adapters import Decomposed
-from ..engine.precision import GRID, TORCH, half_ulp
+from ..engine.precision import TORCH
 from ..plan.item import Item
 from ..storage.reader import Reader
 from ..storage.safetensors import StoredTensor
+from .stacks import least_room
 
-EXPONENT = 0x7FF << 52  # of a float64
 PATIENCE = 2
 """Blocks in a row that are tried in vain before a weight is left to the slow way: other tools round more than once."""
 
@@ -78,13 +78,6 @@ class Confirmation:
 
 
 def are_nearest(got: Tensor, x: Tensor, dtype: str, spare: Tensor) -> bool:
-    """Return True if ½ulp(x) − |got − x| is positive everywhere; NaN is not, nor is a tie. Overwrites got and spare.
-
-    Half a unit in the last place is a power of two, 2⁻ᵖ of the one below |x|. So the difference's sign is exact. Zeros
-    and subnormal numbers have larger units than this power says, and are looked at once more if need be.
-    """
+    """Return True if ½ulp(x) − |got − x| is positive everywhere: not for NaN, nor for ties. Overwrites all three."""
     off = got.sub_(x).abs_()
-    torch.bitwise_and(x.view(torch.int64), EXPONENT, out=spare.view(torch.int64))
-    if spare.sub_(off, alpha=2.0 ** GRID[dtype][0]).amin().item() > 0:
-        return True
-    return half_ulp(x, dtype).sub_(off).amin().item() > 0
+    return least_room(off.unsqueeze(0), x.unsqueeze(0), dtype, spare.unsqueeze(0)).item() > 0

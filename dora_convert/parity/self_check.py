@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 RANDOM_ROWS = 16
 ARRAYS = 12
 """Arrays of a chunk's elements that are held."""
-ON_PROCESSOR = (1 << 10, 1 << 16)
+ON_PROCESSOR = (1 << 10, 1 << 17)
 """The fewest and the most elements of rows that are compared together, as memory allows."""
 ON_DEVICE = (1 << 15, 1 << 20)
 """The same for a device, which is asked for answers less often then."""

@@ -7,11 +7,12 @@ nearest. `parity.expected` looks at the others, and measures how far they are of
 
 from __future__ import annotations
 
+import math
 import os
+import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby, repeat
 from typing import NamedTuple
 
@@ -19,18 +20,21 @@ import torch
 from torch import Tensor
 
 from ..adapters import Decomposed, LowRank
-from ..engine.precision import TORCH, half_ulp
+from ..engine.precision import GRID, TORCH
 from ..output.finished import Verdict
 from ..plan.alike import kind_of
 from ..plan.item import Item
 from ..storage.reader import Reader
 from ..storage.safetensors import StoredTensor
 
-ReadStack = Callable[..., Tensor]
-"""Reads some rows of each of several tensors, or all."""
 CPU = torch.device("cpu")
 SMALL_BYTES = 1 << 19
 """A tensor up to this size is read whole if some rows are asked for: a call of the system costs as much."""
+
+
+HELD_BYTES = 1 << 19
+"""Left factors up to this size are read whole: each row would be a call of the system."""
+EXPONENT = 0x7FF << 52  # of a float64
 
 
 class SampledRows(NamedTuple):
@@ -39,10 +43,6 @@ class SampledRows(NamedTuple):
     item: Item
     written: StoredTensor
     rows: Sequence[int]
-
-    def only(self, part: slice) -> SampledRows:
-        """Return the weight with some of the rows."""
-        return SampledRows(self.item, self.written, self.rows[part])
 
     @property
     def low(self) -> LowRank:
@@ -91,82 +91,132 @@ class Stack:
 
     def _of(self, pairs: Sequence[SampledRows], rows: int, columns: int) -> Iterator[Verdict | None]:
         """Yield the verdicts on some weights, whose factors are held."""
-        factors = StackedFactors.load(pairs, partial(read_stack, self.reader, self.device))
-        height = max(1, self.elements // columns)
+        factors = StackedFactors.load(pairs, self.reader, self.device)
+        height = -(-rows // -(-rows * columns // self.elements))  # of equal parts
         parts = [slice(first, first + height) for first in range(0, rows, height)]
-        facts = torch.stack([self._facts([pair.only(part) for pair in pairs], factors) for part in parts])
-        sums, excess = facts[:, :2].sum(0), facts[:, 2].amin(0)
-        for change, rounding, least in torch.stack([*sums, excess], dim=1).tolist():
+        facts = torch.stack([self._facts(pairs, factors, part) for part in parts])
+        sums, room = facts[:, :2].sum(0), facts[:, 2].amin(0)
+        for change, rounding, least in torch.stack([*sums, room], dim=1).tolist():
             yield Verdict(rows * columns, change=change, rounding=rounding) if least > 0 else None
 
-    def _facts(self, pairs: Sequence[SampledRows], factors: StackedFactors) -> Tensor:
-        """Return three facts on each weight: Σ (x − W)², Σ (got − x)², and the least of ½ulp(x) − |got − x|.
+    def _facts(self, pairs: Sequence[SampledRows], factors: StackedFactors, part: slice) -> Tensor:
+        """Return three facts on each weight: Σ (x − W)², Σ (got − x)², and the room for its worst element.
 
         If the last is positive, every element is the value nearest to x. NaN is not positive, nor is a tie.
         """
-        rows = [pair.rows for pair in pairs]
-        W = read_stack(self.reader, self.device, [pair.item.source for pair in pairs], rows)
-        x = factors.result(W, rows)
-        off = read_stack(self.reader, self.device, [pair.written for pair in pairs], rows).sub_(x)
+        rows = [pair.rows[part] for pair in pairs]
+        W = MEMORY.doubles("W", read_stack(self.reader, [pair.item.source for pair in pairs], rows), self.device)
+        x = factors.result(W, part)
+        got = read_stack(self.reader, [pair.written for pair in pairs], rows)
+        off = MEMORY.doubles("got", got, self.device).sub_(x)
         sums = [torch.linalg.vector_norm(each, dim=(1, 2)).square_() for each in (W.sub_(x), off)]
-        return torch.stack([*sums, half_ulp(x, pairs[0].item.dtype).sub_(off.abs_()).amin(dim=(1, 2))])
+        return torch.stack([*sums, least_room(off.abs_(), x, pairs[0].item.dtype, spare=W)])
 
 
-@dataclass(frozen=True)
-class StackedFactors:
-    """The factors of some weights, with the magnitudes of DoRAs."""
+class StackedFactors(NamedTuple):
+    """The factors of the compared rows of some weights, with the magnitudes of DoRAs, in float64."""
 
-    left: Sequence[StoredTensor]
+    left: Tensor  # (weights, rows, r)
     right: Tensor  # (weights, r, columns), s·A
-    m: Tensor | None  # (weights, outputs)
-    read: ReadStack
+    m: Tensor | None  # (weights, rows)
 
     @classmethod
-    def load(cls, pairs: Sequence[SampledRows], read: ReadStack) -> StackedFactors:
-        """Read the tensors that all rows need."""
-        right = read([pair.low.A for pair in pairs])
-        scales = torch.tensor([pair.low.scale for pair in pairs], dtype=right.dtype, device=right.device)
-        updates = [pair.item.edits[0].update for pair in pairs]
-        decomposed = [update for update in updates if isinstance(update, Decomposed)]
-        m = read([update.m for update in decomposed]).flatten(1) if decomposed else None
-        if m is not None:
-            m += torch.tensor([update.offset for update in decomposed], dtype=m.dtype, device=m.device)[:, None]
-        return cls([pair.low.B for pair in pairs], right.mul_(scales[:, None, None]), m, read)
+    def load(cls, pairs: Sequence[SampledRows], reader: Reader, device: torch.device) -> StackedFactors:
+        """Read the factors."""
+        right = MEMORY.doubles("A", read_stack(reader, [pair.low.A for pair in pairs]), device)
+        scales = torch.tensor([pair.low.scale for pair in pairs], dtype=right.dtype, device=device)
+        B, rows = [pair.low.B for pair in pairs], [pair.rows for pair in pairs]
+        left = read_stack(reader, B, rows, HELD_BYTES).to(device).double()
+        return cls(left, right.mul_(scales[:, None, None]), _magnitudes(pairs, reader, device))
 
-    def result(self, W: Tensor, rows: Sequence[Sequence[int]]) -> Tensor:
+    def result(self, W: Tensor, part: slice) -> Tensor:
         """Return x of some rows: W + s·BA, or m times it over its norm."""
-        V = torch.baddbmm(W, self.read(self.left, rows), self.right)
+        V = torch.baddbmm(W, self.left[:, part], self.right, out=MEMORY.tensor("x", W.shape, W.device))
         if self.m is None:
             return V
-        m = self.m.gather(1, torch.tensor(rows, device=V.device))
-        return V.mul_((m / torch.linalg.vecdot(V, V).sqrt_()).unsqueeze(2))
+        return V.mul_((self.m[:, part] / torch.linalg.vecdot(V, V).sqrt_()).unsqueeze(2))
+
+
+def _magnitudes(pairs: Sequence[SampledRows], reader: Reader, device: torch.device) -> Tensor | None:
+    """Return the magnitudes of the compared rows, (weights, rows), in float64; None for LoRAs."""
+    updates = [pair.item.edits[0].update for pair in pairs]
+    decomposed = [update for update in updates if isinstance(update, Decomposed)]
+    if not decomposed:
+        return None
+    m = read_stack(reader, [update.m for update in decomposed]).flatten(1)
+    m = m.gather(1, torch.tensor([pair.rows for pair in pairs])).to(device).double()
+    offsets = [update.offset for update in decomposed]
+    return m.add_(torch.tensor(offsets, dtype=m.dtype, device=device)[:, None]) if any(offsets) else m
+
+
+class Memory(threading.local):
+    """Memory that a thread uses again for each stack: fresh pages cost more than arithmetic."""
+
+    def __init__(self) -> None:
+        self._tensors: dict[str, Tensor] = {}
+        self._bytes = bytearray()
+
+    def tensor(self, name: str, shape: Sequence[int], device: torch.device) -> Tensor:
+        """Return a float64 tensor with any values, which the next call of this name overwrites."""
+        if device.type != "cpu":
+            return torch.empty(tuple(shape), dtype=torch.float64, device=device)
+        number = math.prod(shape)
+        if name not in self._tensors or self._tensors[name].numel() < number:
+            self._tensors[name] = torch.empty(number, dtype=torch.float64)
+        return self._tensors[name][:number].view(tuple(shape))
+
+    def doubles(self, name: str, values: Tensor, device: torch.device) -> Tensor:
+        """Return values in float64 on a device, which widens them itself."""
+        if device.type != "cpu":
+            return values.to(device).double()
+        return self.tensor(name, values.shape, device).copy_(values)
+
+    def bytes(self, number: int) -> memoryview:
+        """Return so many bytes, which the next call overwrites."""
+        if len(self._bytes) < number:
+            self._bytes = bytearray(number)
+        return memoryview(self._bytes)[:number]
+
+
+MEMORY = Memory()
+
+
+def least_room(off: Tensor, x: Tensor, dtype: str, spare: Tensor) -> Tensor:
+    """Return the least of ½ulp(x) − `off` in each matrix of a stack, in any unit: only its sign counts, and is exact.
+
+    Half a unit in the last place is a power of two: 2⁻ᵖ of the one that is not above |x|. Zeros and subnormal numbers
+    have larger units than that, and are looked at once more if need be. `x` and `spare` are overwritten.
+    """
+    p, least = GRID[dtype]
+    power = x.view(torch.int64).bitwise_and_(EXPONENT).view(torch.float64)
+    if x.device.type == "cpu":
+        room = torch.sub(power, off, alpha=2.0**p, out=spare).amin(dim=(1, 2))
+        if bool((room > 0).all()):
+            return room
+    return power.clamp_(2.0**least, 2.0**1023).mul_(2.0**-p).sub_(off).amin(dim=(1, 2))
 
 
 def read_stack(
-    reader: Reader, device: torch.device, tensors: Sequence[StoredTensor], rows: Sequence[Sequence[int]] | None = None
+    reader: Reader,
+    tensors: Sequence[StoredTensor],
+    rows: Sequence[Sequence[int]] | None = None,
+    small: int = SMALL_BYTES,
 ) -> Tensor:
-    """Read some rows of each of several tensors of one shape, or all: (tensors, rows, columns) in float64."""
-    few = rows is not None and tensors[0].nbytes <= SMALL_BYTES
-    return (_pick(reader, tensors, rows or ()) if few else _read(reader, tensors, rows)).to(device).double()
+    """Read some rows of each of several tensors of one shape, or all: (tensors, rows, columns) in the stored dtype.
 
-
-def _pick(reader: Reader, tensors: Sequence[StoredTensor], rows: Sequence[Sequence[int]]) -> Tensor:
-    """Read small tensors whole, one after the other into the same memory, and keep some rows of each."""
-    first, columns = tensors[0], tensors[0].matrix[1]
-    data, dtype = memoryview(bytearray(first.nbytes)), TORCH[first.dtype]
-    whole = torch.frombuffer(data, dtype=dtype).view(-1, columns)
-    picked = torch.empty(len(tensors), len(rows[0]), columns, dtype=dtype)
-    for tensor, part, chosen in zip(tensors, picked, torch.tensor(rows), strict=True):
-        reader.read(tensor.path, tensor.start, data)
-        torch.index_select(whole, 0, chosen, out=part)
-    return picked
+    The next call overwrites them. Tensors of up to `small` bytes are read whole.
+    """
+    if rows is None or tensors[0].nbytes > small:
+        return _read(reader, tensors, rows)
+    stack, chosen = _read(reader, tensors, None), torch.tensor(rows)
+    return stack[0, chosen[0]].unsqueeze(0) if len(stack) == 1 else stack[torch.arange(len(stack))[:, None], chosen]
 
 
 def _read(reader: Reader, tensors: Sequence[StoredTensor], rows: Sequence[Sequence[int]] | None) -> Tensor:
     """Read some rows of each tensor, in the stored dtype."""
     first, columns = tensors[0], tensors[0].matrix[1]
     each = first.nbytes if rows is None else len(rows[0]) * columns * first.itemsize
-    data, filled = memoryview(bytearray(len(tensors) * each)), 0
+    data, filled = MEMORY.bytes(len(tensors) * each), 0
     chosen = zip(tensors, rows or repeat(None), strict=False)
     for path, group in groupby(chosen, key=lambda pair: pair[0].path):
         runs = _joined([run for tensor, mine in group for run in _runs(tensor, mine)])
