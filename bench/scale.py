@@ -1,7 +1,7 @@
 """Plan merges of the largest models from sparse files, and simulate the merges on clusters.
 
     python bench/scale.py plan FOLDER [--model deepseek-v3] [--targets attention|all]
-    python bench/scale.py simulate [--model deepseek-v3] [--task 32] [--driver 1.0] …
+    python bench/scale.py simulate [--model deepseek-v3] [--task 32] [--driver 1.0] [--shard 0.5] …
 
 `plan` writes headers with the real shapes and no bytes behind them, and runs `merge --dry-run` in a process of its own.
 `simulate` deals tasks to hosts as they have time. All its assumptions are options, which it prints.
@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import argparse
-import heapq
 import json
 import math
 import struct
@@ -20,8 +19,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-RANK, PIECE = 16, 64 << 20
-Shapes = dict[str, tuple[int, ...]]
+from simulation import ASSUMED, Shapes, table
+
+RANK = 16
 
 
 @dataclass(frozen=True)
@@ -162,85 +162,6 @@ def plan(chosen: argparse.Namespace) -> None:
     )
 
 
-@dataclass(frozen=True)
-class Storage:
-    """GB/s of one host and of all hosts together, reading and writing, and seconds until the first byte."""
-
-    host_read: float
-    host_write: float
-    all_read: float
-    all_write: float
-    wait: float
-
-
-STORAGES = {
-    "NFS": Storage(1.1, 1.1, 5.0, 3.0, 0.002),
-    "NVMe": Storage(5.0, 2.5, math.inf, math.inf, 0.0002),
-    "object store": Storage(2.5, 2.5, math.inf, math.inf, 0.05),
-}
-"""One NFS server on 10 GbE clients; a parallel file system over the hosts' own NVMe; S3 through 25 GbE."""
-
-
-def tasks_of(model: Model, slots: int, chosen: argparse.Namespace) -> list[float]:
-    """Return the bytes of each task: tensors in the order of files, grouped as dora_convert/cluster does.
-
-    Tensors that no adapter touches are copied in pieces of 64 MiB.
-    """
-    sizes: list[float] = []
-    for name, shape in model.tensors().items():
-        nbytes, most = 2.0 * math.prod(shape), PIECE if "embed" in name or "head" in name else math.inf
-        sizes += [min(most, nbytes - done) for done in range(0, int(nbytes), int(min(most, nbytes)))]
-    groups, size, left = [], 0.0, sum(sizes)
-    for nbytes in sizes:
-        if size and size + nbytes > max(chosen.task * 2**20, left / (chosen.rounds * slots)):
-            groups.append(size)
-            size, left = 0.0, left - size
-        size += nbytes
-    return [*groups, size]
-
-
-def simulate(model: Model, storage: Storage, hosts: int, chosen: argparse.Namespace) -> dict[str, float]:
-    """Return the seconds of planning and starting, of writing, and the rate that bounds the writing."""
-    workers = hosts * chosen.cores
-    rates = {
-        "read": min(storage.host_read / chosen.cores, storage.all_read / workers),
-        "write": min(storage.host_write / chosen.cores, storage.all_write / workers),
-        "compute": chosen.compute,
-    }
-    slowest = min(rates, key=rates.__getitem__)
-    free = [0.0] * workers
-    driver = end = 0.0
-    for nbytes in tasks_of(model, workers, chosen):
-        driver += chosen.driver / 1000  # the driver submits, takes and enters each task
-        seconds = nbytes / 1e9 / rates[slowest] * (1 - chosen.overlap)
-        seconds += nbytes / 1e9 * sum(1 / rate for rate in rates.values()) * chosen.overlap if chosen.overlap else 0
-        stop = max(heapq.heappop(free), driver) + seconds + storage.wait
-        heapq.heappush(free, stop)
-        end = max(end, stop)
-    serial = chosen.plan + chosen.start + chosen.publish
-    bound = "driver" if driver > 0.95 * end else slowest
-    return {"serial": serial, "writing": end, "bound": bound}  # type: ignore[dict-item]
-
-
-def table(chosen: argparse.Namespace) -> None:
-    """Print times and speed-ups for 1, 8 and 64 hosts."""
-    for name in ("cores", "compute", "task", "rounds", "driver", "plan", "start", "publish", "overlap"):
-        print(f"--{name} {getattr(chosen, name):g}", end="  ")
-    print()
-    model = MODELS[chosen.model]
-    total = 2 * sum(map(math.prod, model.tensors().values()))
-    for name, storage in STORAGES.items():
-        print(f"{name}: {storage}")
-        one = simulate(model, storage, 1, chosen)
-        for hosts in (1, 8, 64):
-            found = simulate(model, storage, hosts, chosen)
-            writing = one["writing"] / found["writing"]
-            whole = (one["writing"] + one["serial"]) / (found["writing"] + found["serial"])
-            hours = (found["writing"] + found["serial"]) / 3600
-            print(f"  {hosts:2} hosts: {hours:6.3f} h, {total / hosts / 1e9:6.1f} GB a host each way", end="")
-            print(f", bound by {found['bound']}; writing {writing:.1f} ×, whole {whole:.1f} ×")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -249,20 +170,10 @@ def main() -> None:
     planning.add_argument("--targets", choices=("attention", "all"), default="attention")
     for each in (planning, simulating):
         each.add_argument("--model", choices=sorted(MODELS), default="deepseek-v3")
-    for name, default, text in (
-        ("cores", 16, "tasks that a host does at once"),
-        ("compute", 0.4, "GB/s that one core merges, checks and hashes, without waiting for the disk"),
-        ("task", 32, "least MiB of one task"),
-        ("rounds", 2.0, "a task takes at most this part of the work left for each slot"),
-        ("driver", 1.0, "milliseconds of the driver for each task"),
-        ("plan", 7, "seconds to plan"),
-        ("start", 8, "seconds until the nodes' processes have torch and the plan"),
-        ("publish", 2, "seconds to write the receipt and to rename"),
-        ("overlap", 0.0, "share of a task in which reading, computing and writing do not overlap"),
-    ):
+    for name, (default, text) in ASSUMED.items():
         simulating.add_argument(f"--{name}", type=type(default), default=default, help=text)
     chosen = parser.parse_args()
-    plan(chosen) if chosen.command == "plan" else table(chosen)
+    plan(chosen) if chosen.command == "plan" else table(MODELS[chosen.model].tensors(), chosen)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ END_SECONDS = 5
 """The time for processes to remove what they have downloaded; what stays is removed by the next run on the node."""
 ANSWER_SECONDS = 120
 """A node that does not start such a process within this time ends the run."""
-GOODBYE_SECONDS = 0.05
+GOODBYE_SECONDS = 0.03
 """The time to tell the cluster that this process ends. Ray's threads then need a quarter of a second to end."""
 
 
@@ -77,7 +77,7 @@ def _connect(address: str, workers: int) -> None:
         where = "on this machine" if address == "auto" or local else f"at {address}"
         raise UsageError(
             f"No Ray cluster answers {where}: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
-            hint="ray start --head starts one; --cluster local needs none",
+            hint="ray start --head starts one; if it asks for tokens, export RAY_AUTH_MODE=token; --cluster local needs none",
         ) from error
 
 

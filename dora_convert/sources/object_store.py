@@ -35,6 +35,8 @@ LOG_IN = {
 }
 """The ways to give each store credentials."""
 
+NOBODY = ("Anonymous caller", "unable to connect to account")
+"""The beginnings of Google's and Azure's words for it."""
 TAGS = ("ETag", "md5Hash", "crc32c", "etag", "created")
 """Facts of an object that change with its bytes, the best first: S3's, two of Google's, Azure's, any other store's."""
 
@@ -162,7 +164,7 @@ def _reason(error: Exception, scheme: str, bucket: str) -> tuple[str, str | None
     name, text = type(error).__name__, (str(error).splitlines() or [""])[0]
     if isinstance(error, FileNotFoundError):
         return f"bucket {bucket} or the folder in it does not exist", "check the spelling, and the account"
-    if "Credential" in name or "credential" in text.lower() or text.startswith("Anonymous caller"):
+    if "Credential" in name or "credential" in text.lower() or text.startswith(NOBODY):
         return f"no credentials were found ({text})", LOG_IN.get(scheme)
     denied = getattr(error, "status_code", 0) in (401, 403) or "Forbidden" in text or "AccessDenied" in text
     if denied or isinstance(error, PermissionError):
