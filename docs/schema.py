@@ -89,7 +89,7 @@ def descendants(kind: type) -> Iterator[Any]:
 
 
 def define(kind: type, definitions: dict[str, Any]) -> dict[str, str]:
-    """Add the schema of a dataclass to the definitions; return a reference to the schema."""
+    """Add the schema of a dataclass, or of a Struct of msgspec, to the definitions; return a reference to the schema."""
     name = kind.__name__
     if name not in definitions:
         definitions[name] = {}  # a class that holds itself ends here
@@ -98,12 +98,11 @@ def define(kind: type, definitions: dict[str, Any]) -> dict[str, str]:
         properties = {}
         if kind in COMMANDS:
             properties = {"schema": {"const": base.SCHEMA}, "version": {"type": "string"}}
-        for field in fields(kind):
-            if field.name == "details" and kind in SPREAD:
+        names = [field.name for field in fields(kind)] if is_dataclass(kind) else kind.__struct_fields__
+        for field in names:
+            if field == "details" and kind in SPREAD:
                 continue
-            properties[field.name] = described(kind, field.name, hints[field.name], definitions) | comments.get(
-                field.name, {}
-            )
+            properties[field] = described(kind, field, hints[field], definitions) | comments.get(field, {})
         definitions[name] = {
             "description": " ".join(str(inspect.getdoc(kind)).split()),
             "type": "object",
