@@ -77,7 +77,7 @@ def _connect(address: str, workers: int) -> None:
         where = "on this machine" if address == "auto" or local else f"at {address}"
         raise UsageError(
             f"No Ray cluster answers {where}: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
-            hint="ray start --head starts one; if it asks for tokens, export RAY_AUTH_MODE=token; --cluster local needs none",
+            hint="ray start --head starts one; RAY_AUTH_MODE=token if it has tokens; --cluster local needs none",
         ) from error
 
 
