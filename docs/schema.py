@@ -89,7 +89,7 @@ def descendants(kind: type) -> Iterator[Any]:
 
 
 def define(kind: type, definitions: dict[str, Any]) -> dict[str, str]:
-    """Add the schema of a dataclass, or of a Struct of msgspec, to the definitions; return a reference to the schema."""
+    """Add the schema of a dataclass or a Struct to the definitions; return a reference to the schema."""
     name = kind.__name__
     if name not in definitions:
         definitions[name] = {}  # a class that holds itself ends here
