@@ -168,7 +168,7 @@ def test_float32_rounds_as_float64(case, tmp_path, monkeypatch, method):
     monkeypatch.setattr("dora_convert.engine.thresholds.COLLECTED", 300)
     monkeypatch.setattr("dora_convert.engine.quick_combine.MOST_DOUBTFUL", 1.0)
     _, base, adapters, _ = case
-    options = {**ORACLES[method][1], "method": method.split()[0], "weight": (0.1, -0.2, 1.3), "dtype": "bfloat16"}
+    options = {**ORACLES[method][1], "method": method.split()[0], "weight": WEIGHTS, "dtype": "bfloat16"}
     rounded, blocks, written = QuickCombiner.rounded, [], []
     for slack, quick in ((8, True), (1 << 20, True), (8, False)):
         monkeypatch.setattr("dora_convert.engine.quick_combine.SLACK", slack)

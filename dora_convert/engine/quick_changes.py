@@ -5,7 +5,7 @@ A change is g·W + s·f·BA with f = m/‖V‖ and g = f − 1, which float32 ho
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,8 +17,6 @@ from ..plan.item import Item
 from .device_buffers import DeviceBuffers
 from .factors import LoadedEdit
 
-HELD_ELEMENTS = 1 << 16
-"""Elements of a factor that are prepared for several blocks."""
 SLACK = 8
 """Roundings beside those of the rank's products."""
 
@@ -34,19 +32,6 @@ def holds_base(item: Item) -> bool:
     """Return True if the stored numbers of the base are what edits start from, and are numbers of float32."""
     plain = not (item.source.coded or item.rows or item.start)
     return plain and item.source.dtype in ("BF16", "F16", "F32")
-
-
-def held_spans(item: Item) -> Iterator[tuple[tuple[int, int], list[tuple[int, int]]]]:
-    """Yield rows whose factors are held together in float32, and the blocks that they lie in."""
-    most = max(1, HELD_ELEMENTS // max(1, *(edit.low.rank for edit in item.edits if edit.low)))
-    found: list[tuple[int, int]] = []
-    for span in item.spans():
-        if found and (item.experts > 1 or span[1] - found[0][0] > most):
-            yield (found[0][0], found[-1][1]), found
-            found = []
-        found.append(span)
-    if found:
-        yield (found[0][0], found[-1][1]), found
 
 
 class ChangePart(NamedTuple):
@@ -66,10 +51,20 @@ class ChangePart(NamedTuple):
         product = self.left @ self.right
         return product if self.f is None else product.add_(W).mul_(self.f).sub_(W)
 
+    def elements(self, W: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """Return the change of single elements in float64."""
+        left, right = self.left.index_select(0, rows), self.right.index_select(1, columns)
+        product = left.mul_(right.T).sum(1)
+        if self.f is None:
+            return product
+        f = self.f.expand(len(self.left), self.right.shape[1])[rows, columns]
+        return product.add_(W).mul_(f).sub_(W)
+
 
 class SinglePart(NamedTuple):
     """An edit's change of a block in float32: g·W + left·right, and how large it may be."""
 
+    exact: ChangePart
     g: Tensor | None
     left: Tensor
     right: Tensor
@@ -103,12 +98,9 @@ class QuickChange:
         self.product = 0.0
         """The largest sum of the magnitudes of a product's terms may be so large."""
         self._right: _Right | None = None
-        self._turned: tuple[Tensor, Tensor] | None = None
         self.divides_rows = operand.m is not None and not operand.edit.two_passes
         self.norms = torch.empty(len(operand.m) if operand.m is not None else 0, dtype=torch.float64)
         """Of all rows, if the edit divides by these."""
-        self.weights = 0.0
-        """No weight of the base is larger; zero if the change does not depend on them."""
         self.cut = self.middle = 0.0
         """A number that parts the k largest magnitudes from the others, in float64 and in float32."""
         self.near: tuple[int, ...] = ()
@@ -139,7 +131,7 @@ class QuickChange:
         self.product = max(self.product, float(product.max()))
         g = None if part.f is None else part.f - 1
         largest, g = (0.0, None) if g is None else (float(g.abs().max()), g.float())
-        return SinglePart(g, left.float(), right.single, largest, product)
+        return SinglePart(part, g, left.float(), right.single, largest=largest, product=product)
 
     @property
     def errors(self) -> tuple[float, float]:
@@ -166,23 +158,8 @@ class QuickChange:
         rows, cols = places // columns, places % columns
         edges = torch.searchsorted(rows, torch.tensor([start for start, _ in spans])).tolist()
         found = torch.empty_like(W)
-        for span, first, last in zip(spans, edges, [*edges[1:], len(rows)], strict=True):
+        for (start, stop), first, last in zip(spans, edges, [*edges[1:], len(rows)], strict=True):
             if first < last:
                 few = slice(first, last)
-                found[few] = self.elements(W[few], span, rows[few] - span[0], cols[few])
+                found[few] = self.part(start, stop).elements(W[few], rows[few] - start, cols[few])
         return found
-
-    def elements(self, W: Tensor, span: tuple[int, int], rows: Tensor, columns: Tensor) -> Tensor:
-        """Return the change of single elements of a block in float64; rows count from the block's first one."""
-        part = self.part(*span)
-        product = part.left.index_select(0, rows).mul_(self._turned_right(part).index_select(0, columns)).sum(1)
-        if part.f is None:
-            return product
-        f = part.f.expand(len(part.left), part.right.shape[1])[rows, columns]
-        return product.add_(W).mul_(f).sub_(W)
-
-    def _turned_right(self, part: ChangePart) -> Tensor:
-        """Return the right factor with a row for each column: what an element needs lies together."""
-        if not self._turned or self._turned[0].data_ptr() != part.right.data_ptr():
-            self._turned = (part.right, part.right.T.contiguous())
-        return self._turned[1]

@@ -21,7 +21,7 @@ from ..option_table import STRIP
 from ..plan.item import Item
 from .changes import hold_factors
 from .device_buffers import DeviceBuffers
-from .quick_changes import SLACK, QuickChange, SinglePart, held_spans, holds_base
+from .quick_changes import SLACK, QuickChange, SinglePart, holds_base
 
 UNDERFLOW = 2.0**-110
 """More than all steps for one element lose below float32's normal numbers."""
@@ -29,8 +29,6 @@ LEAST_CUT = 2.0**-80
 """Float32 has no relative precision for much smaller changes."""
 MOST_CHANGES = 255
 """So many are counted in a byte."""
-MOST_SCALED = 1 / 4
-"""Of larger factors |w·g| nothing is known here."""
 MOST_DOUBTFUL = 1 / 32
 """If more elements of a block are in doubt, float64 is as quick."""
 
@@ -58,70 +56,64 @@ class QuickCombiner:
         self._rule = in_single.CombineRule(weights, how.majority_sign if how.elects else "")
         self.helps = True
         """False once too many elements of a block were in doubt."""
-        self._held = {span: rows for rows, spans in held_spans(item) for span in spans}
-        self._rows = (0, 0)
-        self._parts: list[SinglePart] = []
-        self._errors: in_single.Errors | None = None
-        """The rows whose changes are prepared, these changes, and bounds of their errors; None if there are none."""
 
     def rounded(self, raw: Tensor, start: int, stop: int) -> Tensor | None:
         """Return a block's result, rounded; None if it must be computed otherwise. `raw` are the base's rows."""
-        self._hold(start, stop)
-        if not self.helps or not self._errors:
+        if not self.helps:
+            return None
+        hold_factors([each.operand for each in self._changes], start, stop)
+        parts = [each.single(start, stop) for each in self._changes]
+        if (errors := self._errors(parts, raw)) is None:
             return None
         out, columns = self._scratch("rounded", raw.shape, torch.bfloat16), raw.shape[1]
         marks = self._scratch("marks", raw.shape, torch.uint8)
         for first, last in self._strips(stop - start):
             rows = slice(first, last)
-            marks[rows] = self._strip(raw[rows], start + first - self._rows[0], self._errors, out[rows])
+            few = errors._replace(added=errors.added[rows])
+            marks[rows] = self._strip(raw[rows], parts, first, few, out[rows])
         marks.view(-1)[self._near(start * columns, stop * columns)] = 1
         places = in_single.marked(marks.view(-1))
         self.helps = len(places) <= MOST_DOUBTFUL * raw.numel()
-        out.view(-1)[places] = self._exact(places, raw, (start, stop))
+        out.view(-1)[places] = self._exact(parts, places, raw)
         for each in self._changes:
             if each.divides_rows:
                 each.operand.n.append(each.norms[start:stop])
         return out
-
-    def _hold(self, start: int, stop: int) -> None:
-        """Prepare the changes of the rows that a block lies in."""
-        hold_factors([each.operand for each in self._changes], start, stop)
-        if self._rows != (rows := self._held[start, stop]):
-            self._rows, self._parts = rows, [each.single(*rows) for each in self._changes]
-            self._errors = self._bounds(self._parts)
 
     def _strips(self, height: int) -> Iterator[tuple[int, int]]:
         """Yield rows of a block that are combined together."""
         step = max(1, STRIP // self._item.matrix[1])
         return ((first, min(first + step, height)) for first in range(0, height, step))
 
-    def _strip(self, raw: Tensor, first: int, errors: in_single.Errors, out: Tensor) -> Tensor:
-        """Combine some rows, from row `first` of the prepared ones on; return marks of the doubtful elements."""
+    def _strip(
+        self, raw: Tensor, parts: Sequence[SinglePart], first: int, errors: in_single.Errors, out: Tensor
+    ) -> Tensor:
+        """Combine some rows, from row `first` of the block on; return marks of the doubtful elements."""
         W = self._scratch("single", raw.shape, torch.float32).copy_(raw)
-        deltas = self._scratch("deltas", (len(self._parts), *raw.shape), torch.float32)
-        for part, change, delta in zip(self._parts, self._changes, deltas, strict=True):
-            torch.hardshrink(part.change(W, delta, first), change.middle, out=delta)
-        few = errors._replace(added=errors.added[first : first + len(raw)])
-        return in_single.combine(self._rule, W, deltas, few, out=out, scratch=self._scratch)
+        deltas = self._scratch("deltas", (len(parts), *raw.shape), torch.float32)
+        for part, change, delta in zip(parts, self._changes, deltas, strict=True):
+            torch.ops.aten.hardshrink(part.change(W, delta, first), change.middle, out=delta)
+        return in_single.combine(self._rule, W, deltas, errors, out=out, scratch=self._scratch)
 
-    def _bounds(self, parts: Sequence[SinglePart]) -> in_single.Errors | None:
-        """Return bounds of the errors in the prepared rows; None if there are none.
+    def _errors(self, parts: Sequence[SinglePart], raw: Tensor) -> in_single.Errors | None:
+        """Return bounds of the errors in a block; None if there are none.
 
         A change is off by a share τ of |g·W| and the product's terms together, as in QuickChange.errors. A mean is off
-        by no more than the worst of its terms, a sum by no more than all of them. Adding rounds some times more. With
-        G·|W| + P, a bound of what is added to W, the result x has G·|W| + P ≤ (G·|x| + P)/(1 − G).
+        by no more than the worst of its terms, a sum by no more than all of them. Adding rounds some times more.
         """
         shares = [each.errors[0] + (len(parts) + SLACK) * SINGLE for each in self._changes]
         weights = [abs(weight) for weight in self._rule.weights]
         g = [weight * part.largest for weight, part in zip(weights, parts, strict=True)]
         products = torch.stack([weight * part.product for weight, part in zip(weights, parts, strict=True)])
         G, P = (max(g), products.amax(0)) if self._rule.majority else (sum(g), products.sum(0))
-        worst, largest = 1.01 * max(shares) / (1 - min(G, MOST_SCALED)), self._changes[0].weights
+        worst, largest = 1.01 * max(shares), float(raw.abs().amax())
         vote = sum(part.largest * largest + float(part.product.max()) for part in parts)
-        if not (G <= MOST_SCALED and lora.all_finite(P) and math.isfinite(vote)):
+        if not (lora.all_finite(P) and math.isfinite(vote) and math.isfinite(G)):
             return None
-        added = (worst * P).add_(UNDERFLOW).float()
-        return in_single.Errors(worst * G + 6 * SINGLE, added, worst * vote + UNDERFLOW)
+        share, added = 6 * SINGLE, P + G * largest
+        if G < 1 / 4:  # with the result x, |W| ≤ |x| + G·|W| + P, so G·|W| + P ≤ (G·|x| + P)/(1 − G)
+            share, added = share + worst * G / (1 - G), P / (1 - G)
+        return in_single.Errors(share, (worst * added).add_(UNDERFLOW).float(), worst * vote + UNDERFLOW)
 
     def _near(self, first: int, last: int) -> Tensor:
         """Return the places in a block of elements that are near to a threshold."""
@@ -130,11 +122,11 @@ class QuickCombiner:
             found.update(each.near[bisect_left(each.near, first) : bisect_left(each.near, last)])
         return torch.tensor([place - first for place in found], dtype=torch.int64)
 
-    def _exact(self, places: Tensor, raw: Tensor, span: tuple[int, int]) -> Tensor:
+    def _exact(self, parts: Sequence[SinglePart], places: Tensor, raw: Tensor) -> Tensor:
         """Return the rounded result of single elements, by the definition in float64."""
         rows, columns = places // raw.shape[1], places % raw.shape[1]
         W, majority = raw.view(-1)[places].double(), self._rule.majority
-        deltas = torch.stack([each.elements(W, span, rows, columns) for each in self._changes])
+        deltas = torch.stack([part.exact.elements(W, rows, columns) for part in parts])
         for delta, change in zip(deltas, self._changes, strict=True):
             exactly.prune_(delta, change.cut)
         if majority:

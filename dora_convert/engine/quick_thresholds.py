@@ -22,7 +22,7 @@ from ..plan.item import Item
 from .changes import GOLDEN, hold_factors, refuse_infinite
 from .device_buffers import DeviceBuffers
 from .factors import LoadedEdit
-from .quick_changes import QuickChange, held_spans, holds_base
+from .quick_changes import QuickChange, holds_base
 from .tensor import SourceValues
 
 DOUBLE = 2.0**-53
@@ -81,15 +81,14 @@ class QuickThresholds:
 
     def _count(self, searches: Sequence[QuickChange]) -> None:
         """Count the changes above each interval, and hold those inside."""
-        for (first, last), spans in held_spans(self._item) if searches else ():
-            parts = [each.single(first, last) for each in searches]
-            for span in spans:
-                W, single = self._base(searches, *span)
-                change, chosen = (self._scratch(name, W.shape) for name in ("single", "chosen"))
-                marks = self._buffers.scratch("marks", W.shape, torch.bool)
-                for each, part in zip(searches, parts, strict=True):
-                    part.change(single, change, span[0] - first)
-                    each.bracket.add(change, chosen, marks, W, span[0] * W.shape[1])
+        for span in self._spans if searches else ():
+            hold_factors([each.operand for each in searches], *span)
+            W, single = self._base(searches, *span)
+            change, chosen = (self._scratch(name, W.shape) for name in ("single", "chosen"))
+            marks = self._buffers.scratch("marks", W.shape, torch.bool)
+            for each in searches:
+                each.single(*span).change(single, change)
+                each.bracket.add(change, chosen, marks, W, span[0] * W.shape[1])
 
     def _base(self, searches: Sequence[QuickChange], start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Return a block of W exactly, and in float32: the same if float32 holds it; zeros if no change needs W."""
@@ -97,19 +96,9 @@ class QuickThresholds:
         if not any(each.operand.edit.depends for each in searches):
             return single.zero_(), single
         if holds_base(self._item):
-            raw = self._buffers.raw(self._item.source, start, stop)
-            largest = self._largest(raw)
-            for each in searches:
-                each.weights = max(each.weights, largest)
-            return single.copy_(raw), single
+            return single.copy_(self._buffers.raw(self._item.source, start, stop)), single
         W = self._block(searches, start, stop)
         return W, single.copy_(W)
-
-    def _largest(self, raw: Tensor) -> float:
-        """Return the largest magnitude of stored numbers: as integers without a sign, they are in the same order."""
-        kind = lora.INTEGERS[raw.element_size()]
-        sizes = self._buffers.scratch("chosen", raw.shape, kind)
-        return float(torch.bitwise_and(raw.view(kind), torch.iinfo(kind).max, out=sizes).amax().view(raw.dtype))
 
     def _block(self, searches: Sequence[QuickChange], start: int, stop: int) -> Tensor:
         """Return a block of W; of any values if no change needs W."""
@@ -145,9 +134,9 @@ class _Gram:
 
     def norms(self, W: Tensor, span: tuple[int, int]) -> list[Tensor]:
         """Return the norms of a block's rows for each edit."""
-        squares = lora.norms(W, axis=1).square_()
         factors = [each.factors(*span) for each in self._searches]
         self._keep([right for _, right in factors])
+        squares = lora.norms(W, axis=1).square_()
         mixed = torch.split(W @ self._stacked.T, [len(right) for right in self._rights], dim=1)
         found = []
         for each, (rows, _), own, gram in zip(self._searches, factors, mixed, self._squares, strict=True):

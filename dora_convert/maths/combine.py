@@ -26,7 +26,8 @@ def prune_(delta: Tensor, least: float) -> Tensor:
     """Set elements whose magnitude is below `least` to zero (21)."""
     if least <= 0:
         return delta
-    return torch.hardshrink(delta, math.nextafter(least, 0.0), out=delta)
+    pruned: Tensor = torch.ops.aten.hardshrink(delta, math.nextafter(least, 0.0), out=delta)
+    return pruned
 
 
 def drop_equal_(

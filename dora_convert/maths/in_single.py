@@ -56,7 +56,8 @@ def combine(
         return _round(_add_up(kept, rule.weights, scratch("vote", W.shape, W.dtype)).add_(W), errors, out, scratch)
     vote, sign, total = (scratch(name, W.shape, W.dtype) for name in ("vote", "sign", "total"))
     _elect(kept, rule.majority, vote, sign)
-    kept.mul_(sign).clamp_(min=0.0)
+    for change in kept:
+        change.mul_(sign).clamp_(min=0.0)
     agrees = scratch("agrees", kept.shape, torch.bool).copy_(kept).view(torch.uint8)
     count = torch.sum(agrees, 0, dtype=torch.uint8, out=scratch("count", W.shape, torch.uint8))
     _add_up(kept, rule.weights, total).mul_(sign)
