@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import dora_convert
 from dora_convert.engine.precision import TORCH, nearest
@@ -28,7 +29,7 @@ BITS = {"BF16": torch.int16, "F16": torch.int16, "F32": torch.int32}
 
 def confirmed(got, x, dtype) -> bool:
     got, x = (torch.tensor([[value]], dtype=torch.float64) for value in (got, x))
-    return are_nearest(got, x, dtype, torch.empty_like(x))
+    return are_nearest(got, x, got.to(TORCH[dtype]), torch.empty_like(x))
 
 
 @pytest.mark.parametrize("dtype", list(BITS))
@@ -46,8 +47,15 @@ def test_only_the_nearest_value_is_confirmed(dtype):
             right = nearest(torch.tensor([x], dtype=torch.float64), dtype).item()
             for got in values:
                 assert confirmed(got, x, dtype) == (got == right), (got, x)
-    tie = 1.0 + finfo.eps / 2
-    assert not any(confirmed(got, tie, dtype) for got in (1.0, 1.0 + finfo.eps))
+    for lower, unit in (
+        (1.0, finfo.eps),
+        (1.0 + finfo.eps, finfo.eps),
+        (0.0, least := finfo.tiny * finfo.eps),
+        (least, least),
+    ):
+        tie, values = lower + unit / 2, (lower, lower + unit)
+        even = nearest(torch.tensor([tie], dtype=torch.float64), dtype).item()
+        assert [confirmed(got, tie, dtype) for got in values] == [got == even for got in values]
 
 
 def test_what_is_no_number_is_not_confirmed():
@@ -55,10 +63,12 @@ def test_what_is_no_number_is_not_confirmed():
         assert confirmed(got, x, "BF16") == (got == x == 1.0)
 
 
-def opened(tmp_path, dtype=torch.bfloat16, *, dora=True):
+def opened(tmp_path, dtype=torch.bfloat16, *, dora=True, factors=torch.float32):
     """Return pairs of changed weights and their written tensors."""
     base = make_base(tmp_path / "base", dtype)
     adapter = make_adapter(tmp_path / "adapter", base, dora=dora)
+    file = adapter / "adapter_model.safetensors"
+    save_file({name: tensor.to(factors) for name, tensor in load_file(file).items()}, file)
     out = tmp_path / "out"
     dora_convert.merge(base.path, adapter, out)
     checkpoint, adapters = open_inputs(str(base.path), [str(adapter)], Session(), out=str(out))
@@ -85,8 +95,9 @@ def assert_alike(one, other):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("dora", [True, False])
-def test_both_ways_report_the_same(tmp_path, monkeypatch, dtype, dora):
-    pairs = opened(tmp_path, dtype, dora=dora)
+@pytest.mark.parametrize("factors", [torch.bfloat16, torch.float32, torch.float64])
+def test_both_ways_report_the_same(tmp_path, monkeypatch, dtype, dora, factors):
+    pairs = opened(tmp_path, dtype, dora=dora, factors=factors)
     confirms, answers = Confirmation.confirms, []
     monkeypatch.setattr(
         Confirmation, "confirms", lambda self, rows: answers.append(confirms(self, rows)) or answers[-1]

@@ -106,7 +106,7 @@ class QuickCombiner:
         g = [weight * part.largest for weight, part in zip(weights, parts, strict=True)]
         products = torch.stack([weight * part.product for weight, part in zip(weights, parts, strict=True)])
         G, P = (max(g), products.amax(0)) if self._rule.majority else (sum(g), products.sum(0))
-        worst, largest = 1.01 * max(shares), float(raw.abs().amax())
+        worst, largest = 1.01 * max(shares), max(abs(float(end)) for end in torch.aminmax(raw))
         vote = sum(part.largest * largest + float(part.product.max()) for part in parts)
         if not (lora.all_finite(P) and math.isfinite(vote) and math.isfinite(G)):
             return None

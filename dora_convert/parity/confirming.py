@@ -30,10 +30,10 @@ class Confirmation:
         assert low
         self._base, self._left, self._written, self._reader = item.source, low.B, written, reader
         self._blocks, self._raw = torch.empty(3, 0, columns, dtype=torch.float64), bytearray()
-        self._right = self._rows(low.A, range(low.rank)).double().mul_(low.scale)  # (r, in), s·A
+        self._right = self._doubles(low.A, range(low.rank)).mul_(low.scale)  # (r, in), s·A
         self._m: Tensor | None = None
         if isinstance(update, Decomposed):
-            self._m = self._rows(update.m, range(update.m.matrix[0])).double().flatten().add_(update.offset)
+            self._m = self._doubles(update.m, range(update.m.matrix[0])).flatten().add_(update.offset)
         self._x = x[:columns].T.contiguous()  # (samples, in)
         self._inner = self._x @ self._right.T  # (samples, r), s·Ax
         self.outputs = torch.zeros(2, len(self._x), rows, dtype=torch.float64)
@@ -48,9 +48,10 @@ class Confirmation:
             self._blocks = self._blocks.new_empty(3, len(rows), self._blocks.shape[2])
         W, got, spare = self._blocks[:, : len(rows)]
         x, y = self._result(W.copy_(self._rows(self._base, rows)), rows)
-        got.copy_(self._rows(self._written, rows))
+        written = self._rows(self._written, rows)
+        got.copy_(written)
         outputs = torch.stack([self._x @ got.T, y])
-        right = are_nearest(got, x, self._written.dtype, spare)
+        right = are_nearest(got, x, written, spare)
         if right:
             self.outputs[:, :, rows.start : rows.stop] = outputs
         self._patience = PATIENCE if right else self._patience - 1
@@ -58,13 +59,17 @@ class Confirmation:
 
     def _result(self, W: Tensor, rows: range) -> tuple[Tensor, Tensor]:
         """Return W + s·BA of some rows, or m times it over its norm, in W's place; and its outputs, without BA."""
-        left = self._rows(self._left, rows).double()
+        left = self._doubles(self._left, rows)
         y = torch.addmm(self._x @ W.T, self._inner, left.T)
         V = W.addmm_(left, self._right)
         if self._m is None:
             return V, y
         f = self._m[rows.start : rows.stop] / torch.linalg.vecdot(V, V).sqrt_()
         return V.mul_(f.unsqueeze(1)), y.mul_(f)
+
+    def _doubles(self, tensor: StoredTensor, rows: range) -> Tensor:
+        """Read neighbouring rows, in float64 and in memory of their own."""
+        return self._rows(tensor, rows).to(torch.float64, copy=True)
 
     def _rows(self, tensor: StoredTensor, rows: range) -> Tensor:
         """Read neighbouring rows, in the stored dtype, into memory that the next call overwrites."""
@@ -77,7 +82,10 @@ class Confirmation:
         )
 
 
-def are_nearest(got: Tensor, x: Tensor, dtype: str, spare: Tensor) -> bool:
-    """Return True if ½ulp(x) − |got − x| is positive everywhere: not for NaN, nor for ties. Overwrites all three."""
-    off, x = got.sub_(x).abs_().unsqueeze(0), x.unsqueeze(0)
-    return least_room(off, x, dtype, spare.unsqueeze(0)).item() > 0 or least_room(off, x, dtype).item() > 0
+def are_nearest(got: Tensor, x: Tensor, written: Tensor, spare: Tensor) -> bool:
+    """Return True if every number is the value nearest to x, ties to even; NaN is not. Overwrites all but `written`.
+
+    `got` are the written numbers in float64.
+    """
+    off, x, written = got.sub_(x).abs_().unsqueeze(0), x.unsqueeze(0), written.unsqueeze(0)
+    return least_room(off, x, written, spare.unsqueeze(0)).item() > 0 or least_room(off, x, written).item() > 0

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..adapters import Decomposed, LowRank
-from ..engine.precision import GRID, TORCH
+from ..engine.precision import EXPONENT, GRID, TORCH, half_ulp
 from ..output.finished import Verdict
 from ..plan.alike import kind_of
 from ..plan.item import Item
@@ -34,7 +34,6 @@ SMALL_BYTES = 1 << 19
 
 HELD_BYTES = 1 << 19
 """Left factors up to this size are read whole: each row would be a call of the system."""
-EXPONENT = 0x7FF << 52  # of a float64
 
 
 class SampledRows(NamedTuple):
@@ -107,17 +106,18 @@ class Stack:
     def _facts(self, pairs: Sequence[SampledRows], factors: StackedFactors, part: slice, *, quick: bool) -> Tensor:
         """Return three facts on each weight: ‖x − W‖, ‖got − x‖, and the room for its worst element.
 
-        If the last is positive, every element is the value nearest to x. NaN is not positive, nor is a tie.
+        If the last is positive, every element is the value nearest to x, ties to even. NaN is not positive.
         """
         rows = [pair.rows[part] for pair in pairs]
         raw = read_stack(self.reader, [pair.item.source for pair in pairs], rows)
         both = MEMORY.tensor("both", (2, *raw.shape), self.device)
         both[0] = raw
         x = factors.result(both[0], part)
-        both[1] = read_stack(self.reader, [pair.written for pair in pairs], rows)
+        written = read_stack(self.reader, [pair.written for pair in pairs], rows)
+        both[1] = written
         norms = torch.linalg.vector_norm(both.sub_(x), dim=(2, 3))
         spare, off = both
-        room = least_room(off.abs_(), x, pairs[0].item.dtype, spare if quick else None)
+        room = least_room(off.abs_(), x, written, spare if quick else None)
         return torch.cat([norms, room.unsqueeze(0)])
 
 
@@ -135,7 +135,7 @@ class StackedFactors(NamedTuple):
         scales = [pair.low.scale for pair in pairs]
         right *= scales[0] if len(set(scales)) == 1 else torch.tensor(scales).double().to(device)[:, None, None]
         B, rows = [pair.low.B for pair in pairs], [pair.rows for pair in pairs]
-        left = read_stack(reader, B, rows, HELD_BYTES).to(device).double()
+        left = read_stack(reader, B, rows, HELD_BYTES).to(device).to(torch.float64, copy=True)
         return cls(left, right, _magnitudes(pairs, reader, device))
 
     def result(self, W: Tensor, part: slice) -> Tensor:
@@ -188,19 +188,30 @@ class Memory(threading.local):
 
 
 MEMORY = Memory()
+NAMES = {kind: name for name, kind in TORCH.items()}
 
 
-def least_room(off: Tensor, x: Tensor, dtype: str, spare: Tensor | None = None) -> Tensor:
-    """Return the least of ½ulp(x) − `off` in each matrix of a stack, in any unit: only its sign counts, and is exact.
+def least_room(off: Tensor, x: Tensor, written: Tensor, spare: Tensor | None = None) -> Tensor:
+    """Return the least ½ulp(x) − `off` in each matrix of a stack, in any unit: its sign alone counts, and is exact.
 
-    Half a unit in the last place is a power of two: 2⁻ᵖ of the one that is not above |x|, which takes x's place. Zeros
-    and subnormal numbers have larger units than that; with `spare`, which is overwritten, this is left out.
+    A tie has room if `written`, the numbers as they are stored, has the even neighbour.
+
+    Half a unit in the last place is a power of two: 2⁻ᵖ of the one that is not above |x|, which takes x's place.
+    Subnormal numbers have larger units than that; with `spare`, which is overwritten, this is left out.
     """
-    p, least = GRID[dtype]
-    power = x.view(torch.int64).bitwise_and_(EXPONENT).view(torch.float64)
-    if spare is not None:
-        return torch.sub(power, off, alpha=2.0**p, out=spare).amin(dim=(1, 2))
-    return power.clamp_(2.0**least, 2.0**1023).mul_(2.0**-p).sub_(off).amin(dim=(1, 2))
+    dtype = NAMES[written.dtype]
+    if spare is None:
+        room = half_ulp(x, dtype).sub_(off)
+    else:
+        power = x.view(torch.int64).bitwise_and_(EXPONENT).view(torch.float64)
+        room = torch.sub(power, off, alpha=2.0 ** GRID[dtype][0], out=spare)
+    least = room.amin(dim=(1, 2))
+    if not (least == 0).any():
+        return least
+    ties = room.eq(0).nonzero(as_tuple=True)
+    bits = written.view(torch.int16 if written.element_size() == 2 else torch.int32)
+    room[ties] = bits[tuple(index.cpu() for index in ties)].bitwise_and(1).eq(0).to(room)
+    return room.amin(dim=(1, 2))
 
 
 def read_stack(
