@@ -168,6 +168,7 @@ cluster: $(VENV)-cluster/ready
 	AZURITE=$(VENV)-cluster/node_modules/.bin/azurite-blob $(VENV)-cluster/bin/python -m pytest -q tests/test_object_stores.py
 	AZURITE=$(VENV)-cluster/node_modules/.bin/azurite-blob $(VENV)-cluster/bin/python -m tests.oracles.stores
 	AZURITE=$(VENV)-cluster/node_modules/.bin/azurite-blob $(VENV)-cluster/bin/python -m tests.oracles.cluster_stores s3 gs az
+	$(VENV)-cluster/bin/python -m tests.oracles.cluster_hub
 
 bench: $(VENV)/ready
 	$(BIN)/python bench/merge.py
