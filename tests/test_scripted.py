@@ -1,0 +1,64 @@
+"""Functions that TorchScript compiles: the same bytes as Python, no warning, and a way out."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+
+import torch
+from torch import Tensor
+
+from dora_convert.scripted import Scripted
+
+
+@Scripted
+def twice(x: Tensor, out: list[Tensor], m: Tensor | None) -> bool:
+    """Add, as TorchScript knows it."""
+    for each in out:
+        torch.add(x, x, out=each)
+        if m is not None:
+            each.mul_(m)
+    return bool((x > 0).any())
+
+
+def test_compiled_and_plain_do_the_same():
+    """The attribute `plain` is the function as Python has it."""
+    x = torch.randn(3, 5)
+    for m in (None, torch.rand(3, 1)):
+        one, other = torch.empty_like(x), torch.empty_like(x)
+        assert twice(x, [one], m) == twice.plain(x, out=[other], m=m)
+        assert torch.equal(one, other)
+    assert twice.compiles
+
+
+def test_no_warning_is_seen_and_filters_stay():
+    """torch warns that TorchScript is deprecated, which is no news for a user."""
+
+    def next_one(x: Tensor) -> Tensor:
+        return x + 1
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        before = list(warnings.filters)
+        assert Scripted(next_one)(torch.ones(1)).item() == 2
+        assert warnings.filters == before
+
+
+def test_what_does_not_compile_runs_as_python():
+    """A generator is no TorchScript; a function without source cannot be compiled either."""
+
+    def odd(x: Tensor) -> Tensor:
+        return sum(each for each in x)
+
+    scope = {}
+    exec("def bare(x): return x + 1", scope)
+    assert Scripted(odd)(torch.ones(3)).item() == 3
+    assert Scripted(scope["bare"])(torch.ones(1)).item() == 2
+    assert not Scripted(odd).compiles
+
+
+def test_torch_is_imported_by_the_first_call_alone():
+    """Rooms that torch is not imported for may define such functions."""
+    code = "import sys, dora_convert.scripted; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
