@@ -204,7 +204,7 @@ def to_odd_bits(
     odd = bits & low
     odd += low  # carries into the last bit that stays
     odd |= bits
-    odd &= ~low
+    odd &= -1 - low
     return odd
 
 

@@ -14,7 +14,7 @@ from .safetensors import unreadable
 
 Place = tuple[int, memoryview]
 """An offset in a file, and the buffer for as many bytes from there."""
-NEAR_BYTES = 1 << 16
+NEAR_BYTES = 1 << 13
 """So many bytes between two places are read along, and forgotten."""
 MOST_BUFFERS = 1000
 """Linux takes 1,024 buffers in a call."""
