@@ -168,6 +168,8 @@ cluster: $(VENV)-cluster/ready
 	AZURITE=$(VENV)-cluster/node_modules/.bin/azurite-blob $(VENV)-cluster/bin/python -m pytest -q tests/test_object_stores.py
 	AZURITE=$(VENV)-cluster/node_modules/.bin/azurite-blob $(VENV)-cluster/bin/python -m tests.oracles.stores
 	AZURITE=$(VENV)-cluster/node_modules/.bin/azurite-blob $(VENV)-cluster/bin/python -m tests.oracles.cluster_stores s3 gs az
+	$(VENV)-cluster/bin/python -m tests.oracles.cluster_hub
+	$(VENV)-cluster/bin/python -m tests.oracles.cluster_addresses
 
 bench: $(VENV)/ready
 	$(BIN)/python bench/merge.py

@@ -243,6 +243,26 @@ def test_interrupted_while_importing(tmp_path):
     assert done.returncode == 130
 
 
+@pytest.mark.parametrize("words", [[], ["--json"]])
+def test_interrupted_at_the_start(words):
+    """Ctrl-C before the command line is imported gives no traceback either."""
+    code = (
+        "import sys\n"
+        "from dora_convert import __main__\n"
+        "class Stopping:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'dora_convert.cli':\n"
+        "            sys.meta_path.remove(self)\n"
+        "            raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Stopping())\n"
+        "__main__.run()\n"
+    )
+    command = [sys.executable, "-c", code, "inspect", "x", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr.startswith('{"error": {"kind": "interrupted"' if words else "Error: Interrupted.")
+
+
 def test_a_bug_is_called_one(run, tmp_path, base, adapter, monkeypatch):
     """An unexpected error is reported in one line, and raised with DORA_CONVERT_DEBUG."""
 

@@ -115,7 +115,7 @@ def test_a_late_node_uploads_nothing(pair, cluster, store, monkeypatch):
 
     def claimed_by_another(work, unit, folder):
         if len(cluster.done) == 2:
-            work._store.write(f"dora_convert/{tensors.CLAIM}", b"another")
+            object_store.ObjectStore(ADDRESS).write(f"dora_convert/{tensors.CLAIM}", b"another")
         return uploaded(work, unit, folder)
 
     monkeypatch.setattr(shards.ShardWork, "_uploaded", claimed_by_another)

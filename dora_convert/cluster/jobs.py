@@ -19,6 +19,7 @@ import xxhash
 
 from ..errors import DoraConvertError, OutputError, UsageError
 from ..settings import Settings, __version__
+from ..storage.refs import HUB
 
 if TYPE_CHECKING:
     from ..engine.precision import ComputeSpec
@@ -121,7 +122,7 @@ class NodeFacts:
     missing: tuple[str, ...]
     """Paths that the node does not see, or sees other files at."""
     refused: str = ""
-    """The reason why an object store does not answer the node as it answers this machine."""
+    """The reason why an object store, or the Hub, does not answer the node as it answers this machine."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ class NodeCheck:
     heads: dict[str, str]
     """For each path, a hash of the file's size and its first bytes."""
     stores: Mapping[str, str | None] = field(default_factory=dict)
-    """For each folder in a store, the hash of its listing if it is an input."""
+    """For each folder in a store, the hash of its listing if it is an input; a repo on the Hub is an output."""
 
     def __call__(self) -> NodeFacts:
         """Return the facts of the node that this is called on."""
@@ -145,16 +146,19 @@ def node_name() -> str:
 
 
 def _refusal(stores: Mapping[str, str | None]) -> str:
-    """Return the reason why a store does not answer this node as it should; empty if all do."""
-    if not stores:
-        return ""
-    from ..sources.object_store import ObjectStore, listing_hash
-
+    """Return the reason why a store, or the Hub, does not answer this node as it should; empty if all do."""
     for url, wanted in stores.items():
         try:
+            if url.startswith(HUB):
+                from ..sources.hub_client import refuse_unknown
+
+                refuse_unknown(url.removeprefix(HUB))
+                continue
+            from ..sources.object_store import ObjectStore, listing_hash
+
             files = ObjectStore(url).files()
         except DoraConvertError as error:
-            return str(error)
+            return f"{error.message} ({error.hint})" if error.hint else error.message
         if wanted and listing_hash(files) != wanted:
             return f"{url} holds other files than this machine finds there."
     return ""
@@ -206,7 +210,7 @@ def asked_nodes(
 ) -> Iterator[Callable[[], None]]:
     """Ask all nodes for their versions, and if they see the inputs and the output's folder.
 
-    `stores` are folders in object stores that every node must reach.
+    `stores` are folders in object stores, and repos on the Hub, that every node must reach.
     Yields a function that waits for the answers, and raises UsageError if a node cannot take part. `token` is a file
     beside the output that this function writes and removes; None without an output.
     """
@@ -256,7 +260,7 @@ def _refuse_nodes(answers: Sequence[NodeFacts], token: Path | None, versions: tu
         if facts.refused:
             raise UsageError(
                 f"Node {facts.name}: {facts.refused}",
-                hint="every node needs the store's extra, its address and credentials",
+                hint="every node needs the store's extra, its address and credentials; for the Hub, HF_TOKEN",
             )
         if token and str(token) in facts.missing:
             raise UsageError(

@@ -1,7 +1,7 @@
 """Make whole shards on the nodes of a cluster: the node that has made a shard uploads it, the driver keeps the journal.
 
-Shards that share a weight coded in parts are made together. A node keeps a shard in a folder of its own until the
-shard is in the store. So nodes need no common folder.
+The output goes to an object store or to the Hub (hub/node_upload.py). Shards that share a weight coded in parts are
+made together. A node keeps a shard in a folder of its own until the shard is uploaded. So nodes need no common folder.
 """
 
 from __future__ import annotations
@@ -13,20 +13,17 @@ from contextlib import ExitStack, closing, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
-from uuid import uuid4
 
 from ..engine.device_buffers import DeviceBuffers
 from ..engine.precision import ComputeSpec, exact_arithmetic
 from ..engine.run import Run, StartCheck
 from ..engine.workers import StoppedError, TensorWork
-from ..errors import OutputError
 from ..output.finished import FinishedLine, Task
 from ..output.shards import ShardFiles
 from ..plan.plan import Plan
 from ..settings import Settings
 from ..sources import Session
-from ..sources.object_store import ObjectStore, StoredFile
-from ..storage.filenames import CLAIM, RECORD
+from ..sources.object_store import StoredFile
 from .jobs import Cluster, NodeWork, choose_for
 from .node_files import NodeFiles
 from .node_spool import NodeSpool, SentBytes
@@ -48,8 +45,27 @@ class MadeShards(NamedTuple):
     """Empty if the check found a wrong tensor: then nothing is uploaded."""
 
 
+class Destination(Protocol):
+    """The place that nodes upload shards to; it is pickled for them."""
+
+    def claim(self) -> None:
+        """Mark the place as this run's."""
+
+    def release(self) -> None:
+        """Remove the mark."""
+
+    def refuse_late(self) -> None:
+        """Raise OutputError if the place belongs to another run by now."""
+
+    def put(self, shard: str, path: Path) -> StoredFile:
+        """Upload a shard."""
+
+
 class UploadAccount(Protocol):
     """Keeps account of the shards that nodes have uploaded."""
+
+    def destination(self) -> Destination:
+        """Return the place that nodes upload shards to."""
 
     def arrived(self, files: Mapping[str, StoredFile]) -> None:
         """Enter uploaded shards."""
@@ -60,8 +76,6 @@ class ShardExecutor:
     """Makes the shards of a run on the nodes of a cluster, which upload them."""
 
     cluster: Cluster
-    out: str
-    """The address of the output's folder in an object store."""
 
     def choose(self, settings: Settings) -> ComputeSpec:
         """Choose device and dtype for all nodes."""
@@ -69,10 +83,11 @@ class ShardExecutor:
 
     def execute(self, run: Run, tasks: Sequence[Task]) -> None:
         """Make all shards that have tasks left, each whole."""
-        store, token, account = ObjectStore(self.out), uuid4().hex, cast("UploadAccount", run.hub)
-        store.write(f"{RECORD}/{CLAIM}", token.encode())
+        account = cast("UploadAccount", run.hub)
+        destination = account.destination()
+        destination.claim()
         job = ShardJob(
-            plan=run.plan, out=self.out, token=token, spec=run.spec, maker=run.maker, check=run.check,
+            plan=run.plan, destination=destination, spec=run.spec, maker=run.maker, check=run.check,
             hashed=frozenset(run.hashed), files=NodeFiles.of(run.plan),
         )  # fmt: skip
         sizes = {item.name: sum(each.nbytes for each in item.together) for item in run.plan.items}
@@ -88,7 +103,7 @@ class ShardExecutor:
                 run.advance(sum(left[shard] for shard in unit))
         finally:
             with suppress(Exception):  # another error is on its way, or the shards are all there
-                store.remove([f"{RECORD}/{CLAIM}"])
+                destination.release()
 
 
 def units_of(plan: Plan) -> list[Unit]:
@@ -125,9 +140,7 @@ class ShardJob:
     """Everything that a node needs to make shards of a plan."""
 
     plan: Plan
-    out: str
-    token: str
-    """Says which run the output's folder in the store belongs to."""
+    destination: Destination
     spec: ComputeSpec
     maker: StartMaker
     check: StartCheck | None
@@ -150,7 +163,6 @@ class ShardWork(NodeWork[Unit, MadeShards]):
         self._job, self._stopped = job, False
         self._session = stack.enter_context(Session())
         self._reader = stack.enter_context(closing(job.files.reader(self._session)))
-        self._store = ObjectStore(job.out)
         self._buffers = DeviceBuffers(job.spec, self._reader)
 
     def _make(self, unit: Unit) -> MadeShards:
@@ -187,17 +199,16 @@ class ShardWork(NodeWork[Unit, MadeShards]):
 
     def _uploaded(self, unit: Unit, folder: Path) -> dict[str, StoredFile]:
         self._refuse_late()
-        return {shard: self._store.put(shard, folder / shard) for shard in unit}
+        return {shard: self._job.destination.put(shard, folder / shard) for shard in unit}
 
     def _advance(self, _: int) -> None:
         if self._stopped:
             raise StoppedError
 
     def _refuse_late(self) -> None:
-        """Raise OutputError if the output's folder belongs to another run by now."""
+        """Raise OutputError if the output belongs to another run by now."""
         self._advance(0)
-        if self._store.text(f"{RECORD}/{CLAIM}") != self._job.token:
-            raise OutputError(f"{self._job.out} belongs to another run now.")
+        self._job.destination.refuse_late()
 
     def stop(self) -> None:
         """End the task at work, between two blocks."""

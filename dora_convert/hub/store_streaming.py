@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
+from typing import TYPE_CHECKING
 
 import msgspec
 import xxhash
@@ -22,6 +23,9 @@ from ..storage.journal import sync_path
 from ..storage.reader import Reader
 from ..storage.refs import PathLike
 from .streaming import NOT_OF_OUT, HubStreaming
+
+if TYPE_CHECKING:
+    from ..cluster.shards import Destination
 
 ENTRIES = (".index.json", "config.json", "model_index.json", RECEIPT)
 """Ends of the files that loaders begin with: uploaded last, and removed first."""
@@ -133,13 +137,16 @@ class StoreStreaming(HubStreaming):
     def __init__(
         self, upload: StoreUpload | None, inputs: Prefetch | None, base: ObjectStore | None, plan: Plan, *, nodes: bool
     ) -> None:
-        """`nodes`: the nodes of a cluster make shards, and upload them."""
-        super().__init__(upload, inputs, local=upload is None)
-        self._to, self._from, self._plan, self._nodes = upload, base, plan, nodes
+        """`nodes`: the nodes of a cluster make shards, and upload them unless OUT is a folder."""
+        super().__init__(upload, inputs, local=upload is None, nodes=nodes)
+        self._to, self._from, self._plan = upload, base, plan
 
-    def room(self, plan: Plan) -> int:
-        """Return the most bytes that the outputs take on this machine's disk at once."""
-        return 0 if self._nodes and self._to else super().room(plan)
+    def destination(self) -> Destination:
+        """Return the place that nodes upload shards to."""
+        from .node_upload import StoreDestination
+
+        assert self._to
+        return StoreDestination(self._to.store.url)
 
     def arrived(self, files: Mapping[str, StoredFile]) -> None:
         """Enter shards that nodes have uploaded, before the journal counts them as done."""

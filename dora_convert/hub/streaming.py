@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from ..output.folder import LOCK, OutputFolder
 from ..output.shards import ShardFiles
@@ -24,6 +24,10 @@ from .local_paths import Outgoing
 from .target import PushTarget
 from .upload import Upload
 from .upload_journal import refused_copies
+
+if TYPE_CHECKING:
+    from ..cluster.shards import Destination
+    from ..sources.object_store import StoredFile
 
 NOT_OF_OUT = {LOCK, *(f"{RECORD}/{name}" for name in (JOURNAL, UPLOADS, SPOOL, CLAIM))}
 """Files of OUT.partial that are not part of OUT."""
@@ -45,8 +49,11 @@ class ShardUpload(Protocol):
 class HubStreaming:
     """Streams the inputs of one plan from the Hub, and its outputs to the Hub."""
 
-    def __init__(self, upload: ShardUpload | None, inputs: Prefetch | None, *, local: bool) -> None:
-        self._upload, self._inputs, self.local = upload, inputs, local
+    def __init__(
+        self, upload: ShardUpload | None, inputs: Prefetch | None, *, local: bool, nodes: bool = False
+    ) -> None:
+        """`nodes`: the nodes of a cluster make shards, and upload them unless OUT stays here."""
+        self._upload, self._inputs, self.local, self._nodes = upload, inputs, local, nodes
         self._uploads: Background[str] = Background("upload", self._send)
         self._shards: ShardFiles
         self._folder: Path
@@ -58,9 +65,24 @@ class HubStreaming:
             self._upload.keep_journal(folder / RECORD / UPLOADS, by_name=not self.local)
 
     def room(self, plan: Plan) -> int:
-        """Return the most bytes that the outputs take on the disk at once."""
+        """Return the most bytes that the outputs take on this machine's disk at once."""
+        if self._nodes and not self.local:
+            return 0
         largest = max(sum(item.nbytes for item in shard.items) for shard in plan.shards)
         return plan.bytes_out if self.local else min(plan.bytes_out, MOST_FILES * largest)
+
+    def destination(self) -> Destination:
+        """Return the place that nodes upload shards to."""
+        from .node_upload import HubDestination
+
+        assert isinstance(self._upload, Upload)
+        return HubDestination(self._upload.repo, self._upload.target.create_pr)
+
+    def arrived(self, files: Mapping[str, StoredFile]) -> None:
+        """Enter shards that nodes have uploaded, before the journal counts them as done."""
+        assert isinstance(self._upload, Upload)
+        for name, file in files.items():
+            self._upload.arrived(name, file.size, file.tag)
 
     def reader(self) -> Reader:
         """Return a reader that waits for files until they are downloaded."""
@@ -115,11 +137,11 @@ class HubStreaming:
 
 @contextmanager
 def stream_merge(
-    plan: Plan, target: PushTarget | None, session: Session, folder: OutputFolder, weights: Path | None
+    plan: Plan, target: PushTarget | None, session: Session, folder: OutputFolder, *, weights: Path | None, nodes: bool
 ) -> Iterator[HubStreaming | None]:
     """Stream a merge's base from the Hub and its output to the Hub; None if neither is needed.
 
-    `weights` is the folder for the base's weights; None stands for the cache.
+    `weights` is the folder for the base's weights; None stands for the cache. `nodes`: a cluster makes the shards.
     """
     local, upload = target is None or target.local, None
     if target:
@@ -129,7 +151,7 @@ def stream_merge(
         if not local:
             _refuse_orphans(folder, upload)
     inputs, remote = None, not plan.base.is_here
-    if remote or not local:
+    if (remote or not local) and not (nodes and not local):
         inputs = Prefetch(
             shard_needs(plan),
             weight_download([plan.base], session, weights) if remote else None,
@@ -137,7 +159,7 @@ def stream_merge(
             most_files=None if local and session.cache else MOST_FILES,
             outputs=not local,
         )
-    with _streaming(upload, inputs, local=local) as hub:
+    with _streaming(upload, inputs, local=local, nodes=nodes) as hub:
         yield hub
 
 
@@ -150,11 +172,13 @@ def stream_inputs(plan: Plan, others: Sequence[Checkpoint], session: Session) ->
 
 
 @contextmanager
-def _streaming(upload: Upload | None, inputs: Prefetch | None, *, local: bool) -> Iterator[HubStreaming | None]:
+def _streaming(
+    upload: Upload | None, inputs: Prefetch | None, *, local: bool, nodes: bool = False
+) -> Iterator[HubStreaming | None]:
     if not (upload or inputs):
         yield None
         return
-    hub = HubStreaming(upload, inputs, local=local)
+    hub = HubStreaming(upload, inputs, local=local, nodes=nodes)
     try:
         with without_bars():
             yield hub

@@ -10,7 +10,7 @@ import xxhash
 
 from ..errors import UsageError
 from ..options import OutputOptions
-from ..storage.refs import PathLike
+from ..storage.refs import HUB, PathLike
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,11 @@ class PushTarget:
     token: str | None = field(default=None, repr=False)
     local: bool = True
     """True if OUT stays on this machine."""
+
+    @property
+    def address(self) -> str:
+        """The repo's address."""
+        return f"{HUB}{self.repo}"
 
     @classmethod
     def parse(cls, options: OutputOptions, *, local: bool = True) -> PushTarget | None:

@@ -108,6 +108,8 @@ class Upload:
 
         If the local file does not exist, the file that the journal has under this name is taken.
         """
+        if self.has(name):
+            return
         if known := self._journal.known(name, path):
             self._resume(name, known)
             return
@@ -134,15 +136,21 @@ class Upload:
     def _upload(self, name: str, path: Path) -> None:
         from huggingface_hub import CommitOperationAdd
 
-        operation = CommitOperationAdd(name, path)
         self.notify(f"uploading {name}")
         with writing_errors(self.repo):
-            with_retries(lambda: self._api.preupload_lfs_files(self.repo, [operation], create_pr=self.target.create_pr))
-        if operation.path_or_fileobj == b"":  # preupload_lfs_files empties what it has uploaded
+            operation = upload_ahead(self._api, self.repo, name, path, create_pr=self.target.create_pr)
+        if is_uploaded(operation):
             self._enter(name, path, operation.upload_info.sha256.hex())
         else:  # a small file that goes with the commit itself
             operation = CommitOperationAdd(name, path.read_bytes())
         self._operations[name] = operation
+
+    def arrived(self, name: str, size: int, sha256: str) -> None:
+        """Enter a file that another machine has uploaded."""
+        file = UploadedFile(name, size, 0, sha256)
+        self._journal.enter(file)
+        self._resume(name, file)
+        self._bytes += size if self._files[name].state == "uploaded" else 0
 
     def _enter(self, name: str, path: Path, sha256: str) -> CommitOperationAdd:
         """Enter a file that the server has into the journal, and return the operation that commits it."""
@@ -222,6 +230,20 @@ class Upload:
     def close(self) -> None:
         """Close the journal and keep it for the next run."""
         self._journal.close()
+
+
+def upload_ahead(api: HfApi, repo: str, name: str, path: Path, *, create_pr: bool) -> CommitOperationAdd:
+    """Upload a file ahead of the commit, unless it must go with the commit; return the operation that commits it."""
+    from huggingface_hub import CommitOperationAdd
+
+    operation = CommitOperationAdd(name, path)
+    with_retries(lambda: api.preupload_lfs_files(repo, [operation], create_pr=create_pr))
+    return operation
+
+
+def is_uploaded(operation: CommitOperationAdd) -> bool:
+    """Return True if the server has the file: preupload_lfs_files empties what it has uploaded."""
+    return bool(operation.path_or_fileobj == b"")
 
 
 def _size(source: Path | bytes) -> int:

@@ -119,6 +119,14 @@ def writing_errors(repo: str) -> Iterator[None]:
         raise _refusal(repo, root_of(error), writing=True) from error
 
 
+def refuse_unknown(repo: str) -> None:
+    """Raise HubError if the Hub does not know this machine's token, with which a repo is to be written."""
+    from huggingface_hub import HfApi
+
+    with writing_errors(repo):
+        with_retries(HfApi().whoami)
+
+
 def _invalid_name(ref: object, what: str) -> RefError:
     return RefError(f"{what} {ref} is not a valid repo id.", hint="a Hub repo is written org/name")
 

@@ -24,6 +24,8 @@ PathLike = str | os.PathLike[str]
 
 STORES = ("s3", "gs", "az")
 """Object stores, by the beginnings of their addresses; the extras have the same names."""
+HUB = "hf://"
+"""The beginning of an address on the Hub."""
 _SCHEME = re.compile(r"(hf|https?|ftp|file|s3a|s3n|gcs|abfss?|adl|wasbs?|hdfs|dbfs):/")
 """The beginnings of other addresses; a Path has lost one of the slashes."""
 _REPO = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[^/\s]+(?:/[^/\s]+)*?))?")

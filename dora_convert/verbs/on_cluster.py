@@ -33,11 +33,6 @@ def refuse_for_cluster(options: Mapping[str, Any]) -> None:
     check_address(options["cluster"])
     if options.get("in_place"):
         raise UsageError("--in-place changes a checkpoint on one machine; --cluster writes a new one.")
-    if options.get("no_local"):
-        raise UsageError(
-            "--no-local keeps no file that the nodes of --cluster could share.",
-            hint="name an OUT that all nodes see, beside --push-to-hub, or one in an object store",
-        )
     if options.get("level") == "outputs":
         raise UsageError("--level outputs runs models on one machine; --cluster compares weights.")
     if not options.get("cache", True):
@@ -76,8 +71,8 @@ def writing_nodes(
 def merging_nodes(address: str, settings: Settings) -> Iterator[Ask]:
     """Connect to a cluster whose nodes write a merge's tensors, while the plan is made.
 
-    Yields a function that takes the plan and OUT, and asks the nodes. OUT is a folder that all nodes see, or the
-    address of one in a store, into which nodes upload whole shards.
+    Yields a function that takes the plan and OUT, and asks the nodes. OUT is a folder that all nodes see, or an
+    address in a store or on the Hub, to which nodes upload whole shards.
     """
     with connecting(address, settings) as connection:
         yield lambda plan, out: _asked_for(connection(), plan, out, settings)
@@ -98,7 +93,7 @@ def _asked_for(cluster: Cluster, plan: Plan, out: Path | str, settings: Settings
         def uploading() -> Executor:
             from ..cluster.shards import ShardExecutor
 
-            return ShardExecutor(agreed(), out)
+            return ShardExecutor(agreed())
 
         yield uploading
 

@@ -66,7 +66,7 @@ def merge(
     selection = replace(parse_options(options), undo=undo)
     target = _target(options)
     settings = Settings.parse(options)
-    cache = options["cache"] and not options["no_local"]
+    cache = options["cache"] and (not options["no_local"] or options["cluster"] is not None)
     with Session(
         options["token"], cache=cache, notify=settings.notify, follow_links=options["follow_links"]
     ) as session:
@@ -135,8 +135,8 @@ def _merge_beside(request: MergeRequest, ask: Ask | None) -> MergeReport | DryRu
     folder.refuse_inside([plan.base.source.path, *(adapter.source.path for adapter in plan.adapters)])
     if options["dry_run"]:
         return DryRunReport.of(plan, request.settings, out=out if target is None or target.local else target.repo)
-    final = str(request.out) if is_stored(request.out) else folder.out
-    with _begun_early(request, plan, folder), ask(plan, final) if ask else nullcontext() as nodes:
+    away = target.address if target and not target.local else str(request.out) if is_stored(request.out) else None
+    with _begun_early(request, plan, folder), ask(plan, away or folder.out) if ask else nullcontext() as nodes:
         with without_collections(numpy=bool(options["verify_outputs"] or options["base_as"])):
             from .pipeline import answers_differ, run_merge
         if later and answers_differ(later):
@@ -275,7 +275,8 @@ def _streaming(request: MergeRequest, plan: Plan, folder: OutputFolder) -> Abstr
     from ...hub.streaming import stream_merge
 
     weights = None if request.session.cache else folder.state / INCOMING
-    return stream_merge(plan, request.target, request.session, folder, weights)
+    nodes = request.options["cluster"] is not None
+    return stream_merge(plan, request.target, request.session, folder, weights=weights, nodes=nodes)
 
 
 def _connecting(request: MergeRequest) -> AbstractContextManager[Ask | None]:
