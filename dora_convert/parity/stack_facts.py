@@ -44,7 +44,6 @@ def stack_facts(
     m: Tensor | None,  # (weights, rows), float64
     scratch: list[Tensor],  # x, its bits, W, A and B of some weights and rows, in float64
     units: list[float],  # 2ᵖ, and the least normal number, of the stored dtype
-    exponent: int = EXPONENT,
     *,
     quick: bool,
 ) -> Tensor:
@@ -52,9 +51,6 @@ def stack_facts(
 
     x is W + s·BA, or m times it over its norm. The room is the least ½ulp(x) − |got − x|, in any unit: its sign alone
     counts, and is exact. If it is positive, every element is the value nearest to x, ties to even. NaN is not positive.
-
-    Half a unit in the last place is a power of two: 2⁻ᵖ of the one that is not above |x|, which takes x's place.
-    Subnormal numbers have larger units than that, which a `quick` answer leaves out.
     """
     x_, powers, W_, A_, B_ = scratch
     count, rows, together, height = base.size(0), base.size(1), x_.size(0), x_.size(1)
@@ -75,16 +71,31 @@ def stack_facts(
             change = torch.linalg.vector_norm(W.sub_(x), 2.0, [1, 2])
             off = W.copy_(written[first:last, top:bottom]).sub_(x)
             rounding = torch.linalg.vector_norm(off, 2.0, [1, 2])
-            off.abs_()
-            powers[:number, :some].bitwise_and_(exponent)
-            if quick:
-                room = torch.sub(x, off, alpha=units[0], out=off)
-            else:
-                room = torch.sub(x.clamp_(units[1], 2.0**1023).mul_(1.0 / units[0]), off, out=off)
+            room = _room(x, powers[:number, :some], off.abs_(), units, quick=quick)
             facts[0, first:last] += change * change
             facts[1, first:last] += rounding * rounding
             facts[2, first:last] = torch.minimum(facts[2, first:last], least_of(room, bits[first:last, top:bottom]))
     return facts
+
+
+def _room(
+    x: Tensor,
+    powers: Tensor,  # the bits of x
+    off: Tensor,
+    units: list[float],
+    exponent: int = EXPONENT,
+    *,
+    quick: bool,
+) -> Tensor:
+    """Return ½ulp(x) − |got − x| in the place of `off`, which is |got − x|, in any unit.
+
+    Half a unit in the last place is a power of two: 2⁻ᵖ of the one that is not above |x|, which takes x's place.
+    Subnormal numbers have larger units than that, which a `quick` answer leaves out.
+    """
+    powers.bitwise_and_(exponent)
+    if quick:
+        return torch.sub(x, off, alpha=units[0], out=off)
+    return torch.sub(x.clamp_(units[1], 2.0**1023).mul_(1.0 / units[0]), off, out=off)
 
 
 def least_of(room: Tensor, bits: Tensor) -> Tensor:
