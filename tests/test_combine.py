@@ -7,6 +7,7 @@ import torch
 from peft.utils import merge_utils
 
 from dora_convert.maths import combine
+from dora_convert.maths.block_steps import STEPS, count_block
 from dora_convert.maths.bracket import Bracket, parting
 from dora_convert.maths.kth_largest import KthLargest
 
@@ -182,6 +183,22 @@ def test_equal_numbers_are_dropped_from_a_place_on():
 # ---- thresholds by approximate magnitudes
 
 
+def show(bracket, approximate, x, first):
+    """Show a bracket some rows, as a change whose product is all of it; the compiled step does what Python does."""
+    rows, columns = x.shape
+    marks = torch.empty(rows, columns, dtype=torch.bool)
+    groups = marks if marks.numel() % 8 else marks.view(-1).view(torch.int64)
+    change = [torch.empty(0), torch.eye(rows), approximate]
+    found = []
+    for step in (count_block, STEPS["count_block"]):
+        scratch, chosen = torch.empty(2, 5, 7), torch.empty(rows, columns)
+        found.append(step(x, change, bracket.bounds, scratch=scratch, chosen=chosen, marks=marks, groups=groups))
+    assert found[0][3] == found[1][3]
+    assert all(torch.equal(*pair) for pair in zip(found[0][:3], found[1][:3], strict=True))
+    sizes, places, weights, above = found[0]
+    bracket.take(sizes, places + first, weights, above)
+
+
 @pytest.mark.parametrize("k", [37, 4000, 7990])
 def test_approximate_magnitudes_find_the_largest(k):
     """Magnitudes in float32 and a few in float64 tell the k largest, rows of any size; an error tells who is near."""
@@ -191,14 +208,7 @@ def test_approximate_magnitudes_find_the_largest(k):
     bracket = Bracket(k, x.numel())
     assert bracket.choose(approximate.flatten()[::3].abs())
     for first in range(0, 64, 16):
-        block = approximate[first : first + 16].clone()
-        bracket.add(
-            block,
-            torch.empty_like(block),
-            torch.empty_like(block).bool(),
-            x[first : first + 16].contiguous(),
-            first * 125,
-        )
+        show(bracket, approximate[first : first + 16], x[first : first + 16].contiguous(), first * 125)
     near = bracket.near(2e-5, 0.0)
     assert torch.equal(x.flatten()[near.places], near.weights)
     value = parting(near.weights.abs(), near.rank, near.error, 1e-15)
@@ -210,7 +220,7 @@ def test_bounds_that_hold_no_k_th_largest_are_told():
     x = torch.arange(1, 1001).float()
     bracket = Bracket(500, 1000)
     assert bracket.choose(x / 2)
-    bracket.add(x.clone(), torch.empty_like(x), torch.empty_like(x).bool(), x, 0)
+    show(bracket, x[:, None], x[:, None], 0)
     assert bracket.near(1e-7, 0.0) is None
     assert bracket.missed
     assert parting(torch.tensor([3.0, 2.0, 2.0, 1.0]), 2, 0.5, 0.0) is None

@@ -15,6 +15,8 @@ from dora_convert.cli import main
 from dora_convert.engine.quick_combine import QuickCombiner
 from dora_convert.engine.quick_thresholds import QuickThresholds
 from dora_convert.errors import PlanError, RefError, UnsupportedError, UsageError
+from dora_convert.maths.block_steps import STEPS, combine_block
+from dora_convert.maths.compiled import compiled
 
 from .toy import contents, exact, load, make_adapter, make_base, stopped
 
@@ -164,14 +166,16 @@ def test_two_ways_to_a_threshold(case, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("method", ["ties", "ties by frequency", "magnitude-prune"])
 def test_float32_rounds_as_float64(case, tmp_path, monkeypatch, method):
-    """Blocks have the same bytes in float32 with few doubts, in float32 with doubts everywhere, and in float64."""
+    """Blocks have the same bytes in float32 with few doubts, with doubts everywhere, not compiled, and in float64."""
     monkeypatch.setattr("dora_convert.engine.thresholds.COLLECTED", 300)
     monkeypatch.setattr("dora_convert.engine.quick_combine.MOST_DOUBTFUL", 1.0)
     _, base, adapters, _ = case
     options = {**ORACLES[method][1], "method": method.split()[0], "weight": WEIGHTS, "dtype": "bfloat16"}
     rounded, blocks, written = QuickCombiner.rounded, [], []
-    for slack, quick in ((8, True), (1 << 20, True), (8, False)):
+    for slack, quick, plain in ((8, True, False), (1 << 20, True, False), (8, True, True), (8, False, False)):
         monkeypatch.setattr("dora_convert.engine.quick_combine.SLACK", slack)
+        monkeypatch.setattr(STEPS, "_compiled", STEPS.plain if plain else compiled(STEPS.plain))
+        assert plain or STEPS["combine_block"] is not combine_block
         monkeypatch.setattr(
             QuickCombiner, "rounded", lambda *a, q=quick: blocks.append(rounded(*a) if q else None) or blocks[-1]
         )
@@ -179,7 +183,7 @@ def test_float32_rounds_as_float64(case, tmp_path, monkeypatch, method):
         dora_convert.merge(base.path, adapters, out, **options)
         written.append(load(out))
     assert sum(block is not None for block in blocks) > 5
-    assert all(torch.equal(written[2][name], x) for each in written[:2] for name, x in each.items())
+    assert all(torch.equal(written[3][name], x) for each in written[:3] for name, x in each.items())
 
 
 def test_equal_magnitudes_are_kept_in_order(tmp_path):

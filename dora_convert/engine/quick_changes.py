@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..maths.bracket import Bracket
 from ..maths.in_single import SINGLE
+from ..option_table import TILE, TILE_WIDTH
 from ..plan.item import Item
 from .device_buffers import DeviceBuffers
 from .factors import LoadedEdit
@@ -73,12 +74,21 @@ class SinglePart(NamedTuple):
     product: Tensor  # (rows, 1), float64
     """The magnitudes of a product's terms add up to this at most."""
 
-    def change(self, W: Tensor, out: Tensor, first: int = 0) -> Tensor:
-        """Compute the change of some rows, from row `first` of the block on."""
-        rows = slice(first, first + len(W))
-        if self.g is None:
-            return torch.mm(self.left[rows], self.right, out=out)
-        return torch.mul(W, self.g[rows] if len(self.g) > 1 else self.g, out=out).addmm_(self.left[rows], self.right)
+    @property
+    def factors(self) -> list[Tensor]:
+        """g, left and right as maths/block_steps.py takes them."""
+        return [self.left.new_empty(0) if self.g is None else self.g, self.left, self.right]
+
+
+def tile(block: Sequence[int]) -> tuple[int, int]:
+    """Return how many rows and columns of a block of some shape are taken together in float32."""
+    width = max(1, min(block[1], TILE_WIDTH))
+    return max(1, min(block[0], TILE // width)), width
+
+
+def groups_of(marks: Tensor) -> Tensor:
+    """Return marks, eight of them as one number; the marks themselves if eight are not a divisor."""
+    return marks if marks.numel() % 8 else marks.view(-1).view(torch.int64)
 
 
 class _Right(NamedTuple):

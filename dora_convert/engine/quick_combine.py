@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..maths import combine as exactly
 from ..maths import in_single, lora
+from ..maths.block_steps import STEPS
 from ..maths.in_single import SINGLE
-from ..option_table import STRIP
 from ..plan.item import Item
 from .changes import hold_factors
 from .device_buffers import DeviceBuffers
-from .quick_changes import SLACK, QuickChange, SinglePart, holds_base
+from .quick_changes import SLACK, QuickChange, SinglePart, groups_of, holds_base, tile
 
 UNDERFLOW = 2.0**-110
 """More than all steps for one element lose below float32's normal numbers."""
@@ -66,13 +66,10 @@ class QuickCombiner:
         if (errors := self._errors(parts, raw)) is None:
             return None
         out, columns = self._scratch("rounded", raw.shape, torch.bfloat16), raw.shape[1]
-        marks = self._scratch("marks", raw.shape, torch.uint8)
-        for first, last in self._strips(stop - start):
-            rows = slice(first, last)
-            few = errors._replace(added=errors.added[rows])
-            marks[rows] = self._strip(raw[rows], parts, first, few, out[rows])
-        marks.view(-1)[self._near(start * columns, stop * columns)] = 1
-        places = in_single.marked(marks.view(-1))
+        marks = self._scratch("marks", raw.shape, torch.bool)
+        self._combine(raw, parts, errors, out, marks)
+        marks.view(-1)[self._near(start * columns, stop * columns)] = True
+        places = STEPS["marked"](marks, groups_of(marks))
         self.helps = len(places) <= MOST_DOUBTFUL * raw.numel()
         out.view(-1)[places] = self._exact(parts, places, raw)
         for each in self._changes:
@@ -80,20 +77,28 @@ class QuickCombiner:
                 each.operand.n.append(each.norms[start:stop])
         return out
 
-    def _strips(self, height: int) -> Iterator[tuple[int, int]]:
-        """Yield rows of a block that are combined together."""
-        step = max(1, STRIP // self._item.matrix[1])
-        return ((first, min(first + step, height)) for first in range(0, height, step))
-
-    def _strip(
-        self, raw: Tensor, parts: Sequence[SinglePart], first: int, errors: in_single.Errors, out: Tensor
-    ) -> Tensor:
-        """Combine some rows, from row `first` of the block on; return marks of the doubtful elements."""
-        W = self._scratch("single", raw.shape, torch.float32).copy_(raw)
-        deltas = self._scratch("deltas", (len(parts), *raw.shape), torch.float32)
-        for part, change, delta in zip(parts, self._changes, deltas, strict=True):
-            torch.ops.aten.hardshrink(part.change(W, delta, first), change.middle, out=delta)
-        return in_single.combine(self._rule, W, deltas, errors, out=out, scratch=self._scratch)
+    def _combine(
+        self, raw: Tensor, parts: Sequence[SinglePart], errors: in_single.Errors, out: Tensor, marks: Tensor
+    ) -> None:
+        """Combine a block in float32; mark the doubtful elements."""
+        few = tile(raw.shape)
+        agrees = self._scratch("agrees", (1 + len(parts), *few), torch.bool)
+        lower = self._scratch("lower", few, torch.bfloat16)
+        STEPS["combine_block"](
+            raw,
+            [each.factors for each in parts],
+            cuts=[each.middle for each in self._changes],
+            weights=list(self._rule.weights),
+            majority=self._rule.majority,
+            errors=[errors.share, errors.vote],
+            added=errors.added,
+            scratch=self._scratch("strips", (4 + len(parts), *few), torch.float32),
+            agrees=agrees[:-1],
+            counts=agrees.view(torch.uint8),
+            lower=[lower, lower.view(torch.int16)],
+            out=[out, out.view(torch.int16)],
+            marks=marks,
+        )
 
     def _errors(self, parts: Sequence[SinglePart], raw: Tensor) -> in_single.Errors | None:
         """Return bounds of the errors in a block; None if there are none.

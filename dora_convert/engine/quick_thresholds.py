@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..maths import lora
+from ..maths.block_steps import STEPS
 from ..maths.bracket import Bracket, parting
 from ..maths.in_single import SINGLE
 from ..option_table import COLLECTED, held_elements, sample_size
@@ -22,7 +23,7 @@ from ..plan.item import Item
 from .changes import GOLDEN, hold_factors, refuse_infinite
 from .device_buffers import DeviceBuffers
 from .factors import LoadedEdit
-from .quick_changes import QuickChange, holds_base
+from .quick_changes import QuickChange, groups_of, holds_base, tile
 from .tensor import SourceValues
 
 DOUBLE = 2.0**-53
@@ -83,22 +84,27 @@ class QuickThresholds:
         """Count the changes above each interval, and hold those inside."""
         for span in self._spans if searches else ():
             hold_factors([each.operand for each in searches], *span)
-            W, single = self._base(searches, *span)
-            change, chosen = (self._scratch(name, W.shape) for name in ("single", "chosen"))
-            marks = self._buffers.scratch("marks", W.shape, torch.bool)
+            W = self._base(searches, *span)
+            scratch = self._scratch("strips", (2, *tile(W.shape)))
+            chosen, marks = self._scratch("chosen", W.shape), self._buffers.scratch("marks", W.shape, torch.bool)
             for each in searches:
-                each.single(*span).change(single, change)
-                each.bracket.add(change, chosen, marks, W, span[0] * W.shape[1])
+                sizes, places, weights, above = STEPS["count_block"](
+                    W,
+                    each.single(*span).factors,
+                    each.bracket.bounds,
+                    scratch=scratch,
+                    chosen=chosen,
+                    marks=marks,
+                    groups=groups_of(marks),
+                )
+                each.bracket.take(sizes, places.add_(span[0] * W.shape[1]), weights, above)
 
-    def _base(self, searches: Sequence[QuickChange], start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Return a block of W exactly, and in float32: the same if float32 holds it; zeros if no change needs W."""
-        single = self._scratch("single W", (stop - start, self._item.matrix[1]))
-        if not any(each.operand.edit.depends for each in searches):
-            return single.zero_(), single
-        if holds_base(self._item):
-            return single.copy_(self._buffers.raw(self._item.source, start, stop)), single
+    def _base(self, searches: Sequence[QuickChange], start: int, stop: int) -> Tensor:
+        """Return a block of W as it is stored, if these are its values; zeros if no change needs W."""
+        if holds_base(self._item) and any(each.operand.edit.depends for each in searches):
+            return self._buffers.raw(self._item.source, start, stop)
         W = self._block(searches, start, stop)
-        return W, single.copy_(W)
+        return W if any(each.operand.edit.depends for each in searches) else W.zero_()
 
     def _block(self, searches: Sequence[QuickChange], start: int, stop: int) -> Tensor:
         """Return a block of W; of any values if no change needs W."""

@@ -12,8 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .in_single import marked
-
 SIGMAS = 3.2
 """The distance of bounds from the sample's k-th largest, in standard errors, if nothing else is asked for."""
 ROUGH = 1 << 12
@@ -55,20 +53,21 @@ class Bracket:
         self._high, self._low = math.inf if first < 1 else high, 0.0 if last > count else low
         return self._low < self._high
 
-    def add(
+    @property
+    def bounds(self) -> list[float]:
+        """The bounds: magnitudes between them are held, and those that reach the upper one are counted."""
+        return [self._low, self._high]
+
+    def take(
         self,
-        change: Tensor,  # float32, contiguous, overwritten
-        chosen: Tensor,  # another of the same shape
-        marks: Tensor,  # bool, of the same shape: scratch space, too
-        W: Tensor,  # of the same shape
-        first: int,  # the place of the first element
+        sizes: Tensor,  # between the bounds
+        places: Tensor,  # int64
+        weights: Tensor,  # what to hold with each
+        above: int,
     ) -> None:
-        """Take a block."""
-        sizes = change.abs_()
-        torch.ops.aten.hardtanh_backward.grad_input(sizes, sizes, self._low, self._high, grad_input=chosen)
-        places = marked(marks.copy_(chosen).view(-1))
-        self._found.append((chosen.view(-1)[places], places + first, W.view(-1)[places]))
-        self._above += int(sizes.ge_(self._high).sum())  # float32 adds up so many ones exactly
+        """Take what a block holds."""
+        self._found.append((sizes, places, weights))
+        self._above += above
 
     def near(self, share: float, spread: float) -> Near | None:
         """Return the elements in doubt, if a magnitude x is off by `share`·(x + `spread`) at most.
