@@ -12,6 +12,7 @@ import dora_convert
 from dora_convert.engine import stacked
 from dora_convert.engine.stacked import StackedMerge
 from dora_convert.errors import NumericalError
+from dora_convert.maths.stack import merge_stack
 from dora_convert.output import finished
 from dora_convert.storage import reader
 
@@ -63,13 +64,22 @@ def test_together_as_alone(tmp_path, monkeypatch, merged, dtype, undo):
 
 
 def test_blocks_hold_whole_weights(tmp_path, monkeypatch, merged):
-    """A stack is no larger than a block, and a weight that is larger than half a block is alone."""
+    """No more weights than a block holds are computed at a time, and a weight of several blocks is alone."""
     monkeypatch.setattr(reader, "BLOCK_ELEMENTS", 2000)
+    together = []
+
+    def noted(scratch, **others):
+        together.append(len(scratch[1]))
+        return merge_stack(scratch=scratch, **others)
+
+    monkeypatch.setattr(stacked, "merge_stack", noted)
     base = make_base(tmp_path / "base", layers=5)
     adapter = make_adapter(tmp_path / "adapter", base, dora=True, targets=EVERY)
     dora_convert.merge(base.path, adapter, tmp_path / "out", workers=1)
-    assert merged
-    assert all(len(names) <= 2 and "k_proj" in name for names in merged for name in names)  # 960 elements each
+    sizes = {base.tensors[names[0]].numel(): len(names) for names in merged}
+    assert set(sizes) == {960, 1600}  # the others have more elements than a block
+    assert max(sizes.values()) == 3
+    assert set(together) == {1, 2}
     assert all(
         torch.equal(load(tmp_path / "out")[name], rounded(x, torch.bfloat16))
         for name, x in exact(base, adapter).items()

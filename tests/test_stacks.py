@@ -17,7 +17,8 @@ from dora_convert.output.finished import TensorResult
 from dora_convert.output.shards import ShardFiles
 from dora_convert.parity import stacks
 from dora_convert.parity.self_check import SelfCheck
-from dora_convert.parity.stacks import CPU, SampledRows, least_room, verdicts_on_right
+from dora_convert.parity.stack_facts import least_room
+from dora_convert.parity.stacks import CPU, SampledRows, verdicts_on_right
 from dora_convert.plan.plan import Options
 from dora_convert.plan.planner import make_plan
 from dora_convert.sources import Session

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -52,6 +52,8 @@ class _NoShards(ShardFiles):
         return iter(())
 
     def write(self, item: Item, offset: int, data: memoryview) -> None: ...
+
+    def write_whole(self, items: Sequence[Item], data: memoryview) -> None: ...
 
     def shard_of(self, item: Item) -> str:  # noqa: ARG002
         return ""

@@ -1,4 +1,4 @@
-"""Merge small weights of one kind together: the rows of several weights are one block, as (weights · rows, columns).
+"""Merge small weights of one kind together: the rows of several weights are one matrix, as (weights · rows, columns).
 
 Small weights cost more for calls than for numbers. Each product is the one that `MergeMaker` computes, on memory that
 is aligned alike, and all other steps work row by row. So every weight has the bytes that it has when merged alone.
@@ -9,18 +9,21 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import repeat
+from itertools import chain, repeat
+from pathlib import Path
 
+import torch
 from torch import Tensor
 from xxhash import xxh3_128_hexdigest
 
-from ..maths import lora as maths
+from ..maths.stack import merge_stack
 from ..output.finished import TensorResult
 from ..output.shards import ShardFiles
 from ..plan.alike import StackKind, kind_of
 from ..plan.item import Item
 from ..storage.reader import block_height
 from ..storage.safetensors import StoredTensor
+from ..storage.scatter import fill
 from ..storage.spool import Spool
 from .device_buffers import DeviceBuffers
 from .precision import TORCH, as_bytes
@@ -36,16 +39,21 @@ def stacks(items: Sequence[Item], memory: int, cost: Callable[[Item], int]) -> I
     for item in items:
         if (kind := kind_of(item)) and _is_aligned(kind):
             alike[kind].append(item)
-    for (matrix, *_), weights in alike.items():
-        rows, columns = matrix
-        most = min(block_height(rows * len(weights), columns) // rows, memory // cost(weights[0]))
-        if most > 1:
+    for kind, weights in alike.items():
+        most = min(memory // cost(weights[0]), len(weights))
+        if most > 1 and block_height(*kind.matrix) == kind.matrix[0]:
             yield from (weights[first : first + most] for first in range(0, len(weights), most))
 
 
 def _is_aligned(kind: StackKind) -> bool:
     rows, columns = kind.matrix
     return not any(count % ALIGNED for count in (rows * columns, kind.rank * rows, kind.rank * columns))
+
+
+def _in_a_block(matrix: tuple[int, int], most: int) -> int:
+    """Return the number of weights, of so many at most, that are computed at a time: a block's elements."""
+    rows, columns = matrix
+    return block_height(rows * most, columns) // rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,50 +68,92 @@ class StackedMerge:
 
     def results(self, weights: Sequence[Item]) -> dict[str, TensorResult]:
         """Write the weights of a stack; return the facts by name, or nothing if a result is not finite."""
-        raw = self._read("in", [weight.source for weight in weights])
-        W = self.buffers.lift(raw)
-        norms = self._apply_(W, weights)
-        result = self.buffers.land(W, TORCH[weights[0].dtype])
-        if not maths.all_finite(result) or (norms is not None and not maths.all_finite(norms)):
+        stack = self._read(weights)
+        result = self._host("out", stack.raw.shape, weights[0].dtype)
+        norms = stack.merged_into(result, self.buffers)
+        if norms is None:
             return {}
-        before, after = (list(_pieces(as_bytes(rows), len(weights))) for rows in (raw, result))
-        for weight, data in zip(weights, after, strict=True):
-            self.shards.write(weight, 0, data)
-            self.advance(len(data))
+        data = as_bytes(result)
+        self.shards.write_whole(weights, data)
+        self.advance(len(data))
+        before, after = (_pieces(each, len(weights)) for each in (as_bytes(stack.raw), data))
         observe = self.start.observe
-        parts = observe.stack(weights, norms, self.spool) if observe else repeat(())
+        parts = observe.stack(weights, norms if len(norms) else None, self.spool) if observe else repeat(())
         facts = map(TensorResult, map(xxh3_128_hexdigest, before), map(xxh3_128_hexdigest, after), repeat(None), parts)
         return dict(zip((weight.name for weight in weights), facts, strict=True))
 
-    def _read(self, buffer: str, tensors: Sequence[StoredTensor]) -> Tensor:
-        """Read matrices of one shape, one below the other, in the stored dtype: (tensors · rows, columns)."""
-        rows, columns = tensors[0].matrix
-        host = self.buffers.scratch(buffer, (len(tensors) * rows, columns), TORCH[tensors[0].dtype], on_host=True)
-        for tensor, data in zip(tensors, _pieces(as_bytes(host), len(tensors)), strict=True):
-            self.buffers.reader.read(tensor.path, tensor.start, data)
-        return host
+    def _host(self, name: str, shape: Sequence[int], dtype: str) -> Tensor:
+        return self.buffers.scratch(name, shape, TORCH[dtype], on_host=True)
 
-    def _factors(self, buffer: str, tensors: Sequence[StoredTensor]) -> Tensor:
-        """Read matrices of one shape in the compute dtype: (tensors, rows, columns)."""
-        host = self._read("factor", tensors)
-        on_device = self.buffers.scratch(buffer, host.shape, self.buffers.spec.compute).copy_(host)
-        return on_device.view(len(tensors), -1, host.shape[1])
+    def _read(self, weights: Sequence[Item]) -> LoadedStack:
+        """Read the weights and their factors, as they are stored."""
+        places: list[Iterator[tuple[Path, int, memoryview]]] = []
 
-    def _apply_(self, W: Tensor, weights: Sequence[Item]) -> Tensor | None:
-        """Compute W + s·BA of each weight, or m·(W + s·BA)/n, in place; return n, if there is one."""
-        lows = [low for weight in weights if (low := weight.edits[0].low)]
-        A, B = self._factors("A", [low.A for low in lows]), self._factors("B", [low.B for low in lows])
-        for part, left, right, low in zip(W.view(len(lows), -1, W.shape[1]), B, A, lows, strict=True):
-            maths.add_low_rank_(part, left, right, low.scale)
-        magnitudes = [each for weight in weights if (each := weight.edits[0].magnitudes)]
-        if not magnitudes:
+        def matrices(name: str, tensors: Sequence[StoredTensor]) -> Tensor:
+            host = self._host(name, (len(tensors), *tensors[0].matrix), tensors[0].dtype)
+            pieces = _pieces(as_bytes(host), len(tensors))
+            places.append((each.path, each.start, piece) for each, piece in zip(tensors, pieces, strict=True))
+            return host
+
+        edits = [weight.edits[0] for weight in weights]
+        lows, magnitudes = [edit.low for edit in edits if edit.low], [m for edit in edits if (m := edit.magnitudes)]
+        stack = LoadedStack(
+            raw=matrices("in", [weight.source for weight in weights]).flatten(0, 1),
+            A=matrices("stored A", [low.A for low in lows]),
+            B=matrices("stored B", [low.B for low in lows]),
+            m=matrices("stored m", [each.m for each in magnitudes]) if magnitudes else None,
+            scales=[low.scale for low in lows],
+            offsets=[each.offset for each in magnitudes],
+        )
+        fill(self.buffers.reader, chain.from_iterable(places))
+        return stack
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedStack:
+    """The rows of weights, one weight below the other, and their factors, as they are stored: (weights, …)."""
+
+    raw: Tensor
+    A: Tensor
+    B: Tensor
+    m: Tensor | None
+    scales: list[float]
+    offsets: list[float]
+
+    def merged_into(self, result: Tensor, buffers: DeviceBuffers) -> Tensor | None:
+        """Merge all weights; return their norms, of which LoRAs have none, or None if a result is not finite."""
+        count, rank, columns = self.A.shape
+        rows, compute = self.B.shape[1], buffers.spec.compute
+        together = min(count, _in_a_block((rows, columns), count))
+        single = buffers.scratch("single", (together * rows, columns), torch.float32)
+        m = self._magnitudes(buffers)
+        n = buffers.scratch("n", (count * rows if m is not None else 0,), compute)
+        finite = merge_stack(
+            raw=self.raw,
+            A=self.A,
+            B=self.B,
+            scales=self.scales,
+            m=m,
+            n=n,
+            scratch=[
+                buffers.scratch("work", (together * rows, columns), compute),
+                buffers.scratch("A", (together, rank, columns), compute),
+                buffers.scratch("B", (together, rows, rank), compute),
+                single,
+                single.view(torch.int16),
+            ],
+            out=result,
+        )
+        return n if finite else None
+
+    def _magnitudes(self, buffers: DeviceBuffers) -> Tensor | None:
+        """Return the magnitudes in the compute dtype, (weights · rows); None for LoRAs."""
+        if self.m is None:
             return None
-        m, n = self._factors("m", [each.m for each in magnitudes]), maths.norms(W, axis=1)
-        for part, each in zip(m, magnitudes, strict=True):
-            if each.offset:
-                part.add_(each.offset)
-        maths.rescale_(W, m.flatten(), n, 1)
-        return n
+        m = buffers.scratch("m", self.m.shape, buffers.spec.compute).copy_(self.m)
+        for part, offset in zip(m, self.offsets, strict=True) if any(self.offsets) else ():
+            part.add_(offset)
+        return m.flatten()
 
 
 def _pieces(data: memoryview, count: int) -> Iterator[memoryview]:

@@ -155,17 +155,29 @@ def round_to(
     if x.device.type != "cpu" or out.element_size() == 1:
         return out.copy_(to_odd_(x, y))
     if out.dtype == torch.float16:
-        return out.copy_(y.copy_(_to_odd(x)))
+        return out.copy_(y.copy_(to_odd_bits(x.view(torch.int64)).view(torch.float64)))
+    return round_bfloat16(x, y, y.view(torch.int16), out)
+
+
+def round_bfloat16(
+    x: Tensor,  # float64
+    y: Tensor,  # as x, float32: overwritten
+    halves: Tensor,  # y as int16
+    out: Tensor,  # as x, bfloat16
+    run: int = RUN,
+    least: float = LEAST_NORMAL,
+) -> Tensor:
+    """Round x once into `out`, on a processor; TorchScript compiles this, too."""
     y.copy_(x)
-    width = RUN if x.numel() % RUN == 0 else x.numel()
+    width = run if x.numel() % run == 0 else x.numel()
     runs, exact = y.view(-1, width), x.view(-1, width)
     # A tie of bfloat16 is a float32 whose low half is 0x8000, the least value an int16 can have.
-    least = runs.view(torch.int16).amin(dim=1)
-    ties = (least == torch.iinfo(torch.int16).min).nonzero().squeeze(1)
-    if len(ties):
+    ties = (halves.view(runs.size(0), -1).amin([1]) == -(1 << 15)).nonzero().squeeze(1)
+    if ties.size(0):
         near = exact[ties]
-        near = _on_grid(near) if near.abs().amin().item() < LEAST_NORMAL else near
-        runs[ties] = _to_odd(near).to(torch.float32)
+        near = _on_grid(near) if near.abs().amin().item() < least else near
+        odd = to_odd_bits(torch.view_copy(near, dtype=torch.int64))
+        runs[ties] = torch.view_copy(odd, dtype=torch.float64).to(torch.float32)
     return out.copy_(y)
 
 
@@ -184,20 +196,22 @@ def to_odd_(
     return y
 
 
-def _to_odd(x: Tensor) -> Tensor:
+def to_odd_bits(
+    bits: Tensor,  # of float64, as int64
+    low: int = LOW_BITS,
+) -> Tensor:
     """Cut x to float32's precision, and set the last bit if any bit was lost (Boldo and Melquiond, 2008)."""
-    bits = x.view(torch.int64)
-    odd = bits & LOW_BITS
-    odd += LOW_BITS  # carries into the last bit that stays
+    odd = bits & low
+    odd += low  # carries into the last bit that stays
     odd |= bits
-    odd &= ~LOW_BITS
-    return odd.view(torch.float64)
+    odd &= -1 - low
+    return odd
 
 
-def _on_grid(x: Tensor) -> Tensor:
+def _on_grid(x: Tensor, least: float = LEAST_NORMAL) -> Tensor:
     """Round x to multiples of 2⁻¹³³, bfloat16's smallest number, below float32's normal numbers."""
     grid = 1.5 * 2.0 ** (52 - 133)
-    return torch.where(x.abs() < LEAST_NORMAL, ((x + grid) - grid).copysign(x), x)
+    return torch.where(x.abs() < least, ((x + grid) - grid).copysign(x), x)
 
 
 def all_finite(x: Tensor) -> bool:

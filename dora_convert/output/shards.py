@@ -7,7 +7,7 @@ import errno
 import os
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -153,11 +153,24 @@ class ShardFiles:
         shard, start = self._start[item.name]
         self._allocation.check()
         with self._files.using(self.path(shard)) as descriptor:
-            if UNCACHED and not self._cached and item.nbytes >= LEAST_UNCACHED:
+            if self._leaves(item):
                 last = offset + len(data) == item.nbytes
                 self._write_pages(item.name, descriptor, start + offset, data, last=last)
             else:
                 self._write(descriptor, start + offset, data)
+
+    def _leaves(self, item: Item) -> bool:
+        """Return True if a tensor leaves the page cache as soon as it is on the disk."""
+        return bool(UNCACHED) and not self._cached and item.nbytes >= LEAST_UNCACHED
+
+    def write_whole(self, items: Sequence[Item], data: memoryview) -> None:
+        """Write whole tensors of one size, whose bytes follow each other; neighbours in a shard at once."""
+        places, size, first = [self._start[item.name] for item in items], items[0].nbytes, 0
+        alone = self._leaves(items[0])
+        for last, (shard, start) in enumerate(places, start=1):
+            if last == len(items) or alone or places[last] != (shard, start + size):
+                self.write(items[first], 0, data[first * size : last * size])
+                first = last
 
     def _write_pages(self, name: str, descriptor: int, position: int, data: memoryview, *, last: bool) -> None:
         """Write the whole pages of a tensor's next bytes; the rest waits, or it would be read back from the disk."""

@@ -14,7 +14,7 @@ from ..engine.precision import TORCH
 from ..plan.item import Item
 from ..storage.reader import Reader
 from ..storage.safetensors import StoredTensor
-from .stacks import least_room
+from .stack_facts import least_room
 
 PATIENCE = 2
 """Blocks in a row that are tried in vain before a weight is left to the slow way: other tools round more than once."""

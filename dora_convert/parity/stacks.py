@@ -7,33 +7,32 @@ nearest. `parity.expected` looks at the others, and measures how far they are of
 
 from __future__ import annotations
 
-import math
 import os
-import threading
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby, repeat
+from itertools import chain
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..adapters import Decomposed, LowRank
-from ..engine.precision import EXPONENT, GRID, TORCH, half_ulp
+from ..engine.precision import GRID, TORCH, as_bytes
 from ..output.finished import Verdict
 from ..plan.alike import kind_of
 from ..plan.item import Item
 from ..storage.reader import Reader
 from ..storage.safetensors import StoredTensor
+from ..storage.scatter import fill
+from .stack_facts import MEMORY, NAMES, integers, stack_facts
 
 CPU = torch.device("cpu")
-SMALL_BYTES = 1 << 19
-"""A tensor up to this size is read whole if some rows are asked for: a call of the system costs as much."""
-
-
 HELD_BYTES = 1 << 19
 """Left factors up to this size are read whole: each row would be a call of the system."""
+READ = 4
+"""So many times the elements that are computed together are read at once: in the stored dtypes they take less."""
 
 
 class SampledRows(NamedTuple):
@@ -84,164 +83,107 @@ class Stack:
     def verdicts(self) -> Iterator[Verdict | None]:
         """Yield the verdict on each weight whose elements are all the rounded result; None for the others."""
         rows, columns = len(self.pairs[0].rows), self.pairs[0].item.matrix[1]
-        together = max(1, self.elements // (columns * max(rows, self.pairs[0].low.rank)))
+        together = max(1, READ * self.elements // (columns * max(rows, self.pairs[0].low.rank)))
         for first in range(0, len(self.pairs), together):
             yield from self._of(self.pairs[first : first + together], rows, columns)
 
     def _of(self, pairs: Sequence[SampledRows], rows: int, columns: int) -> Iterator[Verdict | None]:
         """Yield the verdicts on some weights, whose factors are held."""
         factors = StackedFactors.load(pairs, self.reader, self.device)
-        height = -(-rows // -(-rows * columns // self.elements))  # of equal parts
-        parts = [slice(first, first + height) for first in range(0, rows, height)]
-        for quick in (True, False) if self.device.type == "cpu" else (False,):
-            facts = torch.stack([self._facts(pairs, factors, part, quick=quick) for part in parts]).tolist()
-            room = [min(each) for each in zip(*(part[2] for part in facts), strict=True)]
-            if all(least > 0 for least in room):
-                break
+        height = -(-rows // -(-rows * columns // (READ * self.elements)))  # of equal parts
+        facts = [self._facts(pairs, factors, slice(first, first + height)) for first in range(0, rows, height)]
         for number in range(len(pairs)):
-            change, rounding = (sum(part[k][number] ** 2 for part in facts) for k in (0, 1))
+            change, rounding = (sum(part[k][number] for part in facts) for k in (0, 1))
             right = all(part[2][number] > 0 for part in facts)
             yield Verdict(rows * columns, change=change, rounding=rounding) if right else None
 
-    def _facts(self, pairs: Sequence[SampledRows], factors: StackedFactors, part: slice, *, quick: bool) -> Tensor:
-        """Return three facts on each weight: ‖x − W‖, ‖got − x‖, and the room for its worst element.
-
-        If the last is positive, every element is the value nearest to x, ties to even. NaN is not positive.
-        """
+    def _facts(self, pairs: Sequence[SampledRows], factors: StackedFactors, part: slice) -> list[list[float]]:
+        """Return the facts on each weight that `stack_facts` computes of some rows."""
         rows = [pair.rows[part] for pair in pairs]
-        raw = read_stack(self.reader, [pair.item.source for pair in pairs], rows)
-        both = MEMORY.tensor("both", (2, *raw.shape), self.device)
-        both[0] = raw
-        x = factors.result(both[0], part)
-        written = read_stack(self.reader, [pair.written for pair in pairs], rows)
-        both[1] = written
-        norms = torch.linalg.vector_norm(both.sub_(x), dim=(2, 3))
-        spare, off = both
-        room = least_room(off.abs_(), x, written, spare if quick else None)
-        return torch.cat([norms, room.unsqueeze(0)])
+        base, sources = _rows("base", [pair.item.source for pair in pairs], rows)
+        written, results = _rows("written", [pair.written for pair in pairs], rows)
+        fill(self.reader, chain(sources, results))
+        on_host = self.device.type == "cpu"
+        compute, facts = stack_facts if on_host else stack_facts.plain, list[list[float]]()
+        precision, least = GRID[NAMES[written.dtype]]
+        for quick in (True, False) if on_host else (False,):
+            facts = compute(
+                base=base,
+                written=written,
+                bits=integers(written),
+                A=factors.A,
+                B=factors.B[:, part],
+                scales=factors.scales,
+                m=None if factors.m is None else factors.m[:, part],
+                scratch=factors.scratch(base.shape, self.elements, self.device),
+                units=[2.0**precision, 2.0**least],
+                quick=quick,
+            ).tolist()
+            if all(room > 0 for room in facts[2]):
+                break
+        return facts
 
 
 class StackedFactors(NamedTuple):
-    """The factors of the compared rows of some weights, with the magnitudes of DoRAs, in float64."""
+    """The factors of the compared rows of some weights, as they are stored, with the magnitudes of DoRAs."""
 
-    left: Tensor  # (weights, rows, r)
-    right: Tensor  # (weights, r, columns), s·A
-    m: Tensor | None  # (weights, rows)
+    A: Tensor  # (weights, r, columns)
+    B: Tensor  # (weights, rows, r)
+    scales: Tensor  # (weights, 1, 1), float64
+    m: Tensor | None  # (weights, rows), float64
 
     @classmethod
     def load(cls, pairs: Sequence[SampledRows], reader: Reader, device: torch.device) -> StackedFactors:
         """Read the factors."""
-        right = MEMORY.doubles("A", read_stack(reader, [pair.low.A for pair in pairs]), device)
-        scales = [pair.low.scale for pair in pairs]
-        right *= scales[0] if len(set(scales)) == 1 else torch.tensor(scales).double().to(device)[:, None, None]
-        B, rows = [pair.low.B for pair in pairs], [pair.rows for pair in pairs]
-        left = read_stack(reader, B, rows, HELD_BYTES).to(device).to(torch.float64, copy=True)
-        return cls(left, right, _magnitudes(pairs, reader, device))
+        rows, lows = [pair.rows for pair in pairs], [pair.low for pair in pairs]
+        updates = [update for pair in pairs if isinstance(update := pair.item.edits[0].update, Decomposed)]
+        whole = lows[0].B.nbytes <= HELD_BYTES
+        A, right = _rows("A", [low.A for low in lows])
+        B, left = _rows("B", [low.B for low in lows], None if whole else rows)
+        m, sizes = _rows("m", [update.m for update in updates]) if updates else (None, iter(()))
+        fill(reader, chain(right, left, sizes))
+        chosen = torch.tensor(rows)
+        if whole:
+            B = B[torch.arange(len(B))[:, None], chosen]
+        scales = torch.tensor([low.scale for low in lows], dtype=torch.float64)[:, None, None].to(device)
+        if m is not None:
+            offsets = torch.tensor([update.offset for update in updates], dtype=torch.float64)[:, None]
+            m = m.flatten(1).gather(1, chosen).double().add_(offsets).to(device)
+        return cls(A, B, scales, m)
 
-    def result(self, W: Tensor, part: slice) -> Tensor:
-        """Return x of some rows: W + s·BA, or m times it over its norm."""
-        V = torch.baddbmm(W, self.left[:, part], self.right, out=MEMORY.tensor("x", W.shape, W.device))
-        if self.m is None:
-            return V
-        return V.mul_((self.m[:, part] / torch.linalg.vecdot(V, V).sqrt_()).unsqueeze(2))
-
-
-def _magnitudes(pairs: Sequence[SampledRows], reader: Reader, device: torch.device) -> Tensor | None:
-    """Return the magnitudes of the compared rows, (weights, rows), in float64; None for LoRAs."""
-    updates = [pair.item.edits[0].update for pair in pairs]
-    decomposed = [update for update in updates if isinstance(update, Decomposed)]
-    if not decomposed:
-        return None
-    m = read_stack(reader, [update.m for update in decomposed]).flatten(1)
-    m = m.gather(1, torch.tensor([pair.rows for pair in pairs])).to(device).double()
-    offsets = [update.offset for update in decomposed]
-    return m.add_(torch.tensor(offsets, dtype=m.dtype, device=device)[:, None]) if any(offsets) else m
-
-
-class Memory(threading.local):
-    """Memory that a thread uses again for each stack: fresh pages cost more than arithmetic."""
-
-    def __init__(self) -> None:
-        self._tensors: dict[str, Tensor] = {}
-        self._bytes = bytearray()
-
-    def tensor(self, name: str, shape: Sequence[int], device: torch.device) -> Tensor:
-        """Return a float64 tensor with any values, which the next call of this name overwrites."""
-        if device.type != "cpu":
-            return torch.empty(tuple(shape), dtype=torch.float64, device=device)
-        number = math.prod(shape)
-        if name not in self._tensors or self._tensors[name].numel() < number:
-            self._tensors[name] = torch.empty(number, dtype=torch.float64)
-        return self._tensors[name][:number].view(tuple(shape))
-
-    def doubles(self, name: str, values: Tensor, device: torch.device) -> Tensor:
-        """Return values in float64 on a device, which widens them itself."""
-        if device.type != "cpu":
-            return values.to(device).double()
-        return self.tensor(name, values.shape, device).copy_(values)
-
-    def bytes(self, number: int) -> memoryview:
-        """Return so many bytes, which the next call overwrites."""
-        if len(self._bytes) < number:
-            self._bytes = bytearray(number)
-        return memoryview(self._bytes)[:number]
+    def scratch(self, shape: Sequence[int], elements: int, device: torch.device) -> list[Tensor]:
+        """Return memory for so many elements of rows, of a shape at most: x, its bits, W, A and B."""
+        (count, rows, columns), rank = shape, self.A.shape[1]
+        together = max(1, min(count, elements // (columns * max(rows, rank))))
+        height = rows if together > 1 else max(1, min(rows, elements // columns))
+        x, W, right, left = (
+            MEMORY.tensor(name, size, torch.float64, device)
+            for name, size in (
+                ("x", (together, height, columns)),
+                ("W", (together, height, columns)),
+                ("right", (together, rank, columns)),
+                ("left", (together, height, rank)),
+            )
+        )
+        return [x, x.view(torch.int64), W, right, left]
 
 
-MEMORY = Memory()
-NAMES = {kind: name for name, kind in TORCH.items()}
+def _rows(
+    name: str, tensors: Sequence[StoredTensor], rows: Sequence[Sequence[int]] | None = None
+) -> tuple[Tensor, Iterator[tuple[Path, int, memoryview]]]:
+    """Return memory for some rows of each of several tensors of one shape, or for all, and the places to fill it from.
 
-
-def least_room(off: Tensor, x: Tensor, written: Tensor, spare: Tensor | None = None) -> Tensor:
-    """Return the least ½ulp(x) − `off` in each matrix of a stack, in any unit: its sign alone counts, and is exact.
-
-    A tie has room if `written`, the numbers as they are stored, has the even neighbour.
-
-    Half a unit in the last place is a power of two: 2⁻ᵖ of the one that is not above |x|, which takes x's place.
-    Subnormal numbers have larger units than that; with `spare`, which is overwritten, this is left out.
+    It is (tensors, rows, columns), in the stored dtype; the next call of this name overwrites it.
     """
-    dtype = NAMES[written.dtype]
-    if spare is None:
-        room = half_ulp(x, dtype).sub_(off)
-    else:
-        power = x.view(torch.int64).bitwise_and_(EXPONENT).view(torch.float64)
-        room = torch.sub(power, off, alpha=2.0 ** GRID[dtype][0], out=spare)
-    least = room.amin(dim=(1, 2))
-    if not (least == 0).any():
-        return least
-    ties = room.eq(0).nonzero(as_tuple=True)
-    bits = written.view(torch.int16 if written.element_size() == 2 else torch.int32)
-    room[ties] = bits[tuple(index.cpu() for index in ties)].bitwise_and(1).eq(0).to(room)
-    return room.amin(dim=(1, 2))
-
-
-def read_stack(
-    reader: Reader,
-    tensors: Sequence[StoredTensor],
-    rows: Sequence[Sequence[int]] | None = None,
-    small: int = SMALL_BYTES,
-) -> Tensor:
-    """Read some rows of each of several tensors of one shape, or all: (tensors, rows, columns) in the stored dtype.
-
-    The next call overwrites them. Tensors of up to `small` bytes are read whole.
-    """
-    if rows is None or tensors[0].nbytes > small:
-        return _read(reader, tensors, rows)
-    stack, chosen = _read(reader, tensors, None), torch.tensor(rows)
-    return stack[0, chosen[0]].unsqueeze(0) if len(stack) == 1 else stack[torch.arange(len(stack))[:, None], chosen]
-
-
-def _read(reader: Reader, tensors: Sequence[StoredTensor], rows: Sequence[Sequence[int]] | None) -> Tensor:
-    """Read some rows of each tensor, in the stored dtype."""
-    first, columns = tensors[0], tensors[0].matrix[1]
-    each = first.nbytes if rows is None else len(rows[0]) * columns * first.itemsize
-    data, filled = MEMORY.bytes(len(tensors) * each), 0
-    chosen = zip(tensors, rows or repeat(None), strict=False)
-    for path, group in groupby(chosen, key=lambda pair: pair[0].path):
-        runs = _joined([run for tensor, mine in group for run in _runs(tensor, mine)])
-        length = sum(run[1] for run in runs)
-        reader.gather(path, runs, data[filled : filled + length])
-        filled += length
-    return torch.frombuffer(data, dtype=TORCH[first.dtype]).view(len(tensors), -1, columns)
+    first, (height, columns) = tensors[0], tensors[0].matrix
+    host = MEMORY.tensor(name, (len(tensors), len(rows[0]) if rows else height, columns), TORCH[first.dtype], CPU)
+    data, line = as_bytes(host), columns * first.itemsize
+    places = [(each.path, each.start) for each in tensors]
+    if rows:
+        lines = zip(places, rows, strict=True)
+        places = [(path, start + row * line) for (path, start), mine in lines for row in mine]
+    size = len(data) // len(places)
+    return host, ((path, start, data[k * size : (k + 1) * size]) for k, (path, start) in enumerate(places))
 
 
 def read_ahead(reader: Reader, tensor: StoredTensor, rows: Sequence[int] | None = None) -> None:

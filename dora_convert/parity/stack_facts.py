@@ -1,0 +1,127 @@
+"""Compute the facts on compared rows of plain LoRAs and DoRAs, for a stack of weights, in few calls."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..engine.precision import EXPONENT, GRID, TORCH, half_ulp
+from ..scripted import Scripted
+
+
+class Memory(threading.local):
+    """Memory that a thread uses again for each stack: fresh pages cost more than arithmetic."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def tensor(self, name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return a tensor with any values, which the next call of this name overwrites."""
+        if device.type != "cpu":
+            return torch.empty(tuple(shape), dtype=dtype, device=device)
+        nbytes = math.prod(shape) * dtype.itemsize
+        if name not in self._buffers or self._buffers[name].numel() < nbytes:
+            self._buffers[name] = torch.empty(nbytes, dtype=torch.uint8)
+        return self._buffers[name][:nbytes].view(dtype).view(tuple(shape))
+
+
+MEMORY = Memory()
+NAMES = {kind: name for name, kind in TORCH.items()}
+
+
+@Scripted
+def stack_facts(
+    base: Tensor,  # (weights, rows, columns), as stored
+    written: Tensor,  # as base, in the stored dtype
+    bits: Tensor,  # `written` as integers
+    A: Tensor,  # (weights, r, columns), as stored
+    B: Tensor,  # (weights, rows, r), as stored
+    scales: Tensor,  # (weights, 1, 1), float64
+    m: Tensor | None,  # (weights, rows), float64
+    scratch: list[Tensor],  # x, its bits, W, A and B of some weights and rows, in float64
+    units: list[float],  # 2ᵖ, and the least normal number, of the stored dtype
+    *,
+    quick: bool,
+) -> Tensor:
+    """Return three facts on each weight: ‖x − W‖², ‖got − x‖², and the room for its worst element, (3, weights).
+
+    x is W + s·BA, or m times it over its norm. The room is the least ½ulp(x) − |got − x|, in any unit: its sign alone
+    counts, and is exact. If it is positive, every element is the value nearest to x, ties to even. NaN is not positive.
+    """
+    x_, powers, W_, A_, B_ = scratch
+    count, rows, together, height = base.size(0), base.size(1), x_.size(0), x_.size(1)
+    facts = torch.zeros([3, count], dtype=torch.float64, device=x_.device)
+    facts[2].fill_(math.inf)
+    for first in range(0, count, together):
+        last = min(count, first + together)
+        number = last - first
+        right = A_[:number].copy_(A[first:last]).mul_(scales[first:last])
+        for top in range(0, rows, height):
+            bottom = min(rows, top + height)
+            some = bottom - top
+            W = W_[:number, :some].copy_(base[first:last, top:bottom])
+            left = B_[:number, :some].copy_(B[first:last, top:bottom])
+            x = torch.baddbmm(W, left, right, out=x_[:number, :some])
+            if m is not None:
+                x.mul_((m[first:last, top:bottom] / torch.linalg.vecdot(x, x).sqrt_()).unsqueeze(2))
+            change = torch.linalg.vector_norm(W.sub_(x), 2.0, [1, 2])
+            off = W.copy_(written[first:last, top:bottom]).sub_(x)
+            rounding = torch.linalg.vector_norm(off, 2.0, [1, 2])
+            room = _room(x, powers[:number, :some], off.abs_(), units, quick=quick)
+            facts[0, first:last] += change * change
+            facts[1, first:last] += rounding * rounding
+            facts[2, first:last] = torch.minimum(facts[2, first:last], least_of(room, bits[first:last, top:bottom]))
+    return facts
+
+
+def _room(
+    x: Tensor,
+    powers: Tensor,  # the bits of x
+    off: Tensor,
+    units: list[float],
+    exponent: int = EXPONENT,
+    *,
+    quick: bool,
+) -> Tensor:
+    """Return ½ulp(x) − |got − x| in the place of `off`, which is |got − x|, in any unit.
+
+    Half a unit in the last place is a power of two: 2⁻ᵖ of the one that is not above |x|, which takes x's place.
+    Subnormal numbers have larger units than that, which a `quick` answer leaves out.
+    """
+    powers.bitwise_and_(exponent)
+    if quick:
+        return torch.sub(x, off, alpha=units[0], out=off)
+    return torch.sub(x.clamp_(units[1], 2.0**1023).mul_(1.0 / units[0]), off, out=off)
+
+
+def least_of(room: Tensor, bits: Tensor) -> Tensor:
+    """Return the least room in each matrix of a stack; a tie has room if its number, as an integer, is even."""
+    least = room.amin([1, 2])
+    if bool((least == 0).any()):
+        ties = (room == 0).nonzero()
+        i, j, k = ties.unbind(1)
+        number = bits[i.to(bits.device), j.to(bits.device), k.to(bits.device)]
+        room[i, j, k] = (number.bitwise_and(1) == 0).to(room.device, room.dtype)
+        least = room.amin([1, 2])
+    return least
+
+
+def least_room(off: Tensor, x: Tensor, written: Tensor, spare: Tensor | None = None) -> Tensor:
+    """Return the room of `stack_facts` in each matrix of a stack, from |got − x|; overwrites x.
+
+    `written` are the numbers as they are stored. With `spare`, which is overwritten, the answer is a quick one.
+    """
+    dtype = NAMES[written.dtype]
+    if spare is None:
+        return least_of(half_ulp(x, dtype).sub_(off), integers(written))
+    power = x.view(torch.int64).bitwise_and_(EXPONENT).view(torch.float64)
+    return least_of(torch.sub(power, off, alpha=2.0 ** GRID[dtype][0], out=spare), integers(written))
+
+
+def integers(numbers: Tensor) -> Tensor:
+    """Return numbers in the integers that their bits are."""
+    return numbers.view(torch.int16 if numbers.element_size() == 2 else torch.int32)

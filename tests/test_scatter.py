@@ -1,0 +1,69 @@
+"""Many places of files fill many buffers: neighbours, places with gaps between them, the same place twice."""
+
+from __future__ import annotations
+
+import os
+import random
+from contextlib import closing
+
+import pytest
+
+from dora_convert.errors import MalformedError
+from dora_convert.storage import scatter
+from dora_convert.storage.reader import Reader
+from dora_convert.storage.scatter import fill
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Two files of random bytes."""
+    chance = random.Random(1)
+    paths = [tmp_path / "one", tmp_path / "other"]
+    for path in paths:
+        path.write_bytes(chance.randbytes(100_000))
+    return paths
+
+
+def filled(paths, places):
+    """The buffers that `fill` filled."""
+    parts = [(paths[number], start, memoryview(bytearray(length))) for number, start, length in places]
+    with closing(Reader()) as reader:
+        fill(reader, parts)
+    return [bytes(part[2]) for part in parts]
+
+
+@pytest.mark.parametrize("way", ["at once", "in short pieces", "as from a store"])
+def test_each_buffer_has_its_bytes(files, monkeypatch, way):
+    """So it is if the system gives less than was asked for, and for a file that has no descriptor."""
+    preadv = os.preadv
+    if way == "in short pieces":
+        monkeypatch.setattr(os, "preadv", lambda file, buffers, start: preadv(file, [buffers[0][:700]], start))
+    monkeypatch.setattr(scatter, "MOST_BUFFERS", 5)
+    chance = random.Random(2)
+    places = [(chance.randrange(2), chance.randrange(99_000), chance.randrange(1, 1000)) for _ in range(60)]
+    places += [(0, 5000 + 100 * k, 100) for k in range(20)] + places[:3] + [(0, 5000, 50), (1, 99_999, 1)]
+    chance.shuffle(places)
+    if way == "as from a store":
+        monkeypatch.setattr(Reader, "is_remote", lambda *_: True)
+    data = [path.read_bytes() for path in files]
+    assert filled(files, places) == [data[number][start : start + length] for number, start, length in places]
+
+
+def test_near_places_are_one_call(files, monkeypatch):
+    """The bytes between two places that are near each other are read along."""
+    preadv, calls = os.preadv, []
+
+    def noted(descriptor, buffers, start):
+        calls.append(start)
+        return preadv(descriptor, buffers, start)
+
+    monkeypatch.setattr(os, "preadv", noted)
+    near = scatter.NEAR_BYTES
+    filled(files, [(0, 10, 20), (0, 30, 20), (0, 50 + near, 10), (0, 61 + 2 * near, 10), (1, 0, 1)])
+    assert calls == [10, 61 + 2 * near, 0]
+
+
+def test_a_file_that_ends_first(files):
+    """It is an error, and no loop without end."""
+    with pytest.raises(MalformedError, match="became shorter"):
+        filled(files, [(0, 99_990, 20)])
