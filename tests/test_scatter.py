@@ -31,10 +31,10 @@ def files(tmp_path):
 
 def filled(paths, places):
     """The buffers that `fill` filled."""
-    parts = [(paths[number], start, memoryview(bytearray(length))) for number, start, length in places]
+    parts = [(paths[number], [(start, memoryview(bytearray(length)))]) for number, start, length in places]
     with closing(Reader()) as reader:
         fill(reader, parts)
-    return [bytes(part[2]) for part in parts]
+    return [bytes(part[1][0][1]) for part in parts]
 
 
 @pytest.mark.parametrize("way", ["at once", "in short pieces", "as from a store"])
