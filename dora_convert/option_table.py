@@ -18,8 +18,8 @@ PIECE, LOWEST = 1 << 17, 16
 """Elements of a block whose changes are computed together, and the least rows of them."""
 STRIP = 1 << 17
 """Elements of a block that are pruned and elected together."""
-TILE, TILE_WIDTH = 1 << 17, 1 << 11
-"""Elements of a block that are taken together in float32, and the most columns of them: a product needs many rows."""
+TILE_WIDTH = 1 << 11
+"""The most columns of them: a product needs many rows."""
 
 
 class Option(NamedTuple):

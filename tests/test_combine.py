@@ -7,7 +7,7 @@ import torch
 from peft.utils import merge_utils
 
 from dora_convert.maths import combine
-from dora_convert.maths.block_steps import STEPS, count_block
+from dora_convert.maths.block_steps import count_block
 from dora_convert.maths.bracket import Bracket, parting
 from dora_convert.maths.kth_largest import KthLargest
 
@@ -190,7 +190,7 @@ def show(bracket, approximate, x, first):
     groups = marks if marks.numel() % 8 else marks.view(-1).view(torch.int64)
     change = [torch.empty(0), torch.eye(rows), approximate]
     found = []
-    for step in (count_block, STEPS["count_block"]):
+    for step in (count_block.plain, count_block):
         scratch, chosen = torch.empty(2, 5, 7), torch.empty(rows, columns)
         found.append(step(x, change, bracket.bounds, scratch=scratch, chosen=chosen, marks=marks, groups=groups))
     assert found[0][3] == found[1][3]

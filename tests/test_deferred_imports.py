@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 import pytest
 
-from dora_convert import torch_import
-from dora_convert.torch_import import TRIED, Deferring, without_collections
+from dora_convert import deferred_imports, torch_import
+from dora_convert.deferred_imports import TRIED, Deferring
+from dora_convert.torch_import import without_collections
 
-from .test_torch_import import python
+from .test_torch_import import ROOT, python
 from .toy import make_adapter, make_base
 
-tried = pytest.mark.skipif(torch_import._minor_version() not in TRIED, reason="this torch is imported plainly")
+tried = pytest.mark.skipif(deferred_imports._minor_version() not in TRIED, reason="this torch is imported plainly")
 
 BEGIN = """
 import inspect, pickle, sys, threading, warnings
-from dora_convert import torch_import
+from dora_convert import deferred_imports, torch_import
 torch_import.own_process[0] = True
 with torch_import.without_collections(numpy=False):
     import torch
-[deferring] = [each for each in sys.meta_path if isinstance(each, torch_import.Deferring)]
+[deferring] = [each for each in sys.meta_path if isinstance(each, deferred_imports.Deferring)]
 waiting = lambda: {module.__name__ for module in deferring.waiting}
-assert waiting() == torch_import.DEFERRED
+assert waiting() == deferred_imports.DEFERRED
 assert not {"torch._decomp", "torch._refs", "torch._prims"} & set(sys.modules)
 """
 LOOKS = """
-modules = [sys.modules[name] for name in torch_import.DEFERRED]
+modules = [sys.modules[name] for name in deferred_imports.DEFERRED]
 for module in modules:
     assert module.__file__.endswith(".py") and module.__spec__.loader is module.__loader__
     assert inspect.getsourcefile(module) == module.__file__ and inspect.getmodule(module) is module
@@ -40,7 +42,7 @@ pickle.dumps(torch.float32), pickle.dumps(torch.ones(2))
 import email.mime.audio
 from torch import export, nested
 import torch.export
-assert waiting() == torch_import.DEFERRED
+assert waiting() == deferred_imports.DEFERRED
 """
 WORKS = """
 class Double(torch.nn.Module):
@@ -56,7 +58,7 @@ USES = {
 MERGE = """
 import atexit, sys
 from dora_convert.cli import run
-from dora_convert.torch_import import DEFERRED
+from dora_convert.deferred_imports import DEFERRED
 waiting = lambda: sorted(module.__name__ for each in sys.meta_path for module in getattr(each, "waiting", ()))
 atexit.register(lambda: print(waiting() == sorted(DEFERRED)))
 sys.argv[1:1] = ["merge", "--quiet"]
@@ -75,7 +77,7 @@ def package(tmp_path, monkeypatch):
             f"import parts\nfrom parts import {other}\nx = 1\nparts.done.append('{name}')\n"
         )
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(torch_import, "DEFERRED", frozenset({"parts.a", "parts.b"}))
+    monkeypatch.setattr(deferred_imports, "DEFERRED", frozenset({"parts.a", "parts.b"}))
     deferring = Deferring()
     monkeypatch.setattr(sys, "meta_path", [deferring, *sys.meta_path])
     import parts
@@ -154,6 +156,33 @@ def test_a_merge_executes_none_of_them(tmp_path):
     assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "True"), done.stderr
 
 
+@tried
+def test_every_verb_runs_in_a_process_of_its_own(tmp_path):
+    """Other tests fork processes that have torch already. These import it as a user's command does."""
+    base = make_base(tmp_path / "base")
+    dora = make_adapter(tmp_path / "dora", base, dora=True)
+    lora = make_adapter(tmp_path / "lora", base, dora=False)
+    out, base = tmp_path / "out", base.path
+    commands = [
+        ("merge", base, dora, out), ("verify", base, dora, out), ("unmerge", out, dora, tmp_path / "back"),
+        ("from-lora", base, lora, tmp_path / "made"), ("to-lora", base, dora, tmp_path / "small", "--rank", "2"),
+        ("to-lora", base, dora, lora, tmp_path / "one", "--rank", "3"), ("analyze", base, dora),
+        ("extract", base, out, tmp_path / "found", "--rank", "2", "--kind", "dora"), ("inspect", dora),
+        ("merge", base, dora, lora, tmp_path / "both", "--method", "dare-ties", "--density", "0.5"),
+    ]  # fmt: skip
+    for words in commands:
+        command = [sys.executable, "-m", "dora_convert", *map(str, words)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+        assert done.returncode == 0, (words[0], done.stderr)
+
+
+def test_random_numbers_come_from_one_place():
+    """torch makes no generator while packages wait, so all are made by `seeded`."""
+    sources = {path: path.read_text() for path in (ROOT / "dora_convert").rglob("*.py")}
+    named = [path.name for path, text in sources.items() if "torch.Generator" in text or "torch.seed(" in text]
+    assert named == ["deferred_imports.py"]
+
+
 @pytest.mark.parametrize(
     ("text", "minor"),
     [
@@ -171,8 +200,8 @@ def test_releases_are_told_from_other_builds(tmp_path, monkeypatch, text, minor)
         (tmp_path / "version.py").write_text(text)
     spec = ModuleSpec("torch", None, is_package=True)
     spec.submodule_search_locations = [str(tmp_path)]
-    monkeypatch.setattr(torch_import, "find_spec", lambda _: spec)
-    assert torch_import._minor_version() == minor
+    monkeypatch.setattr(deferred_imports, "find_spec", lambda _: spec)
+    assert deferred_imports._minor_version() == minor
 
 
 def test_other_versions_and_other_processes_import_torch_plainly(monkeypatch):
@@ -180,7 +209,7 @@ def test_other_versions_and_other_processes_import_torch_plainly(monkeypatch):
     monkeypatch.delitem(sys.modules, "torch", raising=False)
     before = list(sys.meta_path)
     for own, numpy, minor in ((False, False, "2.13"), (True, True, "2.13"), (True, False, "2.10"), (True, False, None)):
-        monkeypatch.setattr(torch_import, "_minor_version", lambda minor=minor: minor)
+        monkeypatch.setattr(deferred_imports, "_minor_version", lambda minor=minor: minor)
         monkeypatch.setattr(torch_import, "own_process", [own])
         with without_collections(numpy=numpy):
             assert sys.meta_path == before

@@ -15,8 +15,8 @@ from dora_convert.cli import main
 from dora_convert.engine.quick_combine import QuickCombiner
 from dora_convert.engine.quick_thresholds import QuickThresholds
 from dora_convert.errors import PlanError, RefError, UnsupportedError, UsageError
-from dora_convert.maths.block_steps import STEPS, combine_block
-from dora_convert.maths.compiled import compiled
+from dora_convert.maths.block_steps import count_block, norms_of_block, sample_of_block
+from dora_convert.maths.in_single import combine_block, exact_elements
 
 from .toy import contents, exact, load, make_adapter, make_base, stopped
 
@@ -172,10 +172,13 @@ def test_float32_rounds_as_float64(case, tmp_path, monkeypatch, method):
     _, base, adapters, _ = case
     options = {**ORACLES[method][1], "method": method.split()[0], "weight": WEIGHTS, "dtype": "bfloat16"}
     rounded, blocks, written = QuickCombiner.rounded, [], []
+    steps = (combine_block, exact_elements, count_block, norms_of_block, sample_of_block)
+    assert all(step.compiles for step in steps)
+    steps = {step: step._compiled for step in steps}
     for slack, quick, plain in ((8, True, False), (1 << 20, True, False), (8, True, True), (8, False, False)):
         monkeypatch.setattr("dora_convert.engine.quick_combine.SLACK", slack)
-        monkeypatch.setattr(STEPS, "_compiled", STEPS.plain if plain else compiled(STEPS.plain))
-        assert plain or STEPS["combine_block"] is not combine_block
+        for step, compiled in steps.items():
+            monkeypatch.setattr(step, "_compiled", step.plain if plain else compiled)
         monkeypatch.setattr(
             QuickCombiner, "rounded", lambda *a, q=quick: blocks.append(rounded(*a) if q else None) or blocks[-1]
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dora_convert import torch_import
+from dora_convert import deferred_imports, torch_import
 
 from .toy import make_adapter, make_base
 
@@ -89,9 +89,9 @@ def test_a_missing_or_broken_library_is_left_to_the_import(tmp_path, monkeypatch
         (tmp_path / torch_import.LIBRARY).write_bytes(content)
     spec = ModuleSpec("torch", None, is_package=True)
     spec.submodule_search_locations = [str(tmp_path)]
-    monkeypatch.setattr(torch_import, "find_spec", lambda _: spec)
+    monkeypatch.setattr(deferred_imports, "find_spec", lambda _: spec)
     torch_import._load()
-    monkeypatch.setattr(torch_import, "find_spec", lambda _: None)
+    monkeypatch.setattr(deferred_imports, "find_spec", lambda _: None)
     torch_import._load()
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..deferred_imports import seeded
 from ..engine.device_buffers import DeviceBuffers
 from ..engine.factors import LoadedEdit
 from .modules import SKETCH, AnalysedModule
@@ -154,7 +155,7 @@ def eigenvalues(gram: Tensor, *, every: bool) -> Tensor:
     if every or len(gram) <= STEPS:
         every_value: Tensor = torch.linalg.eigvalsh(gram)
         return every_value
-    chance = torch.Generator().manual_seed(0)
+    chance = seeded(0)
     basis = torch.zeros(STEPS + 1, len(gram), dtype=gram.dtype, device=gram.device)
     start = torch.randn(len(gram), generator=chance).to(gram)
     basis[0] = start / torch.linalg.vector_norm(start)
@@ -178,7 +179,7 @@ class SketchSpectrum(Spectrum):
 
     def __init__(self, columns: int, buffers: DeviceBuffers) -> None:
         super().__init__()
-        chance = torch.Generator().manual_seed(0)
+        chance = seeded(0)
         test = torch.linalg.qr(torch.randn(columns, min(SKETCH, columns), generator=chance, dtype=torch.float64)).Q
         self._test = test.to(buffers.spec.device, torch.float32)
         self._products = torch.zeros_like(self._test)

@@ -14,9 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..maths import combine as exactly
 from ..maths import in_single, lora
-from ..maths.block_steps import STEPS
 from ..maths.in_single import SINGLE
 from ..plan.item import Item
 from .changes import hold_factors
@@ -62,37 +60,39 @@ class QuickCombiner:
         if not self.helps:
             return None
         hold_factors([each.operand for each in self._changes], start, stop)
-        parts = [each.single(start, stop) for each in self._changes]
+        height = self._item.matrix[0]
+        singles = [each.single(start, stop, height) for each in self._changes]
+        rows = [slice(start - first, stop - first) for first, _ in singles]
+        parts = [part._replace(product=part.product[few]) for few, (_, part) in zip(rows, singles, strict=True)]
         if (errors := self._errors(parts, raw)) is None:
             return None
-        out, columns = self._scratch("rounded", raw.shape, torch.bfloat16), raw.shape[1]
-        marks = self._scratch("marks", raw.shape, torch.bool)
-        self._combine(raw, parts, errors, out, marks)
-        marks.view(-1)[self._near(start * columns, stop * columns)] = True
-        places = STEPS["marked"](marks, groups_of(marks))
+        out, marks = self._scratch("rounded", raw.shape, torch.bfloat16), self._scratch("marks", raw.shape, torch.bool)
+        factors = [part.factors(few.start, few.stop) for few, part in zip(rows, parts, strict=True)]
+        self._combine(raw, factors, errors, out, marks)
+        places, exact = self._exact(raw, marks, start, stop)
         self.helps = len(places) <= MOST_DOUBTFUL * raw.numel()
-        out.view(-1)[places] = self._exact(parts, places, raw)
+        out.view(-1).index_copy_(0, places, lora.round_to(exact, torch.empty_like(exact, dtype=torch.bfloat16)))
         for each in self._changes:
             if each.divides_rows:
                 each.operand.n.append(each.norms[start:stop])
         return out
 
     def _combine(
-        self, raw: Tensor, parts: Sequence[SinglePart], errors: in_single.Errors, out: Tensor, marks: Tensor
+        self, raw: Tensor, changes: list[list[Tensor]], errors: in_single.Errors, out: Tensor, marks: Tensor
     ) -> None:
         """Combine a block in float32; mark the doubtful elements."""
         few = tile(raw.shape)
-        agrees = self._scratch("agrees", (1 + len(parts), *few), torch.bool)
+        agrees = self._scratch("agrees", (1 + len(changes), *few), torch.bool)
         lower = self._scratch("lower", few, torch.bfloat16)
-        STEPS["combine_block"](
+        in_single.combine_block(
             raw,
-            [each.factors for each in parts],
+            changes,
             cuts=[each.middle for each in self._changes],
-            weights=list(self._rule.weights),
+            weights=self._rule.weights,
             majority=self._rule.majority,
             errors=[errors.share, errors.vote],
             added=errors.added,
-            scratch=self._scratch("strips", (4 + len(parts), *few), torch.float32),
+            scratch=self._scratch("strips", (4 + len(changes), *few), torch.float32),
             agrees=agrees[:-1],
             counts=agrees.view(torch.uint8),
             lower=[lower, lower.view(torch.int16)],
@@ -127,17 +127,16 @@ class QuickCombiner:
             found.update(each.near[bisect_left(each.near, first) : bisect_left(each.near, last)])
         return torch.tensor([place - first for place in found], dtype=torch.int64)
 
-    def _exact(self, parts: Sequence[SinglePart], places: Tensor, raw: Tensor) -> Tensor:
-        """Return the rounded result of single elements, by the definition in float64."""
-        rows, columns = places // raw.shape[1], places % raw.shape[1]
-        W, majority = raw.view(-1)[places].double(), self._rule.majority
-        deltas = torch.stack([part.exact.elements(W, rows, columns) for part in parts])
-        for delta, change in zip(deltas, self._changes, strict=True):
-            exactly.prune_(delta, change.cut)
-        if majority:
-            work = [torch.empty_like(W) for _ in range(2)]
-            marks = [torch.empty_like(deltas, dtype=torch.bool), torch.empty_like(W, dtype=torch.uint8)]
-            exactly.elect_(W, deltas, self._rule.weights, majority, work=work, marks=marks)
-        else:
-            exactly.add_up_(W, tuple(deltas), self._rule.weights)
-        return lora.round_to(W, torch.empty_like(W, dtype=torch.bfloat16))
+    def _exact(self, raw: Tensor, marks: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Return the places of the doubtful elements, and their results by the definition in float64."""
+        return in_single.exact_elements(
+            raw,
+            marks,
+            groups_of(marks),
+            self._near(start * raw.shape[1], stop * raw.shape[1]),
+            [each.elements(start, stop) for each in self._changes],
+            scales=[each.scale for each in self._changes],
+            cuts=[math.nextafter(each.cut, 0.0) for each in self._changes],
+            weights=self._rule.weights,
+            majority=self._rule.majority,
+        )

@@ -14,8 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..maths import lora
-from ..maths.block_steps import STEPS
+from ..maths.block_steps import count_block, norms_of_block, sample_of_block
 from ..maths.bracket import Bracket, parting
 from ..maths.in_single import SINGLE
 from ..option_table import COLLECTED, held_elements, sample_size
@@ -68,17 +67,25 @@ class QuickThresholds:
     def _measure(self, searches: Sequence[QuickChange]) -> None:
         """Compute the norms of rows, and take samples of the changes."""
         dividing = [each for each in searches if each.divides_rows]
-        gram = _Gram(dividing)
+        gram, scales = _Gram(dividing), [each.scale for each in searches]
         for number, span in enumerate(self._spans):
             hold_factors([each.operand for each in searches], *span)
-            W = self._block(searches, *span)
-            for each, n in zip(dividing, gram.norms(W, span) if dividing else (), strict=True):
-                refuse_infinite(each.operand, self._item, n)
-                each.norms[slice(*span)] = n
-            columns = slice(int(number * GOLDEN % 1 * self._step), None, self._step)
-            few = W[:, columns].contiguous()
-            for each in searches:
-                each.sample.append(each.part(*span).columns(columns).change(few).abs_().float().flatten())
+            W = self._base(searches, *span)
+            if dividing:
+                self._keep_norms(gram, W, span)
+            first, factors = int(number * GOLDEN % 1 * self._step), [each.part(*span).factors for each in searches]
+            found = sample_of_block(W, factors, scales, first=first, step=self._step)
+            for each, sample in zip(searches, found, strict=True):
+                each.sample.append(sample)
+        for each in dividing:
+            refuse_infinite(each.operand, self._item, each.norms)
+
+    def _keep_norms(self, gram: _Gram, W: Tensor, span: tuple[int, int]) -> None:
+        """Keep the norms of a block's rows."""
+        found, sure = gram.norms(W, span, self._buffers.scratch("tile", tile(W.shape), torch.float64))
+        for each, n, kept in zip(gram.searches, found, sure, strict=True):
+            part = each.norms[slice(*span)]  # those that nearly cancel have lost digits
+            part.copy_(n if kept else each.operand.norms_of_rows(self._block(gram.searches, *span).clone(), *span))
 
     def _count(self, searches: Sequence[QuickChange]) -> None:
         """Count the changes above each interval, and hold those inside."""
@@ -88,9 +95,10 @@ class QuickThresholds:
             scratch = self._scratch("strips", (2, *tile(W.shape)))
             chosen, marks = self._scratch("chosen", W.shape), self._buffers.scratch("marks", W.shape, torch.bool)
             for each in searches:
-                sizes, places, weights, above = STEPS["count_block"](
+                first, single = each.single(*span, self._item.matrix[0])
+                sizes, places, weights, above = count_block(
                     W,
-                    each.single(*span).factors,
+                    single.factors(span[0] - first, span[1] - first),
                     each.bracket.bounds,
                     scratch=scratch,
                     chosen=chosen,
@@ -130,36 +138,34 @@ class QuickThresholds:
 
 
 class _Gram:
-    """Computes norms of V = W + s·BA from W·Aᵀ: ‖V‖² = ‖W‖² + 2s·⟨WAᵀ, B⟩ + s²·‖BA‖², for all edits at once."""
+    """Computes norms of V = W + s·BA from W·Aᵀ, for all edits at once."""
 
     def __init__(self, searches: Sequence[QuickChange]) -> None:
-        self._searches = searches
+        self.searches = searches
+        self._ratios = [each.scale * each.operand.edit.norm_ratio for each in searches]
         self._rights: list[Tensor] = []
         self._stacked = torch.empty(0)
         self._squares: list[Tensor] = []
 
-    def norms(self, W: Tensor, span: tuple[int, int]) -> list[Tensor]:
-        """Return the norms of a block's rows for each edit."""
-        factors = [each.factors(*span) for each in self._searches]
+    def norms(self, W: Tensor, span: tuple[int, int], scratch: Tensor) -> tuple[list[Tensor], list[bool]]:
+        """Return the norms of a block's rows for each edit, and where they are all exact."""
+        factors = [each.factors(*span) for each in self.searches]
         self._keep([right for _, right in factors])
-        squares = lora.norms(W, axis=1).square_()
-        mixed = torch.split(W @ self._stacked.T, [len(right) for right in self._rights], dim=1)
-        found = []
-        for each, (rows, _), own, gram in zip(self._searches, factors, mixed, self._squares, strict=True):
-            left = rows * each.operand.edit.norm_ratio
-            total = squares + (left * own).sum(1).mul_(2) + (left @ gram).mul_(left).sum(1)
-            found.append(total.sqrt_() if bool((total > CANCELLED * squares).all()) else self._direct(each, W, span))
-        return found
+        return norms_of_block(
+            W,
+            self._stacked,
+            self._squares,
+            [left for left, _ in factors],
+            ratios=self._ratios,
+            scratch=scratch,
+            cancelled=CANCELLED,
+        )
 
     def _keep(self, rights: list[Tensor]) -> None:
         """Stack the right factors, if they are not those of the block before."""
         if [id(right) for right in rights] != [id(right) for right in self._rights]:
             self._rights, self._stacked = rights, torch.cat(rights)
             self._squares = [right @ right.T for right in rights]
-
-    def _direct(self, search: QuickChange, W: Tensor, span: tuple[int, int]) -> Tensor:
-        """Return norms of rows that nearly cancel, of which the sum above has lost digits."""
-        return search.operand.norms_of_rows(W.clone(), *span)
 
 
 def _step(item: Item) -> int:

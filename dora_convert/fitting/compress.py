@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..adapters import Delta, low_rank
+from ..deferred_imports import seeded
 from ..engine.device_buffers import DeviceBuffers
 from ..engine.factors import LoadedEdit, StreamedFactors
 from ..engine.precision import TORCH
@@ -117,7 +118,7 @@ class _AdaptedWeight:
         lost, change = compared(rows, B, A)
         facts = {"change": change, "lost": lost, "output": 0.0, "output_lost": 0.0}
         if lost > EXACT**2 * change:
-            x = torch.randn(A.shape[1], SAMPLES, generator=torch.Generator().manual_seed(0)).to(B)
+            x = torch.randn(A.shape[1], SAMPLES, generator=seeded(0)).to(B)
             height = max(1, BLOCK // A.shape[1])
             spans = [slice(start, start + height) for start in range(0, len(B), height)]
             facts["output_lost"] = squared(torch.cat([(rows(span) - B[span] @ A) @ x for span in spans]))

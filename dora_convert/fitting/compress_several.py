@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..deferred_imports import seeded
 from ..engine.combine import Combiner
 from ..engine.device_buffers import DeviceBuffers
 from ..engine.factors import StreamedFactors, apply_edits
@@ -53,7 +54,7 @@ def compress_several(
     lost, size = compared(rows, B.to(like), A.to(like))
     facts = {"change": size, "lost": lost, "output": 0.0, "output_lost": 0.0}
     if lost > EXACT**2 * size:
-        x = torch.randn(A.shape[1], SAMPLES, generator=torch.Generator().manual_seed(0)).to(like)
+        x = torch.randn(A.shape[1], SAMPLES, generator=seeded(0)).to(like)
         whole = slice(0, len(B))
         facts["output_lost"] = squared((rows(whole) - B.to(like) @ A.to(like)) @ x)
         facts["output"] = squared(_outputs(job, buffers, x) + rows(whole) @ x)

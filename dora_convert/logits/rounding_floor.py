@@ -14,6 +14,8 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
+from ..deferred_imports import seeded
+
 WRAPPED = (".base_layer", ".original_module", ".modules_to_save.default", ".token_adapter")
 """Parts that PEFT adds to the names of weights."""
 
@@ -87,7 +89,7 @@ def _delta(layer: Any, weight: Tensor) -> Tensor | None:
 
 def _add_noise(weight: Tensor, delta: Tensor | None, dtype: torch.dtype, seed: int) -> None:
     """Add noise between −½ and ½ unit in the last place of each merged element."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     noise = torch.rand(weight.shape, generator=generator).mul_(2).sub_(1).to(weight.device)
     merged = weight.data if delta is None else weight.data + delta.to(weight.dtype)
     weight.data.add_(noise.mul_(half_ulp(merged.float(), dtype)).to(weight.dtype))

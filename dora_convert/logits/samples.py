@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..deferred_imports import seeded
 from ..errors import UnsupportedError
 from .forward import CONTINUATION, Batch, not_compared
 from .prompts import BUILT_IN, LENGTH, LONGEST
@@ -122,7 +123,7 @@ def _made_up_ids(vocabulary: int, length: int, config: Any) -> list[list[int]]:
     special = {getattr(config, key, None) for key in ("pad_token_id", "eos_token_id")}
     small = vocabulary < 1000
     usable = [token for token in range(vocabulary) if token not in special] if small else range(3, vocabulary)
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     chosen = torch.randint(len(usable), (len(BUILT_IN), length), generator=generator).tolist()
     tail = [end] if getattr(config, "is_encoder_decoder", False) and isinstance(end, int) else []
     return [[usable[k] for k in row][: length - len(tail)] + tail for row in chosen]

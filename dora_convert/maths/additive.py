@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from ..deferred_imports import seeded
+
 
 def kronecker_rows(
     one: Tensor,  # (a, b)
@@ -36,7 +38,7 @@ def fourier(
     shape: tuple[int, int],  # (out, in)
 ) -> Tensor:  # (out, in)
     """Return the real part of the inverse Fourier transform of a matrix of n seeded frequencies (44)."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     places = torch.randperm(math.prod(shape), generator=generator)[: len(spectrum)]
     dense = spectrum.new_zeros(math.prod(shape))
     dense[places.to(spectrum.device)] = spectrum
@@ -98,7 +100,7 @@ def seeded_projections(
     largest: tuple[int, int],  # (out, in)
 ) -> tuple[Tensor, Tensor]:  # (in-side: (rank, in), out-side: (out, rank)), float32
     """Return VeRA's shared projections from PEFT's seed: uniform in ±√(6/columns), in the order A, B."""
-    generator = torch.Generator(device="cpu").manual_seed(seed)
+    generator = seeded(seed)
     A = torch.empty(rank, largest[1], dtype=torch.float32, device="cpu")
     B = torch.empty(largest[0], rank, dtype=torch.float32, device="cpu")
     for matrix in (A, B):

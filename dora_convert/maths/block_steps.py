@@ -1,10 +1,10 @@
-"""Do the steps of pruning and combining low-rank changes in float32, some rows of a block at a time.
+"""Look at low-rank changes of a block, a tile at a time: norms, a sample, and the elements near a threshold.
 
-torch compiles these functions (maths/compiled.py), so they use only what TorchScript has, and no constants of the file.
-The rows that are taken together, as many as `scratch` has, stay in a processor's own cache.
+TorchScript compiles what other files call, so that threads do not wait for each other (scripted.py). A tile, as large
+as the scratch space, stays in a processor's own cache.
 
-A change is g·W + left·right. Each of the lists has one entry for each change; an empty g is zero. g is (rows, 1) or
-(1, columns).
+A change is g·W + left·right in float32, and f·(W + scale·left·right) − W in float64. An empty g is zero, an empty f is
+one. Both are (rows, 1) or (1, columns).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .compiled import CompiledFunctions
+from ..scripted import Scripted
 
 
 def change_rows(W: Tensor, g: Tensor, left: Tensor, right: Tensor, out: Tensor) -> Tensor:
@@ -32,7 +32,7 @@ def some_columns(x: Tensor, start: int, stop: int) -> Tensor:
     return x[:, start:stop] if x.numel() > len(x) else x
 
 
-def marked(
+def places_of(
     marks: Tensor,  # bool
     groups: Tensor,  # the same memory as int64; `marks` again if eight are not a divisor
 ) -> Tensor:
@@ -44,6 +44,7 @@ def marked(
     return hits.mul_(8).index_select(0, inside.bitwise_right_shift(3)).add_(inside.bitwise_and_(7))
 
 
+@Scripted
 def count_block(
     W: Tensor,  # (rows, columns), float64 or narrower
     change: list[Tensor],  # g, left and right
@@ -51,7 +52,7 @@ def count_block(
     scratch: Tensor,  # (2, some rows, some columns), float32
     chosen: Tensor,  # (rows, columns), float32, overwritten
     marks: Tensor,  # (rows, columns), bool, overwritten
-    groups: Tensor,  # the same memory, as `marked` takes it
+    groups: Tensor,  # the same memory, as `places_of` takes it
 ) -> tuple[Tensor, Tensor, Tensor, int]:
     """Find the magnitudes of a change between two bounds.
 
@@ -69,131 +70,75 @@ def count_block(
             torch.ops.aten.hardtanh_backward(sizes, sizes, bounds[0], bounds[1], grad_input=inside)
             marks[first:last, start:stop].copy_(inside)
             above += int(sizes.ge_(bounds[1]).sum())  # float32 adds up so many ones exactly
-    places = marked(marks, groups)
+    places = places_of(marks, groups)
     return chosen.view(-1).index_select(0, places), places, W.view(-1).index_select(0, places), above
 
 
-def add_up(changes: Tensor, weights: list[float], out: Tensor) -> Tensor:
-    """Compute Σ wᵢ·δᵢ."""
-    first = 1
-    if len(changes) > 1 and weights[0] == 1.0:
-        torch.add(changes[0], changes[1], alpha=weights[1], out=out)
-        first = 2
-    else:
-        torch.mul(changes[0], weights[0], out=out)
-    for k in range(first, len(changes)):
-        out.add_(changes[k], alpha=weights[k])
-    return out
+@Scripted
+def norms_of_block(
+    W: Tensor,  # (rows, columns)
+    rights: Tensor,  # (all ranks, columns), float64: the right factors of all edits
+    grams: list[Tensor],  # right·rightᵀ of each
+    lefts: list[Tensor],  # (rows, rank), float64
+    ratios: list[float],  # the factors of left·right
+    scratch: Tensor,  # (some rows, some columns), float64
+    cancelled: float,
+) -> tuple[list[Tensor], list[bool]]:
+    """Return the norms of V = W + s·BA for each edit: ‖V‖² = ‖W‖² + 2s·⟨WAᵀ, B⟩ + s²·‖BA‖².
 
-
-def elect_signs(kept: Tensor, majority: str, vote: Tensor, sign: Tensor) -> None:
-    """Compute the vote of some changes, and its sign; a vote of zero counts as positive."""
-    if majority == "total":
-        add_up(kept, [1.0] * len(kept), vote)
-    else:
-        torch.sign(kept[0], out=vote)
-        for k in range(1, len(kept)):
-            vote.add_(torch.sign(kept[k], out=sign))
-    torch.sign(vote.add_(2.0**-125), out=sign)  # so little is less than any error
-
-
-def combine_rows(
-    W: Tensor,  # float32, overwritten
-    kept: Tensor,  # (changes, rows, columns): pruned changes, overwritten
-    weights: list[float],
-    majority: str,
-    vote_error: float,
-    work: Tensor,  # (3, rows, columns), float32
-    flags: list[Tensor],  # `agrees` and `counts` as below
-) -> Tensor:
-    """Return the combination's result, in place of W; mark doubtful votes in the first of `work` by other than zero."""
-    vote, sign, total = work[0], work[1], work[2]
-    if majority == "":
-        vote.zero_()
-        return W.add_(add_up(kept, weights, total))
-    elect_signs(kept, majority, vote, sign)
-    kept.mul_(sign).clamp_(min=0.0)
-    flags[0].copy_(kept)
-    counts = flags[1]
-    count = torch.sum(counts[:-1], [0], dtype=torch.uint8, out=counts[-1])
-    add_up(kept, weights, total).mul_(sign)
-    sign.copy_(count)
-    if majority == "total":  # the vote may have another sign, if any change has a vote
-        torch.ops.aten.hardtanh_backward(sign, vote, -vote_error, vote_error, grad_input=vote)
-    else:
-        vote.zero_()
-    return torch.addcdiv(W, total, sign.clamp_(min=1.0), out=W)
-
-
-def round_rows(
-    x: Tensor,  # float32, overwritten
-    doubtful: Tensor,  # other than zero where x is in doubt anyway
-    share: float,
-    added: Tensor,  # (rows, 1)
-    work: Tensor,  # (2, rows, columns), float32
-    lower: Tensor,  # bfloat16
-    upper: Tensor,  # bfloat16
-) -> None:
-    """Round x less its error into `lower`, and x plus its error into `upper`.
-
-    Rounding is monotone, so that all numbers between round as both do, if these are equal.
+    The flags tell where all squares are more than a part of ‖W‖²: smaller ones have lost digits.
     """
-    error = torch.add(added, torch.abs(x, out=work[0]), alpha=share, out=work[0])
-    error.add_(doubtful, alpha=2.0**100)
-    lower.copy_(torch.sub(x, error, out=work[1]))
-    upper.copy_(x.add_(error))
+    squares = torch.zeros(len(W), dtype=torch.float64)
+    mixed = torch.zeros(len(W), len(rights), dtype=torch.float64)
+    for start in range(0, W.size(1), scratch.size(1)):
+        stop = min(start + scratch.size(1), W.size(1))
+        turned = rights[:, start:stop].t()
+        for first in range(0, len(W), len(scratch)):
+            last = min(first + len(scratch), len(W))
+            tile = scratch[: last - first, : stop - start].copy_(W[first:last, start:stop])
+            squares[first:last].add_(torch.linalg.vector_norm(tile, 2, [1]).square_())
+            mixed[first:last].addmm_(tile, turned)
+    place = 0
+    found: list[Tensor] = []
+    sure: list[bool] = []
+    for k in range(len(lefts)):
+        left, gram = lefts[k] * ratios[k], grams[k]
+        own = mixed[:, place : place + len(gram)]
+        place += len(gram)
+        total = squares + (left * own).sum(1).mul_(2) + (left @ gram).mul_(left).sum(1)
+        sure.append(bool((total > cancelled * squares).all()))
+        found.append(total.sqrt_())
+    return found, sure
 
 
-def combine_block(
-    raw: Tensor,  # (rows, columns)
-    changes: list[list[Tensor]],  # g, left and right of each
-    cuts: list[float],  # magnitudes up to these are pruned
-    weights: list[float],
-    majority: str,  # "total" or "frequency" elects signs; "" adds all changes up
-    errors: list[float],  # of the result, as a share of its magnitude; of the vote
-    added: Tensor,  # (rows, 1), float32: so much more error of the result
-    scratch: Tensor,  # (4 + changes, some rows, some columns), float32
-    agrees: Tensor,  # (changes, some rows, some columns), bool
-    counts: Tensor,  # (changes + 1, some rows, some columns), uint8, of which the first are the memory of `agrees`
-    lower: list[Tensor],  # (some rows, some columns): bfloat16, and the same memory as int16
-    out: list[Tensor],  # (rows, columns): bfloat16, and the same memory as int16
-    marks: Tensor,  # (rows, columns), bool
-) -> None:
-    """Prune the changes of a block, and round their combination with it into `out`; mark the doubtful elements.
-
-    Each change is off by a known error at most. A change of zero was pruned, and is certain. So is the sign of any
-    other one.
-    """
-    for start in range(0, raw.size(1), scratch.size(2)):
-        stop = min(start + scratch.size(2), raw.size(1))
-        width = stop - start
-        parts = [[some_columns(each[0], start, stop), each[1], each[2][:, start:stop]] for each in changes]
-        for first in range(0, len(raw), scratch.size(1)):
-            last = min(first + scratch.size(1), len(raw))
-            height = last - first
-            singles, upper = scratch[:, :height, :width], [each[first:last, start:stop] for each in out]
-            W, work, kept = singles[0].copy_(raw[first:last, start:stop]), singles[1:4], singles[4:]
-            for k, part in enumerate(parts):
-                g, left = some_rows(part[0], first, last), part[1][first:last]
-                torch.ops.aten.hardshrink(change_rows(W, g, left, part[2], kept[k]), cuts[k], out=kept[k])
-            flags = [agrees[:, :height, :width], counts[:, :height, :width]]
-            x = combine_rows(W, kept, weights, majority, vote_error=errors[1], work=work, flags=flags)
-            low = [each[:height, :width] for each in lower]
-            round_rows(x, work[0], errors[0], added[first:last], work=work[1:], lower=low[0], upper=upper[0])
-            marks[first:last, start:stop].copy_(torch.bitwise_xor(low[1], upper[1], out=low[1]))
+def change_of(W: Tensor, f: Tensor, product: Tensor) -> Tensor:
+    """Return a change in float64, in place of s·left·right."""
+    return product.add_(W).mul_(f).sub_(W) if f.numel() > 0 else product
 
 
-STEPS = CompiledFunctions(
-    (
-        change_rows,
-        some_rows,
-        some_columns,
-        marked,
-        count_block,
-        add_up,
-        elect_signs,
-        combine_rows,
-        round_rows,
-        combine_block,
-    )
-)
+@Scripted
+def sample_of_block(
+    W: Tensor,  # (rows, columns)
+    changes: list[list[Tensor]],  # f, left and right of each, float64
+    scales: list[float],
+    first: int,
+    step: int,
+) -> list[Tensor]:
+    """Return the magnitudes of each change in some columns, in float32."""
+    found: list[Tensor] = []
+    few = W[:, first::step].to(torch.float64)
+    for k, change in enumerate(changes):
+        f = change[0] if change[0].numel() <= len(W) else change[0][:, first::step]
+        product = torch.mm(change[1], change[2][:, first::step]).mul_(scales[k])
+        found.append(change_of(few, f, product).abs_().to(torch.float32).flatten())
+    return found
+
+
+def elements_of(W: Tensor, change: list[Tensor], scale: float, rows: Tensor, columns: Tensor) -> Tensor:
+    """Return the change of single elements in float64; the right factor comes turned: (columns, rank)."""
+    left, right = change[1].index_select(0, rows), change[2].index_select(0, columns)
+    product = left.mul_(right).sum(1).mul_(scale)
+    f = change[0].view(-1)
+    if f.numel() > 0:
+        f = f.index_select(0, rows if change[0].size(1) == 1 else columns)
+    return change_of(W, f, product)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..deferred_imports import seeded
 from .svd import OVERSAMPLE, Goal, compared, squared, subspace
 
 EXACT_UP_TO = 128  # rows or columns, whichever are fewer: up to here LAPACK's SVD is as fast as a subspace step
@@ -165,7 +166,7 @@ def _others(search: _Search, ratio: Tensor) -> Iterator[Tensor]:
     lengths = dots(search.tuned, search.tuned).sqrt()
     some = search.squares > 0
     yield torch.where(some, lengths / torch.where(some, search.squares, 1.0).sqrt(), 1.0) * ratio.sign()
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     for start in range(min(STARTS - 2, MANY // search.W.numel())):
         spread = (0.03, 0.1, 0.3)[start % 3]
         noise = torch.randn(len(ratio), generator=generator, dtype=torch.float32).to(ratio)

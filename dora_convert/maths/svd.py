@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..deferred_imports import seeded
+
 EXACT_UP_TO = 512  # rows or columns, whichever are fewer: LAPACK takes about a tenth of a second
 OVERSAMPLE = 10  # more columns than the rank: they speed convergence up, and are cut off at the end
 ITERATIONS = 64  # at most; a handful are usual
@@ -171,7 +173,7 @@ def subspace(D: Tensor, width: int, goal: Goal, start: Tensor | None = None) -> 
     k is `width` + OVERSAMPLE; `start` holds the columns of an earlier Q. A goal of an error is given up early
     if the width is far too small.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     new = width + OVERSAMPLE - (0 if start is None else start.shape[1])
     Q = torch.randn(D.shape[1], new, generator=generator, dtype=torch.float32).to(D)
     Q = torch.linalg.qr(Q if start is None else torch.cat((start, Q), dim=1)).Q

@@ -22,8 +22,6 @@ from .thresholds import Cut, find_cut
 
 PASS_ELEMENTS = 1 << 17
 """Elements of rows that a search for a threshold looks at together."""
-SHARE_ELEMENTS = 1 << 15
-"""Elements of rows whose kept share is counted together."""
 SPREAD = 0.15
 ALL_BITS = (1 << 64) - 1
 FEW_ELEMENTS = 1 << 18
@@ -31,22 +29,21 @@ FEW_ELEMENTS = 1 << 18
 SIGMAS = 5.0
 
 
-def expected_of(
-    item: Item, reader: Reader, device: torch.device = CPU, *, cuts: Sequence[Cut] = (), sample: Sequence[int] = ()
-) -> Expected:
+def expected_of(item: Item, reader: Reader, device: torch.device = CPU, *, cuts: Sequence[Cut] = ()) -> Expected:
     """Return the definition of an item's result.
 
-    `cuts` are thresholds that a merge claims. They are believed for large tensors if a sample of rows agrees.
+    `cuts` are thresholds that a merge claims. They are believed for large tensors, until `misled` tells otherwise.
     """
     if not item.combination:
         return Expected(item, reader, device)
     if item.combination.method == "chain":
         return ChainExpected(item, reader, device)
-    if cuts and item.source.numel > FEW_ELEMENTS:
-        claimed = CombinedExpected(item, reader, device, cuts)
-        if not claimed.doubts(sample):
-            return claimed
-    return CombinedExpected(item, reader, device)
+    return CombinedExpected(item, reader, device, cuts if item.source.numel > FEW_ELEMENTS else ())
+
+
+def misled(expected: Expected) -> bool:
+    """Return True if the rows that were looked at deny thresholds that a merge claims."""
+    return isinstance(expected, CombinedExpected) and expected.doubts()
 
 
 class Kept(NamedTuple):
@@ -68,19 +65,15 @@ class CombinedExpected(Expected):
         super().__init__(item, reader, device)
         self.cuts: Sequence[Cut] = ()
         """The threshold of each change; empty if the method has none."""
+        self._shares: list[list[Tensor]] | None = [[] for _ in item.edits] if cuts else None
+        """The share of each row that was kept of each change, if a merge claims the thresholds."""
         if self._how.prunes:
             self.cuts = cuts or [self._search(number) for number in range(len(item.edits))]
 
-    def doubts(self, rows: Sequence[int]) -> bool:
-        """Return True if a sample of rows keeps another share of a change than its density, beyond chance."""
-        shares: list[list[Tensor]] = [[] for _ in self.item.edits]
-        for chunk in self.chunks(rows, SHARE_ELEMENTS):
-            W = self.before(chunk)
-            for number, (least, _) in enumerate(self.cuts):
-                kept = self._change(number, W, chunk).abs() >= least
-                shares[number].append(kept.double().mean(dim=1))
-        for edit, pieces in zip(self.item.edits, shares, strict=True):
-            own = torch.cat(pieces)
+    def doubts(self) -> bool:
+        """Return True if the rows so far keep another share of a change than its density, beyond chance."""
+        for edit, rows in zip(self.item.edits, self._shares or (), strict=bool(self._shares)):
+            own = torch.cat(rows).double()
             error = float(own.std()) / len(own) ** 0.5
             distance = abs(float(own.mean()) - edit.density)
             if edit.outputs is None and distance > SIGMAS * error + 2 / self.item.matrix[1]:
@@ -137,20 +130,29 @@ class CombinedExpected(Expected):
     def _keep(self, number: int, part: EditPart, W: Tensor, rows: Sequence[int], slack: Tensor | None = None) -> Kept:
         """Return what the method keeps of one change."""
         change, edit = _change_of(part, W), self.item.edits[number]
-        slack = torch.zeros_like(change) if slack is None else slack
         if self._how.prunes:
-            least, last = self.cuts[number]
-            mask, doubtful = change.abs() >= least, (change.abs() - least).abs() <= slack
-            if last >= 0:
-                places = torch.tensor(list(rows), device=W.device)[:, None] * W.shape[1]
-                mask &= (change.abs() > least) | (places + torch.arange(W.shape[1], device=W.device) <= last)
-            return Kept(mask * change, change, 1.0, slack, doubtful)
+            return self._prune(number, change, rows, slack)
+        slack = torch.zeros_like(change) if slack is None else slack
         certain = torch.zeros_like(change, dtype=torch.bool)
         if not self._how.draws or edit.density >= 1:
             return Kept(change, change, 1.0, slack, certain)
         p = _rank_shares(change, edit.density) if self._how.method == "della" else torch.full_like(change, edit.density)
         drawn = self._bits(number, rows) < torch.round(p * 2.0**32)
         return Kept(torch.where(drawn, change / p, 0.0), change, 1 / p, slack, certain)
+
+    def _prune(self, number: int, change: Tensor, rows: Sequence[int], slack: Tensor | None) -> Kept:
+        """Return what pruning keeps of one change; without slack no element is in doubt."""
+        (least, last), columns, size = self.cuts[number], self.item.matrix[1], change.abs()
+        nothing = torch.zeros((), dtype=torch.bool, device=size.device)
+        doubtful = nothing if slack is None else (size - least).abs() <= slack
+        if last >= 0:
+            places = torch.tensor(list(rows), device=size.device)[:, None] * columns
+            late = places + torch.arange(columns, device=size.device) > last
+            size = size.masked_fill_(late & (size == least), -1.0)
+        mask = size.ge_(least)  # one for what is kept, else zero
+        if slack is None and self._shares:
+            self._shares[number].append(mask.mean(dim=1).cpu())
+        return Kept(mask.mul_(change), change, 1.0, nothing if slack is None else slack, doubtful)
 
     def _bits(self, number: int, rows: Sequence[int]) -> Tensor:
         """Return the random bits of one edit's rows, as numbers from 0 to 2³² − 1."""
@@ -167,7 +169,7 @@ class CombinedExpected(Expected):
     def _elected(self, stacked: Tensor) -> Tensor:
         """Return the majority's sign of each element, 1 or −1."""
         votes = stacked if self._how.majority_sign == "total" else stacked.sign()
-        return torch.where(votes.sum(0) >= 0, 1.0, -1.0)
+        return votes.sum(0).ge_(0.0).mul_(2.0).sub_(1.0)
 
     def _close_vote(self, kept: Sequence[Kept]) -> Tensor:
         """Return True for elements whose elected sign rounding may turn."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..adapters import LowRank, Transform
 from ..adapters.kinds import Computed, Dense, Factor, Hadamard, Kronecker, Modulated, Sparse, Tucker
 from ..adapters.rotations import Rotated
+from ..deferred_imports import seeded
 from ..plan.item import Edit
 from ..storage.safetensors import StoredTensor
 from .rotations import stages_of, turned_rows
@@ -212,7 +213,7 @@ def _delora(_: Computed, parts: Parts) -> Tensor:
 def _fourier(part: Computed, parts: Parts) -> Tensor:
     outputs, inputs = _shape(part)
     spectrum = parts["spectrum"].flatten().cpu()
-    generator = torch.Generator().manual_seed(int(dict(part.numbers)["seed"]))
+    generator = seeded(int(dict(part.numbers)["seed"]))
     places = torch.randperm(outputs * inputs, generator=generator)[: len(spectrum)]
     dense = torch.zeros(outputs, inputs, dtype=torch.float64)
     dense[places // inputs, places % inputs] = spectrum
@@ -245,7 +246,7 @@ def _randlora(part: Computed, parts: Parts) -> Tensor:
 def _vera(part: Computed, parts: Parts) -> Tensor:
     outputs, inputs = _shape(part)
     numbers = {name: int(value) for name, value in part.numbers}
-    generator = torch.Generator().manual_seed(numbers["seed"])
+    generator = seeded(numbers["seed"])
     A, B = torch.empty(numbers["rank"], numbers["inputs"]), torch.empty(numbers["outputs"], numbers["rank"])
     for matrix in (A, B):
         torch.nn.init.kaiming_uniform_(matrix, nonlinearity="relu", generator=generator)

@@ -14,6 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..deferred_imports import seeded
 from ..engine.precision import GRID, TORCH, half_ulp, nearest, read_rows
 from ..plan.alike import kind_of
 from ..plan.item import Item, are_apart
@@ -84,7 +85,7 @@ class Outputs:
 @lru_cache(maxsize=1)
 def _inputs(length: int, samples: int) -> Tensor:
     """Return random inputs, always the same; neighbouring tensors are often of one size."""
-    return torch.randn(length, samples, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return torch.randn(length, samples, generator=seeded(0), dtype=torch.float64)
 
 
 def lengths_of(expected: Expected) -> list[Lengths]:
