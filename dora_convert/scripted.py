@@ -29,11 +29,7 @@ class Scripted(Generic[Arguments, Result]):
 
     def __call__(self, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         """Call the compiled function, or the plain one."""
-        from torch import jit
-
-        # The optimiser takes a tenth of a second for each function, and gains nothing.
-        with jit.optimized_execution(False):  # type: ignore[attr-defined]
-            return (self._compiled or self._compile())(*args, **kwargs)
+        return (self._compiled or self._compile())(*args, **kwargs)
 
     def _compile(self) -> Callable[Arguments, Result]:
         with self._compiling:
