@@ -92,11 +92,11 @@ if accessor := getattr(pathlib, "_NormalAccessor", None):  # Python 3.10 has tak
     accessor.open = staticmethod(counted_open)
 
 from dora_convert.cli import main  # noqa: E402
-from dora_convert.output import shards  # noqa: E402
+from dora_convert.output import shards, space  # noqa: E402
 
 shards.LEAST_UNCACHED, shards.PAGE = 4096, 1024
-real_fallocate = shards._fallocate
-shards._fallocate = lambda file, size: (step(), real_fallocate(file, size))
+real_fallocate = space._fallocate
+space._fallocate = lambda *words: (step(), real_fallocate(*words))[1]
 
 try:
     main()

@@ -89,7 +89,7 @@ KILLED = """
     early.HeadStart.stop = lambda self: self._thread.join()
     shards.ShardFiles._create = counted(shards.ShardFiles._create)
     shards.ShardFiles.copy = counted(shards.ShardFiles.copy)
-    shards._allocate = counted(shards._allocate)
+    shards.allocate = counted(shards.allocate)
     shards.ShardFiles.sync = counted(shards.ShardFiles.sync)
     early.HeadStart._hash = counted(early.HeadStart._hash)
     early.HeadStart.finish = counted(early.HeadStart.finish)
@@ -124,7 +124,7 @@ def full(*_):
     raise OSError(28, "No space left on device")
 
 
-@pytest.mark.parametrize(("owner", "name"), [(shards, "_allocate"), (shards.ShardFiles, "copy")])
+@pytest.mark.parametrize(("owner", "name"), [(shards, "allocate"), (shards.ShardFiles, "copy")])
 def test_disk_full(tmp_path, pair, starts, monkeypatch, owner, name):
     """A disk that is full for the early thread is an error as ever, and nothing is left."""
     base, adapter, _ = pair

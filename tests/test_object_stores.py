@@ -6,9 +6,11 @@ At the end of this file emulators of S3, Google Cloud Storage and Azure do, wher
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import dora_convert
 from dora_convert import settings
@@ -134,6 +136,23 @@ def test_a_lost_shard_begins_anew(pair, store, monkeypatch):
         store.rm_file(path)
     dora_convert.merge(pair[0], pair[1], f"{BUCKET}/out")
     assert weights(stored(store, "out")) == weights(contents(pair[2]))
+
+
+def test_another_adapter_begins_anew(pair, store, tmp_path, monkeypatch):
+    """Shards of an unfinished run with other inputs are not taken for this run's, but replaced."""
+    put, own = object_store.ObjectStore.put, tmp_path / "own"
+    shutil.copytree(pair[1], own)
+    monkeypatch.setattr(object_store.ObjectStore, "put", fails_at(2))
+    with pytest.raises(OutputError, match="no network"):
+        dora_convert.merge(pair[0], own, f"{BUCKET}/out", workers=1)
+    monkeypatch.setattr(object_store.ObjectStore, "put", put)
+    tensors = load_file(own / "adapter_model.safetensors")
+    save_file({name: 2 * tensor for name, tensor in tensors.items()}, own / "adapter_model.safetensors")
+    with pytest.raises(OutputError, match="unfinished run of something else"):
+        dora_convert.merge(pair[0], own, f"{BUCKET}/out")
+    dora_convert.merge(pair[0], own, f"{BUCKET}/out", overwrite=True)
+    dora_convert.merge(pair[0], own, tmp_path / "here")
+    assert weights(stored(store, "out")) == weights(contents(tmp_path / "here"))
 
 
 @pytest.mark.parametrize("account", [None, b'{"model-00001'])

@@ -244,7 +244,7 @@ def test_disk_full(tmp_path, base, adapter, monkeypatch):
         dora_convert.merge(base.path, adapter, tmp_path / "out")
     assert "rerun the same command to resume" in caught.value.hint
     monkeypatch.undo()
-    monkeypatch.setattr(writer, "_allocate", full)
+    monkeypatch.setattr(writer, "allocate", full)
     with pytest.raises(OutputError, match="No space left on device"):
         dora_convert.merge(base.path, adapter, tmp_path / "out2")
     assert not list(tmp_path.glob("out2*"))

@@ -77,9 +77,12 @@ class StoreUpload:
             raise OutputError(f"OUT {self.store.url} exists.", hint="choose another name, or --overwrite")
 
     def keep_journal(self, path: Path, *, by_name: bool) -> None:
-        """Mark the store's folder as unfinished and ours; the account is `path`."""
+        """Mark the store's folder as unfinished and ours; the account is `path`.
+
+        If it is gone by now, the run begins anew, maybe with other inputs, and every shard is uploaded.
+        """
         del by_name
-        self._account = path
+        self._account, self.done = path, self.done if path.exists() else {}
         self._note({})
         self.store.put(f"{RECORD}/{UPLOADS}", path)
         self.store.remove([name for name in self.present if name.endswith(ENTRIES) and name not in self.done])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import sys
@@ -16,6 +15,7 @@ from ..plan.plan import Plan
 from ..storage.journal import Background, sync_path
 from ..storage.reader import OpenFiles, Reader
 from ..storage.safetensors import encode_header
+from .space import allocate, free
 
 COPY_BYTES = 64 << 20
 SLICE_BYTES = 1 << 19
@@ -31,7 +31,6 @@ PAGE = 1 << 16
 QUICK_SECONDS = 0.1
 """Most file systems allocate a model's space in this time; others need as long as for writing it."""
 _NO_FLAG = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
-_NO_SPACE_AHEAD = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
 _NO_KERNEL_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM}
 
 
@@ -122,7 +121,7 @@ class ShardFiles:
         """Allocate the space of shards; a write that comes before is as good."""
         for shard, size in sizes:
             with self._files.using(self.path(shard)) as descriptor:
-                _allocate(descriptor, size)
+                allocate(descriptor, size)
 
     def check(self, wait: float = 0.0) -> None:
         """Raise the error of the allocation, if it has failed so far, or fails while so many seconds are waited."""
@@ -142,11 +141,14 @@ class ShardFiles:
 
     def hollow(self, shard: str) -> None:
         """Free a shard's space; size and header stay, so that a later run sees that the shard was written."""
+        head = memoryview(self._heads[shard])
         with self._files.using(self.path(shard)) as descriptor:
             size = os.fstat(descriptor).st_size
+            if free(descriptor, len(head), size):
+                return
             os.ftruncate(descriptor, 0)
             os.ftruncate(descriptor, size)
-            self._write(descriptor, 0, memoryview(self._heads[shard]))
+            self._write(descriptor, 0, head)
 
     def shard_of(self, item: Item) -> str:
         """Return the name of the shard that holds a tensor."""
@@ -269,30 +271,3 @@ class ShardFiles:
         """Close every shard."""
         self._allocation.stop(wait=True)
         self._files.close()
-
-
-def _allocate(descriptor: int, size: int) -> None:
-    """Allocate a file's space now: faster than growing it, and a full disk shows at once.
-
-    Some file systems cannot do it. There the C library's `posix_fallocate` writes a byte into every block, which
-    takes as long as writing the file. Linux's own call refuses instead.
-    """
-    try:
-        if sys.platform == "linux" and size:
-            _fallocate(descriptor, size)
-        elif hasattr(os, "posix_fallocate") and size:
-            os.posix_fallocate(descriptor, 0, size)
-    except OSError as error:
-        if error.errno not in _NO_SPACE_AHEAD:
-            raise
-
-
-def _fallocate(descriptor: int, size: int) -> None:
-    """Call Linux's fallocate; raises OSError, with EOPNOTSUPP on file systems that cannot do it."""
-    call = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
-    if call is None:  # a C library without it
-        return
-    call.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-    while call(descriptor, 0, 0, size):
-        if (number := ctypes.get_errno()) != errno.EINTR:
-            raise OSError(number, os.strerror(number))
