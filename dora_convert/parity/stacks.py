@@ -106,7 +106,8 @@ class Stack:
         written, results = _rows("written", [pair.written for pair in pairs], rows)
         fill(self.reader, chain(sources, results))
         on_host = self.device.type == "cpu"
-        compute, facts = stack_facts if on_host else stack_facts.plain, list[list[float]]()
+        many = on_host and len(pairs) > 1  # for one weight, compiling takes longer than it gains
+        compute, facts = stack_facts if many else stack_facts.plain, list[list[float]]()
         precision, least = GRID[NAMES[written.dtype]]
         arguments = factors.of_rows(part)
         scratch = factors.scratch(arguments.numbers.shape[1], self.elements, self.device)
