@@ -35,11 +35,11 @@ NAMES = {kind: name for name, kind in TORCH.items()}
 
 @Scripted
 def stack_facts(
-    base: Tensor,  # the compared rows of all weights, as stored: (…, columns)
+    base: Tensor,  # the compared rows of all weights, or all rows, as stored: (…, columns)
     written: Tensor,  # as base, in the stored dtype
     bits: Tensor,  # `written` as integers
     A: Tensor,  # (weights, r, columns), as stored
-    B: Tensor,  # the compared rows of all weights, or all rows: (…, r)
+    B: Tensor,  # as base: (…, r)
     m: Tensor | None,  # of all rows of all weights
     scales: Tensor,  # (weights, 1, 1), float64
     offsets: Tensor,  # (weights, 1), float64: added to m
