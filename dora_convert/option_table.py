@@ -179,11 +179,11 @@ class Combination:
         return total + (9 * block + self._search_cost(count, matrix, rank) if self.prunes else 0)
 
     def _search_cost(self, count: int, matrix: tuple[int, int], rank: int) -> int:
-        """Return the bytes that searches for thresholds need: for numbers, for factors in two forms, for norms."""
+        """Return the bytes that searches for thresholds need: for numbers, for factors in three forms, for norms."""
         (rows, columns), numel = matrix, matrix[0] * matrix[1]
         exact = (count + 3) * min(numel, COLLECTED) * 8
         quick = 8 * count * sample_size(numel) + (count + 3) * held_elements(numel) * 20
-        factors = rank * 12 * columns + min(8 * rank * rows, 8 * count * COLLECTED) + 8 * count * rows
+        factors = rank * 20 * columns + min(12 * rank * rows, 12 * count * COLLECTED) + 32 * count * rows
         return max(exact, quick if held_elements(numel) <= COLLECTED else 0) + factors
 
 

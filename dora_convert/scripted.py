@@ -44,7 +44,10 @@ class Scripted(Generic[Arguments, Result]):
 
 
 def _script(function: Callable[Arguments, Result]) -> Callable[Arguments, Result] | None:
-    """Return a compiled function; None if torch cannot compile it."""
+    """Return a compiled function; None if torch cannot compile it.
+
+    It runs as it is written. torch would look at its first calls to make it faster: a tenth of a second, and no gain.
+    """
     from torch import jit
 
     warnings.filterwarnings("ignore", "`torch.jit.script", DeprecationWarning)
@@ -56,4 +59,9 @@ def _script(function: Callable[Arguments, Result]) -> Callable[Arguments, Result
     finally:  # catch_warnings would also drop the filters that other threads set
         if mine in warnings.filters:
             warnings.filters.remove(mine)  # type: ignore[attr-defined]
-    return compiled
+
+    def as_written(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        with jit.optimized_execution(should_optimize=False):  # type: ignore[attr-defined] # a setting of this thread
+            return compiled(*args, **kwargs)
+
+    return as_written

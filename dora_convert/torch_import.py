@@ -72,14 +72,15 @@ def collections_paused() -> Iterator[None]:
 
     Afterwards the objects count as old, or the next collection would look at all of them at once.
     """
-    enabled, frozen = gc.isenabled(), gc.get_freeze_count()
+    enabled = gc.isenabled()
+    stay = own_process[0] or gc.get_freeze_count() > 0  # they are counted one by one
     gc.disable()
     try:
         yield
     finally:
         if enabled:
             gc.freeze()
-            if not (own_process[0] or frozen):
+            if not stay:
                 gc.unfreeze()
             gc.enable()
 

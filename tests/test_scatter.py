@@ -7,10 +7,15 @@ import random
 from contextlib import closing
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from dora_convert.engine.precision import holds_numbers
+from dora_convert.engine.scanning import in_doubt
 from dora_convert.errors import MalformedError
 from dora_convert.storage import scatter
 from dora_convert.storage.reader import Reader
+from dora_convert.storage.safetensors import read_header
 from dora_convert.storage.scatter import fill
 
 
@@ -26,10 +31,10 @@ def files(tmp_path):
 
 def filled(paths, places):
     """The buffers that `fill` filled."""
-    parts = [(paths[number], start, memoryview(bytearray(length))) for number, start, length in places]
+    parts = [(paths[number], [(start, memoryview(bytearray(length)))]) for number, start, length in places]
     with closing(Reader()) as reader:
         fill(reader, parts)
-    return [bytes(part[2]) for part in parts]
+    return [bytes(part[1][0][1]) for part in parts]
 
 
 @pytest.mark.parametrize("way", ["at once", "in short pieces", "as from a store"])
@@ -67,3 +72,18 @@ def test_a_file_that_ends_first(files):
     """It is an error, and no loop without end."""
     with pytest.raises(MalformedError, match="became shorter"):
         filled(files, [(0, 99_990, 20)])
+
+
+@pytest.mark.parametrize("damaged", [{}, {3: "nan"}, {0: "inf", 7: "nan"}])
+def test_damaged_tensors_among_many(tmp_path, damaged):
+    """Neighbours of one dtype are looked at together, and each of a damaged run alone: the same are named."""
+    tensors = {f"{k:02}": torch.ones(5, dtype=[torch.float32, torch.bfloat16][k // 4 % 2]) for k in range(20)}
+    for k, value in damaged.items():
+        tensors[f"{k:02}"][1] = float(value)
+    save_file(tensors, tmp_path / "one.safetensors")
+    stored = list(read_header(tmp_path / "one.safetensors").tensors.values())
+    with closing(Reader()) as reader:
+        found = in_doubt(stored, reader, holds_numbers)
+    runs = [{k for k in range(20) if k // 4 % 2 == dtype} for dtype in (0, 1)]  # the file has one dtype after the other
+    names = {f"{each:02}" for k in damaged for run in runs if k in run for each in run}
+    assert [each.name for each in found] == [each.name for each in stored if each.name in names]

@@ -38,8 +38,8 @@ OWN_PAGES = 1 << 20
 The C library keeps the pages of freed large tensors, in pieces that the next tensor often does not fit. Two
 copies of the largest factor would stay resident for each worker.
 """
-
-
+MANY = 1000
+"""From so many tensors on, small neighbours are looked at together."""
 PARTS = frozenset({2, 4, 8, 16, 32, 64, 128, 256})
 """Numbers of ranks that share a tensor in ZeRO-3."""
 
@@ -252,11 +252,12 @@ def scan_adapter(adapter: Adapter) -> dict[str, str]:
     """
     hashes = {path.name: xxh3(path) for path in adapter.files}
     with closing(Reader()) as reader:
-        damaged = [
-            tensor
-            for tensor in adapter.tensors.values()
-            if not all(holds_numbers(piece, tensor.dtype) for piece in reader.pieces(tensor))
-        ]
+        doubtful = list(adapter.tensors.values())
+        if len(doubtful) > MANY:
+            from .scanning import in_doubt
+
+            doubtful = in_doubt(doubtful, reader, holds_numbers)
+        damaged = [each for each in doubtful if not all(holds_numbers(p, each.dtype) for p in reader.pieces(each))]
     if damaged:
         raise NumericalError(
             f"The adapter {adapter.source.name} is damaged.",

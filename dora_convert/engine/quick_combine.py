@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,6 +44,20 @@ def _error(change: QuickChange) -> float:
     return share * (change.middle + spread)
 
 
+class _Bounds(NamedTuple):
+    """Bounds of the errors in some rows; those of a block depend on its largest |W|, too."""
+
+    parts: Sequence[SinglePart]
+    first: int
+    """The number of the first row."""
+    share: float
+    added: Tensor  # (rows, 1), float64
+    steep: float
+    """So much is added for each 1 of the largest |W|."""
+    vote: tuple[float, float]
+    """The vote's error for each 1 of the largest |W|, and so much more."""
+
+
 class QuickCombiner:
     """Combines blocks of one item."""
 
@@ -52,6 +67,7 @@ class QuickCombiner:
         how = item.combination
         weights = [edit.weight for edit in item.edits]
         self._rule = in_single.CombineRule(weights, how.majority_sign if how.elects else "")
+        self._bounds = _Bounds((), 0, 0.0, added=torch.empty(0), steep=0.0, vote=(0.0, 0.0))
         self.helps = True
         """False once too many elements of a block were in doubt."""
 
@@ -60,14 +76,11 @@ class QuickCombiner:
         if not self.helps:
             return None
         hold_factors([each.operand for each in self._changes], start, stop)
-        height = self._item.matrix[0]
-        singles = [each.single(start, stop, height) for each in self._changes]
-        rows = [slice(start - first, stop - first) for first, _ in singles]
-        parts = [part._replace(product=part.product[few]) for few, (_, part) in zip(rows, singles, strict=True)]
-        if (errors := self._errors(parts, raw)) is None:
+        singles = [each.single(start, stop, self._item.matrix[0]) for each in self._changes]
+        if (errors := self._errors(singles, raw, start)) is None:
             return None
         out, marks = self._scratch("rounded", raw.shape, torch.bfloat16), self._scratch("marks", raw.shape, torch.bool)
-        factors = [part.factors(few.start, few.stop) for few, part in zip(rows, parts, strict=True)]
+        factors = [part.factors(start - first, stop - first) for first, part in singles]
         self._combine(raw, factors, errors, out, marks)
         places, exact = self._exact(raw, marks, start, stop)
         self.helps = len(places) <= MOST_DOUBTFUL * raw.numel()
@@ -100,25 +113,44 @@ class QuickCombiner:
             marks=marks,
         )
 
-    def _errors(self, parts: Sequence[SinglePart], raw: Tensor) -> in_single.Errors | None:
-        """Return bounds of the errors in a block; None if there are none.
+    def _errors(self, singles: Sequence[tuple[int, SinglePart]], raw: Tensor, start: int) -> in_single.Errors | None:
+        """Return bounds of the errors in a block; None if there are none."""
+        if [id(part) for _, part in singles] != [id(part) for part in self._bounds.parts]:
+            self._bounds = self._bound(singles)
+        bounds, largest = self._bounds, max(abs(float(end)) for end in torch.aminmax(raw))
+        vote = bounds.vote[0] * largest + bounds.vote[1]
+        if not (math.isfinite(vote) and math.isfinite(bounds.share)):
+            return None
+        rows = bounds.added[start - bounds.first : start - bounds.first + len(raw)]
+        return in_single.Errors(bounds.share, (rows + bounds.steep * largest).float(), vote)
+
+    def _bound(self, singles: Sequence[tuple[int, SinglePart]]) -> _Bounds:
+        """Return bounds of the errors for the rows that all parts have.
 
         A change is off by a share τ of |g·W| and the product's terms together, as in QuickChange.errors. A mean is off
         by no more than the worst of its terms, a sum by no more than all of them. Adding rounds some times more.
         """
-        shares = [each.errors[0] + (len(parts) + SLACK) * SINGLE for each in self._changes]
+        parts, first = [part for _, part in singles], max(first for first, _ in singles)
+        height = min(number + len(part.left) for number, part in singles) - first
+        worst = 1.01 * max(each.errors[0] + (len(parts) + SLACK) * SINGLE for each in self._changes)
         weights = [abs(weight) for weight in self._rule.weights]
         g = [weight * part.largest for weight, part in zip(weights, parts, strict=True)]
-        products = torch.stack([weight * part.product for weight, part in zip(weights, parts, strict=True)])
+        products = torch.stack(
+            [
+                weight * part.product[first - number : first - number + height]
+                for weight, (number, part) in zip(weights, singles, strict=True)
+            ]
+        )
         G, P = (max(g), products.amax(0)) if self._rule.majority else (sum(g), products.sum(0))
-        worst, largest = 1.01 * max(shares), max(abs(float(end)) for end in torch.aminmax(raw))
-        vote = sum(part.largest * largest + float(part.product.max()) for part in parts)
-        if not (lora.all_finite(P) and math.isfinite(vote) and math.isfinite(G)):
-            return None
-        share, added = 6 * SINGLE, P + G * largest
-        if G < 1 / 4:  # with the result x, |W| ≤ |x| + G·|W| + P, so G·|W| + P ≤ (G·|x| + P)/(1 − G)
-            share, added = share + worst * G / (1 - G), P / (1 - G)
-        return in_single.Errors(share, (worst * added).add_(UNDERFLOW).float(), worst * vote + UNDERFLOW)
+        vote = worst * sum(part.largest for part in parts), worst * sum(float(part.product.max()) for part in parts)
+        share, steep = 6 * SINGLE, worst * G
+        if G < 1 / 2:  # with the result x, |W| ≤ |x| + G·|W| + P, so G·|W| + P ≤ (G·|x| + P)/(1 − G)
+            share, P, steep = share + worst * G / (1 - G), P / (1 - G), 0.0
+        finite = lora.all_finite(P) and math.isfinite(G)
+        added = (worst * P).add_(UNDERFLOW)
+        return _Bounds(
+            parts, first, share if finite else math.inf, added=added, steep=steep, vote=(vote[0], vote[1] + UNDERFLOW)
+        )
 
     def _near(self, first: int, last: int) -> Tensor:
         """Return the places in a block of elements that are near to a threshold."""

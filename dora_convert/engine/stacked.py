@@ -23,7 +23,7 @@ from ..plan.alike import StackKind, kind_of
 from ..plan.item import Item
 from ..storage.reader import block_height
 from ..storage.safetensors import StoredTensor
-from ..storage.scatter import fill
+from ..storage.scatter import Place, fill
 from ..storage.spool import Spool
 from .device_buffers import DeviceBuffers
 from .precision import TORCH, as_bytes
@@ -87,12 +87,12 @@ class StackedMerge:
 
     def _read(self, weights: Sequence[Item]) -> LoadedStack:
         """Read the weights and their factors, as they are stored."""
-        places: list[Iterator[tuple[Path, int, memoryview]]] = []
+        places: list[Iterator[tuple[Path, list[Place]]]] = []
 
         def matrices(name: str, tensors: Sequence[StoredTensor]) -> Tensor:
             host = self._host(name, (len(tensors), *tensors[0].matrix), tensors[0].dtype)
             pieces = _pieces(as_bytes(host), len(tensors))
-            places.append((each.path, each.start, piece) for each, piece in zip(tensors, pieces, strict=True))
+            places.append((each.path, [(each.start, piece)]) for each, piece in zip(tensors, pieces, strict=True))
             return host
 
         edits = [weight.edits[0] for weight in weights]

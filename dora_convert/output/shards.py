@@ -92,6 +92,8 @@ class ShardFiles:
         self._heads = {
             shard.filename: encode_header(shard.items, shard.metadata, shard.prefix) for shard in plan.shards
         }
+        self._known: dict[str, Path] = {}
+        """The paths that were asked for: it takes longer to make one than to look it up."""
         self._paths = {self.path(name) for name in self._heads}
         self._files = OpenFiles(os.O_RDWR)
         self._start: dict[str, tuple[str, int]] = {}
@@ -134,7 +136,9 @@ class ShardFiles:
 
     def path(self, shard: str) -> Path:
         """Return the path of a shard."""
-        return self._folder / shard
+        if not (path := self._known.get(shard)):
+            path = self._known[shard] = self._folder / shard
+        return path
 
     def hollow(self, shard: str) -> None:
         """Free a shard's space; size and header stay, so that a later run sees that the shard was written."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -160,8 +161,7 @@ def sample_rows(item: Item, seed: str) -> list[int]:
     Large blocks of a device have few ends: those of a processor's blocks are added.
     """
     rows, chance = item.source.matrix[0], random.Random(seed)  # noqa: S311
-    usual = spans(*item.matrix, item.experts) if item.block_elements else ()
-    sample = {row for start, stop in chain(item.spans(), usual) for row in (start, stop - 1)}
+    sample = set(_ends(item.matrix, item.experts, item.block_elements))
     enough = min(rows, len(sample) + RANDOM_ROWS)
     while len(sample) < enough:
         sample.add(int(rows * chance.random()))
@@ -169,6 +169,14 @@ def sample_rows(item: Item, seed: str) -> list[int]:
         few = len(trained.index) <= MOST_ROWS
         sample |= set(trained.index if few else chance.sample(trained.index, MOST_ROWS))
     return sorted(row for row in sample if row < rows + item.grown)  # an unmerge has no new rows
+
+
+@lru_cache(maxsize=64)
+def _ends(matrix: tuple[int, int], experts: int, block_elements: int) -> frozenset[int]:
+    """Return both ends of every block, and of a processor's blocks."""
+    usual = spans(*matrix, experts) if block_elements else ()
+    blocks = chain(spans(*matrix, experts, elements=block_elements), usual)
+    return frozenset(row for block in blocks for row in (block[0], block[1] - 1))
 
 
 def compare(written: StoredTensor, expected: Expected, rows: Sequence[int], reader: Reader) -> Verdict:

@@ -35,13 +35,15 @@ NAMES = {kind: name for name, kind in TORCH.items()}
 
 @Scripted
 def stack_facts(
-    base: Tensor,  # (weights, rows, columns), as stored
+    base: Tensor,  # the compared rows of all weights, as stored: (…, columns)
     written: Tensor,  # as base, in the stored dtype
     bits: Tensor,  # `written` as integers
     A: Tensor,  # (weights, r, columns), as stored
-    B: Tensor,  # (weights, rows, r), as stored
+    B: Tensor,  # the compared rows of all weights, or all rows: (…, r)
+    m: Tensor | None,  # of all rows of all weights
     scales: Tensor,  # (weights, 1, 1), float64
-    m: Tensor | None,  # (weights, rows), float64
+    offsets: Tensor,  # (weights, 1), float64: added to m
+    numbers: Tensor,  # (weights, rows), of the compared rows among those of all weights
     scratch: list[Tensor],  # x, its bits, W, A and B of some weights and rows, in float64
     units: list[float],  # 2ᵖ, and the least normal number, of the stored dtype
     *,
@@ -53,29 +55,38 @@ def stack_facts(
     counts, and is exact. If it is positive, every element is the value nearest to x, ties to even. NaN is not positive.
     """
     x_, powers, W_, A_, B_ = scratch
-    count, rows, together, height = base.size(0), base.size(1), x_.size(0), x_.size(1)
+    count, rows, together, height = A.size(0), numbers.size(1), x_.size(0), x_.size(1)
     facts = torch.zeros([3, count], dtype=torch.float64, device=x_.device)
     facts[2].fill_(math.inf)
     for first in range(0, count, together):
         last = min(count, first + together)
-        number = last - first
-        right = A_[:number].copy_(A[first:last]).mul_(scales[first:last])
+        right = A_[: last - first].copy_(A[first:last]).mul_(scales[first:last].to(A_))
         for top in range(0, rows, height):
-            bottom = min(rows, top + height)
-            some = bottom - top
-            W = W_[:number, :some].copy_(base[first:last, top:bottom])
-            left = B_[:number, :some].copy_(B[first:last, top:bottom])
-            x = torch.baddbmm(W, left, right, out=x_[:number, :some])
+            part = [first, last, top, min(rows, top + height)]
+            x, W, left = [each[: last - first, : part[3] - top] for each in (x_, W_, B_)]
+            torch.baddbmm(W.copy_(_chosen(base, numbers, part)), left.copy_(_chosen(B, numbers, part)), right, out=x)
             if m is not None:
-                x.mul_((m[first:last, top:bottom] / torch.linalg.vecdot(x, x).sqrt_()).unsqueeze(2))
+                sizes = _chosen(m.unsqueeze(1), numbers, part).squeeze(2).to(torch.float64) + offsets[first:last]
+                x.mul_((sizes.to(x.device) / torch.linalg.vecdot(x, x).sqrt_()).unsqueeze(2))
             change = torch.linalg.vector_norm(W.sub_(x), 2.0, [1, 2])
-            off = W.copy_(written[first:last, top:bottom]).sub_(x)
+            off = W.copy_(_chosen(written, numbers, part)).sub_(x)
             rounding = torch.linalg.vector_norm(off, 2.0, [1, 2])
-            room = _room(x, powers[:number, :some], off.abs_(), units, quick=quick)
+            room = _room(x, powers[: last - first, : part[3] - top], off.abs_(), units, quick=quick)
+            least = room.amin([1, 2])
+            if bool((least == 0).any()):
+                least = _least_with_ties(room, _chosen(bits, numbers, part))
             facts[0, first:last] += change * change
             facts[1, first:last] += rounding * rounding
-            facts[2, first:last] = torch.minimum(facts[2, first:last], least_of(room, bits[first:last, top:bottom]))
+            facts[2, first:last] = torch.minimum(facts[2, first:last], least)
     return facts
+
+
+def _chosen(matrix: Tensor, numbers: Tensor, part: list[int]) -> Tensor:
+    """Return the rows of some weights, as (weights, rows, columns), from all of their rows or the compared ones."""
+    first, last, top, bottom = part
+    if matrix.size(0) == numbers.numel():
+        return matrix.view(numbers.size(0), numbers.size(1), -1)[first:last, top:bottom]
+    return matrix.index_select(0, numbers[first:last, top:bottom].flatten()).view(last - first, bottom - top, -1)
 
 
 def _room(
@@ -98,16 +109,12 @@ def _room(
     return torch.sub(x.clamp_(units[1], 2.0**1023).mul_(1.0 / units[0]), off, out=off)
 
 
-def least_of(room: Tensor, bits: Tensor) -> Tensor:
+def _least_with_ties(room: Tensor, bits: Tensor) -> Tensor:
     """Return the least room in each matrix of a stack; a tie has room if its number, as an integer, is even."""
-    least = room.amin([1, 2])
-    if bool((least == 0).any()):
-        ties = (room == 0).nonzero()
-        i, j, k = ties.unbind(1)
-        number = bits[i.to(bits.device), j.to(bits.device), k.to(bits.device)]
-        room[i, j, k] = (number.bitwise_and(1) == 0).to(room.device, room.dtype)
-        least = room.amin([1, 2])
-    return least
+    i, j, k = (room == 0).nonzero().unbind(1)
+    number = bits[i.to(bits.device), j.to(bits.device), k.to(bits.device)]
+    room[i, j, k] = (number.bitwise_and(1) == 0).to(room.device, room.dtype)
+    return room.amin([1, 2])
 
 
 def least_room(off: Tensor, x: Tensor, written: Tensor, spare: Tensor | None = None) -> Tensor:
@@ -117,9 +124,12 @@ def least_room(off: Tensor, x: Tensor, written: Tensor, spare: Tensor | None = N
     """
     dtype = NAMES[written.dtype]
     if spare is None:
-        return least_of(half_ulp(x, dtype).sub_(off), integers(written))
-    power = x.view(torch.int64).bitwise_and_(EXPONENT).view(torch.float64)
-    return least_of(torch.sub(power, off, alpha=2.0 ** GRID[dtype][0], out=spare), integers(written))
+        room = half_ulp(x, dtype).sub_(off)
+    else:
+        power = x.view(torch.int64).bitwise_and_(EXPONENT).view(torch.float64)
+        room = torch.sub(power, off, alpha=2.0 ** GRID[dtype][0], out=spare)
+    least = room.amin([1, 2])
+    return _least_with_ties(room, integers(written)) if (least == 0).any() else least
 
 
 def integers(numbers: Tensor) -> Tensor:

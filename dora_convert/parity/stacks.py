@@ -11,7 +11,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ from ..plan.alike import kind_of
 from ..plan.item import Item
 from ..storage.reader import Reader
 from ..storage.safetensors import StoredTensor
-from ..storage.scatter import fill
+from ..storage.scatter import Place, fill
 from .stack_facts import MEMORY, NAMES, integers, stack_facts
 
 CPU = torch.device("cpu")
@@ -82,16 +82,18 @@ class Stack:
 
     def verdicts(self) -> Iterator[Verdict | None]:
         """Yield the verdict on each weight whose elements are all the rounded result; None for the others."""
-        rows, columns = len(self.pairs[0].rows), self.pairs[0].item.matrix[1]
-        together = max(1, READ * self.elements // (columns * max(rows, self.pairs[0].low.rank)))
-        for first in range(0, len(self.pairs), together):
-            yield from self._of(self.pairs[first : first + together], rows, columns)
+        pair = self.pairs[0]
+        together = READ * self.elements // (pair.item.matrix[1] * max(len(pair.rows), pair.low.rank))
+        for first in range(0, len(self.pairs), max(1, together)):
+            yield from self._of(self.pairs[first : first + max(1, together)])
 
-    def _of(self, pairs: Sequence[SampledRows], rows: int, columns: int) -> Iterator[Verdict | None]:
+    def _of(self, pairs: Sequence[SampledRows]) -> Iterator[Verdict | None]:
         """Yield the verdicts on some weights, whose factors are held."""
-        factors = StackedFactors.load(pairs, self.reader, self.device)
+        factors = StackedFactors.load(pairs, self.reader)
+        rows, columns = len(pairs[0].rows), pairs[0].item.matrix[1]
         height = -(-rows // -(-rows * columns // (READ * self.elements)))  # of equal parts
-        facts = [self._facts(pairs, factors, slice(first, first + height)) for first in range(0, rows, height)]
+        parts = [slice(first, first + height) for first in range(0, rows, height)]
+        facts = [self._facts(pairs, factors, part) for part in parts]
         for number in range(len(pairs)):
             change, rounding = (sum(part[k][number] for part in facts) for k in (0, 1))
             right = all(part[2][number] > 0 for part in facts)
@@ -106,16 +108,15 @@ class Stack:
         on_host = self.device.type == "cpu"
         compute, facts = stack_facts if on_host else stack_facts.plain, list[list[float]]()
         precision, least = GRID[NAMES[written.dtype]]
+        arguments = factors.of_rows(part)
+        scratch = factors.scratch(arguments.numbers.shape[1], self.elements, self.device)
         for quick in (True, False) if on_host else (False,):
             facts = compute(
                 base=base,
                 written=written,
                 bits=integers(written),
-                A=factors.A,
-                B=factors.B[:, part],
-                scales=factors.scales,
-                m=None if factors.m is None else factors.m[:, part],
-                scratch=factors.scratch(base.shape, self.elements, self.device),
+                **arguments._asdict(),
+                scratch=scratch,
                 units=[2.0**precision, 2.0**least],
                 quick=quick,
             ).tolist()
@@ -125,35 +126,43 @@ class Stack:
 
 
 class StackedFactors(NamedTuple):
-    """The factors of the compared rows of some weights, as they are stored, with the magnitudes of DoRAs."""
+    """The factors of some weights, as they are stored, and the numbers of the compared rows."""
 
     A: Tensor  # (weights, r, columns)
-    B: Tensor  # (weights, rows, r)
+    B: Tensor  # all rows of all weights, or the compared ones: (…, r)
+    m: Tensor | None  # all magnitudes of all DoRAs
     scales: Tensor  # (weights, 1, 1), float64
-    m: Tensor | None  # (weights, rows), float64
+    offsets: Tensor  # (weights, 1), float64: added to the magnitudes
+    numbers: Tensor  # (weights, rows), among the rows of all weights
 
     @classmethod
-    def load(cls, pairs: Sequence[SampledRows], reader: Reader, device: torch.device) -> StackedFactors:
+    def load(cls, pairs: Sequence[SampledRows], reader: Reader) -> StackedFactors:
         """Read the factors."""
         rows, lows = [pair.rows for pair in pairs], [pair.low for pair in pairs]
         updates = [update for pair in pairs if isinstance(update := pair.item.edits[0].update, Decomposed)]
-        whole = lows[0].B.nbytes <= HELD_BYTES
         A, right = _rows("A", [low.A for low in lows])
-        B, left = _rows("B", [low.B for low in lows], None if whole else rows)
-        m, sizes = _rows("m", [update.m for update in updates]) if updates else (None, iter(()))
+        B, left = _rows("B", [low.B for low in lows], rows if lows[0].B.nbytes > HELD_BYTES else None)
+        m, sizes = _rows("m", [update.m for update in updates]) if updates else (None, ())
         fill(reader, chain(right, left, sizes))
-        chosen = torch.tensor(rows)
-        if whole:
-            B = B[torch.arange(len(B))[:, None], chosen]
-        scales = torch.tensor([low.scale for low in lows], dtype=torch.float64)[:, None, None].to(device)
-        if m is not None:
-            offsets = torch.tensor([update.offset for update in updates], dtype=torch.float64)[:, None]
-            m = m.flatten(1).gather(1, chosen).double().add_(offsets).to(device)
-        return cls(A, B, scales, m)
+        height, offsets = pairs[0].item.matrix[0], [update.offset for update in updates]
+        return cls(
+            A=A.view(len(pairs), -1, A.shape[1]),
+            B=B,
+            m=None if m is None else m.flatten(),
+            scales=torch.tensor([low.scale for low in lows], dtype=torch.float64)[:, None, None],
+            offsets=torch.tensor(offsets, dtype=torch.float64)[:, None],
+            numbers=torch.tensor(rows) + torch.arange(0, height * len(pairs), height)[:, None],
+        )
 
-    def scratch(self, shape: Sequence[int], elements: int, device: torch.device) -> list[Tensor]:
-        """Return memory for so many elements of rows, of a shape at most: x, its bits, W, A and B."""
-        (count, rows, columns), rank = shape, self.A.shape[1]
+    def of_rows(self, part: slice) -> StackedFactors:
+        """Return the factors for part of the compared rows, which only a weight alone has."""
+        if len(self.B) == self.numbers.numel():  # the compared rows alone
+            return self._replace(numbers=self.numbers[:, part], B=self.B[part] if len(self.numbers) == 1 else self.B)
+        return self._replace(numbers=self.numbers[:, part])
+
+    def scratch(self, rows: int, elements: int, device: torch.device) -> list[Tensor]:
+        """Return memory for so many elements of rows at most: x, its bits, W, A and B."""
+        count, rank, columns = self.A.shape
         together = max(1, min(count, elements // (columns * max(rows, rank))))
         height = rows if together > 1 else max(1, min(rows, elements // columns))
         x, W, right, left = (
@@ -170,20 +179,26 @@ class StackedFactors(NamedTuple):
 
 def _rows(
     name: str, tensors: Sequence[StoredTensor], rows: Sequence[Sequence[int]] | None = None
-) -> tuple[Tensor, Iterator[tuple[Path, int, memoryview]]]:
+) -> tuple[Tensor, Iterator[tuple[Path, list[Place]]]]:
     """Return memory for some rows of each of several tensors of one shape, or for all, and the places to fill it from.
 
-    It is (tensors, rows, columns), in the stored dtype; the next call of this name overwrites it.
+    It is (rows of all tensors, columns), in the stored dtype; the next call of this name overwrites it.
     """
     first, (height, columns) = tensors[0], tensors[0].matrix
-    host = MEMORY.tensor(name, (len(tensors), len(rows[0]) if rows else height, columns), TORCH[first.dtype], CPU)
-    data, line = as_bytes(host), columns * first.itemsize
-    places = [(each.path, each.start) for each in tensors]
-    if rows:
-        lines = zip(places, rows, strict=True)
-        places = [(path, start + row * line) for (path, start), mine in lines for row in mine]
-    size = len(data) // len(places)
-    return host, ((path, start, data[k * size : (k + 1) * size]) for k, (path, start) in enumerate(places))
+    count = len(tensors) * (len(rows[0]) if rows else height)
+    host = MEMORY.tensor(name, (count, columns), TORCH[first.dtype], CPU)
+    line = columns * first.itemsize if rows else first.nbytes
+    data, size = as_bytes(host), host.nbytes // len(tensors)
+    chosen = zip(tensors, rows or repeat((0,)), strict=False)
+    return host, (
+        (tensor.path, _places(tensor, line, mine, data[k * size : (k + 1) * size]))
+        for k, (tensor, mine) in enumerate(chosen)
+    )
+
+
+def _places(tensor: StoredTensor, line: int, rows: Sequence[int], data: memoryview) -> list[Place]:
+    """Return the places of lines of a tensor, of so many bytes, each with its part of a buffer."""
+    return [(tensor.start + row * line, data[k * line : (k + 1) * line]) for k, row in enumerate(rows)]
 
 
 def read_ahead(reader: Reader, tensor: StoredTensor, rows: Sequence[int] | None = None) -> None:

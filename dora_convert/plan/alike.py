@@ -11,6 +11,7 @@ from ..adapters import Decomposed, LowRank
 from .item import Edit, Item
 
 ROUNDED = ("BF16", "F16", "F32")
+_KEPT = "kind of its stack"
 STORED = frozenset({*ROUNDED, "F64"})
 
 
@@ -24,7 +25,17 @@ class StackKind(NamedTuple):
 
 
 def kind_of(item: Item) -> StackKind | None:
-    """Return the kind of a weight's stack; None for a weight that is not W + s·BA or m·(W + s·BA)/‖W + s·BA‖."""
+    """Return the kind of a weight's stack; None for a weight that is not W + s·BA or m·(W + s·BA)/‖W + s·BA‖.
+
+    The item keeps the answer.
+    """
+    if _KEPT not in vars(item):
+        vars(item)[_KEPT] = _kind_of(item)
+    kind: StackKind | None = vars(item)[_KEPT]
+    return kind
+
+
+def _kind_of(item: Item) -> StackKind | None:
     if len(item.edits) != 1 or item.dtype not in ROUNDED or not _is_plain(item) or not item.source.numel:
         return None
     edit = item.edits[0]

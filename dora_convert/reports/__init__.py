@@ -109,12 +109,14 @@ class Report:
 
 
 def _plain(value: Any) -> Any:
-    """Return a value of a report as plain data; long lists of plain data are not copied value by value."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return asdict(value)
+    """Return a value of a report as plain data; a ledger has many texts, which are told first."""
+    if isinstance(value, str):
+        return value
     if isinstance(value, dict):
         return {key: _plain(each) for key, each in value.items()}
-    return type(value)(map(_plain, value)) if type(value) in (list, tuple) else value
+    if type(value) in (list, tuple):
+        return type(value)(map(_plain, value))
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
 
 
 def _short(value: object) -> str:

@@ -246,7 +246,7 @@ class Digest:
     def __init__(self, *, proof: bool) -> None:
         self._fast, self._proof = xxhash.xxh3_128(), hashlib.sha256() if proof else None
 
-    def update(self, data: memoryview) -> None:
+    def update(self, data: bytes | memoryview) -> None:
         """Hash the next bytes."""
         self._fast.update(data)
         if self._proof:

@@ -21,12 +21,12 @@ MOST_BUFFERS = 1000
 _FORGOTTEN = memoryview(bytearray(NEAR_BYTES))
 
 
-def fill(reader: Reader, parts: Iterable[tuple[Path, int, memoryview]]) -> None:
+def fill(reader: Reader, places: Iterable[tuple[Path, Iterable[Place]]]) -> None:
     """Fill buffers, each from an offset of a file; raise MalformedError for a file that ends first."""
-    places = defaultdict[Path, list[Place]](list)
-    for path, offset, buffer in parts:
-        places[path].append((offset, buffer))
-    for path, mine in places.items():
+    of_file = defaultdict[Path, list[Place]](list)
+    for path, some in places:
+        of_file[path] += some
+    for path, mine in of_file.items():
         mine.sort(key=itemgetter(0))
         if reader.is_remote(path) or not hasattr(os, "preadv"):
             _fill_copies(reader, path, mine)

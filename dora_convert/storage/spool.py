@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from ..errors import Fault, MalformedError
 from .json_files import Count, Dtype
@@ -81,12 +80,12 @@ class Spool:
         self, tensors: Sequence[SpooledTensor], path: Path, metadata: Mapping[str, str] | None = None
     ) -> dict[str, str]:
         """Write tensors as a safetensors file, in the order given; return the xxh3-128 of each tensor."""
-        with path.open("wb") as file, closing(Reader()) as reader:
+        with path.open("wb") as file, self.path.open("rb", buffering=PIECE_BYTES) as spooled:
             file.write(encode_header(tensors, metadata))
             digests = {tensor.name: Digest(proof=False) for tensor in tensors}
             for tensor in tensors:
                 for start, length in tensor.segments:
-                    for piece in reader.span(self.path, start, length):
+                    for piece in _pieces(spooled, start, length):
                         file.write(piece)
                         digests[tensor.name].update(piece)
         return {name: digest.fast for name, digest in digests.items()}
@@ -94,6 +93,16 @@ class Spool:
     def close(self) -> None:
         """Close the file, which stays on the disk."""
         self._file.close()
+
+
+def _pieces(file: BinaryIO, start: int, length: int) -> Iterator[bytes]:
+    """Yield a range of a file's bytes; neighbouring ranges come from one call of the system."""
+    file.seek(start)
+    while length:
+        if not (piece := file.read(min(length, PIECE_BYTES))):
+            raise MalformedError(f"{file.name} became shorter while it was read.")
+        length -= len(piece)
+        yield piece
 
 
 def gather(tensors: Sequence[StoredTensor]) -> bytes:
