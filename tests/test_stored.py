@@ -183,5 +183,9 @@ def test_blanks_in_a_header_cost_nothing(monkeypatch):
     for header in (text, json.dumps(values, separators=(",", ":"))):
         entries, metadata = safetensors._quickly_parsed(header.encode())
         assert (list(entries), metadata) == (["x"], {"format": "pt", "a": "b"})
-    for twice in (text.replace('"a"', '"format"'), text.replace('"a"', r'"form\u0061t"'), text.replace('"b"', r'"\u0062"')):
+    for twice in (
+        text.replace('"a"', '"format"'),
+        text.replace('"a"', r'"form\u0061t"'),
+        text.replace('"b"', r'"\u0062"'),
+    ):
         assert safetensors._quickly_parsed(twice.encode()) is None
