@@ -39,14 +39,13 @@ def torch_files(name: str) -> list[str]:
 def seeded(seed: int) -> Generator:
     """Return a new generator of random numbers on the processor.
 
-    torch makes none before `torch._prims` is imported, which nothing asks for: all that waits is executed first.
+    While packages wait, torch makes none before `torch._prims` is imported, but copies its own, which is of that kind.
     """
     import torch
 
-    for finder in sys.meta_path:
-        if isinstance(finder, Deferring):
-            finder.execute()
-    return torch.Generator().manual_seed(seed)
+    waits = any(isinstance(finder, Deferring) and finder.waiting for finder in sys.meta_path)
+    generator = torch.default_generator.clone_state() if waits else torch.Generator()
+    return generator.manual_seed(seed)
 
 
 @contextmanager
@@ -61,6 +60,8 @@ def deferring(*, used: bool) -> Iterator[None]:
         yield
     finally:
         finder.imported = True
+        if finder.waiting and "torch" in sys.modules:
+            finder.watch(sys.modules["torch"])
 
 
 def _minor_version() -> str | None:
@@ -101,6 +102,19 @@ class Deferring:
             return None
         self.execute()
         return ModuleSpec(name, Present(sys.modules[name])) if name in sys.modules else None
+
+    def watch(self, torch: ModuleType) -> None:
+        """Execute what waits before torch lacks one of its own modules, as `torch._refs`, which that imports."""
+        usual = torch.__getattr__
+
+        def find(name: str) -> Any:
+            if self.waiting and name.startswith("_") and not name.startswith("__"):
+                self.execute()
+                if name in vars(torch):
+                    return vars(torch)[name]
+            return usual(name)
+
+        torch.__getattr__ = find  # type: ignore[method-assign] # Python calls it for names that a module lacks
 
     def execute(self, needed: Deferred | None = None) -> None:
         """Execute all that wait in the order of torch's import; in the middle of that, only the one that is needed."""

@@ -40,6 +40,7 @@ inspect.getmodule(waiting), inspect.stack()
 warnings.warn("a warning")
 pickle.dumps(torch.float32), pickle.dumps(torch.ones(2))
 import email.mime.audio
+numbers = torch.randn(4, generator=deferred_imports.seeded(3))
 from torch import export, nested
 import torch.export
 assert waiting() == deferred_imports.DEFERRED
@@ -49,11 +50,13 @@ class Double(torch.nn.Module):
     def forward(self, x):
         return torch.softmax(2 * x, -1)
 
+assert torch.equal(numbers, torch.randn(4, generator=torch.Generator().manual_seed(3)))
 assert torch.export.export(Double(), (torch.ones(3),)).module()(torch.ones(3)).sum() == 1
 """
 USES = {
     "below": "import torch.export.unflatten",
     "circle": "import torch.utils._content_store as store; assert store is sys.modules[store.__name__]; store.ContentStoreReader",
+    "lacking": "assert not hasattr(torch, 'no_such') and waiting(); assert torch.broadcast_shapes((2, 1), (3,)) == (2, 3)",
 }
 MERGE = """
 import atexit, sys

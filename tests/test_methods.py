@@ -14,7 +14,8 @@ import dora_convert
 from dora_convert.cli import main
 from dora_convert.engine.quick_combine import QuickCombiner
 from dora_convert.engine.quick_thresholds import QuickThresholds
-from dora_convert.errors import PlanError, RefError, UnsupportedError, UsageError
+from dora_convert.engine.thresholds import Thresholds
+from dora_convert.errors import PlanError, RefError, UnsupportedError, UsageError, VerificationError
 from dora_convert.maths.block_steps import count_block, norms_of_block, sample_of_block
 from dora_convert.maths.in_single import combine_block, exact_elements
 
@@ -146,6 +147,16 @@ def test_thresholds_of_many_blocks(case, tmp_path, monkeypatch):
     report = dora_convert.merge(base.path, adapters, tmp_path / "out", method="ties", weight=WEIGHTS, density=0.4)
     assert report.verified.wrong_elements == 0
     close(load(tmp_path / "out"), combined(case, ORACLES["ties"][0]))
+
+
+def test_claimed_thresholds_are_doubted(case, tmp_path, monkeypatch):
+    """A merge that keeps too few elements, and says so, is found out: the sample keeps another share than asked for."""
+    monkeypatch.setattr("dora_convert.parity.combined.FEW_ELEMENTS", 100)
+    find = Thresholds.find
+    monkeypatch.setattr(Thresholds, "find", lambda self: [(3 * least, last) for least, last in find(self)])
+    _, base, adapters, _ = case
+    with pytest.raises(VerificationError):
+        dora_convert.merge(base.path, adapters, tmp_path / "out", method="ties", weight=WEIGHTS, density=0.4)
 
 
 def test_two_ways_to_a_threshold(case, tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from dora_convert.engine import precision
 from dora_convert.engine.precision import read_rows
 from dora_convert.errors import MalformedError
+from dora_convert.storage import safetensors
 from dora_convert.storage.reader import Reader
 from dora_convert.storage.safetensors import MAX_HEADER, read_header
 
@@ -173,3 +174,18 @@ def test_reads_near_rows_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(precision, "NEAR_BYTES", 256)
     assert torch.equal(read_rows(reader, stored, rows), tensor[rows])
     assert reads == [1, 4]
+
+
+def test_blanks_in_a_header_cost_nothing(monkeypatch):
+    """A header that Python's json wrote is parsed as quickly as one without blanks; twice the same key is refused."""
+    values = {"__metadata__": {"format": "pt", "a": "b"}, "x": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}
+    text = json.dumps(values)
+    for header in (text, json.dumps(values, separators=(",", ":"))):
+        entries, metadata = safetensors._quickly_parsed(header.encode())
+        assert (list(entries), metadata) == (["x"], {"format": "pt", "a": "b"})
+    for twice in (
+        text.replace('"a"', '"format"'),
+        text.replace('"a"', r'"form\u0061t"'),
+        text.replace('"b"', r'"\u0062"'),
+    ):
+        assert safetensors._quickly_parsed(twice.encode()) is None

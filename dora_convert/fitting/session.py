@@ -144,7 +144,7 @@ class FittingSession:
         for doubt in plan.warnings:
             self.settings.warn(doubt)
         if checkpoint.is_here and any(edit.decomposed for item in plan.items for edit in item.edits):
-            with without_collections():
+            with without_collections(numpy=False):
                 from ..engine.doubts import check_magnitudes
             check_magnitudes(plan)
         return plan
@@ -157,7 +157,7 @@ class FittingSession:
         self._refuse(fitter)
         if self.options["dry_run"]:
             return MadeDryRun(plan=self._numbers(plan) | details, **self._facts(plan))
-        with without_collections():
+        with without_collections(numpy=False):
             from .run import run_plan
 
             fit = fitter.load()

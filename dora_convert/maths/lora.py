@@ -172,7 +172,7 @@ def round_bfloat16(
     width = run if x.numel() % run == 0 else x.numel()
     runs, exact = y.view(-1, width), x.view(-1, width)
     # A tie of bfloat16 is a float32 whose low half is 0x8000, the least value an int16 can have.
-    ties = (halves.view(runs.size(0), -1).amin([1]) == -(1 << 15)).nonzero().squeeze(1)
+    ties = (halves.view(len(runs), -1).amin([1]) == -(1 << 15)).nonzero().squeeze(1)
     if ties.size(0):
         near = exact[ties]
         near = _on_grid(near) if near.abs().amin().item() < least else near

@@ -35,11 +35,11 @@ NAMES = {kind: name for name, kind in TORCH.items()}
 
 @Scripted
 def stack_facts(
-    base: Tensor,  # the compared rows of all weights, as stored: (…, columns)
+    base: Tensor,  # the compared rows of all weights, or all rows, as stored: (…, columns)
     written: Tensor,  # as base, in the stored dtype
     bits: Tensor,  # `written` as integers
     A: Tensor,  # (weights, r, columns), as stored
-    B: Tensor,  # the compared rows of all weights, or all rows: (…, r)
+    B: Tensor,  # as base: (…, r)
     m: Tensor | None,  # of all rows of all weights
     scales: Tensor,  # (weights, 1, 1), float64
     offsets: Tensor,  # (weights, 1), float64: added to m
@@ -67,7 +67,9 @@ def stack_facts(
             torch.baddbmm(W.copy_(_chosen(base, numbers, part)), left.copy_(_chosen(B, numbers, part)), right, out=x)
             if m is not None:
                 sizes = _chosen(m.unsqueeze(1), numbers, part).squeeze(2).to(torch.float64) + offsets[first:last]
-                x.mul_((sizes.to(x.device) / torch.linalg.vecdot(x, x).sqrt_()).unsqueeze(2))
+                lines = x.view(-1, 1, x.size(2))
+                squares = torch.bmm(lines, lines.transpose(1, 2)).view(sizes.shape)  # vecdot would fill another x
+                x.mul_((sizes.to(x.device) / squares.sqrt_()).unsqueeze(2))
             change = torch.linalg.vector_norm(W.sub_(x), 2.0, [1, 2])
             off = W.copy_(_chosen(written, numbers, part)).sub_(x)
             rounding = torch.linalg.vector_norm(off, 2.0, [1, 2])

@@ -31,8 +31,10 @@ from .stack_facts import MEMORY, NAMES, integers, stack_facts
 CPU = torch.device("cpu")
 HELD_BYTES = 1 << 19
 """Left factors up to this size are read whole: each row would be a call of the system."""
-READ = 4
-"""So many times the elements that are computed together are read at once: in the stored dtypes they take less."""
+SMALL_BYTES = 1 << 18
+"""A weight up to this size is read whole: its rows would be many calls of the system."""
+READ, WHOLE = 4, 32
+"""So many times the elements that are computed together are read at once, and so many bytes of whole weights."""
 
 
 class SampledRows(NamedTuple):
@@ -84,29 +86,35 @@ class Stack:
         """Yield the verdict on each weight whose elements are all the rounded result; None for the others."""
         pair = self.pairs[0]
         together = READ * self.elements // (pair.item.matrix[1] * max(len(pair.rows), pair.low.rank))
+        fitting = WHOLE * self.elements // pair.written.nbytes
+        if whole := pair.written.nbytes <= SMALL_BYTES and fitting > 1:
+            together = min(together, fitting)
         for first in range(0, len(self.pairs), max(1, together)):
-            yield from self._of(self.pairs[first : first + max(1, together)])
+            yield from self._of(self.pairs[first : first + max(1, together)], whole=whole)
 
-    def _of(self, pairs: Sequence[SampledRows]) -> Iterator[Verdict | None]:
+    def _of(self, pairs: Sequence[SampledRows], *, whole: bool) -> Iterator[Verdict | None]:
         """Yield the verdicts on some weights, whose factors are held."""
         factors = StackedFactors.load(pairs, self.reader)
         rows, columns = len(pairs[0].rows), pairs[0].item.matrix[1]
         height = -(-rows // -(-rows * columns // (READ * self.elements)))  # of equal parts
         parts = [slice(first, first + height) for first in range(0, rows, height)]
-        facts = [self._facts(pairs, factors, part) for part in parts]
+        facts = [self._facts(pairs, factors, part, whole=whole and len(parts) == 1) for part in parts]
         for number in range(len(pairs)):
             change, rounding = (sum(part[k][number] for part in facts) for k in (0, 1))
             right = all(part[2][number] > 0 for part in facts)
             yield Verdict(rows * columns, change=change, rounding=rounding) if right else None
 
-    def _facts(self, pairs: Sequence[SampledRows], factors: StackedFactors, part: slice) -> list[list[float]]:
-        """Return the facts on each weight that `stack_facts` computes of some rows."""
-        rows = [pair.rows[part] for pair in pairs]
+    def _facts(
+        self, pairs: Sequence[SampledRows], factors: StackedFactors, part: slice, *, whole: bool
+    ) -> list[list[float]]:
+        """Return the facts on each weight that `stack_facts` computes of some rows; small weights are read whole."""
+        rows = None if whole else [pair.rows[part] for pair in pairs]
         base, sources = _rows("base", [pair.item.source for pair in pairs], rows)
         written, results = _rows("written", [pair.written for pair in pairs], rows)
         fill(self.reader, chain(sources, results))
         on_host = self.device.type == "cpu"
-        compute, facts = stack_facts if on_host else stack_facts.plain, list[list[float]]()
+        many = on_host and len(pairs) > 1  # for one weight, compiling takes longer than it gains
+        compute, facts = stack_facts if many else stack_facts.plain, list[list[float]]()
         precision, least = GRID[NAMES[written.dtype]]
         arguments = factors.of_rows(part)
         scratch = factors.scratch(arguments.numbers.shape[1], self.elements, self.device)

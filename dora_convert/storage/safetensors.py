@@ -194,8 +194,11 @@ def _quickly_parsed(raw: bytes) -> tuple[dict[str, HeaderEntry], dict[str, str]]
         return None
     # msgspec takes the last of equal keys, and an escape may hide one
     counts = {raw.count(b'"dtype"'), raw.count(b'"shape"'), raw.count(b'"data_offsets"'), len(entries)}
-    once = len(counts) == 1 and raw.count(b'"__metadata__"') < 2 and msgspec.json.encode(metadata) == written
-    return (entries, metadata) if once and raw.count(b"\\") == written.count(b"\\") else None
+    escapes = written.count(b"\\")
+    plain = not escapes and written.count(b'"') == 4 * len(metadata)  # with blanks or without
+    once = len(counts) == 1 and raw.count(b'"__metadata__"') < 2
+    known = once and raw.count(b"\\") == escapes and (plain or msgspec.json.encode(metadata) == written)
+    return (entries, metadata) if known else None
 
 
 def _refuse_many(path: Path, raw: bytes) -> None:

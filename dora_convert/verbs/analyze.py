@@ -168,7 +168,7 @@ class _Request:
 
     def measure(self, steps: Sequence[_Step]) -> AnalyzeReport:
         """Measure all steps, and compare two adapters with each other."""
-        with without_collections():
+        with without_collections(numpy=False):
             from ..analysis.run import Measuring, measure_collision, measure_step
             from ..engine.doubts import check_magnitudes
             from ..engine.precision import scan_adapter

@@ -94,7 +94,7 @@ def _open(session: FittingSession, base: PathLike, tuned: PathLike) -> tuple[Che
 
 def _differing(base: Checkpoint, tuned: Checkpoint, session: FittingSession) -> Collection[str]:
     """Return the names of the tensors that fine-tuning changed; both checkpoints are read."""
-    with without_collections():
+    with without_collections(numpy=False):
         from ..fitting.extract import differing
     both = both_of(model_weights(base), model_weights(tuned))
     needs = {name: (*one.paths, *other.paths) for name, (one, other) in both.items()}

@@ -135,9 +135,10 @@ def _restore(
     later = {"later": partial(following, reversal, record)} if reversal.numbers else {}
     others = [reversal.original] if reversal.original else []
     with _nodes(request, reversal, output) as nodes:
-        with without_collections():
-            from ..hub.streaming import stream_inputs
+        with without_collections(numpy=False):
             from ..undo.restore import restore
+        from ..hub.streaming import stream_inputs
+
         with stream_inputs(reversal.plan, others, request.session) as hub:
             executor = nodes() if nodes else None
             return restore(reversal, files, output, request.settings, hub=hub, executor=executor, **later)

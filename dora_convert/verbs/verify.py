@@ -201,7 +201,7 @@ def _compare(
     options, settings, session = request.options, request.settings, request.session
     if options["level"] == "weights":
         with _nodes(plan, merged, request) as nodes:
-            with without_collections():
+            with without_collections(numpy=False):
                 from ..parity.weights import verify_weights
             from ..plan.quantised import as_dense
 

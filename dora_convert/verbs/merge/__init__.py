@@ -188,7 +188,7 @@ def _merge_in_place(request: MergeRequest) -> MergeReport | DryRunReport:
     in_place.refuse_merged(plan, place)
     if options["dry_run"]:
         return DryRunReport.of(plan, settings, out=place.given)
-    with without_collections():
+    with without_collections(numpy=False):
         from .pipeline import run_merge
     return run_merge(plan, place, settings)
 
