@@ -27,6 +27,7 @@ from ..output.finished import TensorResult, Verdict
 from ..output.shards import LEAST_UNCACHED
 from ..plan.item import Item
 from ..plan.plan import OutputShard, Plan
+from ..storage import reader as reading
 from ..storage.reader import Reader, spans
 from ..storage.safetensors import StoredTensor, read_header
 from .stacks import CPU, SampledRows, read_ahead, verdicts_on_right
@@ -160,8 +161,8 @@ def sample_rows(item: Item, seed: str) -> list[int]:
 
     Large blocks of a device have few ends: those of a processor's blocks are added.
     """
-    rows, chance = item.source.matrix[0], random.Random(seed)  # noqa: S311
-    sample = set(_ends(item.matrix, item.experts, item.block_elements))
+    rows, chance, usual = item.source.matrix[0], random.Random(seed), reading.BLOCK_ELEMENTS  # noqa: S311
+    sample = set(_ends(item.matrix, item.experts, (item.block_elements or usual, usual)))
     enough = min(rows, len(sample) + RANDOM_ROWS)
     while len(sample) < enough:
         sample.add(int(rows * chance.random()))
@@ -172,10 +173,9 @@ def sample_rows(item: Item, seed: str) -> list[int]:
 
 
 @lru_cache(maxsize=64)
-def _ends(matrix: tuple[int, int], experts: int, block_elements: int) -> frozenset[int]:
-    """Return both ends of every block, and of a processor's blocks."""
-    usual = spans(*matrix, experts) if block_elements else ()
-    blocks = chain(spans(*matrix, experts, elements=block_elements), usual)
+def _ends(matrix: tuple[int, int], experts: int, elements: tuple[int, ...]) -> frozenset[int]:
+    """Return both ends of every block, for each of some numbers of elements that blocks have."""
+    blocks = chain.from_iterable(spans(*matrix, experts, elements=each) for each in set(elements))
     return frozenset(row for block in blocks for row in (block[0], block[1] - 1))
 
 
