@@ -13,6 +13,8 @@ from dora_convert.cluster import ray_cluster
 from dora_convert.cluster.jobs import NodeFacts
 from dora_convert.cluster.node import end
 from dora_convert.errors import OutputError
+from dora_convert.output.finished import Verdict
+from dora_convert.parity.self_check import SelfCheck
 
 
 def sent(value):
@@ -64,3 +66,16 @@ def connected_to(stand_in: StandIn, monkeypatch) -> StandIn:
 
     monkeypatch.setattr(ray_cluster, "connected", connected)
     return stand_in
+
+
+def find_wrong(name: str, monkeypatch) -> None:
+    """Have the self-check of every node find the written tensor of a name wrong."""
+    check = SelfCheck.check_all
+
+    def wrong(self, finished, *words):
+        verdicts = check(self, finished, *words)
+        return [
+            Verdict(10, 10) if item.name == name else each for (item, _), each in zip(finished, verdicts, strict=True)
+        ]
+
+    monkeypatch.setattr(SelfCheck, "check_all", wrong)

@@ -12,10 +12,8 @@ import dora_convert
 from dora_convert.cluster import node_files
 from dora_convert.errors import HubError, UsageError, VerificationError
 from dora_convert.hub import node_upload
-from dora_convert.output.finished import Verdict
-from dora_convert.parity import self_check
 
-from .stand_in import StandIn, connected_to
+from .stand_in import StandIn, connected_to, find_wrong
 from .toy import contents, make_adapter, make_base
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning")  # huggingface_hub's own upload
@@ -131,15 +129,7 @@ def test_a_repo_that_keeps_weights_in_git(pair, cluster, hub, monkeypatch):
 
 def test_a_wrong_tensor_is_not_uploaded(pair, cluster, hub, monkeypatch):
     """The self-check runs on the node; nothing is committed."""
-    check, name = self_check.SelfCheck.check_all, "model.layers.1.mlp.up_proj.weight"
-
-    def wrong(self, finished, *words):
-        verdicts = check(self, finished, *words)
-        return [
-            Verdict(10, 10) if item.name == name else each for (item, _), each in zip(finished, verdicts, strict=True)
-        ]
-
-    monkeypatch.setattr(self_check.SelfCheck, "check_all", wrong)
+    find_wrong("model.layers.1.mlp.up_proj.weight", monkeypatch)
     with pytest.raises(VerificationError, match="1 tensors on disk"):
         dora_convert.merge(*pair[:2], **OPTIONS)
     assert len(hub.uploads) == len(cluster.done) - 1

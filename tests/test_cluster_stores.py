@@ -13,13 +13,12 @@ import pytest
 import dora_convert
 from dora_convert.cluster import node_files, node_spool, shards, tensors
 from dora_convert.errors import OutputError, UsageError, VerificationError
-from dora_convert.output.finished import Verdict
-from dora_convert.parity import self_check
+from dora_convert.parity.self_check import SelfCheck
 from dora_convert.sources import object_store
 
 from .quantised_bases import copy_base
 from .quantised_bases import make_adapter as make_coded_adapter
-from .stand_in import StandIn, connected_to
+from .stand_in import StandIn, connected_to, find_wrong
 from .test_object_stores import BUCKET, stored, upload, weights
 from .toy import contents, make_adapter, make_base
 
@@ -165,20 +164,13 @@ def test_a_full_disk_on_a_node(pair, cluster, store, monkeypatch):
 
 def test_a_wrong_tensor_is_not_uploaded(pair, cluster, store, monkeypatch):
     """The self-check runs on the node; the shard is made again by the same command."""
-    check, name = self_check.SelfCheck.check_all, "model.layers.1.mlp.up_proj.weight"
-
-    def wrong(self, finished, *words):
-        verdicts = check(self, finished, *words)
-        return [
-            Verdict(10, 10) if item.name == name else each for (item, _), each in zip(finished, verdicts, strict=True)
-        ]
-
-    monkeypatch.setattr(self_check.SelfCheck, "check_all", wrong)
+    check = SelfCheck.check_all
+    find_wrong("model.layers.1.mlp.up_proj.weight", monkeypatch)
     with pytest.raises(VerificationError, match="1 tensors on disk"):
         merge(pair[0], pair[1])
     count = len([name for name in stored(store, "out") if name.endswith(".safetensors")])
     assert count == len(cluster.done) - 1
-    monkeypatch.setattr(self_check.SelfCheck, "check_all", check)
+    monkeypatch.setattr(SelfCheck, "check_all", check)
     assert merge(pair[0], pair[1]).resumed
     assert stored(store, "out") == pair[2]
 

@@ -87,5 +87,5 @@ def are_nearest(got: Tensor, x: Tensor, written: Tensor, spare: Tensor) -> bool:
 
     `got` are the written numbers in float64.
     """
-    off, x, written = got.sub_(x).abs_().unsqueeze(0), x.unsqueeze(0), written.unsqueeze(0)
-    return least_room(off, x, written, spare.unsqueeze(0)).item() > 0 or least_room(off, x, written).item() > 0
+    off, x, written, spare = (each.unsqueeze(0) for each in (got.sub_(x).abs_(), x, written, spare))
+    return any(least_room(off, x, written, out=spare, quick=quick).item() > 0 for quick in (True, False))

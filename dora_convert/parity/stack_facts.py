@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..engine.precision import EXPONENT, GRID, TORCH, half_ulp
+from ..engine.precision import EXPONENT, GRID, TORCH
 from ..scripted import Scripted
 
 
@@ -73,7 +73,7 @@ def stack_facts(
             change = torch.linalg.vector_norm(W.sub_(x), 2.0, [1, 2])
             off = W.copy_(_chosen(written, numbers, part)).sub_(x)
             rounding = torch.linalg.vector_norm(off, 2.0, [1, 2])
-            room = _room(x, powers[: last - first, : part[3] - top], off.abs_(), units, quick=quick)
+            room = _room(x, powers[: last - first, : part[3] - top], off.abs_(), units, out=off, quick=quick)
             least = room.amin([1, 2])
             if bool((least == 0).any()):
                 least = _least_with_ties(room, _chosen(bits, numbers, part))
@@ -96,19 +96,20 @@ def _room(
     powers: Tensor,  # the bits of x
     off: Tensor,
     units: list[float],
+    out: Tensor,  # may be `off`
     exponent: int = EXPONENT,
     *,
     quick: bool,
 ) -> Tensor:
-    """Return ½ulp(x) − |got − x| in the place of `off`, which is |got − x|, in any unit.
+    """Return ½ulp(x) − |got − x| in `out`, where `off` is |got − x|, in any unit.
 
     Half a unit in the last place is a power of two: 2⁻ᵖ of the one that is not above |x|, which takes x's place.
     Subnormal numbers have larger units than that, which a `quick` answer leaves out.
     """
     powers.bitwise_and_(exponent)
     if quick:
-        return torch.sub(x, off, alpha=units[0], out=off)
-    return torch.sub(x.clamp_(units[1], 2.0**1023).mul_(1.0 / units[0]), off, out=off)
+        return torch.sub(x, off, alpha=units[0], out=out)
+    return torch.sub(x.clamp_(units[1], 2.0**1023).mul_(1.0 / units[0]), off, out=out)
 
 
 def _least_with_ties(room: Tensor, bits: Tensor) -> Tensor:
@@ -119,19 +120,15 @@ def _least_with_ties(room: Tensor, bits: Tensor) -> Tensor:
     return room.amin([1, 2])
 
 
-def least_room(off: Tensor, x: Tensor, written: Tensor, spare: Tensor | None = None) -> Tensor:
-    """Return the room of `stack_facts` in each matrix of a stack, from |got − x|; overwrites x.
+def least_room(off: Tensor, x: Tensor, written: Tensor, *, out: Tensor, quick: bool) -> Tensor:
+    """Return the room of `stack_facts` in each matrix of a stack, from |got − x|; overwrites x and `out`.
 
-    `written` are the numbers as they are stored. With `spare`, which is overwritten, the answer is a quick one.
+    `written` are the numbers as they are stored; `out` may be the memory of `off`.
     """
-    dtype = NAMES[written.dtype]
-    if spare is None:
-        room = half_ulp(x, dtype).sub_(off)
-    else:
-        power = x.view(torch.int64).bitwise_and_(EXPONENT).view(torch.float64)
-        room = torch.sub(power, off, alpha=2.0 ** GRID[dtype][0], out=spare)
-    least = room.amin([1, 2])
-    return _least_with_ties(room, integers(written)) if (least == 0).any() else least
+    precision, least = GRID[NAMES[written.dtype]]
+    room = _room(x, x.view(torch.int64), off, [2.0**precision, 2.0**least], out, quick=quick)
+    smallest = room.amin([1, 2])
+    return _least_with_ties(room, integers(written)) if (smallest == 0).any() else smallest
 
 
 def integers(numbers: Tensor) -> Tensor:

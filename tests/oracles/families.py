@@ -36,6 +36,7 @@ import dora_convert
 
 from .. import make_families
 from . import explicit, tiny
+from .page import ROWS
 
 USUAL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LAYOUTS = ("hub", "saved", "memory")
@@ -279,7 +280,8 @@ def main() -> int:
     transformers.utils.logging.disable_progress_bar()
     wanted = [word for word in sys.argv[1:] if not word.startswith("-")]
     results: Counter[str] = Counter()
-    with Path("families.jsonl").open("w", encoding="utf-8") as file:
+    ROWS.parent.mkdir(exist_ok=True)
+    with ROWS.open("w", encoding="utf-8") as file:
         for family, name in chosen(wanted).items():
             with tempfile.TemporaryDirectory() as folder:
                 for row in try_family(family, name, Path(folder)):

@@ -1,4 +1,4 @@
-"""Write docs/models.md from the rows that `python -m tests.oracles.families` has left in families.jsonl."""
+"""Write docs/models.md from the rows that `python -m tests.oracles.families` has left in build/."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "models.md"
+ROWS = ROOT / "build" / "families.jsonl"
 MERGED = {"right", "refused", "wrong", "no load"}
 OFF = 1e-3
 """OUT and the forward pass of base + adapter differ if their logits are so far apart."""
@@ -84,7 +85,7 @@ def _listed(families: Sequence[str]) -> Iterator[str]:
 
 def main() -> int:
     """Write the page."""
-    path = Path(sys.argv[1] if len(sys.argv) > 1 else "families.jsonl")
+    path = Path(sys.argv[1]) if len(sys.argv) > 1 else ROWS
     found = rows_of(path)
     families = {family: rows for family, rows in found.items() if rows}
     untested = [family for family, rows in found.items() if not rows]
