@@ -34,6 +34,8 @@ PLUGINS = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 """torch's own variable: 0 leaves alone the plug-ins of devices that are neither a processor nor CUDA nor MPS."""
 own_process = [False]
 """True if no other code runs in this process: it is a command's."""
+frozen_by_others = [False]
+"""True once objects were found frozen in a process that is not a command's own."""
 ends_at_once = [False]
 """True once this process ends without taking itself apart."""
 begun = [False]
@@ -73,16 +75,28 @@ def collections_paused() -> Iterator[None]:
     Afterwards the objects count as old, or the next collection would look at all of them at once.
     """
     enabled = gc.isenabled()
-    stay = own_process[0] or gc.get_freeze_count() > 0  # they are counted one by one
     gc.disable()
     try:
         yield
     finally:
         if enabled:
-            gc.freeze()
-            if not stay:
-                gc.unfreeze()
+            _grow_old()
             gc.enable()
+
+
+def _grow_old() -> None:
+    """Have no collection of young objects look at those that there are now.
+
+    In a command's own process no collection does. Elsewhere they may become garbage, and a program that has frozen its
+    objects keeps them so: all would thaw with ours. Frozen objects are counted one by one, so once is enough.
+    """
+    if own_process[0]:
+        gc.freeze()
+        return
+    frozen_by_others[0] = frozen_by_others[0] or gc.get_freeze_count() > 0
+    if not frozen_by_others[0]:
+        gc.freeze()
+        gc.unfreeze()
 
 
 @contextmanager
@@ -96,7 +110,6 @@ def without_collections(*, numpy: bool = True) -> Iterator[None]:
     with collections_paused():
         with _uninterrupted(), _without_numpy(hidden=bare), _without_plugins(skipped=bare), deferring(used=bare):
             yield
-        gc.freeze()  # imported modules never become garbage
 
 
 @contextmanager

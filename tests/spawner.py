@@ -7,6 +7,7 @@ reads requests as lines of JSON, and answers each with a line, a process id or a
 from __future__ import annotations
 
 import atexit
+import gc
 import importlib
 import json
 import os
@@ -82,11 +83,15 @@ def _spawner() -> tuple[subprocess.Popen[str], threading.Lock]:
 def _serve() -> None:
     """Answer requests until there are none; whoever asks is gone then."""
     import dora_convert
+    from dora_convert.scripted import Scripted
 
     for module in pkgutil.walk_packages(dora_convert.__path__, "dora_convert."):
         if "__main__" not in module.name and ".integrations" not in module.name:  # these need other packages
             importlib.import_module(module.name)
     assert "huggingface_hub" not in sys.modules, "it reads the environment, which is the child's"
+    for function in [value for value in gc.get_objects() if type(value) is Scripted]:
+        function._compile()
+    gc.freeze()
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:
@@ -122,11 +127,17 @@ def _become(words: list[str], environment: dict[str, str], to: list[str], patien
 
 
 def _hurry() -> None:
-    """Nobody waits for a Hub that is in trouble on purpose: what is tried again is tried at once."""
+    """Nobody waits for the disk, nor for a Hub that is in trouble on purpose: what is tried again is tried at once."""
     import time
 
     sleep = time.sleep
     time.sleep = lambda seconds: sleep(min(seconds, 0.01))
+    os.fsync = looked_at
+
+
+def looked_at(descriptor: int) -> None:
+    """Do as os.fsync does, errors included, but write nothing."""
+    os.fstat(descriptor)
 
 
 def _run(words: list[str]) -> None:

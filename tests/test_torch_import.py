@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from importlib.machinery import ModuleSpec
@@ -11,6 +12,7 @@ import pytest
 
 from dora_convert import deferred_imports, torch_import
 
+from .spawner import Process
 from .toy import make_adapter, make_base
 
 ROOT = Path(__file__).parent.parent
@@ -47,6 +49,24 @@ maps = open("/proc/self/maps").read()
 assert "libtorch_python" in maps and "torch" not in sys.modules and "dora_convert.settings" not in sys.modules
 import torch
 assert torch.ones(2).sum() == 2
+"""
+GARBAGE = """
+import gc, sys, weakref
+import dora_convert
+
+class Ring:
+    def __init__(self):
+        self.me = self
+
+gc.unfreeze()
+if sys.argv[4] == "frozen":
+    gc.freeze()
+rings = [Ring()]
+dora_convert.merge(*sys.argv[1:4])
+seen = weakref.ref(rings.pop())
+gc.collect()
+assert seen() is None
+assert bool(gc.get_freeze_count()) == (sys.argv[4] == "frozen")
 """
 
 
@@ -93,6 +113,14 @@ def test_a_missing_or_broken_library_is_left_to_the_import(tmp_path, monkeypatch
     torch_import._load()
     monkeypatch.setattr(deferred_imports, "find_spec", lambda _: None)
     torch_import._load()
+
+
+@pytest.mark.parametrize("objects", ["", "frozen"])
+def test_the_garbage_of_a_program_is_found(tmp_path, base, adapter, objects):
+    """A merge in a program's own process freezes none of its objects, and keeps those frozen that are."""
+    words = [base.path, adapter, tmp_path / "out", objects]
+    done = Process(["-c", GARBAGE, *map(str, words)], os.environ).wait()
+    assert done.returncode == 0, done.stderr
 
 
 def test_an_error_is_told_while_libraries_are_loaded(tmp_path):

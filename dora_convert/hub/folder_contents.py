@@ -20,7 +20,7 @@ from ..sources.inputs import read_or_refuse
 from ..storage.checkpoint import open_checkpoint
 from ..storage.filenames import JOURNAL, RECEIPT, RECORD, UNDO, is_weight_file, list_files
 from ..storage.reader import Reader, sha256
-from ..storage.refs import Source, local_path, local_source, refuse_unfinished
+from ..storage.refs import Source, is_address, local_path, local_source, refuse_unfinished
 from ..storage.safetensors import StoredTensor, read_header
 from ..storage.spool import damaged_tensors
 
@@ -50,7 +50,8 @@ def read_folder(folder: str) -> FolderContents:
     path = local_path(folder, "DIR")
     if not path.is_dir():
         refuse_unfinished(path, "DIR")
-        what = "is a file; name the folder it lies in" if path.exists() else "does not exist"
+        missing = "is an address, not a folder on this machine" if is_address(folder) else "does not exist"
+        what = "is a file; name the folder it lies in" if path.exists() else missing
         raise RefError(f"DIR {folder!r} {what}.", hint="dora-convert push DIR REPO_ID")
     if (path / LOCK).exists() or (path / RECORD / JOURNAL).exists():
         raise RefError(f"DIR {path} is an unfinished output.", hint="rerun the command that began it, then push")

@@ -8,6 +8,7 @@ import stat
 from pathlib import Path
 
 from ..errors import OutputError
+from ..storage.refs import is_address
 
 Target = str | os.PathLike[str]
 
@@ -18,6 +19,8 @@ def check_file(path: Target, what: str = "the report", option: str = "--report F
     Raises OutputError.
     """
     file = Path(path).expanduser()
+    if is_address(path):
+        raise OutputError(f"cannot write {what} {path}: it is an address", hint=f"name a file: {option}")
     try:
         folder = file.parent.stat().st_mode
         if not stat.S_ISDIR(folder) or not os.access(file.parent, os.W_OK | os.X_OK):

@@ -20,7 +20,7 @@ from ..settings import EXTRAS, require_extra
 from ..storage.checkpoint import Checkpoint, assemble, open_checkpoint, weight_entry
 from ..storage.filenames import PICKLES, RECEIPT, RECORD, is_weight_file, sort_files
 from ..storage.json_files import read_config, shard_files, weight_map
-from ..storage.refs import Source
+from ..storage.refs import Source, stored_address
 from ..storage.safetensors import MAX_HEADER, Header, parse_header
 from . import Session
 from .remote_headers import RefListing
@@ -53,10 +53,9 @@ class ObjectStore:
 
     def __init__(self, url: str) -> None:
         """Take the address of a folder; raise UsageError if the extra is missing, RefError without credentials."""
-        self.url = url.rstrip("/")
+        check_address(url)
+        self.url = stored_address(url).rstrip("/")
         self._scheme, _, self._root = self.url.partition("://")
-        if self._scheme in EXTRAS:
-            require_extra(self._scheme, url)
         if self._scheme == "gs":
             _quieten_gcsfs()
         import fsspec
@@ -148,6 +147,15 @@ class ObjectStore:
             raise error_of(*reason) from error
 
 
+def check_address(url: str) -> None:
+    """Raise RefError for an address without a bucket, UsageError if the extra of its store is missing."""
+    scheme, _, root = stored_address(url).partition("://")
+    if not root:
+        raise RefError(f"{url} names no bucket.", hint="a folder is written s3://bucket/folder")
+    if scheme in EXTRAS:
+        require_extra(scheme, url)
+
+
 def _quieten_gcsfs() -> None:
     """Have gcsfs log to a program's handlers only, and not look up a bucket's kind before each step."""
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
@@ -189,7 +197,7 @@ def fetch_folder(url: str, session: Session) -> Source:
         store, files = ObjectStore(url.rstrip("/").rpartition("/")[0]), {name: StoredFile(0, "")}
         folder = session.temporary(name + xxhash.xxh3_64_hexdigest(url.encode()))
         store.fetch([name], folder)
-        return Source(folder / name, name, url=url)
+        return Source(folder / name, name, url=stored_address(url))
     refuse_nothing(url, files)
     folder = session.temporary(xxhash.xxh3_64_hexdigest(url.encode())) / name
     store.fetch(list(files), folder)

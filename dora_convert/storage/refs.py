@@ -26,8 +26,13 @@ STORES = ("s3", "gs", "az")
 """Object stores, by the beginnings of their addresses; the extras have the same names."""
 HUB = "hf://"
 """The beginning of an address on the Hub."""
-_SCHEME = re.compile(r"(hf|https?|ftp|file|s3a|s3n|gcs|abfss?|adl|wasbs?|hdfs|dbfs):/")
-"""The beginnings of other addresses; a Path has lost one of the slashes."""
+_ADDRESS = re.compile(
+    r"(?i)(?P<scheme>(?:hf|https?|ftp|file|memory|s3[an]?|gc?s|az|abfss?|adl|wasbs?|hdfs|dbfs)(?=:/)"
+    r"|[a-z][\w+.-]+(?=://)):/+"
+)
+"""The beginning of an address of any kind; a Path has lost one of the slashes of those that are known."""
+_SAME_STORE = {"s3a": "s3", "s3n": "s3", "gcs": "gs", "abfs": "az", "abfss": "az", "adl": "az"}
+"""Other tools' beginnings of addresses in object stores, and the ones that are read here."""
 _REPO = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[^/\s]+(?:/[^/\s]+)*?))?")
 QUANTISED_NAME = re.compile(r"(?i)[-_.](unsloth-)?(bnb|gptq|awq|gguf|[48]-?bits?|int[48]|fp8|nf4)\b.*$")
 """The end of the name of a quantised copy."""
@@ -137,15 +142,33 @@ def is_stored(ref: PathLike | None) -> bool:
     return ref is not None and os.fspath(ref).partition(":/")[0] in STORES
 
 
+def stored_address(ref: PathLike) -> str:
+    """Return an address in an object store with both of its slashes, of which a Path has lost one."""
+    scheme, _, rest = os.fspath(ref).partition(":/")
+    return f"{scheme}://{rest.lstrip('/')}"
+
+
 def refuse_address(out: PathLike) -> None:
     """Raise OutputError for an OUT that is an address, which else would become a folder of this name."""
     if is_stored(out):
         raise OutputError(f"OUT {out}: only merge writes to an object store.", hint="name a folder, and copy it")
-    if _SCHEME.match(os.fspath(out)):
-        raise OutputError(
-            f"OUT {out} is an address, not a folder.",
-            hint="for the Hub, name a folder and --push-to-hub ORG/NAME; merge takes --no-local instead of a folder",
-        )
+    if is_address(out):
+        hub = "for the Hub, name a folder and --push-to-hub ORG/NAME; merge takes --no-local instead of a folder"
+        raise OutputError(f"OUT {out} is an address, not a folder.", hint=_same_address(os.fspath(out)) or hub)
+
+
+def is_address(text: PathLike) -> bool:
+    """Return True if a path is the address of something that is not on this machine's disk."""
+    return _ADDRESS.match(os.fspath(text)) is not None
+
+
+def _same_address(ref: str) -> str | None:
+    """Return a hint with the address as it is read here, for another tool's address in an object store."""
+    if not (match := _ADDRESS.match(ref)):
+        return None
+    scheme = match["scheme"].lower()
+    known = scheme if scheme in STORES else _SAME_STORE.get(scheme)
+    return f"did you mean {known}://{ref[match.end() :]}?" if known else None
 
 
 def refuse_unfinished(path: Path, what: str) -> None:
@@ -208,6 +231,9 @@ def read_address(ref: str, what: str) -> tuple[str, str | None, str] | None:
     """
     if ref.startswith(tuple(f"{host}/" for host in HOSTS)):
         ref = f"https://{ref}"
+    if is_stored(ref):
+        hint = "copy the folder to this machine, and name the copy"
+        raise RefError(f"{what} {ref!r} is in an object store; a folder on this machine is needed here.", hint=hint)
     scheme, colon, rest = ref.partition(":")
     if scheme == "hf" and colon:
         raise RefError(f"{what} {ref!r} is not a valid Hub address.", hint="write hf://org/name[@revision][/folder]")
@@ -216,7 +242,7 @@ def read_address(ref: str, what: str) -> tuple[str, str | None, str] | None:
     if scheme not in ("http", "https"):
         raise RefError(
             f"{what} {ref!r}: addresses that begin with {scheme}:// are not read.",
-            hint=f"name a path, such as {rest[2:]}, or a Hub repo as org/name",
+            hint=_same_address(ref) or f"name a path, such as {rest[2:]}, or a Hub repo as org/name",
         )
     address = urlsplit(ref)
     if address.hostname not in (*HOSTS, urlsplit(os.environ.get("HF_ENDPOINT", "")).hostname):

@@ -23,7 +23,7 @@ from ...settings import Settings, require_extra
 from ...sources import Session
 from ...sources.inputs import Mode, modules_of, open_inputs, strangers, unused
 from ...storage.filenames import INCOMING
-from ...storage.refs import QUANTISED_NAME, PathLike, is_stored, listed
+from ...storage.refs import QUANTISED_NAME, PathLike, is_stored, listed, stored_address
 from ...torch_import import collections_paused, without_collections
 from .. import takes
 
@@ -73,7 +73,7 @@ def merge(
         request = MergeRequest(
             base=base,
             adapters=listed(adapters),
-            out=out,
+            out=stored_address(out) if out is not None and is_stored(out) else out,
             options=options,
             selection=selection,
             settings=settings,

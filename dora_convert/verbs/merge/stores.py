@@ -11,16 +11,18 @@ from ...hub.store_streaming import StoreStreaming, stream_stores, transit_folder
 from ...options import MergeOptions
 from ...output.folder import OutputFolder
 from ...plan.plan import Plan
+from ...sources.object_store import check_address
 from ...storage.refs import PathLike, is_stored
 
 
 def folder_for(out: PathLike, refs: Sequence[PathLike | None], options: MergeOptions) -> Path:
-    """Return the folder on this machine for an OUT in a store; UsageError for options that need OUT itself."""
+    """Return the folder on this machine for an OUT in a store; raises UsageError for options that need OUT itself."""
     if options["push_to_hub"] or options["verify_outputs"]:
         raise UsageError(
             f"OUT {out} goes neither with --push-to-hub nor with --verify-outputs.",
             hint="name a folder, and copy it afterwards",
         )
+    check_address(str(out))
     return transit_folder(str(out), refs)
 
 
