@@ -107,9 +107,14 @@ def without_collections(*, numpy: bool = True) -> Iterator[None]:
     NumPy is hidden, torch does not look for plug-ins of other devices, and packages of no use here wait for one.
     """
     bare = not numpy and own_process[0]
-    with collections_paused():
-        with _uninterrupted(), _without_numpy(hidden=bare), _without_plugins(skipped=bare), deferring(used=bare):
-            yield
+    with (
+        collections_paused(),
+        _uninterrupted(),
+        _without_numpy(hidden=bare),
+        _without_plugins(skipped=bare),
+        deferring(used=bare),
+    ):
+        yield
 
 
 @contextmanager

@@ -26,18 +26,16 @@ from ..engine.run import choose_compute, journal_key
 from ..engine.workers import WorkerPool
 from ..errors import NumericalError
 from ..maths import lora as maths
-from ..output.card import NAME, Facts, Inherited, base_repo, inherited, metadata_of, pipeline_of, render, source_row
 from ..output.folder import OutputFolder
 from ..output.output import input_states
-from ..output.side_files import tokenizer_files
-from ..settings import Settings, __version__, format_size, peak_memory
+from ..settings import Settings, format_size, peak_memory
 from ..storage.filenames import JOURNAL, SPOOL, refuse_changed
 from ..storage.journal import Journal
 from ..storage.json_files import Real
 from ..storage.reader import Reader
-from ..storage.refs import Source
 from ..storage.safetensors import FLOATS, StoredTensor
 from ..storage.spool import Segment, Spool, SpooledTensor
+from .card import put_side_files
 from .jobs import FittingPlan, Job, Result, needs_of
 from .shaping import shaped_values, write_instead
 
@@ -97,7 +95,7 @@ def run_plan(
             results = {job.name: _result(lines[job.name], spool) for job in plan.jobs}
             writer, adapters_out = plan.format.writer(), assemble(results).items()
             written = sum(run.write(where, writer.save(each), folder, reader) for where, each in adapters_out)
-            _put_side_files(plan, folder, settings)
+            put_side_files(plan, folder, settings)
         refuse_changed(*read)
         folder.publish()
     facts = {"device": spec.title, "compute_dtype": spec.compute_name, "peak_memory_bytes": peak_memory()}
@@ -247,41 +245,3 @@ def rounded(x: Tensor, dtype: str | None, name: str) -> Tensor:
     if not maths.all_finite(y) and maths.all_finite(x):
         raise NumericalError(f"{name} overflows {dtype}.", hint="--dtype bfloat16 or float32 has the range")
     return y
-
-
-def _put_side_files(plan: FittingPlan, folder: OutputFolder, settings: Settings) -> None:
-    """Write the model card, and the tokenizer of the last input."""
-    source = plan.sources[-1].path
-    for name in tokenizer_files(source) if source.is_dir() else ():
-        folder.put(name, source / name)
-    roles = list(("base", "tuned")[: len(plan.bases)])
-    roles += ["adapter"] if plan.like else []
-    roles += [f"adapter {number}" for number in range(2, 2 + len(plan.others))]
-    works = dict(zip(roles, plan.sources, strict=True))
-    fields = inherited({role: work.path for role, work in works.items()})
-    if fields.notice:
-        settings.notify(fields.notice)
-    folder.put(NAME, _card(plan, works, settings.base_model, fields))
-
-
-def _card(plan: FittingPlan, works: Mapping[str, Source], base_model: str | None, fields: Inherited) -> bytes:
-    """Return the model card; `works` are the inputs by role."""
-    base, kind = next(iter(plan.bases), None), "DoRA" if plan.is_dora else "LoRA"
-    metadata = {} if not base or base.is_file else metadata_of(base.root / NAME)
-    config, adapters = base.config if base else None, plan.adapters
-    named = base.source.name if base else (plan.like and plan.like.base) or "its base"
-    facts = Facts(
-        title=f"{kind} of {' and '.join(each.name for each in plan.sources[-1 - len(plan.others) :])}",
-        about=f"A {kind} adapter for {named}.",
-        kinds=(kind,),
-        relation="adapter",
-        base_model=base_model or (base_repo(base, adapters) if base else None),
-        library=plan.format.LIBRARY,
-        pipeline=pipeline_of(config, metadata),
-        inherited=fields,
-        config=config,
-        sources=tuple(source_row(role, source) for role, source in works.items()),
-        made_by=f"`{plan.command}` of dora-convert {__version__}",
-        command=("dora-convert", plan.command, *plan.words),
-    )
-    return render(facts)

@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 from ..errors import HubError
 from ..formats.detect import find_format
 from ..output import card
+from ..output.usage import library_of
 from ..reports.push import Pushed, PushedFile, PushReport
 from ..settings import Settings, __version__
 from ..sources.hub_client import with_retries, without_bars
@@ -105,7 +106,7 @@ def _new_card(contents: FolderContents, target: PushTarget, base_model: str | No
     source, receipt, adapter = contents.source, contents.receipt, contents.adapter
     config = read_config(source.path)
     kinds: tuple[str, ...] = ()
-    about, base, library = f"{source.name}, a checkpoint.", None, card.library_of(config)
+    about, base, library = f"{source.name}, a checkpoint.", None, library_of(config)
     sources: list[tuple[str, str, str]] = []
     if receipt:
         kinds, base = tuple(merged.kind for merged in receipt.adapters), receipt.base.repo
@@ -126,6 +127,7 @@ def _new_card(contents: FolderContents, target: PushTarget, base_model: str | No
         library=library,
         pipeline=card.pipeline_of(config, {}),
         config=config,
+        task=adapter.task if adapter else None,
         sources=tuple(sources),
         record=bool(receipt),
     )

@@ -25,6 +25,7 @@ from ..settings import __version__
 from ..storage.checkpoint import Checkpoint
 from ..storage.refs import Source
 from ..storage.safetensors import CONFIG_DTYPES
+from .usage import PIPELINE, architectures, in_repo, library_of, loading_code
 
 NAME = "README.md"
 LISTS = ("language", "datasets")
@@ -56,6 +57,8 @@ class Facts:
     inherited: Inherited = field(default_factory=lambda: Inherited({}))
     config: Mapping[str, Any] | None = None
     """The config of the model that is loaded."""
+    task: str | None = None
+    """The class of an adapter's model, or the end of its name."""
     sources: tuple[tuple[str, str, str], ...] = ()
     """Role, name and commit."""
     made_by: str = ""
@@ -114,36 +117,17 @@ def _body(facts: Facts) -> Iterator[str]:
 
 
 def _usage(facts: Facts) -> Iterator[str]:
-    """Yield the lines that show how the model is loaded; none for a library that is not known here."""
-    config = facts.config or {}
-    auto, base = auto_class(config), facts.base_model or "BASE"
-    if facts.library == "transformers":
-        lines = [f"from transformers import {auto}", "", f'model = {auto}.from_pretrained("OUT", dtype="auto")']
-    elif facts.library == "peft":
-        lines = ["from peft import PeftModel", f"from transformers import {auto}", ""]
-        lines += [f'model = {auto}.from_pretrained("{base}", dtype="auto")']
-        lines += ['model = PeftModel.from_pretrained(model, "OUT")']
-    elif facts.library == "diffusers" and str(name := config.get("_class_name")).isidentifier():
-        lines = [f"from diffusers import {name}", "", f'model = {name}.from_pretrained("OUT")']
-    else:
-        return
-    yield from ("```python", *lines, "```", "")
+    """Yield the lines that show how the model is loaded; none if that is not known here."""
+    lines = loading_code(
+        facts.library, facts.config or {}, adapter=facts.relation == "adapter", base=facts.base_model, task=facts.task
+    )
+    if lines:
+        yield from ("```python", *lines, "```", "")
 
 
-def auto_class(config: Mapping[str, Any]) -> str:
-    """Return the class of transformers that loads a model, from its architecture."""
-    for name in config.get("architectures") or ():
-        for end in PIPELINES:
-            if str(name).endswith(end):
-                return "AutoModel" + end.replace("LMHeadModel", "ForCausalLM")
-    return "AutoModel"
-
-
-def library_of(config: Mapping[str, Any] | None) -> str | None:
-    """Return the library that loads a model, from its config."""
-    if not config:
-        return None
-    return "diffusers" if config.keys() & {"_class_name", "_diffusers_version"} else "transformers"
+def for_repo(card: bytes, repo: str) -> bytes:
+    """Return a card as it is uploaded: one that nobody has edited loads the model from the repo."""
+    return marked(in_repo(MARK.sub(b"", card), repo).decode()) if is_unedited(card) else card
 
 
 def _shell(command: Sequence[str]) -> list[str]:
@@ -225,9 +209,9 @@ def base_repo(base: Checkpoint, adapters: Iterable[Adapter]) -> str | None:
 
 def pipeline_of(config: Mapping[str, Any] | None, metadata: Mapping[str, Any]) -> str | None:
     """Return the task of a model, from its architecture or else from the base's card."""
-    for name in (config or {}).get("architectures") or ():
+    for name in architectures(config or {}):
         for end, pipeline in PIPELINES.items():
-            if str(name).endswith(end):
+            if name.endswith(end):
                 return pipeline
     tag = metadata.get("pipeline_tag")
     return tag if isinstance(tag, str) else None
@@ -253,10 +237,10 @@ def card_bytes(plan: Plan, base_model: str | None, fields: Inherited, checks: Se
         kinds=kinds,
         relation="finetune",
         base_model=base_model or base_repo(base, plan.adapters),
-        library="diffusers" if plan.base.is_pipeline else library_of(plan.output_config),
+        library="diffusers" if base.is_pipeline else library_of(plan.output_config),
         pipeline=pipeline_of(plan.output_config, metadata),
         inherited=fields,
-        config=plan.output_config,
+        config=PIPELINE if base.is_pipeline else plan.output_config,
         sources=(source_row("base", base.source), *(source_row("adapter", source) for source in names)),
         made_by=f"dora-convert {__version__}",
         command=tuple(command(plan)),
