@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import ClassVar, NamedTuple
 
@@ -115,6 +115,15 @@ class DoraConvertError(Exception):
         return {"error": body}
 
 
+def closest(word: str, known: Iterable[str]) -> str | None:
+    """Return the known word that a mistyped one is closest to, if one is close."""
+    from difflib import get_close_matches
+
+    names = {name.lower(): name for name in known}
+    found = get_close_matches(word.lower(), names, 1)
+    return names[found[0]] if found else None
+
+
 @contextmanager
 def noted(errors: list[tuple[str, DoraConvertError]], named: str) -> Iterator[None]:
     """Add an error of the block to a list, with its input's word and REF, instead of raising it."""
@@ -124,19 +133,18 @@ def noted(errors: list[tuple[str, DoraConvertError]], named: str) -> Iterator[No
         errors.append((named, error))
 
 
-def together(errors: Sequence[tuple[str, DoraConvertError]]) -> DoraConvertError:
+def together(errors: Sequence[tuple[str, DoraConvertError]], what: str = "inputs cannot be read") -> DoraConvertError:
     """Return the errors of several inputs as one; each comes with its input's word and REF, such as "BASE 'a'"."""
     if len(errors) == 1:
         return errors[0][1]
     faults, hints = list[Fault](), dict[str, None]()
     for named, error in errors:
-        faults += [Fault(named, error.message.removeprefix(named).strip().rstrip(".")), *error.faults]
+        why = error.message.removeprefix(named).removeprefix(named.replace("'", ""))
+        faults += [Fault(named, why.strip(" :").rstrip(".")), *error.faults]
         hints |= {error.hint.rstrip("."): None} if error.hint else {}
     kinds = {type(error) for _, error in errors}
     kind = kinds.pop() if len(kinds) == 1 else DoraConvertError
-    return kind(
-        f"{len(errors)} inputs cannot be read.", faults=faults, hint="; ".join(hints).replace("?; ", "? ") or None
-    )
+    return kind(f"{len(errors)} {what}.", faults=faults, hint="; ".join(hints).replace("?; ", "? ") or None)
 
 
 class UsageError(DoraConvertError, ValueError, kind="usage"):

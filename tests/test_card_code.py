@@ -11,10 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 import dora_convert
-from dora_convert.output import card
-from dora_convert.output.usage import in_repo, loading_code
+from dora_convert.output.usage import loading_code
 
-from .hubserver import run as run_with
 from .toy import make_adapter, write_json
 
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
@@ -129,28 +127,3 @@ def test_a_component(tmp_path, base, adapter):
     write_json(base.path / "config.json", UNET)
     dora_convert.merge(base.path, adapter, tmp_path / "out")
     assert "UNet2DConditionModel.from_pretrained" in code_of(card_of(tmp_path / "out"))
-
-
-def test_uploaded_code_names_the_repo(tmp_path, base, adapter, hub):
-    """In the repo, OUT is the repo; the command that made the card, and a card that somebody has edited, stay."""
-    dora_convert.merge(base.path, adapter, tmp_path / "out")
-    before = card_of(tmp_path / "out")
-    words = ("push", tmp_path / "out", "me/out")
-    done = run_with(hub, tmp_path / "home", *words)
-    assert done.returncode == 0, done.stderr
-    text = card_of(hub.repos["me/out"])
-    assert 'from_pretrained("me/out"' in code_of(text)
-    assert " OUT" in text
-    assert card.is_unedited(text.encode())
-    assert card_of(tmp_path / "out") == before
-    again = run_with(hub, tmp_path / "home", *words, "--json")
-    assert '"state": "uploaded"' not in again.stdout
-    (tmp_path / "out/README.md").write_text(before.replace("folded", "put"))
-    assert run_with(hub, tmp_path / "home", *words).returncode == 0
-    assert 'from_pretrained("OUT"' in card_of(hub.repos["me/out"])
-
-
-def test_only_code_is_replaced():
-    """OUT in prose and in commands stays."""
-    text = b'"OUT"\n```python\nload("OUT")\n```\n```bash\nmerge "OUT"\n```\n'
-    assert in_repo(text, "me/out") == text.replace(b'load("OUT")', b'load("me/out")')

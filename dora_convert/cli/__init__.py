@@ -107,6 +107,17 @@ class Ref(click.ParamType):  # type: ignore[type-arg,unused-ignore] # generic si
 REF = Ref()
 
 
+class Choice(click.Choice):  # type: ignore[type-arg,unused-ignore] # generic since click 8.2
+    """One of some words; of another word, the error names the closest."""
+
+    def get_invalid_choice_message(self, value: object, ctx: click.Context | None) -> str:
+        """Return the message for another word."""
+        from ..errors import closest
+
+        meant = closest(str(value), self.choices)
+        return super().get_invalid_choice_message(value, ctx) + (f" Did you mean {meant!r}?" if meant else "")
+
+
 @click.group(cls=Lazy, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, message="%(prog)s %(version)s")
 @click.pass_context
@@ -262,7 +273,7 @@ def _type(kind: Any, option: Option) -> Any:
     """Return the type that checks a word of the command line."""
     if option.choices:
         short = [word for word, name in SHORT_NAMES.items() if name in option.choices]
-        return click.Choice([*option.choices, *short])
+        return Choice([*option.choices, *short])
     if option.least is not None:
         return click.IntRange(option.least)
     if float in get_args(kind):

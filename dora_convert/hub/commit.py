@@ -42,7 +42,7 @@ def commit_folder(
         elif not upload.has(name):
             upload.send(name, path)
             on_sent(size)
-    small[card.NAME] = card.for_repo(readme, upload.repo)
+    small[card.NAME] = readme
     if card.is_unedited(readme) and _has_own_card(upload):
         del small[card.NAME]
     return upload.commit(small, _stale_weights(upload.repo_files, names), message)

@@ -47,12 +47,7 @@ def read_folder(folder: str) -> FolderContents:
 
     Raises RefError, MalformedError or another DoraConvertError if the folder is not a complete model.
     """
-    path = local_path(folder, "DIR")
-    if not path.is_dir():
-        refuse_unfinished(path, "DIR")
-        missing = "is an address, not a folder on this machine" if is_address(folder) else "does not exist"
-        what = "is a file; name the folder it lies in" if path.exists() else missing
-        raise RefError(f"DIR {folder!r} {what}.", hint="dora-convert push DIR REPO_ID")
+    path = folder_path(folder)
     if (path / LOCK).exists() or (path / RECORD / JOURNAL).exists():
         raise RefError(f"DIR {path} is an unfinished output.", hint="rerun the command that began it, then push")
     source = local_source(path)
@@ -68,6 +63,17 @@ def read_folder(folder: str) -> FolderContents:
         tensors=tensors,
         receipt=read_receipt(path / RECORD),
     )
+
+
+def folder_path(folder: str) -> Path:
+    """Return the path of a folder that is to be uploaded; RefError if it is not a folder."""
+    path = local_path(folder, "DIR")
+    if not path.is_dir():
+        refuse_unfinished(path, "DIR")
+        missing = "is an address, not a folder on this machine" if is_address(folder) else "does not exist"
+        what = "is a file; name the folder it lies in" if path.exists() else missing
+        raise RefError(f"DIR {folder!r} {what}.", hint="dora-convert push DIR REPO_ID")
+    return path
 
 
 def _read_model(source: Source) -> tuple[Adapter | None, Mapping[str, StoredTensor], set[str | None]]:

@@ -151,7 +151,7 @@ def stream_merge(
         if not local:
             _refuse_orphans(folder, upload)
     inputs, remote = None, not plan.base.is_here
-    if (remote or not local) and not (nodes and not local):
+    if remote if local else not nodes:
         inputs = Prefetch(
             shard_needs(plan),
             weight_download([plan.base], session, weights) if remote else None,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import xxhash
 
-from ..errors import UsageError
+from ..errors import RefError, UsageError
 from ..options import OutputOptions
 from ..storage.refs import HUB, PathLike
 
@@ -25,6 +25,17 @@ class PushTarget:
     local: bool = True
     """True if OUT stays on this machine."""
 
+    def check(self) -> None:
+        """Raise RefError for a name that no repo can have, before anything is read or sent."""
+        from huggingface_hub.errors import HFValidationError
+        from huggingface_hub.utils import validate_repo_id
+
+        try:
+            validate_repo_id(self.repo)
+        except HFValidationError as error:
+            hint = "a Hub repo is written org/name"
+            raise RefError(f"REPO_ID {self.repo} is not a valid repo id.", hint=hint) from error
+
     @property
     def address(self) -> str:
         """The repo's address."""
@@ -34,11 +45,13 @@ class PushTarget:
     def parse(cls, options: OutputOptions, *, local: bool = True) -> PushTarget | None:
         """Return the target that a verb's options name, or None without --push-to-hub.
 
-        Raises UsageError for an option that needs --push-to-hub.
+        Raises UsageError for an option that needs --push-to-hub, RefError for an invalid repo id.
         """
         private, create_pr, message = options["private"], options["create_pr"], options["commit_message"]
         if (repo := options["push_to_hub"]) is not None:
-            return cls(repo, private, create_pr, message, options["token"], local=local)
+            target = cls(repo, private, create_pr, message, options["token"], local=local)
+            target.check()
+            return target
         given = {"--private": private, "--create-pr": create_pr, "--commit-message": message, "--no-local": not local}
         for option in filter(given.get, given):
             raise UsageError(f"{option} goes with --push-to-hub.", hint="--push-to-hub REPO_ID")

@@ -25,7 +25,7 @@ from ..settings import __version__
 from ..storage.checkpoint import Checkpoint
 from ..storage.refs import Source
 from ..storage.safetensors import CONFIG_DTYPES
-from .usage import PIPELINE, architectures, in_repo, library_of, loading_code
+from .usage import PIPELINE, architectures, library_of, loading_code
 
 NAME = "README.md"
 LISTS = ("language", "datasets")
@@ -123,11 +123,6 @@ def _usage(facts: Facts) -> Iterator[str]:
     )
     if lines:
         yield from ("```python", *lines, "```", "")
-
-
-def for_repo(card: bytes, repo: str) -> bytes:
-    """Return a card as it is uploaded: one that nobody has edited loads the model from the repo."""
-    return marked(in_repo(MARK.sub(b"", card), repo).decode()) if is_unedited(card) else card
 
 
 def _shell(command: Sequence[str]) -> list[str]:

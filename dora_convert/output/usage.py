@@ -1,12 +1,11 @@
 """Show in a model card how the model is loaded: code that runs as it stands, or none.
 
-OUT stands for the folder of the card, until the card is uploaded, and BASE for a base whose repo is not known.
+OUT stands for the folder of the card, and BASE for a base whose repo is not known.
 """
 
 from __future__ import annotations
 
 import keyword
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +13,6 @@ from ..naming.families import PIPELINES
 
 PIPELINE: Mapping[str, str] = {"_class_name": "DiffusionPipeline"}
 """The config of a pipeline of diffusers as far as a card needs it: this class finds the pipeline's own."""
-_CODE = re.compile(rb"(?ms)^```python\n.*?^```$")
 
 
 def loading_code(
@@ -75,8 +73,3 @@ def library_of(config: Mapping[str, Any] | None) -> str | None:
     if not config:
         return None
     return "diffusers" if config.keys() & {"_class_name", "_diffusers_version"} else "transformers"
-
-
-def in_repo(card: bytes, repo: str) -> bytes:
-    """Return a card whose code loads the model from a repo instead of OUT."""
-    return _CODE.sub(lambda match: match[0].replace(b'"OUT"', f'"{repo}"'.encode()), card, count=1)

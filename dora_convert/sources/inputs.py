@@ -86,18 +86,18 @@ def open_inputs(
 def _open_adapters(
     refs: Sequence[str], base: str | None, open_one: Callable[[str], Adapter], session: Session
 ) -> list[Adapter]:
-    """Open all adapters. If one cannot be opened, the error names all of them, and a local BASE that cannot be."""
+    """Open all adapters. If one cannot be opened, the error names all of them, and a BASE that cannot be either."""
     opened, errors = list[Adapter](), list[tuple[str, DoraConvertError]]()
     with noted(errors, f"BASE {base!r}"):
         refuse_missing(("BASE", base))
     for ref in refs:
         with noted(errors, f"ADAPTER {ref!r}"):
             opened.append(open_one(ref))
-    if errors and base is not None and local_path(base, "BASE").exists():
+    if errors and base is not None and not errors[0][0].startswith("BASE"):
         with noted(errors, f"BASE {base!r}"):
-            open_base(base, "BASE", session)
+            open_base(base, "BASE", session, "brief")
     if errors:
-        raise together(errors)
+        raise together(sorted(errors, key=lambda error: not error[0].startswith("BASE")))
     return opened
 
 

@@ -8,7 +8,7 @@ from inspect import Parameter, signature
 from numbers import Real
 from typing import Any, TypeVar, cast, get_args
 
-from ..errors import UsageError, printable
+from ..errors import UsageError, closest, printable
 from ..option_table import Option
 from ..options import SHORT_NAMES, flag, options_of
 
@@ -53,10 +53,8 @@ def _refuse_unknown(verb: str, options: Iterable[str], known: Iterable[str]) -> 
     names = [*known, "progress"]
     for name in options:
         if name not in names:
-            from difflib import get_close_matches
-
-            closest = get_close_matches(name, names, 1)
-            advice = f"; did you mean {closest[0]!r}?" if closest else f"; help(dora_convert.{verb}) lists the options"
+            meant = closest(name, names)
+            advice = f"; did you mean {meant!r}?" if meant else f"; help(dora_convert.{verb}) lists the options"
             raise TypeError(f"{verb}() got an unexpected keyword argument {name!r}{advice}")
 
 
@@ -76,7 +74,9 @@ def _given(name: str, value: Any, kind: Any, option: Option) -> Any:
     word = str(value).removeprefix("torch.")
     word = SHORT_NAMES.get(word, word)
     if option.choices and word not in option.choices:
-        raise UsageError(f"{flag(name)} {value!r} is not one of {', '.join(option.choices)}.")
+        meant = closest(word, [*option.choices, *SHORT_NAMES])
+        hint = f"did you mean {meant}?" if meant else None
+        raise UsageError(f"{flag(name)} {value!r} is not one of {', '.join(option.choices)}.", hint=hint)
     return word
 
 

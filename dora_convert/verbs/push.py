@@ -7,7 +7,8 @@ import shlex
 
 from typing_extensions import Unpack
 
-from ..errors import RefError
+from ..errors import DoraConvertError, RefError, noted, together
+from ..hub.folder_contents import folder_path
 from ..hub.push import push_folder
 from ..hub.target import PushTarget
 from ..options import UploadOptions
@@ -28,12 +29,20 @@ def push(folder: PathLike, repo_id: str, **options: Unpack[UploadOptions]) -> Pu
     Raises DoraConvertError, and then nothing was committed: VerificationError if tensors differ from the
     folder's receipt, HubError if the Hub refuses.
     """
-    check_base_model(options["base_model"])
     path = os.fspath(folder)
     if not os.path.isdir(path) and os.path.isdir(repo_id):  # noqa: PTH112
         hint = shlex.join(["dora-convert", "push", repo_id, path])
         raise RefError(f"DIR and REPO_ID are swapped: {repo_id} is a folder.", hint=hint)
     target = PushTarget(repo_id, options["private"], options["create_pr"], options["commit_message"], options["token"])
+    errors = list[tuple[str, DoraConvertError]]()
+    with noted(errors, f"DIR {path!r}"):
+        folder_path(path)
+    with noted(errors, f"REPO_ID {repo_id!r}"):
+        target.check()
+    with noted(errors, f"--base-model {options['base_model']!r}"):
+        check_base_model(options["base_model"])
+    if errors:
+        raise together(errors, "arguments are wrong")
     return push_folder(
         path,
         target,
