@@ -140,7 +140,7 @@ class Progress:
         return max((part.end for result in self.done.values() for part in result.parts), default=0)
 
 
-GROUP_TENSORS, GROUP_BYTES = 64, 4 << 20
+GROUP_TENSORS, GROUP_BYTES = 64, 8 << 20
 """The most tensors, and the most bytes of output, that one task writes if it writes several."""
 GROUPS = 16
 """The least number of tasks for each worker if tensors are grouped."""
