@@ -60,7 +60,7 @@ class ClaimedOutputs:
         """Note some outputs of a tensor, or all; return False if some of them are noted already."""
         first, last = outputs or EVERY[0]
         claimed = self._claimed.get(name, ())
-        if any(first < end and start < last for start, end in claimed):
+        if claimed and any(first < end and start < last for start, end in claimed):
             return False
         self._claimed[name] = (*claimed, outputs) if outputs else EVERY
         return True
