@@ -206,7 +206,7 @@ def _resized(items: Mapping[str, Item]) -> dict[str, tuple[int, int]]:
     return {
         name: (item.base.shape[0], item.shape[0])
         for name, item in items.items()
-        if item.base and (is_embedding(name) or is_head(name)) and item.base.shape[:1] != item.shape[:1]
+        if item.base and item.base.shape[:1] != item.shape[:1] and (is_embedding(name) or is_head(name))
     }
 
 
