@@ -79,14 +79,27 @@ def nodes() -> Iterator[list[subprocess.Popen[bytes]]]:
         head = ["--head", "--node-ip-address", f"{NETWORK}.1", "--port", HEAD.partition(":")[2]]
         stack.enter_context(node([*head, "--include-dashboard", "false"]))
         on_cluster.until(_answers)
-        found = [
-            stack.enter_context(node(["--address", HEAD, "--node-ip-address", f"{NETWORK}.{number}"], name))
-            for number, name in enumerate(names, 2)
-        ]
-        ray.init(HEAD, logging_level="ERROR", log_to_driver=False)
-        on_cluster.until(lambda: len(ray.nodes()) == NODES)
-        ray.shutdown()
+        with _joined():
+            found = [stack.enter_context(_another(number, name)) for number, name in enumerate(names, 2)]
         yield found
+
+
+@contextmanager
+def _joined() -> Iterator[None]:
+    """Look at the cluster as one that has joined it."""
+    ray.init(HEAD, logging_level="ERROR", log_to_driver=False)
+    try:
+        yield
+    finally:
+        ray.shutdown()  # without a cluster, it would end the process, and nobody would read why
+
+
+@contextmanager
+def _another(number: int, name: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Start a node and wait for it: two that start at once in one folder of Ray's choose the same name for a socket."""
+    with node(["--address", HEAD, "--node-ip-address", f"{NETWORK}.{number}"], name) as process:
+        on_cluster.until(lambda: len(ray.nodes()) == number)
+        yield process
 
 
 def _answers() -> bool:
