@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 
+import msgspec
 import torch
 from safetensors.torch import load_file, save_file
 
 import dora_convert
+from dora_convert.storage.json_files import indented
 
 from .toy import contents, exact, load, make_adapter  # fmt: skip
 
@@ -62,3 +64,18 @@ def test_merging_a_merged_base_stacks_the_record(tmp_path, base, adapter):
     dora_convert.merge(base.path, adapter, tmp_path / "one")
     dora_convert.merge(tmp_path / "one", second, tmp_path / "two")
     assert contents(tmp_path / "two/dora_convert/previous") == contents(tmp_path / "one/dora_convert")
+
+
+class Plain(msgspec.Struct):
+    """Texts and other values."""
+
+    texts: dict[str, str]
+    others: dict[str, list[float | int | bool | None]]
+
+
+def test_texts_and_numbers_are_written_as_python_writes_them():
+    """The large fields of a receipt, which msgspec writes, have the bytes that Python's own code gives them."""
+    texts = {chr(code): "".join(map(chr, range(code, code + 16))) for code in range(0, 0xD7F0, 16)}
+    plain = Plain(texts, {"": [1e-05, 1e16, 0.1, 3, None, True]})
+    values = {"texts": plain.texts, "others": plain.others}
+    assert indented(plain, ("texts",)) == (json.dumps(values, ensure_ascii=False, indent=1) + "\n").encode()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from ..errors import Fault
+from ..records import record
 from ..settings import NOTHING as NOTHING
 from ..settings import Waived as Waived
 from ..storage.filenames import WRAPPERS as WRAPPERS
@@ -81,7 +82,7 @@ class Transform(Update):
         return self
 
 
-@dataclass(frozen=True)
+@record(frozen=True)
 class LowRank(Transform):
     """W' = W + s·diag(b)·B·diag(d)·A (LoRA, equation 3 of arXiv:2106.09685, which has neither b nor d)."""
 
@@ -132,7 +133,7 @@ class LowRank(Transform):
         return f"{kind}, rank {self.rank}, scaling {self.scale:g}"
 
 
-@dataclass(frozen=True)
+@record(frozen=True)
 class Decomposed(Update):
     """W' = m·V/‖V‖ with V = W + s·BA, one norm per output (DoRA, equation 5 of arXiv:2402.09353).
 
@@ -166,7 +167,7 @@ class Decomposed(Update):
         return what + (", by columns" if self.axis == "columns" else "")
 
 
-@dataclass(frozen=True)
+@record(frozen=True)
 class ValueUpdate(Update):
     """An update that is one stored value."""
 
@@ -178,7 +179,7 @@ class ValueUpdate(Update):
         return (self.value,)
 
 
-@dataclass(frozen=True)
+@record(frozen=True)
 class Delta(ValueUpdate):
     """W' = W + s·value: the bias that LoRA adds."""
 
@@ -190,7 +191,7 @@ class Delta(ValueUpdate):
         return f"LoRA's bias, scaling {self.scale:g}"
 
 
-@dataclass(frozen=True)
+@record(frozen=True)
 class Full(ValueUpdate):
     """W' = value: a module or a bias saved whole."""
 
@@ -209,7 +210,7 @@ class Full(ValueUpdate):
         return f"saved whole in {self.file}" if self.file else "saved whole by the adapter"
 
 
-@dataclass(frozen=True)
+@record(frozen=True)
 class Rows(ValueUpdate):
     """W'[index] = value, (len(index), columns): single tokens trained."""
 
@@ -238,7 +239,7 @@ def low_rank(update: Update) -> LowRank | None:
     return inner if isinstance(inner, LowRank) else None
 
 
-@dataclass(frozen=True)
+@record(frozen=True)
 class Change:
     """One update, and the weight that it is for by the weight's name in the model's state dict."""
 
@@ -280,8 +281,7 @@ class Adapter:
     faults: tuple[Fault, ...] = ()
     """Contradictions in the adapter. A plan reports them with everything that does not fit."""
     keeps_ties: bool = False  # True if embedding and head were trained as one weight
-    layers: tuple[int, ...] = ()
-    """The base's layers in the order of the trained model, if layers were repeated or left out."""
+    layers: tuple[int, ...] = ()  # the base's, in the order of the trained model, if some were repeated or left out
     states: FileStates = field(default_factory=dict)  # the files that a merge reads, as they were before that
     task: str | None = None  # the class of the trained model, or the end of its name: ForSequenceClassification
     promised: Promise | None = field(default=None, compare=False)

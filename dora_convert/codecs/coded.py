@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from ..records import record
 from ..storage.safetensors import StoredTensor
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class Scheme:
         raise NotImplementedError
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class CodedTensor(StoredTensor):
     """A dense weight that is decoded as it is read; `path` and `start` are those of its codes."""
 

@@ -21,7 +21,7 @@ from ..storage.safetensors import StoredTensor
 from .device_buffers import DeviceBuffers
 from .precision import ComputeSpec, read_rows
 
-MOST_SAMPLED = 1024
+MOST_SAMPLED = 256
 """Modules that are looked at; of more, so many are chosen evenly."""
 SAMPLED_ROWS = 16
 SAMPLED_FOR_COLUMNS = 256

@@ -13,6 +13,7 @@ import msgspec
 from ..errors import Fault, VerificationError
 from ..plan.item import Item
 from ..plan.plan import OutputShard, Plan
+from ..records import record
 from ..storage.json_files import Count, Real
 from ..storage.safetensors import StoredTensor
 from ..storage.spool import SpooledTensor
@@ -30,7 +31,7 @@ class Task(NamedTuple):
     copy: Copy | None = None
 
 
-@dataclass(frozen=True)
+@record(frozen=True)
 class Verdict:
     """The result of a check; the counts of several checks add up."""
 
@@ -69,7 +70,7 @@ class Verdict:
         return rows if self.lost is None else [*rows, ("share of the change lost to rounding", f"{self.lost:.2%}")]
 
 
-@dataclass(frozen=True)
+@record(frozen=True)
 class TensorResult:
     """The facts about a written tensor: hashes of both tensors, parts of the undo record, the self-check."""
 
@@ -140,7 +141,7 @@ class Progress:
         return max((part.end for result in self.done.values() for part in result.parts), default=0)
 
 
-GROUP_TENSORS, GROUP_BYTES = 64, 4 << 20
+GROUP_TENSORS, GROUP_BYTES = 64, 8 << 20
 """The most tensors, and the most bytes of output, that one task writes if it writes several."""
 GROUPS = 16
 """The least number of tasks for each worker if tensors are grouped."""

@@ -21,7 +21,7 @@ from ..plan.plan import Entry, Plan
 from ..plan.sharding import converted
 from ..settings import __version__
 from ..storage.filenames import RECEIPT, is_inside, is_plain
-from ..storage.json_files import Count, Dtype, Real, checked, one_of, read_json
+from ..storage.json_files import Count, Dtype, Real, checked, indented, one_of, read_json
 from ..storage.reader import xxh3
 from ..storage.safetensors import CONFIG_DTYPES, is_possible
 from .finished import TensorResult, copied_name, kept_name
@@ -183,8 +183,7 @@ class Receipt(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     def to_bytes(self) -> bytes:
         """Return the receipt as it is written."""
-        text = json.dumps(msgspec.to_builtins(self), ensure_ascii=False)  # with indents, Python's own code would do it
-        return msgspec.json.format(text.encode(), indent=1) + b"\n"
+        return indented(self, texts=("tensors", "copied", "kept", "undo_record", "ledger"))
 
 
 def read_receipt(record: Path) -> Receipt | None:

@@ -36,7 +36,7 @@ def kind_of(item: Item) -> StackKind | None:
 
 
 def _kind_of(item: Item) -> StackKind | None:
-    if len(item.edits) != 1 or item.dtype not in ROUNDED or not _is_plain(item) or not item.source.numel:
+    if len(item.edits) != 1 or item.dtype not in ROUNDED or not _is_plain(item):
         return None
     edit = item.edits[0]
     low = edit.low
@@ -44,9 +44,11 @@ def _kind_of(item: Item) -> StackKind | None:
         return None
     m = (edit.update.m,) if isinstance(edit.update, Decomposed) else ()
     tensors = (item.source, low.A, low.B, *m)
-    if any(tensor.is_view or tensor.coded or tensor.dtype not in STORED for tensor in tensors):
-        return None
-    if (low.B.matrix[0], low.A.matrix[1]) != item.matrix or any(each.numel != item.matrix[0] for each in m):
+    for tensor in tensors:
+        if tensor.is_view or tensor.coded or tensor.dtype not in STORED:
+            return None
+    rows, columns = item.matrix
+    if not rows * columns or (low.B.matrix[0], low.A.matrix[1]) != (rows, columns) or (m and m[0].numel != rows):
         return None
     return StackKind(item.matrix, low.rank, (item.dtype, *(tensor.dtype for tensor in tensors)))
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar
 
 from ..adapters import Decomposed, Delta, Full, LowRank, Rows, Transform, low_rank, tensors_of, transform_of
 from ..option_table import Combination
+from ..records import record
 from ..storage.reader import block_height, spans
 from ..storage.safetensors import BITS, FLOATS, StoredTensor
 
@@ -22,7 +22,7 @@ KEPT = 2
 """Whole tensors behind views that a worker keeps: the experts' two take turns."""
 
 
-@dataclass(frozen=True)
+@record(frozen=True)
 class Edit:
     """A matched update and its weight in the merge."""
 
@@ -107,7 +107,7 @@ class Edit:
         return low, max(low, min(stop, last))
 
 
-@dataclass(frozen=True)
+@record(frozen=True)
 class Item:
     """One output tensor and its inputs."""
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from itertools import islice
 from typing import ClassVar
 
+from ..records import record
 from ..storage.reader import block_height
 from .item import Item
 from .plan import Plan
@@ -19,7 +20,7 @@ CHECKING = 3 << 20
 """Bytes that the self-check takes at least."""
 
 
-@dataclass(frozen=True)
+@record(frozen=True)
 class LargeItem(Item):
     """One output tensor in large blocks, whose left factors stay on the device from the first block to the last.
 

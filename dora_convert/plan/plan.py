@@ -25,6 +25,7 @@ from ..option_table import SUM, Combination
 from ..settings import NO_FACTS, AdapterFacts, parse_facts, parse_size
 from ..storage.checkpoint import Checkpoint
 from ..storage.safetensors import BITS, CONFIG_DTYPES, StoredTensor
+from .alike import kind_of
 from .item import Edit, Item
 
 
@@ -98,7 +99,8 @@ class Plan:
     @cached_property
     def memory(self) -> int:
         """Bytes that a worker holds for the costliest item: the least memory budget."""
-        return max(map(self.cost, self.items))
+        items = self.items if self.options.exact else {kind_of(each) or each.name: each for each in self.items}.values()
+        return max(map(self.cost, items))
 
     def cost(self, item: Item) -> int:
         """Return the bytes that a worker holds for one item."""

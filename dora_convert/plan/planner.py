@@ -206,7 +206,7 @@ def _resized(items: Mapping[str, Item]) -> dict[str, tuple[int, int]]:
     return {
         name: (item.base.shape[0], item.shape[0])
         for name, item in items.items()
-        if item.base and (is_embedding(name) or is_head(name)) and item.base.shape[:1] != item.shape[:1]
+        if item.base and item.base.shape[:1] != item.shape[:1] and (is_embedding(name) or is_head(name))
     }
 
 
@@ -264,9 +264,9 @@ def find_missing(
     shapes = names.model_shapes()
     # a copy of the base's tensor beside its factors says nothing of training
     changes = [each for each in adapter.changes if not (isinstance(each.update, Full) and each.update.copied)]
-    targets = [target for change in changes for target in (change.target, *change.among)]
-    promised = set(adapter.promised(shapes, lambda name: len(shapes[name]) == 2 and _is_linear(name)))
-    if not (left := promised.difference(targets)):
+    targets = {target for change in changes for target in (change.target, *change.among)}
+    untouched = {name: shape for name, shape in shapes.items() if name not in targets}
+    if not (left := adapter.promised(untouched, lambda name: len(shapes[name]) == 2 and _is_linear(name))):
         return []
     covered = {place for target in targets for place in names.places(target)}
     tied = {(tie.embedding, None), (tie.head, None)} if tie else set()
@@ -275,7 +275,7 @@ def find_missing(
     has_experts = any(EXPERTS in target for target in targets)
     return sorted(
         name
-        for name in left
+        for name in set(left)
         if covered.isdisjoint(names.places(name))
         and options.selects(name.rpartition(".")[0])
         and (has_experts or EXPERTS not in name)

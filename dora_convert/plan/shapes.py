@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from ..adapters import Change, Decomposed, Delta, Full, LowRank, Rows, Start, Transform, Update, low_rank, transform_of
 from ..naming.families import CONV1D_MODELS, CONV1D_MODULES, TURNED_EXPERTS
 from ..naming.resolve import is_embedding, is_head
+from ..records import record
 from ..storage.reader import same_bytes
 from ..storage.safetensors import FLOATS, StoredTensor
 from .item import Edit
@@ -21,7 +22,7 @@ EVERY: tuple[tuple[float, float], ...] = ((0, math.inf),)
 """All outputs of a tensor."""
 
 
-@dataclass(frozen=True)
+@record(frozen=True)
 class Match:
     """A matched update, whether its weight is stored transposed, and the columns that share a magnitude."""
 
@@ -59,7 +60,7 @@ class ClaimedOutputs:
         """Note some outputs of a tensor, or all; return False if some of them are noted already."""
         first, last = outputs or EVERY[0]
         claimed = self._claimed.get(name, ())
-        if any(first < end and start < last for start, end in claimed):
+        if claimed and any(first < end and start < last for start, end in claimed):
             return False
         self._claimed[name] = (*claimed, outputs) if outputs else EVERY
         return True

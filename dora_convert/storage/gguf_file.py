@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..errors import MalformedError, UnsupportedError
+from ..records import record
 from .safetensors import Header, StoredTensor, is_possible, open_file
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
@@ -86,7 +87,7 @@ class _Frame:
         return self.take(_NUMBERS[kind])
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class BlockTensor(StoredTensor):
     """A quantised tensor as bytes: its last dimension counts the bytes of a row."""
 

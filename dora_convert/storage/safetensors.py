@@ -23,6 +23,7 @@ from typing import Annotated, Any, BinaryIO, ClassVar
 import msgspec
 
 from ..errors import MalformedError, hint_of
+from ..records import record
 
 BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
@@ -49,7 +50,7 @@ Natural = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
 LFS_POINTER = b"version https://git-lfs"
 
 
-@dataclass(frozen=True, slots=True)
+@record(frozen=True, slots=True)
 class StoredTensor:
     """A tensor on disk: its safetensors dtype and shape, and the absolute byte where it starts."""
 

@@ -117,8 +117,8 @@ def _update(weight: _Weight, parts: Parts, config: Config, start: Start | None) 
 
 def _contradiction(key: str, parts: Parts, config: Config) -> str | None:
     """Return why a module's tensors make no update; None if they do."""
-    diagonal = {"d"} if config.adalora or config.start is Start.KASA else set()
-    if missing := sorted(({"A", "B"} | diagonal) - parts.keys()):
+    diagonal = config.adalora or config.start is Start.KASA
+    if missing := sorted(({"A", "B", "d"} if diagonal else {"A", "B"}) - parts.keys()):
         return f"has no {_CALLED[missing[0]] if missing[0] != 'd' or config.adalora else 'lora_diag'}"
     if empty := [part for part in parts.values() if 0 in part.shape]:
         return f"its {empty[0].name.removeprefix(PREFIX).removeprefix(key).lstrip('.')} {EMPTY}"
