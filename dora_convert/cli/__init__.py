@@ -107,7 +107,7 @@ class Ref(click.ParamType):  # type: ignore[type-arg,unused-ignore] # generic si
 REF = Ref()
 
 
-class Choice(click.Choice):  # type: ignore[type-arg,unused-ignore] # generic since click 8.2
+class OneOf(click.Choice):  # type: ignore[type-arg,unused-ignore] # generic since click 8.2
     """One of some words; of another word, the error names the closest."""
 
     def get_invalid_choice_message(self, value: object, ctx: click.Context | None) -> str:
@@ -273,7 +273,7 @@ def _type(kind: Any, option: Option) -> Any:
     """Return the type that checks a word of the command line."""
     if option.choices:
         short = [word for word, name in SHORT_NAMES.items() if name in option.choices]
-        return Choice([*option.choices, *short])
+        return OneOf([*option.choices, *short])
     if option.least is not None:
         return click.IntRange(option.least)
     if float in get_args(kind):
