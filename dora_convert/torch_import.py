@@ -26,8 +26,9 @@ VERBS = frozenset({"merge", "unmerge", "from-lora", "to-lora", "extract", "verif
 BRIEF = frozenset({"--help", "-h", "--dry-run"})
 """Options of commands that need no torch."""
 COMPILED = (
-    "array", "base64", "contextvars", "ctypes", "datetime", "decimal", "fcntl", "hashlib", "heapq", "json", "math",
-    "msgspec", "pickle", "random", "resource", "shutil", "statistics", "subprocess", "typing", "uuid", "xxhash",
+    "array", "base64", "contextvars", "ctypes", "datetime", "decimal", "fcntl", "grp", "hashlib", "heapq", "json",
+    "math", "msgspec", "pickle", "random", "resource", "shutil", "statistics", "subprocess", "typing", "uuid",
+    "xxhash",
 )  # fmt: skip
 """Modules that a merge imports before torch, and that are compiled or import one that is."""
 PLUGINS = "TORCH_DEVICE_BACKEND_AUTOLOAD"

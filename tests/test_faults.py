@@ -26,7 +26,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab\
 UP = "base_model.model.model.layers.0.mlp.up_proj"
 COMMAND = [Path(sys.executable).with_name("dora-convert"), "merge"]
 BOTH = "{root}/base", "{root}/adapter"
-SECONDS = 5
+SECONDS = 60
 """More than any of this takes: a command that waits for a pipe is stopped then."""
 
 
