@@ -25,6 +25,7 @@ from dora_convert import torch_import
 torch_import._load = lambda: None
 torch_import.load_torch(["merge"])
 assert torch_import.begun[0]
+import filelock  # for Python 3.10, it imports asyncio and all that this needs
 before = set(sys.modules)
 
 class AtTorch:
