@@ -248,7 +248,7 @@ def test_full_checkpoints(tmp_path, method):
         )
         torch.testing.assert_close(got[name].double(), x.double() + change, rtol=0, atol=3e-7)
     assert dora_convert.verify(base.path, inputs, tmp_path / "out").verdict == "agree"
-    with pytest.raises(RefError, match="tuned0 is a model, not an adapter"):
+    with pytest.raises(RefError, match="tuned0'  is a model, not an adapter"):
         dora_convert.merge(base.path, inputs, tmp_path / "chain", method="chain")
 
 
