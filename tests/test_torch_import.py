@@ -86,6 +86,19 @@ def test_no_compiled_module_waits_for_the_loader(tmp_path):
 
 
 @linux
+def test_closed_streams_are_opened_before_the_loader_opens_files():
+    """Else a library that is being loaded may be taken for stderr: a merge hung or crashed once in a hundred times."""
+    code = (
+        "import os, sys; from dora_convert import __main__ as m; m.load_torch = lambda _: print(*map(os.readlink, F))"
+    )
+    code = f"F = [f'/proc/self/fd/{{k}}' for k in (0, 2)]; {code}; sys.argv[1:] = ['--version']; m.run()"
+    line = 'exec "$0" -c "$1" 0<&- 2>&-'
+    command = ["sh", "-c", line, sys.executable, code]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, check=False)
+    assert (done.returncode, done.stdout.split()[:2]) == (0, ["/dev/null", "/dev/null"])
+
+
+@linux
 def test_the_libraries_are_loaded_and_torch_is_not_imported():
     """Afterwards the import of torch finds them, and works."""
     done = python(LOADED)

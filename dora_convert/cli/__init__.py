@@ -47,7 +47,6 @@ ENVIRONMENT = frozenset({"device", "compute_dtype", "max_memory", "workers", "ma
 """Options whose defaults come from variables such as DORA_CONVERT_MAX_MEMORY: choices of a machine."""
 ADAPTERS = frozenset({"from-lora", "to-lora", "extract"})
 """Verbs that write an adapter: their commands are in one module."""
-STREAMS = {"stdin": "r", "stdout": "w", "stderr": "w"}
 READING = frozenset({"verify", "analyze", "inspect", "push"})
 """Verbs that write nothing on this machine."""
 
@@ -134,8 +133,6 @@ def group(ctx: click.Context) -> None:
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; raises SystemExit with the exit code that docs/cli.md gives."""
     words = list(sys.argv[1:] if args is None else args)
-    for number, (name, mode) in enumerate(STREAMS.items()):
-        _open_if_closed(number, name, mode)
     if "_DORA_CONVERT_COMPLETE" in os.environ:
         from . import completion  # noqa: F401 - which registers its script for bash
     try:
@@ -176,16 +173,6 @@ def run() -> None:
         _drop_unwritten(sys.stdout)
         _drop_unwritten(sys.stderr)
         os._exit(end.code if isinstance(end.code, int) else 0)
-
-
-def _open_if_closed(number: int, name: str, mode: str) -> None:
-    """Open a closed standard stream as the null device, or the next file that is opened would be taken for it."""
-    try:
-        os.fstat(number)
-    except OSError:
-        os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115
 
 
 def _drop_unwritten(stream: TextIO) -> None:
