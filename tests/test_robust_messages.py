@@ -157,7 +157,7 @@ def test_page_addresses(tmp_path, adapter, run, ref, repo, verb):
         ("@v2", "org/name"),
         ("org/name@v2@v3", "revision"),
         ("ftp://host/model", "ftp"),
-        ("file:///tmp/model", "file"),
+        ("file:///models/base", "file"),
         ("org\\name", "org/name"),
     ],
 )

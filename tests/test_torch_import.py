@@ -51,6 +51,14 @@ assert "libtorch_python" in maps and "torch" not in sys.modules and "dora_conver
 import torch
 assert torch.ones(2).sum() == 2
 """
+CLOSED = """
+import os, sys
+from dora_convert import __main__
+
+__main__.load_torch = lambda words: print(*(os.readlink(f"/proc/self/fd/{number}") for number in (0, 2)))
+sys.argv[1:] = ["--version"]
+__main__.run()
+"""
 GARBAGE = """
 import gc, sys, weakref
 import dora_convert
@@ -88,12 +96,7 @@ def test_no_compiled_module_waits_for_the_loader(tmp_path):
 @linux
 def test_closed_streams_are_opened_before_the_loader_opens_files():
     """Else a library that is being loaded may be taken for stderr: a merge hung or crashed once in a hundred times."""
-    code = (
-        "import os, sys; from dora_convert import __main__ as m; m.load_torch = lambda _: print(*map(os.readlink, F))"
-    )
-    code = f"F = [f'/proc/self/fd/{{k}}' for k in (0, 2)]; {code}; sys.argv[1:] = ['--version']; m.run()"
-    line = 'exec "$0" -c "$1" 0<&- 2>&-'
-    command = ["sh", "-c", line, sys.executable, code]
+    command = ["sh", "-c", 'exec "$0" -c "$1" 0<&- 2>&-', sys.executable, CLOSED]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, check=False)
     assert (done.returncode, done.stdout.split()[:2]) == (0, ["/dev/null", "/dev/null"])
 

@@ -44,8 +44,9 @@ def _card(plan: FittingPlan, works: Mapping[str, Source], base_model: str | None
     """Return the model card; `works` are the inputs by role."""
     base, kind = next(iter(plan.bases), None), "DoRA" if plan.is_dora else "LoRA"
     metadata = {} if not base or base.is_file else metadata_of(base.root / NAME)
-    config, adapters, library = base.config if base else None, plan.adapters, plan.format.LIBRARY
-    known = "diffusers" if base and base.is_pipeline else library_of(config)
+    config = None if not base else PIPELINE if base.is_pipeline else base.config
+    adapters, library = plan.adapters, plan.format.LIBRARY
+    is_strange = library == "diffusers" and library_of(config) == "transformers"  # a text model for an image tool
     named = base.source.name if base else _last_name(plan.like.base if plan.like else None)
     facts = Facts(
         title=f"{kind} of {' and '.join(each.name for each in plan.sources[-1 - len(plan.others) :])}",
@@ -53,10 +54,10 @@ def _card(plan: FittingPlan, works: Mapping[str, Source], base_model: str | None
         kinds=(kind,),
         relation="adapter",
         base_model=base_model or (base_repo(base, adapters) if base else None),
-        library=library if library != "diffusers" or known != "transformers" else None,  # no diffusion model
+        library=None if is_strange else library,
         pipeline=pipeline_of(config, metadata),
         inherited=fields,
-        config=PIPELINE if base and base.is_pipeline else config,
+        config=config,
         task=next((each.task for each in adapters if each.task), None),
         sources=tuple(source_row(role, source) for role, source in works.items()),
         made_by=f"`{plan.command}` of dora-convert {__version__}",

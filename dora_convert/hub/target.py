@@ -8,7 +8,7 @@ from pathlib import Path
 
 import xxhash
 
-from ..errors import RefError, UsageError
+from ..errors import UsageError
 from ..options import OutputOptions
 from ..storage.refs import HUB, PathLike
 
@@ -27,14 +27,12 @@ class PushTarget:
 
     def check(self) -> None:
         """Raise RefError for a name that no repo can have, before anything is read or sent."""
-        from huggingface_hub.errors import HFValidationError
         from huggingface_hub.utils import validate_repo_id
 
-        try:
+        from ..sources.hub_client import writing_errors
+
+        with writing_errors(self.repo):
             validate_repo_id(self.repo)
-        except HFValidationError as error:
-            hint = "a Hub repo is written org/name"
-            raise RefError(f"REPO_ID {self.repo} is not a valid repo id.", hint=hint) from error
 
     @property
     def address(self) -> str:

@@ -223,6 +223,7 @@ def card_bytes(plan: Plan, base_model: str | None, fields: Inherited, checks: Se
     """Render README.md for a merge's OUT; `checks` are the rows of the self-check's table."""
     base, counts, names = plan.base, plan.counts(), [adapter.source for adapter in plan.adapters]
     metadata = {} if base.is_file else metadata_of(base.root / NAME)
+    config = PIPELINE if base.is_pipeline else plan.output_config
     kinds = tuple(sorted({adapter.kind for adapter in plan.adapters}))
     undo = () if plan.options.undo == "none" else ("unmerge", "MERGED", *(each.title for each in names), "OUT")
     facts = Facts(
@@ -232,10 +233,10 @@ def card_bytes(plan: Plan, base_model: str | None, fields: Inherited, checks: Se
         kinds=kinds,
         relation="finetune",
         base_model=base_model or base_repo(base, plan.adapters),
-        library="diffusers" if base.is_pipeline else library_of(plan.output_config),
-        pipeline=pipeline_of(plan.output_config, metadata),
+        library=library_of(config),
+        pipeline=pipeline_of(config, metadata),
         inherited=fields,
-        config=PIPELINE if base.is_pipeline else plan.output_config,
+        config=config,
         sources=(source_row("base", base.source), *(source_row("adapter", source) for source in names)),
         made_by=f"dora-convert {__version__}",
         command=tuple(command(plan)),
