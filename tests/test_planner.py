@@ -53,6 +53,25 @@ def test_a_plan_is_pure(base, adapter):
     assert plan_of(base, adapter, undo="none").fingerprint != first.fingerprint
 
 
+def test_every_module_of_a_wrong_form_is_a_fault(base, adapter):
+    """Modules of one form are checked once if the form is right; of a wrong form, each one is named."""
+    wrong = {f"self_attn.{name}.lora_A.weight": torch.ones(5, 40) for name in ("q_proj", "v_proj")}
+    change(adapter, **wrong)
+    assert {fault.what for fault in faults_of(base, adapter).faults} == {
+        f"{PREFIX.removeprefix('base_model.model.')}.self_attn.{name}" for name in ("q_proj", "v_proj")
+    }
+
+
+@pytest.mark.parametrize("undo", ["norms", "exact"])
+@pytest.mark.parametrize("dora", [False, True])
+def test_costs_are_those_of_every_weight(tmp_path, base, dora, undo):
+    """Costs that are counted once for each kind of weight are those of the weights counted one by one."""
+    plan = plan_of(base, make_adapter(tmp_path / "again", base, dora=dora), undo=undo)
+    assert plan.memory == max(map(plan.cost, plan.items))
+    exact = [undo == "exact" and plan.remembers(item) for item in plan.items]
+    assert plan.undo_bytes == sum(item.undo_bytes(exact=one) for item, one in zip(plan.items, exact, strict=True))
+
+
 def test_every_base_tensor_is_made_once(base, adapter):
     """The plan's items are the base's tensors, each in one shard."""
     names = [item.name for item in plan_of(base, adapter).items]

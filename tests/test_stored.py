@@ -189,3 +189,23 @@ def test_blanks_in_a_header_cost_nothing(monkeypatch):
         text.replace('"b"', r'"\u0062"'),
     ):
         assert safetensors._quickly_parsed(twice.encode()) is None
+
+
+@pytest.mark.parametrize("value", ['{"a": "}, {"}', "a\\b", "x" * safetensors.LONG_METADATA])
+def test_metadata_may_be_any_text(tmp_path, value):
+    """Braces, quotes and backslashes in metadata do not end it, and long metadata are read with a closer look."""
+    tensors = {"x": torch.arange(3)}
+    save_file(tensors, tmp_path / "x.safetensors", {"format": "pt", "text": value})
+    header = read_header(tmp_path / "x.safetensors")
+    assert (list(header.tensors), header.metadata) == (["x"], {"format": "pt", "text": value})
+
+
+def test_metadata_anywhere(tmp_path):
+    """Metadata after the tensors count; a comma with nothing behind it is refused; a tensor may come twice nowhere."""
+    entry = '"x":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}'
+    metadata = '"__metadata__":{"format":"pt"}'
+    path = write(tmp_path / "x.safetensors", f"{{{entry},{metadata}}}".encode(), b"\0")
+    assert read_header(path).metadata == {"format": "pt"}
+    for wrong in (f"{{{metadata},}}", f"{{{metadata},{entry},{entry}}}", f"{{{metadata},{metadata},{entry}}}"):
+        with pytest.raises(MalformedError):
+            read_header(write(path, wrong.encode(), b"\0"))

@@ -124,7 +124,7 @@ class LowRank(Transform):
     @property
     def tensors(self) -> tuple[StoredTensor, ...]:
         """A, B, and the diagonals."""
-        return tuple(filter(None, (self.A, self.B, self.d, self.b)))
+        return (self.A, self.B, *filter(None, (self.d, self.b))) if self.d or self.b else (self.A, self.B)
 
     @property
     def title(self) -> str:

@@ -163,9 +163,12 @@ class NameResolver:
 
         The sizes of weights that are not one tensor on disk count for nothing but their number.
         """
-        tensors: Mapping[str, Sequence[int]] = {name: tensor.shape for name, tensor in self._tensors.items()}
-        if any(not self._plain(target) and self.slots(target) for target in self._targets) and self.families:
+        tensors: dict[str, Sequence[int]] = {name: tensor.shape for name, tensor in self._tensors.items()}
+        others = [target for target in self._targets if target not in self._tensors]
+        if any(not self._plain(target) and self.slots(target) for target in others) and self.families:
             tensors = {name: self.families.shape(name) for name in self.families.weights}
+        if self.prefix == Prefix():
+            return tensors
         return {own: shape for name, shape in tensors.items() if (own := self.prefix.undo(name))}
 
     def _prefixes(self, targets: Sequence[str], names: Mapping[str, object]) -> tuple[Prefix, ...]:

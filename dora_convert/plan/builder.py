@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from itertools import combinations, permutations
 from typing import TYPE_CHECKING
 
-from ..adapters import Adapter, Change, Decomposed, Delta, Full, Rows, Transform, Update, tensors_of
+from ..adapters import Adapter, Change, Decomposed, Delta, Full, Rows, Transform, Update
 from ..errors import Fault
 from ..naming.resolve import NameResolver, Tie, is_embedding, is_head
 from ..storage.checkpoint import Checkpoint
@@ -51,17 +52,21 @@ class PlanBuilder:
         self._adapters: list[Adapter] = []
         self._number = 0  # of the adapter at hand
         self._claimed = ClaimedOutputs()  # by additions of the adapter at hand
-        self._names = {*base.tensors, *(name.rpartition(".")[0] for name in base.tensors)}
+
+    @cached_property
+    def _names(self) -> set[str]:
+        """Every tensor, and every module that owns one, of the base and of what adapters add."""
+        return {*self.targets, *(name.rpartition(".")[0] for name in self.base.tensors)}
 
     def add(self, adapter: Adapter, names: NameResolver, weight: float) -> None:
         """Apply every change of an adapter; replacements come before additions."""
         self.ledger += [Entry(name, "ignored", (), why) for name, why in adapter.ignored.items()]
         self.faults, self.warnings = [*self.faults, *adapter.faults], [*self.warnings, *adapter.warnings]
-        self._claimed = ClaimedOutputs()
-        self._number = len(self._adapters)
+        self._claimed, self._number = ClaimedOutputs(), len(self._adapters)
         self._adapters.append(adapter)
+        selective = self.options.selective
         for change in sorted(self._told_apart(adapter.changes, names), key=turn_of):
-            if self.options.selects(change.module):
+            if not selective or self.options.selects(change.module):
                 self._add_change(change, adapter, names, weight)
             else:
                 self._enter(change.update, "ignored", (), "left out by name")
@@ -217,25 +222,20 @@ class PlanBuilder:
             self._take(match, name, weight)
         else:
             self._fault(update, match)
-        if name == (into or (name,))[0]:  # one entry for both sides of a tie
+        if not into or name == into[0]:  # one entry for both sides of a tie
             self._enter_merged(update, into or (name,))
 
     def _take(self, match: Match, name: str, weight: float, outputs: tuple[int, int] | None = None) -> None:
         """Add a matched update to its tensor, for some of the tensor's outputs or for all."""
+        density = densities[self._number] if (densities := self.options.combination.densities) else 1.0
         match match.update:
+            case Transform() | Decomposed() | Delta() as edit:
+                made = Edit(edit, match.transposed, weight, outputs, density, kernel=match.kernel)
+                self.targets[name].edits.append(made)
             case Full() as full if self._combines(full, self.targets[name]):
-                self.targets[name].edits.append(Edit(full, False, weight, density=self._density))
+                self.targets[name].edits.append(Edit(full, False, weight, density=density))
             case Full() | Rows() as value:
                 self._replace(value, name, weight)
-            case Transform() | Decomposed() | Delta() as edit:
-                made = Edit(edit, match.transposed, weight, outputs, density=self._density, kernel=match.kernel)
-                self.targets[name].edits.append(made)
-
-    @property
-    def _density(self) -> float:
-        """The density of the adapter at hand."""
-        densities = self.options.combination.densities
-        return densities[self._number] if densities else 1.0
 
     def _combines(self, update: Full, target: TargetTensor) -> bool:
         """Return True if a tensor that is stored whole counts as its difference from the base's."""
@@ -259,18 +259,18 @@ class PlanBuilder:
         self.warnings += [warning] if warning else []
 
     def _enter_merged(self, update: Update, into: tuple[str, ...]) -> None:
-        edits = (edit.update for edit in self.targets[into[0]].edits)
-        replaces = isinstance(update, Full | Rows) and not any(update is each or update == each for each in edits)
+        edits = self.targets[into[0]].edits
+        replaces = isinstance(update, (Full, Rows)) and not any(update == edit.update for edit in edits)
         self._enter(update, "replaced" if replaces else "merged", into, update.title)
 
     def _enter(self, update: Update, fate: str, into: tuple[str, ...], why: str) -> None:
-        self.ledger += [Entry(tensor.name, fate, into, why) for tensor in tensors_of(update)]
+        self.ledger += [Entry(tensor.name, fate, into, why) for tensor in update.tensors]
 
     def _fault(self, update: Update, why: str) -> None:
         if isinstance(update, Full) and update.file:
             why = f"in {update.file}; {why}"
             self.beside.setdefault(update.file, []).append(update)
-        self.faults += [Fault(tensor.name, why) for tensor in tensors_of(update)]
+        self.faults += [Fault(tensor.name, why) for tensor in update.tensors]
 
     def item(self, name: str) -> Item:
         """Return an output tensor."""
@@ -288,7 +288,7 @@ class PlanBuilder:
             added=target.added,
             origin=self.base.stored_name(base.name) if base else name,
         )
-        if any(isinstance(edit.update, Full) for edit in item.edits) or not self.options.combination.is_sum:
+        if not self.options.combination.is_sum or Full in {type(edit.update) for edit in item.edits}:
             from .methods import combined
 
             item = combined(item, self.options.combination)

@@ -213,8 +213,9 @@ def _ratios(sample: MagnitudeSample) -> list[float]:
 def _of_peft(adapter: Adapter, find: Find, base: Checkpoint) -> dict[str, str]:
     """Return the decisions on a PEFT DoRA that differ from the usual ones."""
     changes = [change for change in adapter.changes if _magnitudes(change.update)]
-    rotary = [change for change in changes if change.module.endswith(ROTARY)]
-    if rotary and base.model_types & META_ORDER and _is_meta(rotary, find, base):
+    is_rotary = bool(base.model_types & META_ORDER)
+    rotary = [change for change in changes if change.module.endswith(ROTARY)] if is_rotary else []
+    if rotary and _is_meta(rotary, find, base):
         return {"order": "meta"}
     step = max(1, len(changes) // MODULES)
     if _fit_norms(_samples(changes[::step], find, base, most=FEW_ROWS)):

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar
 
 from ..adapters import Decomposed, Delta, Full, LowRank, Rows, Transform, low_rank, tensors_of, transform_of
 from ..option_table import Combination
-from ..records import record
+from ..records import kept, record
 from ..storage.reader import block_height, spans
 from ..storage.safetensors import BITS, FLOATS, StoredTensor
 
@@ -39,17 +38,17 @@ class Edit:
     follows: Item | None = None
     """For a bias that is scaled as its weight is: the weight, with the one edit that sets magnitudes."""
 
-    @cached_property
+    @kept
     def low(self) -> LowRank | None:
         """The low-rank part; None for other kinds."""
         return low_rank(self.update)
 
-    @cached_property
+    @kept
     def inner(self) -> Transform | None:
         """The part of the update that makes V of W; None if V is W, or the weight a bias."""
         return transform_of(self.update)
 
-    @cached_property
+    @kept
     def magnitudes(self) -> Decomposed | None:
         """The update that sets magnitudes: this one, or the one that a bias follows; None for others."""
         if self.follows:
@@ -61,7 +60,7 @@ class Edit:
         """True if the edit multiplies V by magnitudes, divided by norms or not."""
         return self.magnitudes is not None
 
-    @cached_property
+    @kept
     def divides(self) -> bool:
         """True if the edit divides V by norms."""
         return self.magnitudes is not None and not self.magnitudes.normalised
@@ -134,15 +133,16 @@ class Item:
     part_of: str = ""
     """The name of the item that writes this one along with itself."""
 
-    @cached_property
+    @kept
     def matrix(self) -> tuple[int, int]:
         """`source` as a matrix: (rows, columns)."""
         return self.source.matrix
 
-    @cached_property
+    @kept
     def grown(self) -> int:
         """The number of output rows below those of `source`; `rows` holds all of them."""
-        return 0 if self.undo or self.parts else max(0, sum(self.shape[:1]) - sum(self.source.shape[:1]))
+        as_source = self.shape is self.source.shape or self.undo or self.parts
+        return 0 if as_source else max(0, sum(self.shape[:1]) - sum(self.source.shape[:1]))
 
     @property
     def stacked(self) -> tuple[int, ...]:
@@ -152,8 +152,8 @@ class Item:
     @property
     def extends(self) -> bool:
         """True if the output is the base's tensor with new rows below."""
-        first = min((row for rows in self.rows for row in rows.index), default=0)
-        return bool(self.grown) and self.source is self.base and first >= self.matrix[0]
+        rows = [row for rows in self.rows for row in rows.index]
+        return bool(self.grown) and self.source is self.base and min(rows, default=0) >= self.matrix[0]
 
     @property
     def nbytes(self) -> int:
@@ -192,12 +192,12 @@ class Item:
         """True if receipts list the tensor: the base does not have the same tensor under the same name."""
         return self.changed or self.added or self.origin != self.name or not self.verbatim
 
-    @cached_property
+    @kept
     def start(self) -> LowRank | None:
         """The update whose training began with other base weights than those on disk."""
         return next((edit.low for edit in self.edits if edit.low and edit.low.start), None)
 
-    @cached_property
+    @kept
     def experts(self) -> int:
         """The number of matrices that lie one below the other in `source`, each with its own factors."""
         return max((edit.low.experts for edit in self.edits if edit.low), default=0) or 1

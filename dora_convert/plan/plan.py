@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -19,14 +19,14 @@ from typing import Any
 import msgspec
 import xxhash
 
-from ..adapters import Adapter, Decomposed, Delta, Full, Waived, tensors_of
+from ..adapters import Adapter, Waived
 from ..errors import UsageError
 from ..option_table import SUM, Combination
 from ..settings import NO_FACTS, AdapterFacts, parse_facts, parse_size
 from ..storage.checkpoint import Checkpoint
 from ..storage.safetensors import BITS, CONFIG_DTYPES, StoredTensor
 from .alike import kind_of
-from .item import Edit, Item
+from .item import Item
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the entry as reports and receipts hold it."""
-        return {**msgspec.structs.asdict(self), "into": list(self.into)}
+        return {"tensor": self.tensor, "fate": self.fate, "into": list(self.into), "why": self.why}
 
 
 @dataclass(frozen=True)
@@ -97,22 +97,31 @@ class Plan:
         return sum(item.nbytes for item in self.items)
 
     @cached_property
+    def _kinds(self) -> Sequence[Sequence[Item]]:
+        """The items by kind: but for what recovers the base, those of one kind cost the same."""
+        kinds: dict[object, list[Item]] = defaultdict(list)
+        for item in self.items:
+            kinds[kind_of(item) or item.name].append(item)
+        return tuple(kinds.values())
+
+    @cached_property
     def memory(self) -> int:
         """Bytes that a worker holds for the costliest item: the least memory budget."""
-        items = self.items if self.options.exact else {kind_of(each) or each.name: each for each in self.items}.values()
-        return max(map(self.cost, items))
+        return max(max(map(self.cost, items if self.options.exact else items[:1])) for items in self._kinds)
 
     def cost(self, item: Item) -> int:
         """Return the bytes that a worker holds for one item."""
         return item.cost(self.options.width, exact=self.options.exact and self.remembers(item))
 
-    @property
+    @cached_property
     def undo_bytes(self) -> int:
         """About the most bytes that the undo record's tensors take."""
         if self.options.undo == "none":
             return 0
-        exact = self.options.exact
-        kept = sum(item.undo_bytes(exact=exact and self.remembers(item)) for item in self.items)
+        if self.options.exact:
+            kept = sum(item.undo_bytes(exact=self.remembers(item)) for item in self.items)
+        else:
+            kept = sum(len(items) * items[0].undo_bytes() for items in self._kinds)
         return kept + sum(tensor.nbytes for tensor in self.lost)
 
     @cached_property
@@ -158,39 +167,14 @@ class Plan:
     @cached_property
     def fingerprint(self) -> str:
         """xxh3-128 of the plan as JSON lines without paths: equal plans have equal fingerprints."""
+        from .facts import describe
+
         options, words = self.options, self.options.combination.words
         lines: list[Any] = [[options.compute_dtype, options.undo, self.index_name, self.config]]
         lines += [words] if words else []
         for shard in self.shards:
-            lines += [[shard.filename, dict(shard.metadata)], *map(_describe, shard.items)]
+            lines += [[shard.filename, dict(shard.metadata)], *map(describe, shard.items)]
         return xxhash.xxh3_128_hexdigest(msgspec.json.Encoder().encode_lines(lines))
-
-
-def _describe(item: Item) -> list[Any]:
-    rows = [[rows.value.name, rows.index] for rows in item.rows]
-    edits = [_describe_edit(edit) for edit in item.edits]
-    undo = [[stored.name for stored in item.undo.tensors]] if item.undo else []
-    names = [item.name, item.dtype, item.shape, item.origin, item.source.name]
-    coded = [repr(getattr(item.source, "scheme", "")), [part.name for _, part in item.parts]]
-    return [*names, item.replaced, rows, edits, *undo, *(coded if item.source.coded else [])]
-
-
-def _describe_edit(edit: Edit) -> list[Any]:
-    tensors = tuple(tensors_of(edit.update))
-    known: list[Any] = [type(edit.update).__name__, edit.transposed, edit.weight, [each.name for each in tensors]]
-    known += [list(edit.outputs)] if edit.outputs else []
-    if views := [tensor for tensor in tensors if tensor.is_view]:
-        from ..storage.stored_view import describe_view
-
-        known += map(describe_view, views)
-    if isinstance(edit.update, Delta | Full):
-        return [*known, edit.update.scale] if isinstance(edit.update, Delta) else known
-    low = edit.low
-    if not low or (isinstance(edit.update, Decomposed) and edit.update != Decomposed(low, edit.update.m)):
-        from .facts import facts_of
-
-        known += [facts_of(edit.update), *([_describe(edit.follows)] if edit.follows else [])]
-    return known if not low else [*known, low.rank, low.scale, low.blocks, low.experts, low.start and low.start.value]
 
 
 DTYPES = {"auto": None} | {name: dtype for dtype, name in CONFIG_DTYPES.items()}
@@ -238,14 +222,20 @@ class Options:
         """Bytes of an element in arithmetic."""
         return BITS[self.compute_dtype] // 8
 
+    @property
+    def selective(self) -> bool:
+        """True if --include or --exclude names modules."""
+        return bool(self.include or self.exclude)
+
     def selects(self, module: str) -> bool:
         """Return True if --include and --exclude leave a module in."""
         if self.include and not any(_matches(module, glob) for glob in self.include):
             return False
         return not (self.exclude and any(_matches(module, glob) for glob in self.exclude))
 
-    def check_globs(self, modules: Collection[str]) -> Iterator[str]:
+    def check_globs(self, modules: Iterable[str]) -> Iterator[str]:
         """Yield a warning for each --exclude that matches no module; raise UsageError for such an --include."""
+        modules = {*modules} if self.selective else ()
         for option, globs in (("--include", self.include), ("--exclude", self.exclude)):
             for glob in globs:
                 if any(_matches(module, glob) for module in modules):

@@ -162,9 +162,9 @@ def _settled(adapter: Adapter, names: NameResolver, base: Checkpoint, later: Que
 
 def _targets(adapter: Adapter, options: Options) -> list[str]:
     """Return the targets that the base must have, under whatever names."""
-    inner = [
-        change for change in adapter.changes if options.selects(unwrapped(change.module)) and not is_head(change.target)
-    ]
+    inner = [change for change in adapter.changes if not is_head(change.target)]
+    if options.selective:
+        inner = [change for change in inner if options.selects(unwrapped(change.module))]
     certain = [change.target for change in inner if not isinstance(change.update, Full | Rows)]
     return certain or [change.target for change in inner]
 
@@ -264,7 +264,7 @@ def find_missing(
     shapes = names.model_shapes()
     # a copy of the base's tensor beside its factors says nothing of training
     changes = [each for each in adapter.changes if not (isinstance(each.update, Full) and each.update.copied)]
-    targets = {target for change in changes for target in (change.target, *change.among)}
+    targets = {change.target for change in changes}.union(*(change.among for change in changes if change.among))
     untouched = {name: shape for name, shape in shapes.items() if name not in targets}
     if not (left := adapter.promised(untouched, lambda name: len(shapes[name]) == 2 and _is_linear(name))):
         return []

@@ -72,6 +72,8 @@ def match_shape(update: Update, name: str, shape: Shape, dtype: str, model_types
         return f"{name} is stored as {dtype}; quantised weights are not merged yet"
     if 0 in shape:
         return f"the base's {name} is empty, as ZeRO-3 leaves tensors that it does not gather"
+    if _fits_one_way(update, shape):
+        return Match(update)
     match update:
         case Full(value) if value.dtype not in FLOATS and value.dtype != dtype:
             return f"is saved as {value.dtype}, but {name} is {dtype}"
@@ -86,6 +88,17 @@ def match_shape(update: Update, name: str, shape: Shape, dtype: str, model_types
         case Decomposed():
             return _match_decomposed(update, name, shape, model_types)
     return Match(update) if len(shape) == 1 else f"is {update.title}; {name} has shape {shape}"
+
+
+def _fits_one_way(update: Update, shape: Shape) -> bool:
+    """Return True for plain factors of a matrix that is not square, and for their magnitudes: nearly all are such."""
+    low = update.inner if isinstance(update, Decomposed) else update
+    if not isinstance(low, LowRank) or low.widest or low.experts or low.transposed or low.blocks != (1, 1):
+        return False
+    A, B = low.A.shape, low.B.shape
+    if not len(A) == len(B) == len(shape) == 2 or (B[0], A[1]) != shape or B[0] == A[1]:
+        return False
+    return not isinstance(update, Decomposed) or (update.axis == "rows" and update.m.shape == B[:1])
 
 
 def _misplaced(index: Sequence[int], name: str, height: int) -> str | None:

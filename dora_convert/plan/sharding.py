@@ -29,10 +29,9 @@ def lay_out(
     if max_shard_size is not None and base.is_pipeline:
         raise UsageError("--max-shard-size does not go with a pipeline: its components keep their files.")
     groups = _as_base(base, items)
-    largest = max(sum(tensor.nbytes for tensor in shard.tensors) for shard in base.shards)
-    swollen = any(sum(item.source.nbytes for item in group) > SWOLLEN * largest for group in groups)
-    if max_shard_size is None and swollen and base.index_name:
-        max_shard_size = largest
+    changed = any(item.added or item.source is not item.base for item in items.values())
+    if max_shard_size is None and base.index_name and changed:
+        max_shard_size = _limit_of_swollen(base, groups)
     if max_shard_size is None:
         return tuple(
             OutputShard(converted(shard.filename), shard.metadata, _aligned(group))
@@ -51,6 +50,13 @@ def lay_out(
         )
         for number, group in enumerate(groups, 1)
     ), stem + INDEX_SUFFIX if several else None
+
+
+def _limit_of_swollen(base: Checkpoint, groups: Sequence[Sequence[Item]]) -> int | None:
+    """Return the size of the base's largest shard if one of the output's is much larger."""
+    largest = max(sum(tensor.nbytes for tensor in shard.tensors) for shard in base.shards)
+    swollen = any(sum(item.source.nbytes for item in group) > SWOLLEN * largest for group in groups)
+    return largest if swollen else None
 
 
 def _as_base(base: Checkpoint, items: Mapping[str, Item]) -> list[list[Item]]:

@@ -255,9 +255,9 @@ def _base_of(adapter: Adapter, ref: str, out: str, verb: str) -> tuple[str, str 
     return name, adapter.revision
 
 
-def modules_of(adapters: Sequence[Adapter]) -> set[str]:
-    """Return the names of the modules that adapters change."""
-    return {module for adapter in adapters for module in adapter.modules}
+def modules_of(adapters: Sequence[Adapter]) -> Iterator[str]:
+    """Yield the names of the modules that adapters change."""
+    yield from (module for adapter in adapters for module in adapter.modules)
 
 
 def unused(base: Checkpoint, adapters: Sequence[Adapter]) -> Iterator[str]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -114,7 +115,11 @@ class HeaderEntry(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     """The first byte and the byte after the last, from the end of the header."""
 
 
-_DECODER = msgspec.json.Decoder(list[HeaderEntry])
+_DECODER = msgspec.json.Decoder(dict[str, HeaderEntry])
+_METADATA = re.compile(rb'\{"__metadata__": ?(\{[^"}]*(?:"[^"\\]*(?:\\.[^"\\]*)*"[^"}]*)*\})(?:, ?(?=")|(?=\}))')
+"""The beginning of a header that has metadata, up to the first tensor's name."""
+LONG_METADATA = 1 << 20
+"""Longer metadata need a closer look: the expression would take memory."""
 
 
 @dataclass(frozen=True)
@@ -176,28 +181,22 @@ def parse_header(path: Path, size: int, file: BinaryIO) -> Header:
         values, metadata = parse_strictly(path, raw)
         parsed = {name: HeaderEntry(*value) for name, value in values.items()}, metadata
     entries, metadata = parsed
-    body = 8 + length
-    ordered = sorted(entries.items(), key=lambda entry: entry[1].data_offsets)
-    tensors = {name: _tensor(path, body, name, entry) for name, entry in ordered}
-    _check_tiling(path, ordered, body, size - body)
-    return Header(tensors, metadata)
+    return Header(_placed(path, entries, 8 + length, size), metadata)
 
 
 def _quickly_parsed(raw: bytes) -> tuple[dict[str, HeaderEntry], dict[str, str]] | None:
     """Parse a header as every library writes it; return None for another one, which needs a closer look."""
+    begun = _METADATA.match(raw, 0, LONG_METADATA)
+    written, rest = (begun[1], b"{" + raw[begun.end() :]) if begun else (b"{}", raw)
     try:
-        values = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
-        written = bytes(values.pop("__metadata__", b"{}"))
         metadata = msgspec.json.decode(written, type=dict[str, str])
-        listed = _DECODER.decode(b"[%b]" % b",".join(values.values()))
-        entries = dict(zip(values, listed, strict=True))
+        entries = _DECODER.decode(rest)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
-    # msgspec takes the last of equal keys, and an escape may hide one
-    counts = {raw.count(b'"dtype"'), raw.count(b'"shape"'), raw.count(b'"data_offsets"'), len(entries)}
-    escapes = written.count(b"\\")
-    plain = not escapes and written.count(b'"') == 4 * len(metadata)  # with blanks or without
-    once = len(counts) == 1 and raw.count(b'"__metadata__"') < 2
+    # msgspec takes the last of equal keys, and an escape may hide one: all quotes must be those of keys and texts
+    escapes, quotes = written.count(b"\\"), written.count(b'"')
+    plain = not escapes and quotes == 4 * len(metadata)  # with blanks or without
+    once = raw.count(b'"') == 10 * len(entries) + (quotes + 2 if begun else 0)
     known = once and raw.count(b"\\") == escapes and (plain or msgspec.json.encode(metadata) == written)
     return (entries, metadata) if known else None
 
@@ -220,8 +219,33 @@ def is_possible(shape: Sequence[int]) -> bool:
     return len(shape) <= MAX_DIMENSIONS and numel <= MAX_ELEMENTS
 
 
-def _tensor(path: Path, body: int, name: str, entry: HeaderEntry) -> StoredTensor:
-    """Return one header entry as a tensor, checked against its own dtype and shape."""
+def _placed(path: Path, entries: Mapping[str, HeaderEntry], body: int, size: int) -> dict[str, StoredTensor]:
+    """Return the tensors of a header in the order of their bytes.
+
+    Raises MalformedError unless they cover the file of `size` bytes from `body` on, without gaps or overlaps.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    sizes: dict[tuple[str, tuple[int, ...]], int] = {}
+    """The bytes of a tensor by dtype and shape, of which a file with many tensors has few."""
+    position = 0
+    for name, entry in sorted(entries.items(), key=lambda each: each[1].data_offsets):
+        kind, (first, last) = (entry.dtype, entry.shape), entry.data_offsets
+        if sizes.get(kind) != last - first:
+            sizes[kind] = _checked_size(path, name, entry)
+        if first != position:
+            raise MalformedError(f"{path}: {name} does not start where the tensor before it ends.")
+        tensors[name] = StoredTensor(name, *kind, path, body + first)
+        position = last
+    if body + position != size:
+        raise MalformedError(
+            f"{path} is {size} bytes long, but its header describes {body + position}.",
+            hint="The file is truncated or has trailing bytes; download it again.",
+        )
+    return tensors
+
+
+def _checked_size(path: Path, name: str, entry: HeaderEntry) -> int:
+    """Return the bytes of a tensor, which are those of its dtype and shape."""
     dtype, shape, (first, last) = entry.dtype, entry.shape, entry.data_offsets
     if dtype not in BITS:
         raise MalformedError(f"{path}: {name} has the unknown dtype {dtype}.")
@@ -230,22 +254,7 @@ def _tensor(path: Path, body: int, name: str, entry: HeaderEntry) -> StoredTenso
     numel = math.prod(shape)
     if numel * BITS[dtype] != 8 * (last - first) or not (0 < numel <= MAX_ELEMENTS or is_possible(shape)):
         raise MalformedError(f"{path}: {name} is declared as {dtype} {list(shape)}, which is not {last - first} bytes.")
-    return StoredTensor(name, dtype, shape, path, body + first)
-
-
-def _check_tiling(path: Path, entries: Sequence[tuple[str, HeaderEntry]], body: int, size: int) -> None:
-    """Raise MalformedError unless the tensors cover `size` bytes after the header without gaps or overlaps."""
-    position = 0
-    for name, entry in entries:
-        first, last = entry.data_offsets
-        if first != position:
-            raise MalformedError(f"{path}: {name} does not start where the tensor before it ends.")
-        position = last
-    if position != size:
-        raise MalformedError(
-            f"{path} is {body + size} bytes long, but its header describes {body + position}.",
-            hint="The file is truncated or has trailing bytes; download it again.",
-        )
+    return last - first
 
 
 def encode_header(tensors: Iterable[Any], metadata: Mapping[str, str] | None = None, prefix: str = "") -> bytes:

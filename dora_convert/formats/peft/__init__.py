@@ -23,6 +23,7 @@ refused by name, never merged wrongly: see `config.py`.
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -37,15 +38,16 @@ from ...storage.json_files import read_json
 from ...storage.refs import Source
 from ...storage.safetensors import StoredTensor
 from .config import LORA, Config, is_saved_embedding, refuse_unsupported
+from .forms import EMPTY
 from .modules import (
     CONFIG,
-    EMPTY,
     PARTS,
     TOKENS,
     WEIGHTS,
-    part_of,
+    is_usual,
     plain,
     promised,
+    taken_apart,
     updates_of,
     without_base_layer,
     wrapped_whole,
@@ -107,7 +109,7 @@ def read(source: Source, waived: Waived = NOTHING) -> Adapter:
         format=NAME,
         kind=reader.kind.name if reader else config.kind,
         changes=tuple(adapter.changes),
-        tensors={**tensors, **others},
+        tensors={**tensors, **others} if others else tensors,
         files=(source.path / CONFIG, weights, *(file.path for file in applied)),
         base=config.base or None,
         revision=config.revision or None,
@@ -124,9 +126,7 @@ def read(source: Source, waived: Waived = NOTHING) -> Adapter:
 
 def _doubts(config: Config, source: Source, modules: Collection[str]) -> tuple[str, ...]:
     """Return warnings about a config that does not fit its tensors; most configs need no closer look."""
-    odd = config.rank_pattern or config.alpha_pattern or config.layers_to_transform or config.exclude_modules
-    ends = tuple(f".{name}" for name in config.modules)
-    if not odd and config.alpha >= 0 and all(f".{module}".endswith(ends) for module in modules):
+    if is_usual(config, modules):
         return ()
     from .doubts import doubts_of
 
@@ -202,7 +202,7 @@ class _SortedTensors:
     changes: list[Change] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     ignored: dict[str, str] = field(default_factory=dict)
-    modules: dict[str, dict[str, StoredTensor]] = field(default_factory=dict)
+    modules: dict[str, dict[str, StoredTensor]] = field(default_factory=partial(defaultdict, dict))
     others: list[tuple[str, str, StoredTensor]] = field(default_factory=list)
     wrapped: set[str] = field(default_factory=set)
     """Modules whose tokens are trained."""
@@ -210,12 +210,11 @@ class _SortedTensors:
     def sort(self, name: str, tensor: StoredTensor) -> None:
         """Sort one tensor in by the end of its name; tensors of the model itself wait for all others."""
         parts = self.reader.kind.parts if self.reader else PARTS
-        target = plain(name, parts)
-        module, end = part_of(target, parts)
+        module, end = taken_apart(name, parts)
         if end in parts:
             self._add_part(module, parts[end], tensor)
         else:
-            self.others.append((target, end, tensor))
+            self.others.append((plain(name, parts), end, tensor))
             self.wrapped |= {module} if end else set()
 
     def _add_other(self, target: str, end: str, tensor: StoredTensor) -> None:
@@ -258,7 +257,7 @@ class _SortedTensors:
             self.faults.append(Fault(tensor.name, f"neither a {kind} tensor nor part of modules_to_save"))
 
     def _add_part(self, module: str, part: str, tensor: StoredTensor) -> None:
-        parts = self.modules.setdefault(module, {})
+        parts = self.modules[module]
         if part in parts:
             self.faults.append(Fault(tensor.name, f"says what {parts[part].name} says already"))
         parts[part] = tensor
@@ -273,8 +272,9 @@ class _SortedTensors:
 
     @property
     def pruned(self) -> frozenset[str]:
-        """The modules whose tensors are all empty."""
-        return frozenset(name for name, parts in self.modules.items() if all(0 in x.shape for x in parts.values()))
+        """The modules whose tensors are all empty: faults, but for AdaLoRA."""
+        modules = self.modules if self.config.adalora else {}
+        return frozenset(name for name, parts in modules.items() if all(0 in x.shape for x in parts.values()))
 
     def finish(self) -> None:
         """Turn each module's tensors into updates."""

@@ -239,13 +239,12 @@ class Config(Struct, frozen=True, dict=True):
         """Return the numbers of diagonal blocks that A and B of a module have (BD-LoRA)."""
         options = self.block_diagonal
         sides = (options.target_modules_bd_a, options.target_modules_bd_b)
-        if not any(sides):
-            return (1, 1)  # as nearly all are
         on_A, on_B = (any(pattern in module for pattern in each) if each else False for each in sides)
         return (options.nblocks if on_A else 1, options.nblocks if on_B else 1)
 
+    @cached_property
     def square_experts(self) -> tuple[bool, bool]:
-        """Return True if square experts are (in, out): in models that store them so, and in all others.
+        """True if square experts are (in, out): in models that store them so, and in all others.
 
         PEFT before 0.19 always trained them so; 0.19.0 had it the wrong way round.
         """

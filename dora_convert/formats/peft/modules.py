@@ -8,17 +8,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ...adapters import WRAPPERS, Change, Decomposed, Delta, LowRank, Start, Update, unwrapped
 from ...errors import Fault
-from ...storage.safetensors import FLOATS, StoredTensor
 from .config import Config
+from .forms import PREFIX, Forms, Numbers, Parts
 
 if TYPE_CHECKING:
     from .parameters import ParameterTargets
 
 CONFIG = "adapter_config.json"
 WEIGHTS: tuple[str, ...] = ("adapter_model.safetensors", "adapter_model.bin")
-Parts = Mapping[str, StoredTensor]
-EMPTY = "is empty: ZeRO-3 leaves such tensors if it does not gather them (stage3_gather_16bit_weights_on_model_save)"
-_CALLED = {"A": "lora_A", "B": "lora_B", "d": "lora_E"}
 TWICE_UNTIL = (0, 21, 2)
 """PEFT up to this version added MultiheadAttention's out_proj twice, in training too."""
 
@@ -40,23 +37,23 @@ def updates_of(
 
     The adapter brings the `saved` weights whole, as they were when training began.
     """
-    parameters = _targets_of(modules, config)
+    parameters, forms = _targets_of(modules, config), Forms(config)
     for module, parts in modules.items():
         weight = _weight(module, modules, config, parameters)
         if isinstance(weight, Fault):
             yield weight
         elif config.adalora and all(0 in part.shape for part in parts.values()):
             yield {part.name: "AdaLoRA pruned it to rank 0" for part in parts.values()}
-        elif why := _contradiction(weight.key, parts, config):
-            yield Fault(module, why)
+        elif isinstance(numbers := forms.find(weight.key, parts), str):
+            yield Fault(module, numbers)
         else:
             start = None if weight.target in saved else config.start
-            rule = config.rule(weight.key) + (", twice" if weight.times == 2 else "")
-            update = _update(weight, parts, config, start)
-            change = Change(weight.target, update, weight.among, rule, depth=weight.depth)
+            rule = numbers.rule + (", twice" if weight.times == 2 else "")
+            update = _update(weight, parts, config, numbers, start)
+            change = Change(weight.target, update, weight.among, rule, weight.depth)
             yield change
             if bias := parts.get("b"):
-                yield Change(f"{change.module}.bias", Delta(bias, config.scaling(weight.key)), rule=rule)
+                yield Change(f"{change.module}.bias", Delta(bias, numbers.scaling), rule=rule)
 
 
 def _targets_of(modules: Collection[str], config: Config) -> ParameterTargets | None:
@@ -66,8 +63,8 @@ def _targets_of(modules: Collection[str], config: Config) -> ParameterTargets | 
     from .parameters import ParameterTargets, outer_of
 
     names = set(map(outer_of, modules))
-    everything = str(config.target_modules).lower() == "all-linear"
-    is_targeted = (lambda _: True) if everything else _chooser(config.target_modules, names, "target_modules")
+    target, everything = config.target_modules, targets_everything(config)
+    is_targeted = (lambda _: True) if everything else _chooser(target, names, "target_modules")
     return ParameterTargets(config, modules, is_targeted)
 
 
@@ -96,69 +93,25 @@ def _key(module: str, modules: Collection[str], config: Config) -> str:
     return module if bare in modules or config.has_pattern(module) else bare
 
 
-def _update(weight: _Weight, parts: Parts, config: Config, start: Start | None) -> Update:
-    A, rank = parts["A"], config.rank(weight.key)
+def _update(weight: _Weight, parts: Parts, config: Config, numbers: Numbers, start: Start | None) -> Update:
+    A, rank = parts["A"], numbers.rank
     embedding = ".lora_embedding_A" in A.name and part_of(plain(A.name))[1] == ".lora_embedding_A"
     linear = len(A.shape) == 2 and not embedding
     update = LowRank(
         A,
         parts["B"],
-        weight.times * config.scaling(weight.key),
-        transposed=None if linear else embedding,
-        d=parts.get("d"),
-        blocks=config.blocks(weight.key),
+        weight.times * numbers.scaling,
+        None if linear else embedding,
+        parts.get("d"),
+        blocks=numbers.blocks,
         experts=A.shape[0] // rank if config.parameters and A.shape[0] != rank else 0,
-        square=config.square_experts(),
+        square=config.square_experts,
         start=start if linear else None,  # embeddings and convolutions begin as usual
         rslora=config.use_rslora,
     )
     return Decomposed(update, parts["m"]) if "m" in parts else update
 
 
-def _contradiction(key: str, parts: Parts, config: Config) -> str | None:
-    """Return why a module's tensors make no update; None if they do."""
-    diagonal = config.adalora or config.start is Start.KASA
-    if missing := sorted(({"A", "B", "d"} if diagonal else {"A", "B"}) - parts.keys()):
-        return f"has no {_CALLED[missing[0]] if missing[0] != 'd' or config.adalora else 'lora_diag'}"
-    if empty := [part for part in parts.values() if 0 in part.shape]:
-        return f"its {empty[0].name.removeprefix(PREFIX).removeprefix(key).lstrip('.')} {EMPTY}"
-    if "d" in parts and not diagonal:
-        return "has a diagonal, as AdaLoRA and KaSA have; the config says it is neither"
-    if odd := [part for part in parts.values() if part.dtype not in FLOATS]:
-        return f"is stored as {odd[0].dtype}; adapters of that dtype are not merged"
-    if config.use_dora and "m" not in parts:
-        return "use_dora is set, but the module has no lora_magnitude_vector"
-    if "m" in parts and not config.use_dora:
-        return "has a lora_magnitude_vector, but use_dora is not set"
-    if "b" in parts and config.use_dora:
-        return "DoRA has no bias on lora_B"
-    return _wrong_rank(key, parts, config)
-
-
-def _wrong_rank(key: str, parts: Parts, config: Config) -> str | None:
-    """Return why the shapes contradict the config's rank; None if they do not."""
-    A, B, rank = parts["A"].shape, parts["B"].shape, config.rank(key)
-    if len(A) == len(B) == 2 and A[0] == B[1] == rank and "d" not in parts and config.blocks(key)[1] == 1:
-        return None  # as nearly all are
-    shapes = f"lora_A is {A} and lora_B is {B}"
-    if len(A) < 2 or len(B) < 2:
-        return f"{shapes}: not matrices"
-    on_B = config.blocks(key)[1]
-    if config.adalora:
-        count = parts["d"].numel
-        return None if A[0] == B[1] == count else f"{shapes}, lora_E has {count} elements"
-    if len(A) > 2 and B[1] < rank == A[0]:
-        return "a grouped convolution: its lora_A reads all input channels, which no grouped weight can"
-    if config.parameters and A[0] == B[1] and A[0] % rank == 0:
-        return None
-    if not A[0] == B[1] * on_B == rank:
-        return f"the config says rank {rank}; {shapes}"
-    if "d" in parts and parts["d"].numel != rank:
-        return f"lora_diag has {parts['d'].numel} elements for rank {rank}"
-    return None
-
-
-PREFIX = "base_model.model."
 PARTS: Mapping[str, str] = {
     ".lora_A.weight": "A", ".lora_A": "A", ".lora_B.weight": "B", ".lora_B": "B", ".lora_embedding_A": "A",
     ".lora_embedding_B": "B", ".lora_magnitude_vector": "m", ".lora_magnitude_vector.weight": "m",
@@ -186,11 +139,16 @@ def plain(name: str, parts: Collection[str] = PARTS) -> str:
     return bare if part_of(bare, parts)[1] else name
 
 
+def taken_apart(name: str, parts: Collection[str] = PARTS) -> tuple[str, str]:
+    """Return the module of a tensor's name, and the end that PEFT added; "" for a tensor of the model itself."""
+    at = name.rfind(".lora_")
+    if parts is PARTS and name[at:] in PARTS and name.startswith(PREFIX):  # nearly always
+        return name[len(PREFIX) : at], name[at:]
+    return part_of(plain(name, parts), parts)
+
+
 def part_of(name: str, parts: Collection[str] = PARTS) -> tuple[str, str]:
     """Return the module of a plain name, and the end that PEFT added; "" for a tensor of the model itself."""
-    at = name.rfind(".lora_")
-    if parts is PARTS and at >= 0 and name[at:] in PARTS:  # nearly always
-        return name[:at], name[at:]
     for end in ENDS if parts is PARTS else (*parts, *TOKENS, TOKENS_BASE):
         if name.endswith(end):
             return name[: -len(end)], end
@@ -236,10 +194,24 @@ def promised(
     return [*names, *(weights[module] for module in _embeddings(config, weights))]
 
 
+def is_usual(config: Config, modules: Collection[str]) -> bool:
+    """Return True if a config clearly targets the modules that have factors, and says nothing rare about them."""
+    if config.rank_pattern or config.alpha_pattern or config.layers_to_transform or config.exclude_modules:
+        return False
+    ends = tuple(f".{name}" for name in config.modules)
+    everything = targets_everything(config) and not config.modules_to_save
+    return config.alpha >= 0 and (everything or all(f".{module}".endswith(ends) for module in modules))
+
+
+def targets_everything(config: Config) -> bool:
+    """Return True if target_modules means all linear layers."""
+    return str(config.target_modules).lower() == "all-linear"
+
+
 def targets_of(config: Config, weights: Mapping[str, str], is_linear: Callable[[str], bool]) -> Iterator[str]:
     """Yield the modules that target_modules and its exceptions leave."""
     target = config.target_modules
-    if isinstance(target, str) and target.lower() == "all-linear":
+    if targets_everything(config):
         chosen: Callable[[str], object] = lambda module: is_linear(weights[module])  # noqa: E731
     else:
         chosen = _chooser(target, weights, "target_modules")

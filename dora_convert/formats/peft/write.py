@@ -20,7 +20,8 @@ from ...errors import UnsupportedError
 from ...storage.json_files import read_json
 from ...storage.safetensors import StoredTensor
 from .config import LORA, SCHEDULE, TASKS, Config
-from .modules import CONFIG, PREFIX, TOKENS, WEIGHTS, part_of, plain
+from .forms import PREFIX
+from .modules import CONFIG, TOKENS, WEIGHTS, part_of, plain
 
 MAGNITUDE = ".lora_magnitude_vector"
 VERSION = "0.21.2"

@@ -11,7 +11,7 @@ from ....adapters.kinds import Follows
 from ....errors import Fault, UnsupportedError
 from ....storage.safetensors import FLOATS, StoredTensor
 from ..config import Config
-from ..modules import EMPTY
+from ..forms import EMPTY
 from . import computed, products, rotating
 from .kind import ALWAYS, Fields, Kind, KindModule
 
