@@ -87,6 +87,18 @@ class TensorResult:
     cuts: tuple[tuple[Real, int], ...] = ()
     """For each pruned change, the least magnitude kept, and the flat place of the last kept one that equals it."""
 
+    def judged(self, verdict: Verdict | None) -> TensorResult:
+        """Return the same facts with a verdict; `dataclasses.replace` takes ten times as long."""
+        return TensorResult(
+            self.base_hash,
+            self.written_hash,
+            self.proof,
+            parts=self.parts,
+            verdict=verdict,
+            ambiguous=self.ambiguous,
+            cuts=self.cuts,
+        )
+
 
 class Checker(Protocol):
     """Compares written tensors with their definitions."""
