@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
 
 import dora_convert
+from dora_convert.cli.sink import as_json
 from dora_convert.reports import table
 
 
@@ -52,3 +54,19 @@ def test_notebooks_show_tables(reports):
     drawn = table(("name", ">n"), [("<b>\x1b", 1)])
     assert "&lt;b&gt;\\x1b" in drawn.html()
     assert drawn.text().splitlines()[0] == "name      n"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {},
+        {"a": [], "b": {}},
+        [1e-05, 1e22, -0.0, 10**30, None, True],
+        {"é\u2028": "\ud800"},
+        [float("nan"), {"y": "😀"}],
+    ],
+)
+def test_json_is_laid_out_as_python_does(value):
+    """Indented documents are those of Python's json, of NaN and halves of characters, too."""
+    want = json.dumps(value, indent=2, ensure_ascii=False).replace("\u2028", "\\u2028").replace("\ud800", "\\ud800")
+    assert as_json(value, indent=2) == want

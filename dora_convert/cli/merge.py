@@ -43,7 +43,7 @@ def merge(refs: tuple[str, ...], *, sink: Sink, **keywords: Unpack[MergeOptions]
     base, adapters = (inputs[0], inputs[1:]) if len(inputs) > 1 else (None, inputs)
     report = verb(base, adapters, out, **keywords)
     sink.show(report, report.out)
-    if sink.for_people and "plan" not in report.to_dict():
+    if sink.for_people and not hasattr(report, "plan"):
         for line in next_steps(Path(report.out)):
             sink.notice(line)
 

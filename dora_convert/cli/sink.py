@@ -120,7 +120,14 @@ def lines_of(parts: Iterable[Table | str]) -> Iterator[str]:
 
 def as_json(value: object, indent: int | None = None) -> str:
     """Return a JSON document whose control characters are escaped, those beyond ASCII included."""
-    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    text = json.dumps(value, ensure_ascii=False)
+    if indent is not None:
+        import msgspec
+
+        try:  # four times as quick as Python's own indents
+            text = msgspec.json.format(text, indent=indent)
+        except (msgspec.DecodeError, UnicodeEncodeError):  # NaN, and halves of characters
+            text = json.dumps(value, indent=indent, ensure_ascii=False)
     return re.sub(r"[^\n -~]", lambda match: match[0] if match[0].isprintable() else json.dumps(match[0])[1:-1], text)
 
 

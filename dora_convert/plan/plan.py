@@ -65,7 +65,7 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the entry as reports and receipts hold it."""
-        return {**msgspec.structs.asdict(self), "into": list(self.into)}
+        return {"tensor": self.tensor, "fate": self.fate, "into": list(self.into), "why": self.why}
 
 
 @dataclass(frozen=True)

@@ -109,13 +109,11 @@ class Report:
 
 
 def _plain(value: Any) -> Any:
-    """Return a value of a report as plain data; a ledger has many texts, which are told first."""
-    if isinstance(value, str):
-        return value
+    """Return a value of a report as plain data; a ledger has many texts, which are taken as they are."""
     if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
+        return {key: each if isinstance(each, str) else _plain(each) for key, each in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(map(_plain, value))
+        return type(value)([each if isinstance(each, str) else _plain(each) for each in value])
     return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
 
 

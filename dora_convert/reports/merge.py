@@ -6,7 +6,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from typing_extensions import Self
@@ -195,12 +195,15 @@ class DryRunReport(PlanReport):
 def ledger_table(ledger: Iterable[Mapping[str, Any]], *, every: bool) -> Table:
     """Return the ledger by kind of weight, layers counted together; `every` lists each weight."""
     groups: dict[tuple[str, str], set[str]] = {}
-    for entry in ledger:
-        name = entry["into"][0].removesuffix(".weight") if entry["into"] else entry["tensor"]
-        group = (name if every else fold_name(name), f"{entry['fate']}: {entry['why']}")
-        groups.setdefault(group, set()).add(name)
+    for name, fate, why in dict.fromkeys((_changed(entry), entry["fate"], entry["why"]) for entry in ledger):
+        groups.setdefault((name if every else fold_name(name), f"{fate}: {why}"), set()).add(name)
     rows = [(kind, len(names), fate) for (kind, fate), names in groups.items()]
     return table(("module", ">n", "fate"), rows)
+
+
+def _changed(entry: Mapping[str, Any]) -> str:
+    """Return the weight that an adapter tensor is part of, or else the adapter tensor."""
+    return str(entry["into"][0].removesuffix(".weight") if entry["into"] else entry["tensor"])
 
 
 def fold_name(name: str) -> str:
@@ -210,7 +213,7 @@ def fold_name(name: str) -> str:
 
 def summary(report: PlanReport) -> Iterator[str]:
     """Yield the results of a merge, or of its plan, in a few lines."""
-    counts, values = report.tensors, report.to_dict()
+    counts, values = report.tensors, replace(report, ledger=()).to_dict()
     added = f"{counts['added']} added, " if counts["added"] else ""
     tensors = (
         f"{counts['total']} tensors: {counts['merged']} merged, {counts['replaced']} replaced, {added}"
