@@ -16,7 +16,7 @@ from ..option_table import SUM, combines
 from ..options import VerifyOptions
 from ..output.lineage import chains
 from ..output.receipt import Receipt, read_receipt
-from ..plan.plan import Plan, parse_options, parse_weights
+from ..plan.plan import Options, Plan, parse_options, parse_weights
 from ..plan.planner import left_out, make_plan
 from ..reports.files import check_file, write_file
 from ..reports.verify import OutputsReport, VerifyReport
@@ -106,27 +106,14 @@ def _plan(request: VerifyRequest) -> tuple[Plan, Checkpoint]:
         if options["method"] == receipt.combination.method and not (options["density"] or options["seed"]):
             options = {**options, "method": None}  # with the receipt's density and seed
         combination = SUM if options["method"] else receipt.combination
-        selection = replace(
-            selection,
-            ignore_field=(*selection.ignore_field, *receipt.options.ignore_field),
-            ignore_file=(*selection.ignore_file, *(receipt.options.ignore_file or ())),
-            allow_unmatched=selection.allow_unmatched or receipt.allows_unmatched,
-        )
-        if not (options["weight"] or selection.include or selection.exclude):
-            weights, chosen = receipt.weights, receipt.options
-            selection = replace(selection, include=chosen.include, exclude=chosen.exclude)
-            if words := _flags(receipt):
-                settings.notify(f"as the receipt of MERGED says: {words}")
-        if not selection.facts.given and receipt.options.facts:
-            selection = replace(selection, facts=parse_facts(receipt.options.facts))
-    waived = selection.waived
+        selection, weights = _as_recorded(selection, weights, receipt, request)
     base, adapters = open_inputs(
         request.base,
         request.adapters,
         session,
         out=request.merged,
         verb="verify",
-        waived=waived,
+        waived=selection.waived,
         method=options["method"] or (None if combination == SUM else combination.method),
     )
     if combines(options) or len(adapters) > len(request.adapters):
@@ -141,6 +128,29 @@ def _plan(request: VerifyRequest) -> tuple[Plan, Checkpoint]:
     for doubt in (*plan.warnings, *left_out(plan)):
         settings.warn(doubt)
     return plan, merged
+
+
+def _as_recorded(
+    selection: Options, weights: tuple[float, ...], receipt: Receipt, request: VerifyRequest
+) -> tuple[Options, tuple[float, ...]]:
+    """Return the selection and the weights of the merge: a receipt's, where the request has none of its own."""
+    recorded = receipt.options
+    if not (request.options["weight"] or selection.include or selection.exclude):
+        weights = receipt.weights
+        selection = replace(selection, include=recorded.include, exclude=recorded.exclude)
+        if words := _flags(receipt):
+            request.settings.notify(f"as the receipt of MERGED says: {words}")
+    if not selection.facts.given and recorded.facts:
+        selection = replace(selection, facts=parse_facts(recorded.facts))
+    return (
+        replace(
+            selection,
+            ignore_field=(*selection.ignore_field, *recorded.ignore_field),
+            ignore_file=(*selection.ignore_file, *(recorded.ignore_file or ())),
+            allow_unmatched=selection.allow_unmatched or receipt.allows_unmatched,
+        ),
+        weights,
+    )
 
 
 @contextmanager
