@@ -6,7 +6,7 @@
 # make ecosystem load a merge with transformers, mlx-lm, llama.cpp, CTranslate2 and diffusers, and compare
 # make guides  run every command of docs/guides with SmolLM2 and the programs that are installed
 # make notebooks run the notebooks again, with their outputs
-# make dist    build wheel and sdist, and check them (needs build and twine)
+# make dist    build wheel and sdist, and check them
 # make fuzz    a minute of broken files at everything that reads them; SEED=N for others
 # make oracles compare with the tools themselves, in environments that it sets up (an hour); CASES=FOLDER adds
 #              adapters to analyze, GGUF=FILE a real model in GGUF. One part alone: make oracles-tools (adapters' tools and
@@ -99,10 +99,16 @@ notebooks: $(VENV)/ready demo/build/clouds
 	$(BIN)/python -m pip install --quiet nbconvert ipykernel numpy matplotlib
 	OMP_NUM_THREADS=1 $(BIN)/python -m nbconvert --to notebook --execute --inplace docs/notebooks/*.ipynb
 
-dist:
+$(VENV)-dist/ready:
+	$(PYTHON) -m venv $(VENV)-dist
+	$(VENV)-dist/bin/python -m pip install --quiet build twine
+	touch $@
+
+# as commands: `python -m build` would take the folder build for the package
+dist: $(VENV)-dist/ready
 	rm -rf dist
-	$(PYTHON) -m build
-	$(PYTHON) -m twine check --strict dist/*
+	$(VENV)-dist/bin/pyproject-build
+	$(VENV)-dist/bin/twine check --strict dist/*
 
 fuzz: $(VENV)/ready
 	$(BIN)/python tests/fuzz.py --seconds 60 --seed $(SEED)

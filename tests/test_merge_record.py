@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import msgspec
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import dora_convert
 from dora_convert.storage.json_files import indented
+from dora_convert.storage.safetensors import StoredTensor, encode_header
 
 from .toy import contents, exact, load, make_adapter  # fmt: skip
 
@@ -79,3 +81,29 @@ def test_texts_and_numbers_are_written_as_python_writes_them():
     plain = Plain(texts, {"": [1e-05, 1e16, 0.1, 3, None, True]})
     values = {"texts": plain.texts, "others": plain.others}
     assert indented(plain, ("texts",)) == (json.dumps(values, ensure_ascii=False, indent=1) + "\n").encode()
+
+
+class Sparse(msgspec.Struct, omit_defaults=True):
+    """Texts with a default, and without."""
+
+    kept: dict[str, str]
+    copied: dict[str, str] = {}
+    number: int = 0
+
+
+def test_empty_texts_are_written_unless_they_are_the_default():
+    """A field without a default is there, even if it is empty."""
+    assert indented(Sparse({}), ("kept", "copied")) == b'{\n "kept": {}\n}\n'
+    assert json.loads(indented(Sparse({}, {"a": "b"}), ("kept", "copied"))) == {"kept": {}, "copied": {"a": "b"}}
+
+
+def test_headers_are_written_as_python_writes_them():
+    """msgspec gives names and metadata the bytes that Python's own code gives them."""
+    texts = ["".join(map(chr, range(code, code + 16))) for code in range(0, 0xD7F0, 16)]
+    tensors = [StoredTensor(text, "BF16", (2, k), Path(), 0) for k, text in enumerate(texts)]
+    entries, position = {"__metadata__": {text: text for text in texts}}, 0
+    for tensor in tensors:
+        offsets = [position, position := position + tensor.nbytes]
+        entries[tensor.name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": offsets}
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    assert encode_header(tensors, entries["__metadata__"])[8:].rstrip(b" ") == text

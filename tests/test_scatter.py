@@ -15,8 +15,8 @@ from dora_convert.engine.scanning import in_doubt
 from dora_convert.errors import MalformedError
 from dora_convert.storage import scatter
 from dora_convert.storage.reader import Reader
-from dora_convert.storage.safetensors import read_header
-from dora_convert.storage.scatter import fill
+from dora_convert.storage.safetensors import StoredTensor, read_header
+from dora_convert.storage.scatter import fill, whole
 
 
 @pytest.fixture
@@ -52,6 +52,22 @@ def test_each_buffer_has_its_bytes(files, monkeypatch, way):
         monkeypatch.setattr(Reader, "is_remote", lambda *_: True)
     data = [path.read_bytes() for path in files]
     assert filled(files, places) == [data[number][start : start + length] for number, start, length in places]
+
+
+def test_neighbours_are_one_place(files):
+    """Neighbours of one file are; a gap, another order and another file are not."""
+    starts = [(0, 100), (0, 200), (0, 300), (0, 500), (0, 400), (1, 500), (0, 600), (0, 700)]
+    tensors = [StoredTensor(str(k), "U8", (100,), files[number], start) for k, (number, start) in enumerate(starts)]
+    buffer = memoryview(bytearray(100 * len(starts)))
+    places = list(whole(tensors, buffer))
+    assert [(path, place[0], len(place[1])) for path, (place,) in places] == [
+        (files[number], start, length)
+        for number, start, length in ((0, 100, 300), (0, 500, 100), (0, 400, 100), (1, 500, 100), (0, 600, 200))
+    ]
+    with closing(Reader()) as reader:
+        fill(reader, places)
+    data = [path.read_bytes() for path in files]
+    assert bytes(buffer) == b"".join(data[number][start : start + 100] for number, start in starts)
 
 
 def test_near_places_are_one_call(files, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from contextlib import closing
 
 import pytest
@@ -16,7 +17,7 @@ from dora_convert.output import finished
 from dora_convert.output.finished import TensorResult
 from dora_convert.output.shards import ShardFiles
 from dora_convert.parity import stacks
-from dora_convert.parity.self_check import SelfCheck
+from dora_convert.parity.self_check import SelfCheck, sample_rows
 from dora_convert.parity.stack_facts import least_room
 from dora_convert.parity.stacks import CPU, SampledRows, verdicts_on_right
 from dora_convert.plan.plan import Options
@@ -62,6 +63,41 @@ def test_a_stack_says_what_each_check_says(tmp_path, dtype):
         assert (one.checked, one.wrong, one.max_ulp) == (other.checked, 0, 0)
         assert one.change == pytest.approx(other.change)
         assert one.rounding == pytest.approx(other.rounding)
+
+
+def test_rows_are_those_of_a_new_generator(tmp_path):
+    """One generator is used again for each weight: rows depend on the weight's seed alone."""
+    base = make_base(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", base, dora=False)
+    dora_convert.merge(base.path, adapter, tmp_path / "out")
+    items, _, reader = checked(base, [adapter], tmp_path / "out")
+    reader.close()
+    for item in items:
+        chance, rows = random.Random(f"1/{item.name}"), item.matrix[0]
+        sample = {0, rows - 1}
+        while len(sample) < min(rows, 18):
+            sample.add(int(rows * chance.random()))
+        assert sample_rows(item, f"1/{item.name}") == sorted(sample)
+
+
+@pytest.mark.parametrize("whole", [0, 1, 2, 3])
+def test_weights_are_read_in_parts_of_those_whose_factors_are_held(tmp_path, monkeypatch, whole):
+    """Rows alone, one whole weight at a time, two or three: of four LoRAs and of four DoRAs, one of each is wrong."""
+    base = make_base(tmp_path / "base", torch.bfloat16, layers=4)
+    dora = make_adapter(tmp_path / "dora", base, dora=True, targets=("q_proj",))
+    lora = make_adapter(tmp_path / "lora", base, dora=False, targets=("up_proj",))
+    dora_convert.merge(base.path, [dora, lora], tmp_path / "out")
+    names = [f"model.layers.2.{name}.weight" for name in ("self_attn.q_proj", "mlp.up_proj")]
+    for file in (tmp_path / "out").glob("*.safetensors"):
+        tensors = load_file(file)
+        for name in tensors.keys() & set(names):
+            tensors[name] = tensors[name] * 2
+        save_file(tensors, file, {"format": "pt"})
+    items, check, reader = checked(base, [dora, lora], tmp_path / "out")
+    with closing(reader):
+        for item in items:
+            monkeypatch.setattr(stacks, "WHOLE", -(-whole * item.nbytes // 1024))
+            assert (item.name in right_names(items, check, reader, 1024)) == (item.name not in names)
 
 
 @pytest.mark.parametrize("held", [stacks.HELD_BYTES, 0])

@@ -23,7 +23,7 @@ from ..plan.alike import StackKind, kind_of
 from ..plan.item import Item
 from ..storage.reader import block_height
 from ..storage.safetensors import StoredTensor
-from ..storage.scatter import Place, fill
+from ..storage.scatter import Place, fill, whole
 from ..storage.spool import Spool
 from .device_buffers import DeviceBuffers
 from .precision import TORCH, as_bytes
@@ -91,8 +91,7 @@ class StackedMerge:
 
         def matrices(name: str, tensors: Sequence[StoredTensor]) -> Tensor:
             host = self._host(name, (len(tensors), *tensors[0].matrix), tensors[0].dtype)
-            pieces = _pieces(as_bytes(host), len(tensors))
-            places.append((each.path, [(each.start, piece)]) for each, piece in zip(tensors, pieces, strict=True))
+            places.append(whole(tensors, as_bytes(host)))
             return host
 
         edits = [weight.edits[0] for weight in weights]

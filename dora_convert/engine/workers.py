@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -208,4 +208,4 @@ def _lines(item: Item, results: dict[str, TensorResult], verdict: Verdict | None
     """Yield the lines of a tensor and its further parts; of a wrong one, only its own line."""
     others = {} if verdict and verdict.wrong else results
     yield from (FinishedLine(name, each) for name, each in others.items() if name != item.name)
-    yield FinishedLine(item.name, replace(results[item.name], verdict=verdict))
+    yield FinishedLine(item.name, results[item.name].judged(verdict))

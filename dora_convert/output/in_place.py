@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -187,7 +187,7 @@ class InPlace(Output):
         for path in (self.partial, self.state, *self.state.rglob("*")):
             sync_path(path)
 
-    def publish(self, report: Mapping[str, Any], removed: Sequence[str] = ()) -> None:
+    def publish(self, report: Callable[[], Mapping[str, Any]], removed: Sequence[str] = ()) -> None:
         """Move the staged files to their final names and remove stale ones; `finish` repairs a kill."""
         self.path(LOCK).unlink(missing_ok=True)
         self.sync()
@@ -195,7 +195,7 @@ class InPlace(Output):
         assert earlier
         staged = list_files(self.state / "new")
         journal = Journal(self.state / JOURNAL, earlier.key, earlier)
-        journal.add(StagedLine(staged, list(removed), dict(report)), [])
+        journal.add(StagedLine(staged, list(removed), dict(report())), [])
         journal.close()
         self.finish()
 

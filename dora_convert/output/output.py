@@ -71,8 +71,11 @@ class Output(ABC):
         """Sync names and small files to the disk."""
 
     @abstractmethod
-    def publish(self, report: Mapping[str, Any], removed: Sequence[str] = ()) -> None:
-        """Give everything its final name; `removed` are files of the base that the result does not have."""
+    def publish(self, report: Callable[[], Mapping[str, Any]], removed: Sequence[str] = ()) -> None:
+        """Give everything its final name; `removed` are files of the base that the result does not have.
+
+        Outputs that keep the report ask for it: of many tensors, it is long.
+        """
 
     @abstractmethod
     def leave(self) -> None:

@@ -10,6 +10,7 @@ with f = m/n (1 for LoRA) and d the stored dtype: a merge rounds once. docs/prec
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -156,20 +157,38 @@ def _refuse_unreadable(path: Path, names: set[str]) -> None:
         raise VerificationError(f"{path.name}: safetensors finds other tensors than were written.")
 
 
+class Chance(threading.local):
+    """A generator of random numbers for each thread: a new one would be seeded twice."""
+
+    def __init__(self) -> None:
+        self._numbers = random.Random(0)  # noqa: S311 - rows to look at
+
+    def of(self, seed: str) -> random.Random:
+        """Return the generator, at the start of the numbers of a seed."""
+        self._numbers.seed(seed)
+        return self._numbers
+
+
+CHANCE = Chance()
+
+
 def sample_rows(item: Item, seed: str) -> list[int]:
     """Return both ends of every block, all rows that an adapter set, and further rows at random by the seed.
 
     Large blocks of a device have few ends: those of a processor's blocks are added.
     """
-    rows, chance, usual = item.source.matrix[0], random.Random(seed), reading.BLOCK_ELEMENTS  # noqa: S311
+    rows, chance, usual = item.matrix[0], CHANCE.of(seed), reading.BLOCK_ELEMENTS
     sample = set(_ends(item.matrix, item.experts, (item.block_elements or usual, usual)))
-    enough = min(rows, len(sample) + RANDOM_ROWS)
+    enough, number = min(rows, len(sample) + RANDOM_ROWS), chance.random
     while len(sample) < enough:
-        sample.add(int(rows * chance.random()))
+        sample.add(int(rows * number()))
     for trained in item.rows:
         few = len(trained.index) <= MOST_ROWS
         sample |= set(trained.index if few else chance.sample(trained.index, MOST_ROWS))
-    return sorted(row for row in sample if row < rows + item.grown)  # an unmerge has no new rows
+    chosen = sorted(sample)
+    if chosen and chosen[-1] >= (end := rows + item.grown):  # an unmerge has no new rows
+        return [row for row in chosen if row < end]
+    return chosen
 
 
 @lru_cache(maxsize=64)

@@ -60,16 +60,17 @@ def stack_facts(
     facts[2].fill_(math.inf)
     for first in range(0, count, together):
         last = min(count, first + together)
-        right = A_[: last - first].copy_(A[first:last]).mul_(scales[first:last].to(A_))
+        right = A_[: last - first].copy_(A[first:last])
         for top in range(0, rows, height):
             part = [first, last, top, min(rows, top + height)]
             x, W, left = [each[: last - first, : part[3] - top] for each in (x_, W_, B_)]
-            torch.baddbmm(W.copy_(_chosen(base, numbers, part)), left.copy_(_chosen(B, numbers, part)), right, out=x)
+            left.copy_(_chosen(B, numbers, part)).mul_(scales[first:last].to(B_))
+            x.copy_(_chosen(base, numbers, part)).baddbmm_(left, right)
             if m is not None:
                 sizes = _chosen(m.unsqueeze(1), numbers, part).squeeze(2).to(torch.float64) + offsets[first:last]
-                lines = x.view(-1, 1, x.size(2))
-                squares = torch.bmm(lines, lines.transpose(1, 2)).view(sizes.shape)  # vecdot would fill another x
+                squares = torch.mul(x, x, out=W).sum([2])
                 x.mul_((sizes.to(x.device) / squares.sqrt_()).unsqueeze(2))
+            W.copy_(_chosen(base, numbers, part))
             change = torch.linalg.vector_norm(W.sub_(x), 2.0, [1, 2])
             off = W.copy_(_chosen(written, numbers, part)).sub_(x)
             rounding = torch.linalg.vector_norm(off, 2.0, [1, 2])

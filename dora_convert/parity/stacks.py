@@ -11,7 +11,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, repeat
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ from ..plan.alike import kind_of
 from ..plan.item import Item
 from ..storage.reader import Reader
 from ..storage.safetensors import StoredTensor
-from ..storage.scatter import Place, fill
+from ..storage.scatter import Place, fill, whole
 from .stack_facts import MEMORY, NAMES, integers, stack_facts
 
 CPU = torch.device("cpu")
@@ -85,27 +85,33 @@ class Stack:
     def verdicts(self) -> Iterator[Verdict | None]:
         """Yield the verdict on each weight whose elements are all the rounded result; None for the others."""
         pair = self.pairs[0]
-        together = READ * self.elements // (pair.item.matrix[1] * max(len(pair.rows), pair.low.rank))
-        fitting = WHOLE * self.elements // pair.written.nbytes
-        if whole := pair.written.nbytes <= SMALL_BYTES and fitting > 1:
-            together = min(together, fitting)
-        for first in range(0, len(self.pairs), max(1, together)):
-            yield from self._of(self.pairs[first : first + max(1, together)], whole=whole)
+        together = max(1, READ * self.elements // (pair.item.matrix[1] * max(len(pair.rows), pair.low.rank)))
+        fitting = WHOLE * self.elements // pair.written.nbytes if pair.written.nbytes <= SMALL_BYTES else 0
+        for first in range(0, len(self.pairs), together):
+            yield from self._of(self.pairs[first : first + together], fitting)
 
-    def _of(self, pairs: Sequence[SampledRows], *, whole: bool) -> Iterator[Verdict | None]:
-        """Yield the verdicts on some weights, whose factors are held."""
+    def _of(self, pairs: Sequence[SampledRows], fitting: int) -> Iterator[Verdict | None]:
+        """Yield the verdicts on some weights, whose factors are held; so many of the weights may be read whole."""
         factors = StackedFactors.load(pairs, self.reader)
         rows, columns = len(pairs[0].rows), pairs[0].item.matrix[1]
         height = -(-rows // -(-rows * columns // (READ * self.elements)))  # of equal parts
         parts = [slice(first, first + height) for first in range(0, rows, height)]
-        facts = [self._facts(pairs, factors, part, whole=whole and len(parts) == 1) for part in parts]
-        for number in range(len(pairs)):
-            change, rounding = (sum(part[k][number] for part in facts) for k in (0, 1))
-            right = all(part[2][number] > 0 for part in facts)
-            yield Verdict(rows * columns, change=change, rounding=rounding) if right else None
+        whole = fitting > 1 and len(parts) == 1
+        count = fitting if whole else len(pairs)
+        scratch = factors.scratch(height, self.elements, self.device)
+        for first in range(0, len(pairs), count):
+            some = pairs[first : first + count]
+            mine = factors.of_weights(first, len(some), some[0].item.matrix[0])
+            if len(parts) == 1:
+                change, rounding, room = self._facts(some, mine, scratch, parts[0], whole=whole)
+            else:
+                each = (self._facts(some, mine.of_rows(part), scratch, part, whole=False) for part in parts)
+                change, rounding, room = _together(list(each))
+            for number, least in enumerate(room):
+                yield (Verdict(rows * columns, rounding=rounding[number], change=change[number]) if least > 0 else None)
 
     def _facts(
-        self, pairs: Sequence[SampledRows], factors: StackedFactors, part: slice, *, whole: bool
+        self, pairs: Sequence[SampledRows], factors: StackedFactors, scratch: list[Tensor], part: slice, *, whole: bool
     ) -> list[list[float]]:
         """Return the facts on each weight that `stack_facts` computes of some rows; small weights are read whole."""
         rows = None if whole else [pair.rows[part] for pair in pairs]
@@ -116,14 +122,12 @@ class Stack:
         many = on_host and len(pairs) > 1  # for one weight, compiling takes longer than it gains
         compute, facts = stack_facts if many else stack_facts.plain, list[list[float]]()
         precision, least = GRID[NAMES[written.dtype]]
-        arguments = factors.of_rows(part)
-        scratch = factors.scratch(arguments.numbers.shape[1], self.elements, self.device)
         for quick in (True, False) if on_host else (False,):
             facts = compute(
                 base=base,
                 written=written,
                 bits=integers(written),
-                **arguments._asdict(),
+                **factors._asdict(),
                 scratch=scratch,
                 units=[2.0**precision, 2.0**least],
                 quick=quick,
@@ -131,6 +135,13 @@ class Stack:
             if all(room > 0 for room in facts[2]):
                 break
         return facts
+
+
+def _together(facts: Sequence[list[list[float]]]) -> list[list[float]]:
+    """Return the facts on weights from those on parts of their rows: sums, and the least room."""
+    changes, roundings, rooms = ([part[k] for part in facts] for k in range(3))
+    least = [min(each) if all(room > 0 for room in each) else 0.0 for each in zip(*rooms, strict=True)]  # NaN is wrong
+    return [*([sum(each) for each in zip(*sums, strict=True)] for sums in (changes, roundings)), least]
 
 
 class StackedFactors(NamedTuple):
@@ -163,10 +174,24 @@ class StackedFactors(NamedTuple):
         )
 
     def of_rows(self, part: slice) -> StackedFactors:
-        """Return the factors for part of the compared rows, which only a weight alone has."""
-        if len(self.B) == self.numbers.numel():  # the compared rows alone
-            return self._replace(numbers=self.numbers[:, part], B=self.B[part] if len(self.numbers) == 1 else self.B)
-        return self._replace(numbers=self.numbers[:, part])
+        """Return the factors for part of the compared rows of a weight alone."""
+        alone = len(self.B) == self.numbers.numel()  # the compared rows alone
+        return self._replace(numbers=self.numbers[:, part], B=self.B[part] if alone else self.B)
+
+    def of_weights(self, first: int, count: int, height: int) -> StackedFactors:
+        """Return the factors of some of the weights, which have so many rows."""
+        if count == len(self.A):
+            return self
+        lines = len(self.B) // len(self.A)
+        some = slice(first, first + count)
+        return StackedFactors(
+            A=self.A[some],
+            B=self.B[first * lines : (first + count) * lines],
+            m=None if self.m is None else self.m[first * height : (first + count) * height],
+            scales=self.scales[some],
+            offsets=self.offsets[some],
+            numbers=self.numbers[some] - first * height,
+        )
 
     def scratch(self, rows: int, elements: int, device: torch.device) -> list[Tensor]:
         """Return memory for so many elements of rows at most: x, its bits, W, A and B."""
@@ -195,12 +220,12 @@ def _rows(
     first, (height, columns) = tensors[0], tensors[0].matrix
     count = len(tensors) * (len(rows[0]) if rows else height)
     host = MEMORY.tensor(name, (count, columns), TORCH[first.dtype], CPU)
-    line = columns * first.itemsize if rows else first.nbytes
-    data, size = as_bytes(host), host.nbytes // len(tensors)
-    chosen = zip(tensors, rows or repeat((0,)), strict=False)
+    data, size, line = as_bytes(host), host.nbytes // len(tensors), columns * first.itemsize
+    if not rows:
+        return host, whole(tensors, data)
     return host, (
         (tensor.path, _places(tensor, line, mine, data[k * size : (k + 1) * size]))
-        for k, (tensor, mine) in enumerate(chosen)
+        for k, (tensor, mine) in enumerate(zip(tensors, rows, strict=True))
     )
 
 

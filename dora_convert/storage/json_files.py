@@ -135,9 +135,11 @@ def indented(value: msgspec.Struct, texts: Collection[str]) -> bytes:
 
     msgspec writes those in a tenth of the time, and alike. Python's own code for indents would take longer still.
     """
+    large = {name: each for name in texts if (each := getattr(value, name))}
+    others = msgspec.structs.replace(value, **dict.fromkeys(large, True))
     fields = [
         f'"{name}":'.encode()
-        + (msgspec.json.encode(each) if name in texts else json.dumps(each, ensure_ascii=False).encode())
-        for name, each in msgspec.to_builtins(value).items()
+        + (msgspec.json.encode(large[name]) if name in large else json.dumps(each, ensure_ascii=False).encode())
+        for name, each in msgspec.to_builtins(others).items()
     ]
     return msgspec.json.format(b"{" + b",".join(fields) + b"}", indent=1) + b"\n"

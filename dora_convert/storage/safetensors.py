@@ -10,7 +10,6 @@ memory, which is why this file exists: merges are planned from headers and read 
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -278,6 +277,6 @@ def encode_header(tensors: Iterable[Any], metadata: Mapping[str, str] | None = N
             "shape": list(tensor.shape),
             "data_offsets": offsets,
         }
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text = msgspec.json.encode(entries)
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from operator import itemgetter
 from pathlib import Path
 
 from ..errors import MalformedError
 from .reader import Reader
-from .safetensors import unreadable
+from .safetensors import StoredTensor, unreadable
 
 Place = tuple[int, memoryview]
 """An offset in a file, and the buffer for as many bytes from there."""
@@ -32,6 +32,20 @@ def fill(reader: Reader, places: Iterable[tuple[Path, Iterable[Place]]]) -> None
             _fill_copies(reader, path, mine)
         else:
             _fill_at_once(reader, path, mine)
+
+
+def whole(tensors: Sequence[StoredTensor], data: memoryview) -> Iterator[tuple[Path, list[Place]]]:
+    """Yield the places of whole tensors of one size, for `fill`: neighbours in a file are one place.
+
+    The buffer gets their bytes, one tensor after the other.
+    """
+    size, first = len(data) // len(tensors), 0
+    path, start = tensors[0].path, tensors[0].start
+    for k, tensor in enumerate(tensors):
+        if tensor.start != start + (k - first) * size or tensor.path != path:
+            yield path, [(start, data[first * size : k * size])]
+            first, path, start = k, tensor.path, tensor.start
+    yield path, [(start, data[first * size :])]
 
 
 def _fill_copies(reader: Reader, path: Path, places: list[Place]) -> None:

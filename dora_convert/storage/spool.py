@@ -9,9 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from xxhash import xxh3_128
+
 from ..errors import Fault, MalformedError
 from .json_files import Count, Dtype
-from .reader import PIECE_BYTES, Digest, Reader, read_whole
+from .reader import PIECE_BYTES, Reader, read_whole
 from .safetensors import BITS, StoredTensor, encode_header
 
 
@@ -80,15 +82,17 @@ class Spool:
         self, tensors: Sequence[SpooledTensor], path: Path, metadata: Mapping[str, str] | None = None
     ) -> dict[str, str]:
         """Write tensors as a safetensors file, in the order given; return the xxh3-128 of each tensor."""
+        digests: dict[str, str] = {}
         with path.open("wb") as file, self.path.open("rb", buffering=PIECE_BYTES) as spooled:
             file.write(encode_header(tensors, metadata))
-            digests = {tensor.name: Digest(proof=False) for tensor in tensors}
             for tensor in tensors:
+                digest = xxh3_128()
                 for start, length in tensor.segments:
                     for piece in _pieces(spooled, start, length):
                         file.write(piece)
-                        digests[tensor.name].update(piece)
-        return {name: digest.fast for name, digest in digests.items()}
+                        digest.update(piece)
+                digests[tensor.name] = digest.hexdigest()
+        return digests
 
     def close(self) -> None:
         """Close the file, which stays on the disk."""
@@ -97,7 +101,8 @@ class Spool:
 
 def _pieces(file: BinaryIO, start: int, length: int) -> Iterator[bytes]:
     """Yield a range of a file's bytes; neighbouring ranges come from one call of the system."""
-    file.seek(start)
+    if file.tell() != start:
+        file.seek(start)
     while length:
         if not (piece := file.read(min(length, PIECE_BYTES))):
             raise MalformedError(f"{file.name} became shorter while it was read.")

@@ -74,7 +74,7 @@ def restore(
         fields = _fields(reversal, modules)
         report = UnmergeReport.of(plan, settings, finished, out=output.given, verdict=verdict, **fields)
         refuse_changed(*inputs)
-        output.publish(report.to_dict(), left_over(plan.base, reversal.record, files))
+        output.publish(report.to_dict, left_over(plan.base, reversal.record, files))
     return report
 
 

@@ -221,7 +221,7 @@ def _publish(
         output.discard()
     else:
         stale = [] if plan.options.undo != "none" else [f"{RECORD}/{UNDO}"]
-        output.publish(report.to_dict(), stale + sorted(base_files(plan.base).keys() - {file.name for file in files}))
+        output.publish(report.to_dict, stale + sorted(base_files(plan.base).keys() - {file.name for file in files}))
     return report
 
 
