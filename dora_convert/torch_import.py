@@ -50,11 +50,22 @@ def load_torch(words: Sequence[str]) -> None:
     """
     if sys.platform != "linux" or not VERBS.intersection(words[:1]) or BRIEF.intersection(words):
         return
+    if not has_folder():
+        return
     for name in COMPILED:
         with suppress(ImportError):
             import_module(name)
     begun[0] = True
     threading.Thread(target=_load, name="ahead", daemon=True).start()
+
+
+def has_folder() -> bool:
+    """Return True if this process's current folder exists: without one, torch's MKL ends the process."""
+    try:
+        os.getcwd()  # noqa: PTH109 - pathlib is not imported yet
+    except OSError:
+        return False
+    return True
 
 
 def _load() -> None:

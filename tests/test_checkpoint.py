@@ -58,6 +58,7 @@ def test_tensors_missing_from_the_index(base):
     assert forgotten in checkpoint.tensors
     assert any(forgotten in note for note in checkpoint.notes)
     assert checkpoint.tensors[doubled].path.name == shards[1]
+    assert any(f"not read from {shards[0]}" in note and doubled in note for note in checkpoint.notes)
 
 
 @pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", "a\\b"])
@@ -104,6 +105,10 @@ def test_index_that_names_absent_tensors(base):
         (["training_args.bin"], RefError, "no safetensors weights"),
         (["model.gguf"], MalformedError, "not a valid GGUF file"),
         (["a.safetensors", "b.safetensors"], RefError, "several models"),
+        (["model-00001-of-00002.safetensors"], RefError, r"index\.json"),
+        (["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"], RefError, r"index\.json"),
+        (["pytorch_model-00002-of-00002.bin"], RefError, r"index\.json"),
+        (["model-00001-of-00001.safetensors"], MalformedError, "not a safetensors file"),
     ],
 )
 def test_folders_without_a_model(tmp_path, files, error, message):

@@ -20,7 +20,7 @@ import click
 from ..option_table import Option
 from ..options import SHORT_NAMES, Path, flag, options_of
 from ..settings import __version__
-from ..torch_import import begun, ends_at_once, own_process
+from ..torch_import import begun, ends_at_once, has_folder, own_process
 from .sink import Sink, colour, fail
 
 if TYPE_CHECKING:
@@ -221,6 +221,8 @@ def takes_sink(command: Command) -> Command:
 
     @wraps(command)
     def with_sink(*, as_json: bool, tsv: bool, quiet: bool, verbose: bool, **keywords: Any) -> Any:
+        if not has_folder():
+            raise click.UsageError("The current folder no longer exists. Change to another one, and try again.")
         with closing(Sink(as_json=as_json, tsv=tsv, quiet=quiet, verbose=verbose)) as sink:
             return command(sink=sink, **keywords)
 

@@ -57,7 +57,7 @@ def next_steps(out: Path) -> Iterator[str]:
     names = config.get("architectures") if isinstance(config, dict) else None
     if not isinstance(names, list) or not any(str(name).endswith("ForCausalLM") for name in names):
         return
-    folder = shlex.quote(str(out))
+    folder = shlex.quote(str(out) if not str(out).startswith("-") else f"./{out}")
     yield "next, one of:"
     yield f"  vLLM       vllm serve {folder}"
     yield f"  llama.cpp  python convert_hf_to_gguf.py {folder} --outfile model.gguf"

@@ -35,6 +35,8 @@ except ImportError:  # Windows
 
 LOCK = ".lock"
 MARKER = ".dora-convert-replaced"
+LONGEST_NAME = 255 - len(".partial")
+"""Bytes in the name of an OUT: file systems take 255, and a run's folder has a longer name than its OUT."""
 
 
 class OutputFolder(Output):
@@ -50,7 +52,9 @@ class OutputFolder(Output):
         self.given = str(named)
         out = Path(os.path.abspath(named))  # noqa: PTH100 - a link stays a link
         if not out.name or "\0" in self.given or not is_text(str(out)):
-            raise OutputError(f"OUT {self.given!r} is not a valid folder name in UTF-8.")
+            raise OutputError(f"OUT {self.given!r} is not a valid folder name.", hint="a name in UTF-8, such as merged")
+        if len(os.fsencode(out.name)) > LONGEST_NAME:
+            raise OutputError(f"OUT {self.given!r} is too long a name.", hint=f"at most {LONGEST_NAME} bytes")
         self.out = out
         self.partial = out.with_name(out.name + ".partial")
         self.state = self.partial / RECORD

@@ -27,11 +27,12 @@ from .filenames import (
     is_text,
     linked_folders,
     list_files,
+    only_entry,
     sort_files,
 )
 from .json_files import indexed_files, read_config
 from .refs import Source
-from .safetensors import FLOATS, Header, StoredTensor, open_file, read_header
+from .safetensors import FLOATS, Header, StoredTensor, files_of, open_file, read_header
 
 if TYPE_CHECKING:
     from .gguf_model import GgufModel
@@ -87,7 +88,7 @@ class Checkpoint:
     @property
     def is_here(self) -> bool:
         """True if all weight files are on this machine."""
-        return all(path.is_file() for path in {tensor.path for tensor in self.tensors.values()})
+        return all(path.is_file() for path in files_of(self.tensors.values()))
 
     def stored_name(self, name: str) -> str:
         """Return the name of a tensor on disk."""
@@ -252,12 +253,8 @@ def weight_entry(names: Sequence[str], where: str) -> str:
             names = without_variants(names)
         indexes = sorted(name for name in names if name.endswith(f"{kinds[0]}.index.json"))
         entries = indexes or sorted(name for name in names if name.endswith(kinds) and not OF_TRAINING.match(name))
-        if len(entries) == 1:
-            return entries[0]
         if entries:
-            raise RefError(
-                f"{where} holds several models and no {stem}{kinds[0]}: {', '.join(entries)}.", hint="name one file"
-            )
+            return only_entry(entries, f"{stem}{kinds[0]}", where)
     if old := sorted(name for name in names if name.endswith(".ckpt")):
         raise UnsupportedError(
             f"{where} has only {', '.join(old[:3])}: .ckpt files are not read.",
@@ -284,11 +281,15 @@ def assemble(
     absent = [Fault(name, f"not in {file}") for name, file in table.items() if name not in headers[file].tensors]
     if absent:
         raise MalformedError(f"The index of {where} is wrong about {len(absent)} tensors.", faults=absent)
+    if len(table) == sum(len(header.tensors) for header in headers.values()):  # each is where the index says
+        return tuple(Shard(file, header.metadata, tuple(header.tensors.values())) for file, header in headers.items())
     owner = dict(table)
     for filename, header in headers.items():
         kept = [name for name in header.tensors if owner.setdefault(name, filename) == filename and name not in table]
         if index is not None:
             notes += [f"{name} is in {filename} but not in the index; it is kept" for name in kept]
+        if twice := [name for name in header.tensors if owner[name] != filename]:
+            notes.append(f"not read from {filename}: {len(twice)} tensors that the index has elsewhere, as {twice[0]}")
     return tuple(
         Shard(file, header.metadata, tuple(each for each in header.tensors.values() if owner[each.name] == file))
         for file, header in headers.items()

@@ -36,6 +36,8 @@ GGUF = ".gguf"
 _PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 OF_TRAINING = re.compile(r"adapter_|training_args|optimizer|scheduler|rng_state|scaler")
 """Beginnings of file names that end like a model's weights and are not."""
+SHARD = re.compile(r".+-\d{5}-of-(?!00001)\d{5}\.\w+$")
+"""The name of one shard of several."""
 
 WEIGHT_SUFFIXES = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx",
@@ -111,6 +113,20 @@ def sort_files(names: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     names = list(names)
     visible = [name for name in names if not name.startswith((".", RECORD + "/"))]
     return tuple(filter(is_side_file, names)), tuple(filter(is_weight_file, visible))
+
+
+def only_entry(entries: Sequence[str], usual: str, where: str) -> str:
+    """Return a lone file or index without its `usual` name; raise RefError for several, and for one of several shards.
+
+    Shards without their index may be a part of the model, which a merge would take for all of it.
+    """
+    if shards := [name for name in entries if SHARD.match(name)]:
+        raise RefError(
+            f"{where} holds {shards[0]}, and no {usual}.index.json.", hint="download the index and all shards"
+        )
+    if entries[1:]:
+        raise RefError(f"{where} holds several models and no {usual}: {', '.join(entries)}.", hint="name one file")
+    return entries[0]
 
 
 def gguf_model(names: Sequence[str]) -> list[str]:
