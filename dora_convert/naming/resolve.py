@@ -34,6 +34,8 @@ class Prefix:
 
     def apply(self, name: str) -> str:
         """Return the base's name of a tensor, as far as the prefix decides the name."""
+        if not (self.drop or self.add):
+            return name
         return self.add + name.removeprefix(self.drop) if name.startswith(self.drop) else name
 
     def undo(self, name: str) -> str | None:

@@ -44,7 +44,7 @@ def stack_facts(
     scales: Tensor,  # (weights, 1, 1), float64
     offsets: Tensor,  # (weights, 1), float64: added to m
     numbers: Tensor,  # (weights, rows), of the compared rows among those of all weights
-    scratch: list[Tensor],  # x, its bits, W, A and B of some weights and rows, in float64
+    scratch: list[Tensor],  # in float64: x, its bits, W and A of some weights and rows; rows of B of all weights
     units: list[float],  # 2ᵖ, and the least normal number, of the stored dtype
     *,
     quick: bool,
@@ -56,32 +56,49 @@ def stack_facts(
     """
     x_, powers, W_, A_, B_ = scratch
     count, rows, together, height = A.size(0), numbers.size(1), x_.size(0), x_.size(1)
-    facts = torch.zeros([3, count], dtype=torch.float64, device=x_.device)
-    facts[2].fill_(math.inf)
+    left = B_[:count, :rows].copy_(_chosen(B, numbers, [0, count, 0, rows])).mul_(scales.to(B_))
+    sizes = offsets if m is None else _sizes(m, numbers, offsets).to(x_.device)
+    facts: list[Tensor] = []
     for first in range(0, count, together):
         last = min(count, first + together)
         right = A_[: last - first].copy_(A[first:last])
+        found: list[Tensor] = []
         for top in range(0, rows, height):
-            part = [first, last, top, min(rows, top + height)]
-            x, W, left = [each[: last - first, : part[3] - top] for each in (x_, W_, B_)]
-            left.copy_(_chosen(B, numbers, part)).mul_(scales[first:last].to(B_))
-            x.copy_(_chosen(base, numbers, part)).baddbmm_(left, right)
+            bottom = min(rows, top + height)
+            part = [first, last, top, bottom]
+            x, W = x_[: last - first, : bottom - top], W_[: last - first, : bottom - top]
+            x.copy_(_chosen(base, numbers, part)).baddbmm_(left[first:last, top:bottom], right)
             if m is not None:
-                sizes = _chosen(m.unsqueeze(1), numbers, part).squeeze(2).to(torch.float64) + offsets[first:last]
                 squares = torch.mul(x, x, out=W).sum([2])
-                x.mul_((sizes.to(x.device) / squares.sqrt_()).unsqueeze(2))
-            W.copy_(_chosen(base, numbers, part))
-            change = torch.linalg.vector_norm(W.sub_(x), 2.0, [1, 2])
+                x.mul_((sizes[first:last, top:bottom] / squares.sqrt_()).unsqueeze(2))
+            change = torch.linalg.vector_norm(W.copy_(_chosen(base, numbers, part)).sub_(x), 2.0, [1, 2])
             off = W.copy_(_chosen(written, numbers, part)).sub_(x)
             rounding = torch.linalg.vector_norm(off, 2.0, [1, 2])
-            room = _room(x, powers[: last - first, : part[3] - top], off.abs_(), units, out=off, quick=quick)
+            room = _room(x, powers[: last - first, : bottom - top], off.abs_(), units, out=off, quick=quick)
             least = room.amin([1, 2])
             if bool((least == 0).any()):
                 least = _least_with_ties(room, _chosen(bits, numbers, part))
-            facts[0, first:last] += change * change
-            facts[1, first:last] += rounding * rounding
-            facts[2, first:last] = torch.minimum(facts[2, first:last], least)
+            found.append(torch.stack([change, rounding, least]))
+        facts.append(found[0] if len(found) == 1 else _of_all(torch.stack(found)))
+    return _squared(torch.cat(facts, dim=1))
+
+
+def _sizes(m: Tensor, numbers: Tensor, offsets: Tensor) -> Tensor:
+    """Return the magnitudes of the compared rows, (weights, rows)."""
+    every = [0, numbers.size(0), 0, numbers.size(1)]
+    return _chosen(m.unsqueeze(1), numbers, every).squeeze(2).to(torch.float64) + offsets
+
+
+def _squared(facts: Tensor) -> Tensor:
+    """Square the two norms among three facts."""
+    facts[:2].square_()
     return facts
+
+
+def _of_all(found: Tensor) -> Tensor:
+    """Return norms of changes and roundings, and the least room, from those of several parts: (parts, 3, weights)."""
+    norms = torch.linalg.vector_norm(found[:, :2], 2.0, [0])
+    return torch.cat([norms, found[:, 2:].amin([0])])
 
 
 def _chosen(matrix: Tensor, numbers: Tensor, part: list[int]) -> Tensor:

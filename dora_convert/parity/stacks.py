@@ -194,7 +194,7 @@ class StackedFactors(NamedTuple):
         )
 
     def scratch(self, rows: int, elements: int, device: torch.device) -> list[Tensor]:
-        """Return memory for so many elements of rows at most: x, its bits, W, A and B."""
+        """Return memory for so many elements of rows at most: x, its bits, W and A; and for all rows of B."""
         count, rank, columns = self.A.shape
         together = max(1, min(count, elements // (columns * max(rows, rank))))
         height = rows if together > 1 else max(1, min(rows, elements // columns))
@@ -204,7 +204,7 @@ class StackedFactors(NamedTuple):
                 ("x", (together, height, columns)),
                 ("W", (together, height, columns)),
                 ("right", (together, rank, columns)),
-                ("left", (together, height, rank)),
+                ("left", (count, rows, rank)),
             )
         )
         return [x, x.view(torch.int64), W, right, left]

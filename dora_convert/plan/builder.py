@@ -50,6 +50,7 @@ class PlanBuilder:
         self._tied_changes: list[tuple[Change, tuple[str, ...], float, int]] = []
         """Changes to one side of the tie, or to both, with weight and number of the adapter; kept until the end."""
         self._adapters: list[Adapter] = []
+        self._combined: set[str] = set()  # tensors with an edit that is a tensor stored whole
         self._number = 0  # of the adapter at hand
         self._claimed = ClaimedOutputs()  # by additions of the adapter at hand
 
@@ -171,8 +172,7 @@ class PlanBuilder:
             return
         on_embedding = name == embedding
         is_other_side = is_head if on_embedding else is_embedding
-        others = (c for c in adapter.changes if turn_of(c) == turn_of(change) and is_other_side(c.target))
-        other = next(others, None)
+        other = next((c for c in adapter.changes if turn_of(c) == turn_of(change) and is_other_side(c.target)), None)
         sides: tuple[str, ...] = (embedding, head)
         if adapter.keeps_ties or (other and is_copy(change.update, other.update)):
             if other and not on_embedding:
@@ -207,9 +207,8 @@ class PlanBuilder:
         if self.untied:
             from .untied import resize
 
-            for name, other in (sides, sides[::-1]):
-                if warning := resize(self.targets, self.ledger, name, other):
-                    self.warnings.append(warning)
+            warnings = [resize(self.targets, self.ledger, *pair) for pair in (sides, sides[::-1])]
+            self.warnings += filter(None, warnings)
 
     def _apply(self, update: Update, name: str, weight: float, into: tuple[str, ...] = ()) -> None:
         """Add an update to its tensor, or note why the update does not match."""
@@ -234,6 +233,7 @@ class PlanBuilder:
                 self.targets[name].edits.append(made)
             case Full() as full if self._combines(full, self.targets[name]):
                 self.targets[name].edits.append(Edit(full, False, weight, density=density))
+                self._combined.add(name)
             case Full() | Rows() as value:
                 self._replace(value, name, weight)
 
@@ -288,7 +288,7 @@ class PlanBuilder:
             added=target.added,
             origin=self.base.stored_name(base.name) if base else name,
         )
-        if not self.options.combination.is_sum or Full in {type(edit.update) for edit in item.edits}:
+        if name in self._combined or not self.options.combination.is_sum:
             from .methods import combined
 
             item = combined(item, self.options.combination)

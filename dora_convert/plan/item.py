@@ -152,8 +152,8 @@ class Item:
     @property
     def extends(self) -> bool:
         """True if the output is the base's tensor with new rows below."""
-        rows = [row for rows in self.rows for row in rows.index]
-        return bool(self.grown) and self.source is self.base and min(rows, default=0) >= self.matrix[0]
+        first = min((row for rows in self.rows for row in rows.index), default=0) if self.rows else 0
+        return bool(self.grown) and self.source is self.base and first >= self.matrix[0]
 
     @property
     def nbytes(self) -> int:

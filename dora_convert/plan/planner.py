@@ -84,7 +84,8 @@ def make_plan(
 
 def left_out(plan: Plan) -> Iterator[str]:
     """Yield a warning about adapter tensors without a place in the base, which the caller allows."""
-    if names := [entry.tensor for entry in plan.ledger if entry.fate == "unmatched"]:
+    entries = plan.ledger if plan.options.allow_unmatched else ()
+    if names := [entry.tensor for entry in entries if entry.fate == "unmatched"]:
         from .explain import warn_of_unmatched
 
         yield warn_of_unmatched(names)
@@ -264,8 +265,11 @@ def find_missing(
     shapes = names.model_shapes()
     # a copy of the base's tensor beside its factors says nothing of training
     changes = [each for each in adapter.changes if not (isinstance(each.update, Full) and each.update.copied)]
-    targets = {change.target for change in changes}.union(*(change.among for change in changes if change.among))
-    untouched = {name: shape for name, shape in shapes.items() if name not in targets}
+    targets = [change.target for change in changes]
+    targets += [target for change in changes if change.among for target in change.among]
+    untouched = dict(shapes)
+    for target in targets:
+        untouched.pop(target, None)
     if not (left := adapter.promised(untouched, lambda name: len(shapes[name]) == 2 and _is_linear(name))):
         return []
     covered = {place for target in targets for place in names.places(target)}

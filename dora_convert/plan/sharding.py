@@ -61,8 +61,10 @@ def _limit_of_swollen(base: Checkpoint, groups: Sequence[Sequence[Item]]) -> int
 
 def _as_base(base: Checkpoint, items: Mapping[str, Item]) -> list[list[Item]]:
     """Return the items shard by shard, in the base's order."""
-    owner = {tensor.name: number for number, shard in enumerate(base.shards) for tensor in shard.tensors}
     groups = [[items[tensor.name] for tensor in shard.tensors] for shard in base.shards]
+    if len(items) == sum(map(len, groups)):
+        return groups
+    owner = {tensor.name: number for number, shard in enumerate(base.shards) for tensor in shard.tensors}
     for item in items.values():
         if item.name not in owner:
             groups[owner.get(item.base.name, -1) if item.base else -1].append(item)

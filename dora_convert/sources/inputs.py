@@ -36,6 +36,7 @@ from ..storage.refs import (
     parse_ref,
     refuse_missing,
 )
+from ..storage.safetensors import files_of
 from . import Session
 
 Mode = Literal["brief", "headers", "ranges", "whole", "local"]
@@ -178,7 +179,7 @@ def refuse_needless(adapters: Sequence[Adapter], waived: Waived) -> None:
 def _refuse_links(root: Path, opened: Checkpoint | Adapter, session: Session) -> None:
     """Refuse links out of the folder if the run copies side files; weights may lie elsewhere."""
     if session.follow_links is not None:
-        weights = {tensor.path for tensor in opened.tensors.values()}
+        weights = files_of(opened.tensors.values())
         refuse_links(root, opened.states.keys() - weights, follow=session.follow_links)
 
 

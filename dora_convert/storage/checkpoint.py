@@ -32,7 +32,7 @@ from .filenames import (
 )
 from .json_files import indexed_files, read_config
 from .refs import Source
-from .safetensors import FLOATS, Header, StoredTensor, open_file, read_header
+from .safetensors import FLOATS, Header, StoredTensor, files_of, open_file, read_header
 
 if TYPE_CHECKING:
     from .gguf_model import GgufModel
@@ -88,7 +88,7 @@ class Checkpoint:
     @property
     def is_here(self) -> bool:
         """True if all weight files are on this machine."""
-        return all(path.is_file() for path in {tensor.path for tensor in self.tensors.values()})
+        return all(path.is_file() for path in files_of(self.tensors.values()))
 
     def stored_name(self, name: str) -> str:
         """Return the name of a tensor on disk."""
@@ -281,6 +281,8 @@ def assemble(
     absent = [Fault(name, f"not in {file}") for name, file in table.items() if name not in headers[file].tensors]
     if absent:
         raise MalformedError(f"The index of {where} is wrong about {len(absent)} tensors.", faults=absent)
+    if len(table) == sum(len(header.tensors) for header in headers.values()):  # each is where the index says
+        return tuple(Shard(file, header.metadata, tuple(header.tensors.values())) for file, header in headers.items())
     owner = dict(table)
     for filename, header in headers.items():
         kept = [name for name in header.tensors if owner.setdefault(name, filename) == filename and name not in table]

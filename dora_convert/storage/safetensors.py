@@ -105,6 +105,11 @@ class StoredTensor:
         return (self.shape[0], math.prod(self.shape[1:]))
 
 
+def files_of(tensors: Iterable[StoredTensor]) -> set[Path]:
+    """Return the files that hold tensors; those of one file share its path, which takes long to hash."""
+    return set({id(tensor.path): tensor.path for tensor in tensors}.values())
+
+
 class HeaderEntry(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     """The entry of one tensor in a header."""
 
@@ -226,8 +231,10 @@ def _placed(path: Path, entries: Mapping[str, HeaderEntry], body: int, size: int
     tensors: dict[str, StoredTensor] = {}
     sizes: dict[tuple[str, tuple[int, ...]], int] = {}
     """The bytes of a tensor by dtype and shape, of which a file with many tensors has few."""
-    position = 0
-    for name, entry in sorted(entries.items(), key=lambda each: each[1].data_offsets):
+    position, ordered, offsets = 0, [*entries.items()], [entry.data_offsets for entry in entries.values()]
+    if offsets != sorted(offsets):
+        ordered.sort(key=lambda each: each[1].data_offsets)
+    for name, entry in ordered:
         kind, (first, last) = (entry.dtype, entry.shape), entry.data_offsets
         if sizes.get(kind) != last - first:
             sizes[kind] = _checked_size(path, name, entry)

@@ -280,8 +280,7 @@ class _SortedTensors:
         """Turn each module's tensors into updates."""
         for other in self.others:
             self._add_other(*other)
-        names = {module.partition(".base_layer")[0] for module in self.modules}
-        self.config.refuse_slow_patterns(names | set(map(unwrapped, names)))
+        self.config.refuse_slow_patterns(self.modules)
         saved = {change.target for change in self.changes}
         updates = self.reader.updates_of if self.reader else updates_of
         for outcome in updates(self.modules, saved, self.config):

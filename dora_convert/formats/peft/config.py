@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from msgspec import Meta, Struct, field
 
-from ...adapters import Start
+from ...adapters import Start, unwrapped
 from ...errors import Fault, UnsupportedError, shown
 from ...storage.json_files import checked
 
@@ -188,8 +188,9 @@ class Config(Struct, frozen=True, dict=True):
             return
         from .patterns import as_key, refuse_slow
 
-        leaves = {name.rpartition(".")[2] for name in self.parameters}
-        names = {*modules, *(f"{module}.{leaf}" for module in modules for leaf in leaves)}
+        names = {module.partition(".base_layer")[0] for module in modules}
+        names |= set(map(unwrapped, names))
+        names |= {f"{module}.{name.rpartition('.')[2]}" for module in names for name in self.parameters}
         tables: dict[str, Collection[str]] = {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
         refuse_slow([(field, key, as_key(key)) for field, table in tables.items() for key in table], names)
 
