@@ -38,6 +38,19 @@ def merge(hub, tmp_path, *words, **environment):
     return run(hub, tmp_path / "cache", "merge", *words, **{"HF_TOKEN": "", **environment})
 
 
+def test_a_cache_that_cannot_be_written(hub, tmp_path):
+    """The error names the variable that moves the cache, and the option that does without it."""
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache/hub").write_bytes(b"")
+    done = merge(hub, tmp_path, "org/base", "me/adapter", tmp_path / "out")
+    assert done.returncode == 2
+    assert "cannot be kept in" in done.stderr
+    assert "HF_HOME names the cache's folder" in done.stderr
+    assert not (tmp_path / "out").exists()
+    done = merge(hub, tmp_path, "org/base", "me/adapter", tmp_path / "out", "--no-cache")
+    assert done.returncode == 0, done.stderr
+
+
 def test_repos_give_the_same_bytes_as_folders(hub, tmp_path):
     """Base and adapter from the Hub: same weights; the commit is pinned, reported and recorded; stale weights stay."""
     done = merge(hub, tmp_path, "org/base", "me/adapter", tmp_path / "out", "--json")

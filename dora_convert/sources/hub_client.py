@@ -6,12 +6,13 @@ huggingface_hub retries some requests by itself; `with_retries` is for the other
 from __future__ import annotations
 
 import contextlib
+import errno
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-from ..errors import DoraConvertError, HubError, RefError
+from ..errors import DoraConvertError, HubError, RefError, hint_of
 from ..storage.refs import HubRef
 
 TEMPORARY = (429, 500, 502, 503, 504)
@@ -99,6 +100,20 @@ def reading_errors(ref: HubRef, what: str) -> Iterator[None]:
         raise HubError(f"{what} {ref}: file not found in the repo: {path}.") from error
     except refusals as error:
         raise _refusal(f"{what} {ref}", root_of(error), writing=False) from error
+    except OSError as error:
+        if not _is_of_cache(error):
+            raise
+        raise HubError(
+            f"{what} {ref} cannot be kept in {error.filename or 'the cache'}: {error.strerror or error}.",
+            hint=hint_of(error) or "HF_HOME names the cache's folder; --no-cache keeps nothing there",
+        ) from error
+
+
+def _is_of_cache(error: OSError) -> bool:
+    """Return True if an error is of the Hub's cache: of a path there, or of a full disk."""
+    from huggingface_hub import constants
+
+    return error.errno == errno.ENOSPC or str(error.filename).startswith((constants.HF_HOME, constants.HF_HUB_CACHE))
 
 
 @contextmanager
