@@ -18,9 +18,10 @@ def run() -> None:
         load_torch(sys.argv[1:])
         from .cli import run as run_command
     except KeyboardInterrupt as error:
+        from .cli import READING
         from .cli.sink import fail
 
-        code = fail(error, as_json="--json" in sys.argv)
+        code = fail(error, as_json="--json" in sys.argv, reads=bool(READING.intersection(sys.argv[1:2])))
         sys.stderr.flush()
         os._exit(code)  # torch's libraries may be loading: the usual end would take them apart meanwhile
     run_command()

@@ -43,3 +43,18 @@ def test_a_name_that_looks_like_an_option(tmp_path, monkeypatch):
     steps = list(next_steps(Path("-x")))
     assert any("vllm serve ./-x" in step for step in steps)
     assert not any(" -x" in step for step in steps)
+
+
+@pytest.mark.parametrize(("verb", "kept"), [("inspect", False), ("verify", False), ("merge", True)])
+def test_interrupted_before_the_first_import(verb, kept):
+    """A command that writes nothing promises nothing that is kept, however early Ctrl-C comes."""
+    program = (
+        "import dora_convert.__main__ as m\ndef stop(words): raise KeyboardInterrupt\nm.load_torch = stop\nm.run()"
+    )
+    line = [sys.executable, "-c", program, verb, "a", "b", "c"]
+    done = subprocess.run(
+        line, check=False, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=60
+    )
+    assert done.returncode == 130
+    assert ("finished tensors are kept" in done.stderr) == kept
+    assert ("Nothing was published" in done.stderr) == kept
