@@ -86,8 +86,6 @@ def _open(session: FittingSession, base: PathLike, tuned: PathLike) -> tuple[Che
     before = open_base(os.fspath(base), "BASE", session.session)
     after = open_base(os.fspath(tuned), "TUNED", session.session)
     before, after = as_dense(before), as_dense(after)
-    names = (*model_weights(before).names, *model_weights(after).names)
-    session.selection.check_globs([name.rpartition(".")[0] for name in names])
     session.folder.refuse_inside([before.source.path, after.source.path])
     return before, after
 

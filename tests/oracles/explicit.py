@@ -59,6 +59,20 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "FalconH1ForCausalLM": {
         **_TEXT, "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16,
     },
+    "Gemma3nForConditionalGeneration": {  # needs timm; any of its networks will do
+        "text_config": {
+            **_TEXT, "head_dim": 8, "vocab_size_per_layer_input": 99, "hidden_size_per_layer_input": 8,
+            "num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"],
+            "activation_sparsity_pattern": [0.0, 0.0], "altup_num_inputs": 2, "laurel_rank": 4,
+        },
+        "vision_config": {
+            "architecture": "resnet10t", "hidden_size": 32, "vocab_size": 9, "vocab_offset": 80, "model_args": {},
+        },
+        "audio_config": {
+            "hidden_size": 32, "conf_num_attention_heads": 4, "conf_num_hidden_layers": 2,
+            "sscp_conv_channel_size": (8, 4), "vocab_size": 9, "vocab_offset": 90, "input_feat_size": 16,
+        },
+    },
     "Florence2ForConditionalGeneration": {
         "text_config": _BART,
         "vision_config": {
