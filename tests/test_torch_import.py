@@ -75,7 +75,8 @@ dora_convert.merge(*sys.argv[1:4])
 seen = weakref.ref(rings.pop())
 gc.collect()
 assert seen() is None
-assert bool(gc.get_freeze_count()) == (sys.argv[4] == "frozen")
+if sys.version_info[:2] != (3, 12):  # which freezes immortal objects itself
+    assert bool(gc.get_freeze_count()) == (sys.argv[4] == "frozen")
 """
 
 
