@@ -25,17 +25,20 @@ SIZES = {"vocab_size": 70, "hidden_size": 32, "intermediate_size": 56, "num_atte
 PARTS = re.compile(r"\.(base_layer\.)?(lora_\w+|token_adapter|modules_to_save)\b.*")
 
 
-def tiny(layers: int = 4, kind: str = "LlamaForCausalLM") -> nn.Module:
+def tiny(layers: int = 4, kind: str = "LlamaForCausalLM", *, tied: bool = False) -> nn.Module:
     torch.manual_seed(0)
     cls = getattr(transformers, kind)
     if "GPT2" in kind:
         return cls(cls.config_class(vocab_size=70, n_layer=layers, n_embd=24, n_head=2, n_positions=16))
-    return cls(cls.config_class(**SIZES, num_hidden_layers=layers, num_key_value_heads=2))
+    fields = {"num_key_value_heads": 2, "tie_word_embeddings": tied}
+    return cls(cls.config_class(**SIZES, num_hidden_layers=layers, **fields))
 
 
-def train(tmp_path, config, *, kind: str = "LlamaForCausalLM", opened: str = "") -> tuple[Path, Path]:
+def train(
+    tmp_path, config, *, kind: str = "LlamaForCausalLM", opened: str = "", tied: bool = False
+) -> tuple[Path, Path]:
     """A base, and an adapter as PEFT saves it, with values."""
-    tiny(kind=kind).save_pretrained(tmp_path / "base")
+    tiny(kind=kind, tied=tied).save_pretrained(tmp_path / "base")
     cls = getattr(transformers, opened or kind)
     model = get_peft_model(cls.from_pretrained(tmp_path / "base"), config)
     with torch.no_grad():
@@ -170,6 +173,16 @@ def test_saved_modules_and_rows_that_are_promised(tmp_path):
     base, adapter = train(tmp_path / "rows", lora(trainable_token_indices=[3, 9]))
     drop(adapter, "trainable_tokens")
     assert said(dora_convert.merge(base, adapter, tmp_path / "rows/out")) == {"model.embed_tokens"}
+
+
+@pytest.mark.parametrize("left", ["", "embed_tokens"])
+def test_a_tied_head_that_is_promised(tmp_path, left):
+    """The head is a module of the running model, though a tied base has no tensor of its name."""
+    base, adapter = train(tmp_path, lora(modules_to_save=["lm_head", *filter(None, [left])]), tied=True)
+    assert said(dora_convert.merge(base, adapter, tmp_path / "whole")) == set()
+    drop(adapter, "lm_head")
+    want = set() if left else {"lm_head"}  # what trained the embedding trained the one weight of both
+    assert said(dora_convert.merge(base, adapter, tmp_path / "out")) == want
 
 
 def test_all_linear_as_a_word(tmp_path):

@@ -8,7 +8,7 @@ storage of weights.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -263,6 +263,8 @@ def find_missing(
     if not adapter.promised:
         return []
     shapes = names.model_shapes()
+    if tie and (head := names.prefix.undo(tie.head)):
+        shapes.setdefault(head, base.tensors[tie.embedding].shape)  # the running model has both
     # a copy of the base's tensor beside its factors says nothing of training
     changes = [each for each in adapter.changes if not (isinstance(each.update, Full) and each.update.copied)]
     targets = [change.target for change in changes]
@@ -272,7 +274,11 @@ def find_missing(
         untouched.pop(target, None)
     if not (left := adapter.promised(untouched, lambda name: len(shapes[name]) == 2 and _is_linear(name))):
         return []
-    covered = {place for target in targets for place in names.places(target)}
+
+    def places(name: str) -> Collection[tuple[str, tuple[int, int] | None]]:
+        return names.places(name) or {(names.prefix.apply(name), None)}  # a tied head is not on disk
+
+    covered = {place for target in targets for place in places(target)}
     tied = {(tie.embedding, None), (tie.head, None)} if tie else set()
     if covered & tied:
         covered |= tied
@@ -280,7 +286,7 @@ def find_missing(
     return sorted(
         name
         for name in set(left)
-        if covered.isdisjoint(names.places(name))
+        if covered.isdisjoint(places(name))
         and options.selects(name.rpartition(".")[0])
         and (has_experts or EXPERTS not in name)
         and not _is_past_the_last_layer(name, base)
