@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from ..adapters import unwrapped
 from ..storage.checkpoint import Checkpoint
 from ..storage.safetensors import StoredTensor
-from .families import COMPOSITE, EMBEDDINGS, HEADLESS, HEADS, HEADS_OF, SCALED
+from .families import COMPOSITE, EMBEDDINGS, HEADLESS, HEADS, HEADS_OF, SCALED, TABLES
 
 if TYPE_CHECKING:
     from .diffusion import DiffusionNames
@@ -283,3 +283,10 @@ def is_embedding(tensor: str) -> bool:
 def is_head(tensor: str) -> bool:
     """Return True if a tensor is an output head's weight, by its module's name."""
     return f".{tensor}".endswith(_HEAD_ENDS) or tensor == "decoder.weight"
+
+
+def is_linear(tensor: str) -> bool:
+    """Return True if a matrix is a layer's weight: no embedding, no table of positions or types, no head."""
+    module, _, leaf = tensor.rpartition(".")
+    table = module.rpartition(".")[2] in TABLES
+    return leaf == "weight" and not (table or is_embedding(tensor) or is_head(tensor))

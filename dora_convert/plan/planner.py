@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..adapters import Adapter, Full, Rows, Update, unwrapped
 from ..errors import Fault, PlanError, UnsupportedError, UsageError
-from ..naming.families import COUNTS, LAYERS, PAST_LORA, TABLES
-from ..naming.resolve import NameResolver, TableOnDemand, Tie, find_tie, is_embedding, is_head
+from ..naming.families import COUNTS, LAYERS, PAST_LORA
+from ..naming.resolve import NameResolver, TableOnDemand, Tie, find_tie, is_embedding, is_head, is_linear
 from ..storage.checkpoint import Checkpoint
 from .builder import PlanBuilder
 from .item import Item
@@ -272,7 +272,7 @@ def find_missing(
     untouched = dict(shapes)
     for target in targets:
         untouched.pop(target, None)
-    if not (left := adapter.promised(untouched, lambda name: len(shapes[name]) == 2 and _is_linear(name))):
+    if not (left := adapter.promised(untouched, lambda name: len(shapes[name]) == 2 and is_linear(name))):
         return []
 
     def places(name: str) -> Collection[tuple[str, tuple[int, int] | None]]:
@@ -291,11 +291,6 @@ def find_missing(
         and (has_experts or EXPERTS not in name)
         and not _is_past_the_last_layer(name, base)
     )
-
-
-def _is_linear(name: str) -> bool:
-    module = name.removesuffix(".weight").rpartition(".")[2]
-    return name.endswith(".weight") and not (is_embedding(name) or is_head(name) or module in TABLES)
 
 
 def _is_past_the_last_layer(name: str, base: Checkpoint) -> bool:
