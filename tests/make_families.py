@@ -59,6 +59,7 @@ ATTENTIONS = ("full_attention", "sliding_attention")
 _BACKBONE = ResNetConfig(out_features=["stage4"])
 _STAGES = ResNetConfig(out_features=["stage1", "stage2", "stage3", "stage4"])
 _TOWER = ResNetConfig(vocab_size=128, vocab_offset=262144, rms_norm_eps=1e-6, hidden_size=2048, model_args=None)
+_EYE = ResNetConfig(architecture="resnet", model_args={"embed_dim": 64}, hidden_size=64, num_labels=8)
 """Stand-ins for models of timm, which is not here: no rule is for a ResNet."""
 import_utils.BACKENDS_MAPPING["scipy"] = (lambda: True, "")  # losses need scipy, models do not
 HINTS: Mapping[str, Mapping[str, Any]] = {
@@ -72,7 +73,7 @@ HINTS: Mapping[str, Mapping[str, Any]] = {
     "siglip_vision_model": {"num_attention_heads": 16},
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense"] + ["sparse"] * 31},
     "diffusion_gemma_text": {"num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 64},
-    "granite4_vision": {"deepstack_layer_map": [(-2, 0), (-1, 1)]},
+    "granite4_vision": {"deepstack_layer_map": [(-2, 0), (-1, 1)], "downsample_rate": "4/8"},
     "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 64},
     "moonshine_streaming": {"num_key_value_heads": 8},
     "qwen4_exp_text": {
@@ -86,9 +87,9 @@ HINTS: Mapping[str, Mapping[str, Any]] = {
         "rope_parameters": {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ATTENTIONS}
     },
     "nemotron": {"num_key_value_heads": 48},
-    "autoformer": {"prediction_length": 8},
-    "informer": {"prediction_length": 8},
-    "time_series_transformer": {"prediction_length": 8},
+    "autoformer": {"prediction_length": 8, "context_length": 16, "lags_sequence": [1, 2]},
+    "informer": {"prediction_length": 8, "context_length": 16},
+    "time_series_transformer": {"prediction_length": 8, "context_length": 16},
     "chameleon": {"vocabulary_map": {"<image>": 4}},
     "emu3": {"vocabulary_map": {"<image>": 4}},
     "reformer": {"is_decoder": True},
@@ -100,6 +101,10 @@ HINTS: Mapping[str, Mapping[str, Any]] = {
     "table-transformer": {"backbone_config": _BACKBONE},
     "gemma3n": {"vision_config": _TOWER},
     "fast_vlm": {"vision_config": _TOWER},
+    "perception_lm": {"vision_config": _EYE},
+    "pe_video_encoder": {"vision_config": _EYE},
+    "edgetam_vision_model": {"backbone_config": _STAGES},
+    "omdet-turbo": {"backbone_config": _STAGES, "timm_kwargs": {}},
 }
 """Fields of configs whose defaults make no model, by model type."""
 

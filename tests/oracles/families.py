@@ -68,10 +68,15 @@ def chosen(wanted: list[str]) -> dict[str, str]:
     for kind, entry in modeling_auto.MODEL_MAPPING_NAMES.items():
         classes.setdefault(kind, entry if isinstance(entry, str) else entry[0])
     taken: dict[str, str] = {}
-    for kind, name in classes.items():
+    for kind, name in sorted(classes.items(), key=lambda one: not is_named_after(*one)):
         if name not in taken.values() and (not wanted or kind in wanted):
             taken[kind] = name
     return taken
+
+
+def is_named_after(kind: str, name: str) -> bool:
+    """Return True if a class has its model type's name: other types may use it, too."""
+    return name.lower().startswith(re.sub("[^a-z0-9]", "", kind.lower()))
 
 
 def save(model: PreTrainedModel, layout: str, folder: Path) -> dict[str, torch.Tensor]:

@@ -28,7 +28,7 @@ on the usual list of modules and on `all-linear`, LoRA on the head and on expert
 names on disk, as transformers 4 had them. For images there are LoRA and DoRA on queries and values with a trained
 classifier, too. The base lies in up to three layouts: as on the Hub, as transformers 5 saves it, and with the running
 model's names. The merged folder is loaded by transformers. Each parameter is compared with PEFT's merge in float32.
-Logits are compared, too, where text alone is enough for the model.
+Logits are compared, too, where text alone is enough for the model. Families with a part from timm were run beside it.
 
 Together {right} of {merges} merges of {families} families are right. {refused} are refused with a reason, and
 {wrong} differ from PEFT's merge.
